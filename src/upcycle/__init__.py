@@ -1,0 +1,32 @@
+"""Turn a trained dense checkpoint into a Mixture of Experts, and prove it."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upcycle.blueprints import blueprint
+    from upcycle.cost import plan
+    from upcycle.errors import UpcycleError
+    from upcycle.proof import verify
+    from upcycle.recipe import Recipe
+    from upcycle.write import convert
+
+__version__ = version("upcycle")
+__all__ = ["Recipe", "UpcycleError", "blueprint", "convert", "plan", "verify"]
+
+_HOMES = {
+    "Recipe": "recipe",
+    "UpcycleError": "errors",
+    "blueprint": "blueprints",
+    "convert": "write",
+    "plan": "cost",
+    "verify": "proof",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Nothing heavy is imported before it is used: `upcycle --help` must not wait for numpy.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'upcycle' has no attribute {name!r}")
+    return getattr(import_module(f"upcycle.{_HOMES[name]}"), name)

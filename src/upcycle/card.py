@@ -1,0 +1,61 @@
+"""The model card: README.md of an upcycled checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from upcycle.blueprints import Blueprint
+from upcycle.cost import plan_of
+
+
+def render(built: Blueprint, record: dict[str, Any]) -> str:
+    """Markdown that says what the folder is, what it was made from, and how to load it."""
+    plan = plan_of(built)
+    source = built.source.folder.name
+    state = (
+        "Untrained since: it computes what the dense model computes."
+        if plan.preserves_function
+        else "Untrained since, and it does not compute what the dense model computes: train it before use."
+    )
+    warnings = "".join(f"- {w}\n" for w in plan.warnings) or "- none\n"
+    return f"""---
+library_name: transformers
+tags: [mixture-of-experts, upcycled]
+---
+
+# {source}, upcycled to {plan.num_experts} experts
+
+A `{plan.target}` Mixture of Experts made from the dense `{plan.family}` checkpoint `{source}` with
+`upcycle` {record["upcycle_version"]}, initialisation `{built.recipe.init.name}`.
+{state}
+
+| | dense | MoE |
+|---|---|---|
+| parameters | {plan.dense_parameters:,} | {plan.total_parameters:,} |
+| active parameters per token | {plan.dense_parameters:,} | {plan.active_parameters:,} |
+| FLOPs per token (forward, matrix products) | {plan.dense_flops_per_token:,} | {plan.flops_per_token:,} |
+
+{plan.num_experts} experts of {plan.expert_width} neurons, {plan.top_k} per token, in {len(plan.moe_layers)} of
+{plan.num_layers} layers{f", a shared expert of {plan.shared_width} neurons" if plan.shared_width else ""}.
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+## What to know
+
+{warnings}
+## Recipe
+
+```json
+{json.dumps(record["recipe"], indent=2)}
+```
+
+Blueprint `{plan.blueprint_hash}`; the hashes of the source files are in `upcycle.json`.
+"""

@@ -1,0 +1,42 @@
+"""`upcycle list`: everything a recipe can name, with one line on each and what it needs."""
+
+from __future__ import annotations
+
+from upcycle import families, init, natives
+
+Row = dict[str, str]
+
+ROUTERS: list[Row] = [
+    {"name": "normal", "summary": "N(0, std^2)", "needs": "nothing"},
+    {"name": "uniform", "summary": "uniform with mean 0 and standard deviation std", "needs": "nothing"},
+    {"name": "zeros", "summary": "all zero; ties send every token to the same experts", "needs": "nothing"},
+    {"name": "orthogonal", "summary": "orthogonal rows of norm std x sqrt(H)", "needs": "nothing"},
+    {
+        "name": "grouped",
+        "summary": "one normal row for each group of G shards (virtual groups)",
+        "needs": "moe.granularity = G",
+    },
+]
+
+
+def everything() -> dict[str, list[Row]]:
+    """Families, targets, initialisations and router initialisations."""
+    dense = [families.find(name) for name in families.names()]
+    moe = [natives.find(name) for name in natives.names()]
+    inits = [(name, init.find(name)) for name in init.names()]
+    return {
+        "families": [
+            {"name": f.model_type, "summary": f.summary, "needs": "target " + " or ".join(f.natives)}
+            for f in dense
+        ],
+        "targets": [
+            {
+                "name": n.model_type,
+                "summary": n.summary,
+                "needs": "experts in every layer" if n.dense_layers is None else "nothing",
+            }
+            for n in moe
+        ],
+        "initialisations": [{"name": n, "summary": i.summary, "needs": i.needs} for n, i in inits],
+        "routers": ROUTERS,
+    }

@@ -1,0 +1,226 @@
+"""The command line: `upcycle plan | convert | verify | inspect | list | demo`.
+
+Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: verify found
+that a promise does not hold; 2: a mistake in what was given; 130: interrupted. Nothing heavy is imported
+before a command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
+
+from upcycle.errors import UpcycleError
+
+if TYPE_CHECKING:
+    from upcycle.recipe import Recipe
+
+Source = Annotated[
+    Positional[str],
+    arg(metavar="SOURCE", help="dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)"),
+]
+Out = Annotated[Positional[Path], arg(metavar="OUT")]
+Jobs = Annotated[int, arg(metavar="N", help="threads that read, compute and write")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What to build."""
+
+    recipe: Annotated[
+        Path | None, arg(metavar="FILE.toml", help="a recipe; the options below go over it")
+    ] = None
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="KEY=VALUE", help="any key of a recipe, such as init.ratio=0.25; repeatable"),
+    ] = ()
+    experts: Annotated[int | None, arg(metavar="N", help="moe.num_experts (8)")] = None
+    top_k: Annotated[int | None, arg(metavar="K", help="moe.top_k (2)")] = None
+    init: Annotated[str | None, arg(metavar="NAME", help="init.name (copy); see `upcycle list`")] = None
+    layers: Annotated[
+        str | None, arg(metavar="SPEC", help="moe.layers: all, every_other, last_half or 1,3,5 (all)")
+    ] = None
+    target: Annotated[str | None, arg(metavar="NAME", help="moe.target (native); see `upcycle list`")] = None
+    dtype: Annotated[str | None, arg(metavar="D", help="source, float32, bfloat16 or float16 (source)")] = (
+        None
+    )
+    seed: Annotated[int | None, arg(metavar="N", help="seed of every random number (0)")] = None
+
+    def read(self) -> Recipe:
+        """The recipe these options describe."""
+        from upcycle.recipe import Recipe, override, read_toml
+
+        shortcuts = {
+            "moe.num_experts": self.experts,
+            "moe.top_k": self.top_k,
+            "init.name": self.init,
+            "moe.layers": _layers(self.layers),
+            "moe.target": self.target,
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+        table = read_toml(self.recipe) if self.recipe else {}
+        given = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+        return Recipe.of(override(table, [*given, *self.set]))
+
+
+def _layers(spec: str | None) -> str | None:
+    """`1,3,5` as TOML has it; names stay names."""
+    if spec is None or not spec.replace(",", "").replace(" ", "").strip("[]").isdigit():
+        return spec
+    return f"[{spec.strip('[]')}]"
+
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def plan(
+    source: Source, recipe: OmitArgPrefixes[RecipeOptions], *, json: bool = False, jobs: Jobs = 2
+) -> None:
+    """Show what a recipe makes of SOURCE and what it costs, reading headers only.
+
+    Args:
+        json: print JSON
+    """
+    from upcycle import console, cost
+
+    result = cost.plan(source, recipe.read(), jobs=jobs)
+    console.show_json(result.as_dict()) if json else console.show_plan(result)
+
+
+@app.command
+def convert(
+    source: Source,
+    out: Out,
+    recipe: OmitArgPrefixes[RecipeOptions],
+    *,
+    resume: bool = False,
+    jobs: Jobs = 2,
+    shard_size: str = "5GB",
+    allow_nonfinite: bool = False,
+) -> None:
+    """Write the Mixture of Experts that a recipe makes of SOURCE to the new folder OUT.
+
+    Args:
+        out: the folder to make; until it is whole it is called OUT.partial
+        resume: go on with an OUT.partial that a broken run left
+        shard_size: size of a weight file at most, such as 5GB or 500MB
+        allow_nonfinite: take NaN and inf in the weights as they are
+    """
+    from upcycle import console
+    from upcycle.cost import plan_of
+    from upcycle.shards import parse_size
+    from upcycle.write import convert as write
+
+    built_from, size = recipe.read(), parse_size(shard_size)
+    with console.bytes_bar("writing") as (progress, set_total):
+        built = write(
+            source,
+            out,
+            built_from,
+            resume=resume,
+            jobs=jobs,
+            shard_size=size,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            planned=lambda b: set_total(b.nbytes),
+        )
+    console.show_converted(plan_of(built), out)
+
+
+@app.command
+def verify(
+    source: Source,
+    out: Out,
+    *,
+    json: bool = False,
+    text: Path | None = None,
+    logits: bool = True,
+) -> None:
+    """Prove that OUT is what its recipe makes of SOURCE: coverage, bytes, logits. Exit 1 if it is not.
+
+    Args:
+        out: a folder made by `upcycle convert`
+        json: print JSON
+        text: a text file to compare logits on, besides random tokens
+        logits: compare the logits of both models in float32, which loads both
+    """
+    from upcycle import console
+    from upcycle.proof import verify as check
+
+    result = check(source, out, text=text, logits=logits)
+    console.show_json(result.as_dict()) if json else console.show_proof(result)
+    sys.exit(0 if result.holds else 1)
+
+
+@app.command
+def inspect(
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
+    *,
+    source: str | None = None,
+    json: bool = False,
+) -> None:
+    """Show the experts of a checkpoint: width, similarity to each other and to the dense network, routers.
+
+    Args:
+        checkpoint: an MoE or a dense checkpoint, folder or hub id
+        source: the dense checkpoint it was made from (what its provenance names, if absent)
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle.anatomy import inspect as look
+
+    result = look(checkpoint, source)
+    console.show_json(result) if json else console.show_anatomy(result)
+
+
+@app.command(name="list")
+def list_(*, json: bool = False) -> None:
+    """List families, targets, initialisations and router initialisations: name, one line, what it needs.
+
+    Args:
+        json: print JSON
+    """
+    from upcycle import catalogue, console
+
+    table = catalogue.everything()
+    console.show_json(table) if json else console.show_catalogue(table)
+
+
+@app.command
+def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: int = 0) -> None:
+    """Train a small dense model on Python's own sources, upcycle it two ways, verify, and show the result.
+
+    Args:
+        out: folder for the checkpoints
+        seconds: how long to train
+        seed: of the training and the recipes
+    """
+    from upcycle.demo import run
+
+    run(out, seconds=seconds, seed=seed)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script."""
+    try:
+        app.cli(
+            prog="upcycle",
+            description="Turn a trained dense checkpoint into a Mixture of Experts, and prove it.",
+            args=args,
+            config=(FlagCreatePairsOff,),
+        )
+    except UpcycleError as error:
+        print(f"upcycle: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("upcycle: interrupted; a conversion goes on with --resume", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

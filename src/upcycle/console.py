@@ -1,0 +1,153 @@
+"""What a person sees: tables on standard output, progress bars on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from upcycle.cost import Plan
+    from upcycle.proof import Proof
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def show_json(value: object) -> None:
+    """JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def grid(title: str, *columns: str) -> Table:
+    """A table with a title; every column but the first is right-aligned."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    return table
+
+
+def count(n: float) -> str:
+    """1.42 M and the like."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(n) >= size:
+            return f"{n / size:.2f}{unit}"
+    return f"{n:g}"
+
+
+def size(n: float) -> str:
+    """1.42 GB and the like, in decimal units."""
+    return count(n).replace(" B", " G").rstrip() + ("B" if n >= 1e3 else " B")
+
+
+def show_warnings(warnings: list[str]) -> None:
+    """One line each."""
+    for warning in warnings:
+        out.print(f"[yellow]![/] {warning}", markup=True)
+
+
+def show_plan(plan: Plan) -> None:
+    """The plan as a table."""
+    table = grid(f"{plan.family} -> {plan.target}", "", "dense", "MoE")
+    table.add_row("parameters", count(plan.dense_parameters), count(plan.total_parameters))
+    table.add_row("active per token", count(plan.dense_parameters), count(plan.active_parameters))
+    table.add_row("FLOPs per token (forward)", count(plan.dense_flops_per_token), count(plan.flops_per_token))
+    out.print(table)
+    shared = f", shared expert of {plan.shared_width}" if plan.shared_width else ""
+    out.print(
+        f"{plan.num_experts} experts of {plan.expert_width} neurons, top-{plan.top_k}, in "
+        f"{len(plan.moe_layers)} of {plan.num_layers} layers{shared}"
+    )
+    out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
+    out.print("computes what the dense model computes: " + ("yes" if plan.preserves_function else "no"))
+    out.print(f"blueprint {plan.blueprint_hash}")
+    show_warnings(plan.warnings)
+
+
+def show_converted(plan: Plan, folder: Path) -> None:
+    """What convert leaves on the screen."""
+    out.print(
+        f"{folder}: {plan.target}, {plan.num_experts} experts, top-{plan.top_k}, "
+        f"{count(plan.total_parameters)} parameters, {count(plan.active_parameters)} active, "
+        f"{size(plan.output_bytes)}"
+    )
+    show_warnings(plan.warnings)
+    out.print(f"check it: upcycle verify {plan.source} {folder}")
+
+
+def show_proof(proof: Proof) -> None:
+    """One line a check, then the verdict."""
+    for check in proof.checks:
+        mark = {True: "[green]ok[/]  ", False: "[red]FAIL[/]", None: "[dim]--[/]  "}[check.holds]
+        out.print(f"{mark} {check.name}: {check.detail}", markup=True)
+    out.print("[green]holds[/]" if proof.holds else "[red]does not hold[/]", markup=True)
+
+
+def show_anatomy(anatomy: dict[str, Any]) -> None:
+    """One row a layer."""
+    out.print(f"{anatomy['checkpoint']}: {anatomy['model_type']}, {anatomy['num_layers']} layers")
+    columns = ["layer", "experts", "width", "dtype", "cosine between", "cosine to dense", "router norm"]
+    table = grid("", *columns)
+    for row in anatomy["layers"]:
+        if not row["num_experts"]:
+            table.add_row(str(row["layer"]), "dense", str(row["width"]), row["dtype"], "", "", "")
+            continue
+        between = row["cosine_between"]
+        dense = row["cosine_to_dense"]
+        table.add_row(
+            str(row["layer"]),
+            str(row["num_experts"]),
+            str(row["width"]),
+            row["dtype"],
+            f"{between['mean']:.4f} ({between['min']:.4f}..{between['max']:.4f})" if between else "",
+            f"{sum(dense) / len(dense):.4f}" if dense else "",
+            f"{sum(row['router_norms']) / len(row['router_norms']):.4f}",
+        )
+    out.print(table)
+    if anatomy["provenance"]:
+        made = anatomy["provenance"]
+        out.print(f"made from {made['source']['path']} by init {made['recipe']['init']['name']}")
+        out.print(f"blueprint {made['blueprint_hash']}")
+    for note in anatomy["notes"]:
+        out.print(f"[dim]{note}[/]", markup=True)
+
+
+def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:
+    """One table a kind."""
+    for kind, rows in table.items():
+        shown = Table(title=kind, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for column in ("name", "what it is", "needs"):
+            shown.add_column(column, overflow="fold")
+        for row in rows:
+            shown.add_row(row["name"], row["summary"], row["needs"])
+        out.print(shown)
+        out.print()
+
+
+@contextmanager
+def bytes_bar(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A progress bar over bytes: a function that advances it, and one that sets its end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield (lambda n: progress.advance(task, n)), (lambda n: progress.update(task, total=n))

@@ -1,0 +1,11 @@
+"""The one exception that a user's mistake raises: its text is the whole message."""
+
+
+class UpcycleError(Exception):
+    """What was given, what is allowed, what to do. The command line prints it and exits with 2."""
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """`a, b, c and 5 more`: enough names to find the fault, never a screenful."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,125 @@
+"""Dense model types. One file here is one `model_type`: its tensors, its config, its native targets.
+
+A file `MODEL_TYPE.py` binds a `Family` to the module name `family`. Nothing else has to be touched.
+"""
+
+from __future__ import annotations
+
+import abc
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle import registry
+from upcycle.errors import UpcycleError
+from upcycle.feed_forward import FeedForward
+from upcycle.lazy import Lazy
+
+Config = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+# Config keys that say nothing about the function the model computes.
+SILENT = frozenset(
+    ["architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path", "pretraining_tp", "auto_map", "id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states", "rope_theta", "rope_scaling", "rope_parameters", "_attn_implementation", "is_encoder_decoder", "problem_type", "chunk_size_feed_forward", "_attn_implementation_autoset", "unsloth_version", "unsloth_fixed"]
+)
+
+# Dense model types that have no exact native target, and why (each was run; see docs/families.md).
+REFUSED = {
+    "olmo": "olmoe normalises queries and keys and olmo does not; the norms have no source",
+    "olmo3": "flex_olmo has no sliding-window layers",
+    "exaone4": "exaone_moe lacks its post-norms",
+    "glm4": "glm4_moe lacks its post-norms",
+    "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
+    "t5": "switch_transformers multiplies by the raw probability of one expert",
+    "phi": "no native MoE computes its parallel, biased block",
+    "gemma2": "no native MoE has its four norms and soft-capping",
+    "gemma3_text": "no native MoE has its four norms",
+    "gpt2": "no native MoE has its biased, learned-position block",
+    "gpt_neox": "no native MoE has its biased, parallel block",
+    "bert": "no native MoE encoder exists",
+    "vit": "no native MoE encoder exists",
+}
+
+# Native targets that look right for a family and are not.
+INEXACT = {
+    ("llama", "olmoe"): "olmoe normalises queries and keys; the norms have no source in llama",
+    ("llama", "qwen3_moe"): "qwen3_moe normalises queries and keys; the norms have no source in llama",
+    ("phi3", "phimoe"): "phimoe uses LayerNorm and sparse-mixer gates, which do not sum to one",
+    ("olmo2", "olmoe"): "olmoe normalises before its blocks and olmo2 after them",
+    ("smollm3", "mixtral"): "mixtral rotates every layer and smollm3 skips some",
+    ("mistral", "granitemoe"): "granitemoe has no sliding window",
+}
+
+
+class Family(abc.ABC):
+    """A dense architecture of transformers."""
+
+    model_type: str
+    architecture: str  # the transformers class
+    summary: str
+    natives: tuple[str, ...]  # native MoE model types, the default first
+    defaults: Mapping[str, Any]  # what transformers assumes where config.json is silent
+
+    @abc.abstractmethod
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        """config.json with every default in place and rotary settings in one form (`rope_parameters`)."""
+
+    @abc.abstractmethod
+    def shapes(self, config: Config) -> Shapes:
+        """Every tensor of the dense checkpoint, by its name on disk, with its shape."""
+
+    @abc.abstractmethod
+    def feed_forward(self, config: Config, layer: int, tensors: Mapping[str, Lazy]) -> FeedForward:
+        """The feed-forward network of a layer."""
+
+    @abc.abstractmethod
+    def is_feed_forward(self, name: str) -> bool:
+        """Whether the tensor called `name` belongs to the feed-forward network of its layer."""
+
+    @abc.abstractmethod
+    def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Everything that is no feed-forward network, by its name in the native MoE."""
+
+    @abc.abstractmethod
+    def refusal(self, config: Config, native: str) -> str | None:
+        """Why this config does not compute the same in `native`, or None where it does."""
+
+    def native_config(self, config: Config, native: str) -> Config:
+        """The dense config in the terms of `native`: fields that it spells or scales differently."""
+        return config
+
+    def warnings(self, native: str) -> list[str]:
+        """What a person should know about this pair."""
+        return []
+
+    def ignored(self, name: str) -> str | None:
+        """Why a stored tensor that `shapes` does not list may be left out, or None where it may not."""
+        if name.endswith("rotary_emb.inv_freq"):
+            return "a buffer that transformers computes from the config"
+        return None
+
+
+def find(model_type: str) -> Family:
+    """The family of a dense `model_type`; others are refused with the reason."""
+    package = sys.modules[__name__]
+    if model_type in registry.names(package):
+        return registry.find(package, model_type, "family", "family")  # type: ignore[no-any-return]
+    if model_type in REFUSED:
+        raise UpcycleError(f"{model_type} has no exact native MoE: {REFUSED[model_type]}")
+    raise UpcycleError(f"unknown model_type {model_type!r}; known: {', '.join(names())}")
+
+
+def names() -> list[str]:
+    """The dense model types that have a file here."""
+    return registry.names(sys.modules[__name__])
+
+
+def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
+    """The rotary settings of a config.json, old spelling (`rope_theta`, `rope_scaling`) or new, as a new dict."""
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    rope.setdefault("rope_theta", raw.get("rope_theta") or default_theta)
+    if (share := raw.get("partial_rotary_factor")) is not None:
+        rope.setdefault("partial_rotary_factor", share)
+    return rope

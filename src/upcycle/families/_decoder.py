@@ -1,0 +1,104 @@
+"""The decoder that most families are: Llama's names and shapes, with what differs left to each file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.families import SILENT, Config, Family, Shapes, rope_parameters
+from upcycle.feed_forward import FeedForward
+from upcycle.lazy import Lazy
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+class Decoder(Family):
+    """A decoder with `model.layers.N.mlp.{gate,up,down}_proj` and separate q, k, v, o projections."""
+
+    theta = 10_000.0
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        if missing := [key for key in REQUIRED if not isinstance(raw.get(key), int)]:
+            raise UpcycleError(f"config.json of a {self.model_type} model lacks {', '.join(missing)}")
+        config: Config = {**self.defaults, **{k: v for k, v in raw.items() if k not in SILENT}}
+        config["use_cache"] = raw.get("use_cache", True)
+        if config.get("num_key_value_heads") is None:
+            config["num_key_value_heads"] = config["num_attention_heads"]
+        if config.get("head_dim") is None:
+            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        config["rope_parameters"] = rope_parameters(raw, self.theta)
+        return config
+
+    def shapes(self, config: Config) -> Shapes:
+        hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+        out: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+        if not config["tie_word_embeddings"]:
+            out["lm_head.weight"] = (vocabulary, hidden)
+        for layer in range(config["num_hidden_layers"]):
+            parts = {
+                **self.attention(config, layer),
+                **self.mlp(config),
+                **{f"{norm}.weight": (hidden,) for norm in self.norms},
+            }
+            out |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
+        return out
+
+    def attention(self, config: Config, layer: int) -> Shapes:
+        """The attention tensors of a layer, by their names within it."""
+        hidden, head = config["hidden_size"], config["head_dim"]
+        queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+        out: Shapes = {
+            "self_attn.q_proj.weight": (queries, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
+            "self_attn.o_proj.weight": (hidden, queries),
+        }
+        biases = {"q": queries, "k": keys, "v": keys, "o": hidden}
+        return out | {f"self_attn.{p}_proj.bias": (biases[p],) for p in self.attention_biases(config)}
+
+    def attention_biases(self, config: Config) -> str:
+        """Which of the projections q, k, v, o have a bias."""
+        return "qkvo" if config.get("attention_bias") else ""
+
+    def mlp(self, config: Config) -> Shapes:
+        """The feed-forward tensors of a layer, by their names within it."""
+        hidden, width = config["hidden_size"], config["intermediate_size"]
+        return {
+            "mlp.gate_proj.weight": (width, hidden),
+            "mlp.up_proj.weight": (width, hidden),
+            "mlp.down_proj.weight": (hidden, width),
+        }
+
+    def feed_forward(self, config: Config, layer: int, tensors: Mapping[str, Lazy]) -> FeedForward:
+        mlp = f"model.layers.{layer}.mlp."
+        return FeedForward(
+            gate=tensors[mlp + "gate_proj.weight"],
+            up=tensors[mlp + "up_proj.weight"],
+            down=tensors[mlp + "down_proj.weight"],
+        )
+
+    def is_feed_forward(self, name: str) -> bool:
+        return ".mlp." in name
+
+    def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        return {name: tensor for name, tensor in tensors.items() if not self.is_feed_forward(name)}
+
+    def refusal(self, config: Config, native: str) -> str | None:
+        if config.get("mlp_bias"):
+            return "its feed-forward networks have biases (mlp_bias) and no native MoE's experts do"
+        return None
+
+
+def attention_bias_refusal(config: Config, native: str) -> str | None:
+    """mixtral has no biases in attention."""
+    if native == "mixtral" and config.get("attention_bias"):
+        return "its attention has biases (attention_bias) and mixtral's has none; use target granitemoe"
+    return None
+
+
+def as_granite(config: Config) -> Config:
+    """A config without Granite's multipliers, in terms that have them."""
+    neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
+    return {**neutral, "attention_multiplier": config["head_dim"] ** -0.5, **config}

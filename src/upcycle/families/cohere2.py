@@ -1,0 +1,46 @@
+"""Cohere Command R7B: attention and feed-forward in parallel under one LayerNorm, scaled logits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.families import Config
+from upcycle.families._decoder import Decoder
+
+
+class Cohere2(Decoder):
+    model_type = "cohere2"
+    architecture = "Cohere2ForCausalLM"
+    summary = "Cohere Command R7B"
+    natives = ("cohere2_moe",)
+    norms = ("input_layernorm",)
+    defaults = {  # noqa: RUF012
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.0625,
+        "pad_token_id": 0,
+        "bos_token_id": 5,
+        "eos_token_id": 255001,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "num_key_value_heads": None,
+    }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        # transformers computes the head size and ignores what config.json says of it.
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        pattern = config.pop("sliding_window_pattern", 4)
+        if config["layer_types"] is None:
+            config["layer_types"] = [
+                "sliding_attention" if (i + 1) % pattern else "full_attention"
+                for i in range(config["num_hidden_layers"])
+            ]
+        return config
+
+
+family = Cohere2()

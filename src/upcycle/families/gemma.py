@@ -1,0 +1,56 @@
+"""Gemma 1: embeddings scaled by sqrt(H), norms that multiply by 1 + w, GELU gates."""
+
+import math
+from collections.abc import Mapping
+
+from upcycle.families import Config
+from upcycle.families._decoder import Decoder, as_granite
+from upcycle.lazy import Affine, Lazy
+
+
+class Gemma(Decoder):
+    model_type = "gemma"
+    architecture = "GemmaForCausalLM"
+    summary = "Gemma 1 (1 + w of its norms is folded into the weights)"
+    natives = ("granitemoe",)
+    defaults = {  # noqa: RUF012
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_bidirectional_attention": None,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+    }
+
+    def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        return {
+            name: Affine(tensor, shift=1.0) if name.endswith("norm.weight") else tensor
+            for name, tensor in super().backbone(config, native, tensors).items()
+        }
+
+    def refusal(self, config: Config, native: str) -> str | None:
+        if config.get("use_bidirectional_attention"):
+            return "it attends to both sides (use_bidirectional_attention) and granitemoe to the past only"
+        return super().refusal(config, native)
+
+    def native_config(self, config: Config, native: str) -> Config:
+        # The first releases said `gelu` and meant its tanh approximation, as transformers knows.
+        act = "gelu_pytorch_tanh" if config["hidden_act"] == "gelu" else config["hidden_act"]
+        scale = math.sqrt(config["hidden_size"])
+        return as_granite({**config, "hidden_act": act, "embedding_multiplier": scale})
+
+    def warnings(self, native: str) -> list[str]:
+        return [
+            "the norms of gemma become 1 + w, which rounds in bfloat16 and float16 (exact in float32)",
+            "llama.cpp and mlx-lm hard-code SiLU in granitemoe: they will not reproduce gemma's function",
+        ]
+
+
+family = Gemma()

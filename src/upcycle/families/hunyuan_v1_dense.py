@@ -1,0 +1,37 @@
+"""Hunyuan V1 dense: Llama with queries and keys normalised per head, after rotation."""
+
+from upcycle.families import Config, Shapes
+from upcycle.families._decoder import Decoder
+
+
+class HunyuanV1Dense(Decoder):
+    model_type = "hunyuan_v1_dense"
+    architecture = "HunYuanDenseV1ForCausalLM"
+    summary = "Tencent Hunyuan dense, 0.5B to 7B"
+    natives = ("hunyuan_v1_moe",)
+    defaults = {  # noqa: RUF012
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "eod_token_id": 3,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": None,
+        "num_key_value_heads": None,
+    }
+
+    def attention(self, config: Config, layer: int) -> Shapes:
+        norm = (config["head_dim"],)
+        return {
+            **super().attention(config, layer),
+            "self_attn.query_layernorm.weight": norm,
+            "self_attn.key_layernorm.weight": norm,
+        }
+
+
+family = HunyuanV1Dense()

@@ -1,0 +1,35 @@
+"""Llama (and whatever calls itself llama: TinyLlama, SmolLM, Yi, ...)."""
+
+from upcycle.families import Config
+from upcycle.families._decoder import Decoder, as_granite, attention_bias_refusal
+
+
+class Llama(Decoder):
+    model_type = "llama"
+    architecture = "LlamaForCausalLM"
+    summary = "Llama 1 to 3.x, TinyLlama, SmolLM, Yi"
+    natives = ("mixtral", "granitemoe")
+    defaults = {  # noqa: RUF012
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "head_dim": None,
+        "num_key_value_heads": None,
+    }
+
+    def refusal(self, config: Config, native: str) -> str | None:
+        return attention_bias_refusal(config, native) or super().refusal(config, native)
+
+    def native_config(self, config: Config, native: str) -> Config:
+        return as_granite(config) if native == "granitemoe" else config
+
+
+family = Llama()

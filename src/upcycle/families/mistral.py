@@ -1,0 +1,27 @@
+"""Mistral: Llama with a sliding window."""
+
+from upcycle.families._decoder import Decoder
+
+
+class Mistral(Decoder):
+    model_type = "mistral"
+    architecture = "MistralForCausalLM"
+    summary = "Mistral 7B and its kin, sliding window kept"
+    natives = ("mixtral",)
+    defaults = {  # noqa: RUF012
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "sliding_window": 4096,
+        "attention_dropout": 0.0,
+        "head_dim": None,
+        "num_key_value_heads": 8,
+    }
+
+
+family = Mistral()

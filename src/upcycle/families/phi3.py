@@ -1,0 +1,84 @@
+"""Phi-3: Llama's computation with q, k, v in one matrix and gate, up in another."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.families import Config, Shapes
+from upcycle.families._decoder import Decoder
+from upcycle.feed_forward import FeedForward
+from upcycle.lazy import Lazy, Slice
+
+
+class Phi3(Decoder):
+    model_type = "phi3"
+    architecture = "Phi3ForCausalLM"
+    summary = "Phi-3 and Phi-3.5, default and long rope"
+    natives = ("mixtral",)
+    defaults = {  # noqa: RUF012
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 32000,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "num_key_value_heads": None,
+    }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        rope = config["rope_parameters"]
+        if rope["rope_type"] in ("su", "yarn"):  # early names of the same thing
+            rope["rope_type"] = "longrope"
+        if rope["rope_type"] == "longrope":
+            rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+        return config
+
+    def attention(self, config: Config, layer: int) -> Shapes:
+        parts = super().attention(config, layer)
+        rows = sum(shape[0] for name, shape in parts.items() if "o_proj" not in name)
+        return {
+            "self_attn.qkv_proj.weight": (rows, config["hidden_size"]),
+            "self_attn.o_proj.weight": parts["self_attn.o_proj.weight"],
+        }
+
+    def mlp(self, config: Config) -> Shapes:
+        hidden, width = config["hidden_size"], config["intermediate_size"]
+        return {"mlp.gate_up_proj.weight": (2 * width, hidden), "mlp.down_proj.weight": (hidden, width)}
+
+    def feed_forward(self, config: Config, layer: int, tensors: Mapping[str, Lazy]) -> FeedForward:
+        mlp, width = f"model.layers.{layer}.mlp.", config["intermediate_size"]
+        both = tensors[mlp + "gate_up_proj.weight"]
+        return FeedForward(
+            gate=Slice(both, 0, 0, width),
+            up=Slice(both, 0, width, 2 * width),
+            down=tensors[mlp + "down_proj.weight"],
+        )
+
+    def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        out: dict[str, Lazy] = {}
+        shapes = super().attention(config, 0)
+        for name, tensor in super().backbone(config, native, tensors).items():
+            if "qkv_proj" not in name:
+                out[name] = tensor
+                continue
+            start = 0
+            for p in "qkv":
+                stop = start + shapes[f"self_attn.{p}_proj.weight"][0]
+                out[name.replace("qkv_proj", f"{p}_proj")] = Slice(tensor, 0, start, stop)
+                start = stop
+        return out
+
+    def refusal(self, config: Config, native: str) -> str | None:
+        if config["rope_parameters"].get("partial_rotary_factor", 1.0) != 1.0:
+            return "it rotates a part of each head only (partial_rotary_factor) and mixtral the whole"
+        return super().refusal(config, native)
+
+
+family = Phi3()

@@ -1,0 +1,79 @@
+"""Qwen3.5, text: three layers of gated linear attention for each one of gated full attention."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.families import Config, Shapes
+from upcycle.families._decoder import Decoder
+
+
+class Qwen35Text(Decoder):
+    model_type = "qwen3_5_text"
+    architecture = "Qwen3_5ForCausalLM"
+    summary = "Qwen3.5 dense language models (hybrid linear attention)"
+    natives = ("qwen3_5_moe_text",)
+    defaults = {  # noqa: RUF012
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "layer_types": None,
+    }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        config["rope_parameters"].setdefault("partial_rotary_factor", 0.25)
+        interval = config.pop("full_attention_interval", 4)
+        if config["layer_types"] is None:
+            config["layer_types"] = [
+                "linear_attention" if (i + 1) % interval else "full_attention"
+                for i in range(config["num_hidden_layers"])
+            ]
+        return config
+
+    def attention(self, config: Config, layer: int) -> Shapes:
+        if config["layer_types"][layer] == "linear_attention":
+            return _linear_attention(config)
+        out = super().attention(config, layer)
+        rows, hidden = out["self_attn.q_proj.weight"]
+        norm = (config["head_dim"],)
+        return {
+            **out,
+            "self_attn.q_proj.weight": (2 * rows, hidden),  # queries and their output gate
+            "self_attn.q_norm.weight": norm,
+            "self_attn.k_norm.weight": norm,
+        }
+
+
+def _linear_attention(config: Config) -> Shapes:
+    hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    out: Shapes = {
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "conv1d.weight": (2 * keys + values, 1, config["linear_conv_kernel_dim"]),
+        "norm.weight": (config["linear_value_head_dim"],),
+        "out_proj.weight": (hidden, values),
+        "in_proj_qkv.weight": (2 * keys + values, hidden),
+        "in_proj_z.weight": (values, hidden),
+        "in_proj_b.weight": (heads, hidden),
+        "in_proj_a.weight": (heads, hidden),
+    }
+    return {f"linear_attn.{name}": shape for name, shape in out.items()}
+
+
+family = Qwen35Text()

@@ -1,0 +1,67 @@
+"""SmolLM3: Llama that does not rotate every fourth layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.families import Config
+from upcycle.families._decoder import Decoder, as_granite
+from upcycle.lazy import Fill, Lazy
+
+NO_SINK = -1e4  # an attention sink that weighs nothing; finite, for exp(-inf) is NaN in some kernels
+
+
+class SmolLM3(Decoder):
+    model_type = "smollm3"
+    architecture = "SmolLM3ForCausalLM"
+    summary = "SmolLM3 (layers without rotation kept)"
+    natives = ("granitemoe_swa",)
+    theta = 2_000_000.0
+    defaults = {  # noqa: RUF012
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 128004,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "layer_types": None,
+        "num_key_value_heads": 4,
+    }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        layers = range(config["num_hidden_layers"])
+        if config["no_rope_layers"] is None:
+            interval = config["no_rope_layer_interval"]
+            config["no_rope_layers"] = [int((i + 1) % interval != 0) for i in layers]
+        slides = config["use_sliding_window"] and config["sliding_window"] is not None
+        if config["layer_types"] is None:
+            config["layer_types"] = [
+                "sliding_attention" if slides and not config["no_rope_layers"][i] else "full_attention"
+                for i in layers
+            ]
+        return config
+
+    def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        out = super().backbone(config, native, tensors)
+        for layer in range(config["num_hidden_layers"]):
+            attention = f"model.layers.{layer}.self_attn."
+            dtype = tensors[attention + "q_proj.weight"].dtype
+            out[attention + "sinks"] = Fill((config["num_attention_heads"],), dtype, NO_SINK)
+        return out
+
+    def native_config(self, config: Config, native: str) -> Config:
+        theta = config["rope_parameters"]["rope_theta"]
+        rotated = [theta if rotates else 0 for rotates in config["no_rope_layers"]]
+        return as_granite({**config, "layer_rope_theta": rotated})
+
+
+family = SmolLM3()

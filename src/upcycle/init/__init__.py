@@ -1,0 +1,119 @@
+"""How one expert is made from the dense feed-forward network. One file here is one way.
+
+A file `NAME.py` defines a frozen dataclass deriving from `Init`, bound to the module name `init`; its
+fields are the keys that `[init] name = "NAME"` takes. Nothing else has to be touched.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import sys
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from upcycle import registry, rng
+from upcycle.errors import UpcycleError
+from upcycle.feed_forward import FeedForward
+from upcycle.lazy import Lazy, Mean, Order
+
+Spread = Literal["down", "sqrt", "cube_root"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where experts are made: one MoE layer of `num_experts` experts, I / G of the dense width I each."""
+
+    layer: int
+    num_experts: int
+    top_k: int
+    granularity: int
+    dense_width: int
+    seed: int
+    grouped_router: bool
+    gate_sum: float  # what the weights of the chosen experts sum to under a uniform router
+
+    @property
+    def width(self) -> int:
+        """The number of neurons of an expert."""
+        return self.dense_width // self.granularity
+
+    def key(self, *names: object) -> rng.Key:
+        """The key of a stream of random numbers of this layer."""
+        return rng.key(self.seed, f"layers.{self.layer}.mlp", *names)
+
+    def sample(self, ratio: float, n: int, *names: object) -> Order:
+        """floor(ratio x n) positions of range(n), without replacement, sorted."""
+        return Order(self.key(*names), n, 0, math.floor(ratio * n), sort=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init(abc.ABC):
+    """A way to make experts. It writes experts for gates that sum to one; `scale` does the rest."""
+
+    summary: ClassVar[str]
+    needs: ClassVar[str] = "nothing"
+    fine_grained: ClassVar[bool] = False  # whether experts may be narrower than the dense network
+
+    @property
+    def name(self) -> str:
+        """The name in the recipe: that of the file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @abc.abstractmethod
+    def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
+        """Expert `e`, [I / G] neurons, from the networks of the dense checkpoints (the source first)."""
+
+    @abc.abstractmethod
+    def preserves(self, site: Site) -> bool:
+        """Whether any choice of experts, weighted to sum to one and scaled, gives the dense output."""
+
+    def check(self, site: Site) -> None:
+        """Raise where the experts asked for cannot be made. Extend, do not replace."""
+        if site.granularity > 1 and not self.fine_grained:
+            raise UpcycleError(
+                f"init {self.name} makes experts as wide as the dense network, and moe.granularity is "
+                f"{site.granularity}; use virtual_group, shuffle_slice or split, or granularity 1"
+            )
+        if site.dense_width % site.granularity:
+            raise UpcycleError(
+                f"moe.granularity = {site.granularity} does not divide the dense width {site.dense_width}"
+            )
+
+    def scale(self, site: Site) -> float:
+        """What the output of an expert is multiplied by, for gates that sum to one."""
+        return 1.0
+
+    @property
+    def spread(self) -> Spread:
+        """Which matrices carry the scale: `down` alone, `sqrt` in up and down, or `cube_root` in all."""
+        return "down"
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        """Dense checkpoints beside the source that experts are made from."""
+        return ()
+
+    def backbone(self, tensors: list[Lazy]) -> Lazy:
+        """What is no expert, from the same tensor of each dense checkpoint."""
+        return tensors[0] if len(tensors) == 1 else Mean(tuple(tensors))
+
+    def warnings(self) -> list[str]:
+        """What a person should know before training on from here."""
+        return []
+
+
+def share(name: str, value: float) -> None:
+    """Raise unless `value` lies in 0..1."""
+    if not 0 <= value <= 1:
+        raise UpcycleError(f"init.{name} = {value}; it must be between 0 and 1")
+
+
+def find(name: str) -> type[Init]:
+    """The initialisation called `name`."""
+    return registry.find(sys.modules[__name__], name, "init", "initialisation")  # type: ignore[no-any-return]
+
+
+def names() -> list[str]:
+    """The names of all initialisations."""
+    return registry.names(sys.modules[__name__])

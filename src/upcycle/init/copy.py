@@ -1,0 +1,22 @@
+"""Sparse Upcycling: every expert is the dense network (Komatsuzaki et al., ICLR 2023)."""
+
+from dataclasses import dataclass
+
+from upcycle.feed_forward import FeedForward
+from upcycle.init import Init, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Init):
+    """Every expert is the dense network."""
+
+    summary = "every expert is the dense FFN (Sparse Upcycling)"
+
+    def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
+        return dense[0]
+
+    def preserves(self, site: Site) -> bool:
+        return True
+
+
+init = Copy

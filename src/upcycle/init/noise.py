@@ -1,0 +1,44 @@
+"""Copies with Gaussian noise: the usual symmetry break, and the baseline "random noise upcycling"."""
+
+from dataclasses import dataclass
+
+from upcycle.errors import UpcycleError
+from upcycle.feed_forward import FeedForward
+from upcycle.init import Init, Site, share
+from upcycle.lazy import Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyCopy(Init):
+    """The dense network + sigma x N(0, 1) on a share of the neurons, another share in each expert.
+
+    `relative`: sigma counts in standard deviations of each matrix, else it is absolute. The baseline of
+    Nakamura et al. (ICLR 2025) is sigma = 0.02, relative = false, fraction = 0.5.
+    """
+
+    summary = "copies + Gaussian noise on a fraction of the neurons"
+
+    sigma: float = 0.01
+    relative: bool = True
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        share("fraction", self.fraction)
+        if not 0 <= self.sigma < float("inf"):
+            raise UpcycleError(f"init.sigma = {self.sigma}; it must be a number of 0 or more")
+
+    def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
+        neurons = site.sample(self.fraction, site.dense_width, "noise neurons", e)
+        if not self.sigma or not len(neurons):
+            return dense[0]
+        return dense[0].map(
+            lambda name, axis, m: Noise(
+                m, axis, self.sigma, self.relative, neurons, site.key(name, "noise", e)
+            )
+        )
+
+    def preserves(self, site: Site) -> bool:
+        return not self.sigma or not self.fraction
+
+
+init = NoisyCopy

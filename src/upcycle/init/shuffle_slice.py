@@ -1,0 +1,49 @@
+"""The recipe of Qwen2-57B-A14B: replicate, shuffle along the neurons, cut (arXiv 2407.10671, section 2.2.2)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from upcycle.feed_forward import FeedForward
+from upcycle.init import Init, Site, share
+from upcycle.init.drop import redraw
+from upcycle.lazy import Order
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShuffleSlice(Init):
+    """ceil(N / G) copies of the dense network, each in a random order of neurons, cut into G experts.
+
+    What the last copy has left is discarded. `redraw` is the share of each expert's neurons that is
+    drawn anew afterwards (0.5 in the report, which does not say how; here as in `drop` with shared
+    indices). `output`: `as_is` leaves the experts' outputs alone, `expected` multiplies them by G, so
+    that the mean over experts is the dense output.
+    """
+
+    summary = "shuffled copies cut into narrow experts (Qwen2-57B-A14B)"
+    needs = "moe.granularity = G"
+    fine_grained = True
+
+    redraw: float = 0.0
+    output: Literal["as_is", "expected"] = "as_is"
+
+    def __post_init__(self) -> None:
+        share("redraw", self.redraw)
+
+    def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
+        replica, piece = divmod(e, site.granularity)
+        order = site.key("shuffle", replica)
+        start = piece * site.width
+        cut = dense[0].take(Order(order, site.dense_width, start, start + site.width))
+        return redraw(cut, self.redraw, e, site, shared=True) if self._redrawn(site) else cut
+
+    def scale(self, site: Site) -> float:
+        return float(site.granularity) if self.output == "expected" else 1.0
+
+    def preserves(self, site: Site) -> bool:
+        return site.granularity == 1 and not self._redrawn(site)
+
+    def _redrawn(self, site: Site) -> int:
+        return int(self.redraw * site.width)
+
+
+init = ShuffleSlice

@@ -1,0 +1,147 @@
+"""The dense network cut into its experts, no neuron twice (MoEfication, LLaMA-MoE).
+
+Takes a partition of the neurons into N equal parts: random, by balanced k-means on the gate's rows, or
+given in a file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from upcycle import rng
+from upcycle.errors import UpcycleError
+from upcycle.feed_forward import FeedForward
+from upcycle.init import Init, Site
+from upcycle.lazy import Computed, Given, Lazy, Order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split(Init):
+    """Expert e is part e of the neurons; needs moe.granularity = moe.num_experts.
+
+    `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix; Zhang et al., arXiv 2110.01786) or
+    `file` (`labels`: a JSON list with, for each MoE layer in order, the expert of each neuron).
+    `output`: `selected` multiplies by K, so that the chosen parts are summed as MoEfication does;
+    `expected` by N, so that the mean over experts is the dense output; `llama_moe` by N / K
+    (score_scale_factor of arXiv 2406.16554). The first two are the dense network where K = N.
+    """
+
+    summary = "the dense FFN's neurons dealt out to the experts (LLaMA-MoE, MoEfication)"
+    needs = "moe.granularity = moe.num_experts"
+    fine_grained = True
+
+    by: Literal["random", "kmeans", "file"] = "random"
+    labels: str = ""
+    output: Literal["selected", "expected", "llama_moe"] = "selected"
+
+    def __post_init__(self) -> None:
+        if (self.by == "file") != bool(self.labels):
+            raise UpcycleError('init.labels names the file of init.by = "file"; give both or neither')
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if site.granularity != site.num_experts:
+            raise UpcycleError(
+                f"split deals every neuron out once: moe.granularity must equal moe.num_experts, and "
+                f"they are {site.granularity} and {site.num_experts}"
+            )
+
+    def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
+        n, width = site.dense_width, site.width
+        if self.by == "random":
+            return dense[0].take(Order(site.key("split"), n, e * width, (e + 1) * width, sort=True))
+        if self.by == "file":
+            labels = _from_file(Path(self.labels), site)
+            return dense[0].take(Given(tuple(np.flatnonzero(labels == e).tolist())))
+        gate = dense[0].gate
+        return dense[0].take(
+            Computed(
+                lambda: np.flatnonzero(_partition(gate, site) == e),
+                width,
+                ["kmeans", e, list(site.key("kmeans")), gate.describe()],
+            )
+        )
+
+    def scale(self, site: Site) -> float:
+        n, k = site.num_experts, site.top_k
+        return {"selected": float(k), "expected": float(n), "llama_moe": n / k}[self.output]
+
+    def preserves(self, site: Site) -> bool:
+        # All parts are chosen; only a uniform router weighs them alike.
+        return site.num_experts == 1 and self.scale(site) == 1
+
+
+def _from_file(path: Path, site: Site) -> np.ndarray:
+    try:
+        layers = json.loads(path.read_text())
+        labels = np.array(layers[str(site.layer)] if isinstance(layers, dict) else layers[site.layer])
+    except OSError as error:
+        raise UpcycleError(f"init.labels: cannot read {path}: {error.strerror}") from None
+    except (ValueError, IndexError, KeyError, TypeError):
+        raise UpcycleError(
+            f"init.labels: {path} must be JSON with a list of {site.dense_width} expert numbers for "
+            f"each layer; layer {site.layer} has none"
+        ) from None
+    counts = np.bincount(labels, minlength=site.num_experts) if labels.dtype.kind == "i" else np.zeros(1)
+    if labels.shape != (site.dense_width,) or (counts != site.width).any():
+        raise UpcycleError(
+            f"init.labels: layer {site.layer} of {path} must give each of {site.dense_width} neurons an "
+            f"expert, {site.width} to each of {site.num_experts}; it gives {counts.tolist()}"
+        )
+    return labels
+
+
+@lru_cache(maxsize=8)
+def _partition(gate: Lazy, site: Site) -> np.ndarray:
+    """The k-means labels of `gate`'s rows, worked out once for all experts of a layer."""
+    return balanced_kmeans(gate.all("F32"), site.num_experts, site.key("kmeans"))
+
+
+def balanced_kmeans(rows: np.ndarray, k: int, key: rng.Key, rounds: int = 20) -> np.ndarray:
+    """Labels of `rows` [I, H] in `k` clusters of I / k by cosine similarity, greedily balanced; [I]."""
+    n = len(rows)
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    centroids = unit[_spread_out(unit, k, key)]
+    labels = np.full(n, -1)
+    for _ in range(rounds):
+        # Rounded, so that the last bit of a matrix product on another machine moves no neuron.
+        similarity = np.round((unit @ centroids.T).astype(np.float64), 5)
+        new = _deal(similarity, n // k)
+        if (new == labels).all():
+            break
+        labels = new
+        centroids = np.stack([unit[labels == e].mean(axis=0) for e in range(k)])
+        centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+    return labels
+
+
+def _spread_out(unit: np.ndarray, k: int, key: rng.Key) -> list[int]:
+    """k rows far from one another: a random one, then always the row least like those chosen."""
+    chosen = [int(rng.permutation(key, len(unit))[0])]
+    closest = np.round(unit @ unit[chosen[0]], 5)
+    while len(chosen) < k:
+        chosen.append(int(np.argmin(closest)))
+        closest = np.maximum(closest, np.round(unit @ unit[chosen[-1]], 5))
+    return chosen
+
+
+def _deal(similarity: np.ndarray, capacity: int) -> np.ndarray:
+    """Each row to its most similar cluster with room, the rows with most to lose first."""
+    n, k = similarity.shape
+    ranked = np.argsort(-similarity, axis=1, kind="stable")
+    best = np.take_along_axis(similarity, ranked, axis=1)
+    regret = best[:, 0] - best[:, min(1, k - 1)]
+    labels, room = np.empty(n, np.int64), [capacity] * k
+    for i in np.argsort(-regret, kind="stable"):
+        e = next(int(e) for e in ranked[i] if room[e])
+        labels[i], room[e] = e, room[e] - 1
+    return labels
+
+
+init = Split

@@ -1,0 +1,44 @@
+"""ERNIE 4.5 MoE: the MoE that ERNIE 4.5 becomes; a bias corrects which experts are chosen."""
+
+from upcycle.lazy import Fill, Lazy
+from upcycle.natives import Config, Native, Shared
+from upcycle.natives._qwen import LAYOUT
+
+
+def _dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config | str:
+    layers = dense["num_hidden_layers"]
+    first, last = min(moe_layers), max(moe_layers)
+    for interval in range(1, layers + 1):
+        if moe_layers == {i for i in range(first, last + 1) if (i + 1) % interval == 0}:
+            return {
+                "moe_layer_start_index": first,
+                "moe_layer_end_index": last,
+                "moe_layer_interval": interval,
+                "intermediate_size": dense["intermediate_size"],
+            }
+    return "ernie4_5_moe can only have every n-th layer between two layers as MoE"
+
+
+def _bias(num_experts: int, dtype: str) -> dict[str, Lazy]:
+    return {"mlp.moe_statics.e_score_correction_bias": Fill((1, num_experts), "F32", 0.0)}
+
+
+native = Native(
+    model_type="ernie4_5_moe",
+    architecture="Ernie4_5_MoeForCausalLM",
+    summary="softmax over all experts, top-k renormalised, correction bias",
+    layout=LAYOUT,
+    router="mlp.gate.weight",
+    fields=("rms_norm_eps", "head_dim", "use_bias"),
+    num_experts_field="moe_num_experts",
+    top_k_field="moe_k",
+    width_field="moe_intermediate_size",
+    renormalizes="always",
+    shared=Shared(
+        path="mlp.shared_experts",
+        combine="sum",
+        config=lambda _, count: {"moe_num_shared_experts": count},
+    ),
+    dense_layers=_dense_layers,
+    extra=_bias,
+)

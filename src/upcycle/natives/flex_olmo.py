@@ -1,0 +1,17 @@
+"""FlexOlmo: the MoE that OLMo 2 becomes."""
+
+from upcycle.natives import Native
+from upcycle.natives._qwen import LAYOUT
+
+_NONE = "has no flex_olmo"
+
+native = Native(
+    model_type="flex_olmo",
+    architecture="FlexOlmoForCausalLM",
+    summary="softmax over all experts, norm_topk_prob",
+    layout=LAYOUT,
+    router="mlp.gate.weight",
+    fields=("rms_norm_eps", "head_dim", "attention_bias"),
+    renormalizes="optional",
+    clients={"llama.cpp": _NONE, "mlx-lm": _NONE},
+)

@@ -1,0 +1,19 @@
+"""GraniteMoE: the MoE that Granite becomes, and what else fits its multipliers (Gemma 1, biased attention)."""
+
+from upcycle.natives import Fused, Native
+
+native = Native(
+    model_type="granitemoe",
+    architecture="GraniteMoeForCausalLM",
+    summary="softmax over the chosen experts; experts in two tensors",
+    layout=Fused(
+        gate_up="block_sparse_moe.input_linear.weight", down="block_sparse_moe.output_linear.weight"
+    ),
+    router="block_sparse_moe.router.layer.weight",
+    fields=(
+        "rms_norm_eps", "head_dim", "attention_bias", "embedding_multiplier", "logits_scaling",
+        "residual_multiplier", "attention_multiplier",
+    ),
+    num_experts_field="num_local_experts",
+    renormalizes="always",
+)  # fmt: skip

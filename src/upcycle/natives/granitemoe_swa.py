@@ -1,0 +1,21 @@
+"""GraniteMoE-SWA: rotation and window per layer, attention sinks; the MoE that SmolLM3 becomes."""
+
+from upcycle.natives import Fused, Native
+
+native = Native(
+    model_type="granitemoe_swa",
+    architecture="GraniteMoeSWAForCausalLM",
+    summary="softmax over the chosen experts; experts in two tensors",
+    layout=Fused(
+        gate_up="block_sparse_moe.experts.gate_up_proj", down="block_sparse_moe.experts.down_proj"
+    ),
+    router="block_sparse_moe.router.weight",
+    fields=(
+        "rms_norm_eps", "head_dim", "attention_bias", "embedding_multiplier", "logits_scaling",
+        "residual_multiplier", "attention_multiplier", "sliding_window", "layer_types", "layer_rope_theta",
+    ),
+    num_experts_field="num_local_experts",
+    renormalizes="always",
+    constants={"shared_intermediate_size": 0},
+    clients={"mlx-lm": "has no granitemoe_swa"},
+)  # fmt: skip

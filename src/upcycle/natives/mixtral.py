@@ -1,0 +1,15 @@
+"""Mixtral: the MoE that Llama, Mistral and Phi-3 become."""
+
+from upcycle.natives import Native, PerExpert
+
+native = Native(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    summary="softmax over all experts, top-k renormalised",
+    layout=PerExpert(path="block_sparse_moe.experts.{e}", gate="w1", up="w3", down="w2"),
+    router="block_sparse_moe.gate.weight",
+    fields=("rms_norm_eps", "head_dim", "sliding_window", "original_max_position_embeddings"),
+    num_experts_field="num_local_experts",
+    renormalizes="always",
+    constants={"router_jitter_noise": 0.0},
+)

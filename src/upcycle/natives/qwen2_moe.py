@@ -1,0 +1,21 @@
+"""Qwen2-MoE: the MoE that Qwen2 becomes; it cannot be without a shared expert."""
+
+from upcycle.natives import Native
+from upcycle.natives._qwen import LAYOUT, SHARED, dense_layers
+
+_NEVER = "never renormalises the top-k weights of qwen2_moe, whatever norm_topk_prob says"
+
+native = Native(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    summary="softmax over all experts, norm_topk_prob, gated shared expert",
+    layout=LAYOUT,
+    router="mlp.gate.weight",
+    fields=("rms_norm_eps", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+    width_field="moe_intermediate_size",
+    renormalizes="optional",
+    shared=SHARED,
+    dense_layers=dense_layers,
+    constants={"qkv_bias": True},
+    clients={"llama.cpp": _NEVER, "mlx-lm": _NEVER},
+)

@@ -1,0 +1,19 @@
+"""Qwen3.5-MoE, text: the MoE that Qwen3.5 becomes; always renormalised, always with a shared expert."""
+
+from upcycle.natives import Native
+from upcycle.natives._qwen import LAYOUT, SHARED
+
+native = Native(
+    model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    summary="softmax over all experts, top-k renormalised, gated shared expert",
+    layout=LAYOUT,
+    router="mlp.gate.weight",
+    fields=(
+        "rms_norm_eps", "head_dim", "attention_bias", "layer_types", "linear_conv_kernel_dim",
+        "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+    ),
+    width_field="moe_intermediate_size",
+    renormalizes="always",
+    shared=SHARED,
+)  # fmt: skip

@@ -1,0 +1,61 @@
+"""`upcycle.json`: what a folder was made from, how, and by what. Written by `convert`, read by the rest."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import upcycle
+from upcycle.blueprints import Blueprint
+from upcycle.checkpoint import read_json
+from upcycle.errors import UpcycleError
+from upcycle.recipe import Recipe
+
+FILE = "upcycle.json"
+FORMAT = 1
+
+
+def record(
+    built: Blueprint, hashes: dict[str, dict[str, str]], *, carried: list[str], left_behind: list[str]
+) -> dict[str, Any]:
+    """The provenance of a folder. It holds no time and no host, so that equal recipes give equal folders."""
+    return {
+        "format": FORMAT,
+        "upcycle_version": upcycle.__version__,
+        "numpy_version": np.__version__,
+        "python_version": platform.python_version(),
+        "source": {
+            "path": str(built.source.folder),
+            "model_type": built.family.model_type,
+            "sha256": hashes[built.source.label],
+            "donors": {
+                c.label: {"path": str(c.folder), "sha256": hashes[c.label]} for c in built.checkpoints[1:]
+            },
+        },
+        "target": built.native.model_type,
+        "recipe": built.recipe.as_table(),
+        "blueprint_hash": built.hash,
+        "preserves_function": built.preserves_function,
+        "moe_layers": sorted(built.sites),
+        "left_out_tensors": dict(built.left_out),
+        "carried_files": carried,
+        "left_behind_files": left_behind,
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The provenance in a folder; an error where it has none."""
+    found = read_json(
+        folder / FILE, f"{folder} has no {FILE}; it was not made by `upcycle convert`, or lost its provenance"
+    )
+    if found.get("format") != FORMAT:
+        raise UpcycleError(f"{folder / FILE} has format {found.get('format')}; this version reads {FORMAT}")
+    return found
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a folder was made by."""
+    return Recipe.of(read(folder)["recipe"])

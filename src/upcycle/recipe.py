@@ -1,0 +1,189 @@
+"""What to build: the recipe, read from TOML, `--set KEY=VALUE` or a dictionary.
+
+Frozen dataclasses; a key that nothing reads, a value of the wrong type and a choice that does not
+exist are errors that name the key and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from upcycle.errors import UpcycleError
+
+if TYPE_CHECKING:
+    from upcycle.init import Init
+
+Layers = Literal["all", "every_other", "last_half"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moe:
+    """The shape of the Mixture of Experts."""
+
+    num_experts: int = 8
+    top_k: int = 2
+    layers: Layers | tuple[int, ...] = "all"
+    target: str = "native"
+    granularity: int = 1
+    shared_experts: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("num_experts", "top_k", "granularity"):
+            if getattr(self, field) < 1:
+                raise UpcycleError(f"moe.{field} = {getattr(self, field)}; it must be 1 or more")
+        if self.shared_experts < 0:
+            raise UpcycleError(f"moe.shared_experts = {self.shared_experts}; it must be 0 or more")
+        if self.top_k > self.num_experts:
+            raise UpcycleError(
+                f"moe.top_k = {self.top_k} is more than moe.num_experts = {self.num_experts}; "
+                f"a token cannot use more experts than there are"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Router:
+    """How the router starts, and whether the weights of the chosen experts are made to sum to one."""
+
+    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
+    std: float = 0.02
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.std < float("inf"):
+            raise UpcycleError(f"router.std = {self.std}; it must be a number of 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the bytes of the output, besides the bytes of the source."""
+
+    seed: int = 0
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    moe: Moe = Moe()
+    init: Init
+    router: Router = Router()
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any] | None = None, /, **sections: Any) -> Recipe:
+        """A recipe from a nested table as TOML has it: `Recipe.of(moe={"num_experts": 4})`."""
+        from upcycle import init
+
+        data = {**(table or {}), **sections}
+        options = dict(_table(data.pop("init", {}), "init"))
+        name = options.pop("name", "copy")
+        cls_init = init.find(name)
+        made = {"init": read(cls_init, options, f"init ({name})")}
+        return read(cls, data, "", made)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """The recipe in the TOML file `path`, with `KEY=VALUE` overrides."""
+        return cls.of(override(read_toml(Path(path)), overrides))
+
+    def as_table(self) -> dict[str, Any]:
+        """The recipe as a nested table: what `Recipe.of` takes and the provenance keeps."""
+        table = dataclasses.asdict(self)
+        return {**table, "init": {"name": self.init.name, **table["init"]}}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UpcycleError(f"no recipe at {path}") from None
+    except IsADirectoryError:
+        raise UpcycleError(f"{path} is a folder; --recipe takes a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UpcycleError(f"{path} is not TOML: {error}") from None
+
+
+def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """`table` with each `section.key=value` of `settings` put in; a value that is not TOML is a string."""
+    out: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items()}
+    for setting in settings:
+        dotted, equals, text = setting.partition("=")
+        *sections, last = dotted.strip().split(".")
+        if not equals or len(sections) > 1 or not last:
+            raise UpcycleError(f"--set {setting}: expected KEY=VALUE, such as moe.top_k=2")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        target = out
+        if sections:
+            target = out.setdefault(sections[0], {})
+            if not isinstance(target, dict):
+                raise UpcycleError(f"--set {setting}: {sections[0]} is a single value, not a section")
+        if sections == ["init"] and last == "name" and target.get("name", "copy") != value:
+            target.clear()  # the other keys belonged to the initialisation that is replaced
+        target[last] = value
+    return out
+
+
+def _table(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UpcycleError(f"[{where}] must be a section with keys, not {value!r}")
+    return value
+
+
+def read(cls: type, table: Mapping[str, Any], where: str, made: Mapping[str, Any] | None = None) -> Any:
+    """An instance of the dataclass `cls` from `table`; `made` holds fields that are ready."""
+    made = made or {}
+    hints = get_type_hints(cls, localns={"Init": object})
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in made}
+    prefix = f"{where}." if where else ""
+    for key in table:
+        if key not in fields:
+            raise UpcycleError(f"unknown key {prefix}{key}{nearest(key, [*fields, *made])}")
+    values = dict(made)
+    for name, field in fields.items():
+        if name not in table:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise UpcycleError(f"{prefix}{name} is missing; it has no default")
+            continue
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = read(hint, _table(table[name], name), name)  # type: ignore[arg-type]
+        else:
+            values[name] = _value(table[name], hint, prefix + name)
+    return cls(**values)
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`, or an error that says what is allowed."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if get_origin(option) is Literal and value in get_args(option) and not isinstance(value, bool):
+            return value
+        if option in (int, str, bool) and type(value) is option:
+            return value
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            item = get_args(option)[0]
+            if all(type(v) is item for v in value):
+                return tuple(value)
+    raise UpcycleError(f"{where} = {value!r}; allowed: {' or '.join(map(_allowed, options))}")
+
+
+def _allowed(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return ", ".join(get_args(option))
+    if get_origin(option) is tuple:
+        return f"a list of {_allowed(get_args(option)[0])}s"
+    return {int: "whole number", float: "a number", str: "string", bool: "true or false"}[option]
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """`; did you mean ...? Known: ...`, the end of an error about an unknown name."""
+    known = sorted(known)
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else ";"
+    return f"{hint} Known: {', '.join(known) or 'none'}"

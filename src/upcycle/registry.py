@@ -1,0 +1,22 @@
+"""Extension points: one file of a folder is one thing, and its file name is its name."""
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.recipe import nearest
+
+
+def names(package: ModuleType) -> list[str]:
+    """The names of the files in `package`, without those that begin with an underscore."""
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def find(package: ModuleType, name: str, attribute: str, what: str) -> Any:
+    """`attribute` of the file `name` in `package`; an unknown name is an error that lists the known."""
+    known = names(package)
+    if name not in known:
+        raise UpcycleError(f"unknown {what} {name}{nearest(name, known)}")
+    return getattr(importlib.import_module(f"{package.__name__}.{name}"), attribute)

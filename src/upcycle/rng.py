@@ -1,0 +1,62 @@
+"""Random numbers that depend on nothing but (seed, tensor, expert) and the place in the tensor.
+
+A key names a stream of Philox 4x64 (Salmon et al., SC 2011), a counter-based generator. The stream
+is cut into blocks, each started at a counter of its own, so that any range of it can be drawn alone,
+in any order, on any thread.
+"""
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Key = tuple[int, int]
+
+BLOCK = 1 << 15  # numbers per block: 128 KiB of float32, so that a block stays in the L2 cache
+
+
+def key(seed: int, *names: object) -> Key:
+    """The key of the stream called `names` under `seed`: 128 bits of BLAKE2b."""
+    text = "\0".join(map(str, (seed, *names)))
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def _philox(key: Key, block: int) -> np.random.Philox:
+    # The block number sits in the third word of the counter: no block can run into the next one.
+    return np.random.Philox(key=np.array(key, np.uint64), counter=np.array([0, 0, block, 0], np.uint64))
+
+
+def _stream(key: Key, start: int, stop: int, normal: bool) -> NDArray[np.float32]:
+    out = np.empty(stop - start, np.float32)
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        first = block * BLOCK
+        a, b = max(start, first), min(stop, first + BLOCK)
+        generator = np.random.Generator(_philox(key, block))
+        # A normal takes a varying number of raw draws, so a block is always drawn from its start.
+        draws = (
+            generator.standard_normal(b - first, np.float32)
+            if normal
+            else generator.random(b - first, np.float32)
+        )
+        out[a - start : b - start] = draws[a - first :]
+    return out
+
+
+def normals(key: Key, start: int, stop: int) -> NDArray[np.float32]:
+    """Numbers `start` to `stop` of the stream of standard normals named by `key`; shape [stop - start]."""
+    return _stream(key, start, stop, normal=True)
+
+
+def uniforms(key: Key, start: int, stop: int) -> NDArray[np.float32]:
+    """Numbers `start` to `stop` of the stream of uniforms in [0, 1) named by `key`; shape [stop - start]."""
+    return _stream(key, start, stop, normal=False)
+
+
+@lru_cache(maxsize=64)
+def permutation(key: Key, n: int) -> NDArray[np.int64]:
+    """A random order of range(n): the sorting order of n raw 64-bit draws. Read-only, shape [n]."""
+    order = np.argsort(_philox(key, 0).random_raw(n), kind="stable")
+    order.setflags(write=False)
+    return order

@@ -1,0 +1,353 @@
+"""Offline upcycling: a blueprint written to a folder, streamed, resumable, never looking finished before it is.
+
+Everything is written to `OUT.partial`. A shard's header is written after its data, the config and index
+after all shards, and the folder is renamed last; so nothing but a finished folder opens as a model.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upcycle import card, provenance
+from upcycle.blueprints import Blueprint, Entry, blueprint
+from upcycle.checkpoint import INDEX, Checkpoint, byte_chunks, file_hash
+from upcycle.cost import CHUNK
+from upcycle.errors import UpcycleError
+from upcycle.hub import CARRIED
+from upcycle.lazy import Extent, blocks
+from upcycle.recipe import Recipe
+from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
+
+JOURNAL = "journal.jsonl"
+SYNC_EVERY = 1 << 30  # bytes written between two points that a resumed run can start from
+HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
+
+Progress = Callable[[int], None]  # called with the number of bytes written since the last call
+
+
+@dataclass(frozen=True)
+class Task:
+    """Tensors that are written together: one that is computed, or all that are the same stored bytes."""
+
+    names: tuple[str, ...]
+    entry: Entry
+    extents: tuple[Extent, ...] | None
+
+
+def convert(
+    source: str | Path | Checkpoint,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    jobs: int = 2,
+    shard_size: int = DEFAULT_SHARD,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda n: None,
+    planned: Callable[[Blueprint], None] = lambda built: None,
+) -> Blueprint:
+    """Write the MoE that `recipe` makes of `source` (folder or hub id) to the new folder `out`.
+
+    Gives the blueprint, which `planned` is called with before the first byte. The bytes do not depend on `jobs`, nor on whether the run was broken and resumed.
+    Raises `UpcycleError` for a mistake; a run that is broken leaves `out.partial` for `resume=True`.
+    """
+    built = blueprint(source, recipe, allow_nonfinite=allow_nonfinite)
+    out = Path(out)
+    partial = _check_paths(built, out, resume)
+    shards = lay_out(built.entries, shard_size)
+    if jobs < 1:
+        raise UpcycleError(f"jobs = {jobs}; it must be 1 or more")
+    _check_space(partial, shards)
+    planned(built)
+    fresh = not partial.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with _journal(partial, built, shards) as journal:
+            _write_tensors(built, shards, partial, journal, jobs, progress)
+            hashes = _hash_sources(built, journal, jobs)
+            _finish(built, shards, partial, out, hashes)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UpcycleError(
+                f"the disk of {partial} is full; what is written is kept. Make room and run the same "
+                f"command with --resume"
+            ) from None
+        raise
+    except UpcycleError:
+        if fresh:
+            shutil.rmtree(partial)
+        raise
+    return built
+
+
+def _check_paths(built: Blueprint, out: Path, resume: bool) -> Path:
+    """Refuse an OUT that would overwrite or nest; the partial folder's path."""
+    source, target = built.source.folder.resolve(), out.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise UpcycleError(f"{out} lies in or around the source {built.source.folder}; choose another folder")
+    if out.exists():
+        raise UpcycleError(f"{out} exists already; nothing is overwritten. Choose another name or delete it")
+    if not target.parent.is_dir() and any(p.exists() and not p.is_dir() for p in target.parents):
+        raise UpcycleError(f"{out}: a part of the path is a file")
+    partial = target.parent / f"{target.name}.partial"
+    if partial.exists() and not resume:
+        raise UpcycleError(
+            f"{partial} is left from a run that was broken; finish it with --resume, or delete it"
+        )
+    return partial
+
+
+def _check_space(partial: Path, shards: Shards) -> None:
+    """Refuse before the first byte where the disk cannot hold the output."""
+    home = next(p for p in partial.parents if p.exists())
+    try:
+        there = sum(f.stat().st_blocks * 512 for f in partial.glob("*")) if partial.exists() else 0
+        free = shutil.disk_usage(home).free + there
+    except PermissionError:
+        raise UpcycleError(f"{home} cannot be read; check its permissions") from None
+    if not os.access(home, os.W_OK):
+        raise UpcycleError(f"{home} cannot be written to; check its permissions")
+    needed = shards.nbytes + HEADROOM
+    if free < needed:
+        raise UpcycleError(
+            f"the output takes {needed / 1e9:.2f} GB and {home} has {free / 1e9:.2f} GB free; make room "
+            f"or write elsewhere"
+        )
+
+
+class _Journal:
+    """Which tensors are safely on disk: one JSON line each time they are synced."""
+
+    def __init__(self, path: Path, begun: dict[str, Any]) -> None:
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UpcycleError(f"another run is writing {path.parent}; wait for it or stop it") from None
+        self.done: set[str] = set()
+        lines = self._read()
+        if not lines:
+            self._append(begun)
+        elif lines[0] != begun:
+            different = ", ".join(k for k in begun if lines[0].get(k) != begun[k])
+            self._file.close()
+            raise UpcycleError(
+                f"{path.parent} was begun with another {different}; resume with what it was begun with, "
+                f"or delete it"
+            )
+        for line in lines[1:]:
+            self.done.update(line["done"])
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The whole lines; a line that a crash cut short is cut off."""
+        self._file.seek(0)
+        raw = self._file.read()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) != len(raw):
+            self._file.truncate(len(whole))
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def record(self, names: list[str]) -> None:
+        """Note that these tensors are on disk."""
+        self._append({"done": names})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def _journal(partial: Path, built: Blueprint, shards: Shards) -> Iterator[_Journal]:
+    files = {
+        f"{c.label}/{f.name}": [f.stat().st_size, f.stat().st_mtime_ns]
+        for c in built.checkpoints
+        for f in c.files
+    }
+    journal = _Journal(
+        partial / JOURNAL, {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
+    )
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
+    """What is left to write, in the order of the output."""
+    tasks: dict[Any, tuple[list[str], Entry, tuple[Extent, ...] | None]] = {}
+    for name, entry in built.entries.items():
+        if name in done:
+            continue
+        extents = entry.lazy.extents() if entry.dtype == entry.lazy.dtype else None
+        if extents is None:
+            tasks[name] = ([name], entry, None)
+        else:
+            same = tuple((e.checkpoint.label, e.info.name, e.start, e.stop) for e in extents)
+            tasks.setdefault(same, ([], entry, tuple(extents)))[0].append(name)
+    return [Task(tuple(names), entry, extents) for names, entry, extents in tasks.values()]
+
+
+class _Files:
+    """The shard files, open for writing at any place."""
+
+    def __init__(self, partial: Path, shards: Shards) -> None:
+        self.paths = [partial / name for name in shards.names]
+        self.descriptors = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self.paths]
+        for descriptor, size in zip(self.descriptors, shards.sizes, strict=True):
+            os.ftruncate(descriptor, size)
+
+    def write(self, place: Place, start: int, data: np.ndarray) -> None:
+        """Write `data` (uint8) at byte `start` of the tensor at `place`."""
+        view, position = memoryview(data), place.offset + start
+        while view:
+            count = os.pwrite(self.descriptors[place.shard], view, position)
+            view, position = view[count:], position + count
+
+    def sync(self, shards: set[int]) -> None:
+        """Bring the data of these shards to disk."""
+        for shard in sorted(shards):
+            os.fdatasync(self.descriptors[shard])
+
+    def close(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
+def _write_tensors(
+    built: Blueprint, shards: Shards, partial: Path, journal: _Journal, jobs: int, progress: Progress
+) -> None:
+    tasks = _tasks(built, journal.done)
+    progress(sum(shards.places[n].nbytes for n in journal.done))
+    files = _Files(partial, shards)
+    stop = threading.Event()
+    unsynced: list[str] = []
+
+    def sync() -> None:
+        files.sync({shards.places[n].shard for n in unsynced})
+        journal.record(unsynced)
+        unsynced.clear()
+
+    def collect(done: set[Future[Task]]) -> None:
+        for future in done:
+            unsynced.extend(future.result().names)
+        if sum(shards.places[n].nbytes for n in unsynced) >= SYNC_EVERY:
+            sync()
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        running: set[Future[Task]] = set()
+        for task in tasks:
+            running.add(pool.submit(_write_task, task, shards, files, stop, progress))
+            if len(running) > 2 * jobs:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                collect(finished)
+        collect(running)
+        sync()
+        for number, header in enumerate(shards.headers):
+            files.write(Place(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
+        files.sync(set(range(len(shards.names))))
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        files.close()
+
+
+def _write_task(task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Progress) -> Task:
+    places = [shards.places[name] for name in task.names]
+    for start, data in _pieces(task):
+        if stop.is_set():
+            break
+        for place in places:
+            files.write(place, start, data)
+            progress(data.size)
+    return task
+
+
+def _pieces(task: Task) -> Iterator[tuple[int, np.ndarray]]:
+    """The bytes of a tensor in order, with the place of each piece."""
+    start = 0
+    for extent in task.extents or ():
+        for a, b in byte_chunks(extent.stop - extent.start, CHUNK):
+            data = extent.checkpoint.pread(extent.info, extent.start + a, extent.start + b)
+            yield start, data
+            start += data.size
+    if task.extents is None:
+        lazy = task.entry.lazy
+        for index in blocks(tuple((0, n) for n in lazy.shape)):
+            data = np.ascontiguousarray(lazy.read(index, task.entry.dtype)).reshape(-1).view(np.uint8)
+            yield start, data
+            start += data.size
+
+
+def _hash_sources(built: Blueprint, journal: _Journal, jobs: int) -> dict[str, dict[str, str]]:
+    files = [(c.label, f) for c in built.checkpoints for f in c.files]
+    with ThreadPoolExecutor(jobs) as pool:
+        digests = list(pool.map(lambda item: file_hash(item[1]), files))
+    out: dict[str, dict[str, str]] = {c.label: {} for c in built.checkpoints}
+    for (label, file), digest in zip(files, digests, strict=True):
+        out[label][file.name] = digest
+    return out
+
+
+def _finish(
+    built: Blueprint, shards: Shards, partial: Path, out: Path, hashes: dict[str, dict[str, str]]
+) -> None:
+    """What makes a folder of tensors a model, and the rename that shows it."""
+    carried, left = _carry(built.source.folder, partial)
+    record = provenance.record(built, hashes, carried=carried, left_behind=left)
+    if shards.index is not None:
+        _write_json(partial / INDEX, shards.index)
+    _write_json(partial / provenance.FILE, record)
+    (partial / "README.md").write_text(card.render(built, record))
+    _write_json(partial / "config.json", built.config)
+    for path in partial.iterdir():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    (partial / JOURNAL).unlink()
+    _sync_folder(partial)
+    partial.rename(out)
+    _sync_folder(out.resolve().parent)
+
+
+def _carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
+    """Copy tokenizer, generation config, chat template and licence; the names copied, and those left."""
+    carried = sorted({p.name for pattern in CARRIED for p in source.glob(pattern) if p.is_file()})
+    for name in carried:
+        shutil.copyfile(source / name, partial / name)
+    weights = {"config.json", INDEX}
+    left = sorted(
+        p.name
+        for p in source.iterdir()
+        if p.name not in weights and p.name not in carried and p.suffix != ".safetensors"
+    )
+    return carried, left
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
