@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +25,11 @@ from upcycle.families import Config, Family
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import resolve
 from upcycle.init import Site
-from upcycle.lazy import Drawn, Fill, Given, Lazy, Stored, Take
+from upcycle.lazy import Drawn, Extent, Fill, Given, Lazy, Stored, Take, blocks
 from upcycle.natives import Native
 from upcycle.recipe import Recipe
 
+CHUNK = 8 << 20  # bytes of a stored tensor that are copied at once
 NARROW = 128  # neurons of a shared expert that must exist and was not asked for
 SHARED_GATE_STD = 1e-7  # sigmoid(gate) = 1/2 to 1e-6, and no weight is zero (llama.cpp: NaN at exactly 0)
 
@@ -48,6 +49,27 @@ class Entry:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return self.lazy.size * FLOATS[self.dtype].itemsize
+
+    @property
+    def extents(self) -> list[Extent] | None:
+        """The stored bytes that make it up, where nothing has to be computed or cast."""
+        return self.lazy.extents() if self.dtype == self.lazy.dtype else None
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The bytes (uint8) in order and in pieces, each with its place."""
+        start = 0
+        for data in self._stored() if self.extents is not None else self._computed():
+            yield start, data
+            start += data.size
+
+    def _stored(self) -> Iterator[np.ndarray]:
+        for extent in self.extents or ():
+            for start in range(extent.start, extent.stop, CHUNK):
+                yield extent.checkpoint.pread(extent.info, start, min(extent.stop, start + CHUNK))
+
+    def _computed(self) -> Iterator[np.ndarray]:
+        for index in blocks(tuple((0, n) for n in self.shape)):
+            yield np.ascontiguousarray(self.lazy.read(index, self.dtype)).reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +110,17 @@ class Blueprint:
         """Whether the MoE computes what the dense model computes, up to rounding."""
         made = [self.recipe.init.preserves(site) for site in self.sites.values()]
         moe, router = self.recipe.moe, self.recipe.router
-        uniform = router.init == "zeros" or router.std == 0
-        return all(made) and (router.normalize or moe.top_k == moe.num_experts or uniform)
+        return (
+            all(self.recipe.init.preserves(site) for site in self.sites.values())
+            and (router.normalize or moe.top_k == moe.num_experts or _is_uniform(self.recipe))
+            and (self.family.exact_when_narrow or self._wide)
+            and (self._wide or all(_keeps_bits(f) for s in self.sites.values() for f in _factors(self.recipe, s)))
+        )
+
+    @property
+    def _wide(self) -> bool:
+        """Whether weights are stored wide enough for rounding to stay below what is promised."""
+        return all(e.dtype in ("F32", "F64") for e in self.entries.values())
 
     @property
     def warnings(self) -> list[str]:
@@ -101,7 +132,7 @@ class Blueprint:
                 "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "
                 "task; use top_k = 2 or more, or router.normalize = false where the target allows it"
             )
-        if router.init == "zeros" or router.std == 0:
+        if _is_uniform(self.recipe):
             out.append(
                 "an all-zero router gives every expert the same score, and ties send every token to the "
                 "same experts; use another init, or a small std"
@@ -189,6 +220,8 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     unknown = tuple(sorted(k for k in checkpoint.config if k not in known))
     config = _config(recipe, native, family, dense, layers, shared_width, entries)
     config |= {key: checkpoint.config[key] for key in unknown if key not in config}
+    if not recipe.init.uses_source:
+        left_out = dict.fromkeys(checkpoint.tensors, "the recipe takes no weights of the source")
     return Blueprint(
         checkpoints=checkpoints,
         recipe=recipe,
@@ -318,8 +351,13 @@ def _site(layer: int, recipe: Recipe, dense: Config) -> Site:
         dense_width=dense["intermediate_size"],
         seed=recipe.seed,
         grouped_router=recipe.router.init == "grouped",
+        uniform_router=_is_uniform(recipe),
         gate_sum=1.0 if normalize else moe.top_k / moe.num_experts,
     )
+
+
+def _is_uniform(recipe: Recipe) -> bool:
+    return recipe.router.init == "zeros" or recipe.router.std == 0
 
 
 def _shared_width(recipe: Recipe, native: Native, dense: Config) -> int:
@@ -388,13 +426,24 @@ def _combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
 
 def _scaled(expert: FeedForward, recipe: Recipe, site: Site) -> FeedForward:
     """Bring the output of an expert to the size that the router's weights call for."""
+    gate, up, down = _factors(recipe, site)
+    return expert.scaled(gate=gate, up=up, down=down)
+
+
+def _factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
+    """What gate, up and down are multiplied by."""
     factor = recipe.init.scale(site) / site.gate_sum
     if recipe.init.spread == "down":
-        return expert.scaled(down=factor)
+        return 1.0, 1.0, factor
     if recipe.init.spread == "sqrt":
-        return expert.scaled(up=math.sqrt(factor), down=math.sqrt(factor))
+        return 1.0, math.sqrt(factor), math.sqrt(factor)
     root = factor ** (1 / 3)
-    return expert.scaled(gate=root, up=root, down=root)
+    return root, root, root
+
+
+def _keeps_bits(factor: float) -> bool:
+    """Whether multiplying by it rounds nothing: a power of two."""
+    return math.frexp(factor)[0] == 0.5
 
 
 def _router(recipe: Recipe, site: Site, hidden: int, dtype: str) -> Lazy:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,9 +248,3 @@ def _sharded(folder: Path) -> dict[str, TensorInfo]:
     if missing := sorted(set(index) - set(tensors)):
         raise UpcycleError(f"{folder / INDEX} lists {listed(missing)}, which no file holds")
     return tensors
-
-
-def byte_chunks(nbytes: int, size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most `size` bytes that cover `nbytes`; `size` a multiple of every item size."""
-    for start in range(0, nbytes, size):
-        yield start, min(nbytes, start + size)

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.blueprints import Blueprint, blueprint
+from upcycle.blueprints import CHUNK, Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, lay_out
 
 BASE_MEMORY = 160_000_000  # bytes of an interpreter with numpy and what a conversion imports
-CHUNK = 8 << 20  # bytes of a byte range that is copied at once
 BLOCK_MEMORY = 64 << 20  # bytes that computing one block of a tensor takes at most, beside whole tensors
 
 
@@ -103,7 +102,7 @@ def _in_products(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def peak_memory(built: Blueprint, jobs: int) -> int:
     """Bytes of memory that writing the blueprint takes at most."""
-    computed = [e for e in built.entries.values() if e.lazy.extents() is None]
+    computed = any(e.extents is None for e in built.entries.values())
     whole = 0
     if built.recipe.init.name == "split":  # k-means holds the gate matrix twice in float32
         whole = 3 * 4 * built.dense["intermediate_size"] * built.dense["hidden_size"]

@@ -23,11 +23,9 @@ import numpy as np
 
 from upcycle import card, provenance
 from upcycle.blueprints import Blueprint, Entry, blueprint
-from upcycle.checkpoint import INDEX, Checkpoint, byte_chunks, file_hash
-from upcycle.cost import CHUNK
+from upcycle.checkpoint import INDEX, Checkpoint, file_hash
 from upcycle.errors import UpcycleError
 from upcycle.hub import CARRIED
-from upcycle.lazy import Extent, blocks
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 
@@ -42,9 +40,8 @@ Progress = Callable[[int], None]  # called with the number of bytes written sinc
 class Task:
     """Tensors that are written together: one that is computed, or all that are the same stored bytes."""
 
-    names: tuple[str, ...]
     entry: Entry
-    extents: tuple[Extent, ...] | None
+    names: list[str]
 
 
 def convert(
@@ -192,17 +189,13 @@ def _journal(partial: Path, built: Blueprint, shards: Shards) -> Iterator[_Journ
 
 def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
     """What is left to write, in the order of the output."""
-    tasks: dict[Any, tuple[list[str], Entry, tuple[Extent, ...] | None]] = {}
+    tasks: dict[Any, Task] = {}
     for name, entry in built.entries.items():
-        if name in done:
-            continue
-        extents = entry.lazy.extents() if entry.dtype == entry.lazy.dtype else None
-        if extents is None:
-            tasks[name] = ([name], entry, None)
-        else:
-            same = tuple((e.checkpoint.label, e.info.name, e.start, e.stop) for e in extents)
-            tasks.setdefault(same, ([], entry, tuple(extents)))[0].append(name)
-    return [Task(tuple(names), entry, extents) for names, entry, extents in tasks.values()]
+        if name not in done:
+            extents = entry.extents
+            same = name if extents is None else tuple((e.info, e.start, e.stop) for e in extents)
+            tasks.setdefault(same, Task(entry, [])).names.append(name)
+    return list(tasks.values())
 
 
 class _Files:
@@ -272,29 +265,13 @@ def _write_tensors(
 
 def _write_task(task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Progress) -> Task:
     places = [shards.places[name] for name in task.names]
-    for start, data in _pieces(task):
+    for start, data in task.entry.pieces():
         if stop.is_set():
             break
         for place in places:
             files.write(place, start, data)
             progress(data.size)
     return task
-
-
-def _pieces(task: Task) -> Iterator[tuple[int, np.ndarray]]:
-    """The bytes of a tensor in order, with the place of each piece."""
-    start = 0
-    for extent in task.extents or ():
-        for a, b in byte_chunks(extent.stop - extent.start, CHUNK):
-            data = extent.checkpoint.pread(extent.info, extent.start + a, extent.start + b)
-            yield start, data
-            start += data.size
-    if task.extents is None:
-        lazy = task.entry.lazy
-        for index in blocks(tuple((0, n) for n in lazy.shape)):
-            data = np.ascontiguousarray(lazy.read(index, task.entry.dtype)).reshape(-1).view(np.uint8)
-            yield start, data
-            start += data.size
 
 
 def _hash_sources(built: Blueprint, journal: _Journal, jobs: int) -> dict[str, dict[str, str]]:

@@ -59,6 +59,7 @@ class Family(abc.ABC):
     summary: str
     natives: tuple[str, ...]  # native MoE model types, the default first
     defaults: Mapping[str, Any]  # what transformers assumes where config.json is silent
+    exact_when_narrow = True  # whether the backbone keeps its bits in bfloat16 and float16
 
     @abc.abstractmethod
     def config(self, raw: Mapping[str, Any]) -> Config:

@@ -31,6 +31,7 @@ class Site:
     dense_width: int
     seed: int
     grouped_router: bool
+    uniform_router: bool  # all zero: every expert has the same score for every token
     gate_sum: float  # what the weights of the chosen experts sum to under a uniform router
 
     @property
@@ -93,6 +94,11 @@ class Init(abc.ABC):
     def donors(self) -> tuple[str, ...]:
         """Dense checkpoints beside the source that experts are made from."""
         return ()
+
+    @property
+    def uses_source(self) -> bool:
+        """Whether the source's own weights are among those experts and the rest are made from."""
+        return True
 
     def backbone(self, tensors: list[Lazy]) -> Lazy:
         """What is no expert, from the same tensor of each dense checkpoint."""

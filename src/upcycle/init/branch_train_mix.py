@@ -29,6 +29,10 @@ class BranchTrainMix(Init):
     def donors(self) -> tuple[str, ...]:
         return self.sources
 
+    @property
+    def uses_source(self) -> bool:
+        return self.include_source
+
     def check(self, site: Site) -> None:
         super().check(site)
         count = len(self.sources) + self.include_source

@@ -73,8 +73,8 @@ class Split(Init):
         return {"selected": float(k), "expected": float(n), "llama_moe": n / k}[self.output]
 
     def preserves(self, site: Site) -> bool:
-        # All parts are chosen; only a uniform router weighs them alike.
-        return site.num_experts == 1 and self.scale(site) == 1
+        whole = site.top_k == site.num_experts == self.scale(site)
+        return whole and (site.uniform_router or site.num_experts == 1)
 
 
 def _from_file(path: Path, site: Site) -> np.ndarray:

@@ -1,0 +1,315 @@
+"""The proof that a folder is what its recipe makes of a source: coverage, bytes, and logits.
+
+Three witnesses that do not know of each other: the blueprint worked out anew from the source, the
+parameters that transformers itself builds, and both models run side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from upcycle import provenance
+from upcycle.blueprints import Blueprint, blueprint
+from upcycle.checkpoint import Checkpoint, TensorInfo
+from upcycle.errors import UpcycleError, listed
+from upcycle.hub import resolve
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 1e-5  # of the logit scale, in float32
+TOKENS = 256  # of a text, and of random input in 4 rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was checked; `holds` is None where nothing was promised."""
+
+    name: str
+    holds: bool | None
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The largest |logit difference| of dense and MoE, and the largest |logit| of the dense model."""
+
+    max_difference: float
+    scale: float
+    tokens: int
+
+    @property
+    def relative(self) -> float:
+        return self.max_difference / self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What verify found."""
+
+    coverage: bool
+    bit_identical: bool
+    preserves_function: bool
+    logits: dict[str, Difference]  # by input: random, text
+    checks: list[Check]
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything that the recipe promises is so."""
+        return all(check.holds is not False for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The proof as JSON has it."""
+        return {"holds": self.holds, **asdict(self)}
+
+
+def verify(
+    source: str | Path, out: str | Path, *, text: str | Path | None = None, logits: bool = True
+) -> Proof:
+    """Check the folder `out` against the dense checkpoint `source` and the recipe that `out` records.
+
+    `text` names a file to compare logits on besides random tokens. Raises `UpcycleError` where there is
+    nothing to check; what does not hold is in the result.
+    """
+    out = Path(out)
+    record = provenance.read(out)
+    recipe = provenance.recipe_of(out)
+    with (
+        Checkpoint.open(resolve(source), allow_nonfinite=True) as dense,
+        Checkpoint.open(out, allow_nonfinite=True) as moe,
+    ):
+        built = blueprint(dense, recipe, allow_nonfinite=True)
+        coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]
+        checks = [*coverage, _config(built, moe)]
+        same = _bytes(built, moe) if coverage[1].holds else _skipped("bytes", "the names differ already")
+        checks += [same, _hashes(built, record)]
+        found: dict[str, Difference] = {}
+        if logits and coverage[1].holds and coverage[2].holds:
+            found = compare_logits(built, out, text)
+            checks += [_logits(built, name, difference) for name, difference in found.items()]
+        return Proof(
+            coverage=all(bool(c.holds) for c in coverage),
+            bit_identical=bool(same.holds),
+            preserves_function=built.preserves_function,
+            logits=found,
+            checks=checks,
+        )
+
+
+def _skipped(name: str, why: str) -> Check:
+    return Check(name=name, holds=False, detail=f"not checked: {why}")
+
+
+def _source_used(built: Blueprint) -> Check:
+    used = {info for entry in built.entries.values() for info in entry.lazy.sources()}
+    held = [info for c in built.checkpoints for info in c.tensors.values()]
+    unused = [info.name for info in held if info not in used and info.name not in built.left_out]
+    reasons = {why: [n for n, w in built.left_out.items() if w == why] for why in built.left_out.values()}
+    left = "".join(f"; left out {listed(names)}: {why}" for why, names in reasons.items())
+    return Check(
+        name="source coverage",
+        holds=not unused,
+        detail=f"{len(used)} of {len(held)} source tensors used"
+        + (f", unused: {listed(unused)}" if unused else "")
+        + left,
+    )
+
+
+def _names(built: Blueprint, moe: Checkpoint) -> Check:
+    missing = [n for n in built.entries if n not in moe.tensors]
+    extra = [n for n in moe.tensors if n not in built.entries]
+    wrong = [
+        n
+        for n, e in built.entries.items()
+        if n in moe.tensors and (moe.tensors[n].shape, moe.tensors[n].dtype) != (e.shape, e.dtype)
+    ]
+    faults = {"missing": missing, "unexpected": extra, "other shape or dtype": wrong}
+    return Check(
+        name="target coverage, files",
+        holds=not any(faults.values()),
+        detail=_faults(faults) or f"{len(moe.tensors)} tensors, each defined once",
+    )
+
+
+def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
+    """Whether transformers' own loader fills every parameter of its class from these names and shapes."""
+    import transformers
+
+    name = "target coverage, transformers"
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(moe.folder)
+        architecture = getattr(transformers, built.native.architecture)
+        state = {n: _Header(info) for n, info in moe.tensors.items()}
+        try:
+            model, report = architecture.from_pretrained(
+                None, config=config, state_dict=state, dtype="float32", output_loading_info=True
+            )
+        except RuntimeError as error:
+            return Check(name=name, holds=False, detail=f"cannot be loaded: {str(error).splitlines()[0]}")
+    faults = {kind.split("_")[0]: sorted(map(str, report[kind])) for kind in report}
+    count = sum(1 for _ in model.parameters())
+    return Check(
+        name=name,
+        holds=not any(faults.values()),
+        detail=_faults(faults) or f"all {count} parameters of {built.native.architecture} are given",
+    )
+
+
+class _Header:
+    """A stored tensor as transformers' loader asks for it, without data: it lands on the meta device."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+
+    def get_shape(self) -> list[int]:
+        return list(self.info.shape)
+
+    def get_dtype(self) -> str:
+        return self.info.dtype
+
+    def __getitem__(self, _: object) -> _Header:
+        return self
+
+    def to(self, *, device: object, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        return torch.empty(self.info.shape, dtype=dtype, device="meta")
+
+
+def _faults(faults: dict[str, list[str]]) -> str:
+    return "; ".join(f"{kind}: {listed(names)}" for kind, names in faults.items() if names)
+
+
+def _config(built: Blueprint, moe: Checkpoint) -> Check:
+    wanted = json.loads(json.dumps(built.config))
+    different = sorted(k for k in {*wanted, *moe.config} if wanted.get(k, ...) != moe.config.get(k, ...))
+    return Check(
+        name="config",
+        holds=not different,
+        detail=f"differs in {listed(different)}" if different else f"{len(wanted)} keys as the blueprint has them",
+    )
+
+
+def _bytes(built: Blueprint, moe: Checkpoint) -> Check:
+    different = [
+        name
+        for name, entry in built.entries.items()
+        if any(
+            not np.array_equal(data, moe.pread(moe.tensors[name], start, start + data.size))
+            for start, data in entry.pieces()
+        )
+    ]
+    return Check(
+        name="bytes",
+        holds=not different,
+        detail=f"differ in {listed(different)}" if different else f"{built.nbytes:,} bytes identical to the blueprint",
+    )
+
+
+def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
+    same = record["blueprint_hash"] == built.hash and record["source"]["sha256"] == built.source.hashes()
+    return Check(
+        name="provenance",
+        holds=same,
+        detail="blueprint and source files have the recorded hashes"
+        if same
+        else "the blueprint or the source is not the one recorded in upcycle.json",
+    )
+
+
+def _logits(built: Blueprint, name: str, difference: Difference) -> Check:
+    said = (
+        f"largest difference {difference.max_difference:.2g} of a scale of {difference.scale:.3g} "
+        f"({difference.relative:.1g}) on {difference.tokens} tokens"
+    )
+    if not built.preserves_function:
+        return Check(name=f"logits, {name}", holds=None, detail=said + "; none promised by this recipe")
+    return Check(name=f"logits, {name}", holds=difference.relative <= TOLERANCE, detail=said)
+
+
+def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) -> dict[str, Difference]:
+    """Logits of the dense model and of the folder `out`, in float32, on random tokens and on a text."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source, vocabulary = built.source.folder, built.dense["vocab_size"]
+    _check_memory(built)
+    length = min(TOKENS // 4, built.dense["max_position_embeddings"])
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"random": torch.randint(vocabulary, (4, length), generator=generator)}
+    if text is not None:
+        inputs["text"] = _tokens(source, Path(text), built.dense["max_position_embeddings"])
+    stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
+    outputs = []
+    for folder, dtype in ((source, stored), (out, None)):
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+        model = model.float().eval()
+        with torch.inference_mode():
+            outputs.append({name: model(ids).logits for name, ids in inputs.items()})
+        del model
+    dense, moe = outputs
+    return {
+        name: Difference(
+            max_difference=float((dense[name] - moe[name]).abs().max()),
+            scale=float(dense[name].abs().max()),
+            tokens=ids.numel(),
+        )
+        for name, ids in inputs.items()
+    }
+
+
+def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
+    """The first tokens of a text, [1, L]."""
+    from transformers import AutoTokenizer
+
+    try:
+        content = text.read_text()[: 64 * TOKENS]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpcycleError(f"--text {text} cannot be read as text: {error}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UpcycleError(f"{source} has no tokenizer for --text: {str(error).splitlines()[0]}") from None
+    ids = tokenizer(content, return_tensors="pt").input_ids[:, : min(TOKENS, limit)]
+    if not ids.numel():
+        raise UpcycleError(f"--text {text} holds no text")
+    return ids  # type: ignore[no-any-return]
+
+
+def _check_memory(built: Blueprint) -> None:
+    """Refuse to load what cannot fit: one model at a time, in float32."""
+    needed = 4 * sum(e.lazy.size for e in built.entries.values())
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    if needed > free:
+        raise UpcycleError(
+            f"comparing logits loads the MoE in float32, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
+            f"memory are free; verify the rest with --no-logits"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and remarks off the screen."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+SHARED = Path(os.environ.get("UPCYCLE_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that makes a tiny dense checkpoint once per session and set of arguments."""
+    from tiny import make_dense
+
+    made: dict[object, Path] = {}
+
+    def make(model_type: str, **changes: object) -> Path:
+        key = (model_type, repr(sorted(changes.items())))
+        if key not in made:
+            made[key] = make_dense(tmp_path_factory.mktemp("dense") / model_type, model_type, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A really trained Llama of 260,032 parameters."""
+    folder = SHARED / "real" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"the trained checkpoint stories260k is not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tinystories() -> Path:
+    """A text that stories260k knows."""
+    text = SHARED / "real" / "text" / "tinystories.txt"
+    if not text.is_file():
+        pytest.skip(f"the text tinystories.txt is not at {text}")
+    return text

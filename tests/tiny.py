@@ -1,0 +1,113 @@
+"""Tiny random dense checkpoints of every family, made by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.utils import logging
+
+from upcycle import families
+
+logging.disable_progress_bar()
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "sliding_window": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 12, "rms_norm_eps": 3e-5},
+    "qwen3": {"head_dim": 12},
+    "granite": {
+        "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+    },
+    "qwen3_5_text": {
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+}  # fmt: skip
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-rope3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}),
+    "llama-linear": (
+        "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}
+    ),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 3.0, 4.0], "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "qwen3-sliding": ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+    "granite-bias": ("granite", {"attention_bias": True}),
+    "olmo2-bias": ("olmo2", {"attention_bias": True}),
+    "hunyuan-bias": ("hunyuan_v1_dense", {"attention_bias": True}),
+    "smollm3-sliding": ("smollm3", {"use_sliding_window": True}),
+    "cohere2-full": ("cohere2", {"layer_types": ["full_attention"] * 4}),
+    "ernie4_5-untied": ("ernie4_5", {"tie_word_embeddings": False}),
+}  # fmt: skip
+
+
+def config_of(model_type: str, **changes: Any) -> Any:
+    """A small config of transformers' own class for `model_type`."""
+    cls = CONFIG_MAPPING[model_type]
+    known = families.find(model_type).defaults
+    wanted = {k: v for k, v in SMALL.items() if k in known or k in _ALWAYS}
+    return cls(**{**wanted, **SPECIAL.get(model_type, {}), **changes})
+
+
+_ALWAYS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+
+
+CENTRED_NORMS = ("gemma", "qwen3_5_text")  # their norms multiply by 1 + w
+
+
+def make_dense(
+    folder: Path, model_type: str, *, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **changes: Any
+) -> Path:
+    """A dense checkpoint with weights large enough that a missing or misplaced one shows."""
+    config = config_of(model_type, **changes)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "norm" in name:
+                centred = model_type in CENTRED_NORMS and "linear_attn.norm" not in name
+                p.copy_(0.3 * noise + (0.0 if centred else 1.0))
+            elif name.endswith(("bias", "A_log")):
+                p.copy_(0.2 * noise)
+            else:
+                p.copy_(noise * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.3))
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    return folder
