@@ -114,13 +114,25 @@ class Blueprint:
             all(self.recipe.init.preserves(site) for site in self.sites.values())
             and (router.normalize or moe.top_k == moe.num_experts or _is_uniform(self.recipe))
             and (self.family.exact_when_narrow or self._wide)
-            and (self._wide or all(_keeps_bits(f) for s in self.sites.values() for f in _factors(self.recipe, s)))
+            and (
+                self._wide
+                or all(_keeps_bits(f) for s in self.sites.values() for f in _factors(self.recipe, s))
+            )
         )
 
     @property
     def _wide(self) -> bool:
         """Whether weights are stored wide enough for rounding to stay below what is promised."""
         return all(e.dtype in ("F32", "F64") for e in self.entries.values())
+
+    def _misaligned(self) -> str | None:
+        """Which rows of the experts do not begin at a multiple of 16 bytes, as grouped_mm wants."""
+        item = FLOATS[BY_TORCH_NAME[self.config["dtype"]]].itemsize
+        width = next(iter(self.sites.values())).width
+        for name, length in (("neurons", width), ("hidden units", self.dense["hidden_size"])):
+            if length * item % 16:
+                return f"rows of {length} {name} take {length * item} bytes, no multiple of 16"
+        return None
 
     @property
     def warnings(self) -> list[str]:
@@ -153,6 +165,11 @@ class Blueprint:
             out.append(
                 f"{self.native.model_type} cannot be without a shared expert: one of {self.shared_width} "
                 f"neurons is there with a zero down projection, and training may use it"
+            )
+        if odd := self._misaligned():
+            out.append(
+                f"{odd}: transformers' default kernel for experts refuses that; load with "
+                f'experts_implementation="eager"'
             )
         for client, why in self.native.clients.items():
             if self.native.model_type == "qwen2_moe" and not router.normalize:
@@ -238,7 +255,20 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
 
 
 _KNOWN = frozenset(
-    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "num_key_value_heads", "partial_rotary_factor", "hidden_activation", "sliding_window_pattern", "full_attention_interval", "original_max_position_embeddings"]
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+        "num_key_value_heads",
+        "partial_rotary_factor",
+        "hidden_activation",
+        "sliding_window_pattern",
+        "full_attention_interval",
+        "original_max_position_embeddings",
+    ]
 )
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 

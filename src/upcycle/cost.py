@@ -12,8 +12,8 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, lay_out
 
-BASE_MEMORY = 160_000_000  # bytes of an interpreter with numpy and what a conversion imports
-BLOCK_MEMORY = 64 << 20  # bytes that computing one block of a tensor takes at most, beside whole tensors
+BASE_MEMORY = 90_000_000  # bytes of an interpreter with numpy and what a conversion imports
+BLOCK_MEMORY = 32 << 20  # bytes that computing one block of a tensor takes at most, beside whole tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -425,27 +426,31 @@ class Redraw(Lazy):
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
         out = self.base.read(index, dtype)
-        mean, std = self._statistics()
         places = self.positions.values
         (r0, r1), (c0, c1) = index
+        mean, std = self._statistics()
         if self.axis == 0:
-            i, j = np.searchsorted(places, (r0, r1))
-            columns = self.shape[1]
-            for (a, b), _ in blocks(((int(i), int(j)), (0, columns)), rng.BLOCK):
-                drawn = rng.normals(self.key, a * columns, b * columns).reshape(b - a, columns)[:, c0:c1]
-                out[places[a:b] - r0] = cast(drawn * std + mean, dtype, "a redrawn value")
-            return out
-        i, j = (int(n) for n in np.searchsorted(places, (c0, c1)))
-        width = len(places)
-        for (a, b), _ in blocks(((r0, r1), (0, max(1, width))), rng.BLOCK):
-            drawn = rng.normals(self.key, a * width, b * width).reshape(b - a, width)[:, i:j]
-            out[a - r0 : b - r0, places[i:j] - c0] = cast(drawn * std + mean, dtype, "a redrawn value")
+            i, j = (int(n) for n in np.searchsorted(places, (r0, r1)))
+            drawn = self._drawn(i, j, self.shape[1], mean, std, dtype)
+            out[places[i:j] - r0] = drawn[:, c0:c1]
+        else:
+            i, j = (int(n) for n in np.searchsorted(places, (c0, c1)))
+            drawn = self._drawn(r0, r1, len(places), mean, std, dtype)
+            out[:, places[i:j] - c0] = drawn[:, i:j]
         return out
 
-    def _statistics(self) -> tuple[np.float32, np.float32]:
-        if "_moments" not in self.__dict__:  # two threads may both work it out, to the same result
-            self.__dict__["_moments"] = moments(Take(self.base, self.axis, self.positions))
-        return self.__dict__["_moments"]  # type: ignore[no-any-return]
+    def _drawn(self, start: int, stop: int, columns: int, mean: float, std: float, dtype: str) -> np.ndarray:
+        """Rows `start` to `stop` of the new values, which have `columns` columns."""
+        drawn = rng.normals(
+            self.key, start * columns, stop * columns, mean=mean, std=std, dtype=FLOATS[dtype]
+        )
+        return drawn.reshape(stop - start, columns)
+
+    def _statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation (n - 1) of the part that is replaced."""
+        places = self.positions.values
+        totals, squares = (sums[places] for sums in neuron_sums(self.base, self.axis))
+        return _mean_std(totals.sum(), squares.sum(), len(places) * self.shape[1 - self.axis])
 
     def describe(self) -> Any:
         return ["redraw", self.axis, self.positions.describe(), list(self.key), self.base.describe()]
@@ -454,16 +459,21 @@ class Redraw(Lazy):
         return self.base.sources()
 
 
-def moments(tensor: Lazy) -> tuple[np.float32, np.float32]:
-    """Mean and standard deviation (n - 1) of a tensor, summed in float64 block by block."""
-    total = squares = 0.0
-    for index in blocks(tuple((0, n) for n in tensor.shape)):
-        values = tensor.read(index, "F32").astype(np.float64)
-        total += float(values.sum())
-        squares += float(np.square(values).sum())
-    n = tensor.size
+@lru_cache(maxsize=12)  # the matrices of a few layers: their experts all ask for them
+def neuron_sums(matrix: Lazy, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and sum of squares in float64 of each neuron of a matrix, neurons along `axis`; two of [I]."""
+    totals, squares = np.zeros((2, matrix.shape[axis]))
+    for index in blocks(tuple((0, n) for n in matrix.shape)):
+        values = matrix.read(index, "F32").astype(np.float64)
+        place = slice(*index[axis])
+        totals[place] += values.sum(axis=1 - axis)
+        squares[place] += np.square(values, out=values).sum(axis=1 - axis)
+    return totals, squares
+
+
+def _mean_std(total: float, squares: float, n: int) -> tuple[float, float]:
     variance = (squares - total * total / n) / (n - 1) if n > 1 else 0.0
-    return np.float32(total / n), np.float32(math.sqrt(max(0.0, variance)))
+    return float(total / n), math.sqrt(max(0.0, variance))
 
 
 @dataclass(frozen=True, eq=False)
@@ -495,16 +505,15 @@ class Noise(Lazy):
         noisy = np.zeros(self.shape[self.axis], bool)
         noisy[self.positions.values] = True
         mask = noisy[r0:r1, None] if self.axis == 0 else noisy[None, c0:c1]
-        drawn = rng.normals(self.key, r0 * columns, r1 * columns).reshape(-1, columns)[:, c0:c1]
-        sigma = self._sigma()
-        return cast(np.where(mask, values + drawn * sigma, values), dtype, "a value with noise")
+        drawn = rng.normals(self.key, r0 * columns, r1 * columns, std=self._sigma())
+        np.add(values, drawn.reshape(-1, columns)[:, c0:c1], out=values, where=mask)
+        return cast(values, dtype, "a value with noise")
 
-    def _sigma(self) -> np.float32:
+    def _sigma(self) -> float:
         if not self.relative:
-            return np.float32(self.sigma)
-        if "_scaled" not in self.__dict__:
-            self.__dict__["_scaled"] = np.float32(self.sigma) * moments(self.base)[1]
-        return self.__dict__["_scaled"]  # type: ignore[no-any-return]
+            return self.sigma
+        totals, squares = neuron_sums(self.base, self.axis)
+        return self.sigma * _mean_std(totals.sum(), squares.sum(), self.base.size)[1]
 
     def describe(self) -> Any:
         where = self.positions.describe()
@@ -555,11 +564,15 @@ class Drawn(Lazy):
             q *= np.sign(np.diag(r))  # the sign that makes the decomposition unique
             values = (q.T if rows < columns else q)[r0:r1] * math.sqrt(max(rows, columns))
         elif self.kind == "uniform":
-            values = rng.uniforms(self.key, r0 * columns, r1 * columns).reshape(-1, columns)
-            values = (values * 2 - 1) * math.sqrt(3)
+            half = math.sqrt(3)
+            values = rng.uniforms(self.key, r0 * columns, r1 * columns, low=-half, high=half)
         else:
-            values = rng.normals(self.key, r0 * columns, r1 * columns).reshape(-1, columns)
-        return cast((values[:, c0:c1] * self.std).astype(np.float32), dtype, "a router weight")
+            values = rng.normals(self.key, r0 * columns, r1 * columns)
+        return cast(
+            (values.reshape(r1 - r0, columns)[:, c0:c1] * self.std).astype(np.float32),
+            dtype,
+            "a router weight",
+        )
 
     def describe(self) -> Any:
         return ["drawn", self.kind, list(self.shape), self.std, list(self.key)]

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 Key = tuple[int, int]
 
+FLOAT32 = np.dtype(np.float32)
+
 BLOCK = 1 << 15  # numbers per block: 128 KiB of float32, so that a block stays in the L2 cache
 
 
@@ -28,30 +30,33 @@ def _philox(key: Key, block: int) -> np.random.Philox:
     return np.random.Philox(key=np.array(key, np.uint64), counter=np.array([0, 0, block, 0], np.uint64))
 
 
-def _stream(key: Key, start: int, stop: int, normal: bool) -> NDArray[np.float32]:
-    out = np.empty(stop - start, np.float32)
+def _stream(
+    key: Key, start: int, stop: int, *, normal: bool, scale: float, shift: float, dtype: np.dtype
+) -> np.ndarray:
+    out, buffer = np.empty(stop - start, dtype), np.empty(BLOCK, np.float32)
     for block in range(start // BLOCK, -(-stop // BLOCK)):
         first = block * BLOCK
         a, b = max(start, first), min(stop, first + BLOCK)
+        draws = buffer[: b - first]
         generator = np.random.Generator(_philox(key, block))
         # A normal takes a varying number of raw draws, so a block is always drawn from its start.
-        draws = (
-            generator.standard_normal(b - first, np.float32)
-            if normal
-            else generator.random(b - first, np.float32)
-        )
+        (generator.standard_normal if normal else generator.random)(dtype=np.float32, out=draws)
+        draws *= np.float32(scale)
+        draws += np.float32(shift)
         out[a - start : b - start] = draws[a - first :]
     return out
 
 
-def normals(key: Key, start: int, stop: int) -> NDArray[np.float32]:
-    """Numbers `start` to `stop` of the stream of standard normals named by `key`; shape [stop - start]."""
-    return _stream(key, start, stop, normal=True)
+def normals(
+    key: Key, start: int, stop: int, *, mean: float = 0.0, std: float = 1.0, dtype: np.dtype = FLOAT32
+) -> np.ndarray:
+    """Numbers `start` to `stop` of the stream of normals named by `key`; [stop - start], cast to `dtype`."""
+    return _stream(key, start, stop, normal=True, scale=std, shift=mean, dtype=dtype)
 
 
-def uniforms(key: Key, start: int, stop: int) -> NDArray[np.float32]:
-    """Numbers `start` to `stop` of the stream of uniforms in [0, 1) named by `key`; shape [stop - start]."""
-    return _stream(key, start, stop, normal=False)
+def uniforms(key: Key, start: int, stop: int, *, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """Numbers `start` to `stop` of the stream of uniforms in [low, high) named by `key`; [stop - start]."""
+    return _stream(key, start, stop, normal=False, scale=high - low, shift=low, dtype=FLOAT32)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,216 @@
+"""Speed and memory of `upcycle convert` against the floor (cp + sync of the same bytes) and mergekit-moe.
+
+    python benchmarks/convert.py [--mergekit PATH/mergekit-moe] [--repeats 5] [--out results.json]
+
+Makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB), converts it to
+8 experts and times every contender in turn, `repeats` rounds, whole processes, start-up and sync included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS, SHARDS = 1024, 4096, 32000, 16, 8, 3
+
+
+def make_llama(folder: Path, layers: int) -> None:
+    """A random Llama in bfloat16, written without holding it in memory."""
+    head = HIDDEN // HEADS
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        shapes |= {
+            p + "self_attn.q_proj.weight": (HEADS * head, HIDDEN),
+            p + "self_attn.k_proj.weight": (KV_HEADS * head, HIDDEN),
+            p + "self_attn.v_proj.weight": (KV_HEADS * head, HIDDEN),
+            p + "self_attn.o_proj.weight": (HIDDEN, HEADS * head),
+            p + "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+            p + "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+            p + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+            p + "input_layernorm.weight": (HIDDEN,),
+            p + "post_attention_layernorm.weight": (HIDDEN,),
+        }
+    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    folder.mkdir(parents=True)
+    names, weight_map, total = list(shapes), {}, 0
+    per_shard = -(-len(names) // SHARDS)
+    generator = np.random.default_rng(0)
+    for number in range(SHARDS):
+        part = names[number * per_shard : (number + 1) * per_shard]
+        file = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in part:
+            nbytes = 2 * int(np.prod(shapes[name]))
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + nbytes]}
+            end += nbytes
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            for name in part:
+                values = 0.02 * generator.standard_normal(int(np.prod(shapes[name])), dtype=np.float32)
+                handle.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+        total += end
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "hidden_act": "silu",
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def make_tokenizer(folder: Path) -> None:
+    """The smallest tokenizer there is; mergekit will not start without one."""
+    tokens = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    model = {"type": "WordLevel", "vocab": tokens, "unk_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
+    )
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """Wall seconds, CPU seconds and peak memory in MB of a command and a sync after it."""
+    os.sync()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+    while process.poll() is None:  # ru_maxrss would count what this process held when it forked
+        peak = max(peak, high_water(process.pid))
+        time.sleep(0.01)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        assert process.stderr is not None
+        sys.exit(f"{' '.join(command)} failed:\n{process.stderr.read().decode()[-2000:]}")
+    os.sync()
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime,
+        "peak_mb": peak / 1e6,
+    }
+
+
+def high_water(pid: int) -> int:
+    """The most memory a process has held so far, in bytes; 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(li.split()[1]) * 1024 for li in status.splitlines() if li.startswith("VmHWM")), 0)
+
+
+def machine() -> dict[str, object]:
+    """What the figures were taken on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit", help="the mergekit-moe executable, if it is to be timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, help="where to write the result (default: standard output)")
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="upcycle-bench-", dir=options.folder))
+    try:
+        result = measure(work, options.repeats, options.mergekit)
+    finally:
+        shutil.rmtree(work)
+    text = json.dumps(result, indent=2) + "\n"
+    options.out.write_text(text) if options.out else sys.stdout.write(text)
+
+
+def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]:
+    dense, out, reference = work / "dense", work / "out", work / "reference"
+    make_llama(dense, 24)
+    make_tokenizer(dense)
+    upcycle = [sys.executable, "-m", "upcycle", "convert", str(dense)]
+    run([*upcycle, str(reference)])
+    contenders = {
+        "cp": ["cp", "-r", str(reference), str(out)],
+        "copy": [*upcycle, str(out)],
+        "drop": [*upcycle, str(out), "--init", "drop"],
+        "noise": [*upcycle, str(out), "--init", "noise"],
+    }
+    if mergekit:
+        recipe = work / "mergekit.yml"
+        experts = [{"source_model": str(dense)} for _ in range(8)]
+        recipe.write_text(
+            json.dumps(
+                {"base_model": str(dense), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
+            )
+        )
+        contenders["mergekit"] = [mergekit, str(recipe), str(out), "--i-understand-this-is-not-useful-without-training"]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, command in contenders.items():
+            runs[name].append(run(command))
+            shutil.rmtree(out)
+    floor = statistics.median(r["seconds"] for r in runs["cp"])
+    summary = {
+        name: {
+            "median_seconds": statistics.median(r["seconds"] for r in rs),
+            "ratio_to_cp": statistics.median(r["seconds"] for r in rs) / floor,
+            "ratio_to_cp_by_round": [
+                r["seconds"] / c["seconds"] for r, c in zip(rs, runs["cp"], strict=True)
+            ],
+            "peak_mb": max(r["peak_mb"] for r in rs),
+        }
+        for name, rs in runs.items()
+    }
+    source = sum(f.stat().st_size for f in dense.glob("*.safetensors"))
+    written = sum(f.stat().st_size for f in reference.glob("*.safetensors"))
+    return {
+        "machine": machine(),
+        "source_bytes": source,
+        "output_bytes": written,
+        "summary": summary,
+        "memory_by_layers": memory_by_layers(work),
+        "runs": runs,
+    }
+
+
+def memory_by_layers(work: Path) -> dict[str, dict[str, float]]:
+    """Peak memory in MB of copy and drop at 6, 12 and 24 layers."""
+    out: dict[str, dict[str, float]] = {"copy": {}, "drop": {}}
+    for layers in (6, 12, 24):
+        dense, target = work / f"dense-{layers}", work / "out"
+        make_llama(dense, layers)
+        for init, peaks in out.items():
+            command = [sys.executable, "-m", "upcycle", "convert", str(dense), str(target), "--init", init]
+            peaks[str(layers)] = run(command)["peak_mb"]
+            shutil.rmtree(target)
+        shutil.rmtree(dense)
+    return out
+
+
+if __name__ == "__main__":
+    main()
