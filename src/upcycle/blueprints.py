@@ -496,10 +496,11 @@ def _keeps_dtype(name: str) -> bool:
 def _in_order(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Embeddings, then layer by layer, then the rest: what belongs together lies together."""
 
-    def place(name: str) -> tuple[int, str]:
+    def place(name: str) -> tuple[int, list[tuple[int, str]]]:
+        parts = [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
         if name.startswith("model.layers."):
-            return int(name.split(".")[2]), ""
-        return (-1 if "embed" in name else 1 << 30), name
+            return parts[2][0], parts
+        return (-1 if "embed" in name else 1 << 30), parts
 
     return {name: tensors[name] for name in sorted(tensors, key=place)}
 

@@ -21,6 +21,7 @@ from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError, listed
 from upcycle.hub import resolve
+from upcycle.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -80,13 +81,12 @@ def verify(
     nothing to check; what does not hold is in the result.
     """
     out = Path(out)
-    record = provenance.read(out)
-    recipe = provenance.recipe_of(out)
     with (
         Checkpoint.open(resolve(source), allow_nonfinite=True) as dense,
         Checkpoint.open(out, allow_nonfinite=True) as moe,
     ):
-        built = blueprint(dense, recipe, allow_nonfinite=True)
+        record = provenance.read(out)
+        built = blueprint(dense, Recipe.of(record["recipe"]), allow_nonfinite=True)
         coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]
         checks = [*coverage, _config(built, moe)]
         same = _bytes(built, moe) if coverage[1].holds else _skipped("bytes", "the names differ already")

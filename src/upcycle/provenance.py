@@ -12,7 +12,6 @@ import upcycle
 from upcycle.blueprints import Blueprint
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
-from upcycle.recipe import Recipe
 
 FILE = "upcycle.json"
 FORMAT = 1
@@ -54,8 +53,3 @@ def read(folder: Path) -> dict[str, Any]:
     if found.get("format") != FORMAT:
         raise UpcycleError(f"{folder / FILE} has format {found.get('format')}; this version reads {FORMAT}")
     return found
-
-
-def recipe_of(folder: Path) -> Recipe:
-    """The recipe that a folder was made by."""
-    return Recipe.of(read(folder)["recipe"])

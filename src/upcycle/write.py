@@ -1,7 +1,7 @@
 """Offline upcycling: a blueprint written to a folder, streamed, resumable, never looking finished before it is.
 
-Everything is written to `OUT.partial`. A shard's header is written after its data, the config and index
-after all shards, and the folder is renamed last; so nothing but a finished folder opens as a model.
+Everything is written to `OUT.partial`. A shard's header is written after its data; the folder is renamed
+when all is on disk, and its config gets its name last of all; so nothing unfinished opens as a model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 
 JOURNAL = "journal.jsonl"
+CONFIG = "config.json"
+UNNAMED_CONFIG = "config.json.partial"
 SYNC_EVERY = 1 << 30  # bytes written between two points that a resumed run can start from
 HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
 
@@ -63,6 +65,9 @@ def convert(
     """
     built = blueprint(source, recipe, allow_nonfinite=allow_nonfinite)
     out = Path(out)
+    if resume and _lacks_its_config(out):
+        _commit(built, out)
+        return built
     partial = _check_paths(built, out, resume)
     shards = lay_out(built.entries, shard_size)
     if jobs < 1:
@@ -95,6 +100,8 @@ def _check_paths(built: Blueprint, out: Path, resume: bool) -> Path:
     source, target = built.source.folder.resolve(), out.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise UpcycleError(f"{out} lies in or around the source {built.source.folder}; choose another folder")
+    if _lacks_its_config(out):
+        raise UpcycleError(f"{out} is left from a run that was broken; finish it with --resume, or delete it")
     if out.exists():
         raise UpcycleError(f"{out} exists already; nothing is overwritten. Choose another name or delete it")
     if not target.parent.is_dir() and any(p.exists() and not p.is_dir() for p in target.parents):
@@ -294,13 +301,27 @@ def _finish(
         _write_json(partial / INDEX, shards.index)
     _write_json(partial / provenance.FILE, record)
     (partial / "README.md").write_text(card.render(built, record))
-    _write_json(partial / "config.json", built.config)
+    _write_json(partial / UNNAMED_CONFIG, built.config)
     for path in partial.iterdir():
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-    (partial / JOURNAL).unlink()
     _sync_folder(partial)
     partial.rename(out)
+    _commit(built, out)
+
+
+def _lacks_its_config(out: Path) -> bool:
+    """Whether `out` is finished but for the last step."""
+    return (out / UNNAMED_CONFIG).exists() and not (out / CONFIG).exists()
+
+
+def _commit(built: Blueprint, out: Path) -> None:
+    """The step that makes a folder a model: its config gets its name."""
+    if provenance.read(out)["blueprint_hash"] != built.hash:
+        raise UpcycleError(f"{out} was begun with another recipe; resume with that one, or delete it")
+    (out / JOURNAL).unlink(missing_ok=True)
+    (out / UNNAMED_CONFIG).rename(out / CONFIG)
+    _sync_folder(out)
     _sync_folder(out.resolve().parent)
 
 

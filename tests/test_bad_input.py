@@ -1,0 +1,499 @@
+"""Every mistake gets one or two lines, exit code 2, no traceback, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from upcycle import cli, write
+
+
+@pytest.fixture
+def source(dense, tmp_path):
+    """A copy of a tiny dense checkpoint that a test may damage."""
+    return Path(shutil.copytree(dense("llama"), tmp_path / "source"))
+
+
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """Run the command line, expect a mistake, and give its message."""
+
+    def run(*args: object, keeps_partial: bool = False) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        assert exit_.value.code == 2
+        assert out == ""
+        assert "Traceback" not in err
+        assert err.startswith("upcycle: error: ")
+        assert len(err) < 500
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / "out.partial").exists() == keeps_partial
+        return err
+
+    return run
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def rewrite_header(folder: Path, change) -> None:
+    raw = (folder / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def shard(folder: Path) -> dict:
+    """Split the only weight file in two, with an index; the index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[:10], names[10:]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+def test_the_copy_itself_is_fine(source, tmp_path):
+    cli.main(["convert", str(source), str(tmp_path / "out")])
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_sharded_copy_is_fine(source, tmp_path):
+    shard(source)
+    cli.main(["convert", str(source), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("command", ["plan", "convert"])
+def test_missing_folder(command, fails, tmp_path):
+    out = [tmp_path / "out"] if command == "convert" else []
+    assert "does not exist" in fails(command, tmp_path / "nowhere", *out)
+
+
+def test_a_file_as_source(fails, source, tmp_path):
+    assert "is a file, not a folder" in fails("convert", source / "config.json", tmp_path / "out")
+
+
+def test_no_config(fails, source, tmp_path):
+    (source / "config.json").unlink()
+    assert "no config.json" in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"a"', "[" * 100_000, '{"a": 1}'])
+def test_bad_config(text, fails, source, tmp_path):
+    (source / "config.json").write_text(text)
+    fails("convert", source, tmp_path / "out")
+
+
+def test_pickle_only(fails, source, tmp_path):
+    (source / "model.safetensors").unlink()
+    torch.save({}, source / "pytorch_model.bin")
+    message = fails("convert", source, tmp_path / "out")
+    assert "pytorch_model.bin" in message
+    assert "save_pretrained" in message
+
+
+def test_no_weights(fails, source, tmp_path):
+    (source / "model.safetensors").unlink()
+    assert "neither model.safetensors nor" in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1, -1000])
+def test_truncated(keep, fails, source, tmp_path):
+    raw = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(raw[:keep])
+    assert "truncated" in fails("convert", source, tmp_path / "out")
+
+
+def test_trailing_bytes(fails, source, tmp_path):
+    with (source / "model.safetensors").open("ab") as file:
+        file.write(b"\0" * 8)
+    assert "belong to no tensor" in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40, 200_000_000])
+def test_header_beyond_the_file(length, fails, source, tmp_path):
+    raw = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", length) + raw[8:])
+    assert f"claims {length} bytes" in fails("convert", source, tmp_path / "out")
+
+
+def test_overlapping_tensors(fails, source, tmp_path):
+    def overlap(header):
+        header[GATE]["data_offsets"] = header["model.layers.0.mlp.gate_proj.weight"]["data_offsets"]
+
+    rewrite_header(source, overlap)
+    assert "overlap or leave a hole" in fails("convert", source, tmp_path / "out")
+
+
+def test_offsets_out_of_range(fails, source, tmp_path):
+    def move(header):
+        begin, end = header[GATE]["data_offsets"]
+        header[GATE]["data_offsets"] = [begin + 10**9, end + 10**9]
+
+    rewrite_header(source, move)
+    fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        5, {}, {"dtype": "F32"}, {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]},
+        {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]},
+    ],
+)  # fmt: skip
+def test_malformed_entries(entry, fails, source, tmp_path):
+    rewrite_header(source, lambda header: header.update({GATE: entry}))
+    fails("convert", source, tmp_path / "out")
+
+
+def test_a_name_twice(fails, source, tmp_path):
+    raw = (source / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    text = raw[8 : 8 + length].replace(b"layers.0.mlp.up_proj", b"layers.0.mlp.gate_proj")
+    raw = struct.pack("<Q", len(text)) + text + raw[8 + length :]
+    (source / "model.safetensors").write_bytes(raw)
+    assert "a name occurs twice" in fails("convert", source, tmp_path / "out")
+
+
+def test_index_names_a_missing_file(fails, source, tmp_path):
+    shard(source)
+    (source / "model-00002-of-00002.safetensors").unlink()
+    assert "which is missing" in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
+def test_index_leaves_the_folder(name, fails, source, tmp_path):
+    index = shard(source)
+    save_file({"x": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    index["weight_map"][GATE] = name
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside the folder" in fails("convert", source, tmp_path / "out")
+
+
+def test_index_lists_what_no_file_holds(fails, source, tmp_path):
+    index = shard(source)
+    index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "ghost" in fails("convert", source, tmp_path / "out")
+
+
+def test_file_holds_what_the_index_does_not_know(fails, source, tmp_path):
+    index = shard(source)
+    del index["weight_map"][GATE]
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert GATE in fails("convert", source, tmp_path / "out")
+
+
+def test_missing_tensor(fails, source, tmp_path):
+    edit_tensors(source, lambda t: t.pop(GATE))
+    message = fails("convert", source, tmp_path / "out")
+    assert GATE in message
+    assert "lacks" in message
+
+
+def test_wrong_shape(fails, source, tmp_path):
+    edit_config(source, intermediate_size=64)
+    message = fails("convert", source, tmp_path / "out")
+    assert "[48, 32]" in message
+    assert "[64, 32]" in message
+
+
+def test_extra_tensor(fails, source, tmp_path):
+    edit_tensors(source, lambda t: t.update({"model.layers.0.adapter.weight": torch.zeros(2)}))
+    assert "model.layers.0.adapter.weight" in fails("convert", source, tmp_path / "out")
+
+
+def test_a_buffer_is_left_out_and_listed(source, tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(source, lambda t: t.update({name: torch.zeros(2)}))
+    cli.main(["convert", str(source), str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    assert "computes" in record["left_out_tensors"][name]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
+def test_quantised_by_config(method, fails, source, tmp_path):
+    edit_config(source, quantization_config={"quant_method": method})
+    assert method in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int32])
+def test_quantised_by_dtype(dtype, fails, source, tmp_path):
+    edit_tensors(source, lambda t: t.update({GATE: t[GATE].to(dtype)}))
+    message = fails("convert", source, tmp_path / "out")
+    assert GATE in message
+    assert "quantised" in message
+
+
+def test_unknown_model_type(fails, source, tmp_path):
+    edit_config(source, model_type="lama")
+    message = fails("convert", source, tmp_path / "out")
+    assert "'lama'" in message
+    assert "llama" in message
+    assert "qwen3" in message
+
+
+@pytest.mark.parametrize("model_type", ["olmo3", "glm4", "t5", "gpt2"])
+def test_inexact_families_give_their_reason(model_type, fails, source, tmp_path):
+    edit_config(source, model_type=model_type)
+    assert "no exact native MoE: " in fails("convert", source, tmp_path / "out")
+
+
+def test_inexact_targets_give_their_reason(fails, source, tmp_path):
+    assert "normalises queries" in fails("convert", source, tmp_path / "out", "--target", "olmoe")
+    assert "mixtral, granitemoe" in fails("convert", source, tmp_path / "out", "--target", "qwen2_moe")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"attention_bias": True}, "granitemoe"),
+        ("granite", {"mlp_bias": True}, "mlp_bias"),
+        ("ernie4_5", {"use_bias": True}, "use_bias"),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}, "sliding"),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+         "partial_rotary_factor"),
+    ],
+)  # fmt: skip
+def test_configs_that_do_not_fit(model_type, changes, reason, dense, fails, tmp_path):
+    assert reason in fails("convert", dense(model_type, **changes), tmp_path / "out")
+
+
+def test_already_a_moe(source, tmp_path, capsys, fails):
+    cli.main(["convert", str(source), str(tmp_path / "moe")])
+    capsys.readouterr()
+    assert "already a Mixture of Experts" in fails("convert", tmp_path / "moe", tmp_path / "out")
+
+
+def test_out_exists(source, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["convert", str(source), str(tmp_path / "out")])
+    assert exit_.value.code == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+@pytest.mark.parametrize("inside", ["", "moe", "a/b/moe"])
+def test_out_inside_source(inside, source, fails):
+    before = sorted(source.rglob("*"))
+    assert "lies in or around the source" in fails("convert", source, source / inside)
+    assert sorted(source.rglob("*")) == before
+
+
+def test_out_around_source(source, fails, tmp_path):
+    assert "lies in or around the source" in fails("convert", source, tmp_path)
+
+
+def test_out_below_a_file(source, fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "a part of the path is a file" in fails("convert", source, tmp_path / "file" / "out")
+
+
+def test_not_enough_disk(source, fails, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert "free; make room" in fails("convert", source, tmp_path / "out")
+
+
+def test_disk_full_in_the_middle(source, fails, tmp_path, monkeypatch, capsys):
+    real, left = os.pwrite, [100_000]
+
+    def pwrite(descriptor, data, offset):
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert "--resume" in fails("convert", source, tmp_path / "out", keeps_partial=True)
+    monkeypatch.undo()
+    assert "left from a run that was broken" in fails("convert", source, tmp_path / "out", keeps_partial=True)
+    cli.main(["convert", str(source), str(tmp_path / "out"), "--resume"])
+    cli.main(["convert", str(source), str(tmp_path / "whole")])
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-k", "9"], "top_k = 9 is more than moe.num_experts = 8"),
+        (["--experts", "0"], "must be 1 or more"),
+        (["--layers", "9"], "layers 0 to 3"),
+        (["--layers", "1,2"], "experts in every layer"),
+        (["--layers", "some"], "allowed: all, every_other, last_half or a list of whole numbers"),
+        (["--set", "moe.granularity=2"], "use virtual_group, shuffle_slice or split"),
+        (["--init", "virtual_group", "--set", "moe.granularity=3"], "multiple of moe.granularity"),
+        (["--init", "shuffle_slice", "--set", "moe.granularity=5"], "does not divide the dense width 48"),
+        (["--init", "split", "--experts", "4"], "granularity must equal moe.num_experts"),
+        (["--init", "split", "--experts", "4", "--set", "moe.granularity=4", "--set", "init.by=file"],
+         "init.labels names the file"),
+        (["--set", "moe.shared_experts=1"], "has no shared expert"),
+        (["--set", "router.normalize=false"], "always renormalises"),
+        (["--init", "nosuch"], "unknown initialisation nosuch"),
+        (["--init", "dorp"], "did you mean drop?"),
+        (["--set", "init.ratio=0.5"], "unknown key init (copy).ratio"),
+        (["--set", "moe.num_expert=3"], "did you mean num_experts?"),
+        (["--set", "mo.num_experts=3"], "unknown key mo; did you mean moe?"),
+        (["--set", "moe.num_experts=many"], "allowed: whole number"),
+        (["--set", "moe.num_experts"], "expected KEY=VALUE"),
+        (["--set", "a.b.c=1"], "expected KEY=VALUE"),
+        (["--set", "seed.x=1"], "seed = {'x': 1}; allowed: whole number"),
+        (["--dtype", "int8"], "allowed: source, float32, bfloat16, float16"),
+        (["--init", "drop", "--set", "init.ratio=1.5"], "between 0 and 1"),
+        (["--set", "router.std=-1"], "router.std = -1"),
+        (["--init", "branch_train_mix"], "init (branch_train_mix).sources is missing"),
+        (["--shard-size", "five"], "is not understood"),
+        (["--jobs", "0"], "jobs = 0"),
+        (["--recipe", "nowhere.toml"], "no recipe at nowhere.toml"),
+    ],
+)  # fmt: skip
+def test_recipes_that_do_not_fit(options, message, source, fails, tmp_path):
+    assert message in fails("convert", source, tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("init", ["copy", "drop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nonfinite_weights(value, init, dtype, source, fails, tmp_path):
+    def spoil(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].to(dtype)
+        tensors[GATE][7, 3] = value
+
+    edit_tensors(source, spoil)
+    message = fails("convert", source, tmp_path / "out", "--init", init)
+    assert GATE in message
+    assert "--allow-nonfinite" in message
+
+
+def test_nonfinite_weights_can_be_allowed(source, tmp_path):
+    edit_tensors(source, lambda t: t[GATE].__setitem__((7, 3), float("nan")))
+    cli.main(["convert", str(source), str(tmp_path / "out"), "--allow-nonfinite"])
+    expert = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.block_sparse_moe.experts.0.w1.weight"]
+    assert torch.isnan(expert[7, 3])
+
+
+def test_float16_overflow_names_the_tensor(source, fails, tmp_path):
+    edit_tensors(source, lambda t: t[GATE].__setitem__((7, 3), 1e6))
+    message = fails("convert", source, tmp_path / "out", "--dtype", "float16")
+    assert GATE in message
+    assert "65504" in message
+
+
+def test_donor_of_another_shape(source, dense, fails, tmp_path):
+    other = dense("llama", intermediate_size=64)
+    message = fails("convert", source, tmp_path / "out", "--init", "branch_train_mix",
+                    "--set", f'init.sources=["{other}"]')  # fmt: skip
+    assert "not of the same shape" in message
+
+
+def test_bad_split_labels(source, fails, tmp_path):
+    labels = tmp_path / "labels.json"
+    base = ["convert", source, tmp_path / "out", "--init", "split", "--experts", "4", "--set", "moe.granularity=4",
+            "--set", "init.by=file", "--set", f"init.labels={labels}"]  # fmt: skip
+    assert "cannot read" in fails(*base)
+    for content in ("{", "[]", json.dumps([[0] * 48] * 4), json.dumps([[0, 1, 2, 3] * 11] * 4), json.dumps([["a"] * 48])):
+        labels.write_text(content)
+        assert "init.labels" in fails(*base)
+
+
+def test_resume_with_another_recipe(source, fails, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(write, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["convert", str(source), str(tmp_path / "out")])
+    assert exit_.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    message = fails("convert", source, tmp_path / "out", "--resume", "--seed", "1", keeps_partial=True)
+    assert "begun with another recipe" in message
+    message = fails("convert", source, tmp_path / "out", "--resume", "--shard-size", "30KB", keeps_partial=True)
+    assert "begun with another shard size" in message
+
+
+def test_two_runs_at_once(source, fails, tmp_path):
+    import fcntl
+
+    (tmp_path / "out.partial").mkdir()
+    with (tmp_path / "out.partial" / write.JOURNAL).open("a+b") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        assert "another run is writing" in fails(
+            "convert", source, tmp_path / "out", "--resume", keeps_partial=True
+        )
+
+
+def test_verify_and_inspect_of_what_is_no_result(source, fails, tmp_path):
+    assert "was not made by `upcycle convert`" in fails("verify", source, source)
+    assert "does not exist" in fails("verify", source, tmp_path / "nowhere")
+    assert "does not exist" in fails("inspect", tmp_path / "nowhere")
+    edit_config(source, model_type="nosuch")
+    assert "unknown model_type" in fails("inspect", source)
+
+
+def test_demo_into_an_existing_folder(fails, tmp_path):
+    assert "exists already" in fails("demo", "--out", tmp_path)
+
+
+def test_a_config_without_sizes(source, fails, tmp_path):
+    edit_config(source, hidden_size=None, vocab_size=None)
+    assert "lacks vocab_size, hidden_size" in fails("convert", source, tmp_path / "out")
+
+
+def test_unknown_config_keys_are_carried_and_said(source, tmp_path, capsys):
+    edit_config(source, attn_temperature=3)
+    cli.main(["plan", str(source), "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert any("attn_temperature" in w for w in plan["warnings"])
+    cli.main(["convert", str(source), str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["attn_temperature"] == 3
+
+
+def test_scan_sees_every_position():
+    from upcycle.dtypes import FLOATS, is_finite
+
+    for name, dtype in FLOATS.items():
+        values = np.ones(70_000, dtype)
+        assert is_finite(values.view(np.uint8), name)
+        for place in (0, 32_767, 32_768, 69_999):
+            values[place] = np.inf
+            assert not is_finite(values.view(np.uint8), name)
+            values[place] = 1

@@ -1,0 +1,287 @@
+"""The writer: same bytes whatever the number of threads, the shard size and the crashes in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
+
+from upcycle import Recipe, blueprint, cli, convert, plan
+from upcycle.checkpoint import Checkpoint
+from upcycle.errors import UpcycleError
+from upcycle.shards import parse_size
+
+INITS = [
+    {"name": "copy"},
+    {"name": "drop", "ratio": 0.3, "indices": "independent"},
+    {"name": "noise"},
+]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    with Checkpoint.open(folder) as opened:
+        return {n: opened.pread(t, 0, t.nbytes).tobytes() for n, t in opened.tensors.items()}
+
+
+@pytest.mark.parametrize("init", INITS, ids=lambda i: i["name"])
+def test_any_number_of_jobs_gives_the_same_folder(init, dense, tmp_path):
+    source, recipe = dense("llama", dtype="bfloat16"), Recipe.of(init=init)
+    for jobs in (1, 2, 7):
+        convert(source, tmp_path / str(jobs), recipe, jobs=jobs)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "7")
+
+
+def test_another_seed_gives_other_experts_and_the_same_backbone(dense, tmp_path):
+    source = dense("llama")
+    for seed in (0, 1):
+        convert(source, tmp_path / str(seed), Recipe.of(seed=seed, init={"name": "drop"}))
+    a, b = tensors(tmp_path / "0"), tensors(tmp_path / "1")
+    assert {n for n in a if a[n] != b[n]} == {n for n in a if "block_sparse_moe" in n}
+
+
+def test_shards(dense, tmp_path):
+    source, recipe = dense("llama"), Recipe.of()
+    convert(source, tmp_path / "one", recipe)
+    convert(source, tmp_path / "many", recipe, shard_size=parse_size("100KB"))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 5
+    assert {f.name for f in files} == set(index["weight_map"].values())
+    assert all(f.stat().st_size < 100_000 + 4096 for f in files)
+    assert tensors(tmp_path / "one") == tensors(tmp_path / "many")
+    assert index["metadata"]["total_size"] == sum(map(len, tensors(tmp_path / "one").values()))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "many")
+
+
+def test_a_sharded_source_gives_the_same_bytes(dense, tmp_path):
+    source = dense("llama")
+    sharded = dense("llama", shard="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    recipe = Recipe.of(init={"name": "drop"})
+    convert(source, tmp_path / "a", recipe)
+    convert(sharded, tmp_path / "b", recipe)
+    assert digests(tmp_path / "a")["model.safetensors"] == digests(tmp_path / "b")["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_dtype(dtype, stored, dense, tmp_path):
+    """A cast is torch's own cast, tensor by tensor."""
+    source = dense("llama", dtype=stored)
+    convert(source, tmp_path / "moe", Recipe.of(dtype=dtype))
+    with safe_open(source / "model.safetensors", "pt") as a, safe_open(tmp_path / "moe" / "model.safetensors", "pt") as b:
+        for l in range(4):  # noqa: E741
+            wanted = a.get_tensor(f"model.layers.{l}.mlp.up_proj.weight").to(getattr(torch, dtype))
+            found = b.get_tensor(f"model.layers.{l}.block_sparse_moe.experts.5.w3.weight")
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found, wanted)
+        assert b.get_tensor("model.norm.weight").dtype == getattr(torch, dtype)
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype
+
+
+def test_files_that_are_carried_over(dense, tmp_path):
+    source = Path(shutil.copytree(dense("llama"), tmp_path / "source"))
+    carried = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "special_tokens_map.json"]
+    for name in [*carried, "modeling_evil.py", "optimizer.pt"]:
+        (source / name).write_text(name)
+    convert(source, tmp_path / "moe", Recipe.of())
+    record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
+    assert set(record["carried_files"]) == {*carried, "generation_config.json"}
+    assert record["left_behind_files"] == ["modeling_evil.py", "optimizer.pt"]
+    for name in carried:
+        assert (tmp_path / "moe" / name).read_text() == name
+    assert not (tmp_path / "moe" / "modeling_evil.py").exists()
+    assert Recipe.of(record["recipe"]) == Recipe.of()
+    assert record["source"]["sha256"] == {"model.safetensors": digests(source)["model.safetensors"]}
+
+
+def test_model_card(dense, tmp_path):
+    convert(dense("llama"), tmp_path / "moe", Recipe.of(init={"name": "drop", "ratio": 0.25}))
+    card = (tmp_path / "moe" / "README.md").read_text()
+    costs = plan(dense("llama"), Recipe.of(init={"name": "drop", "ratio": 0.25}))
+    for text in (f"{costs.total_parameters:,}", f"{costs.active_parameters:,}", '"ratio": 0.25', "from_pretrained"):
+        assert text in card
+
+
+# --- crashes ------------------------------------------------------------------------------------
+
+KILLER = """
+import os, signal, sys
+from upcycle import write, Recipe
+write.SYNC_EVERY = 60_000
+count = 0
+def killing(function):
+    def wrapped(*args, **kwargs):
+        global count
+        count += 1
+        if count == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+for name in ("pwrite", "fdatasync", "fsync"):
+    setattr(os, name, killing(getattr(os, name)))
+write._write_json = killing(write._write_json)
+write._sync_folder = killing(write._sync_folder)
+write.Path.rename = killing(write.Path.rename)
+write.Path.unlink = killing(write.Path.unlink)
+write.convert(sys.argv[1], sys.argv[2], Recipe.of(init={"name": sys.argv[4]}),
+              shard_size=120_000, jobs=2, resume=len(sys.argv) > 5)
+print(count)
+"""
+
+
+def killed(source: Path, out: Path, at: int, init: str, *resume: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", KILLER, str(source), str(out), str(at), init, *resume]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("init", ["copy", "drop"])
+def test_a_kill_at_any_moment(init, dense, tmp_path):
+    """SIGKILL before the n-th system call, for n spread over the whole run; then resume."""
+    source = dense("llama")
+    whole = killed(source, tmp_path / "whole", 0, init)
+    calls = int(whole.stdout)
+    reference = digests(tmp_path / "whole")
+    moments = sorted({1, 2, *range(3, calls + 1, max(1, calls // 10)), *range(calls - 9, calls + 1)})
+    deaths = 0
+    for at in moments:
+        out = tmp_path / f"at-{at}"
+        partial = tmp_path / f"at-{at}.partial"
+        # How often threads sync varies by a few calls, so the last moments may come too late.
+        deaths += killed(source, out, at, init).returncode == -signal.SIGKILL
+        if not (out / "config.json").exists():
+            assert_nothing_takes_it_for_a_model(out if out.exists() else partial)
+            recipe = Recipe.of(init={"name": init})
+            convert(source, out, recipe, resume=True, shard_size=120_000)
+        assert not partial.exists()
+        assert digests(out) == reference, at
+        shutil.rmtree(out)
+    assert deaths >= len(moments) * 3 // 4
+
+
+def assert_nothing_takes_it_for_a_model(partial: Path) -> None:
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(partial)
+    with pytest.raises(UpcycleError):
+        Checkpoint.open(partial)
+
+
+def test_shards_are_no_safetensors_before_their_data_is_there(dense, tmp_path):
+    source = dense("llama")
+    assert killed(source, tmp_path / "out", 30, "copy").returncode == -signal.SIGKILL
+    for shard in (tmp_path / "out.partial").glob("*.safetensors"):
+        with pytest.raises(SafetensorError):
+            safe_open(shard, "pt").__enter__()
+
+
+def test_killed_twice_and_resumed_twice(dense, tmp_path):
+    source = dense("llama")
+    killed(source, tmp_path / "whole", 0, "drop")
+    assert killed(source, tmp_path / "out", 60, "drop").returncode == -signal.SIGKILL
+    assert killed(source, tmp_path / "out", 60, "drop", "resume").returncode == -signal.SIGKILL
+    assert killed(source, tmp_path / "out", 0, "drop", "resume").returncode == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_resume_does_not_write_what_is_there(dense, tmp_path, monkeypatch):
+    source = dense("llama")
+    killed(source, tmp_path / "out", 150, "copy")
+    journal = (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()
+    done = {name for line in journal[1:] for name in json.loads(line)["done"]}
+    assert len(done) > 10
+    written = []
+    from upcycle import write
+
+    real = write._Files.write
+    monkeypatch.setattr(write._Files, "write", lambda self, place, *a: (written.append(place), real(self, place, *a)))
+    convert(source, tmp_path / "out", Recipe.of(), resume=True, shard_size=120_000)
+    entries = blueprint(source, Recipe.of()).entries
+    assert len({(p.shard, p.offset) for p in written if p.offset}) == len(entries) - len(done)
+
+
+def test_a_torn_journal_line_is_ignored(dense, tmp_path):
+    source = dense("llama")
+    killed(source, tmp_path / "whole", 0, "copy")
+    killed(source, tmp_path / "out", 150, "copy")
+    with (tmp_path / "out.partial" / "journal.jsonl").open("a") as journal:
+        journal.write('{"done": ["model.norm.we')
+    convert(source, tmp_path / "out", Recipe.of(), resume=True, shard_size=120_000)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_resume_notices_another_source(dense, tmp_path):
+    source = Path(shutil.copytree(dense("llama"), tmp_path / "source"))
+    killed(source, tmp_path / "out", 150, "copy")
+    shutil.copyfile(dense("llama", seed=1) / "model.safetensors", source / "model.safetensors")
+    with pytest.raises(UpcycleError, match="begun with another source"):
+        convert(source, tmp_path / "out", Recipe.of(), resume=True, shard_size=120_000)
+
+
+def test_resume_without_anything_to_resume_is_a_fresh_run(dense, tmp_path):
+    cli.main(["convert", str(dense("llama")), str(tmp_path / "out"), "--resume"])
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_really_full_disk(dense, tmp_path, capsys):
+    """A file system of 1.5 MB: refused before the first byte, and kept when it fills up in the middle."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        from upcycle import write
+
+        source = dense("llama", intermediate_size=192)
+        with pytest.raises(UpcycleError, match="free; make room"):
+            convert(source, small / "out", Recipe.of())
+        assert not list(small.iterdir())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(write, "_check_space", lambda *_: None)
+            with pytest.raises(UpcycleError, match="is full; what is written is kept"):
+                convert(source, small / "out", Recipe.of(), shard_size=300_000)
+        assert (small / "out.partial").exists()
+        subprocess.run(["mount", "-o", "remount,size=40m", str(small)], check=True)
+        convert(source, small / "out", Recipe.of(), shard_size=300_000, resume=True)
+        convert(source, tmp_path / "out", Recipe.of(), shard_size=300_000)
+        assert digests(small / "out") == digests(tmp_path / "out")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_memory_stays_below_the_plan(dense, tmp_path):
+    """The peak of a real run, in a process of its own, is below what plan says."""
+    script = (
+        "import sys; from upcycle import convert, plan, Recipe\n"
+        "r = Recipe.of(init={'name': 'drop'})\n"
+        "convert(sys.argv[1], sys.argv[2], r)\n"
+        "peak = next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) * 1024\n"
+        "print(peak, plan(sys.argv[1], r).peak_memory_bytes)"
+    )
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("no /proc to read the peak memory from")
+    source = dense("llama", hidden_size=512, intermediate_size=4096, num_attention_heads=4, head_dim=128)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(tmp_path / "out")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    peak, planned = map(int, run.stdout.split())
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 700_000_000
+    assert peak < planned < 400_000_000
