@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from upcycle.cost import Plan
     from upcycle.proof import Proof
 
-out = Console(highlight=False, soft_wrap=False)
+# Sentences are left to the terminal to wrap, and whole where the output is a file.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
 
 

@@ -40,5 +40,6 @@ native = Native(
         config=lambda _, count: {"moe_num_shared_experts": count},
     ),
     dense_layers=_dense_layers,
+    constants={"moe_norm_min": 1e-12},
     extra=_bias,
 )

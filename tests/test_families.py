@@ -1,0 +1,162 @@
+"""The tables of families and targets against what transformers builds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from upcycle import Recipe, blueprint, convert, families, natives
+
+# Fields whose default the family works out from others, as the class does after it is built.
+DERIVED = {"head_dim", "num_key_value_heads", "layer_types", "no_rope_layers", "sliding_window"}
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_defaults_are_those_of_transformers(model_type):
+    declared = {f.name: f.default for f in dataclasses.fields(CONFIG_MAPPING[model_type])}
+    family = families.find(model_type)
+    for key, value in family.defaults.items():
+        if key not in DERIVED or value is not None:
+            assert declared[key] == value, key
+    assert family.theta == getattr(CONFIG_MAPPING[model_type], "default_theta", 10_000.0)
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_a_config_that_says_little_means_what_transformers_makes_of_it(model_type):
+    """Sizes alone in config.json: every field that both know has the value transformers gives it."""
+    sizes = {k: tiny.SMALL[k] for k in tiny._ALWAYS}
+    family = families.find(model_type)
+    found = family.config({"model_type": model_type, **sizes})
+    wanted = CONFIG_MAPPING[model_type](**sizes)
+    for key in found:
+        if key in ("head_dim", "sliding_window", "rope_parameters") or not hasattr(wanted, key):
+            continue
+        assert found[key] == getattr(wanted, key), key
+    if getattr(wanted, "head_dim", None) is not None:
+        assert found["head_dim"] == wanted.head_dim
+    rope = {k: v for k, v in wanted.rope_parameters.items() if v is not None}
+    assert {k: found["rope_parameters"].get(k) for k in ("rope_type", "rope_theta")} == {
+        k: rope[k] for k in ("rope_type", "rope_theta")
+    }
+
+
+# What transformers saves and our config.json does not say: version, a second name for the number of
+# experts, what layer_types says already, a token id and a flag that nothing reads.
+SAVED_ONLY = {
+    "transformers_version", "num_local_experts", "rope_parameters", "sliding_window_pattern",
+    "prefix_dense_sliding_window_pattern", "sep_token_id", "pretraining_tp",
+}  # fmt: skip
+CASES = {name: (name, {}) for name in families.names()} | tiny.VARIANTS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_are_those_of_transformers(case):
+    model_type, changes = CASES[case]
+    config = tiny.config_of(model_type, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
+    wanted = {n: tuple(p.shape) for n, p in model.state_dict().items() if n not in tied}
+    family = families.find(model_type)
+    assert family.shapes(family.config(config.to_dict())) == wanted
+    assert family.architecture == type(model).__name__
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_every_source_tensor_is_used_and_every_target_defined_once(model_type, dense):
+    built = blueprint(dense(model_type), Recipe.of())
+    used = {info.name for e in built.entries.values() for info in e.lazy.sources()}
+    assert used == set(built.source.tensors)
+    assert not built.left_out
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_names_and_config_are_those_that_transformers_saves(model_type, dense, tmp_path):
+    """Loaded and saved again by transformers, the tensors have our names, shapes and values."""
+    from upcycle.checkpoint import Checkpoint
+
+    convert(dense(model_type), tmp_path / "ours", Recipe.of(moe={"num_experts": 4}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    with Checkpoint.open(tmp_path / "ours") as ours, Checkpoint.open(tmp_path / "theirs") as theirs:
+        assert {n: t.shape for n, t in ours.tensors.items()} == {n: t.shape for n, t in theirs.tensors.items()}
+        for name, info in ours.tensors.items():
+            other = theirs.tensors[name]
+            assert (ours.pread(info, 0, info.nbytes) == theirs.pread(other, 0, other.nbytes)).all(), name
+        for key, value in theirs.config.items():
+            if key not in SAVED_ONLY:
+                assert key in ours.config or value in (None, False, [], 0, 0.0), key
+
+
+@pytest.mark.parametrize("name", natives.names())
+def test_targets(name):
+    native = natives.find(name)
+    assert native.model_type == name
+    cls = CONFIG_MAPPING[name]
+    assert any(name in families.find(f).natives for f in families.names())
+    declared = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
+    for field in (native.num_experts_field, native.top_k_field, native.width_field):
+        assert field in declared
+    assert (native.renormalizes == "optional") == (
+        "norm_topk_prob" in declared and "norm_topk_prob" not in native.constants
+    )
+
+
+def test_both_spellings_of_rope(dense, tmp_path):
+    """transformers 5 reads rope_parameters; everything older rope_theta and rope_scaling."""
+    _, changes = tiny.VARIANTS["llama-rope3"]
+    convert(dense("llama", **changes), tmp_path / "moe", Recipe.of())
+    config = AutoConfig.from_pretrained(tmp_path / "moe")
+    import json
+
+    raw = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 500000.0
+    assert raw["rope_scaling"]["rope_type"] == "llama3"
+    assert raw["rope_scaling"]["factor"] == config.rope_parameters["factor"] == 8.0
+    assert raw["num_local_experts"] == 8
+
+
+def test_an_old_config_means_the_same(dense, tmp_path):
+    """A config.json of transformers 4 (rope_theta, rope_scaling with `type`, torch_dtype)."""
+    import json
+    import shutil
+
+    folder = shutil.copytree(dense("llama"), tmp_path / "old")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["rope_parameters"]
+    raw |= {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    from upcycle import verify
+
+    convert(folder, tmp_path / "moe", Recipe.of())
+    assert verify(folder, tmp_path / "moe").holds
+    made = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert made["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+
+
+def test_a_tied_head_that_is_stored_all_the_same(dense, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from upcycle import verify
+
+    folder = shutil.copytree(dense("llama", tie_word_embeddings=True), tmp_path / "tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    convert(folder, tmp_path / "moe", Recipe.of())
+    proof = verify(folder, tmp_path / "moe")
+    assert proof.holds, proof.checks
+    assert "tied" in proof.checks[0].detail
+
+
+def test_refused_families_are_no_families():
+    assert not set(families.REFUSED) & set(families.names())
+    for (model_type, target), reason in families.INEXACT.items():
+        assert target not in families.find(model_type).natives
+        assert reason
