@@ -77,7 +77,7 @@ def test_plan_json(dense, capsys):
         ("qwen2", [], "zero down projection"),
         ("qwen3", ["--set", "router.normalize=false"], "llama.cpp always renormalises"),
         ("olmo2", [], "llama.cpp has no flex_olmo"),
-        ("gemma", [], "hard-code SiLU"),
+        ("gemma", [], "hard-codes SiLU"),
     ],
 )  # fmt: skip
 def test_warnings(model_type, options, words, dense, capsys):

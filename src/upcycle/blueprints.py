@@ -171,12 +171,8 @@ class Blueprint:
                 f"{odd}: transformers' default kernel for experts refuses that; load with "
                 f'experts_implementation="eager"'
             )
-        for client, why in self.native.clients.items():
-            if self.native.model_type == "qwen2_moe" and not router.normalize:
-                continue  # what these clients compute is then what is meant
+        for client, why in self.native.clients(self.config).items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
-        if self.native.model_type == "qwen3_moe" and not router.normalize:
-            out.append("llama.cpp always renormalises qwen3_moe: it will not reproduce this model's function")
         if self.unknown_keys:
             out.append(
                 f"config.json has keys unknown to {self.family.model_type}, carried over as they are: "

@@ -50,7 +50,6 @@ class Gemma(Decoder):
     def warnings(self, native: str) -> list[str]:
         return [
             "the norms of gemma become 1 + w, which rounds in bfloat16 and float16 (exact in float32)",
-            "llama.cpp and mlx-lm hard-code SiLU in granitemoe: they will not reproduce gemma's function",
         ]
 
 

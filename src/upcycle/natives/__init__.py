@@ -119,7 +119,8 @@ class Native:
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of a MoE layer
-    clients: Mapping[str, str] = field(default_factory=dict)  # who does not reproduce the function, and why
+    finish: Callable[[Config], Config] = lambda config: config  # what the hub's configs spell otherwise
+    clients: Callable[[Config], Mapping[str, str]] = lambda _: {}  # who will not compute the same, and why
 
     def config(
         self,
@@ -146,7 +147,12 @@ class Native:
             out["norm_topk_prob"] = normalize
         if self.shared:
             out |= self.shared.config(shared_width, shared_experts)
-        return out | _rope(dense["rope_parameters"]) | dict(self.constants)
+        return self.finish(out | _rope(dense["rope_parameters"]) | dict(self.constants))
+
+
+def odd_head_dim(config: Config) -> bool:
+    """Whether heads are not hidden_size / num_attention_heads wide, which some clients assume."""
+    return bool(config["head_dim"] * config["num_attention_heads"] != config["hidden_size"])
 
 
 def _rope(rope: Mapping[str, Any]) -> Config:

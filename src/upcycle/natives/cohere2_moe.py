@@ -32,5 +32,5 @@ native = Native(
     ),
     dense_layers=_dense_layers,
     constants={"expert_selection_fn": "softmax", "norm_topk_prob": True},
-    clients={"mlx-lm": "has no cohere2_moe"},
+    clients=lambda _: {"mlx-lm": "has no cohere2_moe"},
 )

@@ -19,6 +19,11 @@ def _dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config | str:
     return "ernie4_5_moe can only have every n-th layer between two layers as MoE"
 
 
+def _clients(config: Config) -> dict[str, str]:
+    guess = "guesses the width of ernie4_5_moe's shared expert from other fields and refuses this one"
+    return {"llama.cpp": guess} if config["moe_num_shared_experts"] else {}
+
+
 def _bias(num_experts: int, dtype: str) -> dict[str, Lazy]:
     return {"mlp.moe_statics.e_score_correction_bias": Fill((1, num_experts), "F32", 0.0)}
 
@@ -41,5 +46,6 @@ native = Native(
     ),
     dense_layers=_dense_layers,
     constants={"moe_norm_min": 1e-12},
+    clients=_clients,
     extra=_bias,
 )

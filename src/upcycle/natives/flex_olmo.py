@@ -3,8 +3,6 @@
 from upcycle.natives import Native
 from upcycle.natives._qwen import LAYOUT
 
-_NONE = "has no flex_olmo"
-
 native = Native(
     model_type="flex_olmo",
     architecture="FlexOlmoForCausalLM",
@@ -13,5 +11,5 @@ native = Native(
     router="mlp.gate.weight",
     fields=("rms_norm_eps", "head_dim", "attention_bias"),
     renormalizes="optional",
-    clients={"llama.cpp": _NONE, "mlx-lm": _NONE},
+    clients=lambda _: {"llama.cpp": "has no flex_olmo", "mlx-lm": "has no flex_olmo"},
 )

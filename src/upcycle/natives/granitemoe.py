@@ -1,6 +1,13 @@
 """GraniteMoE: the MoE that Granite becomes, and what else fits its multipliers (Gemma 1, biased attention)."""
 
-from upcycle.natives import Fused, Native
+from upcycle.natives import Config, Fused, Native, odd_head_dim
+
+
+def _clients(config: Config) -> dict[str, str]:
+    if config["hidden_act"] != "silu":
+        return dict.fromkeys(("llama.cpp", "mlx-lm"), "hard-codes SiLU in granitemoe")
+    return {"mlx-lm": "ignores head_dim in granitemoe"} if odd_head_dim(config) else {}
+
 
 native = Native(
     model_type="granitemoe",
@@ -16,4 +23,5 @@ native = Native(
     ),
     num_experts_field="num_local_experts",
     renormalizes="always",
+    clients=_clients,
 )  # fmt: skip

@@ -1,7 +1,18 @@
 """Hunyuan V1 MoE: the MoE that Hunyuan V1 dense becomes; it always has a full-size shared network."""
 
-from upcycle.natives import Native, Shared
+from upcycle.natives import Config, Native, Shared
 from upcycle.natives._qwen import LAYOUT
+
+
+def _per_layer(config: Config) -> Config:
+    """The hub's configs give these as a list with one entry a layer, and llama.cpp reads nothing else."""
+    values = {
+        "moe_topk": config["moe_topk"],
+        "moe_intermediate_size": config["intermediate_size"],
+        "num_shared_expert": 1,
+    }
+    return config | {name: [value] * config["num_hidden_layers"] for name, value in values.items()}
+
 
 native = Native(
     model_type="hunyuan_v1_moe",
@@ -13,6 +24,7 @@ native = Native(
     top_k_field="moe_topk",
     renormalizes="always",
     shared=Shared(path="mlp.shared_mlp", combine="sum", config=lambda *_: {}, mandatory="full"),
-    constants={"use_qk_norm": True, "use_mixed_mlp_moe": True, "num_shared_expert": 1},
-    clients={"mlx-lm": "knows the type as `hunyuan` and not as hunyuan_v1_moe"},
+    constants={"use_qk_norm": True, "use_mixed_mlp_moe": True},
+    finish=_per_layer,
+    clients=lambda _: {"mlx-lm": "knows the type as `hunyuan` and not as hunyuan_v1_moe"},
 )

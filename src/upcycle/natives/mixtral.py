@@ -1,6 +1,16 @@
 """Mixtral: the MoE that Llama, Mistral and Phi-3 become."""
 
-from upcycle.natives import Native, PerExpert
+from upcycle.natives import Config, Native, PerExpert, odd_head_dim
+
+
+def _clients(config: Config) -> dict[str, str]:
+    out = {}
+    if odd_head_dim(config):
+        out["mlx-lm"] = "ignores head_dim in mixtral"
+    if config.get("sliding_window") is not None:
+        out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in mixtral")
+    return out
+
 
 native = Native(
     model_type="mixtral",
@@ -12,4 +22,5 @@ native = Native(
     num_experts_field="num_local_experts",
     renormalizes="always",
     constants={"router_jitter_noise": 0.0},
+    clients=_clients,
 )

@@ -1,9 +1,13 @@
 """Qwen2-MoE: the MoE that Qwen2 becomes; it cannot be without a shared expert."""
 
-from upcycle.natives import Native
+from upcycle.natives import Config, Native
 from upcycle.natives._qwen import LAYOUT, SHARED, dense_layers
 
-_NEVER = "never renormalises the top-k weights of qwen2_moe, whatever norm_topk_prob says"
+
+def _clients(config: Config) -> dict[str, str]:
+    never = "never renormalises the top-k weights of qwen2_moe, whatever norm_topk_prob says"
+    return dict.fromkeys(("llama.cpp", "mlx-lm"), never) if config["norm_topk_prob"] else {}
+
 
 native = Native(
     model_type="qwen2_moe",
@@ -17,5 +21,5 @@ native = Native(
     shared=SHARED,
     dense_layers=dense_layers,
     constants={"qkv_bias": True},
-    clients={"llama.cpp": _NEVER, "mlx-lm": _NEVER},
+    clients=_clients,
 )

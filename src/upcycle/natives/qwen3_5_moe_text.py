@@ -16,4 +16,5 @@ native = Native(
     width_field="moe_intermediate_size",
     renormalizes="always",
     shared=SHARED,
+    clients=lambda _: {"mlx-lm": "knows the type inside qwen3_5_moe only"},
 )  # fmt: skip

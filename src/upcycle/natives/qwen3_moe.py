@@ -1,7 +1,12 @@
 """Qwen3-MoE: the MoE that Qwen3 becomes."""
 
-from upcycle.natives import Native
+from upcycle.natives import Config, Native
 from upcycle.natives._qwen import LAYOUT, dense_layers
+
+
+def _clients(config: Config) -> dict[str, str]:
+    return {} if config["norm_topk_prob"] else {"llama.cpp": "always renormalises the top-k weights of qwen3_moe"}
+
 
 native = Native(
     model_type="qwen3_moe",
@@ -16,4 +21,5 @@ native = Native(
     width_field="moe_intermediate_size",
     renormalizes="optional",
     dense_layers=dense_layers,
+    clients=_clients,
 )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Other people's programs on our output: they compute the dense function, or the plan says they will not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from clients import llama_cpp_logits, mlx_logits, transformers_logits
+
+from upcycle import Recipe, convert, plan
+
+FAMILIES = {
+    "llama": {}, "llama-head_dim": {"head_dim": 24}, "mistral": {}, "mistral-full": {"sliding_window": None},
+    "phi3": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "olmo2": {}, "granite": {},
+    "gemma": {}, "ernie4_5": {}, "cohere2": {}, "hunyuan_v1_dense": {}, "smollm3": {},
+    "smollm3-sliding": {"use_sliding_window": True},
+    "qwen3_5_text": {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+}  # fmt: skip
+RECIPES = {
+    "copy": {},
+    "granitemoe": {"moe": {"target": "granitemoe"}},
+    "raw gates": {"router": {"normalize": False, "std": 1e-4}},
+    "shared": {"moe": {"shared_experts": 1}},
+}
+CASES = [
+    *((family, "copy") for family in FAMILIES),
+    ("llama", "granitemoe"), ("qwen2", "granitemoe"),
+    ("qwen2", "raw gates"), ("qwen3", "raw gates"),
+    ("qwen2", "shared"), ("ernie4_5", "shared"), ("cohere2", "shared"), ("hunyuan_v1_dense", "shared"),
+]  # fmt: skip
+IDS = np.random.default_rng(0).integers(3, 96, 40).tolist()  # beyond every sliding window
+
+
+def compare(family: str, recipe: str, client, name: str, tolerance: float, dense, tmp_path) -> None:
+    model_type = family.partition("-")[0]
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    if model_type not in ("cohere2", "granite", "olmo2", "phi3", "qwen2", "smollm3"):
+        sizes["head_dim"] = 16
+    source = dense(model_type, **{**sizes, **FAMILIES[family]})
+    table = RECIPES[recipe]
+    built = Recipe.of({**table, "moe": {"num_experts": 4, **table.get("moe", {})}})
+    warned = [w for w in plan(source, built).warnings if w.startswith(f"{name} ")]
+    convert(source, tmp_path / "moe", built)
+    wanted = transformers_logits(source, IDS)
+    try:
+        found = client(tmp_path / "moe", IDS)
+    except (RuntimeError, ValueError) as error:
+        assert warned, f"{name} cannot load it, and plan does not say so: {error}"
+        return
+    difference = np.abs(found - wanted).max() / np.abs(wanted).max()
+    if recipe == "raw gates":  # exact only as far as the router is uniform, in transformers as well
+        tolerance = 3e-3
+    if warned:
+        assert difference > 30 * tolerance, f"{name} is right, and plan warns: {warned}"
+    else:
+        assert difference < tolerance
+
+
+@pytest.mark.parametrize(("family", "recipe"), CASES)
+def test_mlx_lm(family, recipe, dense, tmp_path):
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    compare(family, recipe, mlx_logits, "mlx-lm", 1e-5, dense, tmp_path)
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize(("family", "recipe"), CASES)
+def test_llama_cpp(family, recipe, dense, tmp_path):
+    """llama.cpp keeps keys and values in float16, hence its tolerance."""
+    compare(family, recipe, llama_cpp_logits, "llama.cpp", 2e-3, dense, tmp_path)

@@ -1,0 +1,89 @@
+"""The plan against transformers' own counts and a closed form."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from upcycle import Recipe, convert, families, plan
+from upcycle.shards import parse_size
+
+
+def recipe_for(model_type: str) -> Recipe:
+    return Recipe.of(moe={"num_experts": 6, "top_k": 2})
+
+
+@pytest.mark.parametrize("model_type", families.names())
+def test_parameters(model_type, dense, tmp_path):
+    """Total as transformers counts the model; active: what is left of it with K experts a layer."""
+    source, recipe = dense(model_type), recipe_for(model_type)
+    costs = plan(source, recipe)
+    convert(source, tmp_path / "moe", recipe)
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        large = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "moe"))
+    assert costs.dense_parameters == small.num_parameters()
+    assert costs.total_parameters == large.num_parameters()
+    experts = sum(p.numel() for n, p in large.named_parameters() if ".experts." in n)
+    assert costs.active_parameters == costs.total_parameters - experts * 4 // 6
+    files = sum(f.stat().st_size for f in (tmp_path / "moe").glob("*.safetensors"))
+    assert costs.output_bytes == files
+
+
+def test_flops_of_llama(dense):
+    """2 FLOPs a weight in q, k, v, o, the router, K experts and the head; hidden 32, 4 layers, width 48."""
+    costs = plan(dense("llama"), Recipe.of(moe={"num_experts": 8, "top_k": 3}))
+    h, d, v, i, layers = 32, 12, 96, 48, 4
+    attention = h * (4 * d) + 2 * h * (2 * d) + (4 * d) * h
+    assert costs.dense_flops_per_token == 2 * (layers * (attention + 3 * h * i) + v * h)
+    assert costs.flops_per_token == 2 * (layers * (attention + 3 * 3 * h * i + 8 * h) + v * h)
+
+
+def test_flops_against_torch(dense, tmp_path):
+    """What torch counts for one pass, attention scores taken off, is what the plan says."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = AutoModelForCausalLM.from_pretrained(dense("llama"), attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, 16, dtype=torch.long))
+    by_op = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    scores = sum(n for op, n in by_op.items() if "bmm" in op) - 2 * 6 * 16  # the rotary outer product
+    total = sum(by_op.values()) - 2 * 6 * 16
+    assert (total - scores) / 16 == plan(dense("llama"), Recipe.of()).dense_flops_per_token
+
+
+def test_the_plan_reads_headers_only(dense, monkeypatch):
+    from upcycle.checkpoint import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "pread", lambda *_: pytest.fail("a tensor was read"))
+    for name in ("copy", "drop", "noise"):
+        plan(dense("llama"), Recipe.of(init={"name": name}))
+
+
+def test_hash(dense):
+    """The same for the same recipe and headers; another for another seed, recipe or shape."""
+    base = plan(dense("llama"), Recipe.of()).blueprint_hash
+    assert plan(dense("llama"), Recipe.of()).blueprint_hash == base
+    assert plan(dense("llama", seed=1), Recipe.of()).blueprint_hash == base
+    others = [
+        plan(dense("llama"), Recipe.of(seed=1)),
+        plan(dense("llama"), Recipe.of(moe={"num_experts": 4})),
+        plan(dense("llama"), Recipe.of(init={"name": "drop"})),
+        plan(dense("llama"), Recipe.of(dtype="bfloat16")),
+        plan(dense("llama", rms_norm_eps=1e-3), Recipe.of()),
+        plan(dense("llama", intermediate_size=64), Recipe.of()),
+    ]
+    assert len({base, *(o.blueprint_hash for o in others)}) == 7
+
+
+def test_the_plan_is_json(dense):
+    costs = plan(dense("qwen2"), Recipe.of())
+    assert json.loads(json.dumps(costs.as_dict()))["expert_width"] == 48
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1 GiB", 2**30), ("1.5MB", 1_500_000), ("7", 7), ("2kb", 2000)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
