@@ -133,7 +133,9 @@ def machine() -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mergekit", help="the mergekit-moe executable, if it is to be timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
@@ -168,7 +170,12 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
                 {"base_model": str(dense), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
             )
         )
-        contenders["mergekit"] = [mergekit, str(recipe), str(out), "--i-understand-this-is-not-useful-without-training"]
+        contenders["mergekit"] = [
+            mergekit,
+            str(recipe),
+            str(out),
+            "--i-understand-this-is-not-useful-without-training",
+        ]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, command in contenders.items():

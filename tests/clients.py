@@ -57,7 +57,10 @@ def llama_cpp_logits(folder: Path, ids: list[int]) -> np.ndarray:
         "m.eval(ids); np.save(sys.argv[2], np.array(m.scores[:len(ids)]))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, str(gguf), str(found), str(ids)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, str(gguf), str(found), str(ids)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if run.returncode:
         raise RuntimeError(run.stderr.strip().splitlines()[-1])

@@ -286,8 +286,8 @@ def test_inexact_targets_give_their_reason(fails, source, tmp_path):
         ("granite", {"mlp_bias": True}, "mlp_bias"),
         ("ernie4_5", {"use_bias": True}, "use_bias"),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}, "sliding"),
-        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-         "partial_rotary_factor"),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                      "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )  # fmt: skip
 def test_configs_that_do_not_fit(model_type, changes, reason, dense, fails, tmp_path):
@@ -409,7 +409,9 @@ def test_nonfinite_weights(value, init, dtype, source, fails, tmp_path):
 def test_nonfinite_weights_can_be_allowed(source, tmp_path):
     edit_tensors(source, lambda t: t[GATE].__setitem__((7, 3), float("nan")))
     cli.main(["convert", str(source), str(tmp_path / "out"), "--allow-nonfinite"])
-    expert = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.block_sparse_moe.experts.0.w1.weight"]
+    expert = load_file(tmp_path / "out" / "model.safetensors")[
+        "model.layers.1.block_sparse_moe.experts.0.w1.weight"
+    ]
     assert torch.isnan(expert[7, 3])
 
 
@@ -429,10 +431,17 @@ def test_donor_of_another_shape(source, dense, fails, tmp_path):
 
 def test_bad_split_labels(source, fails, tmp_path):
     labels = tmp_path / "labels.json"
-    base = ["convert", source, tmp_path / "out", "--init", "split", "--experts", "4", "--set", "moe.granularity=4",
-            "--set", "init.by=file", "--set", f"init.labels={labels}"]  # fmt: skip
+    settings = ["moe.granularity=4", "init.by=file", f"init.labels={labels}"]
+    base = ["convert", source, tmp_path / "out", "--init", "split", "--experts", "4"]
+    base += [word for setting in settings for word in ("--set", setting)]
     assert "cannot read" in fails(*base)
-    for content in ("{", "[]", json.dumps([[0] * 48] * 4), json.dumps([[0, 1, 2, 3] * 11] * 4), json.dumps([["a"] * 48])):
+    for content in (
+        "{",
+        "[]",
+        json.dumps([[0] * 48] * 4),
+        json.dumps([[0, 1, 2, 3] * 11] * 4),
+        json.dumps([["a"] * 48]),
+    ):
         labels.write_text(content)
         assert "init.labels" in fails(*base)
 
@@ -446,7 +455,9 @@ def test_resume_with_another_recipe(source, fails, tmp_path, monkeypatch, capsys
     monkeypatch.undo()
     message = fails("convert", source, tmp_path / "out", "--resume", "--seed", "1", keeps_partial=True)
     assert "begun with another recipe" in message
-    message = fails("convert", source, tmp_path / "out", "--resume", "--shard-size", "30KB", keeps_partial=True)
+    message = fails(
+        "convert", source, tmp_path / "out", "--resume", "--shard-size", "30KB", keeps_partial=True
+    )
     assert "begun with another shard size" in message
 
 

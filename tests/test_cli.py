@@ -43,7 +43,19 @@ def test_help_names_every_key_of_a_recipe_option():
         [sys.executable, "-m", "upcycle", "convert", "--help"], capture_output=True, text=True, check=True,
         env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
-    wanted = {"recipe", "set", "experts", "top-k", "init", "layers", "target", "dtype", "seed", "resume", "jobs"}
+    wanted = {
+        "recipe",
+        "set",
+        "experts",
+        "top-k",
+        "init",
+        "layers",
+        "target",
+        "dtype",
+        "seed",
+        "resume",
+        "jobs",
+    }
     assert wanted <= set(re.findall(r"--([a-z-]+)", run.stdout))
     assert "SOURCE OUT" in run.stdout
 
@@ -54,8 +66,8 @@ def test_plan_json(dense, capsys):
     plan = json.loads(out)
     assert err == ""
     assert {
-        "dense_parameters", "total_parameters", "active_parameters", "dense_flops_per_token", "flops_per_token",
-        "output_bytes", "peak_memory_bytes", "blueprint_hash", "preserves_function", "warnings",
+        "dense_parameters", "total_parameters", "active_parameters", "dense_flops_per_token",
+        "flops_per_token", "output_bytes", "peak_memory_bytes", "blueprint_hash", "preserves_function", "warnings",
     } <= set(plan)  # fmt: skip
     assert plan["preserves_function"] is True
     assert plan["warnings"] == []
@@ -69,8 +81,8 @@ def test_plan_json(dense, capsys):
         ("llama", ["--set", "router.std=0"], "same experts"),
         ("llama", ["--init", "drop"], "50-100 B"),
         ("llama", ["--init", "virtual_group", "--set", "moe.granularity=2"], "grouped"),
-        ("llama", ["--init", "virtual_group", "--experts", "32", "--set", "moe.granularity=32", "--top-k", "32"],
-         "no multiple of 16"),
+        ("llama", ["--init", "virtual_group", "--experts", "32", "--top-k", "32",
+                   "--set", "moe.granularity=32"], "no multiple of 16"),
         ("qwen2", [], "llama.cpp never renormalises"),
         ("qwen2", [], "mlx-lm never renormalises"),
         ("qwen2", ["--set", "router.normalize=false"], "N / K = 4"),
@@ -81,7 +93,14 @@ def test_plan_json(dense, capsys):
     ],
 )  # fmt: skip
 def test_warnings(model_type, options, words, dense, capsys):
-    cli.main(["plan", str(dense(model_type, intermediate_size=48 if model_type != "llama" else 96)), "--json", *options])
+    cli.main(
+        [
+            "plan",
+            str(dense(model_type, intermediate_size=48 if model_type != "llama" else 96)),
+            "--json",
+            *options,
+        ]
+    )
     warnings = json.loads(capsys.readouterr().out)["warnings"]
     assert any(words in w for w in warnings), warnings
 
@@ -110,7 +129,9 @@ def test_a_session(dense, tmp_path, capsys):
 def test_recipe_file_and_options(dense, tmp_path, capsys):
     (tmp_path / "r.toml").write_text('[moe]\nnum_experts = 4\n[init]\nname = "drop"\nratio = 0.25\n')
     source = str(dense("qwen3"))
-    cli.main(["plan", source, "--json", "--recipe", str(tmp_path / "r.toml"), "--layers", "1,3", "--top-k", "1"])
+    cli.main(
+        ["plan", source, "--json", "--recipe", str(tmp_path / "r.toml"), "--layers", "1,3", "--top-k", "1"]
+    )
     plan = json.loads(capsys.readouterr().out)
     assert (plan["num_experts"], plan["top_k"], plan["moe_layers"]) == (4, 1, [1, 3])
 
@@ -181,7 +202,9 @@ def test_inspect_numbers(dense, tmp_path, capsys):
         found = json.loads(capsys.readouterr().out)
         model = AutoModelForCausalLM.from_pretrained(out)
         original = AutoModelForCausalLM.from_pretrained(source)
-        for row, layer, dense_layer in zip(found["layers"], model.model.layers, original.model.layers, strict=True):
+        for row, layer, dense_layer in zip(
+            found["layers"], model.model.layers, original.model.layers, strict=True
+        ):
             moe = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
             router = moe.router if hasattr(moe, "router") else moe.gate
             experts = torch.cat([moe.experts.gate_up_proj.flatten(1), moe.experts.down_proj.flatten(1)], 1)

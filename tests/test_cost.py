@@ -84,6 +84,8 @@ def test_the_plan_is_json(dense):
     assert json.loads(json.dumps(costs.as_dict()))["expert_width"] == 48
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1 GiB", 2**30), ("1.5MB", 1_500_000), ("7", 7), ("2kb", 2000)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1 GiB", 2**30), ("1.5MB", 1_500_000), ("7", 7), ("2kb", 2000)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size

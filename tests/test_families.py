@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import tiny
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+import tiny
 from upcycle import Recipe, blueprint, convert, families, natives
 
 # Fields whose default the family works out from others, as the class does after it is built.
@@ -83,7 +83,9 @@ def test_names_and_config_are_those_that_transformers_saves(model_type, dense, t
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
     with Checkpoint.open(tmp_path / "ours") as ours, Checkpoint.open(tmp_path / "theirs") as theirs:
-        assert {n: t.shape for n, t in ours.tensors.items()} == {n: t.shape for n, t in theirs.tensors.items()}
+        assert {n: t.shape for n, t in ours.tensors.items()} == {
+            n: t.shape for n, t in theirs.tensors.items()
+        }
         for name, info in ours.tensors.items():
             other = theirs.tensors[name]
             assert (ours.pread(info, 0, info.nbytes) == theirs.pread(other, 0, other.nbytes)).all(), name

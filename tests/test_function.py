@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+import tiny
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, init
 from upcycle.proof import verify
 
@@ -114,10 +114,16 @@ def test_other_targets(model_type, target, changes, dense, batch, tmp_path):
 def test_some_layers_stay_dense(model_type, layers, dense, batch, tmp_path):
     source = dense(model_type)
     ids, mask = batch
-    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 4, "layers": layers}, router={"std": 0.5}))
+    convert(
+        source, tmp_path / "moe", Recipe.of(moe={"num_experts": 4, "layers": layers}, router={"std": 0.5})
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     kinds = [hasattr(layer.mlp, "experts") for layer in model.model.layers]
-    wanted = {"every_other": [1, 3], "last_half": [2, 3]}.get(layers, layers) if isinstance(layers, str) else layers
+    wanted = (
+        {"every_other": [1, 3], "last_half": [2, 3]}.get(layers, layers)
+        if isinstance(layers, str)
+        else layers
+    )
     assert [i for i, moe in enumerate(kinds) if moe] == wanted
     assert difference(logits(source, ids, mask), logits(tmp_path / "moe", ids, mask), mask) < 1e-5
 

@@ -18,11 +18,14 @@ from upcycle.lazy import Lazy
 WIDTH = 48
 
 
-def ffn(built, layer: int, e: int | None = None, prefix: str = "block_sparse_moe.experts") -> dict[str, np.ndarray]:
+def ffn(
+    built, layer: int, e: int | None = None, prefix: str = "block_sparse_moe.experts"
+) -> dict[str, np.ndarray]:
     """The matrices of expert `e` of a mixtral blueprint."""
     names = {"gate": "w1", "up": "w3", "down": "w2"}
     return {
-        m: built.entries[f"model.layers.{layer}.{prefix}.{e}.{w}.weight"].lazy.all("F32") for m, w in names.items()
+        m: built.entries[f"model.layers.{layer}.{prefix}.{e}.{w}.weight"].lazy.all("F32")
+        for m, w in names.items()
     }
 
 
@@ -198,12 +201,16 @@ def test_virtual_group_scales(mode, exact, normalize, dense):
     original = {}
     for m in ("gate", "up", "down"):
         info = opened.tensors[f"model.layers.0.mlp.{m}_proj.weight"]
-        original[m] = opened.pread(info, 0, info.nbytes).view(np.float32).reshape(info.shape).astype(np.float64)
+        original[m] = (
+            opened.pread(info, 0, info.nbytes).view(np.float32).reshape(info.shape).astype(np.float64)
+        )
     x = np.random.default_rng(0).standard_normal((64, 32))
     total = 0
     for expert in range(t):
         p = f"model.layers.0.mlp.experts.{expert}."
-        matrices = {m: built.entries[f"{p}{m}_proj.weight"].lazy.all("F32").astype(np.float64) for m in original}
+        matrices = {
+            m: built.entries[f"{p}{m}_proj.weight"].lazy.all("F32").astype(np.float64) for m in original
+        }
         total = total + output(matrices, x) * (1 / t if normalize else 1 / (e * g))
     wanted = output(original, x)
     error = np.linalg.norm(total - wanted) / np.linalg.norm(wanted)
@@ -222,7 +229,7 @@ def test_virtual_group_scales(mode, exact, normalize, dense):
 
 @pytest.mark.parametrize("granularity", [1, 2, 4])
 def test_shuffle_slice(granularity, dense):
-    """Each replica's G experts hold every neuron once, shuffled; what the last replica leaves is discarded."""
+    """Each replica's G experts hold every neuron once, shuffled; the rest of the last is discarded."""
     source = dense("llama")
     built = blueprint(
         source,
@@ -238,7 +245,9 @@ def test_shuffle_slice(granularity, dense):
         for m in original:
             assert (expert[m] == original[m][places]).all()
         orders.append(places)
-    replicas = [sum(orders[i : i + granularity], []) for i in range(0, 7 - 7 % granularity, granularity)]
+    replicas = [
+        [*itertools.chain(*orders[i : i + granularity])] for i in range(0, 7 - 7 % granularity, granularity)
+    ]
     assert all(sorted(r) == list(range(WIDTH)) for r in replicas)
     assert len({tuple(r) for r in replicas}) == len(replicas)
 
@@ -263,7 +272,9 @@ def neurons_of(expert, original):
 @pytest.mark.parametrize(("output_scale", "factor"), [("selected", 2), ("expected", 4), ("llama_moe", 2)])
 def test_split_deals_every_neuron_once(by, output_scale, factor, dense, tmp_path):
     source = dense("llama")
-    labels = np.random.default_rng(0).permuted(np.repeat(np.arange(4), 12).reshape(1, -1).repeat(4, 0), axis=1)
+    labels = np.random.default_rng(0).permuted(
+        np.repeat(np.arange(4), 12).reshape(1, -1).repeat(4, 0), axis=1
+    )
     options = {"name": "split", "by": by, "output": output_scale}
     if by == "file":
         (tmp_path / "labels.json").write_text(json.dumps(labels.tolist()))
@@ -273,7 +284,7 @@ def test_split_deals_every_neuron_once(by, output_scale, factor, dense, tmp_path
         original = by_neuron(dense_ffn(source, layer))
         experts = [by_neuron(ffn(built, layer, e)) for e in range(4)]
         places = [neurons_of(expert, original) for expert in experts]
-        assert sorted(sum(places, [])) == list(range(WIDTH))
+        assert sorted(itertools.chain(*places)) == list(range(WIDTH))
         for expert, chosen in zip(experts, places, strict=True):
             np.testing.assert_allclose(expert["down"], factor * original["down"][chosen], rtol=1e-7)
             assert (expert["up"] == original["up"][chosen]).all()
@@ -322,7 +333,9 @@ def test_branch_train_mix(include, dense):
             opened = Checkpoint.open(folder)
             info = opened.tensors[name]
             values.append(opened.pread(info, 0, info.nbytes).view(np.float32).reshape(info.shape))
-        np.testing.assert_allclose(built.entries[name].lazy.all(), np.mean(values, axis=0), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            built.entries[name].lazy.all(), np.mean(values, axis=0), rtol=1e-6, atol=1e-7
+        )
 
 
 def test_branch_train_mix_is_verified(dense, tmp_path):
@@ -339,7 +352,8 @@ def test_branch_train_mix_is_verified(dense, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "std"), [("normal", 0.02), ("uniform", 0.02), ("orthogonal", 0.02), ("zeros", 0.0), ("grouped", 0.02)]
+    ("kind", "std"),
+    [("normal", 0.02), ("uniform", 0.02), ("orthogonal", 0.02), ("zeros", 0.0), ("grouped", 0.02)],
 )
 def test_router(kind, std, dense):
     source = dense("llama", hidden_size=512, head_dim=8)
@@ -358,7 +372,13 @@ def test_router(kind, std, dense):
 
 @pytest.mark.parametrize(
     ("model_type", "combine"),
-    [("qwen2", "gated"), ("qwen3_5_text", "gated"), ("ernie4_5", "sum"), ("hunyuan_v1_dense", "sum"), ("cohere2", "average")],
+    [
+        ("qwen2", "gated"),
+        ("qwen3_5_text", "gated"),
+        ("ernie4_5", "sum"),
+        ("hunyuan_v1_dense", "sum"),
+        ("cohere2", "average"),
+    ],
 )
 def test_shared_expert_is_the_dense_network(model_type, combine, dense):
     """By halves where the architecture sums; the gate of a gated one has no zero (NaN in llama.cpp)."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clients import llama_cpp_logits, mlx_logits, mlx_model, transformers_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from clients import llama_cpp_logits, mlx_logits, mlx_model, transformers_logits
 from upcycle import Recipe, convert, plan, verify
 
 PUBLISHED = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
@@ -34,7 +34,9 @@ def held_out_loss(folder: Path, tinystories: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.inference_mode():
         logits = torch.cat([model(batch).logits for batch in rows.split(16)])
-    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), rows[:, 1:].flatten()))
+    return float(
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), rows[:, 1:].flatten())
+    )
 
 
 def greedy(folder: Path) -> list[int]:
@@ -112,5 +114,7 @@ def test_damage_grows_with_the_dropped_share(stories, tinystories, tmp_path):
         losses.append(held_out_loss(tmp_path / f"{ratio}", tinystories))
     assert losses == sorted(losses)
     assert losses[-1] > losses[0] + 1
-    convert(stories, tmp_path / "i", Recipe.of(init={"name": "drop", "ratio": 0.25, "indices": "independent"}))
+    convert(
+        stories, tmp_path / "i", Recipe.of(init={"name": "drop", "ratio": 0.25, "indices": "independent"})
+    )
     assert held_out_loss(tmp_path / "i", tinystories) > losses[2]

@@ -54,7 +54,12 @@ def test_toml(recipe_file):
 
 def test_overrides(recipe_file):
     recipe = Recipe.load(recipe_file, ["moe.layers=all", "init.ratio=0.5", "dtype=float32", "moe.top_k = 2"])
-    assert (recipe.moe.layers, recipe.init.ratio, recipe.dtype, recipe.moe.top_k) == ("all", 0.5, "float32", 2)
+    assert (recipe.moe.layers, recipe.init.ratio, recipe.dtype, recipe.moe.top_k) == (
+        "all",
+        0.5,
+        "float32",
+        2,
+    )
 
 
 def test_another_init_takes_its_own_keys_only(recipe_file):
@@ -94,7 +99,9 @@ def test_mistakes(table, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.stem
+)
 def test_the_recipes_that_are_shipped(path, dense):
     from upcycle import blueprint
 

@@ -83,7 +83,10 @@ def test_dtype(dtype, stored, dense, tmp_path):
     """A cast is torch's own cast, tensor by tensor."""
     source = dense("llama", dtype=stored)
     convert(source, tmp_path / "moe", Recipe.of(dtype=dtype))
-    with safe_open(source / "model.safetensors", "pt") as a, safe_open(tmp_path / "moe" / "model.safetensors", "pt") as b:
+    with (
+        safe_open(source / "model.safetensors", "pt") as a,
+        safe_open(tmp_path / "moe" / "model.safetensors", "pt") as b,
+    ):
         for l in range(4):  # noqa: E741
             wanted = a.get_tensor(f"model.layers.{l}.mlp.up_proj.weight").to(getattr(torch, dtype))
             found = b.get_tensor(f"model.layers.{l}.block_sparse_moe.experts.5.w3.weight")
@@ -96,7 +99,13 @@ def test_dtype(dtype, stored, dense, tmp_path):
 
 def test_files_that_are_carried_over(dense, tmp_path):
     source = Path(shutil.copytree(dense("llama"), tmp_path / "source"))
-    carried = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "special_tokens_map.json"]
+    carried = [
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "LICENSE",
+        "special_tokens_map.json",
+    ]
     for name in [*carried, "modeling_evil.py", "optimizer.pt"]:
         (source / name).write_text(name)
     convert(source, tmp_path / "moe", Recipe.of())
@@ -114,7 +123,12 @@ def test_model_card(dense, tmp_path):
     convert(dense("llama"), tmp_path / "moe", Recipe.of(init={"name": "drop", "ratio": 0.25}))
     card = (tmp_path / "moe" / "README.md").read_text()
     costs = plan(dense("llama"), Recipe.of(init={"name": "drop", "ratio": 0.25}))
-    for text in (f"{costs.total_parameters:,}", f"{costs.active_parameters:,}", '"ratio": 0.25', "from_pretrained"):
+    for text in (
+        f"{costs.total_parameters:,}",
+        f"{costs.active_parameters:,}",
+        '"ratio": 0.25',
+        "from_pretrained",
+    ):
         assert text in card
 
 
@@ -208,7 +222,9 @@ def test_resume_does_not_write_what_is_there(dense, tmp_path, monkeypatch):
     from upcycle import write
 
     real = write._Files.write
-    monkeypatch.setattr(write._Files, "write", lambda self, place, *a: (written.append(place), real(self, place, *a)))
+    monkeypatch.setattr(
+        write._Files, "write", lambda self, place, *a: (written.append(place), real(self, place, *a))
+    )
     convert(source, tmp_path / "out", Recipe.of(), resume=True, shard_size=120_000)
     entries = blueprint(source, Recipe.of()).entries
     assert len({(p.shard, p.offset) for p in written if p.offset}) == len(entries) - len(done)

@@ -92,7 +92,13 @@ CENTRED_NORMS = ("gemma", "qwen3_5_text")  # their norms multiply by 1 + w
 
 
 def make_dense(
-    folder: Path, model_type: str, *, seed: int = 0, dtype: str = "float32", shard: str = "5GB", **changes: Any
+    folder: Path,
+    model_type: str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    shard: str = "5GB",
+    **changes: Any,
 ) -> Path:
     """A dense checkpoint with weights large enough that a missing or misplaced one shows."""
     config = config_of(model_type, **changes)

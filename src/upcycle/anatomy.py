@@ -62,7 +62,9 @@ class _Networks:
             return None
         family = families.find(str(self.checkpoint.config.get("model_type")))
         config = family.config(self.checkpoint.config)
-        stored: Mapping[str, Lazy] = {n: Stored(self.checkpoint, t) for n, t in self.checkpoint.tensors.items()}
+        stored: Mapping[str, Lazy] = {
+            n: Stored(self.checkpoint, t) for n, t in self.checkpoint.tensors.items()
+        }
         return family.feed_forward(config, layer, stored)
 
 
@@ -85,8 +87,8 @@ def _moe_layers(
     by_layer: dict[int, dict[str, Lazy]] = {}
     for name, info in opened.tensors.items():
         if name.startswith("model.layers."):
-            number, _, rest = name.removeprefix("model.layers.").partition(".")
-            by_layer.setdefault(int(number), {})[rest] = Stored(opened, info)
+            layer, _, rest = name.removeprefix("model.layers.").partition(".")
+            by_layer.setdefault(int(layer), {})[rest] = Stored(opened, info)
     if not by_layer:
         raise UpcycleError(f"{opened.folder} has no tensors of layers (model.layers.N. ...)")
     rows = []

@@ -108,7 +108,6 @@ class Blueprint:
     @property
     def preserves_function(self) -> bool:
         """Whether the MoE computes what the dense model computes, up to rounding."""
-        made = [self.recipe.init.preserves(site) for site in self.sites.values()]
         moe, router = self.recipe.moe, self.recipe.router
         return (
             all(self.recipe.init.preserves(site) for site in self.sites.values())
@@ -358,7 +357,7 @@ def moe_layers(recipe: Recipe, count: int) -> list[int]:
     elif layers == "last_half":
         chosen = list(range(count // 2, count))
     else:
-        chosen = sorted(set(layers))  # type: ignore[arg-type]
+        chosen = sorted(set(layers))
         wrong = [i for i in chosen if not 0 <= i < count]
         if wrong:
             raise UpcycleError(f"moe.layers has {wrong}; the model has layers 0 to {count - 1}")

@@ -36,8 +36,8 @@ A `{plan.target}` Mixture of Experts made from the dense `{plan.family}` checkpo
 | active parameters per token | {plan.dense_parameters:,} | {plan.active_parameters:,} |
 | FLOPs per token (forward, matrix products) | {plan.dense_flops_per_token:,} | {plan.flops_per_token:,} |
 
-{plan.num_experts} experts of {plan.expert_width} neurons, {plan.top_k} per token, in {len(plan.moe_layers)} of
-{plan.num_layers} layers{f", a shared expert of {plan.shared_width} neurons" if plan.shared_width else ""}.
+{plan.num_experts} experts of {plan.expert_width} neurons, {plan.top_k} per token, in
+{len(plan.moe_layers)} of {plan.num_layers} layers{f", a shared expert of {plan.shared_width} neurons" if plan.shared_width else ""}.
 
 ## Load
 

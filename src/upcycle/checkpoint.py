@@ -144,7 +144,7 @@ class Checkpoint:
     def pread(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         """Bytes `start` to `stop` of a tensor as uint8, refused if they hold NaN or inf."""
         out = np.empty(stop - start, np.uint8)
-        view, position = memoryview(out), info.offset + start
+        view, position = out.data, info.offset + start
         descriptor = self._descriptor(info.file)
         while view:
             count = os.preadv(descriptor, [view], position)

@@ -11,7 +11,7 @@ import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CORPUS_BYTES = 4_000_000
-VOCABULARY, LENGTH, BATCH = 2048, 256, 8
+VOCABULARY, LENGTH, BATCH = 1024, 128, 8
 PEAK_LR, WARM_UP = 2e-3, 0.05  # of the time
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "copy": {"init": {"name": "copy"}},
     "drop": {"init": {"name": "drop", "ratio": 0.5}},
 }
@@ -60,7 +60,7 @@ def run(folder: Path, *, seconds: float, seed: int) -> list[Row]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    rows = []
+    rows: list[Row] = []
     for name, table in RECIPES.items():
         recipe = Recipe.of({"seed": seed, **table})
         built = convert(dense, folder / name, recipe)
@@ -68,7 +68,13 @@ def run(folder: Path, *, seconds: float, seed: int) -> list[Row]:
         if not rows:
             loss = evaluate(dense, held_out)
             rows.append(
-                Row(name="dense", parameters=plan.dense_parameters, active=plan.dense_parameters, loss=loss, proof=None)
+                Row(
+                    name="dense",
+                    parameters=plan.dense_parameters,
+                    active=plan.dense_parameters,
+                    loss=loss,
+                    proof=None,
+                )
             )
         rows.append(
             Row(
@@ -110,10 +116,10 @@ def train(corpus: str, folder: Path, *, seconds: float, seed: int) -> torch.Tens
     with quiet():
         ids = torch.tensor(tokenizer(corpus).input_ids)
     rows = ids[: len(ids) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
-    seen, held_out = rows[: len(rows) * 9 // 10], rows[len(rows) * 9 // 10 :][:64]
+    seen, held_out = rows[: len(rows) * 9 // 10], rows[len(rows) * 9 // 10 :][:128]
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=LENGTH,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -205,4 +211,6 @@ def show(rows: list[Row], folder: Path) -> None:
         f"copy computes what the dense model computes (loss {copy.loss - dense.loss:+.1e}); drop starts "
         f"{drop.loss - dense.loss:.2f} nats behind and has to be trained on."
     )
-    out.print(f"checkpoints: {folder}/dense, {folder}/copy, {folder}/drop; look inside: upcycle inspect {folder}/drop")
+    out.print(
+        f"checkpoints: {folder}/dense, {folder}/copy, {folder}/drop; try: upcycle inspect {folder}/drop"
+    )

@@ -27,7 +27,7 @@ _SCAN = 1 << 15
 def is_finite(raw: np.ndarray, dtype: str) -> bool:
     """Whether no element of `raw` (uint8, the bytes of an array of `dtype`) is NaN or infinite."""
     unsigned, mask = _EXPONENTS[dtype]
-    words = raw.view(unsigned)
+    words: np.ndarray = raw.view(unsigned)
     limit = unsigned(mask)
     return all((words[i : i + _SCAN] & limit).max(initial=0) != limit for i in range(0, words.size, _SCAN))
 

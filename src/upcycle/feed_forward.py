@@ -10,7 +10,10 @@ from upcycle.lazy import Affine, Lazy, Positions, Slice, Take
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward:
-    """down(act(gate x) * (up x)): `gate` and `up` [I, H], `down` [H, I]. Neuron i is row i, row i, column i."""
+    """down(act(gate x) * (up x)), with gate and up [I, H] and down [H, I].
+
+    Neuron i is row i of gate and up and column i of down.
+    """
 
     gate: Lazy
     up: Lazy

@@ -8,6 +8,7 @@ moves keeps its bits. The value of a slice depends on nothing but its place.
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -245,7 +246,7 @@ class Take(Lazy):
             return np.ascontiguousarray(np.take(whole, wanted, axis=self.axis))
         out = np.empty(tuple(stop - start for start, stop in index), FLOATS[dtype])
         cuts = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]
-        for i, j in zip(cuts, cuts[1:], strict=False):
+        for i, j in itertools.pairwise(cuts):
             if i < j:
                 out[i:j] = self.base.read(((int(wanted[i]), int(wanted[j - 1]) + 1), *index[1:]), dtype)
         return out

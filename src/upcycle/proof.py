@@ -289,7 +289,7 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
     ids = tokenizer(content, return_tensors="pt").input_ids[:, : min(TOKENS, limit)]
     if not ids.numel():
         raise UpcycleError(f"--text {text} holds no text")
-    return ids  # type: ignore[no-any-return]
+    return ids
 
 
 def _check_memory(built: Blueprint) -> None:

@@ -1,4 +1,4 @@
-"""Offline upcycling: a blueprint written to a folder, streamed, resumable, never looking finished before it is.
+"""Offline upcycling: a blueprint written to a folder, streamed, resumable, never looking finished early.
 
 Everything is written to `OUT.partial`. A shard's header is written after its data; the folder is renamed
 when all is on disk, and its config gets its name last of all; so nothing unfinished opens as a model.
@@ -60,8 +60,9 @@ def convert(
 ) -> Blueprint:
     """Write the MoE that `recipe` makes of `source` (folder or hub id) to the new folder `out`.
 
-    Gives the blueprint, which `planned` is called with before the first byte. The bytes do not depend on `jobs`, nor on whether the run was broken and resumed.
-    Raises `UpcycleError` for a mistake; a run that is broken leaves `out.partial` for `resume=True`.
+    Gives the blueprint, which `planned` is called with before the first byte. The bytes do not depend on
+    `jobs`, nor on whether the run was broken and resumed. Raises `UpcycleError` for a mistake; a run that
+    is broken leaves `out.partial` for `resume=True`.
     """
     built = blueprint(source, recipe, allow_nonfinite=allow_nonfinite)
     out = Path(out)
@@ -216,7 +217,7 @@ class _Files:
 
     def write(self, place: Place, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
-        view, position = memoryview(data), place.offset + start
+        view, position = data.data, place.offset + start
         while view:
             count = os.pwrite(self.descriptors[place.shard], view, position)
             view, position = view[count:], position + count

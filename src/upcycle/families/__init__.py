@@ -129,7 +129,7 @@ def find(model_type: str) -> Family:
     """The family of a dense `model_type`; others are refused with the reason."""
     package = sys.modules[__name__]
     if model_type in registry.names(package):
-        return registry.find(package, model_type, "family", "family")  # type: ignore[no-any-return]
+        return registry.find(package, model_type, "family", "family")
     if model_type in REFUSED:
         raise UpcycleError(f"{model_type} has no exact native MoE: {REFUSED[model_type]}")
     raise UpcycleError(f"unknown model_type {model_type!r}; known: {', '.join(names())}")
@@ -141,7 +141,7 @@ def names() -> list[str]:
 
 
 def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
-    """The rotary settings of a config.json, old spelling (`rope_theta`, `rope_scaling`) or new, as a new dict."""
+    """The rotary settings of a config.json, in the old spelling or the new, as a new dict in the new."""
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)

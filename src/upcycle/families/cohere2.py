@@ -13,7 +13,7 @@ class Cohere2(Decoder):
     summary = "Cohere Command R7B"
     natives = ("cohere2_moe",)
     norms = ("input_layernorm",)
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 8192,
         "initializer_range": 0.02,

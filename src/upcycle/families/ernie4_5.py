@@ -10,7 +10,7 @@ class Ernie45(Decoder):
     summary = "ERNIE 4.5 dense"
     natives = ("ernie4_5_moe",)
     theta = 500_000.0
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131072,
         "initializer_range": 0.02,

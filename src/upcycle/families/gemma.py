@@ -14,7 +14,7 @@ class Gemma(Decoder):
     summary = "Gemma 1 (1 + w of its norms is folded into the weights)"
     natives = ("granitemoe",)
     exact_when_narrow = False  # 1 + w rounds
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "gelu_pytorch_tanh",
         "max_position_embeddings": 8192,
         "initializer_range": 0.02,

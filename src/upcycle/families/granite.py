@@ -8,7 +8,7 @@ class Granite(Decoder):
     architecture = "GraniteForCausalLM"
     summary = "IBM Granite 3 dense"
     natives = ("granitemoe",)
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
         "initializer_range": 0.02,

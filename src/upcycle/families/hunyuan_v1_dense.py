@@ -9,7 +9,7 @@ class HunyuanV1Dense(Decoder):
     architecture = "HunYuanDenseV1ForCausalLM"
     summary = "Tencent Hunyuan dense, 0.5B to 7B"
     natives = ("hunyuan_v1_moe",)
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
         "initializer_range": 0.02,

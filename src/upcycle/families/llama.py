@@ -9,7 +9,7 @@ class Llama(Decoder):
     architecture = "LlamaForCausalLM"
     summary = "Llama 1 to 3.x, TinyLlama, SmolLM, Yi"
     natives = ("mixtral", "granitemoe")
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
         "initializer_range": 0.02,

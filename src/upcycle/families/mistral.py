@@ -8,7 +8,7 @@ class Mistral(Decoder):
     architecture = "MistralForCausalLM"
     summary = "Mistral 7B and its kin, sliding window kept"
     natives = ("mixtral",)
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131072,
         "initializer_range": 0.02,

@@ -10,7 +10,7 @@ class Olmo2(Decoder):
     summary = "OLMo 2"
     natives = ("flex_olmo",)
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
         "initializer_range": 0.02,

@@ -14,7 +14,7 @@ class Phi3(Decoder):
     architecture = "Phi3ForCausalLM"
     summary = "Phi-3 and Phi-3.5, default and long rope"
     natives = ("mixtral",)
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,

@@ -24,7 +24,7 @@ class Qwen2(Decoder):
     architecture = "Qwen2ForCausalLM"
     summary = "Qwen2, Qwen2.5 and whatever shares their class"
     natives = ("qwen2_moe", "granitemoe")
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
         "initializer_range": 0.02,

@@ -13,7 +13,7 @@ class Qwen3(Decoder):
     architecture = "Qwen3ForCausalLM"
     summary = "Qwen3 dense, 0.6B to 32B"
     natives = ("qwen3_moe",)
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
         "initializer_range": 0.02,

@@ -12,7 +12,7 @@ class Qwen35Text(Decoder):
     architecture = "Qwen3_5ForCausalLM"
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
         "initializer_range": 0.02,

@@ -16,7 +16,7 @@ class SmolLM3(Decoder):
     summary = "SmolLM3 (layers without rotation kept)"
     natives = ("granitemoe_swa",)
     theta = 2_000_000.0
-    defaults = {  # noqa: RUF012
+    defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
         "initializer_range": 0.02,

@@ -117,7 +117,7 @@ def share(name: str, value: float) -> None:
 
 def find(name: str) -> type[Init]:
     """The initialisation called `name`."""
-    return registry.find(sys.modules[__name__], name, "init", "initialisation")  # type: ignore[no-any-return]
+    return registry.find(sys.modules[__name__], name, "init", "initialisation")
 
 
 def names() -> list[str]:

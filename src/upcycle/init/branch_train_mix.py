@@ -1,4 +1,4 @@
-"""Branch-Train-MiX: experts from several checkpoints, the rest averaged (Sukhbaatar et al., arXiv 2403.07816)."""
+"""Branch-Train-MiX: experts from several checkpoints, the rest averaged (arXiv 2403.07816)."""
 
 from dataclasses import dataclass
 
@@ -52,7 +52,7 @@ class BranchTrainMix(Init):
     def preserves(self, site: Site) -> bool:
         return False
 
-    def _given(self, items: list) -> list:  # type: ignore[type-arg]
+    def _given(self, items: list) -> list:
         return items if self.include_source else items[1:]
 
 

@@ -1,4 +1,4 @@
-"""The recipe of Qwen2-57B-A14B: replicate, shuffle along the neurons, cut (arXiv 2407.10671, section 2.2.2)."""
+"""The recipe of Qwen2-57B-A14B: replicate, shuffle along the neurons, cut (arXiv 2407.10671)."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -166,7 +166,7 @@ def _rope(rope: Mapping[str, Any]) -> Config:
 
 def find(model_type: str) -> Native:
     """The native architecture called `model_type`."""
-    return registry.find(sys.modules[__name__], model_type, "native", "target")  # type: ignore[no-any-return]
+    return registry.find(sys.modules[__name__], model_type, "native", "target")
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""GraniteMoE: the MoE that Granite becomes, and what else fits its multipliers (Gemma 1, biased attention)."""
+"""GraniteMoE: the MoE that Granite becomes, and what else fits (Gemma 1, biased attention)."""
 
 from upcycle.natives import Config, Fused, Native, odd_head_dim
 

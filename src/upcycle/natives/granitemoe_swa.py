@@ -2,7 +2,6 @@
 
 from upcycle.natives import Fused, Native
 
-
 native = Native(
     model_type="granitemoe_swa",
     architecture="GraniteMoeSWAForCausalLM",

@@ -5,7 +5,11 @@ from upcycle.natives._qwen import LAYOUT, dense_layers
 
 
 def _clients(config: Config) -> dict[str, str]:
-    return {} if config["norm_topk_prob"] else {"llama.cpp": "always renormalises the top-k weights of qwen3_moe"}
+    return (
+        {}
+        if config["norm_topk_prob"]
+        else {"llama.cpp": "always renormalises the top-k weights of qwen3_moe"}
+    )
 
 
 native = Native(

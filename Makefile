@@ -1,0 +1,52 @@
+# make demo    the whole story on this machine, no network needed once installed
+# make test    the test suite
+# make check   formatting, linting, types
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+LLAMA_CPP_VERSION = 0.3.36
+
+.PHONY: demo test check format bench test-llama-cpp clean
+
+# torch first and by its exact version: any other spelling may fetch another build of it.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "upcycle needs Python 3.11 or later")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	touch $@
+
+demo: .venv/.ready
+	rm -rf demo
+	.venv/bin/upcycle demo
+
+test: .venv/.ready
+	.venv/bin/python -m pytest -n 2
+
+check: .venv/.ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: .venv/.ready
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench: .venv/.ready
+	.venv/bin/python benchmarks/convert.py
+
+# llama.cpp is built from the sources that llama-cpp-python's package carries; a quarter of an hour.
+.venv/.llama-cpp: .venv/.ready
+	mkdir -p .venv/llama-cpp
+	$(PIP) download --quiet --no-deps --no-binary :all: --dest .venv/llama-cpp llama-cpp-python==$(LLAMA_CPP_VERSION)
+	tar -xzf .venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz -C .venv/llama-cpp
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
+	    $(PIP) install .venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz sentencepiece
+	touch $@
+
+test-llama-cpp: .venv/.llama-cpp
+	LLAMA_CPP=.venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION)/vendor/llama.cpp \
+	    .venv/bin/python -m pytest -n 2 -m llama_cpp
+
+clean:
+	rm -rf .venv demo build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
