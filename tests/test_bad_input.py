@@ -281,10 +281,10 @@ def test_inexact_targets_give_their_reason(fails, source, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
     [
-        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"mlp_bias": True}, "have biases"),
         ("llama", {"attention_bias": True}, "granitemoe"),
-        ("granite", {"mlp_bias": True}, "mlp_bias"),
-        ("ernie4_5", {"use_bias": True}, "use_bias"),
+        ("granite", {"mlp_bias": True}, "have biases"),
+        ("ernie4_5", {"use_bias": True}, "have biases"),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}, "sliding"),
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                       "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

@@ -61,13 +61,14 @@ def test_help_names_every_key_of_a_recipe_option():
 
 
 def test_plan_json(dense, capsys):
-    cli.main(["plan", str(dense("llama")), "--json"])
+    cli.main(["plan", str(dense("llama", head_dim=8)), "--json"])
     out, err = capsys.readouterr()
     plan = json.loads(out)
     assert err == ""
     assert {
         "dense_parameters", "total_parameters", "active_parameters", "dense_flops_per_token",
-        "flops_per_token", "output_bytes", "peak_memory_bytes", "blueprint_hash", "preserves_function", "warnings",
+        "flops_per_token", "output_bytes", "peak_memory_bytes", "blueprint_hash", "preserves_function",
+        "warnings",
     } <= set(plan)  # fmt: skip
     assert plan["preserves_function"] is True
     assert plan["warnings"] == []

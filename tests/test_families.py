@@ -50,7 +50,14 @@ SAVED_ONLY = {
     "transformers_version", "num_local_experts", "rope_parameters", "sliding_window_pattern",
     "prefix_dense_sliding_window_pattern", "sep_token_id", "pretraining_tp",
 }  # fmt: skip
-CASES = {name: (name, {}) for name in families.names()} | tiny.VARIANTS
+CASES = {
+    **{name: (name, {}) for name in families.names()},
+    **tiny.VARIANTS,
+    "llama-mlp_bias": ("llama", {"mlp_bias": True, "attention_bias": True}),
+    "granite-mlp_bias": ("granite", {"mlp_bias": True}),
+    "smollm3-mlp_bias": ("smollm3", {"mlp_bias": True, "attention_bias": True}),
+    "ernie4_5-bias": ("ernie4_5", {"use_bias": True}),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

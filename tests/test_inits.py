@@ -102,7 +102,8 @@ def test_drop_statistics(indices, dense):
 
 def test_drop_statistics_are_those_of_the_dropped_part(dense):
     """Not those of the whole matrix: a part of another scale keeps that scale."""
-    from upcycle.lazy import Order, Redraw
+    from upcycle.computed import Redraw
+    from upcycle.positions import Order
 
     class Array(Lazy):
         def __init__(self, values):

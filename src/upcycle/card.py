@@ -18,6 +18,7 @@ def render(built: Blueprint, record: dict[str, Any]) -> str:
         if plan.preserves_function
         else "Untrained since, and it does not compute what the dense model computes: train it before use."
     )
+    shared = f", a shared expert of {plan.shared_width} neurons" if plan.shared_width else ""
     warnings = "".join(f"- {w}\n" for w in plan.warnings) or "- none\n"
     return f"""---
 library_name: transformers
@@ -37,7 +38,7 @@ A `{plan.target}` Mixture of Experts made from the dense `{plan.family}` checkpo
 | FLOPs per token (forward, matrix products) | {plan.dense_flops_per_token:,} | {plan.flops_per_token:,} |
 
 {plan.num_experts} experts of {plan.expert_width} neurons, {plan.top_k} per token, in
-{len(plan.moe_layers)} of {plan.num_layers} layers{f", a shared expert of {plan.shared_width} neurons" if plan.shared_width else ""}.
+{len(plan.moe_layers)} of {plan.num_layers} layers{shared}.
 
 ## Load
 

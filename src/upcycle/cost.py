@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle import advice
 from upcycle.blueprints import CHUNK, Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.recipe import Recipe
@@ -61,18 +62,18 @@ def plan(
 
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
     """The plan of a blueprint."""
-    moe, dense = built.recipe.moe, built.dense
+    moe, dense = built.recipe.moe, built.dense.config
     width = dense["intermediate_size"] // moe.granularity
     hidden, layers = dense["hidden_size"], len(built.sites)
     idle = layers * (moe.num_experts - moe.top_k) * 3 * hidden * width
     total = sum(e.lazy.size for e in built.entries.values())
-    dense_shapes = built.family.shapes(dense)
+    dense_shapes = built.dense.family.shapes(dense)
     dense_total = sum(math.prod(shape) for shape in dense_shapes.values())
     head = dense["vocab_size"] * hidden if dense["tie_word_embeddings"] else 0
     products = _in_products({n: e.shape for n, e in built.entries.items()}) + head
     return Plan(
         source=str(built.source.folder),
-        family=built.family.model_type,
+        family=built.dense.family.model_type,
         target=built.native.model_type,
         num_layers=dense["num_hidden_layers"],
         moe_layers=sorted(built.sites),
@@ -89,7 +90,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         peak_memory_bytes=peak_memory(built, jobs),
         blueprint_hash=built.hash,
         preserves_function=built.preserves_function,
-        warnings=built.warnings,
+        warnings=advice.warnings(built),
     )
 
 
@@ -102,9 +103,8 @@ def _in_products(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def peak_memory(built: Blueprint, jobs: int) -> int:
     """Bytes of memory that writing the blueprint takes at most."""
+    config = built.dense.config
+    whole = built.recipe.init.working_memory(config["intermediate_size"], config["hidden_size"])
     computed = any(e.extents is None for e in built.entries.values())
-    whole = 0
-    if built.recipe.init.name == "split":  # k-means holds the gate matrix twice in float32
-        whole = 3 * 4 * built.dense["intermediate_size"] * built.dense["hidden_size"]
     block = BLOCK_MEMORY + built.recipe.moe.granularity * (4 << 20) if computed else 0
     return BASE_MEMORY + jobs * (2 * CHUNK + block) + whole

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from upcycle.lazy import Affine, Lazy, Positions, Slice, Take
+from upcycle.computed import Affine
+from upcycle.lazy import Lazy, Slice, Take
+from upcycle.positions import Positions
 
 
 @dataclass(frozen=True, kw_only=True)

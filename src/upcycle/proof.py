@@ -244,13 +244,13 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
     import torch
     from transformers import AutoModelForCausalLM
 
-    source, vocabulary = built.source.folder, built.dense["vocab_size"]
+    source, config = built.source.folder, built.dense.config
     _check_memory(built)
-    length = min(TOKENS // 4, built.dense["max_position_embeddings"])
+    length = min(TOKENS // 4, config["max_position_embeddings"])
     generator = torch.Generator().manual_seed(0)
-    inputs = {"random": torch.randint(vocabulary, (4, length), generator=generator)}
+    inputs = {"random": torch.randint(config["vocab_size"], (4, length), generator=generator)}
     if text is not None:
-        inputs["text"] = _tokens(source, Path(text), built.dense["max_position_embeddings"])
+        inputs["text"] = _tokens(source, Path(text), config["max_position_embeddings"])
     stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
     outputs = []
     for folder, dtype in ((source, stored), (out, None)):

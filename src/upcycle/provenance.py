@@ -28,7 +28,7 @@ def record(
         "python_version": platform.python_version(),
         "source": {
             "path": str(built.source.folder),
-            "model_type": built.family.model_type,
+            "model_type": built.dense.family.model_type,
             "sha256": hashes[built.source.label],
             "donors": {
                 c.label: {"path": str(c.folder), "sha256": hashes[c.label]} for c in built.checkpoints[1:]

@@ -20,35 +20,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 # Config keys that say nothing about the function the model computes.
 SILENT = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "_name_or_path",
-        "pretraining_tp",
-        "auto_map",
-        "id2label",
-        "label2id",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "_attn_implementation",
-        "is_encoder_decoder",
-        "problem_type",
-        "chunk_size_feed_forward",
-        "_attn_implementation_autoset",
-        "unsloth_version",
-        "unsloth_fixed",
-    ]
+    "architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path "
+    "pretraining_tp auto_map id2label label2id return_dict output_attentions output_hidden_states "
+    "rope_theta rope_scaling rope_parameters _attn_implementation is_encoder_decoder problem_type "
+    "chunk_size_feed_forward _attn_implementation_autoset unsloth_version unsloth_fixed".split()
 )
 
-# Dense model types that have no exact native target, and why (each was run; see docs/families.md).
+# Dense model types that have no exact native target, and why (each was run, or its block compared).
 REFUSED = {
     "olmo": "olmoe normalises queries and keys and olmo does not; the norms have no source",
     "olmo3": "flex_olmo has no sliding-window layers",

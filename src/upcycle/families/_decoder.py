@@ -62,14 +62,20 @@ class Decoder(Family):
         """Which of the projections q, k, v, o have a bias."""
         return "qkvo" if config.get("attention_bias") else ""
 
+    def mlp_biases(self, config: Config) -> bool:
+        """Whether the projections of the feed-forward network have biases, which no native MoE's have."""
+        return bool(config.get("mlp_bias"))
+
     def mlp(self, config: Config) -> Shapes:
         """The feed-forward tensors of a layer, by their names within it."""
         hidden, width = config["hidden_size"], config["intermediate_size"]
-        return {
+        out: Shapes = {
             "mlp.gate_proj.weight": (width, hidden),
             "mlp.up_proj.weight": (width, hidden),
             "mlp.down_proj.weight": (hidden, width),
         }
+        biases = {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in out.items()}
+        return out | biases if self.mlp_biases(config) else out
 
     def feed_forward(self, config: Config, layer: int, tensors: Mapping[str, Lazy]) -> FeedForward:
         mlp = f"model.layers.{layer}.mlp."
@@ -86,8 +92,8 @@ class Decoder(Family):
         return {name: tensor for name, tensor in tensors.items() if not self.is_feed_forward(name)}
 
     def refusal(self, config: Config, native: str) -> str | None:
-        if config.get("mlp_bias"):
-            return "its feed-forward networks have biases (mlp_bias) and no native MoE's experts do"
+        if self.mlp_biases(config):
+            return "its feed-forward networks have biases and no native MoE's experts do"
         return None
 
 

@@ -24,10 +24,11 @@ class Ernie45(Decoder):
         "num_key_value_heads": 2,
     }
 
-    def refusal(self, config: Config, native: str) -> str | None:
-        if config["use_bias"]:
-            return "its projections have biases (use_bias) and the experts of ernie4_5_moe have none"
-        return super().refusal(config, native)
+    def attention_biases(self, config: Config) -> str:
+        return "qkvo" if config["use_bias"] else ""
+
+    def mlp_biases(self, config: Config) -> bool:
+        return bool(config["use_bias"])
 
 
 family = Ernie45()

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from upcycle import registry, rng
+from upcycle.computed import Mean
 from upcycle.errors import UpcycleError
 from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy, Mean, Order
+from upcycle.lazy import Lazy
+from upcycle.positions import Order
 
 Spread = Literal["down", "sqrt", "cube_root"]
 
@@ -104,9 +106,13 @@ class Init(abc.ABC):
         """What is no expert, from the same tensor of each dense checkpoint."""
         return tensors[0] if len(tensors) == 1 else Mean(tuple(tensors))
 
-    def warnings(self) -> list[str]:
+    def warnings(self, site: Site) -> list[str]:
         """What a person should know before training on from here."""
         return []
+
+    def working_memory(self, width: int, hidden: int) -> int:
+        """Bytes held beside blocks of tensors, for matrices of [width, hidden]."""
+        return 0
 
 
 def share(name: str, value: float) -> None:

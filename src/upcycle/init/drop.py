@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from upcycle.computed import Redraw
 from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site, share
-from upcycle.lazy import Redraw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Drop(Init):
     def preserves(self, site: Site) -> bool:
         return not math.floor(self.ratio * site.dense_width)
 
-    def warnings(self) -> list[str]:
+    def warnings(self, site: Site) -> list[str]:
         if self.ratio < 0.25:
             return []
         return [

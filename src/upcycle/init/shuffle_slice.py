@@ -6,7 +6,7 @@ from typing import Literal
 from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site, share
 from upcycle.init.drop import redraw
-from upcycle.lazy import Order
+from upcycle.positions import Order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from upcycle import rng
 from upcycle.errors import UpcycleError
 from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site
-from upcycle.lazy import Computed, Given, Lazy, Order
+from upcycle.lazy import Lazy
+from upcycle.positions import Computed, Given, Order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,9 @@ class Split(Init):
     def scale(self, site: Site) -> float:
         n, k = site.num_experts, site.top_k
         return {"selected": float(k), "expected": float(n), "llama_moe": n / k}[self.output]
+
+    def working_memory(self, width: int, hidden: int) -> int:
+        return 3 * 4 * width * hidden if self.by == "kmeans" else 0  # rows, unit rows, one to compute with
 
     def preserves(self, site: Site) -> bool:
         whole = site.top_k == site.num_experts == self.scale(site)

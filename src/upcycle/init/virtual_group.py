@@ -44,6 +44,11 @@ class VirtualGroup(Init):
     def spread(self) -> Spread:
         return self.scale_mode
 
+    def warnings(self, site: Site) -> list[str]:
+        if site.granularity == 1 or site.grouped_router:
+            return []
+        return ['a token\'s experts need not hold every shard: virtual_group wants router.init = "grouped"']
+
     def preserves(self, site: Site) -> bool:
         return site.granularity == 1 or (site.grouped_router and self.scale_mode != "cube_root")
 

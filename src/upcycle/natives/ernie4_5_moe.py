@@ -1,6 +1,7 @@
 """ERNIE 4.5 MoE: the MoE that ERNIE 4.5 becomes; a bias corrects which experts are chosen."""
 
-from upcycle.lazy import Fill, Lazy
+from upcycle.computed import Fill
+from upcycle.lazy import Lazy
 from upcycle.natives import Config, Native, Shared
 from upcycle.natives._qwen import LAYOUT
 

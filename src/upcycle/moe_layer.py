@@ -1,0 +1,151 @@
+"""One MoE layer: which layers become one, its experts brought to scale, its router, its shared expert."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from upcycle.computed import Drawn, Fill
+from upcycle.errors import UpcycleError
+from upcycle.families import Config
+from upcycle.feed_forward import FeedForward
+from upcycle.init import Site
+from upcycle.lazy import Lazy, Take
+from upcycle.natives import Native
+from upcycle.positions import Given
+from upcycle.recipe import Recipe
+
+NARROW = 128  # neurons of a shared expert that must exist and was not asked for
+SHARED_GATE_STD = 1e-7  # sigmoid(gate) = 1/2 to 1e-6, and no weight is zero (llama.cpp: NaN at exactly 0)
+
+
+def sites(recipe: Recipe, config: Config) -> dict[int, Site]:
+    """The layers that become MoE, checked for what the initialisation and the router need."""
+    moe, router = recipe.moe, recipe.router
+    if router.init == "grouped" and moe.num_experts % moe.granularity:
+        raise UpcycleError(
+            f"router.init = grouped needs moe.num_experts to be a multiple of moe.granularity; "
+            f"{moe.num_experts} is no multiple of {moe.granularity}"
+        )
+    out = {}
+    for layer in chosen_layers(recipe, config["num_hidden_layers"]):
+        out[layer] = Site(
+            layer=layer,
+            num_experts=moe.num_experts,
+            top_k=moe.top_k,
+            granularity=moe.granularity,
+            dense_width=config["intermediate_size"],
+            seed=recipe.seed,
+            grouped_router=router.init == "grouped",
+            uniform_router=router.init == "zeros" or router.std == 0,
+            gate_sum=1.0 if router.normalize else moe.top_k / moe.num_experts,
+        )
+        recipe.init.check(out[layer])
+    return out
+
+
+def chosen_layers(recipe: Recipe, count: int) -> list[int]:
+    """The layers of `moe.layers`: every_other is 1, 3, 5, ...; last_half those from count // 2 on."""
+    layers = recipe.moe.layers
+    if layers == "all":
+        chosen = list(range(count))
+    elif layers == "every_other":
+        chosen = list(range(1, count, 2))
+    elif layers == "last_half":
+        chosen = list(range(count // 2, count))
+    else:
+        chosen = sorted(set(layers))
+        if wrong := [i for i in chosen if not 0 <= i < count]:
+            raise UpcycleError(f"moe.layers has {wrong}; the model has layers 0 to {count - 1}")
+    if not chosen:
+        raise UpcycleError("moe.layers chooses no layer; the result would be the dense model")
+    return chosen
+
+
+def shared_width(recipe: Recipe, native: Native, config: Config) -> int:
+    """The number of neurons of the shared expert, 0 where there is none."""
+    asked, shared, granularity = recipe.moe.shared_experts, native.shared, recipe.moe.granularity
+    full = int(config["intermediate_size"])
+    if shared is None:
+        if asked:
+            raise UpcycleError(f"{native.model_type} has no shared expert; set moe.shared_experts = 0")
+        return 0
+    if not asked:
+        if shared.mandatory == "narrow":
+            return min(NARROW, full)
+        return full // granularity if shared.mandatory == "full" else 0
+    if asked != granularity:
+        raise UpcycleError(
+            f"moe.shared_experts = {asked} of 1/{granularity} of the dense width; the shared expert is the "
+            f"dense network itself, so it must be 0 or moe.granularity ({granularity})"
+        )
+    if shared.mandatory == "full" and granularity > 1:
+        raise UpcycleError(
+            f"the shared network of {native.model_type} is as wide as one expert, 1/{granularity} of the "
+            f"dense network; set moe.shared_experts = 0"
+        )
+    return full
+
+
+def tensors(
+    networks: list[FeedForward], site: Site, recipe: Recipe, native: Native, shared_width: int
+) -> dict[str, Lazy]:
+    """The tensors of one MoE layer by their names below the layer's prefix.
+
+    `networks` are the layer's feed-forward networks in the dense checkpoints, the source first.
+    """
+    hidden, dtype = networks[0].gate.shape[1], networks[0].down.dtype
+    asked = recipe.moe.shared_experts > 0
+    halved = asked and native.shared is not None and native.shared.combine in ("gated", "sum")
+    gate, up, down = factors(recipe, site)
+    experts = [
+        recipe.init.expert(networks, e, site).scaled(gate=gate, up=up, down=down * (0.5 if halved else 1.0))
+        for e in range(site.num_experts)
+    ]
+    out = {native.router: router(recipe, site, hidden, dtype), **native.layout.write(experts)}
+    if native.extra:
+        out |= native.extra(site.num_experts, dtype)
+    if native.shared and shared_width:
+        shared = native.shared
+        network = combined(networks, recipe).neurons(0, shared_width)
+        if not asked:
+            idle = Fill((hidden, shared_width), dtype, 0.0)
+            network = FeedForward(gate=network.gate, up=network.up, down=idle)
+        elif shared.combine == "sum":
+            network = network.scaled(down=0.5)
+        out |= shared.write(network)
+        if shared.gate:
+            std = SHARED_GATE_STD if asked else 0.02
+            out[shared.gate] = Drawn((1, hidden), dtype, "normal", std, site.key("shared gate"))
+    return out
+
+
+def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
+    """One network from those of the dense checkpoints, combined as everything that is no expert."""
+    return networks[0].map(
+        lambda name, _, __: recipe.init.backbone([getattr(network, name) for network in networks])
+    )
+
+
+def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
+    """What gate, up and down of an expert are multiplied by, for the weights that its router gives."""
+    factor = recipe.init.scale(site) / site.gate_sum
+    if recipe.init.spread == "down":
+        return 1.0, 1.0, factor
+    if recipe.init.spread == "sqrt":
+        return 1.0, math.sqrt(factor), math.sqrt(factor)
+    root = factor ** (1 / 3)
+    return root, root, root
+
+
+def router(recipe: Recipe, site: Site, hidden: int, dtype: str) -> Lazy:
+    """The router weight [E, H]. `grouped`: G rows in turn are the same, one for each shard of a group."""
+    kind, std, key = recipe.router.init, recipe.router.std, site.key("router")
+    if kind == "zeros":
+        return Fill((site.num_experts, hidden), dtype, 0.0)
+    if kind == "grouped":
+        groups = site.num_experts // site.granularity
+        rows = Given(tuple(np.repeat(np.arange(groups), site.granularity).tolist()))
+        return Take(Drawn((groups, hidden), dtype, "normal", std, key), 0, rows)
+    return Drawn((site.num_experts, hidden), dtype, kind, std, key)
