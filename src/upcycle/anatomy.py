@@ -13,7 +13,7 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.dtypes import FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
 from upcycle.feed_forward import FeedForward
-from upcycle.hub import resolve
+from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored, blocks
 
 
@@ -23,7 +23,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
     `source` is the dense checkpoint to compare experts with; without it, the one that the provenance
     names, if it is still there. Cosine similarities are over gate, up and down together.
     """
-    with Checkpoint.open(resolve(checkpoint), allow_nonfinite=True) as opened:
+    with open_checkpoint(checkpoint, allow_nonfinite=True) as opened:
         made = provenance.read(opened.folder) if (opened.folder / provenance.FILE).exists() else None
         model_type = opened.config.get("model_type")
         notes: list[str] = []
@@ -70,7 +70,7 @@ class _Networks:
 
 def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes: list[str]) -> _Networks:
     if source is not None:
-        return _Networks(Checkpoint.open(resolve(source), allow_nonfinite=True))
+        return _Networks(open_checkpoint(source, allow_nonfinite=True))
     if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
         return _Networks(None)

@@ -22,7 +22,7 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
-from upcycle.hub import resolve
+from upcycle.hub import open_checkpoint
 from upcycle.init import Site
 from upcycle.lazy import Extent, Lazy, blocks
 from upcycle.natives import Native
@@ -136,7 +136,7 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     Raises `UpcycleError` where source and recipe do not fit; reads headers only.
     """
     if not isinstance(source, Checkpoint):
-        source = Checkpoint.open(resolve(source), allow_nonfinite=allow_nonfinite)
+        source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
     dense = admit(source)
     native = _target(dense, recipe)
     donors = admit_donors(dense, recipe.init.donors, allow_nonfinite=allow_nonfinite)

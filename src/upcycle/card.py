@@ -12,7 +12,7 @@ from upcycle.cost import plan_of
 def render(built: Blueprint, record: dict[str, Any]) -> str:
     """Markdown that says what the folder is, what it was made from, and how to load it."""
     plan = plan_of(built)
-    source = built.source.folder.name
+    source = built.source.name
     state = (
         "Untrained since: it computes what the dense model computes."
         if plan.preserves_function

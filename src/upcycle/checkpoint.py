@@ -121,7 +121,8 @@ class Checkpoint:
         allow_nonfinite: bool = False,
         label: str = "source",
     ) -> None:
-        self.label = label
+        self.label = label  # its part in a blueprint
+        self.name = folder.resolve().name  # what a person calls it; a hub id where it came from there
         self.folder = folder
         self.config = config
         self.tensors = tensors

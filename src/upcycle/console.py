@@ -121,7 +121,7 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
     out.print(table)
     if anatomy["provenance"]:
         made = anatomy["provenance"]
-        out.print(f"made from {made['source']['path']} by init {made['recipe']['init']['name']}")
+        out.print(f"made from {made['source']['name']} by init {made['recipe']['init']['name']}")
         out.print(f"blueprint {made['blueprint_hash']}")
     for note in anatomy["notes"]:
         out.print(f"[dim]{note}[/]", markup=True)

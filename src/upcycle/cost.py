@@ -10,6 +10,7 @@ from typing import Any
 from upcycle import advice
 from upcycle.blueprints import CHUNK, Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint
+from upcycle.hub import peek
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, lay_out
 
@@ -57,7 +58,8 @@ def plan(
     shard_size: int = DEFAULT_SHARD,
 ) -> Plan:
     """The plan of `convert(source, ..., recipe)`, from headers alone."""
-    return plan_of(blueprint(source, recipe), jobs=jobs, shard_size=shard_size)
+    opened = source if isinstance(source, Checkpoint) else peek(source)
+    return plan_of(blueprint(opened, recipe), jobs=jobs, shard_size=shard_size)
 
 
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from upcycle.checkpoint import INDEX, Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -14,23 +18,79 @@ CARRIED = (
 )  # fmt: skip
 
 
-def resolve(source: str | Path) -> Path:
-    """The folder of `source`, downloaded to the hub's cache if it is a hub id."""
-    path = Path(source)
-    if path.exists() or not _ID.fullmatch(str(source)):
-        return path
+def open_checkpoint(
+    source: str | Path, *, allow_nonfinite: bool = False, label: str = "source"
+) -> Checkpoint:
+    """The checkpoint `source`, downloaded to the hub's cache if it is a hub id."""
+    folder = _download(str(source)) if _is_id(source) else Path(source)
+    opened = Checkpoint.open(folder, allow_nonfinite=allow_nonfinite, label=label)
+    if _is_id(source):
+        opened.name = str(source)
+    return opened
+
+
+def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repo, _, revision = source.partition("@")
+    wanted = ["config.json", "*.safetensors", INDEX, *CARRIED]
+    with _hub_errors(source):
+        folder = snapshot_download(
+            repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]
+        )
+    return Path(folder)
+
+
+def peek(source: str | Path) -> Checkpoint:
+    """Config and headers of `source`; of a hub id, a few kilobytes are fetched and no weights."""
+    if not _is_id(source):
+        return Checkpoint.open(source)
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     repo, _, revision = str(source).partition("@")
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *CARRIED]
+    with _hub_errors(source):
+        config = json.loads(Path(hf_hub_download(repo, "config.json", revision=revision or None)).read_text())
+        try:
+            files = HfApi().get_safetensors_metadata(repo, revision=revision or None).files_metadata
+        except NotASafetensorsRepoError:
+            raise UpcycleError(f"{source} has no safetensors weights; convert it with transformers") from None
+    tensors = {
+        name: TensorInfo(
+            name=name,
+            dtype=info.dtype,
+            shape=tuple(info.shape),
+            file=Path(file),
+            offset=info.data_offsets[0],
+            nbytes=info.data_offsets[1] - info.data_offsets[0],
+        )
+        for file, header in files.items()
+        for name, info in header.tensors.items()
+    }
+    return Checkpoint(Path(source), config, tensors)
+
+
+def _is_id(source: str | Path) -> bool:
+    return not Path(source).exists() and _ID.fullmatch(str(source)) is not None
+
+
+@contextmanager
+def _hub_errors(source: str | Path) -> Iterator[None]:
+    """What can go wrong on the way to the hub, in a sentence."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+        yield
     except RepositoryNotFoundError:
         raise UpcycleError(
             f"{source}: no such folder, and no such model on the hub (or it is gated: accept its terms "
             f"and run `hf auth login`)"
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except EntryNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        raise UpcycleError(
+            f"{source}: no such folder, and the hub has no config.json of it ({reason})"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UpcycleError(f"{source}: no such folder, and the hub cannot be reached ({reason})") from None

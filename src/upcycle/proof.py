@@ -20,7 +20,7 @@ from upcycle import provenance
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError, listed
-from upcycle.hub import resolve
+from upcycle.hub import open_checkpoint
 from upcycle.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def verify(
     """
     out = Path(out)
     with (
-        Checkpoint.open(resolve(source), allow_nonfinite=True) as dense,
+        open_checkpoint(source, allow_nonfinite=True) as dense,
         Checkpoint.open(out, allow_nonfinite=True) as moe,
     ):
         record = provenance.read(out)

@@ -20,18 +20,20 @@ FORMAT = 1
 def record(
     built: Blueprint, hashes: dict[str, dict[str, str]], *, carried: list[str], left_behind: list[str]
 ) -> dict[str, Any]:
-    """The provenance of a folder. It holds no time and no host, so that equal recipes give equal folders."""
+    """The provenance of a folder. It holds no time, so that a recipe run twice gives equal folders."""
     return {
         "format": FORMAT,
         "upcycle_version": upcycle.__version__,
         "numpy_version": np.__version__,
         "python_version": platform.python_version(),
         "source": {
+            "name": built.source.name,
             "path": str(built.source.folder),
             "model_type": built.dense.family.model_type,
             "sha256": hashes[built.source.label],
             "donors": {
-                c.label: {"path": str(c.folder), "sha256": hashes[c.label]} for c in built.checkpoints[1:]
+                c.label: {"name": c.name, "path": str(c.folder), "sha256": hashes[c.label]}
+                for c in built.checkpoints[1:]
             },
         },
         "target": built.native.model_type,

@@ -11,7 +11,7 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.dtypes import FLOATS
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
-from upcycle.hub import resolve
+from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored
 
 _SIZES = frozenset(
@@ -95,7 +95,7 @@ def admit_donors(first: Dense, names: tuple[str, ...], *, allow_nonfinite: bool)
     """The dense models called `names`, of the same type and shapes as `first`."""
     out = []
     for place, name in enumerate(names, start=1):
-        opened = Checkpoint.open(resolve(name), allow_nonfinite=allow_nonfinite, label=f"donor {place}")
+        opened = open_checkpoint(name, allow_nonfinite=allow_nonfinite, label=f"donor {place}")
         donor = admit(opened)
         mine = {n: t.shape for n, t in first.tensors.items()}
         theirs = {n: t.shape for n, t in donor.tensors.items()}

@@ -1,0 +1,164 @@
+"""Hub ids, against a small stand-in for the hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/tiny-llama"
+
+
+class Hub:
+    """Serves one folder as REPO and remembers how many bytes of each file it sent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sent = folder, {}
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.answer(body=False)
+
+            def do_GET(self) -> None:
+                self.answer(body=True)
+
+            def answer(self, body: bool) -> None:
+                path = self.path.partition("?")[0]
+                if path.startswith(f"/api/models/{REPO}"):
+                    self.api(path.removeprefix(f"/api/models/{REPO}"))
+                elif path.startswith(f"/{REPO}/resolve/"):
+                    self.file(path.split("/", 5)[5], body)
+                else:
+                    self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+            def api(self, rest: str) -> None:
+                files = [p for p in sorted(hub.folder.rglob("*")) if p.is_file()]
+                names = [str(p.relative_to(hub.folder)) for p in files]
+                if rest.startswith("/tree"):
+                    tree = [
+                        {"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40}
+                        for n, p in zip(names, files, strict=True)
+                    ]
+                    self.reply(200, json.dumps(tree).encode())
+                else:
+                    info = {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+                    self.reply(200, json.dumps(info).encode())
+
+            def file(self, name: str, body: bool) -> None:
+                path = hub.folder / name
+                if not path.is_file():
+                    return self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+                data = path.read_bytes()
+                headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+                status = 200
+                if wanted := self.headers.get("Range"):
+                    first, _, last = wanted.removeprefix("bytes=").partition("-")
+                    end = min(len(data), int(last or len(data)) + 1)
+                    headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
+                    data, status = data[int(first) : end], 206
+                if body:
+                    hub.sent[name] = hub.sent.get(name, 0) + len(data)
+                return self.reply(status, data, headers, body)
+
+            def reply(self, status: int, data: bytes, headers: dict | None = None, body: bool = True) -> None:
+                self.send_response(status)
+                for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if body and self.command == "GET":
+                    self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def hub(dense, tmp_path) -> Iterator[Hub]:
+    import shutil
+
+    folder = Path(shutil.copytree(dense("llama", intermediate_size=480), tmp_path / "repo"))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(b"no")
+    (folder / "pytorch_model.bin").write_bytes(b"no")
+    served = Hub(folder)
+    yield served
+    served.server.shutdown()
+
+
+def upcycle(hub: Hub, tmp_path: Path, *args: object) -> subprocess.CompletedProcess:
+    host, port = hub.server.server_address[:2]
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://{host}:{port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "upcycle", *map(str, args)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_plan_fetches_headers_only(hub, tmp_path):
+    run = upcycle(hub, tmp_path, "plan", REPO, "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["source"] == REPO
+    weights = (hub.folder / "model.safetensors").stat().st_size
+    assert weights > 700_000
+    assert hub.sent["model.safetensors"] < weights / 4
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
+def test_convert_and_verify(revision, hub, dense, tmp_path):
+    run = upcycle(hub, tmp_path, "convert", REPO + revision, tmp_path / "moe")
+    assert run.returncode == 0, run.stderr
+    assert not {"onnx/model.safetensors", "pytorch_model.bin"} & set(hub.sent)
+    record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
+    weights = (hub.folder / "model.safetensors").read_bytes()
+    assert record["source"]["sha256"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert "tokenizer.json" in record["carried_files"]
+    assert record["source"]["name"] == REPO + revision
+    assert f"# {REPO}{revision}, upcycled to 8 experts" in (tmp_path / "moe" / "README.md").read_text()
+    run = upcycle(hub, tmp_path, "verify", REPO + revision, tmp_path / "moe", "--no-logits")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_no_such_model(hub, tmp_path):
+    for command in (["plan", "nobody/nothing"], ["convert", "nobody/nothing", tmp_path / "moe"]):
+        run = upcycle(hub, tmp_path, *command)
+        assert run.returncode == 2
+        assert "no such model on the hub" in run.stderr
+        assert "Traceback" not in run.stderr
+
+
+def test_no_hub(hub, tmp_path):
+    hub.server.shutdown()
+    hub.server.server_close()
+    run = upcycle(hub, tmp_path, "convert", REPO, tmp_path / "moe")
+    assert run.returncode == 2
+    assert "no such folder" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_model_without_safetensors(hub, tmp_path):
+    (hub.folder / "model.safetensors").unlink()
+    for command in (["plan", REPO], ["convert", REPO, tmp_path / "moe"]):
+        run = upcycle(hub, tmp_path, *command)
+        assert run.returncode == 2, run.stderr
+        assert "safetensors" in run.stderr
+        assert "Traceback" not in run.stderr
