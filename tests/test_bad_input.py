@@ -102,6 +102,12 @@ def test_a_file_as_source(fails, source, tmp_path):
     assert "is a file, not a folder" in fails("convert", source / "config.json", tmp_path / "out")
 
 
+def test_a_folder_as_config(fails, source, tmp_path):
+    (source / "config.json").unlink()
+    (source / "config.json").mkdir()
+    assert "Is a directory" in fails("convert", source, tmp_path / "out")
+
+
 def test_no_config(fails, source, tmp_path):
     (source / "config.json").unlink()
     assert "no config.json" in fails("convert", source, tmp_path / "out")

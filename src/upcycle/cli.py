@@ -224,3 +224,6 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        print(f"upcycle: error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

@@ -32,7 +32,7 @@ from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 JOURNAL = "journal.jsonl"
 CONFIG = "config.json"
 UNNAMED_CONFIG = "config.json.partial"
-SYNC_EVERY = 1 << 30  # bytes written between two points that a resumed run can start from
+SYNC_EVERY = 1 << 28  # bytes written between two points that a resumed run can start from
 HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
 
 Progress = Callable[[int], None]  # called with the number of bytes written since the last call
@@ -79,8 +79,7 @@ def convert(
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with _journal(partial, built, shards) as journal:
-            _write_tensors(built, shards, partial, journal, jobs, progress)
-            hashes = _hash_sources(built, journal, jobs)
+            hashes = _write_tensors(built, shards, partial, journal, jobs, progress)
             _finish(built, shards, partial, out, hashes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -234,40 +233,58 @@ class _Files:
 
 def _write_tensors(
     built: Blueprint, shards: Shards, partial: Path, journal: _Journal, jobs: int, progress: Progress
-) -> None:
+) -> dict[str, dict[str, str]]:
+    """Write what the journal does not have yet; the hashes of the source files, by checkpoint and name.
+
+    Tensors are written by `jobs` threads. One more brings them to disk as they come, so that the disk works
+    while they compute. The sources are hashed last, while the rest of the output is on its way to disk.
+    """
     tasks = _tasks(built, journal.done)
     progress(sum(shards.places[n].nbytes for n in journal.done))
     files = _Files(partial, shards)
     stop = threading.Event()
-    unsynced: list[str] = []
+    written: list[str] = []
+    syncs: list[Future[None]] = []
 
-    def sync() -> None:
-        files.sync({shards.places[n].shard for n in unsynced})
-        journal.record(unsynced)
-        unsynced.clear()
+    def sync(names: list[str]) -> None:
+        files.sync({shards.places[n].shard for n in names})
+        journal.record(names)
 
-    def collect(done: set[Future[Task]]) -> None:
+    def collect(done: set[Future[Task]], at_least: int) -> None:
         for future in done:
-            unsynced.extend(future.result().names)
-        if sum(shards.places[n].nbytes for n in unsynced) >= SYNC_EVERY:
-            sync()
+            written.extend(future.result().names)
+        if sum(shards.places[n].nbytes for n in written) >= at_least:
+            syncs.append(syncer.submit(sync, written.copy()))
+            written.clear()
+        for earlier in syncs:
+            if earlier.done():
+                earlier.result()  # a disk that is full may say so here first
 
-    pool = ThreadPoolExecutor(jobs)
+    writers, syncer = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1)
     try:
         running: set[Future[Task]] = set()
         for task in tasks:
-            running.add(pool.submit(_write_task, task, shards, files, stop, progress))
+            running.add(writers.submit(_write_task, task, shards, files, stop, progress))
             if len(running) > 2 * jobs:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
-                collect(finished)
-        collect(running)
-        sync()
+                collect(finished, SYNC_EVERY)
+        digests = {
+            (c.label, file): writers.submit(file_hash, file) for c in built.checkpoints for file in c.files
+        }
+        collect(running, at_least=0)
+        for last in syncs:
+            last.result()
         for number, header in enumerate(shards.headers):
             files.write(Place(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
         files.sync(set(range(len(shards.names))))
+        hashes: dict[str, dict[str, str]] = {c.label: {} for c in built.checkpoints}
+        for (label, file), digest in digests.items():
+            hashes[label][file.name] = digest.result()
+        return hashes
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        for pool in (writers, syncer):
+            pool.shutdown(cancel_futures=True)
         files.close()
 
 
@@ -280,16 +297,6 @@ def _write_task(task: Task, shards: Shards, files: _Files, stop: threading.Event
             files.write(place, start, data)
             progress(data.size)
     return task
-
-
-def _hash_sources(built: Blueprint, journal: _Journal, jobs: int) -> dict[str, dict[str, str]]:
-    files = [(c.label, f) for c in built.checkpoints for f in c.files]
-    with ThreadPoolExecutor(jobs) as pool:
-        digests = list(pool.map(lambda item: file_hash(item[1]), files))
-    out: dict[str, dict[str, str]] = {c.label: {} for c in built.checkpoints}
-    for (label, file), digest in zip(files, digests, strict=True):
-        out[label][file.name] = digest
-    return out
 
 
 def _finish(
