@@ -495,13 +495,17 @@ def test_a_config_without_sizes(source, fails, tmp_path):
     assert "lacks vocab_size, hidden_size" in fails("convert", source, tmp_path / "out")
 
 
-def test_unknown_config_keys_are_carried_and_said(source, tmp_path, capsys):
-    edit_config(source, attn_temperature=3)
+def test_unknown_config_keys_are_left_out_and_said(source, tmp_path, capsys):
+    """A key that the dense class ignores must not reach a target that would heed it."""
+    edit_config(source, attn_temperature=3, sliding_window=4, router_jitter_noise=0.5)
     cli.main(["plan", str(source), "--json"])
     plan = json.loads(capsys.readouterr().out)
-    assert any("attn_temperature" in w for w in plan["warnings"])
+    assert any("attn_temperature, router_jitter_noise, sliding_window" in w for w in plan["warnings"])
     cli.main(["convert", str(source), str(tmp_path / "out")])
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["attn_temperature"] == 3
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("sliding_window") is None
+    assert "attn_temperature" not in config
+    assert config["router_jitter_noise"] == 0.0
 
 
 def test_scan_sees_every_position():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import tiny
 from clients import llama_cpp_logits, mlx_logits, transformers_logits
 from upcycle import Recipe, convert, plan
 
@@ -14,6 +15,32 @@ FAMILIES = {
     "gemma": {}, "ernie4_5": {}, "cohere2": {}, "hunyuan_v1_dense": {}, "smollm3": {},
     "smollm3-sliding": {"use_sliding_window": True},
     "qwen3_5_text": {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+}  # fmt: skip
+FAMILIES |= {
+    "llama-rope3": tiny.VARIANTS["llama-rope3"][1],
+    "llama-linear": tiny.VARIANTS["llama-linear"][1],
+    "llama-theta": tiny.VARIANTS["llama-theta"][1],
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-gelu": {"hidden_act": "gelu"},
+    "phi3-longrope": {
+        **tiny.VARIANTS["phi3-longrope"][1],
+        "rope_parameters": {
+            **tiny.VARIANTS["phi3-longrope"][1]["rope_parameters"],
+            "short_factor": [1 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)],
+        },
+        "sliding_window": None,
+    },
+    "qwen2-sliding": tiny.VARIANTS["qwen2-sliding"][1],
+    "qwen3-bias": {"attention_bias": True},
+    "qwen3-sliding": {"use_sliding_window": True, "max_window_layers": 0},
+    "qwen3-yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16
+        }
+    },
+    "granite-linear": tiny.VARIANTS["llama-linear"][1],
+    "ernie4_5-linear": tiny.VARIANTS["llama-linear"][1],
+    "granite-bias": {"attention_bias": True},
 }  # fmt: skip
 RECIPES = {
     "copy": {},

@@ -42,8 +42,8 @@ def warnings(built: Blueprint) -> list[str]:
         out.append(f"{client} {why}: it will not reproduce this model's function")
     if unknown := built.dense.unknown_keys:
         out.append(
-            f"config.json has keys unknown to {built.dense.family.model_type}, carried over as they are: "
-            f"{listed(list(unknown), 5)}"
+            f"config.json has keys that a {built.dense.family.model_type} of transformers does not read; "
+            f"left out: {listed(list(unknown), 5)}"
         )
     return out + built.dense.family.warnings(built.native.model_type)
 

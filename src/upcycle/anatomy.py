@@ -29,7 +29,12 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         notes: list[str] = []
         if model_type in natives.names():
             with _dense_source(source, made, notes) as dense:
-                layers = _moe_layers(opened, natives.find(str(model_type)), dense, notes)
+                try:
+                    layers = _moe_layers(opened, natives.find(str(model_type)), dense, notes)
+                except KeyError as error:
+                    raise UpcycleError(
+                        f"{opened.folder} lacks {error.args[0]} in one of its layers"
+                    ) from None
         else:
             layers = _dense_layers(opened)
         return {

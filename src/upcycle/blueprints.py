@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from upcycle import families, moe_layer, natives
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
@@ -28,8 +28,6 @@ from upcycle.lazy import Extent, Lazy, blocks
 from upcycle.natives import Native
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, admit_donors
-
-CHUNK = 8 << 20  # bytes of a stored tensor that are copied at once
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,8 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
     dense = admit(source)
     native = _target(dense, recipe)
-    donors = admit_donors(dense, recipe.init.donors, allow_nonfinite=allow_nonfinite)
+    any_dtype = recipe.dtype != "source"
+    donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
     sites = moe_layer.sites(recipe, dense.config)
     shared_width = moe_layer.shared_width(recipe, native, dense.config)
     config = _config(dense, native, recipe, frozenset(sites), shared_width)
@@ -237,7 +236,6 @@ def _config(
         shared_experts=recipe.moe.shared_experts,
         shared_width=shared_width,
     )
-    config = {**{key: dense.checkpoint.config[key] for key in dense.unknown_keys}, **config}
     if native.dense_layers is not None:
         chosen = native.dense_layers(dense.config, layers)
         if isinstance(chosen, str):

@@ -22,6 +22,7 @@ from upcycle.dtypes import FLOATS, is_finite
 from upcycle.errors import UpcycleError, listed
 
 MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
+CHUNK = 8 << 20  # bytes of a stored tensor that are read at once
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _BITS = {

@@ -225,5 +225,8 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        print(f"upcycle: error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
+        print(
+            f"upcycle: error: {error.filename or 'input or output'}: {error.strerror or error}",
+            file=sys.stderr,
+        )
         sys.exit(2)

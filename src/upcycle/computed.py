@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from upcycle import rng
 from upcycle.checkpoint import TensorInfo
 from upcycle.dtypes import FLOATS, cast
 from upcycle.lazy import Index, Lazy, blocks
+from upcycle.once import once
 from upcycle.positions import Order
 
 
@@ -132,7 +132,7 @@ class Redraw(Lazy):
         return self.base.sources()
 
 
-@lru_cache(maxsize=12)  # the matrices of a few layers: their experts all ask for them
+@once(maxsize=12)  # the matrices of a few layers: their experts all ask for them
 def neuron_sums(matrix: Lazy, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Sum and sum of squares in float64 of each neuron of a matrix, neurons along `axis`; two of [I]."""
     totals, squares = np.zeros((2, matrix.shape[axis]))

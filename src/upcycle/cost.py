@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from upcycle import advice
-from upcycle.blueprints import CHUNK, Blueprint, blueprint
-from upcycle.checkpoint import Checkpoint
+from upcycle.blueprints import Blueprint, blueprint
+from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.hub import peek
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, lay_out
@@ -109,4 +109,4 @@ def peak_memory(built: Blueprint, jobs: int) -> int:
     whole = built.recipe.init.working_memory(config["intermediate_size"], config["hidden_size"])
     computed = any(e.extents is None for e in built.entries.values())
     block = BLOCK_MEMORY + built.recipe.moe.granularity * (4 << 20) if computed else 0
-    return BASE_MEMORY + jobs * (2 * CHUNK + block) + whole
+    return BASE_MEMORY + jobs * (2 * CHUNK + block + whole)

@@ -11,7 +11,7 @@ from pathlib import Path
 from upcycle.checkpoint import INDEX, Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 CARRIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "*.tiktoken", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
@@ -77,7 +77,17 @@ def _is_id(source: str | Path) -> bool:
 @contextmanager
 def _hub_errors(source: str | Path) -> Iterator[None]:
     """What can go wrong on the way to the hub, in a sentence."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        SafetensorsParsingError,
+    )
+
+    def said(error: Exception) -> str:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
 
     try:
         yield
@@ -86,11 +96,17 @@ def _hub_errors(source: str | Path) -> Iterator[None]:
             f"{source}: no such folder, and no such model on the hub (or it is gated: accept its terms "
             f"and run `hf auth login`)"
         ) from None
-    except EntryNotFoundError as error:
-        reason = str(error).splitlines()[0]
+    except HFValidationError as error:
+        raise UpcycleError(f"{source}: no such folder, and no hub id either ({said(error)})") from None
+    except LocalEntryNotFoundError as error:
         raise UpcycleError(
-            f"{source}: no such folder, and the hub has no config.json of it ({reason})"
+            f"{source}: no such folder, and the hub cannot be reached ({said(error)})"
         ) from None
+    except EntryNotFoundError as error:
+        raise UpcycleError(f"{source}: the hub has no config.json of it ({said(error)})") from None
+    except (SafetensorsParsingError, ValueError) as error:
+        raise UpcycleError(f"{source}: what the hub has of it is damaged ({said(error)})") from None
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UpcycleError(f"{source}: no such folder, and the hub cannot be reached ({reason})") from None
+        raise UpcycleError(
+            f"{source}: no such folder, and the hub cannot be reached ({said(error)})"
+        ) from None

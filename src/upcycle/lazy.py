@@ -289,6 +289,9 @@ def _with(items: Sequence[Any], place: int, item: Any) -> tuple[Any, ...]:
 
 
 def _joined(parts: Sequence[Lazy]) -> list[Extent] | None:
+    """The byte ranges of parts one after another; None where they are not bytes of one type."""
+    if len({part.dtype for part in parts}) > 1:
+        return None
     out: list[Extent] = []
     for part in parts:
         extents = part.extents()

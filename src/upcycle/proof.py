@@ -22,6 +22,7 @@ from upcycle.checkpoint import Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError, listed
 from upcycle.hub import open_checkpoint
 from upcycle.recipe import Recipe
+from upcycle.source import refuse_two_heads
 
 if TYPE_CHECKING:
     import torch
@@ -87,14 +88,18 @@ def verify(
     ):
         record = provenance.read(out)
         built = blueprint(dense, Recipe.of(record["recipe"]), allow_nonfinite=True)
+        refuse_two_heads(built.dense)
         coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]
-        checks = [*coverage, _config(built, moe)]
+        settings = _config(built, moe)
+        checks = [*coverage, settings]
         same = _bytes(built, moe) if coverage[1].holds else _skipped("bytes", "the names differ already")
         checks += [same, _hashes(built, record)]
         found: dict[str, Difference] = {}
-        if logits and coverage[1].holds and coverage[2].holds:
+        if logits and settings.holds and coverage[1].holds and coverage[2].holds:
             found = compare_logits(built, out, text)
             checks += [_logits(built, name, difference) for name, difference in found.items()]
+        for donor in built.donors:
+            donor.checkpoint.close()
         return Proof(
             coverage=all(bool(c.holds) for c in coverage),
             bit_identical=bool(same.holds),
@@ -145,15 +150,16 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
 
     name = "target coverage, transformers"
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(moe.folder)
         architecture = getattr(transformers, built.native.architecture)
         state = {n: _Header(info) for n, info in moe.tensors.items()}
         try:
+            config = transformers.AutoConfig.from_pretrained(moe.folder)
             model, report = architecture.from_pretrained(
                 None, config=config, state_dict=state, dtype="float32", output_loading_info=True
             )
-        except RuntimeError as error:
-            return Check(name=name, holds=False, detail=f"cannot be loaded: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever it dislikes about a damaged folder, it is the finding
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return Check(name=name, holds=False, detail=f"cannot be loaded: {reason}")
     faults = {kind.split("_")[0]: sorted(map(str, report[kind])) for kind in report}
     count = sum(1 for _ in model.parameters())
     return Check(
@@ -219,13 +225,16 @@ def _bytes(built: Blueprint, moe: Checkpoint) -> Check:
 
 
 def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
-    same = record["blueprint_hash"] == built.hash and record["source"]["sha256"] == built.source.hashes()
+    recorded = {"source": record["source"]["sha256"]}
+    recorded |= {label: donor["sha256"] for label, donor in record["source"]["donors"].items()}
+    found = {opened.label: opened.hashes() for opened in built.checkpoints}
+    same = record["blueprint_hash"] == built.hash and recorded == found
     return Check(
         name="provenance",
         holds=same,
         detail="blueprint and source files have the recorded hashes"
         if same
-        else "the blueprint or the source is not the one recorded in upcycle.json",
+        else "the blueprint or a source is not the one recorded in upcycle.json",
     )
 
 

@@ -28,11 +28,11 @@ def record(
         "python_version": platform.python_version(),
         "source": {
             "name": built.source.name,
-            "path": str(built.source.folder),
+            "path": str(built.source.folder.resolve()),
             "model_type": built.dense.family.model_type,
             "sha256": hashes[built.source.label],
             "donors": {
-                c.label: {"name": c.name, "path": str(c.folder), "sha256": hashes[c.label]}
+                c.label: {"name": c.name, "path": str(c.folder.resolve()), "sha256": hashes[c.label]}
                 for c in built.checkpoints[1:]
             },
         },
@@ -42,6 +42,7 @@ def record(
         "preserves_function": built.preserves_function,
         "moe_layers": sorted(built.sites),
         "left_out_tensors": dict(built.left_out),
+        "left_out_config_keys": list(built.dense.unknown_keys),
         "carried_files": carried,
         "left_behind_files": left_behind,
     }
@@ -54,4 +55,12 @@ def read(folder: Path) -> dict[str, Any]:
     )
     if found.get("format") != FORMAT:
         raise UpcycleError(f"{folder / FILE} has format {found.get('format')}; this version reads {FORMAT}")
+    source = found.get("source")
+    parts = [
+        found.get("recipe"),
+        source,
+        *(source.get(k) for k in ("sha256", "donors") if type(source) is dict),
+    ]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(found.get("blueprint_hash"), str):
+        raise UpcycleError(f"{folder / FILE} is damaged: recipe, source or blueprint_hash is missing in it")
     return found

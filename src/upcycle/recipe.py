@@ -107,7 +107,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """`table` with each `section.key=value` of `settings` put in; a value that is not TOML is a string."""
     out: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items()}
-    for setting in settings:
+    # The name of an initialisation first: it decides which of the file's keys of [init] still apply.
+    for setting in sorted(settings, key=lambda text: not text.replace(" ", "").startswith("init.name=")):
         dotted, equals, text = setting.partition("=")
         *sections, last = dotted.strip().split(".")
         if not equals or len(sections) > 1 or not last:

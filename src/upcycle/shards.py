@@ -89,7 +89,7 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(digits) :].upper()
     try:
         size = int(float(digits) * _UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise UpcycleError(f"shard size {text!r} is not understood; write 5GB, 500MB or 1GiB") from None
     if size < 1:
         raise UpcycleError(f"shard size {text!r} must be above zero")

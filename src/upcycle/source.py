@@ -6,19 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from upcycle import families, natives
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import FLOATS
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored
 
-_SIZES = frozenset(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
-    "num_key_value_heads partial_rotary_factor hidden_activation sliding_window_pattern "
-    "full_attention_interval original_max_position_embeddings".split()
-)
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
@@ -40,7 +37,7 @@ class Dense:
     @property
     def unknown_keys(self) -> tuple[str, ...]:
         """Keys of config.json that the family knows nothing of."""
-        known = {*self.family.defaults, *families.SILENT, *_SIZES}
+        known = {*self.family.defaults, *families.SILENT, *families.SIZES}
         return tuple(sorted(key for key in self.checkpoint.config if key not in known))
 
 
@@ -91,20 +88,48 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> di
     return left_out
 
 
-def admit_donors(first: Dense, names: tuple[str, ...], *, allow_nonfinite: bool) -> list[Dense]:
-    """The dense models called `names`, of the same type and shapes as `first`."""
+def refuse_two_heads(dense: Dense) -> None:
+    """Refuse a config that ties a head which is stored all the same, with other values: which is meant?
+
+    transformers 5 keeps the two apart where they differ. Reads both tensors.
+    """
+    opened = dense.checkpoint
+    if "lm_head.weight" not in dense.left_out:
+        return
+    head, embedding = opened.tensors["lm_head.weight"], opened.tensors["model.embed_tokens.weight"]
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+        np.array_equal(opened.pread(head, i, j), opened.pread(embedding, i, j))
+        for i in range(0, head.nbytes, CHUNK)
+        for j in (min(head.nbytes, i + CHUNK),)
+    )
+    if not same:
+        raise UpcycleError(
+            f"{opened.folder} stores an lm_head.weight that differs from the embedding its config ties it "
+            f"to; set tie_word_embeddings to false in config.json, or take lm_head.weight out"
+        )
+
+
+def admit_donors(
+    first: Dense, names: tuple[str, ...], *, any_dtype: bool, allow_nonfinite: bool
+) -> list[Dense]:
+    """The dense models called `names`, of the same type and shapes as `first`, and of the same dtypes."""
     out = []
     for place, name in enumerate(names, start=1):
         opened = open_checkpoint(name, allow_nonfinite=allow_nonfinite, label=f"donor {place}")
         donor = admit(opened)
-        mine = {n: t.shape for n, t in first.tensors.items()}
-        theirs = {n: t.shape for n, t in donor.tensors.items()}
+        mine, theirs = ({n: t.shape for n, t in m.tensors.items()} for m in (first, donor))
         different = sorted(n for n in {*mine, *theirs} if mine.get(n) != theirs.get(n))
         if donor.family is not first.family or different:
             raise UpcycleError(
                 f"{opened.folder} is not of the same shape as {first.checkpoint.folder}"
                 + (f" ({listed(different)})" if different else "")
                 + "; init.sources must share model_type and every tensor shape"
+            )
+        narrow = [n for n, t in first.tensors.items() if t.dtype != donor.tensors[n].dtype]
+        if narrow and not any_dtype:
+            raise UpcycleError(
+                f"{opened.folder} stores {listed(narrow)} in another type than {first.checkpoint.folder}; "
+                f"set dtype to the one to write"
             )
         out.append(donor)
     return out

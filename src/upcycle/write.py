@@ -28,6 +28,7 @@ from upcycle.errors import UpcycleError
 from upcycle.hub import CARRIED
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
+from upcycle.source import refuse_two_heads
 
 JOURNAL = "journal.jsonl"
 CONFIG = "config.json"
@@ -74,9 +75,10 @@ def convert(
     if jobs < 1:
         raise UpcycleError(f"jobs = {jobs}; it must be 1 or more")
     _check_space(partial, shards)
+    for model in (built.dense, *built.donors):
+        refuse_two_heads(model)
     planned(built)
-    fresh = not partial.exists()
-    partial.mkdir(parents=True, exist_ok=True)
+    fresh = _make_folder(partial)
     try:
         with _journal(partial, built, shards) as journal:
             hashes = _write_tensors(built, shards, partial, journal, jobs, progress)
@@ -92,26 +94,50 @@ def convert(
         if fresh:
             shutil.rmtree(partial)
         raise
+    finally:
+        for opened in built.checkpoints:
+            opened.close()  # whoever reads on opens them anew
     return built
 
 
 def _check_paths(built: Blueprint, out: Path, resume: bool) -> Path:
     """Refuse an OUT that would overwrite or nest; the partial folder's path."""
-    source, target = built.source.folder.resolve(), out.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise UpcycleError(f"{out} lies in or around the source {built.source.folder}; choose another folder")
+    target = out.resolve()
+    partial = target.parent / f"{target.name}.partial"
+    for opened in built.checkpoints:
+        source = opened.folder.resolve()
+        for taken in (target, partial):
+            if taken == source or source in taken.parents or taken in source.parents:
+                raise UpcycleError(
+                    f"{out}, or {partial.name}, lies in or around the source {opened.folder}; choose another "
+                    f"folder"
+                )
     if _lacks_its_config(out):
         raise UpcycleError(f"{out} is left from a run that was broken; finish it with --resume, or delete it")
     if out.exists():
         raise UpcycleError(f"{out} exists already; nothing is overwritten. Choose another name or delete it")
     if not target.parent.is_dir() and any(p.exists() and not p.is_dir() for p in target.parents):
         raise UpcycleError(f"{out}: a part of the path is a file")
-    partial = target.parent / f"{target.name}.partial"
+    if (
+        partial.exists()
+        and not (partial / JOURNAL).exists()
+        and (not partial.is_dir() or any(partial.iterdir()))
+    ):
+        raise UpcycleError(f"{partial} is in the way, and it was not left by upcycle; choose another OUT")
     if partial.exists() and not resume:
         raise UpcycleError(
             f"{partial} is left from a run that was broken; finish it with --resume, or delete it"
         )
     return partial
+
+
+def _make_folder(partial: Path) -> bool:
+    """Whether the folder was made here, and not found."""
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _check_space(partial: Path, shards: Shards) -> None:
@@ -210,9 +236,16 @@ class _Files:
 
     def __init__(self, partial: Path, shards: Shards) -> None:
         self.paths = [partial / name for name in shards.names]
+        self.new = {  # shards of which nothing is there, whatever a journal says
+            number
+            for number, (path, size) in enumerate(zip(self.paths, shards.sizes, strict=True))
+            if not path.exists() or path.stat().st_size != size
+        }
         self.descriptors = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self.paths]
         for descriptor, size in zip(self.descriptors, shards.sizes, strict=True):
             os.ftruncate(descriptor, size)
+        _sync_folder(partial)
+        _sync_folder(partial.parent)
 
     def write(self, place: Place, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
@@ -223,8 +256,9 @@ class _Files:
 
     def sync(self, shards: set[int]) -> None:
         """Bring the data of these shards to disk."""
+        datasync = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
         for shard in sorted(shards):
-            os.fdatasync(self.descriptors[shard])
+            datasync(self.descriptors[shard])
 
     def close(self) -> None:
         for descriptor in self.descriptors:
@@ -239,9 +273,10 @@ def _write_tensors(
     Tensors are written by `jobs` threads. One more brings them to disk as they come, so that the disk works
     while they compute. The sources are hashed last, while the rest of the output is on its way to disk.
     """
-    tasks = _tasks(built, journal.done)
-    progress(sum(shards.places[n].nbytes for n in journal.done))
     files = _Files(partial, shards)
+    done = {name for name in journal.done if shards.places[name].shard not in files.new}
+    tasks = _tasks(built, done)
+    progress(sum(shards.places[name].nbytes for name in done))
     stop = threading.Event()
     written: list[str] = []
     syncs: list[Future[None]] = []
@@ -250,8 +285,8 @@ def _write_tensors(
         files.sync({shards.places[n].shard for n in names})
         journal.record(names)
 
-    def collect(done: set[Future[Task]], at_least: int) -> None:
-        for future in done:
+    def collect(finished: set[Future[Task]], at_least: int) -> None:
+        for future in finished:
             written.extend(future.result().names)
         if sum(shards.places[n].nbytes for n in written) >= at_least:
             syncs.append(syncer.submit(sync, written.copy()))

@@ -26,6 +26,13 @@ SILENT = frozenset(
     "chunk_size_feed_forward _attn_implementation_autoset unsloth_version unsloth_fixed".split()
 )
 
+# Sizes, and keys that a family works other keys out from.
+SIZES = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim "
+    "num_key_value_heads partial_rotary_factor hidden_activation sliding_window_pattern "
+    "full_attention_interval original_max_position_embeddings".split()
+)
+
 # Dense model types that have no exact native target, and why (each was run, or its block compared).
 REFUSED = {
     "olmo": "olmoe normalises queries and keys and olmo does not; the norms have no source",
@@ -120,10 +127,17 @@ def names() -> list[str]:
 
 def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
     """The rotary settings of a config.json, in the old spelling or the new, as a new dict in the new."""
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    theta = raw.get("rope_theta") or default_theta
+    if not isinstance(given, Mapping) or not isinstance(theta, (int, float)):
+        raise UpcycleError(
+            f"config.json: rope_theta must be a number, rope_scaling and rope_parameters tables; they are "
+            f"{theta!r} and {given!r}"
+        )
+    rope = dict(given)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
-    rope.setdefault("rope_theta", raw.get("rope_theta") or default_theta)
+    rope.setdefault("rope_theta", theta)
     if (share := raw.get("partial_rotary_factor")) is not None:
         rope.setdefault("partial_rotary_factor", share)
     return rope

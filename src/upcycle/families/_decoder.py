@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import SILENT, Config, Family, Shapes, rope_parameters
+from upcycle.families import SIZES, Config, Family, Shapes, rope_parameters
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy
 
+POSITIVE = (
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "full_attention_interval",
+    "no_rope_layer_interval", "sliding_window_pattern", "linear_conv_kernel_dim", "linear_key_head_dim",
+    "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+)  # fmt: skip
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -22,7 +27,10 @@ class Decoder(Family):
     def config(self, raw: Mapping[str, Any]) -> Config:
         if missing := [key for key in REQUIRED if not isinstance(raw.get(key), int)]:
             raise UpcycleError(f"config.json of a {self.model_type} model lacks {', '.join(missing)}")
-        config: Config = {**self.defaults, **{k: v for k, v in raw.items() if k not in SILENT}}
+        # Only what this family reads: a stray key must not reach a target that would heed it.
+        read = {k: v for k, v in raw.items() if k in self.defaults or k in SIZES}
+        config: Config = {**self.defaults, **read}
+        _check(config)
         config["use_cache"] = raw.get("use_cache", True)
         if config.get("num_key_value_heads") is None:
             config["num_key_value_heads"] = config["num_attention_heads"]
@@ -95,6 +103,19 @@ class Decoder(Family):
         if self.mlp_biases(config):
             return "its feed-forward networks have biases and no native MoE's experts do"
         return None
+
+
+def _check(config: Config) -> None:
+    """Refuse sizes that are none, and lists that do not have one entry a layer."""
+    for key in (*REQUIRED, *POSITIVE):
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UpcycleError(f"config.json: {key} = {value!r}; it must be a whole number of 1 or more")
+    layers = config["num_hidden_layers"]
+    for key in ("layer_types", "no_rope_layers"):
+        value = config.get(key)
+        if value is not None and (not isinstance(value, list) or len(value) != layers):
+            raise UpcycleError(f"config.json: {key} must be a list of {layers}, one entry a layer")
 
 
 def attention_bias_refusal(config: Config, native: str) -> str | None:

@@ -1,6 +1,7 @@
 """Branch-Train-MiX: experts from several checkpoints, the rest averaged (arXiv 2403.07816)."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from upcycle.errors import UpcycleError
 from upcycle.feed_forward import FeedForward
@@ -24,6 +25,9 @@ class BranchTrainMix(Init):
     def __post_init__(self) -> None:
         if not self.sources:
             raise UpcycleError("init.sources is empty; branch_train_mix needs at least one more checkpoint")
+        # The recipe is kept with its result, and read from elsewhere.
+        absolute = tuple(str(Path(s).resolve()) if Path(s).is_dir() else s for s in self.sources)
+        object.__setattr__(self, "sources", absolute)
 
     @property
     def donors(self) -> tuple[str, ...]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from upcycle.errors import UpcycleError
 from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site
 from upcycle.lazy import Lazy
+from upcycle.once import once
 from upcycle.positions import Computed, Given, Order
 
 
@@ -27,7 +27,7 @@ class Split(Init):
     """Expert e is part e of the neurons; needs moe.granularity = moe.num_experts.
 
     `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix; Zhang et al., arXiv 2110.01786) or
-    `file` (`labels`: a JSON list with, for each MoE layer in order, the expert of each neuron).
+    `file` (`labels`: JSON, by layer number, a list with the expert of each neuron).
     `output`: `selected` multiplies by K, so that the chosen parts are summed as MoEfication does;
     `expected` by N, so that the mean over experts is the dense output; `llama_moe` by N / K
     (score_scale_factor of arXiv 2406.16554). The first two are the dense network where K = N.
@@ -44,6 +44,8 @@ class Split(Init):
     def __post_init__(self) -> None:
         if (self.by == "file") != bool(self.labels):
             raise UpcycleError('init.labels names the file of init.by = "file"; give both or neither')
+        if Path(self.labels).is_file():  # the recipe is kept with its result, and read from elsewhere
+            object.__setattr__(self, "labels", str(Path(self.labels).resolve()))
 
     def check(self, site: Site) -> None:
         super().check(site)
@@ -81,19 +83,30 @@ class Split(Init):
         return whole and (site.uniform_router or site.num_experts == 1)
 
 
+@once(maxsize=1)
+def _parsed(path: Path, mtime: int) -> Any:
+    return json.loads(path.read_text())
+
+
+def _labels(path: Path) -> Any:
+    """What the file holds, parsed once for all experts of all layers."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
 def _from_file(path: Path, site: Site) -> np.ndarray:
     try:
-        layers = json.loads(path.read_text())
+        layers = _labels(path)
         labels = np.array(layers[str(site.layer)] if isinstance(layers, dict) else layers[site.layer])
     except OSError as error:
         raise UpcycleError(f"init.labels: cannot read {path}: {error.strerror}") from None
-    except (ValueError, IndexError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise UpcycleError(
             f"init.labels: {path} must be JSON with a list of {site.dense_width} expert numbers for "
             f"each layer; layer {site.layer} has none"
         ) from None
-    counts = np.bincount(labels, minlength=site.num_experts) if labels.dtype.kind == "i" else np.zeros(1)
-    if labels.shape != (site.dense_width,) or (counts != site.width).any():
+    right = labels.shape == (site.dense_width,) and labels.dtype.kind == "i" and labels.min() >= 0
+    counts = np.bincount(labels, minlength=site.num_experts) if right else np.zeros(0, np.int64)
+    if counts.shape != (site.num_experts,) or (counts != site.width).any():
         raise UpcycleError(
             f"init.labels: layer {site.layer} of {path} must give each of {site.dense_width} neurons an "
             f"expert, {site.width} to each of {site.num_experts}; it gives {counts.tolist()}"
@@ -101,7 +114,7 @@ def _from_file(path: Path, site: Site) -> np.ndarray:
     return labels
 
 
-@lru_cache(maxsize=8)
+@once(maxsize=8)
 def _partition(gate: Lazy, site: Site) -> np.ndarray:
     """The k-means labels of `gate`'s rows, worked out once for all experts of a layer."""
     return balanced_kmeans(gate.all("F32"), site.num_experts, site.key("kmeans"))
@@ -114,7 +127,7 @@ def balanced_kmeans(rows: np.ndarray, k: int, key: rng.Key, rounds: int = 20) ->
     centroids = unit[_spread_out(unit, k, key)]
     labels = np.full(n, -1)
     for _ in range(rounds):
-        # Rounded, so that the last bit of a matrix product on another machine moves no neuron.
+        # Rounded, so that the last bit of a matrix product on another machine hardly ever moves a neuron.
         similarity = np.round((unit @ centroids.T).astype(np.float64), 5)
         new = _deal(similarity, n // k)
         if (new == labels).all():

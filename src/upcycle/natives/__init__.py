@@ -150,9 +150,18 @@ class Native:
         return self.finish(out | _rope(dense["rope_parameters"]) | dict(self.constants))
 
 
-def odd_head_dim(config: Config) -> bool:
-    """Whether heads are not hidden_size / num_attention_heads wide, which some clients assume."""
-    return bool(config["head_dim"] * config["num_attention_heads"] != config["hidden_size"])
+def client_limits(
+    config: Config, *, mlx_scales_rope: bool = False, mlx_head_dim: bool = True
+) -> dict[str, str]:
+    """What llama.cpp and mlx-lm are known to ignore in the config of an architecture they load."""
+    name, out = config["model_type"], {}
+    if not mlx_head_dim and config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        out["mlx-lm"] = f"ignores head_dim in {name}"
+    if not mlx_scales_rope and config["rope_parameters"]["rope_type"] != "default":
+        out["mlx-lm"] = f"ignores the scaling of rotary positions in {name}"
+    if config["hidden_act"] != "silu":
+        out |= dict.fromkeys(("llama.cpp", "mlx-lm"), f"hard-codes SiLU in {name}")
+    return out
 
 
 def _rope(rope: Mapping[str, Any]) -> Config:

@@ -1,6 +1,6 @@
 """Cohere2-MoE: the MoE that Cohere 2 becomes."""
 
-from upcycle.natives import Config, Native, Shared
+from upcycle.natives import Config, Native, Shared, client_limits
 from upcycle.natives._qwen import LAYOUT
 
 
@@ -32,5 +32,5 @@ native = Native(
     ),
     dense_layers=_dense_layers,
     constants={"expert_selection_fn": "softmax", "norm_topk_prob": True},
-    clients=lambda _: {"mlx-lm": "has no cohere2_moe"},
+    clients=lambda config: client_limits(config) | {"mlx-lm": "has no cohere2_moe"},
 )

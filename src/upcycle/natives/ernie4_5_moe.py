@@ -2,7 +2,7 @@
 
 from upcycle.computed import Fill
 from upcycle.lazy import Lazy
-from upcycle.natives import Config, Native, Shared
+from upcycle.natives import Config, Native, Shared, client_limits
 from upcycle.natives._qwen import LAYOUT
 
 
@@ -21,8 +21,10 @@ def _dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config | str:
 
 
 def _clients(config: Config) -> dict[str, str]:
-    guess = "guesses the width of ernie4_5_moe's shared expert from other fields and refuses this one"
-    return {"llama.cpp": guess} if config["moe_num_shared_experts"] else {}
+    out = client_limits(config)
+    if config["moe_num_shared_experts"]:
+        out["llama.cpp"] = "guesses the width of ernie4_5_moe's shared expert and refuses this one"
+    return out
 
 
 def _bias(num_experts: int, dtype: str) -> dict[str, Lazy]:

@@ -1,13 +1,6 @@
 """GraniteMoE: the MoE that Granite becomes, and what else fits (Gemma 1, biased attention)."""
 
-from upcycle.natives import Config, Fused, Native, odd_head_dim
-
-
-def _clients(config: Config) -> dict[str, str]:
-    if config["hidden_act"] != "silu":
-        return dict.fromkeys(("llama.cpp", "mlx-lm"), "hard-codes SiLU in granitemoe")
-    return {"mlx-lm": "ignores head_dim in granitemoe"} if odd_head_dim(config) else {}
-
+from upcycle.natives import Fused, Native, client_limits
 
 native = Native(
     model_type="granitemoe",
@@ -23,5 +16,5 @@ native = Native(
     ),
     num_experts_field="num_local_experts",
     renormalizes="always",
-    clients=_clients,
+    clients=lambda config: client_limits(config, mlx_scales_rope=True, mlx_head_dim=False),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Hunyuan V1 MoE: the MoE that Hunyuan V1 dense becomes; it always has a full-size shared network."""
 
-from upcycle.natives import Config, Native, Shared
+from upcycle.natives import Config, Native, Shared, client_limits
 from upcycle.natives._qwen import LAYOUT
 
 
@@ -26,5 +26,7 @@ native = Native(
     shared=Shared(path="mlp.shared_mlp", combine="sum", config=lambda *_: {}, mandatory="full"),
     constants={"use_qk_norm": True, "use_mixed_mlp_moe": True},
     finish=_per_layer,
-    clients=lambda _: {"mlx-lm": "knows the type as `hunyuan` and not as hunyuan_v1_moe"},
+    clients=lambda config: (
+        client_limits(config) | {"mlx-lm": "knows the type as `hunyuan` and not as hunyuan_v1_moe"}
+    ),
 )

@@ -1,12 +1,10 @@
 """Mixtral: the MoE that Llama, Mistral and Phi-3 become."""
 
-from upcycle.natives import Config, Native, PerExpert, odd_head_dim
+from upcycle.natives import Config, Native, PerExpert, client_limits
 
 
 def _clients(config: Config) -> dict[str, str]:
-    out = {}
-    if odd_head_dim(config):
-        out["mlx-lm"] = "ignores head_dim in mixtral"
+    out = client_limits(config, mlx_head_dim=False)
     if config.get("sliding_window") is not None:
         out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in mixtral")
     return out

@@ -1,12 +1,17 @@
 """Qwen2-MoE: the MoE that Qwen2 becomes; it cannot be without a shared expert."""
 
-from upcycle.natives import Config, Native
+from upcycle.natives import Config, Native, client_limits
 from upcycle.natives._qwen import LAYOUT, SHARED, dense_layers
 
 
 def _clients(config: Config) -> dict[str, str]:
-    never = "never renormalises the top-k weights of qwen2_moe, whatever norm_topk_prob says"
-    return dict.fromkeys(("llama.cpp", "mlx-lm"), never) if config["norm_topk_prob"] else {}
+    out = client_limits(config, mlx_head_dim=False)
+    if "sliding_attention" in config["layer_types"]:
+        out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in qwen2_moe")
+    if config["norm_topk_prob"]:
+        never = "never renormalises the top-k weights of qwen2_moe, whatever norm_topk_prob says"
+        out |= dict.fromkeys(("llama.cpp", "mlx-lm"), never)
+    return out
 
 
 native = Native(
@@ -15,7 +20,14 @@ native = Native(
     summary="softmax over all experts, norm_topk_prob, gated shared expert",
     layout=LAYOUT,
     router="mlp.gate.weight",
-    fields=("rms_norm_eps", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+    fields=(
+        "rms_norm_eps",
+        "head_dim",
+        "use_sliding_window",
+        "sliding_window",
+        "max_window_layers",
+        "layer_types",
+    ),
     width_field="moe_intermediate_size",
     renormalizes="optional",
     shared=SHARED,

@@ -1,6 +1,6 @@
 """Qwen3.5-MoE, text: the MoE that Qwen3.5 becomes; always renormalised, always with a shared expert."""
 
-from upcycle.natives import Native
+from upcycle.natives import Native, client_limits
 from upcycle.natives._qwen import LAYOUT, SHARED
 
 native = Native(
@@ -16,5 +16,5 @@ native = Native(
     width_field="moe_intermediate_size",
     renormalizes="always",
     shared=SHARED,
-    clients=lambda _: {"mlx-lm": "knows the type inside qwen3_5_moe only"},
+    clients=lambda config: client_limits(config) | {"mlx-lm": "knows the type inside qwen3_5_moe only"},
 )  # fmt: skip

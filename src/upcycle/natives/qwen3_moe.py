@@ -1,15 +1,18 @@
 """Qwen3-MoE: the MoE that Qwen3 becomes."""
 
-from upcycle.natives import Config, Native
+from upcycle.natives import Config, Native, client_limits
 from upcycle.natives._qwen import LAYOUT, dense_layers
 
 
 def _clients(config: Config) -> dict[str, str]:
-    return (
-        {}
-        if config["norm_topk_prob"]
-        else {"llama.cpp": "always renormalises the top-k weights of qwen3_moe"}
-    )
+    out = client_limits(config)
+    if config["attention_bias"]:
+        out["mlx-lm"] = "has no biases in qwen3_moe"
+    if config["use_sliding_window"]:
+        out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in qwen3_moe")
+    if not config["norm_topk_prob"]:
+        out["llama.cpp"] = "always renormalises the top-k weights of qwen3_moe"
+    return out
 
 
 native = Native(
