@@ -518,3 +518,137 @@ def test_scan_sees_every_position():
             values[place] = np.inf
             assert not is_finite(values.view(np.uint8), name)
             values[place] = 1
+
+
+# --- found in review ----------------------------------------------------------------------------
+
+
+def test_a_source_called_like_the_partial_folder(source, fails, tmp_path, capsys):
+    """`convert x.partial x --resume` must not take the source for its own unfinished work."""
+    odd = source.rename(tmp_path / "model.partial")
+    before = (odd / "model.safetensors").read_bytes()
+    for options in ([], ["--resume"]):
+        assert "in or around the source" in fails("convert", odd, tmp_path / "model", *options)
+    assert (odd / "model.safetensors").read_bytes() == before
+
+
+def test_a_partial_folder_of_somebody_else(source, fails, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"precious")
+    for options in ([], ["--resume"]):
+        message = fails("convert", source, tmp_path / "out", *options, keeps_partial=True)
+        assert "it was not left by upcycle" in message
+    assert (tmp_path / "out.partial" / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_a_donor_of_another_dtype(dense, fails, tmp_path):
+    """Bytes of two types must not be joined in one tensor; with a dtype to write they may meet."""
+    source, other = dense("llama", dtype="float16"), dense("llama", dtype="bfloat16", seed=1)
+    options = ["--target", "granitemoe", "--init", "branch_train_mix", "--set", f'init.sources=["{other}"]']
+    assert "set dtype to the one to write" in fails("convert", source, tmp_path / "out", *options)
+    cli.main(["convert", str(source), str(tmp_path / "out"), *options, "--dtype", "float32"])
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    fused = made["model.layers.0.block_sparse_moe.output_linear.weight"]
+    for e, folder in ((0, source), (7, other)):
+        wanted = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+        assert torch.equal(fused[e], wanted.float())
+
+
+def test_gate_and_up_of_two_dtypes(source, tmp_path):
+    """A fused tensor of parts that are stored in two types is cast, not joined byte by byte."""
+    edit_tensors(source, lambda t: t.update({GATE: t[GATE].to(torch.bfloat16)}))
+    cli.main(["convert", str(source), str(tmp_path / "out"), "--target", "granitemoe"])
+    made = load_file(tmp_path / "out" / "model.safetensors")[
+        "model.layers.1.block_sparse_moe.input_linear.weight"
+    ]
+    dense_tensors = load_file(source / "model.safetensors")
+    up = dense_tensors[GATE.replace("gate", "up")]
+    assert torch.equal(made[3, :48].float(), dense_tensors[GATE].float())
+    assert torch.equal(made[3, 48:].float(), up.to(made.dtype).float())
+
+
+def test_two_heads(dense, fails, tmp_path):
+    """A tied config with another head on disk: transformers would use that head, so ask which is meant."""
+    source = Path(shutil.copytree(dense("llama", tie_word_embeddings=True), tmp_path / "source"))
+    edit_tensors(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    assert "differs from the embedding" in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["./nope", "../nope", "a..b/c", "nope"])
+def test_missing_relative_folder(name, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert (
+        "no such folder" in fails("plan", name)
+        if name == "a..b/c"
+        else "does not exist" in fails("plan", name)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {"rope_scaling": "linear"}), ("llama", {"rope_scaling": 5}),
+        ("llama", {"rope_parameters": [1]}), ("llama", {"rope_theta": "x", "rope_parameters": None}),
+        ("llama", {"num_attention_heads": 0}), ("llama", {"head_dim": "12"}),
+        ("qwen3_5_text", {"layer_types": ["full_attention"]}),
+        ("qwen3_5_text", {"layer_types": None, "full_attention_interval": 0}),
+        ("smollm3", {"no_rope_layers": [1]}),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}),
+    ],
+)  # fmt: skip
+def test_malformed_configs(model_type, changes, dense, fails, tmp_path):
+    source = Path(shutil.copytree(dense(model_type), tmp_path / "source"))
+    edit_config(source, **changes)
+    assert "config.json" in fails("plan", source)
+
+
+@pytest.mark.parametrize("labels", [[[-1] * 48] * 4, [[[0]] * 48] * 4, [[]] * 4, 3, {"0": 1}])
+def test_more_bad_labels(labels, source, fails, tmp_path):
+    (tmp_path / "l.json").write_text(json.dumps(labels))
+    message = fails("plan", source, "--init", "split", "--experts", "4", "--set", "moe.granularity=4",
+                    "--set", "init.by=file", "--set", f"init.labels={tmp_path / 'l.json'}")  # fmt: skip
+    assert "init.labels" in message
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "-5GB", "1e400"])
+def test_odd_shard_sizes(text, source, fails, tmp_path):
+    assert "shard size" in fails("convert", source, tmp_path / "out", f"--shard-size={text}")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"format": 1}, {"format": 2}, {"format": 1, "recipe": {}, "source": {}, "blueprint_hash": "x"}, []],
+)
+def test_damaged_provenance(damage, source, fails, tmp_path):
+    cli.main(["convert", str(source), str(tmp_path / "moe")])
+    (tmp_path / "moe" / "upcycle.json").write_text(json.dumps(damage))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["verify", str(source), str(tmp_path / "moe")])
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("key", ["model.layers.1.block_sparse_moe.gate.weight",
+                                 "model.layers.1.block_sparse_moe.experts.2.w3.weight"])  # fmt: skip
+def test_inspect_of_a_damaged_moe(key, source, fails, tmp_path, capsys):
+    cli.main(["convert", str(source), str(tmp_path / "moe")])
+    edit_tensors(tmp_path / "moe", lambda t: t.pop(key))
+    capsys.readouterr()
+    assert "lacks" in fails("inspect", tmp_path / "moe")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": "zzz"}, {"num_experts_per_tok": "two"}, {"hidden_act": "nope"}, {"rope_parameters": 5}],
+)
+def test_verify_of_a_damaged_config(changes, source, tmp_path, capsys):
+    """Exit 1, with the finding; no traceback."""
+    cli.main(["convert", str(source), str(tmp_path / "moe")])
+    edit_config(tmp_path / "moe", **changes)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["verify", str(source), str(tmp_path / "moe"), "--json"])
+    assert exit_.value.code == 1
+    assert "config" in [
+        c["name"] for c in json.loads(capsys.readouterr().out)["checks"] if c["holds"] is False
+    ]

@@ -169,3 +169,38 @@ def test_refused_families_are_no_families():
     for (model_type, target), reason in families.INEXACT.items():
         assert target not in families.find(model_type).natives
         assert reason
+
+
+def test_imports_have_no_cycle():
+    """No module imports, when it is loaded, one that imports it, however far away."""
+    import ast
+    from pathlib import Path
+
+    import upcycle
+
+    root = Path(upcycle.__file__).parent
+    files = {
+        ".".join(("upcycle", *p.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): p
+        for p in root.rglob("*.py")
+    }
+    imports: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found = set()
+        for node in ast.parse(path.read_text()).body:  # module level only; TYPE_CHECKING blocks are not
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("upcycle"):
+                found |= {f"{node.module}.{a.name}" for a in node.names} & set(files) or {node.module}
+        imports[name] = found - {name}
+    state: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert state.get(name) != 1, (*path, name)
+        if name not in state:
+            state[name] = 1
+            for other in imports.get(name, ()):
+                visit(other, (*path, name))
+            state[name] = 2
+
+    for name in imports:
+        visit(name, ())
+    assert not imports["upcycle.errors"]
+    assert imports["upcycle.dtypes"] == {"upcycle.errors"}

@@ -420,3 +420,15 @@ def test_every_slice_is_the_slice_of_the_whole(name, dense, tmp_path):
                 part = entry.lazy.read(index, entry.dtype)
                 assert (part == whole[tuple(slice(a, b) for a, b in index)]).all()
         assert b"".join(d.tobytes() for _, d in entry.pieces()) == whole.tobytes()
+
+
+def test_kmeans_runs_once_a_layer(dense, tmp_path, monkeypatch):
+    """Threads that need the same partition wait for the one that works it out."""
+    from upcycle.init import split
+
+    calls = []
+    real = split.balanced_kmeans
+    monkeypatch.setattr(split, "balanced_kmeans", lambda *a: (calls.append(1), real(*a))[1])
+    recipe = Recipe.of(moe={"num_experts": 4, "granularity": 4}, init={"name": "split", "by": "kmeans"})
+    convert(dense("llama", seed=7), tmp_path / "moe", recipe, jobs=8)
+    assert len(calls) == 4

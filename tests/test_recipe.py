@@ -114,3 +114,8 @@ def test_not_toml(tmp_path):
         Recipe.load(tmp_path / "x.toml")
     with pytest.raises(UpcycleError, match="is a folder"):
         Recipe.load(tmp_path)
+
+
+def test_the_order_of_settings_does_not_matter():
+    for settings in (["init.ratio=0.25", "init.name=drop"], ["init.name=drop", "init.ratio=0.25"]):
+        assert Recipe.of(override({}, settings)).init.ratio == 0.25

@@ -301,3 +301,42 @@ def test_memory_stays_below_the_plan(dense, tmp_path):
     peak, planned = map(int, run.stdout.split())
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 700_000_000
     assert peak < planned < 400_000_000
+
+
+def test_resume_after_a_shard_was_lost(dense, tmp_path):
+    """A shard that is gone is written again, whatever the journal says of it."""
+    source = dense("llama")
+    killed(source, tmp_path / "whole", 0, "copy")
+    killed(source, tmp_path / "out", 150, "copy")
+    sorted((tmp_path / "out.partial").glob("*.safetensors"))[0].unlink()
+    convert(source, tmp_path / "out", Recipe.of(), resume=True, shard_size=120_000)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_provenance_is_read_from_anywhere(dense, tmp_path, monkeypatch):
+    """Relative paths of source, donors and labels are kept absolute."""
+    from upcycle import verify
+
+    shutil.copytree(dense("qwen3"), tmp_path / "here" / "a")
+    shutil.copytree(dense("qwen3", seed=1), tmp_path / "here" / "b")
+    monkeypatch.chdir(tmp_path / "here")
+    convert("a", "moe", Recipe.of(init={"name": "branch_train_mix", "sources": ["b"]}))
+    monkeypatch.chdir(tmp_path)
+    proof = verify("here/a", "here/moe", logits=False)
+    assert proof.holds, proof.checks
+    record = json.loads((tmp_path / "here" / "moe" / "upcycle.json").read_text())
+    assert record["source"]["path"] == str(tmp_path / "here" / "a")
+    (tmp_path / "here" / "b" / "model.safetensors").write_bytes(
+        (dense("qwen3", seed=2) / "model.safetensors").read_bytes()
+    )
+    failed = {c.name for c in verify("here/a", "here/moe", logits=False).checks if not c.holds}
+    assert failed == {"bytes", "provenance"}
+
+
+def test_files_are_closed(dense, tmp_path):
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc to count open files in")
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(3):
+        convert(dense("llama"), tmp_path / str(number), Recipe.of())
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -36,7 +36,7 @@ def _download(source: str) -> Path:
     wanted = ["config.json", "*.safetensors", INDEX, *CARRIED]
     with _hub_errors(source):
         folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]
+            repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
         )
     return Path(folder)
 

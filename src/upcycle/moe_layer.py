@@ -17,7 +17,7 @@ from upcycle.positions import Given
 from upcycle.recipe import Recipe
 
 NARROW = 128  # neurons of a shared expert that must exist and was not asked for
-SHARED_GATE_STD = 1e-7  # sigmoid(gate) = 1/2 to 1e-6, and no weight is zero (llama.cpp: NaN at exactly 0)
+SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exactly 0 (NaN in llama.cpp)
 
 
 def sites(recipe: Recipe, config: Config) -> dict[int, Site]:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 1e-5  # of the logit scale, in float32
-TOKENS = 256  # of a text, and of random input in 4 rows
+TOKENS = 256  # of a text, and of random input
+LONGEST = 1024  # tokens of a sliding window that random input reaches beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,9 +256,12 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
 
     source, config = built.source.folder, built.dense.config
     _check_memory(built)
-    length = min(TOKENS // 4, config["max_position_embeddings"])
+    # Four short rows; one long row where a sliding window is short enough to be looked past.
+    window = config.get("sliding_window") or 0
+    rows, length = (1, window + TOKENS // 4) if TOKENS // 4 <= window <= LONGEST else (4, TOKENS // 4)
+    size = (rows, min(length, config["max_position_embeddings"]))
     generator = torch.Generator().manual_seed(0)
-    inputs = {"random": torch.randint(config["vocab_size"], (4, length), generator=generator)}
+    inputs = {"random": torch.randint(config["vocab_size"], size, generator=generator)}
     if text is not None:
         inputs["text"] = _tokens(source, Path(text), config["max_position_embeddings"])
     stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)

@@ -7,6 +7,8 @@ def _clients(config: Config) -> dict[str, str]:
     out = client_limits(config, mlx_head_dim=False)
     if config.get("sliding_window") is not None:
         out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in mixtral")
+    if config["rope_parameters"]["rope_type"] == "longrope":
+        out["llama.cpp"] = "ignores long rope in mixtral"
     return out
 
 

@@ -7,7 +7,7 @@ from upcycle.natives._qwen import LAYOUT, dense_layers
 def _clients(config: Config) -> dict[str, str]:
     out = client_limits(config)
     if config["attention_bias"]:
-        out["mlx-lm"] = "has no biases in qwen3_moe"
+        out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "has no biases in the attention of qwen3_moe")
     if config["use_sliding_window"]:
         out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in qwen3_moe")
     if not config["norm_topk_prob"]:
