@@ -16,26 +16,17 @@ import numpy as np
 from upcycle import rng
 from upcycle.checkpoint import TensorInfo
 from upcycle.dtypes import FLOATS, cast
-from upcycle.lazy import Index, Lazy, blocks
+from upcycle.lazy import Changed, Index, Joined, Lazy, blocks
 from upcycle.once import once
 from upcycle.positions import Order
 
 
 @dataclass(frozen=True, eq=False)
-class Affine(Lazy):
+class Affine(Changed):
     """scale x base + shift, in float32."""
 
-    base: Lazy
     scale: float = 1.0
     shift: float = 0.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.base.shape
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
         values = self.base.read(index, "F32") * np.float32(self.scale) + np.float32(self.shift)
@@ -44,23 +35,10 @@ class Affine(Lazy):
     def describe(self) -> Any:
         return ["affine", self.scale, self.shift, self.base.describe()]
 
-    def sources(self) -> Iterator[TensorInfo]:
-        return self.base.sources()
-
 
 @dataclass(frozen=True, eq=False)
-class Mean(Lazy):
+class Mean(Joined):
     """The mean of `parts`, in float32."""
-
-    parts: tuple[Lazy, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.parts[0].shape
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.parts[0].dtype
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
         total = self.parts[0].read(index, "F32")
@@ -71,31 +49,18 @@ class Mean(Lazy):
     def describe(self) -> Any:
         return ["mean", *(p.describe() for p in self.parts)]
 
-    def sources(self) -> Iterator[TensorInfo]:
-        for part in self.parts:
-            yield from part.sources()
-
 
 @dataclass(frozen=True, eq=False)
-class Redraw(Lazy):
+class Redraw(Changed):
     """`base` with the given positions along `axis` (0 or 1 of a matrix) drawn anew.
 
     The new values are N(mu, sigma^2) with the mean and the standard deviation (n - 1) of the values they
     replace, one pair for the whole part (Nakamura et al., ICLR 2025, section 3.3).
     """
 
-    base: Lazy
     axis: int
     positions: Order  # sorted
     key: rng.Key
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.base.shape
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
         out = self.base.read(index, dtype)
@@ -128,9 +93,6 @@ class Redraw(Lazy):
     def describe(self) -> Any:
         return ["redraw", self.axis, self.positions.describe(), list(self.key), self.base.describe()]
 
-    def sources(self) -> Iterator[TensorInfo]:
-        return self.base.sources()
-
 
 @once(maxsize=12)  # the matrices of a few layers: their experts all ask for them
 def neuron_sums(matrix: Lazy, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,26 +112,17 @@ def _mean_std(total: float, squares: float, n: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False)
-class Noise(Lazy):
+class Noise(Changed):
     """`base` + sigma x N(0, 1), on a share of the positions along `axis`, in float32.
 
     `relative` measures sigma in standard deviations of `base`.
     """
 
-    base: Lazy
     axis: int
     sigma: float
     relative: bool
     positions: Order  # sorted
     key: rng.Key
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.base.shape
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
         (r0, r1), (c0, c1) = index
@@ -191,9 +144,6 @@ class Noise(Lazy):
     def describe(self) -> Any:
         where = self.positions.describe()
         return ["noise", self.axis, self.sigma, self.relative, where, list(self.key), self.base.describe()]
-
-    def sources(self) -> Iterator[TensorInfo]:
-        return self.base.sources()
 
 
 @dataclass(frozen=True, eq=False)

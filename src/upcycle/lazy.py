@@ -120,10 +120,46 @@ class Stored(Lazy):
 
 
 @dataclass(frozen=True, eq=False)
-class Slice(Lazy):
-    """Positions `start` to `stop` of `base` along `axis`."""
+class Changed(Lazy):
+    """Something made of one tensor, and of its shape unless it says otherwise. Abstract."""
 
     base: Lazy
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.base.shape
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.base.dtype
+
+    def sources(self) -> Iterator[TensorInfo]:
+        return self.base.sources()
+
+
+@dataclass(frozen=True, eq=False)
+class Joined(Lazy):
+    """Something made of several tensors, and of the shape of each unless it says otherwise. Abstract."""
+
+    parts: tuple[Lazy, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.parts[0].shape
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.parts[0].dtype
+
+    def sources(self) -> Iterator[TensorInfo]:
+        for part in self.parts:
+            yield from part.sources()
+
+
+@dataclass(frozen=True, eq=False)
+class Slice(Changed):
+    """Positions `start` to `stop` of `base` along `axis`."""
+
     axis: int
     start: int
     stop: int
@@ -132,19 +168,12 @@ class Slice(Lazy):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return _with(self.base.shape, self.axis, self.stop - self.start)
 
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
-
     def read(self, index: Index, dtype: str) -> np.ndarray:
         a, b = index[self.axis]
         return self.base.read(_with(index, self.axis, (a + self.start, b + self.start)), dtype)
 
     def describe(self) -> Any:
         return ["slice", self.axis, self.start, self.stop, self.base.describe()]
-
-    def sources(self) -> Iterator[TensorInfo]:
-        return self.base.sources()
 
     def extents(self) -> list[Extent] | None:
         whole = self.base.extents()
@@ -158,20 +187,15 @@ class Slice(Lazy):
 
 
 @dataclass(frozen=True, eq=False)
-class Take(Lazy):
+class Take(Changed):
     """The given positions of `base` along `axis`, in the given order."""
 
-    base: Lazy
     axis: int
     positions: Positions
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return _with(self.base.shape, self.axis, len(self.positions))
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
         a, b = index[self.axis]
@@ -189,24 +213,16 @@ class Take(Lazy):
     def describe(self) -> Any:
         return ["take", self.axis, self.positions.describe(), self.base.describe()]
 
-    def sources(self) -> Iterator[TensorInfo]:
-        return self.base.sources()
-
 
 @dataclass(frozen=True, eq=False)
-class Concat(Lazy):
+class Concat(Joined):
     """`parts` one after another along `axis`."""
 
-    parts: tuple[Lazy, ...]
     axis: int
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return _with(self.parts[0].shape, self.axis, sum(p.shape[self.axis] for p in self.parts))
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.parts[0].dtype
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
         start, stop = index[self.axis]
@@ -222,27 +238,17 @@ class Concat(Lazy):
     def describe(self) -> Any:
         return ["concat", self.axis, *(p.describe() for p in self.parts)]
 
-    def sources(self) -> Iterator[TensorInfo]:
-        for part in self.parts:
-            yield from part.sources()
-
     def extents(self) -> list[Extent] | None:
         return _joined(self.parts) if self.axis == 0 else None
 
 
 @dataclass(frozen=True, eq=False)
-class Stack(Lazy):
+class Stack(Joined):
     """`parts` of one shape along a new first dimension: [E, ...]."""
-
-    parts: tuple[Lazy, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return (len(self.parts), *self.parts[0].shape)
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.parts[0].dtype
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
         (start, stop), *rest = index
@@ -251,37 +257,25 @@ class Stack(Lazy):
     def describe(self) -> Any:
         return ["stack", *(p.describe() for p in self.parts)]
 
-    def sources(self) -> Iterator[TensorInfo]:
-        for part in self.parts:
-            yield from part.sources()
-
     def extents(self) -> list[Extent] | None:
         return _joined(self.parts)
 
 
 @dataclass(frozen=True, eq=False)
-class Pick(Lazy):
+class Pick(Changed):
     """Entry `place` of `base` along the first dimension, which goes away."""
 
-    base: Lazy
     place: int
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.base.shape[1:]
 
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.base.dtype
-
     def read(self, index: Index, dtype: str) -> np.ndarray:
         return self.base.read(((self.place, self.place + 1), *index), dtype)[0]
 
     def describe(self) -> Any:
         return ["pick", self.place, self.base.describe()]
-
-    def sources(self) -> Iterator[TensorInfo]:
-        return self.base.sources()
 
 
 def _with(items: Sequence[Any], place: int, item: Any) -> tuple[Any, ...]:

@@ -241,6 +241,7 @@ class _Files:
             for number, (path, size) in enumerate(zip(self.paths, shards.sizes, strict=True))
             if not path.exists() or path.stat().st_size != size
         }
+        self.locks = [threading.Lock() for _ in self.paths]
         self.descriptors = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self.paths]
         for descriptor, size in zip(self.descriptors, shards.sizes, strict=True):
             os.ftruncate(descriptor, size)
@@ -250,9 +251,10 @@ class _Files:
     def write(self, place: Place, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
         view, position = data.data, place.offset + start
-        while view:
-            count = os.pwrite(self.descriptors[place.shard], view, position)
-            view, position = view[count:], position + count
+        with self.locks[place.shard]:  # the kernel would let one write at a time too, and the others spin
+            while view:
+                count = os.pwrite(self.descriptors[place.shard], view, position)
+                view, position = view[count:], position + count
 
     def sync(self, shards: set[int]) -> None:
         """Bring the data of these shards to disk."""
