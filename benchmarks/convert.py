@@ -1,9 +1,9 @@
 """Speed and memory of `upcycle convert` against the floor (cp + sync of the same bytes) and mergekit-moe.
 
-    python benchmarks/convert.py [--mergekit PATH/mergekit-moe] [--repeats 5] [--out results.json]
+    python benchmarks/convert.py [--mergekit PATH/mergekit-moe] [--repeats 4] [--out results.json]
 
 Makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB), converts it to
-8 experts and times every contender in turn, `repeats` rounds, whole processes, start-up and sync included.
+8 experts and times every contender in turn, `repeats` rounds in rotating order, whole processes, start-up and sync included.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mergekit", help="the mergekit-moe executable, if it is to be timed")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="where to write the result (default: standard output)")
     options = parser.parse_args()
@@ -160,7 +160,6 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
         "cp": ["cp", "-r", str(reference), str(out)],
         "copy": [*upcycle, str(out)],
         "drop": [*upcycle, str(out), "--init", "drop"],
-        "noise": [*upcycle, str(out), "--init", "noise"],
     }
     if mergekit:
         recipe = work / "mergekit.yml"
@@ -177,9 +176,11 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
             "--i-understand-this-is-not-useful-without-training",
         ]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, command in contenders.items():
-            runs[name].append(run(command))
+    for number in range(repeats):
+        # Each round begins with another: what ran before leaves its mark on the page cache.
+        order = list(contenders)[number % len(contenders) :] + list(contenders)[: number % len(contenders)]
+        for name in order:
+            runs[name].append(run(contenders[name]))
             shutil.rmtree(out)
     floor = statistics.median(r["seconds"] for r in runs["cp"])
     summary = {
