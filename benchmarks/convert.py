@@ -3,7 +3,8 @@
     python benchmarks/convert.py [--mergekit PATH/mergekit-moe] [--repeats 4] [--out results.json]
 
 Makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB), converts it to
-8 experts and times every contender in turn, `repeats` rounds in rotating order, whole processes, start-up and sync included.
+8 experts and times every contender in turn, `repeats` rounds in rotating order: whole processes, start-up and
+sync included.
 """
 
 from __future__ import annotations
