@@ -97,6 +97,7 @@ def hub(dense, tmp_path) -> Iterator[Hub]:
     served = Hub(folder)
     yield served
     served.server.shutdown()
+    served.server.server_close()
 
 
 def upcycle(hub: Hub, tmp_path: Path, *args: object) -> subprocess.CompletedProcess:
