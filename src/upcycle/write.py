@@ -7,14 +7,12 @@ when all is on disk, and its config gets its name last of all; so nothing unfini
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,11 @@ from upcycle.blueprints import Blueprint, Entry, blueprint
 from upcycle.checkpoint import INDEX, Checkpoint, file_hash
 from upcycle.errors import UpcycleError
 from upcycle.hub import CARRIED
+from upcycle.journal import JOURNAL, Journal
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.source import refuse_two_heads
 
-JOURNAL = "journal.jsonl"
 CONFIG = "config.json"
 UNNAMED_CONFIG = "config.json.partial"
 SYNC_EVERY = 1 << 28  # bytes written between two points that a resumed run can start from
@@ -80,7 +78,7 @@ def convert(
     planned(built)
     fresh = _make_folder(partial)
     try:
-        with _journal(partial, built, shards) as journal:
+        with Journal(partial / JOURNAL, _begun(built, shards)) as journal:
             hashes = _write_tensors(built, shards, partial, journal, jobs, progress)
             _finish(built, shards, partial, out, hashes)
     except OSError as error:
@@ -158,66 +156,14 @@ def _check_space(partial: Path, shards: Shards) -> None:
         )
 
 
-class _Journal:
-    """Which tensors are safely on disk: one JSON line each time they are synced."""
-
-    def __init__(self, path: Path, begun: dict[str, Any]) -> None:
-        self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UpcycleError(f"another run is writing {path.parent}; wait for it or stop it") from None
-        self.done: set[str] = set()
-        lines = self._read()
-        if not lines:
-            self._append(begun)
-        elif lines[0] != begun:
-            different = ", ".join(k for k in begun if lines[0].get(k) != begun[k])
-            self._file.close()
-            raise UpcycleError(
-                f"{path.parent} was begun with another {different}; resume with what it was begun with, "
-                f"or delete it"
-            )
-        for line in lines[1:]:
-            self.done.update(line["done"])
-
-    def _read(self) -> list[dict[str, Any]]:
-        """The whole lines; a line that a crash cut short is cut off."""
-        self._file.seek(0)
-        raw = self._file.read()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) != len(raw):
-            self._file.truncate(len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
-
-    def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def record(self, names: list[str]) -> None:
-        """Note that these tensors are on disk."""
-        self._append({"done": names})
-
-    def close(self) -> None:
-        self._file.close()
-
-
-@contextmanager
-def _journal(partial: Path, built: Blueprint, shards: Shards) -> Iterator[_Journal]:
+def _begun(built: Blueprint, shards: Shards) -> dict[str, Any]:
+    """What a run must have in common with the one it goes on with."""
     files = {
         f"{c.label}/{f.name}": [f.stat().st_size, f.stat().st_mtime_ns]
         for c in built.checkpoints
         for f in c.files
     }
-    journal = _Journal(
-        partial / JOURNAL, {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
-    )
-    try:
-        yield journal
-    finally:
-        journal.close()
+    return {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
 
 
 def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
@@ -268,7 +214,7 @@ class _Files:
 
 
 def _write_tensors(
-    built: Blueprint, shards: Shards, partial: Path, journal: _Journal, jobs: int, progress: Progress
+    built: Blueprint, shards: Shards, partial: Path, journal: Journal, jobs: int, progress: Progress
 ) -> dict[str, dict[str, str]]:
     """Write what the journal does not have yet; the hashes of the source files, by checkpoint and name.
 
