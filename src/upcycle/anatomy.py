@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upcycle import families, natives, provenance
+from upcycle import natives, provenance
 from upcycle.checkpoint import Checkpoint
-from upcycle.dtypes import FLOATS, TORCH_NAMES
+from upcycle.dtypes import TORCH_NAMES
 from upcycle.errors import UpcycleError
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored, blocks
+from upcycle.source import Dense, admit
 
 
 def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
@@ -28,15 +28,16 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         model_type = opened.config.get("model_type")
         notes: list[str] = []
         if model_type in natives.names():
-            with _dense_source(source, made, notes) as dense:
-                try:
-                    layers = _moe_layers(opened, natives.find(str(model_type)), dense, notes)
-                except KeyError as error:
-                    raise UpcycleError(
-                        f"{opened.folder} lacks {error.args[0]} in one of its layers"
-                    ) from None
+            dense = _dense_source(source, made, notes)
+            try:
+                layers = _moe_layers(opened, natives.find(str(model_type)), dense, notes)
+            except KeyError as error:
+                raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
+            finally:
+                if dense is not None:
+                    dense.checkpoint.close()
         else:
-            layers = _dense_layers(opened)
+            layers = _dense_layers(admit(opened))
         return {
             "checkpoint": str(opened.folder),
             "model_type": model_type,
@@ -48,46 +49,23 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         }
 
 
-class _Networks:
-    """The dense feed-forward networks that experts are compared with, if there is a source."""
-
-    def __init__(self, checkpoint: Checkpoint | None) -> None:
-        self.checkpoint = checkpoint
-
-    def __enter__(self) -> _Networks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.checkpoint:
-            self.checkpoint.close()
-
-    def layer(self, layer: int) -> FeedForward | None:
-        """The dense network of a layer."""
-        if self.checkpoint is None:
-            return None
-        family = families.find(str(self.checkpoint.config.get("model_type")))
-        config = family.config(self.checkpoint.config)
-        stored: Mapping[str, Lazy] = {
-            n: Stored(self.checkpoint, t) for n, t in self.checkpoint.tensors.items()
-        }
-        return family.feed_forward(config, layer, stored)
-
-
-def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes: list[str]) -> _Networks:
-    if source is not None:
-        return _Networks(open_checkpoint(source, allow_nonfinite=True))
-    if made is None:
+def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes: list[str]) -> Dense | None:
+    """The dense model that experts are compared with, if it can be found."""
+    if source is None and made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
-        return _Networks(None)
-    path = Path(made["source"]["path"])
-    if not path.is_dir():
-        notes.append(f"its source {path} is not there; name it with --source to compare experts with it")
-        return _Networks(None)
-    return _Networks(Checkpoint.open(path, allow_nonfinite=True))
+        return None
+    if source is None and made is not None:
+        source = Path(made["source"]["path"])
+        if not source.is_dir():
+            notes.append(
+                f"its source {source} is not there; name it with --source to compare experts with it"
+            )
+            return None
+    return admit(open_checkpoint(str(source), allow_nonfinite=True))
 
 
 def _moe_layers(
-    opened: Checkpoint, native: natives.Native, dense: _Networks, notes: list[str]
+    opened: Checkpoint, native: natives.Native, dense: Dense | None, notes: list[str]
 ) -> list[dict[str, Any]]:
     by_layer: dict[int, dict[str, Lazy]] = {}
     for name, info in opened.tensors.items():
@@ -103,7 +81,7 @@ def _moe_layers(
             rows.append(_dense_row(number, tensors["mlp.gate_proj.weight"]))
             continue
         router = tensors[native.router].all("F32")
-        original = dense.layer(number)
+        original = None if dense is None else dense.feed_forward(number)
         comparable = original is not None and original.gate.shape == experts[0].gate.shape
         if original is not None and not comparable and not notes:
             notes.append("experts are not of the shape of the dense networks: no similarity to them")
@@ -144,17 +122,9 @@ def _cosines(networks: list[FeedForward]) -> np.ndarray:
     return gram / np.maximum(np.outer(norms, norms), 1e-300)
 
 
-def _dense_layers(opened: Checkpoint) -> list[dict[str, Any]]:
-    family = families.find(str(opened.config.get("model_type")))
-    config = family.config(opened.config)
-    stored: dict[str, Lazy] = {n: Stored(opened, t) for n, t in opened.tensors.items() if t.dtype in FLOATS}
-    try:
-        return [
-            _dense_row(layer, family.feed_forward(config, layer, stored).gate)
-            for layer in range(config["num_hidden_layers"])
-        ]
-    except KeyError as error:
-        raise UpcycleError(f"{opened.folder} lacks {error.args[0]}") from None
+def _dense_layers(dense: Dense) -> list[dict[str, Any]]:
+    layers = range(dense.config["num_hidden_layers"])
+    return [_dense_row(layer, dense.feed_forward(layer).gate) for layer in layers]
 
 
 def _dense_row(layer: int, gate: Lazy) -> dict[str, Any]:

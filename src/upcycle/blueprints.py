@@ -188,7 +188,7 @@ def _tensors(
     out = family.backbone(config, native.model_type, every)
     for layer in range(config["num_hidden_layers"]):
         if layer in sites:
-            networks = [family.feed_forward(config, layer, m.tensors) for m in models]
+            networks = [m.feed_forward(layer) for m in models]
             made = moe_layer.tensors(networks, sites[layer], recipe, native, shared_width)
         else:
             network = family.feed_forward(config, layer, every)

@@ -13,6 +13,7 @@ from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import FLOATS
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
+from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored
 
@@ -33,6 +34,10 @@ class Dense:
         """The model's tensors by their names on disk."""
         stored = self.checkpoint.tensors.items()
         return {name: Stored(self.checkpoint, info) for name, info in stored if name not in self.left_out}
+
+    def feed_forward(self, layer: int) -> FeedForward:
+        """The feed-forward network of a layer."""
+        return self.family.feed_forward(self.config, layer, self.tensors)
 
     @property
     def unknown_keys(self) -> tuple[str, ...]:
