@@ -8,19 +8,25 @@ if TYPE_CHECKING:
     from upcycle.blueprints import blueprint
     from upcycle.cost import plan
     from upcycle.errors import UpcycleError
+    from upcycle.loading import load
     from upcycle.proof import verify
     from upcycle.recipe import Recipe
+    from upcycle.training.export import export
+    from upcycle.training.loop import train
     from upcycle.write import convert
 
 __version__ = version("upcycle")
-__all__ = ["Recipe", "UpcycleError", "blueprint", "convert", "plan", "verify"]
+__all__ = ["Recipe", "UpcycleError", "blueprint", "convert", "export", "load", "plan", "train", "verify"]
 
 _HOMES = {
     "Recipe": "recipe",
     "UpcycleError": "errors",
     "blueprint": "blueprints",
     "convert": "write",
+    "export": "training.export",
+    "load": "loading",
     "plan": "cost",
+    "train": "training.loop",
     "verify": "proof",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `upcycle plan | convert | verify | inspect | list | demo`.
+"""The command line: `upcycle plan | convert | verify | train | export | inspect | list | demo`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: verify found
 that a promise does not hold; 2: a mistake in what was given; 130: interrupted. Nothing heavy is imported
@@ -157,6 +157,59 @@ def verify(
     result = check(source, out, text=text, logits=logits)
     console.show_json(result.as_dict()) if json else console.show_proof(result)
     sys.exit(0 if result.holds else 1)
+
+
+@app.command
+def train(
+    run: Annotated[Positional[Path], arg(metavar="RUN.toml")],
+    *,
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="KEY=VALUE", help="any key of a run file, such as train.steps=100; repeatable"),
+    ] = (),
+    resume: bool = False,
+) -> None:
+    """Train as a run file says: upcycle and go on, continue the dense model, or start from scratch.
+
+    The same command works under torchrun: `torchrun --nproc-per-node 8 -m upcycle train RUN.toml`.
+
+    Args:
+        run: the run file
+        resume: go on from the run's newest checkpoint, or begin where there is none
+    """
+    import os
+
+    from upcycle import console
+    from upcycle.training.loop import train as go
+    from upcycle.training.run import Run
+
+    result = go(Run.load(run, set), resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        console.show_trained(result)
+
+
+@app.command
+def export(
+    run: Annotated[Positional[Path], arg(metavar="RUN")],
+    out: Out,
+    *,
+    step: int | None = None,
+    dtype: str = "source",
+    optimizer: bool = False,
+) -> None:
+    """Write a checkpoint of a training run as a model folder, in the layout of `upcycle convert`.
+
+    Args:
+        run: the folder of a run (its `out`)
+        out: the folder to make
+        step: the checkpoint to take (the newest, if absent)
+        dtype: source, float32, bfloat16 or float16
+        optimizer: add the Adam moments, for optimizer.carry_state of a later run
+    """
+    from upcycle import console
+    from upcycle.training.export import export as write
+
+    console.show_exported(write(run, out, step=step, dtype=dtype, with_optimizer=optimizer))
 
 
 @app.command

@@ -23,6 +23,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from upcycle.cost import Plan
     from upcycle.proof import Proof
+    from upcycle.training.export import Exported
+    from upcycle.training.loop import Result
 
 # Sentences are left to the terminal to wrap, and whole where the output is a file.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -90,6 +92,22 @@ def show_converted(plan: Plan, folder: Path) -> None:
     out.print(f"check it: upcycle verify {plan.source} {folder}")
 
 
+def show_trained(result: Result) -> None:
+    """What train leaves on the screen."""
+    held_out = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"
+    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
+    out.print(f"{result.out}: {result.steps} steps{loss}{held_out}")
+    if result.finished:
+        out.print(f"use it: upcycle export {result.out} OUT")
+
+
+def show_exported(exported: Exported) -> None:
+    """What export leaves on the screen."""
+    out.print(
+        f"{exported.out}: step {exported.step}, {count(exported.parameters)} parameters in {exported.dtype}"
+    )
+
+
 def show_proof(proof: Proof) -> None:
     """One line a check, then the verdict."""
     for check in proof.checks:
@@ -121,8 +139,12 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
     out.print(table)
     if anatomy["provenance"]:
         made = anatomy["provenance"]
-        out.print(f"made from {made['source']['name']} by init {made['recipe']['init']['name']}")
-        out.print(f"blueprint {made['blueprint_hash']}")
+        how = f" by init {made['recipe']['init']['name']}" if made["recipe"] else ""
+        out.print(f"made from {made['source']['name']}{how}")
+        for training in made.get("training", ()):
+            out.print(f"trained for {training['step']} steps, {count(training['tokens'])} tokens")
+        if made["blueprint_hash"]:
+            out.print(f"blueprint {made['blueprint_hash']}")
     for note in anatomy["notes"]:
         out.print(f"[dim]{note}[/]", markup=True)
 

@@ -11,8 +11,10 @@ from upcycle import advice
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.hub import peek
+from upcycle.families import Config
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, lay_out
+from upcycle.source import Dense
 
 BASE_MEMORY = 90_000_000  # bytes of an interpreter with numpy and what a conversion imports
 BLOCK_MEMORY = 32 << 20  # bytes that computing one block of a tensor takes at most, beside whole tensors
@@ -69,10 +71,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     hidden, layers = dense["hidden_size"], len(built.sites)
     idle = layers * (moe.num_experts - moe.top_k) * 3 * hidden * width
     total = sum(e.lazy.size for e in built.entries.values())
-    dense_shapes = built.dense.family.shapes(dense)
-    dense_total = sum(math.prod(shape) for shape in dense_shapes.values())
-    head = dense["vocab_size"] * hidden if dense["tie_word_embeddings"] else 0
-    products = _in_products({n: e.shape for n, e in built.entries.items()}) + head
+    dense_total = sum(math.prod(shape) for shape in built.dense.family.shapes(dense).values())
+    products = _in_products({n: e.shape for n, e in built.entries.items()}) + _tied_head(dense)
     return Plan(
         source=str(built.source.folder),
         family=built.dense.family.model_type,
@@ -86,7 +86,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         dense_parameters=dense_total,
         total_parameters=total,
         active_parameters=total - idle,
-        dense_flops_per_token=2 * (_in_products(dense_shapes) + head),
+        dense_flops_per_token=flops_per_token(built.dense),
         flops_per_token=2 * (products - idle),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
         peak_memory_bytes=peak_memory(built, jobs),
@@ -94,6 +94,16 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         preserves_function=built.preserves_function,
         warnings=advice.warnings(built),
     )
+
+
+def flops_per_token(dense: Dense) -> int:
+    """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
+    return 2 * (_in_products(dense.family.shapes(dense.config)) + _tied_head(dense.config))
+
+
+def _tied_head(config: Config) -> int:
+    """Weights of a head that is the embedding, and so not among the tensors."""
+    return int(config["vocab_size"] * config["hidden_size"]) if config["tie_word_embeddings"] else 0
 
 
 def _in_products(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -88,6 +88,12 @@ def verify(
         Checkpoint.open(out, allow_nonfinite=True) as moe,
     ):
         record = provenance.read(out)
+        if record.get("training"):
+            steps = record["training"][-1]["step"]
+            raise UpcycleError(
+                f"{out} was trained for {steps} steps since it was built, so its bytes are no recipe's; "
+                f"verify checks what `upcycle convert` wrote"
+            )
         built = blueprint(dense, Recipe.of(record["recipe"]), allow_nonfinite=True)
         refuse_two_heads(built.dense)
         coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]

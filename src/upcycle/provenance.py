@@ -10,7 +10,7 @@ import numpy as np
 
 import upcycle
 from upcycle.blueprints import Blueprint
-from upcycle.checkpoint import read_json
+from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.errors import UpcycleError
 
 FILE = "upcycle.json"
@@ -48,6 +48,30 @@ def record(
     }
 
 
+def of_dense(
+    source: Checkpoint, hashes: dict[str, dict[str, str]], *, carried: list[str], left_behind: list[str]
+) -> dict[str, Any]:
+    """The provenance of a dense model that was trained on: nothing was built."""
+    return {
+        "format": FORMAT,
+        "upcycle_version": upcycle.__version__,
+        "numpy_version": np.__version__,
+        "python_version": platform.python_version(),
+        "source": {
+            "name": source.name,
+            "path": str(source.folder.resolve()),
+            "model_type": source.config["model_type"],
+            "sha256": hashes[source.label],
+            "donors": {},
+        },
+        "target": source.config["model_type"],
+        "recipe": None,
+        "blueprint_hash": None,
+        "carried_files": carried,
+        "left_behind_files": left_behind,
+    }
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The provenance in a folder; an error where it has none."""
     found = read_json(
@@ -56,11 +80,14 @@ def read(folder: Path) -> dict[str, Any]:
     if found.get("format") != FORMAT:
         raise UpcycleError(f"{folder / FILE} has format {found.get('format')}; this version reads {FORMAT}")
     source = found.get("source")
-    parts = [
-        found.get("recipe"),
-        source,
-        *(source.get(k) for k in ("sha256", "donors") if type(source) is dict),
-    ]
-    if not all(isinstance(part, dict) for part in parts) or not isinstance(found.get("blueprint_hash"), str):
+    parts = [source, *(source.get(k) for k in ("sha256", "donors") if type(source) is dict)]
+    built: tuple[Any, ...] = (found.get("recipe"), found.get("blueprint_hash"))
+    kinds = (dict, str)
+    whole = built == (None, None) or all(isinstance(b, k) for b, k in zip(built, kinds, strict=True))
+    if (
+        not all(isinstance(part, dict) for part in parts)
+        or not whole
+        or not {"recipe", "blueprint_hash"} <= {*found}
+    ):
         raise UpcycleError(f"{folder / FILE} is damaged: recipe, source or blueprint_hash is missing in it")
     return found

@@ -92,14 +92,14 @@ class Recipe:
         return {**table, "init": {"name": self.init.name, **table["init"]}}
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """The table in a TOML file."""
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise UpcycleError(f"no recipe at {path}") from None
+        raise UpcycleError(f"no {what} at {path}") from None
     except IsADirectoryError:
-        raise UpcycleError(f"{path} is a folder; --recipe takes a TOML file") from None
+        raise UpcycleError(f"{path} is a folder; a {what} is a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UpcycleError(f"{path} is not TOML: {error}") from None
 
@@ -150,11 +150,21 @@ def read(cls: type, table: Mapping[str, Any], where: str, made: Mapping[str, Any
                 raise UpcycleError(f"{prefix}{name} is missing; it has no default")
             continue
         hint = hints[name]
+        item = next(iter(get_args(hint)), None) if get_origin(hint) is tuple else None
         if dataclasses.is_dataclass(hint):
             values[name] = read(hint, _table(table[name], name), name)  # type: ignore[arg-type]
+        elif dataclasses.is_dataclass(item):
+            values[name] = _tables(item, table[name], prefix + name)  # type: ignore[arg-type]
         else:
             values[name] = _value(table[name], hint, prefix + name)
     return cls(**values)
+
+
+def _tables(cls: type, value: Any, where: str) -> tuple[Any, ...]:
+    """A list of tables, as `[[data.sources]]` makes it."""
+    if not isinstance(value, (list, tuple)):
+        raise UpcycleError(f"[[{where}]] must be a list of sections, not {value!r}")
+    return tuple(read(cls, _table(t, where), f"{where}[{i}]") for i, t in enumerate(value))
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:

@@ -286,7 +286,7 @@ def _finish(
     built: Blueprint, shards: Shards, partial: Path, out: Path, hashes: dict[str, dict[str, str]]
 ) -> None:
     """What makes a folder of tensors a model, and the rename that shows it."""
-    carried, left = _carry(built.source.folder, partial)
+    carried, left = carry(built.source.folder, partial)
     record = provenance.record(built, hashes, carried=carried, left_behind=left)
     if shards.index is not None:
         _write_json(partial / INDEX, shards.index)
@@ -316,7 +316,7 @@ def _commit(built: Blueprint, out: Path) -> None:
     _sync_folder(out.resolve().parent)
 
 
-def _carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
+def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
     """Copy tokenizer, generation config, chat template and licence; the names copied, and those left."""
     carried = sorted({p.name for pattern in CARRIED for p in source.glob(pattern) if p.is_file()})
     for name in carried:

@@ -55,6 +55,16 @@ class PerExpert:
             )
         return out
 
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """The tensors of a layer with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
+        experts = self.read(tensors)
+        if not experts:
+            return dict(tensors)
+        head = self.path.partition("{e}")[0]
+        rest = {name: t for name, t in tensors.items() if not name.startswith(head)}
+        fused = Fused(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj")
+        return rest | fused.write(experts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
@@ -84,6 +94,10 @@ class Fused:
             )
             for e in range(count)
         ]
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """The tensors of a layer as they are: they are stored as transformers holds them."""
+        return dict(tensors)
 
 
 @dataclass(frozen=True, kw_only=True)

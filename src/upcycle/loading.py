@@ -1,0 +1,194 @@
+"""Online upcycling: a blueprint handed to transformers as a state dict that is not there yet.
+
+Each rank asks the blueprint for the slices that it holds, so no MoE is ever written, and no rank holds more
+than its shard and the tensor in hand ("Llama 3 Meets MoE", online upcycling).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from upcycle.blueprints import Entry, blueprint
+from upcycle.checkpoint import Checkpoint
+from upcycle.dtypes import TORCH_NAMES
+from upcycle.errors import UpcycleError
+from upcycle.natives import Native
+from upcycle.proof import quiet
+from upcycle.recipe import Recipe
+from upcycle.source import refuse_two_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.distributed import DistributedConfig
+
+
+def load(
+    source: str | Path | Checkpoint,
+    recipe: Recipe,
+    *,
+    distributed_config: DistributedConfig | dict[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+    experts_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The native MoE that `recipe` makes of the dense checkpoint `source` (folder or hub id), in memory.
+
+    Parameters are bit-identical to those of `upcycle convert` followed by `from_pretrained`. Under a
+    `DistributedConfig` every rank calls it and reads its own slices. `dtype` is a torch dtype or its name; None
+    is that of the blueprint. Raises `UpcycleError` where source, recipe and layout do not fit.
+    """
+    built = blueprint(source, recipe)
+    try:
+        refuse_two_heads(built.dense)
+        return build(
+            built.native.architecture,
+            built.config,
+            in_memory(built.native, built.entries),
+            distributed_config=distributed_config,
+            dtype=dtype,
+            experts_implementation=experts_implementation,
+            num_experts=recipe.moe.num_experts,
+        )
+    finally:
+        for opened in built.checkpoints:
+            opened.close()
+
+
+def in_memory(native: Native, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """`entries` with the experts of each layer in the two tensors that transformers holds them in.
+
+    Under the names on disk the loader would read every expert on every rank and stack them afterwards.
+    """
+    layers: dict[str, dict[str, Entry]] = {}
+    out: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if name.startswith("model.layers."):
+            number, _, rest = name.removeprefix("model.layers.").partition(".")
+            layers.setdefault(f"model.layers.{number}", {})[rest] = entry
+        else:
+            out[name] = entry
+    for prefix, layer in layers.items():
+        lazies = native.layout.fuse({name: entry.lazy for name, entry in layer.items()})
+        dtypes = {entry.dtype for name, entry in layer.items() if name not in lazies}
+        for name, lazy in lazies.items():
+            dtype = layer[name].dtype if name in layer else next(iter(dtypes))
+            out[f"{prefix}.{name}"] = Entry(lazy, dtype)
+    return out
+
+
+def build(
+    architecture: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Entry],
+    *,
+    distributed_config: DistributedConfig | dict[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+    experts_implementation: str | None = None,
+    num_experts: int | None = None,
+) -> PreTrainedModel:
+    """A model of the transformers class `architecture`, each of its parameters read from `tensors`.
+
+    Raises `UpcycleError` where the layout does not fit; a parameter that nothing defines is an error of ours.
+    """
+    import transformers
+
+    options: dict[str, Any] = {}
+    if distributed_config is not None:
+        options["distributed_config"] = _layout(distributed_config, num_experts)
+    if experts_implementation is not None:
+        options["experts_implementation"] = experts_implementation
+    cls = getattr(transformers, architecture)
+    kept = {k: v for k, v in config.items() if k != "torch_dtype"}
+    made = cls.config_class.from_dict(kept)
+    with quiet(), _one_by_one():
+        model, report = cls.from_pretrained(
+            None,
+            config=made,
+            state_dict={name: _Virtual(entry) for name, entry in tensors.items()},
+            dtype=_dtype(dtype if dtype is not None else str(config.get("dtype") or "float32")),
+            output_loading_info=True,
+            **options,
+        )
+    if faults := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
+        raise AssertionError(f"{architecture} and its blueprint do not agree: {faults}")
+    model.name_or_path = model.config.name_or_path = ""
+    model._weight_conversions = None  # or save_pretrained would write the names of memory
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+class _Virtual:
+    """An entry as transformers' loader asks for it: like a slice of a safetensors file."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def get_shape(self) -> list[int]:
+        return list(self.entry.shape)
+
+    def get_dtype(self) -> str:
+        return self.entry.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        parts = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
+        parts = (*parts, *[slice(None)] * (len(self.entry.shape) - len(parts)))
+        ranges = [part.indices(n)[:2] for part, n in zip(parts, self.entry.shape, strict=True)]
+        return as_tensor(self.entry.lazy.read(tuple((a, max(a, b)) for a, b in ranges), self.entry.dtype))
+
+
+def as_tensor(values: np.ndarray) -> torch.Tensor:
+    """The array as a tensor over the same memory; numpy's bfloat16 is not torch's."""
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def _dtype(given: str | torch.dtype) -> torch.dtype:
+    found = given if isinstance(given, torch.dtype) else getattr(torch, given, None)
+    if not isinstance(found, torch.dtype):
+        raise UpcycleError(f"dtype = {given!r}; allowed: {', '.join(TORCH_NAMES.values())}")
+    return found
+
+
+def _layout(given: DistributedConfig | dict[str, Any], num_experts: int | None) -> DistributedConfig:
+    """The layout, if it fits the world and the experts; transformers ignores some that do not, in silence."""
+    from transformers.distributed import DistributedConfig
+
+    asked = given if isinstance(given, dict) else {}
+    if asked.get("enable_expert_parallel") and not asked.get("ep_size"):
+        raise UpcycleError("enable_expert_parallel alone does nothing; set ep_size, with fsdp_size or tp_size")
+    try:
+        layout = given if isinstance(given, DistributedConfig) else DistributedConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise UpcycleError(f"distributed_config does not fit: {error}") from None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = f"fsdp_size = {layout.fsdp_size}, tp_size = {layout.tp_size}, ep_size = {layout.ep_size}"
+    product = layout.dp_size * layout.tp_size * (layout.pp_size or 1)
+    if product != world:
+        raise UpcycleError(
+            f"{sizes} ask for {product} process(es) and there are {world}; start as many with torchrun"
+        )
+    if layout.ep_size > 1 and num_experts is not None and num_experts % layout.ep_size:
+        raise UpcycleError(f"{sizes}: ep_size must divide the {num_experts} experts")
+    return layout
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Tensors are made as they are needed: threads that run ahead would hold several at once."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

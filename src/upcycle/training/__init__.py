@@ -1,0 +1,1 @@
+"""Continued training: a run file in, metrics and checkpoints out, on one process or many."""

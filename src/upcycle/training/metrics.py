@@ -1,0 +1,122 @@
+"""What a run reports: a line of JSON a step, a line on the screen, and other people's dashboards."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from upcycle.console import count, err
+from upcycle.errors import UpcycleError
+from upcycle.training.run import Log
+
+FILE = "metrics.jsonl"
+
+# Dense bf16 FLOP/s of one device, from NVIDIA's data sheets.
+PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12}
+
+
+def peak_flops(log: Log, device: torch.device) -> float | None:
+    """The FLOP/s that MFU is measured against: what the run states, or that of a known GPU; None on a CPU."""
+    if log.peak_flops is not None or device.type != "cuda":
+        return log.peak_flops
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The records of a run, in order; a last line that was cut off by a kill is left out."""
+    records = []
+    path = out / FILE
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Metrics:
+    """The sinks of a run. Only the first rank has one that does anything."""
+
+    def __init__(self, out: Path, log: Log, total: int, start: int, settings: dict[str, Any]) -> None:
+        self.log, self.total, self.start = log, total, start
+        # Steps after the checkpoint that is gone on from are done again, and stand in the file once.
+        kept = [r for r in read(out) if r["step"] <= start]
+        path = out / FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        partial.rename(path)
+        self.file: IO[str] = path.open("a")
+        self.sinks = [_sink(name, log, out, settings) for name in log.sinks]
+        self.warned: set[int] = set()
+        columns = (
+            TextColumn("training"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self.bar = Progress(*columns, console=err, disable=not err.is_terminal, transient=True)
+        self.task = self.bar.add_task("", total=total, completed=start, note="")
+        self.bar.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One step is done."""
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.say(f"[yellow]![/] metrics of step {record['step']} are lost: {error.strerror}")
+        done, loss, speed = record["step"], record["loss"], record["tokens_per_s"]
+        note = f"step {done}/{self.total}  loss {loss:.4f}  {count(speed)} tokens/s"
+        if record.get("mfu") is not None:
+            note += f"  MFU {record['mfu']:.1%}"
+        self.bar.update(self.task, completed=done, note=note)
+        if not err.is_terminal and (done % self.log.every == 0 or done == self.total):
+            left = (self.total - done) * record["seconds"]
+            err.print(f"{note}  {left:.0f} s left")
+        if "held_out_loss" in record:
+            self.say(f"step {done}: held-out loss {record['held_out_loss']:.4f}")
+        for layer in record.get("layers", ()):
+            self._watch(done, layer)
+        flat = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+        for layer in record.get("layers", ()):
+            flat |= {f"layer_{layer['layer']}/{k}": v for k, v in layer.items() if isinstance(v, float)}
+        for sink in self.sinks:
+            sink.log(flat, step=done)
+
+    def _watch(self, step: int, layer: dict[str, Any]) -> None:
+        """Say it once when a layer collapses, and again only after it recovered."""
+        place = layer["layer"]
+        if layer["collapsed"] and place not in self.warned:
+            self.warned.add(place)
+            self.say(
+                f"[yellow]![/] step {step}: layer {place} collapsed; its busiest expert takes "
+                f"{layer['busiest']:.0%} of the slots, {layer['dead']} take none; "
+                f"raise router.balance_loss_coef"
+            )
+        elif not layer["collapsed"]:
+            self.warned.discard(place)
+
+    def say(self, sentence: str) -> None:
+        """A sentence above the progress bar."""
+        err.print(sentence, markup=True)
+
+    def close(self) -> None:
+        """Flush and finish everything."""
+        self.bar.stop()
+        self.file.close()
+        for sink in self.sinks:
+            sink.finish()
+
+
+def _sink(name: str, log: Log, out: Path, settings: dict[str, Any]) -> Any:
+    """A module with `log` and `finish`, started for this run; wandb and trackio share their interface."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise UpcycleError(f"log.sinks names {name}, which is not installed: pip install {name}") from None
+    module.init(project=log.project, name=log.name or out.name, config=settings)
+    return module

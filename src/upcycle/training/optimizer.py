@@ -1,0 +1,78 @@
+"""AdamW over tensors that are whole, sharded, or on different meshes; norms and clipping across them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from upcycle.training.run import Train
+
+
+def make(model: nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW with one group for each kind of tensor that must be updated together.
+
+    Matrices decay, vectors (norms, biases) do not. Tensors of different meshes stay apart, because fused
+    kernels take one kind at a time. Made before the first forward pass: FSDP2 shows other tensors after it.
+    """
+    groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[(parameter.ndim > 1, _kind(parameter))].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": train.weight_decay if decays else 0.0}
+            for (decays, _), members in groups.items()
+        ],
+        lr=0.0,
+        betas=(train.beta1, train.beta2),
+        eps=train.eps,
+        fused=True,
+    )
+
+
+def _kind(tensor: Tensor) -> Any:
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def squared_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """The squared 2-norm of each gradient, whole, however it is sharded.
+
+    `torch.nn.utils.clip_grad_norm_` refuses tensors of more than one mesh.
+    """
+    names = list(gradients)
+    parts = torch.stack(
+        [torch.linalg.vector_norm(local(gradients[n]), dtype=torch.float32) for n in names]
+    ).square()
+    kinds: dict[Any, list[int]] = defaultdict(list)
+    for place, name in enumerate(names):
+        kinds[_kind(gradients[name])].append(place)
+    for kind, places in kinds.items():
+        if kind is None:
+            continue
+        mesh, placements = kind
+        mine = parts[places]
+        for dim, placement in enumerate(placements):
+            if placement.is_partial():
+                raise AssertionError(f"the gradient of {names[places[0]]} is not reduced over {mesh}")
+            if not placement.is_replicate():
+                dist.all_reduce(mine, group=mesh.get_group(dim))
+        parts[places] = mine
+    return dict(zip(names, parts.tolist(), strict=True))
+
+
+@torch.no_grad()
+def scale(gradients: Iterable[Tensor], factor: float) -> None:
+    """Multiply every gradient by `factor`, in place."""
+    torch._foreach_mul_([local(g) for g in gradients], factor)

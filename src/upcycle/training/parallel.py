@@ -1,0 +1,121 @@
+"""The ranks of a run: who shares a batch, who holds which expert, and how sums cross them.
+
+A run without torchrun is a world of one, in which every collective is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+
+from upcycle.errors import UpcycleError
+from upcycle.training.run import Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This rank's place. Ranks with one `dp_rank` see the same rows; `dp_size` of them see different ones."""
+
+    rank: int = 0
+    world: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    device: torch.device
+    config: DistributedConfig | None = None
+    dp_group: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed, in place, over the ranks that see different rows."""
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
+        if self.world == 1:
+            return flag
+        seen = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen)
+
+    def share(self, value: Any) -> Any:
+        """The value that the first rank has."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def ranks(parallel: Parallel, *, mixed: bool = False, num_experts: int | None = None) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or a world of one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp = _sizes(parallel, world, num_experts)
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(kind, local) if kind != "cpu" else torch.device("cpu")
+    if world == 1:
+        yield Ranks(device=device)
+        return
+    if kind != "cpu":
+        torch.accelerator.set_device_index(local)
+    mine = not dist.is_initialized()
+    if mine:
+        backend = dist.get_default_backend_for_device(kind)
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        mesh = dist.init_device_mesh(kind, (fsdp, parallel.tp), mesh_dim_names=("fsdp", "tp"))
+        yield Ranks(
+            rank=dist.get_rank(),
+            world=world,
+            dp_rank=mesh.get_local_rank("fsdp"),
+            dp_size=fsdp,
+            device=device,
+            config=DistributedConfig(
+                fsdp_size=fsdp,
+                tp_size=parallel.tp,
+                ep_size=parallel.ep,
+                fsdp_mixed_precision=mixed and fsdp > 1,
+            ),
+            dp_group=mesh.get_group("fsdp"),
+        )
+    finally:
+        if mine and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _sizes(parallel: Parallel, world: int, num_experts: int | None) -> int:
+    """The size of fsdp, if everything fits."""
+    tp, ep = parallel.tp, parallel.ep
+    said = f"parallel.fsdp = {parallel.fsdp or 'the rest'}, tp = {tp}, ep = {ep} on {world} process(es)"
+    if min(tp, ep, parallel.fsdp or 1) < 1:
+        raise UpcycleError(f"{said}: each must be 1 or more")
+    fsdp = parallel.fsdp or world // tp
+    if fsdp * tp != world:
+        raise UpcycleError(f"{said}: fsdp x tp must be the number of processes that torchrun started")
+    if ep > 1 and (ep % tp or world % ep):
+        raise UpcycleError(f"{said}: ep must be a multiple of tp and divide fsdp x tp")
+    if ep > 1 and num_experts is None:
+        raise UpcycleError(f"{said}: a dense model has no experts to share out; set parallel.ep = 1")
+    if ep > 1 and num_experts is not None and num_experts % ep:
+        raise UpcycleError(f"{said}: ep must divide the {num_experts} experts")
+    return fsdp

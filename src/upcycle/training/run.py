@@ -1,0 +1,217 @@
+"""The run file of `upcycle train`: what is trained, on what, how long, and where it goes.
+
+Frozen dataclasses, one a table of the TOML file, read as a recipe is: an unknown key, a wrong type and a
+choice that does not exist are errors. `[moe]`, `[init]` and part of `[router]` are the recipe's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from upcycle import recipe as recipes
+from upcycle.errors import UpcycleError
+from upcycle.recipe import Recipe
+from upcycle.training.corpus import Data
+from upcycle.training.schedule import Schedule
+
+_RECIPE_ROUTER = tuple(f.name for f in dataclasses.fields(recipes.Router))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, in which portions, with which arithmetic. A step is one update of the weights."""
+
+    steps: int | None = None
+    tokens: int | None = None  # instead of steps: as many whole steps as cover them
+    batch_tokens: int = 65_536  # of the global batch: all ranks, all accumulation steps
+    micro_batch: int | None = None  # rows of one forward pass on one rank; None: its whole share
+    sequence_length: int = 1024
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad_norm: float = 1.0  # 0: no clipping
+    precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    experts_implementation: str | None = None  # None: what benchmarks/train_step.py found fastest
+    seed: int | None = None  # None: the seed of the run
+    eval_every: int = 100  # steps between losses on the held-out part; 0: none
+    eval_tokens: int = 262_144  # of the held-out part, at most
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.tokens is None):
+            raise UpcycleError("give either train.steps or train.tokens")
+        for name in ("steps", "tokens", "batch_tokens", "micro_batch", "sequence_length", "eval_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UpcycleError(f"train.{name} = {value}; it must be 1 or more")
+        if self.batch_tokens % self.sequence_length:
+            raise UpcycleError(
+                f"train.batch_tokens = {self.batch_tokens} is no multiple of train.sequence_length = "
+                f"{self.sequence_length}; a batch is made of whole rows"
+            )
+        for name in ("weight_decay", "eps", "clip_grad_norm", "eval_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UpcycleError(f"train.{name} = {getattr(self, name)}; it must be a number of 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UpcycleError(f"train.{name} = {getattr(self, name)}; it must be in [0, 1)")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / self.batch_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Balance:
+    """What keeps the experts in use: the losses on the router, its bias, and noise. See `routing.py`."""
+
+    balance_loss: Literal["per_layer", "pooled"] = "per_layer"
+    balance_loss_coef: float = 0.01
+    balance_counts: Literal["exact", "buffered"] = "exact"
+    z_loss_coef: float = 0.0
+    bias_update_rate: float = 0.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("balance_loss_coef", "z_loss_coef", "bias_update_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UpcycleError(f"router.{name} = {getattr(self, name)}; it must be a number of 0 or more")
+        if not 0 <= self.jitter < 1:
+            raise UpcycleError(f"router.jitter = {self.jitter}; it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The state that the optimizer starts from."""
+
+    carry_state: bool = (
+        False  # moments that `upcycle export --optimizer` left in the source, tiled to experts
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How many ranks share what; fsdp x tp is the world, ep divides it."""
+
+    fsdp: int | None = None  # None: what tp leaves of the world
+    tp: int = 1
+    ep: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+    """Where numbers go besides metrics.jsonl."""
+
+    every: int = 10  # steps between lines, where no progress bar can be shown
+    sinks: tuple[str, ...] = ()
+    project: str = "upcycle"
+    name: str | None = None  # None: the name of the run's folder
+    peak_flops: float | None = None  # of one device, for MFU; None: known for some GPUs
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UpcycleError(f"log.every = {self.every}; it must be 1 or more")
+        if wrong := [s for s in self.sinks if s not in ("wandb", "trackio")]:
+            raise UpcycleError(f"log.sinks has {wrong[0]!r}; allowed: wandb, trackio")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When checkpoints are written; the last one of a run always is."""
+
+    every: int = 500  # steps; 0: only the last
+    keep: int = 2  # checkpoints that stay
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise UpcycleError("checkpoint.every must be 0 or more, checkpoint.keep 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run. `recipe` is None where the dense model itself is trained on."""
+
+    source: str
+    out: str
+    from_scratch: bool = False
+    seed: int = 0
+    recipe: Recipe | None = None
+    data: Data
+    train: Train
+    schedule: Schedule
+    router: Balance = Balance()
+    optimizer: Optimizer = Optimizer()
+    parallel: Parallel = Parallel()
+    log: Log = Log()
+    checkpoint: Saving = Saving()
+
+    def __post_init__(self) -> None:
+        if self.optimizer.carry_state and self.from_scratch:
+            raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
+        if self.optimizer.carry_state and self.recipe and self.recipe.init.name not in ("copy", "noise"):
+            raise UpcycleError(
+                f"optimizer.carry_state = true tiles the dense moments to experts that are its copies; "
+                f"init.name = {self.recipe.init.name} makes other neurons; use copy or noise"
+            )
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], /) -> Run:
+        """A run from a nested table as TOML has it."""
+        data = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+        router = data.pop("router", {})
+        if not isinstance(router, dict):
+            raise UpcycleError(f"[router] must be a section with keys, not {router!r}")
+        for_recipe = {k: router.pop(k) for k in _RECIPE_ROUTER if k in router}
+        made: dict[str, Any] = {"recipe": None}
+        if "moe" in data:
+            sections = {k: data.pop(k) for k in ("moe", "init", "dtype") if k in data}
+            made["recipe"] = Recipe.of(sections, router=for_recipe, seed=data.get("seed", 0))
+        elif stray := [k for k in ("init", "dtype") if k in data] + [f"router.{k}" for k in for_recipe]:
+            raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
+        run: Run = recipes.read(cls, {**data, "router": router}, "", made)
+        return run
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Run:
+        """The run in the TOML file `path`, with `KEY=VALUE` overrides."""
+        return cls.of(recipes.override(recipes.read_toml(Path(path), "run file"), overrides))
+
+    @property
+    def train_seed(self) -> int:
+        """The seed of data order, jitter and dropout."""
+        return self.seed if self.train.seed is None else self.train.seed
+
+    def as_table(self) -> dict[str, Any]:
+        """The run as a nested table: what `Run.of` takes."""
+        table = dataclasses.asdict(self)
+        made = table.pop("recipe")
+        if self.recipe is not None and made is not None:
+            full = self.recipe.as_table()
+            table |= {"moe": full["moe"], "init": full["init"], "dtype": full["dtype"]}
+            table["router"] |= full["router"]
+        return _without_none(table)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with a run that goes on from it."""
+        free = ("parallel", "log", "checkpoint", "out")
+        table = {k: v for k, v in self.as_table().items() if k not in free}
+        train = {k: v for k, v in table["train"].items() if k not in ("micro_batch", "compile")}
+        return table | {"train": train}
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: a key that is None is left out."""
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,210 @@
+"""What a run starts from: the dense model, the MoE made of it, or random weights of either's shape.
+
+All three are names to lazy tensors, so that every rank makes its own part and nothing else, and random
+weights are the same at every topology.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from upcycle import loading, rng
+from upcycle.blueprints import Blueprint, Entry, blueprint
+from upcycle.checkpoint import Checkpoint
+from upcycle.computed import Drawn, Fill
+from upcycle.cost import flops_per_token, plan_of
+from upcycle.errors import UpcycleError
+from upcycle.hub import open_checkpoint
+from upcycle.lazy import Lazy, Stack
+from upcycle.recipe import Recipe
+from upcycle.source import Dense, admit, refuse_two_heads
+from upcycle.training.parallel import Ranks
+from upcycle.training.run import Run
+
+OPTIMIZER = "optimizer"  # folder of moments beside an exported model
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_UNKNOWN_SCRATCH = ("qwen3_5_text",)  # weights that are neither matrices nor norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The model a run trains, before it is one."""
+
+    dense: Dense
+    built: Blueprint | None
+    architecture: str
+    config: dict[str, Any]  # config.json of the model
+    entries: Mapping[str, Entry]  # by name on disk
+    from_scratch: bool
+
+    @property
+    def parameters(self) -> int:
+        """Parameters in all."""
+        return sum(e.lazy.size for e in self.entries.values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token meets."""
+        return plan_of(self.built).active_parameters if self.built else self.parameters
+
+    def training_flops(self, length: int) -> int:
+        """FLOPs of training on one token: three forward passes' worth of matrix products, and of the scores
+        of causal attention over `length` tokens (on average half of them)."""
+        products = plan_of(self.built).flops_per_token if self.built else flops_per_token(self.dense)
+        c = self.dense.config
+        scores = 2 * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"] * length
+        return 3 * (products + scores)
+
+    def describe(self) -> dict[str, Any]:
+        """What the provenance of a run says of it."""
+        return {
+            "source": {
+                "name": self.dense.checkpoint.name,
+                "path": str(self.dense.checkpoint.folder.resolve()),
+                "model_type": self.dense.family.model_type,
+            },
+            "blueprint_hash": self.built.hash if self.built else None,
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+            "from_scratch": self.from_scratch,
+        }
+
+
+def start_of(run: Run) -> Start:
+    """The start of a run, from headers alone."""
+    built = blueprint(run.source, run.recipe) if run.recipe else None
+    dense = built.dense if built else admit(open_checkpoint(run.source))
+    refuse_two_heads(dense)
+    if built:
+        architecture, config, entries = built.native.architecture, built.config, built.entries
+    else:
+        config = dict(dense.checkpoint.config)
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.family.model_type]
+        entries = {n: Entry(t, t.dtype) for n, t in dense.tensors.items()}
+    if run.from_scratch:
+        if dense.family.model_type in _UNKNOWN_SCRATCH:
+            raise UpcycleError(
+                f"from_scratch = true does not know how {dense.family.model_type} starts its linear attention; "
+                f"it is offered for the other families"
+            )
+        entries = {n: _scratch(n, e, run, dense) for n, e in entries.items()}
+    return Start(
+        dense=dense,
+        built=built,
+        architecture=architecture,
+        config=dict(config),
+        entries=entries,
+        from_scratch=run.from_scratch,
+    )
+
+
+def _scratch(name: str, entry: Entry, run: Run, dense: Dense) -> Entry:
+    """The tensor as transformers starts it: matrices N(0, initializer_range), norms the identity, biases 0."""
+    deviation = dense.config.get("initializer_range", 0.02)
+    lazy: Lazy
+    if isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias")):
+        return entry  # a constant of the architecture
+    if len(entry.shape) > 1:
+        rows, columns = entry.shape[-2:]
+        drawn = [
+            Drawn((rows, columns), "F32", "normal", deviation, rng.key(run.seed, name, "from scratch", e))
+            for e in range(entry.shape[0] if len(entry.shape) > 2 else 1)
+        ]
+        lazy = drawn[0] if len(entry.shape) == 2 else Stack(tuple(drawn))
+    else:
+        identity = 0.0 if run.recipe is None and dense.family.model_type == "gemma" else 1.0
+        lazy = Fill(entry.shape, "F32", identity if "norm" in name else 0.0)
+    return Entry(lazy, "F32")
+
+
+def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
+    """The model in training mode, each rank with its own part. Leaves the source's files open for others."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)  # type: ignore[arg-type]
+    model.config.use_cache = False
+    if run.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if run.train.compile:
+        for layer in model.get_decoder().layers:
+            layer.compile()
+    return model.train()
+
+
+def _build(
+    start: Start, entries: Mapping[str, Entry], run: Run, ranks: Ranks, dtype: torch.dtype
+) -> PreTrainedModel:
+    tensors = loading.in_memory(start.built.native, entries) if start.built else entries
+    return loading.build(
+        start.architecture,
+        start.config,
+        tensors,
+        distributed_config=ranks.config,
+        dtype=dtype,
+        experts_implementation=run.train.experts_implementation if start.built else None,
+    )
+
+
+def plain_model(start: Start) -> PreTrainedModel:
+    """The model on one process, with the weights it starts from: what an export fills."""
+    tensors = loading.in_memory(start.built.native, start.entries) if start.built else start.entries
+    return loading.build(start.architecture, start.config, tensors, dtype=torch.float32)
+
+
+def carry_state(
+    start: Start, run: Run, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Give the optimizer the dense run's moments, tiled to experts; those of the router are zero.
+
+    The moments are tensors of the dense model's names and shapes, so the blueprint that makes the weights
+    makes them too (Sparse Upcycling, B.6). Gives the dense run's step.
+    """
+    folder = start.dense.checkpoint.folder / OPTIMIZER
+    if not (folder / "state.json").is_file():
+        raise UpcycleError(
+            f"optimizer.carry_state = true, and {start.dense.checkpoint.folder} has no {OPTIMIZER}/; make it with "
+            f"`upcycle export RUN OUT --optimizer`, or set it to false"
+        )
+    if not start.dense.family.exact_when_narrow and start.built:
+        raise UpcycleError(
+            f"optimizer.carry_state = true: {start.dense.family.model_type} changes weights on their way to "
+            f"{start.built.native.model_type}, and moments do not change with them; set it to false"
+        )
+    if run.recipe and not run.recipe.router.normalize:
+        raise UpcycleError(
+            "optimizer.carry_state = true: without router.normalize the experts are scaled, and their moments "
+            "would have to be; set one of the two"
+        )
+    step = int(json.loads((folder / "state.json").read_text())["step"])
+    for moment in MOMENTS:
+        with Checkpoint.open(folder / moment) as stored:
+            entries = _moments(stored, run)
+            shaped = _build(start, entries, run, ranks, torch.float32).to(ranks.device)  # type: ignore[arg-type]
+            given = dict(shaped.named_parameters())
+            for name, parameter in model.named_parameters():
+                state = optimizer.state[parameter]
+                state[moment] = given[name].detach().to(parameter.dtype)
+                state["step"] = torch.tensor(float(step), device=parameter.device)
+    return step
+
+
+def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
+    """The moments of every tensor of the model, from those of the dense model."""
+    if run.recipe is None:
+        return {n: Entry(t, t.dtype) for n, t in admit(stored).tensors.items()}
+    table = run.recipe.as_table() | {"init": {"name": "copy"}, "dtype": "source"}
+    copied = Recipe.of(table | {"router": table["router"] | {"init": "zeros"}})
+    entries = blueprint(stored, copied).entries
+    # What no source tensor is in (constants, gates of shared experts) has no moments yet.
+    return {
+        n: e if any(True for _ in e.lazy.sources()) else replace(e, lazy=Fill(e.shape, e.lazy.dtype, 0.0))
+        for n, e in entries.items()
+    }
