@@ -10,6 +10,9 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +85,8 @@ def save(
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=_BY_NAME),
         }
-        dcp.save(_contiguous(tensors), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+        with _alone():
+            dcp.save(_contiguous(tensors), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
         if ranks.first:
             write_text(partial / "state.json", json.dumps(state, indent=1))
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
@@ -108,7 +112,8 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
         live["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
     read = _contiguous(live)
     try:
-        dcp.load(read, storage_reader=dcp.FileSystemReader(checkpoint))
+        with _alone():
+            dcp.load(read, storage_reader=dcp.FileSystemReader(checkpoint))
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         raise UpcycleError(
             f"{checkpoint} cannot be read: {_root(error)}; delete that folder to go on from an older one"
@@ -123,6 +128,14 @@ def discard_partial(out: Path) -> None:
     """Remove what a killed run was writing."""
     for path in folder_of(out).glob("step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep DCP from remarking that one process is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _contiguous(state: Any) -> Any:

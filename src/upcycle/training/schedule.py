@@ -52,10 +52,10 @@ class Schedule:
         if self.name == "constant":
             return self.peak
         if self.name == "cosine":
-            done = (step + 1 - self.warmup) / max(1, total - self.warmup)
+            done = (step - self.warmup) / max(1, total - self.warmup)
             return self.floor + (self.peak - self.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
         rate = self.peak
         if self.name == "inverse_sqrt":
             rate *= math.sqrt(self.warmup / now)
-        left = (total - step - 1) / self.decay if self.decay else 1.0
+        left = (total - step) / self.decay if self.decay else 1.0
         return rate if left >= 1 else self.floor + (rate - self.floor) * left

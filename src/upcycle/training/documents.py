@@ -1,0 +1,171 @@
+"""Documents of a training source, one after another: text, JSON lines, parquet, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import UpcycleError, listed
+
+_PIECE = 1 << 20  # characters of a text file read at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One `[[data.sources]]`: a file, a folder of files, or a Hugging Face dataset (`hf:owner/name`)."""
+
+    path: str
+    weight: float = 1.0
+    field: str = "text"  # of JSON lines, parquet and datasets
+    separator: str | None = None  # between the documents of a text file; None: a file is one document
+    split: str = "train"  # of a Hugging Face dataset
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise UpcycleError(f"data.sources weight = {self.weight} of {self.path}; it must be above 0")
+        if self.separator == "":
+            raise UpcycleError(f'data.sources separator = "" of {self.path}; leave it out for one document a file')
+
+
+def files(source: Source) -> list[Path]:
+    """The files of a source in order; none of a dataset that is not in files."""
+    if _hub_name(source) is not None:
+        return []
+    path = Path(source.path)
+    if path.is_dir():
+        if _saved_dataset(path):
+            return sorted(p for p in path.rglob("*") if p.is_file())
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) is not None)
+        if not found:
+            raise UpcycleError(f"{path} holds no {', '.join(_READERS)} files")
+        return found
+    if not path.is_file():
+        raise UpcycleError(f"no data at {path}")
+    if _kind(path) is None:
+        raise UpcycleError(f"{path} is of no known kind; allowed: {', '.join(_READERS)}, a folder, hf:owner/name")
+    return [path]
+
+
+def documents(source: Source) -> Iterator[tuple[str, bool]]:
+    """Pieces of text, and whether each begins a document. A long document comes in several pieces."""
+    if (name := _hub_name(source)) is not None or _saved_dataset(Path(source.path)):
+        yield from _dataset(name, source)
+        return
+    for path in files(source):
+        yield from _READERS[str(_kind(path))](path, source)
+
+
+def _hub_name(source: Source) -> str | None:
+    return source.path.removeprefix("hf:") if source.path.startswith("hf:") else None
+
+
+def _saved_dataset(path: Path) -> bool:
+    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _kind(path: Path) -> str | None:
+    return next((ending for ending in _READERS if path.name.endswith(ending)), None)
+
+
+def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rest, begins = "", True
+        while True:
+            try:
+                more = file.read(_PIECE)
+            except UnicodeDecodeError as error:
+                raise UpcycleError(f"{path} is not UTF-8 text: {error.reason}") from None
+            rest += more
+            if source.separator:
+                *whole, rest = rest.split(source.separator)
+                for document in whole:
+                    yield document.strip("\n"), begins
+                    begins = True
+            if not more:
+                yield (rest.strip("\n") if source.separator else rest), begins
+                return
+            # Cut at a line break, or at whitespace, so that no word is split between two pieces.
+            cut = max(rest.rfind("\n", 0, -1), rest.rfind(" ", 0, -1) if "\n" not in rest else -1)
+            keep = len(source.separator or "")
+            if len(rest) > _PIECE and 0 < cut < len(rest) - keep:
+                yield rest[:cut], begins
+                rest, begins = rest[cut:], False
+
+
+def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _field(_parsed(line, path, number), source, f"{path}, line {number}"), True
+        except (UnicodeDecodeError, OSError, EOFError) as error:
+            raise UpcycleError(f"{path} cannot be read: {error}") from None
+
+
+def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UpcycleError(f"{path}, line {number} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UpcycleError(f"{path}, line {number} is not a JSON object")
+    return row
+
+
+def _field(row: dict[str, Any], source: Source, where: str) -> str:
+    if source.field not in row:
+        raise UpcycleError(f"{where} has no {source.field!r}; it has {listed(sorted(row))}: set `field`")
+    if not isinstance(row[source.field], str):
+        raise UpcycleError(f"{where}: {source.field!r} is no string but {type(row[source.field]).__name__}")
+    text: str = row[source.field]
+    return text
+
+
+def _parquet(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise UpcycleError(f"{path}: parquet needs pyarrow: pip install 'upcycle[data]'") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if source.field not in file.schema_arrow.names:
+                names = listed(file.schema_arrow.names)
+                raise UpcycleError(f"{path} has no column {source.field!r}; it has {names}: set `field`")
+            for batch in file.iter_batches(columns=[source.field]):
+                for row in batch.to_pylist():
+                    yield _field(row, source, str(path)), True
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UpcycleError(f"{source.path} needs datasets: pip install 'upcycle[data]'") from None
+    try:
+        if name is not None:
+            rows = datasets.load_dataset(name, split=source.split, streaming=True)
+        else:
+            rows = datasets.load_from_disk(source.path)
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[source.split]
+    except Exception as error:  # whatever the hub or the folder has against it, it is what there is to say
+        raise UpcycleError(f"{source.path} cannot be opened: {(str(error).splitlines() or [error])[0]}") from None
+    for number, row in enumerate(rows):
+        yield _field(row, source, f"{source.path}, row {number}"), True
+
+
+_READERS: dict[str, Callable[[Path, Source], Iterator[tuple[str, bool]]]] = {
+    ".txt": _text,
+    ".text": _text,
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _json_lines,
+    ".parquet": _parquet,
+}
