@@ -1,25 +1,31 @@
-"""Token files: each source tokenised once into a file that is mapped into memory and never parsed again."""
+"""Token files: each source tokenised once into a file that is mapped into memory and never parsed again.
+
+`KEY.bin` holds the ids, little endian; `KEY.json`, written last, says what they are. The key is made of all
+that the ids depend on. A long document is tokenised in pieces, cut where the ids come out as if it were whole.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from upcycle.console import bytes_bar
 from upcycle.errors import UpcycleError
 from upcycle.training.documents import Source, documents, files
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_BATCH = 1 << 20  # characters tokenised at once
-FORMAT = 1
+FORMAT = 2
+_PIECE = 1 << 18  # characters of a document tokenised as one string
+_BATCH = 1 << 20  # characters given to the tokenizer at once
+_NEAR = 256  # characters on either side of a cut that are looked at
 
 Progress = Callable[[int], None]  # called with the number of bytes of text done since the last call
 
@@ -31,14 +37,14 @@ class Data:
     sources: tuple[Source, ...]
     held_out: float = 0.0  # share of each source, its last part
     tokenizer: str | None = None  # None: that of the run's source
-    append_eos: bool = True  # end a document with EOS, if there is one and the tokenizer did not add it
+    append_eos: bool = True  # end a document with EOS, if there is one and the tokenizer did not put it there
     cache: str | None = None  # folder of token files; None: RUN/tokens
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise UpcycleError("data.sources is empty; name at least one [[data.sources]] with a path")
         if not 0 <= self.held_out < 1:
-            raise UpcycleError(f"data.held_out = {self.held_out}; it must be in [0, 1)")
+            raise UpcycleError(f"data.held_out = {self.held_out}; it must be 0 or more and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,144 +58,237 @@ class Tokens:
     bytes: int
     name: str  # of the source, for messages
 
-    def ids(self) -> np.ndarray:
+    def ids(self) -> np.memmap:
         """All ids, mapped into memory, [count]."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
 
-def prepare(
-    data: Data, source_folder: Path, cache: Path, *, vocab_size: int, progress: Progress = lambda n: None
-) -> list[Tokens]:
-    """The token file of each source, made where the cache does not have it yet.
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document, and the bytes of text it stands for (a cut may swallow a blank)."""
 
-    One process calls it first; the others find the files afterwards. Raises `UpcycleError` for data or a
-    tokenizer that cannot be used.
+    text: str
+    begins: bool
+    ends: bool
+    bytes: int
+
+
+def prepare(
+    data: Data, source_folder: Path, cache: Path, *, vocab_size: int, progress: Progress | None = None
+) -> list[Tokens]:
+    """The token file of each source, made in the folder `cache` where it is not there yet.
+
+    One process calls it first; the others find the files afterwards. Without `progress`, a terminal shows a
+    bar. Raises `UpcycleError` for data or a tokenizer that cannot be used.
     """
     tokenizer = _tokenizer(data, source_folder)
     if len(tokenizer) > vocab_size:
         raise UpcycleError(
-            f"the tokenizer has {len(tokenizer)} tokens and the embedding {vocab_size} rows; they do not belong "
-            f"together: set data.tokenizer to that of the model"
+            f"the tokenizer has {len(tokenizer)} tokens and the embedding {vocab_size} rows, which do not "
+            f"belong together; set data.tokenizer to that of the model"
         )
-    return [_cached(source, data, tokenizer, cache, vocab_size, progress) for source in data.sources]
+    made = []
+    for source in data.sources:
+        path = cache / f"{_key(source, data, tokenizer, vocab_size)}.bin"
+        tokens = _found(path, source, vocab_size)
+        made.append(tokens or _make(source, data, tokenizer, path, vocab_size, progress))
+    return made
 
 
-def size_of(data: Data) -> int | None:
-    """Bytes of all sources on disk; None where they are not in files."""
-    found = [files(source) for source in data.sources]
-    return sum(p.stat().st_size for group in found for p in group) if all(found) else None
-
-
-def _tokenizer(data: Data, source_folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(data: Data, source_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     where = data.tokenizer or source_folder
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UpcycleError(f"{where} has no tokenizer ({reason}); set data.tokenizer") from None
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        # Some classes make a tokenizer of special tokens alone where there are no files.
+        if tokenizer.get_vocab().keys() <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
+        raise UpcycleError(
+            f"{where} has no tokenizer that can be read ({reason}); put its files there or set data.tokenizer"
+        ) from None
     tokenizer.model_max_length = 1 << 60  # rows are packed: no document is too long
     return tokenizer
-
-
-def _cached(
-    source: Source, data: Data, tokenizer: Any, cache: Path, vocab_size: int, progress: Progress
-) -> Tokens:
-    key = _key(source, data, tokenizer, vocab_size)
-    path, about = cache / f"{key}.bin", cache / f"{key}.json"
-    if about.is_file():
-        known = json.loads(about.read_text())
-        found = Tokens(path=path, name=source.path, **{k: known[k] for k in ("count", "dtype", "documents", "bytes")})
-        if path.is_file() and path.stat().st_size == found.count * np.dtype(found.dtype).itemsize:
-            return found
-    cache.mkdir(parents=True, exist_ok=True)
-    made = _write(source, data, tokenizer, path, vocab_size, progress)
-    known = {k: v for k, v in asdict(made).items() if k not in ("path", "name")}
-    partial = about.with_suffix(".partial")
-    partial.write_text(json.dumps(known | {"source": asdict(source)}, indent=1))
-    partial.rename(about)
-    return made
 
 
 def _key(source: Source, data: Data, tokenizer: Any, vocab_size: int) -> str:
     """What the ids depend on: the tokenizer, how it is used, and the files by name, size and time."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer.get_vocab())
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files(source)]
-    how = [source.path, source.field, source.separator, source.split, data.append_eos, vocab_size > 1 << 16]
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    text = json.dumps([FORMAT, hashlib.sha256(backend.encode()).hexdigest(), stats, how, special])
+    where = source.path if not stats else str(Path(source.path).resolve())
+    how = [where, source.field, source.separator, source.split, data.append_eos, _dtype(vocab_size)]
+    text = json.dumps(
+        [FORMAT, hashlib.sha256(backend.encode()).hexdigest(), tokenizer.eos_token_id, stats, how]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _write(
-    source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: int, progress: Progress
+def _dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
+    """The token file as it was made before; None where it is not there or not whole."""
+    try:
+        known = json.loads(path.with_suffix(".json").read_text())
+        counted = {k: known[k] for k in ("count", "dtype", "documents", "bytes")}
+        tokens, largest = Tokens(path=path, name=source.path, **counted), int(known["largest_id"])
+        if path.stat().st_size != tokens.count * np.dtype(tokens.dtype).itemsize:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    _refuse(largest, vocab_size, source)
+    return tokens
+
+
+def _make(
+    source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: int, progress: Progress | None
 ) -> Tokens:
-    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    partial = path.with_suffix(".partial")
-    count = number = size = 0
-    with partial.open("wb") as file:
-        for pieces in _batches(documents(source)):
-            for ids in _encode(pieces, tokenizer, data.append_eos):
-                largest = int(ids.max(initial=0))
-                if largest >= vocab_size:
-                    raise UpcycleError(
-                        f"the tokenizer gives id {largest} in {source.path}, and the embedding has {vocab_size} "
-                        f"rows; set data.tokenizer to that of the model"
-                    )
-                file.write(ids.astype(dtype).tobytes())
-                count += len(ids)
-            number += sum(begins for text, begins, _ in pieces if text)
-            done = sum(len(text.encode()) for text, _, _ in pieces)
-            size += done
-            progress(done)
-        file.flush()
-        os.fsync(file.fileno())
-    if not number:
-        partial.unlink()
-        raise UpcycleError(f"{source.path} holds no text")
-    partial.rename(path)
-    return Tokens(path=path, count=count, dtype=dtype, documents=number, bytes=size, name=source.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs that share a cache may make the same file at the same time: each its own, the last one stays.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    dtype = _dtype(vocab_size)
+    count = number = size = largest = 0
+    try:
+        with partial.open("wb") as file, _bar(source, progress) as advance:
+            for batch in _batches(_pieces(documents(source), tokenizer, source)):
+                for ids in _encode(batch, tokenizer, data.append_eos):
+                    largest = max(largest, int(ids.max(initial=0)))
+                    _refuse(largest, vocab_size, source)
+                    file.write(ids.astype(dtype).tobytes())
+                    count += len(ids)
+                number += sum(piece.ends for piece in batch)
+                done = sum(piece.bytes for piece in batch)
+                size += done
+                advance(done)
+            _sync(file)
+        if not count:
+            raise UpcycleError(
+                f"{source.path} holds no text; give one that does, or take it out of data.sources"
+            )
+        partial.rename(path)
+        known = {"count": count, "dtype": dtype, "documents": number, "bytes": size}
+        made_from = {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos}
+        with partial.open("w") as about:
+            about.write(json.dumps({**known, "largest_id": largest, "made_from": made_from}, indent=1))
+            _sync(about)
+        partial.rename(path.with_suffix(".json"))
+    finally:
+        partial.unlink(missing_ok=True)
+    return Tokens(path=path, name=source.path, count=count, dtype=dtype, documents=number, bytes=size)
 
 
-Piece = tuple[str, bool, bool]  # text, whether it begins a document, whether it ends one
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[Piece]]:
-    """About `_BATCH` characters at a time. A piece ends a document where the next one begins another."""
-    held: tuple[str, bool] | None = None
+def _refuse(largest: int, vocab_size: int, source: Source) -> None:
+    if largest >= vocab_size:
+        raise UpcycleError(
+            f"the tokenizer gives id {largest} in {source.path} and the embedding has {vocab_size} rows; "
+            f"set data.tokenizer to that of the model"
+        )
+
+
+@contextmanager
+def _bar(source: Source, progress: Progress | None) -> Iterator[Progress]:
+    if progress is not None:
+        yield progress
+        return
+    with bytes_bar(f"tokenising {Path(source.path).name}") as (advance, set_end):
+        found = files(source)
+        if found and all(p.suffix in (".txt", ".text", ".jsonl") for p in found):  # the others are compressed
+            set_end(sum(p.stat().st_size for p in found))
+        yield advance
+
+
+def _pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
+    """The documents of `stream` (text, whether it begins one), in pieces of about `_PIECE` characters.
+
+    A document without text is left out.
+    """
+    rest, begins = "", True
+    for text, begins_document in stream:
+        if begins_document:
+            if rest or not begins:
+                yield Piece(rest, begins, True, _bytes(rest, source))
+            rest, begins = "", True
+        rest, start = rest + text, 0
+        while len(rest) - start > _PIECE:
+            stop, after = _cut(rest, start + _PIECE, tokenizer)
+            yield Piece(rest[start:stop], begins, False, _bytes(rest[start:after], source))
+            start, begins = after, False
+        rest = rest[start:]
+    if rest or not begins:
+        yield Piece(rest, begins, True, _bytes(rest, source))
+
+
+def _bytes(text: str, source: Source) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UpcycleError(
+            f"{source.path} has a document that is no Unicode text ({error.reason}); take it out"
+        ) from None
+
+
+def _cut(text: str, end: int, tokenizer: Any) -> tuple[int, int]:
+    """Where the piece before about `end` stops and the next one starts.
+
+    Chosen so that the two give the ids of the whole, as far as `_NEAR` characters around tell: a tokenizer
+    that puts a blank before a text needs the blank between the two swallowed, another needs it kept.
+    """
+    first = max(1, end - _PIECE // 2)
+    between_words = re.finditer(r"(?<=\S)\s(?=\S)", text[first - 1 : end + 1])
+    blanks = [first - 1 + m.start() for m in between_words][:-33:-1]
+    tried = [cut for p in blanks for cut in ((p, p + 1), (p, p), (p + 1, p + 1))]
+    tried += [(p, p) for p in range(end, max(first, end - 32), -1)]
+    for stop, start in tried:
+        a, b = max(0, stop - _NEAR), start + _NEAR
+        apart = [*_ids(text[a:stop], tokenizer), *_ids(text[start:b], tokenizer)]
+        if apart == _ids(text[a:b], tokenizer):
+            return stop, start
+    place = blanks[0] if blanks else end
+    return place, place
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return found
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """About `_BATCH` characters at a time."""
     batch: list[Piece] = []
-    for text, begins in pieces:
-        if held is not None:
-            batch.append((*held, begins))
-            if sum(len(t) for t, _, _ in batch) >= _BATCH:
-                yield batch
-                batch = []
-        held = (text, begins)
-    if held is not None:
-        batch.append((*held, True))
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
 
 
 def _encode(pieces: list[Piece], tokenizer: Any, append_eos: bool) -> Iterator[np.ndarray]:
-    """The ids of each piece: what the tokenizer puts before a document goes before its first piece only."""
-    texts = [text for text, _, _ in pieces if text]
-    if not texts:
-        return
-    bare = tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
-    before, after = _special(tokenizer, append_eos)
-    kept = [(begins, ends) for text, begins, ends in pieces if text]
-    for ids, (begins, ends) in zip(bare, kept, strict=True):
-        yield np.array([*(before if begins else []), *ids, *(after if ends else [])], np.int64)
+    """The ids of each piece, int64 [N], with what the tokenizer puts before and after a document."""
+    bare = tokenizer(
+        [p.text for p in pieces], add_special_tokens=False, return_attention_mask=False
+    ).input_ids
+    before, after = _special(tokenizer)
+    for piece, ids in zip(pieces, bare, strict=True):
+        whole = [*(before if piece.begins else []), *ids, *(after if piece.ends else [])]
+        if append_eos and piece.ends and tokenizer.eos_token_id not in (None, *whole[-1:]):
+            whole.append(tokenizer.eos_token_id)
+        yield np.array(whole, np.int64)
 
 
-def _special(tokenizer: Any, append_eos: bool) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text, with EOS at the end where it is wanted."""
-    full, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+def _special(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    full, bare = tokenizer("a").input_ids, _ids("a", tokenizer)
     start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
-    before, after = full[:start], full[start + len(bare) :]
-    eos = tokenizer.eos_token_id
-    if append_eos and eos is not None and eos not in after:
-        after = [*after, eos]
-    return before, after
+    return full[:start], full[start + len(bare) :]

@@ -137,7 +137,7 @@ def _count_ahead(trainee: Trainee, micros: Sequence[Tensor], step: int) -> Tenso
     total: Tensor | None = None
     for place, micro in enumerate(micros):
         with _recorded(trainee, step, place), trainee.autocast():
-            trainee.model.get_decoder()(input_ids=micro[:, :-1], use_cache=False)
+            trainee.model(input_ids=micro[:, :-1], use_cache=False, logits_to_keep=1)
         total = routers.counts() if total is None else total + routers.counts()
     torch.set_rng_state(state)
     assert total is not None
