@@ -1,0 +1,187 @@
+"""What the ranks of `test_parallel.py` do: load, take a step, stop and go on, at one layout after another."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import upcycle
+from upcycle import Recipe, loading
+from upcycle.training import optimizer, saving, start, step
+from upcycle.training.loop import train
+from upcycle.training.parallel import ranks
+from upcycle.training.routing import Routers
+from upcycle.training.run import Run
+
+Layout = dict[str, int]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+def digest(tensor: torch.Tensor) -> str:
+    raw = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+
+def digests(model: torch.nn.Module) -> dict[str, str]:
+    return {name: digest(whole(p)) for name, p in model.named_parameters()}
+
+
+def loads(cases: list[tuple[str, dict[str, Any]]], layouts: list[Layout]) -> list[dict[str, Any]]:
+    """`upcycle.load` of every case at every layout: digests of the parameters, bytes held, experts' elements
+    read and what one rank would read of all of them."""
+    read = [0]
+    original = loading._Virtual.__getitem__
+
+    def counted(self: Any, index: Any) -> torch.Tensor:
+        out = original(self, index)
+        if len(self.entry.shape) == 3:
+            read[0] += out.numel()
+        return out
+
+    loading._Virtual.__getitem__ = counted  # type: ignore[method-assign]
+    out = []
+    for source, table in cases:
+        for layout in layouts:
+            read[0] = 0
+            sizes = {f"{name}_size": size for name, size in layout.items()}
+            model = upcycle.load(source, Recipe.of(table), distributed_config=sizes)
+            experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+            held = sum(optimizer.local(p).nbytes for p in model.parameters())
+            total = sum(p.numel() * p.element_size() for p in model.parameters())
+            out.append(
+                {"digests": digests(model), "held": held / total, "read": read[0], "experts": experts}
+            )
+    return out
+
+
+def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
+    table: dict[str, Any] = {
+        "source": source,
+        "out": "unused",
+        "moe": {"num_experts": 4, "top_k": 2},
+        "init": {"name": "drop", "ratio": 0.5},
+        "router": {"balance_loss_coef": 0.1, "z_loss_coef": 0.01, "std": 0.5},
+        "data": {"sources": [{"path": "unused.txt"}]},
+        "train": {"steps": 1, "batch_tokens": 64, "sequence_length": 16, "clip_grad_norm": 0.0},
+        "schedule": {"name": "constant", "peak": 1e-3},
+        "parallel": parallel,
+    }
+    for section, values in changes.items():
+        table[section] = {**table.get(section, {}), **values} if isinstance(values, dict) else values
+    return Run.of(table)
+
+
+def trainee_of(run: Run, here: Any) -> step.Trainee:
+    begun = start.start_of(run)
+    model = start.model_of(begun, run, here, "float32")
+    return step.Trainee(
+        model=model,
+        optimizer=optimizer.make(model, run.train),
+        routers=Routers.of(model),
+        run=run,
+        ranks=here,
+        precision="float32",
+    )
+
+
+def rows_of(run: Run, vocabulary: int = 96) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = (run.train.rows, run.train.sequence_length + 1)
+    return torch.randint(0, vocabulary, size, generator=generator)
+
+
+def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The gradients of a step for each layout and change of the run, and what the step reports."""
+    out = []
+    for layout, changes in cases:
+        run = run_of(source, layout, changes)
+        with ranks(run.parallel, num_experts=4) as here:
+            trainee = trainee_of(run, here)
+            kept: dict[str, torch.Tensor] = {}
+
+            def keep(*_: Any, kept: Any = kept, trainee: Any = trainee) -> None:
+                kept.update({n: whole(p.grad) for n, p in trainee.model.named_parameters()})
+
+            trainee.optimizer.register_step_pre_hook(keep)
+            rows = rows_of(run)
+            share = run.train.rows // here.dp_size
+            outcome = step.train_step(trainee, rows[here.dp_rank * share :][:share], 0, 1e-3)
+            out.append(
+                {
+                    "gradients": kept,
+                    "loss": outcome.loss,
+                    "norm": outcome.grad_norm,
+                    "balance": outcome.balance_loss,
+                    "z": outcome.z_loss,
+                    "router_norms": list(outcome.router_grad_norms),
+                    "counts": outcome.counts,
+                    "held_out": step.held_out_loss(trainee, rows[:3]),
+                }
+            )
+    return out
+
+
+def trains(jobs: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
+    """`upcycle train` of each table, resumed or not: how it ended."""
+    results = []
+    for table, resume in jobs:
+        result = train(Run.of(table), resume=resume)
+        results.append({"steps": result.steps, "loss": result.loss, "held_out": result.held_out_loss})
+    return results
+
+
+def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """The digests of parameters and Adam moments that a rank gets back from a checkpoint."""
+    run = Run.of(table)
+    experts = run.recipe.moe.num_experts if run.recipe else None
+    with ranks(run.parallel, num_experts=experts) as here:
+        trainee = trainee_of(run, here)
+        saving.load(Path(checkpoint), trainee.model, trainee.optimizer)
+        moments = {
+            f"{name} {moment}": digest(whole(trainee.optimizer.state[p][moment]))
+            for name, p in trainee.model.named_parameters()
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+        return {"parameters": digests(trainee.model), "moments": moments}
+
+
+def anonymous() -> int:
+    """Bytes of memory of this process that no file stands behind."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+def peak_of_load(warm: str, source: str, table: dict[str, Any], layout: Layout) -> dict[str, int]:
+    """How much `upcycle.load` of `source` adds to the memory of this rank at most, and what it then holds."""
+    sizes = {f"{name}_size": size for name, size in layout.items()}
+    upcycle.load(warm, Recipe.of(table), distributed_config=sizes)  # imports, meshes, buffers of gloo
+    before, most, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            most[0] = max(most[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = upcycle.load(source, Recipe.of(table), distributed_config=sizes)
+    done.set()
+    watcher.join()
+    locals_ = [optimizer.local(p).nbytes for p in model.parameters()]
+    whole_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"peak": most[0] - before, "held": sum(locals_), "largest": max(locals_), "whole": whole_bytes}
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
