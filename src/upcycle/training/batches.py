@@ -1,8 +1,8 @@
 """Rows of tokens in an order that depends on the seed alone: resumed exactly, the same on any ranks.
 
-A row is L + 1 ids that follow each other in a source: L predictions, which no other row makes. The last rows
-of each source are held out. An epoch of a source is a permutation keyed by (seed, source, epoch); which source
-row number n of the run comes from is drawn by weight, keyed by (seed, n).
+A row is L + 1 ids that follow each other in a source: L predictions, which no other row makes. The last
+rows of each source are held out. An epoch of a source is a permutation keyed by (seed, source, epoch); which
+source row number n of the run comes from is drawn by weight, keyed by (seed, n).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Batches:
                 )
             if not trained or (held_out and trained == n):
                 raise UpcycleError(
-                    f"{source.name} has {n} rows of {length} tokens, of which data.held_out = {held_out} leaves "
-                    f"none {'held out' if trained else 'to train on'}; change it, shorten the rows, or give "
-                    f"more text"
+                    f"{source.name} has {n} rows of {length} tokens, of which data.held_out = {held_out} "
+                    f"leaves none {'held out' if trained else 'to train on'}; change it, shorten the rows, "
+                    f"or give more text"
                 )
         self._sample, self._consumed = 0, [0] * len(tokens)
 
@@ -67,8 +67,8 @@ class Batches:
         for name, before, now in zip(names, state["tokens"], counts, strict=True):
             if before != now:
                 raise UpcycleError(
-                    f"{name} has {now} tokens and had {before} when the checkpoint was saved; put the data back "
-                    f"as it was, or start a new run"
+                    f"{name} has {now} tokens and had {before} when the checkpoint was saved; put the data "
+                    f"back as it was, or start a new run"
                 )
         self._sample, self._consumed = state["sample"], list(state["consumed"])
 

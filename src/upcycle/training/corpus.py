@@ -1,7 +1,8 @@
 """Token files: each source tokenised once into a file that is mapped into memory and never parsed again.
 
-`KEY.bin` holds the ids, little endian; `KEY.json`, written last, says what they are. The key is made of all
-that the ids depend on. A long document is tokenised in pieces, cut where the ids come out as if it were whole.
+`KEY.bin` holds the ids, little endian; `KEY.json`, written last, says what they are. The key is made of
+all that the ids depend on. A long document is tokenised in pieces, cut where the ids come out as those of
+the whole.
 """
 
 from __future__ import annotations
@@ -119,9 +120,8 @@ def _key(source: Source, data: Data, tokenizer: Any, vocab_size: int) -> str:
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files(source)]
     where = source.path if not stats else str(Path(source.path).resolve())
     how = [where, source.field, source.separator, source.split, data.append_eos, _dtype(vocab_size)]
-    text = json.dumps(
-        [FORMAT, hashlib.sha256(backend.encode()).hexdigest(), tokenizer.eos_token_id, stats, how]
-    )
+    digest = hashlib.sha256(backend.encode()).hexdigest()
+    text = json.dumps([FORMAT, digest, tokenizer.eos_token_id, stats, how])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -1,0 +1,640 @@
+"""Documents become token files once; token files become rows, the same on any ranks, resumed anywhere."""
+
+from __future__ import annotations
+
+import builtins
+import gzip
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upcycle.errors import UpcycleError
+from upcycle.training import corpus
+from upcycle.training.batches import Batches
+from upcycle.training.corpus import Data, Source, Tokens, prepare
+
+BOS, EOS = 256, 257
+
+
+@pytest.fixture(scope="session")
+def bytes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level tokenizer of 258 tokens that puts <s> before a text and nothing after it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenised(bytes_folder: Path, tmp_path: Path) -> Callable[..., Tokens]:
+    """A function that tokenises one source with the byte-level tokenizer."""
+
+    def make(path: Path | str, *, vocab_size: int = 258, append_eos: bool = True, **options: Any) -> Tokens:
+        data = Data(sources=(Source(path=str(path), **options),), append_eos=append_eos)
+        (tokens,) = prepare(data, bytes_folder, tmp_path / "cache", vocab_size=vocab_size)
+        return tokens
+
+    return make
+
+
+def documents_of(tokens: Tokens, folder: Path) -> list[str]:
+    """The documents in a token file of the byte-level tokenizer."""
+    from transformers import AutoTokenizer
+
+    ids = tokens.ids()
+    parts = np.split(np.asarray(ids), np.flatnonzero(ids == EOS) + 1)
+    assert not len(parts.pop())
+    assert all(part[0] == BOS for part in parts)
+    assert Counter(ids.tolist())[BOS] == len(parts)
+    return [AutoTokenizer.from_pretrained(folder).decode(part[1:-1]) for part in parts]
+
+
+# --- documents -> token files
+
+TEXTS = ["One day.", "Zwölf Äpfel 🍎", "  spaces \n and lines\n\n", "last"]
+
+
+def _txt(folder: Path) -> dict[str, Any]:
+    (folder / "a.txt").write_text("<sep>\n".join(TEXTS))
+    return {"path": folder / "a.txt", "separator": "<sep>\n"}
+
+
+def _jsonl(folder: Path) -> dict[str, Any]:
+    (folder / "a.jsonl").write_text("\n\n".join(json.dumps({"n": 1, "body": t}) for t in TEXTS))
+    return {"path": folder / "a.jsonl", "field": "body"}
+
+
+def _jsonl_gz(folder: Path) -> dict[str, Any]:
+    with gzip.open(folder / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": t}) + "\n" for t in TEXTS)
+    return {"path": folder / "a.jsonl.gz"}
+
+
+def _parquet(folder: Path) -> dict[str, Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"n": range(len(TEXTS)), "text": TEXTS})
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=3)
+    return {"path": folder / "a.parquet"}
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    (folder / "deep").mkdir()
+    (folder / "README.md").write_text("not data")
+    (folder / "1.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:2]))
+    (folder / "2.txt").write_text(TEXTS[2])
+    (folder / "deep" / "3.text").write_text(TEXTS[3])
+    return {"path": folder}
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    import datasets
+
+    splits = {"train": ["other"], "mine": TEXTS}
+    made = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in splits.items()})
+    made.save_to_disk(folder / "saved")
+    return {"path": folder / "saved", "split": "mine"}
+
+
+def _hub(folder: Path) -> dict[str, Any]:
+    return {"path": f"hf:{_jsonl(folder)['path'].parent}", "field": "body"}  # a folder is as good as a hub id
+
+
+@pytest.mark.parametrize("kind", [_txt, _jsonl, _jsonl_gz, _parquet, _folder, _saved, _hub])
+def test_documents_of_every_kind(
+    kind: Callable[[Path], dict[str, Any]],
+    tmp_path: Path,
+    tokenised: Callable[..., Tokens],
+    bytes_folder: Path,
+) -> None:
+    (tmp_path / "data").mkdir()
+    tokens = tokenised(**kind(tmp_path / "data"))
+    # In a text file with a separator, line breaks around a document belong to the separator.
+    wanted = [t.strip("\n") if kind is _txt else t for t in TEXTS]
+    assert documents_of(tokens, bytes_folder) == wanted
+    assert tokens.documents == len(TEXTS)
+    assert tokens.bytes == sum(len(t.encode()) for t in wanted)
+    assert tokens.count == tokens.bytes + 2 * len(TEXTS)
+
+
+def test_a_text_file_without_separator_is_a_document(
+    tmp_path: Path, tokenised: Any, bytes_folder: Path
+) -> None:
+    text = "a\r\n\nb\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert documents_of(tokenised(tmp_path / "a.txt"), bytes_folder) == [text]
+
+
+def test_empty_documents_are_left_out(tmp_path: Path, tokenised: Any, bytes_folder: Path) -> None:
+    (tmp_path / "a.txt").write_text("|one|||two|")
+    tokens = tokenised(tmp_path / "a.txt", separator="|")
+    assert documents_of(tokens, bytes_folder) == ["one", "two"]
+    assert tokens.documents == 2
+
+
+def test_eos_once(tmp_path: Path, tokenised: Any) -> None:
+    (tmp_path / "a.txt").write_text("ab|cd</s>")
+    assert np.flatnonzero(tokenised(tmp_path / "a.txt", separator="|").ids() == EOS).tolist() == [3, 7]
+    kept = tokenised(tmp_path / "a.txt", separator="|", append_eos=False).ids()
+    assert np.flatnonzero(kept == EOS).tolist() == [6]
+
+
+def test_the_smallest_type_that_holds_the_vocabulary(tmp_path: Path, tokenised: Any) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    small, large = (tokenised(tmp_path / "a.txt", vocab_size=n) for n in (1 << 16, (1 << 16) + 1))
+    assert (small.dtype, small.path.stat().st_size) == ("<u2", 2 * 5)
+    assert (large.dtype, large.path.stat().st_size) == ("<u4", 4 * 5)
+    np.testing.assert_array_equal(small.ids(), large.ids())
+
+
+@pytest.mark.parametrize("name", ["bytes_folder", "stories"])
+@pytest.mark.parametrize("separated", [True, False])
+def test_pieces_give_the_ids_of_the_whole(
+    name: str,
+    separated: bool,
+    request: pytest.FixtureRequest,
+    tinystories: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bytes keep the blank at a cut; SentencePiece, which puts one before a text, swallows it."""
+    from transformers import AutoTokenizer
+
+    folder = request.getfixturevalue(name)
+    text = tinystories.read_text()[:30_000]
+    if not separated:
+        text = text.replace("<|endoftext|>", "")
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(corpus, "_PIECE", 300)
+    monkeypatch.setattr(corpus, "_BATCH", 1000)
+    calls: list[int] = []
+    data = Data(sources=(Source(path=str(tmp_path / "a.txt"), separator="<|endoftext|>"),))
+    (tokens,) = prepare(data, folder, tmp_path, vocab_size=512, progress=calls.append)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = [
+        i
+        for t in text.split("<|endoftext|>")
+        for i in [*tokenizer(t.strip("\n")).input_ids, tokenizer.eos_token_id]
+    ]
+    assert tokens.ids().tolist() == wanted
+    assert sum(calls) == tokens.bytes == sum(len(t.strip("\n").encode()) for t in text.split("<|endoftext|>"))
+    assert len(calls) > 20
+
+
+def test_text_without_blanks_is_cut_all_the_same(
+    tmp_path: Path, tokenised: Any, bytes_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_PIECE", 50)
+    text = "".join(chr(0x4E00 + i) for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    assert documents_of(tokenised(tmp_path / "a.txt"), bytes_folder) == [text]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.text(st.sampled_from("ab \nß"), min_size=1, max_size=80), min_size=1, max_size=4), st.data()
+)
+def test_pieces_are_the_documents(documents: list[str], data: st.DataObject) -> None:
+    """However the readers cut them, with a tokenizer of characters."""
+    stream = []
+    for text in documents:
+        cut = data.draw(st.integers(0, len(text)))
+        stream += [(text[:cut], True), (text[cut:], False)]
+
+    class Characters:
+        def __call__(self, text: str, add_special_tokens: bool) -> Any:
+            return type("Encoded", (), {"input_ids": [ord(c) for c in text]})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "_PIECE", 10)
+        pieces = list(corpus._pieces(stream, Characters(), Source(path="x")))
+    joined = "".join("[" * p.begins + p.text + "]" * p.ends for p in pieces)
+    assert joined == "".join(f"[{text}]" for text in documents)
+    assert max(len(p.text) for p in pieces) <= 11
+    assert sum(p.bytes for p in pieces) == len("".join(documents).encode())
+
+
+def test_tinystories_reads_back(stories: Path, tinystories: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    data = Data(sources=(Source(path=str(tinystories), separator="<|endoftext|>"),), held_out=0.1)
+    (tokens,) = prepare(data, stories, tmp_path, vocab_size=512)
+    ids = np.asarray(tokens.ids())
+    texts = [t.strip("\n") for t in tinystories.read_text().split("<|endoftext|>")]
+    texts = [t for t in texts if t]
+    assert (ids == 1).sum() == (ids == 2).sum() == tokens.documents == len(texts)
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    for text, part in zip(texts[:300], np.split(ids, np.flatnonzero(ids == 2) + 1), strict=False):
+        assert tokenizer.decode(part, skip_special_tokens=True) == text
+    batches = Batches([tokens], [1.0], length=256, held_out=0.1, seed=0)
+    row = batches.next(1)[0]
+    assert tokenizer.decode(row[row > 2], skip_special_tokens=True).strip() != ""
+    np.testing.assert_array_equal(
+        batches.held_out(1)[0], ids[(start := batches.trainable[0] * 256) : start + 257]
+    )
+
+
+def _mtime(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def test_tokenised_once(tmp_path: Path, tokenised: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    first = tokenised(path)
+    assert sorted(p.suffix for p in first.path.parent.iterdir()) == [".bin", ".json"]
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_encode", None)  # whoever tokenises again fails
+        again = tokenised("a.txt")
+    assert again.path == first.path
+    np.testing.assert_array_equal(again.ids(), first.ids())
+
+
+@pytest.mark.parametrize("change", ["text", "append_eos", "separator", "field", "tokenizer"])
+def test_tokenised_again_when_something_changed(
+    change: str, tmp_path: Path, tokenised: Any, bytes_folder: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("te t")
+    first = tokenised(path)
+    if change == "text":
+        path.write_text("tent")
+        second = tokenised(path)
+        assert len(second.ids()) == len(first.ids())
+    elif change == "tokenizer":
+        described = json.loads((bytes_folder / "tokenizer.json").read_text())
+        described["normalizer"] = {"type": "Lowercase"}
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "tokenizer_config.json").write_text((bytes_folder / "tokenizer_config.json").read_text())
+        (other / "tokenizer.json").write_text(json.dumps(described))
+        data = Data(sources=(Source(path=str(path)),), tokenizer=str(other))
+        (second,) = prepare(data, bytes_folder, first.path.parent, vocab_size=258)
+    else:
+        second = tokenised(path, **{change: {"append_eos": False, "separator": " ", "field": "x"}[change]})
+    assert second.path != first.path
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "gone", "no json", "broken json", "other json"])
+def test_a_damaged_cache_is_made_again(damage: str, tmp_path: Path, tokenised: Any) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    first = tokenised(path)
+    whole, about = first.path.read_bytes(), first.path.with_suffix(".json")
+    if damage in ("short", "long"):
+        first.path.write_bytes(whole[:-2] if damage == "short" else whole + b"\0\0")
+    elif damage == "gone":
+        first.path.unlink()
+    elif damage == "no json":
+        about.unlink()
+    else:
+        about.write_text('{"count": 1' if damage == "broken json" else '["count"]')
+    assert tokenised(path) == first
+    assert first.path.read_bytes() == whole
+
+
+# --- bad input: one sentence each
+
+
+def _error(tokenised: Any, path: Path | str, **options: Any) -> str:
+    with pytest.raises(UpcycleError) as caught:
+        tokenised(path, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.doc", b"text", ["a.doc", ".jsonl.gz", ".parquet", ".txt"]),
+        ("a.txt", b"", ["a.txt holds no text"]),
+        ("a.jsonl", b"\n\n", ["a.jsonl holds no text"]),
+        ("a.jsonl", b'{"text": ""}\n', ["a.jsonl holds no text"]),
+        ("a.txt", b"good \xff bad", ["a.txt is not UTF-8"]),
+        ("a.jsonl", b'{"text": "good \xff bad"}', ["a.jsonl", "utf-8"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"', ["a.jsonl, line 2 is not JSON"]),
+        ("a.jsonl", b'{"text": "a"}\n["b"]', ["a.jsonl, line 2 is not a JSON object"]),
+        ("a.jsonl", b'{"title": "a", "body": "b"}', ["line 1", "'text'", "body, title"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 5}', ["line 2", "'text'", "int"]),
+        ("a.jsonl", b'{"text": null}', ["line 1", "'text'", "NoneType"]),
+        ("a.jsonl", b'{"text": "\\ud800"}', ["a.jsonl", "no Unicode text"]),
+        ("a.jsonl.gz", b'{"text": "a"}', ["a.jsonl.gz cannot be read"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-12], ["a.jsonl.gz cannot be read"]),
+        ("a.parquet", b"PAR1 and nothing that follows PAR1", ["a.parquet is no whole parquet file"]),
+        ("a.parquet", b"", ["a.parquet is no whole parquet file"]),
+    ],
+)
+def test_bad_files(name: str, content: bytes, said: list[str], tmp_path: Path, tokenised: Any) -> None:
+    (tmp_path / name).write_bytes(content)
+    text = _error(tokenised, tmp_path / name)
+    assert [s for s in said if s not in text] == []
+    cache = tmp_path / "cache"
+    assert not cache.is_dir() or not list(cache.iterdir())
+
+
+def test_missing_files(tmp_path: Path, tokenised: Any) -> None:
+    assert "no data at" in _error(tokenised, tmp_path / "none.txt")
+    (tmp_path / "empty").mkdir()
+    assert "holds no .txt" in _error(tokenised, tmp_path / "empty")
+    assert "cannot be opened" in _error(tokenised, f"hf:{tmp_path}/none")
+
+
+def test_bad_parquet(tmp_path: Path, tokenised: Any) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1], "body": ["a"]}), path)
+    assert "no column 'text'; it has n, body" in _error(tokenised, path)
+    assert "'n' is no string but int" in _error(tokenised, path, field="n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["abc" * 1000] * 1000}), path, compression="NONE")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert "no whole parquet file" in _error(tokenised, path)
+
+
+@pytest.mark.parametrize("module", ["pyarrow", "datasets"])
+def test_an_extra_that_is_not_installed(
+    module: str, tmp_path: Path, tokenised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised(**_txt(tmp_path))  # so that transformers is imported
+    path = {"pyarrow": tmp_path / "a.parquet", "datasets": "hf:owner/name"}[module]
+    (tmp_path / "a.parquet").touch()
+    imported = builtins.__import__
+
+    def without(name: str, *rest: Any, **options: Any) -> Any:
+        if name.split(".")[0] == module:
+            raise ModuleNotFoundError(name)
+        return imported(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    text = _error(tokenised, path)
+    assert f"needs {module}: pip install 'upcycle[data]'" in text
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, tokenised: Any, bytes_folder: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    assert "the tokenizer has 258 tokens and the embedding 200 rows" in _error(
+        tokenised, path, vocab_size=200
+    )
+
+
+def test_an_id_beyond_the_embedding(tmp_path: Path, tokenised: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary with gaps has fewer tokens than its largest id."""
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path / "a.txt"
+    path.write_text("</s>|abc")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__len__", lambda self: 250)
+    options = {"separator": "|", "append_eos": False}
+    said = "gives id 257 in"
+    assert said in (text := _error(tokenised, path, vocab_size=257, **options))
+    assert "257 rows" in text
+    tokenised(path, vocab_size=258, **options)
+    assert said in _error(
+        tokenised, path, vocab_size=257, **options
+    )  # found in the cache, refused all the same
+
+
+@pytest.mark.parametrize("content", [None, "{broken", '{"model": 1}'])
+def test_a_folder_without_tokenizer(content: str | None, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    # transformers makes a Qwen2 tokenizer with one token of this
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    data = Data(sources=(Source(path=str(tmp_path / "a.txt")),))
+    with pytest.raises(UpcycleError, match=r"has no tokenizer that can be read .*set data\.tokenizer"):
+        prepare(data, tmp_path, tmp_path, vocab_size=100)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_weights(weight: float) -> None:
+    with pytest.raises(UpcycleError, match="weight"):
+        Source(path="x", weight=weight)
+
+
+def test_bad_data() -> None:
+    with pytest.raises(UpcycleError, match=r"data\.sources is empty"):
+        Data(sources=())
+    for held_out in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UpcycleError, match=r"data\.held_out"):
+            Data(sources=(Source(path="x"),), held_out=held_out)
+    with pytest.raises(UpcycleError, match="separator"):
+        Source(path="x", separator="")
+
+
+# --- token files -> rows
+
+
+def token_file(folder: Path, ids: Sequence[int] | np.ndarray, name: str = "x") -> Tokens:
+    array = np.asarray(ids, "<u4")
+    path = folder / f"{name}.bin"
+    array.tofile(path)
+    return Tokens(path=path, count=len(array), dtype="<u4", documents=1, bytes=len(array), name=name)
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> Callable[..., Batches]:
+    """A function that makes batches of sources of `sizes` tokens; no two tokens are the same."""
+
+    def make(*sizes: int, weights: Sequence[float] | None = None, **options: Any) -> Batches:
+        starts = np.cumsum([0, *sizes])
+        files = [token_file(tmp_path, range(a, b), f"{a}") for a, b in pairwise(starts)]
+        options = {"length": 8, "held_out": 0.0, "seed": 3} | options
+        return Batches(files, weights or [1.0] * len(sizes), **options)
+
+    return make
+
+
+def test_rows_are_those_of_a_plain_count(batches: Any) -> None:
+    """Without the class: places from sorting raw draws, sources from the stream of uniforms."""
+    from upcycle import rng
+
+    made = batches(8 * 20 + 3, 8 * 7 + 1, weights=[3.0, 1.0], held_out=0.2)
+    assert made.trainable == [16, 6]
+    assert made.next(0).shape == (0, 9)
+    found = made.next(60)
+    assert found.dtype == np.int64
+    seen = [0, 0]
+    for n in range(60):
+        source = int(rng.uniforms(rng.key(3, "sources"), n, n + 1)[0] >= 0.75)
+        epoch, place = divmod(seen[source], (16, 6)[source])
+        row = rng.permutation(rng.key(3, "rows", source, epoch), (16, 6)[source])[place]
+        seen[source] += 1
+        first = (0, 163)[source] + row * 8
+        assert found[n].tolist() == list(range(first, first + 9))
+    assert made.epochs == [seen[0] / 16, seen[1] / 6]
+
+
+def test_the_order_is_pinned(batches: Any) -> None:
+    """A run that is gone on with under a later version must see the same rows."""
+    assert batches(97, 49, weights=[2, 1], seed=7).next(12)[:, 0].tolist() == PINNED
+
+
+PINNED = [137, 88, 121, 105, 72, 40, 48, 97, 0, 113, 64, 56]
+
+
+def test_every_row_once_an_epoch_in_another_order(batches: Any) -> None:
+    made = batches(8 * 50 + 1)
+    epochs = [made.next(50)[:, 0] for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(0, 400, 8))
+    assert len({tuple(e) for e in epochs}) == 3
+    assert made.epochs == [3.0]
+    assert not np.array_equal(batches(401, seed=4).next(50)[:, 0], epochs[0])
+
+
+def test_resumed_at_every_position(batches: Any) -> None:
+    options = {"weights": [2.0, 1.0], "held_out": 0.1}
+    sizes = (8 * 12 + 1, 8 * 11 + 5)
+    whole = batches(*sizes, **options).next(60)  # more than one epoch of each
+    made = batches(*sizes, **options)
+    for position in range(60):
+        state = json.loads(json.dumps(made.state()))
+        other = batches(*sizes, **options)
+        other.restore(state)
+        np.testing.assert_array_equal(other.next(60 - position), whole[position:])
+        assert made.state() == state
+        made.next(1)
+    assert min(made.epochs) >= 1.5
+
+
+def test_a_state_is_not_changed_by_going_on(batches: Any) -> None:
+    made = batches(200)
+    state = made.state()
+    made.next(3)
+    assert state == batches(200).state()
+    made.restore(state)
+    made.next(3)
+    assert state == batches(200).state()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_read_parts_of_the_same_batches(ranks: int, batches: Any) -> None:
+    whole, parts = batches(300, 100), [batches(300, 100) for _ in range(ranks)]
+    share = 8 // ranks
+    for _ in range(10):
+        read = [p.next(8, slice(i * share, (i + 1) * share)) for i, p in enumerate(parts)]
+        np.testing.assert_array_equal(np.concatenate(read), whole.next(8))
+    assert all(p.state() == whole.state() for p in parts)
+
+
+def test_a_rank_reads_only_its_part(batches: Any) -> None:
+    made = batches(8 * 40 + 1)
+    read = []
+
+    class Watched:
+        def __getitem__(self, place: slice) -> np.ndarray:
+            read.append(place)
+            return np.zeros(9)
+
+    made._ids = [Watched()]
+    made.next(16, slice(4, 8))
+    assert len(read) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(30, 120), min_size=1, max_size=3),
+    length=st.integers(1, 10),
+    held_out=st.sampled_from([0.0, 0.25, 0.5]),
+    steps=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    seed=st.integers(0, 5),
+)
+def test_batch_sizes_do_not_matter_and_held_out_stays_out(
+    sizes: list[int], length: int, held_out: float, steps: list[int], seed: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        starts = np.cumsum([0, *sizes])
+        pairs = pairwise(starts)
+        files = [token_file(Path(folder), range(a, b), f"{a}") for a, b in pairs]
+        options: dict[str, Any] = {"length": length, "held_out": held_out, "seed": seed}
+        weights = [1.0 + i for i in range(len(sizes))]
+        whole, stepped = Batches(files, weights, **options), Batches(files, weights, **options)
+        rows = whole.next(max(sum(steps), 200))
+        found = np.concatenate([stepped.next(n) for n in steps])
+        np.testing.assert_array_equal(found, rows[: sum(steps)])
+        kept = whole.held_out()
+        assert not set(rows[:, 1:].ravel().tolist()) & set(kept[:, 1:].ravel().tolist())
+        assert (np.diff(rows) == 1).all()
+        assert (np.diff(kept) == 1).all()
+        assert len(set(kept[:, 0])) == len(kept)
+        assert len(kept) + sum(whole.trainable) == sum((n - 1) // length for n in sizes)
+
+
+def test_sources_are_mixed_by_weight(batches: Any) -> None:
+    made = batches(8 * 40 + 1, 8 * 4000 + 1, 8 * 400 + 1, weights=[1.0, 7.0, 2.0])
+    n = 20_000
+    first = made.next(n)[:, 0]
+    source = np.searchsorted([321, 321 + 32_001], first, side="right")
+    found = np.bincount(source) / n
+    for share, wanted in zip(found, [0.1, 0.7, 0.2], strict=True):
+        assert abs(share - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / n)
+    # Mixed throughout: each row's source is drawn for itself, so that neighbours are independent.
+    same = (source[1:] == source[:-1]).mean()
+    assert abs(same - (0.01 + 0.49 + 0.04)) < 0.02
+    np.testing.assert_allclose(made.epochs, found * n / [40, 4000, 400])
+
+
+def test_held_out_rows_are_shared_by_weight(batches: Any) -> None:
+    made = batches(8 * 100 + 1, 8 * 100 + 1, 8 * 100 + 1, weights=[6.0, 3.0, 1.0], held_out=0.5)
+
+    def sources(rows: int) -> list[int]:
+        found = made.held_out(rows)
+        np.testing.assert_array_equal(found, made.held_out(rows))
+        assert len(set(found[:, 0])) == len(found)
+        assert len(found) <= rows
+        return np.bincount(found[:, 0] // 801, minlength=3).tolist()
+
+    assert sources(43) == [25, 13, 5]
+    assert sources(3) == [1, 1, 1]
+    assert sources(2) == [1, 1, 0]
+    assert sources(1000) == [50, 50, 50]
+    assert len(made.held_out()) == 150
+    before = made.state()
+    made.held_out()
+    assert made.state() == before
+    # Spread over the part that is held out
+    assert made.held_out(43)[:25, 0].tolist() == list(range(400, 800, 16))
+
+
+def test_too_little_text(batches: Any) -> None:
+    with pytest.raises(UpcycleError, match=r"0 has 8 tokens, fewer than a row .* 9"):
+        batches(8)
+    assert batches(9).trainable == [1]
+    with pytest.raises(UpcycleError, match=r"2 rows of 8 tokens.*held_out = 0.1 leaves none held out"):
+        batches(17, held_out=0.1)
+    with pytest.raises(UpcycleError, match=r"2 rows of 8 tokens.*held_out = 0.9 leaves none to train on"):
+        batches(17, held_out=0.9)
+    assert batches(17).held_out().shape == (0, 9)
+
+
+def test_a_position_among_other_data(batches: Any) -> None:
+    state = batches(200, 100).state()
+    with pytest.raises(UpcycleError, match="200 has 101 tokens and had 100"):
+        batches(200, 101).restore(state)
+    with pytest.raises(UpcycleError, match="of 2 data sources and the run has 1"):
+        batches(200).restore(state)

@@ -1,0 +1,578 @@
+"""Continued training on one process: against transformers and torch, stopped anywhere, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ranks
+from upcycle import Recipe, UpcycleError, cli, convert, families, verify
+from upcycle.checkpoint import Checkpoint
+from upcycle.training import routing, saving, start
+from upcycle.training.batches import Batches
+from upcycle.training.corpus import prepare
+from upcycle.training.export import export
+from upcycle.training.loop import train
+from upcycle.training.metrics import read
+from upcycle.training.parallel import Ranks
+from upcycle.training.run import Run
+from upcycle.training.schedule import Schedule
+
+HERE = Ranks(device=torch.device("cpu"))
+MOE = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "drop", "ratio": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def text(tinystories, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text(tinystories.read_text()[:120_000])
+    return path
+
+
+@pytest.fixture
+def table(stories, text, tmp_path):
+    """A function that gives a run file on real weights and real text, as a table."""
+
+    def make(**changes) -> dict:
+        made = {
+            "source": str(stories),
+            "out": str(tmp_path / "run"),
+            "data": {"sources": [{"path": str(text), "separator": "<|endoftext|>"}], "held_out": 0.1},
+            "train": {"steps": 6, "batch_tokens": 512, "sequence_length": 64, "eval_every": 3},
+            "schedule": {"peak": 1e-3, "warmup": 2},
+            "checkpoint": {"every": 2, "keep": 3},
+        }
+        for key, value in changes.items():
+            made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
+        return made
+
+    return make
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in read(out)]
+
+
+# --- the learning rate ---------------------------------------------------------------------------------------
+
+
+def test_schedules_are_their_formulas():
+    cosine = Schedule(peak=2.0, floor=1.0, warmup=4)
+    assert [cosine.at(i, 20) for i in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    for i in range(4, 20):
+        assert cosine.at(i, 20) == pytest.approx(1 + (1 + math.cos(math.pi * (i - 4) / 16)) / 2)
+    stable = Schedule(name="warmup_stable_decay", peak=1.0, warmup=2, decay=4)
+    assert [stable.at(i, 10) for i in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    constant = Schedule(name="constant", peak=3.0, warmup=1)
+    assert {constant.at(i, 9) for i in range(9)} == {3.0}
+
+
+def test_inverse_sqrt_goes_on_where_the_dense_run_stopped():
+    dense = Schedule(name="inverse_sqrt", peak=0.01, warmup=100)
+    upcycled = Schedule(name="inverse_sqrt", peak=0.01, warmup=100, start_step=5000)
+    whole = [dense.at(i, 10_000) for i in range(4998, 5010)]
+    assert [upcycled.at(i - 5000, 10_000) for i in range(5000, 5010)] == whole[2:]
+    assert dense.at(9999, 10_000) == pytest.approx(0.01 * math.sqrt(100 / 10_000))  # T5: 1e-2 at 1e2, 1e-3 at 1e4
+
+
+# --- balance -------------------------------------------------------------------------------------------------
+
+
+def collapsed(layers: int, experts: int, tokens: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Every layer sends all tokens to two experts, another pair in each layer."""
+    logits = []
+    for layer in range(layers):
+        chosen = torch.full((tokens, experts), -20.0)
+        chosen[:, 2 * layer : 2 * layer + 2] = 0.0
+        logits.append(chosen)
+    counts = torch.stack([torch.bincount(x.topk(2).indices.flatten(), minlength=experts) for x in logits])
+    return logits, counts
+
+
+def test_the_collapse_that_the_pooled_loss_cannot_see():
+    logits, counts = collapsed(layers=4, experts=8, tokens=64)
+    assert float(routing.pooled_loss(logits, 2)) == pytest.approx(2.0, abs=1e-6)  # its value for balance
+    per_layer = routing.load_balancing_loss(logits, counts, 64)
+    assert per_layer.tolist() == pytest.approx([8.0] * 4, abs=1e-4)  # E / K times the value for balance
+    assert [h["collapsed"] for h in routing.health(counts, 2)] == [True] * 4
+    assert [h["dead"] for h in routing.health(counts, 2)] == [6] * 4
+
+
+def test_perfect_balance_is_top_k():
+    logits = [torch.zeros(64, 8)] * 3
+    counts = torch.full((3, 8), 16)
+    assert routing.load_balancing_loss(logits, counts, 64).tolist() == pytest.approx([2.0] * 3)
+    for layer in routing.health(counts, 2):
+        assert (layer["entropy"], layer["busiest"], layer["idlest"], layer["dead"]) == (1.0, 0.125, 0.125, 0)
+        assert not layer["collapsed"]
+
+
+def test_the_loss_is_that_of_switch_token_by_token():
+    """Against loops over tokens and experts; and each layer alone is what transformers computes of one layer."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(40, 6, generator=generator, requires_grad=True) for _ in range(3)]
+    counts = torch.stack([torch.bincount(x.topk(2).indices.flatten(), minlength=6) for x in logits])
+    found = routing.load_balancing_loss(logits, counts, 40)
+    for layer, value in zip(logits, found, strict=True):
+        naive = 0.0
+        for e in range(6):
+            f = sum(e in row.topk(2).indices for row in layer) / 40
+            p = sum(float(row.softmax(-1)[e]) for row in layer) / 40
+            naive += 6 * float(f) * p
+        assert float(value) == pytest.approx(naive, rel=1e-5)
+        assert float(value) == pytest.approx(float(routing.pooled_loss([layer], 2)), rel=1e-5)
+    # Parts of the batch add up, and so do their gradients, when the counts are those of the whole.
+    (whole,) = torch.autograd.grad(found.mean(), logits[0], retain_graph=True)
+    halves = [routing.load_balancing_loss([x[part] for x in logits], counts, 40) for part in (slice(25), slice(25, 40))]
+    assert torch.allclose(halves[0] + halves[1], found, rtol=1e-6)
+    (parts,) = torch.autograd.grad((halves[0] + halves[1]).mean(), logits[0])
+    assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-9)
+
+
+def test_z_loss_is_its_formula():
+    logits = [torch.randn(10, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    naive = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for x in logits for row in x.tolist()) / 20
+    assert float(routing.z_loss(logits, 10)) == pytest.approx(naive, rel=1e-5)
+
+
+def test_biases_move_towards_the_idle():
+    bias = torch.tensor([[0.5, 0.0, 0.0, 0.0]])
+    routing.update_biases([bias], torch.tensor([[10, 2, 4, 4]]), 0.01)
+    assert bias.tolist() == [pytest.approx([0.49, 0.01, 0.01, 0.01])]
+
+
+# --- a run ---------------------------------------------------------------------------------------------------
+
+
+def reference(run: Run, stories: Path, folder: Path) -> list[float]:
+    """The losses of transformers' own model, its own loss, torch's own AdamW and clipping, on the same rows."""
+    tokens = prepare(run.data, stories, folder / "tokens", vocab_size=512)
+    batches = Batches(tokens, [1.0], length=run.train.sequence_length, held_out=run.data.held_out, seed=run.train_seed)
+    if run.recipe:
+        convert(stories, folder / "moe", run.recipe)
+    model = AutoModelForCausalLM.from_pretrained(folder / "moe" if run.recipe else stories).train()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": run.train.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, betas=(run.train.beta1, run.train.beta2), eps=run.train.eps)
+    out = []
+    for step in range(run.train.total_steps):
+        rows = torch.from_numpy(batches.next(run.train.rows))
+        options = {"output_router_logits": True} if run.recipe else {}
+        found = model(input_ids=rows[:, :-1], labels=rows[:, 1:], shift_labels=rows[:, 1:], **options)
+        entropy = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss = entropy + run.router.balance_loss_coef * (found.aux_loss if run.recipe else 0.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.clip_grad_norm)
+        for group in adam.param_groups:
+            group["lr"] = run.schedule.at(step, run.train.total_steps)
+        adam.step()
+        adam.zero_grad()
+        out.append(float(entropy.detach()))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_run_is_what_transformers_and_torch_compute(kind, table, stories, tmp_path):
+    """With the pooled loss, which transformers has as well."""
+    changes = {**MOE, "router": {"balance_loss": "pooled", "balance_loss_coef": 0.05}} if kind == "moe" else {}
+    run = Run.of(table(**changes))
+    train(run)
+    wanted = reference(run, stories, tmp_path)
+    assert losses(Path(run.out)) == pytest.approx(wanted, abs=2e-5)
+    assert wanted[-1] < wanted[0]
+
+
+def test_metrics_say_what_happened(table, tmp_path):
+    run = Run.of(table(**MOE, log={"peak_flops": 1e12}))
+    result = train(run)
+    records = read(tmp_path / "run")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [("held_out_loss" in r) for r in records] == [False, False, True, False, False, True]
+    assert result.held_out_loss == records[-1]["held_out_loss"]
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    for r in records:
+        assert r["tokens"] == r["step"] * 512
+        assert r["lr"] == run.schedule.at(r["step"] - 1, 6)
+        assert r["tokens_per_s"] == pytest.approx(512 / r["seconds"], rel=1e-3)
+        assert r["mfu"] == pytest.approx(r["tokens_per_s"] * about["training_flops_per_token"] / 1e12, rel=1e-2)
+        assert [layer["layer"] for layer in r["layers"]] == [0, 1, 2, 3, 4]
+        for layer in r["layers"]:
+            assert sum(layer["load"]) == pytest.approx(1.0, abs=1e-4)
+            assert layer["busiest"] == max(layer["load"])
+            assert layer["router_grad_norm"] > 0
+        shares = torch.tensor([layer["load"] for layer in r["layers"]])
+        assert 2.0 - 0.2 < r["balance_loss"] < 2 * 4 / 2 + 0.1
+        assert shares.shape == (5, 4)
+
+
+def test_a_run_resumed_is_the_run(table, tmp_path):
+    """Stopped after step 4 of 6, with jitter and accumulation: the same losses and weights, bit for bit."""
+    changes = {**MOE, "router": {"jitter": 0.1, "z_loss_coef": 1e-3}, "train": {"micro_batch": 3}}
+    train(Run.of(table(**changes, out=str(tmp_path / "whole"))))
+    train(Run.of(table(**changes, out=str(tmp_path / "again"))))
+    for name in ("step-6",):
+        (tmp_path / "again" / "checkpoints" / name).rename(tmp_path / name)
+    train(Run.of(table(**changes, out=str(tmp_path / "again"))), resume=True)
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+    made = [
+        ranks.restored(table(**changes), str(tmp_path / name / "checkpoints" / "step-6"))
+        for name in ("whole", "again")
+    ]
+    assert made[0] == made[1]
+    # And a step does change every parameter, so that the comparison says something.
+    before = ranks.restored(table(**changes), str(tmp_path / "whole" / "checkpoints" / "step-4"))["parameters"]
+    assert all(before[name] != after for name, after in made[0]["parameters"].items())
+    # A finished run has nothing to go on with.
+    assert train(Run.of(table(**changes, out=str(tmp_path / "again"))), resume=True).steps == 6
+    assert len(losses(tmp_path / "again")) == 6
+
+
+def begin(made: dict) -> subprocess.Popen:
+    """`upcycle train --resume` of a table in a process of its own."""
+    path = Path(made["out"]).with_suffix(".toml")
+    path.write_text(toml(made))
+    return subprocess.Popen(
+        [sys.executable, "-m", "upcycle", "train", str(path), "--resume"],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def toml(table_: dict) -> str:
+    """The table as TOML: strings, numbers, booleans and lists are written as JSON writes them."""
+    lines = [f"{k} = {json.dumps(v)}" for k, v in table_.items() if not isinstance(v, dict)]
+    for section, values in table_.items():
+        if isinstance(values, dict):
+            lines.append(f"[{section}]")
+            lines += [f"{k} = {json.dumps(v)}" for k, v in values.items() if k != "sources"]
+            for source in values.get("sources", ()):
+                lines.append(f"[[{section}.sources]]")
+                lines += [f"{k} = {json.dumps(v)}" for k, v in source.items()]
+    return "\n".join(lines) + "\n"
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.01)
+
+
+def test_killed_three_times_and_terminated_once(table, tmp_path):
+    """SIGKILL at three random moments, saving after every step, then SIGTERM: the losses are those of a run
+    that nobody disturbed."""
+    steps = {"train": {"steps": 40, "batch_tokens": 2048}, "checkpoint": {"every": 1}}
+    calm = table(**MOE, **steps, out=str(tmp_path / "calm"))
+    made = table(**MOE, **steps, out=str(tmp_path / "run"))
+    drawn = random.Random(0)
+    for goal in (5, 12, 20):
+        process = begin(made)
+        wait_for(lambda goal=goal: len(read(tmp_path / "run")) >= goal, process)
+        time.sleep(drawn.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done = saving.latest(tmp_path / "run")
+        assert done is not None
+        assert int(done.name.removeprefix("step-")) >= len(read(tmp_path / "run")) - 1  # at most one interval
+    process = begin(made)
+    wait_for(lambda: len(read(tmp_path / "run")) >= 26, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped by SIGTERM after step" in err
+    assert "steps, loss" in out
+    saved = saving.latest(tmp_path / "run")
+    assert saved is not None
+    assert int(saved.name.removeprefix("step-")) == len(read(tmp_path / "run"))
+    train(Run.of(made), resume=True)
+    train(Run.of(calm))
+    assert losses(tmp_path / "run") == losses(tmp_path / "calm")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatch, capsys):
+    real = saving.save
+
+    def limited(out, model, optimizer, state, here, keep):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if state["step"] in full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # writing more fails, as on a full disk
+        try:
+            return real(out, model, optimizer, state, here, keep)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(saving, "save", limited)
+    full = {4}
+    assert train(Run.of(table(**MOE))).finished
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 4 could not be saved (" in said
+    assert "step-2 is kept; training goes on" in said
+    assert [step for step, _ in saving.found(tmp_path / "run")] == [2, 6]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+    full = {4, 6}
+    with pytest.raises(UpcycleError, match=r"step 6 could not be saved .*step-2 is kept.*go on with --resume"):
+        train(Run.of(table(**MOE, out=str(tmp_path / "other"))))
+    full = set()
+    assert train(Run.of(table(**MOE, out=str(tmp_path / "other"))), resume=True).finished
+    assert losses(tmp_path / "other") == losses(tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(table, tmp_path):
+    made = table(**MOE, schedule={"name": "constant", "peak": 1e30, "warmup": 0}, checkpoint={"every": 1})
+    with pytest.raises(UpcycleError, match=r"step \d+: the loss is (nan|inf).*gradient .* of model\.|no gradient") as error:
+        train(Run.of(made))
+    step = int(str(error.value).split(":")[0].removeprefix("step "))
+    assert saving.latest(tmp_path / "run").name == f"step-{step - 1}"
+
+
+def test_activation_checkpointing_and_bfloat16_train(table, tmp_path):
+    whole = train(Run.of(table(**MOE, out=str(tmp_path / "a"))))
+    changes = {"activation_checkpointing": True, "precision": "mixed"}
+    mixed = train(Run.of(table(**MOE, train=changes, out=str(tmp_path / "b"))))
+    pure = train(Run.of(table(**MOE, train={"precision": "bfloat16"}, out=str(tmp_path / "c"))))
+    assert mixed.loss == pytest.approx(whole.loss, rel=2e-2)
+    assert mixed.loss != whole.loss
+    assert pure.loss == pytest.approx(whole.loss, rel=5e-2)
+
+
+def test_the_bias_of_a_router_that_has_one(dense, table, text, stories, tmp_path):
+    source = dense("ernie4_5", vocab_size=512)
+    made = table(**MOE, source=str(source), router={"bias_update_rate": 0.01, "balance_loss_coef": 0.0})
+    made["data"] = {**made["data"], "tokenizer": str(stories)}
+    train(Run.of(made))
+    out = export(tmp_path / "run", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out.out)
+    biases = [b for n, b in model.state_dict().items() if n.endswith("e_score_correction_bias")]
+    assert len(biases) == 4
+    for bias in biases:
+        steps = (bias / 0.01).round()
+        assert torch.allclose(bias, steps * 0.01, atol=1e-6)
+        assert bias.abs().max() > 0
+        assert bias.abs().max() <= 0.06 + 1e-6
+    with pytest.raises(UpcycleError, match="the routers of this architecture have no correction bias"):
+        train(Run.of(table(**MOE, router={"bias_update_rate": 0.01}, out=str(tmp_path / "mixtral"))))
+
+
+# --- from scratch --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", [m for m in families.names() if m != "qwen3_5_text"])
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_from_scratch_starts_as_transformers_does(model_type, moe, dense):
+    """Every tensor has the mean and deviation that transformers' own initialisation gives it."""
+    run = ranks.run_of(str(dense(model_type)), {}, {"from_scratch": True} | ({} if moe else {"router": {}}))
+    if not moe:
+        made = run.as_table()
+        run = Run.of({k: v for k, v in made.items() if k not in ("moe", "init", "dtype", "router")})
+    begun = start.start_of(run)
+    model = start.model_of(begun, run, HERE, "float32")
+    torch.manual_seed(0)
+    wanted = dict(type(model)(model.config).named_parameters())
+    for name, parameter in model.named_parameters():
+        theirs = wanted[name]
+        if float(theirs.std(correction=0)) == 0 or "sinks" in name:
+            if "sinks" not in name and "shared" not in name:
+                assert torch.equal(parameter, theirs), name
+            continue
+        error = 5 / math.sqrt(2 * parameter.numel())
+        assert float(parameter.std(correction=0) / theirs.std(correction=0)) == pytest.approx(1, abs=2 * error), name
+        assert abs(float(parameter.mean())) < 5 * float(theirs.std()) / math.sqrt(parameter.numel()), name
+    flat = torch.cat([p.flatten() for p in model.parameters() if p.ndim > 1])
+    assert len(flat.unique()) > 0.5 * len(flat)  # no two tensors from the same stream
+
+
+# --- export and the optimizer's state ------------------------------------------------------------------------
+
+
+def test_export_is_what_convert_writes_and_every_client_opens(table, stories, tmp_path):
+    run = Run.of(table(**MOE))
+    result = train(run)
+    made = export(tmp_path / "run", tmp_path / "out")
+    convert(stories, tmp_path / "converted", run.recipe)
+    with Checkpoint.open(tmp_path / "out") as a, Checkpoint.open(tmp_path / "converted") as b:
+        assert {n: (t.shape, t.dtype) for n, t in a.tensors.items()} == {
+            n: (t.shape, t.dtype) for n, t in b.tensors.items()
+        }
+        assert a.config == b.config
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token_id == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = prepare(run.data, stories, tmp_path / "run" / "tokens", vocab_size=512)
+    batches = Batches(tokens, [1.0], length=64, held_out=0.1, seed=0)
+    rows = torch.from_numpy(batches.held_out(262_144 // 64))
+    with torch.inference_mode():
+        logits = model(rows[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert float(loss) == pytest.approx(result.held_out_loss, rel=1e-5)
+    record = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    assert record["recipe"] == run.recipe.as_table()
+    assert record["training"][0]["step"] == made.step == 6
+    assert record["training"][0]["held_out_loss"] == result.held_out_loss
+    with pytest.raises(UpcycleError, match="was trained for 6 steps since it was built"):
+        verify(stories, tmp_path / "out")
+    earlier = export(tmp_path / "run", tmp_path / "earlier", step=2, dtype="bfloat16")
+    assert earlier.step == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "earlier").dtype == torch.bfloat16
+
+
+def test_carried_moments_are_those_of_the_dense_run_tiled(table, stories, tmp_path):
+    """A dense run, exported with its optimizer, upcycled: experts have its moments, routers none."""
+    flat = {"schedule": {"name": "inverse_sqrt", "peak": 1e-3, "warmup": 3}}
+    train(Run.of(table(out=str(tmp_path / "dense"), **flat)))
+    export(tmp_path / "dense", tmp_path / "trained", with_optimizer=True)
+    changes = {"moe": MOE["moe"], "init": {"name": "copy"}, "optimizer": {"carry_state": True}}
+    later = {"schedule": {**flat["schedule"], "start_step": 6}}
+    made = table(source=str(tmp_path / "trained"), **changes, **later)
+    run = Run.of(made)
+    trainee = ranks.trainee_of(run, HERE)
+    begun = start.start_of(run)
+    assert start.carry_state(begun, run, HERE, trainee.model, trainee.optimizer) == 6
+    for moment in start.MOMENTS:
+        with Checkpoint.open(tmp_path / "trained" / "optimizer" / moment) as opened:
+            tensor = {
+                n: torch.frombuffer(bytearray(opened.pread(t, 0, t.nbytes).tobytes()), dtype=torch.float32).view(t.shape)
+                for n, t in opened.tensors.items()
+            }
+        found = {n: trainee.optimizer.state[p] for n, p in trainee.model.named_parameters()}
+        prefix = "model.layers.2.mlp."
+        gate_up = torch.cat([tensor[f"{prefix}{n}_proj.weight"] for n in ("gate", "up")])
+        assert gate_up.abs().max() > 0
+        for e in range(4):
+            assert torch.equal(found[f"{prefix}experts.gate_up_proj"][moment][e], gate_up)
+            assert torch.equal(found[f"{prefix}experts.down_proj"][moment][e], tensor[f"{prefix}down_proj.weight"])
+        assert not found[f"{prefix}gate.weight"][moment].any()
+        attention = "model.layers.2.self_attn.q_proj.weight"
+        assert torch.equal(found[attention][moment], tensor[attention])
+        assert {float(s["step"]) for s in found.values()} == {6.0}
+    assert train(run).finished
+    assert read(tmp_path / "run")[0]["lr"] == pytest.approx(1e-3 * math.sqrt(3 / 7))
+    # The dense run goes on as well, as if it had never stopped.
+    on = table(source=str(tmp_path / "trained"), optimizer={"carry_state": True}, out=str(tmp_path / "on"), **later)
+    assert train(Run.of(on)).finished
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------
+
+BAD_RUNS = {
+    "train.steps": ({"train": {"tokens": 5000}}, "either train.steps or train.tokens"),
+    "batch": ({"train": {"batch_tokens": 500}}, "batch_tokens = 500 is no multiple"),
+    "unknown": ({"train": {"stps": 5}}, r"unknown key train\.stps.*did you mean steps"),
+    "schedule": ({"schedule": {"name": "linear"}}, r"schedule\.name = 'linear'; allowed: cosine, warmup"),
+    "floor": ({"schedule": {"floor": 1.0}}, "0 <= floor <= peak"),
+    "wsd": ({"schedule": {"name": "warmup_stable_decay"}}, r"needs schedule\.decay"),
+    "start_step": ({"schedule": {"start_step": 5}}, "start_step is for inverse_sqrt"),
+    "sink": ({"log": {"sinks": ["tensorboard"]}}, "allowed: wandb, trackio"),
+    "jitter": ({"router": {"jitter": 1.0}}, r"router\.jitter = 1\.0"),
+    "init": ({"init": {"name": "drop"}}, r"init is for a Mixture of Experts; add a \[moe\]"),
+    "router": ({"router": {"std": 0.1}}, r"router\.std is for a Mixture of Experts"),
+    "keep": ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep 1 or more"),
+    "sources": ({"data": {"sources": []}}, r"data\.sources is empty"),
+    "carry": ({"optimizer": {"carry_state": True}, "from_scratch": True}, "from_scratch has none"),
+    "carry drop": ({"optimizer": {"carry_state": True}, **MOE}, r"init\.name = drop makes other neurons"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_bad_run_files(name, table):
+    changes, message = BAD_RUNS[name]
+    with pytest.raises(UpcycleError, match=message):
+        Run.of(table(**changes))
+
+
+BAD_LAYOUTS = {
+    "world": ({"fsdp": 2}, "fsdp x tp must be the number of processes"),
+    "ep": ({"ep": 2}, "ep must be a multiple of tp and divide fsdp x tp"),
+    "zero": ({"tp": 0}, "each must be 1 or more"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LAYOUTS)
+def test_layouts_that_do_not_fit(name, table, tmp_path):
+    layout, message = BAD_LAYOUTS[name]
+    with pytest.raises(UpcycleError, match=message):
+        train(Run.of(table(**MOE, parallel=layout)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_experts_that_cannot_be_shared_out(table, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UpcycleError, match="ep must divide the 4 experts"):
+        train(Run.of(table(**MOE, parallel={"ep": 3})))
+    with pytest.raises(UpcycleError, match="a dense model has no experts"):
+        train(Run.of(table(parallel={"ep": 3})))
+
+
+def test_other_peoples_folders(table, tmp_path):
+    train(Run.of(table(**MOE)))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    with pytest.raises(UpcycleError, match="holds a run already; go on with it with --resume"):
+        train(Run.of(table(**MOE)))
+    other = table(moe=MOE["moe"], init={"name": "drop", "ratio": 0.25})
+    with pytest.raises(UpcycleError, match=r"is of another run: it differs in init\.ratio \(0\.5 there, 0\.25 here\)"):
+        train(Run.of(other), resume=True)
+    with pytest.raises(UpcycleError, match="step-6 is of another run"):
+        train(Run.of(table()), resume=True)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UpcycleError, match="is a file; `out` must be a folder"):
+        train(Run.of(table(out=str(tmp_path / "file"))))
+
+
+def test_exports_of_nothing(table, tmp_path):
+    with pytest.raises(UpcycleError, match=r"has no run\.json; give a folder that `upcycle train` made"):
+        export(tmp_path, tmp_path / "out")
+    train(Run.of(table()))
+    with pytest.raises(UpcycleError, match="has no checkpoint of step 5; it has those of 2, 4, 6"):
+        export(tmp_path / "run", tmp_path / "out", step=5)
+    with pytest.raises(UpcycleError, match="dtype = 'int8'; allowed: source, float64"):
+        export(tmp_path / "run", tmp_path / "out", dtype="int8")
+    (tmp_path / "run" / "checkpoints" / "step-6" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(UpcycleError, match="step-6 cannot be read"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+    export(tmp_path / "run", tmp_path / "out", step=4)
+    with pytest.raises(UpcycleError, match="exists already"):
+        export(tmp_path / "run", tmp_path / "out")
+
+
+def test_the_command_line(table, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(toml(table(**MOE)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(tmp_path / "run.toml"), "--set", "train.steps=2", "--set", "parallel.tp=3"])
+    assert ended.value.code == 2
+    assert "upcycle: error: parallel.fsdp" in capsys.readouterr().err
+    cli.main(["train", str(tmp_path / "run.toml"), "--set", "train.steps=2"])
+    cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "2 steps, loss" in out
+    assert "step 2, 844" in out or "step 2, " in out
+    cli.main(["inspect", str(tmp_path / "out")])
+    assert "trained for 2 steps, 1.02 k tokens" in capsys.readouterr().out
+    assert Recipe.of(json.loads((tmp_path / "out" / "upcycle.json").read_text())["recipe"]).moe.num_experts == 4
+
+
+def test_a_dense_export_is_admitted_as_a_source(table, tmp_path, capsys):
+    train(Run.of(table()))
+    export(tmp_path / "run", tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "moe", Recipe.of(MOE))
+    assert verify(tmp_path / "out", tmp_path / "moe", logits=False).holds
+    cli.main(["inspect", str(tmp_path / "out")])
+    assert "trained for 6 steps" in capsys.readouterr().out
