@@ -129,7 +129,7 @@ def test_the_loss_is_that_of_switch_token_by_token():
         naive = 0.0
         for e in range(6):
             f = sum(e in row.topk(2).indices for row in layer) / 40
-            p = sum(float(row.softmax(-1)[e]) for row in layer) / 40
+            p = sum(float(row.detach().softmax(-1)[e]) for row in layer) / 40
             naive += 6 * float(f) * p
         assert float(value) == pytest.approx(naive, rel=1e-5)
         assert float(value) == pytest.approx(float(routing.pooled_loss([layer], 2)), rel=1e-5)
@@ -172,7 +172,7 @@ def reference(run: Run, stories: Path, folder: Path) -> list[float]:
     for step in range(run.train.total_steps):
         rows = torch.from_numpy(batches.next(run.train.rows))
         options = {"output_router_logits": True} if run.recipe else {}
-        found = model(input_ids=rows[:, :-1], labels=rows[:, 1:], shift_labels=rows[:, 1:], **options)
+        found = model(input_ids=rows[:, :-1], labels=rows[:, 1:], shift_labels=rows[:, 1:].contiguous(), **options)
         entropy = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1), rows[:, 1:].flatten())
         loss = entropy + run.router.balance_loss_coef * (found.aux_loss if run.recipe else 0.0)
         loss.backward()
@@ -208,7 +208,7 @@ def test_metrics_say_what_happened(table, tmp_path):
         assert r["tokens"] == r["step"] * 512
         assert r["lr"] == run.schedule.at(r["step"] - 1, 6)
         assert r["tokens_per_s"] == pytest.approx(512 / r["seconds"], rel=1e-3)
-        assert r["mfu"] == pytest.approx(r["tokens_per_s"] * about["training_flops_per_token"] / 1e12, rel=1e-2)
+        assert r["mfu"] == pytest.approx(r["tokens_per_s"] * about["training_flops_per_token"] / 1e12, abs=1e-5)
         assert [layer["layer"] for layer in r["layers"]] == [0, 1, 2, 3, 4]
         for layer in r["layers"]:
             assert sum(layer["load"]) == pytest.approx(1.0, abs=1e-4)
@@ -337,7 +337,7 @@ def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatc
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(table, tmp_path):
     made = table(**MOE, schedule={"name": "constant", "peak": 1e30, "warmup": 0}, checkpoint={"every": 1})
-    with pytest.raises(UpcycleError, match=r"step \d+: the loss is (nan|inf).*gradient .* of model\.|no gradient") as error:
+    with pytest.raises(UpcycleError, match=r"step \d+: the loss is .*not finite is that of model\.") as error:
         train(Run.of(made))
     step = int(str(error.value).split(":")[0].removeprefix("step "))
     assert saving.latest(tmp_path / "run").name == f"step-{step - 1}"
@@ -539,7 +539,7 @@ def test_exports_of_nothing(table, tmp_path):
     with pytest.raises(UpcycleError, match=r"has no run\.json; give a folder that `upcycle train` made"):
         export(tmp_path, tmp_path / "out")
     train(Run.of(table()))
-    with pytest.raises(UpcycleError, match="has no checkpoint of step 5; it has those of 2, 4, 6"):
+    with pytest.raises(UpcycleError, match="has no checkpoint of step 5; there are 2, 4, 6"):
         export(tmp_path / "run", tmp_path / "out", step=5)
     with pytest.raises(UpcycleError, match="dtype = 'int8'; allowed: source, float64"):
         export(tmp_path / "run", tmp_path / "out", dtype="int8")

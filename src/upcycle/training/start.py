@@ -132,11 +132,20 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)  # type: ignore[arg-type]
     model.config.use_cache = False
     if run.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model)
     if run.train.compile:
         for layer in model.get_decoder().layers:
             layer.compile()
     return model.train()
+
+
+def _recompute(model: PreTrainedModel) -> None:
+    """Keep a layer's input alone and compute the rest again in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _build(
@@ -149,8 +158,18 @@ def _build(
         tensors,
         distributed_config=ranks.config,
         dtype=dtype,
-        experts_implementation=run.train.experts_implementation if start.built else None,
+        experts_implementation=_experts_implementation(start, run, dtype) if start.built else None,
     )
+
+
+def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
+    """What the run asks for; else grouped products, where rows are multiples of the 16 bytes they need."""
+    if run.train.experts_implementation is not None:
+        return run.train.experts_implementation
+    assert start.built is not None
+    widths = [e.shape[-1] for e in loading.in_memory(start.built.native, start.entries).values() if len(e.shape) == 3]
+    itemsize = 2 if run.train.precision != "float32" else dtype.itemsize
+    return "grouped_mm" if all(width * itemsize % 16 == 0 for width in widths) else "eager"
 
 
 def plain_model(start: Start) -> PreTrainedModel:

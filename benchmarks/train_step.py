@@ -1,0 +1,217 @@
+"""Tokens/s of a training step: the MoE against the dense model of the same active FLOPs and transformers' own step.
+
+    python benchmarks/train_step.py [--size small|1b] [--rounds 8] [--out results.json]
+
+All contenders live in one process and take turns, a step each, in rotating order; ratios are of medians.
+`dense` has a feed-forward network top-k times as wide; `transformers` is the class's own loss (with its own
+balance loss), clip_grad_norm_ and torch.optim.AdamW, with the experts implementation it picks by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from upcycle.training import optimizer, start, step
+from upcycle.training.metrics import PEAKS
+from upcycle.training.parallel import ranks
+from upcycle.training.routing import Routers
+from upcycle.training.run import Run
+from upcycle.write import convert
+
+EXPERTS, TOP_K = 8, 2
+SIZES: dict[str, dict[str, int]] = {
+    # About 1.0 B active parameters as an 8-expert top-2 MoE, and what fills one GPU of 140 GB with Adam.
+    "1b": {"hidden": 2048, "width": 4096, "layers": 16, "heads": 16, "kv": 8, "vocabulary": 32000, "rows": 8, "length": 4096},
+    "small": {"hidden": 256, "width": 1024, "layers": 4, "heads": 4, "kv": 2, "vocabulary": 1024, "rows": 4, "length": 512},
+}  # fmt: skip
+
+
+def make_dense(folder: Path, size: dict[str, int], width: int) -> Path:
+    """A random Llama, saved as any other."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size["vocabulary"], hidden_size=size["hidden"], intermediate_size=width,
+        num_hidden_layers=size["layers"], num_attention_heads=size["heads"], num_key_value_heads=size["kv"],
+        max_position_embeddings=size["length"],
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> tuple[Callable[[], Any], int]:
+    """A step of `upcycle train`, and its active FLOPs per token."""
+    table: dict[str, Any] = {
+        "source": str(source),
+        "out": "unused",
+        "data": {"sources": [{"path": "unused.txt"}]},
+        "train": {
+            "steps": 1,
+            "batch_tokens": size["rows"] * size["length"],
+            "sequence_length": size["length"],
+            **({"experts_implementation": experts} if experts else {}),
+        },
+        "schedule": {"peak": 1e-4},
+        **({"moe": {"num_experts": EXPERTS, "top_k": TOP_K}} if moe else {}),
+    }
+    run = Run.of(table)
+    precision = "float32" if device().type == "cpu" else "mixed"
+    with ranks(run.parallel) as here:
+        begun = start.start_of(run)
+        model = start.model_of(begun, run, here, precision)
+        trainee = step.Trainee(
+            model=model,
+            optimizer=optimizer.make(model, run.train),
+            routers=Routers.of(model),
+            run=run,
+            ranks=here,
+            precision=precision,
+        )
+    rows = random_rows(size)
+    return lambda: step.train_step(trainee, rows, 0, 1e-4), begun.training_flops(size["length"])
+
+
+def theirs(folder: Path, size: dict[str, int]) -> Callable[[], None]:
+    """A training step as transformers and torch give it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_router_logits=True)
+    model = model.to(device()).train()
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
+    ids = random_rows(size)[:, :-1]
+
+    def run() -> None:
+        with torch.autocast(device().type, torch.bfloat16, enabled=device().type != "cpu"):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+
+    return run
+
+
+def random_rows(size: dict[str, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (size["rows"], size["length"] + 1)
+    return torch.randint(0, size["vocabulary"], shape, generator=generator).to(device())
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timed(contender: Callable[[], Any]) -> float:
+    """Seconds of one step, the device's work included."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    contender()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
+    """Every contender in turn; medians of tokens/s and ratios of the medians of a round."""
+    source = make_dense(work / "dense", size, size["width"])
+    wide = make_dense(work / "wide", size, TOP_K * size["width"])
+    convert(source, work / "moe", Run.of({**_MINIMAL, "source": str(source)}).recipe)  # type: ignore[arg-type]
+    contenders: dict[str, Callable[[], Any]] = {}
+    contenders["dense"], dense_flops = ours(wide, size, moe=False, experts=None)
+    contenders["upcycle"], flops = ours(source, size, moe=True, experts=None)
+    for name in ("grouped_mm", "eager"):
+        contenders[f"upcycle {name}"], _ = ours(source, size, moe=True, experts=name)
+    contenders["transformers"] = theirs(work / "moe", size)
+    for contender in contenders.values():
+        timed(contender)
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    memory: dict[str, int] = {}
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if device().type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+            seconds[name].append(timed(contenders[name]))
+            if device().type == "cuda":
+                memory[name] = torch.cuda.max_memory_allocated() - held
+    tokens = size["rows"] * size["length"]
+    speed = {name: tokens / statistics.median(s) for name, s in seconds.items()}
+
+    def ratio(a: str, b: str) -> dict[str, float]:
+        each = sorted(y / x for x, y in zip(seconds[a], seconds[b], strict=True))
+        return {"median": round(statistics.median(each), 3), "min": round(each[0], 3), "max": round(each[-1], 3)}
+
+    peak = None
+    if device().type == "cuda":
+        peak = next((p for n, p in PEAKS.items() if n in torch.cuda.get_device_name()), None)
+    return {
+        "size": size,
+        "experts": EXPERTS,
+        "top_k": TOP_K,
+        "rounds": rounds,
+        "device": torch.cuda.get_device_name() if device().type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "tokens_per_s": {name: round(s, 1) for name, s in speed.items()},
+        "active_training_flops_per_token": {"dense": dense_flops, "upcycle": flops},
+        "mfu": None if peak is None else {
+            name: round(s * (dense_flops if name == "dense" else flops) / peak, 4) for name, s in speed.items()
+        },
+        "activation_bytes": memory or None,
+        "upcycle_over_transformers": ratio("upcycle", "transformers"),
+        "upcycle_over_dense": ratio("upcycle", "dense"),
+        "grouped_mm_over_eager": ratio("upcycle grouped_mm", "upcycle eager"),
+    }  # fmt: skip
+
+
+_MINIMAL = {
+    "out": "unused", "moe": {"num_experts": EXPERTS, "top_k": TOP_K}, "schedule": {"peak": 1.0},
+    "data": {"sources": [{"path": "x"}]}, "train": {"steps": 1},
+}  # fmt: skip
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, on standard error")
+    parser.add_argument("--out", type=Path, help="where to write the result (default: standard output)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="upcycle-bench-") as work:
+        if options.profile:
+            source = make_dense(Path(work) / "dense", SIZES[options.size], SIZES[options.size]["width"])
+            contender, _ = ours(source, SIZES[options.size], moe=True, experts=None)
+            contender()
+            with torch.profiler.profile() as profile:
+                contender()
+            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15), file=sys.stderr)
+            return
+        result = measure(SIZES[options.size], options.rounds, Path(work))
+    text = json.dumps(result, indent=2) + "\n"
+    options.out.write_text(text) if options.out else sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
