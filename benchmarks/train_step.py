@@ -152,7 +152,11 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
 
     def ratio(a: str, b: str) -> dict[str, float]:
         each = sorted(y / x for x, y in zip(seconds[a], seconds[b], strict=True))
-        return {"median": round(statistics.median(each), 3), "min": round(each[0], 3), "max": round(each[-1], 3)}
+        return {
+            "median": round(statistics.median(each), 3),
+            "min": round(each[0], 3),
+            "max": round(each[-1], 3),
+        }
 
     peak = None
     if device().type == "cuda":
@@ -193,10 +197,14 @@ def processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, on standard error")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the time of a step goes, on standard error"
+    )
     parser.add_argument("--out", type=Path, help="where to write the result (default: standard output)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="upcycle-bench-") as work:

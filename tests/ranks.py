@@ -58,9 +58,7 @@ def loads(cases: list[tuple[str, dict[str, Any]]], layouts: list[Layout]) -> lis
             experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
             held = sum(optimizer.local(p).nbytes for p in model.parameters())
             total = sum(p.numel() * p.element_size() for p in model.parameters())
-            out.append(
-                {"digests": digests(model), "held": held / total, "read": read[0], "experts": experts}
-            )
+            out.append({"digests": digests(model), "held": held / total, "read": read[0], "experts": experts})
     return out
 
 
@@ -81,16 +79,16 @@ def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
     return Run.of(table)
 
 
-def trainee_of(run: Run, here: Any) -> step.Trainee:
+def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
     begun = start.start_of(run)
-    model = start.model_of(begun, run, here, "float32")
+    model = start.model_of(begun, run, here, precision)
     return step.Trainee(
         model=model,
         optimizer=optimizer.make(model, run.train),
         routers=Routers.of(model),
         run=run,
         ranks=here,
-        precision="float32",
+        precision=precision,
     )
 
 

@@ -1,4 +1,4 @@
-"""Several processes compute what one computes: loading, gradients, resuming; and no rank holds more than its part."""
+"""Several processes compute what one computes: loading, gradients, resuming; none holds more than its part."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ TWO = [{"fsdp": 2}, {"fsdp": 2, "ep": 2}, {"tp": 2}, {"tp": 2, "ep": 2}]
 FOUR = [
     {"fsdp": 2, "tp": 2, "ep": 4},
     {"fsdp": 4, "ep": 2},
-    {"fsdp": 4, "ep": 4},
     {"fsdp": 2, "tp": 2},
-    {"fsdp": 2, "tp": 2, "ep": 2},
 ]
 SHAPE = {"num_experts": 4, "top_k": 2}
 HALVES = {"num_experts": 8, "top_k": 4, "granularity": 2}
@@ -40,23 +38,23 @@ INITS = [
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_dense(tmp_path_factory.mktemp("parallel") / "llama", "llama"))
+    return str(make_dense(tmp_path_factory.mktemp("parallel") / "llama", "llama", num_hidden_layers=2))
 
 
 @pytest.fixture(scope="module")
 def cases(llama, tmp_path_factory):
-    """Recipes for every initialisation, and more families, with the digests of what `convert` makes of them."""
+    """Recipes for every initialisation and more families, and the digests of what `convert` makes of them."""
     folder = tmp_path_factory.mktemp("converted")
-    donor = str(make_dense(folder / "donor", "llama", seed=1))
+    donor = str(make_dense(folder / "donor", "llama", seed=1, num_hidden_layers=2))
     tables = []
     for init, moe in INITS:
         options = {"sources": [donor] * 3} if init["name"] == "branch_train_mix" else {}
         tables.append((llama, {"moe": moe, "init": {**init, **options}}))
-    narrow = str(make_dense(folder / "narrow", "qwen3", dtype="bfloat16"))
-    tables.append((narrow, {"moe": {**SHAPE, "layers": [1, 3]}, "init": {"name": "drop"}}))
-    shared = str(make_dense(folder / "qwen2", "qwen2"))
+    narrow = str(make_dense(folder / "narrow", "qwen3", dtype="bfloat16", num_hidden_layers=2))
+    tables.append((narrow, {"moe": {**SHAPE, "layers": [1]}, "init": {"name": "drop"}}))
+    shared = str(make_dense(folder / "qwen2", "qwen2", num_hidden_layers=2))
     tables.append((shared, {"moe": {**SHAPE, "shared_experts": 1}, "init": {"name": "copy"}}))
-    granite = str(make_dense(folder / "granite", "granite", dtype="float16"))
+    granite = str(make_dense(folder / "granite", "granite", dtype="float16", num_hidden_layers=2))
     tables.append((granite, {"moe": SHAPE, "init": {"name": "drop"}}))
     expected = []
     for number, (source, table) in enumerate(tables):
@@ -89,17 +87,16 @@ def test_load_is_convert_at_every_layout(cases, layouts):
 def same_gradients(found, reference, tolerance=1e-6):
     assert found["gradients"].keys() == reference["gradients"].keys()
     for name, wanted in reference["gradients"].items():
-        off = (found["gradients"][name] - wanted).abs().max() / wanted.abs().max()
-        # Keys' biases and the like have gradients of rounding size; router and experts are the promise.
-        assert off <= (tolerance if ".mlp." in name else 4 * tolerance), (name, float(off))
+        off = (found["gradients"][name] - wanted).norm() / wanted.norm()
+        # Rounding in float32; attention sums in another order under tensor parallelism.
+        assert off <= (tolerance if ".mlp." in name else 3 * tolerance), (name, float(off))
     assert torch.equal(found["counts"], reference["counts"])
     for key in ("loss", "norm", "balance", "z", "held_out"):
-        assert found[key] == pytest.approx(reference[key], rel=1e-6), key
+        assert found[key] == pytest.approx(reference[key], rel=tolerance), key
     assert found["router_norms"] == pytest.approx(reference["router_norms"], rel=1e-5)
 
 
 PIECES = {"train": {"micro_batch": 1}}
-NOISY = {"router": {"jitter": 0.1}}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +130,13 @@ def table(source: str, out: Path, text: Path, **changes) -> dict:
         "moe": SHAPE,
         "init": {"name": "drop", "ratio": 0.5},
         "data": {"sources": [{"path": str(text), "separator": "<|endoftext|>"}], "held_out": 0.1},
-        "train": {"steps": 6, "batch_tokens": 512, "sequence_length": 64, "eval_every": 3, "eval_tokens": 1024},
+        "train": {
+            "steps": 6,
+            "batch_tokens": 512,
+            "sequence_length": 64,
+            "eval_every": 3,
+            "eval_tokens": 1024,
+        },
         "schedule": {"peak": 1e-3, "warmup": 2},
         "checkpoint": {"every": 3, "keep": 3},
     }

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import resource
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forked
 import ranks
 from upcycle import Recipe, UpcycleError, cli, convert, families, verify
 from upcycle.checkpoint import Checkpoint
@@ -84,7 +81,9 @@ def test_inverse_sqrt_goes_on_where_the_dense_run_stopped():
     upcycled = Schedule(name="inverse_sqrt", peak=0.01, warmup=100, start_step=5000)
     whole = [dense.at(i, 10_000) for i in range(4998, 5010)]
     assert [upcycled.at(i - 5000, 10_000) for i in range(5000, 5010)] == whole[2:]
-    assert dense.at(9999, 10_000) == pytest.approx(0.01 * math.sqrt(100 / 10_000))  # T5: 1e-2 at 1e2, 1e-3 at 1e4
+    assert dense.at(9999, 10_000) == pytest.approx(
+        0.01 * math.sqrt(100 / 10_000)
+    )  # T5: 1e-2 at 1e2, 1e-3 at 1e4
 
 
 # --- balance -------------------------------------------------------------------------------------------------
@@ -135,7 +134,10 @@ def test_the_loss_is_that_of_switch_token_by_token():
         assert float(value) == pytest.approx(float(routing.pooled_loss([layer], 2)), rel=1e-5)
     # Parts of the batch add up, and so do their gradients, when the counts are those of the whole.
     (whole,) = torch.autograd.grad(found.mean(), logits[0], retain_graph=True)
-    halves = [routing.load_balancing_loss([x[part] for x in logits], counts, 40) for part in (slice(25), slice(25, 40))]
+    halves = [
+        routing.load_balancing_loss([x[part] for x in logits], counts, 40)
+        for part in (slice(25), slice(25, 40))
+    ]
     assert torch.allclose(halves[0] + halves[1], found, rtol=1e-6)
     (parts,) = torch.autograd.grad((halves[0] + halves[1]).mean(), logits[0])
     assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-9)
@@ -159,7 +161,9 @@ def test_biases_move_towards_the_idle():
 def reference(run: Run, stories: Path, folder: Path) -> list[float]:
     """The losses of transformers' own model, its own loss, torch's own AdamW and clipping, on the same rows."""
     tokens = prepare(run.data, stories, folder / "tokens", vocab_size=512)
-    batches = Batches(tokens, [1.0], length=run.train.sequence_length, held_out=run.data.held_out, seed=run.train_seed)
+    batches = Batches(
+        tokens, [1.0], length=run.train.sequence_length, held_out=run.data.held_out, seed=run.train_seed
+    )
     if run.recipe:
         convert(stories, folder / "moe", run.recipe)
     model = AutoModelForCausalLM.from_pretrained(folder / "moe" if run.recipe else stories).train()
@@ -172,7 +176,9 @@ def reference(run: Run, stories: Path, folder: Path) -> list[float]:
     for step in range(run.train.total_steps):
         rows = torch.from_numpy(batches.next(run.train.rows))
         options = {"output_router_logits": True} if run.recipe else {}
-        found = model(input_ids=rows[:, :-1], labels=rows[:, 1:], shift_labels=rows[:, 1:].contiguous(), **options)
+        found = model(
+            input_ids=rows[:, :-1], labels=rows[:, 1:], shift_labels=rows[:, 1:].contiguous(), **options
+        )
         entropy = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1), rows[:, 1:].flatten())
         loss = entropy + run.router.balance_loss_coef * (found.aux_loss if run.recipe else 0.0)
         loss.backward()
@@ -188,12 +194,14 @@ def reference(run: Run, stories: Path, folder: Path) -> list[float]:
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_a_run_is_what_transformers_and_torch_compute(kind, table, stories, tmp_path):
     """With the pooled loss, which transformers has as well."""
-    changes = {**MOE, "router": {"balance_loss": "pooled", "balance_loss_coef": 0.05}} if kind == "moe" else {}
+    changes = (
+        {**MOE, "router": {"balance_loss": "pooled", "balance_loss_coef": 0.05}} if kind == "moe" else {}
+    )
     run = Run.of(table(**changes))
     train(run)
     wanted = reference(run, stories, tmp_path)
     assert losses(Path(run.out)) == pytest.approx(wanted, abs=2e-5)
-    assert wanted[-1] < wanted[0]
+    assert max(wanted) - min(wanted) > 0.01  # the weights do change
 
 
 def test_metrics_say_what_happened(table, tmp_path):
@@ -208,7 +216,9 @@ def test_metrics_say_what_happened(table, tmp_path):
         assert r["tokens"] == r["step"] * 512
         assert r["lr"] == run.schedule.at(r["step"] - 1, 6)
         assert r["tokens_per_s"] == pytest.approx(512 / r["seconds"], rel=1e-3)
-        assert r["mfu"] == pytest.approx(r["tokens_per_s"] * about["training_flops_per_token"] / 1e12, abs=1e-5)
+        assert r["mfu"] == pytest.approx(
+            r["tokens_per_s"] * about["training_flops_per_token"] / 1e12, abs=1e-5
+        )
         assert [layer["layer"] for layer in r["layers"]] == [0, 1, 2, 3, 4]
         for layer in r["layers"]:
             assert sum(layer["load"]) == pytest.approx(1.0, abs=1e-4)
@@ -234,24 +244,20 @@ def test_a_run_resumed_is_the_run(table, tmp_path):
     ]
     assert made[0] == made[1]
     # And a step does change every parameter, so that the comparison says something.
-    before = ranks.restored(table(**changes), str(tmp_path / "whole" / "checkpoints" / "step-4"))["parameters"]
+    before = ranks.restored(table(**changes), str(tmp_path / "whole" / "checkpoints" / "step-4"))[
+        "parameters"
+    ]
     assert all(before[name] != after for name, after in made[0]["parameters"].items())
     # A finished run has nothing to go on with.
     assert train(Run.of(table(**changes, out=str(tmp_path / "again"))), resume=True).steps == 6
     assert len(losses(tmp_path / "again")) == 6
 
 
-def begin(made: dict) -> subprocess.Popen:
+def begin(made: dict) -> forked.ForkServerProcess:
     """`upcycle train --resume` of a table in a process of its own."""
     path = Path(made["out"]).with_suffix(".toml")
     path.write_text(toml(made))
-    return subprocess.Popen(
-        [sys.executable, "-m", "upcycle", "train", str(path), "--resume"],
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return forked.start(["train", str(path), "--resume"], path.with_suffix(".said"))
 
 
 def toml(table_: dict) -> str:
@@ -267,10 +273,10 @@ def toml(table_: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(condition, process: forked.ForkServerProcess, seconds: float = 100) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), "it ended by itself"
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.01)
 
@@ -278,32 +284,36 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
 def test_killed_three_times_and_terminated_once(table, tmp_path):
     """SIGKILL at three random moments, saving after every step, then SIGTERM: the losses are those of a run
     that nobody disturbed."""
-    steps = {"train": {"steps": 40, "batch_tokens": 2048}, "checkpoint": {"every": 1}}
-    calm = table(**MOE, **steps, out=str(tmp_path / "calm"))
+    steps = {"train": {"steps": 40, "batch_tokens": 1024}, "checkpoint": {"every": 1}}
+    calm = begin(table(**MOE, **steps, out=str(tmp_path / "calm")))
     made = table(**MOE, **steps, out=str(tmp_path / "run"))
     drawn = random.Random(0)
     for goal in (5, 12, 20):
         process = begin(made)
         wait_for(lambda goal=goal: len(read(tmp_path / "run")) >= goal, process)
-        time.sleep(drawn.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        time.sleep(drawn.random() * 0.2)
+        process.kill()
+        process.join()
         done = saving.latest(tmp_path / "run")
         assert done is not None
         assert int(done.name.removeprefix("step-")) >= len(read(tmp_path / "run")) - 1  # at most one interval
     process = begin(made)
     wait_for(lambda: len(read(tmp_path / "run")) >= 26, process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "stopped by SIGTERM after step" in err
-    assert "steps, loss" in out
+    process.terminate()
+    process.join()
+    assert process.exitcode == 0
+    said = (tmp_path / "run.said").read_text()
+    assert "stopped by SIGTERM after step" in said
+    assert "steps, loss" in said
     saved = saving.latest(tmp_path / "run")
     assert saved is not None
-    assert int(saved.name.removeprefix("step-")) == len(read(tmp_path / "run"))
-    train(Run.of(made), resume=True)
-    train(Run.of(calm))
+    assert int(saved.name.removeprefix("step-")) == len(read(tmp_path / "run")) < 40
+    process = begin(made)
+    for each in (process, calm):
+        each.join()
+        assert each.exitcode == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "calm")
+    assert len(losses(tmp_path / "run")) == 40
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
@@ -313,7 +323,9 @@ def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatc
     def limited(out, model, optimizer, state, here, keep):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         if state["step"] in full:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # writing more fails, as on a full disk
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (100_000, before[1])
+            )  # writing more fails, as on a full disk
         try:
             return real(out, model, optimizer, state, here, keep)
         finally:
@@ -328,7 +340,9 @@ def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatc
     assert [step for step, _ in saving.found(tmp_path / "run")] == [2, 6]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
     full = {4, 6}
-    with pytest.raises(UpcycleError, match=r"step 6 could not be saved .*step-2 is kept.*go on with --resume"):
+    with pytest.raises(
+        UpcycleError, match=r"step 6 could not be saved .*step-2 is kept.*go on with --resume"
+    ):
         train(Run.of(table(**MOE, out=str(tmp_path / "other"))))
     full = set()
     assert train(Run.of(table(**MOE, out=str(tmp_path / "other"))), resume=True).finished
@@ -393,7 +407,9 @@ def test_from_scratch_starts_as_transformers_does(model_type, moe, dense):
                 assert torch.equal(parameter, theirs), name
             continue
         error = 5 / math.sqrt(2 * parameter.numel())
-        assert float(parameter.std(correction=0) / theirs.std(correction=0)) == pytest.approx(1, abs=2 * error), name
+        assert float(parameter.std(correction=0) / theirs.std(correction=0)) == pytest.approx(
+            1, abs=2 * error
+        ), name
         assert abs(float(parameter.mean())) < 5 * float(theirs.std()) / math.sqrt(parameter.numel()), name
     flat = torch.cat([p.flatten() for p in model.parameters() if p.ndim > 1])
     assert len(flat.unique()) > 0.5 * len(flat)  # no two tensors from the same stream
@@ -447,7 +463,9 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, stories, tmp_pa
     for moment in start.MOMENTS:
         with Checkpoint.open(tmp_path / "trained" / "optimizer" / moment) as opened:
             tensor = {
-                n: torch.frombuffer(bytearray(opened.pread(t, 0, t.nbytes).tobytes()), dtype=torch.float32).view(t.shape)
+                n: torch.frombuffer(
+                    bytearray(opened.pread(t, 0, t.nbytes).tobytes()), dtype=torch.float32
+                ).view(t.shape)
                 for n, t in opened.tensors.items()
             }
         found = {n: trainee.optimizer.state[p] for n, p in trainee.model.named_parameters()}
@@ -456,7 +474,9 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, stories, tmp_pa
         assert gate_up.abs().max() > 0
         for e in range(4):
             assert torch.equal(found[f"{prefix}experts.gate_up_proj"][moment][e], gate_up)
-            assert torch.equal(found[f"{prefix}experts.down_proj"][moment][e], tensor[f"{prefix}down_proj.weight"])
+            assert torch.equal(
+                found[f"{prefix}experts.down_proj"][moment][e], tensor[f"{prefix}down_proj.weight"]
+            )
         assert not found[f"{prefix}gate.weight"][moment].any()
         attention = "model.layers.2.self_attn.q_proj.weight"
         assert torch.equal(found[attention][moment], tensor[attention])
@@ -464,7 +484,9 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, stories, tmp_pa
     assert train(run).finished
     assert read(tmp_path / "run")[0]["lr"] == pytest.approx(1e-3 * math.sqrt(3 / 7))
     # The dense run goes on as well, as if it had never stopped.
-    on = table(source=str(tmp_path / "trained"), optimizer={"carry_state": True}, out=str(tmp_path / "on"), **later)
+    on = table(
+        source=str(tmp_path / "trained"), optimizer={"carry_state": True}, out=str(tmp_path / "on"), **later
+    )
     assert train(Run.of(on)).finished
 
 
@@ -525,7 +547,9 @@ def test_other_peoples_folders(table, tmp_path):
     with pytest.raises(UpcycleError, match="holds a run already; go on with it with --resume"):
         train(Run.of(table(**MOE)))
     other = table(moe=MOE["moe"], init={"name": "drop", "ratio": 0.25})
-    with pytest.raises(UpcycleError, match=r"is of another run: it differs in init\.ratio \(0\.5 there, 0\.25 here\)"):
+    with pytest.raises(
+        UpcycleError, match=r"is of another run: it differs in init\.ratio \(0\.5 there, 0\.25 here\)"
+    ):
         train(Run.of(other), resume=True)
     with pytest.raises(UpcycleError, match="step-6 is of another run"):
         train(Run.of(table()), resume=True)
@@ -566,7 +590,9 @@ def test_the_command_line(table, tmp_path, capsys):
     assert "step 2, 844" in out or "step 2, " in out
     cli.main(["inspect", str(tmp_path / "out")])
     assert "trained for 2 steps, 1.02 k tokens" in capsys.readouterr().out
-    assert Recipe.of(json.loads((tmp_path / "out" / "upcycle.json").read_text())["recipe"]).moe.num_experts == 4
+    assert (
+        Recipe.of(json.loads((tmp_path / "out" / "upcycle.json").read_text())["recipe"]).moe.num_experts == 4
+    )
 
 
 def test_a_dense_export_is_admitted_as_a_source(table, tmp_path, capsys):

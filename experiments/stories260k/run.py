@@ -21,7 +21,11 @@ from upcycle.recipe import read_toml
 
 HERE = Path(__file__).parent
 MOE = {"moe": {"num_experts": 8, "top_k": 2}}
-DROP = {f"drop_{ratio}_{indices}": (ratio, indices) for ratio in (0.25, 0.5) for indices in ("shared", "independent")}
+DROP = {
+    f"drop_{ratio}_{indices}": (ratio, indices)
+    for ratio in (0.25, 0.5)
+    for indices in ("shared", "independent")
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "dense_equal_flops": {},
@@ -63,7 +67,9 @@ def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     per_token = record["training_flops_per_token"]
     curve = [[0, 0, lines[0]["held_out_start"]]]
-    curve += [[x["tokens"], x["tokens"] * per_token, x["held_out_loss"]] for x in lines if "held_out_loss" in x]
+    curve += [
+        [x["tokens"], x["tokens"] * per_token, x["held_out_loss"]] for x in lines if "held_out_loss" in x
+    ]
     for private in ("source", "out"):
         run[private] = Path(run[private]).name
     run["data"]["sources"][0]["path"] = Path(options.text).name

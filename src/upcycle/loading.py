@@ -162,7 +162,9 @@ def _layout(given: DistributedConfig | dict[str, Any], num_experts: int | None) 
 
     asked = given if isinstance(given, dict) else {}
     if asked.get("enable_expert_parallel") and not asked.get("ep_size"):
-        raise UpcycleError("enable_expert_parallel alone does nothing; set ep_size, with fsdp_size or tp_size")
+        raise UpcycleError(
+            "enable_expert_parallel alone does nothing; set ep_size, with fsdp_size or tp_size"
+        )
     try:
         layout = given if isinstance(given, DistributedConfig) else DistributedConfig(**given)
     except (TypeError, ValueError) as error:

@@ -28,7 +28,9 @@ class Source:
         if not 0 < self.weight < float("inf"):
             raise UpcycleError(f"data.sources weight = {self.weight} of {self.path}; it must be above 0")
         if self.separator == "":
-            raise UpcycleError(f'data.sources separator = "" of {self.path}; leave it out for one document a file')
+            raise UpcycleError(
+                f'data.sources separator = "" of {self.path}; leave it out for one document a file'
+            )
 
 
 def files(source: Source) -> list[Path]:
@@ -46,7 +48,9 @@ def files(source: Source) -> list[Path]:
     if not path.is_file():
         raise UpcycleError(f"no data at {path}")
     if _kind(path) is None:
-        raise UpcycleError(f"{path} is of no known kind; allowed: {', '.join(_READERS)}, a folder, hf:owner/name")
+        raise UpcycleError(
+            f"{path} is of no known kind; allowed: {', '.join(_READERS)}, a folder, hf:owner/name"
+        )
     return [path]
 
 
@@ -157,7 +161,9 @@ def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
             if isinstance(rows, datasets.DatasetDict):
                 rows = rows[source.split]
     except Exception as error:  # whatever the hub or the folder has against it, it is what there is to say
-        raise UpcycleError(f"{source.path} cannot be opened: {(str(error).splitlines() or [error])[0]}") from None
+        raise UpcycleError(
+            f"{source.path} cannot be opened: {(str(error).splitlines() or [error])[0]}"
+        ) from None
     for number, row in enumerate(rows):
         yield _field(row, source, f"{source.path}, row {number}"), True
 

@@ -52,9 +52,7 @@ def squared_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
     `torch.nn.utils.clip_grad_norm_` refuses tensors of more than one mesh.
     """
     names = list(gradients)
-    parts = torch.stack(
-        [torch.linalg.vector_norm(local(gradients[n]), dtype=torch.float32) for n in names]
-    ).square()
+    parts = torch.stack([_squared(local(gradients[n])) for n in names])
     kinds: dict[Any, list[int]] = defaultdict(list)
     for place, name in enumerate(names):
         kinds[_kind(gradients[name])].append(place)
@@ -70,6 +68,11 @@ def squared_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
                 dist.all_reduce(mine, group=mesh.get_group(dim))
         parts[places] = mine
     return dict(zip(names, parts.tolist(), strict=True))
+
+
+def _squared(part: Tensor) -> Tensor:
+    wide = torch.promote_types(part.dtype, torch.float32)
+    return torch.linalg.vector_norm(part, dtype=wide).double().square()
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ class Routers:
         if not self._on:  # not asked for, or a layer recomputed in the backward pass
             return
         logits, _, indices = output
-        self.logits.append(logits.float())
+        self.logits.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         self.indices.append(indices)
         self.num_experts, self.top_k = logits.shape[-1], indices.shape[-1]
 

@@ -128,7 +128,7 @@ def _scratch(name: str, entry: Entry, run: Run, dense: Dense) -> Entry:
 
 def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
     """The model in training mode, each rank with its own part. Leaves the source's files open for others."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)  # type: ignore[arg-type]
     model.config.use_cache = False
     if run.train.activation_checkpointing:
@@ -167,7 +167,11 @@ def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
     if run.train.experts_implementation is not None:
         return run.train.experts_implementation
     assert start.built is not None
-    widths = [e.shape[-1] for e in loading.in_memory(start.built.native, start.entries).values() if len(e.shape) == 3]
+    widths = [
+        e.shape[-1]
+        for e in loading.in_memory(start.built.native, start.entries).values()
+        if len(e.shape) == 3
+    ]
     itemsize = 2 if run.train.precision != "float32" else dtype.itemsize
     return "grouped_mm" if all(width * itemsize % 16 == 0 for width in widths) else "eager"
 

@@ -42,10 +42,10 @@ class Trainee:
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """The logits of rows of tokens [B, L + 1], for the L predictions of each: [B * L, V] in float32."""
+        """The logits of rows of tokens [B, L + 1], for the L predictions of each: [B * L, V], float32 at least."""
         with self.autocast():
             out = self.model(input_ids=rows[:, :-1], use_cache=False).logits
-        return out.flatten(0, 1).float()
+        return out.flatten(0, 1).to(torch.promote_types(out.dtype, torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
