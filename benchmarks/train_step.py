@@ -1,4 +1,4 @@
-"""Tokens/s of a training step: the MoE against the dense model of the same active FLOPs and transformers' own step.
+"""Tokens/s of a training step: MoE against dense of the same active FLOPs and transformers' own step.
 
     python benchmarks/train_step.py [--size small|1b] [--rounds 8] [--out results.json]
 
@@ -35,8 +35,14 @@ from upcycle.write import convert
 EXPERTS, TOP_K = 8, 2
 SIZES: dict[str, dict[str, int]] = {
     # About 1.0 B active parameters as an 8-expert top-2 MoE, and what fills one GPU of 140 GB with Adam.
-    "1b": {"hidden": 2048, "width": 4096, "layers": 16, "heads": 16, "kv": 8, "vocabulary": 32000, "rows": 8, "length": 4096},
-    "small": {"hidden": 256, "width": 1024, "layers": 4, "heads": 4, "kv": 2, "vocabulary": 1024, "rows": 4, "length": 512},
+    "1b": {
+        "hidden": 2048, "width": 4096, "layers": 16, "heads": 16, "kv": 8, "vocabulary": 32000,
+        "rows": 8, "length": 4096,
+    },
+    "small": {
+        "hidden": 256, "width": 1024, "layers": 4, "heads": 4, "kv": 2, "vocabulary": 1024,
+        "rows": 4, "length": 512,
+    },
 }  # fmt: skip
 
 
@@ -158,6 +164,7 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
             "max": round(each[-1], 3),
         }
 
+    flops_of = {name: dense_flops if name == "dense" else flops for name in names}
     peak = None
     if device().type == "cuda":
         peak = next((p for n, p in PEAKS.items() if n in torch.cuda.get_device_name()), None)
@@ -171,9 +178,7 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "tokens_per_s": {name: round(s, 1) for name, s in speed.items()},
         "active_training_flops_per_token": {"dense": dense_flops, "upcycle": flops},
-        "mfu": None if peak is None else {
-            name: round(s * (dense_flops if name == "dense" else flops) / peak, 4) for name, s in speed.items()
-        },
+        "mfu": None if peak is None else {n: round(s * flops_of[n] / peak, 4) for n, s in speed.items()},
         "activation_bytes": memory or None,
         "upcycle_over_transformers": ratio("upcycle", "transformers"),
         "upcycle_over_dense": ratio("upcycle", "dense"),

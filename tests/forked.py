@@ -1,4 +1,4 @@
-"""`upcycle` in a process of its own that need not import torch again: forked from one that did nothing else."""
+"""`upcycle` in a process of its own that need not import torch again: forked from one that did."""
 
 from __future__ import annotations
 

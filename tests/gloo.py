@@ -28,7 +28,7 @@ with open({folder!r} + "/" + os.environ["RANK"], "wb") as file:
 
 
 def run(world: int, function: str, *arguments: Any, timeout: float = 120) -> list[Any]:
-    """`function` ("module:name", of a module in this folder) on `world` processes; the result of each rank."""
+    """`function` ("module:name", a module of this folder) on `world` processes; the result of each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Several processes compute what one computes: loading, gradients, resuming; none holds more than its part."""
+"""Several processes compute what one computes: loading, gradients, resuming; each holds its part."""
 
 from __future__ import annotations
 

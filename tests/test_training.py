@@ -62,7 +62,7 @@ def losses(out: Path) -> list[float]:
     return [record["loss"] for record in read(out)]
 
 
-# --- the learning rate ---------------------------------------------------------------------------------------
+# --- the learning rate ---
 
 
 def test_schedules_are_their_formulas():
@@ -86,7 +86,7 @@ def test_inverse_sqrt_goes_on_where_the_dense_run_stopped():
     )  # T5: 1e-2 at 1e2, 1e-3 at 1e4
 
 
-# --- balance -------------------------------------------------------------------------------------------------
+# --- balance ---
 
 
 def collapsed(layers: int, experts: int, tokens: int) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -119,7 +119,7 @@ def test_perfect_balance_is_top_k():
 
 
 def test_the_loss_is_that_of_switch_token_by_token():
-    """Against loops over tokens and experts; and each layer alone is what transformers computes of one layer."""
+    """Against loops over tokens and experts; and each layer alone is what transformers computes of one."""
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(40, 6, generator=generator, requires_grad=True) for _ in range(3)]
     counts = torch.stack([torch.bincount(x.topk(2).indices.flatten(), minlength=6) for x in logits])
@@ -155,11 +155,11 @@ def test_biases_move_towards_the_idle():
     assert bias.tolist() == [pytest.approx([0.49, 0.01, 0.01, 0.01])]
 
 
-# --- a run ---------------------------------------------------------------------------------------------------
+# --- a run ---
 
 
 def reference(run: Run, stories: Path, folder: Path) -> list[float]:
-    """The losses of transformers' own model, its own loss, torch's own AdamW and clipping, on the same rows."""
+    """The losses of transformers' own model and loss, torch's own AdamW and clipping, on the same rows."""
     tokens = prepare(run.data, stories, folder / "tokens", vocab_size=512)
     batches = Batches(
         tokens, [1.0], length=run.train.sequence_length, held_out=run.data.held_out, seed=run.train_seed
@@ -385,7 +385,7 @@ def test_the_bias_of_a_router_that_has_one(dense, table, text, stories, tmp_path
         train(Run.of(table(**MOE, router={"bias_update_rate": 0.01}, out=str(tmp_path / "mixtral"))))
 
 
-# --- from scratch --------------------------------------------------------------------------------------------
+# --- from scratch ---
 
 
 @pytest.mark.parametrize("model_type", [m for m in families.names() if m != "qwen3_5_text"])
@@ -415,7 +415,7 @@ def test_from_scratch_starts_as_transformers_does(model_type, moe, dense):
     assert len(flat.unique()) > 0.5 * len(flat)  # no two tensors from the same stream
 
 
-# --- export and the optimizer's state ------------------------------------------------------------------------
+# --- export and the optimizer's state ---
 
 
 def test_export_is_what_convert_writes_and_every_client_opens(table, stories, tmp_path):
@@ -490,7 +490,7 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, stories, tmp_pa
     assert train(Run.of(on)).finished
 
 
-# --- mistakes ------------------------------------------------------------------------------------------------
+# --- mistakes ---
 
 BAD_RUNS = {
     "train.steps": ({"train": {"tokens": 5000}}, "either train.steps or train.tokens"),

@@ -248,11 +248,11 @@ def list_(*, json: bool = False) -> None:
 
 @app.command
 def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: int = 0) -> None:
-    """Train a small dense model on Python's own sources, upcycle it two ways, verify, and show the result.
+    """Train a small dense model on Python's own sources, upcycle it two ways, verify, train on, and compare.
 
     Args:
         out: folder for the checkpoints
-        seconds: how long to train
+        seconds: how long to train the dense model; training on takes about three times as long
         seed: of the training and the recipes
     """
     from upcycle.demo import run

@@ -10,8 +10,8 @@ from typing import Any
 from upcycle import advice
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import CHUNK, Checkpoint
-from upcycle.hub import peek
 from upcycle.families import Config
+from upcycle.hub import peek
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, lay_out
 from upcycle.source import Dense

@@ -1,7 +1,7 @@
 """`upcycle demo`: the whole job on one machine, with nothing but what Python and this package bring.
 
-Trains a small dense Llama on the standard library's own sources, saves it as an ordinary checkpoint,
-then plans, converts, verifies and compares.
+Trains a small dense Llama on the standard library's own sources, saves it as an ordinary checkpoint, converts
+and verifies it, and trains dense and MoE on at equal FLOPs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from upcycle.training.run import Run
+
 CORPUS_BYTES = 4_000_000
+HELD_OUT = 0.09  # of the continued training: all of it lies in the tenth that the dense training left out
+CONTINUED = 0.6  # steps of the MoE's continued training, of those of the dense training
 VOCABULARY, LENGTH, BATCH = 1024, 128, 8
 PEAK_LR, WARM_UP = 2e-3, 0.05  # of the time
 RECIPES: dict[str, dict[str, Any]] = {
@@ -46,6 +50,17 @@ class Row:
     proof: Proof | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Continued:
+    """One model trained on."""
+
+    name: str
+    tokens: int
+    flops: float
+    before: float  # held-out loss, nats per token
+    after: float
+
+
 def run(folder: Path, *, seconds: float, seed: int) -> list[Row]:
     """Train, upcycle and compare below `folder`, which must not exist yet."""
     if folder.exists():
@@ -56,7 +71,7 @@ def run(folder: Path, *, seconds: float, seed: int) -> list[Row]:
     out.print(f"corpus: {size(len(corpus))} of Python's standard library, the last tenth held out")
     dense = folder / "dense"
     try:
-        held_out = train(corpus, dense, seconds=seconds, seed=seed)
+        held_out, steps = train(corpus, dense, seconds=seconds, seed=seed)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -86,7 +101,71 @@ def run(folder: Path, *, seconds: float, seed: int) -> list[Row]:
             )
         )
     show(rows, folder)
+    (folder / "corpus.txt").write_text(corpus)
+    moe_steps = max(2, round(CONTINUED * steps))
+    moe = continued_run(folder, "copy", RECIPES["copy"], moe_steps, seed)
+    ratio = flops_per_token(moe) / flops_per_token(continued_run(folder, "dense", None, 1, seed))
+    runs = {"dense": continued_run(folder, "dense", None, round(ratio * moe_steps), seed)}
+    runs |= {name: continued_run(folder, name, recipe, moe_steps, seed) for name, recipe in RECIPES.items()}
+    show_continued([continue_training(name, run_) for name, run_ in runs.items()], folder)
     return rows
+
+
+def continued_run(folder: Path, name: str, recipe: dict[str, Any] | None, steps: int, seed: int) -> Run:
+    """`steps` more steps of the dense model, or of the MoE that `recipe` makes of it."""
+    from upcycle.training.run import Run
+
+    return Run.of(
+        {
+            "source": str(folder / "dense"),
+            "out": str(folder / "runs" / name),
+            "seed": seed,
+            **({"moe": {"num_experts": 8, "top_k": 2}, **recipe} if recipe else {}),
+            "data": {
+                "sources": [{"path": str(folder / "corpus.txt")}],
+                "held_out": HELD_OUT,
+                "append_eos": False,
+                "cache": str(folder / "runs" / "tokens"),
+            },
+            "train": {
+                "steps": steps,
+                "batch_tokens": BATCH * LENGTH,
+                "sequence_length": LENGTH,
+                "eval_every": steps,
+                "eval_tokens": 128 * LENGTH,
+            },
+            "schedule": {"peak": PEAK_LR / 2, "floor": PEAK_LR / 20, "warmup": max(1, steps // 20)},
+            "checkpoint": {"every": 0},
+            "log": {"every": 100},
+        }
+    )
+
+
+def flops_per_token(run_: Run) -> int:
+    """Active FLOPs of training on one token."""
+    from upcycle.training.start import start_of
+
+    begun = start_of(run_)
+    begun.dense.checkpoint.close()
+    return begun.training_flops(LENGTH)
+
+
+def continue_training(name: str, run_: Run) -> Continued:
+    """Train as `run_` says."""
+    from upcycle.training import metrics
+    from upcycle.training.loop import train as go
+
+    out.print(f"training on: {name}")
+    result = go(run_)
+    records = metrics.read(result.out)
+    assert result.held_out_loss is not None
+    return Continued(
+        name=f"8 experts, {name}" if run_.recipe else name,
+        tokens=records[-1]["tokens"],
+        flops=records[-1]["tokens"] * flops_per_token(run_),
+        before=records[0]["held_out_start"],
+        after=result.held_out_loss,
+    )
 
 
 def standard_library() -> str:
@@ -107,8 +186,8 @@ def standard_library() -> str:
     return "\n".join(texts)[:CORPUS_BYTES]
 
 
-def train(corpus: str, folder: Path, *, seconds: float, seed: int) -> torch.Tensor:
-    """Train a dense Llama for about `seconds` and save it; the held-out tokens, [N, L + 1]."""
+def train(corpus: str, folder: Path, *, seconds: float, seed: int) -> tuple[torch.Tensor, int]:
+    """Train a dense Llama for about `seconds` and save it; the held-out tokens, [N, L + 1], and the steps."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -152,7 +231,7 @@ def train(corpus: str, folder: Path, *, seconds: float, seed: int) -> torch.Tens
         f"{count(len(losses) * BATCH * LENGTH)} tokens"
     )
     save(model, tokenizer, folder)
-    return held_out
+    return held_out, len(losses)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -211,6 +290,22 @@ def show(rows: list[Row], folder: Path) -> None:
         f"copy computes what the dense model computes (loss {copy.loss - dense.loss:+.1e}); drop starts "
         f"{drop.loss - dense.loss:.2f} nats behind and has to be trained on."
     )
+
+
+def show_continued(rows: list[Continued], folder: Path) -> None:
+    """What continued training gave, as a table and one sentence."""
+    table = grid("\ntrained on", "model", "tokens", "training FLOPs", "held-out before", "held-out after")
+    for row in rows:
+        table.add_row(
+            row.name, count(row.tokens), f"{row.flops:.3g}", f"{row.before:.4f}", f"{row.after:.4f}"
+        )
+    out.print(table)
+    dense, *moes = rows
+    best = min(moes, key=lambda row: row.after)
+    gained = dense.after - best.after
     out.print(
-        f"checkpoints: {folder}/dense, {folder}/copy, {folder}/drop; try: upcycle inspect {folder}/drop"
+        f"At equal FLOPs the best MoE ({best.name}) ends at {best.after:.3f} nats per token and the dense "
+        f"model at {dense.after:.3f}: upcycling {'gained' if gained > 0 else 'lost'} {abs(gained):.3f} "
+        f"(one seed)."
     )
+    out.print(f"checkpoints: {folder}/dense, /copy, /drop; try: upcycle export {folder}/runs/copy trained")

@@ -40,8 +40,8 @@ def load(
     """The native MoE that `recipe` makes of the dense checkpoint `source` (folder or hub id), in memory.
 
     Parameters are bit-identical to those of `upcycle convert` followed by `from_pretrained`. Under a
-    `DistributedConfig` every rank calls it and reads its own slices. `dtype` is a torch dtype or its name; None
-    is that of the blueprint. Raises `UpcycleError` where source, recipe and layout do not fit.
+    `DistributedConfig` every rank calls it and reads its own slices. `dtype` is a torch dtype or its name;
+    None is that of the blueprint. Raises `UpcycleError` where source, recipe and layout do not fit.
     """
     built = blueprint(source, recipe)
     try:

@@ -161,9 +161,8 @@ def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
             if isinstance(rows, datasets.DatasetDict):
                 rows = rows[source.split]
     except Exception as error:  # whatever the hub or the folder has against it, it is what there is to say
-        raise UpcycleError(
-            f"{source.path} cannot be opened: {(str(error).splitlines() or [error])[0]}"
-        ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpcycleError(f"{source.path} cannot be opened: {reason}") from None
     for number, row in enumerate(rows):
         yield _field(row, source, f"{source.path}, row {number}"), True
 

@@ -166,7 +166,7 @@ tags: [{"mixture-of-experts, " if begun.built else ""}upcycled]
 # {run.out.rstrip("/").rpartition("/")[2]}
 
 A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state["step"]} steps of
-{run.train.batch_tokens:,} tokens: {begun.parameters:,} parameters, {begun.active_parameters:,} active per token.
+{run.train.batch_tokens:,} tokens. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
 
 | | nats per token |
 |---|---|

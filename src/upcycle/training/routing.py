@@ -90,7 +90,7 @@ class Routers:
 
         return hook
 
-    def _record(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _record(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         if not self._on:  # not asked for, or a layer recomputed in the backward pass
             return
         logits, _, indices = output
@@ -112,8 +112,8 @@ class Routers:
         ]
         if len(found) != len(self.modules):
             raise UpcycleError(
-                "router.bias_update_rate is set, and the routers of this architecture have no correction bias; "
-                "set it to 0, or take a target that has one (ernie4_5_moe)"
+                "router.bias_update_rate is set, and the routers of this architecture have no correction "
+                "bias; set it to 0, or take a target that has one (ernie4_5_moe)"
             )
         return found
 

@@ -175,7 +175,7 @@ class Run:
         for_recipe = {k: router.pop(k) for k in _RECIPE_ROUTER if k in router}
         made: dict[str, Any] = {"recipe": None}
         if "moe" in data:
-            sections = {k: data.pop(k) for k in ("moe", "init", "dtype") if k in data}
+            sections: dict[str, Any] = {k: data.pop(k) for k in ("moe", "init", "dtype") if k in data}
             made["recipe"] = Recipe.of(sections, router=for_recipe, seed=data.get("seed", 0))
         elif stray := [k for k in ("init", "dtype") if k in data] + [f"router.{k}" for k in for_recipe]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")

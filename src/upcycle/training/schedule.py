@@ -30,7 +30,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= self.peak < math.inf:
             raise UpcycleError(
-                f"schedule.peak = {self.peak:g} and schedule.floor = {self.floor:g}; 0 <= floor <= peak is needed"
+                f"schedule.peak = {self.peak:g} and schedule.floor = {self.floor:g}; it must be that "
+                f"0 <= floor <= peak"
             )
         for key in ("warmup", "decay", "start_step"):
             if getattr(self, key) < 0:

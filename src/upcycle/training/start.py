@@ -93,8 +93,8 @@ def start_of(run: Run) -> Start:
     if run.from_scratch:
         if dense.family.model_type in _UNKNOWN_SCRATCH:
             raise UpcycleError(
-                f"from_scratch = true does not know how {dense.family.model_type} starts its linear attention; "
-                f"it is offered for the other families"
+                f"from_scratch = true does not know how {dense.family.model_type} starts its linear "
+                f"attention; it is offered for the other families"
             )
         entries = {n: _scratch(n, e, run, dense) for n, e in entries.items()}
     return Start(
@@ -108,7 +108,7 @@ def start_of(run: Run) -> Start:
 
 
 def _scratch(name: str, entry: Entry, run: Run, dense: Dense) -> Entry:
-    """The tensor as transformers starts it: matrices N(0, initializer_range), norms the identity, biases 0."""
+    """The tensor as transformers starts it: matrices N(0, initializer_range), norms identity, biases 0."""
     deviation = dense.config.get("initializer_range", 0.02)
     lazy: Lazy
     if isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias")):
@@ -129,7 +129,7 @@ def _scratch(name: str, entry: Entry, run: Run, dense: Dense) -> Entry:
 def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
     """The model in training mode, each rank with its own part. Leaves the source's files open for others."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
-    model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)  # type: ignore[arg-type]
+    model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)
     model.config.use_cache = False
     if run.train.activation_checkpointing:
         _recompute(model)
@@ -193,8 +193,8 @@ def carry_state(
     folder = start.dense.checkpoint.folder / OPTIMIZER
     if not (folder / "state.json").is_file():
         raise UpcycleError(
-            f"optimizer.carry_state = true, and {start.dense.checkpoint.folder} has no {OPTIMIZER}/; make it with "
-            f"`upcycle export RUN OUT --optimizer`, or set it to false"
+            f"optimizer.carry_state = true, and {start.dense.checkpoint.folder} has no {OPTIMIZER}/; make it "
+            f"with `upcycle export RUN OUT --optimizer`, or set it to false"
         )
     if not start.dense.family.exact_when_narrow and start.built:
         raise UpcycleError(
@@ -203,14 +203,14 @@ def carry_state(
         )
     if run.recipe and not run.recipe.router.normalize:
         raise UpcycleError(
-            "optimizer.carry_state = true: without router.normalize the experts are scaled, and their moments "
-            "would have to be; set one of the two"
+            "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
+            "moments would have to be; set one of the two"
         )
     step = int(json.loads((folder / "state.json").read_text())["step"])
     for moment in MOMENTS:
         with Checkpoint.open(folder / moment) as stored:
             entries = _moments(stored, run)
-            shaped = _build(start, entries, run, ranks, torch.float32).to(ranks.device)  # type: ignore[arg-type]
+            shaped = _build(start, entries, run, ranks, torch.float32).to(ranks.device)
             given = dict(shaped.named_parameters())
             for name, parameter in model.named_parameters():
                 state = optimizer.state[parameter]

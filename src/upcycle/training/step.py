@@ -42,7 +42,7 @@ class Trainee:
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """The logits of rows of tokens [B, L + 1], for the L predictions of each: [B * L, V], float32 at least."""
+        """The logits of rows of tokens [B, L + 1] for their L predictions: [B * L, V], float32 at least."""
         with self.autocast():
             out = self.model(input_ids=rows[:, :-1], use_cache=False).logits
         return out.flatten(0, 1).to(torch.promote_types(out.dtype, torch.float32))
@@ -163,8 +163,8 @@ def _refuse_nonfinite(step: int, loss: float, squares: dict[str, float]) -> None
         return
     what = f"the first gradient that is not finite is that of {bad}" if bad else "no gradient is affected"
     raise UpcycleError(
-        f"step {step + 1}: the loss is {loss:g}; {what}. The weights were not updated and the last checkpoint "
-        f"is kept; lower schedule.peak, lengthen the warm-up, or look at the data of this step"
+        f"step {step + 1}: the loss is {loss:g}; {what}. The weights were not updated and the last "
+        f"checkpoint is kept; lower schedule.peak, lengthen the warm-up, or look at the data of this step"
     )
 
 
@@ -186,7 +186,7 @@ def held_out_loss(trainee: Trainee, rows: Tensor) -> float:
 
 
 def _parts(rows: Tensor, first: int, share: int, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Micro batches of this rank's share, and how many of their rows count: every rank runs as many passes."""
+    """Micro batches of this rank's share, and how many of their rows count: all ranks run as many passes."""
     for start in range(first, first + share, size):
         micro = rows[start : min(start + size, first + share)]
         real = len(micro)
