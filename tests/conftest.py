@@ -44,3 +44,23 @@ def tinystories() -> Path:
     if not text.is_file():
         pytest.skip(f"the text tinystories.txt is not at {text}")
     return text
+
+
+@pytest.fixture(scope="session")
+def trainable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint with a tokenizer, and stories for it in a file: real ones, or of the same shape where they
+    are not there."""
+    folder = tmp_path_factory.mktemp("trainable")
+    real, text = SHARED / "real" / "stories260k", SHARED / "real" / "text" / "tinystories.txt"
+    if real.is_dir() and text.is_file():
+        (folder / "text.txt").write_text(text.read_text()[:120_000])
+        return real, folder / "text.txt"
+    from tiny import make_bytes_tokenizer, make_dense
+
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5}
+    made = make_dense(folder / "dense", "llama", max_position_embeddings=512, **sizes)
+    make_bytes_tokenizer(made)
+    source = Path(pytest.__file__).parent.parent / "_pytest"
+    texts = [path.read_text() for path in sorted(source.glob("*.py"))]
+    (folder / "text.txt").write_text("<|endoftext|>".join(texts)[:120_000])
+    return made, folder / "text.txt"

@@ -147,11 +147,10 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_goes_on_at_another_layout(stories, tinystories, tmp_path):
+def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
     """fsdp2 x ep2 stopped after step 3, gone on as itself, as fsdp2, as tp2 x ep2 and on one process."""
-    text = tmp_path / "text.txt"
-    text.write_text(tinystories.read_text()[:60_000])
-    start = table(str(stories), tmp_path / "whole", text, parallel={"fsdp": 2, "ep": 2})
+    source, text = trainable
+    start = table(str(source), tmp_path / "whole", text, parallel={"fsdp": 2, "ep": 2})
     layouts = [{"fsdp": 2, "ep": 2}, {"fsdp": 2}, {"tp": 2, "ep": 2}]
     gloo.run(2, "ranks:trains", [(start, False)])
     jobs = []

@@ -31,22 +31,20 @@ HERE = Ranks(device=torch.device("cpu"))
 MOE = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "drop", "ratio": 0.5}}
 
 
-@pytest.fixture(scope="module")
-def text(tinystories, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "stories.txt"
-    path.write_text(tinystories.read_text()[:120_000])
-    return path
+@pytest.fixture
+def source(trainable) -> Path:
+    return trainable[0]
 
 
 @pytest.fixture
-def table(stories, text, tmp_path):
+def table(trainable, tmp_path):
     """A function that gives a run file on real weights and real text, as a table."""
 
     def make(**changes) -> dict:
         made = {
-            "source": str(stories),
+            "source": str(trainable[0]),
             "out": str(tmp_path / "run"),
-            "data": {"sources": [{"path": str(text), "separator": "<|endoftext|>"}], "held_out": 0.1},
+            "data": {"sources": [{"path": str(trainable[1]), "separator": "<|endoftext|>"}], "held_out": 0.1},
             "train": {"steps": 6, "batch_tokens": 512, "sequence_length": 64, "eval_every": 3},
             "schedule": {"peak": 1e-3, "warmup": 2},
             "checkpoint": {"every": 2, "keep": 3},
@@ -158,15 +156,15 @@ def test_biases_move_towards_the_idle():
 # --- a run ---
 
 
-def reference(run: Run, stories: Path, folder: Path) -> list[float]:
+def reference(run: Run, source: Path, folder: Path) -> list[float]:
     """The losses of transformers' own model and loss, torch's own AdamW and clipping, on the same rows."""
-    tokens = prepare(run.data, stories, folder / "tokens", vocab_size=512)
+    tokens = prepare(run.data, source, folder / "tokens", vocab_size=512)
     batches = Batches(
         tokens, [1.0], length=run.train.sequence_length, held_out=run.data.held_out, seed=run.train_seed
     )
     if run.recipe:
-        convert(stories, folder / "moe", run.recipe)
-    model = AutoModelForCausalLM.from_pretrained(folder / "moe" if run.recipe else stories).train()
+        convert(source, folder / "moe", run.recipe)
+    model = AutoModelForCausalLM.from_pretrained(folder / "moe" if run.recipe else source).train()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": run.train.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -192,14 +190,14 @@ def reference(run: Run, stories: Path, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_a_run_is_what_transformers_and_torch_compute(kind, table, stories, tmp_path):
+def test_a_run_is_what_transformers_and_torch_compute(kind, table, source, tmp_path):
     """With the pooled loss, which transformers has as well."""
     changes = (
         {**MOE, "router": {"balance_loss": "pooled", "balance_loss_coef": 0.05}} if kind == "moe" else {}
     )
     run = Run.of(table(**changes))
     train(run)
-    wanted = reference(run, stories, tmp_path)
+    wanted = reference(run, source, tmp_path)
     assert losses(Path(run.out)) == pytest.approx(wanted, abs=2e-5)
     assert max(wanted) - min(wanted) > 0.01  # the weights do change
 
@@ -367,10 +365,10 @@ def test_activation_checkpointing_and_bfloat16_train(table, tmp_path):
     assert pure.loss == pytest.approx(whole.loss, rel=5e-2)
 
 
-def test_the_bias_of_a_router_that_has_one(dense, table, text, stories, tmp_path):
-    source = dense("ernie4_5", vocab_size=512)
-    made = table(**MOE, source=str(source), router={"bias_update_rate": 0.01, "balance_loss_coef": 0.0})
-    made["data"] = {**made["data"], "tokenizer": str(stories)}
+def test_the_bias_of_a_router_that_has_one(dense, table, source, tmp_path):
+    ernie = dense("ernie4_5", vocab_size=512)
+    made = table(**MOE, source=str(ernie), router={"bias_update_rate": 0.01, "balance_loss_coef": 0.0})
+    made["data"] = {**made["data"], "tokenizer": str(source)}
     train(Run.of(made))
     out = export(tmp_path / "run", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(out.out)
@@ -418,11 +416,11 @@ def test_from_scratch_starts_as_transformers_does(model_type, moe, dense):
 # --- export and the optimizer's state ---
 
 
-def test_export_is_what_convert_writes_and_every_client_opens(table, stories, tmp_path):
+def test_export_is_what_convert_writes_and_every_client_opens(table, source, tmp_path):
     run = Run.of(table(**MOE))
     result = train(run)
     made = export(tmp_path / "run", tmp_path / "out")
-    convert(stories, tmp_path / "converted", run.recipe)
+    convert(source, tmp_path / "converted", run.recipe)
     with Checkpoint.open(tmp_path / "out") as a, Checkpoint.open(tmp_path / "converted") as b:
         assert {n: (t.shape, t.dtype) for n, t in a.tensors.items()} == {
             n: (t.shape, t.dtype) for n, t in b.tensors.items()
@@ -430,7 +428,7 @@ def test_export_is_what_convert_writes_and_every_client_opens(table, stories, tm
         assert a.config == b.config
     assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token_id == 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    tokens = prepare(run.data, stories, tmp_path / "run" / "tokens", vocab_size=512)
+    tokens = prepare(run.data, source, tmp_path / "run" / "tokens", vocab_size=512)
     batches = Batches(tokens, [1.0], length=64, held_out=0.1, seed=0)
     rows = torch.from_numpy(batches.held_out(262_144 // 64))
     with torch.inference_mode():
@@ -442,13 +440,13 @@ def test_export_is_what_convert_writes_and_every_client_opens(table, stories, tm
     assert record["training"][0]["step"] == made.step == 6
     assert record["training"][0]["held_out_loss"] == result.held_out_loss
     with pytest.raises(UpcycleError, match="was trained for 6 steps since it was built"):
-        verify(stories, tmp_path / "out")
+        verify(source, tmp_path / "out")
     earlier = export(tmp_path / "run", tmp_path / "earlier", step=2, dtype="bfloat16")
     assert earlier.step == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "earlier").dtype == torch.bfloat16
 
 
-def test_carried_moments_are_those_of_the_dense_run_tiled(table, stories, tmp_path):
+def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path):
     """A dense run, exported with its optimizer, upcycled: experts have its moments, routers none."""
     flat = {"schedule": {"name": "inverse_sqrt", "peak": 1e-3, "warmup": 3}}
     train(Run.of(table(out=str(tmp_path / "dense"), **flat)))

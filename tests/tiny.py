@@ -125,3 +125,18 @@ def make_dense(
                 p.copy_(noise * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.3))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+def make_bytes_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes in `folder`: <s> is 1 and stands before every text, </s> is 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The figure of this experiment, from `results.json`: held-out loss against tokens and against training FLOPs."""
+"""The figure of this experiment, from `results.json`: held-out loss against tokens and training FLOPs."""
 
 from __future__ import annotations
 
