@@ -1,38 +1,104 @@
-"""`upcycle` in a process of its own that need not import torch again: forked from one that did."""
+"""`upcycle` in processes of their own that need not import torch again: forks of a server that has.
+
+As a script, the server: a JSON line in is a command line to start or a process to ask after.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
+import signal
+import subprocess
 import sys
-from multiprocessing.context import ForkServerProcess
+import time
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-
-import upcycle.training.export
-import upcycle.training.loop  # noqa: F401  what a fork should find imported
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["forked"])
+from typing import Any
 
 
-def start(arguments: list[str], said: Path) -> ForkServerProcess:
-    """The command line with `arguments`; what it prints goes to the file `said`."""
-    process = _CONTEXT.Process(target=_main, args=(arguments, str(said)))
-    process.start()
-    return process
+class Server:
+    """Starts command lines, and knows how they ended."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, arguments: list[str], said: Path) -> int:
+        """The process of `upcycle ARGUMENTS`; what it prints goes to the file `said`."""
+        return int(self._ask({"start": arguments, "said": str(said)}))
+
+    def ended(self, process: int) -> int | None:
+        """How a process ended: its exit code, or minus the signal; None while it runs."""
+        code: int | None = self._ask({"ended": process})
+        return code
+
+    def wait(
+        self, process: int, until: Callable[[], bool] = lambda: False, seconds: float = 100
+    ) -> int | None:
+        """Wait for the end of a process, or before it for `until`."""
+        end = time.monotonic() + seconds
+        while (code := self.ended(process)) is None and not until():
+            assert time.monotonic() < end, "it takes too long"
+            time.sleep(0.01)
+        return code
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
 
 
-def _main(arguments: list[str], said: str) -> None:
-    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    torch.set_num_threads(1)
+def serve() -> None:
+    import upcycle.training.export
+    import upcycle.training.loop  # noqa: F401  what a fork should find imported
+
+    ended: dict[int, int] = {}
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "start" in question:
+            answer: int | None = os.fork()
+            if not answer:
+                _become(question["start"], question["said"])
+        else:
+            process = question["ended"]
+            found, status = (0, 0) if process in ended else os.waitpid(process, os.WNOHANG)
+            if found:
+                ended[process] = os.waitstatus_to_exitcode(status)
+            answer = ended.get(process)
+        print(json.dumps(answer), flush=True)
+
+
+def _become(arguments: list[str], said: str) -> None:
+    """Run the command line in this fork and end it."""
     from upcycle import cli
 
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    os.close(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    code: Any = 1
     try:
         cli.main(arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

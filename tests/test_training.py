@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import resource
+import signal
 import time
 from pathlib import Path
 
@@ -251,11 +253,11 @@ def test_a_run_resumed_is_the_run(table, tmp_path):
     assert len(losses(tmp_path / "again")) == 6
 
 
-def begin(made: dict) -> forked.ForkServerProcess:
-    """`upcycle train --resume` of a table in a process of its own."""
-    path = Path(made["out"]).with_suffix(".toml")
-    path.write_text(toml(made))
-    return forked.start(["train", str(path), "--resume"], path.with_suffix(".said"))
+@pytest.fixture(scope="module")
+def server():
+    started = forked.Server()
+    yield started
+    started.close()
 
 
 def toml(table_: dict) -> str:
@@ -271,48 +273,43 @@ def toml(table_: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def wait_for(condition, process: forked.ForkServerProcess, seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.is_alive(), "it ended by itself"
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.01)
-
-
-def test_killed_three_times_and_terminated_once(table, tmp_path):
+def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     """SIGKILL at three random moments, saving after every step, then SIGTERM: the losses are those of a run
     that nobody disturbed."""
-    steps = {"train": {"steps": 40, "batch_tokens": 1024}, "checkpoint": {"every": 1}}
-    calm = begin(table(**MOE, **steps, out=str(tmp_path / "calm")))
-    made = table(**MOE, **steps, out=str(tmp_path / "run"))
-    drawn = random.Random(0)
+    out, steps = tmp_path / "run", {"train": {"steps": 40, "batch_tokens": 1024}, "checkpoint": {"every": 1}}
+    for name in ("run", "calm"):
+        text = toml(table(**MOE, **steps, out=str(tmp_path / name)))
+        (tmp_path / f"{name}.toml").write_text(text)
+
+    def begin(name: str) -> int:
+        run_file = tmp_path / f"{name}.toml"
+        return server.start(["train", str(run_file), "--resume"], run_file.with_suffix(".said"))
+
+    calm, drawn = begin("calm"), random.Random(0)
     for goal in (5, 12, 20):
-        process = begin(made)
-        wait_for(lambda goal=goal: len(read(tmp_path / "run")) >= goal, process)
+        process = begin("run")
+        assert server.wait(process, lambda goal=goal: len(read(out)) >= goal) is None
         time.sleep(drawn.random() * 0.2)
-        process.kill()
-        process.join()
-        done = saving.latest(tmp_path / "run")
+        os.kill(process, signal.SIGKILL)
+        assert server.wait(process) == -signal.SIGKILL
+        done = saving.latest(out)
         assert done is not None
-        assert int(done.name.removeprefix("step-")) >= len(read(tmp_path / "run")) - 1  # at most one interval
-    process = begin(made)
-    wait_for(lambda: len(read(tmp_path / "run")) >= 26, process)
-    process.terminate()
-    process.join()
-    assert process.exitcode == 0
+        assert int(done.name.removeprefix("step-")) >= len(read(out)) - 1  # at most one interval
+    process = begin("run")
+    assert server.wait(process, lambda: len(read(out)) >= 26) is None
+    os.kill(process, signal.SIGTERM)
+    assert server.wait(process) == 0
     said = (tmp_path / "run.said").read_text()
     assert "stopped by SIGTERM after step" in said
     assert "steps, loss" in said
-    saved = saving.latest(tmp_path / "run")
+    saved = saving.latest(out)
     assert saved is not None
-    assert int(saved.name.removeprefix("step-")) == len(read(tmp_path / "run")) < 40
-    process = begin(made)
-    for each in (process, calm):
-        each.join()
-        assert each.exitcode == 0
-    assert losses(tmp_path / "run") == losses(tmp_path / "calm")
-    assert len(losses(tmp_path / "run")) == 40
-    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+    assert int(saved.name.removeprefix("step-")) == len(read(out)) < 40
+    assert server.wait(begin("run")) == 0
+    assert server.wait(calm) == 0
+    assert losses(out) == losses(tmp_path / "calm")
+    assert len(losses(out)) == 40
+    assert not list((out / "checkpoints").glob("*.partial"))
 
 
 def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatch, capsys):
