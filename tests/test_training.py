@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forked
 import ranks
-from upcycle import Recipe, UpcycleError, cli, convert, families, verify
+from upcycle import Recipe, UpcycleError, cli, convert, families, load, verify
 from upcycle.checkpoint import Checkpoint
 from upcycle.training import routing, saving, start
 from upcycle.training.batches import Batches
@@ -597,3 +598,63 @@ def test_a_dense_export_is_admitted_as_a_source(table, tmp_path, capsys):
     assert verify(tmp_path / "out", tmp_path / "moe", logits=False).holds
     cli.main(["inspect", str(tmp_path / "out")])
     assert "trained for 6 steps" in capsys.readouterr().out
+
+
+# --- what a person sees ---
+
+
+def test_sinks_get_every_step(table, monkeypatch):
+    seen: list[tuple[str, object]] = []
+
+    class Trackio:
+        init = staticmethod(lambda **options: seen.append(("init", options["name"])))
+        log = staticmethod(lambda values, step: seen.append(("log", (step, values["loss"]))))
+        finish = staticmethod(lambda: seen.append(("finish", None)))
+
+    monkeypatch.setitem(sys.modules, "trackio", Trackio)
+    run = Run.of(table(**MOE, log={"sinks": ["trackio"]}))
+    train(run)
+    wanted = list(enumerate(losses(Path(run.out)), start=1))
+    assert seen == [("init", "run"), *(("log", pair) for pair in wanted), ("finish", None)]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        UpcycleError, match=r"log\.sinks names wandb, which is not installed: pip install wandb"
+    ):
+        train(Run.of(table(log={"sinks": ["wandb"]}, out=run.out + "2")))
+
+
+def test_a_collapsed_layer_is_said_once(table, capsys):
+    """A router that cannot be moved sends everything to its two favourites in every layer."""
+    changes = {"router": {"init": "zeros", "balance_loss_coef": 0.0}, "schedule": {"peak": 0.0}}
+    run = Run.of(table(moe=MOE["moe"], init={"name": "copy"}, **changes))
+    train(run)
+    said = " ".join(capsys.readouterr().err.split())
+    for layer in range(5):
+        assert (
+            said.count(f"layer {layer} collapsed; its busiest expert takes 50% of the slots, 2 take none")
+            == 1
+        )
+    assert all(layer["collapsed"] for record in read(Path(run.out)) for layer in record["layers"])
+
+
+BAD_LOADS = {
+    "world": ({"fsdp_size": 2}, "ask for 2 process.* and there are 1; start as many with torchrun"),
+    "ep": ({"tp_size": 2, "ep_size": 3}, "distributed_config does not fit: .*ep_size"),
+    "nothing": ({"enable_expert_parallel": True}, "enable_expert_parallel alone does nothing; set ep_size"),
+    "key": ({"fsdp": 2}, "distributed_config does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LOADS)
+def test_layouts_that_load_refuses(name, source):
+    layout, message = BAD_LOADS[name]
+    with pytest.raises(UpcycleError, match=message):
+        load(source, Recipe.of(MOE), distributed_config=layout)
+
+
+def test_load_refuses_experts_that_cannot_be_shared_out(source, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UpcycleError, match="ep_size must divide the 4 experts"):
+        load(source, Recipe.of(MOE), distributed_config={"fsdp_size": 3, "ep_size": 3})
+    with pytest.raises(UpcycleError, match="dtype = 'int5'; allowed: "):
+        load(source, Recipe.of(MOE), dtype="int5")

@@ -273,7 +273,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"upcycle: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("upcycle: interrupted; a conversion goes on with --resume", file=sys.stderr)
+        print("upcycle: interrupted; convert and train go on with --resume", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)

@@ -151,7 +151,7 @@ def as_tensor(values: np.ndarray) -> torch.Tensor:
 
 def _dtype(given: str | torch.dtype) -> torch.dtype:
     found = given if isinstance(given, torch.dtype) else getattr(torch, given, None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UpcycleError(f"dtype = {given!r}; allowed: {', '.join(TORCH_NAMES.values())}")
     return found
 

@@ -19,9 +19,8 @@ from torch import Tensor
 import upcycle
 from upcycle.console import count
 from upcycle.errors import UpcycleError, listed
-from upcycle.training import metrics, optimizer, routing, saving, start, step
+from upcycle.training import corpus, metrics, optimizer, routing, saving, start, step
 from upcycle.training.batches import Batches
-from upcycle.training.corpus import prepare
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
@@ -57,7 +56,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
         out = Path(run.out)
         checkpoint = _claim(run, out, here, resume)
         if here.first:
-            tokens = _tokens(run, begun, out)
+            _tokens(run, begun, out)  # the others wait, and find the files
         here.barrier()
         tokens = _tokens(run, begun, out)
         batches = Batches(
@@ -287,9 +286,10 @@ def _record(run: Run, begun: Start, out: Path, precision: str) -> None:
     saving.write_text(out / RECORD, json.dumps(record, indent=2))
 
 
-def _tokens(run: Run, begun: Start, out: Path) -> list[Any]:
+def _tokens(run: Run, begun: Start, out: Path) -> list[corpus.Tokens]:
     cache = Path(run.data.cache) if run.data.cache else out / "tokens"
-    return prepare(run.data, begun.dense.checkpoint.folder, cache, vocab_size=begun.config["vocab_size"])
+    folder, size = begun.dense.checkpoint.folder, begun.config["vocab_size"]
+    return corpus.prepare(run.data, folder, cache, vocab_size=size)
 
 
 def _held_out(run: Run, batches: Batches, device: torch.device) -> Tensor | None:
