@@ -102,10 +102,9 @@ def _loop(
         begun.training_flops(run.train.sequence_length), metrics.peak_flops(run.log, here.device), here
     )
     try:
-        if state["step"] == 0 and held_out is not None and log is not None:
-            log.say(
-                f"{count(begun.parameters)} parameters, {count(begun.active_parameters)} active per token"
-            )
+        if log is not None:
+            active = count(begun.active_parameters)
+            log.say(f"{count(begun.parameters)} parameters, {active} active per token")
         if state["step"] == 0 and held_out is not None:
             state["held_out_loss"] = state["held_out_start"] = step.held_out_loss(trainee, held_out)
             if log is not None:
@@ -120,11 +119,7 @@ def _loop(
             state |= {"step": now + 1, "loss": outcome.loss, "batches": batches.state()}
             last = now + 1 == total
             record = _line(trainee, outcome, now + 1, lr) | rate.of(run.train.batch_tokens, seconds)
-            if (
-                held_out is not None
-                and run.train.eval_every
-                and (last or (now + 1) % run.train.eval_every == 0)
-            ):
+            if held_out is not None and (last or (now + 1) % run.train.eval_every == 0):
                 record["held_out_loss"] = state["held_out_loss"] = step.held_out_loss(trainee, held_out)
             if now == 0 and "held_out_start" in state:
                 record["held_out_start"] = state["held_out_start"]
