@@ -7,6 +7,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -361,6 +362,14 @@ def test_activation_checkpointing_and_bfloat16_train(table, tmp_path):
     assert mixed.loss == pytest.approx(whole.loss, rel=2e-2)
     assert mixed.loss != whole.loss
     assert pure.loss == pytest.approx(whole.loss, rel=5e-2)
+
+
+def test_a_compiled_run_is_the_run(table, tmp_path):
+    if not shutil.which("c++"):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    for compiled in (False, True):
+        train(Run.of(table(out=str(tmp_path / str(compiled)), **MOE, train={"steps": 3, "compile": compiled})))
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-6)
 
 
 def test_the_bias_of_a_router_that_has_one(dense, table, source, tmp_path):
