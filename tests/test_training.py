@@ -368,7 +368,9 @@ def test_a_compiled_run_is_the_run(table, tmp_path):
     if not shutil.which("c++"):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     for compiled in (False, True):
-        train(Run.of(table(out=str(tmp_path / str(compiled)), **MOE, train={"steps": 3, "compile": compiled})))
+        train(
+            Run.of(table(out=str(tmp_path / str(compiled)), **MOE, train={"steps": 3, "compile": compiled}))
+        )
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-6)
 
 
