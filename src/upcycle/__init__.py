@@ -2,13 +2,17 @@
 
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from upcycle.blueprints import blueprint
     from upcycle.cost import plan
     from upcycle.errors import UpcycleError
     from upcycle.loading import load
+    from upcycle.nn.models import open
     from upcycle.proof import verify
     from upcycle.recipe import Recipe
     from upcycle.training.export import export
@@ -16,7 +20,9 @@ if TYPE_CHECKING:
     from upcycle.write import convert
 
 __version__ = version("upcycle")
-__all__ = ["Recipe", "UpcycleError", "blueprint", "convert", "export", "load", "plan", "train", "verify"]
+__all__ = [
+    "Recipe", "UpcycleError", "blueprint", "convert", "export", "load", "open", "plan", "train", "verify",
+]  # fmt: skip
 
 _HOMES = {
     "Recipe": "recipe",
@@ -25,6 +31,7 @@ _HOMES = {
     "convert": "write",
     "export": "training.export",
     "load": "loading",
+    "open": "nn.models",
     "plan": "cost",
     "train": "training.loop",
     "verify": "proof",
@@ -36,3 +43,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'upcycle' has no attribute {name!r}")
     return getattr(import_module(f"upcycle.{_HOMES[name]}"), name)
+
+
+def _register(_: ModuleType) -> None:
+    import_module("upcycle.nn.configs").register()
+
+
+# AutoModel*.from_pretrained opens what upcycle wrote, whichever of the two is imported first; transformers is not
+# imported for it.
+register_post_import_hook(_register, "transformers.models.auto.configuration_auto")

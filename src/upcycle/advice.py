@@ -5,14 +5,20 @@ from __future__ import annotations
 from upcycle.blueprints import Blueprint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.errors import listed
+from upcycle.recipe import Recipe
 
 
 def warnings(built: Blueprint) -> list[str]:
     """Everything that may cost training time, or that another program will compute otherwise."""
     moe, router = built.recipe.moe, built.recipe.router
-    site = next(iter(built.sites.values()))
+    site = built.sites[0]
     out = list(built.recipe.init.warnings(site))
-    if moe.top_k == 1 and router.normalize:
+    if built.native.upcycled and any(s.layer == 0 for s in built.sites):
+        out.append(
+            "the first block is among those that become MoE, which was found to train badly (Sparse "
+            "Upcycling, B.4); leave it dense, as every_other and last_half do"
+        )
+    if router.name == "top_k" and moe.top_k == 1 and router.normalize:
         out.append(
             "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "
             "task; use top_k = 2 or more, or router.normalize = false where the target allows it"
@@ -22,12 +28,13 @@ def warnings(built: Blueprint) -> list[str]:
             "an all-zero router gives every expert the same score, and ties send every token to the same "
             "experts; use another init, or a small std"
         )
-    if not router.normalize:
-        out.append(
-            f"the router's weights are not renormalised: experts are scaled by N / K = "
-            f"{moe.num_experts / moe.top_k:g} and the function is kept only as far as the router is "
-            f"uniform (std {router.std:g})"
-        )
+    out += [note for part in _parts(built) if (note := _not_renormalised(part)) is not None]
+    for part in _parts(built):
+        if not part.router.reaches_all(part.moe.num_experts, part.moe.top_k):
+            out.append(
+                f"{part.router.name} with this capacity leaves some tokens without an expert: the layer adds "
+                f"nothing to them, and the function is not kept"
+            )
     if moe.shared_experts == 0 and built.shared_width:
         out.append(
             f"{built.native.model_type} cannot be without a shared expert: one of {built.shared_width} "
@@ -40,7 +47,7 @@ def warnings(built: Blueprint) -> list[str]:
         )
     for client, why in built.native.clients(built.config).items():
         out.append(f"{client} {why}: it will not reproduce this model's function")
-    if unknown := built.dense.unknown_keys:
+    if (unknown := built.dense.unknown_keys) and not built.native.upcycled:
         out.append(
             f"config.json has keys that a {built.dense.family.model_type} of transformers does not read; "
             f"left out: {listed(list(unknown), 5)}"
@@ -48,10 +55,32 @@ def warnings(built: Blueprint) -> list[str]:
     return out + built.dense.family.warnings(built.native.model_type)
 
 
+def _parts(built: Blueprint) -> list[Recipe]:
+    """The recipe of each stack that has MoE layers."""
+    return [built.recipe.at(name) for name in dict.fromkeys(site.stack for site in built.sites)]
+
+
+def _not_renormalised(part: Recipe) -> str | None:
+    """What follows where the weights of a token's experts do not sum to one."""
+    count, top_k = part.moe.num_experts, part.moe.top_k
+    if part.router.sums_to_one(count, top_k):
+        return None
+    factor = 1 / part.router.gate_sum(count, top_k)
+    if not part.router.rescale:
+        return (
+            f"the router's weights are not renormalised and experts are not rescaled: a layer starts with about "
+            f"1 / {factor:g} of the dense network's output"
+        )
+    return (
+        f"the router's weights are not renormalised: experts are scaled by N / K = {factor:g} and the function "
+        f"is kept only as far as the router is uniform (std {part.router.std:g})"
+    )
+
+
 def _misaligned(built: Blueprint) -> str | None:
     """Which rows of the experts do not begin at a multiple of 16 bytes, as torch's grouped_mm wants."""
     item = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
-    width = next(iter(built.sites.values())).width
+    width = built.sites[0].width
     for name, length in (("neurons", width), ("hidden units", built.dense.config["hidden_size"])):
         if length * item % 16:
             return f"rows of {length} {name} take {length * item} bytes, no multiple of 16"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upcycle import families, moe_layer, natives
+from upcycle import families, moe_layer, natives, upcycled
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
@@ -78,7 +78,7 @@ class Blueprint:
     native: Native
     config: Config  # config.json of the MoE
     entries: Mapping[str, Entry]
-    sites: Mapping[int, Site]  # by layer
+    sites: tuple[Site, ...]  # the blocks that became MoE, stack by stack
     shared_width: int  # neurons of the shared expert, 0 where there is none
 
     @property
@@ -113,14 +113,27 @@ class Blueprint:
     @property
     def preserves_function(self) -> bool:
         """Whether the MoE computes what the dense model computes, up to rounding."""
-        moe = self.recipe.moe
-        sums_to_one = self.recipe.router.normalize or moe.top_k == moe.num_experts
-        return all(
+        return all(self._preserves(site) for site in self.sites) and (
+            self._wide or self.native.upcycled or self.dense.family.exact_when_narrow
+        )
+
+    def _preserves(self, site: Site) -> bool:
+        router = self.recipe.at(site.stack).router
+        count, top_k = site.num_experts, site.top_k
+        return (
             self.recipe.init.preserves(site)
-            and (sums_to_one or site.uniform_router)
+            and router.reaches_all(count, top_k)
+            and (router.sums_to_one(count, top_k) or (site.uniform_router and router.rescale))
             and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))
-            for site in self.sites.values()
-        ) and (self._wide or self.dense.family.exact_when_narrow)
+        )
+
+    @property
+    def moe_layers(self) -> list[int] | dict[str, list[int]]:
+        """The numbers of the blocks that became MoE, by stack where there are several."""
+        by_stack: dict[str, list[int]] = {}
+        for site in self.sites:
+            by_stack.setdefault(site.stack, []).append(site.layer)
+        return by_stack["layers"] if list(by_stack) == ["layers"] else by_stack
 
     @property
     def _wide(self) -> bool:
@@ -139,9 +152,9 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     native = _target(dense, recipe)
     any_dtype = recipe.dtype != "source"
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
-    sites = moe_layer.sites(recipe, dense.config)
+    sites = moe_layer.sites(recipe, dense.family, dense.config)
     shared_width = moe_layer.shared_width(recipe, native, dense.config)
-    config = _config(dense, native, recipe, frozenset(sites), shared_width)
+    config = _config(dense, native, recipe, sites, shared_width)
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
         name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)
@@ -161,43 +174,75 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
 
 
 def _target(dense: Dense, recipe: Recipe) -> Native:
-    """The native architecture that the recipe names, if the dense model is exactly one of its kind."""
+    """The architecture that the recipe names, if the dense model is exactly one of its kind."""
     family, target = dense.family, recipe.moe.target
+    if target == upcycled.TARGET:
+        for stack in dense.stacks:
+            upcycled.refuse_look_ahead(stack, recipe.at(stack.name))
+        if recipe.decoder is not None and len(dense.stacks) == 1:
+            raise UpcycleError(f"[decoder] is for encoder-decoders; {family.model_type} has one stack of blocks")
+        return upcycled.target(family.model_type, dense.architecture, recipe)
+    if not family.natives:
+        raise UpcycleError(
+            f"{family.model_type} has no native MoE: {family.no_native}; use moe.target = {upcycled.TARGET}"
+        )
     name = family.natives[0] if target == "native" else target
     if name not in family.natives:
         if (reason := families.INEXACT.get((family.model_type, name))) is not None:
             raise UpcycleError(f"{family.model_type} -> {name} does not compute the same: {reason}")
-        allowed = ", ".join(family.natives)
+        allowed = ", ".join([*family.natives, upcycled.TARGET])
         raise UpcycleError(f"{family.model_type} cannot become {name!r} exactly; moe.target can be {allowed}")
     if reason := family.refusal(dense.config, name):
-        raise UpcycleError(f"this {family.model_type} checkpoint cannot become {name} exactly: {reason}")
+        raise UpcycleError(
+            f"this {family.model_type} checkpoint cannot become {name} exactly: {reason}; "
+            f"moe.target = {upcycled.TARGET} takes it"
+        )
     native = natives.find(name)
+    if recipe.decoder is not None:
+        raise UpcycleError(f"[decoder] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks")
+    if own := recipe.router.beyond_native():
+        raise UpcycleError(
+            f"{name} routes as transformers does and cannot keep {', '.join(own)}; use moe.target = "
+            f"{upcycled.TARGET}"
+        )
     if native.renormalizes == "always" and not recipe.router.normalize:
         raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
     return native
 
 
 def _tensors(
-    models: list[Dense], native: Native, recipe: Recipe, sites: Mapping[int, Site], shared_width: int
+    models: list[Dense], native: Native, recipe: Recipe, sites: tuple[Site, ...], shared_width: int
 ) -> dict[str, Lazy]:
     """Every tensor of the MoE; a name that two rules define is an error of ours."""
     family, config = models[0].family, models[0].config
     every: dict[str, Lazy] = {
         name: recipe.init.backbone([m.tensors[name] for m in models]) for name in models[0].tensors
     }
-    out = family.backbone(config, native.model_type, every)
-    for layer in range(config["num_hidden_layers"]):
-        if layer in sites:
-            networks = [m.feed_forward(layer) for m in models]
-            made = moe_layer.tensors(networks, sites[layer], recipe, native, shared_width)
-        else:
-            network = family.feed_forward(config, layer, every)
-            made = {f"mlp.{name}_proj.weight": m for name, m in network.matrices().items()}
-        for name, tensor in made.items():
-            full = f"model.layers.{layer}.{name}"
-            if full in out:
-                raise AssertionError(f"{full} is defined twice")
-            out[full] = tensor
+    chosen = {(site.stack, site.layer): site for site in sites}
+    if native.upcycled:
+        gone = [(stack, i) for stack in models[0].stacks for i in range(stack.count) if (stack.name, i) in chosen]
+        out = {n: t for n, t in every.items() if not any(stack.owns(n, i) for stack, i in gone)}
+    else:
+        out = family.backbone(config, native.model_type, every)
+    for stack in models[0].stacks:
+        part = recipe.at(stack.name)
+        if native.upcycled and recipe.decoder is not None:
+            native = upcycled.target(family.model_type, models[0].architecture, part)
+        for layer in range(stack.count):
+            if (stack.name, layer) in chosen:
+                networks = [m.feed_forward(layer, stack.name) for m in models]
+                made = moe_layer.tensors(networks, chosen[stack.name, layer], part, native, shared_width)
+            elif native.upcycled:
+                continue
+            else:
+                network = family.feed_forward(config, layer, every)
+                made = {f"mlp.{name}_proj.weight": m for name, m in network.matrices().items()}
+            prefix = stack.path.format(i=layer) if native.upcycled else f"model.layers.{layer}"
+            for name, tensor in made.items():
+                full = f"{prefix}.{name}"
+                if full in out:
+                    raise AssertionError(f"{full} is defined twice")
+                out[full] = tensor
     return out
 
 
@@ -216,17 +261,28 @@ def _in_order(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
 
     def place(name: str) -> tuple[int, list[tuple[int, str]]]:
         parts = [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
-        if name.startswith("model.layers."):
-            return parts[2][0], parts
-        return (-1 if "embed" in name else 1 << 30), parts
+        number = next((n for n, _ in parts if n >= 0), None)
+        if number is not None:
+            return number + (1 << 20) * name.startswith("decoder."), parts
+        return (-1 if "embed" in name or name == "shared.weight" else 1 << 30), parts
 
     return {name: tensors[name] for name in sorted(tensors, key=place)}
 
 
 def _config(
-    dense: Dense, native: Native, recipe: Recipe, layers: frozenset[int], shared_width: int
+    dense: Dense, native: Native, recipe: Recipe, sites: tuple[Site, ...], shared_width: int
 ) -> Config:
     """config.json of the MoE, but for its dtype."""
+    if native.upcycled:
+        entries = []
+        for stack in dense.stacks:
+            mine = [site for site in sites if site.stack == stack.name]
+            if mine:
+                network = dense.feed_forward(mine[0].layer, stack.name)
+                entries.append(upcycled.entry(stack, mine, recipe.at(stack.name), network, shared_width))
+        return upcycled.config(
+            dense.checkpoint.config, dense.family.model_type, dense.architecture, entries
+        )
     config = native.config(
         dense.family.native_config(dense.config, native.model_type),
         num_experts=recipe.moe.num_experts,
@@ -236,6 +292,7 @@ def _config(
         shared_experts=recipe.moe.shared_experts,
         shared_width=shared_width,
     )
+    layers = frozenset(site.layer for site in sites)
     if native.dense_layers is not None:
         chosen = native.dense_layers(dense.config, layers)
         if isinstance(chosen, str):
@@ -243,7 +300,7 @@ def _config(
         return config | chosen
     if len(layers) != dense.config["num_hidden_layers"]:
         raise UpcycleError(
-            f"{native.model_type} has experts in every layer and cannot keep dense ones; "
-            f"use moe.layers = all, or a family whose target can (qwen2, qwen3, ernie4_5, cohere2)"
+            f"{native.model_type} has experts in every layer and cannot keep dense ones; use moe.layers = all, "
+            f"moe.target = {upcycled.TARGET}, or a family whose target can (qwen2, qwen3, ernie4_5, cohere2)"
         )
     return config

@@ -10,7 +10,6 @@ from typing import Any
 from upcycle import advice
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import CHUNK, Checkpoint
-from upcycle.families import Config
 from upcycle.hub import peek
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, lay_out
@@ -31,7 +30,7 @@ class Plan:
     family: str
     target: str
     num_layers: int
-    moe_layers: list[int]
+    moe_layers: list[int] | dict[str, list[int]]
     num_experts: int
     top_k: int
     expert_width: int
@@ -67,27 +66,24 @@ def plan(
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
     """The plan of a blueprint."""
     moe, dense = built.recipe.moe, built.dense.config
-    width = dense["intermediate_size"] // moe.granularity
-    hidden, layers = dense["hidden_size"], len(built.sites)
-    idle = layers * (moe.num_experts - moe.top_k) * 3 * hidden * width
+    idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
-    dense_total = sum(math.prod(shape) for shape in built.dense.family.shapes(dense).values())
-    products = _in_products({n: e.shape for n, e in built.entries.items()}) + _tied_head(dense)
+    shapes = {n: e.shape for n, e in built.entries.items()}
     return Plan(
         source=str(built.source.folder),
         family=built.dense.family.model_type,
         target=built.native.model_type,
         num_layers=dense["num_hidden_layers"],
-        moe_layers=sorted(built.sites),
+        moe_layers=built.moe_layers,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
-        expert_width=width,
+        expert_width=dense["intermediate_size"] // moe.granularity,
         shared_width=built.shared_width,
-        dense_parameters=dense_total,
+        dense_parameters=sum(t.size for t in built.dense.tensors.values()),
         total_parameters=total,
-        active_parameters=total - idle,
+        active_parameters=total - idle.parameters,
         dense_flops_per_token=flops_per_token(built.dense),
-        flops_per_token=2 * (products - idle),
+        flops_per_token=2 * (_in_products(shapes) + _tied_head(built.dense) - idle.in_products),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
         peak_memory_bytes=peak_memory(built, jobs),
         blueprint_hash=built.hash,
@@ -96,20 +92,55 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Idle:
+    """What a token does not meet of the experts, on average: weights, and those of them in matrix products."""
+
+    parameters: int
+    in_products: int
+
+
+def idle_weights(built: Blueprint) -> Idle:
+    """Weights of the experts that a token does not use, in all layers together."""
+    length = built.dense.family.length(built.dense.config)
+    parameters, products = 0.0, 0.0
+    for site in built.sites:
+        router = built.recipe.at(site.stack).router
+        unused = site.num_experts - router.experts_per_token(site.num_experts, site.top_k, length)
+        network = built.dense.feed_forward(site.layer, site.stack)
+        matrices = len(network.matrices()) * network.hidden * site.width
+        biases = {name: site.width for name in network.biases()} | {"down_bias": network.hidden}
+        products += unused * matrices
+        parameters += unused * (matrices + sum(biases[name] for name in network.biases()))
+    return Idle(parameters=round(parameters), in_products=round(products))
+
+
 def flops_per_token(dense: Dense) -> int:
     """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
-    return 2 * (_in_products(dense.family.shapes(dense.config)) + _tied_head(dense.config))
+    return 2 * (_in_products({n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
 
 
-def _tied_head(config: Config) -> int:
-    """Weights of a head that is the embedding, and so not among the tensors."""
-    return int(config["vocab_size"] * config["hidden_size"]) if config["tie_word_embeddings"] else 0
+def _tied_head(dense: Dense) -> int:
+    """Weights of a head over the vocabulary that is the embedding, and so not among the tensors."""
+    c = dense.config
+    tied = c["tie_word_embeddings"] and "lm_head.weight" not in dense.tensors
+    return int(c["vocab_size"] * c["hidden_size"]) if tied and dense.has_language_head else 0
+
+
+# Looked up, or used once for a whole row.
+_NOT_BY_TOKEN = (
+    "embed_tokens", "word_embeddings", "position_embeddings", "token_type_embeddings", "shared.weight",
+    "relative_attention_bias", "cls_token", "distillation_token", "mask_token", "pooler.", "classifier.",
+    "seq_relationship.", "_bias",
+)  # fmt: skip
 
 
 def _in_products(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Weights that a token meets in a matrix product: every matrix but the embedding."""
+    """Weights that a token meets in a matrix product."""
     return sum(
-        math.prod(shape) for name, shape in shapes.items() if len(shape) > 1 and "embed_tokens" not in name
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if len(shape) > 1 and not any(part in name for part in _NOT_BY_TOKEN)
     )
 
 

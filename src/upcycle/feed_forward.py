@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from upcycle.computed import Affine
 from upcycle.lazy import Lazy, Slice, Take
@@ -12,41 +12,72 @@ from upcycle.positions import Positions
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward:
-    """down(act(gate x) * (up x)), with gate and up [I, H] and down [H, I].
+    """down(act(gate x) * (up x)), with gate and up [I, H] and down [H, I]; plain networks have no gate.
 
-    Neuron i is row i of gate and up and column i of down.
+    Neuron i is row i of gate and up and column i of down. Biases, where there are any, are [I] for gate and
+    up, [H] for down.
     """
 
-    gate: Lazy
     up: Lazy
     down: Lazy
+    gate: Lazy | None = None
+    gate_bias: Lazy | None = None
+    up_bias: Lazy | None = None
+    down_bias: Lazy | None = None
 
     NEURON_AXES = {"gate": 0, "up": 0, "down": 1}  # where the neurons lie in each matrix
+    BIASES = ("gate_bias", "up_bias", "down_bias")
 
     @property
     def width(self) -> int:
         """The number of neurons, I."""
-        return self.gate.shape[0]
+        return self.up.shape[0]
 
-    def map(self, change: Callable[[str, int, Lazy], Lazy]) -> FeedForward:
-        """`change(matrix name, neuron axis, matrix)` applied to each matrix."""
-        return FeedForward(
-            **{name: change(name, axis, getattr(self, name)) for name, axis in self.NEURON_AXES.items()}
-        )
+    @property
+    def hidden(self) -> int:
+        """The size of what goes in and comes out, H."""
+        return self.up.shape[1]
 
     def matrices(self) -> dict[str, Lazy]:
-        """gate, up and down by name."""
-        return {name: getattr(self, name) for name in self.NEURON_AXES}
+        """gate (where there is one), up and down by name."""
+        return {name: m for name in self.NEURON_AXES if (m := getattr(self, name)) is not None}
+
+    def biases(self) -> dict[str, Lazy]:
+        """The biases that there are, by name."""
+        return {name: b for name in self.BIASES if (b := getattr(self, name)) is not None}
+
+    def map(self, change: Callable[[str, int, Lazy], Lazy]) -> FeedForward:
+        """`change(matrix name, neuron axis, matrix)` applied to each matrix; biases stay."""
+        made = {n: change(n, self.NEURON_AXES[n], m) for n, m in self.matrices().items()}
+        return replace(self, **made)
+
+    def _rearranged(self, change: Callable[[int, Lazy], Lazy]) -> FeedForward:
+        """`change(neuron axis, tensor)` applied to all that neurons lie in."""
+        biases = {n: change(0, b) for n, b in self.biases().items() if n != "down_bias"}
+        return replace(self.map(lambda _, axis, m: change(axis, m)), **biases)
 
     def neurons(self, start: int, stop: int) -> FeedForward:
         """Neurons `start` to `stop`."""
-        return self.map(lambda _, axis, m: Slice(m, axis, start, stop))
+        return self._rearranged(lambda axis, t: Slice(t, axis, start, stop))
 
     def take(self, positions: Positions) -> FeedForward:
         """The given neurons, in the given order."""
-        return self.map(lambda _, axis, m: Take(m, axis, positions))
+        return self._rearranged(lambda axis, t: Take(t, axis, positions))
 
-    def scaled(self, *, gate: float = 1.0, up: float = 1.0, down: float = 1.0) -> FeedForward:
-        """Each matrix times a factor; a factor of one leaves the matrix as it is."""
+    def scaled(
+        self, *, gate: float = 1.0, up: float = 1.0, down: float = 1.0, down_bias: float = 1.0
+    ) -> FeedForward:
+        """Each tensor times a factor, biases of gate and up with theirs; a factor of one leaves it as it is."""
         factors = {"gate": gate, "up": up, "down": down}
-        return self.map(lambda name, _, m: m if factors[name] == 1.0 else Affine(m, scale=factors[name]))
+        factors |= {"gate_bias": gate, "up_bias": up, "down_bias": down_bias}
+        tensors = self.matrices() | self.biases()
+        return replace(
+            self, **{n: Affine(t, scale=factors[n]) for n, t in tensors.items() if factors[n] != 1.0}
+        )
+
+    @staticmethod
+    def merged(networks: list[FeedForward], merge: Callable[[list[Lazy]], Lazy]) -> FeedForward:
+        """One network, each tensor of it `merge` of those of all."""
+        first = networks[0]
+        names = [*first.matrices(), *first.biases()]
+        return replace(first, **{n: merge([getattr(network, n) for network in networks]) for n in names})

@@ -65,6 +65,8 @@ def in_memory(native: Native, entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
     Under the names on disk the loader would read every expert on every rank and stack them afterwards.
     """
+    if native.upcycled:
+        return dict(entries)  # held as they are stored
     layers: dict[str, dict[str, Entry]] = {}
     out: dict[str, Entry] = {}
     for name, entry in entries.items():
@@ -92,18 +94,18 @@ def build(
     experts_implementation: str | None = None,
     num_experts: int | None = None,
 ) -> PreTrainedModel:
-    """A model of the transformers class `architecture`, each of its parameters read from `tensors`.
+    """A model of the class `architecture` of transformers or an upcycled one, each of its parameters read from `tensors`.
 
     Raises `UpcycleError` where the layout does not fit; a parameter that nothing defines is an error of ours.
     """
-    import transformers
+    from upcycle.nn import models
 
     options: dict[str, Any] = {}
     if distributed_config is not None:
         options["distributed_config"] = _layout(distributed_config, num_experts)
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
-    cls = getattr(transformers, architecture)
+    cls = models.architecture(architecture)
     kept = {k: v for k, v in config.items() if k != "torch_dtype"}
     made = cls.config_class.from_dict(kept)
     with quiet(), _one_by_one():

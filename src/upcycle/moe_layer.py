@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from upcycle.computed import Drawn, Fill
 from upcycle.errors import UpcycleError
-from upcycle.families import Config
+from upcycle.families import Config, Family, Stack
 from upcycle.feed_forward import FeedForward
 from upcycle.init import Site
 from upcycle.lazy import Lazy, Take
@@ -20,34 +21,40 @@ NARROW = 128  # neurons of a shared expert that must exist and was not asked for
 SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exactly 0 (NaN in llama.cpp)
 
 
-def sites(recipe: Recipe, config: Config) -> dict[int, Site]:
-    """The layers that become MoE, checked for what the initialisation and the router need."""
-    moe, router = recipe.moe, recipe.router
-    if router.init == "grouped" and moe.num_experts % moe.granularity:
-        raise UpcycleError(
-            f"router.init = grouped needs moe.num_experts to be a multiple of moe.granularity; "
-            f"{moe.num_experts} is no multiple of {moe.granularity}"
-        )
-    out = {}
-    for layer in chosen_layers(recipe, config["num_hidden_layers"]):
-        out[layer] = Site(
-            layer=layer,
-            num_experts=moe.num_experts,
-            top_k=moe.top_k,
-            granularity=moe.granularity,
-            dense_width=config["intermediate_size"],
-            seed=recipe.seed,
-            grouped_router=router.init == "grouped",
-            uniform_router=router.init == "zeros" or router.std == 0,
-            gate_sum=1.0 if router.normalize else moe.top_k / moe.num_experts,
-        )
-        recipe.init.check(out[layer])
-    return out
+def sites(recipe: Recipe, family: Family, config: Config) -> tuple[Site, ...]:
+    """The blocks that become MoE, stack by stack, checked for what the initialisation and the router need."""
+    out = []
+    for stack in family.stacks(config):
+        part = recipe.at(stack.name)
+        moe, router = part.moe, part.router
+        if router.init == "grouped" and moe.num_experts % moe.granularity:
+            raise UpcycleError(
+                f"router.init = grouped needs moe.num_experts to be a multiple of moe.granularity; "
+                f"{moe.num_experts} is no multiple of {moe.granularity}"
+            )
+        for layer in chosen_layers(part, stack):
+            site = Site(
+                stack=stack.name,
+                layer=layer,
+                num_experts=moe.num_experts,
+                top_k=moe.top_k,
+                granularity=moe.granularity,
+                dense_width=config["intermediate_size"],
+                seed=recipe.seed,
+                grouped_router=router.init == "grouped",
+                uniform_router=router.init == "zeros" or router.std == 0,
+                gate_sum=router.gate_sum(moe.num_experts, moe.top_k) if router.rescale else 1.0,
+            )
+            recipe.init.check(site)
+            out.append(site)
+    if not out:
+        raise UpcycleError("moe.layers chooses no layer; the result would be the dense model")
+    return tuple(out)
 
 
-def chosen_layers(recipe: Recipe, count: int) -> list[int]:
-    """The layers of `moe.layers`: every_other is 1, 3, 5, ...; last_half those from count // 2 on."""
-    layers = recipe.moe.layers
+def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
+    """The blocks of `moe.layers`: every_other is 1, 3, 5, ...; last_half those from count // 2 on."""
+    layers, count = recipe.moe.layers, stack.count
     if layers == "all":
         chosen = list(range(count))
     elif layers == "every_other":
@@ -57,9 +64,8 @@ def chosen_layers(recipe: Recipe, count: int) -> list[int]:
     else:
         chosen = sorted(set(layers))
         if wrong := [i for i in chosen if not 0 <= i < count]:
-            raise UpcycleError(f"moe.layers has {wrong}; the model has layers 0 to {count - 1}")
-    if not chosen:
-        raise UpcycleError("moe.layers chooses no layer; the result would be the dense model")
+            where = "model" if stack.name == "layers" else stack.name
+            raise UpcycleError(f"moe.layers has {wrong}; the {where} has layers 0 to {count - 1}")
     return chosen
 
 
@@ -95,13 +101,15 @@ def tensors(
 
     `networks` are the layer's feed-forward networks in the dense checkpoints, the source first.
     """
-    hidden, dtype = networks[0].gate.shape[1], networks[0].down.dtype
+    hidden, dtype = networks[0].hidden, networks[0].down.dtype
     asked = recipe.moe.shared_experts > 0
     halved = asked and native.shared is not None and native.shared.combine in ("gated", "sum")
     gate, up, down = factors(recipe, site)
+    half = 0.5 if halved else 1.0
+    # What a token's experts add up to has the bias once, whatever share of the network each of them is.
+    scales = {"gate": gate, "up": up, "down": down * half, "down_bias": half / site.gate_sum}
     experts = [
-        recipe.init.expert(networks, e, site).scaled(gate=gate, up=up, down=down * (0.5 if halved else 1.0))
-        for e in range(site.num_experts)
+        recipe.init.expert(networks, e, site).scaled(**scales) for e in range(site.num_experts)
     ]
     out = {native.router: router(recipe, site, hidden, dtype), **native.layout.write(experts)}
     if native.extra:
@@ -111,9 +119,9 @@ def tensors(
         network = combined(networks, recipe).neurons(0, shared_width)
         if not asked:
             idle = Fill((hidden, shared_width), dtype, 0.0)
-            network = FeedForward(gate=network.gate, up=network.up, down=idle)
+            network = replace(network, down=idle)
         elif shared.combine == "sum":
-            network = network.scaled(down=0.5)
+            network = network.scaled(down=0.5, down_bias=0.5)
         out |= shared.write(network)
         if shared.gate:
             std = SHARED_GATE_STD if asked else 0.02
@@ -123,9 +131,7 @@ def tensors(
 
 def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
     """One network from those of the dense checkpoints, combined as everything that is no expert."""
-    return networks[0].map(
-        lambda name, _, __: recipe.init.backbone([getattr(network, name) for network in networks])
-    )
+    return FeedForward.merged(networks, recipe.init.backbone)
 
 
 def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
@@ -140,12 +146,13 @@ def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
 
 
 def router(recipe: Recipe, site: Site, hidden: int, dtype: str) -> Lazy:
-    """The router weight [E, H]. `grouped`: G rows in turn are the same, one for each shard of a group."""
+    """The router weight [E, H], or a row a slot. `grouped`: G rows in turn are the same, one for each shard of a group."""
     kind, std, key = recipe.router.init, recipe.router.std, site.key("router")
+    count = recipe.router.rows(site.num_experts)
     if kind == "zeros":
-        return Fill((site.num_experts, hidden), dtype, 0.0)
+        return Fill((count, hidden), dtype, 0.0)
     if kind == "grouped":
-        groups = site.num_experts // site.granularity
+        groups = count // site.granularity
         rows = Given(tuple(np.repeat(np.arange(groups), site.granularity).tolist()))
         return Take(Drawn((groups, hidden), dtype, "normal", std, key), 0, rows)
-    return Drawn((site.num_experts, hidden), dtype, kind, std, key)
+    return Drawn((count, hidden), dtype, kind, std, key)

@@ -40,7 +40,7 @@ def record(
         "recipe": built.recipe.as_table(),
         "blueprint_hash": built.hash,
         "preserves_function": built.preserves_function,
-        "moe_layers": sorted(built.sites),
+        "moe_layers": built.moe_layers,
         "left_out_tensors": dict(built.left_out),
         "left_out_config_keys": list(built.dense.unknown_keys),
         "carried_files": carried,

@@ -6,6 +6,7 @@ exist are errors that name the key and what is allowed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import tomllib
@@ -18,6 +19,7 @@ from upcycle.errors import UpcycleError
 
 if TYPE_CHECKING:
     from upcycle.init import Init
+    from upcycle.nn.routers import Router
 
 Layers = Literal["all", "every_other", "last_half"]
 
@@ -47,38 +49,57 @@ class Moe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Router:
-    """How the router starts, and whether the weights of the chosen experts are made to sum to one."""
+class Part:
+    """The MoE layers of one stack of blocks and their router."""
 
-    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
-    std: float = 0.02
-    normalize: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.std < float("inf"):
-            raise UpcycleError(f"router.std = {self.std}; it must be a number of 0 or more")
+    moe: Moe
+    router: Router
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides the bytes of the output, besides the bytes of the source."""
+    """Everything that decides the bytes of the output, besides the bytes of the source.
+
+    `decoder` is what the decoder of an encoder-decoder has, where it is not as the encoder: in TOML,
+    `[decoder.moe]` and `[decoder.router]` with the keys that differ.
+    """
 
     seed: int = 0
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     moe: Moe = Moe()
     init: Init
-    router: Router = Router()
+    router: Router
+    decoder: Part | None = None
 
     @classmethod
     def of(cls, table: Mapping[str, Any] | None = None, /, **sections: Any) -> Recipe:
         """A recipe from a nested table as TOML has it: `Recipe.of(moe={"num_experts": 4})`."""
         from upcycle import init
+        from upcycle.nn import routers
 
         data = {**(table or {}), **sections}
         options = dict(_table(data.pop("init", {}), "init"))
+        router = _table(data.pop("router", {}), "router")
         name = options.pop("name", "copy")
-        cls_init = init.find(name)
-        made = {"init": read(cls_init, options, f"init ({name})")}
+        made = {
+            "init": read(init.find(name), options, f"init ({name})"),
+            "router": routers.read(router),
+            "decoder": None,
+        }
+        if "decoder" in data:
+            other = dict(_table(data.pop("decoder"), "decoder"))
+            moe = {**_table(data.get("moe", {}), "moe"), **_table(other.pop("moe", {}), "decoder.moe")}
+            changed = _table(other.pop("router", {}), "decoder.router")
+            if changed.get("name", router.get("name", "top_k")) != router.get("name", "top_k"):
+                # The other keys belonged to the router that is replaced, but for those that all have.
+                shared = {f.name for f in dataclasses.fields(routers.Router)}
+                router = {k: v for k, v in router.items() if k in shared}
+            if other:
+                raise UpcycleError(f"unknown key decoder.{next(iter(other))}; Known: moe, router")
+            made["decoder"] = Part(
+                moe=read(Moe, moe, "decoder.moe"),
+                router=routers.read({**router, **changed}, "decoder.router"),
+            )
         return read(cls, data, "", made)
 
     @classmethod
@@ -86,10 +107,22 @@ class Recipe:
         """The recipe in the TOML file `path`, with `KEY=VALUE` overrides."""
         return cls.of(override(read_toml(Path(path)), overrides))
 
+    def at(self, stack: str) -> Recipe:
+        """The recipe for one stack of blocks."""
+        if self.decoder is None:
+            return self
+        part = self.decoder if stack == "decoder" else Part(moe=self.moe, router=self.router)
+        return dataclasses.replace(self, moe=part.moe, router=part.router, decoder=None)
+
     def as_table(self) -> dict[str, Any]:
         """The recipe as a nested table: what `Recipe.of` takes and the provenance keeps."""
         table = dataclasses.asdict(self)
-        return {**table, "init": {"name": self.init.name, **table["init"]}}
+        table |= {"init": {"name": self.init.name, **table["init"]}, "router": self.router.as_table()}
+        if self.decoder is None:
+            del table["decoder"]
+        else:
+            table["decoder"]["router"] = self.decoder.router.as_table()
+        return table
 
 
 def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
@@ -106,22 +139,22 @@ def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
 
 def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """`table` with each `section.key=value` of `settings` put in; a value that is not TOML is a string."""
-    out: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items()}
+    out: dict[str, Any] = copy.deepcopy(dict(table))
     # The name of an initialisation first: it decides which of the file's keys of [init] still apply.
     for setting in sorted(settings, key=lambda text: not text.replace(" ", "").startswith("init.name=")):
         dotted, equals, text = setting.partition("=")
         *sections, last = dotted.strip().split(".")
-        if not equals or len(sections) > 1 or not last:
+        if not equals or not all([*sections, last]):
             raise UpcycleError(f"--set {setting}: expected KEY=VALUE, such as moe.top_k=2")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
         target = out
-        if sections:
-            target = out.setdefault(sections[0], {})
+        for section in sections:
+            target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise UpcycleError(f"--set {setting}: {sections[0]} is a single value, not a section")
+                raise UpcycleError(f"--set {setting}: {section} is a single value, not a section")
         if sections == ["init"] and last == "name" and target.get("name", "copy") != value:
             target.clear()  # the other keys belonged to the initialisation that is replaced
         target[last] = value
@@ -137,7 +170,7 @@ def _table(value: Any, where: str) -> Mapping[str, Any]:
 def read(cls: type, table: Mapping[str, Any], where: str, made: Mapping[str, Any] | None = None) -> Any:
     """An instance of the dataclass `cls` from `table`; `made` holds fields that are ready."""
     made = made or {}
-    hints = get_type_hints(cls, localns={"Init": object})
+    hints = get_type_hints(cls, localns={"Init": object, "Router": object})
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in made}
     prefix = f"{where}." if where else ""
     for key in table:
@@ -181,7 +214,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
             item = get_args(option)[0]
             if all(type(v) is item for v in value):
                 return tuple(value)
-    raise UpcycleError(f"{where} = {value!r}; allowed: {' or '.join(map(_allowed, options))}")
+    allowed = " or ".join(_allowed(option) for option in options if option is not type(None))
+    raise UpcycleError(f"{where} = {value!r}; allowed: {allowed}")
 
 
 def _allowed(option: Any) -> str:

@@ -12,7 +12,7 @@ from upcycle import families, natives
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import FLOATS
 from upcycle.errors import UpcycleError, listed
-from upcycle.families import Config, Family
+from upcycle.families import Config, Family, Stack
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored
@@ -35,9 +35,25 @@ class Dense:
         stored = self.checkpoint.tensors.items()
         return {name: Stored(self.checkpoint, info) for name, info in stored if name not in self.left_out}
 
-    def feed_forward(self, layer: int) -> FeedForward:
-        """The feed-forward network of a layer."""
-        return self.family.feed_forward(self.config, layer, self.tensors)
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that it is a checkpoint of."""
+        named = self.config.get("architectures") or self.family.architectures
+        return str(named[0])
+
+    @property
+    def has_language_head(self) -> bool:
+        """Whether it predicts tokens of a vocabulary."""
+        return self.architecture.endswith(("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining"))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Where its feed-forward networks are."""
+        return self.family.stacks(self.config)
+
+    def feed_forward(self, layer: int, stack: str = "layers") -> FeedForward:
+        """The feed-forward network of a block."""
+        return self.family.feed_forward(self.config, layer, self.tensors, stack)
 
     @property
     def unknown_keys(self) -> tuple[str, ...]:
@@ -50,7 +66,7 @@ def admit(checkpoint: Checkpoint) -> Dense:
     """The dense model in a checkpoint; whatever is not exactly that is refused with the reason."""
     raw, where = checkpoint.config, checkpoint.folder
     model_type = raw.get("model_type")
-    if model_type in natives.names() or any(isinstance(raw.get(k), int) and raw[k] > 1 for k in _MOE_KEYS):
+    if model_type in natives.names() or "moe" in raw or any(isinstance(raw.get(k), int) and raw[k] > 1 for k in _MOE_KEYS):
         raise UpcycleError(f"{where} is already a Mixture of Experts ({model_type}); give a dense checkpoint")
     if "quantization_config" in raw:
         method = raw["quantization_config"]
@@ -74,6 +90,7 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> di
     """Compare the headers with what the config promises; what may be left out, with the reason."""
     expected, found = family.shapes(config), checkpoint.tensors
     where = checkpoint.folder
+    expected |= {n: shape for n, shape in family.optional(config).items() if n in found}
     if missing := [n for n in expected if n not in found]:
         raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
     for name, shape in expected.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from upcycle import registry
@@ -33,21 +34,19 @@ SIZES = frozenset(
     "full_attention_interval original_max_position_embeddings".split()
 )
 
-# Dense model types that have no exact native target, and why (each was run, or its block compared).
+# Dense model types that have no exact native target and no file here, and why the first (each was run, or its
+# block compared).
 REFUSED = {
     "olmo": "olmoe normalises queries and keys and olmo does not; the norms have no source",
     "olmo3": "flex_olmo has no sliding-window layers",
     "exaone4": "exaone_moe lacks its post-norms",
     "glm4": "glm4_moe lacks its post-norms",
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
-    "t5": "switch_transformers multiplies by the raw probability of one expert",
     "phi": "no native MoE computes its parallel, biased block",
     "gemma2": "no native MoE has its four norms and soft-capping",
     "gemma3_text": "no native MoE has its four norms",
     "gpt2": "no native MoE has its biased, learned-position block",
     "gpt_neox": "no native MoE has its biased, parallel block",
-    "bert": "no native MoE encoder exists",
-    "vit": "no native MoE encoder exists",
 }
 
 # Native targets that look right for a family and are not.
@@ -61,15 +60,36 @@ INEXACT = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A run of blocks of one kind, each with a feed-forward network. `{i}` stands for a block's number."""
+
+    name: str = "layers"
+    count: int
+    path: str  # of the network on disk, and of the MoE layer that takes its place
+    owned: tuple[str, ...]  # how the names of its tensors on disk begin
+    module: str  # of the network in memory, below the base model
+    replaced: tuple[str, ...] = ()  # modules in memory that belong to the network as well
+    causal: bool
+    activation: str
+    dropout: float = 0.0  # between the activation and the last matrix
+
+    def owns(self, name: str, i: int) -> bool:
+        """Whether the tensor called `name` on disk is part of the network of block `i`."""
+        return name.startswith(tuple(start.format(i=i) for start in self.owned))
+
+
 class Family(abc.ABC):
     """A dense architecture of transformers."""
 
     model_type: str
-    architecture: str  # the transformers class
+    architectures: tuple[str, ...]  # the transformers classes, the one of a config that names none first
     summary: str
     natives: tuple[str, ...]  # native MoE model types, the default first
     defaults: Mapping[str, Any]  # what transformers assumes where config.json is silent
     exact_when_narrow = True  # whether the backbone keeps its bits in bfloat16 and float16
+    block_paths: tuple[str, ...] = ("layers.*",)  # of the blocks in memory, below the base model
+    no_native = "no native MoE has its blocks"  # why `natives` is empty, where it is
 
     @abc.abstractmethod
     def config(self, raw: Mapping[str, Any]) -> Config:
@@ -79,21 +99,35 @@ class Family(abc.ABC):
     def shapes(self, config: Config) -> Shapes:
         """Every tensor of the dense checkpoint, by its name on disk, with its shape."""
 
-    @abc.abstractmethod
-    def feed_forward(self, config: Config, layer: int, tensors: Mapping[str, Lazy]) -> FeedForward:
-        """The feed-forward network of a layer."""
+    def optional(self, config: Config) -> Shapes:
+        """Tensors that a checkpoint may have besides those of `shapes`."""
+        return {}
+
+    def length(self, config: Config) -> int:
+        """Tokens of a row, where a number of them has to be assumed."""
+        return int(config.get("max_position_embeddings") or 512)
 
     @abc.abstractmethod
+    def stacks(self, config: Config) -> tuple[Stack, ...]:
+        """Where the feed-forward networks are."""
+
+    @abc.abstractmethod
+    def feed_forward(
+        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
+    ) -> FeedForward:
+        """The feed-forward network of a block."""
+
     def is_feed_forward(self, name: str) -> bool:
         """Whether the tensor called `name` belongs to the feed-forward network of its layer."""
+        raise AssertionError(f"{self.model_type} has no native MoE")
 
-    @abc.abstractmethod
     def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         """Everything that is no feed-forward network, by its name in the native MoE."""
+        raise AssertionError(f"{self.model_type} has no native MoE")
 
-    @abc.abstractmethod
     def refusal(self, config: Config, native: str) -> str | None:
         """Why this config does not compute the same in `native`, or None where it does."""
+        return None
 
     def native_config(self, config: Config, native: str) -> Config:
         """The dense config in the terms of `native`: fields that it spells or scales differently."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import SIZES, Config, Family, Shapes, rope_parameters
+from upcycle.families import SIZES, Config, Family, Shapes, Stack, rope_parameters
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy
 
@@ -85,13 +85,25 @@ class Decoder(Family):
         biases = {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in out.items()}
         return out | biases if self.mlp_biases(config) else out
 
-    def feed_forward(self, config: Config, layer: int, tensors: Mapping[str, Lazy]) -> FeedForward:
-        mlp = f"model.layers.{layer}.mlp."
-        return FeedForward(
-            gate=tensors[mlp + "gate_proj.weight"],
-            up=tensors[mlp + "up_proj.weight"],
-            down=tensors[mlp + "down_proj.weight"],
+    def stacks(self, config: Config) -> tuple[Stack, ...]:
+        return (
+            Stack(
+                count=config["num_hidden_layers"],
+                path="model.layers.{i}.mlp",
+                owned=("model.layers.{i}.mlp.",),
+                module="layers.{i}.mlp",
+                causal=True,
+                activation=config["hidden_act"],
+            ),
         )
+
+    def feed_forward(
+        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
+    ) -> FeedForward:
+        mlp = f"model.layers.{layer}.mlp."
+        names = ("gate", "up", "down")
+        biases = {f"{n}_bias": tensors[f"{mlp}{n}_proj.bias"] for n in names if self.mlp_biases(config)}
+        return FeedForward(**{n: tensors[f"{mlp}{n}_proj.weight"] for n in names}, **biases)
 
     def is_feed_forward(self, name: str) -> bool:
         return ".mlp." in name

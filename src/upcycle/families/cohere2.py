@@ -9,7 +9,7 @@ from upcycle.families._decoder import Decoder
 
 class Cohere2(Decoder):
     model_type = "cohere2"
-    architecture = "Cohere2ForCausalLM"
+    architectures = ("Cohere2ForCausalLM",)
     summary = "Cohere Command R7B"
     natives = ("cohere2_moe",)
     norms = ("input_layernorm",)

@@ -6,7 +6,7 @@ from upcycle.families._decoder import Decoder
 
 class Ernie45(Decoder):
     model_type = "ernie4_5"
-    architecture = "Ernie4_5ForCausalLM"
+    architectures = ("Ernie4_5ForCausalLM",)
     summary = "ERNIE 4.5 dense"
     natives = ("ernie4_5_moe",)
     theta = 500_000.0

@@ -11,7 +11,7 @@ from upcycle.lazy import Lazy
 
 class Gemma(Decoder):
     model_type = "gemma"
-    architecture = "GemmaForCausalLM"
+    architectures = ("GemmaForCausalLM",)
     summary = "Gemma 1 (1 + w of its norms is folded into the weights)"
     natives = ("granitemoe",)
     exact_when_narrow = False  # 1 + w rounds

@@ -5,7 +5,7 @@ from upcycle.families._decoder import Decoder
 
 class Granite(Decoder):
     model_type = "granite"
-    architecture = "GraniteForCausalLM"
+    architectures = ("GraniteForCausalLM",)
     summary = "IBM Granite 3 dense"
     natives = ("granitemoe",)
     defaults = {

@@ -6,7 +6,7 @@ from upcycle.families._decoder import Decoder
 
 class HunyuanV1Dense(Decoder):
     model_type = "hunyuan_v1_dense"
-    architecture = "HunYuanDenseV1ForCausalLM"
+    architectures = ("HunYuanDenseV1ForCausalLM",)
     summary = "Tencent Hunyuan dense, 0.5B to 7B"
     natives = ("hunyuan_v1_moe",)
     defaults = {

@@ -6,7 +6,7 @@ from upcycle.families._decoder import Decoder, as_granite, attention_bias_refusa
 
 class Llama(Decoder):
     model_type = "llama"
-    architecture = "LlamaForCausalLM"
+    architectures = ("LlamaForCausalLM",)
     summary = "Llama 1 to 3.x, TinyLlama, SmolLM, Yi"
     natives = ("mixtral", "granitemoe")
     defaults = {

@@ -5,7 +5,7 @@ from upcycle.families._decoder import Decoder
 
 class Mistral(Decoder):
     model_type = "mistral"
-    architecture = "MistralForCausalLM"
+    architectures = ("MistralForCausalLM",)
     summary = "Mistral 7B and its kin, sliding window kept"
     natives = ("mixtral",)
     defaults = {

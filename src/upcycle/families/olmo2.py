@@ -6,7 +6,7 @@ from upcycle.families._decoder import Decoder
 
 class Olmo2(Decoder):
     model_type = "olmo2"
-    architecture = "Olmo2ForCausalLM"
+    architectures = ("Olmo2ForCausalLM",)
     summary = "OLMo 2"
     natives = ("flex_olmo",)
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")

@@ -11,7 +11,7 @@ from upcycle.lazy import Lazy, Slice
 
 class Phi3(Decoder):
     model_type = "phi3"
-    architecture = "Phi3ForCausalLM"
+    architectures = ("Phi3ForCausalLM",)
     summary = "Phi-3 and Phi-3.5, default and long rope"
     natives = ("mixtral",)
     defaults = {
@@ -52,7 +52,9 @@ class Phi3(Decoder):
         hidden, width = config["hidden_size"], config["intermediate_size"]
         return {"mlp.gate_up_proj.weight": (2 * width, hidden), "mlp.down_proj.weight": (hidden, width)}
 
-    def feed_forward(self, config: Config, layer: int, tensors: Mapping[str, Lazy]) -> FeedForward:
+    def feed_forward(
+        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
+    ) -> FeedForward:
         mlp, width = f"model.layers.{layer}.mlp.", config["intermediate_size"]
         both = tensors[mlp + "gate_up_proj.weight"]
         return FeedForward(

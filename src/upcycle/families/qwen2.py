@@ -22,7 +22,7 @@ def layer_types(config: Config) -> list[str]:
 
 class Qwen2(Decoder):
     model_type = "qwen2"
-    architecture = "Qwen2ForCausalLM"
+    architectures = ("Qwen2ForCausalLM",)
     summary = "Qwen2, Qwen2.5 and whatever shares their class"
     natives = ("qwen2_moe", "granitemoe")
     defaults = {

@@ -10,7 +10,7 @@ from upcycle.families.qwen2 import layer_types
 
 class Qwen3(Decoder):
     model_type = "qwen3"
-    architecture = "Qwen3ForCausalLM"
+    architectures = ("Qwen3ForCausalLM",)
     summary = "Qwen3 dense, 0.6B to 32B"
     natives = ("qwen3_moe",)
     defaults = {

@@ -9,7 +9,7 @@ from upcycle.families._decoder import Decoder
 
 class Qwen35Text(Decoder):
     model_type = "qwen3_5_text"
-    architecture = "Qwen3_5ForCausalLM"
+    architectures = ("Qwen3_5ForCausalLM",)
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
     defaults = {

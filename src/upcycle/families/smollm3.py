@@ -13,7 +13,7 @@ NO_SINK = -1e4  # an attention sink that weighs nothing; finite, for exp(-inf) i
 
 class SmolLM3(Decoder):
     model_type = "smollm3"
-    architecture = "SmolLM3ForCausalLM"
+    architectures = ("SmolLM3ForCausalLM",)
     summary = "SmolLM3 (layers without rotation kept)"
     natives = ("granitemoe_swa",)
     theta = 2_000_000.0

@@ -27,6 +27,7 @@ class Site:
     """Where experts are made: one MoE layer of `num_experts` experts, I / G of the dense width I each."""
 
     layer: int
+    stack: str = "layers"  # of which blocks it is the number
     num_experts: int
     top_k: int
     granularity: int
@@ -43,7 +44,7 @@ class Site:
 
     def key(self, *names: object) -> rng.Key:
         """The key of a stream of random numbers of this layer."""
-        return rng.key(self.seed, f"layers.{self.layer}.mlp", *names)
+        return rng.key(self.seed, f"{self.stack}.{self.layer}.mlp", *names)
 
     def sample(self, ratio: float, n: int, *names: object) -> Order:
         """floor(ratio x n) positions of range(n), without replacement, sorted."""

@@ -26,7 +26,7 @@ from upcycle.positions import Computed, Given, Order
 class Split(Init):
     """Expert e is part e of the neurons; needs moe.granularity = moe.num_experts.
 
-    `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix; Zhang et al., arXiv 2110.01786) or
+    `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix, or of up in a network without one; Zhang et al., arXiv 2110.01786) or
     `file` (`labels`: JSON, by layer number, a list with the expert of each neuron).
     `output`: `selected` multiplies by K, so that the chosen parts are summed as MoEfication does;
     `expected` by N, so that the mean over experts is the dense output; `llama_moe` by N / K
@@ -62,7 +62,7 @@ class Split(Init):
         if self.by == "file":
             labels = _from_file(Path(self.labels), site)
             return dense[0].take(Given(tuple(np.flatnonzero(labels == e).tolist())))
-        gate = dense[0].gate
+        gate = dense[0].gate if dense[0].gate is not None else dense[0].up
         return dense[0].take(
             Computed(
                 lambda: np.flatnonzero(_partition(gate, site) == e),

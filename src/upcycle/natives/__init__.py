@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from upcycle import registry
 from upcycle.feed_forward import FeedForward
@@ -22,6 +22,19 @@ COMMON = (
     "hidden_act", "max_position_embeddings", "initializer_range", "tie_word_embeddings",
     "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
 )  # fmt: skip
+
+
+class Layout(Protocol):
+    """Where the experts of a layer go."""
+
+    def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
+        """The experts by their names on disk, below the layer's prefix."""
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """The experts among the tensors of a layer, by their names below its prefix."""
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """The tensors of a layer with its experts as transformers holds them in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +89,7 @@ class Fused:
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
         """The experts by their names on disk."""
         return {
-            self.gate_up: Stack(tuple(Concat((x.gate, x.up), 0) for x in experts)),
+            self.gate_up: Stack(tuple(Concat(_gated(x), 0) for x in experts)),
             self.down: Stack(tuple(x.down for x in experts)),
         }
 
@@ -98,6 +111,12 @@ class Fused:
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         """The tensors of a layer as they are: they are stored as transformers holds them."""
         return dict(tensors)
+
+
+def _gated(network: FeedForward) -> tuple[Lazy, Lazy]:
+    """Gate and up of a network, which every native MoE has."""
+    assert network.gate is not None
+    return network.gate, network.up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +141,7 @@ class Native:
     model_type: str
     architecture: str  # the transformers class
     summary: str
-    layout: PerExpert | Fused
+    layout: Layout
     router: str  # name of the router weight [E, H] below the layer's prefix
     fields: tuple[str, ...]  # config fields beyond COMMON that the dense config gives
     num_experts_field: str = "num_experts"
@@ -135,6 +154,7 @@ class Native:
     extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of a MoE layer
     finish: Callable[[Config], Config] = lambda config: config  # what the hub's configs spell otherwise
     clients: Callable[[Config], Mapping[str, str]] = lambda _: {}  # who will not compute the same, and why
+    upcycled: bool = False  # no MoE class of transformers, but the dense class with `nn.MoE` in it
 
     def config(
         self,

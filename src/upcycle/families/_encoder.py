@@ -1,0 +1,80 @@
+"""What the encoders have in common: several classes with different heads, and sizes that must make sense."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Family, Shapes
+
+
+def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> Shapes:
+    """The tensors of a linear layer."""
+    return {f"{name}.weight": (rows, columns), **({f"{name}.bias": (rows,)} if bias else {})}
+
+
+def norm(name: str, size: int) -> Shapes:
+    """The tensors of a LayerNorm."""
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+class Encoder(Family):
+    """A family whose checkpoints are of one of several classes; it has no native MoE.
+
+    A class with a head holds the base model below `prefix`, the base model itself holds it bare.
+    """
+
+    natives = ()
+    prefix: ClassVar[str]
+    sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config: Config = {**self.defaults, **raw}
+        for key in self.sizes:
+            if type(config.get(key)) is not int or config[key] < 1:
+                raise UpcycleError(
+                    f"config.json of a {self.model_type} model: {key} = {config.get(key)!r}; it must be a "
+                    f"whole number of 1 or more"
+                )
+        named = raw.get("architectures") or [self.architectures[0]]
+        if named[0] not in self.architectures:
+            raise UpcycleError(
+                f"config.json names the class {named[0]}; of {self.model_type}, upcycle knows "
+                f"{', '.join(self.architectures)}"
+            )
+        config["architectures"] = [named[0]]
+        config.setdefault("tie_word_embeddings", False)
+        return self.finish(config)
+
+    def finish(self, config: Config) -> Config:
+        """Fields that follow from others, under the names that the rest of the project reads."""
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        return config
+
+    def base(self, config: Config) -> str:
+        """What stands before the names of the base model's tensors."""
+        return "" if config["architectures"][0] == self.architectures[0] else f"{self.prefix}."
+
+    @abc.abstractmethod
+    def body(self, config: Config) -> Shapes:
+        """The tensors of the base model without head and pooler, by their names in it."""
+
+    @abc.abstractmethod
+    def head(self, config: Config) -> Shapes:
+        """The tensors of the class that the config names beyond those of `body`, by their full names."""
+
+    def shapes(self, config: Config) -> Shapes:
+        base = self.base(config)
+        return {f"{base}{name}": shape for name, shape in self.body(config).items()} | self.head(config)
+
+
+def num_labels(config: Config) -> int:
+    """Classes of a head: as many as config.json names, two where it names none."""
+    return len(config["id2label"]) if config.get("id2label") else 2
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Height and width, given as one number or two."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

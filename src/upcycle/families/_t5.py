@@ -1,0 +1,128 @@
+"""T5: an encoder and a decoder with relative position biases, and networks without biases, gated or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from upcycle.families import Config, Shapes, Stack
+from upcycle.families._encoder import Encoder, linear
+from upcycle.feed_forward import FeedForward
+from upcycle.lazy import Lazy
+
+# The number of the layer in a block that is the feed-forward network.
+NETWORK = {"encoder": 1, "decoder": 2}
+
+
+class EncoderDecoder(Encoder):
+    """T5, T5 1.1 and mT5."""
+
+    sizes = ("d_model", "d_ff", "d_kv", "num_layers", "num_heads", "vocab_size")
+    prefix = ""
+    block_paths = ("encoder.block.*", "decoder.block.*")
+    defaults = {
+        "vocab_size": 32128,
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_decoder_layers": None,
+        "num_heads": 8,
+        "relative_attention_num_buckets": 32,
+        "dropout_rate": 0.1,
+        "initializer_factor": 1.0,
+        "feed_forward_proj": "relu",
+        "pad_token_id": 0,
+    }
+
+    def finish(self, config: Config) -> Config:
+        layers = config["num_decoder_layers"] or config["num_layers"]
+        gate, _, act = config["feed_forward_proj"].rpartition("-")
+        return config | {
+            "num_decoder_layers": layers,
+            "hidden_size": config["d_model"],
+            "intermediate_size": config["d_ff"],
+            "num_hidden_layers": config["num_layers"] + layers,
+            "num_attention_heads": config["num_heads"],
+            "head_dim": config["d_kv"],
+            # "gated-gelu" has always meant the tanh approximation
+            "hidden_act": "gelu_new" if config["feed_forward_proj"] == "gated-gelu" else act,
+            "gated": gate == "gated",
+            "tie_word_embeddings": True,  # unless a checkpoint stores a head of its own: `optional`
+        }
+
+    def base(self, config: Config) -> str:
+        return ""
+
+    def body(self, config: Config) -> Shapes:
+        hidden = config["d_model"]
+        out: Shapes = {"shared.weight": (config["vocab_size"], hidden)}
+        for stack in self.stacks(config):
+            for i in range(stack.count):
+                block = f"{stack.name}.block.{i}.layer."
+                out |= self._attention(config, block + "0", "SelfAttention")
+                if i == 0:
+                    bias = (config["relative_attention_num_buckets"], config["num_heads"])
+                    out[f"{block}0.SelfAttention.relative_attention_bias.weight"] = bias
+                if stack.name == "decoder":
+                    out |= self._attention(config, block + "1", "EncDecAttention")
+                network = f"{block}{NETWORK[stack.name]}"
+                names = ("wi_0", "wi_1") if config["gated"] else ("wi",)
+                for name in names:
+                    out |= linear(f"{network}.DenseReluDense.{name}", config["d_ff"], hidden, bias=False)
+                out |= linear(f"{network}.DenseReluDense.wo", hidden, config["d_ff"], bias=False)
+                out[f"{network}.layer_norm.weight"] = (hidden,)
+            out[f"{stack.name}.final_layer_norm.weight"] = (hidden,)
+        return out
+
+    def _attention(self, config: Config, layer: str, name: str) -> Shapes:
+        hidden, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+        out: Shapes = {f"{layer}.layer_norm.weight": (hidden,)}
+        for part in ("q", "k", "v"):
+            out |= linear(f"{layer}.{name}.{part}", inner, hidden, bias=False)
+        return out | linear(f"{layer}.{name}.o", hidden, inner, bias=False)
+
+    def head(self, config: Config) -> Shapes:
+        return {}
+
+    def optional(self, config: Config) -> Shapes:
+        """T5 1.1 has a head of its own; transformers 5 takes every config for tied, and a stored head for it."""
+        return {"lm_head.weight": (config["vocab_size"], config["d_model"])}
+
+    def stacks(self, config: Config) -> tuple[Stack, ...]:
+        counts = {"encoder": config["num_layers"], "decoder": config["num_decoder_layers"]}
+        if config["architectures"][0].endswith("EncoderModel"):
+            del counts["decoder"]
+        out = []
+        for name, count in counts.items():
+            path = f"{name}.block.{{i}}.layer.{NETWORK[name]}.DenseReluDense"
+            out.append(
+                Stack(
+                    name=name,
+                    count=count,
+                    path=path,
+                    owned=(path + ".",),
+                    module=path,
+                    causal=name == "decoder",
+                    activation=config["hidden_act"],
+                    dropout=config["dropout_rate"],
+                )
+            )
+        return tuple(out)
+
+    def feed_forward(
+        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
+    ) -> FeedForward:
+        network = f"{stack}.block.{layer}.layer.{NETWORK[stack]}.DenseReluDense."
+        down = tensors[network + "wo.weight"]
+        if not config["gated"]:
+            return FeedForward(up=tensors[network + "wi.weight"], down=down)
+        return FeedForward(
+            gate=tensors[network + "wi_0.weight"], up=tensors[network + "wi_1.weight"], down=down
+        )
+
+    def ignored(self, name: str) -> str | None:
+        if name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+            return "tied to shared.weight"
+        if name.startswith("decoder.") and "EncDecAttention.relative_attention_bias" in name:
+            return "never read by transformers"
+        return super().ignored(name)

@@ -1,0 +1,114 @@
+"""BERT: the post-norm encoder of BERT itself, MiniLM and most sentence embeddings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Shapes, Stack
+from upcycle.families._encoder import Encoder, linear, norm, num_labels
+from upcycle.feed_forward import FeedForward
+from upcycle.lazy import Lazy
+
+_POOLED = ("BertModel", "BertForPreTraining", "BertForSequenceClassification")
+
+
+class Bert(Encoder):
+    model_type = "bert"
+    architectures = (
+        "BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification",
+        "BertForTokenClassification", "BertForQuestionAnswering",
+    )  # fmt: skip
+    prefix = "bert"
+    summary = "BERT, MiniLM, sentence embeddings"
+    sizes = (*Encoder.sizes, "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
+    block_paths = ("encoder.layer.*",)
+    defaults = {
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "initializer_range": 0.02,
+        "pad_token_id": 0,
+        "is_decoder": False,
+        "tie_word_embeddings": True,
+    }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        if raw.get("is_decoder") or raw.get("add_cross_attention"):
+            raise UpcycleError("this bert checkpoint is a decoder (is_decoder); upcycle takes the encoder")
+        return super().config(raw)
+
+    def body(self, config: Config) -> Shapes:
+        hidden, width = config["hidden_size"], config["intermediate_size"]
+        tables = {
+            "word": config["vocab_size"],
+            "position": config["max_position_embeddings"],
+            "token_type": config["type_vocab_size"],
+        }
+        out: Shapes = {f"embeddings.{n}_embeddings.weight": (rows, hidden) for n, rows in tables.items()}
+        out |= norm("embeddings.LayerNorm", hidden)
+        for i in range(config["num_hidden_layers"]):
+            block = f"encoder.layer.{i}."
+            for part in ("query", "key", "value"):
+                out |= linear(f"{block}attention.self.{part}", hidden, hidden)
+            out |= linear(f"{block}attention.output.dense", hidden, hidden)
+            out |= norm(f"{block}attention.output.LayerNorm", hidden)
+            out |= linear(f"{block}intermediate.dense", width, hidden)
+            out |= linear(f"{block}output.dense", hidden, width) | norm(f"{block}output.LayerNorm", hidden)
+        return out
+
+    def head(self, config: Config) -> Shapes:
+        name, hidden = config["architectures"][0], config["hidden_size"]
+        out: Shapes = linear(f"{self.base(config)}pooler.dense", hidden, hidden) if name in _POOLED else {}
+        if name in ("BertForMaskedLM", "BertForPreTraining"):
+            out |= {"cls.predictions.bias": (config["vocab_size"],)}
+            out |= linear("cls.predictions.transform.dense", hidden, hidden)
+            out |= norm("cls.predictions.transform.LayerNorm", hidden)
+            if not config["tie_word_embeddings"]:
+                out |= {"cls.predictions.decoder.weight": (config["vocab_size"], hidden)}
+        if name == "BertForPreTraining":
+            out |= linear("cls.seq_relationship", 2, hidden)
+        if name in ("BertForSequenceClassification", "BertForTokenClassification"):
+            out |= linear("classifier", num_labels(config), hidden)
+        if name == "BertForQuestionAnswering":
+            out |= linear("qa_outputs", num_labels(config), hidden)
+        return out
+
+    def stacks(self, config: Config) -> tuple[Stack, ...]:
+        block = self.base(config) + "encoder.layer.{i}."
+        return (
+            Stack(
+                count=config["num_hidden_layers"],
+                path=block + "intermediate",
+                owned=(block + "intermediate.", block + "output.dense."),
+                module="encoder.layer.{i}.intermediate",
+                replaced=("encoder.layer.{i}.output.dense",),
+                causal=False,
+                activation=config["hidden_act"],
+            ),
+        )
+
+    def feed_forward(
+        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
+    ) -> FeedForward:
+        block = f"{self.base(config)}encoder.layer.{layer}."
+        return FeedForward(
+            up=tensors[block + "intermediate.dense.weight"],
+            up_bias=tensors[block + "intermediate.dense.bias"],
+            down=tensors[block + "output.dense.weight"],
+            down_bias=tensors[block + "output.dense.bias"],
+        )
+
+    def ignored(self, name: str) -> str | None:
+        if name.endswith("embeddings.position_ids"):
+            return "a buffer that transformers counts out"
+        if name in ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"):
+            return "tied to the word embeddings and to cls.predictions.bias"
+        return super().ignored(name)
+
+
+family = Bert()

@@ -1,0 +1,14 @@
+"""ViT: the Vision Transformer of Sparse Upcycling and V-MoE."""
+
+from upcycle.families._vision import DEFAULTS, VisionTransformer
+
+
+class ViT(VisionTransformer):
+    model_type = "vit"
+    architectures = ("ViTModel", "ViTForImageClassification")
+    prefix = "vit"
+    summary = "Vision Transformer"
+    defaults = DEFAULTS
+
+
+family = ViT()

@@ -1,0 +1,101 @@
+"""Experts: E feed-forward networks of one shape in three-dimensional parameters.
+
+Takes rows [M, H], the experts of each row [M, K] and their weights [M, K]; gives [M, H]. Products run through
+the experts implementations of transformers (grouped matrix products by default), or in a plain loop.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+
+class Experts(nn.Module):
+    """down(act(gate x) * (up x)), or down(act(up x)) where `gated` is false, for each of E experts.
+
+    Parameters: `gate_up_proj` [E, 2I, H] (gate over up) or `up_proj` [E, I, H], `down_proj` [E, H, I], and with
+    `bias` the same names + `_bias`, [E, 2I] or [E, I], and [E, H]. `dropout` acts between act and down.
+    `config._experts_implementation` chooses the implementation; `eager` is the loop.
+    """
+
+    is_transposed = False
+    is_concatenated = True
+    has_post_expert_norm = False
+    _is_expert_parallel = False  # set on the instance when transformers shards the experts
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        gated: bool,
+        bias: bool,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        self.has_gate, self.has_bias = gated, bias
+        rows = 2 * intermediate_size if gated else intermediate_size
+        self.up_name = "gate_up_proj" if gated else "up_proj"
+        self.register_parameter(
+            self.up_name, nn.Parameter(torch.empty(num_experts, rows, hidden_size))
+        )
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        if bias:
+            self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.zeros(num_experts, rows)))
+            self.down_proj_bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
+        activated = ACT2FN[activation]
+        self.act_fn = nn.Sequential(activated, nn.Dropout(dropout)) if dropout and not gated else activated
+        self.dropout = nn.Dropout(dropout if gated else 0.0)
+
+    def reset_parameters(self, std: float) -> None:
+        """Matrices from N(0, std^2), biases zero."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
+
+    def _apply_gate(self, both: Tensor) -> Tensor:
+        """What is between the products of a gated expert: [M, 2I] to [M, I]."""
+        gate, up = both.chunk(2, dim=-1)
+        made: Tensor = self.dropout(self.act_fn(gate) * up)
+        return made
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Rows [M, H] through their experts `index` [M, K], summed with `weights` [M, K]: [M, H]."""
+        implementation = getattr(self.config, "_experts_implementation", None) or "eager"
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, Experts.loop)
+        out: Tensor = run(self, hidden, index, weights)
+        return out
+
+    def loop(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The reference: one expert after another. An index of E or more is no expert of this rank."""
+        chosen = index.flatten()
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
+        out = torch.zeros(hidden.shape, dtype=weights.dtype, device=hidden.device)
+        for e, places in enumerate(order[: sum(counts)].split(counts)):
+            rows = places // index.shape[1]
+            made = self._one(e, hidden[rows]) * weights.flatten()[places, None]
+            out = out.index_add(0, rows, made.to(out.dtype))
+        return out.to(hidden.dtype)
+
+    def _one(self, e: int, rows: Tensor) -> Tensor:
+        up, down = getattr(self, self.up_name), self.down_proj
+        up_bias = getattr(self, f"{self.up_name}_bias")[e] if self.has_bias else None
+        inner = F.linear(rows, up[e], up_bias)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        return F.linear(inner, down[e], self.down_proj_bias[e] if self.has_bias else None)
+
+    def extra_repr(self) -> str:
+        kind = "gated" if self.has_gate else "plain"
+        return f"{self.num_experts} experts, {kind}, {tuple(self.down_proj.shape[1:])}"

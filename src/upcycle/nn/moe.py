@@ -1,0 +1,128 @@
+"""The MoE layer: a router, stacked experts, and a shared expert beside them where there is one.
+
+It takes the place of a feed-forward network: hidden states [..., H] in, [..., H] out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from upcycle.errors import UpcycleError
+from upcycle.nn import routers
+from upcycle.nn.configs import Shape
+from upcycle.nn.experts import Experts
+from upcycle.nn.routing import Routing
+
+
+class Router(nn.Module):
+    """The tensors of a router, and its decision about hidden states, in float32."""
+
+    def __init__(self, settings: routers.Router, shape: Shape) -> None:
+        super().__init__()
+        self.settings, self.shape = settings, shape
+        self.weight = nn.Parameter(torch.empty(settings.rows(shape.num_experts), shape.hidden_size))
+        for name, (size, value) in settings.extra(shape.num_experts).items():
+            self.register_parameter(name, nn.Parameter(torch.full(size, value)))
+
+    def forward(self, hidden: Tensor, padding: Tensor | None) -> Routing:
+        """Route groups of tokens [G, N, H]; `padding` [G, N] is True where there is none."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            return self.settings.route(
+                {name: p.to(wide) for name, p in self.named_parameters()},
+                hidden.to(wide),
+                padding,
+                num_experts=self.shape.num_experts,
+                top_k=self.shape.top_k,
+                training=self.training,
+                causal=self.shape.causal,
+            )
+
+
+class Shared(nn.Module):
+    """The shared expert: a feed-forward network that sees every token."""
+
+    def __init__(self, config: PreTrainedConfig, shape: Shape) -> None:
+        super().__init__()
+        self.one = Experts(
+            config,
+            num_experts=1,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.shared_size,
+            activation=shape.activation,
+            gated=shape.gated,
+            bias=shape.bias,
+            dropout=shape.dropout,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.one._one(0, hidden)
+
+
+class MoE(nn.Module):
+    """A sparse layer where a dense one was: `shape` says which, `config` is that of the whole model.
+
+    `padding` [B, L] is True where a row has no token; whoever calls the model sets it (`nn/models.py` does).
+    It stays until the next forward pass, because a recomputed layer must route as it did.
+    """
+
+    def __init__(self, config: PreTrainedConfig, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        settings = routers.read(shape.router)
+        if shape.causal and not settings.causal:
+            raise UpcycleError(f"router {settings.name} in a causal stack: {look_ahead(settings)}")
+        self.router = Router(settings, shape)
+        self.experts = Experts(
+            config,
+            num_experts=shape.num_experts,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            activation=shape.activation,
+            gated=shape.gated,
+            bias=shape.bias,
+            dropout=shape.dropout,
+        )
+        self.shared = Shared(config, shape) if shape.shared_size else None
+        self.padding: Tensor | None = None
+
+    def reset_parameters(self, std: float) -> None:
+        """Start as transformers starts matrices, and the router as its settings say."""
+        self.experts.reset_parameters(std)
+        nn.init.normal_(self.router.weight, std=self.router.settings.std)
+        for name, (_, value) in self.router.settings.extra(self.shape.num_experts).items():
+            nn.init.constant_(getattr(self.router, name), value)
+        if self.shared is not None:
+            self.shared.one.reset_parameters(std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-2], hidden.shape[-1])
+        routing = self.router(*self._groups(rows))
+        out: Tensor = routing.dispatch.run(rows.flatten(0, 1), self.experts).view(hidden.shape)
+        return out if self.shared is None else out + self.shared(hidden)
+
+    def _groups(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows [B, L, H] and their padding as groups [G, N, H] and [G, N]."""
+        batch, length, size = rows.shape
+        padding = self.padding
+        if padding is not None:
+            # With a cache of earlier tokens the mask is longer than what is at hand.
+            fits = padding.shape[0] == batch and padding.shape[1] >= length
+            padding = padding[:, padding.shape[1] - length :] if fits else None
+        group = self.router.settings.group
+        if not group:
+            return rows, padding
+        if (batch * length) % group:
+            raise UpcycleError(
+                f"router.group = {group} does not divide the {batch} x {length} tokens of a forward pass; "
+                f"choose a divisor, or 0 to route each row by itself"
+            )
+        return rows.reshape(-1, group, size), None if padding is None else padding.reshape(-1, group)
+
+
+def look_ahead(settings: routers.Router) -> str:
+    """Why a router may not stand in a causal decoder."""
+    why = settings.looks_ahead or "with batch_priority a later token can take an earlier one's place"
+    return f"{why}, so a model would read what it should predict; use top_k without batch_priority"

@@ -1,0 +1,148 @@
+"""Ways to route. One file here is one router: its keys in a recipe, its tensors, its forward pass.
+
+A file `NAME.py` defines a frozen dataclass deriving from `Router`, bound to the module name `router`; its
+fields are the keys of `[router] name = "NAME"`. torch is imported where it is used, not at the top: a
+conversion reads the keys and the tensors without it. Letters: G groups of N tokens, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from upcycle import registry
+from upcycle.errors import UpcycleError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from upcycle.nn.routing import Routing
+
+Rounding = Literal["vmoe", "flaxformer", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router(abc.ABC):
+    """How a router starts, and what every router can be asked. Shared keys:
+
+    `init` and `std` of the weight; `normalize`: whether a token's weights are made to sum to one;
+    `rescale`: where they are not, whether experts are multiplied by what makes up for it; `group`: how many
+    tokens compete with each other for places (0: those of a row, that is an image or a text).
+    """
+
+    summary: ClassVar[str]
+    needs: ClassVar[str] = "moe.target = upcycled"
+    looks_ahead: ClassVar[str] = ""  # why a token's output depends on later ones, where it does
+    balanced: ClassVar[bool] = False
+
+    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
+    std: float = 0.02
+    normalize: bool = True
+    rescale: bool = True
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.std < math.inf:
+            raise UpcycleError(f"router.std = {self.std}; it must be a number of 0 or more")
+        if self.group < 0:
+            raise UpcycleError(f"router.group = {self.group}; it must be a number of tokens, or 0 for a row")
+
+    @property
+    def name(self) -> str:
+        """The name in the recipe: that of the file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token's output depends on later tokens."""
+        return not self.looks_ahead
+
+    def rows(self, num_experts: int) -> int:
+        """Rows of the weight, one for each expert or slot."""
+        return num_experts
+
+    def extra(self, num_experts: int) -> dict[str, tuple[tuple[int, ...], float]]:
+        """More tensors by name: their shape and the value they start with."""
+        return {}
+
+    @abc.abstractmethod
+    def gate_sum(self, num_experts: int, top_k: int) -> float:
+        """What a token's weights sum to under a uniform router, on average."""
+
+    def sums_to_one(self, num_experts: int, top_k: int) -> bool:
+        """Whether the weights of a token that reaches an expert sum to one, whatever the router says."""
+        return self.normalize
+
+    @abc.abstractmethod
+    def reaches_all(self, num_experts: int, top_k: int) -> bool:
+        """Whether every token reaches an expert, whatever the router says."""
+
+    @abc.abstractmethod
+    def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
+        """How many experts a token is worth in arithmetic, on average, in groups of `length` tokens."""
+
+    @abc.abstractmethod
+    def route(
+        self,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor,
+        padding: Tensor | None,
+        *,
+        num_experts: int,
+        top_k: int,
+        training: bool,
+        causal: bool,
+    ) -> Routing:
+        """Route tokens [G, N, H] in float32; `padding` [G, N] is True where there is no token."""
+
+    def beyond_native(self) -> list[str]:
+        """The keys set here that no MoE class of transformers heeds, besides a router of another name."""
+        if self.name != "top_k":
+            return [f"router.name = {self.name}"]
+        shared = ("init", "std", "normalize", "rescale")
+        fields = [f for f in dataclasses.fields(self) if f.name not in shared]
+        return [f"router.{f.name}" for f in fields if getattr(self, f.name) != f.default]
+
+    def as_table(self) -> dict[str, Any]:
+        """The settings as a table: what `read` takes. TOML has no null: a key that is None is left out."""
+        set_ = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return {"name": self.name, **set_}
+
+
+def capacity(tokens: int, share: float, rounding: Rounding, *, minimum: int = 1) -> int:
+    """Tokens that an expert takes of a group of `tokens`, where its fair part is `tokens` x `share`.
+
+    `vmoe`: up, then up to a multiple of 4; `flaxformer`: to the nearest, at least 4; `exact`: to the nearest,
+    at least `minimum`. Never more than there are.
+    """
+    fair = round(tokens * share, 9)  # 0.1 x 30 is 3
+    if rounding == "vmoe":
+        wanted = -(-math.ceil(fair) // 4) * 4
+    else:
+        wanted = max(round(fair), 4 if rounding == "flaxformer" else minimum)
+    return min(tokens, wanted)
+
+
+def read(table: Mapping[str, Any], where: str = "router") -> Router:
+    """The router of a table with `name` and its keys."""
+    from upcycle import recipe
+
+    options = dict(table)
+    name = options.pop("name", "top_k")
+    made: Router = recipe.read(find(name), options, where if name == "top_k" else f"{where} ({name})")
+    return made
+
+
+def find(name: str) -> type[Router]:
+    """The router called `name`."""
+    return registry.find(sys.modules[__name__], name, "router", "router")
+
+
+def names() -> list[str]:
+    """The names of all routers."""
+    return registry.names(sys.modules[__name__])

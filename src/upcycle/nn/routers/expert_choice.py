@@ -1,0 +1,97 @@
+"""Expert Choice: each expert takes the tokens it scores highest (Zhou et al. 2022; Sparse Upcycling, 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upcycle.errors import UpcycleError
+from upcycle.nn.routers import Rounding, Router, capacity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from upcycle.nn.routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoice(Router):
+    """Softmax over experts, then every expert takes its C N / E best tokens of a group of N, rounded as in
+    `capacity`; padding is never taken. `normalize` divides a token's weights by their sum (Sparse Upcycling,
+    B.7), so that a token that some expert took keeps the dense function; a token that none took has zero.
+    """
+
+    summary = "each expert takes its best tokens of a sequence or an image"
+    looks_ahead = "an expert chooses among all tokens of a sequence, later ones included"
+    balanced = True
+
+    capacity_factor: float = 2.0
+    rounding: Rounding = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.capacity_factor < float("inf"):
+            raise UpcycleError(f"router.capacity_factor = {self.capacity_factor}; it must be above 0")
+
+    def gate_sum(self, num_experts: int, top_k: int) -> float:
+        return 1.0 if self.normalize else min(1.0, self.capacity_factor / num_experts)
+
+    def sums_to_one(self, num_experts: int, top_k: int) -> bool:
+        return self.normalize or self.reaches_all(num_experts, top_k)
+
+    def reaches_all(self, num_experts: int, top_k: int) -> bool:
+        return self.capacity_factor >= num_experts
+
+    def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
+        return num_experts * capacity(length, self.capacity_factor / num_experts, self.rounding) / length
+
+    def route(
+        self,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor,
+        padding: Tensor | None,
+        *,
+        num_experts: int,
+        top_k: int,
+        training: bool,
+        causal: bool,
+    ) -> Routing:
+        import torch
+
+        from upcycle.nn.dispatch import Rows
+        from upcycle.nn.routing import Routing
+
+        groups, length, _ = hidden.shape
+        logits = torch.nn.functional.linear(hidden, tensors["weight"])
+        probabilities = logits.softmax(-1)
+        scores = probabilities.transpose(1, 2)  # [G, E, N]
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None], -1.0)
+        places = capacity(length, self.capacity_factor / num_experts, self.rounding)
+        weights, token = scores.topk(places, dim=-1)  # [G, E, C]
+        flat = token + length * torch.arange(groups, device=token.device)[:, None, None]
+        expert = torch.arange(num_experts, device=token.device)[:, None].expand_as(token)
+        # Expert by expert, as their matrix products want the rows.
+        rows, index, weights = (t.transpose(0, 1).flatten() for t in (flat, expert, weights))
+        if padding is not None:
+            taken = weights >= 0
+            rows, index, weights = rows[taken], index[taken], weights[taken]
+        times = torch.bincount(rows, minlength=groups * length)
+        if self.normalize:
+            sums = torch.zeros_like(probabilities[..., 0]).flatten().index_add(0, rows, weights)
+            weights = weights / sums[rows]
+        real = None if padding is None else ~padding
+        nowhere = times.view(groups, length) == 0
+        return Routing(
+            dispatch=Rows(tokens=rows, experts=index, weights=weights),
+            logits=logits.flatten(0, 1) if real is None else logits[real],
+            probabilities=probabilities.flatten(0, 1) if real is None else probabilities[real],
+            counts=torch.bincount(index, minlength=num_experts),
+            left_behind=(nowhere if real is None else nowhere & real).sum(),
+            balanced=True,
+            groups=groups,
+        )
+
+
+router = ExpertChoice

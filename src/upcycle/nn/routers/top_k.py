@@ -1,0 +1,178 @@
+"""Token choice: each token takes the K experts it scores highest (Shazeer 2017; V-MoE; Switch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upcycle.errors import UpcycleError
+from upcycle.nn.routers import Rounding, Router, capacity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from upcycle.nn.routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Router):
+    """Softmax over experts, the K largest of each token. `normalize` makes the K weights sum to one, which is
+    a softmax over the K logits (top-k then softmax); without it they are what the softmax gave.
+
+    `capacity_factor` C: an expert takes at most its share of a group, rounded as in `capacity`: S K C / E
+    tokens (`vmoe`, `exact`) or S C / E (`flaxformer`, whose share has no K); None: all that come. First
+    choices come before second ones, within each the earlier token, or with `batch_priority` the surer one
+    (Riquelme et al. 2021). In a causal stack a token's choices come before those of all later tokens, or a
+    later one could take its place. `noise_std` adds N(0, (noise_std / E)^2) to the logits in training (V-MoE).
+    """
+
+    summary = "each token takes its K best experts"
+    needs = "nothing; its own keys moe.target = upcycled"
+
+    capacity_factor: float | None = None
+    rounding: Rounding = "exact"
+    batch_priority: bool = False
+    noise_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < float("inf"):
+            raise UpcycleError(f"router.capacity_factor = {self.capacity_factor}; it must be above 0")
+        if not 0 <= self.noise_std < float("inf"):
+            raise UpcycleError(f"router.noise_std = {self.noise_std}; it must be a number of 0 or more")
+        if self.batch_priority and self.capacity_factor is None:
+            raise UpcycleError(
+                "router.batch_priority orders tokens for places that are short; set router.capacity_factor"
+            )
+
+    @property
+    def causal(self) -> bool:
+        return not self.batch_priority
+
+    def gate_sum(self, num_experts: int, top_k: int) -> float:
+        return 1.0 if self.normalize else top_k / num_experts
+
+    def sums_to_one(self, num_experts: int, top_k: int) -> bool:
+        return self.normalize or top_k == num_experts
+
+    def reaches_all(self, num_experts: int, top_k: int) -> bool:
+        return self.capacity_factor is None or self._share(num_experts, top_k) >= 1
+
+    def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
+        if self.capacity_factor is None:
+            return float(top_k)
+        return min(float(top_k), num_experts * self._share(num_experts, top_k))
+
+    def _share(self, num_experts: int, top_k: int) -> float:
+        assert self.capacity_factor is not None
+        chosen = 1 if self.rounding == "flaxformer" else top_k
+        return chosen * self.capacity_factor / num_experts
+
+    def route(
+        self,
+        tensors: Mapping[str, Tensor],
+        hidden: Tensor,
+        padding: Tensor | None,
+        *,
+        num_experts: int,
+        top_k: int,
+        training: bool,
+        causal: bool,
+    ) -> Routing:
+        import torch
+
+        from upcycle.nn.dispatch import Choices, Rows
+        from upcycle.nn.routing import Routing
+
+        clean = torch.nn.functional.linear(hidden, tensors["weight"])
+        logits = clean
+        noise = self.noise_std / num_experts if training else 0.0
+        if noise:
+            logits = clean + noise * torch.randn_like(clean)
+        probabilities = logits.softmax(-1)
+        weights, index = probabilities.topk(top_k, dim=-1)  # [G, N, K]
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        real = None if padding is None else ~padding
+        chosen = index if real is None else index[real]
+        counts = torch.bincount(chosen.flatten(), minlength=num_experts)
+        losses = {"importance": _importance(clean.softmax(-1), real)}
+        if noise:
+            losses["load"] = _load(clean, logits, top_k, noise, real)
+        if self.capacity_factor is None:
+            dispatch = Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1))
+            left = counts.new_zeros(())
+        else:
+            places = capacity(hidden.shape[1], self._share(num_experts, top_k), self.rounding)
+            kept = _keep(index, weights, real, num_experts, places, causal, self.batch_priority)
+            group, token, choice = kept.nonzero(as_tuple=True)
+            flat = group * hidden.shape[1] + token
+            picked = (group, token, choice)
+            dispatch = Rows(tokens=flat, experts=index[picked], weights=weights[picked])
+            lost = ~kept.any(-1)
+            left = (lost if real is None else lost & real).sum()
+        return Routing(
+            dispatch=dispatch,
+            logits=logits.flatten(0, 1) if real is None else logits[real],
+            probabilities=probabilities.flatten(0, 1) if real is None else probabilities[real],
+            counts=counts,
+            left_behind=left,
+            losses=losses,
+            groups=hidden.shape[0],
+        )
+
+
+def _keep(
+    index: Tensor,
+    weights: Tensor,
+    real: Tensor | None,
+    num_experts: int,
+    places: int,
+    causal: bool,
+    by_weight: bool,
+) -> Tensor:
+    """Which choices [G, N, K] find a place in their expert's buffer."""
+    import torch
+
+    groups, length, top_k = index.shape
+    order = torch.arange(length, device=index.device).expand(groups, length)
+    if by_weight:
+        order = weights[..., 0].argsort(dim=1, descending=True, stable=True)
+    queue = index.gather(1, order[..., None].expand_as(index))
+    there = torch.ones_like(order, dtype=torch.bool) if real is None else real.gather(1, order)
+    hot = torch.nn.functional.one_hot(queue, num_experts) * there[..., None, None]  # [G, N, K, E]
+    if causal:  # token by token, its choices in turn
+        line = hot.flatten(1, 2)
+        before = (line.cumsum(1) - line).view_as(hot)
+    else:  # all first choices, then all second ones
+        line = hot.transpose(1, 2).flatten(1, 2)
+        before = (line.cumsum(1) - line).view(groups, top_k, length, num_experts).transpose(1, 2)
+    place = (before * hot).sum(-1)
+    fits = (place < places) & there[..., None]
+    return torch.zeros_like(fits).scatter(1, order[..., None].expand_as(fits), fits)
+
+
+def _importance(probabilities: Tensor, real: Tensor | None) -> Tensor:
+    """Squared coefficient of variation of each expert's summed weight, summed over groups (V-MoE, eq. 7)."""
+    if real is not None:
+        probabilities = probabilities * real[..., None]
+    return _variation(probabilities.sum(1)).sum()
+
+
+def _load(clean: Tensor, noisy: Tensor, top_k: int, noise: float, real: Tensor | None) -> Tensor:
+    """The same of the chance that fresh noise puts each expert above the K-th score (V-MoE, appendix A.2)."""
+    import torch
+
+    threshold = noisy.topk(top_k, dim=-1).values[..., -1:]
+    chance = torch.special.ndtr((clean - threshold) / noise)
+    if real is not None:
+        chance = chance * real[..., None]
+    return _variation(chance.mean(1)).sum()
+
+
+def _variation(shares: Tensor) -> Tensor:
+    return (shares.std(-1, unbiased=False) / shares.mean(-1)).square()
+
+
+router = TopK

@@ -1,0 +1,145 @@
+"""The upcycled target: a dense class of transformers with `nn.MoE` in some of its blocks.
+
+Takes the place of a `Native` where no MoE class of transformers fits the model or the router. Names on disk
+are the dense model's, but for the networks that become MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Stack
+from upcycle.feed_forward import FeedForward
+from upcycle.computed import Fill
+from upcycle.init import Site
+from upcycle.lazy import Concat, Lazy, Pick, Slice
+from upcycle.lazy import Stack as Stacked
+from upcycle.natives import Native, Shared
+from upcycle.recipe import Recipe
+
+TARGET = "upcycled"
+PREFIX = "upcycled_"  # of model_type
+CLASS_PREFIX = "Upcycled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Experts in three-dimensional tensors, as `nn.Experts` holds them: disk and memory are the same."""
+
+    def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
+        """The experts by their names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and biases."""
+        first = experts[0]
+        up = "gate_up_proj" if first.gate is not None else "up_proj"
+        both = [Concat((x.gate, x.up), 0) if x.gate is not None else x.up for x in experts]
+        out: dict[str, Lazy] = {
+            f"experts.{up}": Stacked(tuple(both)),
+            "experts.down_proj": Stacked(tuple(x.down for x in experts)),
+        }
+        if first.up_bias is not None:
+            biases = [
+                Concat((x.gate_bias, x.up_bias), 0) if x.gate_bias is not None else x.up_bias for x in experts
+            ]
+            out[f"experts.{up}_bias"] = Stacked(tuple(b for b in biases if b is not None))
+            out["experts.down_proj_bias"] = Stacked(tuple(x.down_bias for x in experts if x.down_bias is not None))
+        return out
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """The experts among the tensors of a layer, by their names below it; biases are left aside."""
+        if (down := tensors.get("experts.down_proj")) is None:
+            return []
+        out = []
+        for e in range(down.shape[0]):
+            if "experts.up_proj" in tensors:
+                out.append(FeedForward(up=Pick(tensors["experts.up_proj"], e), down=Pick(down, e)))
+                continue
+            both = Pick(tensors["experts.gate_up_proj"], e)
+            rows = both.shape[0]
+            out.append(
+                FeedForward(
+                    gate=Slice(both, 0, 0, rows // 2), up=Slice(both, 0, rows // 2, rows), down=Pick(down, e)
+                )
+            )
+        return out
+
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """The tensors of a layer as they are: they are stored as they are held."""
+        return dict(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpert(Shared):
+    """The dense network beside the experts, kept like a single expert."""
+
+    def write(self, network: FeedForward) -> dict[str, Lazy]:
+        """The shared expert by its names below the layer."""
+        names = Layout().write([network])
+        return {f"{self.path}.one.{name.removeprefix('experts.')}": t for name, t in names.items()}
+
+
+def target(model_type: str, architecture: str, recipe: Recipe) -> Native:
+    """The upcycled target of a dense class, for the recipe of one stack."""
+
+    def extra(num_experts: int, dtype: str) -> dict[str, Lazy]:
+        tensors = recipe.router.extra(num_experts).items()
+        return {f"router.{name}": Fill(shape, dtype, value) for name, (shape, value) in tensors}
+
+    return Native(
+        model_type=PREFIX + model_type,
+        architecture=CLASS_PREFIX + architecture,
+        summary="the dense class with MoE layers in it",
+        layout=Layout(),
+        router="router.weight",
+        fields=(),
+        renormalizes="optional",
+        shared=SharedExpert(path="shared", combine="sum", config=lambda width, count: {}),
+        extra=extra,
+        upcycled=True,
+    )
+
+
+def entry(
+    stack: Stack, sites: list[Site], recipe: Recipe, network: FeedForward, shared_width: int
+) -> dict[str, Any]:
+    """What config.json says of the MoE layers of a stack: `nn.moe.Shape`."""
+    return {
+        "stack": stack.name,
+        "layers": [site.layer for site in sites],
+        "module": stack.module,
+        "replaced": list(stack.replaced),
+        "num_experts": recipe.moe.num_experts,
+        "top_k": recipe.moe.top_k,
+        "hidden_size": network.hidden,
+        "intermediate_size": sites[0].width,
+        "shared_size": shared_width,
+        "activation": stack.activation,
+        "gated": network.gate is not None,
+        "bias": network.up_bias is not None,
+        "dropout": stack.dropout,
+        "causal": stack.causal,
+        "router": recipe.router.as_table(),
+    }
+
+
+def config(raw: Mapping[str, Any], model_type: str, architecture: str, entries: list[dict[str, Any]]) -> Config:
+    """config.json of the upcycled model: the dense one's and what its MoE layers are."""
+    return {
+        **raw,
+        "architectures": [CLASS_PREFIX + architecture],
+        "model_type": PREFIX + model_type,
+        "moe": entries,
+    }
+
+
+def refuse_look_ahead(stack: Stack, recipe: Recipe) -> None:
+    """Refuse a router that reads later tokens in a stack that must not."""
+    if stack.causal and not recipe.router.causal:
+        where = "a decoder" if stack.name == "layers" else "the decoder"
+        why = recipe.router.looks_ahead or "a later token can take an earlier one's place"
+        raise UpcycleError(
+            f"router {recipe.router.name} cannot stand in {where}: {why}, so that a model would read what it "
+            f"should predict; use top_k without batch_priority (in a T5, under [decoder.router])"
+        )
