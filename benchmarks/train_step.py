@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from upcycle.training import optimizer, start, step
+from upcycle.training import optimizer, start, step, tasks
 from upcycle.training.metrics import PEAKS
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
@@ -80,14 +80,16 @@ def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> 
         model = start.model_of(begun, run, here, precision)
         trainee = step.Trainee(
             model=model,
+            task=tasks.of(begun.dense.architecture),
+            start=begun,
             optimizer=optimizer.make(model, run.train),
             routers=Routers.of(model),
             run=run,
             ranks=here,
             precision=precision,
         )
-    rows = random_rows(size)
-    return lambda: step.train_step(trainee, rows, 0, 1e-4), begun.training_flops(size["length"])
+    batch = {"rows": random_rows(size)}
+    return lambda: step.train_step(trainee, batch, 0, 1e-4), begun.training_flops(size["length"])
 
 
 def theirs(folder: Path, size: dict[str, int]) -> Callable[[], None]:

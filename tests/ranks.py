@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import upcycle
 from upcycle import Recipe, loading
-from upcycle.training import optimizer, saving, start, step
+from upcycle.training import optimizer, saving, start, step, tasks
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
@@ -84,6 +84,8 @@ def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
     model = start.model_of(begun, run, here, precision)
     return step.Trainee(
         model=model,
+        task=tasks.of(begun.dense.architecture),
+        start=begun,
         optimizer=optimizer.make(model, run.train),
         routers=Routers.of(model),
         run=run,
@@ -113,7 +115,7 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
             trainee.optimizer.register_step_pre_hook(keep)
             rows = rows_of(run)
             share = run.train.rows // here.dp_size
-            outcome = step.train_step(trainee, rows[here.dp_rank * share :][:share], 0, 1e-3)
+            outcome = step.train_step(trainee, {"rows": rows[here.dp_rank * share :][:share]}, 0, 1e-3)
             out.append(
                 {
                     "gradients": kept,
@@ -122,8 +124,8 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
                     "balance": outcome.balance_loss,
                     "z": outcome.z_loss,
                     "router_norms": list(outcome.router_grad_norms),
-                    "counts": outcome.counts,
-                    "held_out": step.held_out_loss(trainee, rows[:3]),
+                    "counts": torch.stack([tally.counts for tally in outcome.tallies]),
+                    "held_out": step.evaluate(trainee, {"rows": rows[:3]}).loss,
                 }
             )
     return out

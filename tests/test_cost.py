@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from upcycle import Recipe, convert, families, plan
+import tiny
+from upcycle import Recipe, convert, plan
 from upcycle.shards import parse_size
 
 
@@ -16,7 +17,7 @@ def recipe_for(model_type: str) -> Recipe:
     return Recipe.of(moe={"num_experts": 6, "top_k": 2})
 
 
-@pytest.mark.parametrize("model_type", families.names())
+@pytest.mark.parametrize("model_type", tiny.DECODERS)
 def test_parameters(model_type, dense, tmp_path):
     """Total as transformers counts the model; active: what is left of it with K experts a layer."""
     source, recipe = dense(model_type), recipe_for(model_type)

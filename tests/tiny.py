@@ -13,6 +13,8 @@ from upcycle import families
 
 logging.disable_progress_bar()
 
+DECODERS = [name for name in families.names() if families.find(name).natives]
+
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,

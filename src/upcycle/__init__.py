@@ -49,6 +49,6 @@ def _register(_: ModuleType) -> None:
     import_module("upcycle.nn.configs").register()
 
 
-# AutoModel*.from_pretrained opens what upcycle wrote, whichever of the two is imported first; transformers is not
-# imported for it.
+# AutoModel*.from_pretrained opens what upcycle wrote, whichever of the two is imported first, and no command
+# waits for transformers.
 register_post_import_hook(_register, "transformers.models.auto.configuration_auto")

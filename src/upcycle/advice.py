@@ -68,12 +68,12 @@ def _not_renormalised(part: Recipe) -> str | None:
     factor = 1 / part.router.gate_sum(count, top_k)
     if not part.router.rescale:
         return (
-            f"the router's weights are not renormalised and experts are not rescaled: a layer starts with about "
-            f"1 / {factor:g} of the dense network's output"
+            f"the router's weights are not renormalised and experts are not rescaled: a layer starts "
+            f"with about 1 / {factor:g} of the dense network's output"
         )
     return (
-        f"the router's weights are not renormalised: experts are scaled by N / K = {factor:g} and the function "
-        f"is kept only as far as the router is uniform (std {part.router.std:g})"
+        f"the router's weights are not renormalised: experts are scaled by N / K = {factor:g} and the "
+        f"function is kept only as far as the router is uniform (std {part.router.std:g})"
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upcycle import natives, provenance
+from upcycle import families, natives, provenance, upcycled
 from upcycle.checkpoint import Checkpoint
 from upcycle.dtypes import TORCH_NAMES
 from upcycle.errors import UpcycleError
@@ -21,16 +22,22 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
     """Width, dtype, similarity and router norms of every layer, as a table that JSON can hold.
 
     `source` is the dense checkpoint to compare experts with; without it, the one that the provenance
-    names, if it is still there. Cosine similarities are over gate, up and down together.
+    names, if it is still there. Cosine similarities are over all matrices together.
     """
     with open_checkpoint(checkpoint, allow_nonfinite=True) as opened:
         made = provenance.read(opened.folder) if (opened.folder / provenance.FILE).exists() else None
         model_type = opened.config.get("model_type")
         notes: list[str] = []
-        if model_type in natives.names():
+        upcycled_from = upcycled.dense_type(opened.config)
+        if model_type in natives.names() or upcycled_from:
             dense = _dense_source(source, made, notes)
             try:
-                layers = _moe_layers(opened, natives.find(str(model_type)), dense, notes)
+                parts = (
+                    _upcycled_parts(opened, upcycled_from)
+                    if upcycled_from
+                    else _native_parts(opened, natives.find(str(model_type)))
+                )
+                layers = [_row(part, dense, notes) for part in parts]
             except KeyError as error:
                 raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
             finally:
@@ -64,9 +71,18 @@ def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes:
     return admit(open_checkpoint(str(source), allow_nonfinite=True))
 
 
-def _moe_layers(
-    opened: Checkpoint, native: natives.Native, dense: Dense | None, notes: list[str]
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One block: its experts and its router, or the network that stayed dense."""
+
+    stack: str
+    layer: int
+    experts: list[FeedForward]
+    router: Lazy | None
+    up: Lazy
+
+
+def _native_parts(opened: Checkpoint, native: natives.Native) -> list[_Part]:
     by_layer: dict[int, dict[str, Lazy]] = {}
     for name, info in opened.tensors.items():
         if name.startswith("model.layers."):
@@ -74,34 +90,63 @@ def _moe_layers(
             by_layer.setdefault(int(layer), {})[rest] = Stored(opened, info)
     if not by_layer:
         raise UpcycleError(f"{opened.folder} has no tensors of layers (model.layers.N. ...)")
-    rows = []
+    parts = []
     for number, tensors in sorted(by_layer.items()):
         experts = native.layout.read(tensors)
-        if not experts:
-            rows.append(_dense_row(number, tensors["mlp.gate_proj.weight"]))
-            continue
-        router = tensors[native.router].all("F32")
-        original = None if dense is None else dense.feed_forward(number)
-        comparable = original is not None and original.gate.shape == experts[0].gate.shape
-        if original is not None and not comparable and not notes:
-            notes.append("experts are not of the shape of the dense networks: no similarity to them")
-        everyone = [*experts, original] if comparable and original is not None else experts
-        cosine = _cosines(everyone)
-        count = len(experts)
-        pairs = cosine[:count, :count][np.triu_indices(count, 1)]
-        rows.append(
-            {
-                "layer": number,
-                "num_experts": count,
-                "width": experts[0].width,
-                "dtype": TORCH_NAMES[experts[0].gate.dtype],
-                "cosine": cosine[:count, :count].round(6).tolist(),
-                "cosine_between": _summary(pairs),
-                "cosine_to_dense": cosine[:count, count].round(6).tolist() if comparable else None,
-                "router_norms": np.linalg.norm(router, axis=1).round(6).tolist(),
-            }
-        )
-    return rows
+        router = tensors[native.router] if experts else None
+        up = experts[0].up if experts else tensors["mlp.gate_proj.weight"]
+        parts.append(_Part(stack="layers", layer=number, experts=experts, router=router, up=up))
+    return parts
+
+
+def _upcycled_parts(opened: Checkpoint, model_type: str) -> list[_Part]:
+    family = families.find(model_type)
+    config = family.config(upcycled.dense_config(opened.config))
+    tensors: dict[str, Lazy] = {name: Stored(opened, info) for name, info in opened.tensors.items()}
+    moe = {(e["stack"], i) for e in opened.config["moe"] for i in e["layers"]}
+    parts = []
+    for stack in family.stacks(config):
+        for i in range(stack.count):
+            if (stack.name, i) not in moe:
+                up = family.feed_forward(config, i, tensors, stack.name).up
+                parts.append(_Part(stack=stack.name, layer=i, experts=[], router=None, up=up))
+                continue
+            prefix = stack.path.format(i=i) + "."
+            below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            experts = upcycled.Layout().read(below)
+            if not experts:
+                raise KeyError(prefix + "experts.down_proj")
+            router = below["router.weight"]
+            parts.append(_Part(stack=stack.name, layer=i, experts=experts, router=router, up=experts[0].up))
+    return parts
+
+
+def _row(part: _Part, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
+    place: dict[str, Any] = {"layer": part.layer}
+    if part.stack != "layers":
+        place["stack"] = part.stack
+    dtype = TORCH_NAMES[part.up.dtype]
+    if part.router is None:
+        return {**place, "num_experts": 0, "width": part.up.shape[0], "dtype": dtype}
+    experts = part.experts
+    original = None if dense is None else dense.feed_forward(part.layer, part.stack)
+    comparable = original is not None and original.up.shape == experts[0].up.shape
+    if original is not None and not comparable and not notes:
+        notes.append("experts are not of the shape of the dense networks: no similarity to them")
+    everyone = [*experts, original] if comparable and original is not None else experts
+    cosine = _cosines(everyone)
+    count = len(experts)
+    pairs = cosine[:count, :count][np.triu_indices(count, 1)]
+    return {
+        **place,
+        "num_experts": count,
+        "width": experts[0].width,
+        "dtype": dtype,
+        "cosine": cosine[:count, :count].round(6).tolist(),
+        "cosine_between": _summary(pairs),
+        "cosine_to_dense": cosine[:count, count].round(6).tolist() if comparable else None,
+        "router_norms": np.linalg.norm(part.router.all("F32"), axis=1).round(6).tolist(),
+    }
 
 
 def _summary(values: np.ndarray) -> dict[str, float] | None:
@@ -111,9 +156,9 @@ def _summary(values: np.ndarray) -> dict[str, float] | None:
 
 
 def _cosines(networks: list[FeedForward]) -> np.ndarray:
-    """Cosine similarity of all pairs over gate, up and down together; [n, n], float64."""
+    """Cosine similarity of all pairs over all matrices together; [n, n], float64."""
     gram = np.zeros((len(networks), len(networks)))
-    for name in FeedForward.NEURON_AXES:
+    for name in networks[0].matrices():
         matrices = [getattr(network, name) for network in networks]
         for index in blocks(tuple((0, n) for n in matrices[0].shape)):
             values = np.stack([m.read(index, "F32").ravel() for m in matrices])
@@ -123,9 +168,18 @@ def _cosines(networks: list[FeedForward]) -> np.ndarray:
 
 
 def _dense_layers(dense: Dense) -> list[dict[str, Any]]:
-    layers = range(dense.config["num_hidden_layers"])
-    return [_dense_row(layer, dense.feed_forward(layer).gate) for layer in layers]
-
-
-def _dense_row(layer: int, gate: Lazy) -> dict[str, Any]:
-    return {"layer": layer, "num_experts": 0, "width": gate.shape[0], "dtype": TORCH_NAMES[gate.dtype]}
+    return [
+        _row(
+            _Part(
+                stack=stack.name,
+                layer=i,
+                experts=[],
+                router=None,
+                up=dense.feed_forward(i, stack.name).up,
+            ),
+            None,
+            [],
+        )
+        for stack in dense.stacks
+        for i in range(stack.count)
+    ]

@@ -180,7 +180,9 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
         for stack in dense.stacks:
             upcycled.refuse_look_ahead(stack, recipe.at(stack.name))
         if recipe.decoder is not None and len(dense.stacks) == 1:
-            raise UpcycleError(f"[decoder] is for encoder-decoders; {family.model_type} has one stack of blocks")
+            raise UpcycleError(
+                f"[decoder] is for encoder-decoders; {family.model_type} has one stack of blocks"
+            )
         return upcycled.target(family.model_type, dense.architecture, recipe)
     if not family.natives:
         raise UpcycleError(
@@ -220,7 +222,9 @@ def _tensors(
     }
     chosen = {(site.stack, site.layer): site for site in sites}
     if native.upcycled:
-        gone = [(stack, i) for stack in models[0].stacks for i in range(stack.count) if (stack.name, i) in chosen]
+        gone = [
+            (stack, i) for stack in models[0].stacks for i in range(stack.count) if (stack.name, i) in chosen
+        ]
         out = {n: t for n, t in every.items() if not any(stack.owns(n, i) for stack, i in gone)}
     else:
         out = family.backbone(config, native.model_type, every)
@@ -280,9 +284,7 @@ def _config(
             if mine:
                 network = dense.feed_forward(mine[0].layer, stack.name)
                 entries.append(upcycled.entry(stack, mine, recipe.at(stack.name), network, shared_width))
-        return upcycled.config(
-            dense.checkpoint.config, dense.family.model_type, dense.architecture, entries
-        )
+        return upcycled.config(dense.checkpoint.config, dense.family.model_type, dense.architecture, entries)
     config = native.config(
         dense.family.native_config(dense.config, native.model_type),
         num_experts=recipe.moe.num_experts,
@@ -300,7 +302,8 @@ def _config(
         return config | chosen
     if len(layers) != dense.config["num_hidden_layers"]:
         raise UpcycleError(
-            f"{native.model_type} has experts in every layer and cannot keep dense ones; use moe.layers = all, "
-            f"moe.target = {upcycled.TARGET}, or a family whose target can (qwen2, qwen3, ernie4_5, cohere2)"
+            f"{native.model_type} has experts in every layer and cannot keep dense ones; use moe.layers = "
+            f"all, moe.target = {upcycled.TARGET}, or a family whose target can (qwen2, qwen3, ernie4_5, "
+            f"cohere2)"
         )
     return config

@@ -8,6 +8,24 @@ from typing import Any
 from upcycle.blueprints import Blueprint
 from upcycle.cost import plan_of
 
+_NATIVE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+_UPCYCLED = """```python
+import upcycle  # makes the architecture known to transformers' Auto classes
+
+model = upcycle.open("path/to/this/folder")
+```
+"""
+
+
+def _how_to_load(built: Blueprint) -> str:
+    return _UPCYCLED if built.native.upcycled else _NATIVE
+
 
 def render(built: Blueprint, record: dict[str, Any]) -> str:
     """Markdown that says what the folder is, what it was made from, and how to load it."""
@@ -37,18 +55,12 @@ A `{plan.target}` Mixture of Experts made from the dense `{plan.family}` checkpo
 | active parameters per token | {plan.dense_parameters:,} | {plan.active_parameters:,} |
 | FLOPs per token (forward, matrix products) | {plan.dense_flops_per_token:,} | {plan.flops_per_token:,} |
 
-{plan.num_experts} experts of {plan.expert_width} neurons, {plan.top_k} per token, in
-{len(plan.moe_layers)} of {plan.num_layers} layers{shared}.
+{plan.num_experts} experts of {plan.expert_width} neurons, {plan.routing}, in
+{plan.num_moe_layers} of {plan.num_layers} layers{shared}.
 
 ## Load
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
+{_how_to_load(built)}
 ## What to know
 
 {warnings}

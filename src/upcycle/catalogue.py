@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from upcycle import families, init, natives
+from upcycle import families, init, natives, upcycled
+from upcycle.nn import routers
 
 Row = dict[str, str]
 
-ROUTERS: list[Row] = [
+ROUTER_INITS: list[Row] = [
     {"name": "normal", "summary": "N(0, std^2)", "needs": "nothing"},
     {"name": "uniform", "summary": "uniform with mean 0 and standard deviation std", "needs": "nothing"},
     {"name": "zeros", "summary": "all zero; ties send every token to the same experts", "needs": "nothing"},
@@ -20,13 +21,18 @@ ROUTERS: list[Row] = [
 
 
 def everything() -> dict[str, list[Row]]:
-    """Families, targets, initialisations and router initialisations."""
+    """Families, targets, initialisations, routers and router initialisations."""
     dense = [families.find(name) for name in families.names()]
     moe = [natives.find(name) for name in natives.names()]
+    ways = [(name, routers.find(name)) for name in routers.names()]
     inits = [(name, init.find(name)) for name in init.names()]
     return {
         "families": [
-            {"name": f.model_type, "summary": f.summary, "needs": "target " + " or ".join(f.natives)}
+            {
+                "name": f.model_type,
+                "summary": f.summary,
+                "needs": "target " + " or ".join([*f.natives, upcycled.TARGET]),
+            }
             for f in dense
         ],
         "targets": [
@@ -36,7 +42,15 @@ def everything() -> dict[str, list[Row]]:
                 "needs": "experts in every layer" if n.dense_layers is None else "nothing",
             }
             for n in moe
+        ]
+        + [
+            {
+                "name": upcycled.TARGET,
+                "summary": "the dense class itself with MoE layers in it; any family, any router",
+                "needs": "import upcycle, to open it",
+            }
         ],
         "initialisations": [{"name": n, "summary": i.summary, "needs": i.needs} for n, i in inits],
-        "routers": ROUTERS,
+        "routers": [{"name": n, "summary": r.summary, "needs": r.needs} for n, r in ways],
+        "router initialisations": ROUTER_INITS,
     }

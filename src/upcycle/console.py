@@ -72,8 +72,8 @@ def show_plan(plan: Plan) -> None:
     out.print(table)
     shared = f", shared expert of {plan.shared_width}" if plan.shared_width else ""
     out.print(
-        f"{plan.num_experts} experts of {plan.expert_width} neurons, top-{plan.top_k}, in "
-        f"{len(plan.moe_layers)} of {plan.num_layers} layers{shared}"
+        f"{plan.num_experts} experts of {plan.expert_width} neurons, {plan.routing}, in "
+        f"{plan.num_moe_layers} of {plan.num_layers} layers{shared}"
     )
     out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
     out.print("computes what the dense model computes: " + ("yes" if plan.preserves_function else "no"))
@@ -84,7 +84,7 @@ def show_plan(plan: Plan) -> None:
 def show_converted(plan: Plan, folder: Path) -> None:
     """What convert leaves on the screen."""
     out.print(
-        f"{folder}: {plan.target}, {plan.num_experts} experts, top-{plan.top_k}, "
+        f"{folder}: {plan.target}, {plan.num_experts} experts, {plan.routing}, "
         f"{count(plan.total_parameters)} parameters, {count(plan.active_parameters)} active, "
         f"{size(plan.output_bytes)}"
     )
@@ -123,12 +123,12 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
     table = grid("", *columns)
     for row in anatomy["layers"]:
         if not row["num_experts"]:
-            table.add_row(str(row["layer"]), "dense", str(row["width"]), row["dtype"], "", "", "")
+            table.add_row(_place(row), "dense", str(row["width"]), row["dtype"], "", "", "")
             continue
         between = row["cosine_between"]
         dense = row["cosine_to_dense"]
         table.add_row(
-            str(row["layer"]),
+            _place(row),
             str(row["num_experts"]),
             str(row["width"]),
             row["dtype"],
@@ -147,6 +147,10 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
             out.print(f"blueprint {made['blueprint_hash']}")
     for note in anatomy["notes"]:
         out.print(f"[dim]{note}[/]", markup=True)
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"{row['stack']} {row['layer']}" if "stack" in row else str(row["layer"])
 
 
 def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Plan:
     moe_layers: list[int] | dict[str, list[int]]
     num_experts: int
     top_k: int
+    routing: str
     expert_width: int
     shared_width: int
     dense_parameters: int
@@ -45,6 +47,12 @@ class Plan:
     blueprint_hash: str
     preserves_function: bool
     warnings: list[str]
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many blocks became MoE, in all stacks together."""
+        layers = self.moe_layers
+        return len(layers) if isinstance(layers, list) else sum(map(len, layers.values()))
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
@@ -77,6 +85,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         moe_layers=built.moe_layers,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
+        routing=_routing(built),
         expert_width=dense["intermediate_size"] // moe.granularity,
         shared_width=built.shared_width,
         dense_parameters=sum(t.size for t in built.dense.tensors.values()),
@@ -92,24 +101,37 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     )
 
 
+def _routing(built: Blueprint) -> str:
+    """How tokens meet experts, in a word or two for each stack that differs."""
+    said = []
+    for name in dict.fromkeys(site.stack for site in built.sites):
+        part = built.recipe.at(name)
+        factor = getattr(part.router, "capacity_factor", None)
+        way = f"top-{part.moe.top_k}" if part.router.name == "top_k" else part.router.name.replace("_", " ")
+        said.append(way if factor is None else f"{way} with capacity factor {factor:g}")
+    return said[0] if len(set(said)) == 1 else " and ".join(said)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Idle:
-    """What a token does not meet of the experts, on average: weights, and those of them in matrix products."""
+    """What a token does not meet of the experts, on average: weights, and those in matrix products."""
 
     parameters: int
     in_products: int
 
 
-def idle_weights(built: Blueprint) -> Idle:
-    """Weights of the experts that a token does not use, in all layers together."""
+def idle_weights(built: Blueprint, stack: str | None = None) -> Idle:
+    """Weights of the experts that a token does not use, in all layers (of one stack) together."""
     length = built.dense.family.length(built.dense.config)
     parameters, products = 0.0, 0.0
     for site in built.sites:
+        if stack not in (None, site.stack):
+            continue
         router = built.recipe.at(site.stack).router
         unused = site.num_experts - router.experts_per_token(site.num_experts, site.top_k, length)
         network = built.dense.feed_forward(site.layer, site.stack)
         matrices = len(network.matrices()) * network.hidden * site.width
-        biases = {name: site.width for name in network.biases()} | {"down_bias": network.hidden}
+        biases = dict.fromkeys(network.biases(), site.width) | {"down_bias": network.hidden}
         products += unused * matrices
         parameters += unused * (matrices + sum(biases[name] for name in network.biases()))
     return Idle(parameters=round(parameters), in_products=round(products))
@@ -118,6 +140,27 @@ def idle_weights(built: Blueprint) -> Idle:
 def flops_per_token(dense: Dense) -> int:
     """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
     return 2 * (_in_products({n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
+
+
+def flops_per_row(dense: Dense, built: Blueprint | None, lengths: Mapping[str, int]) -> int:
+    """FLOPs of a forward pass of a row of so many tokens in each stack: matrix products, attention scores.
+
+    Causal attention needs half of the scores, on average. `built` is None for the dense model itself.
+    """
+    family, c = dense.family, dense.config
+    shapes = {n: e.shape for n, e in built.entries.items()} if built else {}
+    shapes = shapes or {n: t.shape for n, t in dense.tensors.items()}
+    total, last = 0, dense.stacks[-1].name
+    for stack in dense.stacks:
+        products = _in_products({n: s for n, s in shapes.items() if family.stack_of(n) == stack.name})
+        products += _tied_head(dense) if stack.name == last else 0
+        products -= idle_weights(built, stack.name).in_products if built else 0
+        length, width = lengths[stack.name], c["num_attention_heads"] * c["head_dim"]
+        scores = stack.count * 4 * width * length * length
+        total += 2 * products * length + (scores // 2 if stack.causal else scores)
+        if stack.name == "decoder":
+            total += stack.count * 4 * width * length * lengths["encoder"]
+    return total
 
 
 def _tied_head(dense: Dense) -> int:

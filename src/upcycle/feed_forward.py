@@ -67,7 +67,7 @@ class FeedForward:
     def scaled(
         self, *, gate: float = 1.0, up: float = 1.0, down: float = 1.0, down_bias: float = 1.0
     ) -> FeedForward:
-        """Each tensor times a factor, biases of gate and up with theirs; a factor of one leaves it as it is."""
+        """Each tensor times a factor, biases of gate and up with theirs; a factor of one changes nothing."""
         factors = {"gate": gate, "up": up, "down": down}
         factors |= {"gate_bias": gate, "up_bias": up, "down_bias": down_bias}
         tensors = self.matrices() | self.biases()

@@ -94,7 +94,7 @@ def build(
     experts_implementation: str | None = None,
     num_experts: int | None = None,
 ) -> PreTrainedModel:
-    """A model of the class `architecture` of transformers or an upcycled one, each of its parameters read from `tensors`.
+    """A model of the class `architecture`, each of its parameters read from `tensors`.
 
     Raises `UpcycleError` where the layout does not fit; a parameter that nothing defines is an error of ours.
     """

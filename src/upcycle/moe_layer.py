@@ -108,9 +108,7 @@ def tensors(
     half = 0.5 if halved else 1.0
     # What a token's experts add up to has the bias once, whatever share of the network each of them is.
     scales = {"gate": gate, "up": up, "down": down * half, "down_bias": half / site.gate_sum}
-    experts = [
-        recipe.init.expert(networks, e, site).scaled(**scales) for e in range(site.num_experts)
-    ]
+    experts = [recipe.init.expert(networks, e, site).scaled(**scales) for e in range(site.num_experts)]
     out = {native.router: router(recipe, site, hidden, dtype), **native.layout.write(experts)}
     if native.extra:
         out |= native.extra(site.num_experts, dtype)
@@ -146,7 +144,7 @@ def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
 
 
 def router(recipe: Recipe, site: Site, hidden: int, dtype: str) -> Lazy:
-    """The router weight [E, H], or a row a slot. `grouped`: G rows in turn are the same, one for each shard of a group."""
+    """The router weight [E, H], or a row a slot. `grouped`: G rows in turn are the same, a shard each."""
     kind, std, key = recipe.router.init, recipe.router.std, site.key("router")
     count = recipe.router.rows(site.num_experts)
     if kind == "zeros":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from upcycle import provenance
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError, listed
+from upcycle.families import Config
 from upcycle.hub import open_checkpoint
 from upcycle.recipe import Recipe
 from upcycle.source import refuse_two_heads
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5  # of the logit scale, in float32
 TOKENS = 256  # of a text, and of random input
-LONGEST = 1024  # tokens of a sliding window that random input reaches beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +155,11 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
     """Whether transformers' own loader fills every parameter of its class from these names and shapes."""
     import transformers
 
+    from upcycle.nn import models
+
     name = "target coverage, transformers"
     with quiet():
-        architecture = getattr(transformers, built.native.architecture)
+        architecture = models.architecture(built.native.architecture)
         state = {n: _Header(info) for n, info in moe.tensors.items()}
         try:
             config = transformers.AutoConfig.from_pretrained(moe.folder)
@@ -256,40 +258,59 @@ def _logits(built: Blueprint, name: str, difference: Difference) -> Check:
 
 
 def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) -> dict[str, Difference]:
-    """Logits of the dense model and of the folder `out`, in float32, on random tokens and on a text."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """Outputs of the dense model and of the folder `out`, in float32, on random input and on a text.
 
-    source, config = built.source.folder, built.dense.config
+    Outputs are logits, or the last hidden states of a model without a head.
+    """
+    import torch
+
+    from upcycle.nn import models
+
+    source, dense = built.source.folder, built.dense
     _check_memory(built)
-    # Four short rows; one long row where a sliding window is short enough to be looked past.
-    window = config.get("sliding_window") or 0
-    rows, length = (1, window + TOKENS // 4) if TOKENS // 4 <= window <= LONGEST else (4, TOKENS // 4)
-    size = (rows, min(length, config["max_position_embeddings"]))
-    generator = torch.Generator().manual_seed(0)
-    inputs = {"random": torch.randint(config["vocab_size"], size, generator=generator)}
+    inputs = {"random": _random(dense.family.inputs(dense.config, TOKENS), dense.config)}
     if text is not None:
-        inputs["text"] = _tokens(source, Path(text), config["max_position_embeddings"])
+        ids = _tokens(source, Path(text), dense.family.length(dense.config))
+        names = [n for n, (kind, _) in dense.family.inputs(dense.config, TOKENS).items() if kind == "tokens"]
+        if not names:
+            raise UpcycleError(f"--text is for models that read text, and {dense.family.model_type} does not")
+        inputs["text"] = dict.fromkeys(names, ids)
     stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
     outputs = []
-    for folder, dtype in ((source, stored), (out, None)):
+    for folder, name, dtype in (
+        (source, dense.architecture, stored),
+        (out, built.native.architecture, None),
+    ):
         # `eager` runs the experts one by one: no kernel with demands of its own on widths.
+        options = {} if folder is source else {"experts_implementation": "eager"}
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or torch.float32, experts_implementation="eager"
-            )
+            cls = models.architecture(name)
+            model = cls.from_pretrained(folder, dtype=dtype or torch.float32, **options)
         model = model.float().eval()
         with torch.inference_mode():
-            outputs.append({name: model(ids).logits for name, ids in inputs.items()})
+            outputs.append({name: model(**given)[0] for name, given in inputs.items()})
         del model
-    dense, moe = outputs
+    ours, theirs = outputs
     return {
         name: Difference(
-            max_difference=float((dense[name] - moe[name]).abs().max()),
-            scale=float(dense[name].abs().max()),
-            tokens=ids.numel(),
+            max_difference=float((ours[name] - theirs[name]).abs().max()),
+            scale=float(ours[name].abs().max()),
+            tokens=theirs[name].shape[:-1].numel(),
         )
-        for name, ids in inputs.items()
+        for name in inputs
+    }
+
+
+def _random(shapes: Mapping[str, tuple[str, tuple[int, ...]]], config: Config) -> dict[str, torch.Tensor]:
+    """Random input of the given kinds and shapes, always the same."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randint(config["vocab_size"], shape, generator=generator)
+        if kind == "tokens"
+        else torch.randn(shape, generator=generator)
+        for name, (kind, shape) in shapes.items()
     }
 
 

@@ -170,7 +170,7 @@ def _table(value: Any, where: str) -> Mapping[str, Any]:
 def read(cls: type, table: Mapping[str, Any], where: str, made: Mapping[str, Any] | None = None) -> Any:
     """An instance of the dataclass `cls` from `table`; `made` holds fields that are ready."""
     made = made or {}
-    hints = get_type_hints(cls, localns={"Init": object, "Router": object})
+    hints = get_type_hints(cls, localns={"Init": object, "Router": object, "Task": object})
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in made}
     prefix = f"{where}." if where else ""
     for key in table:

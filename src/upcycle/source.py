@@ -44,7 +44,9 @@ class Dense:
     @property
     def has_language_head(self) -> bool:
         """Whether it predicts tokens of a vocabulary."""
-        return self.architecture.endswith(("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining"))
+        return self.architecture.endswith(
+            ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+        )
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -66,7 +68,11 @@ def admit(checkpoint: Checkpoint) -> Dense:
     """The dense model in a checkpoint; whatever is not exactly that is refused with the reason."""
     raw, where = checkpoint.config, checkpoint.folder
     model_type = raw.get("model_type")
-    if model_type in natives.names() or "moe" in raw or any(isinstance(raw.get(k), int) and raw[k] > 1 for k in _MOE_KEYS):
+    if (
+        model_type in natives.names()
+        or "moe" in raw
+        or any(isinstance(raw.get(k), int) and raw[k] > 1 for k in _MOE_KEYS)
+    ):
         raise UpcycleError(f"{where} is already a Mixture of Experts ({model_type}); give a dense checkpoint")
     if "quantization_config" in raw:
         method = raw["quantization_config"]

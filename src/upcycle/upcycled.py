@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from upcycle.computed import Fill
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
 from upcycle.feed_forward import FeedForward
-from upcycle.computed import Fill
 from upcycle.init import Site
 from upcycle.lazy import Concat, Lazy, Pick, Slice
 from upcycle.lazy import Stack as Stacked
@@ -33,17 +33,16 @@ class Layout:
         """The experts by their names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and biases."""
         first = experts[0]
         up = "gate_up_proj" if first.gate is not None else "up_proj"
-        both = [Concat((x.gate, x.up), 0) if x.gate is not None else x.up for x in experts]
         out: dict[str, Lazy] = {
-            f"experts.{up}": Stacked(tuple(both)),
+            f"experts.{up}": Stacked(tuple(_over(x.gate, x.up) for x in experts)),
             "experts.down_proj": Stacked(tuple(x.down for x in experts)),
         }
+        biases = [(x.gate_bias, x.up_bias, x.down_bias) for x in experts]
         if first.up_bias is not None:
-            biases = [
-                Concat((x.gate_bias, x.up_bias), 0) if x.gate_bias is not None else x.up_bias for x in experts
-            ]
-            out[f"experts.{up}_bias"] = Stacked(tuple(b for b in biases if b is not None))
-            out["experts.down_proj_bias"] = Stacked(tuple(x.down_bias for x in experts if x.down_bias is not None))
+            out[f"experts.{up}_bias"] = Stacked(
+                tuple(_over(gate, b) for gate, b, _ in biases if b is not None)
+            )
+            out["experts.down_proj_bias"] = Stacked(tuple(b for _, _, b in biases if b is not None))
         return out
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
@@ -64,10 +63,14 @@ class Layout:
             )
         return out
 
-
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         """The tensors of a layer as they are: they are stored as they are held."""
         return dict(tensors)
+
+
+def _over(gate: Lazy | None, up: Lazy) -> Lazy:
+    """Gate over up, or up alone in a network without a gate."""
+    return up if gate is None else Concat((gate, up), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,9 @@ def entry(
     }
 
 
-def config(raw: Mapping[str, Any], model_type: str, architecture: str, entries: list[dict[str, Any]]) -> Config:
+def config(
+    raw: Mapping[str, Any], model_type: str, architecture: str, entries: list[dict[str, Any]]
+) -> Config:
     """config.json of the upcycled model: the dense one's and what its MoE layers are."""
     return {
         **raw,
@@ -132,6 +137,20 @@ def config(raw: Mapping[str, Any], model_type: str, architecture: str, entries: 
         "model_type": PREFIX + model_type,
         "moe": entries,
     }
+
+
+def dense_type(config: Mapping[str, Any]) -> str | None:
+    """The dense model_type that an upcycled config was made from; None where it is no such config."""
+    model_type = config.get("model_type")
+    upcycled = isinstance(model_type, str) and model_type.startswith(PREFIX) and "moe" in config
+    return model_type.removeprefix(PREFIX) if upcycled and isinstance(model_type, str) else None
+
+
+def dense_config(config: Mapping[str, Any]) -> Config:
+    """The config of the dense model in that of the upcycled one."""
+    out = {k: v for k, v in config.items() if k != "moe"}
+    named = [str(name).removeprefix(CLASS_PREFIX) for name in out.get("architectures") or ()]
+    return {**out, "model_type": dense_type(config), "architectures": named}
 
 
 def refuse_look_ahead(stack: Stack, recipe: Recipe) -> None:

@@ -107,9 +107,22 @@ class Family(abc.ABC):
         """Tokens of a row, where a number of them has to be assumed."""
         return int(config.get("max_position_embeddings") or 512)
 
+    def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What its forward pass wants, to compare two models on: by name, `tokens` or `pixels`, and a shape
+        of about so many tokens in four short rows."""
+        return {"input_ids": ("tokens", (4, min(tokens // 4, self.length(config))))}
+
     @abc.abstractmethod
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         """Where the feed-forward networks are."""
+
+    def stack_of(self, name: str) -> str:
+        """The stack whose tokens meet the tensor called `name` in a matrix product."""
+        return "layers"
+
+    def deviation(self, config: Config, name: str) -> float:
+        """The standard deviation that a matrix starts training from nothing with."""
+        return float(config.get("initializer_range", 0.02))
 
     @abc.abstractmethod
     def feed_forward(

@@ -15,6 +15,7 @@ POSITIVE = (
     "no_rope_layer_interval", "sliding_window_pattern", "linear_conv_kernel_dim", "linear_key_head_dim",
     "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
 )  # fmt: skip
+LONGEST = 1024  # tokens of a sliding window that a comparison of two models reaches beyond
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -84,6 +85,12 @@ class Decoder(Family):
         }
         biases = {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in out.items()}
         return out | biases if self.mlp_biases(config) else out
+
+    def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        # One long row where a sliding window is short enough to be looked past.
+        window = config.get("sliding_window") or 0
+        rows, length = (1, window + tokens // 4) if tokens // 4 <= window <= LONGEST else (4, tokens // 4)
+        return {"input_ids": ("tokens", (rows, min(length, config["max_position_embeddings"])))}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         return (

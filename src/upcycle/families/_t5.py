@@ -85,8 +85,12 @@ class EncoderDecoder(Encoder):
         return {}
 
     def optional(self, config: Config) -> Shapes:
-        """T5 1.1 has a head of its own; transformers 5 takes every config for tied, and a stored head for it."""
+        """T5 1.1 stores a head of its own, which transformers 5 takes, though it holds every T5 for tied."""
         return {"lm_head.weight": (config["vocab_size"], config["d_model"])}
+
+    def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        read = super().inputs(config, tokens)
+        return read if len(self.stacks(config)) == 1 else {**read, "decoder_input_ids": read["input_ids"]}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         counts = {"encoder": config["num_layers"], "decoder": config["num_decoder_layers"]}
@@ -108,6 +112,25 @@ class EncoderDecoder(Encoder):
                 )
             )
         return tuple(out)
+
+    def stack_of(self, name: str) -> str:
+        of_the_encoder = "EncDecAttention.k." in name or "EncDecAttention.v." in name
+        return "decoder" if name.startswith(("decoder.", "lm_head")) and not of_the_encoder else "encoder"
+
+    def deviation(self, config: Config, name: str) -> float:
+        """Of products that start at a variance of one; T5 has no other scaling (its `_init_weights`)."""
+        hidden, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+        if name in ("shared.weight", "lm_head.weight"):
+            return float(config["initializer_factor"])
+        if name.endswith("Attention.q.weight"):
+            fan = hidden * config["d_kv"]
+        elif name.endswith("Attention.o.weight"):
+            fan = inner
+        elif name.endswith((".wo.weight", ".experts.down_proj")):
+            fan = config["d_ff"]
+        else:
+            fan = hidden
+        return float(config["initializer_factor"] * fan**-0.5)
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"

@@ -26,6 +26,10 @@ class VisionTransformer(Encoder):
         """Tokens of an image in the blocks."""
         return self.patches(config) + len(self.tokens)
 
+    def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        images = max(1, tokens // self.length(config))
+        return {"pixel_values": ("pixels", (images, config["num_channels"], *pair(config["image_size"])))}
+
     def body(self, config: Config) -> Shapes:
         hidden = config["hidden_size"]
         patch = (hidden, config["num_channels"], *pair(config["patch_size"]))

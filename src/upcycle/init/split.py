@@ -26,8 +26,9 @@ from upcycle.positions import Computed, Given, Order
 class Split(Init):
     """Expert e is part e of the neurons; needs moe.granularity = moe.num_experts.
 
-    `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix, or of up in a network without one; Zhang et al., arXiv 2110.01786) or
-    `file` (`labels`: JSON, by layer number, a list with the expert of each neuron).
+    `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix, or of up where
+    there is no gate; Zhang et al., arXiv 2110.01786) or `file` (`labels`: JSON, by layer number, a list with
+    the expert of each neuron).
     `output`: `selected` multiplies by K, so that the chosen parts are summed as MoEfication does;
     `expected` by N, so that the mean over experts is the dense output; `llama_moe` by N / K
     (score_scale_factor of arXiv 2406.16554). The first two are the dense network where K = N.

@@ -45,7 +45,9 @@ class Shape:
         try:
             return cls(**{**table, **lists})
         except TypeError as error:
-            raise UpcycleError(f"config.json: an entry of `moe` is not as this version writes it: {error}") from None
+            raise UpcycleError(
+                f"config.json: an entry of `moe` is not as this version writes it: {error}"
+            ) from None
 
 
 class UpcycledConfig:
@@ -73,7 +75,7 @@ class UpcycledConfig:
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
         """Blocks are gathered one at a time."""
-        return {blocks: "free_full_weight" for blocks in self.block_paths}
+        return dict.fromkeys(self.block_paths, "free_full_weight")
 
     block_paths: tuple[str, ...] = ()
 
@@ -91,7 +93,12 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 
         register_models(model_type)
 
-    members = {"model_type": PREFIX + model_type, "__init__": init, "block_paths": paths, "__module__": __name__}
+    members = {
+        "model_type": PREFIX + model_type,
+        "__init__": init,
+        "block_paths": paths,
+        "__module__": __name__,
+    }
     made: type[PreTrainedConfig] = type(CLASS_PREFIX + dense.__name__, (UpcycledConfig, dense), members)
     return made
 
@@ -101,7 +108,6 @@ def register() -> None:
     for model_type in families.names():
         if model_type in CONFIG_MAPPING:
             AutoConfig.register(PREFIX + model_type, config_class(model_type), exist_ok=True)
-
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 class Experts(nn.Module):
     """down(act(gate x) * (up x)), or down(act(up x)) where `gated` is false, for each of E experts.
 
-    Parameters: `gate_up_proj` [E, 2I, H] (gate over up) or `up_proj` [E, I, H], `down_proj` [E, H, I], and with
-    `bias` the same names + `_bias`, [E, 2I] or [E, I], and [E, H]. `dropout` acts between act and down.
+    Parameters: `gate_up_proj` [E, 2I, H] (gate over up) or `up_proj` [E, I, H], `down_proj` [E, H, I], and
+    with `bias` the same names + `_bias`, [E, 2I] or [E, I], and [E, H]. `dropout` acts between act and down.
     `config._experts_implementation` chooses the implementation; `eager` is the loop.
     """
 
@@ -45,9 +45,7 @@ class Experts(nn.Module):
         self.has_gate, self.has_bias = gated, bias
         rows = 2 * intermediate_size if gated else intermediate_size
         self.up_name = "gate_up_proj" if gated else "up_proj"
-        self.register_parameter(
-            self.up_name, nn.Parameter(torch.empty(num_experts, rows, hidden_size))
-        )
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(num_experts, rows, hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         if bias:
             self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.zeros(num_experts, rows)))

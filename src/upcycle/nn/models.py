@@ -27,6 +27,7 @@ from upcycle.nn.configs import config_class
 from upcycle.nn.moe import MoE
 from upcycle.upcycled import CLASS_PREFIX, PREFIX
 
+
 class UpcycledModel:
     """What every upcycled model does beside its dense class: replace networks, and tell layers of padding."""
 
@@ -110,10 +111,10 @@ def register_models(model_type: str) -> None:
     Done when its first config is read: importing the code of every architecture would take seconds.
     """
     dense, made = CONFIG_MAPPING[model_type], config_class(model_type)
-    for auto in vars(modeling_auto).values():
-        if not (inspect.isclass(auto) and issubclass(auto, _BaseAutoModelClass)):
-            continue
-        mapping = getattr(auto, "_model_mapping", None)
+    autos: list[Any] = list(vars(modeling_auto).values())
+    for auto in autos:
+        known = inspect.isclass(auto) and issubclass(auto, _BaseAutoModelClass)
+        mapping = getattr(auto, "_model_mapping", None) if known else None
         if mapping is None or dense not in mapping:
             continue
         found = mapping[dense]

@@ -47,6 +47,11 @@ class Batches:
         self._sample, self._consumed = 0, [0] * len(tokens)
 
     @property
+    def position(self) -> int:
+        """How many rows were given out."""
+        return self._sample
+
+    @property
     def epochs(self) -> list[float]:
         """How often each source has been gone through."""
         return [used / rows for used, rows in zip(self._consumed, self.trainable, strict=True)]

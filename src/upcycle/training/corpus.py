@@ -82,36 +82,37 @@ def prepare(
     One process calls it first; the others find the files afterwards. Without `progress`, a terminal shows a
     bar. Raises `UpcycleError` for data or a tokenizer that cannot be used.
     """
-    tokenizer = _tokenizer(data, source_folder)
-    if len(tokenizer) > vocab_size:
+    words = tokenizer(data, source_folder)
+    if len(words) > vocab_size:
         raise UpcycleError(
-            f"the tokenizer has {len(tokenizer)} tokens and the embedding {vocab_size} rows, which do not "
+            f"the tokenizer has {len(words)} tokens and the embedding {vocab_size} rows, which do not "
             f"belong together; set data.tokenizer to that of the model"
         )
     made = []
     for source in data.sources:
-        path = cache / f"{_key(source, data, tokenizer, vocab_size)}.bin"
+        path = cache / f"{_key(source, data, words, vocab_size)}.bin"
         tokens = _found(path, source, vocab_size)
-        made.append(tokens or _make(source, data, tokenizer, path, vocab_size, progress))
+        made.append(tokens or _make(source, data, words, path, vocab_size, progress))
     return made
 
 
-def _tokenizer(data: Data, source_folder: Path) -> Any:
+def tokenizer(data: Data, source_folder: Path) -> Any:
+    """The tokenizer that the data is read with. Raises `UpcycleError` where there is none."""
     from transformers import AutoTokenizer
 
     where = data.tokenizer or source_folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        found = AutoTokenizer.from_pretrained(where)
         # Some classes make a tokenizer of special tokens alone where there are no files.
-        if tokenizer.get_vocab().keys() <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
+        if found.get_vocab().keys() <= {*found.get_added_vocab(), *found.all_special_tokens}:
             raise ValueError("its vocabulary is empty")
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
         raise UpcycleError(
             f"{where} has no tokenizer that can be read ({reason}); put its files there or set data.tokenizer"
         ) from None
-    tokenizer.model_max_length = 1 << 60  # rows are packed: no document is too long
-    return tokenizer
+    found.model_max_length = 1 << 60  # rows are packed: no document is too long
+    return found
 
 
 def _key(source: Source, data: Data, tokenizer: Any, vocab_size: int) -> str:

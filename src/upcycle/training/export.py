@@ -141,10 +141,13 @@ def _provenance(
         made = provenance.record(begun.built, hashes, carried=carried, left_behind=left)
     else:
         made = provenance.of_dense(begun.dense.checkpoint, hashes, carried=carried, left_behind=left)
-    keys = ("upcycle_version", "versions", "precision", "training_flops_per_token", "from_scratch", "run")
+    keys = (
+        "upcycle_version", "versions", "precision", "task", "training_flops_per_token", "from_scratch", "run",
+    )  # fmt: skip
     training = {key: record[key] for key in keys}
-    done = {key: state[key] for key in ("step", "loss", "held_out_start", "held_out_loss") if key in state}
-    tokens = state["step"] * record["run"]["train"]["batch_tokens"]
+    names = ("step", "loss", "held_out_start", "held_out_loss", "held_out_accuracy")
+    done = {key: state[key] for key in names if key in state}
+    tokens = state["step"] * Run.of(record["run"]).train.rows * record["tokens_per_row"]
     return made | {"training": [training | done | {"tokens": tokens}]}
 
 
@@ -166,7 +169,7 @@ tags: [{"mixture-of-experts, " if begun.built else ""}upcycled]
 # {run.out.rstrip("/").rpartition("/")[2]}
 
 A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state["step"]} steps of
-{run.train.batch_tokens:,} tokens. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
+{run.train.rows:,} rows. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
 
 | | nats per token |
 |---|---|

@@ -14,19 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import upcycle
 from upcycle.console import count
 from upcycle.errors import UpcycleError, listed
-from upcycle.training import corpus, metrics, optimizer, routing, saving, start, step
-from upcycle.training.batches import Batches
+from upcycle.training import metrics, optimizer, routing, saving, start, step, tasks
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 from upcycle.training.step import Outcome, Trainee
+from upcycle.training.tasks import Batch, Feed, Task
 
 RECORD = "run.json"
 FORMAT = 1
@@ -51,29 +50,26 @@ def train(run: Run, *, resume: bool = False) -> Result:
     """
     precision = _precision(run)
     begun = start.start_of(run)
+    task = run.task or tasks.of(begun.dense.architecture)
     experts = run.recipe.moe.num_experts if run.recipe else None
     with ranks(run.parallel, mixed=precision == "mixed", num_experts=experts) as here, _terminable() as stop:
         out = Path(run.out)
         checkpoint = _claim(run, out, here, resume)
         if here.first:
-            _tokens(run, begun, out)  # the others wait, and find the files
+            feed = task.feed(run, begun, out)  # the others wait, and find the files
         here.barrier()
-        tokens = _tokens(run, begun, out)
-        batches = Batches(
-            tokens,
-            [s.weight for s in run.data.sources],
-            length=run.train.sequence_length,
-            held_out=run.data.held_out,
-            seed=run.train_seed,
-        )
+        if not here.first:
+            feed = task.feed(run, begun, out)
         if run.train.rows % here.dp_size:
             raise UpcycleError(
-                f"train.batch_tokens = {run.train.batch_tokens} is {run.train.rows} rows, which "
-                f"{here.dp_size} data-parallel ranks cannot share evenly"
+                f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
+                f"evenly; change train.batch_tokens or train.batch_size"
             )
         model = start.model_of(begun, run, here, precision)
         trainee = Trainee(
             model=model,
+            task=task,
+            start=begun,
             optimizer=optimizer.make(model, run.train),
             routers=Routers.of(model),
             run=run,
@@ -82,47 +78,54 @@ def train(run: Run, *, resume: bool = False) -> Result:
         )
         if run.router.bias_update_rate and trainee.routers:
             trainee.routers.biases()
-        state = _begin(trainee, begun, batches, checkpoint)
+        state = _begin(trainee, begun, feed, checkpoint)
         begun.dense.checkpoint.close()
         if here.first and checkpoint is None:
-            _record(run, begun, out, precision)
-        return _loop(trainee, begun, batches, state, out, stop)
+            _record(run, begun, task, out, precision)
+        return _loop(trainee, feed, state, out, stop)
 
 
-def _loop(
-    trainee: Trainee, begun: Start, batches: Batches, state: dict[str, Any], out: Path, stop: list[int]
-) -> Result:
-    run, here = trainee.run, trainee.ranks
+def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: list[int]) -> Result:
+    run, here, begun = trainee.run, trainee.ranks, trainee.start
     total = run.train.total_steps
-    held_out = _held_out(run, batches, here.device)
+    held_out = _held_out(run, feed, here.device)
     share = run.train.rows // here.dp_size
     part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
     log = Metrics(out, run.log, total, state["step"], run.as_table()) if here.first else None
+    lengths = trainee.task.lengths(run, begun)
     rate = Rate(
-        begun.training_flops(run.train.sequence_length), metrics.peak_flops(run.log, here.device), here
+        flops=begun.training_flops_per_row(lengths),
+        tokens=sum(lengths.values()),
+        peak=metrics.peak_flops(run.log, here.device),
+        ranks=here,
     )
     try:
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
         if state["step"] == 0 and held_out is not None:
-            state["held_out_loss"] = state["held_out_start"] = step.held_out_loss(trainee, held_out)
+            score = step.evaluate(trainee, held_out)
+            state |= {"held_out_loss": score.loss, "held_out_start": score.loss}
+            state["held_out_accuracy"] = state["held_out_accuracy_start"] = score.accuracy
             if log is not None:
-                log.say(f"step 0: held-out loss {state['held_out_loss']:.4f}")
+                log.say(f"step 0: {metrics.score(state)}")
         while state["step"] < total:
             now = state["step"]
             began = time.perf_counter()
-            rows = torch.from_numpy(batches.next(run.train.rows, part)).to(here.device)
+            batch = _on(here.device, feed.next(run.train.rows, part))
             lr = run.schedule.at(now, total)
-            outcome = step.train_step(trainee, rows, now, lr)
+            outcome = step.train_step(trainee, batch, now, lr)
             seconds = time.perf_counter() - began
-            state |= {"step": now + 1, "loss": outcome.loss, "batches": batches.state()}
+            state |= {"step": now + 1, "loss": outcome.loss, "batches": feed.state()}
             last = now + 1 == total
-            record = _line(trainee, outcome, now + 1, lr) | rate.of(run.train.batch_tokens, seconds)
+            record = _line(trainee, outcome, now + 1, lr, rate.tokens) | rate.of(run.train.rows, seconds)
             if held_out is not None and (last or (now + 1) % run.train.eval_every == 0):
-                record["held_out_loss"] = state["held_out_loss"] = step.held_out_loss(trainee, held_out)
+                score = step.evaluate(trainee, held_out)
+                found = {"held_out_loss": score.loss, "held_out_accuracy": score.accuracy}
+                record |= found
+                state |= found
             if now == 0 and "held_out_start" in state:
-                record["held_out_start"] = state["held_out_start"]
+                record |= {k: state[k] for k in ("held_out_start", "held_out_accuracy_start")}
             if log is not None:
                 log.step(record)
             stopping = here.any(bool(stop))
@@ -145,42 +148,45 @@ def _loop(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rate:
     """Tokens and active FLOPs a second, and the share of the peak (model FLOPs utilisation)."""
 
-    flops: int  # of training on one token
+    flops: int  # of training on one row
+    tokens: int  # of one row
     peak: float | None  # of one device
     ranks: Ranks
 
-    def of(self, tokens: int, seconds: float) -> dict[str, Any]:
+    def of(self, rows: int, seconds: float) -> dict[str, Any]:
         """The rates of a step."""
-        speed = tokens / seconds
-        peak = None if self.peak is None else self.peak * self.ranks.world
+        speed = rows * self.flops / seconds
         return {
             "seconds": round(seconds, 6),
-            "tokens_per_s": round(speed, 1),
-            "active_flops_per_s": round(speed * self.flops),
-            "mfu": None if peak is None else round(speed * self.flops / peak, 5),
+            "tokens_per_s": round(rows * self.tokens / seconds, 1),
+            "active_flops_per_s": round(speed),
+            "mfu": None if self.peak is None else round(speed / (self.peak * self.ranks.world), 5),
         }
 
 
-def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float) -> dict[str, Any]:
+def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: int) -> dict[str, Any]:
     """The record of a step, without its rates."""
     record: dict[str, Any] = {
         "step": done,
-        "tokens": done * trainee.run.train.batch_tokens,
+        "tokens": done * trainee.run.train.rows * row_tokens,
         "loss": outcome.loss,
         "lr": lr,
         "grad_norm": outcome.grad_norm,
     }
-    if outcome.counts is None or trainee.routers is None:
+    routers = trainee.routers
+    if not outcome.tallies or routers is None:
         return record
     record |= {"balance_loss": outcome.balance_loss, "z_loss": outcome.z_loss}
-    rows = routing.health(outcome.counts, trainee.routers.top_k)
     record["layers"] = [
-        {"layer": layer, **row, "router_grad_norm": norm}
-        for layer, row, norm in zip(trainee.routers.layers, rows, outcome.router_grad_norms, strict=True)
+        {"layer": layer, **({} if stack == "layers" else {"stack": stack}), **routing.health(tally)}
+        | {"router_grad_norm": norm}
+        for layer, stack, tally, norm in zip(
+            routers.layers, routers.stacks, outcome.tallies, outcome.router_grad_norms, strict=True
+        )
     ]
     return record
 
@@ -203,7 +209,7 @@ def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | Non
         log.say(f"[yellow]![/] {said}; training goes on")
 
 
-def _begin(trainee: Trainee, begun: Start, batches: Batches, checkpoint: Path | None) -> dict[str, Any]:
+def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) -> dict[str, Any]:
     """The state to go on from: the checkpoint's, or step 0."""
     run = trainee.run
     if checkpoint is None:
@@ -212,7 +218,7 @@ def _begin(trainee: Trainee, begun: Start, batches: Batches, checkpoint: Path | 
         return {"step": 0}
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
-    batches.restore(state["batches"])
+    feed.restore(state["batches"])
     return {k: v for k, v in state.items() if k != "identity"}
 
 
@@ -262,8 +268,10 @@ def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
     return [] if theirs == mine else [f"{path} ({theirs!r} there, {mine!r} here)"]
 
 
-def _record(run: Run, begun: Start, out: Path, precision: str) -> None:
+def _record(run: Run, begun: Start, task: Task, out: Path, precision: str) -> None:
     """run.json: what this run is, for whoever reads its folder later."""
+    lengths = task.lengths(run, begun)
+    flops = begun.training_flops_per_row(lengths)
     record = {
         "format": FORMAT,
         "upcycle_version": upcycle.__version__,
@@ -273,7 +281,10 @@ def _record(run: Run, begun: Start, out: Path, precision: str) -> None:
             "python": platform.python_version(),
         },
         "precision": precision,
-        "training_flops_per_token": begun.training_flops(run.train.sequence_length),
+        "task": task.name,
+        "tokens_per_row": sum(lengths.values()),
+        "training_flops_per_row": flops,
+        "training_flops_per_token": flops // sum(lengths.values()),
         **begun.describe(),
         "run": run.as_table(),
         "identity": run.identity(),
@@ -281,18 +292,16 @@ def _record(run: Run, begun: Start, out: Path, precision: str) -> None:
     saving.write_text(out / RECORD, json.dumps(record, indent=2))
 
 
-def _tokens(run: Run, begun: Start, out: Path) -> list[corpus.Tokens]:
-    cache = Path(run.data.cache) if run.data.cache else out / "tokens"
-    folder, size = begun.dense.checkpoint.folder, begun.config["vocab_size"]
-    return corpus.prepare(run.data, folder, cache, vocab_size=size)
+def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:
+    return {name: torch.from_numpy(np.ascontiguousarray(a)).to(device) for name, a in batch.items()}
 
 
-def _held_out(run: Run, batches: Batches, device: torch.device) -> Tensor | None:
-    """The rows that losses are compared on, [N, L + 1]."""
-    if not run.data.held_out or not run.train.eval_every:
+def _held_out(run: Run, feed: Feed, device: torch.device) -> Batch | None:
+    """The rows that losses are compared on."""
+    if not run.train.eval_every:
         return None
-    rows = batches.held_out(max(1, run.train.eval_tokens // run.train.sequence_length))
-    return torch.from_numpy(np.asarray(rows)).to(device)
+    batch = feed.held_out(run.train.eval_rows)
+    return _on(device, batch) if len(next(iter(batch.values()))) else None
 
 
 def _precision(run: Run) -> str:

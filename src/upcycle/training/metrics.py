@@ -53,7 +53,7 @@ class Metrics:
         partial.rename(path)
         self.file: IO[str] = path.open("a")
         self.sinks = [_sink(name, log, out, settings) for name in log.sinks]
-        self.warned: set[int] = set()
+        self.warned: set[str] = set()
         columns = (
             TextColumn("training"), BarColumn(), TaskProgressColumn(),
             TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
@@ -78,7 +78,7 @@ class Metrics:
             left = (self.total - done) * record["seconds"]
             err.print(f"{note}  {left:.0f} s left")
         if "held_out_loss" in record:
-            self.say(f"step {done}: held-out loss {record['held_out_loss']:.4f}")
+            self.say(f"step {done}: {score(record)}")
         for layer in record.get("layers", ()):
             self._watch(done, layer)
         flat = {k: v for k, v in record.items() if isinstance(v, (int, float))}
@@ -89,7 +89,7 @@ class Metrics:
 
     def _watch(self, step: int, layer: dict[str, Any]) -> None:
         """Say it once when a layer collapses, and again only after it recovered."""
-        place = layer["layer"]
+        place = f"{layer.get('stack', '')} {layer['layer']}".strip()
         if layer["collapsed"] and place not in self.warned:
             self.warned.add(place)
             self.say(
@@ -110,6 +110,11 @@ class Metrics:
         self.file.close()
         for sink in self.sinks:
             sink.finish()
+
+
+def score(record: dict[str, Any]) -> str:
+    """How well held-out rows went."""
+    return f"held-out loss {record['held_out_loss']:.4f}, accuracy {record['held_out_accuracy']:.2%}"
 
 
 def _sink(name: str, log: Log, out: Path, settings: dict[str, Any]) -> Any:

@@ -43,6 +43,10 @@ class Ranks:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
 
+    def total(self, count: int) -> int:
+        """The sum of `count` over the ranks that see different rows."""
+        return count if self.dp_size == 1 else int(self.sum(torch.tensor(count, device=self.device)))
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
         if self.world == 1:

@@ -5,8 +5,9 @@ Letters: T tokens of the global batch, E experts, K experts a token, L MoE layer
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,49 +16,87 @@ import torch
 from torch import Tensor, nn
 
 from upcycle.errors import UpcycleError
+from upcycle.nn.moe import Router
+from upcycle.nn.routing import Routing
 
 COLLAPSED = 0.9  # share of a layer's slots in its K busiest experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What one router said in one forward pass; T' tokens, E experts. `balanced` needs no balance loss."""
+
+    logits: Tensor  # [T', E]
+    counts: Tensor  # [E]
+    left_behind: Tensor  # []
+    top_k: int
+    scores: Tensor | None = None  # [T', E], rows sum to one; None: the softmax of the logits
+    balanced: bool = False
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: int = 1
+
+    @property
+    def probabilities(self) -> Tensor:
+        """What the balance loss is about, [T', E]. Not worked out in a hook: a layer that is recomputed in the
+        backward pass has none on."""
+        return self.logits.softmax(-1) if self.scores is None else self.scores
+
+    def tallies(self) -> Tensor:
+        """Everything that is summed over the global batch: counts, tokens, tokens left behind, groups."""
+        rest = [len(self.logits), int(self.left_behind), self.groups]
+        return torch.cat([self.counts, torch.tensor(rest, device=self.counts.device)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What one layer's router did, summed over a batch."""
+
+    counts: Tensor  # [E]
+    tokens: int
+    left_behind: int
+    groups: int
+    top_k: int
+    balanced: bool
 
 
 @dataclass(kw_only=True)
 class Routers:
     """The routers of a model, and what they said in the forward passes that are recorded.
 
-    Works through forward hooks on the class that transformers records `router_logits` of: it gives
-    (logits [T, E], weights [T, K], indices [T, K]) in every architecture here.
+    Works through forward hooks: on `nn.moe.Router`, which gives a `Routing`, or on the class that
+    transformers records `router_logits` of, which gives (logits [T, E], weights [T, K], indices [T, K]).
     """
 
     layers: list[int]
+    stacks: list[str]
     modules: list[nn.Module]
     names: list[str]
-    num_experts: int
-    top_k: int
-    logits: list[Tensor] = field(default_factory=list)
-    indices: list[Tensor] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
     _on: bool = False
     _noise: tuple[float, int] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Routers | None:
         """The routers of `model`, with hooks in place; None where it is dense."""
-        recorded = next(
-            (
-                recorders["router_logits"]
-                for module in model.modules()
-                if (recorders := getattr(module, "_can_record_outputs", None))
-                and "router_logits" in recorders
-            ),
-            None,
-        )
-        if recorded is None:
-            return None
-        found = [(n, m) for n, m in model.named_modules() if isinstance(m, recorded.target_class)]
+        found = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
+        if not found:
+            recorded = next(
+                (
+                    recorders["router_logits"]
+                    for module in model.modules()
+                    if (recorders := getattr(module, "_can_record_outputs", None))
+                    and "router_logits" in recorders
+                ),
+                None,
+            )
+            if recorded is None:
+                return None
+            found = [(n, m) for n, m in model.named_modules() if isinstance(m, recorded.target_class)]
         routers = cls(
-            layers=[int(re.search(r"layers\.(\d+)\.", name).group(1)) for name, _ in found],  # type: ignore[union-attr]
+            layers=[int(re.search(r"\.(\d+)\.", name).group(1)) for name, _ in found],  # type: ignore[union-attr]
+            stacks=[m.shape.stack if isinstance(m, Router) else "layers" for _, m in found],
             modules=[module for _, module in found],
             names=[name for name, _ in found],
-            num_experts=0,
-            top_k=0,
         )
         for place, module in enumerate(routers.modules):
             module.register_forward_pre_hook(routers._jitter(place))
@@ -68,7 +107,7 @@ class Routers:
     def recording(self, *, jitter: float = 0.0, seed: int = 0) -> Iterator[None]:
         """Keep what the routers say. `jitter` multiplies their input by U(1 - jitter, 1 + jitter), keyed by
         `seed` and the layer (Switch Transformers, 2.2)."""
-        self.logits, self.indices = [], []
+        self.said = []
         self._on, self._noise = True, (jitter, seed) if jitter else None
         try:
             yield
@@ -90,17 +129,46 @@ class Routers:
 
         return hook
 
-    def _record(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _record(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._on:  # not asked for, or a layer recomputed in the backward pass
             return
-        logits, _, indices = output
-        self.logits.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        self.indices.append(indices)
-        self.num_experts, self.top_k = logits.shape[-1], indices.shape[-1]
+        if isinstance(output, Routing):
+            shared = ("logits", "counts", "left_behind", "balanced", "losses", "groups")
+            assert isinstance(module, Router)
+            given = {name: getattr(output, name) for name in shared}
+            self.said.append(Said(top_k=module.shape.top_k, scores=output.probabilities, **given))
+            return
+        raw, _, indices = output
+        logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        self.said.append(
+            Said(
+                logits=logits,
+                counts=torch.bincount(indices.flatten(), minlength=logits.shape[-1]),
+                left_behind=torch.zeros((), dtype=torch.long, device=logits.device),
+                top_k=indices.shape[-1],
+            )
+        )
 
-    def counts(self) -> Tensor:
-        """How many of the recorded tokens chose each expert, [L, E]."""
-        return torch.stack([torch.bincount(i.flatten(), minlength=self.num_experts) for i in self.indices])
+    def tallies(self) -> Tensor:
+        """What the recorded forward pass comes to, of all layers one after another, to be summed."""
+        return torch.cat([said.tallies() for said in self.said])
+
+    def read(self, sums: Tensor) -> list[Tally]:
+        """Sums of `tallies`, layer by layer."""
+        out = []
+        for said, part in zip(self.said, sums.split([len(s.counts) + 3 for s in self.said]), strict=True):
+            tokens, left, groups = part[-3:].tolist()
+            out.append(
+                Tally(
+                    counts=part[:-3],
+                    tokens=tokens,
+                    left_behind=left,
+                    groups=groups,
+                    top_k=said.top_k,
+                    balanced=said.balanced,
+                )
+            )
+        return out
 
     def biases(self) -> list[Tensor]:
         """The correction biases that choose experts and do not weigh them, [E] each."""
@@ -113,23 +181,22 @@ class Routers:
         if len(found) != len(self.modules):
             raise UpcycleError(
                 "router.bias_update_rate is set, and the routers of this architecture have no correction "
-                "bias; set it to 0, or take a target that has one (ernie4_5_moe)"
+                "bias; set it to 0, or take what has one (ernie4_5_moe, router.name = sigmoid)"
             )
         return found
 
 
-def load_balancing_loss(logits: list[Tensor], counts: Tensor, tokens: int) -> Tensor:
-    """The load-balancing loss of each layer over the global batch, [L]; their mean is what is trained on.
+def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float) -> Tensor:
+    """The load-balancing loss of one layer over the global batch, [].
 
-    `logits` are those of the tokens at hand, [T', E] a layer; `counts` [L, E] and `tokens` are of the whole
-    global batch. E * sum_e f_e P_e with f_e the tokens that chose e over T, P_e the sum of e's softmax
-    probability over the tokens at hand over T (Switch Transformers, eq. 4-6): summed over all parts of the
-    batch it is K at perfect balance, E / K times that where all tokens choose the same K experts for sure.
-    Gradients flow through P alone, so parts add up to the gradient of the whole.
+    `probabilities` are those of the tokens at hand, [T', E]; `counts` [E] and `tokens` are of the whole
+    global batch. E * sum_e f_e P_e with f_e the tokens that chose e over T, P_e the sum of e's probability
+    over the tokens at hand over T (Switch Transformers, eq. 4-6): summed over all parts of the batch it is K
+    at perfect balance, E / K times that where all tokens choose the same K experts for sure. Gradients flow
+    through P alone, so parts add up to the gradient of the whole.
     """
-    share = counts.to(logits[0].dtype) / tokens
-    mean = torch.stack([layer.softmax(-1).sum(0) for layer in logits]) / tokens
-    return logits[0].shape[-1] * (share * mean).sum(-1)
+    share = counts.to(probabilities.dtype) / tokens
+    return probabilities.shape[-1] * (share * probabilities.sum(0)).sum() / tokens
 
 
 def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
@@ -141,38 +208,38 @@ def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
     return loss
 
 
-def z_loss(logits: list[Tensor], tokens: int) -> Tensor:
-    """The mean squared log-sum-exp of the logits, mean over layers (ST-MoE, eq. 5), of the tokens at hand."""
-    return torch.stack([layer.logsumexp(-1).square().sum() for layer in logits]).mean() / tokens
+def z_loss(logits: Tensor, tokens: float) -> Tensor:
+    """The squared log-sum-exp of the logits [T', E] of one layer over the global batch's tokens (ST-MoE,
+    eq. 5), of the tokens at hand."""
+    return logits.logsumexp(-1).square().sum() / tokens
 
 
 @torch.no_grad()
-def update_biases(biases: list[Tensor], counts: Tensor, rate: float) -> None:
+def update_biases(biases: list[Tensor], tallies: list[Tally], rate: float) -> None:
     """Raise the bias of experts that got less than their share, lower that of the others, by `rate`
     (Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, algorithm 1)."""
-    load = counts.float()
-    steps = rate * torch.sign(load.mean(-1, keepdim=True) - load)
-    for bias, step in zip(biases, steps, strict=True):
-        bias += step.view_as(bias).to(bias.dtype)
+    for bias, tally in zip(biases, tallies, strict=True):
+        load = tally.counts.float()
+        bias += (rate * torch.sign(load.mean() - load)).view_as(bias).to(bias.dtype)
 
 
-def health(counts: Tensor, top_k: int) -> list[dict[str, Any]]:
-    """What became of each layer, from its counts [L, E].
+def health(tally: Tally) -> dict[str, Any]:
+    """What became of one layer.
 
-    `load` is each expert's share of the slots, `entropy` that of the load over log E (1: even),
-    `dead` the experts that got nothing, `collapsed` whether the K busiest got nearly everything.
+    `load` is each expert's share of the slots, `entropy` that of the load over log E (1: even), `dead` the
+    experts that got nothing, `collapsed` whether the K busiest got nearly everything, `left_behind` the share
+    of tokens that reached no expert.
     """
-    load = counts.double() / counts.sum(-1, keepdim=True)
-    entropy = torch.special.entr(load).sum(-1) / torch.log(torch.tensor(float(max(2, load.shape[-1]))))
-    busiest = load.topk(min(top_k, load.shape[-1])).values.sum(-1)
-    return [
-        {
-            "load": [round(x, 6) for x in row.tolist()],
-            "entropy": round(float(even), 6),
-            "busiest": round(float(row.max()), 6),
-            "idlest": round(float(row.min()), 6),
-            "dead": int((row == 0).sum()),
-            "collapsed": bool(most > COLLAPSED) and load.shape[-1] > top_k,
-        }
-        for row, even, most in zip(load, entropy, busiest, strict=True)
-    ]
+    counts = tally.counts.double()
+    load = counts / counts.sum()
+    entropy = torch.special.entr(load).sum() / math.log(max(2, len(load)))
+    busiest = load.topk(min(tally.top_k, len(load))).values.sum()
+    return {
+        "load": [round(x, 6) for x in load.tolist()],
+        "entropy": round(float(entropy), 6),
+        "busiest": round(float(load.max()), 6),
+        "idlest": round(float(load.min()), 6),
+        "dead": int((load == 0).sum()),
+        "collapsed": bool(busiest > COLLAPSED) and len(load) > tally.top_k and not tally.balanced,
+        "left_behind": round(tally.left_behind / max(1, tally.tokens), 6),
+    }

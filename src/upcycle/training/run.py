@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle import recipe as recipes
 from upcycle.errors import UpcycleError
@@ -18,7 +18,8 @@ from upcycle.recipe import Recipe
 from upcycle.training.corpus import Data
 from upcycle.training.schedule import Schedule
 
-_RECIPE_ROUTER = tuple(f.name for f in dataclasses.fields(recipes.Router))
+if TYPE_CHECKING:
+    from upcycle.training.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class Train:
 
     steps: int | None = None
     tokens: int | None = None  # instead of steps: as many whole steps as cover them
+    examples: int | None = None  # instead of steps, where rows are not tokens: images, pairs of texts
     batch_tokens: int = 65_536  # of the global batch: all ranks, all accumulation steps
+    batch_size: int | None = None  # rows of the global batch, instead of batch_tokens
     micro_batch: int | None = None  # rows of one forward pass on one rank; None: its whole share
     sequence_length: int = 1024
     weight_decay: float = 0.1
@@ -42,14 +45,20 @@ class Train:
     seed: int | None = None  # None: the seed of the run
     eval_every: int = 100  # steps between losses on the held-out part; 0: none
     eval_tokens: int = 262_144  # of the held-out part, at most
+    eval_examples: int | None = None  # rows of the held-out part, instead of eval_tokens
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.tokens is None):
-            raise UpcycleError("give either train.steps or train.tokens")
-        for name in ("steps", "tokens", "batch_tokens", "micro_batch", "sequence_length", "eval_tokens"):
+        if [self.steps, self.tokens, self.examples].count(None) != 2:
+            raise UpcycleError("give one of train.steps, train.tokens and train.examples")
+        if self.tokens is not None and self.batch_size is not None:
+            raise UpcycleError("train.tokens goes with train.batch_tokens; with batch_size, give examples")
+        for name in (
+            "steps", "tokens", "examples", "batch_tokens", "batch_size", "micro_batch", "sequence_length",
+            "eval_tokens", "eval_examples",
+        ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UpcycleError(f"train.{name} = {value}; it must be 1 or more")
-        if self.batch_tokens % self.sequence_length:
+        if self.batch_size is None and self.batch_tokens % self.sequence_length:
             raise UpcycleError(
                 f"train.batch_tokens = {self.batch_tokens} is no multiple of train.sequence_length = "
                 f"{self.sequence_length}; a batch is made of whole rows"
@@ -64,12 +73,21 @@ class Train:
     @property
     def rows(self) -> int:
         """Rows of the global batch."""
-        return self.batch_tokens // self.sequence_length
+        return self.batch_size or self.batch_tokens // self.sequence_length
+
+    @property
+    def eval_rows(self) -> int:
+        """Held-out rows that losses are compared on, at most."""
+        return self.eval_examples or max(1, self.eval_tokens // self.sequence_length)
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / self.batch_tokens)
+        if self.steps is not None:
+            return self.steps
+        if self.examples is not None:
+            return math.ceil(self.examples / self.rows)
+        return math.ceil((self.tokens or 0) / self.batch_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +100,14 @@ class Balance:
     z_loss_coef: float = 0.0
     bias_update_rate: float = 0.0
     jitter: float = 0.0
+    importance_loss_coef: float = 0.0
+    load_loss_coef: float = 0.0
+    layers: Literal["mean", "sum"] = "mean"  # how the layers' losses are put together
 
     def __post_init__(self) -> None:
-        for name in ("balance_loss_coef", "z_loss_coef", "bias_update_rate"):
+        for name in (
+            "balance_loss_coef", "z_loss_coef", "bias_update_rate", "importance_loss_coef", "load_loss_coef",
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise UpcycleError(f"router.{name} = {getattr(self, name)}; it must be a number of 0 or more")
         if not 0 <= self.jitter < 1:
@@ -147,6 +170,7 @@ class Run:
     from_scratch: bool = False
     seed: int = 0
     recipe: Recipe | None = None
+    task: Task | None = None  # None: what the source's class is made for
     data: Data
     train: Train
     schedule: Schedule
@@ -172,12 +196,22 @@ class Run:
         router = data.pop("router", {})
         if not isinstance(router, dict):
             raise UpcycleError(f"[router] must be a section with keys, not {router!r}")
-        for_recipe = {k: router.pop(k) for k in _RECIPE_ROUTER if k in router}
-        made: dict[str, Any] = {"recipe": None}
+        of_run = {f.name for f in dataclasses.fields(Balance)}
+        for_recipe = {k: router.pop(k) for k in [*router] if k not in of_run}
+        made: dict[str, Any] = {"recipe": None, "task": None}
+        if "task" in data:
+            from upcycle.training import tasks
+
+            if not isinstance(data["task"], dict):
+                raise UpcycleError(f"[task] must be a section with keys, not {data['task']!r}")
+            made["task"] = tasks.read(data.pop("task"))
         if "moe" in data:
-            sections: dict[str, Any] = {k: data.pop(k) for k in ("moe", "init", "dtype") if k in data}
+            keys = ("moe", "init", "dtype", "decoder")
+            sections: dict[str, Any] = {k: data.pop(k) for k in keys if k in data}
             made["recipe"] = Recipe.of(sections, router=for_recipe, seed=data.get("seed", 0))
-        elif stray := [k for k in ("init", "dtype") if k in data] + [f"router.{k}" for k in for_recipe]:
+        elif stray := [k for k in ("init", "dtype", "decoder") if k in data] + [
+            f"router.{k}" for k in for_recipe
+        ]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
         run: Run = recipes.read(cls, {**data, "router": router}, "", made)
         return run
@@ -195,11 +229,15 @@ class Run:
     def as_table(self) -> dict[str, Any]:
         """The run as a nested table: what `Run.of` takes."""
         table = dataclasses.asdict(self)
-        made = table.pop("recipe")
-        if self.recipe is not None and made is not None:
+        table |= {"recipe": None, "task": None}
+        if self.task is not None:
+            from upcycle.training import tasks
+
+            table["task"] = tasks.as_table(self.task)
+        if self.recipe is not None:
             full = self.recipe.as_table()
-            table |= {"moe": full["moe"], "init": full["init"], "dtype": full["dtype"]}
-            table["router"] |= full["router"]
+            table["router"] |= full.pop("router")
+            table |= {k: v for k, v in full.items() if k != "seed"}
         return _without_none(table)
 
     def identity(self) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from upcycle import loading, rng
 from upcycle.blueprints import Blueprint, Entry, blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.computed import Drawn, Fill
-from upcycle.cost import flops_per_token, plan_of
+from upcycle.cost import flops_per_row, plan_of
 from upcycle.errors import UpcycleError
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stack
@@ -28,6 +27,7 @@ from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, refuse_two_heads
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
+from upcycle.upcycled import TARGET
 
 OPTIMIZER = "optimizer"  # folder of moments beside an exported model
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,13 +55,23 @@ class Start:
         """Parameters that a token meets."""
         return plan_of(self.built).active_parameters if self.built else self.parameters
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.dense.config["vocab_size"])
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the head."""
+        return len(self.config["id2label"]) if self.config.get("id2label") else 2
+
+    def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
+        """FLOPs of training on a row of so many tokens in each stack: three forward passes' worth."""
+        return 3 * flops_per_row(self.dense, self.built, lengths)
+
     def training_flops(self, length: int) -> int:
-        """FLOPs of training on one token: three forward passes' worth of matrix products, and of the scores
-        of causal attention over `length` tokens (on average half of them)."""
-        products = plan_of(self.built).flops_per_token if self.built else flops_per_token(self.dense)
-        c = self.dense.config
-        scores = 2 * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"] * length
-        return 3 * (products + scores)
+        """The same for one token of a row of `length`, where there is one stack."""
+        return self.training_flops_per_row({"layers": length}) // length
 
     def describe(self) -> dict[str, Any]:
         """What the provenance of a run says of it."""
@@ -88,7 +98,7 @@ def start_of(run: Run) -> Start:
         architecture, config, entries = built.native.architecture, built.config, built.entries
     else:
         config = dict(dense.checkpoint.config)
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[dense.family.model_type]
+        architecture = dense.architecture
         entries = {n: Entry(t, t.dtype) for n, t in dense.tensors.items()}
     if run.from_scratch:
         if dense.family.model_type in _UNKNOWN_SCRATCH:
@@ -108,35 +118,50 @@ def start_of(run: Run) -> Start:
 
 
 def _scratch(name: str, entry: Entry, run: Run, dense: Dense) -> Entry:
-    """The tensor as transformers starts it: matrices N(0, initializer_range), norms identity, biases 0."""
-    deviation = dense.config.get("initializer_range", 0.02)
-    lazy: Lazy
-    if isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias")):
-        return entry  # a constant of the architecture
-    if len(entry.shape) > 1:
-        rows, columns = entry.shape[-2:]
-        drawn = [
-            Drawn((rows, columns), "F32", "normal", deviation, rng.key(run.seed, name, "from scratch", e))
-            for e in range(entry.shape[0] if len(entry.shape) > 2 else 1)
-        ]
-        lazy = drawn[0] if len(entry.shape) == 2 else Stack(tuple(drawn))
-    else:
-        identity = 0.0 if run.recipe is None and dense.family.model_type == "gemma" else 1.0
-        lazy = Fill(entry.shape, "F32", identity if "norm" in name else 0.0)
-    return Entry(lazy, "F32")
+    """The tensor as transformers starts it: matrices N(0, deviation^2), norms identity, biases 0.
+
+    A truncated normal of transformers' is a whole one here.
+    """
+    constant = isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias"))
+    routes = run.recipe is not None and run.recipe.moe.target == TARGET and ".router." in name
+    if constant or routes:
+        return entry  # of the architecture, or of the recipe
+    if len(entry.shape) > 1 and not name.endswith("_bias"):
+        return Entry(_drawn(entry.shape, dense.family.deviation(dense.config, name), name, run.seed), "F32")
+    identity = 0.0 if run.recipe is None and dense.family.model_type == "gemma" else 1.0
+    scale = float(dense.config.get("layerscale_value", 1.0)) if "lambda" in name else identity
+    is_norm = ("norm" in name.lower() and name.endswith("weight")) or "lambda" in name
+    return Entry(Fill(entry.shape, "F32", scale if is_norm else 0.0), "F32")
+
+
+def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place: int = 0) -> Lazy:
+    """A tensor of independent N(0, deviation^2), as matrices with a stream each."""
+    if len(shape) == 2:
+        rows, columns = shape
+        return Drawn((rows, columns), "F32", "normal", deviation, rng.key(seed, name, "from scratch", place))
+    return Stack(
+        tuple(_drawn(shape[1:], deviation, name, seed, place * shape[0] + e) for e in range(shape[0]))
+    )
 
 
 def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
     """The model in training mode, each rank with its own part. Leaves the source's files open for others."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)
-    model.config.use_cache = False
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
     if run.train.activation_checkpointing:
         _recompute(model)
     if run.train.compile:
-        for layer in model.get_decoder().layers:
+        for layer in _blocks(model, start):
             layer.compile()
     return model.train()
+
+
+def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
+    """The blocks of all stacks."""
+    lists = [path.removesuffix(".*") for path in start.dense.family.block_paths]
+    return [block for path in lists for block in model.base_model.get_submodule(path).children()]
 
 
 def _recompute(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""One step of training: forward, the losses, backward, the update; and the loss on held-out rows.
+"""One step of training: forward, the losses, backward, the update; and the score on held-out rows.
 
 Every loss is a mean over the global batch. A rank computes its part of the sum; FSDP2 averages gradients over
 the ranks that see different rows, so a part is multiplied by their number.
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,8 +19,10 @@ from upcycle.errors import UpcycleError
 from upcycle.training import optimizer as optim
 from upcycle.training import routing
 from upcycle.training.parallel import Ranks
-from upcycle.training.routing import Routers
+from upcycle.training.routing import Routers, Tally
 from upcycle.training.run import Run
+from upcycle.training.start import Start
+from upcycle.training.tasks import Batch, Question, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Trainee:
     """A model that is being trained, and all that takes part in it."""
 
     model: PreTrainedModel
+    task: Task
+    start: Start
     optimizer: torch.optim.Optimizer
     routers: Routers | None
     run: Run
@@ -41,49 +44,49 @@ class Trainee:
             return nullcontext()
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """The logits of rows of tokens [B, L + 1] for their L predictions: [B * L, V], float32 at least."""
+    def logits(self, question: Question, **options: Any) -> Tensor:
+        """The model's answer."""
         with self.autocast():
-            out = self.model(input_ids=rows[:, :-1], use_cache=False).logits
-        return out.flatten(0, 1).to(torch.promote_types(out.dtype, torch.float32))
+            out: Tensor = self.model(**question.inputs, **options).logits
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a step found, over the global batch."""
 
-    loss: float  # cross-entropy, nats per token
+    loss: float  # cross-entropy, nats per target
     grad_norm: float
-    counts: Tensor | None = None  # [L, E], on the CPU
-    balance_loss: float | None = None  # mean over layers; top_k at perfect balance
+    tallies: Sequence[Tally] = ()  # of each layer, on the CPU
+    balance_loss: float | None = None  # mean or sum over layers; top_k at perfect balance of each
     z_loss: float | None = None
     router_grad_norms: Sequence[float] = ()
 
 
-def train_step(trainee: Trainee, rows: Tensor, step: int, lr: float) -> Outcome:
-    """Update the model on this rank's `rows` [B, L + 1] of the global batch."""
+def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
+    """Update the model on this rank's part of the global batch."""
     run, ranks, routers = trainee.run, trainee.ranks, trainee.routers
-    micros = rows.split(run.train.micro_batch or len(rows))
-    tokens = run.train.rows * run.train.sequence_length
-    # One seed a step and rank: dropout and jitter need no state in a checkpoint.
+    # One seed a step and rank: dropout, jitter and augmentation need no state in a checkpoint.
     torch.manual_seed(run.train_seed * 1_000_003 + step * 997 + ranks.dp_rank)
-    known = _count_ahead(trainee, micros, step) if _needs_counts_ahead(run, routers, micros) else None
+    micros = _split(batch, run.train.micro_batch)
+    questions = [trainee.task.question(micro, trainee.start, training=True) for micro in micros]
+    targets = ranks.total(trainee.task.targets(batch))
+    known = _count_ahead(trainee, questions, step) if _needs_counts_ahead(run, routers, micros) else None
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)  # cross-entropy, balance, z
     total: Tensor | None = None
-    for place, micro in enumerate(micros):
+    for place, question in enumerate(questions):
         with _recorded(trainee, step, place):
-            logits = trainee.logits(micro)
-        entropy = F.cross_entropy(logits, micro[:, 1:].flatten(), reduction="sum") / tokens
+            logits = trainee.logits(question)
+        entropy = trainee.task.loss(logits, question.labels) / targets
         del logits
         loss, parts = entropy, [entropy.detach()]
         if routers is not None:
-            seen = ranks.sum(routers.counts())
+            seen = ranks.sum(routers.tallies())
             total = seen if total is None else total + seen
-            balance = _balance(trainee, total if known is None else known, place, len(micros))
-            z = routing.z_loss(routers.logits, tokens)
-            loss = loss + run.router.balance_loss_coef * balance + run.router.z_loss_coef * z
+            share = 1.0 if known is not None else (place + 1) / len(micros)
+            extra, balance, z = _router_losses(trainee, total if known is None else known, share, len(micros))
+            loss = loss + extra
             parts += [balance.detach(), z.detach()]
-            routers.logits.clear()
         sums[: len(parts)] += torch.stack(parts).double()
         (loss * ranks.dp_size).backward()
     entropy_sum, balance_sum, z_sum = ranks.sum(sums).tolist()
@@ -100,17 +103,26 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, lr: float) -> Outcome:
     if routers is None or total is None:
         return Outcome(loss=entropy_sum, grad_norm=norm)
     if run.router.bias_update_rate:
-        routing.update_biases(routers.biases(), total, run.router.bias_update_rate)
+        routing.update_biases(routers.biases(), routers.read(total), run.router.bias_update_rate)
+    tallies = routers.read(total.cpu())
+    routers.said.clear()
     return Outcome(
         loss=entropy_sum,
         grad_norm=norm,
-        counts=total.cpu(),
+        tallies=tallies,
         balance_loss=balance_sum,
         z_loss=z_sum,
         router_grad_norms=[
             sum(s for n, s in squares.items() if n.startswith(f"{name}.")) ** 0.5 for name in routers.names
         ],
     )
+
+
+def _split(batch: Batch, size: int | None) -> list[Batch]:
+    """Parts of a batch of `size` rows each."""
+    names = list(batch)
+    parts = zip(*(batch[name].split(size or len(batch[name])) for name in names), strict=True)
+    return [dict(zip(names, part, strict=True)) for part in parts]
 
 
 def _recorded(trainee: Trainee, step: int, place: int) -> AbstractContextManager[Any]:
@@ -121,7 +133,7 @@ def _recorded(trainee: Trainee, step: int, place: int) -> AbstractContextManager
     return trainee.routers.recording(jitter=trainee.run.router.jitter, seed=seed)
 
 
-def _needs_counts_ahead(run: Run, routers: Routers | None, micros: Sequence[Tensor]) -> bool:
+def _needs_counts_ahead(run: Run, routers: Routers | None, micros: Sequence[Batch]) -> bool:
     """Whether f_e of the global batch is not known when the first micro batch goes backward."""
     router = run.router
     exact = router.balance_loss == "per_layer" and router.balance_counts == "exact"
@@ -129,31 +141,58 @@ def _needs_counts_ahead(run: Run, routers: Routers | None, micros: Sequence[Tens
 
 
 @torch.no_grad()
-def _count_ahead(trainee: Trainee, micros: Sequence[Tensor], step: int) -> Tensor:
-    """The counts of the global batch, [L, E], from a forward pass of its own."""
+def _count_ahead(trainee: Trainee, questions: Sequence[Question], step: int) -> Tensor:
+    """The tallies of the global batch from a forward pass of its own."""
     routers = trainee.routers
     assert routers is not None
     state = torch.get_rng_state()
     total: Tensor | None = None
-    for place, micro in enumerate(micros):
-        with _recorded(trainee, step, place), trainee.autocast():
-            trainee.model(input_ids=micro[:, :-1], use_cache=False, logits_to_keep=1)
-        total = routers.counts() if total is None else total + routers.counts()
+    for place, question in enumerate(questions):
+        with _recorded(trainee, step, place):
+            trainee.logits(question, **trainee.task.counting)
+        total = routers.tallies() if total is None else total + routers.tallies()
     torch.set_rng_state(state)
     assert total is not None
     return trainee.ranks.sum(total)
 
 
-def _balance(trainee: Trainee, counts: Tensor, place: int, micros: int) -> Tensor:
-    """This micro batch's part of the balance loss; `counts` are of all tokens whose share of it is known."""
-    run, routers = trainee.run, trainee.routers
+def _router_losses(
+    trainee: Trainee, tallies: Tensor, share: float, micros: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This micro batch's part of all losses on routers, of the balance loss and of the z-loss.
+
+    `tallies` are of the part `share` of the global batch; buffered (Qiu et al. 2025), they stand for it all.
+    Layers without a loss of a kind count as zero in a mean over layers, as in t5x.
+    """
+    run, routers = trainee.run.router, trainee.routers
     assert routers is not None
-    if run.router.balance_loss == "pooled":
-        return routing.pooled_loss(routers.logits, routers.top_k) / (micros * trainee.ranks.dp_size)
-    tokens = run.train.rows * run.train.sequence_length
-    # Buffered (Qiu et al. 2025): the shares among the micro batches so far stand for those of all.
-    seen = tokens if int(counts[0].sum()) == tokens * routers.top_k else tokens * (place + 1) / micros
-    return routing.load_balancing_loss(routers.logits, counts * (tokens / seen), tokens).mean()
+    said, layers = routers.said, routers.read(tallies)
+    zero = said[0].logits.new_zeros(())
+    parts: dict[str, list[Tensor]] = {"balance": [], "z": [], "importance": [], "load": []}
+    for one, tally in zip(said, layers, strict=True):
+        tokens = tally.tokens / share
+        balance = routing.load_balancing_loss(one.probabilities, tally.counts / share, tokens)
+        parts["balance"].append(zero if one.balanced else balance)
+        parts["z"].append(routing.z_loss(one.logits, tokens))
+        for name in ("importance", "load"):
+            parts[name].append(one.losses[name] / (tally.groups / share) if name in one.losses else zero)
+    losses = {
+        name: torch.stack(each).mean() if run.layers == "mean" else torch.stack(each).sum()
+        for name, each in parts.items()
+    }
+    if run.balance_loss == "pooled":
+        losses["balance"] = routing.pooled_loss([s.logits for s in said], said[0].top_k) / (
+            micros * trainee.ranks.dp_size
+        )
+    coefficients = {
+        "balance": run.balance_loss_coef,
+        "z": run.z_loss_coef,
+        "importance": run.importance_loss_coef,
+        "load": run.load_loss_coef,
+    }
+    # A loss that is not asked for may not be finite where it is not used, and 0 x inf is not 0.
+    asked = [factor * losses[name] for name, factor in coefficients.items() if factor]
+    return sum(asked, zero), losses["balance"], losses["z"]
 
 
 def _refuse_nonfinite(step: int, loss: float, squares: dict[str, float]) -> None:
@@ -168,28 +207,40 @@ def _refuse_nonfinite(step: int, loss: float, squares: dict[str, float]) -> None
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How well a model does on rows it was not trained on: nats and right answers per target."""
+
+    loss: float
+    accuracy: float
+
+
 @torch.no_grad()
-def held_out_loss(trainee: Trainee, rows: Tensor) -> float:
-    """Mean cross-entropy in nats per token on rows [N, L + 1], the same on every rank."""
-    ranks, model = trainee.ranks, trainee.model
-    share = -(-len(rows) // ranks.dp_size)
+def evaluate(trainee: Trainee, batch: Batch) -> Score:
+    """The score on held-out rows, the same on every rank, which each have all of them."""
+    ranks, model, task = trainee.ranks, trainee.model, trainee.task
+    rows = len(next(iter(batch.values())))
+    share = -(-rows // ranks.dp_size)
     size = trainee.run.train.micro_batch or max(1, trainee.run.train.rows // ranks.dp_size)
-    total = torch.zeros(2, device=ranks.device, dtype=torch.float64)
+    sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)
     model.eval()
-    for micro, count in _parts(rows, ranks.dp_rank * share, share, size):
-        losses = F.cross_entropy(trainee.logits(micro), micro[:, 1:].flatten(), reduction="none")
-        losses = losses.view(len(micro), -1)[:count]
-        total += torch.stack([losses.double().sum(), torch.tensor(losses.numel(), device=ranks.device)])
+    for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size):
+        question = task.question(micro, trainee.start, training=False)
+        # All ranks run as many passes: the last ones may have rows that another rank counts.
+        logits, labels = trainee.logits(question)[:count], question.labels[:count]
+        targets = task.targets({name: t[:count] for name, t in micro.items()})
+        if count:
+            found = [task.loss(logits, labels), task.correct(logits, labels), logits.new_tensor(targets)]
+            sums += torch.stack([x.double() for x in found])
     model.train()
-    loss, count_all = ranks.sum(total).tolist()
-    return loss / count_all
+    loss, correct, targets = ranks.sum(sums).tolist()
+    return Score(loss=loss / targets, accuracy=correct / targets)
 
 
-def _parts(rows: Tensor, first: int, share: int, size: int) -> Iterator[tuple[Tensor, int]]:
+def _parts(batch: Batch, rows: int, first: int, share: int, size: int) -> Iterator[tuple[Batch, int]]:
     """Micro batches of this rank's share, and how many of their rows count: all ranks run as many passes."""
     for start in range(first, first + share, size):
-        micro = rows[start : min(start + size, first + share)]
-        real = len(micro)
-        if not real:
-            micro = rows[:1]
-        yield micro, real
+        stop = min(start + size, first + share, rows)
+        count = max(0, stop - start)
+        chosen = slice(start, stop) if count else slice(0, 1)
+        yield {name: t[chosen] for name, t in batch.items()}, count

@@ -18,9 +18,9 @@ BIAS = "e_score_correction_bias"
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Router):
-    """Each expert's score is a sigmoid of its own; a token takes the K experts of the largest score + bias and
-    weighs them by their scores, which `normalize` makes sum to one. `router.bias_update_rate` of a run moves
-    the bias, which has no gradient.
+    """Each expert's score is a sigmoid of its own; a token takes the K experts of the largest score + bias
+    and weighs them by their scores, which `normalize` makes sum to one. `router.bias_update_rate` of a run
+    moves the bias, which has no gradient.
     """
 
     summary = "sigmoid scores, a balancing bias without a loss"

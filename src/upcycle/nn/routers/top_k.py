@@ -24,7 +24,7 @@ class TopK(Router):
     tokens (`vmoe`, `exact`) or S C / E (`flaxformer`, whose share has no K); None: all that come. First
     choices come before second ones, within each the earlier token, or with `batch_priority` the surer one
     (Riquelme et al. 2021). In a causal stack a token's choices come before those of all later tokens, or a
-    later one could take its place. `noise_std` adds N(0, (noise_std / E)^2) to the logits in training (V-MoE).
+    later one could take its place. `noise_std` adds N(0, (noise_std / E)^2) to logits in training (V-MoE).
     """
 
     summary = "each token takes its K best experts"
@@ -82,7 +82,7 @@ class TopK(Router):
     ) -> Routing:
         import torch
 
-        from upcycle.nn.dispatch import Choices, Rows
+        from upcycle.nn.dispatch import Choices, Dispatch, Rows
         from upcycle.nn.routing import Routing
 
         clean = torch.nn.functional.linear(hidden, tensors["weight"])
@@ -101,7 +101,7 @@ class TopK(Router):
         if noise:
             losses["load"] = _load(clean, logits, top_k, noise, real)
         if self.capacity_factor is None:
-            dispatch = Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1))
+            dispatch: Dispatch = Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1))
             left = counts.new_zeros(())
         else:
             places = capacity(hidden.shape[1], self._share(num_experts, top_k), self.rounding)

@@ -1,0 +1,53 @@
+"""Rows of packed tokens as the feed of a task, each with a key for whatever is drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from upcycle import rng
+from upcycle.training import corpus
+from upcycle.training.batches import Batches
+
+if TYPE_CHECKING:
+    from upcycle.training.run import Run
+    from upcycle.training.start import Start
+
+Make = Callable[[np.ndarray, Sequence[rng.Key]], dict[str, np.ndarray]]
+
+
+def tokenizer_of(run: Run, start: Start) -> Any:
+    """The tokenizer of a run."""
+    return corpus.tokenizer(run.data, start.dense.checkpoint.folder)
+
+
+class TokenFeed:
+    """`make(rows [N, L + 1], keys)` of rows whose last token is the next row's first."""
+
+    def __init__(self, run: Run, start: Start, out: Path, length: int, make: Make) -> None:
+        cache = Path(run.data.cache) if run.data.cache else out / "tokens"
+        folder = start.dense.checkpoint.folder
+        tokens = corpus.prepare(run.data, folder, cache, vocab_size=start.vocab_size)
+        weights = [s.weight for s in run.data.sources]
+        self._batches = Batches(
+            tokens, weights, length=length, held_out=run.data.held_out, seed=run.train_seed
+        )
+        self._make, self._seed = make, run.train_seed
+
+    def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
+        first = self._batches.position
+        keys = [rng.key(self._seed, "drawn", first + i) for i in range(rows)]
+        return self._make(self._batches.next(rows, part), keys[part])
+
+    def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
+        read = self._batches.held_out(rows)
+        return self._make(read, [rng.key(self._seed, "drawn", "held out", i) for i in range(len(read))])
+
+    def state(self) -> dict[str, Any]:
+        return self._batches.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._batches.restore(state)

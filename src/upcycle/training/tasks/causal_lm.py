@@ -1,0 +1,48 @@
+"""Language modelling: the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from upcycle import rng
+from upcycle.training.tasks import Batch, Feed, Question, Task
+from upcycle.training.tasks._tokens import TokenFeed
+
+if TYPE_CHECKING:
+    from upcycle.training.run import Run
+    from upcycle.training.start import Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Task):
+    """Each token of a packed row from those before it."""
+
+    summary = "the next token of a text"
+    heads = ("ForCausalLM",)
+    counting = {"logits_to_keep": 1}
+
+    def feed(self, run: Run, start: Start, out: Path) -> Feed:
+        return TokenFeed(run, start, out, run.train.sequence_length, _rows)
+
+    def question(self, batch: Batch, start: Start, *, training: bool) -> Question:
+        rows = batch["rows"]
+        return Question({"input_ids": rows[:, :-1], "use_cache": False}, rows[:, 1:])
+
+    def targets(self, batch: Batch) -> int:
+        rows, length = batch["rows"].shape
+        return rows * (length - 1)
+
+    def lengths(self, run: Run, start: Start) -> dict[str, int]:
+        return {"layers": run.train.sequence_length}
+
+
+def _rows(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
+    return {"rows": rows}
+
+
+task = CausalLM

@@ -1,0 +1,67 @@
+"""BERT's pretraining: tokens of a text are masked and asked for (Devlin et al. 2019, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from upcycle import rng
+from upcycle.errors import UpcycleError
+from upcycle.training.corruption import mask_tokens
+from upcycle.training.tasks import IGNORED, Batch, Feed, Question, Task
+from upcycle.training.tasks._tokens import TokenFeed, tokenizer_of
+
+if TYPE_CHECKING:
+    from upcycle.training.run import Run
+    from upcycle.training.start import Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLM(Task):
+    """A share `probability` of the tokens of a packed row is asked for: 80 % of them are masked, 10 % are
+    other tokens, 10 % are left as they are.
+    """
+
+    summary = "the masked tokens of a text (BERT)"
+    heads = ("ForMaskedLM",)
+
+    probability: float = 0.15
+
+    def __post_init__(self) -> None:
+        if not 0 < self.probability < 1:
+            raise UpcycleError(f"task.probability = {self.probability}; it must be between 0 and 1")
+
+    def feed(self, run: Run, start: Start, out: Path) -> Feed:
+        tokenizer = tokenizer_of(run, start)
+        if tokenizer.mask_token_id is None:
+            raise UpcycleError("masked language modelling wants a tokenizer with a mask; set data.tokenizer")
+        special = frozenset(tokenizer.all_special_ids)
+
+        def make(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
+            made = mask_tokens(
+                rows[:, :-1],
+                keys,
+                probability=self.probability,
+                mask_id=tokenizer.mask_token_id,
+                vocab_size=start.vocab_size,
+                special_ids=special,
+            )
+            return {"inputs": made.inputs, "labels": made.labels}
+
+        return TokenFeed(run, start, out, run.train.sequence_length, make)
+
+    def question(self, batch: Batch, start: Start, *, training: bool) -> Question:
+        return Question({"input_ids": batch["inputs"]}, batch["labels"])
+
+    def targets(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def lengths(self, run: Run, start: Start) -> dict[str, int]:
+        return {"layers": run.train.sequence_length}
+
+
+task = MaskedLM
