@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _register(_: ModuleType) -> None:
-    import_module("upcycle.nn.configs").register()
+    import_module("upcycle.nn.configs")  # registers when it is imported, by this or by anything else
 
 
 # AutoModel*.from_pretrained opens what upcycle wrote, whichever of the two is imported first, and no command

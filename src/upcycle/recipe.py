@@ -212,6 +212,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if get_origin(option) is tuple and isinstance(value, (list, tuple)):
             item = get_args(option)[0]
+            if item is float and all(type(v) in (int, float) for v in value):
+                return tuple(map(float, value))
             if all(type(v) is item for v in value):
                 return tuple(value)
     allowed = " or ".join(_allowed(option) for option in options if option is not type(None))
@@ -222,7 +224,7 @@ def _allowed(option: Any) -> str:
     if get_origin(option) is Literal:
         return ", ".join(get_args(option))
     if get_origin(option) is tuple:
-        return f"a list of {_allowed(get_args(option)[0])}s"
+        return f"a list of {_allowed(get_args(option)[0]).removeprefix('a ')}s"
     return {int: "whole number", float: "a number", str: "string", bool: "true or false"}[option]
 
 

@@ -1,7 +1,7 @@
 """Configs of upcycled models: those of the dense classes of transformers, and `moe`.
 
 `moe` is a list with one entry a stack of blocks. No torch here: whoever imports `upcycle` and reads a config
-must not wait for it.
+must not wait for it. Importing this makes every upcycled model_type known to transformers.
 """
 
 from __future__ import annotations
@@ -103,16 +103,14 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     return made
 
 
-def register() -> None:
-    """Make every upcycled model_type known to transformers."""
-    for model_type in families.names():
-        if model_type in CONFIG_MAPPING:
-            AutoConfig.register(PREFIX + model_type, config_class(model_type), exist_ok=True)
-
-
 def __getattr__(name: str) -> Any:
     # Classes are made when asked for; pickling asks by name.
     for model_type in families.names():
         if model_type in CONFIG_MAPPING and CLASS_PREFIX + CONFIG_MAPPING[model_type].__name__ == name:
             return config_class(model_type)
     raise AttributeError(name)
+
+
+for _model_type in families.names():
+    if _model_type in CONFIG_MAPPING:
+        AutoConfig.register(PREFIX + _model_type, config_class(_model_type), exist_ok=True)

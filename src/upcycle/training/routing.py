@@ -37,8 +37,8 @@ class Said:
 
     @property
     def probabilities(self) -> Tensor:
-        """What the balance loss is about, [T', E]. Not worked out in a hook: a layer that is recomputed in the
-        backward pass has none on."""
+        """What the balance loss is about, [T', E]. Not worked out in a hook, which is off where a layer is
+        recomputed in the backward pass."""
         return self.logits.softmax(-1) if self.scores is None else self.scores
 
     def tallies(self) -> Tensor:

@@ -1,0 +1,84 @@
+"""Image classification: which class an image shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upcycle.console import err
+from upcycle.errors import UpcycleError, listed
+from upcycle.families._encoder import pair
+from upcycle.training.augment import Augment
+from upcycle.training.image_batches import ImageBatches
+from upcycle.training.images import ImageSet
+from upcycle.training.tasks import Batch, Feed, Question, Task
+
+if TYPE_CHECKING:
+    from upcycle.training.run import Run
+    from upcycle.training.start import Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassification(Task):
+    """Images of one source, a parquet file or folder of them, or a folder with one folder a class.
+
+    `test` is the set that the model is scored on; without it, `data.held_out` of the images are.
+    `[task.augment]` has the augmentation; sizes and channels are the model's.
+    """
+
+    summary = "the class of an image"
+    heads = ("ForImageClassification", "ForImageClassificationWithTeacher")
+
+    test: str | None = None
+    image_field: str = "image"
+    label_field: str = "label"
+    augment: Augment = field(default_factory=Augment)
+
+    def feed(self, run: Run, start: Start, out: Path) -> Feed:
+        if len(run.data.sources) != 1:
+            raise UpcycleError(
+                f"image classification takes one [[data.sources]]; there are {len(run.data.sources)}"
+            )
+        cache = Path(run.data.cache) if run.data.cache else out / "images"
+        train = self.images(run.data.sources[0].path, start, cache)
+        test = None if self.test is None else self.images(self.test, start, cache)
+        return ImageBatches(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
+
+    def images(self, path: str, start: Start, cache: Path) -> ImageSet:
+        """A set of images of the model's size."""
+        config = start.dense.config
+        found = ImageSet.open(
+            path,
+            size=pair(config["image_size"]),
+            channels=config["num_channels"],
+            image_field=self.image_field,
+            label_field=self.label_field,
+            cache=cache,
+        )
+        if found.num_labels > start.num_labels:
+            raise UpcycleError(
+                f"{path} has {found.num_labels} classes and the model's head {start.num_labels} (id2label in its "
+                f"config.json); give data of its classes, or a source with a head for these"
+            )
+        if found.bad:
+            err.print(
+                f"{path}: {len(found.bad)} images cannot be read and are left out: {listed(list(found.bad))}"
+            )
+        return found
+
+    def question(self, batch: Batch, start: Start, *, training: bool) -> Question:
+        images, labels = self.augment.pixels(batch["pixels"]), batch["labels"]
+        if not training:
+            return Question({"pixel_values": self.augment.evaluate(images)}, labels)
+        images, soft = self.augment.train(images, labels, start.num_labels)
+        return Question({"pixel_values": images}, soft)
+
+    def targets(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def lengths(self, run: Run, start: Start) -> dict[str, int]:
+        return {"layers": start.dense.family.length(start.dense.config)}
+
+
+task = ImageClassification
