@@ -56,10 +56,10 @@ def train(run: Run, *, resume: bool = False) -> Result:
         out = Path(run.out)
         checkpoint = _claim(run, out, here, resume)
         if here.first:
-            feed = task.feed(run, begun, out)  # the others wait, and find the files
+            feed = task.feed(run, begun.subject, out)  # the others wait, and find the files
         here.barrier()
         if not here.first:
-            feed = task.feed(run, begun, out)
+            feed = task.feed(run, begun.subject, out)
         if run.train.rows % here.dp_size:
             raise UpcycleError(
                 f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
@@ -92,7 +92,7 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
     share = run.train.rows // here.dp_size
     part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
     log = Metrics(out, run.log, total, state["step"], run.as_table()) if here.first else None
-    lengths = trainee.task.lengths(run, begun)
+    lengths = trainee.task.lengths(run, begun.subject)
     rate = Rate(
         flops=begun.training_flops_per_row(lengths),
         tokens=sum(lengths.values()),
@@ -270,7 +270,7 @@ def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
 
 def _record(run: Run, begun: Start, task: Task, out: Path, precision: str) -> None:
     """run.json: what this run is, for whoever reads its folder later."""
-    lengths = task.lengths(run, begun)
+    lengths = task.lengths(run, begun.subject)
     flops = begun.training_flops_per_row(lengths)
     record = {
         "format": FORMAT,

@@ -25,6 +25,7 @@ from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stack
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, refuse_two_heads
+from upcycle.subject import Subject
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.upcycled import TARGET
@@ -56,14 +57,9 @@ class Start:
         return plan_of(self.built).active_parameters if self.built else self.parameters
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return int(self.dense.config["vocab_size"])
-
-    @property
-    def num_labels(self) -> int:
-        """Classes of the head."""
-        return len(self.config["id2label"]) if self.config.get("id2label") else 2
+    def subject(self) -> Subject:
+        """The model as its task sees it."""
+        return Subject(folder=self.dense.checkpoint.folder, config=self.config)
 
     def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
         """FLOPs of training on a row of so many tokens in each stack: three forward passes' worth."""

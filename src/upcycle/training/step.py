@@ -69,7 +69,7 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
     # One seed a step and rank: dropout, jitter and augmentation need no state in a checkpoint.
     torch.manual_seed(run.train_seed * 1_000_003 + step * 997 + ranks.dp_rank)
     micros = _split(batch, run.train.micro_batch)
-    questions = [trainee.task.question(micro, trainee.start, training=True) for micro in micros]
+    questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
     targets = ranks.total(trainee.task.targets(batch))
     known = _count_ahead(trainee, questions, step) if _needs_counts_ahead(run, routers, micros) else None
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)  # cross-entropy, balance, z
@@ -225,7 +225,7 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)
     model.eval()
     for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size):
-        question = task.question(micro, trainee.start, training=False)
+        question = task.question(micro, trainee.start.subject, training=False)
         # All ranks run as many passes: the last ones may have rows that another rank counts.
         logits, labels = trainee.logits(question)[:count], question.labels[:count]
         targets = task.targets({name: t[:count] for name, t in micro.items()})

@@ -23,8 +23,8 @@ from upcycle import recipe, registry
 from upcycle.errors import UpcycleError
 
 if TYPE_CHECKING:
+    from upcycle.subject import Subject
     from upcycle.training.run import Run
-    from upcycle.training.start import Start
 
 Batch = dict[str, Tensor]  # tensors of the same rows
 IGNORED = -100  # the label of a place where nothing is predicted
@@ -68,11 +68,11 @@ class Task(abc.ABC):
         return type(self).__module__.rpartition(".")[2]
 
     @abc.abstractmethod
-    def feed(self, run: Run, start: Start, out: Path) -> Feed:
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
         """The rows of the run; the first process calls it before the others do."""
 
     @abc.abstractmethod
-    def question(self, batch: Batch, start: Start, *, training: bool) -> Question:
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         """What the model is asked about a batch."""
 
     @abc.abstractmethod
@@ -80,7 +80,7 @@ class Task(abc.ABC):
         """How many predictions a batch is."""
 
     @abc.abstractmethod
-    def lengths(self, run: Run, start: Start) -> dict[str, int]:
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
         """Tokens of a row in each stack of blocks."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

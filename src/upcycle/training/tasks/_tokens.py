@@ -13,24 +13,24 @@ from upcycle.training import corpus
 from upcycle.training.batches import Batches
 
 if TYPE_CHECKING:
+    from upcycle.subject import Subject
     from upcycle.training.run import Run
-    from upcycle.training.start import Start
 
 Make = Callable[[np.ndarray, Sequence[rng.Key]], dict[str, np.ndarray]]
 
 
-def tokenizer_of(run: Run, start: Start) -> Any:
+def tokenizer_of(run: Run, subject: Subject) -> Any:
     """The tokenizer of a run."""
-    return corpus.tokenizer(run.data, start.dense.checkpoint.folder)
+    return corpus.tokenizer(run.data, subject.folder)
 
 
 class TokenFeed:
     """`make(rows [N, L + 1], keys)` of rows whose last token is the next row's first."""
 
-    def __init__(self, run: Run, start: Start, out: Path, length: int, make: Make) -> None:
+    def __init__(self, run: Run, subject: Subject, out: Path, length: int, make: Make) -> None:
         cache = Path(run.data.cache) if run.data.cache else out / "tokens"
-        folder = start.dense.checkpoint.folder
-        tokens = corpus.prepare(run.data, folder, cache, vocab_size=start.vocab_size)
+        folder = subject.folder
+        tokens = corpus.prepare(run.data, folder, cache, vocab_size=subject.vocab_size)
         weights = [s.weight for s in run.data.sources]
         self._batches = Batches(
             tokens, weights, length=length, held_out=run.data.held_out, seed=run.train_seed

@@ -14,8 +14,8 @@ from upcycle.training.tasks import Batch, Feed, Question, Task
 from upcycle.training.tasks._tokens import TokenFeed
 
 if TYPE_CHECKING:
+    from upcycle.subject import Subject
     from upcycle.training.run import Run
-    from upcycle.training.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class CausalLM(Task):
     heads = ("ForCausalLM",)
     counting = {"logits_to_keep": 1}
 
-    def feed(self, run: Run, start: Start, out: Path) -> Feed:
-        return TokenFeed(run, start, out, run.train.sequence_length, _rows)
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
+        return TokenFeed(run, subject, out, run.train.sequence_length, _rows)
 
-    def question(self, batch: Batch, start: Start, *, training: bool) -> Question:
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         rows = batch["rows"]
         return Question({"input_ids": rows[:, :-1], "use_cache": False}, rows[:, 1:])
 
@@ -37,7 +37,7 @@ class CausalLM(Task):
         rows, length = batch["rows"].shape
         return rows * (length - 1)
 
-    def lengths(self, run: Run, start: Start) -> dict[str, int]:
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
         return {"layers": run.train.sequence_length}
 
 

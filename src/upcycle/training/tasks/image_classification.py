@@ -15,8 +15,8 @@ from upcycle.training.images import ImageSet
 from upcycle.training.tasks import Batch, Feed, Question, Task
 
 if TYPE_CHECKING:
+    from upcycle.subject import Subject
     from upcycle.training.run import Run
-    from upcycle.training.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,19 @@ class ImageClassification(Task):
     label_field: str = "label"
     augment: Augment = field(default_factory=Augment)
 
-    def feed(self, run: Run, start: Start, out: Path) -> Feed:
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
         if len(run.data.sources) != 1:
             raise UpcycleError(
                 f"image classification takes one [[data.sources]]; there are {len(run.data.sources)}"
             )
         cache = Path(run.data.cache) if run.data.cache else out / "images"
-        train = self.images(run.data.sources[0].path, start, cache)
-        test = None if self.test is None else self.images(self.test, start, cache)
+        train = self.images(run.data.sources[0].path, subject, cache)
+        test = None if self.test is None else self.images(self.test, subject, cache)
         return ImageBatches(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
 
-    def images(self, path: str, start: Start, cache: Path) -> ImageSet:
+    def images(self, path: str, subject: Subject, cache: Path) -> ImageSet:
         """A set of images of the model's size."""
-        config = start.dense.config
+        config = subject.settings
         found = ImageSet.open(
             path,
             size=pair(config["image_size"]),
@@ -56,10 +56,10 @@ class ImageClassification(Task):
             label_field=self.label_field,
             cache=cache,
         )
-        if found.num_labels > start.num_labels:
+        if found.num_labels > subject.num_labels:
             raise UpcycleError(
-                f"{path} has {found.num_labels} classes and the model's head {start.num_labels} (id2label in its "
-                f"config.json); give data of its classes, or a source with a head for these"
+                f"{path} has {found.num_labels} classes and the model's head {subject.num_labels} (id2label in "
+                f"its config.json); give data of its classes, or a source with a head for these"
             )
         if found.bad:
             err.print(
@@ -67,18 +67,18 @@ class ImageClassification(Task):
             )
         return found
 
-    def question(self, batch: Batch, start: Start, *, training: bool) -> Question:
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         images, labels = self.augment.pixels(batch["pixels"]), batch["labels"]
         if not training:
             return Question({"pixel_values": self.augment.evaluate(images)}, labels)
-        images, soft = self.augment.train(images, labels, start.num_labels)
+        images, soft = self.augment.train(images, labels, subject.num_labels)
         return Question({"pixel_values": images}, soft)
 
     def targets(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def lengths(self, run: Run, start: Start) -> dict[str, int]:
-        return {"layers": start.dense.family.length(start.dense.config)}
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
+        return {"layers": subject.length}
 
 
 task = ImageClassification

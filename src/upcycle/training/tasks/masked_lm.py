@@ -16,8 +16,8 @@ from upcycle.training.tasks import IGNORED, Batch, Feed, Question, Task
 from upcycle.training.tasks._tokens import TokenFeed, tokenizer_of
 
 if TYPE_CHECKING:
+    from upcycle.subject import Subject
     from upcycle.training.run import Run
-    from upcycle.training.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class MaskedLM(Task):
         if not 0 < self.probability < 1:
             raise UpcycleError(f"task.probability = {self.probability}; it must be between 0 and 1")
 
-    def feed(self, run: Run, start: Start, out: Path) -> Feed:
-        tokenizer = tokenizer_of(run, start)
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
+        tokenizer = tokenizer_of(run, subject)
         if tokenizer.mask_token_id is None:
             raise UpcycleError("masked language modelling wants a tokenizer with a mask; set data.tokenizer")
         special = frozenset(tokenizer.all_special_ids)
@@ -47,20 +47,20 @@ class MaskedLM(Task):
                 keys,
                 probability=self.probability,
                 mask_id=tokenizer.mask_token_id,
-                vocab_size=start.vocab_size,
+                vocab_size=subject.vocab_size,
                 special_ids=special,
             )
             return {"inputs": made.inputs, "labels": made.labels}
 
-        return TokenFeed(run, start, out, run.train.sequence_length, make)
+        return TokenFeed(run, subject, out, run.train.sequence_length, make)
 
-    def question(self, batch: Batch, start: Start, *, training: bool) -> Question:
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         return Question({"input_ids": batch["inputs"]}, batch["labels"])
 
     def targets(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
-    def lengths(self, run: Run, start: Start) -> dict[str, int]:
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
         return {"layers": run.train.sequence_length}
 
 

@@ -17,8 +17,8 @@ from upcycle.training.tasks import Batch, Feed, Question, Task
 from upcycle.training.tasks._tokens import TokenFeed, tokenizer_of
 
 if TYPE_CHECKING:
+    from upcycle.subject import Subject
     from upcycle.training.run import Run
-    from upcycle.training.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ class SpanCorruption(Task):
             run.train.sequence_length, noise_density=self.noise_density, mean_span=self.mean_span
         )
 
-    def feed(self, run: Run, start: Start, out: Path) -> Feed:
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
         lengths = self.spans(run)
-        tokenizer = tokenizer_of(run, start)
+        tokenizer = tokenizer_of(run, subject)
         sentinels, eos = _sentinels(tokenizer), tokenizer.eos_token_id
         if eos is None or len(sentinels) < lengths.spans:
             raise UpcycleError(
@@ -61,11 +61,11 @@ class SpanCorruption(Task):
             made = corrupt_spans(rows[:, :-1], keys, lengths=lengths, sentinels=sentinels, eos=eos)
             return {"inputs": made.inputs, "targets": made.targets}
 
-        return TokenFeed(run, start, out, lengths.raw, make)
+        return TokenFeed(run, subject, out, lengths.raw, make)
 
-    def question(self, batch: Batch, start: Start, *, training: bool) -> Question:
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         targets = batch["targets"]
-        config = start.config
+        config = subject.config
         first = config.get("decoder_start_token_id")
         first = config.get("pad_token_id", 0) if first is None else first
         begun = torch.full_like(targets[:, :1], first)
@@ -76,7 +76,7 @@ class SpanCorruption(Task):
     def targets(self, batch: Batch) -> int:
         return batch["targets"].numel()
 
-    def lengths(self, run: Run, start: Start) -> dict[str, int]:
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
         lengths = self.spans(run)
         return {"encoder": lengths.inputs, "decoder": lengths.targets}
 

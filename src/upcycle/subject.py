@@ -1,0 +1,54 @@
+"""A model as a task sees it: a folder and what its config says, dense or Mixture of Experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from upcycle import families, upcycled
+from upcycle.errors import UpcycleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a task asks of a model before it has one. `config` is config.json."""
+
+    folder: Path  # tokenizer files
+    config: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers, without what upcycling adds to its name."""
+        named = self.config.get("architectures")
+        if not named:
+            raise UpcycleError(f"{self.folder}/config.json names no architecture")
+        return str(named[0]).removeprefix(upcycled.CLASS_PREFIX)
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """The config with the defaults of its dense family in place, where it has one."""
+        dense = upcycled.dense_config(self.config) if upcycled.dense_type(self.config) else self.config
+        model_type = dense.get("model_type")
+        if model_type not in families.names():
+            return self.config
+        return families.find(str(model_type)).config(dense)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row: those of an image, or as many as there are positions."""
+        dense_type = upcycled.dense_type(self.config) or str(self.config.get("model_type"))
+        return families.find(dense_type).length(dict(self.settings))
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.settings["vocab_size"])
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the head."""
+        labels = self.config.get("id2label")
+        return len(labels) if labels else 2
