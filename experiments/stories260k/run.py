@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +17,10 @@ from typing import Any
 from upcycle.recipe import read_toml
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import common  # noqa: E402
+
 MOE = {"moe": {"num_experts": 8, "top_k": 2}}
 DROP = {
     f"drop_{ratio}_{indices}": (ratio, indices)
@@ -54,14 +55,7 @@ def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> d
 def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train one run in a process of its own; its curve and what became of its layers."""
     run = table(variant, seed, steps, options)
-    code = (
-        "import json, sys; from upcycle.training.loop import train; from upcycle.training.run import Run; "
-        "train(Run.of(json.load(sys.stdin)), resume=True)"
-    )
-    threads = {"OMP_NUM_THREADS": str(options.threads)}
-    subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(run), text=True, check=True, env=os.environ | threads
-    )
+    common.train(run, options.threads)
     folder = Path(run["out"])
     record = json.loads((folder / "run.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -93,13 +87,6 @@ def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict
             if "layers" in x
         ],
     }
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error."""
-    mean = sum(values) / len(values)
-    spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
 
 
 def main() -> None:
@@ -134,8 +121,8 @@ def main() -> None:
     print(f"{'variant':28} {'start':>8} {'end':>8} {'error':>8}")
     for variant in VARIANTS:
         mine = [r for r in done.values() if r["variant"] == variant]
-        end, error = mean_and_error([r["curve"][-1][2] for r in mine])
-        start, _ = mean_and_error([r["curve"][0][2] for r in mine])
+        end, error = common.mean_and_error([r["curve"][-1][2] for r in mine])
+        start, _ = common.mean_and_error([r["curve"][0][2] for r in mine])
         print(f"{variant:28} {start:8.4f} {end:8.4f} {error:8.4f}")
 
 

@@ -1,4 +1,4 @@
-"""The command line: `upcycle plan | convert | verify | train | export | inspect | list | demo`.
+"""The command line: `upcycle plan | convert | verify | train | export | eval | inspect | list | demo`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: verify found
 that a promise does not hold; 2: a mistake in what was given; 130: interrupted. Nothing heavy is imported
@@ -53,7 +53,7 @@ class RecipeOptions:
 
     def read(self) -> Recipe:
         """The recipe these options describe."""
-        from upcycle.recipe import Recipe, override, read_toml
+        from upcycle.recipe import Recipe, of_run_file, override, read_toml
 
         shortcuts = {
             "moe.num_experts": self.experts,
@@ -64,7 +64,7 @@ class RecipeOptions:
             "dtype": self.dtype,
             "seed": self.seed,
         }
-        table = read_toml(self.recipe) if self.recipe else {}
+        table = of_run_file(read_toml(self.recipe)) if self.recipe else {}
         given = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
         return Recipe.of(override(table, [*given, *self.set]))
 
@@ -210,6 +210,47 @@ def export(
     from upcycle.training.export import export as write
 
     console.show_exported(write(run, out, step=step, dtype=dtype, with_optimizer=optimizer))
+
+
+@app.command(name="eval")
+def eval_(
+    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT")],
+    *,
+    text: Path | None = None,
+    images: Path | None = None,
+    few_shot: Path | None = None,
+    per_class: int = 10,
+    length: int = 512,
+    batch_size: int = 64,
+    limit: int = 0,
+    cache: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
+
+    Args:
+        checkpoints: folders of models
+        text: score on a text what the model is made for: the next token, spans cut out (T5), masked tokens
+        images: top-1 accuracy on labelled images: a parquet file, or a folder with one folder a class
+        few_shot: fit a linear probe on a few of these images, and test it on those of --images
+        per_class: images of each class that the probe is fitted on
+        length: tokens of a row of text
+        batch_size: rows of a forward pass
+        limit: images or rows at most; 0: all
+        cache: folder for decoded images and token files
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle.evaluate.scores import Asked, evaluate
+
+    asked = Asked(
+        text=text, images=images, shots=few_shot, per_class=per_class, length=length,
+        batch_size=batch_size, limit=limit, cache=cache,
+    )  # fmt: skip
+    if not checkpoints:
+        raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
+    found = [evaluate(folder, asked) for folder in checkpoints]
+    console.show_json({"checkpoints": found}) if json else console.show_scores(found)
 
 
 @app.command

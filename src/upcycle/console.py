@@ -108,6 +108,24 @@ def show_exported(exported: Exported) -> None:
     )
 
 
+def show_scores(scores: list[dict[str, Any]]) -> None:
+    """One row a checkpoint."""
+    table = grid("", "checkpoint", "what", "loss", "accuracy", "+-", "of")
+    for score in scores:
+        probe = score.get("few_shot")
+        found = probe or score
+        error = found["standard_error"] if probe else found["accuracy_error"]
+        table.add_row(
+            score["checkpoint"],
+            f"{probe['per_class']}-shot probe" if probe else score["task"],
+            "" if probe else f"{score['loss']:.4f}",
+            f"{found['accuracy']:.2%}",
+            "" if error is None else f"{error:.2%}",
+            str(found["examples"] if probe else found["targets"]),
+        )
+    out.print(table)
+
+
 def show_proof(proof: Proof) -> None:
     """One line a check, then the verdict."""
     for check in proof.checks:

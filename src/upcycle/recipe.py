@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 Layers = Literal["all", "every_other", "last_half"]
 
+# Keys of [router] in a run file that are about training, not about what is built.
+OF_TRAINING = (
+    "balance_loss", "balance_loss_coef", "balance_counts", "z_loss_coef", "bias_update_rate", "jitter",
+    "importance_loss_coef", "load_loss_coef", "layers",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moe:
@@ -135,6 +141,16 @@ def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
         raise UpcycleError(f"{path} is a folder; a {what} is a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UpcycleError(f"{path} is not TOML: {error}") from None
+
+
+def of_run_file(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe in the table of a run file, which is a recipe and more; a recipe as it is."""
+    if "source" not in table:
+        return dict(table)
+    out = {k: v for k, v in table.items() if k in {f.name for f in dataclasses.fields(Recipe)}}
+    if isinstance(out.get("router"), Mapping):
+        out["router"] = {k: v for k, v in out["router"].items() if k not in OF_TRAINING}
+    return out
 
 
 def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:

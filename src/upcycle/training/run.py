@@ -196,8 +196,7 @@ class Run:
         router = data.pop("router", {})
         if not isinstance(router, dict):
             raise UpcycleError(f"[router] must be a section with keys, not {router!r}")
-        of_run = {f.name for f in dataclasses.fields(Balance)}
-        for_recipe = {k: router.pop(k) for k in [*router] if k not in of_run}
+        for_recipe = {k: router.pop(k) for k in [*router] if k not in recipes.OF_TRAINING}
         made: dict[str, Any] = {"recipe": None, "task": None}
         if "task" in data:
             from upcycle.training import tasks

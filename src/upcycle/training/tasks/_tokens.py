@@ -36,6 +36,7 @@ class TokenFeed:
             tokens, weights, length=length, held_out=run.data.held_out, seed=run.train_seed
         )
         self._make, self._seed = make, run.train_seed
+        self.trainable = self._batches.trainable
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
         first = self._batches.position

@@ -45,8 +45,8 @@ class ImageClassification(Task):
         test = None if self.test is None else self.images(self.test, subject, cache)
         return ImageBatches(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
 
-    def images(self, path: str, subject: Subject, cache: Path) -> ImageSet:
-        """A set of images of the model's size."""
+    def images(self, path: str, subject: Subject, cache: Path, *, any_classes: bool = False) -> ImageSet:
+        """A set of images of the model's size, of its classes unless `any_classes`."""
         config = subject.settings
         found = ImageSet.open(
             path,
@@ -56,9 +56,9 @@ class ImageClassification(Task):
             label_field=self.label_field,
             cache=cache,
         )
-        if found.num_labels > subject.num_labels:
+        if found.num_labels > subject.num_labels and not any_classes:
             raise UpcycleError(
-                f"{path} has {found.num_labels} classes and the model's head {subject.num_labels} (id2label in "
+                f"{path} has {found.num_labels} classes and the head {subject.num_labels} (id2label in "
                 f"its config.json); give data of its classes, or a source with a head for these"
             )
         if found.bad:

@@ -1,0 +1,90 @@
+"""What experiments share: runs in processes of their own, results that are added to, means with errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+_TRAIN = (
+    "import json, sys; from upcycle.training.loop import train; from upcycle.training.run import Run; "
+    "train(Run.of(json.load(sys.stdin)), resume=True)"
+)
+
+
+def train(table: dict[str, Any], threads: int) -> None:
+    """Train a run, or go on with it, in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run(
+        [sys.executable, "-c", _TRAIN], input=json.dumps(table), text=True, check=True, env=environment
+    )
+
+
+def upcycle(*arguments: str, threads: int = 1) -> str:
+    """What the command line prints."""
+    command = [sys.executable, "-m", "upcycle", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+
+def lines_of(out: str | Path) -> list[dict[str, Any]]:
+    """The metrics of a run."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def flops_per_row(table: dict[str, Any]) -> int:
+    """Active FLOPs of training on a row."""
+    from upcycle.training import tasks
+    from upcycle.training.run import Run
+    from upcycle.training.start import start_of
+
+    run = Run.of(table)
+    begun = start_of(run)
+    begun.dense.checkpoint.close()
+    task = run.task or tasks.of(begun.dense.architecture)
+    return begun.training_flops_per_row(task.lengths(run, begun.subject))
+
+
+def curve(out: str | Path, rows: int, flops: int) -> list[dict[str, Any]]:
+    """The score on held-out rows against steps and FLOPs, from before the first step."""
+    lines = lines_of(out)
+    points = [(0, lines[0]["held_out_start"], lines[0]["held_out_accuracy_start"])]
+    points += [(x["step"], x["held_out_loss"], x["held_out_accuracy"]) for x in lines if "held_out_loss" in x]
+    return [
+        {"step": step, "flops": step * rows * flops, "loss": round(loss, 5), "accuracy": round(accuracy, 5)}
+        for step, loss, accuracy in points
+    ]
+
+
+def gather(
+    results: Path,
+    jobs: Iterable[tuple[str, int]],
+    go: Callable[[str, int], Result],
+    order: Sequence[str],
+    parallel: int,
+    about: dict[str, Any],
+) -> list[Result]:
+    """Do the jobs (variant, seed) that `results` does not have yet, and add them to it as they end."""
+    known = json.loads(results.read_text())["runs"] if results.exists() else []
+    done = {(r["variant"], r["seed"]): r for r in known}
+    wanted = [job for job in jobs if job not in done]
+    with ThreadPoolExecutor(parallel) as pool:
+        for result in pool.map(lambda job: go(*job), wanted):
+            done[(result["variant"], result["seed"])] = result
+            runs = sorted(done.values(), key=lambda r: (order.index(r["variant"]), r["seed"]))
+            results.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
+    return sorted(done.values(), key=lambda r: (order.index(r["variant"]), r["seed"]))
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error."""
+    mean = sum(values) / len(values)
+    spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(spread / len(values))
