@@ -80,13 +80,14 @@ def admit(checkpoint: Checkpoint) -> Dense:
         raise UpcycleError(f"{where} is quantised ({name}); give the checkpoint it was made from")
     if not isinstance(model_type, str):
         raise UpcycleError(f"{where}/config.json has no model_type; known: {', '.join(families.names())}")
-    if odd := sorted(t.name for t in checkpoint.tensors.values() if t.dtype not in FLOATS):
+    family = families.find(model_type)
+    stored = checkpoint.tensors.values()
+    if odd := sorted(t.name for t in stored if t.dtype not in FLOATS and family.ignored(t.name) is None):
         dtype = checkpoint.tensors[odd[0]].dtype
         raise UpcycleError(
             f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
             f"{', '.join(FLOATS)}"
         )
-    family = families.find(model_type)
     config = family.config(raw)
     left_out = _check_tensors(checkpoint, family, config)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out)

@@ -24,7 +24,7 @@ from upcycle.nn import models
 from upcycle.proof import quiet
 from upcycle.subject import Subject
 from upcycle.training import tasks
-from upcycle.training.image_batches import ImageBatches
+from upcycle.training.examples import Examples
 from upcycle.training.images import ImageSet
 from upcycle.training.run import Run
 from upcycle.training.tasks._tokens import TokenFeed
@@ -107,11 +107,11 @@ def _chosen(images: ImageSet, limit: int) -> np.ndarray:
     return np.arange(count) * len(images) // count
 
 
-def _feed(task: tasks.Task, subject: Subject, asked: Asked, cache: Path) -> TokenFeed | ImageBatches:
+def _feed(task: tasks.Task, subject: Subject, asked: Asked, cache: Path) -> TokenFeed | Examples:
     """The rows of what is asked, each once in an epoch."""
     if isinstance(task, ImageClassification):
         images = task.images(str(asked.images), subject, cache)
-        return ImageBatches(images, None, held_out_share=0.0, seed=0)
+        return Examples(images, None, held_out_share=0.0, seed=0)
     run = Run.of(
         {
             "source": str(subject.folder),
@@ -131,7 +131,7 @@ def _score(
     model: PreTrainedModel,
     subject: Subject,
     task: tasks.Task,
-    feed: TokenFeed | ImageBatches,
+    feed: TokenFeed | Examples,
     asked: Asked,
 ) -> dict[str, Any]:
     rows = sum(feed.trainable)

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from upcycle.console import bytes_bar
 from upcycle.errors import UpcycleError, listed
+from upcycle.training.examples import refuse_other_classes
 
 FORMAT = 1
 CACHE_LIMIT = 8 << 30  # bytes of decoded images that are kept
@@ -87,8 +88,23 @@ class ImageSet:
             _read=read,
         )
 
+    kind: ClassVar[str] = "images"
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The images numbered `indices`: pixels uint8 [B, H, W, C], labels int64 [B]."""
+        return {"pixels": self.read(indices), "labels": self.labels[indices]}
+
+    def refuse(self, held_out: ImageSet) -> None:
+        """Refuse a set to score on that does not go with this one."""
+        a, b = ((*s.size, s.channels) for s in (self, held_out))
+        if a != b:
+            raise UpcycleError(
+                f"{self.name} is of images {a} and {held_out.name} of images {b}; open both with one size"
+            )
+        refuse_other_classes(self, held_out)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """The pixels of the images numbered `indices`: uint8 [B, H, W, C]."""

@@ -10,7 +10,7 @@ from upcycle.console import err
 from upcycle.errors import UpcycleError, listed
 from upcycle.families._encoder import pair
 from upcycle.training.augment import Augment
-from upcycle.training.image_batches import ImageBatches
+from upcycle.training.examples import Examples
 from upcycle.training.images import ImageSet
 from upcycle.training.tasks import Batch, Feed, Question, Task
 
@@ -43,7 +43,7 @@ class ImageClassification(Task):
         cache = Path(run.data.cache) if run.data.cache else out / "images"
         train = self.images(run.data.sources[0].path, subject, cache)
         test = None if self.test is None else self.images(self.test, subject, cache)
-        return ImageBatches(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
+        return Examples(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
 
     def images(self, path: str, subject: Subject, cache: Path, *, any_classes: bool = False) -> ImageSet:
         """A set of images of the model's size, of its classes unless `any_classes`."""

@@ -1,0 +1,77 @@
+"""Text classification: which class a text, or a pair of texts, is of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upcycle.errors import UpcycleError
+from upcycle.training.examples import Examples
+from upcycle.training.tasks import Batch, Feed, Question, Task
+from upcycle.training.tasks._tokens import tokenizer_of
+from upcycle.training.texts import TextSet
+
+if TYPE_CHECKING:
+    from upcycle.subject import Subject
+    from upcycle.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextClassification(Task):
+    """Texts of one source, JSON lines or parquet, cut and padded to `train.sequence_length` tokens.
+
+    `fields` names one text or two of a pair. `test` is the set that the model is scored on; without it,
+    `data.held_out` of the texts are.
+    """
+
+    summary = "the class of a text or a pair of texts"
+    heads = ("ForSequenceClassification",)
+
+    test: str | None = None
+    fields: tuple[str, ...] = ("text",)
+    label_field: str = "label"
+
+    def __post_init__(self) -> None:
+        if len(self.fields) not in (1, 2):
+            raise UpcycleError(f"task.fields names {len(self.fields)} texts; give one, or two of a pair")
+
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
+        if len(run.data.sources) != 1:
+            raise UpcycleError(
+                f"text classification takes one [[data.sources]]; there are {len(run.data.sources)}"
+            )
+        train = self._texts(run.data.sources[0].path, run, subject)
+        test = None if self.test is None else self._texts(self.test, run, subject)
+        return Examples(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
+
+    def _texts(self, path: str, run: Run, subject: Subject) -> TextSet:
+        tokenizer = tokenizer_of(run, subject)
+        if tokenizer.pad_token_id is None:
+            raise UpcycleError("text classification wants a tokenizer with a pad token; set data.tokenizer")
+        found = TextSet.open(
+            path,
+            tokenizer,
+            length=run.train.sequence_length,
+            fields=self.fields,
+            label_field=self.label_field,
+        )
+        if found.num_labels > subject.num_labels:
+            raise UpcycleError(
+                f"{path} has {found.num_labels} classes and its head {subject.num_labels} (id2label in its "
+                f"config.json); give data of its classes, or a source with a head for these"
+            )
+        return found
+
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
+        names = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types"}
+        return Question({name: batch[part] for name, part in names.items()}, batch["labels"])
+
+    def targets(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
+        return {"layers": run.train.sequence_length}
+
+
+task = TextClassification
