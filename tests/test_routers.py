@@ -344,7 +344,7 @@ def test_noise_is_there_in_training_alone():
     noisy.train()
     torch.manual_seed(0)
     routing, clean = noisy.router(hidden, None), quiet.router(hidden, None)
-    noise = routing.logits - clean.logits
+    noise = (routing.logits - clean.logits).detach()
     assert float(noise.std()) == pytest.approx(1 / E, rel=0.05)
     assert abs(float(noise.mean())) < 0.02
     assert torch.equal(routing.losses["importance"], clean.losses["importance"])
@@ -427,7 +427,9 @@ def test_how_much_of_the_dense_network_is_there_at_step_0(num_experts):
         if place < 3:
             share = int(routing.left_behind) / 16384
             assert share == pytest.approx(unrouted[place], abs=(0.012, 0.005, 0.003)[place])
-    assert float(route(name="top_k").dispatch.weights.sum(-1).mean()) == pytest.approx(top_2, abs=0.004)
+    assert float(route(name="top_k").dispatch.weights.sum(-1).mean()) == pytest.approx(
+        top_2, rel=0.02, abs=0.004
+    )
 
 
 @pytest.mark.parametrize("name", routers.names())

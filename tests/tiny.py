@@ -142,3 +142,53 @@ def make_bytes_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     made.save_pretrained(folder)
+
+
+# Classes that have no native MoE, and what makes a small config of each.
+_BLOCKS = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
+_IMAGES = {**_BLOCKS, "image_size": 12, "patch_size": 4, "num_labels": 3}
+_TEXT = {**_BLOCKS, "vocab_size": 60, "max_position_embeddings": 40}
+_T5 = {
+    "d_model": 16, "d_ff": 24, "num_layers": 4, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 8,
+    "vocab_size": 60, "decoder_start_token_id": 0,
+}  # fmt: skip
+_SIZES = {
+    "vit": _IMAGES,
+    "deit": _IMAGES,
+    "dinov2": {k: v for k, v in _IMAGES.items() if k != "intermediate_size"} | {"mlp_ratio": 2},
+    "bert": _TEXT,
+    "t5": _T5,
+    "mt5": _T5,
+}
+
+
+def make(folder: Path, architecture: str, *, seed: int = 0, **changes: Any) -> Path:
+    """A dense checkpoint of any class of transformers, with weights large enough that a missing one shows."""
+    import transformers
+
+    cls = getattr(transformers, architecture)
+    model_type = cls.config_class.model_type
+    config = (
+        cls.config_class(**{**_SIZES[model_type], **changes})
+        if model_type in _SIZES
+        else config_of(model_type, **changes)
+    )
+    model = shake(cls(config).float(), seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def shake(model: Any, seed: int = 0) -> Any:
+    """Every parameter drawn: norms around one, biases and tokens N(0, 0.3^2), matrices to keep their input."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            centre = float("norm" in name.lower() and name.endswith("weight"))
+            p.copy_(centre + noise * (p[0].numel() ** -0.5 if p.ndim > 1 and len(p) > 1 else 0.3))
+    return model

@@ -23,6 +23,7 @@ from upcycle.natives import Native
 from upcycle.proof import quiet
 from upcycle.recipe import Recipe
 from upcycle.source import refuse_two_heads
+from upcycle.upcycled import CLASS_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,9 +104,13 @@ def build(
     options: dict[str, Any] = {}
     if distributed_config is not None:
         options["distributed_config"] = _layout(distributed_config, num_experts)
+    cls = models.architecture(architecture)
+    if architecture.startswith(CLASS_PREFIX) and options and options["distributed_config"].tp_size > 1:
+        raise UpcycleError(
+            "tensor parallelism is for native MoE; an upcycled model is shared out by fsdp_size and ep_size"
+        )
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
-    cls = models.architecture(architecture)
     kept = {k: v for k, v in config.items() if k != "torch_dtype"}
     made = cls.config_class.from_dict(kept)
     with quiet(), _one_by_one():

@@ -50,7 +50,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
     """
     precision = _precision(run)
     begun = start.start_of(run)
-    task = run.task or tasks.of(begun.dense.architecture)
+    task = tasks.fitting(run.task, begun.dense.architecture)
     experts = run.recipe.moe.num_experts if run.recipe else None
     with ranks(run.parallel, mixed=precision == "mixed", num_experts=experts) as here, _terminable() as stop:
         out = Path(run.out)

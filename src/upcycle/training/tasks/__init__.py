@@ -118,6 +118,16 @@ def of(architecture: str) -> Task:
     )
 
 
+def fitting(task: Task | None, architecture: str) -> Task:
+    """`task`, if the class can do it; where it is None, the one that the class is made for."""
+    if task is not None and not architecture.endswith(task.heads):
+        raise UpcycleError(
+            f"task.name = {task.name} is for models that end in {' or '.join(task.heads)}, and the source is "
+            f"a {architecture}; take [task] out, or give another source"
+        )
+    return task or of(architecture)
+
+
 def as_table(task: Task) -> dict[str, Any]:
     """The settings as a table: what `read` takes."""
     return {"name": task.name, **dataclasses.asdict(task)}

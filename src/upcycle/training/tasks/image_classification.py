@@ -58,7 +58,7 @@ class ImageClassification(Task):
         )
         if found.num_labels > subject.num_labels and not any_classes:
             raise UpcycleError(
-                f"{path} has {found.num_labels} classes and the head {subject.num_labels} (id2label in "
+                f"{path} has {found.num_labels} classes and its head {subject.num_labels} (id2label in "
                 f"its config.json); give data of its classes, or a source with a head for these"
             )
         if found.bad:

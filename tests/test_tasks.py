@@ -1,0 +1,324 @@
+"""Training and scoring of images, T5, BERT and texts with labels, dense and upcycled, through run files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)  # fmt: skip
+
+import upcycle
+from ranks import trainee_of
+from upcycle import Recipe, UpcycleError, families
+from upcycle.evaluate.scores import Asked, evaluate
+from upcycle.nn.moe import MoE
+from upcycle.subject import Subject
+from upcycle.training import saving, start, tasks
+from upcycle.training.export import export
+from upcycle.training.loop import train
+from upcycle.training.metrics import read
+from upcycle.training.parallel import Ranks
+from upcycle.training.run import Run
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *[f"<extra_id_{i}>" for i in range(20)]]
+WORDS = "the a cat dog bird sees likes fears red blue old new and".split()
+
+
+def make_tokenizer(folder: Path) -> int:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, "."])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A [SEP]:0 $B:1", special_tokens=[("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]", eos_token="</s>", additional_special_tokens=SPECIAL[6:],
+    ).save_pretrained(folder)  # fmt: skip
+    return len(vocabulary)
+
+
+def sentence(rng: np.random.Generator) -> str:
+    return " ".join(rng.choice(WORDS, 12)) + " ."
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Dense models of every kind, and what they are trained on: three colours, made-up sentences."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate(((200, 40, 40), (40, 200, 40), (40, 40, 200))):
+        (folder / "images" / str(label)).mkdir(parents=True)
+        for i in range(16):
+            pixels = np.clip(rng.normal(colour, 30, (8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / str(label) / f"{i}.png")
+    (folder / "text.txt").write_text("\n".join(sentence(rng) for _ in range(400)))
+    with (folder / "labelled.jsonl").open("w") as file:
+        for _ in range(64):
+            text = sentence(rng)
+            file.write(json.dumps({"text": text, "label": "dog" if "dog" in text else "none"}) + "\n")
+    torch.manual_seed(0)
+    names = dict(enumerate("012"))
+    ViTForImageClassification(
+        ViTConfig(
+            **SMALL, image_size=8, patch_size=2, id2label=names, label2id={v: k for k, v in names.items()}
+        )
+    ).save_pretrained(folder / "vit")
+    for name in ("t5", "bert", "classifier"):
+        make_tokenizer(folder / name)
+    size = len(SPECIAL) + len(WORDS) + 1
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=size, d_model=32, d_ff=48, d_kv=8, num_layers=4, num_heads=4, dropout_rate=0.1)
+    ).save_pretrained(folder / "t5")
+    bert = BertConfig(**SMALL, vocab_size=size, max_position_embeddings=64)
+    BertForMaskedLM(bert).save_pretrained(folder / "bert")
+    BertForSequenceClassification(bert).save_pretrained(folder / "classifier")
+    return folder
+
+
+UPCYCLED = {"moe": {"num_experts": 4, "layers": "last_half", "target": "upcycled"}}
+CHOICE = {**UPCYCLED, "router": {"name": "expert_choice", "capacity_factor": 2.0}}
+T5 = {**CHOICE, "decoder": {"router": {"name": "top_k", "capacity_factor": 2.0, "rounding": "flaxformer"}}}
+
+
+def table(kind: str, folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """A run file for one of the dense models."""
+    source = {"vit": "images", "t5": "text.txt", "bert": "text.txt", "classifier": "labelled.jsonl"}[kind]
+    made: dict[str, Any] = {
+        "source": str(folder / kind),
+        "out": str(out),
+        "data": {"sources": [{"path": str(folder / source)}], "held_out": 0.25},
+        "train": {"steps": 6, "batch_size": 8, "sequence_length": 24, "eval_every": 3, "eval_examples": 16},
+        "schedule": {"peak": 1e-3, "warmup": 2},
+        "checkpoint": {"every": 2, "keep": 5},
+    }
+    for key, value in changes.items():
+        made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
+    return made
+
+
+CASES = {
+    "vit": ("vit", {}, "image_classification"),
+    "vit, expert choice": ("vit", CHOICE, "image_classification"),
+    "vit, soft": ("vit", {**UPCYCLED, "router": {"name": "soft", "slots": 4}}, "image_classification"),
+    "t5": ("t5", {}, "span_corruption"),
+    "t5, both routers": ("t5", T5, "span_corruption"),
+    "bert": ("bert", {}, "masked_lm"),
+    "bert, top-k": ("bert", UPCYCLED, "masked_lm"),
+    "classifier, expert choice": ("classifier", CHOICE, "text_classification"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_trains_is_resumed_to_the_bit_and_exported(case, data, tmp_path):
+    kind, changes, task = CASES[case]
+    whole = train(Run.of(table(kind, data, tmp_path / "whole", **changes)))
+    lines = read(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert 0 <= lines[-1]["held_out_accuracy"] <= 1
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["task"] == task
+    # Stopped after four steps, and gone on with.
+    train(Run.of(table(kind, data, tmp_path / "parts", **changes)))
+    for step, path in saving.found(tmp_path / "parts"):
+        if step > 4:
+            shutil.rmtree(path)
+    again = train(Run.of(table(kind, data, tmp_path / "parts", **changes)), resume=True)
+    assert again.loss == whole.loss
+    assert again.held_out_loss == whole.held_out_loss
+    out = export(tmp_path / "whole", tmp_path / "out").out
+    model = upcycle.open(out)
+    assert sum(isinstance(m, MoE) for m in model.modules()) == (
+        0 if not changes else 4 if kind == "t5" else 2
+    )
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == json.loads((tmp_path / "whole" / "run.json").read_text())["parameters"]
+    )
+    for line in lines if changes else ():
+        assert len(line["layers"]) == (4 if kind == "t5" else 2)
+        assert all(0 <= layer["left_behind"] < 1 for layer in line["layers"])
+
+
+def test_the_loss_is_that_of_transformers(data, tmp_path):
+    """The first loss against the model's own, on the rows that the feed gives."""
+    for kind, names in (("t5", ("inputs", "targets")), ("bert", ("inputs", "labels"))):
+        run = Run.of(table(kind, data, tmp_path / kind, train={"steps": 1, "eval_every": 0}))
+        begun = start.start_of(run)
+        task = tasks.of(begun.dense.architecture)
+        batch = task.feed(run, begun.subject, tmp_path / kind).next(8)
+        train(Run.of(table(kind, data, tmp_path / f"{kind}-run", train={"steps": 1, "eval_every": 0})))
+        model = upcycle.open(data / kind).train()
+        model.config.decoder_start_token_id = 0
+        torch.manual_seed(run.train_seed * 1_000_003)  # the seed of step 0: dropout
+        labels = torch.from_numpy(np.array(batch[names[1]]))
+        wanted = model(input_ids=torch.from_numpy(np.array(batch[names[0]])), labels=labels).loss
+        assert read(tmp_path / f"{kind}-run")[0]["loss"] == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+def test_images_are_learned_and_scored(data, tmp_path):
+    """Three colours are told apart after a few steps, and every way to score says the same."""
+    changes = {"train": {"steps": 40, "batch_size": 16}, "schedule": {"peak": 3e-3}}
+    result = train(Run.of(table("vit", data, tmp_path / "run", **CHOICE, **changes)))
+    assert read(result.out)[-1]["held_out_accuracy"] == 1.0
+    out = export(result.out, tmp_path / "out").out
+    scores = evaluate(out, Asked(images=data / "images"))
+    model = upcycle.open(out).eval()
+    right = 0
+    with torch.inference_mode():
+        for path in sorted((data / "images").rglob("*.png")):
+            pixels = torch.tensor(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+            right += int(model(pixel_values=(pixels - 0.5) / 0.5).logits.argmax()) == int(path.parent.name)
+    assert scores["accuracy"] == right / 48
+    assert scores["examples"] == 48
+    probe = evaluate(out, Asked(images=data / "images", shots=data / "images"))["few_shot"]
+    assert probe["accuracy"] == 1.0
+    assert len(probe["accuracies"]) == 5
+
+
+def test_texts_are_scored_as_transformers_scores_them(data, tmp_path):
+    found = evaluate(data / "bert", Asked(text=data / "text.txt", length=24, batch_size=8, limit=16))
+    assert found["task"] == "masked_lm"
+    assert found["loss"] == pytest.approx(np.log(len(SPECIAL) + len(WORDS) + 1), rel=0.05)  # untrained
+    found = evaluate(data / "t5", Asked(text=data / "text.txt", length=24, limit=8))
+    assert found["task"] == "span_corruption"
+    assert (
+        found["targets"]
+        == 8
+        * tasks.find("span_corruption")()
+        .spans(Run.of(table("t5", data, tmp_path, train={"sequence_length": 24})))
+        .targets
+    )
+
+
+def test_moments_of_a_vit_are_tiled(data, tmp_path):
+    """Every expert starts from the dense network's moments, routers from zero; the rest as it was."""
+    train(Run.of(table("vit", data, tmp_path / "dense")))
+    export(tmp_path / "dense", tmp_path / "trained", with_optimizer=True)
+    changes = {**CHOICE, "optimizer": {"carry_state": True}, "train": {"steps": 1, "eval_every": 0}}
+    run = Run.of(table("vit", data, tmp_path / "moe", **changes) | {"source": str(tmp_path / "trained")})
+    begun = start.start_of(run)
+    here = Ranks(device=torch.device("cpu"))
+    trainee = trainee_of(run, here)
+    assert start.carry_state(begun, run, here, trainee.model, trainee.optimizer) == 6
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "trained" / "optimizer" / "exp_avg_sq" / "model.safetensors")
+    states = {n: trainee.optimizer.state[p]["exp_avg_sq"] for n, p in trainee.model.named_parameters()}
+    up = stored["vit.encoder.layer.3.intermediate.dense.weight"]
+    assert float(up.abs().max()) > 0
+    assert torch.equal(states["vit.layers.3.mlp.experts.up_proj"], up.expand(4, *up.shape))
+    down = stored["vit.encoder.layer.3.output.dense.bias"]
+    assert torch.equal(states["vit.layers.3.mlp.experts.down_proj_bias"], down.expand(4, *down.shape))
+    assert not states["vit.layers.3.mlp.router.weight"].any()
+    assert torch.equal(states["classifier.weight"], stored["classifier.weight"])
+
+
+def test_the_rate_goes_on_where_the_dense_run_stopped(data, tmp_path):
+    schedule = {"name": "inverse_sqrt", "peak": 1e-3, "warmup": 2}
+    train(Run.of(table("vit", data, tmp_path / "dense", schedule=schedule)))
+    export(tmp_path / "dense", tmp_path / "trained")
+    later = table("vit", data, tmp_path / "moe", **CHOICE, schedule={**schedule, "start_step": 6})
+    train(Run.of(later | {"source": str(tmp_path / "trained")}))
+    rates = [line["lr"] for out in ("dense", "moe") for line in read(tmp_path / out)]
+    assert rates == pytest.approx([1e-3 * min(1, n / 2) * (2 / max(2, n)) ** 0.5 for n in range(1, 13)])
+
+
+def test_flops_of_a_row_are_those_of_its_parts(data):
+    """By hand, for the encoder and the decoder of a T5, and for a ViT."""
+    begun = start.start_of(Run.of(table("t5", data, data / "unused")))
+    h, f, inner, words = 32, 48, 32, len(SPECIAL) + len(WORDS) + 1
+    encoder = 4 * (4 * h * inner + 2 * h * f)
+    decoder = 4 * (4 * h * inner + 2 * h * inner + 2 * h * f) + words * h
+    scores = 4 * 4 * inner * (20 * 20 + 6 * 6 / 2 + 6 * 20)
+    forward = 2 * (20 * (encoder + 4 * 2 * h * inner) + 6 * decoder) + scores
+    assert begun.training_flops_per_row({"encoder": 20, "decoder": 6}) == 3 * forward
+    begun = start.start_of(Run.of(table("vit", data, data / "unused")))
+    token = 4 * (4 * h * h + 2 * h * f) + 3 * 2 * 2 * h
+    assert begun.training_flops_per_row({"layers": 17}) == 3 * (2 * 17 * token + 4 * 4 * h * 17 * 17)
+
+
+def test_active_flops_of_expert_choice(data):
+    """Factor 2 of 17 tokens and 4 experts: round(8.5) = 8 tokens an expert, 32 / 17 experts a token."""
+    dense, moe = (
+        start.start_of(Run.of(table("vit", data, data / "unused", **changes))) for changes in ({}, CHOICE)
+    )
+    more = 2 * ((32 / 17 - 1) * 2 * 32 * 48 + 4 * 32)  # two layers: experts beyond the first, the router
+    difference = moe.training_flops_per_row({"layers": 17}) - dense.training_flops_per_row({"layers": 17})
+    assert difference == pytest.approx(3 * 2 * 17 * more, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("vit", {"data": {"sources": [{"path": "nowhere"}]}}, "nowhere"),
+        ("vit", {"task": {"name": "causal_lm"}}, "is for models that end in ForCausalLM"),
+        ("vit", {"task": {"name": "image_clasification"}}, "did you mean image_classification"),
+        ("vit", {"task": {"name": "image_classification", "augment": {"flop": 1}}}, "did you mean flip"),
+        ("vit", {"train": {"tokens": 9, "steps": 1}}, "give one of train.steps"),
+        ("t5", {"train": {"sequence_length": 512}}, "sentinels"),
+        ("t5", {"task": {"name": "span_corruption", "noise_density": 2.0}}, "noise_density = 2.0"),
+        ("classifier", {"task": {"name": "text_classification", "fields": ["body"]}}, "no 'body'"),
+        ("vit", {**CHOICE, "router": {**CHOICE["router"], "group": 5}}, "router.group = 5 does not divide"),
+        ("t5", CHOICE, "router expert_choice cannot stand in the decoder"),
+    ],
+)  # fmt: skip
+def test_mistakes(kind, changes, message, data, tmp_path):
+    with pytest.raises(UpcycleError, match=message):
+        train(Run.of(table(kind, data, tmp_path / "run", **changes)))
+
+
+def test_labels_that_disagree_with_the_head(data, tmp_path):
+    (tmp_path / "images").mkdir()
+    for label in "0123":
+        (tmp_path / "images" / label).symlink_to(data / "images" / "0")
+    changed = table("vit", data, tmp_path / "run", data={"sources": [{"path": str(tmp_path / "images")}]})
+    with pytest.raises(UpcycleError, match="has 4 classes and its head 3"):
+        train(Run.of(changed))
+
+
+def test_corrupt_images_are_named_and_left_out(data, tmp_path, capsys):
+    shutil.copytree(data / "images", tmp_path / "images")
+    (tmp_path / "images" / "1" / "3.png").write_bytes(b"no image")
+    changed = table("vit", data, tmp_path / "run", data={"sources": [{"path": str(tmp_path / "images")}]})
+    assert train(Run.of(changed)).finished
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 images cannot be read" in said
+    assert "3.png" in said.replace(" ", "")
+
+
+def test_tensor_parallelism_is_for_natives(data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UpcycleError, match="shared out by fsdp_size and ep_size"):
+        upcycle.load(data / "vit", Recipe.of(UPCYCLED), distributed_config={"tp_size": 2})
+
+
+def test_every_head_has_one_task():
+    heads = [head for name in tasks.names() for head in tasks.find(name).heads]
+    assert len(heads) == len(set(heads))
+    for model_type in families.names():
+        for architecture in families.find(model_type).architectures:
+            known = architecture.endswith(tuple(heads))
+            bare = architecture.endswith(("Model", "PreTraining", "QuestionAnswering", "TokenClassification"))
+            assert known != bare, architecture
+    with pytest.raises(UpcycleError, match="has no head to train"):
+        tasks.of("BertModel")
+    assert Subject(folder=Path(), config={"architectures": ["UpcycledViTModel"]}).architecture == "ViTModel"
