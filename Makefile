@@ -35,6 +35,7 @@ format: .venv/.ready
 bench: .venv/.ready
 	.venv/bin/python benchmarks/convert.py
 	.venv/bin/python benchmarks/train_step.py
+	.venv/bin/python benchmarks/moe_layer.py
 
 # llama.cpp is built from the sources that llama-cpp-python's package carries; a quarter of an hour.
 .venv/.llama-cpp: .venv/.ready

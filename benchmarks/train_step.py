@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import machine
 from upcycle.training import optimizer, start, step, tasks
 from upcycle.training.metrics import PEAKS
 from upcycle.training.parallel import ranks
@@ -74,7 +72,7 @@ def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> 
         **({"moe": {"num_experts": EXPERTS, "top_k": TOP_K}} if moe else {}),
     }
     run = Run.of(table)
-    precision = "float32" if device().type == "cpu" else "mixed"
+    precision = "float32" if machine.device().type == "cpu" else "mixed"
     with ranks(run.parallel) as here:
         begun = start.start_of(run)
         model = start.model_of(begun, run, here, precision)
@@ -95,12 +93,12 @@ def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> 
 def theirs(folder: Path, size: dict[str, int]) -> Callable[[], None]:
     """A training step as transformers and torch give it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_router_logits=True)
-    model = model.to(device()).train()
+    model = model.to(machine.device()).train()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
     ids = random_rows(size)[:, :-1]
 
     def run() -> None:
-        with torch.autocast(device().type, torch.bfloat16, enabled=device().type != "cpu"):
+        with torch.autocast(machine.device().type, torch.bfloat16, enabled=machine.device().type != "cpu"):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -113,22 +111,7 @@ def theirs(folder: Path, size: dict[str, int]) -> Callable[[], None]:
 def random_rows(size: dict[str, int]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (size["rows"], size["length"] + 1)
-    return torch.randint(0, size["vocabulary"], shape, generator=generator).to(device())
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def timed(contender: Callable[[], Any]) -> float:
-    """Seconds of one step, the device's work included."""
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    contender()
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return torch.randint(0, size["vocabulary"], shape, generator=generator).to(machine.device())
 
 
 def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
@@ -143,39 +126,34 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
         contenders[f"upcycle {name}"], _ = ours(source, size, moe=True, experts=name)
     contenders["transformers"] = theirs(work / "moe", size)
     for contender in contenders.values():
-        timed(contender)
+        machine.timed(contender)
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, int] = {}
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            if device().type == "cuda":
+            if machine.device().type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated()
-            seconds[name].append(timed(contenders[name]))
-            if device().type == "cuda":
+            seconds[name].append(machine.timed(contenders[name]))
+            if machine.device().type == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated() - held
     tokens = size["rows"] * size["length"]
     speed = {name: tokens / statistics.median(s) for name, s in seconds.items()}
 
     def ratio(a: str, b: str) -> dict[str, float]:
-        each = sorted(y / x for x, y in zip(seconds[a], seconds[b], strict=True))
-        return {
-            "median": round(statistics.median(each), 3),
-            "min": round(each[0], 3),
-            "max": round(each[-1], 3),
-        }
+        return machine.ratio(seconds[b], seconds[a])
 
     flops_of = {name: dense_flops if name == "dense" else flops for name in names}
     peak = None
-    if device().type == "cuda":
+    if machine.device().type == "cuda":
         peak = next((p for n, p in PEAKS.items() if n in torch.cuda.get_device_name()), None)
     return {
         "size": size,
         "experts": EXPERTS,
         "top_k": TOP_K,
         "rounds": rounds,
-        "device": torch.cuda.get_device_name() if device().type == "cuda" else processor(),
+        "device": machine.name(),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "tokens_per_s": {name: round(s, 1) for name, s in speed.items()},
@@ -192,15 +170,6 @@ _MINIMAL = {
     "out": "unused", "moe": {"num_experts": EXPERTS, "top_k": TOP_K}, "schedule": {"peak": 1.0},
     "data": {"sources": [{"path": "x"}]}, "train": {"steps": 1},
 }  # fmt: skip
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def main() -> None:
