@@ -15,14 +15,15 @@ from upcycle import Recipe, blueprint, convert, families, natives
 DERIVED = {"head_dim", "num_key_value_heads", "layer_types", "no_rope_layers", "sliding_window"}
 
 
-@pytest.mark.parametrize("model_type", tiny.DECODERS)
+@pytest.mark.parametrize("model_type", [*tiny.DECODERS, *tiny.OTHERS])
 def test_defaults_are_those_of_transformers(model_type):
     declared = {f.name: f.default for f in dataclasses.fields(CONFIG_MAPPING[model_type])}
     family = families.find(model_type)
     for key, value in family.defaults.items():
         if key not in DERIVED or value is not None:
             assert declared[key] == value, key
-    assert family.theta == getattr(CONFIG_MAPPING[model_type], "default_theta", 10_000.0)
+    theta = getattr(CONFIG_MAPPING[model_type], "default_theta", 10_000.0)
+    assert family.theta == (theta["global"] if isinstance(theta, dict) else theta)
 
 
 @pytest.mark.parametrize("model_type", tiny.DECODERS)
@@ -51,7 +52,7 @@ SAVED_ONLY = {
     "prefix_dense_sliding_window_pattern", "sep_token_id", "pretraining_tp",
 }  # fmt: skip
 CASES = {
-    **{name: (name, {}) for name in tiny.DECODERS},
+    **{name: (name, {}) for name in [*tiny.DECODERS, *tiny.OTHERS]},
     **tiny.VARIANTS,
     "llama-mlp_bias": ("llama", {"mlp_bias": True, "attention_bias": True}),
     "granite-mlp_bias": ("granite", {"mlp_bias": True}),

@@ -85,6 +85,16 @@ def test_every_claim_of_every_initialisation(model_type, dense, batch, tmp_path)
     assert {"copy", "drop", "noise", "shuffle_slice", "virtual_group", "split"} <= tried
 
 
+@pytest.mark.parametrize("model_type", [*tiny.DECODERS, *tiny.OTHERS])
+def test_every_decoder_upcycled_in_its_own_class(model_type, dense, batch, tmp_path):
+    source = dense(model_type)
+    ids, mask = batch
+    moe = {"num_experts": 4, "layers": "last_half", "target": "upcycled"}
+    built = convert(source, tmp_path / "moe", Recipe.of(moe=moe, router={"std": 0.5}))
+    assert built.preserves_function
+    assert difference(logits(source, ids, mask), logits(tmp_path / "moe", ids, mask), mask) < 1e-5
+
+
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_variants_of_a_config(variant, dense, batch, tmp_path):
     model_type, changes = tiny.VARIANTS[variant]

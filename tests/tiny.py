@@ -14,6 +14,10 @@ from upcycle import families
 logging.disable_progress_bar()
 
 DECODERS = [name for name in families.names() if families.find(name).natives]
+"""Decoders that have a native MoE."""
+
+OTHERS = ["olmo", "olmo3", "gemma2", "gemma3_text", "exaone4", "glm4"]
+"""Decoders that have none."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -98,7 +102,7 @@ def config_of(model_type: str, **changes: Any) -> Any:
 _ALWAYS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
-CENTRED_NORMS = ("gemma", "qwen3_5_text")  # their norms multiply by 1 + w
+CENTRED_NORMS = ("gemma", "gemma2", "gemma3_text", "qwen3_5_text")  # their norms multiply by 1 + w
 
 
 def make_dense(

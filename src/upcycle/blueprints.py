@@ -186,7 +186,8 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
         return upcycled.target(family.model_type, dense.architecture, recipe)
     if not family.natives:
         raise UpcycleError(
-            f"{family.model_type} has no native MoE: {family.no_native}; use moe.target = {upcycled.TARGET}"
+            f"{family.model_type} has no exact native MoE: {family.no_native}; use moe.target = "
+            f"{upcycled.TARGET}"
         )
     name = family.natives[0] if target == "native" else target
     if name not in family.natives:

@@ -37,14 +37,8 @@ SIZES = frozenset(
 # Dense model types that have no exact native target and no file here, and why the first (each was run, or its
 # block compared).
 REFUSED = {
-    "olmo": "olmoe normalises queries and keys and olmo does not; the norms have no source",
-    "olmo3": "flex_olmo has no sliding-window layers",
-    "exaone4": "exaone_moe lacks its post-norms",
-    "glm4": "glm4_moe lacks its post-norms",
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
     "phi": "no native MoE computes its parallel, biased block",
-    "gemma2": "no native MoE has its four norms and soft-capping",
-    "gemma3_text": "no native MoE has its four norms",
     "gpt2": "no native MoE has its biased, learned-position block",
     "gpt_neox": "no native MoE has its biased, parallel block",
 }

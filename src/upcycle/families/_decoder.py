@@ -8,7 +8,7 @@ from typing import Any
 from upcycle.errors import UpcycleError
 from upcycle.families import SIZES, Config, Family, Shapes, Stack, rope_parameters
 from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy
+from upcycle.lazy import Lazy, Slice
 
 POSITIVE = (
     "num_key_value_heads", "head_dim", "max_position_embeddings", "full_attention_interval",
@@ -122,6 +122,25 @@ class Decoder(Family):
         if self.mlp_biases(config):
             return "its feed-forward networks have biases and no native MoE's experts do"
         return None
+
+
+class FusedGate(Decoder):
+    """A decoder that keeps gate and up in one matrix, `mlp.gate_up_proj` [2I, H]."""
+
+    def mlp(self, config: Config) -> Shapes:
+        hidden, width = config["hidden_size"], config["intermediate_size"]
+        return {"mlp.gate_up_proj.weight": (2 * width, hidden), "mlp.down_proj.weight": (hidden, width)}
+
+    def feed_forward(
+        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
+    ) -> FeedForward:
+        mlp, width = f"model.layers.{layer}.mlp.", config["intermediate_size"]
+        both = tensors[mlp + "gate_up_proj.weight"]
+        return FeedForward(
+            gate=Slice(both, 0, 0, width),
+            up=Slice(both, 0, width, 2 * width),
+            down=tensors[mlp + "down_proj.weight"],
+        )
 
 
 def _check(config: Config) -> None:

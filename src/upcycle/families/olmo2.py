@@ -8,7 +8,7 @@ class Olmo2(Decoder):
     model_type = "olmo2"
     architectures = ("Olmo2ForCausalLM",)
     summary = "OLMo 2"
-    natives = ("flex_olmo",)
+    natives: tuple[str, ...] = ("flex_olmo",)
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
     defaults = {
         "hidden_act": "silu",

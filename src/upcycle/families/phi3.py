@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config, Shapes
-from upcycle.families._decoder import Decoder
-from upcycle.feed_forward import FeedForward
+from upcycle.families._decoder import FusedGate
 from upcycle.lazy import Lazy, Slice
 
 
-class Phi3(Decoder):
+class Phi3(FusedGate):
     model_type = "phi3"
     architectures = ("Phi3ForCausalLM",)
     summary = "Phi-3 and Phi-3.5, default and long rope"
@@ -47,21 +46,6 @@ class Phi3(Decoder):
             "self_attn.qkv_proj.weight": (rows, config["hidden_size"]),
             "self_attn.o_proj.weight": parts["self_attn.o_proj.weight"],
         }
-
-    def mlp(self, config: Config) -> Shapes:
-        hidden, width = config["hidden_size"], config["intermediate_size"]
-        return {"mlp.gate_up_proj.weight": (2 * width, hidden), "mlp.down_proj.weight": (hidden, width)}
-
-    def feed_forward(
-        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
-    ) -> FeedForward:
-        mlp, width = f"model.layers.{layer}.mlp.", config["intermediate_size"]
-        both = tensors[mlp + "gate_up_proj.weight"]
-        return FeedForward(
-            gate=Slice(both, 0, 0, width),
-            up=Slice(both, 0, width, 2 * width),
-            down=tensors[mlp + "down_proj.weight"],
-        )
 
     def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         out: dict[str, Lazy] = {}

@@ -119,6 +119,8 @@ def register_models(model_type: str) -> None:
             continue
         found = mapping[dense]
         first = found[0] if isinstance(found, (list, tuple)) else found
+        if first.config_class.model_type != model_type:  # a head that goes with many models
+            continue
         auto.register(made, model_class(first), exist_ok=True)
 
 

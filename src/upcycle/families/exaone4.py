@@ -1,0 +1,35 @@
+"""EXAONE 4: norms after attention and the feed-forward network, queries and keys normalised per head."""
+
+from upcycle.families import Config, Shapes
+from upcycle.families._decoder import Decoder
+
+
+class Exaone4(Decoder):
+    model_type = "exaone4"
+    architectures = ("Exaone4ForCausalLM",)
+    summary = "EXAONE 4"
+    natives = ()
+    no_native = "exaone_moe lacks its post-norms"
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    defaults = {
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": None,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "layer_types": None,
+    }
+
+    def attention(self, config: Config, layer: int) -> Shapes:
+        norm = (config["head_dim"],)
+        norms: Shapes = {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}
+        return super().attention(config, layer) | norms
+
+
+family = Exaone4()

@@ -1,0 +1,45 @@
+"""Gemma 2: norms before and after each part, soft-capped logits, GELU gates."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.families import Config
+from upcycle.families._decoder import Decoder
+
+
+class Gemma2(Decoder):
+    model_type = "gemma2"
+    architectures = ("Gemma2ForCausalLM",)
+    summary = "Gemma 2"
+    natives = ()
+    no_native = "no native MoE has its four norms and soft-capping"
+    norms = (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )  # fmt: skip
+    defaults = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        return {**config, "hidden_act": config["hidden_activation"]}
+
+
+family = Gemma2()

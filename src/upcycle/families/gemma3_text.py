@@ -1,0 +1,26 @@
+"""Gemma 3, the text model: Gemma 2 with normalised queries and keys."""
+
+from upcycle.families import Config, Shapes
+from upcycle.families.gemma2 import Gemma2
+
+
+class Gemma3(Gemma2):
+    model_type = "gemma3_text"
+    architectures = ("Gemma3ForCausalLM",)
+    summary = "Gemma 3, text"
+    no_native = "no native MoE has its four norms"
+    theta = 1_000_000.0
+    defaults = {
+        **Gemma2.defaults,
+        "max_position_embeddings": 131_072,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+    }
+
+    def attention(self, config: Config, layer: int) -> Shapes:
+        norm = (config["head_dim"],)
+        norms: Shapes = {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}
+        return super().attention(config, layer) | norms
+
+
+family = Gemma3()
