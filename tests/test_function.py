@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from upcycle import Recipe, UpcycleError, blueprint, convert, init
+from upcycle import Recipe, UpcycleError, blueprint, convert, init, plan
 from upcycle.proof import verify
 
 
@@ -153,3 +153,36 @@ def test_a_drop_is_not_the_dense_function(dense, batch, tmp_path):
     ids, mask = batch
     convert(dense("llama"), tmp_path / "moe", Recipe.of(init={"name": "drop"}))
     assert difference(logits(dense("llama"), ids, mask), logits(tmp_path / "moe", ids, mask), mask) > 0.05
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "cohere2"])
+def test_depth_tiling_repeats_every_block(model_type, dense, batch, tmp_path):
+    """Against transformers' own deeper model with each block's weights loaded twice."""
+    source = dense(model_type)
+    ids, mask = batch
+    built = convert(source, tmp_path / "deep", Recipe.of(moe={"target": "depth_tiled", "depth": 2}))
+    assert not built.preserves_function
+    assert not built.sites
+    shallow = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    deep = AutoModelForCausalLM.from_pretrained(tmp_path / "deep", dtype=torch.float32).eval()
+    assert len(deep.model.layers) == 8
+    config = shallow.config
+    if getattr(config, "layer_types", None):
+        assert deep.config.layer_types == [kind for kind in config.layer_types for _ in range(2)]
+    for j, layer in enumerate(deep.model.layers):
+        for (name, a), (_, b) in zip(
+            layer.named_parameters(), shallow.model.layers[j // 2].named_parameters(), strict=True
+        ):
+            assert torch.equal(a, b), name
+    # With every second block silenced, it is the dense model again.
+    with torch.no_grad():
+        for layer in deep.model.layers[1::2]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            if layer.self_attn.o_proj.bias is not None:
+                layer.self_attn.o_proj.bias.zero_()
+    with torch.inference_mode():
+        found = deep(ids, attention_mask=mask).logits
+    assert difference(logits(source, ids, mask), found, mask) < 1e-5
+    assert plan(source, built.recipe).total_parameters == sum(p.numel() for p in deep.parameters())
+    assert verify(source, tmp_path / "deep").holds

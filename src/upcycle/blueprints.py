@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upcycle import families, moe_layer, natives, upcycled
+from upcycle import deeper, families, moe_layer, natives, upcycled
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
@@ -91,6 +91,11 @@ class Blueprint:
         return [self.dense.checkpoint, *(donor.checkpoint for donor in self.donors)]
 
     @property
+    def family_config(self) -> Config:
+        """The dense config, or that of the deeper model where blocks are repeated."""
+        return self.dense.config if self.sites else self.dense.family.config(self.config)
+
+    @property
     def left_out(self) -> dict[str, str]:
         """Source tensors that are in nothing, and why."""
         if not self.recipe.init.uses_source:
@@ -113,8 +118,10 @@ class Blueprint:
     @property
     def preserves_function(self) -> bool:
         """Whether the MoE computes what the dense model computes, up to rounding."""
-        return all(self._preserves(site) for site in self.sites) and (
-            self._wide or self.native.upcycled or self.dense.family.exact_when_narrow
+        return (
+            bool(self.sites)
+            and all(self._preserves(site) for site in self.sites)
+            and (self._wide or self.native.upcycled or self.dense.family.exact_when_narrow)
         )
 
     def _preserves(self, site: Site) -> bool:
@@ -133,7 +140,7 @@ class Blueprint:
         by_stack: dict[str, list[int]] = {}
         for site in self.sites:
             by_stack.setdefault(site.stack, []).append(site.layer)
-        return by_stack["layers"] if list(by_stack) == ["layers"] else by_stack
+        return by_stack.get("layers", []) if set(by_stack) <= {"layers"} else by_stack
 
     @property
     def _wide(self) -> bool:
@@ -152,13 +159,18 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     native = _target(dense, recipe)
     any_dtype = recipe.dtype != "source"
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
-    sites = moe_layer.sites(recipe, dense.family, dense.config)
-    shared_width = moe_layer.shared_width(recipe, native, dense.config)
-    config = _config(dense, native, recipe, sites, shared_width)
+    tiled = recipe.moe.target == deeper.TARGET
+    sites = () if tiled else moe_layer.sites(recipe, dense.family, dense.config)
+    shared_width = 0 if tiled else moe_layer.shared_width(recipe, native, dense.config)
+    if tiled:
+        config, lazies = deeper.config(dense, recipe.moe.depth), deeper.tensors(dense, recipe.moe.depth)
+    else:
+        config = _config(dense, native, recipe, sites, shared_width)
+        lazies = _tensors([dense, *donors], native, recipe, sites, shared_width)
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
         name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)
-        for name, lazy in _in_order(_tensors([dense, *donors], native, recipe, sites, shared_width)).items()
+        for name, lazy in _in_order(lazies).items()
     }
     stored = TORCH_NAMES[Counter(e.dtype for e in entries.values()).most_common(1)[0][0]]
     return Blueprint(
@@ -176,6 +188,8 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
 def _target(dense: Dense, recipe: Recipe) -> Native:
     """The architecture that the recipe names, if the dense model is exactly one of its kind."""
     family, target = dense.family, recipe.moe.target
+    if target == deeper.TARGET:
+        return deeper.target(dense)
     if target == upcycled.TARGET:
         for stack in dense.stacks:
             upcycled.refuse_look_ahead(stack, recipe.at(stack.name))

@@ -36,16 +36,15 @@ def render(built: Blueprint, record: dict[str, Any]) -> str:
         if plan.preserves_function
         else "Untrained since, and it does not compute what the dense model computes: train it before use."
     )
-    shared = f", a shared expert of {plan.shared_width} neurons" if plan.shared_width else ""
     warnings = "".join(f"- {w}\n" for w in plan.warnings) or "- none\n"
     return f"""---
 library_name: transformers
 tags: [mixture-of-experts, upcycled]
 ---
 
-# {source}, upcycled to {plan.num_experts} experts
+# {source}, upcycled
 
-A `{plan.target}` Mixture of Experts made from the dense `{plan.family}` checkpoint `{source}` with
+A `{plan.target}` made from the dense `{plan.family}` checkpoint `{source}` with
 `upcycle` {record["upcycle_version"]}, initialisation `{built.recipe.init.name}`.
 {state}
 
@@ -55,8 +54,7 @@ A `{plan.target}` Mixture of Experts made from the dense `{plan.family}` checkpo
 | active parameters per token | {plan.dense_parameters:,} | {plan.active_parameters:,} |
 | FLOPs per token (forward, matrix products) | {plan.dense_flops_per_token:,} | {plan.flops_per_token:,} |
 
-{plan.num_experts} experts of {plan.expert_width} neurons, {plan.routing}, in
-{plan.num_moe_layers} of {plan.num_layers} layers{shared}.
+It is {plan.made}.
 
 ## Load
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from upcycle import families, init, natives, upcycled
+from upcycle import deeper, families, init, natives, upcycled
 from upcycle.nn import routers
 
 Row = dict[str, str]
@@ -45,10 +45,15 @@ def everything() -> dict[str, list[Row]]:
         ]
         + [
             {
+                "name": deeper.TARGET,
+                "summary": "the dense class, every block repeated: a dense baseline of more FLOPs",
+                "needs": "moe.depth = how often",
+            },
+            {
                 "name": upcycled.TARGET,
                 "summary": "the dense class itself with MoE layers in it; any family, any router",
                 "needs": "import upcycle, to open it",
-            }
+            },
         ],
         "initialisations": [{"name": n, "summary": i.summary, "needs": i.needs} for n, i in inits],
         "routers": [{"name": n, "summary": r.summary, "needs": r.needs} for n, r in ways],

@@ -70,11 +70,7 @@ def show_plan(plan: Plan) -> None:
     table.add_row("active per token", count(plan.dense_parameters), count(plan.active_parameters))
     table.add_row("FLOPs per token (forward)", count(plan.dense_flops_per_token), count(plan.flops_per_token))
     out.print(table)
-    shared = f", shared expert of {plan.shared_width}" if plan.shared_width else ""
-    out.print(
-        f"{plan.num_experts} experts of {plan.expert_width} neurons, {plan.routing}, in "
-        f"{plan.num_moe_layers} of {plan.num_layers} layers{shared}"
-    )
+    out.print(plan.made)
     out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
     out.print("computes what the dense model computes: " + ("yes" if plan.preserves_function else "no"))
     out.print(f"blueprint {plan.blueprint_hash}")
@@ -84,7 +80,7 @@ def show_plan(plan: Plan) -> None:
 def show_converted(plan: Plan, folder: Path) -> None:
     """What convert leaves on the screen."""
     out.print(
-        f"{folder}: {plan.target}, {plan.num_experts} experts, {plan.routing}, "
+        f"{folder}: {plan.target}, {plan.made}, "
         f"{count(plan.total_parameters)} parameters, {count(plan.active_parameters)} active, "
         f"{size(plan.output_bytes)}"
     )

@@ -49,6 +49,17 @@ class Plan:
     warnings: list[str]
 
     @property
+    def made(self) -> str:
+        """What was made of the dense model, in a sentence without a stop."""
+        if not self.num_moe_layers:
+            return f"a dense model of {self.num_layers} layers, no experts"
+        shared = f", shared expert of {self.shared_width}" if self.shared_width else ""
+        return (
+            f"{self.num_experts} experts of {self.expert_width} neurons, {self.routing}, in "
+            f"{self.num_moe_layers} of {self.num_layers} layers{shared}"
+        )
+
+    @property
     def num_moe_layers(self) -> int:
         """How many blocks became MoE, in all stacks together."""
         layers = self.moe_layers
@@ -81,7 +92,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         source=str(built.source.folder),
         family=built.dense.family.model_type,
         target=built.native.model_type,
-        num_layers=dense["num_hidden_layers"],
+        num_layers=built.family_config["num_hidden_layers"],
         moe_layers=built.moe_layers,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
@@ -109,6 +120,8 @@ def _routing(built: Blueprint) -> str:
         factor = getattr(part.router, "capacity_factor", None)
         way = f"top-{part.moe.top_k}" if part.router.name == "top_k" else part.router.name.replace("_", " ")
         said.append(way if factor is None else f"{way} with capacity factor {factor:g}")
+    if not said:
+        return "no routing"
     return said[0] if len(set(said)) == 1 else " and ".join(said)
 
 
@@ -148,10 +161,11 @@ def flops_per_row(dense: Dense, built: Blueprint | None, lengths: Mapping[str, i
     Causal attention needs half of the scores, on average. `built` is None for the dense model itself.
     """
     family, c = dense.family, dense.config
+    stacks = family.stacks(built.family_config) if built else dense.stacks
     shapes = {n: e.shape for n, e in built.entries.items()} if built else {}
     shapes = shapes or {n: t.shape for n, t in dense.tensors.items()}
-    total, last = 0, dense.stacks[-1].name
-    for stack in dense.stacks:
+    total, last = 0, stacks[-1].name
+    for stack in stacks:
         products = _in_products({n: s for n, s in shapes.items() if family.stack_of(n) == stack.name})
         products += _tied_head(dense) if stack.name == last else 0
         products -= idle_weights(built, stack.name).in_products if built else 0

@@ -40,6 +40,7 @@ class Moe:
     target: str = "native"
     granularity: int = 1
     shared_experts: int = 0
+    depth: int = 2  # how often each block stands, for the target depth_tiled
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "granularity"):

@@ -179,7 +179,9 @@ def _build(
         tensors,
         distributed_config=ranks.config,
         dtype=dtype,
-        experts_implementation=_experts_implementation(start, run, dtype) if start.built else None,
+        experts_implementation=_experts_implementation(start, run, dtype)
+        if start.built and start.built.sites
+        else None,
     )
 
 
