@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
 
 PRESET = HERE.parent.parent / "recipes" / "sparse_upcycling_t5.toml"
-VOCABULARY, SENTINELS = 2048, 32
+VOCABULARY, SENTINELS = 512, 16
 
 
 def preset(**router: Any) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--steps", type=int, default=150, help="of the MoE; the dense model gets its FLOPs")
+    parser.add_argument("--steps", type=int, default=400, help="of the MoE; the dense model gets its FLOPs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)

@@ -71,7 +71,7 @@ def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> d
     out = with_images(read_toml(HERE / "continue.toml"), options)
     out |= {"seed": seed, **VARIANTS[variant]}
     out |= {"source": str(base(options)), "out": str(options.runs / f"{variant}-{seed}")}
-    out["train"] |= {"steps": steps, "eval_every": max(1, steps // 4)}
+    out["train"] |= {"steps": steps, "eval_every": max(1, steps // 2)}
     out["checkpoint"] = {"every": 0}
     out["schedule"]["decay"] = steps // 4
     if variant != "scratch":

@@ -29,7 +29,7 @@ from upcycle.upcycled import CLASS_PREFIX, PREFIX
 
 
 class UpcycledModel:
-    """What every upcycled model does beside its dense class: replace networks, and tell layers of padding."""
+    """What every upcycled model does beside its dense class: it has MoE layers where `config.moe` says so."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -39,32 +39,33 @@ class UpcycledModel:
         """Put an MoE layer where `config.moe` says that one is."""
         base: nn.Module = self.base_model  # type: ignore[attr-defined]
         config: Any = self.config  # type: ignore[attr-defined]
-        self.moe_layers: list[MoE] = []
         for shape in config.shapes:
             if shape.stack == "decoder" and not hasattr(base, "decoder"):
                 continue  # the encoder of an encoder-decoder alone
+            layers = []
             for i in shape.layers:
                 parent, _, name = shape.module.format(i=i).rpartition(".")
                 layer = MoE(config, shape)
                 if not layer.experts.down_proj.is_meta:
                     layer.reset_parameters(getattr(config, "initializer_range", 0.02))
                 setattr(base.get_submodule(parent), name, layer)
-                self.moe_layers.append(layer)
+                layers.append(layer)
                 for path in shape.replaced:
                     owner, _, name = path.format(i=i).rpartition(".")
                     setattr(base.get_submodule(owner), name, nn.Identity())
+            # On the stack and not on the whole model: generation runs an encoder alone. A partial and no
+            # closure, so that a copy of the model tells its own layers.
+            stack = base.get_submodule(shape.stack) if shape.stack in ("encoder", "decoder") else base
+            stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
 
-    def mark_padding(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward pass: give each layer the mask of its stack."""
-        given = dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs
-        for layer in self.moe_layers:
-            name = "decoder_attention_mask" if layer.shape.stack == "decoder" else "attention_mask"
-            mask = given.get(name)
-            layer.padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
 
-    @functools.cached_property
-    def _parameters_of_forward(self) -> list[str]:
-        return list(inspect.signature(self.forward).parameters)  # type: ignore[attr-defined]
+def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward pass of a stack of blocks: give its MoE layers the attention mask."""
+    given = dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | kwargs
+    mask = given.get("attention_mask")
+    padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
+    for layer in layers:
+        layer.padding = padding
 
 
 @functools.cache
@@ -77,7 +78,6 @@ def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
         dense.__init__(self, config, *args, **kwargs)
         self.config._experts_implementation = self.get_correct_experts_implementation(wanted)
         self.replace()
-        self.register_forward_pre_hook(self.mark_padding, with_kwargs=True)
 
     members = {
         "__init__": init,
