@@ -322,3 +322,41 @@ def test_every_head_has_one_task():
     with pytest.raises(UpcycleError, match="has no head to train"):
         tasks.of("BertModel")
     assert Subject(folder=Path(), config={"architectures": ["UpcycledViTModel"]}).architecture == "ViTModel"
+
+
+@pytest.mark.parametrize("changes", [{}, UPCYCLED], ids=["dense", "upcycled"])
+@pytest.mark.parametrize("kind", ["vit", "t5", "bert"])
+def test_from_scratch_starts_as_transformers_does(kind, changes, data, tmp_path):
+    """Each parameter has the mean and the deviation that the dense class starts it with, experts too."""
+    run = Run.of(table(kind, data, tmp_path, from_scratch=True, **changes))
+    begun = start.start_of(run)
+    ours = start.plain_model(begun)
+    torch.manual_seed(1)
+    theirs = type(upcycle.open(data / kind))(upcycle.open(data / kind).config)
+    wanted = dict(theirs.named_parameters())
+    experts = {"up_proj": ("fc1", "wi", "dense"), "down_proj": ("fc2", "wo", "dense")}
+    seen = 0
+    for name, parameter in ours.named_parameters():
+        if ".router." in name:
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.3)
+            continue
+        if ".experts." in name:
+            matrix = name.rpartition(".")[2].removesuffix("_bias")
+            kinds = [
+                p
+                for n, p in wanted.items()
+                if n.split(".")[-2] in [k.split(".")[-1] for k in experts[matrix]]
+            ]
+            like = next(p for p in kinds if p.shape == parameter.shape[1:] or "_bias" in name)
+            if "_bias" in name:
+                assert not parameter.any()
+                continue
+        else:
+            like = wanted[name]
+        seen += 1
+        spread = float(like.detach().std(correction=0))
+        error = 5 * spread * (2 / like.numel()) ** 0.5
+        assert abs(float((parameter.mean() - like.mean()).detach())) <= error + 1e-9, name
+        if spread:
+            assert 0.5 < float(parameter.detach().std(correction=0)) / spread < 1.6, name
+    assert seen > 20

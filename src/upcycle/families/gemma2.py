@@ -13,6 +13,7 @@ class Gemma2(Decoder):
     summary = "Gemma 2"
     natives = ()
     no_native = "no native MoE has its four norms and soft-capping"
+    centred_norms = True
     norms = (
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
         "post_feedforward_layernorm",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle import loading, rng
+from upcycle import deeper, loading, moe_layer, rng, upcycled
 from upcycle.blueprints import Blueprint, Entry, blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.computed import Drawn, Fill
@@ -28,7 +28,6 @@ from upcycle.source import Dense, admit, refuse_two_heads
 from upcycle.subject import Subject
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
-from upcycle.upcycled import TARGET
 
 OPTIMIZER = "optimizer"  # folder of moments beside an exported model
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -119,12 +118,13 @@ def _scratch(name: str, entry: Entry, run: Run, dense: Dense) -> Entry:
     A truncated normal of transformers' is a whole one here.
     """
     constant = isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias"))
-    routes = run.recipe is not None and run.recipe.moe.target == TARGET and ".router." in name
+    routes = run.recipe is not None and run.recipe.moe.target == upcycled.TARGET and ".router." in name
     if constant or routes:
         return entry  # of the architecture, or of the recipe
     if len(entry.shape) > 1 and not name.endswith("_bias"):
         return Entry(_drawn(entry.shape, dense.family.deviation(dense.config, name), name, run.seed), "F32")
-    identity = 0.0 if run.recipe is None and dense.family.model_type == "gemma" else 1.0
+    own_norms = run.recipe is None or run.recipe.moe.target in (upcycled.TARGET, deeper.TARGET)
+    identity = 0.0 if dense.family.centred_norms and own_norms else 1.0
     scale = float(dense.config.get("layerscale_value", 1.0)) if "lambda" in name else identity
     is_norm = ("norm" in name.lower() and name.endswith("weight")) or "lambda" in name
     return Entry(Fill(entry.shape, "F32", scale if is_norm else 0.0), "F32")
@@ -219,15 +219,16 @@ def carry_state(
             f"optimizer.carry_state = true, and {start.dense.checkpoint.folder} has no {OPTIMIZER}/; make it "
             f"with `upcycle export RUN OUT --optimizer`, or set it to false"
         )
-    if not start.dense.family.exact_when_narrow and start.built:
+    if not start.dense.family.exact_when_narrow and start.built and not start.built.native.upcycled:
         raise UpcycleError(
             f"optimizer.carry_state = true: {start.dense.family.model_type} changes weights on their way to "
             f"{start.built.native.model_type}, and moments do not change with them; set it to false"
         )
-    if run.recipe and not run.recipe.router.normalize:
+    sites = start.built.sites if start.built else ()
+    if run.recipe and any(moe_layer.factors(run.recipe.at(s.stack), s) != (1.0, 1.0, 1.0) for s in sites):
         raise UpcycleError(
             "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
-            "moments would have to be; set one of the two"
+            "moments would have to be; set one of the two, or router.rescale = false"
         )
     step = int(json.loads((folder / "state.json").read_text())["step"])
     for moment in MOMENTS:
