@@ -1,4 +1,4 @@
-"""What the ranks of `test_parallel.py` do: load, take a step, stop and go on, at one layout after another."""
+"""What ranks do in `test_parallel.py` and `test_upcycled_parallel.py`: load, take a step, stop and go on."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
     model = start.model_of(begun, run, here, precision)
     return step.Trainee(
         model=model,
-        task=tasks.of(begun.dense.architecture),
+        task=run.task or tasks.of(begun.dense.architecture),
         start=begun,
         optimizer=optimizer.make(model, run.train),
         routers=Routers.of(model),
@@ -100,6 +100,16 @@ def rows_of(run: Run, vocabulary: int = 96) -> torch.Tensor:
     return torch.randint(0, vocabulary, size, generator=generator)
 
 
+def batch_of(run: Run, task: tasks.Task) -> tasks.Batch:
+    """The rows of a step, for the task at hand: of text, or images of 12 x 12 and three classes."""
+    if task.name == "causal_lm":
+        return {"rows": rows_of(run)}
+    generator = torch.Generator().manual_seed(0)
+    size = (run.train.rows, 12, 12, 3)
+    pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    return {"pixels": pixels, "labels": torch.randint(0, 3, size[:1], generator=generator)}
+
+
 def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Any]]:
     """The gradients of a step for each layout and change of the run, and what the step reports."""
     out = []
@@ -113,9 +123,10 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
                 kept.update({n: whole(p.grad) for n, p in trainee.model.named_parameters()})
 
             trainee.optimizer.register_step_pre_hook(keep)
-            rows = rows_of(run)
+            batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
-            outcome = step.train_step(trainee, {"rows": rows[here.dp_rank * share :][:share]}, 0, 1e-3)
+            mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
+            outcome = step.train_step(trainee, mine, 0, 1e-3)
             out.append(
                 {
                     "gradients": kept,
@@ -125,7 +136,7 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
                     "z": outcome.z_loss,
                     "router_norms": list(outcome.router_grad_norms),
                     "counts": torch.stack([tally.counts for tally in outcome.tallies]),
-                    "held_out": step.evaluate(trainee, {"rows": rows[:3]}).loss,
+                    "held_out": step.evaluate(trainee, {name: t[:3] for name, t in batch.items()}).loss,
                 }
             )
     return out
@@ -153,6 +164,11 @@ def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:
             for moment in ("exp_avg", "exp_avg_sq")
         }
         return {"parameters": digests(trainee.model), "moments": moments}
+
+
+def several(calls: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+    """Functions of this module by name, one after another: starting ranks takes longer than most of them."""
+    return [globals()[name](*arguments) for name, arguments in calls]
 
 
 def anonymous() -> int:

@@ -362,7 +362,7 @@ def test_importance_and_load_losses(padding):
     importance = load = 0.0
     for g in range(3):
         real = [t for t in range(8) if padding is None or not padding[g, t]]
-        clean = [[float(moe.router.weight[e] @ hidden[g, t]) for e in range(E)] for t in real]
+        clean = [[(moe.router.weight[e] @ hidden[g, t]).item() for e in range(E)] for t in real]
         noisy = [[clean[i][e] + float(noise[g, t, e]) for e in range(E)] for i, t in enumerate(real)]
         weights = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in clean]
         chances = []
@@ -371,8 +371,8 @@ def test_importance_and_load_losses(padding):
             chances.append([0.5 * (1 + math.erf((x - threshold) * E / math.sqrt(2))) for x in calm])
         importance += variation([sum(column) for column in zip(*weights, strict=True)])
         load += variation([sum(column) / len(real) for column in zip(*chances, strict=True)])
-    assert float(routing.losses["importance"]) == pytest.approx(importance, rel=1e-9)
-    assert float(routing.losses["load"]) == pytest.approx(load, rel=1e-9)
+    assert routing.losses["importance"].item() == pytest.approx(importance, rel=1e-9)
+    assert routing.losses["load"].item() == pytest.approx(load, rel=1e-9)
     assert routing.groups == 3
 
 
@@ -389,11 +389,11 @@ def test_balance_loss_is_k_at_uniform_routing(top_k):
         moe.router.weight.zero_()
     routing = moe.router(hidden, None)
     loss = load_balancing_loss(routing.probabilities, routing.counts, 16)
-    assert float(loss) == pytest.approx(top_k)
+    assert loss.item() == pytest.approx(top_k)
     with torch.no_grad():
         moe.router.weight[0] = hidden[0, 0] * 100
     routing = moe.router(hidden[0, :1].expand(2, 8, H), None)
-    assert float(load_balancing_loss(routing.probabilities, routing.counts, 16)) == pytest.approx(E)
+    assert load_balancing_loss(routing.probabilities, routing.counts, 16).item() == pytest.approx(E)
 
 
 # d = 768, router N(0, 0.02^2), inputs of unit RMS: what a token's weights sum to for C = 1, 2, 3, 5, those of

@@ -188,7 +188,7 @@ def make(folder: Path, architecture: str, *, seed: int = 0, **changes: Any) -> P
 
 
 def shake(model: Any, seed: int = 0) -> Any:
-    """Every parameter drawn: norms around one, biases and tokens N(0, 0.3^2), matrices to keep their input."""
+    """Every parameter drawn: norms around one, vectors N(0, 0.3^2), matrices so that they keep a scale."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -127,8 +127,13 @@ class Blueprint:
     def _preserves(self, site: Site) -> bool:
         router = self.recipe.at(site.stack).router
         count, top_k = site.num_experts, site.top_k
+        gate, up, _ = moe_layer.factors(self.recipe, site)
+        gated = self.dense.feed_forward(site.layer, site.stack).gate is not None
         return (
             self.recipe.init.preserves(site)
+            # No activation that is not linear may see a factor.
+            and gate == 1.0
+            and (gated or up == 1.0)
             and router.reaches_all(count, top_k)
             and (router.sums_to_one(count, top_k) or (site.uniform_router and router.rescale))
             and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))

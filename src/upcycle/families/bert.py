@@ -69,7 +69,7 @@ class Bert(Encoder):
             out |= linear("cls.predictions.transform.dense", hidden, hidden)
             out |= norm("cls.predictions.transform.LayerNorm", hidden)
             if not config["tie_word_embeddings"]:
-                out |= {"cls.predictions.decoder.weight": (config["vocab_size"], hidden)}
+                out |= linear("cls.predictions.decoder", config["vocab_size"], hidden)
         if name == "BertForPreTraining":
             out |= linear("cls.seq_relationship", 2, hidden)
         if name in ("BertForSequenceClassification", "BertForTokenClassification"):

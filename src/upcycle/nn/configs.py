@@ -7,11 +7,12 @@ must not wait for it. Importing this makes every upcycled model_type known to tr
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from upcycle import families
 from upcycle.errors import UpcycleError
@@ -106,11 +107,13 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 def __getattr__(name: str) -> Any:
     # Classes are made when asked for; pickling asks by name.
     for model_type in families.names():
-        if model_type in CONFIG_MAPPING and CLASS_PREFIX + CONFIG_MAPPING[model_type].__name__ == name:
+        if CLASS_PREFIX + CONFIG_MAPPING_NAMES.get(model_type, "?") == name:
             return config_class(model_type)
     raise AttributeError(name)
 
 
+# Names and no classes: this runs while transformers is being imported, when its configs cannot be.
 for _model_type in families.names():
-    if _model_type in CONFIG_MAPPING:
-        AutoConfig.register(PREFIX + _model_type, config_class(_model_type), exist_ok=True)
+    if _model_type in CONFIG_MAPPING_NAMES:
+        CONFIG_MAPPING._mapping[PREFIX + _model_type] = CLASS_PREFIX + CONFIG_MAPPING_NAMES[_model_type]
+        CONFIG_MAPPING._modules[PREFIX + _model_type] = sys.modules[__name__]

@@ -118,10 +118,11 @@ def register_models(model_type: str) -> None:
         if mapping is None or dense not in mapping:
             continue
         found = mapping[dense]
-        first = found[0] if isinstance(found, (list, tuple)) else found
-        if first.config_class.model_type != model_type:  # a head that goes with many models
-            continue
-        auto.register(made, model_class(first), exist_ok=True)
+        several = found if isinstance(found, (list, tuple)) else (found,)
+        # Not those that only share a config: AutoModelForDecision has one class for many model types.
+        own = tuple(model_class(cls) for cls in several if cls.config_class is dense)
+        if own:
+            auto.register(made, own if len(own) > 1 else own[0], exist_ok=True)
 
 
 def open(folder: str | Path, **options: Any) -> PreTrainedModel:

@@ -128,6 +128,15 @@ def capacity(tokens: int, share: float, rounding: Rounding, *, minimum: int = 1)
     return min(tokens, wanted)
 
 
+def places(length: int, padding: Tensor | None, share: float, rounding: Rounding) -> list[int]:
+    """`capacity` of each group, of its tokens without padding; one number stands for all where none has any.
+
+    Padding counts for nothing, or what a text computes would depend on how long its neighbours are.
+    """
+    real = [length] if padding is None else (~padding).sum(1).tolist()
+    return [capacity(tokens, share, rounding) for tokens in real]
+
+
 def read(table: Mapping[str, Any], where: str = "router") -> Router:
     """The router of a table with `name` and its keys."""
     from upcycle import recipe

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upcycle.errors import UpcycleError
-from upcycle.nn.routers import Rounding, Router, capacity
+from upcycle.nn.routers import Rounding, Router, capacity, places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoice(Router):
     """Softmax over experts, then every expert takes its C N / E best tokens of a group of N, rounded as in
-    `capacity`; padding is never taken. `normalize` divides a token's weights by their sum (Sparse Upcycling,
-    B.7), so that a token that some expert took keeps the dense function; a token that none took has zero.
+    `capacity`; padding is never taken and does not count. `normalize` divides a token's weights by their sum
+    (Sparse Upcycling, B.7), so that a token that some expert took keeps the dense function; a token that none
+    took has zero.
     """
 
     summary = "each expert takes its best tokens of a sequence or an image"
@@ -68,14 +69,16 @@ class ExpertChoice(Router):
         scores = probabilities.transpose(1, 2)  # [G, E, N]
         if padding is not None:
             scores = scores.masked_fill(padding[:, None], -1.0)
-        places = capacity(length, self.capacity_factor / num_experts, self.rounding)
-        weights, token = scores.topk(places, dim=-1)  # [G, E, C]
+        room = places(length, padding, self.capacity_factor / num_experts, self.rounding)
+        weights, token = scores.topk(max(room), dim=-1)  # [G, E, C]
         flat = token + length * torch.arange(groups, device=token.device)[:, None, None]
         expert = torch.arange(num_experts, device=token.device)[:, None].expand_as(token)
         # Expert by expert, as their matrix products want the rows.
         rows, index, weights = (t.transpose(0, 1).flatten() for t in (flat, expert, weights))
         if padding is not None:
-            taken = weights >= 0
+            own = torch.tensor(room, device=token.device)[:, None, None]
+            taken = torch.arange(max(room), device=token.device) < own
+            taken = taken.expand_as(token).transpose(0, 1).flatten()
             rows, index, weights = rows[taken], index[taken], weights[taken]
         times = torch.bincount(rows, minlength=groups * length)
         if self.normalize:

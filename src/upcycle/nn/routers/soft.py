@@ -68,7 +68,9 @@ class Soft(Router):
         scaled = tensors["scale"] * unit(tensors["weight"], dim=-1)
         logits = torch.nn.functional.linear(unit(hidden, dim=-1), scaled)  # [G, N, E S]
         shape = (*hidden.shape[:2], num_experts, self.slots)
-        masked = logits if padding is None else logits.masked_fill(padding[..., None], -torch.inf)
+        # Not -inf: in a row that is all padding the softmax over tokens would be NaN.
+        least = torch.finfo(logits.dtype).min
+        masked = logits if padding is None else logits.masked_fill(padding[..., None], least)
         combine = logits.softmax(-1)
         if padding is not None:
             combine = combine.masked_fill(padding[..., None], 0.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upcycle.errors import UpcycleError
-from upcycle.nn.routers import Rounding, Router, capacity
+from upcycle.nn.routers import Rounding, Router, places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +92,7 @@ class TopK(Router):
             logits = clean + noise * torch.randn_like(clean)
         probabilities = logits.softmax(-1)
         weights, index = probabilities.topk(top_k, dim=-1)  # [G, N, K]
+        sureness = weights[..., 0]  # before it is renormalised: of a single choice that is always one
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         real = None if padding is None else ~padding
@@ -104,8 +105,10 @@ class TopK(Router):
             dispatch: Dispatch = Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1))
             left = counts.new_zeros(())
         else:
-            places = capacity(hidden.shape[1], self._share(num_experts, top_k), self.rounding)
-            kept = _keep(index, weights, real, num_experts, places, causal, self.batch_priority)
+            room = places(hidden.shape[1], padding, self._share(num_experts, top_k), self.rounding)
+            kept = _keep(
+                index, sureness if self.batch_priority else None, real, num_experts, room, causal=causal
+            )
             group, token, choice = kept.nonzero(as_tuple=True)
             flat = group * hidden.shape[1] + token
             picked = (group, token, choice)
@@ -125,20 +128,20 @@ class TopK(Router):
 
 def _keep(
     index: Tensor,
-    weights: Tensor,
+    sureness: Tensor | None,
     real: Tensor | None,
     num_experts: int,
-    places: int,
+    room: list[int],
+    *,
     causal: bool,
-    by_weight: bool,
 ) -> Tensor:
-    """Which choices [G, N, K] find a place in their expert's buffer."""
+    """Which choices [G, N, K] find a place in their expert's buffer, the surer tokens' first if asked."""
     import torch
 
     groups, length, top_k = index.shape
     order = torch.arange(length, device=index.device).expand(groups, length)
-    if by_weight:
-        order = weights[..., 0].argsort(dim=1, descending=True, stable=True)
+    if sureness is not None:
+        order = sureness.argsort(dim=1, descending=True, stable=True)
     queue = index.gather(1, order[..., None].expand_as(index))
     there = torch.ones_like(order, dtype=torch.bool) if real is None else real.gather(1, order)
     hot = torch.nn.functional.one_hot(queue, num_experts) * there[..., None, None]  # [G, N, K, E]
@@ -149,7 +152,7 @@ def _keep(
         line = hot.transpose(1, 2).flatten(1, 2)
         before = (line.cumsum(1) - line).view(groups, top_k, length, num_experts).transpose(1, 2)
     place = (before * hot).sum(-1)
-    fits = (place < places) & there[..., None]
+    fits = (place < torch.tensor(room, device=index.device)[:, None, None]) & there[..., None]
     return torch.zeros_like(fits).scatter(1, order[..., None].expand_as(fits), fits)
 
 

@@ -1,0 +1,137 @@
+"""Several processes load and train upcycled models as one does: the same bits, the same gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gloo
+import ranks
+import tiny
+import upcycle
+from upcycle import Recipe, convert
+
+TWO = [{"fsdp": 2}, {"fsdp": 2, "ep": 2}]
+FOUR = [{"fsdp": 4, "ep": 2}]
+MOE = {"num_experts": 4, "top_k": 2, "target": "upcycled"}
+CHOSEN = {"name": "expert_choice", "capacity_factor": 1.0, "std": 0.5}
+STILL = {"name": "image_classification", "augment": {"flip": 0.0}}
+# The class, changes of its config, and of the run file.
+CASES: dict[str, tuple[str, dict, dict]] = {
+    "llama": ("LlamaForCausalLM", {"mlp_bias": True, "num_hidden_layers": 2}, {"moe": MOE}),
+    "llama-capacity": (
+        "LlamaForCausalLM",
+        {"num_hidden_layers": 2},
+        {"moe": {**MOE, "shared_experts": 1}, "router": {"capacity_factor": 1.0}},
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        {"num_hidden_layers": 2},
+        {"moe": MOE, "router": CHOSEN, "task": STILL, "train": {"batch_size": 4}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    made = {case: tiny.make(folder / case, name, **changes) for case, (name, changes, _) in CASES.items()}
+    for name in ("BertForMaskedLM", "T5ForConditionalGeneration"):
+        made[name] = tiny.make(folder / name, name)
+    return {case: str(source) for case, source in made.items()}
+
+
+@pytest.fixture(scope="module")
+def tables(sources):
+    """Sources and recipes to load."""
+    split = {"decoder": {"router": {"name": "top_k"}, "moe": {"layers": [1]}}}
+    init = {"name": "drop", "ratio": 0.5}
+    return [
+        (sources["llama"], {"moe": MOE, "init": init}),
+        (sources["vit"], {"moe": MOE, "router": CHOSEN, "init": init}),
+        (sources["BertForMaskedLM"], {"moe": MOE, "router": {"name": "soft"}}),
+        (sources["T5ForConditionalGeneration"], {"moe": MOE, "router": CHOSEN, **split}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def two(sources, tables):
+    """What two ranks load, and the gradients of each case at each layout."""
+    wanted = [(sources[case], [(layout, run) for layout in TWO]) for case, (*_, run) in CASES.items()]
+    calls = [("loads", (tables, TWO)), *(("gradients", each) for each in wanted)]
+    return gloo.run(2, "ranks:several", calls)
+
+
+@pytest.fixture(scope="module")
+def four(sources, tables):
+    """What four ranks load, and the gradients of one case, as one batch and in pieces."""
+    run = CASES["llama"][2]
+    pieces = run | {"train": {"micro_batch": 1}}
+    wanted = [(layout, table) for layout in FOUR for table in (run, pieces)]
+    calls = [("loads", (tables, FOUR)), ("gradients", (sources["llama"], wanted))]
+    return gloo.run(4, "ranks:several", calls)
+
+
+@pytest.mark.parametrize(("world", "layouts"), [("two", TWO), ("four", FOUR)])
+def test_load_is_convert_at_every_layout(world, layouts, tables, request, tmp_path):
+    """Every parameter is bit-identical; each rank reads its own experts and holds its part."""
+    results = [each[0] for each in request.getfixturevalue(world)]
+    for number, (source, table) in enumerate(tables):
+        convert(source, tmp_path / str(number), Recipe.of(table))
+        wanted = ranks.digests(upcycle.open(tmp_path / str(number)))
+        for place, layout in enumerate(layouts):
+            found = [result[number * len(layouts) + place] for result in results]
+            for result in found:
+                assert result["digests"] == wanted, (table, layout)
+            assert sum(result["read"] for result in found) == found[0]["experts"], (table, layout)
+            assert max(result["held"] for result in found) < 1.3 / len(results), (table, layout)
+
+
+def same(found, reference, tolerance=1e-6):
+    """Gradients, parameter by parameter, and all that the step reports."""
+    assert found["gradients"].keys() == reference["gradients"].keys()
+    least = 1e-2 * reference["norm"]  # some have a gradient of rounding alone: the bias of keys
+    for name, wanted in reference["gradients"].items():
+        off = (found["gradients"][name] - wanted).norm() / max(float(wanted.norm()), least)
+        assert off <= (tolerance if ".mlp." in name else 3 * tolerance), (name, float(off))
+    assert torch.equal(found["counts"], reference["counts"])
+    for key in ("loss", "norm", "balance", "z", "held_out"):
+        assert found[key] == pytest.approx(reference[key], rel=tolerance), key
+    assert found["router_norms"] == pytest.approx(reference["router_norms"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_process(sources):
+    return {case: ranks.gradients(sources[case], [({}, changes)])[0] for case, (*_, changes) in CASES.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_trains_what_it_should(case, one_process):
+    """Routers, experts and biases of every layer have gradients that rounding does not explain."""
+    reference = one_process[case]
+    for part in (".router.weight", ".experts.down_proj", ".experts."):
+        norms = [float(g.norm()) for name, g in reference["gradients"].items() if part in name]
+        assert len(norms) >= 2
+        assert min(norms) > 1e-3 * reference["norm"], part
+    assert (reference["balance"] == 0) == (case == "vit")
+    assert reference["z"] > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accumulated_gradients_are_those_of_one_batch(case, sources, one_process):
+    changes = CASES[case][2]
+    pieces = changes | {"train": {**changes.get("train", {}), "micro_batch": 1}}
+    same(ranks.gradients(sources[case], [({}, pieces)])[0], one_process[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_two_processes_are_those_of_one(case, two, one_process):
+    for result in two:
+        for found in result[1 + list(CASES).index(case)]:
+            same(found, one_process[case])
+
+
+def test_gradients_of_four_processes_are_those_of_one(four, one_process):
+    for _, gradients in four:
+        for found in gradients:
+            same(found, one_process["llama"])
