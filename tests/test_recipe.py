@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from upcycle import Recipe, UpcycleError
 from upcycle.recipe import override
 
@@ -102,10 +103,36 @@ def test_mistakes(table, message):
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.stem
 )
-def test_the_recipes_that_are_shipped(path, dense):
+def test_the_recipes_that_are_shipped(path, dense, tmp_path):
+    """Each fits a model of its kind; a run file is a recipe as well, and a whole run."""
     from upcycle import blueprint
+    from upcycle.training.run import Run
 
-    blueprint(dense("qwen2"), Recipe.load(path))
+    kinds = {
+        "sparse_upcycling_vit": (
+            "ViTForImageClassification",
+            {"patch_size": 1},
+        ),  # enough tokens for 32 experts
+        "sparse_upcycling_t5": ("T5ForConditionalGeneration", {"num_decoder_layers": 4}),
+    }
+    if path.stem not in kinds:
+        blueprint(dense("qwen2"), Recipe.load(path))
+        return
+    architecture, changes = kinds[path.stem]
+    source = tiny.make(tmp_path / "dense", architecture, **changes)
+    built = blueprint(source, Recipe.load(path))
+    run = Run.load(path, [f"source={source}", f"out={tmp_path}"])
+    assert run.recipe == built.recipe
+    assert {site.num_experts for site in built.sites} == {32}
+    if "t5" in path.stem:
+        routers = [built.recipe.at(stack).router for stack in ("encoder", "decoder")]
+        assert [r.name for r in routers] == ["expert_choice", "top_k"]
+        assert not any(r.normalize or r.rescale for r in routers)
+        assert built.moe_layers == {"encoder": [1, 3], "decoder": [1, 3]}
+        assert run.schedule.at(0, run.train.total_steps) == pytest.approx(1e-3 * (10_000 / 1_000_001) ** 0.5)
+    else:
+        assert built.moe_layers == [2, 3]
+        assert run.optimizer.carry_state
 
 
 def test_not_toml(tmp_path):

@@ -360,3 +360,26 @@ def test_from_scratch_starts_as_transformers_does(kind, changes, data, tmp_path)
         if spread:
             assert 0.5 < float(parameter.detach().std(correction=0)) / spread < 1.6, name
     assert seen > 20
+
+
+def test_mean_pooling_is_what_the_head_sees(data, tmp_path):
+    recipe = Recipe.of(moe={**UPCYCLED["moe"], "pooling": "mean"})
+    built = upcycle.convert(data / "vit", tmp_path / "moe", recipe)
+    assert not built.preserves_function
+    model = upcycle.open(tmp_path / "moe").eval()
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        plain = upcycle.load(data / "vit", Recipe.of(moe=UPCYCLED["moe"])).eval()
+        states = plain.vit(pixel_values=pixels).last_hidden_state
+        wanted = plain.classifier(states[:, 1:].mean(1))
+        assert torch.allclose(model(pixel_values=pixels).logits, wanted, atol=1e-6)
+    run = table("vit", data, tmp_path / "run", moe={**UPCYCLED["moe"], "pooling": "mean"})
+    assert train(Run.of(run)).finished
+    with pytest.raises(UpcycleError, match="is for heads on a class token"):
+        upcycle.blueprint(data / "bert", recipe)
+
+
+def test_a_capacity_below_one_token(data):
+    for router in ({"name": "expert_choice", "capacity_factor": 0.1}, {"capacity_factor": 0.01}):
+        with pytest.raises(UpcycleError, match="capacity_factor is too small: an expert's part of 17 tokens"):
+            upcycle.blueprint(data / "vit", Recipe.of(moe=UPCYCLED["moe"], router=router))

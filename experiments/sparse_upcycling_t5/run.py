@@ -38,7 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "preset": preset(),
     "renormalised": preset(normalize=True),
-    "scratch": {**preset(), "from_scratch": True},
 }
 
 
@@ -77,8 +76,7 @@ def table(variant: str | None, seed: int, steps: int, options: argparse.Namespac
     out |= {"source": str(options.runs / "dense-base"), "out": str(options.runs / f"{variant}-{seed}")}
     out["train"] |= {"steps": steps, "eval_every": max(1, steps // 4)}
     out["schedule"]["decay"] = steps // 4
-    if variant != "scratch":
-        out["schedule"]["start_step"] = begun
+    out["schedule"]["start_step"] = begun
     return out
 
 
@@ -141,7 +139,7 @@ def main() -> None:
     ]
     runs = common.gather(
         HERE / "results.json",
-        [(v, seed) for seed in range(options.seeds) for v in VARIANTS],
+        [(v, seed) for v in VARIANTS for seed in range(options.seeds)],
         lambda variant, seed: go(variant, seed, steps[variant], options),
         list(VARIANTS),
         options.jobs,

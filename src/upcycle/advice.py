@@ -20,6 +20,11 @@ def warnings(built: Blueprint) -> list[str]:
             "the first block is among those that become MoE, which was found to train badly (Sparse "
             "Upcycling, B.4); leave it dense, as every_other and last_half do"
         )
+    if moe.pooling == "mean":
+        out.append(
+            "the head sees the mean of the patches and not the class token it was trained on: the function "
+            "is not kept, and the head has to learn anew"
+        )
     if router.name == "top_k" and moe.top_k == 1 and router.normalize:
         out.append(
             "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "

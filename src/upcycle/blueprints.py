@@ -120,6 +120,7 @@ class Blueprint:
         """Whether the MoE computes what the dense model computes, up to rounding."""
         return (
             bool(self.sites)
+            and self.recipe.moe.pooling == "class_token"
             and all(self._preserves(site) for site in self.sites)
             and (self._wide or self.native.upcycled or self.dense.family.exact_when_narrow)
         )
@@ -197,7 +198,14 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
         return deeper.target(dense)
     if target == upcycled.TARGET:
         for stack in dense.stacks:
-            upcycled.refuse_look_ahead(stack, recipe.at(stack.name))
+            part = recipe.at(stack.name)
+            upcycled.refuse_look_ahead(stack, part)
+            part.router.check(part.moe.num_experts, part.moe.top_k, family.length(dense.config))
+        if recipe.moe.pooling == "mean" and not family.class_tokens:
+            raise UpcycleError(
+                f"moe.pooling = mean is for heads on a class token, in vit and deit; {family.model_type} "
+                f"has none"
+            )
         if recipe.decoder is not None and len(dense.stacks) == 1:
             raise UpcycleError(
                 f"[decoder] is for encoder-decoders; {family.model_type} has one stack of blocks"
@@ -220,6 +228,8 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
             f"moe.target = {upcycled.TARGET} takes it"
         )
     native = natives.find(name)
+    if recipe.moe.pooling != "class_token":
+        raise UpcycleError(f"moe.pooling is for moe.target = {upcycled.TARGET}; {name} has no images")
     if recipe.decoder is not None:
         raise UpcycleError(f"[decoder] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks")
     if own := recipe.router.beyond_native():
@@ -304,7 +314,10 @@ def _config(
             if mine:
                 network = dense.feed_forward(mine[0].layer, stack.name)
                 entries.append(upcycled.entry(stack, mine, recipe.at(stack.name), network, shared_width))
-        return upcycled.config(dense.checkpoint.config, dense.family.model_type, dense.architecture, entries)
+        pooled = dense.family.class_tokens if recipe.moe.pooling == "mean" else 0
+        return upcycled.config(
+            dense.checkpoint.config, dense.family.model_type, dense.architecture, entries, pooled
+        )
     config = native.config(
         dense.family.native_config(dense.config, native.model_type),
         num_experts=recipe.moe.num_experts,

@@ -40,6 +40,7 @@ class Moe:
     target: str = "native"
     granularity: int = 1
     shared_experts: int = 0
+    pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT sees
     depth: int = 2  # how often each block stands, for the target depth_tiled
 
     def __post_init__(self) -> None:
@@ -111,8 +112,8 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-        """The recipe in the TOML file `path`, with `KEY=VALUE` overrides."""
-        return cls.of(override(read_toml(Path(path)), overrides))
+        """The recipe in the TOML file `path`, a recipe or a run file, with `KEY=VALUE` overrides."""
+        return cls.of(override(of_run_file(read_toml(Path(path))), overrides))
 
     def at(self, stack: str) -> Recipe:
         """The recipe for one stack of blocks."""

@@ -128,14 +128,19 @@ def entry(
 
 
 def config(
-    raw: Mapping[str, Any], model_type: str, architecture: str, entries: list[dict[str, Any]]
+    raw: Mapping[str, Any], model_type: str, architecture: str, entries: list[dict[str, Any]], pooled: int
 ) -> Config:
-    """config.json of the upcycled model: the dense one's and what its MoE layers are."""
+    """config.json of the upcycled model: the dense one's and what its MoE layers are.
+
+    `pooled` is the number of tokens before the patches where their mean takes the place of the class token.
+    """
+    pooling = {"mean_pooling_after": pooled} if pooled else {}
     return {
         **raw,
         "architectures": [CLASS_PREFIX + architecture],
         "model_type": PREFIX + model_type,
         "moe": entries,
+        **pooling,
     }
 
 
@@ -148,7 +153,7 @@ def dense_type(config: Mapping[str, Any]) -> str | None:
 
 def dense_config(config: Mapping[str, Any]) -> Config:
     """The config of the dense model in that of the upcycled one."""
-    out = {k: v for k, v in config.items() if k != "moe"}
+    out = {k: v for k, v in config.items() if k not in ("moe", "mean_pooling_after")}
     named = [str(name).removeprefix(CLASS_PREFIX) for name in out.get("architectures") or ()]
     return {**out, "model_type": dense_type(config), "architectures": named}
 

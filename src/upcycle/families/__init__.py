@@ -81,6 +81,7 @@ class Family(abc.ABC):
     summary: str
     natives: tuple[str, ...]  # native MoE model types, the default first
     defaults: Mapping[str, Any]  # what transformers assumes where config.json is silent
+    class_tokens = 0  # tokens before the patches of an image, the first of which a head looks at
     centred_norms = False  # whether norms multiply by 1 + w
     exact_when_narrow = True  # whether the backbone keeps its bits in bfloat16 and float16
     block_paths: tuple[str, ...] = ("layers.*",)  # of the blocks in memory, below the base model

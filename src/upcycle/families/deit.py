@@ -9,6 +9,7 @@ class DeiT(VisionTransformer):
     model_type = "deit"
     architectures = ("DeiTModel", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
     prefix = "deit"
+    class_tokens = 2
     summary = "DeiT, with or without its teacher's head"
     defaults = DEFAULTS
     tokens = ("cls_token", "distillation_token")

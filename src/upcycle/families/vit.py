@@ -7,6 +7,7 @@ class ViT(VisionTransformer):
     model_type = "vit"
     architectures = ("ViTModel", "ViTForImageClassification")
     prefix = "vit"
+    class_tokens = 1
     summary = "Vision Transformer"
     defaults = DEFAULTS
 

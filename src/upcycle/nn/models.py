@@ -57,6 +57,8 @@ class UpcycledModel:
             # closure, so that a copy of the model tells its own layers.
             stack = base.get_submodule(shape.stack) if shape.stack in ("encoder", "decoder") else base
             stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
+        if after := getattr(config, "mean_pooling_after", 0):
+            base.register_forward_hook(functools.partial(_pool, after))
 
 
 def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,6 +68,15 @@ def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kw
     padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
     for layer in layers:
         layer.padding = padding
+
+
+def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Global average pooling: the mean of the patches where a head looks for the class token (Sparse
+    Upcycling's vision models have no other)."""
+    states = output.last_hidden_state
+    mean = states[:, after:].mean(1, keepdim=True)
+    output.last_hidden_state = torch.cat([mean, states[:, 1:]], dim=1)
+    return output
 
 
 @functools.cache

@@ -62,6 +62,19 @@ class Router(abc.ABC):
         """Whether no token's output depends on later tokens."""
         return not self.looks_ahead
 
+    def share(self, num_experts: int, top_k: int) -> float | None:
+        """The part of a group that an expert has places for; None: all of it."""
+        return None
+
+    def check(self, num_experts: int, top_k: int, length: int) -> None:
+        """Raise where an expert has no place in a group of `length` tokens."""
+        share, group = self.share(num_experts, top_k), self.group or length
+        if share is not None and round(group * share, 9) <= 0.5:
+            raise UpcycleError(
+                f"router.capacity_factor is too small: an expert's part of {group} tokens is "
+                f"{group * share:.2g}, less than one; raise it, or take fewer experts"
+            )
+
     def rows(self, num_experts: int) -> int:
         """Rows of the weight, one for each expert or slot."""
         return num_experts

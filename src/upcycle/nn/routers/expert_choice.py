@@ -35,8 +35,11 @@ class ExpertChoice(Router):
         if not 0 < self.capacity_factor < float("inf"):
             raise UpcycleError(f"router.capacity_factor = {self.capacity_factor}; it must be above 0")
 
+    def share(self, num_experts: int, top_k: int) -> float:
+        return self.capacity_factor / num_experts
+
     def gate_sum(self, num_experts: int, top_k: int) -> float:
-        return 1.0 if self.normalize else min(1.0, self.capacity_factor / num_experts)
+        return 1.0 if self.normalize else min(1.0, self.share(num_experts, top_k))
 
     def sums_to_one(self, num_experts: int, top_k: int) -> bool:
         return self.normalize or self.reaches_all(num_experts, top_k)
@@ -45,7 +48,7 @@ class ExpertChoice(Router):
         return self.capacity_factor >= num_experts
 
     def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
-        return num_experts * capacity(length, self.capacity_factor / num_experts, self.rounding) / length
+        return num_experts * capacity(length, self.share(num_experts, top_k), self.rounding) / length
 
     def route(
         self,
@@ -69,7 +72,7 @@ class ExpertChoice(Router):
         scores = probabilities.transpose(1, 2)  # [G, E, N]
         if padding is not None:
             scores = scores.masked_fill(padding[:, None], -1.0)
-        room = places(length, padding, self.capacity_factor / num_experts, self.rounding)
+        room = places(length, padding, self.share(num_experts, top_k), self.rounding)
         weights, token = scores.topk(max(room), dim=-1)  # [G, E, C]
         flat = token + length * torch.arange(groups, device=token.device)[:, None, None]
         expert = torch.arange(num_experts, device=token.device)[:, None].expand_as(token)

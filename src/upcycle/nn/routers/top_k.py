@@ -57,15 +57,16 @@ class TopK(Router):
         return self.normalize or top_k == num_experts
 
     def reaches_all(self, num_experts: int, top_k: int) -> bool:
-        return self.capacity_factor is None or self._share(num_experts, top_k) >= 1
+        share = self.share(num_experts, top_k)
+        return share is None or share >= 1
 
     def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
-        if self.capacity_factor is None:
-            return float(top_k)
-        return min(float(top_k), num_experts * self._share(num_experts, top_k))
+        share = self.share(num_experts, top_k)
+        return float(top_k) if share is None else min(float(top_k), num_experts * share)
 
-    def _share(self, num_experts: int, top_k: int) -> float:
-        assert self.capacity_factor is not None
+    def share(self, num_experts: int, top_k: int) -> float | None:
+        if self.capacity_factor is None:
+            return None
         chosen = 1 if self.rounding == "flaxformer" else top_k
         return chosen * self.capacity_factor / num_experts
 
@@ -101,11 +102,11 @@ class TopK(Router):
         losses = {"importance": _importance(clean.softmax(-1), real)}
         if noise:
             losses["load"] = _load(clean, logits, top_k, noise, real)
-        if self.capacity_factor is None:
+        if (share := self.share(num_experts, top_k)) is None:
             dispatch: Dispatch = Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1))
             left = counts.new_zeros(())
         else:
-            room = places(hidden.shape[1], padding, self._share(num_experts, top_k), self.rounding)
+            room = places(hidden.shape[1], padding, share, self.rounding)
             kept = _keep(
                 index, sureness if self.batch_priority else None, real, num_experts, room, causal=causal
             )
