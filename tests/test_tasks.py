@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -82,6 +84,13 @@ def data(tmp_path_factory) -> Path:
             **SMALL, image_size=8, patch_size=2, id2label=names, label2id={v: k for k, v in names.items()}
         )
     ).save_pretrained(folder / "vit")
+    Dinov2ForImageClassification(
+        Dinov2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=8,
+            patch_size=2,
+            id2label=names, label2id={v: k for k, v in names.items()},
+        )
+    ).save_pretrained(folder / "dinov2")  # fmt: skip
     for name in ("t5", "bert", "classifier"):
         make_tokenizer(folder / name)
     size = len(SPECIAL) + len(WORDS) + 1
@@ -101,7 +110,13 @@ T5 = {**CHOICE, "decoder": {"router": {"name": "top_k", "capacity_factor": 2.0, 
 
 def table(kind: str, folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """A run file for one of the dense models."""
-    source = {"vit": "images", "t5": "text.txt", "bert": "text.txt", "classifier": "labelled.jsonl"}[kind]
+    source = {
+        "vit": "images",
+        "dinov2": "images",
+        "t5": "text.txt",
+        "bert": "text.txt",
+        "classifier": "labelled.jsonl",
+    }[kind]
     made: dict[str, Any] = {
         "source": str(folder / kind),
         "out": str(out),
@@ -119,6 +134,12 @@ CASES = {
     "vit": ("vit", {}, "image_classification"),
     "vit, expert choice": ("vit", CHOICE, "image_classification"),
     "vit, soft": ("vit", {**UPCYCLED, "router": {"name": "soft", "slots": 4}}, "image_classification"),
+    "vit, sigmoid": (
+        "vit",
+        {**UPCYCLED, "router": {"name": "sigmoid", "bias_update_rate": 0.01}},
+        "image_classification",
+    ),
+    "dinov2": ("dinov2", {}, "image_classification"),  # whose mask token no gradient reaches
     "t5": ("t5", {}, "span_corruption"),
     "t5, both routers": ("t5", T5, "span_corruption"),
     "bert": ("bert", {}, "masked_lm"),
@@ -383,3 +404,69 @@ def test_a_capacity_below_one_token(data):
     for router in ({"name": "expert_choice", "capacity_factor": 0.1}, {"capacity_factor": 0.01}):
         with pytest.raises(UpcycleError, match="capacity_factor is too small: an expert's part of 17 tokens"):
             upcycle.blueprint(data / "vit", Recipe.of(moe=UPCYCLED["moe"], router=router))
+
+
+def test_the_normalisation_is_that_of_the_checkpoint(data, tmp_path):
+    """preprocessor_config.json says it, comes along, and a run file may say otherwise."""
+    source = tmp_path / "vit"
+    shutil.copytree(data / "vit", source)
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (source / "preprocessor_config.json").write_text(json.dumps(said))
+    upcycle.convert(source, tmp_path / "moe", Recipe.of(moe=UPCYCLED["moe"]))
+    for folder in (source, tmp_path / "moe"):
+        subject = Subject(folder=folder, config=json.loads((folder / "config.json").read_text()))
+        batch = {"pixels": torch.full((1, 8, 8, 3), 255, dtype=torch.uint8), "labels": torch.zeros(1).long()}
+        found = tasks.of("ViTForImageClassification").question(batch, subject, training=False)
+        wanted = (1 - torch.tensor(said["image_mean"])) / torch.tensor(said["image_std"])
+        assert torch.allclose(found.inputs["pixel_values"][0, :, 0, 0], wanted)
+        own = tasks.read({"name": "image_classification", "augment": {"mean": [0], "std": [1]}})
+        assert own.question(batch, subject, training=False).inputs["pixel_values"].max() == 1
+
+
+def test_a_shared_expert_in_one_stack(data):
+    """Each stack has its own: halves where there is one, whole experts where there is none."""
+    moe = UPCYCLED["moe"]
+    for encoder, decoder in ((0, 1), (1, 0)):
+        recipe = Recipe.of(
+            moe={**moe, "shared_experts": encoder}, decoder={"moe": {"shared_experts": decoder}}
+        )
+        assert upcycle.blueprint(data / "t5", recipe).preserves_function
+        model, dense = upcycle.load(data / "t5", recipe).eval(), upcycle.open(data / "t5").eval()
+        shared = {s.stack: s.shared_size for s in model.config.shapes}
+        assert shared == {"encoder": 48 * encoder, "decoder": 48 * decoder}
+        ids = torch.arange(6, 18)[None]
+        with torch.inference_mode():
+            a, b = (m(input_ids=ids, decoder_input_ids=ids[:, :5]).logits for m in (model, dense))
+        assert float((a - b).abs().max() / b.abs().max()) < 1e-5
+    for key, value in (("target", "upcycled"), ("pooling", "mean"), ("depth", 3)):
+        with pytest.raises(UpcycleError, match=f"decoder.moe.{key}: a model has one"):
+            Recipe.of(moe=moe, decoder={"moe": {key: value}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "message"),
+    [
+        ("classifier", {"text": "text.txt"}, "classifies texts; score it in a run"),
+        ("bert", {"images": "images", "shots": "images"}, "reads no images"),
+        ("vit", {"text": "text.txt"}, "reads images and no text"),
+        ("bert", {"images": "images"}, "does not classify images"),
+        ("bert", {"text": "text.txt", "length": 65}, "the model has 64 positions"),
+        ("vit", {"images": "images", "limit": -1}, "--limit -1"),
+        ("vit", {}, "give either --text FILE or --images SET"),
+        ("vit", {"shots": "images", "text": "text.txt"}, "give both"),
+        ("nowhere", {"text": "text.txt"}, "no config.json"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_what_to_score(kind, asked, message, data):
+    paths = {k: data / v if isinstance(v, str) else v for k, v in asked.items()}
+    with pytest.raises(UpcycleError, match=message):
+        evaluate(data / kind, Asked(**paths))
+
+
+def test_examples_are_all_scored(data, tmp_path):
+    changes = {"train": {"steps": 1, "eval_every": 1, "eval_examples": None, "sequence_length": 1024}}
+    made = table("vit", data, tmp_path / "run", **changes)
+    del made["train"]["eval_examples"]
+    train(Run.of(made))
+    shares = read(tmp_path / "run")[0]["held_out_accuracy"] * 12  # a quarter of 48
+    assert shares == pytest.approx(round(shares))

@@ -42,7 +42,9 @@ def warnings(built: Blueprint) -> list[str]:
             "a cache, which sees one token at a time, drops none and differs from training"
         )
     for part in _parts(built):
-        if not part.router.reaches_all(part.moe.num_experts, part.moe.top_k):
+        if part.router.name == "soft":
+            out.append("a slot of soft mixes tokens: the function is not kept")
+        elif not part.router.reaches_all(part.moe.num_experts, part.moe.top_k):
             out.append(
                 f"{part.router.name} with this capacity leaves some tokens without an expert: the layer adds "
                 f"nothing to them, and the function is not kept"
@@ -87,10 +89,10 @@ def _not_renormalised(part: Recipe) -> str | None:
     if not part.router.rescale:
         return (
             f"the router's weights are not renormalised and experts are not rescaled: a layer starts "
-            f"with about 1 / {factor:g} of the dense network's output"
+            f"with a fraction of the dense network's output, 1 / {factor:g} or somewhat more"
         )
     return (
-        f"the router's weights are not renormalised: experts are scaled by N / K = {factor:g} and the "
+        f"the router's weights are not renormalised: experts are scaled by {factor:g} and the "
         f"function is kept only as far as the router is uniform (std {part.router.std:g})"
     )
 

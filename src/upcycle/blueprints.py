@@ -262,6 +262,7 @@ def _tensors(
         part = recipe.at(stack.name)
         if native.upcycled and recipe.decoder is not None:
             native = upcycled.target(family.model_type, models[0].architecture, part)
+            shared_width = moe_layer.shared_width(part, native, config)
         for layer in range(stack.count):
             if (stack.name, layer) in chosen:
                 networks = [m.feed_forward(layer, stack.name) for m in models]
@@ -313,7 +314,9 @@ def _config(
             mine = [site for site in sites if site.stack == stack.name]
             if mine:
                 network = dense.feed_forward(mine[0].layer, stack.name)
-                entries.append(upcycled.entry(stack, mine, recipe.at(stack.name), network, shared_width))
+                part = recipe.at(stack.name)
+                width = moe_layer.shared_width(part, native, dense.config)
+                entries.append(upcycled.entry(stack, mine, part, network, width))
         pooled = dense.family.class_tokens if recipe.moe.pooling == "mean" else 0
         return upcycled.config(
             dense.checkpoint.config, dense.family.model_type, dense.architecture, entries, pooled

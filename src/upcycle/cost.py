@@ -133,15 +133,18 @@ class Idle:
     in_products: int
 
 
-def idle_weights(built: Blueprint, stack: str | None = None) -> Idle:
-    """Weights of the experts that a token does not use, in all layers (of one stack) together."""
-    length = built.dense.family.length(built.dense.config)
+def idle_weights(built: Blueprint, stack: str | None = None, length: int | None = None) -> Idle:
+    """Weights of the experts that a token does not use, in all layers (of one stack) together, in rows of
+    `length` tokens."""
+    row = length or built.dense.family.length(built.dense.config)
     parameters, products = 0.0, 0.0
     for site in built.sites:
         if stack not in (None, site.stack):
             continue
         router = built.recipe.at(site.stack).router
-        unused = site.num_experts - router.experts_per_token(site.num_experts, site.top_k, length)
+        unused = site.num_experts - router.experts_per_token(
+            site.num_experts, site.top_k, router.group or row
+        )
         network = built.dense.feed_forward(site.layer, site.stack)
         matrices = len(network.matrices()) * network.hidden * site.width
         biases = dict.fromkeys(network.biases(), site.width) | {"down_bias": network.hidden}
@@ -168,8 +171,8 @@ def flops_per_row(dense: Dense, built: Blueprint | None, lengths: Mapping[str, i
     for stack in stacks:
         products = _in_products({n: s for n, s in shapes.items() if family.stack_of(n) == stack.name})
         products += _tied_head(dense) if stack.name == last else 0
-        products -= idle_weights(built, stack.name).in_products if built else 0
         length, width = lengths[stack.name], c["num_attention_heads"] * c["head_dim"]
+        products -= idle_weights(built, stack.name, length).in_products if built else 0
         scores = stack.count * 4 * width * length * length
         total += 2 * products * length + (scores // 2 if stack.causal else scores)
         if stack.name == "decoder":

@@ -14,7 +14,8 @@ from upcycle.errors import UpcycleError
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 CARRIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "*.tiktoken", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "*.tiktoken", "chat_template*", "generation_config.json", "preprocessor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 

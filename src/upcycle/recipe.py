@@ -96,11 +96,14 @@ class Recipe:
         }
         if "decoder" in data:
             other = dict(_table(data.pop("decoder"), "decoder"))
-            moe = {**_table(data.get("moe", {}), "moe"), **_table(other.pop("moe", {}), "decoder.moe")}
+            own = _table(other.pop("moe", {}), "decoder.moe")
+            if of_all := [key for key in ("target", "pooling", "depth") if key in own]:
+                raise UpcycleError(f"decoder.moe.{of_all[0]}: a model has one; set moe.{of_all[0]}")
+            moe = {**_table(data.get("moe", {}), "moe"), **own}
             changed = _table(other.pop("router", {}), "decoder.router")
             if changed.get("name", router.get("name", "top_k")) != router.get("name", "top_k"):
                 # The other keys belonged to the router that is replaced, but for those that all have.
-                shared = {f.name for f in dataclasses.fields(routers.Router)}
+                shared = {f.name for f in dataclasses.fields(routers.Router)} - {"group"}
                 router = {k: v for k, v in router.items() if k in shared}
             if other:
                 raise UpcycleError(f"unknown key decoder.{next(iter(other))}; Known: moe, router")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle import families, upcycled
+from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 
 
@@ -46,6 +47,12 @@ class Subject:
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return int(self.settings["vocab_size"])
+
+    def image_statistics(self, name: str) -> tuple[float, ...]:
+        """`image_mean` or `image_std` of preprocessor_config.json; none where it does not say."""
+        path = self.folder / "preprocessor_config.json"
+        found = read_json(path, "").get(name) if path.is_file() else None
+        return tuple(map(float, found)) if isinstance(found, list) else ()
 
     @property
     def num_labels(self) -> int:

@@ -29,6 +29,7 @@ from upcycle.training.images import ImageSet
 from upcycle.training.run import Run
 from upcycle.training.tasks._tokens import TokenFeed
 from upcycle.training.tasks.image_classification import ImageClassification
+from upcycle.training.tasks.text_classification import TextClassification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Asked:
             raise UpcycleError("give either --text FILE or --images SET to evaluate on")
         if self.shots is not None and self.images is None:
             raise UpcycleError("--few-shot SET is fitted on that set and tested on --images SET; give both")
+        if self.limit < 0:
+            raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
         for name in ("per_class", "length", "batch_size"):
             if getattr(self, name) < 1:
                 raise UpcycleError(f"--{name.replace('_', '-')} {getattr(self, name)}; it must be 1 or more")
@@ -62,6 +65,10 @@ def evaluate(folder: str | Path, asked: Asked) -> dict[str, Any]:
     task = None if asked.shots else tasks.of(subject.architecture)
     if asked.images and isinstance(task, ImageClassification) is (asked.shots is not None):
         raise UpcycleError(f"{subject.architecture} does not classify images; give --text, or --few-shot")
+    if asked.shots and "image_size" not in subject.settings:
+        raise UpcycleError(f"{subject.architecture} reads no images; --few-shot is for models that do")
+    if asked.text and isinstance(task, TextClassification):
+        raise UpcycleError(f"{subject.architecture} classifies texts; score it in a run, with task.test")
     if asked.text and isinstance(task, ImageClassification):
         raise UpcycleError(f"{subject.architecture} reads images and no text; give --images")
     with quiet():
@@ -86,7 +93,8 @@ def _few_shot(model: PreTrainedModel, subject: Subject, asked: Asked, cache: Pat
     made, labels = [], []
     for images in sets:
         chosen = _chosen(images, asked.limit)
-        made.append(features(model, images, chosen, task.augment, batch_size=asked.batch_size))
+        augment = task.augmentation(subject)
+        made.append(features(model, images, chosen, augment, batch_size=asked.batch_size))
         labels.append(images.labels[chosen])
     found = few_shot(
         made[0], labels[0], made[1], labels[1],

@@ -40,6 +40,10 @@ class Bert(Encoder):
     def config(self, raw: Mapping[str, Any]) -> Config:
         if raw.get("is_decoder") or raw.get("add_cross_attention"):
             raise UpcycleError("this bert checkpoint is a decoder (is_decoder); upcycle takes the encoder")
+        if raw.get("chunk_size_feed_forward"):
+            raise UpcycleError(
+                "config.json: chunk_size_feed_forward cuts rows that routers want whole; set it to 0"
+            )
         return super().config(raw)
 
     def body(self, config: Config) -> Shapes:

@@ -6,6 +6,8 @@ the experts implementations of transformers (grouped matrix products by default)
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -72,8 +74,18 @@ class Experts(nn.Module):
         """Rows [M, H] through their experts `index` [M, K], summed with `weights` [M, K]: [M, H]."""
         implementation = getattr(self.config, "_experts_implementation", None) or "eager"
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, Experts.loop)
-        out: Tensor = run(self, hidden, index, weights)
+        out: Tensor = run(self._cast(hidden), hidden, index, weights)
         return out
+
+    def _cast(self, hidden: Tensor) -> Experts:
+        """The experts in the type of autocast, which grouped products do not follow by themselves."""
+        kind = hidden.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self
+        view = copy.copy(self)
+        dtype = torch.get_autocast_dtype(kind)
+        view._parameters = {name: None if p is None else p.to(dtype) for name, p in self._parameters.items()}  # type: ignore[misc]
+        return view
 
     def loop(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The reference: one expert after another. An index of E or more is no expert of this rank."""

@@ -24,7 +24,8 @@ class Router(nn.Module):
         self.settings, self.shape = settings, shape
         self.weight = nn.Parameter(torch.empty(settings.rows(shape.num_experts), shape.hidden_size))
         for name, (size, value) in settings.extra(shape.num_experts).items():
-            self.register_parameter(name, nn.Parameter(torch.full(size, value)))
+            trained = name not in settings.untrained
+            self.register_parameter(name, nn.Parameter(torch.full(size, value), requires_grad=trained))
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Routing:
         """Route groups of tokens [G, N, H]; `padding` [G, N] is True where there is none."""

@@ -32,8 +32,8 @@ class Augment:
     cutmix: float = 0.0  # alpha; where mixup is on as well, each batch takes one of the two
     erasing: float = 0.0  # probability that a rectangle becomes the mean colour
     label_smoothing: float = 0.0
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of a channel; equal ones serve any number of channels
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = ()  # of a channel; none: those of preprocessor_config.json, or 0.5
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("flip", "erasing", "resized_crop"):
@@ -54,9 +54,9 @@ class Augment:
         if not 0 <= self.label_smoothing < 1:
             raise UpcycleError(f"augment.label_smoothing = {self.label_smoothing}; it must be in [0, 1)")
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if not values or not all(map(math.isfinite, values)):
+            if not all(map(math.isfinite, values)):
                 raise UpcycleError(f"augment.{name} = {list(values)}; it must be a number a channel")
-        if min(self.std) <= 0:
+        if self.std and min(self.std) <= 0:
             raise UpcycleError(f"augment.std = {list(self.std)}; it must be above 0")
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Augment:
         return (images - self._of(images, "mean")) / self._of(images, "std")
 
     def _of(self, images: Tensor, name: str) -> Tensor:
-        values: tuple[float, ...] = getattr(self, name)
+        values: tuple[float, ...] = getattr(self, name) or (0.5,)
         if len(set(values)) == 1:
             values = values[:1]
         if len(values) not in (1, images.shape[1]):

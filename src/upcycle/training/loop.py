@@ -88,7 +88,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
 def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: list[int]) -> Result:
     run, here, begun = trainee.run, trainee.ranks, trainee.start
     total = run.train.total_steps
-    held_out = _held_out(run, feed, here.device)
+    held_out = _held_out(run, trainee.task, feed, here.device)
     share = run.train.rows // here.dp_size
     part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
     log = Metrics(out, run.log, total, state["step"], run.as_table()) if here.first else None
@@ -296,11 +296,12 @@ def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:
     return {name: torch.from_numpy(np.ascontiguousarray(a)).to(device) for name, a in batch.items()}
 
 
-def _held_out(run: Run, feed: Feed, device: torch.device) -> Batch | None:
-    """The rows that losses are compared on."""
+def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch | None:
+    """The rows that losses are compared on: of examples all, unless the run asks for fewer."""
     if not run.train.eval_every:
         return None
-    batch = feed.held_out(run.train.eval_rows)
+    everything = task.by_example and run.train.eval_examples is None
+    batch = feed.held_out(None if everything else run.train.eval_rows)
     return _on(device, batch) if len(next(iter(batch.values()))) else None
 
 

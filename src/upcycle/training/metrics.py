@@ -83,7 +83,8 @@ class Metrics:
             self._watch(done, layer)
         flat = {k: v for k, v in record.items() if isinstance(v, (int, float))}
         for layer in record.get("layers", ()):
-            flat |= {f"layer_{layer['layer']}/{k}": v for k, v in layer.items() if isinstance(v, float)}
+            place = "_".join(filter(None, [layer.get("stack"), f"layer_{layer['layer']}"]))
+            flat |= {f"{place}/{k}": v for k, v in layer.items() if isinstance(v, float)}
         for sink in self.sinks:
             sink.log(flat, step=done)
 

@@ -36,6 +36,16 @@ def make(model: nn.Module, train: Train) -> torch.optim.AdamW:
     )
 
 
+def fill(adam: torch.optim.Optimizer) -> None:
+    """Give a state to parameters that no gradient has reached yet (a mask token that is not used), as to the
+    others: a checkpoint has one for every parameter."""
+    for group in adam.param_groups:
+        for p in group["params"]:
+            if not adam.state[p]:
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+
+
 def _kind(tensor: Tensor) -> Any:
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 

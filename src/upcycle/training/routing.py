@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.nn.moe import Router
@@ -220,7 +221,10 @@ def update_biases(biases: list[Tensor], tallies: list[Tally], rate: float) -> No
     (Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, algorithm 1)."""
     for bias, tally in zip(biases, tallies, strict=True):
         load = tally.counts.float()
-        bias += (rate * torch.sign(load.mean() - load)).view_as(bias).to(bias.dtype)
+        step = (rate * torch.sign(load.mean() - load)).view(bias.shape).to(bias.dtype)
+        if isinstance(bias, DTensor):
+            step = distribute_tensor(step, bias.device_mesh, bias.placements)
+        bias += step
 
 
 def health(tally: Tally) -> dict[str, Any]:

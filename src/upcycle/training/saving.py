@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map
 
 from upcycle.errors import UpcycleError
+from upcycle.training.optimizer import fill
 from upcycle.training.parallel import Ranks
 
 # Names instead of positions: another topology makes other groups of parameters.
@@ -81,6 +82,7 @@ def save(
     reason = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        fill(optimizer)
         tensors = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=_BY_NAME),

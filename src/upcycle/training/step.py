@@ -145,13 +145,13 @@ def _count_ahead(trainee: Trainee, questions: Sequence[Question], step: int) -> 
     """The tallies of the global batch from a forward pass of its own."""
     routers = trainee.routers
     assert routers is not None
-    state = torch.get_rng_state()
     total: Tensor | None = None
-    for place, question in enumerate(questions):
-        with _recorded(trainee, step, place):
-            trainee.logits(question, **trainee.task.counting)
-        total = routers.tallies() if total is None else total + routers.tallies()
-    torch.set_rng_state(state)
+    device = trainee.ranks.device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        for place, question in enumerate(questions):
+            with _recorded(trainee, step, place):
+                trainee.logits(question, **trainee.task.counting)
+            total = routers.tallies() if total is None else total + routers.tallies()
     assert total is not None
     return trainee.ranks.sum(total)
 

@@ -39,6 +39,7 @@ class Router(abc.ABC):
     needs: ClassVar[str] = "moe.target = upcycled"
     looks_ahead: ClassVar[str] = ""  # why a token's output depends on later ones, where it does
     balanced: ClassVar[bool] = False
+    untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that no gradient reaches
 
     init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
     std: float = 0.02

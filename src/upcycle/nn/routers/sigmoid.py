@@ -23,6 +23,7 @@ class Sigmoid(Router):
     moves the bias, which has no gradient.
     """
 
+    untrained = (BIAS,)
     summary = "sigmoid scores, a balancing bias without a loss"
 
     def extra(self, num_experts: int) -> dict[str, tuple[tuple[int, ...], float]]:

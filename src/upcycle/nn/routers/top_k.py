@@ -110,6 +110,9 @@ class TopK(Router):
             kept = _keep(
                 index, sureness if self.batch_priority else None, real, num_experts, room, causal=causal
             )
+            if self.normalize:  # after routing: what lost its place leaves its weight to the others
+                sums = (weights * kept).sum(-1, keepdim=True)
+                weights = weights / sums.masked_fill(sums == 0, 1.0)
             group, token, choice = kept.nonzero(as_tuple=True)
             flat = group * hidden.shape[1] + token
             picked = (group, token, choice)

@@ -60,6 +60,7 @@ class Task(abc.ABC):
 
     summary: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]  # how the names of the classes that can do it end
+    by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
     counting: ClassVar[Mapping[str, Any]] = {}  # what spares work where only routers are watched
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upcycle import rng
+from upcycle.errors import UpcycleError
 from upcycle.training import corpus
 from upcycle.training.batches import Batches
 
@@ -22,6 +23,15 @@ Make = Callable[[np.ndarray, Sequence[rng.Key]], dict[str, np.ndarray]]
 def tokenizer_of(run: Run, subject: Subject) -> Any:
     """The tokenizer of a run."""
     return corpus.tokenizer(run.data, subject.folder)
+
+
+def refuse_beyond_positions(run: Run, subject: Subject) -> None:
+    """Refuse rows longer than the positions that a model has learned."""
+    most, length = subject.settings.get("max_position_embeddings"), run.train.sequence_length
+    if most is not None and length > most:
+        raise UpcycleError(
+            f"train.sequence_length = {length} and the model has {most} positions; shorten the rows"
+        )
 
 
 class TokenFeed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ class ImageClassification(Task):
     `[task.augment]` has the augmentation; sizes and channels are the model's.
     """
 
+    by_example = True
     summary = "the class of an image"
     heads = ("ForImageClassification", "ForImageClassificationWithTeacher")
 
@@ -67,11 +68,18 @@ class ImageClassification(Task):
             )
         return found
 
+    def augmentation(self, subject: Subject) -> Augment:
+        """The augmentation, with the mean and the deviation that the model was made with."""
+        mean = self.augment.mean or subject.image_statistics("image_mean")
+        std = self.augment.std or subject.image_statistics("image_std")
+        return replace(self.augment, mean=mean, std=std)
+
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
-        images, labels = self.augment.pixels(batch["pixels"]), batch["labels"]
+        augment = self.augmentation(subject)
+        images, labels = augment.pixels(batch["pixels"]), batch["labels"]
         if not training:
-            return Question({"pixel_values": self.augment.evaluate(images)}, labels)
-        images, soft = self.augment.train(images, labels, subject.num_labels)
+            return Question({"pixel_values": augment.evaluate(images)}, labels)
+        images, soft = augment.train(images, labels, subject.num_labels)
         return Question({"pixel_values": images}, soft)
 
     def targets(self, batch: Batch) -> int:

@@ -13,7 +13,7 @@ from upcycle import rng
 from upcycle.errors import UpcycleError
 from upcycle.training.corruption import mask_tokens
 from upcycle.training.tasks import IGNORED, Batch, Feed, Question, Task
-from upcycle.training.tasks._tokens import TokenFeed, tokenizer_of
+from upcycle.training.tasks._tokens import TokenFeed, refuse_beyond_positions, tokenizer_of
 
 if TYPE_CHECKING:
     from upcycle.subject import Subject
@@ -36,6 +36,7 @@ class MaskedLM(Task):
             raise UpcycleError(f"task.probability = {self.probability}; it must be between 0 and 1")
 
     def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
+        refuse_beyond_positions(run, subject)
         tokenizer = tokenizer_of(run, subject)
         if tokenizer.mask_token_id is None:
             raise UpcycleError("masked language modelling wants a tokenizer with a mask; set data.tokenizer")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from upcycle.errors import UpcycleError
 from upcycle.training.examples import Examples
 from upcycle.training.tasks import Batch, Feed, Question, Task
-from upcycle.training.tasks._tokens import tokenizer_of
+from upcycle.training.tasks._tokens import refuse_beyond_positions, tokenizer_of
 from upcycle.training.texts import TextSet
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class TextClassification(Task):
     `data.held_out` of the texts are.
     """
 
+    by_example = True
     summary = "the class of a text or a pair of texts"
     heads = ("ForSequenceClassification",)
 
@@ -46,6 +47,7 @@ class TextClassification(Task):
         return Examples(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
 
     def _texts(self, path: str, run: Run, subject: Subject) -> TextSet:
+        refuse_beyond_positions(run, subject)
         tokenizer = tokenizer_of(run, subject)
         if tokenizer.pad_token_id is None:
             raise UpcycleError("text classification wants a tokenizer with a pad token; set data.tokenizer")
