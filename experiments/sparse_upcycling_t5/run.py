@@ -25,19 +25,16 @@ PRESET = HERE.parent.parent / "recipes" / "sparse_upcycling_t5.toml"
 VOCABULARY, SENTINELS = 512, 16
 
 
-def preset(**router: Any) -> dict[str, Any]:
-    """The paper's recipe at 8 experts, with changes to the routers of both stacks."""
+def preset() -> dict[str, Any]:
+    """The paper's recipe at 8 experts."""
     table = {k: v for k, v in read_toml(PRESET).items() if k in ("moe", "init", "router", "decoder")}
     table["moe"] |= {"num_experts": 8}
-    table["router"] |= router
-    table["decoder"]["router"] |= router
     return table
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "preset": preset(),
-    "renormalised": preset(normalize=True),
 }
 
 
