@@ -107,7 +107,7 @@ def target(model_type: str, architecture: str, recipe: Recipe) -> Native:
 def entry(
     stack: Stack, sites: list[Site], recipe: Recipe, network: FeedForward, shared_width: int
 ) -> dict[str, Any]:
-    """What config.json says of the MoE layers of a stack: `nn.moe.Shape`."""
+    """What config.json says of the MoE layers of a stack: `nn.configs.Shape`."""
     return {
         "stack": stack.name,
         "layers": [site.layer for site in sites],
@@ -162,8 +162,7 @@ def refuse_look_ahead(stack: Stack, recipe: Recipe) -> None:
     """Refuse a router that reads later tokens in a stack that must not."""
     if stack.causal and not recipe.router.causal:
         where = "a decoder" if stack.name == "layers" else "the decoder"
-        why = recipe.router.looks_ahead or "a later token can take an earlier one's place"
         raise UpcycleError(
-            f"router {recipe.router.name} cannot stand in {where}: {why}, so that a model would read what it "
-            f"should predict; use top_k without batch_priority (in a T5, under [decoder.router])"
+            f"router {recipe.router.name} cannot stand in {where}: {recipe.router.not_in_a_decoder} (in a T5, "
+            f"under [decoder.router])"
         )

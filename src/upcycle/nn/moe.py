@@ -74,7 +74,7 @@ class MoE(nn.Module):
         self.shape = shape
         settings = routers.read(shape.router)
         if shape.causal and not settings.causal:
-            raise UpcycleError(f"router {settings.name} in a causal stack: {look_ahead(settings)}")
+            raise UpcycleError(f"router {settings.name} in a causal stack: {settings.not_in_a_decoder}")
         self.router = Router(settings, shape)
         self.experts = Experts(
             config,
@@ -121,9 +121,3 @@ class MoE(nn.Module):
                 f"choose a divisor, or 0 to route each row by itself"
             )
         return rows.reshape(-1, group, size), None if padding is None else padding.reshape(-1, group)
-
-
-def look_ahead(settings: routers.Router) -> str:
-    """Why a router may not stand in a causal decoder."""
-    why = settings.looks_ahead or "with batch_priority a later token can take an earlier one's place"
-    return f"{why}, so a model would read what it should predict; use top_k without batch_priority"

@@ -63,6 +63,12 @@ class Router(abc.ABC):
         """Whether no token's output depends on later tokens."""
         return not self.looks_ahead
 
+    @property
+    def not_in_a_decoder(self) -> str:
+        """Why a router that is not causal may not stand in a causal stack."""
+        why = self.looks_ahead or "with batch_priority a later token can take an earlier one's place"
+        return f"{why}, so that a model would read what it should predict; use top_k without batch_priority"
+
     def share(self, num_experts: int, top_k: int) -> float | None:
         """The part of a group that an expert has places for; None: all of it."""
         return None

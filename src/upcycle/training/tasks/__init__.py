@@ -21,13 +21,13 @@ from torch import Tensor
 
 from upcycle import recipe, registry
 from upcycle.errors import UpcycleError
+from upcycle.training.corruption import IGNORED
 
 if TYPE_CHECKING:
     from upcycle.subject import Subject
     from upcycle.training.run import Run
 
 Batch = dict[str, Tensor]  # tensors of the same rows
-IGNORED = -100  # the label of a place where nothing is predicted
 
 
 class Feed(Protocol):

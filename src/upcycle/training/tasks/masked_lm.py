@@ -11,8 +11,8 @@ import numpy as np
 
 from upcycle import rng
 from upcycle.errors import UpcycleError
-from upcycle.training.corruption import mask_tokens
-from upcycle.training.tasks import IGNORED, Batch, Feed, Question, Task
+from upcycle.training.corruption import IGNORED, mask_tokens
+from upcycle.training.tasks import Batch, Feed, Question, Task
 from upcycle.training.tasks._tokens import TokenFeed, refuse_beyond_positions, tokenizer_of
 
 if TYPE_CHECKING:
