@@ -162,7 +162,7 @@ def refuse_look_ahead(stack: Stack, recipe: Recipe) -> None:
     """Refuse a router that reads later tokens in a stack that must not."""
     if stack.causal and not recipe.router.causal:
         where = "a decoder" if stack.name == "layers" else "the decoder"
+        why = recipe.router.not_in_a_decoder
         raise UpcycleError(
-            f"router {recipe.router.name} cannot stand in {where}: {recipe.router.not_in_a_decoder} (in a T5, "
-            f"under [decoder.router])"
+            f"router {recipe.router.name} cannot stand in {where}: {why} (in a T5, under [decoder.router])"
         )
