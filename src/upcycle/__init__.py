@@ -2,10 +2,9 @@
 
 from importlib import import_module
 from importlib.metadata import version
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from wrapt import register_post_import_hook
+from upcycle.announce import announce
 
 if TYPE_CHECKING:
     from upcycle.blueprints import blueprint
@@ -45,10 +44,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"upcycle.{_HOMES[name]}"), name)
 
 
-def _register(_: ModuleType) -> None:
-    import_module("upcycle.nn.configs")  # registers when it is imported, by this or by anything else
-
-
-# AutoModel*.from_pretrained opens what upcycle wrote, whichever of the two is imported first, and no command
-# waits for transformers.
-register_post_import_hook(_register, "transformers.models.auto.configuration_auto")
+announce()  # AutoModel*.from_pretrained opens what upcycle wrote
