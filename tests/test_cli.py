@@ -86,7 +86,7 @@ def test_plan_json(dense, capsys):
                    "--set", "moe.granularity=32"], "no multiple of 16"),
         ("qwen2", [], "llama.cpp never renormalises"),
         ("qwen2", [], "mlx-lm never renormalises"),
-        ("qwen2", ["--set", "router.normalize=false"], "N / K = 4"),
+        ("qwen2", ["--set", "router.normalize=false"], "scaled by 4"),
         ("qwen2", [], "zero down projection"),
         ("qwen3", ["--set", "router.normalize=false"], "llama.cpp always renormalises"),
         ("olmo2", [], "llama.cpp has no flex_olmo"),

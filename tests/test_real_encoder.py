@@ -74,4 +74,4 @@ def test_expert_choice_leaves_tokens_behind(minilm):
     dense = embeddings(AutoModel.from_pretrained(minilm), minilm)
     moe = upcycle.load(minilm, recipe)
     cosine = (embeddings(moe, minilm) * dense).sum(-1)
-    assert 0.995 < float(cosine.min()) < 0.999
+    assert 0.98 < float(cosine.min()) < 0.99

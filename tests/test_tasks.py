@@ -438,7 +438,7 @@ def test_a_shared_expert_in_one_stack(data):
         with torch.inference_mode():
             a, b = (m(input_ids=ids, decoder_input_ids=ids[:, :5]).logits for m in (model, dense))
         assert float((a - b).abs().max() / b.abs().max()) < 1e-5
-    for key, value in (("target", "upcycled"), ("pooling", "mean"), ("depth", 3)):
+    for key, value in (("target", "native"), ("pooling", "mean"), ("depth", 3)):
         with pytest.raises(UpcycleError, match=f"decoder.moe.{key}: a model has one"):
             Recipe.of(moe=moe, decoder={"moe": {key: value}})
 

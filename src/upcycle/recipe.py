@@ -96,10 +96,12 @@ class Recipe:
         }
         if "decoder" in data:
             other = dict(_table(data.pop("decoder"), "decoder"))
+            moe = _table(data.get("moe", {}), "moe")
             own = _table(other.pop("moe", {}), "decoder.moe")
-            if of_all := [key for key in ("target", "pooling", "depth") if key in own]:
-                raise UpcycleError(f"decoder.moe.{of_all[0]}: a model has one; set moe.{of_all[0]}")
-            moe = {**_table(data.get("moe", {}), "moe"), **own}
+            for key, default in (("target", Moe.target), ("pooling", Moe.pooling), ("depth", Moe.depth)):
+                if own.get(key, moe.get(key, default)) != moe.get(key, default):
+                    raise UpcycleError(f"decoder.moe.{key}: a model has one; set moe.{key}")
+            moe = {**moe, **own}
             changed = _table(other.pop("router", {}), "decoder.router")
             if changed.get("name", router.get("name", "top_k")) != router.get("name", "top_k"):
                 # The other keys belonged to the router that is replaced, but for those that all have.
