@@ -48,10 +48,14 @@ class Subject:
         """Rows of the embedding."""
         return int(self.settings["vocab_size"])
 
+    @cached_property
+    def _preprocessor(self) -> Mapping[str, Any]:
+        path = self.folder / "preprocessor_config.json"
+        return read_json(path, "") if path.is_file() else {}
+
     def image_statistics(self, name: str) -> tuple[float, ...]:
         """`image_mean` or `image_std` of preprocessor_config.json; none where it does not say."""
-        path = self.folder / "preprocessor_config.json"
-        found = read_json(path, "").get(name) if path.is_file() else None
+        found = self._preprocessor.get(name)
         return tuple(map(float, found)) if isinstance(found, list) else ()
 
     @property

@@ -15,14 +15,17 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
 from upcycle.feed_forward import FeedForward
 from upcycle.init import Site
-from upcycle.lazy import Concat, Lazy, Pick, Slice
+from upcycle.lazy import Concat, Lazy, Pick
 from upcycle.lazy import Stack as Stacked
-from upcycle.natives import Native, Shared
+from upcycle.natives import Fused, Native, Shared
 from upcycle.recipe import Recipe
 
 TARGET = "upcycled"
 PREFIX = "upcycled_"  # of model_type
 CLASS_PREFIX = "Upcycled"
+
+
+_GATED = Fused(gate_up="experts.gate_up_proj", down="experts.down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +50,10 @@ class Layout:
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
         """The experts among the tensors of a layer, by their names below it; biases are left aside."""
-        if (down := tensors.get("experts.down_proj")) is None:
-            return []
-        out = []
-        for e in range(down.shape[0]):
-            if "experts.up_proj" in tensors:
-                out.append(FeedForward(up=Pick(tensors["experts.up_proj"], e), down=Pick(down, e)))
-                continue
-            both = Pick(tensors["experts.gate_up_proj"], e)
-            rows = both.shape[0]
-            out.append(
-                FeedForward(
-                    gate=Slice(both, 0, 0, rows // 2), up=Slice(both, 0, rows // 2, rows), down=Pick(down, e)
-                )
-            )
-        return out
+        if (up := tensors.get("experts.up_proj")) is None:
+            return _GATED.read(tensors)
+        down = tensors["experts.down_proj"]
+        return [FeedForward(up=Pick(up, e), down=Pick(down, e)) for e in range(down.shape[0])]
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         """The tensors of a layer as they are: they are stored as they are held."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Start:
         """Parameters that a token meets."""
         return plan_of(self.built).active_parameters if self.built else self.parameters
 
-    @property
+    @cached_property
     def subject(self) -> Subject:
         """The model as its task sees it."""
         return Subject(folder=self.dense.checkpoint.folder, config=self.config)

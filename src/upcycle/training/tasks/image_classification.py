@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.console import err
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import listed
 from upcycle.families._encoder import pair
 from upcycle.training.augment import Augment
 from upcycle.training.examples import Examples
 from upcycle.training.images import ImageSet
 from upcycle.training.tasks import Batch, Feed, Question, Task
+from upcycle.training.tasks._labelled import only_source, refuse_more_classes
 
 if TYPE_CHECKING:
     from upcycle.subject import Subject
@@ -37,12 +38,9 @@ class ImageClassification(Task):
     augment: Augment = field(default_factory=Augment)
 
     def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
-        if len(run.data.sources) != 1:
-            raise UpcycleError(
-                f"image classification takes one [[data.sources]]; there are {len(run.data.sources)}"
-            )
+        source = only_source(run, self)
         cache = Path(run.data.cache) if run.data.cache else out / "images"
-        train = self.images(run.data.sources[0].path, subject, cache)
+        train = self.images(source, subject, cache)
         test = None if self.test is None else self.images(self.test, subject, cache)
         return Examples(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
 
@@ -57,11 +55,8 @@ class ImageClassification(Task):
             label_field=self.label_field,
             cache=cache,
         )
-        if found.num_labels > subject.num_labels and not any_classes:
-            raise UpcycleError(
-                f"{path} has {found.num_labels} classes and its head {subject.num_labels} (id2label in "
-                f"its config.json); give data of its classes, or a source with a head for these"
-            )
+        if not any_classes:
+            refuse_more_classes(found, subject)
         if found.bad:
             err.print(
                 f"{path}: {len(found.bad)} images cannot be read and are left out: {listed(list(found.bad))}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from upcycle.errors import UpcycleError
 from upcycle.training.examples import Examples
 from upcycle.training.tasks import Batch, Feed, Question, Task
+from upcycle.training.tasks._labelled import only_source, refuse_more_classes
 from upcycle.training.tasks._tokens import refuse_beyond_positions, tokenizer_of
 from upcycle.training.texts import TextSet
 
@@ -38,11 +39,8 @@ class TextClassification(Task):
             raise UpcycleError(f"task.fields names {len(self.fields)} texts; give one, or two of a pair")
 
     def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
-        if len(run.data.sources) != 1:
-            raise UpcycleError(
-                f"text classification takes one [[data.sources]]; there are {len(run.data.sources)}"
-            )
-        train = self._texts(run.data.sources[0].path, run, subject)
+        source = only_source(run, self)
+        train = self._texts(source, run, subject)
         test = None if self.test is None else self._texts(self.test, run, subject)
         return Examples(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
 
@@ -58,11 +56,7 @@ class TextClassification(Task):
             fields=self.fields,
             label_field=self.label_field,
         )
-        if found.num_labels > subject.num_labels:
-            raise UpcycleError(
-                f"{path} has {found.num_labels} classes and its head {subject.num_labels} (id2label in its "
-                f"config.json); give data of its classes, or a source with a head for these"
-            )
+        refuse_more_classes(found, subject)
         return found
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
