@@ -612,7 +612,7 @@ def test_a_router_of_the_decoder(made):
     assert decoder.router == routers.read({"std": 0.3, "normalize": False, **table["decoder"]["router"]})
     assert decoder.moe == encoder.moe
     same = Recipe.of({**table, "router": {"capacity_factor": 2.0}, "decoder": {"router": {"std": 0.1}}})
-    assert same.decoder.router == routers.read({"capacity_factor": 2.0, "std": 0.1})
+    assert same.parts["decoder"].router == routers.read({"capacity_factor": 2.0, "std": 0.1})
     recipe = Recipe.of(table)
     assert Recipe.of(recipe.as_table()) == recipe
     model = upcycle.load(made("t5"), recipe)

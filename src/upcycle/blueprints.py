@@ -166,13 +166,13 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     any_dtype = recipe.dtype != "source"
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
     tiled = recipe.moe.target == deeper.TARGET
-    sites = () if tiled else moe_layer.sites(recipe, dense.family, dense.config)
-    shared_width = 0 if tiled else moe_layer.shared_width(recipe, native, dense.config)
+    sites = () if tiled else moe_layer.sites(recipe, dense)
+    shared_width = 0 if tiled else moe_layer.shared_width(recipe, native, dense.stacks[0].width)
     if tiled:
         config, lazies = deeper.config(dense, recipe.moe.depth), deeper.tensors(dense, recipe.moe.depth)
     else:
         config = _config(dense, native, recipe, sites, shared_width)
-        lazies = _tensors([dense, *donors], native, recipe, sites, shared_width)
+        lazies = _tensors([dense, *donors], native, recipe, sites)
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
         name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)
@@ -206,9 +206,10 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
                 f"moe.pooling = mean is for heads on a class token, in vit and deit; {family.model_type} "
                 f"has none"
             )
-        if recipe.decoder is not None and len(dense.stacks) == 1:
+        if unknown := [name for name in recipe.parts if name not in {s.name for s in dense.stacks}]:
+            named = ", ".join(s.name for s in dense.stacks)
             raise UpcycleError(
-                f"[decoder] is for encoder-decoders; {family.model_type} has one stack of blocks"
+                f"[{unknown[0]}] is a stack of blocks that {family.model_type} does not have; it has {named}"
             )
         return upcycled.target(family.model_type, dense.architecture, recipe)
     if not family.natives:
@@ -230,8 +231,10 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     native = natives.find(name)
     if recipe.moe.pooling != "class_token":
         raise UpcycleError(f"moe.pooling is for moe.target = {upcycled.TARGET}; {name} has no images")
-    if recipe.decoder is not None:
-        raise UpcycleError(f"[decoder] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks")
+    if recipe.parts:
+        raise UpcycleError(
+            f"[{next(iter(recipe.parts))}] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks"
+        )
     if own := recipe.router.beyond_native():
         raise UpcycleError(
             f"{name} routes as transformers does and cannot keep {', '.join(own)}; use moe.target = "
@@ -242,9 +245,7 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     return native
 
 
-def _tensors(
-    models: list[Dense], native: Native, recipe: Recipe, sites: tuple[Site, ...], shared_width: int
-) -> dict[str, Lazy]:
+def _tensors(models: list[Dense], native: Native, recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
     """Every tensor of the MoE; a name that two rules define is an error of ours."""
     family, config = models[0].family, models[0].config
     every: dict[str, Lazy] = {
@@ -260,12 +261,12 @@ def _tensors(
         out = family.backbone(config, native.model_type, every)
     for stack in models[0].stacks:
         part = recipe.at(stack.name)
-        if native.upcycled and recipe.decoder is not None:
+        if native.upcycled and recipe.parts:
             native = upcycled.target(family.model_type, models[0].architecture, part)
-            shared_width = moe_layer.shared_width(part, native, config)
+        shared_width = moe_layer.shared_width(part, native, stack.width)
         for layer in range(stack.count):
             if (stack.name, layer) in chosen:
-                networks = [m.feed_forward(layer, stack.name) for m in models]
+                networks = [m.origin(layer, stack.name) for m in models]
                 made = moe_layer.tensors(networks, chosen[stack.name, layer], part, native, shared_width)
             elif native.upcycled:
                 continue
@@ -315,7 +316,7 @@ def _config(
             if mine:
                 network = dense.feed_forward(mine[0].layer, stack.name)
                 part = recipe.at(stack.name)
-                width = moe_layer.shared_width(part, native, dense.config)
+                width = moe_layer.shared_width(part, native, stack.width)
                 entries.append(upcycled.entry(stack, mine, part, network, width))
         pooled = dense.family.class_tokens if recipe.moe.pooling == "mean" else 0
         return upcycled.config(

@@ -84,7 +84,7 @@ def plan(
 
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
     """The plan of a blueprint."""
-    moe, dense = built.recipe.moe, built.dense.config
+    moe = built.recipe.moe
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
     shapes = {n: e.shape for n, e in built.entries.items()}
@@ -97,7 +97,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         num_experts=moe.num_experts,
         top_k=moe.top_k,
         routing=_routing(built),
-        expert_width=dense["intermediate_size"] // moe.granularity,
+        expert_width=built.sites[0].width if built.sites else 0,
         shared_width=built.shared_width,
         dense_parameters=sum(t.size for t in built.dense.tensors.values()),
         total_parameters=total,

@@ -9,22 +9,23 @@ import numpy as np
 
 from upcycle.computed import Drawn, Fill
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Family, Stack
+from upcycle.families import Stack
 from upcycle.feed_forward import FeedForward
 from upcycle.init import Site
 from upcycle.lazy import Lazy, Take
 from upcycle.natives import Native
 from upcycle.positions import Given
 from upcycle.recipe import Recipe
+from upcycle.source import Dense
 
 NARROW = 128  # neurons of a shared expert that must exist and was not asked for
 SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exactly 0 (NaN in llama.cpp)
 
 
-def sites(recipe: Recipe, family: Family, config: Config) -> tuple[Site, ...]:
+def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
     """The blocks that become MoE, stack by stack, checked for what the initialisation and the router need."""
     out = []
-    for stack in family.stacks(config):
+    for stack in dense.stacks:
         part = recipe.at(stack.name)
         moe, router = part.moe, part.router
         if router.init == "grouped" and moe.num_experts % moe.granularity:
@@ -33,13 +34,18 @@ def sites(recipe: Recipe, family: Family, config: Config) -> tuple[Site, ...]:
                 f"{moe.num_experts} is no multiple of {moe.granularity}"
             )
         for layer in chosen_layers(part, stack):
+            width = moe.expert_width or stack.width // moe.granularity
             site = Site(
                 stack=stack.name,
                 layer=layer,
                 num_experts=moe.num_experts,
                 top_k=moe.top_k,
                 granularity=moe.granularity,
-                dense_width=config["intermediate_size"],
+                dense_width=dense.origin(layer, stack.name).width,
+                hidden=stack.hidden,
+                expert_width=0 if moe.granularity > 1 else width,
+                universal_experts=moe.universal_experts,
+                universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,
                 seed=recipe.seed,
                 grouped_router=router.init == "grouped",
                 uniform_router=router.init == "zeros" or router.std == 0,
@@ -69,10 +75,9 @@ def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
     return chosen
 
 
-def shared_width(recipe: Recipe, native: Native, config: Config) -> int:
-    """The number of neurons of the shared expert, 0 where there is none."""
+def shared_width(recipe: Recipe, native: Native, full: int) -> int:
+    """The number of neurons of the shared expert, 0 where there is none; the dense network has `full`."""
     asked, shared, granularity = recipe.moe.shared_experts, native.shared, recipe.moe.granularity
-    full = int(config["intermediate_size"])
     if shared is None:
         if asked:
             raise UpcycleError(f"{native.model_type} has no shared expert; set moe.shared_experts = 0")

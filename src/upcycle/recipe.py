@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Layers = Literal["all", "every_other", "last_half"]
 
+# Stacks of blocks that may have a table of their own.
+STACKS = ("decoder", "stage_1", "stage_2", "stage_3", "stage_4")
+
 # Keys of [router] in a run file that are about training, not about what is built.
 OF_TRAINING = (
     "balance_loss", "balance_loss_coef", "balance_counts", "z_loss_coef", "bias_update_rate", "jitter",
@@ -39,6 +42,9 @@ class Moe:
     layers: Layers | tuple[int, ...] = "all"
     target: str = "native"
     granularity: int = 1
+    expert_width: int = 0  # neurons of an expert; 0: those of the dense network / granularity
+    universal_experts: int = 0  # narrower experts beside them, for routers of slots (MoE Jetpack)
+    universal_width: int = 0  # neurons of those; 0: a quarter of the others'
     shared_experts: int = 0
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT sees
     depth: int = 2  # how often each block stands, for the target depth_tiled
@@ -47,8 +53,13 @@ class Moe:
         for field in ("num_experts", "top_k", "granularity"):
             if getattr(self, field) < 1:
                 raise UpcycleError(f"moe.{field} = {getattr(self, field)}; it must be 1 or more")
-        if self.shared_experts < 0:
-            raise UpcycleError(f"moe.shared_experts = {self.shared_experts}; it must be 0 or more")
+        for field in ("shared_experts", "expert_width", "universal_experts", "universal_width"):
+            if getattr(self, field) < 0:
+                raise UpcycleError(f"moe.{field} = {getattr(self, field)}; it must be 0 or more")
+        if self.expert_width and self.granularity > 1:
+            raise UpcycleError(
+                "moe.expert_width and moe.granularity both say how wide an expert is; give one"
+            )
         if self.top_k > self.num_experts:
             raise UpcycleError(
                 f"moe.top_k = {self.top_k} is more than moe.num_experts = {self.num_experts}; "
@@ -68,8 +79,8 @@ class Part:
 class Recipe:
     """Everything that decides the bytes of the output, besides the bytes of the source.
 
-    `decoder` is what the decoder of an encoder-decoder has, where it is not as the encoder: in TOML,
-    `[decoder.moe]` and `[decoder.router]` with the keys that differ.
+    `parts` are stacks of blocks that are not as `moe` and `router` say: in TOML, `[decoder.moe]` and
+    `[decoder.router]` with the keys that differ, and likewise `[stage_1]` to `[stage_4]` in a ConvNeXt.
     """
 
     seed: int = 0
@@ -77,7 +88,7 @@ class Recipe:
     moe: Moe = Moe()
     init: Init
     router: Router
-    decoder: Part | None = None
+    parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, table: Mapping[str, Any] | None = None, /, **sections: Any) -> Recipe:
@@ -92,27 +103,12 @@ class Recipe:
         made = {
             "init": read(init.find(name), options, f"init ({name})"),
             "router": routers.read(router),
-            "decoder": None,
+            "parts": {
+                name: _part(name, data.pop(name), _table(data.get("moe", {}), "moe"), router)
+                for name in STACKS
+                if name in data
+            },
         }
-        if "decoder" in data:
-            other = dict(_table(data.pop("decoder"), "decoder"))
-            moe = _table(data.get("moe", {}), "moe")
-            own = _table(other.pop("moe", {}), "decoder.moe")
-            for key, default in (("target", Moe.target), ("pooling", Moe.pooling), ("depth", Moe.depth)):
-                if own.get(key, moe.get(key, default)) != moe.get(key, default):
-                    raise UpcycleError(f"decoder.moe.{key}: a model has one; set moe.{key}")
-            moe = {**moe, **own}
-            changed = _table(other.pop("router", {}), "decoder.router")
-            if changed.get("name", router.get("name", "top_k")) != router.get("name", "top_k"):
-                # The other keys belonged to the router that is replaced, but for those that all have.
-                shared = {f.name for f in dataclasses.fields(routers.Router)} - {"group"}
-                router = {k: v for k, v in router.items() if k in shared}
-            if other:
-                raise UpcycleError(f"unknown key decoder.{next(iter(other))}; Known: moe, router")
-            made["decoder"] = Part(
-                moe=read(Moe, moe, "decoder.moe"),
-                router=routers.read({**router, **changed}, "decoder.router"),
-            )
         return read(cls, data, "", made)
 
     @classmethod
@@ -122,20 +118,39 @@ class Recipe:
 
     def at(self, stack: str) -> Recipe:
         """The recipe for one stack of blocks."""
-        if self.decoder is None:
-            return self
-        part = self.decoder if stack == "decoder" else Part(moe=self.moe, router=self.router)
-        return dataclasses.replace(self, moe=part.moe, router=part.router, decoder=None)
+        part = self.parts.get(stack) or Part(moe=self.moe, router=self.router)
+        return dataclasses.replace(self, moe=part.moe, router=part.router, parts={})
 
     def as_table(self) -> dict[str, Any]:
         """The recipe as a nested table: what `Recipe.of` takes and the provenance keeps."""
         table = dataclasses.asdict(self)
         table |= {"init": {"name": self.init.name, **table["init"]}, "router": self.router.as_table()}
-        if self.decoder is None:
-            del table["decoder"]
-        else:
-            table["decoder"]["router"] = self.decoder.router.as_table()
+        del table["parts"]
+        for name, part in self.parts.items():
+            table[name] = {"moe": dataclasses.asdict(part.moe), "router": part.router.as_table()}
         return table
+
+
+def _part(name: str, value: Any, moe: Mapping[str, Any], router: Mapping[str, Any]) -> Part:
+    """The part of a stack from its own table and those of the model."""
+    from upcycle.nn import routers
+
+    other = dict(_table(value, name))
+    own = _table(other.pop("moe", {}), f"{name}.moe")
+    for key, default in (("target", Moe.target), ("pooling", Moe.pooling), ("depth", Moe.depth)):
+        if own.get(key, moe.get(key, default)) != moe.get(key, default):
+            raise UpcycleError(f"{name}.moe.{key}: a model has one; set moe.{key}")
+    changed = _table(other.pop("router", {}), f"{name}.router")
+    if changed.get("name", router.get("name", "top_k")) != router.get("name", "top_k"):
+        # The other keys belonged to the router that is replaced, but for those that all have.
+        shared = {f.name for f in dataclasses.fields(routers.Router)} - {"group"}
+        router = {k: v for k, v in router.items() if k in shared}
+    if other:
+        raise UpcycleError(f"unknown key {name}.{next(iter(other))}; Known: moe, router")
+    return Part(
+        moe=read(Moe, {**moe, **own}, f"{name}.moe"),
+        router=routers.read({**router, **changed}, f"{name}.router"),
+    )
 
 
 def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
@@ -154,7 +169,7 @@ def of_run_file(table: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe in the table of a run file, which is a recipe and more; a recipe as it is."""
     if "source" not in table:
         return dict(table)
-    out = {k: v for k, v in table.items() if k in {f.name for f in dataclasses.fields(Recipe)}}
+    out = {k: v for k, v in table.items() if k in {*(f.name for f in dataclasses.fields(Recipe)), *STACKS}}
     if isinstance(out.get("router"), Mapping):
         out["router"] = {k: v for k, v in out["router"].items() if k not in OF_TRAINING}
     return out

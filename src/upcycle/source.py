@@ -57,6 +57,10 @@ class Dense:
         """The feed-forward network of a block."""
         return self.family.feed_forward(self.config, layer, self.tensors, stack)
 
+    def origin(self, layer: int, stack: str = "layers") -> FeedForward:
+        """The network that the experts of a block are made from."""
+        return self.feed_forward(layer, stack)
+
     @property
     def unknown_keys(self) -> tuple[str, ...]:
         """Keys of config.json that the family knows nothing of."""

@@ -60,6 +60,8 @@ class Stack:
 
     name: str = "layers"
     count: int
+    hidden: int  # channels of its blocks
+    width: int  # neurons of its networks
     path: str  # of the network on disk, and of the MoE layer that takes its place
     owned: tuple[str, ...]  # how the names of its tensors on disk begin
     module: str  # of the network in memory, below the base model

@@ -96,6 +96,8 @@ class Decoder(Family):
         return (
             Stack(
                 count=config["num_hidden_layers"],
+                hidden=config["hidden_size"],
+                width=config["intermediate_size"],
                 path="model.layers.{i}.mlp",
                 owned=("model.layers.{i}.mlp.",),
                 module="layers.{i}.mlp",

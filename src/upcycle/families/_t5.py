@@ -103,6 +103,8 @@ class EncoderDecoder(Encoder):
                 Stack(
                     name=name,
                     count=count,
+                    hidden=config["d_model"],
+                    width=config["d_ff"],
                     path=path,
                     owned=(path + ".",),
                     module=path,

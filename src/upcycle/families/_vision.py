@@ -70,6 +70,8 @@ class VisionTransformer(Encoder):
         return (
             Stack(
                 count=config["num_hidden_layers"],
+                hidden=config["hidden_size"],
+                width=config["intermediate_size"],
                 path=block + "mlp",
                 owned=(block + "intermediate.", block + "output.", block + "mlp."),
                 module=self.block_paths[0].replace("*", "{i}.mlp"),

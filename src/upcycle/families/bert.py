@@ -87,6 +87,8 @@ class Bert(Encoder):
         return (
             Stack(
                 count=config["num_hidden_layers"],
+                hidden=config["hidden_size"],
+                width=config["intermediate_size"],
                 path=block + "intermediate",
                 owned=(block + "intermediate.", block + "output.dense."),
                 module="encoder.layer.{i}.intermediate",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from upcycle import registry, rng
@@ -24,14 +24,20 @@ Spread = Literal["down", "sqrt", "cube_root"]
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where experts are made: one MoE layer of `num_experts` experts, I / G of the dense width I each."""
+    """Where experts are made: one MoE layer of `num_experts` experts, I / G of the dense width I each, or of
+    `expert_width` neurons, and beside them `universal_experts` narrower ones."""
 
     layer: int
     stack: str = "layers"  # of which blocks it is the number
     num_experts: int
     top_k: int
     granularity: int
-    dense_width: int
+    dense_width: int  # of the network that experts are made from
+    hidden: int  # channels of the experts; fewer than that network's where the model is narrowed
+    expert_width: int = 0
+    universal_experts: int = 0
+    universal_width: int = 0
+    of_universal: bool = False  # whether this is the place of the universal experts
     seed: int
     grouped_router: bool
     uniform_router: bool  # all zero: every expert has the same score for every token
@@ -40,7 +46,12 @@ class Site:
     @property
     def width(self) -> int:
         """The number of neurons of an expert."""
-        return self.dense_width // self.granularity
+        return self.expert_width or self.dense_width // self.granularity
+
+    @property
+    def universal(self) -> Site:
+        """The same place for the universal experts, whose numbers go on where those of the others end."""
+        return replace(self, expert_width=self.universal_width, of_universal=True)
 
     def key(self, *names: object) -> rng.Key:
         """The key of a stream of random numbers of this layer."""
@@ -58,6 +69,7 @@ class Init(abc.ABC):
     summary: ClassVar[str]
     needs: ClassVar[str] = "nothing"
     fine_grained: ClassVar[bool] = False  # whether experts may be narrower than the dense network
+    selects: ClassVar[bool] = False  # whether experts may be of any width, and of fewer channels
 
     @property
     def name(self) -> str:
@@ -74,6 +86,17 @@ class Init(abc.ABC):
 
     def check(self, site: Site) -> None:
         """Raise where the experts asked for cannot be made. Extend, do not replace."""
+        if not self.selects and (site.width * site.granularity != site.dense_width or site.universal_experts):
+            what = "moe.universal_experts" if site.universal_experts else "moe.expert_width"
+            raise UpcycleError(
+                f"{what}: init {self.name} makes experts as wide as the dense network ({site.dense_width}) or "
+                f"a whole part of it; use importance, co_activation, uniform or random, which choose neurons"
+            )
+        if site.width > site.dense_width or site.universal_width > site.dense_width:
+            raise UpcycleError(
+                f"an expert of {max(site.width, site.universal_width)} neurons cannot be chosen from a "
+                f"network of {site.dense_width}; lower moe.expert_width or moe.universal_width"
+            )
         if site.granularity > 1 and not self.fine_grained:
             raise UpcycleError(
                 f"init {self.name} makes experts as wide as the dense network, and moe.granularity is "
