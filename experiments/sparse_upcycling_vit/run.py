@@ -74,7 +74,10 @@ def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> d
     out["train"] |= {"steps": steps, "eval_every": max(1, steps // 2)}
     out["checkpoint"] = {"every": 0}
     out["schedule"]["decay"] = steps // 4
-    if variant != "scratch":
+    if variant == "scratch":
+        # The others go on where a warmup of 200 steps lies behind them; this one is given a short one of its own.
+        out["schedule"] |= {"name": "warmup_stable_decay", "warmup": steps // 10}
+    else:
         out["schedule"]["start_step"] = read_toml(HERE / "base.toml")["train"]["steps"]
     return out
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upcycle import deeper, families, moe_layer, natives, upcycled
+from upcycle import deeper, families, moe_layer, natives, successors, upcycled
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
@@ -87,8 +87,9 @@ class Blueprint:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """The source and the donors."""
-        return [self.dense.checkpoint, *(donor.checkpoint for donor in self.donors)]
+        """The source and whatever else tensors come from."""
+        donors = (donor.checkpoint for donor in self.donors)
+        return [self.dense.checkpoint, *self.dense.others, *donors]
 
     @property
     def family_config(self) -> Config:
@@ -162,14 +163,19 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
     dense = admit(source)
+    recipe.init.admit(dense)
+    if recipe.successor is not None:
+        dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)
     native = _target(dense, recipe)
     any_dtype = recipe.dtype != "source"
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
-    tiled = recipe.moe.target == deeper.TARGET
-    sites = () if tiled else moe_layer.sites(recipe, dense)
-    shared_width = 0 if tiled else moe_layer.shared_width(recipe, native, dense.stacks[0].width)
+    tiled, narrow = recipe.moe.target == deeper.TARGET, recipe.moe.target == successors.TARGET
+    sites = () if tiled or narrow else moe_layer.sites(recipe, dense)
+    shared_width = 0 if tiled or narrow else moe_layer.shared_width(recipe, native, dense.stacks[0].width)
     if tiled:
         config, lazies = deeper.config(dense, recipe.moe.depth), deeper.tensors(dense, recipe.moe.depth)
+    elif narrow:
+        config, lazies = dict(dense.raw), dense.tensors
     else:
         config = _config(dense, native, recipe, sites, shared_width)
         lazies = _tensors([dense, *donors], native, recipe, sites)
@@ -196,6 +202,10 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     family, target = dense.family, recipe.moe.target
     if target == deeper.TARGET:
         return deeper.target(dense)
+    if target == successors.TARGET:
+        if recipe.successor is None:
+            raise UpcycleError("moe.target = dense is the smaller model of [successor]; add that section")
+        return successors.target(dense)
     if target == upcycled.TARGET:
         for stack in dense.stacks:
             part = recipe.at(stack.name)
@@ -232,9 +242,8 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     if recipe.moe.pooling != "class_token":
         raise UpcycleError(f"moe.pooling is for moe.target = {upcycled.TARGET}; {name} has no images")
     if recipe.parts:
-        raise UpcycleError(
-            f"[{next(iter(recipe.parts))}] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks"
-        )
+        stack = next(iter(recipe.parts))
+        raise UpcycleError(f"[{stack}] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks")
     if own := recipe.router.beyond_native():
         raise UpcycleError(
             f"{name} routes as transformers does and cannot keep {', '.join(own)}; use moe.target = "
@@ -319,9 +328,7 @@ def _config(
                 width = moe_layer.shared_width(part, native, stack.width)
                 entries.append(upcycled.entry(stack, mine, part, network, width))
         pooled = dense.family.class_tokens if recipe.moe.pooling == "mean" else 0
-        return upcycled.config(
-            dense.checkpoint.config, dense.family.model_type, dense.architecture, entries, pooled
-        )
+        return upcycled.config(dense.raw, dense.family.model_type, dense.architecture, entries, pooled)
     config = native.config(
         dense.family.native_config(dense.config, native.model_type),
         num_experts=recipe.moe.num_experts,

@@ -64,6 +64,11 @@ class FeedForward:
         """The given neurons, in the given order."""
         return self._rearranged(lambda axis, t: Take(t, axis, positions))
 
+    def narrowed(self, positions: Positions) -> FeedForward:
+        """The given channels of what goes in and comes out."""
+        made = self.map(lambda _, axis, m: Take(m, 1 - axis, positions))
+        return made if self.down_bias is None else replace(made, down_bias=Take(self.down_bias, 0, positions))
+
     def scaled(
         self, *, gate: float = 1.0, up: float = 1.0, down: float = 1.0, down_bias: float = 1.0
     ) -> FeedForward:

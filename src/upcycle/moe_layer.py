@@ -38,11 +38,13 @@ def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
             site = Site(
                 stack=stack.name,
                 layer=layer,
+                blocks=stack.count,
                 num_experts=moe.num_experts,
                 top_k=moe.top_k,
                 granularity=moe.granularity,
                 dense_width=dense.origin(layer, stack.name).width,
                 hidden=stack.hidden,
+                dense_hidden=dense.origin(layer, stack.name).hidden,
                 expert_width=0 if moe.granularity > 1 else width,
                 universal_experts=moe.universal_experts,
                 universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,

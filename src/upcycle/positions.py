@@ -72,4 +72,22 @@ class Computed:
         return self.name
 
 
-Positions = Order | Given | Computed
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Positions of whole units of `size` elements: heads, for example, in a row of their elements."""
+
+    units: Positions
+    size: int
+
+    @property
+    def values(self) -> np.ndarray:
+        return (self.units.values[:, None] * self.size + np.arange(self.size)).reshape(-1)
+
+    def __len__(self) -> int:
+        return len(self.units) * self.size
+
+    def describe(self) -> Any:
+        return ["units", self.size, self.units.describe()]
+
+
+Positions = Order | Given | Computed | Units

@@ -68,6 +68,27 @@ class Moe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Successor:
+    """The smaller dense model that a larger one, the source, is narrowed to; its experts come from the
+    source.
+
+    `hidden_size` in a model of several stages is a list; 0 keeps the source's. `intermediate_size` 0 keeps
+    the ratio. `rest`: where all but the experts comes from, the source itself or a checkpoint of the
+    successor's size.
+    """
+
+    hidden_size: int | tuple[int, ...] = 0
+    intermediate_size: int = 0
+    rest: str = "predecessor"
+
+    def __post_init__(self) -> None:
+        if (
+            self.rest != "predecessor" and Path(self.rest).is_dir()
+        ):  # kept with its result, and read elsewhere
+            object.__setattr__(self, "rest", str(Path(self.rest).resolve()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
     """The MoE layers of one stack of blocks and their router."""
 
@@ -88,6 +109,7 @@ class Recipe:
     moe: Moe = Moe()
     init: Init
     router: Router
+    successor: Successor | None = None
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -100,7 +122,7 @@ class Recipe:
         options = dict(_table(data.pop("init", {}), "init"))
         router = _table(data.pop("router", {}), "router")
         name = options.pop("name", "copy")
-        made = {
+        made: dict[str, Any] = {
             "init": read(init.find(name), options, f"init ({name})"),
             "router": routers.read(router),
             "parts": {
@@ -109,6 +131,9 @@ class Recipe:
                 if name in data
             },
         }
+        made["successor"] = None
+        if "successor" in data:
+            made["successor"] = read(Successor, _table(data.pop("successor"), "successor"), "successor")
         return read(cls, data, "", made)
 
     @classmethod
@@ -126,6 +151,8 @@ class Recipe:
         table = dataclasses.asdict(self)
         table |= {"init": {"name": self.init.name, **table["init"]}, "router": self.router.as_table()}
         del table["parts"]
+        if self.successor is None:
+            del table["successor"]
         for name, part in self.parts.items():
             table[name] = {"moe": dataclasses.asdict(part.moe), "router": part.router.as_table()}
         return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,16 @@ class Dense:
         """The model's tensors by their names on disk."""
         stored = self.checkpoint.tensors.items()
         return {name: Stored(self.checkpoint, info) for name, info in stored if name not in self.left_out}
+
+    @property
+    def raw(self) -> Mapping[str, Any]:
+        """config.json as it is written."""
+        return self.checkpoint.config
+
+    @property
+    def others(self) -> tuple[Checkpoint, ...]:
+        """More checkpoints that its tensors come from."""
+        return ()
 
     @property
     def architecture(self) -> str:

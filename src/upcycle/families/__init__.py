@@ -9,7 +9,7 @@ import abc
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from upcycle import registry
 from upcycle.errors import UpcycleError
@@ -75,6 +75,19 @@ class Stack:
         return name.startswith(tuple(start.format(i=i) for start in self.owned))
 
 
+@dataclass(frozen=True)
+class Axis:
+    """What an axis of a tensor is made of: channels or neurons of a stack, heads of a block."""
+
+    kind: Literal["channels", "heads", "neurons"]
+    stack: str = "layers"
+    layer: int | None = None  # block of the stack, for heads and neurons
+    unit: int = 1  # elements along the axis for each channel, head or neuron
+
+
+Axes = dict[str, tuple[Axis | None, ...]]
+
+
 class Family(abc.ABC):
     """A dense architecture of transformers."""
 
@@ -113,6 +126,27 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         """Where the feed-forward networks are."""
+
+    def axes(self, config: Config) -> Axes:
+        """By the name of every tensor, what each of its axes is made of; None where no width changes it."""
+        raise UpcycleError(
+            f"the width of {self.model_type} cannot be changed: upcycle does not know which axes of its "
+            f"tensors are channels; leave [successor] out"
+        )
+
+    def narrowed(self, config: Config, hidden: Mapping[str, int], width: Mapping[str, int]) -> Config:
+        """The keys of config.json that change with the channels and the neurons of the stacks."""
+        heads, rest = divmod(hidden["layers"], config["head_dim"])
+        if rest or not heads:
+            raise UpcycleError(
+                f"successor.hidden_size = {hidden['layers']} is no multiple of the {config['head_dim']} "
+                f"channels of a head; whole heads are kept"
+            )
+        return {
+            "hidden_size": hidden["layers"],
+            "intermediate_size": width["layers"],
+            "num_attention_heads": heads,
+        }
 
     def stack_of(self, name: str) -> str:
         """The stack whose tokens meet the tensor called `name` in a matrix product."""

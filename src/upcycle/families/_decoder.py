@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import SIZES, Config, Family, Shapes, Stack, rope_parameters
+from upcycle.families import SIZES, Axes, Axis, Config, Family, Shapes, Stack, rope_parameters
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy, Slice
 
@@ -66,6 +66,61 @@ class Decoder(Family):
         }
         biases = {"q": queries, "k": keys, "v": keys, "o": hidden}
         return out | {f"self_attn.{p}_proj.bias": (biases[p],) for p in self.attention_biases(config)}
+
+    def axes(self, config: Config) -> Axes:
+        """Channels, neurons, and groups of query heads with their key head; of Llama's names alone."""
+        channels, head = Axis("channels"), config["head_dim"]
+        group = config["num_attention_heads"] // config["num_key_value_heads"] * head
+        ends: Axes = {
+            "model.embed_tokens.weight": (None, channels),
+            "model.norm.weight": (channels,),
+            "lm_head.weight": (None, channels),
+        }
+        out: Axes = {}
+        for name in self.shapes(config):
+            number, _, part = name.removeprefix("model.layers.").partition(".")
+            if name in ends:
+                out[name] = ends[name]
+                continue
+            layer = int(number)
+            queries, keys = (Axis("heads", layer=layer, unit=unit) for unit in (group, head))
+            neurons = Axis("neurons", layer=layer)
+            inside: Axes = {
+                "self_attn.q_proj.weight": (queries, channels),
+                "self_attn.k_proj.weight": (keys, channels),
+                "self_attn.v_proj.weight": (keys, channels),
+                "self_attn.o_proj.weight": (channels, queries),
+                "self_attn.q_proj.bias": (queries,),
+                "self_attn.k_proj.bias": (keys,),
+                "self_attn.v_proj.bias": (keys,),
+                "self_attn.o_proj.bias": (channels,),
+                "mlp.gate_proj.weight": (neurons, channels),
+                "mlp.up_proj.weight": (neurons, channels),
+                "mlp.down_proj.weight": (channels, neurons),
+                "mlp.gate_proj.bias": (neurons,),
+                "mlp.up_proj.bias": (neurons,),
+                "mlp.down_proj.bias": (channels,),
+                **{f"{norm}.weight": (channels,) for norm in self.norms},
+            }
+            if part not in inside:
+                return super().axes(config)
+            out[name] = inside[part]
+        return out
+
+    def narrowed(self, config: Config, hidden: Mapping[str, int], width: Mapping[str, int]) -> Config:
+        share, rest = divmod(hidden["layers"] * config["num_key_value_heads"], config["hidden_size"])
+        if rest or not share:
+            raise UpcycleError(
+                f"successor.hidden_size = {hidden['layers']} of {config['hidden_size']}: its share of the "
+                f"{config['num_key_value_heads']} key heads is no whole number; heads are kept whole"
+            )
+        return {
+            "hidden_size": hidden["layers"],
+            "intermediate_size": width["layers"],
+            "num_attention_heads": share * (config["num_attention_heads"] // config["num_key_value_heads"]),
+            "num_key_value_heads": share,
+            "head_dim": config["head_dim"],
+        }
 
     def attention_biases(self, config: Config) -> str:
         """Which of the projections q, k, v, o have a bias."""

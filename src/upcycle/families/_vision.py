@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from upcycle.families import Config, Shapes, Stack
+from upcycle.families import Axes, Axis, Config, Shapes, Stack
 from upcycle.families._encoder import Encoder, linear, norm, num_labels, pair
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy
@@ -64,6 +64,32 @@ class VisionTransformer(Encoder):
         if config["architectures"][0] == self.architectures[0]:
             return linear("pooler.dense", config.get("pooler_output_size") or hidden, hidden)
         return linear("classifier", num_labels(config), hidden)
+
+    def axes(self, config: Config) -> Axes:
+        base, channels = self.base(config), Axis("channels")
+        out: Axes = {name: (None, None, channels) for name in self.shapes(config) if name.endswith("_token")}
+        out[f"{base}embeddings.position_embeddings"] = (None, None, channels)
+        out[f"{base}embeddings.patch_embeddings.projection.weight"] = (channels, None, None, None)
+        up, down = self.plain
+        for i in range(config["num_hidden_layers"]):
+            heads = Axis("heads", layer=i, unit=config["head_dim"])
+            neurons = Axis("neurons", layer=i)
+            block = f"{base}encoder.layer.{i}."
+            for part in ("query", "key", "value"):
+                out[f"{block}attention.attention.{part}.weight"] = (heads, channels)
+                out[f"{block}attention.attention.{part}.bias"] = (heads,)
+            out[f"{block}attention.output.dense.weight"] = (channels, heads)
+            out[f"{block}{up}.weight"] = (neurons, channels)
+            out[f"{block}{up}.bias"] = (neurons,)
+            out[f"{block}{down}.weight"] = (channels, neurons)
+        out["pooler.dense.weight"] = (channels, channels)
+        shapes = self.shapes(config)
+        for name in shapes:
+            if "classifier" in name:
+                out[name] = (None, channels)[: len(shapes[name])]
+        return {
+            name: out.get(name, (channels,)) for name in shapes
+        }  # norms, and biases of what adds channels
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         block = self.base(config) + "encoder.layer.{i}."

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from upcycle.families import Config, Shapes
+from upcycle.families import Axes, Config, Shapes
 from upcycle.families._encoder import linear, num_labels
 from upcycle.families._vision import DEFAULTS, Encoder, VisionTransformer
 from upcycle.feed_forward import FeedForward
@@ -32,6 +32,9 @@ class DINOv2(VisionTransformer):
             width = (int(width * 2 / 3) + 7) // 8 * 8
             config["hidden_act"] = "silu"
         return super().finish({**config, "intermediate_size": width})
+
+    def axes(self, config: Config) -> Axes:
+        return Encoder.axes(self, config)  # its head reads two times the channels: not known here
 
     def body(self, config: Config) -> Shapes:
         mask: Shapes = {"embeddings.mask_token": (1, config["hidden_size"])}

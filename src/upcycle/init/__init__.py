@@ -10,7 +10,7 @@ import abc
 import math
 import sys
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from upcycle import registry, rng
 from upcycle.computed import Mean
@@ -18,6 +18,9 @@ from upcycle.errors import UpcycleError
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy
 from upcycle.positions import Order
+
+if TYPE_CHECKING:
+    from upcycle.source import Dense
 
 Spread = Literal["down", "sqrt", "cube_root"]
 
@@ -29,15 +32,17 @@ class Site:
 
     layer: int
     stack: str = "layers"  # of which blocks it is the number
+    blocks: int  # of that stack
     num_experts: int
     top_k: int
     granularity: int
     dense_width: int  # of the network that experts are made from
-    hidden: int  # channels of the experts; fewer than that network's where the model is narrowed
+    hidden: int  # channels of the experts
+    dense_hidden: int  # of that network; more where the model is narrowed
     expert_width: int = 0
     universal_experts: int = 0
     universal_width: int = 0
-    of_universal: bool = False  # whether this is the place of the universal experts
+    core_width: int = 0  # neurons of the other experts, where this is the place of the universal ones
     seed: int
     grouped_router: bool
     uniform_router: bool  # all zero: every expert has the same score for every token
@@ -51,7 +56,12 @@ class Site:
     @property
     def universal(self) -> Site:
         """The same place for the universal experts, whose numbers go on where those of the others end."""
-        return replace(self, expert_width=self.universal_width, of_universal=True)
+        return replace(self, expert_width=self.universal_width, core_width=self.width)
+
+    @property
+    def of_universal(self) -> bool:
+        """Whether this is the place of the universal experts."""
+        return self.core_width > 0
 
     def key(self, *names: object) -> rng.Key:
         """The key of a stream of random numbers of this layer."""
@@ -84,13 +94,17 @@ class Init(abc.ABC):
     def preserves(self, site: Site) -> bool:
         """Whether any choice of experts, weighted to sum to one and scaled, gives the dense output."""
 
+    def admit(self, dense: Dense) -> None:  # noqa: B027 - nothing to admit is the rule
+        """Raise where what this initialisation brings along is not of that dense model."""
+
     def check(self, site: Site) -> None:
         """Raise where the experts asked for cannot be made. Extend, do not replace."""
-        if not self.selects and (site.width * site.granularity != site.dense_width or site.universal_experts):
+        narrow = site.width * site.granularity != site.dense_width
+        if not self.selects and (narrow or site.universal_experts):
             what = "moe.universal_experts" if site.universal_experts else "moe.expert_width"
             raise UpcycleError(
-                f"{what}: init {self.name} makes experts as wide as the dense network ({site.dense_width}) or "
-                f"a whole part of it; use importance, co_activation, uniform or random, which choose neurons"
+                f"{what}: init {self.name} makes experts as wide as the dense network ({site.dense_width}) "
+                f"or a whole part of it; importance, co_activation, uniform and random choose neurons"
             )
         if site.width > site.dense_width or site.universal_width > site.dense_width:
             raise UpcycleError(

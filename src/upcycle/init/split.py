@@ -122,7 +122,8 @@ def _partition(gate: Lazy, site: Site) -> np.ndarray:
 
 
 def balanced_kmeans(rows: np.ndarray, k: int, key: rng.Key, rounds: int = 20) -> np.ndarray:
-    """Labels of `rows` [I, H] in `k` clusters of I / k by cosine similarity, greedily balanced; [I]."""
+    """Labels of `rows` [I, H] in `k` clusters of at most I / k (rounded up) by cosine similarity, greedily
+    balanced; [I]."""
     n = len(rows)
     unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     centroids = unit[_spread_out(unit, k, key)]
@@ -130,11 +131,13 @@ def balanced_kmeans(rows: np.ndarray, k: int, key: rng.Key, rounds: int = 20) ->
     for _ in range(rounds):
         # Rounded, so that the last bit of a matrix product on another machine hardly ever moves a neuron.
         similarity = np.round((unit @ centroids.T).astype(np.float64), 5)
-        new = _deal(similarity, n // k)
+        new = _deal(similarity, -(-n // k))
         if (new == labels).all():
             break
         labels = new
-        centroids = np.stack([unit[labels == e].mean(axis=0) for e in range(k)])
+        centroids = np.stack(
+            [unit[labels == e].mean(axis=0) if (labels == e).any() else centroids[e] for e in range(k)]
+        )
         centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
     return labels
 

@@ -205,10 +205,10 @@ class Run:
                 raise UpcycleError(f"[task] must be a section with keys, not {data['task']!r}")
             made["task"] = tasks.read(data.pop("task"))
         if "moe" in data:
-            keys = ("moe", "init", "dtype", *recipes.STACKS)
+            keys = ("moe", "init", "dtype", "successor", *recipes.STACKS)
             sections: dict[str, Any] = {k: data.pop(k) for k in keys if k in data}
             made["recipe"] = Recipe.of(sections, router=for_recipe, seed=data.get("seed", 0))
-        elif stray := [k for k in ("init", "dtype", *recipes.STACKS) if k in data] + [
+        elif stray := [k for k in ("init", "dtype", "successor", *recipes.STACKS) if k in data] + [
             f"router.{k}" for k in for_recipe
         ]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")

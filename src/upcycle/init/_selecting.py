@@ -1,0 +1,130 @@
+"""What the initialisations have in common that choose weights of a larger network (MoE Jetpack, section
+3.1)."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from upcycle import rng
+from upcycle.feed_forward import FeedForward
+from upcycle.init import Init, Site
+from upcycle.positions import Computed, Given, Positions
+
+Kind = Literal["channels", "heads", "neurons"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selecting(Init):
+    """Each expert has some of the dense network's neurons, and in a narrower model some of its channels.
+
+    `preset` sets what is not given: `paper` is MoE Jetpack's text, `repo` its released code.
+    `channels`: `shared` keeps one set everywhere, as the residual stream has it (paper); `per_expert` draws
+    them for each expert, so that its columns are no longer those of its input (repo). Attention heads stay
+    whole.
+    `universal`: the neurons of universal experts are `chosen` as those of the others are, or a `thinned` set,
+    evenly spaced, of what such an expert would have (repo).
+    `output`: `raw` keeps the weights as they are (both); `expected` multiplies an expert's output by I / I',
+    the dense width over its own, so that for neurons drawn alike its mean over draws is the dense output.
+    """
+
+    selects = True
+    fine_grained = True
+
+    preset: Literal["paper", "repo"] = "paper"
+    channels: Literal["shared", "per_expert"] | None = None
+    universal: Literal["chosen", "thinned"] | None = None
+    output: Literal["raw", "expected"] = "raw"
+
+    def __post_init__(self) -> None:
+        paper = self.preset == "paper"
+        self._default("channels", "shared" if paper else "per_expert")
+        self._default("universal", "chosen" if paper else "thinned")
+
+    def _default(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    @abc.abstractmethod
+    def choose(
+        self,
+        kind: Kind,
+        stack: str,
+        layer: int | None,
+        *,
+        total: int,
+        count: int,
+        seed: int,
+        blocks: int,
+        who: int | None = None,
+    ) -> Positions:
+        """`count` of `total` channels, heads or neurons, ascending, of a block or (None) of a stack of
+        `blocks`; for expert `who`, or for what is no expert."""
+
+    def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
+        network = dense[0]
+        out = network.take(self._neurons(network.width, e, site))
+        if site.hidden == network.hidden:
+            return out
+        shared = self.channels == "shared"
+        return out.narrowed(
+            self.choose(
+                "channels",
+                site.stack,
+                None if shared else site.layer,
+                total=network.hidden,
+                count=site.hidden,
+                seed=site.seed,
+                blocks=site.blocks,
+                who=None if shared else e,
+            )
+        )
+
+    def _neurons(self, total: int, e: int, site: Site) -> Positions:
+        thinned = site.of_universal and self.universal == "thinned"
+        count = site.core_width if thinned else site.width
+        chosen = self.choose(
+            "neurons",
+            site.stack,
+            site.layer,
+            total=total,
+            count=count,
+            seed=site.seed,
+            blocks=site.blocks,
+            who=e,
+        )
+        if not thinned:
+            return chosen
+        kept = spread(count, site.width)
+        return Computed(lambda: chosen.values[kept], site.width, ["thinned", site.width, chosen.describe()])
+
+    def scale(self, site: Site) -> float:
+        return site.dense_width / site.width if self.output == "expected" else 1.0
+
+    def preserves(self, site: Site) -> bool:
+        whole = site.width == site.dense_width and site.hidden == site.dense_hidden
+        return whole and not site.universal_experts
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """`count` positions of range(total) from the first to the last, evenly: round(linspace(0, total - 1))."""
+    return np.round(np.linspace(0, total - 1, count)).astype(np.int64)
+
+
+def drawn(key: rng.Key, weights: np.ndarray) -> np.ndarray:
+    """All positions in the order of drawing without replacement, each next one with a probability in
+    proportion to its weight; those without weight last. [n].
+
+    By log(weight) + Gumbel noise, descending, which is the same distribution (Efraimidis and Spirakis, 2006).
+    """
+    uniform = np.maximum(rng.uniforms(key, 0, len(weights)).astype(np.float64), 2.0**-25)
+    score = np.log(np.maximum(weights, 1e-300)) - np.log(-np.log(uniform))
+    return np.argsort(-score, kind="stable")
+
+
+def given(positions: np.ndarray) -> Given:
+    """Known positions."""
+    return Given(tuple(positions.tolist()))

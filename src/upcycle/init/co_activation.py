@@ -1,0 +1,108 @@
+"""Neurons that fire together stay together: experts from parts of the co-activation graph (MoE Jetpack, eq.
+6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import numpy as np
+
+from upcycle import rng
+from upcycle.errors import UpcycleError
+from upcycle.init._selecting import Kind, drawn
+from upcycle.init.importance import Measured
+from upcycle.init.split import balanced_kmeans
+from upcycle.once import once
+from upcycle.positions import Computed
+from upcycle.statistics import Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoActivation(Measured):
+    """The neurons of a layer are the vertices of a graph, joined by how often they are active together. It is
+    cut into `parts` of equal size; an expert is made of parts drawn without replacement in proportion to the
+    co-activation within them, until it has enough neurons, the last part in its first ones.
+
+    `partition`: `metis` (pymetis), `spectral` (leading eigenvectors and balanced k-means, no other library),
+    or `auto`, the first where it is installed. `weighted`: whether METIS sees edge weights (paper) or only
+    which edges there are (repo). Channels and heads are chosen as `importance` does.
+    """
+
+    summary = "groups of neurons that fire together, from a larger network (MoE Jetpack)"
+    needs = "init.statistics = FILE, from upcycle calibrate --collect l2,co_activation"
+
+    parts: int = 32
+    partition: Literal["auto", "metis", "spectral"] = "auto"
+    weighted: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._default("weighted", self.preset == "paper")
+        if self.parts < 2:
+            raise UpcycleError(f"init.parts = {self.parts}; it must be 2 or more")
+        found = find_spec("pymetis") is not None
+        if self.partition == "metis" and not found:
+            raise UpcycleError(
+                "init.partition = metis needs pymetis: pip install 'upcycle[metis]', or use spectral"
+            )
+        # Resolved, so that a folder says how it was made and is made the same way elsewhere.
+        if self.partition == "auto":
+            object.__setattr__(self, "partition", "metis" if found else "spectral")
+
+    def sampled(self, kind: Kind, stack: str, layer: int, total: int, count: int, key: rng.Key) -> np.ndarray:
+        if kind != "neurons":
+            return super().sampled(kind, stack, layer, total, count, key)
+        labels, inside = _parts(
+            self.measured, stack, layer, self.parts, self.partition == "metis", bool(self.weighted)
+        )
+        order = drawn(key, inside)
+        return np.sort(np.concatenate([np.flatnonzero(labels == p) for p in order])[:count])
+
+    def _computed(self, compute, count, what):  # type: ignore[no-untyped-def]
+        made = super()._computed(compute, count, what)
+        return Computed(made.compute, count, [*made.name, self.parts, self.partition, self.weighted])
+
+    def working_memory(self, width: int, hidden: int) -> int:
+        return 4 * 8 * width * width
+
+
+@once(maxsize=16)
+def _parts(
+    measured: Statistics, stack: str, layer: int, parts: int, by_metis: bool, weighted: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The part of each neuron of a layer, [I], and the co-activation within each part, float64 [P]."""
+    graph = measured.of("neurons", stack, layer, "co_activation").astype(np.float64)
+    np.fill_diagonal(graph, 0.0)
+    if parts > len(graph):
+        raise UpcycleError(f"init.parts = {parts} is more than the {len(graph)} neurons of a layer")
+    labels = metis(graph, parts, weighted) if by_metis else spectral(graph, parts)
+    inside = [graph[np.ix_(labels == p, labels == p)].sum() for p in range(parts)]
+    return labels, np.array(inside)
+
+
+def metis(graph: np.ndarray, parts: int, weighted: bool) -> np.ndarray:
+    """The parts that METIS finds, [I]; weights as whole numbers of 1 to 1000, where not 0."""
+    import pymetis
+
+    scale = 1000 / max(graph.max(), 1e-300)
+    starts, neighbours, weights = [0], [], []
+    for row in graph:
+        joined = np.flatnonzero(row > 0)
+        neighbours.append(joined)
+        weights.append(np.maximum(1, np.round(row[joined] * scale)).astype(np.int64))
+        starts.append(starts[-1] + len(joined))
+    options = {"eweights": np.concatenate(weights).tolist()} if weighted else {}
+    _, labels = pymetis.part_graph(parts, xadj=starts, adjncy=np.concatenate(neighbours).tolist(), **options)
+    return np.array(labels, np.int64)
+
+
+def spectral(graph: np.ndarray, parts: int) -> np.ndarray:
+    """Parts of equal size, or one more, by the leading eigenvectors of the normalised graph; [I]."""
+    degree = np.sqrt(np.maximum(graph.sum(1), 1e-12))
+    _, vectors = np.linalg.eigh(graph / degree[:, None] / degree[None])
+    return balanced_kmeans(vectors[:, -parts:].astype(np.float32), parts, rng.key(0, "spectral"))
+
+
+init = CoActivation

@@ -1,0 +1,165 @@
+"""A smaller model in a larger one: chosen channels, heads and neurons of a dense checkpoint (MoE Jetpack,
+3.1).
+
+The successor is a `Dense` of fewer channels, whose tensors are parts of the predecessor's or those of a
+second checkpoint. Experts are made from the predecessor's whole networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from upcycle.checkpoint import Checkpoint
+from upcycle.errors import UpcycleError, listed
+from upcycle.families import Axis, Config
+from upcycle.feed_forward import FeedForward
+from upcycle.hub import open_checkpoint
+from upcycle.init._selecting import Selecting
+from upcycle.lazy import Lazy, Take
+from upcycle.natives import Native
+from upcycle.positions import Units
+from upcycle.recipe import Recipe, Successor
+from upcycle.source import Dense, admit
+from upcycle.upcycled import Layout
+
+TARGET = "dense"  # the successor without experts: Weight Selection (Xu et al., ICLR 2024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrowed(Dense):
+    """A dense model of fewer channels, made of `predecessor` or, but for its experts, of `rest`."""
+
+    predecessor: Dense
+    rest: Dense | None
+    init: Selecting
+    seed: int
+    changed: Config  # keys of config.json that are not the predecessor's
+
+    @cached_property
+    def tensors(self) -> dict[str, Lazy]:
+        if self.rest is not None:
+            return self.rest.tensors
+        axes = self.family.axes(self.predecessor.config)
+        smaller = self.family.axes(self.config)
+        wanted = self.family.shapes(self.config) | self.family.optional(self.config)
+        return {
+            name: self._part(tensor, axes[name], smaller[name], wanted[name])
+            for name, tensor in self.predecessor.tensors.items()
+        }
+
+    def _part(
+        self,
+        tensor: Lazy,
+        axes: tuple[Axis | None, ...],
+        smaller: tuple[Axis | None, ...],
+        shape: tuple[int, ...],
+    ) -> Lazy:
+        for place, (axis, after) in enumerate(zip(axes, smaller, strict=True)):
+            if axis is None or after is None or tensor.shape[place] == shape[place]:
+                continue
+            total, count = tensor.shape[place] // axis.unit, shape[place] // after.unit
+            chosen = self.init.choose(
+                axis.kind,
+                axis.stack,
+                axis.layer,
+                total=total,
+                count=count,
+                seed=self.seed,
+                blocks=self._blocks(axis),
+            )
+            tensor = Take(tensor, place, chosen if axis.unit == 1 else Units(chosen, axis.unit))
+        return tensor
+
+    def _blocks(self, axis: Axis) -> int:
+        return next(s.count for s in self.predecessor.stacks if s.name == axis.stack)
+
+    @property
+    def raw(self) -> Mapping[str, Any]:
+        return self.rest.raw if self.rest is not None else {**self.predecessor.raw, **self.changed}
+
+    @property
+    def others(self) -> tuple[Checkpoint, ...]:
+        return () if self.rest is None else (self.rest.checkpoint,)
+
+    def origin(self, layer: int, stack: str = "layers") -> FeedForward:
+        return self.predecessor.feed_forward(layer, stack)
+
+
+def narrowed(predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = False) -> Narrowed:
+    """The successor that `recipe` makes of a predecessor; refused where widths or checkpoints do not fit."""
+    wanted, init, family = recipe.successor, recipe.init, predecessor.family
+    assert wanted is not None
+    if not isinstance(init, Selecting):
+        raise UpcycleError(
+            f"[successor] needs an initialisation that chooses weights: importance, co_activation, uniform "
+            f"or random; init.name = {init.name} does not"
+        )
+    hidden, width = _widths(predecessor, wanted)
+    changed = family.narrowed(predecessor.config, hidden, width)
+    config = family.config({**predecessor.raw, **changed})
+    rest = None
+    if wanted.rest != "predecessor":
+        rest = admit(open_checkpoint(wanted.rest, allow_nonfinite=allow_nonfinite, label="rest"))
+        shapes = {n: t.shape for n, t in rest.tensors.items()}
+        body = {
+            n: s for n, s in family.shapes(config).items() if "classifier" not in n and "lm_head" not in n
+        }
+        different = sorted(n for n, s in body.items() if shapes.get(n) != s)
+        if rest.family is not family or different:
+            raise UpcycleError(
+                f"successor.rest: {rest.checkpoint.folder} is not a {family.model_type} of its size"
+                + (f" ({listed(different)} differ)" if different else "")
+            )
+        config = rest.config
+    return Narrowed(
+        checkpoint=predecessor.checkpoint,
+        family=family,
+        config=config,
+        left_out=predecessor.left_out,
+        predecessor=predecessor,
+        rest=rest,
+        init=init,
+        seed=recipe.seed,
+        changed=changed,
+    )
+
+
+def _widths(predecessor: Dense, wanted: Successor) -> tuple[dict[str, int], dict[str, int]]:
+    """Channels and neurons of each stack of the successor."""
+    stacks = predecessor.stacks
+    given = (
+        wanted.hidden_size if isinstance(wanted.hidden_size, tuple) else (wanted.hidden_size,) * len(stacks)
+    )
+    if len(given) != len(stacks):
+        raise UpcycleError(
+            f"successor.hidden_size = {list(given)}; {predecessor.family.model_type} wants a number for each "
+            f"of its {len(stacks)} stacks of blocks"
+        )
+    hidden, width = {}, {}
+    for stack, channels in zip(stacks, given, strict=True):
+        channels = channels or stack.hidden
+        neurons = wanted.intermediate_size or stack.width * channels // stack.hidden
+        if not 0 < channels <= stack.hidden or not 0 < neurons <= stack.width:
+            raise UpcycleError(
+                f"the successor has {channels} channels and {neurons} neurons and the predecessor "
+                f"{stack.hidden} and {stack.width}; it must not be wider"
+            )
+        hidden[stack.name], width[stack.name] = channels, neurons
+    return hidden, width
+
+
+def target(dense: Dense) -> Native:
+    """The dense class itself, narrower."""
+    return Native(
+        model_type=dense.family.model_type,
+        architecture=dense.architecture,
+        summary="the dense class, narrower",
+        layout=Layout(),
+        router="",
+        fields=(),
+        renormalizes="optional",
+        upcycled=True,
+    )
