@@ -75,7 +75,7 @@ def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> d
     out["checkpoint"] = {"every": 0}
     out["schedule"]["decay"] = steps // 4
     if variant == "scratch":
-        # The others go on where a warmup of 200 steps lies behind them; this one is given a short one of its own.
+        # The others go on where a warmup of 200 steps lies behind them; this one has a short one of its own.
         out["schedule"] |= {"name": "warmup_stable_decay", "warmup": steps // 10}
     else:
         out["schedule"]["start_step"] = read_toml(HERE / "base.toml")["train"]["steps"]

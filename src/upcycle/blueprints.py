@@ -98,10 +98,10 @@ class Blueprint:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Source tensors that are in nothing, and why."""
+        """Source tensors that are in nothing, and why; those of a second checkpoint with its label before."""
         if not self.recipe.init.uses_source:
             return dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
-        return dict(self.dense.left_out)
+        return dict(self.dense.left_out) | self.dense.left_aside({(s.stack, s.layer) for s in self.sites})
 
     @cached_property
     def hash(self) -> str:

@@ -108,7 +108,7 @@ def tensors(
 
     `networks` are the layer's feed-forward networks in the dense checkpoints, the source first.
     """
-    hidden, dtype = networks[0].hidden, networks[0].down.dtype
+    hidden, dtype = site.hidden, networks[0].down.dtype
     asked = recipe.moe.shared_experts > 0
     halved = asked and native.shared is not None and native.shared.combine in ("gated", "sum")
     gate, up, down = factors(recipe, site)

@@ -123,7 +123,9 @@ def _skipped(name: str, why: str) -> Check:
 def _source_used(built: Blueprint) -> Check:
     used = {info for entry in built.entries.values() for info in entry.lazy.sources()}
     held = [info for c in built.checkpoints for info in c.tensors.values()]
-    unused = [info.name for info in held if info not in used and info.name not in built.left_out]
+    spared = built.left_out
+    second = {info: f"{c.label}: {info.name}" for c in built.dense.others for info in c.tensors.values()}
+    unused = [i.name for i in held if i not in used and second.get(i, i.name) not in spared]
     reasons = {why: [n for n, w in built.left_out.items() if w == why] for why in built.left_out.values()}
     left = "".join(f"; left out {listed(names)}: {why}" for why, names in reasons.items())
     return Check(

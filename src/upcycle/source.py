@@ -46,6 +46,11 @@ class Dense:
         """More checkpoints that its tensors come from."""
         return ()
 
+    def left_aside(self, experts: set[tuple[str, int]]) -> dict[str, str]:
+        """Stored tensors that are in nothing because another checkpoint has them, and why; `experts` are the
+        blocks, by stack and number, whose networks become experts."""
+        return {}
+
     @property
     def architecture(self) -> str:
         """The class of transformers that it is a checkpoint of."""

@@ -84,6 +84,21 @@ class Narrowed(Dense):
     def others(self) -> tuple[Checkpoint, ...]:
         return () if self.rest is None else (self.rest.checkpoint,)
 
+    def left_aside(self, experts: set[tuple[str, int]]) -> dict[str, str]:
+        if self.rest is None:
+            return {}
+
+        def become(dense: Dense, name: str) -> bool:
+            stacks = {s.name: s for s in dense.stacks}
+            return any(stacks[stack].owns(name, i) for stack, i in experts)
+
+        mine = [n for n in self.predecessor.tensors if not become(self.predecessor, n)]
+        theirs = [f"{self.rest.checkpoint.label}: {n}" for n in self.rest.tensors if become(self.rest, n)]
+        return {
+            **dict.fromkeys(mine, "successor.rest has what is no expert"),
+            **dict.fromkeys(theirs, "experts come from the predecessor"),
+        }
+
     def origin(self, layer: int, stack: str = "layers") -> FeedForward:
         return self.predecessor.feed_forward(layer, stack)
 

@@ -77,7 +77,7 @@ class Decoder(Family):
             "lm_head.weight": (None, channels),
         }
         out: Axes = {}
-        for name in self.shapes(config):
+        for name, shape in self.shapes(config).items():
             number, _, part = name.removeprefix("model.layers.").partition(".")
             if name in ends:
                 out[name] = ends[name]
@@ -100,6 +100,9 @@ class Decoder(Family):
                 "mlp.gate_proj.bias": (neurons,),
                 "mlp.up_proj.bias": (neurons,),
                 "mlp.down_proj.bias": (channels,),
+                # Of each head, or of all of them together.
+                "self_attn.q_norm.weight": (None if shape == (head,) else queries,),
+                "self_attn.k_norm.weight": (None if shape == (head,) else keys,),
                 **{f"{norm}.weight": (channels,) for norm in self.norms},
             }
             if part not in inside:

@@ -13,6 +13,7 @@ import numpy as np
 from upcycle import rng
 from upcycle.errors import UpcycleError
 from upcycle.init._selecting import Kind, Selecting, drawn
+from upcycle.once import once
 from upcycle.positions import Computed, Positions
 from upcycle.statistics import Statistics
 
@@ -46,7 +47,8 @@ class Measured(Selecting):
     @property
     def measured(self) -> Statistics:
         """The file of statistics."""
-        return Statistics.open(self.statistics)
+        path = Path(self.statistics)
+        return _opened(path, path.stat().st_mtime_ns) if path.is_file() else Statistics.open(path)
 
     def admit(self, dense: Dense) -> None:
         self.measured.refuse_other(dense)
@@ -91,6 +93,11 @@ class Measured(Selecting):
 
     def _computed(self, compute: Callable[[], np.ndarray], count: int, what: list[object]) -> Computed:
         return Computed(compute, count, [self.name, self.statistic, self.measured.digest, count, *what])
+
+
+@once(maxsize=4)
+def _opened(path: Path, mtime: int) -> Statistics:
+    return Statistics.open(path)
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:

@@ -1,0 +1,393 @@
+"""Recycling a larger checkpoint (MoE Jetpack, section 3.1) against plain numpy: what is chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+import upcycle
+from upcycle import Recipe, blueprint, convert, rng, verify
+from upcycle.checkpoint import Checkpoint
+from upcycle.errors import UpcycleError
+from upcycle.init import Site, _selecting, co_activation
+from upcycle.init.importance import Importance
+from upcycle.init.random import Random
+
+BIG = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4}
+SMALL = {"hidden_size": 16, "intermediate_size": 48, "num_attention_heads": 2}
+MOE = {"target": "upcycled", "layers": "last_half", "num_experts": 5, "top_k": 2}
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    return tiny.make(tmp_path_factory.mktemp("big"), "ViTForImageClassification", **BIG)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return tiny.make(tmp_path_factory.mktemp("small"), "ViTForImageClassification", seed=1, **SMALL)
+
+
+def stored(folder) -> dict[str, np.ndarray]:
+    opened = Checkpoint.open(folder)
+    return {
+        name: opened.pread(info, 0, info.nbytes).view(np.float32).reshape(info.shape).copy()
+        for name, info in opened.tensors.items()
+    }
+
+
+def made(built) -> dict[str, np.ndarray]:
+    return {name: entry.lazy.all("F32") for name, entry in built.entries.items()}
+
+
+def narrowed(arrays: dict[str, np.ndarray], channels, heads, neurons) -> dict[str, np.ndarray]:
+    """A ViT cut by hand: channels of the model, elements of heads and neurons of each block."""
+    out = {}
+    for name, x in arrays.items():
+        layer = int(name.split(".")[3]) if ".layer." in name else None
+        rest = name.split(".", 4)[-1] if layer is not None else name
+        if rest.startswith("attention.attention"):
+            x = x[heads(layer)] if x.ndim == 1 else x[heads(layer)][:, channels]
+        elif rest == "attention.output.dense.weight":
+            x = x[channels][:, heads(layer)]
+        elif rest.startswith("intermediate"):
+            x = x[neurons(layer)] if x.ndim == 1 else x[neurons(layer)][:, channels]
+        elif rest == "output.dense.weight":
+            x = x[channels][:, neurons(layer)]
+        elif name == "classifier.weight" or name.endswith(("_token", "position_embeddings")):
+            x = x[..., channels]
+        elif name != "classifier.bias":
+            x = x[channels]
+        out[name] = x
+    return out
+
+
+# --- uniform: Weight Selection
+
+
+def test_a_uniform_successor_is_cut_by_hand(big):
+    """Equation 7, on every tensor; heads whole, 2 of 4."""
+    built = blueprint(
+        big,
+        Recipe.of(moe={"target": "dense"}, init={"name": "uniform"}, successor={"hidden_size": 16}),
+    )
+    evenly = np.arange(16) * 32 // 16
+    heads = np.concatenate([np.arange(8) + 8 * h for h in np.arange(2) * 4 // 2])
+    wanted = narrowed(stored(big), evenly, lambda _: heads, lambda _: np.arange(48) * 96 // 48)
+    found = made(built)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert built.config["hidden_size"] == 16
+    assert built.config["num_attention_heads"] == 2
+
+
+def test_the_repository_spaces_from_the_first_to_the_last(big):
+    built = blueprint(
+        big,
+        Recipe.of(
+            moe={"target": "dense"},
+            init={"name": "uniform", "preset": "repo"},
+            successor={"hidden_size": 8},
+        ),
+    )
+    evenly = np.round(np.linspace(0, 31, 8)).astype(int)
+    np.testing.assert_array_equal(
+        made(built)["vit.layernorm.weight"], stored(big)["vit.layernorm.weight"][evenly]
+    )
+
+
+def test_a_narrow_model_runs_and_is_verified(big, tmp_path):
+    for name, recipe in {
+        "dense": Recipe.of(moe={"target": "dense"}, init={"name": "random"}, successor={"hidden_size": 16}),
+        "moe": Recipe.of(
+            moe={**MOE, "expert_width": 24}, init={"name": "uniform"}, successor={"hidden_size": 16}
+        ),
+    }.items():
+        convert(big, tmp_path / name, recipe)
+        proof = verify(big, tmp_path / name)
+        assert proof.holds, proof.checks
+        assert not proof.preserves_function
+        model = upcycle.open(tmp_path / name)
+        assert model(torch.randn(2, 3, 12, 12)).logits.isfinite().all()
+    assert type(upcycle.open(tmp_path / "dense")).__name__ == "ViTForImageClassification"
+
+
+# --- random, and what all share
+
+
+def test_random_experts_differ_and_share_channels(big):
+    recipe = Recipe.of(
+        moe={**MOE, "expert_width": 24}, init={"name": "random"}, successor={"hidden_size": 16}, seed=3
+    )
+    found, whole = made(blueprint(big, recipe)), stored(big)
+    norm = found["vit.layernorm.weight"]
+    channels = np.array([np.flatnonzero(whole["vit.layernorm.weight"] == x)[0] for x in norm])
+    assert (np.diff(channels) > 0).all()
+    assert len(channels) == 16
+    chosen = []
+    for layer in (2, 3):
+        up = whole[f"vit.encoder.layer.{layer}.intermediate.dense.weight"]
+        bias = whole[f"vit.encoder.layer.{layer}.intermediate.dense.bias"]
+        down = whole[f"vit.encoder.layer.{layer}.output.dense.weight"]
+        mlp = f"vit.encoder.layer.{layer}.mlp.experts."
+        for e in range(5):
+            neurons = np.array([np.flatnonzero(bias == x)[0] for x in found[mlp + "up_proj_bias"][e]])
+            assert (np.diff(neurons) > 0).all()
+            assert len(neurons) == 24
+            np.testing.assert_array_equal(found[mlp + "up_proj"][e], up[neurons][:, channels])
+            np.testing.assert_array_equal(found[mlp + "down_proj"][e], down[channels][:, neurons])
+            np.testing.assert_array_equal(
+                found[mlp + "down_proj_bias"][e],
+                whole[f"vit.encoder.layer.{layer}.output.dense.bias"][channels],
+            )
+            chosen.append(tuple(neurons))
+    assert len({*chosen}) == 10
+    again = made(blueprint(big, recipe))
+    assert all(np.array_equal(found[n], again[n]) for n in found)
+    other = made(blueprint(big, Recipe.of({**recipe.as_table(), "seed": 4})))
+    assert not np.array_equal(found["vit.layernorm.weight"], other["vit.layernorm.weight"])
+
+
+def test_the_repository_draws_channels_for_each_expert(big):
+    recipe = Recipe.of(
+        moe={**MOE, "expert_width": 24},
+        init={"name": "random", "preset": "repo"},
+        successor={"hidden_size": 16},
+    )
+    found, whole = made(blueprint(big, recipe)), stored(big)
+    bias = whole["vit.encoder.layer.3.output.dense.bias"]
+    chosen = {
+        tuple(np.flatnonzero(bias == x)[0] for x in row)
+        for row in found["vit.encoder.layer.3.mlp.experts.down_proj_bias"]
+    }
+    assert len(chosen) == 5
+
+
+def test_the_rest_comes_from_a_second_checkpoint(big, small, tmp_path):
+    recipe = Recipe.of(
+        moe={**MOE, "expert_width": 48},
+        init={"name": "uniform"},
+        successor={"hidden_size": 16, "rest": str(small)},
+    )
+    convert(big, tmp_path / "out", recipe)
+    found, own, whole = stored(tmp_path / "out"), stored(small), stored(big)
+    experts = {n for n in found if ".mlp." in n}
+    assert experts
+    assert all(np.array_equal(found[n], own[n]) for n in found if n not in experts)
+    np.testing.assert_array_equal(
+        found["vit.encoder.layer.2.mlp.experts.up_proj"][4],
+        whole["vit.encoder.layer.2.intermediate.dense.weight"][::2, ::2],
+    )
+    proof = verify(big, tmp_path / "out")
+    assert proof.holds, proof.checks
+    assert "experts come from the predecessor" in proof.checks[0].detail
+
+
+def test_same_width_keeps_channels_and_the_function_where_nothing_is_left_out(big):
+    recipe = Recipe.of(moe={**MOE, "expert_width": 96}, init={"name": "random"})
+    built = blueprint(big, recipe)
+    assert built.preserves_function
+    assert not blueprint(
+        big, Recipe.of(moe={**MOE, "expert_width": 95}, init={"name": "random"})
+    ).preserves_function
+
+
+def test_expected_output(big):
+    """For neurons drawn alike the mean over draws is the dense network's down matrix."""
+    table = {"moe": {**MOE, "expert_width": 24}, "init": {"name": "random", "output": "expected"}}
+    raw = made(blueprint(big, Recipe.of({**table, "init": {"name": "random"}})))
+    found = made(blueprint(big, Recipe.of(table)))
+    name = "vit.encoder.layer.3.mlp.experts.down_proj"
+    np.testing.assert_allclose(found[name], raw[name] * 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2"])
+def test_decoders_are_narrowed_with_whole_groups_of_heads(name, tmp_path):
+    """A decoder of half the channels and half the key heads, in a native MoE with Top-K."""
+    source = tiny.make_dense(tmp_path / "dense", name, num_attention_heads=8, num_key_value_heads=4)
+    recipe = Recipe.of(
+        moe={"num_experts": 4, "expert_width": 24}, init={"name": "uniform"}, successor={"hidden_size": 16}
+    )
+    built = blueprint(source, recipe)
+    convert(source, tmp_path / "moe", recipe)
+    assert verify(source, tmp_path / "moe").holds
+    model = upcycle.open(tmp_path / "moe")
+    assert model.config.num_key_value_heads == 2
+    assert model.config.num_attention_heads == 4
+    assert model(torch.arange(12)[None]).logits.isfinite().all()
+    q = built.entries["model.layers.0.self_attn.q_proj.weight"].lazy.all("F32")
+    whole = stored(source)["model.layers.0.self_attn.q_proj.weight"]
+    head = built.dense.config["head_dim"]
+    rows = np.concatenate([np.arange(2 * head) + 2 * head * g for g in (0, 2)])
+    np.testing.assert_array_equal(q, whole[rows][:, ::2])
+
+
+# --- drawing
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_drawing_leaves_what_has_no_weight_for_last(seed):
+    weights = np.array([0.0, 3.0, 0.0, 1.0, 2.0])
+    order = _selecting.drawn(rng.key(seed, "x"), weights)
+    assert sorted(order) == [0, 1, 2, 3, 4]
+    assert set(order[3:]) == {0, 2}
+
+
+def test_drawing_is_in_proportion_to_weight():
+    """First draws come as often as the weights say, and pairs as sequential drawing without replacement
+    has."""
+    weights = np.array([4.0, 3.0, 2.0, 1.0])
+    n = 20_000
+    orders = np.stack([_selecting.drawn(rng.key(i, "draw"), weights) for i in range(n)])
+    p = weights / weights.sum()
+    first = np.bincount(orders[:, 0], minlength=4) / n
+    np.testing.assert_allclose(first, p, atol=4 * 0.5 / n**0.5)
+    for a in range(4):
+        for b in range(4):
+            wanted = 0.0 if a == b else p[a] * p[b] / (1 - p[a])
+            seen = ((orders[:, 0] == a) & (orders[:, 1] == b)).mean()
+            assert abs(seen - wanted) < 4 * 0.5 / n**0.5
+
+
+# --- measured: with statistics given by hand
+
+
+class Given:
+    """Statistics in a dictionary, as a file would have them."""
+
+    digest = "by hand"
+
+    def __init__(self, **found):
+        self.found = found
+
+    def of(self, position, stack, layer, name):
+        return np.asarray(self.found[f"{position}_{name}"][layer], np.float32)
+
+
+def measured(cls, given, monkeypatch, **keys):
+    monkeypatch.setattr(cls, "measured", property(lambda self: given))
+    return cls(statistics="by hand", **keys)
+
+
+def test_channels_are_the_top_of_the_layers_together(monkeypatch):
+    """Equation 4."""
+    given = Given(channels_l2=[[1.0, 5.0, 2.0, 0.0], [4.0, 0.0, 1.0, 3.5]])
+    chosen = measured(Importance, given, monkeypatch).choose(
+        "channels", "layers", None, total=4, count=2, seed=0, blocks=2
+    )
+    assert chosen.values.tolist() == [0, 1]  # sums 5, 5, 3, 3.5
+
+
+def test_whole_heads_by_their_sum(monkeypatch):
+    given = Given(heads_l1=[[1.0, 1.0, 3.0, 0.0, 0.0, 2.5]])
+    one = measured(Importance, given, monkeypatch, statistic="l1")
+    assert one.choose("heads", "layers", 0, total=3, count=2, seed=0, blocks=1).values.tolist() == [1, 2]
+
+
+def test_important_neurons_are_in_more_experts(monkeypatch):
+    """Of experts of one neuron, each neuron is in its share of the norm."""
+    given = Given(neurons_l2=[[8.0, 4.0, 2.0, 1.0, 1.0]])
+    one = measured(Importance, given, monkeypatch)
+    n = 4000
+    taken = np.zeros(5)
+    for e in range(n):
+        taken[one.choose("neurons", "layers", 0, total=5, count=1, seed=0, blocks=1, who=e).values] += 1
+    np.testing.assert_allclose(taken / n, np.array([8, 4, 2, 1, 1]) / 16, atol=4 * 0.5 / n**0.5)
+
+
+def blocky(groups: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A co-activation matrix of groups that fire together, shuffled, and the group of each neuron."""
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.repeat(np.arange(groups), size))
+    together = np.where(labels[:, None] == labels[None], 0.5, 0.02) + 0.005 * random.random(
+        (groups * size,) * 2
+    )
+    return (together + together.T) / 2, labels
+
+
+@pytest.mark.parametrize("how", ["metis", "spectral"])
+def test_parts_are_the_planted_ones(how):
+    if how == "metis":
+        pytest.importorskip("pymetis", reason="the extra `metis` is not installed")
+    graph, labels = blocky(6, 10)
+    np.fill_diagonal(graph, 0)
+    found = co_activation.metis(graph, 6, True) if how == "metis" else co_activation.spectral(graph, 6)
+    assert np.bincount(found).tolist() == [10] * 6
+    assert len({*zip(labels.tolist(), found.tolist(), strict=True)}) == 6
+
+
+def test_without_weights_a_full_graph_tells_metis_nothing():
+    """The released code drops edge weights: where every pair fired together once, its cut is not the
+    groups'."""
+    pytest.importorskip("pymetis", reason="the extra `metis` is not installed")
+    graph, labels = blocky(6, 10)
+    np.fill_diagonal(graph, 0)
+    found = co_activation.metis(graph, 6, False)
+    assert len({*zip(labels.tolist(), found.tolist(), strict=True)}) > 6
+
+
+@pytest.mark.parametrize("partition", ["metis", "spectral"])
+def test_experts_are_whole_parts_but_for_the_last(partition, monkeypatch):
+    if partition == "metis":
+        pytest.importorskip("pymetis", reason="the extra `metis` is not installed")
+    graph, labels = blocky(6, 10)
+    given = Given(neurons_co_activation=[graph], neurons_l2=[np.ones(60)])
+    one = measured(co_activation.CoActivation, given, monkeypatch, parts=6, partition=partition)
+    chosen = one.choose("neurons", "layers", 0, total=60, count=25, seed=1, blocks=1, who=0).values
+    assert len(chosen) == 25
+    assert sorted(np.bincount(labels[chosen], minlength=6).tolist()) == [0, 0, 0, 5, 10, 10]
+
+
+# --- universal experts
+
+
+def test_thinned_universal_neurons():
+    """The repository keeps every so many of the neurons that a core expert would have."""
+    init = Random(preset="repo")
+    site = Site(
+        layer=3, blocks=4, num_experts=2, top_k=1, granularity=1, dense_width=96, hidden=32, dense_hidden=32,
+        expert_width=24, universal_experts=3, universal_width=6, seed=0, grouped_router=False,
+        uniform_router=False, gate_sum=1.0,
+    )  # fmt: skip
+    core = init._neurons(96, 2, site).values
+    thin = init._neurons(96, 2, site.universal).values
+    assert len(core) == 24
+    np.testing.assert_array_equal(thin, core[np.round(np.linspace(0, 23, 6)).astype(int)])
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"moe": {"target": "dense"}, "init": {"name": "uniform"}}, "add that section"),
+        ({"successor": {"hidden_size": 16}}, "chooses weights"),
+        ({"init": {"name": "uniform"}, "successor": {"hidden_size": 12}}, "whole heads are kept"),
+        ({"init": {"name": "uniform"}, "successor": {"hidden_size": 64}}, "must not be wider"),
+        ({"init": {"name": "uniform"}, "successor": {"hidden_size": [16, 16]}}, "a number for each"),
+        ({"init": {"name": "uniform"}, "moe": {"expert_width": 97}}, "cannot be chosen"),
+        ({"init": {"name": "copy"}, "moe": {"expert_width": 24}}, "choose neurons"),
+        ({"init": {"name": "importance"}}, "upcycle calibrate"),
+        ({"init": {"name": "importance", "statistics": "nowhere.safetensors"}}, "does not exist"),
+        ({"init": {"name": "uniform"}, "moe": {"expert_width": 24, "granularity": 2}}, "give one"),
+    ],
+)
+def test_mistakes(recipe, said, big):
+    moe = {**MOE, **recipe.get("moe", {})}
+    with pytest.raises(UpcycleError, match=said):
+        blueprint(big, Recipe.of({**recipe, "moe": moe}))
+
+
+def test_a_rest_of_another_size_is_refused(big):
+    with pytest.raises(UpcycleError, match=r"successor\.rest"):
+        blueprint(
+            big,
+            Recipe.of(moe=MOE, init={"name": "uniform"}, successor={"hidden_size": 16, "rest": str(big)}),
+        )
