@@ -394,6 +394,9 @@ def test_mean_pooling_is_what_the_head_sees(data, tmp_path):
         states = plain.vit(pixel_values=pixels).last_hidden_state
         wanted = plain.classifier(states[:, 1:].mean(1))
         assert torch.allclose(model(pixel_values=pixels).logits, wanted, atol=1e-6)
+        assert torch.allclose(model(pixel_values=pixels, return_dict=False)[0], wanted, atol=1e-6)
+        bare = [model.vit(pixel_values=pixels, return_dict=given)[0] for given in (True, False)]
+        assert torch.equal(*bare)
     run = table("vit", data, tmp_path / "run", moe={**UPCYCLED["moe"], "pooling": "mean"})
     assert train(Run.of(run)).finished
     with pytest.raises(UpcycleError, match="is for heads on a class token"):
