@@ -36,6 +36,7 @@ from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
+from upcycle.training.step import _parts
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *[f"<extra_id_{i}>" for i in range(20)]]
@@ -305,6 +306,48 @@ def test_active_flops_of_expert_choice(data):
 def test_mistakes(kind, changes, message, data, tmp_path):
     with pytest.raises(UpcycleError, match=message):
         train(Run.of(table(kind, data, tmp_path / "run", **changes)))
+
+
+ON = {"train": {"steps": 2, "eval_every": 1}}
+
+
+def test_groups_of_several_rows(data, tmp_path):
+    """Held-out rows that are no whole number of groups are made up to one; training rows must be one."""
+    router = {**CHOICE["router"], "group": 34}  # two images of 16 patches and a class token
+    changes = {**CHOICE, "router": router, "train": {**ON["train"], "eval_examples": 11}}
+    assert train(Run.of(table("vit", data, tmp_path / "run", **changes))).finished
+    for micro, size in ((1, 1), (5, 5), (7, 7)):
+        changes["train"]["micro_batch"] = micro
+        with pytest.raises(UpcycleError, match=f"router.group = 34 does not divide the {size} x 17 tokens"):
+            train(Run.of(table("vit", data, tmp_path / str(micro), **changes)))
+    changes["train"] |= {"micro_batch": 6, "batch_size": 9}
+    with pytest.raises(UpcycleError, match="does not divide the 3 x 17 tokens"):
+        train(Run.of(table("vit", data, tmp_path / "rest", **changes)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("whole", [1, 2, 4])
+def test_every_rank_scores_as_many_whole_groups(whole, world):
+    rows, size = 13, 4
+    share = -(-rows // world)
+    parts = [
+        list(_parts({"x": torch.arange(rows)}, rows, r * share, share, size, whole)) for r in range(world)
+    ]
+    assert len({len(each) for each in parts}) == 1
+    assert all(len(batch["x"]) % whole == 0 for each in parts for batch, _ in each)
+    assert [int(i) for each in parts for batch, n in each for i in batch["x"][:n]] == list(range(rows))
+
+
+def test_every_stack_shares_its_experts_out(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changes = {**UPCYCLED, "decoder": {"moe": {"num_experts": 3}}}
+    with pytest.raises(UpcycleError, match="ep must divide the 3 experts of a layer"):
+        train(Run.of(table("t5", data, tmp_path / "run", **changes, parallel={"fsdp": 2, "ep": 2})))
+    layout = {"fsdp_size": 2, "ep_size": 2}
+    with pytest.raises(UpcycleError, match="ep_size must divide the 3 experts of a layer"):
+        upcycle.load(data / "t5", Recipe.of(changes), distributed_config=layout)
+    with pytest.raises(UpcycleError, match="a dense model has no experts to share out"):
+        upcycle.load(data / "t5", Recipe.of(moe={"target": "depth_tiled"}), distributed_config=layout)
 
 
 def test_labels_that_disagree_with_the_head(data, tmp_path):

@@ -18,7 +18,7 @@ import torch
 import upcycle
 from upcycle.console import count
 from upcycle.errors import UpcycleError, listed
-from upcycle.training import metrics, optimizer, routing, saving, start, step, tasks
+from upcycle.training import fit, metrics, optimizer, routing, saving, start, step, tasks
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
@@ -51,8 +51,8 @@ def train(run: Run, *, resume: bool = False) -> Result:
     precision = _precision(run)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)
-    experts = run.recipe.moe.num_experts if run.recipe else None
-    with ranks(run.parallel, mixed=precision == "mixed", num_experts=experts) as here, _terminable() as stop:
+    experts = {part.moe.num_experts for part in fit.parts(begun.built).values()}
+    with ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here, _terminable() as stop:
         out = Path(run.out)
         checkpoint = _claim(run, out, here, resume)
         if here.first:
@@ -65,6 +65,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
                 f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
                 f"evenly; change train.batch_tokens or train.batch_size"
             )
+        fit.refuse_broken_groups(run, begun.built, task.lengths(run, begun.subject), here.dp_size)
         model = start.model_of(begun, run, here, precision)
         trainee = Trainee(
             model=model,
