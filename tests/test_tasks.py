@@ -311,6 +311,17 @@ def test_mistakes(kind, changes, message, data, tmp_path):
 ON = {"train": {"steps": 2, "eval_every": 1}}
 
 
+def test_a_bias_in_one_stack_alone(data, tmp_path):
+    """The decoder of a T5 balances by its bias, the encoder's experts choose for themselves."""
+    router = {**CHOICE["router"], "bias_update_rate": 0.01}
+    mixed = {**UPCYCLED, "router": router, "decoder": {"router": {"name": "sigmoid"}}, **ON}
+    train(Run.of(table("t5", data, tmp_path / "run", **mixed)))
+    model = upcycle.open(export(tmp_path / "run", tmp_path / "out").out)
+    biases = {n: b for n, b in model.state_dict().items() if n.endswith("e_score_correction_bias")}
+    assert len(biases) == 2
+    assert all(n.startswith("decoder.") and 0 < float(b.abs().max()) <= 0.02 for n, b in biases.items())
+
+
 def test_groups_of_several_rows(data, tmp_path):
     """Held-out rows that are no whole number of groups are made up to one; training rows must be one."""
     router = {**CHOICE["router"], "group": 34}  # two images of 16 patches and a class token
@@ -336,6 +347,20 @@ def test_every_rank_scores_as_many_whole_groups(whole, world):
     assert len({len(each) for each in parts}) == 1
     assert all(len(batch["x"]) % whole == 0 for each in parts for batch, _ in each)
     assert [int(i) for each in parts for batch, n in each for i in batch["x"][:n]] == list(range(rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": {"moe": {"num_experts": 3}}}, "the encoder has top-2 of 4 experts and the decoder has"),
+        ({"decoder": {"moe": {"top_k": 1}}}, "the decoder has top-1 of 4 experts"),
+        ({**CHOICE, "decoder": {"router": {"name": "top_k"}}}, "expert_choice needs no balance loss"),
+    ],
+)
+def test_a_pooled_loss_of_unlike_routers(changes, message, data, tmp_path):
+    router = {**changes.get("router", {}), "balance_loss": "pooled"}
+    with pytest.raises(UpcycleError, match=message):
+        train(Run.of(table("t5", data, tmp_path / "run", **{**UPCYCLED, **changes, "router": router})))
 
 
 def test_every_stack_shares_its_experts_out(data, tmp_path, monkeypatch):

@@ -16,6 +16,20 @@ def parts(built: Blueprint | None) -> dict[str, Recipe]:
     return {site.stack: built.recipe.at(site.stack) for site in built.sites} if built else {}
 
 
+def refuse_pooling(run: Run, built: Blueprint | None) -> None:
+    """Refuse the pooled balance loss where the routers' logits cannot be put together."""
+    if run.router.balance_loss != "pooled":
+        return
+    of_stack = parts(built)
+    why = "router.balance_loss = pooled puts the logits of all layers together, and"
+    if balanced := next((part.router.name for part in of_stack.values() if part.router.balanced), None):
+        raise UpcycleError(f"{why} {balanced} needs no balance loss; use per_layer, which leaves it out")
+    sizes = {name: f"top-{p.moe.top_k} of {p.moe.num_experts} experts" for name, p in of_stack.items()}
+    if len(set(sizes.values())) > 1:
+        unlike = " and ".join(f"the {name} has {size}" for name, size in sizes.items())
+        raise UpcycleError(f"{why} {unlike}; use per_layer, or the same in both")
+
+
 def rows_of_groups(built: Blueprint | None, lengths: Mapping[str, int]) -> int:
     """The least number of rows, of so many tokens in each stack, that are whole groups of every router."""
     groups = {name: part.router.group for name, part in parts(built).items() if part.router.group}

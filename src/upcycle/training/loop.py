@@ -51,6 +51,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
     precision = _precision(run)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)
+    fit.refuse_pooling(run, begun.built)
     experts = {part.moe.num_experts for part in fit.parts(begun.built).values()}
     with ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here, _terminable() as stop:
         out = Path(run.out)
