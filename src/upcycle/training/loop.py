@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import upcycle
-from upcycle.console import count
+from upcycle.console import count, err
 from upcycle.errors import UpcycleError, listed
 from upcycle.training import fit, metrics, optimizer, routing, saving, start, step, tasks
 from upcycle.training.metrics import Metrics
@@ -216,12 +216,24 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
     run = trainee.run
     if checkpoint is None:
         if run.optimizer.carry_state:
-            start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
+            stopped = start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
+            if trainee.ranks.first and run.schedule.name == "inverse_sqrt":
+                _warn_of_other_step(stopped, run.schedule.start_step)
         return {"step": 0}
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     feed.restore(state["batches"])
     return {k: v for k, v in state.items() if k != "identity"}
+
+
+def _warn_of_other_step(stopped: int, start_step: int) -> None:
+    """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
+    if stopped != start_step:
+        err.print(
+            f"[yellow]![/] the moments are of step {stopped} and schedule.start_step = {start_step}; "
+            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}",
+            markup=True,
+        )
 
 
 def _claim(run: Run, out: Path, here: Ranks, resume: bool) -> Path | None:
