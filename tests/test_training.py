@@ -510,6 +510,11 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsy
         source=str(tmp_path / "trained"), optimizer={"carry_state": True}, out=str(tmp_path / "on"), **later
     )
     assert train(Run.of(on)).finished
+    # And a deeper one, with each block's moments.
+    train(Run.of({**on, "moe": {"target": "depth_tiled"}, "out": str(tmp_path / "deep")}))
+    card = export(tmp_path / "deep", tmp_path / "deeper").out / "README.md"
+    assert "deeper dense model made from" in card.read_text()
+    assert "mixture" not in card.read_text()
 
 
 # --- mistakes ---

@@ -195,7 +195,7 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     """The architecture that the recipe names, if the dense model is exactly one of its kind."""
     family, target = dense.family, recipe.moe.target
     if target == deeper.TARGET:
-        return deeper.target(dense)
+        return deeper.target(dense, recipe)
     if target == upcycled.TARGET:
         for stack in dense.stacks:
             part = recipe.at(stack.name)
