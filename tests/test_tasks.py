@@ -384,6 +384,81 @@ def test_labels_that_disagree_with_the_head(data, tmp_path):
         train(Run.of(changed))
 
 
+def named(folder: Path, source: Path, names: dict[str, str]) -> Path:
+    """A copy of a model whose head has other names for its classes."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def coloured(folder: Path, data: Path, names: list[str]) -> Path:
+    """The images of `data`, in class folders of these names."""
+    folder.mkdir()
+    for i, name in enumerate(names):
+        (folder / name).symlink_to(data / "images" / str(i))
+    return folder
+
+
+def test_classes_are_those_that_the_head_has_by_name(data, tmp_path):
+    """Class folders come by the alphabet, a text file with the names that it has; the head's order counts."""
+    source = named(tmp_path / "vit", data / "vit", {"0": "red", "1": "green", "2": "blue"})
+    images = coloured(tmp_path / "images", data, ["red", "green", "blue"])
+    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
+    task = tasks.of("ViTForImageClassification")
+    found = task.images(str(images), subject, tmp_path / "cache")
+    assert found.class_names == ("red", "green", "blue")
+    for label, channel in enumerate(range(3)):  # red images have the label 0
+        means = found.read(np.flatnonzero(found.labels == label)).mean((0, 1, 2))
+        assert means.argmax() == channel
+    shutil.rmtree(images)
+    few = coloured(tmp_path / "few", data, ["red", "green"])
+    found = task.images(str(few), subject, tmp_path / "cache")
+    assert (found.num_labels, sorted(set(found.labels.tolist()))) == (3, [0, 1])
+    assert evaluate(source, Asked(images=few))["examples"] == 32
+    source = named(tmp_path / "classifier", data / "classifier", {"0": "none", "1": "dog"})
+    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
+    run = Run.of(table("classifier", data, tmp_path / "texts"))
+    rows = tasks.of("BertForSequenceClassification").feed(run, subject, tmp_path / "texts").next(48)
+    dog = len(SPECIAL) + WORDS.index("dog")
+    assert (rows["labels"] == (rows["ids"] == dog).any(1)).all()
+    assert 0 < rows["labels"].sum() < 48
+
+
+@pytest.mark.parametrize(
+    ("head", "folders", "message"),
+    [
+        (
+            ["red", "green", "blue"],
+            ["red", "green", "yellow"],
+            "has the class 'yellow', and .* has red, green",
+        ),
+        (
+            ["red", "green", "blue"],
+            ["Red", "green", "blue"],
+            "class 'Red', and .* has 'red', which is not the",
+        ),
+        (["a b", "c", "d"], ["a_b", "c", "d"], "class 'a_b', and .* has 'a b', which is not the same"),
+        (["red", "red", "blue"], ["red", "blue"], "class 'red', and .* has 2 of that name"),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["red", "green", "yellow"], None),
+        (["red", "green", "blue"], ["0", "1", "2"], None),
+        (["red", "green", "blue"], ["1", "2", "3"], "class '1', and .* has red"),
+    ],
+)
+def test_classes_that_the_head_does_not_know(head, folders, message, data, tmp_path):
+    source = named(tmp_path / "vit", data / "vit", {str(i): name for i, name in enumerate(head)})
+    images = coloured(tmp_path / "images", data, folders)
+    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
+    task = tasks.of("ViTForImageClassification")
+    if message is None:
+        found = task.images(str(images), subject, tmp_path / "cache")
+        assert found.class_names == tuple(sorted(folders))
+        return
+    with pytest.raises(UpcycleError, match=message):
+        task.images(str(images), subject, tmp_path / "cache")
+
+
 def test_corrupt_images_are_named_and_left_out(data, tmp_path, capsys):
     shutil.copytree(data / "images", tmp_path / "images")
     (tmp_path / "images" / "1" / "3.png").write_bytes(b"no image")
