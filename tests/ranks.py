@@ -115,7 +115,7 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, num_experts=4) as here:
+        with ranks(run.parallel, experts=[4]) as here:
             trainee = trainee_of(run, here)
             kept: dict[str, torch.Tensor] = {}
 
@@ -154,8 +154,8 @@ def trains(jobs: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
 def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """The digests of parameters and Adam moments that a rank gets back from a checkpoint."""
     run = Run.of(table)
-    experts = run.recipe.moe.num_experts if run.recipe else None
-    with ranks(run.parallel, num_experts=experts) as here:
+    experts = [run.recipe.moe.num_experts] if run.recipe else []
+    with ranks(run.parallel, experts=experts) as here:
         trainee = trainee_of(run, here)
         saving.load(Path(checkpoint), trainee.model, trainee.optimizer)
         moments = {

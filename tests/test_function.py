@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
-from upcycle import Recipe, UpcycleError, blueprint, convert, init, plan
+from upcycle import Recipe, UpcycleError, blueprint, cli, convert, init, plan
 from upcycle.proof import verify
 
 
@@ -186,3 +190,68 @@ def test_depth_tiling_repeats_every_block(model_type, dense, batch, tmp_path):
     assert difference(logits(source, ids, mask), found, mask) < 1e-5
     assert plan(source, built.recipe).total_parameters == sum(p.numel() for p in deep.parameters())
     assert verify(source, tmp_path / "deep").holds
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "key"),
+    [
+        ("gemma2", {}, "layer_types"),
+        ("gemma3_text", {"sliding_window_pattern": 3}, "layer_types"),
+        ("qwen3_5_text", {"full_attention_interval": 2}, "layer_types"),
+        ("cohere2", {"sliding_window_pattern": 2}, "layer_types"),
+        ("exaone4", {"sliding_window_pattern": 2}, "layer_types"),
+        ("olmo3", {}, "layer_types"),
+        ("smollm3", {"no_rope_layer_interval": 3}, "no_rope_layers"),
+    ],
+)
+def test_kinds_of_blocks_that_follow_from_an_interval(model_type, changes, key, dense, tmp_path):
+    """Each block of a deeper model keeps its kind, and a list of something else its length."""
+    source = tmp_path / "dense"
+    shutil.copytree(dense(model_type, **changes), source)
+    kinds = getattr(AutoModelForCausalLM.from_pretrained(source).config, key)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"eos_token_id": [1, 2, 3, 4], **changes}  # as long as there are layers
+    config = {k: v for k, v in config.items() if k not in ("layer_types", "no_rope_layers")}
+    (source / "config.json").write_text(json.dumps(config))
+    assert getattr(AutoConfig.from_pretrained(source), key) == kinds
+    assert len(set(kinds)) == 2
+    convert(source, tmp_path / "deep", Recipe.of(moe={"target": "depth_tiled", "depth": 3}))
+    deep = AutoModelForCausalLM.from_pretrained(tmp_path / "deep").config
+    assert getattr(deep, key) == [kind for kind in kinds for _ in range(3)]
+    assert deep.eos_token_id == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ({"moe": {"num_experts": 4}}, "moe.num_experts = 4"),
+        ({"moe": {"layers": [1, 3]}}, "moe.layers"),
+        ({"moe": {"shared_experts": 1}}, "moe.shared_experts = 1"),
+        ({"init": {"name": "drop"}}, "init.name = drop"),
+        ({"router": {"std": 0.1}}, "router.std = 0.1"),
+        ({"router": {"name": "soft"}}, "router.name = soft"),
+        ({"decoder": {"moe": {"num_experts": 4}}}, r"\[decoder\]"),
+    ],
+)
+def test_a_deeper_model_has_no_experts_to_ask_for(table, key, dense):
+    recipe = Recipe.of({**table, "moe": {**table.get("moe", {}), "target": "depth_tiled"}})
+    with pytest.raises(UpcycleError, match=f"depth_tiled makes no experts, and {key}"):
+        plan(dense("llama"), recipe)
+
+
+def test_a_deeper_model_says_that_it_is_dense(dense, tmp_path, capsys):
+    recipe = Recipe.of(moe={"target": "depth_tiled"})
+    convert(dense("llama"), tmp_path / "deep", recipe)
+    card = (tmp_path / "deep" / "README.md").read_text()
+    assert "every block 2 times" in card
+    assert "It is a dense model of 8 layers, no experts." in card
+    assert "model = LlamaForCausalLM.from_pretrained" in card
+    made = plan(dense("llama"), recipe)
+    assert (made.num_experts, made.top_k, made.expert_width) == (0, 0, 0)
+    for command in ("plan", "inspect"):
+        folder = tmp_path / "deep" if command == "inspect" else dense("llama")
+        cli.main([command, str(folder), *(["--target", "depth_tiled"] if command == "plan" else [])])
+    said = capsys.readouterr().out
+    assert "every block 2 times" in said
+    for text in (card, said):
+        assert not re.search(r"MoE|mixture|upcycled|init", text.partition("## Recipe")[0], re.IGNORECASE)

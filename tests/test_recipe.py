@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from upcycle import Recipe, UpcycleError
-from upcycle.recipe import override
+from upcycle.recipe import of_run_file, override
 
 FULL = """
 seed  = 3
@@ -67,6 +67,27 @@ def test_another_init_takes_its_own_keys_only(recipe_file):
     assert Recipe.load(recipe_file, ["init.name=copy"]).init.name == "copy"
     assert Recipe.load(recipe_file, ["init.name=drop"]).init.ratio == 0.25
     assert Recipe.load(recipe_file, ["init.name=noise", "init.sigma=0.5"]).init.sigma == 0.5
+
+
+def test_another_router_takes_its_own_keys_only():
+    preset = {
+        "source": "a",
+        "router": {
+            "name": "expert_choice", "capacity_factor": 2.0, "rounding": "vmoe", "group": 8, "std": 0.5,
+            "balance_loss_coef": 0.1,
+        },
+        "decoder": {"router": {"name": "top_k", "noise_std": 1.0, "normalize": False}},
+    }  # fmt: skip
+    changed = override(preset, ["router.slots=4", "router.name=soft"])
+    assert changed["router"] == {"name": "soft", "slots": 4, "std": 0.5, "balance_loss_coef": 0.1}
+    assert changed["decoder"] == preset["decoder"]
+    assert Recipe.of(of_run_file(changed)).router.slots == 4
+    changed = override(preset, ["decoder.router.name=sigmoid"])
+    assert changed["decoder"]["router"] == {"name": "sigmoid", "normalize": False}
+    assert override(preset, ["router.name=expert_choice"]) == preset
+    inherits = {"router": {"name": "sigmoid"}, "decoder": {"router": {"std": 0.1}}}
+    assert override(inherits, ["decoder.router.name=sigmoid"])["decoder"]["router"]["std"] == 0.1
+    assert Recipe.of(override({}, ["router.name=soft"])).router.name == "soft"
 
 
 def test_override_leaves_its_argument_alone():

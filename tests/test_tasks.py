@@ -36,6 +36,7 @@ from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
+from upcycle.training.step import _parts
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *[f"<extra_id_{i}>" for i in range(20)]]
@@ -307,6 +308,73 @@ def test_mistakes(kind, changes, message, data, tmp_path):
         train(Run.of(table(kind, data, tmp_path / "run", **changes)))
 
 
+ON = {"train": {"steps": 2, "eval_every": 1}}
+
+
+def test_a_bias_in_one_stack_alone(data, tmp_path):
+    """The decoder of a T5 balances by its bias, the encoder's experts choose for themselves."""
+    router = {**CHOICE["router"], "bias_update_rate": 0.01}
+    mixed = {**UPCYCLED, "router": router, "decoder": {"router": {"name": "sigmoid"}}, **ON}
+    train(Run.of(table("t5", data, tmp_path / "run", **mixed)))
+    model = upcycle.open(export(tmp_path / "run", tmp_path / "out").out)
+    biases = {n: b for n, b in model.state_dict().items() if n.endswith("e_score_correction_bias")}
+    assert len(biases) == 2
+    assert all(n.startswith("decoder.") and 0 < float(b.abs().max()) <= 0.02 for n, b in biases.items())
+
+
+def test_groups_of_several_rows(data, tmp_path):
+    """Held-out rows that are no whole number of groups are made up to one; training rows must be one."""
+    router = {**CHOICE["router"], "group": 34}  # two images of 16 patches and a class token
+    changes = {**CHOICE, "router": router, "train": {**ON["train"], "eval_examples": 11}}
+    assert train(Run.of(table("vit", data, tmp_path / "run", **changes))).finished
+    for micro, size in ((1, 1), (5, 5), (7, 7)):
+        changes["train"]["micro_batch"] = micro
+        with pytest.raises(UpcycleError, match=f"router.group = 34 does not divide the {size} x 17 tokens"):
+            train(Run.of(table("vit", data, tmp_path / str(micro), **changes)))
+    changes["train"] |= {"micro_batch": 6, "batch_size": 9}
+    with pytest.raises(UpcycleError, match="does not divide the 3 x 17 tokens"):
+        train(Run.of(table("vit", data, tmp_path / "rest", **changes)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("whole", [1, 2, 4])
+def test_every_rank_scores_as_many_whole_groups(whole, world):
+    rows, size = 13, 4
+    share = -(-rows // world)
+    parts = [
+        list(_parts({"x": torch.arange(rows)}, rows, r * share, share, size, whole)) for r in range(world)
+    ]
+    assert len({len(each) for each in parts}) == 1
+    assert all(len(batch["x"]) % whole == 0 for each in parts for batch, _ in each)
+    assert [int(i) for each in parts for batch, n in each for i in batch["x"][:n]] == list(range(rows))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": {"moe": {"num_experts": 3}}}, "the encoder has top-2 of 4 experts and the decoder has"),
+        ({"decoder": {"moe": {"top_k": 1}}}, "the decoder has top-1 of 4 experts"),
+        ({**CHOICE, "decoder": {"router": {"name": "top_k"}}}, "expert_choice needs no balance loss"),
+    ],
+)
+def test_a_pooled_loss_of_unlike_routers(changes, message, data, tmp_path):
+    router = {**changes.get("router", {}), "balance_loss": "pooled"}
+    with pytest.raises(UpcycleError, match=message):
+        train(Run.of(table("t5", data, tmp_path / "run", **{**UPCYCLED, **changes, "router": router})))
+
+
+def test_every_stack_shares_its_experts_out(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changes = {**UPCYCLED, "decoder": {"moe": {"num_experts": 3}}}
+    with pytest.raises(UpcycleError, match="ep must divide the 3 experts of a layer"):
+        train(Run.of(table("t5", data, tmp_path / "run", **changes, parallel={"fsdp": 2, "ep": 2})))
+    layout = {"fsdp_size": 2, "ep_size": 2}
+    with pytest.raises(UpcycleError, match="ep_size must divide the 3 experts of a layer"):
+        upcycle.load(data / "t5", Recipe.of(changes), distributed_config=layout)
+    with pytest.raises(UpcycleError, match="a dense model has no experts to share out"):
+        upcycle.load(data / "t5", Recipe.of(moe={"target": "depth_tiled"}), distributed_config=layout)
+
+
 def test_labels_that_disagree_with_the_head(data, tmp_path):
     (tmp_path / "images").mkdir()
     for label in "0123":
@@ -314,6 +382,81 @@ def test_labels_that_disagree_with_the_head(data, tmp_path):
     changed = table("vit", data, tmp_path / "run", data={"sources": [{"path": str(tmp_path / "images")}]})
     with pytest.raises(UpcycleError, match="has 4 classes and its head 3"):
         train(Run.of(changed))
+
+
+def named(folder: Path, source: Path, names: dict[str, str]) -> Path:
+    """A copy of a model whose head has other names for its classes."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def coloured(folder: Path, data: Path, names: list[str]) -> Path:
+    """The images of `data`, in class folders of these names."""
+    folder.mkdir()
+    for i, name in enumerate(names):
+        (folder / name).symlink_to(data / "images" / str(i))
+    return folder
+
+
+def test_classes_are_those_that_the_head_has_by_name(data, tmp_path):
+    """Class folders come by the alphabet, a text file with the names that it has; the head's order counts."""
+    source = named(tmp_path / "vit", data / "vit", {"0": "red", "1": "green", "2": "blue"})
+    images = coloured(tmp_path / "images", data, ["red", "green", "blue"])
+    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
+    task = tasks.of("ViTForImageClassification")
+    found = task.images(str(images), subject, tmp_path / "cache")
+    assert found.class_names == ("red", "green", "blue")
+    for label, channel in enumerate(range(3)):  # red images have the label 0
+        means = found.read(np.flatnonzero(found.labels == label)).mean((0, 1, 2))
+        assert means.argmax() == channel
+    shutil.rmtree(images)
+    few = coloured(tmp_path / "few", data, ["red", "green"])
+    found = task.images(str(few), subject, tmp_path / "cache")
+    assert (found.num_labels, sorted(set(found.labels.tolist()))) == (3, [0, 1])
+    assert evaluate(source, Asked(images=few))["examples"] == 32
+    source = named(tmp_path / "classifier", data / "classifier", {"0": "none", "1": "dog"})
+    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
+    run = Run.of(table("classifier", data, tmp_path / "texts"))
+    rows = tasks.of("BertForSequenceClassification").feed(run, subject, tmp_path / "texts").next(48)
+    dog = len(SPECIAL) + WORDS.index("dog")
+    assert (rows["labels"] == (rows["ids"] == dog).any(1)).all()
+    assert 0 < rows["labels"].sum() < 48
+
+
+@pytest.mark.parametrize(
+    ("head", "folders", "message"),
+    [
+        (
+            ["red", "green", "blue"],
+            ["red", "green", "yellow"],
+            "has the class 'yellow', and .* has red, green",
+        ),
+        (
+            ["red", "green", "blue"],
+            ["Red", "green", "blue"],
+            "class 'Red', and .* has 'red', which is not the",
+        ),
+        (["a b", "c", "d"], ["a_b", "c", "d"], "class 'a_b', and .* has 'a b', which is not the same"),
+        (["red", "red", "blue"], ["red", "blue"], "class 'red', and .* has 2 of that name"),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["red", "green", "yellow"], None),
+        (["red", "green", "blue"], ["0", "1", "2"], None),
+        (["red", "green", "blue"], ["1", "2", "3"], "class '1', and .* has red"),
+    ],
+)
+def test_classes_that_the_head_does_not_know(head, folders, message, data, tmp_path):
+    source = named(tmp_path / "vit", data / "vit", {str(i): name for i, name in enumerate(head)})
+    images = coloured(tmp_path / "images", data, folders)
+    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
+    task = tasks.of("ViTForImageClassification")
+    if message is None:
+        found = task.images(str(images), subject, tmp_path / "cache")
+        assert found.class_names == tuple(sorted(folders))
+        return
+    with pytest.raises(UpcycleError, match=message):
+        task.images(str(images), subject, tmp_path / "cache")
 
 
 def test_corrupt_images_are_named_and_left_out(data, tmp_path, capsys):
@@ -394,6 +537,9 @@ def test_mean_pooling_is_what_the_head_sees(data, tmp_path):
         states = plain.vit(pixel_values=pixels).last_hidden_state
         wanted = plain.classifier(states[:, 1:].mean(1))
         assert torch.allclose(model(pixel_values=pixels).logits, wanted, atol=1e-6)
+        assert torch.allclose(model(pixel_values=pixels, return_dict=False)[0], wanted, atol=1e-6)
+        bare = [model.vit(pixel_values=pixels, return_dict=given)[0] for given in (True, False)]
+        assert torch.equal(*bare)
     run = table("vit", data, tmp_path / "run", moe={**UPCYCLED["moe"], "pooling": "mean"})
     assert train(Run.of(run)).finished
     with pytest.raises(UpcycleError, match="is for heads on a class token"):

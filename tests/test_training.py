@@ -465,7 +465,7 @@ def test_export_is_what_convert_writes_and_every_client_opens(table, source, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "earlier").dtype == torch.bfloat16
 
 
-def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path):
+def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsys):
     """A dense run, exported with its optimizer, upcycled: experts have its moments, routers none."""
     flat = {"schedule": {"name": "inverse_sqrt", "peak": 1e-3, "warmup": 3}}
     train(Run.of(table(out=str(tmp_path / "dense"), **flat)))
@@ -500,11 +500,21 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path):
         assert {float(s["step"]) for s in found.values()} == {6.0}
     assert train(run).finished
     assert read(tmp_path / "run")[0]["lr"] == pytest.approx(1e-3 * math.sqrt(3 / 7))
+    assert "start_step" not in capsys.readouterr().err
+    other = table(out=str(tmp_path / "other"), source=str(tmp_path / "trained"), **changes, **flat)
+    assert train(Run.of(other)).finished
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the moments are of step 6 and schedule.start_step = 0" in said
     # The dense run goes on as well, as if it had never stopped.
     on = table(
         source=str(tmp_path / "trained"), optimizer={"carry_state": True}, out=str(tmp_path / "on"), **later
     )
     assert train(Run.of(on)).finished
+    # And a deeper one, with each block's moments.
+    train(Run.of({**on, "moe": {"target": "depth_tiled"}, "out": str(tmp_path / "deep")}))
+    card = export(tmp_path / "deep", tmp_path / "deeper").out / "README.md"
+    assert "deeper dense model made from" in card.read_text()
+    assert "mixture" not in card.read_text()
 
 
 # --- mistakes ---

@@ -201,7 +201,7 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     """The architecture that the recipe names, if the dense model is exactly one of its kind."""
     family, target = dense.family, recipe.moe.target
     if target == deeper.TARGET:
-        return deeper.target(dense)
+        return deeper.target(dense, recipe)
     if target == successors.TARGET:
         if recipe.successor is None:
             raise UpcycleError("moe.target = dense is the smaller model of [successor]; add that section")
@@ -242,8 +242,8 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     if recipe.moe.pooling != "class_token":
         raise UpcycleError(f"moe.pooling is for moe.target = {upcycled.TARGET}; {name} has no images")
     if recipe.parts:
-        stack = next(iter(recipe.parts))
-        raise UpcycleError(f"[{stack}] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks")
+        part = next(iter(recipe.parts))
+        raise UpcycleError(f"[{part}] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks")
     if own := recipe.router.beyond_native():
         raise UpcycleError(
             f"{name} routes as transformers does and cannot keep {', '.join(own)}; use moe.target = "

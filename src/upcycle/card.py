@@ -8,6 +8,12 @@ from typing import Any
 from upcycle.blueprints import Blueprint
 from upcycle.cost import plan_of
 
+_DENSE = """```python
+from transformers import {name}
+
+model = {name}.from_pretrained("path/to/this/folder")
+```
+"""
 _NATIVE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +30,8 @@ model = upcycle.open("path/to/this/folder")
 
 
 def _how_to_load(built: Blueprint) -> str:
+    if not built.sites:
+        return _DENSE.format(name=built.native.architecture)
     return _UPCYCLED if built.native.upcycled else _NATIVE
 
 
@@ -36,19 +44,21 @@ def render(built: Blueprint, record: dict[str, Any]) -> str:
         if plan.preserves_function
         else "Untrained since, and it does not compute what the dense model computes: train it before use."
     )
+    moe = plan.num_moe_layers > 0
+    depth = f"every block {built.recipe.moe.depth} times"
     warnings = "".join(f"- {w}\n" for w in plan.warnings) or "- none\n"
     return f"""---
 library_name: transformers
-tags: [mixture-of-experts, upcycled]
+tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 ---
 
-# {source}, upcycled
+# {source}, {"upcycled" if moe else "deeper"}
 
 A `{plan.target}` made from the dense `{plan.family}` checkpoint `{source}` with
-`upcycle` {record["upcycle_version"]}, initialisation `{built.recipe.init.name}`.
+`upcycle` {record["upcycle_version"]}, {f"initialisation `{built.recipe.init.name}`" if moe else depth}.
 {state}
 
-| | dense | MoE |
+| | dense | {plan.kind} |
 |---|---|---|
 | parameters | {plan.dense_parameters:,} | {plan.total_parameters:,} |
 | active parameters per token | {plan.dense_parameters:,} | {plan.active_parameters:,} |

@@ -65,7 +65,7 @@ def show_warnings(warnings: list[str]) -> None:
 
 def show_plan(plan: Plan) -> None:
     """The plan as a table."""
-    table = grid(f"{plan.family} -> {plan.target}", "", "dense", "MoE")
+    table = grid(f"{plan.family} -> {plan.target}", "", "dense", plan.kind)
     table.add_row("parameters", count(plan.dense_parameters), count(plan.total_parameters))
     table.add_row("active per token", count(plan.dense_parameters), count(plan.active_parameters))
     table.add_row("FLOPs per token (forward)", count(plan.dense_flops_per_token), count(plan.flops_per_token))
@@ -153,7 +153,7 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
     out.print(table)
     if anatomy["provenance"]:
         made = anatomy["provenance"]
-        how = f" by init {made['recipe']['init']['name']}" if made["recipe"] else ""
+        how = _how(made["recipe"]) if made["recipe"] else ""
         out.print(f"made from {made['source']['name']}{how}")
         for training in made.get("training", ()):
             out.print(f"trained for {training['step']} steps, {count(training['tokens'])} tokens")
@@ -161,6 +161,15 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
             out.print(f"blueprint {made['blueprint_hash']}")
     for note in anatomy["notes"]:
         out.print(f"[dim]{note}[/]", markup=True)
+
+
+def _how(recipe: dict[str, Any]) -> str:
+    from upcycle import deeper
+
+    moe = recipe["moe"]
+    if moe.get("target") == deeper.TARGET:
+        return f", every block {moe['depth']} times"
+    return f" by init {recipe['init']['name']}"
 
 
 def _place(row: dict[str, Any]) -> str:

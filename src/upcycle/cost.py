@@ -60,6 +60,11 @@ class Plan:
         )
 
     @property
+    def kind(self) -> str:
+        """What was made, at the head of a column."""
+        return "MoE" if self.num_moe_layers else "deeper"
+
+    @property
     def num_moe_layers(self) -> int:
         """How many blocks became MoE, in all stacks together."""
         layers = self.moe_layers
@@ -94,8 +99,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         target=built.native.model_type,
         num_layers=built.family_config["num_hidden_layers"],
         moe_layers=built.moe_layers,
-        num_experts=moe.num_experts,
-        top_k=moe.top_k,
+        num_experts=moe.num_experts if built.sites else 0,
+        top_k=moe.top_k if built.sites else 0,
         routing=_routing(built),
         expert_width=built.sites[0].width if built.sites else 0,
         shared_width=built.shared_width,

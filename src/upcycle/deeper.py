@@ -6,12 +6,11 @@ model of the same class, deeper, that has to be trained on.
 
 from __future__ import annotations
 
-from typing import Any
-
 from upcycle.errors import UpcycleError
-from upcycle.families import Config
+from upcycle.families import PER_BLOCK, Config
 from upcycle.lazy import Lazy
 from upcycle.natives import Native
+from upcycle.recipe import Recipe
 from upcycle.source import Dense
 from upcycle.upcycled import Layout
 
@@ -19,8 +18,9 @@ TARGET = "depth_tiled"
 _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_layers")
 
 
-def target(dense: Dense) -> Native:
-    """The dense class itself."""
+def target(dense: Dense, recipe: Recipe) -> Native:
+    """The dense class itself. Refuses a recipe that asks for experts: nothing would heed it."""
+    _refuse_moe(recipe)
     return Native(
         model_type=dense.family.model_type,
         architecture=dense.architecture,
@@ -37,16 +37,18 @@ def config(dense: Dense, times: int) -> Config:
     """config.json of the deeper model: counts of blocks times `times`, entries of blocks repeated."""
     if times < 2:
         raise UpcycleError(f"moe.depth = {times}; a deeper model repeats its blocks 2 times or more")
-    layers = max(stack.count for stack in dense.stacks)
-
-    def changed(key: str, value: Any) -> Any:
-        if key in _COUNTS and isinstance(value, int):
-            return value * times
-        if isinstance(value, list) and len(value) == layers:
-            return [item for item in value for _ in range(times)]
-        return value
-
-    return {key: changed(key, value) for key, value in dense.checkpoint.config.items()}
+    out = dict(dense.checkpoint.config)
+    for key in _COUNTS:
+        count = out.get(key)
+        if count is None and key in dense.family.defaults:
+            count = dense.config[key]
+        if isinstance(count, int):
+            out[key] = count * times
+    for key in PER_BLOCK:
+        # Written out where config.json gives an interval: of the deeper model it would mean other blocks.
+        if (kinds := dense.config.get(key)) is not None:
+            out[key] = [kind for kind in kinds for _ in range(times)]
+    return out
 
 
 def tensors(dense: Dense, times: int) -> dict[str, Lazy]:
@@ -67,3 +69,18 @@ def tensors(dense: Dense, times: int) -> dict[str, Lazy]:
     if missing := wanted.keys() - out.keys():
         raise AssertionError(f"a deeper {dense.family.model_type} lacks {sorted(missing)[:3]}")
     return out
+
+
+def _refuse_moe(recipe: Recipe) -> None:
+    given, default = recipe.as_table(), Recipe.of().as_table()
+    if recipe.parts:
+        raise UpcycleError(
+            f"moe.target = {TARGET} makes no experts, and [{next(iter(recipe.parts))}] is about them; take it out"
+        )
+    for section in ("moe", "init", "router"):
+        for key, value in given[section].items():
+            if value != default[section].get(key) and key not in ("target", "depth"):
+                raise UpcycleError(
+                    f"moe.target = {TARGET} makes no experts, and {section}.{key} = {value} is about them; "
+                    f"take it out"
+                )

@@ -7,7 +7,7 @@ than its shard and the tensor in hand ("Llama 3 Meets MoE", online upcycling).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ def load(
             distributed_config=distributed_config,
             dtype=dtype,
             experts_implementation=experts_implementation,
-            num_experts=recipe.moe.num_experts,
+            experts={site.num_experts for site in built.sites},
         )
     finally:
         for opened in built.checkpoints:
@@ -93,7 +93,7 @@ def build(
     distributed_config: DistributedConfig | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
     experts_implementation: str | None = None,
-    num_experts: int | None = None,
+    experts: Collection[int] | None = None,
 ) -> PreTrainedModel:
     """A model of the class `architecture`, each of its parameters read from `tensors`.
 
@@ -103,7 +103,7 @@ def build(
 
     options: dict[str, Any] = {}
     if distributed_config is not None:
-        options["distributed_config"] = _layout(distributed_config, num_experts)
+        options["distributed_config"] = _layout(distributed_config, experts)
     cls = models.architecture(architecture)
     if architecture.startswith(CLASS_PREFIX) and options and options["distributed_config"].tp_size > 1:
         raise UpcycleError(
@@ -163,7 +163,7 @@ def _dtype(given: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _layout(given: DistributedConfig | dict[str, Any], num_experts: int | None) -> DistributedConfig:
+def _layout(given: DistributedConfig | dict[str, Any], experts: Collection[int] | None) -> DistributedConfig:
     """The layout, if it fits the world and the experts; transformers ignores some that do not, in silence."""
     from transformers.distributed import DistributedConfig
 
@@ -183,8 +183,10 @@ def _layout(given: DistributedConfig | dict[str, Any], num_experts: int | None) 
         raise UpcycleError(
             f"{sizes} ask for {product} process(es) and there are {world}; start as many with torchrun"
         )
-    if layout.ep_size > 1 and num_experts is not None and num_experts % layout.ep_size:
-        raise UpcycleError(f"{sizes}: ep_size must divide the {num_experts} experts")
+    if layout.ep_size > 1 and experts is not None and not experts:
+        raise UpcycleError(f"{sizes}: a dense model has no experts to share out; set ep_size = 1")
+    if wrong := [count for count in experts or () if count % layout.ep_size]:
+        raise UpcycleError(f"{sizes}: ep_size must divide the {wrong[0]} experts of a layer")
     return layout
 
 

@@ -32,6 +32,9 @@ OF_TRAINING = (
     "importance_loss_coef", "load_loss_coef", "layers",
 )  # fmt: skip
 
+# Settings that name what the other keys of their section belong to.
+_NAMES = ("init.name", "router.name", "decoder.router.name")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moe:
@@ -169,9 +172,7 @@ def _part(name: str, value: Any, moe: Mapping[str, Any], router: Mapping[str, An
             raise UpcycleError(f"{name}.moe.{key}: a model has one; set moe.{key}")
     changed = _table(other.pop("router", {}), f"{name}.router")
     if changed.get("name", router.get("name", "top_k")) != router.get("name", "top_k"):
-        # The other keys belonged to the router that is replaced, but for those that all have.
-        shared = {f.name for f in dataclasses.fields(routers.Router)} - {"group"}
-        router = {k: v for k, v in router.items() if k in shared}
+        router = {k: v for k, v in router.items() if k in _of_every_router()}
     if other:
         raise UpcycleError(f"unknown key {name}.{next(iter(other))}; Known: moe, router")
     return Part(
@@ -205,8 +206,8 @@ def of_run_file(table: Mapping[str, Any]) -> dict[str, Any]:
 def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """`table` with each `section.key=value` of `settings` put in; a value that is not TOML is a string."""
     out: dict[str, Any] = copy.deepcopy(dict(table))
-    # The name of an initialisation first: it decides which of the file's keys of [init] still apply.
-    for setting in sorted(settings, key=lambda text: not text.replace(" ", "").startswith("init.name=")):
+    # Names first: they decide which of the file's keys beside them still apply.
+    for setting in sorted(settings, key=_place):
         dotted, equals, text = setting.partition("=")
         *sections, last = dotted.strip().split(".")
         if not equals or not all([*sections, last]):
@@ -220,10 +221,35 @@ def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise UpcycleError(f"--set {setting}: {section} is a single value, not a section")
-        if sections == ["init"] and last == "name" and target.get("name", "copy") != value:
-            target.clear()  # the other keys belonged to the initialisation that is replaced
+        if ".".join([*sections, last]) in _NAMES and _named(out, sections) != value:
+            # The other keys belonged to what is replaced, but for those that every router has or a run reads.
+            kept = () if sections == ["init"] else (*_of_every_router(), *OF_TRAINING)
+            for key in [key for key in target if key not in kept]:
+                del target[key]
         target[last] = value
     return out
+
+
+def _place(setting: str) -> int:
+    """Where a setting stands among the others: names as in `_NAMES`, then the rest."""
+    key = setting.partition("=")[0].replace(" ", "")
+    return _NAMES.index(key) if key in _NAMES else len(_NAMES)
+
+
+def _named(table: Mapping[str, Any], sections: list[str]) -> Any:
+    """The name in a section of [init] or a router; a decoder without one has the encoder's."""
+    first, *rest = sections
+    default = {"init": "copy", "router": "top_k"}.get(first) if not rest else _named(table, rest)
+    for section in sections:
+        table = _table(table.get(section, {}), section)
+    return table.get("name", default)
+
+
+def _of_every_router() -> set[str]:
+    """The keys of [router] that mean the same in all routers."""
+    from upcycle.nn import routers
+
+    return {f.name for f in dataclasses.fields(routers.Router)} - {"group"}
 
 
 def _table(value: Any, where: str) -> Mapping[str, Any]:

@@ -63,3 +63,11 @@ class Subject:
         """Classes of the head."""
         labels = self.config.get("id2label")
         return len(labels) if labels else 2
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """What config.json calls the classes of the head, in their order; empty where it does not say."""
+        labels = self.config.get("id2label")
+        if not isinstance(labels, Mapping) or {*map(str, labels)} != {*map(str, range(len(labels)))}:
+            return ()
+        return tuple(str(labels[key]) for key in sorted(labels, key=int))

@@ -34,6 +34,9 @@ SIZES = frozenset(
     "full_attention_interval original_max_position_embeddings".split()
 )
 
+# Lists of config.json with one entry a block.
+PER_BLOCK = ("layer_types", "no_rope_layers")
+
 # Dense model types that have no exact native target and no file here, and why the first (each was run, or its
 # block compared).
 REFUSED = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import SIZES, Axes, Axis, Config, Family, Shapes, Stack, rope_parameters
+from upcycle.families import PER_BLOCK, SIZES, Axes, Axis, Config, Family, Shapes, Stack, rope_parameters
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy, Slice
 
@@ -210,10 +210,16 @@ def _check(config: Config) -> None:
         if value is not None and (type(value) is not int or value < 1):
             raise UpcycleError(f"config.json: {key} = {value!r}; it must be a whole number of 1 or more")
     layers = config["num_hidden_layers"]
-    for key in ("layer_types", "no_rope_layers"):
+    for key in PER_BLOCK:
         value = config.get(key)
         if value is not None and (not isinstance(value, list) or len(value) != layers):
             raise UpcycleError(f"config.json: {key} must be a list of {layers}, one entry a layer")
+
+
+def every_nth_full(config: Config, n: int, others: str = "sliding_attention") -> list[str]:
+    """The kinds of the layers as config.json has them; where it is silent, each `n`th has full attention."""
+    kinds = [others if (i + 1) % n else "full_attention" for i in range(config["num_hidden_layers"])]
+    return kinds if config["layer_types"] is None else list(config["layer_types"])
 
 
 def attention_bias_refusal(config: Config, native: str) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder
+from upcycle.families._decoder import Decoder, every_nth_full
 
 
 class Cohere2(Decoder):
@@ -35,12 +35,7 @@ class Cohere2(Decoder):
         # transformers computes the head size and ignores what config.json says of it.
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         pattern = config.pop("sliding_window_pattern", 4)
-        if config["layer_types"] is None:
-            config["layer_types"] = [
-                "sliding_attention" if (i + 1) % pattern else "full_attention"
-                for i in range(config["num_hidden_layers"])
-            ]
-        return config
+        return {**config, "layer_types": every_nth_full(config, pattern)}
 
 
 family = Cohere2()

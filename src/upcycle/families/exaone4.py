@@ -1,7 +1,10 @@
 """EXAONE 4: norms after attention and the feed-forward network, queries and keys normalised per head."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from upcycle.families import Config, Shapes
-from upcycle.families._decoder import Decoder
+from upcycle.families._decoder import Decoder, every_nth_full
 
 
 class Exaone4(Decoder):
@@ -25,6 +28,11 @@ class Exaone4(Decoder):
         "sliding_window": 4096,
         "layer_types": None,
     }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        interval = config.get("sliding_window_pattern") or 4
+        return {**config, "layer_types": every_nth_full(config, interval)}
 
     def attention(self, config: Config, layer: int) -> Shapes:
         norm = (config["head_dim"],)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder
+from upcycle.families._decoder import Decoder, every_nth_full
 
 
 class Gemma2(Decoder):
@@ -40,7 +40,12 @@ class Gemma2(Decoder):
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         config = super().config(raw)
-        return {**config, "hidden_act": config["hidden_activation"]}
+        kinds = every_nth_full(config, self.interval(config))
+        return {**config, "hidden_act": config["hidden_activation"], "layer_types": kinds}
+
+    def interval(self, config: Config) -> int:
+        """From one layer of full attention to the next, where config.json does not list their kinds."""
+        return 2
 
 
 family = Gemma2()

@@ -17,6 +17,9 @@ class Gemma3(Gemma2):
         "attn_logit_softcapping": None,
     }
 
+    def interval(self, config: Config) -> int:
+        return int(config.get("sliding_window_pattern", 6))
+
     def attention(self, config: Config, layer: int) -> Shapes:
         norm = (config["head_dim"],)
         norms: Shapes = {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}

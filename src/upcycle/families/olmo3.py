@@ -1,5 +1,10 @@
 """OLMo 3: OLMo 2 with sliding windows in three of four layers."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.families import Config
+from upcycle.families._decoder import every_nth_full
 from upcycle.families.olmo2 import Olmo2
 
 
@@ -11,6 +16,10 @@ class Olmo3(Olmo2):
     no_native = "flex_olmo has no sliding-window layers"
     theta = 500_000.0
     defaults = {**Olmo2.defaults, "sliding_window": 4096, "layer_types": None}
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        return {**config, "layer_types": every_nth_full(config, 4)}
 
 
 family = Olmo3()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config, Shapes
-from upcycle.families._decoder import Decoder
+from upcycle.families._decoder import Decoder, every_nth_full
 
 
 class Qwen35Text(Decoder):
@@ -37,12 +37,7 @@ class Qwen35Text(Decoder):
         config = super().config(raw)
         config["rope_parameters"].setdefault("partial_rotary_factor", 0.25)
         interval = config.pop("full_attention_interval", 4)
-        if config["layer_types"] is None:
-            config["layer_types"] = [
-                "linear_attention" if (i + 1) % interval else "full_attention"
-                for i in range(config["num_hidden_layers"])
-            ]
-        return config
+        return {**config, "layer_types": every_nth_full(config, interval, "linear_attention")}
 
     def attention(self, config: Config, layer: int) -> Shapes:
         if config["layer_types"][layer] == "linear_attention":

@@ -73,9 +73,11 @@ def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kw
 def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Global average pooling: the mean of the patches where a head looks for the class token (Sparse
     Upcycling's vision models have no other)."""
-    states = output.last_hidden_state
-    mean = states[:, after:].mean(1, keepdim=True)
-    output.last_hidden_state = torch.cat([mean, states[:, 1:]], dim=1)
+    states = output[0]
+    pooled = torch.cat([states[:, after:].mean(1, keepdim=True), states[:, 1:]], dim=1)
+    if isinstance(output, tuple):  # return_dict = False
+        return (pooled, *output[1:])
+    output.last_hidden_state = pooled
     return output
 
 

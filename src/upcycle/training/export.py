@@ -153,7 +153,10 @@ def _provenance(
 
 def _card(begun: Start, state: dict[str, Any], run: Run) -> str:
     """A short model card; upcycle.json has the rest."""
-    kind = "Mixture of Experts made from" if begun.built else "dense model that continues"
+    moe = begun.built is not None and bool(begun.built.sites)
+    kind = "dense model that continues"
+    if begun.built:
+        kind = "Mixture of Experts made from" if moe else "deeper dense model made from"
     what = f"random weights of the shape of `{begun.dense.checkpoint.name}`"
     source = what if begun.from_scratch else f"`{begun.dense.checkpoint.name}`"
     losses = "".join(
@@ -163,7 +166,7 @@ def _card(begun: Start, state: dict[str, Any], run: Run) -> str:
     )
     return f"""---
 library_name: transformers
-tags: [{"mixture-of-experts, " if begun.built else ""}upcycled]
+tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 ---
 
 # {run.out.rstrip("/").rpartition("/")[2]}

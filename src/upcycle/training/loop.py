@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 import upcycle
-from upcycle.console import count
+from upcycle.console import count, err
 from upcycle.errors import UpcycleError, listed
-from upcycle.training import metrics, optimizer, routing, saving, start, step, tasks
+from upcycle.training import fit, metrics, optimizer, routing, saving, start, step, tasks
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
@@ -51,8 +51,9 @@ def train(run: Run, *, resume: bool = False) -> Result:
     precision = _precision(run)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)
-    experts = run.recipe.moe.num_experts if run.recipe else None
-    with ranks(run.parallel, mixed=precision == "mixed", num_experts=experts) as here, _terminable() as stop:
+    fit.refuse_pooling(run, begun.built)
+    experts = {part.moe.num_experts for part in fit.parts(begun.built).values()}
+    with ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here, _terminable() as stop:
         out = Path(run.out)
         checkpoint = _claim(run, out, here, resume)
         if here.first:
@@ -65,6 +66,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
                 f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
                 f"evenly; change train.batch_tokens or train.batch_size"
             )
+        fit.refuse_broken_groups(run, begun.built, task.lengths(run, begun.subject), here.dp_size)
         model = start.model_of(begun, run, here, precision)
         trainee = Trainee(
             model=model,
@@ -214,12 +216,24 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
     run = trainee.run
     if checkpoint is None:
         if run.optimizer.carry_state:
-            start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
+            stopped = start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
+            if trainee.ranks.first and run.schedule.name == "inverse_sqrt":
+                _warn_of_other_step(stopped, run.schedule.start_step)
         return {"step": 0}
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     feed.restore(state["batches"])
     return {k: v for k, v in state.items() if k != "identity"}
+
+
+def _warn_of_other_step(stopped: int, start_step: int) -> None:
+    """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
+    if stopped != start_step:
+        err.print(
+            f"[yellow]![/] the moments are of step {stopped} and schedule.start_step = {start_step}; "
+            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}",
+            markup=True,
+        )
 
 
 def _claim(run: Run, out: Path, here: Ranks, resume: bool) -> Path | None:

@@ -6,7 +6,7 @@ A run without torchrun is a world of one, in which every collective is the ident
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -70,10 +70,10 @@ class Ranks:
 
 
 @contextmanager
-def ranks(parallel: Parallel, *, mixed: bool = False, num_experts: int | None = None) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or a world of one."""
+def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] = ()) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or a world of one. `experts` are the numbers of them in a layer."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    fsdp = _sizes(parallel, world, num_experts)
+    fsdp = _sizes(parallel, world, experts)
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(kind, local) if kind != "cpu" else torch.device("cpu")
@@ -107,7 +107,7 @@ def ranks(parallel: Parallel, *, mixed: bool = False, num_experts: int | None = 
             dist.destroy_process_group()
 
 
-def _sizes(parallel: Parallel, world: int, num_experts: int | None) -> int:
+def _sizes(parallel: Parallel, world: int, experts: Collection[int]) -> int:
     """The size of fsdp, if everything fits."""
     tp, ep = parallel.tp, parallel.ep
     said = f"parallel.fsdp = {parallel.fsdp or 'the rest'}, tp = {tp}, ep = {ep} on {world} process(es)"
@@ -118,8 +118,8 @@ def _sizes(parallel: Parallel, world: int, num_experts: int | None) -> int:
         raise UpcycleError(f"{said}: fsdp x tp must be the number of processes that torchrun started")
     if ep > 1 and (ep % tp or world % ep):
         raise UpcycleError(f"{said}: ep must be a multiple of tp and divide fsdp x tp")
-    if ep > 1 and num_experts is None:
+    if ep > 1 and not experts:
         raise UpcycleError(f"{said}: a dense model has no experts to share out; set parallel.ep = 1")
-    if ep > 1 and num_experts is not None and num_experts % ep:
-        raise UpcycleError(f"{said}: ep must divide the {num_experts} experts")
+    if wrong := [count for count in experts if count % ep]:
+        raise UpcycleError(f"{said}: ep must divide the {wrong[0]} experts of a layer")
     return fsdp

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.nn.moe import Router
+from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Routing
 
 COLLAPSED = 0.9  # share of a layer's slots in its K busiest experts
@@ -171,20 +172,23 @@ class Routers:
             )
         return out
 
-    def biases(self) -> list[Tensor]:
-        """The correction biases that choose experts and do not weigh them, [E] each."""
+    def biases(self) -> list[Tensor | None]:
+        """The correction biases that choose experts and do not weigh them, [E] each; None where a router has
+        none."""
         found = [
-            p.detach()
+            next((p.detach() for name, p in _tensors(module) if name.endswith(BIAS)), None)
             for module in self.modules
-            for name, p in [*module.named_parameters(), *module.named_buffers()]
-            if name.endswith("e_score_correction_bias")
         ]
-        if len(found) != len(self.modules):
+        if all(bias is None for bias in found):
             raise UpcycleError(
                 "router.bias_update_rate is set, and the routers of this architecture have no correction "
                 "bias; set it to 0, or take what has one (ernie4_5_moe, router.name = sigmoid)"
             )
         return found
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float) -> Tensor:
@@ -216,10 +220,12 @@ def z_loss(logits: Tensor, tokens: float) -> Tensor:
 
 
 @torch.no_grad()
-def update_biases(biases: list[Tensor], tallies: list[Tally], rate: float) -> None:
+def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: float) -> None:
     """Raise the bias of experts that got less than their share, lower that of the others, by `rate`
     (Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, algorithm 1)."""
     for bias, tally in zip(biases, tallies, strict=True):
+        if bias is None:
+            continue
         load = tally.counts.float()
         step = (rate * torch.sign(load.mean() - load)).view(bias.shape).to(bias.dtype)
         if isinstance(bias, DTensor):

@@ -249,7 +249,9 @@ def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
     if run.recipe is None:
         return {n: Entry(t, t.dtype) for n, t in admit(stored).tensors.items()}
     table = run.recipe.as_table() | {"init": {"name": "copy"}, "dtype": "source"}
-    copied = Recipe.of(table | {"router": table["router"] | {"init": "zeros"}})
+    if run.recipe.moe.target != deeper.TARGET:
+        table["router"] |= {"init": "zeros"}
+    copied = Recipe.of(table)
     entries = blueprint(stored, copied).entries
     # What no source tensor is in (constants, gates of shared experts) has no moments yet.
     return {

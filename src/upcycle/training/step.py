@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
+from upcycle.training import fit, routing
 from upcycle.training import optimizer as optim
-from upcycle.training import routing
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers, Tally
 from upcycle.training.run import Run
@@ -224,7 +224,8 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
     size = trainee.run.train.micro_batch or max(1, trainee.run.train.rows // ranks.dp_size)
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)
     model.eval()
-    for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size):
+    whole = fit.rows_of_groups(trainee.start.built, task.lengths(trainee.run, trainee.start.subject))
+    for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size, whole):
         question = task.question(micro, trainee.start.subject, training=False)
         # All ranks run as many passes: the last ones may have rows that another rank counts.
         logits, labels = trainee.logits(question)[:count], question.labels[:count]
@@ -237,10 +238,13 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
     return Score(loss=loss / targets, accuracy=correct / targets)
 
 
-def _parts(batch: Batch, rows: int, first: int, share: int, size: int) -> Iterator[tuple[Batch, int]]:
-    """Micro batches of this rank's share, and how many of their rows count: all ranks run as many passes."""
+def _parts(
+    batch: Batch, rows: int, first: int, share: int, size: int, whole: int
+) -> Iterator[tuple[Batch, int]]:
+    """Micro batches of this rank's share, and how many of their rows count: all ranks run as many passes, on
+    multiples of `whole` rows."""
     for start in range(first, first + share, size):
         stop = min(start + size, first + share, rows)
         count = max(0, stop - start)
-        chosen = slice(start, stop) if count else slice(0, 1)
-        yield {name: t[chosen] for name, t in batch.items()}, count
+        chosen = (start + torch.arange(-(-max(count, 1) // whole) * whole)) % rows
+        yield {name: t[chosen.to(t.device)] for name, t in batch.items()}, count

@@ -13,7 +13,7 @@ from upcycle.training.augment import Augment
 from upcycle.training.examples import Examples
 from upcycle.training.images import ImageSet
 from upcycle.training.tasks import Batch, Feed, Question, Task
-from upcycle.training.tasks._labelled import only_source, refuse_more_classes
+from upcycle.training.tasks._labelled import as_the_head, only_source
 
 if TYPE_CHECKING:
     from upcycle.subject import Subject
@@ -55,13 +55,11 @@ class ImageClassification(Task):
             label_field=self.label_field,
             cache=cache,
         )
-        if not any_classes:
-            refuse_more_classes(found, subject)
         if found.bad:
             err.print(
                 f"{path}: {len(found.bad)} images cannot be read and are left out: {listed(list(found.bad))}"
             )
-        return found
+        return found if any_classes else as_the_head(found, subject)
 
     def augmentation(self, subject: Subject) -> Augment:
         """The augmentation, with the mean and the deviation that the model was made with."""

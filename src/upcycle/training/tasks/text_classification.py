@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from upcycle.errors import UpcycleError
 from upcycle.training.examples import Examples
 from upcycle.training.tasks import Batch, Feed, Question, Task
-from upcycle.training.tasks._labelled import only_source, refuse_more_classes
+from upcycle.training.tasks._labelled import as_the_head, only_source
 from upcycle.training.tasks._tokens import refuse_beyond_positions, tokenizer_of
 from upcycle.training.texts import TextSet
 
@@ -56,8 +56,7 @@ class TextClassification(Task):
             fields=self.fields,
             label_field=self.label_field,
         )
-        refuse_more_classes(found, subject)
-        return found
+        return as_the_head(found, subject)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         names = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types"}
