@@ -82,6 +82,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_metadata(file: Path) -> dict[str, Any]:
+    """`__metadata__` of a safetensors file that `read_header` took; empty where it has none."""
+    with file.open("rb") as handle:
+        found = json.loads(handle.read(int.from_bytes(handle.read(8), "little"))).get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):

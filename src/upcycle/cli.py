@@ -1,4 +1,4 @@
-"""The command line: `upcycle plan | convert | verify | train | export | eval | inspect | list | demo`.
+"""The command line: `upcycle plan | convert | verify | calibrate | train | ...`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: verify found
 that a promise does not hold; 2: a mistake in what was given; 130: interrupted. Nothing heavy is imported
@@ -160,6 +160,66 @@ def verify(
 
 
 @app.command
+def calibrate(
+    source: Source,
+    *,
+    out: Path,
+    images: Path | None = None,
+    text: Path | None = None,
+    collect: str = "l1,l2,count",
+    positions: str = "neurons,channels,heads",
+    limit: int | None = None,
+    length: int | None = None,
+    batch_size: int = 32,
+    threshold: float = 0.0,
+    seed: int = 0,
+    in_order: bool = False,
+    device: str | None = None,
+    cache: Path | None = None,
+    allow_nonfinite: bool = False,
+    json: bool = False,
+) -> None:
+    """Collect statistics of SOURCE's activations on images or a text, for initialisations that ask for them.
+
+    Started again as it was, a pass that was stopped goes on.
+
+    Args:
+        out: the file to make, FILE.safetensors; until it is whole, sums are kept in FILE.safetensors.partial
+        images: a parquet file, or a folder with one folder a class
+        text: text, JSON lines or parquet, as `upcycle train` reads them
+        collect: what: l1, l2, count, co_activation, gradient
+        positions: of what: neurons, channels, heads
+        limit: images or rows at most; 0: all (30000 images, 2048 rows of text, if absent)
+        length: tokens of a row of text (512, or as many as the model takes, if absent)
+        batch_size: images or rows of a forward pass
+        threshold: above which a number counts as active
+        seed: of the random order that examples are taken in
+        in_order: take the first examples instead
+        device: such as cpu or cuda:1 (an accelerator where there is one, if absent)
+        cache: folder for decoded images and token files
+        allow_nonfinite: take NaN and inf in the weights as they are
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle.calibration import Asked
+    from upcycle.calibration import calibrate as go
+
+    asked = Asked(
+        images=images, text=text, collect=_names(collect), positions=_names(positions), limit=limit,
+        length=length, batch_size=batch_size, threshold=threshold, seed=seed, in_order=in_order, device=device,
+        cache=cache, allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+    with console.examples_bar("calibrating") as (progress, set_total):
+        found = go(source, out, asked, progress=progress, planned=set_total)
+    console.show_json(found.as_dict()) if json else console.show_calibrated(found)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    """`a, b` as names."""
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+@app.command
 def train(
     run: Annotated[Positional[Path], arg(metavar="RUN.toml")],
     *,
@@ -314,7 +374,10 @@ def main(args: list[str] | None = None) -> None:
         print(f"upcycle: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("upcycle: interrupted; convert and train go on with --resume", file=sys.stderr)
+        print(
+            "upcycle: interrupted; convert and train go on with --resume, calibrate as it was started",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)

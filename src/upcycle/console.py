@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -23,6 +24,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from upcycle.cost import Plan
     from upcycle.proof import Proof
+    from upcycle.statistics import Statistics
     from upcycle.training.export import Exported
     from upcycle.training.loop import Result
 
@@ -86,6 +88,27 @@ def show_converted(plan: Plan, folder: Path) -> None:
     )
     show_warnings(plan.warnings)
     out.print(f"check it: upcycle verify {plan.source} {folder}")
+
+
+def show_calibrated(found: Statistics) -> None:
+    """What calibrate leaves on the screen: of each layer, how many neurons are active on average, and how many
+    never were."""
+    table = grid("", "layer", "neurons", "active", "never active")
+    for stack, layer in found.blocks("neurons", "count"):
+        shares = found.of("neurons", stack, layer, "count")
+        place = str(layer) if stack == "layers" else f"{stack} {layer}"
+        table.add_row(place, str(len(shares)), f"{shares.mean():.1%}", str(int((shares == 0).sum())))
+    if table.row_count:
+        out.print(table)
+    made = found.provenance
+    tokens = " + ".join(
+        f"{count(n)} {stack}" if stack != "layers" else count(n) for stack, n in made["tokens"].items()
+    )
+    out.print(
+        f"{found.path}: {', '.join(made['collect'])} of {', '.join(made['positions'])} over "
+        f"{made['examples']} examples ({tokens} tokens), {size(found.path.stat().st_size)}"
+    )
+    out.print(f"digest {found.digest}")
 
 
 def show_trained(result: Result) -> None:
@@ -198,6 +221,15 @@ def bytes_bar(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int]
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield (lambda n: progress.advance(task, n)), (lambda n: progress.update(task, total=n))
+
+
+@contextmanager
+def examples_bar(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A progress bar over examples: a function that advances it, and one that sets its end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield (lambda n: progress.advance(task, n)), (lambda n: progress.update(task, total=n))

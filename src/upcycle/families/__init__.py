@@ -69,6 +69,10 @@ class Stack:
     owned: tuple[str, ...]  # how the names of its tensors on disk begin
     module: str  # of the network in memory, below the base model
     replaced: tuple[str, ...] = ()  # modules in memory that belong to the network as well
+    down: str  # of the network's last matrix in memory, below the base model
+    heads: tuple[
+        str, ...
+    ] = ()  # of the matrix that ends self-attention, in memory; of several, a block has one
     causal: bool
     activation: str
     dropout: float = 0.0  # between the activation and the last matrix

@@ -159,6 +159,8 @@ class Decoder(Family):
                 path="model.layers.{i}.mlp",
                 owned=("model.layers.{i}.mlp.",),
                 module="layers.{i}.mlp",
+                down="layers.{i}.mlp.down_proj",
+                heads=("layers.{i}.self_attn.o_proj",),
                 causal=True,
                 activation=config["hidden_act"],
             ),

@@ -108,6 +108,8 @@ class EncoderDecoder(Encoder):
                     path=path,
                     owned=(path + ".",),
                     module=path,
+                    down=path + ".wo",
+                    heads=(f"{name}.block.{{i}}.layer.0.SelfAttention.o",),
                     causal=name == "decoder",
                     activation=config["hidden_act"],
                     dropout=config["dropout_rate"],

@@ -93,6 +93,7 @@ class VisionTransformer(Encoder):
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         block = self.base(config) + "encoder.layer.{i}."
+        in_memory = self.block_paths[0].replace("*", "{i}.")
         return (
             Stack(
                 count=config["num_hidden_layers"],
@@ -100,7 +101,9 @@ class VisionTransformer(Encoder):
                 width=config["intermediate_size"],
                 path=block + "mlp",
                 owned=(block + "intermediate.", block + "output.", block + "mlp."),
-                module=self.block_paths[0].replace("*", "{i}.mlp"),
+                module=in_memory + "mlp",
+                down=in_memory + "mlp.fc2",
+                heads=(in_memory + "attention.o_proj",),
                 causal=False,
                 activation=config["hidden_act"],
             ),

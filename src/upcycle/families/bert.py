@@ -93,6 +93,8 @@ class Bert(Encoder):
                 owned=(block + "intermediate.", block + "output.dense."),
                 module="encoder.layer.{i}.intermediate",
                 replaced=("encoder.layer.{i}.output.dense",),
+                down="encoder.layer.{i}.output.dense",
+                heads=("encoder.layer.{i}.attention.output.dense",),
                 causal=False,
                 activation=config["hidden_act"],
             ),

@@ -1,8 +1,9 @@
 """DINOv2: ViT with layer scale, and SwiGLU in its largest size."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from upcycle.families import Axes, Config, Shapes
+from upcycle.families import Axes, Config, Shapes, Stack
 from upcycle.families._encoder import linear, num_labels
 from upcycle.families._vision import DEFAULTS, Encoder, VisionTransformer
 from upcycle.feed_forward import FeedForward
@@ -54,6 +55,12 @@ class DINOv2(VisionTransformer):
         if config["architectures"][0] == "Dinov2Model":
             return {}
         return linear("classifier", num_labels(config), 2 * config["hidden_size"])
+
+    def stacks(self, config: Config) -> tuple[Stack, ...]:
+        stacks = super().stacks(config)
+        if not config["use_swiglu_ffn"]:
+            return stacks
+        return tuple(replace(stack, down=stack.module + ".down_proj") for stack in stacks)
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"

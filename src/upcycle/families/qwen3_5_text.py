@@ -1,9 +1,10 @@
 """Qwen3.5, text: three layers of gated linear attention for each one of gated full attention."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from upcycle.families import Config, Shapes
+from upcycle.families import Config, Shapes, Stack
 from upcycle.families._decoder import Decoder, every_nth_full
 
 
@@ -51,6 +52,10 @@ class Qwen35Text(Decoder):
             "self_attn.q_norm.weight": norm,
             "self_attn.k_norm.weight": norm,
         }
+
+    def stacks(self, config: Config) -> tuple[Stack, ...]:
+        linear = "layers.{i}.linear_attn.out_proj"
+        return tuple(replace(stack, heads=(*stack.heads, linear)) for stack in super().stacks(config))
 
 
 def _linear_attention(config: Config) -> Shapes:

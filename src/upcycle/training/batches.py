@@ -88,6 +88,10 @@ class Batches:
         self._sample += rows
         return self._read(chosen[part])
 
+    def at(self, places: Sequence[int]) -> np.ndarray:
+        """The rows numbered `places` of the first source, held out or not: int64 [N, L + 1]."""
+        return self._read([(0, int(place)) for place in places])
+
     def held_out(self, rows: int | None = None) -> np.ndarray:
         """Held-out rows, always the same: all, or at most `rows`, shared by weight, int64 [N, L + 1].
 

@@ -112,6 +112,10 @@ class Examples:
         places = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
         return self._train.rows(self._trained[places[part]])
 
+    def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples numbered `places` of those that are trained on."""
+        return self._train.rows(self._trained[places])
+
     def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
         """Held-out examples, always the same: all, or at most `rows`, evenly spaced over them."""
         n = len(self._kept)

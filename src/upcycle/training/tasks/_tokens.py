@@ -53,6 +53,11 @@ class TokenFeed:
         keys = [rng.key(self._seed, "drawn", first + i) for i in range(rows)]
         return self._make(self._batches.next(rows, part), keys[part])
 
+    def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows numbered `places` of the first source; what is drawn for a row depends on its number."""
+        keys = [rng.key(self._seed, "drawn", "at", int(place)) for place in places]
+        return self._make(self._batches.at(places.tolist()), keys)
+
     def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
         read = self._batches.held_out(rows)
         return self._make(read, [rng.key(self._seed, "drawn", "held out", i) for i in range(len(read))])

@@ -1,0 +1,143 @@
+"""Sums over the activations of a dense model, kept while it runs: what statistics are made of.
+
+Letters: T real tokens of a batch, n numbers a token. Sums are of float64 and counts of whole numbers, so that
+how tokens come in batches shows in nothing but the rounding of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from upcycle.families import Stack
+
+_ELEMENTS = 1 << 22  # summed at once
+MOST = 2**31 - 1  # tokens: what a count of int32 holds
+DTYPES = {"count": torch.int64, "co_activation": torch.int32}  # of sums; the others are float64
+
+
+class Observer:
+    """Sums of what goes into the watched matrices of `model`, called POSITION.STACK.LAYER.NAME."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stacks: Sequence[Stack],
+        *,
+        positions: Sequence[str],
+        names: Sequence[str],
+        threshold: float,
+    ) -> None:
+        self._base, self._threshold = model.base_model, threshold
+        device = torch.device("cpu") if model.device.type == "mps" else model.device  # mps has no float64
+        self.sums: dict[str, Tensor] = {}
+        self.tokens = {stack.name: 0 for stack in stacks}  # seen by a block of each stack
+        self._stack_of: dict[str, str] = {}
+        self._watched: dict[str, nn.Module] = {}
+        self._real: Mapping[str, Tensor | None] = {}
+        self._gradients = "gradient" in names
+        for stack in stacks:
+            for i in range(stack.count):
+                for position in positions:
+                    found = self._place(stack, position, i)
+                    if found is None:
+                        continue
+                    key = f"{position}.{stack.name}.{i}"
+                    self._watched[key], n = found
+                    self._stack_of[key] = stack.name
+                    for name in names:
+                        pairs = name == "co_activation"
+                        if not pairs or position == "neurons":
+                            shape, dtype = (n, n) if pairs else (n,), DTYPES.get(name, torch.float64)
+                            self.sums[f"{key}.{name}"] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def _place(self, stack: Stack, position: str, i: int) -> tuple[nn.Module, int] | None:
+        """The module whose input is watched, and the size of that; None where blocks have none."""
+        if position == "channels":
+            return self._base.get_submodule(stack.module.format(i=i)), stack.hidden
+        if position == "neurons":
+            return self._base.get_submodule(stack.down.format(i=i)), stack.width
+        for path in stack.heads:
+            owner, _, last = path.format(i=i).rpartition(".")
+            parent, _, name = owner.rpartition(".")
+            if hasattr(self._base.get_submodule(parent), name):
+                module: Any = self._base.get_submodule(f"{owner}.{last}")
+                return module, int(module.in_features)
+        return None
+
+    @contextmanager
+    def watching(self, real: Mapping[str, Tensor | None]) -> Iterator[None]:
+        """One forward pass, and the backward pass of gradients. `real` [B, L] says for each stack which
+        tokens count; None: all. An error in between leaves the sums useless.
+        """
+        self._real = {name: None if r is None else r.flatten().bool() for name, r in real.items()}
+        hooks = [
+            module.register_forward_pre_hook(partial(self._see, key)) for key, module in self._watched.items()
+        ]
+        seen = dict.fromkeys(self.tokens, 0)
+        self._seen = seen
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for stack, count in seen.items():
+            self.tokens[stack] += count
+
+    def _see(self, key: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x, *rest = args
+        values = x.detach()
+        self._add(key, values)
+        if not self._gradients:
+            return None
+        # A tensor of its own, so that its gradient is what comes back through this module alone; the first
+        # one that is watched begins the graph.
+        own = x.view_as(x) if x.requires_grad else values.requires_grad_()
+        own.register_hook(partial(self._add_gradient, key, values.detach()))
+        return (own, *rest)
+
+    def _rows(self, key: str, x: Tensor) -> Tensor:
+        """Real tokens, [T, n]."""
+        rows, real = x.reshape(-1, x.shape[-1]), self._real.get(self._stack_of[key])
+        return rows if real is None else rows[real]
+
+    def _pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
+        home = next(iter(self.sums.values())).device
+        return rows.to(home).split(max(1, _ELEMENTS // rows.shape[-1]))
+
+    def _add(self, key: str, x: Tensor) -> None:
+        rows = self._rows(key, x)
+        self._seen[self._stack_of[key]] = len(rows)
+        for piece in self._pieces(rows):
+            wide, on = piece.double(), piece > self._threshold
+            made = {"l1": lambda w=wide: w.abs().sum(0), "l2": lambda w=wide: w.square().sum(0)}
+            made |= {"count": lambda o=on: o.sum(0), "co_activation": lambda o=on: _pairs(o)}
+            for name, make in made.items():
+                if (total := self.sums.get(f"{key}.{name}")) is not None:
+                    total += make()
+
+    def _add_gradient(self, key: str, x: Tensor, gradient: Tensor) -> None:
+        total = self.sums[f"{key}.gradient"]
+        rows = (self._pieces(self._rows(key, t)) for t in (x, gradient))
+        for a, b in zip(*rows, strict=True):
+            total += (a.double() * b.double()).abs().sum(0)
+
+
+def _pairs(on: Tensor) -> Tensor:
+    """How many tokens have both of two numbers on: bool [T, n] to int32 [n, n].
+
+    A piece has fewer than 2^24 tokens, so that float32 counts exactly.
+    """
+    return (on.T.float() @ on.float()).to(torch.int32)
+
+
+def means(name: str, total: Tensor, tokens: int) -> Tensor:
+    """A statistic of its sum over `tokens`, float32."""
+    found = total.double() / tokens
+    return (found.sqrt() if name == "l2" else found).float()

@@ -1,0 +1,97 @@
+"""A calibration that was stopped: its sums so far, with what it was begun with, in a file beside the result."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from upcycle import tensor_file
+from upcycle.checkpoint import read_header, read_metadata
+from upcycle.errors import UpcycleError, listed
+from upcycle.evaluate.observer import Observer
+from upcycle.statistics import KEY, PARTIAL
+from upcycle.tensor_file import Tensor
+
+_STATE = KEY + PARTIAL  # of the metadata
+_TYPES = {torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
+
+
+def save(path: Path, observer: Observer, provenance: Mapping[str, Any], done: int) -> None:
+    """Write the sums after `done` examples; what was saved before stays until they are on disk."""
+    tensors = {
+        name: Tensor(_TYPES[total.dtype], tuple(total.shape), partial(_numpy, total))
+        for name, total in observer.sums.items()
+    }
+    state = {"begun": provenance, "done": done, "tokens": observer.tokens}
+    tensor_file.write(path, tensors, {_STATE: json.dumps(state)})
+
+
+def _numpy(total: torch.Tensor) -> np.ndarray:
+    out: np.ndarray = total.cpu().numpy()
+    return out
+
+
+def begun(path: Path, provenance: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+    """How many examples a pass of this provenance had done and the tokens of each stack; none without a file.
+
+    Raises `UpcycleError` where the pass was begun with something else.
+    """
+    if not path.exists():
+        return 0, {}
+    try:
+        read_header(path)
+        state = json.loads(read_metadata(path)[_STATE])
+        before, done, tokens = dict(state["begun"]), int(state["done"]), dict(state["tokens"])
+    except (UpcycleError, OSError, ValueError, KeyError, TypeError):
+        raise UpcycleError(
+            f"{path} is not what a stopped calibration leaves; delete it to start anew"
+        ) from None
+    if different := [key for key in provenance if before.get(key) != provenance[key]]:
+        raise UpcycleError(
+            f"{path} was begun with another {listed(different)}; start again with what it was begun with, or "
+            f"delete it"
+        )
+    return done, tokens
+
+
+def restore(path: Path, observer: Observer, tokens: Mapping[str, int]) -> None:
+    """Give the observer the sums that were saved."""
+    saved = read_header(path)
+    for name, total in observer.sums.items():
+        info = saved.get(name)
+        if info is None or (info.shape, info.dtype) != (tuple(total.shape), _TYPES[total.dtype]):
+            raise UpcycleError(f"{path} lacks sums of {name}; delete it to start anew")
+        total.copy_(torch.from_numpy(tensor_file.read(path, info.dtype, info.shape, info.offset)))
+    observer.tokens.update(tokens)
+
+
+@contextmanager
+def stops() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGINT or SIGTERM came; a second one stops at once."""
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: nobody sends us signals
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
