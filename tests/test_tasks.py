@@ -380,8 +380,45 @@ def test_labels_that_disagree_with_the_head(data, tmp_path):
     for label in "0123":
         (tmp_path / "images" / label).symlink_to(data / "images" / "0")
     changed = table("vit", data, tmp_path / "run", data={"sources": [{"path": str(tmp_path / "images")}]})
-    with pytest.raises(UpcycleError, match="has 4 classes and its head 3"):
+    with pytest.raises(UpcycleError, match="has 4 classes and the model's head 3"):
         train(Run.of(changed))
+
+
+def test_a_new_head_for_other_classes(data, tmp_path):
+    """Another number of classes: the head alone is drawn anew, as transformers starts one; it is exported."""
+    (tmp_path / "images").mkdir()
+    names = ["red", "green", "blue", "red again"]
+    for i, name in enumerate(names):
+        (tmp_path / "images" / name).symlink_to(data / "images" / str(i % 3))
+    changes = {"data": {"sources": [{"path": str(tmp_path / "images")}]}, **CHOICE}
+    given = table("vit", data, tmp_path / "run", **changes)
+    given["task"] = {**given.get("task", {}), "name": "image_classification", "classes": sorted(names)}
+    run = Run.of(given)
+    begun = start.start_of(run)
+    model = start.plain_model(begun)
+    dense = ViTForImageClassification.from_pretrained(data / "vit")
+    assert model.classifier.weight.shape == (4, 32)
+    assert 0.015 < float(model.classifier.weight.detach().std()) < 0.025
+    assert not model.classifier.bias.any()
+    assert torch.equal(model.vit.layernorm.weight, dense.vit.layernorm.weight)
+    train(run)
+    export(tmp_path / "run", tmp_path / "out")
+    opened = upcycle.open(tmp_path / "out")
+    assert opened.config.id2label == dict(enumerate(sorted(names)))
+    assert opened.classifier.out_features == 4
+
+
+def test_a_new_head_is_for_classes_and_has_no_moments(data, tmp_path):
+    spans = Run.of(table("t5", data, tmp_path / "a", task={"name": "span_corruption", "classes": 3}))
+    with pytest.raises(UpcycleError, match="has none"):
+        start.start_of(spans)
+    task = {"name": "image_classification", "classes": 4}
+    carried = table("vit", data, tmp_path / "b", task=task, optimizer={"carry_state": True})
+    with pytest.raises(UpcycleError, match="moments of the head"):
+        Run.of(carried)
+    twice = table("vit", data, tmp_path / "c", task={**task, "classes": ["a", "a"]})
+    with pytest.raises(UpcycleError, match="different names"):
+        Run.of(twice)
 
 
 def named(folder: Path, source: Path, names: dict[str, str]) -> Path:

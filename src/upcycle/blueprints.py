@@ -242,8 +242,8 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     if recipe.moe.pooling != "class_token":
         raise UpcycleError(f"moe.pooling is for moe.target = {upcycled.TARGET}; {name} has no images")
     if recipe.parts:
-        part = next(iter(recipe.parts))
-        raise UpcycleError(f"[{part}] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks")
+        table = next(iter(recipe.parts))
+        raise UpcycleError(f"[{table}] is for moe.target = {upcycled.TARGET}; {name} has one stack of blocks")
     if own := recipe.router.beyond_native():
         raise UpcycleError(
             f"{name} routes as transformers does and cannot keep {', '.join(own)}; use moe.target = "

@@ -75,8 +75,8 @@ def _refuse_moe(recipe: Recipe) -> None:
     given, default = recipe.as_table(), Recipe.of().as_table()
     if recipe.parts:
         raise UpcycleError(
-            f"moe.target = {TARGET} makes no experts, and [{next(iter(recipe.parts))}] is about them; take it "
-            f"out"
+            f"moe.target = {TARGET} makes no experts, and [{next(iter(recipe.parts))}] is about them; take "
+            f"it out"
         )
     for section in ("moe", "init", "router"):
         for key, value in given[section].items():

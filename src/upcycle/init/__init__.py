@@ -99,7 +99,7 @@ class Init(abc.ABC):
 
     def check(self, site: Site) -> None:
         """Raise where the experts asked for cannot be made. Extend, do not replace."""
-        narrow = site.width * site.granularity != site.dense_width
+        narrow = site.granularity == 1 and site.width != site.dense_width
         if not self.selects and (narrow or site.universal_experts):
             what = "moe.universal_experts" if site.universal_experts else "moe.expert_width"
             raise UpcycleError(

@@ -183,6 +183,10 @@ class Run:
     def __post_init__(self) -> None:
         if self.optimizer.carry_state and self.from_scratch:
             raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
+        if self.optimizer.carry_state and self.task is not None and self.task.classes:
+            raise UpcycleError(
+                "optimizer.carry_state = true has moments of the head that task.classes replaces"
+            )
         if self.optimizer.carry_state and self.recipe and self.recipe.init.name not in ("copy", "noise"):
             raise UpcycleError(
                 f"optimizer.carry_state = true tiles the dense moments to experts that are its copies; "

@@ -27,6 +27,7 @@ from upcycle.lazy import Lazy, Stack
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, refuse_two_heads
 from upcycle.subject import Subject
+from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
@@ -103,6 +104,8 @@ def start_of(run: Run) -> Start:
                 f"attention; it is offered for the other families"
             )
         entries = {n: _scratch(n, e, run, dense) for n, e in entries.items()}
+    if run.task is not None and run.task.classes:
+        config, entries = renewed(dense, config, entries, run.task.classes, run.seed)
     return Start(
         dense=dense,
         built=built,

@@ -60,8 +60,16 @@ class Task(abc.ABC):
 
     summary: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]  # how the names of the classes that can do it end
+    classes: int | tuple[str, ...] = (
+        0  # of a head made anew: their names, or how many; 0: the checkpoint's head
+    )
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
     counting: ClassVar[Mapping[str, Any]] = {}  # what spares work where only routers are watched
+
+    def __post_init__(self) -> None:
+        given = self.classes if isinstance(self.classes, tuple) else ()
+        if len({*given}) < len(given) or (isinstance(self.classes, int) and self.classes < 0):
+            raise UpcycleError("task.classes is a number of classes or a list of different names")
 
     @property
     def name(self) -> str:

@@ -36,8 +36,8 @@ def as_the_head(found: Set, subject: Subject) -> Set:
     """
     if found.num_labels > subject.num_labels:
         raise UpcycleError(
-            f"{found.name} has {found.num_labels} classes and its head {subject.num_labels} (id2label in its "
-            f"config.json); give data of its classes, or a source with a head for these"
+            f"{found.name} has {found.num_labels} classes and the model's head {subject.num_labels} (id2label "
+            f"in config.json); give data of its classes, or set task.classes for a new head"
         )
     names, known = found.class_names, subject.class_names
     if not names or not known or names == known:
@@ -50,7 +50,7 @@ def as_the_head(found: Set, subject: Subject) -> Set:
         return found
     raise UpcycleError(
         f"{found.name} has the class {odd!r}, and the model's head {_instead(odd, known)} (id2label in its "
-        f"config.json); call the classes what it calls them, or give a source with a head for these"
+        f"config.json); call the classes what it calls them, or set task.classes for a new head"
     )
 
 

@@ -35,6 +35,7 @@ class TextClassification(Task):
     label_field: str = "label"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.fields) not in (1, 2):
             raise UpcycleError(f"task.fields names {len(self.fields)} texts; give one, or two of a pair")
 
