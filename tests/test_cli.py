@@ -14,7 +14,8 @@ import pytest
 from upcycle import cli
 
 COMMANDS = [
-    [], ["plan"], ["convert"], ["verify"], ["inspect"], ["list"], ["demo"], ["train"], ["export"], ["calibrate"],
+    [], ["plan"], ["convert"], ["verify"], ["inspect"], ["list"], ["demo"], ["train"], ["export"],
+    ["calibrate"],
 ]  # fmt: skip
 
 
