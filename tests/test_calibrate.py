@@ -65,8 +65,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrate")
     draw = np.random.default_rng(0)
     for name, architecture in ARCHITECTURES.items():
-        changes = {"feed_forward_proj": "gated-gelu"} if name == "t5" else {}
-        make(folder / name, architecture, **changes)
+        # relu: numbers that are 0 to the bit, and not above a threshold of 0
+        changes = {"t5": {"feed_forward_proj": "gated-gelu"}, "headless": {"hidden_act": "relu"}}
+        make(folder / name, architecture, **changes.get(name, {}))
         if name != "vit":
             make_tokenizer(folder / name)
     for label, colour in enumerate(((200, 40, 40), (40, 200, 40), (40, 40, 200))):
