@@ -13,7 +13,10 @@ import pytest
 
 from upcycle import cli
 
-COMMANDS = [[], ["plan"], ["convert"], ["verify"], ["inspect"], ["list"], ["demo"], ["train"], ["export"]]
+COMMANDS = [
+    [], ["plan"], ["convert"], ["verify"], ["inspect"], ["list"], ["demo"], ["train"], ["export"],
+    ["calibrate"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c) or "upcycle")

@@ -201,7 +201,7 @@ def _free(device: torch.device) -> int | None:
 
 
 def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
-    """Say what pairs of neurons take, and refuse what clearly does not fit: model and sums in 4 bytes each."""
+    """Say what pairs of neurons take, and refuse what cannot fit: 4 bytes a parameter and a pair."""
     model = 4 * sum(t.size for t in dense.tensors.values())
     pairs = 0
     if "co_activation" in asked.collect:

@@ -206,8 +206,8 @@ def calibrate(
 
     asked = Asked(
         images=images, text=text, collect=_names(collect), positions=_names(positions), limit=limit,
-        length=length, batch_size=batch_size, threshold=threshold, seed=seed, in_order=in_order, device=device,
-        cache=cache, allow_nonfinite=allow_nonfinite,
+        length=length, batch_size=batch_size, threshold=threshold, seed=seed, in_order=in_order,
+        device=device, cache=cache, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     with console.examples_bar("calibrating") as (progress, set_total):
         found = go(source, out, asked, progress=progress, planned=set_total)

@@ -91,7 +91,7 @@ def show_converted(plan: Plan, folder: Path) -> None:
 
 
 def show_calibrated(found: Statistics) -> None:
-    """What calibrate leaves on the screen: of each layer, how many neurons are active on average, and how many
+    """What calibrate leaves on the screen: for each layer, the share of neurons that are active, and how many
     never were."""
     table = grid("", "layer", "neurons", "active", "never active")
     for stack, layer in found.blocks("neurons", "count"):

@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from upcycle import families, tensor_file
 from upcycle.checkpoint import TensorInfo, read_header, read_metadata
 from upcycle.errors import UpcycleError, listed
-from upcycle.source import Dense
+
+if TYPE_CHECKING:
+    from upcycle.source import Dense
 
 FORMAT = 1
 KEY = "upcycle_statistics"  # of the metadata
@@ -155,7 +157,7 @@ def fingerprint(dense: Dense) -> dict[str, str]:
     """What tells a checkpoint from others, whatever it is called: SHA-256 of its config, of its tensors'
     names, shapes and dtypes, and of the bytes at both ends of each. Of one without files, not the last.
     """
-    infos = [dense.checkpoint.tensors[name] for name in sorted(dense.tensors)]
+    infos = [t for name, t in sorted(dense.checkpoint.tensors.items()) if name not in dense.left_out]
     silent = families.SILENT - {"rope_parameters"}
     config = {key: value for key, value in dense.config.items() if key not in silent}
     found = {

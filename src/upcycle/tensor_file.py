@@ -16,7 +16,12 @@ import numpy as np
 
 from upcycle.errors import UpcycleError
 
-_ITEMS = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+_ITEMS: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ how tokens come in batches shows in nothing but the rounding of the forward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ class Observer:
         self._stack_of: dict[str, str] = {}
         self._watched: dict[str, nn.Module] = {}
         self._real: Mapping[str, Tensor | None] = {}
+        self._seen: dict[str, int] = {}
         self._gradients = "gradient" in names
         for stack in stacks:
             for i in range(stack.count):
@@ -80,14 +81,13 @@ class Observer:
         hooks = [
             module.register_forward_pre_hook(partial(self._see, key)) for key, module in self._watched.items()
         ]
-        seen = dict.fromkeys(self.tokens, 0)
-        self._seen = seen
+        self._seen = dict.fromkeys(self.tokens, 0)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        for stack, count in seen.items():
+        for stack, count in self._seen.items():
             self.tokens[stack] += count
 
     def _see(self, key: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -115,12 +115,9 @@ class Observer:
         rows = self._rows(key, x)
         self._seen[self._stack_of[key]] = len(rows)
         for piece in self._pieces(rows):
-            wide, on = piece.double(), piece > self._threshold
-            made = {"l1": lambda w=wide: w.abs().sum(0), "l2": lambda w=wide: w.square().sum(0)}
-            made |= {"count": lambda o=on: o.sum(0), "co_activation": lambda o=on: _pairs(o)}
-            for name, make in made.items():
+            for name, summed in _SUMS.items():
                 if (total := self.sums.get(f"{key}.{name}")) is not None:
-                    total += make()
+                    total += summed(piece, self._threshold)
 
     def _add_gradient(self, key: str, x: Tensor, gradient: Tensor) -> None:
         total = self.sums[f"{key}.gradient"]
@@ -129,12 +126,21 @@ class Observer:
             total += (a.double() * b.double()).abs().sum(0)
 
 
-def _pairs(on: Tensor) -> Tensor:
-    """How many tokens have both of two numbers on: bool [T, n] to int32 [n, n].
+def _pairs(piece: Tensor, threshold: float) -> Tensor:
+    """How many tokens have both of two numbers above the threshold: [T, n] to int32 [n, n].
 
-    A piece has fewer than 2^24 tokens, so that float32 counts exactly.
+    A piece has at most 2^22 tokens, so that float32 counts exactly.
     """
-    return (on.T.float() @ on.float()).to(torch.int32)
+    on = (piece > threshold).float()
+    return (on.T @ on).to(torch.int32)
+
+
+_SUMS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "l1": lambda piece, _: piece.abs().sum(0, dtype=torch.float64),
+    "l2": lambda piece, _: piece.double().square().sum(0),
+    "count": lambda piece, threshold: (piece > threshold).sum(0),
+    "co_activation": _pairs,
+}
 
 
 def means(name: str, total: Tensor, tokens: int) -> Tensor:

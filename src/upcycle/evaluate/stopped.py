@@ -1,4 +1,4 @@
-"""A calibration that was stopped: its sums so far, with what it was begun with, in a file beside the result."""
+"""A calibration that was stopped: its sums, and what it was begun with, in a file beside the result."""
 
 from __future__ import annotations
 

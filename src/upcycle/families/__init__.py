@@ -70,9 +70,7 @@ class Stack:
     module: str  # of the network in memory, below the base model
     replaced: tuple[str, ...] = ()  # modules in memory that belong to the network as well
     down: str  # of the network's last matrix in memory, below the base model
-    heads: tuple[
-        str, ...
-    ] = ()  # of the matrix that ends self-attention, in memory; of several, a block has one
+    heads: tuple[str, ...] = ()  # of the matrix that ends self-attention, in memory; a block has one of them
     causal: bool
     activation: str
     dropout: float = 0.0  # between the activation and the last matrix
