@@ -82,12 +82,13 @@ def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
 def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
     begun = start.start_of(run)
     model = start.model_of(begun, run, here, precision)
+    routers = Routers.of(model)
     return step.Trainee(
         model=model,
         task=run.task or tasks.of(begun.dense.architecture),
         start=begun,
-        optimizer=optimizer.make(model, run.train),
-        routers=Routers.of(model),
+        optimizer=optimizer.make(model, run.train, start.scales(begun, run, model, routers)),
+        routers=routers,
         run=run,
         ranks=here,
         precision=precision,
@@ -139,6 +140,27 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
                     "held_out": step.evaluate(trainee, {name: t[:3] for name, t in batch.items()}).loss,
                 }
             )
+    return out
+
+
+def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rate, weight decay and value of every parameter after a step, for each layout and change of the run."""
+    out = []
+    for layout, changes in cases:
+        run = run_of(source, layout, changes)
+        with ranks(run.parallel, num_experts=4) as here:
+            trainee = trainee_of(run, here)
+            batch = batch_of(run, trainee.task)
+            share = run.train.rows // here.dp_size
+            mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
+            step.train_step(trainee, mine, 0, 1e-3)
+            names = {parameter: name for name, parameter in trainee.model.named_parameters()}
+            rates = {
+                names[p]: (group["lr"], group["weight_decay"])
+                for group in trainee.optimizer.param_groups
+                for p in group["params"]
+            }
+            out.append({"rates": rates, "values": {name: whole(p) for p, name in names.items()}})
     return out
 
 

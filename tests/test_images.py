@@ -536,6 +536,7 @@ EVERYTHING: dict[str, Any] = {
     "mixup": 0.8,
     "cutmix": 1.0,
     "erasing": 0.25,
+    "erasing_fill": "noise",
     "label_smoothing": 0.1,
 }
 
@@ -571,7 +572,7 @@ def test_what_is_off_draws_nothing(batch: torch.Tensor) -> None:
     assert torch.equal(targets, torch.eye(10)[LABEL])
 
 
-@pytest.mark.parametrize("name", [*EVERYTHING, "all"])
+@pytest.mark.parametrize("name", [*(name for name in EVERYTHING if name != "erasing_fill"), "all"])
 def test_the_same_seed_the_same_batch(name: str, batch: torch.Tensor) -> None:
     made = Augment(**(EVERYTHING if name == "all" else {**OFF, name: EVERYTHING[name]}))
     untouched = batch.clone()
@@ -655,6 +656,34 @@ def test_erasing_leaves_the_mean(batch: torch.Tensor) -> None:
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 1600) ** 0.5
 
 
+def test_erasing_with_noise(batch: torch.Tensor) -> None:
+    """mmpretrain's mode rand: pixels N(0, 1) after normalisation, in rectangles of the areas asked for."""
+    many = batch.repeat(30, 1, 1, 1)
+    made = Augment(flip=0.0, erasing=0.25, erasing_area=(0.2, 0.25), erasing_fill="noise")
+    torch.manual_seed(0)
+    found, _ = made.train(many, LABEL.repeat(30), 10)
+    whole = made.evaluate(many)
+    gone = (found != whole).any(1)
+    hit = gone.flatten(1).any(1)
+    assert abs(hit.float().mean() - 0.25) < 4 * (0.25 * 0.75 / 480) ** 0.5
+    area = gone[hit].flatten(1).float().mean(1)
+    assert 0.15 < area.min() <= area.max() < 0.3
+    noise = found[gone[:, None].expand_as(found)]
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+
+
+def test_bicubic_crops_and_moves(batch: torch.Tensor) -> None:
+    for options in ({"resized_crop": 0.3}, {"rand_augment_layers": 3}):
+        found = []
+        for interpolation in ("bilinear", "bicubic"):
+            torch.manual_seed(0)
+            made = Augment(**OFF, **options, interpolation=interpolation)
+            found.append(made.train(batch, LABEL, 10)[0])
+        assert 0 < (found[0] - found[1]).abs().mean() < 0.05
+        assert 0 <= found[1].min() <= found[1].max() <= 1
+
+
 def provenance(mixing: dict[str, Any], rounds: int = 30) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Mixed batches of images that are one-hot in the channels: each pixel says whose it is."""
     images = torch.eye(8)[:, :, None, None].expand(-1, -1, 20, 12).contiguous()
@@ -712,21 +741,27 @@ PILLOW: list[Callable[[Image.Image, float], Image.Image]] = [
     lambda image, change: ImageEnhance.Contrast(image).enhance(change),
     lambda image, change: ImageEnhance.Sharpness(image).enhance(change),
     lambda image, change: ImageEnhance.Color(image).enhance(change),
+    lambda image, change: ImageOps.posterize(image, 2),
+    lambda image, change: ImageOps.invert(image),
+    lambda image, change: image.point(lambda value: min(255, value + 55) if value < 128 else value),
 ]
 
 
-@pytest.mark.parametrize("number", range(len(PILLOW)))
+@pytest.mark.parametrize(("number", "name"), enumerate(augment._COLOURS))
 @pytest.mark.parametrize("change", [0.55, 1.45])  # of magnitude 15
-def test_colour_operations_are_those_of_pillow(number: int, change: float, batch: torch.Tensor) -> None:
+def test_colour_operations_are_those_of_pillow(
+    number: int, name: str, change: float, batch: torch.Tensor
+) -> None:
     enhance = augment._kornia("enhance")
-    found = augment._COLOURS[number](enhance, batch, torch.full((16,), change), 0.5)
+    found = augment._COLOURS[name](enhance, batch, torch.full((16,), change), torch.full((16,), 0.5))
     for i, image in enumerate(found):
         wanted = np.asarray(PILLOW[number](picture(i, (24, 32)), change)).transpose(2, 0, 1)
         assert np.abs(image.numpy() * 255 - wanted).max() < 1.6  # Pillow rounds, twice at times
 
 
 @pytest.mark.parametrize("move", range(augment._MOVES))
-def test_moves_are_those_of_pillow(move: int, batch: torch.Tensor) -> None:
+@pytest.mark.parametrize("operations", ["paper", "increasing"])
+def test_moves_are_those_of_pillow(move: int, operations: str, batch: torch.Tensor) -> None:
     """An affine map about the centre, from places in the output to places in the input."""
     level = 0.7
     levels = torch.zeros(16, 5)
@@ -737,11 +772,11 @@ def test_moves_are_those_of_pillow(move: int, batch: torch.Tensor) -> None:
         matrix[move - 1, 2 - move] += 0.3 * level
     shift = np.zeros(2)
     if move in (3, 4):
-        shift[move - 3] = 150 / 331 * level * (24, 32)[move - 3]
+        shift[move - 3] = {"paper": 150 / 331, "increasing": 0.45}[operations] * level * (24, 32)[move - 3]
     centre = np.array([12, 16])
     offset = centre + shift - matrix @ centre
     data = (*matrix[0], offset[0], *matrix[1], offset[1])
-    found = augment._moved(batch, levels)
+    found = augment._moved(batch, levels, augment._TRANSLATIONS[operations])
     for i, image in enumerate(found):
         wanted = picture(i, (24, 32)).transform(
             (24, 32), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR
@@ -757,12 +792,41 @@ def test_moves_are_those_of_pillow(move: int, batch: torch.Tensor) -> None:
 def test_every_image_draws_its_own_operation(batch: torch.Tensor) -> None:
     same = batch[:1].repeat(2000, 1, 1, 1)
     torch.manual_seed(0)
-    found = augment._rand_augment_layer(same, 0.5)
+    found = augment._RandAugment("paper", 0.5).layer(same)
     kinds = found.flatten(1).unique(dim=0, return_counts=True)[1]
     # None, 4 without a sign and 9 with two; equal shares of 14.
     assert len(kinds) == 5 + 18
     kept = (found == same).flatten(1).all(1).float().mean()
     assert abs(kept - 1 / 14) < 4 * (13 / 14 / 14 / 2000) ** 0.5
+    # Of timm's fifteen, six have no sign and none is none.
+    found = augment._RandAugment("increasing", 0.5, probability=0.5).layer(same)
+    kinds = found.flatten(1).unique(dim=0, return_counts=True)[1]
+    assert len(kinds) == 6 + 18 + 1
+    kept = (found == same).flatten(1).all(1).float().mean()
+    assert abs(kept - 0.5) < 4 * (0.25 / 2000) ** 0.5
+
+
+def test_every_image_draws_its_own_magnitude(batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N(27, 1.5^2) cut at 30, as timm draws N(9, 0.5^2) cut at 10."""
+    monkeypatch.setattr(augment, "_OPERATIONS", {"paper": ("seen",)})
+    monkeypatch.setattr(augment, "_MOVES", 0)
+    seen: list[torch.Tensor] = []
+
+    def look(k: Any, x: torch.Tensor, change: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+        assert torch.allclose((change - 1).abs(), 0.9 * strength)
+        seen.append(30 * strength)
+        return x
+
+    monkeypatch.setattr(augment, "_COLOURS", {"seen": look})
+    torch.manual_seed(0)
+    options = {"rand_augment_layers": 2, "rand_augment_magnitude": 27.0, "rand_augment_std": 1.5}
+    Augment(**OFF, **options).train(batch.repeat(500, 1, 1, 1), LABEL.repeat(500), 10)
+    assert len(seen) == 2
+    for drawn in seen:
+        assert drawn.max() == 30
+        assert abs((drawn == 30).float().mean() - 0.0228) < 0.01  # beyond two deviations
+        assert abs(drawn.median() - 27) < 0.1
+        assert abs(drawn.std() - 1.45) < 0.1
 
 
 def test_magnitude_zero_changes_little(batch: torch.Tensor) -> None:
@@ -791,6 +855,10 @@ def test_magnitude_zero_changes_little(batch: torch.Tensor) -> None:
         ("mixup", -0.1),
         ("cutmix", float("inf")),
         ("erasing", -0.5),
+        ("erasing_area", (0.5, 0.2)),
+        ("erasing_area", (0.5,)),
+        ("rand_augment_std", -1.0),
+        ("rand_augment_probability", 1.5),
         ("label_smoothing", 1.0),
         ("std", (1.0, 0.0, 1.0)),
     ],

@@ -151,6 +151,7 @@ def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
     """fsdp2 x ep2 stopped after step 3, gone on as itself, as fsdp2, as tp2 x ep2 and on one process."""
     source, text = trainable
     start = table(str(source), tmp_path / "whole", text, parallel={"fsdp": 2, "ep": 2})
+    start["train"]["layer_decay"] = 0.8  # parameter groups of many rates
     layouts = [{"fsdp": 2, "ep": 2}, {"fsdp": 2}, {"tp": 2, "ep": 2}]
     gloo.run(2, "ranks:trains", [(start, False)])
     jobs = []

@@ -135,6 +135,39 @@ CASES = {
     "vit": ("vit", {}, "image_classification"),
     "vit, expert choice": ("vit", CHOICE, "image_classification"),
     "vit, soft": ("vit", {**UPCYCLED, "router": {"name": "soft", "slots": 4}}, "image_classification"),
+    "vit, as MoE Jetpack": (
+        "vit",
+        {
+            **UPCYCLED,
+            "router": {"name": "soft"},
+            "train": {
+                "layer_decay": 0.6,
+                "drop_path": 0.2,
+                "expert_dropout": 0.4,
+                "expert_output_dropout": 0.4,
+                "micro_batch": 4,
+                "activation_checkpointing": True,
+            },
+            "task": {
+                "name": "image_classification",
+                "augment": {
+                    "resized_crop": 0.08,
+                    "interpolation": "bicubic",
+                    "rand_augment_layers": 2,
+                    "rand_augment_magnitude": 27.0,
+                    "rand_augment_std": 1.5,
+                    "rand_augment_probability": 0.5,
+                    "rand_augment_operations": "increasing",
+                    "mixup": 0.8,
+                    "cutmix": 1.0,
+                    "erasing": 0.25,
+                    "erasing_fill": "noise",
+                    "label_smoothing": 0.1,
+                },
+            },
+        },
+        "image_classification",
+    ),
     "vit, sigmoid": (
         "vit",
         {**UPCYCLED, "router": {"name": "sigmoid", "bias_update_rate": 0.01}},
@@ -301,6 +334,8 @@ def test_active_flops_of_expert_choice(data):
         ("classifier", {"task": {"name": "text_classification", "fields": ["body"]}}, "no 'body'"),
         ("vit", {**CHOICE, "router": {**CHOICE["router"], "group": 5}}, "router.group = 5 does not divide"),
         ("t5", CHOICE, "router expert_choice cannot stand in the decoder"),
+        ("bert", {"train": {"drop_path": 0.1}}, "the blocks of BertForMaskedLM have no place where a branch"),
+        ("vit", {"train": {"expert_dropout": 0.1}}, "act on experts of moe.target = upcycled"),
     ],
 )  # fmt: skip
 def test_mistakes(kind, changes, message, data, tmp_path):

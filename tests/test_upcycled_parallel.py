@@ -31,6 +31,10 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     ),
 }
 
+DECAYED = CASES["vit"][2] | {
+    "train": {"batch_size": 4, "layer_decay": 0.5, "weight_decay": 100.0, "eps": 1e-3}
+}
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
@@ -59,6 +63,7 @@ def two(sources, tables):
     """What two ranks load, and the gradients of each case at each layout."""
     wanted = [(sources[case], [(layout, run) for layout in TWO]) for case, (*_, run) in CASES.items()]
     calls = [("loads", (tables, TWO)), *(("gradients", each) for each in wanted)]
+    calls.append(("updated", (sources["vit"], [(layout, DECAYED) for layout in TWO])))
     return gloo.run(2, "ranks:several", calls)
 
 
@@ -135,3 +140,18 @@ def test_gradients_of_four_processes_are_those_of_one(four, one_process):
     for _, gradients in four:
         for found in gradients:
             same(found, one_process["llama"])
+
+
+def test_rates_of_two_processes_are_those_of_one(two, sources):
+    """Layer-wise decay and weight decay reach the parts of a parameter wherever they are."""
+    (reference,) = ranks.updated(sources["vit"], [({}, DECAYED)])
+    (before,) = ranks.updated(
+        sources["vit"], [({}, {**DECAYED, "train": {**DECAYED["train"], "layer_decay": 1.0}})]
+    )
+    assert {rate for rate, _ in reference["rates"].values()} == {1e-3 * 0.5**n for n in (0, 1, 2, 3)} - {0.0}
+    assert {rate for rate, _ in before["rates"].values()} == {1e-3}
+    for result in two:
+        for found in result[-1]:
+            assert found["rates"] == reference["rates"]
+            for name, value in reference["values"].items():
+                torch.testing.assert_close(found["values"][name], value, rtol=1e-4, atol=1e-6)

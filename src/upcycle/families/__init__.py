@@ -74,6 +74,13 @@ class Stack:
     causal: bool
     activation: str
     dropout: float = 0.0  # between the activation and the last matrix
+    norm: str = ""  # the norm in memory that only the network reads; none: there is no such norm
+    branches: tuple[str, ...] = ()  # modules in memory whose output is added to the residual stream
+
+    @property
+    def blocks(self) -> str:
+        """The list of its blocks in memory, below the base model."""
+        return self.module.partition(".{i}")[0]
 
     def owns(self, name: str, i: int) -> bool:
         """Whether the tensor called `name` on disk is part of the network of block `i`."""
@@ -105,6 +112,7 @@ class Family(abc.ABC):
     centred_norms = False  # whether norms multiply by 1 + w
     exact_when_narrow = True  # whether the backbone keeps its bits in bfloat16 and float16
     block_paths: tuple[str, ...] = ("layers.*",)  # of the blocks in memory, below the base model
+    embeddings: tuple[str, ...] = ("embeddings.",)  # how parameters before the blocks begin, likewise
     no_native = "no native MoE has its blocks"  # why `natives` is empty, where it is
 
     @abc.abstractmethod
@@ -152,6 +160,19 @@ class Family(abc.ABC):
             "intermediate_size": width["layers"],
             "num_attention_heads": heads,
         }
+
+    def depth(self, name: str, counts: Mapping[str, int]) -> int:
+        """How deep in the model a parameter is, by its name in memory below the base model.
+
+        Of N blocks: 0 before them, i + 1 in block i (from 0), N + 1 after them. `counts` has the lists of
+        blocks (`Stack.blocks`) and how many each holds; they count on from one list to the next.
+        """
+        before = 0
+        for blocks, count in counts.items():
+            if name.startswith(f"{blocks}."):
+                return before + int(name.removeprefix(f"{blocks}.").partition(".")[0]) + 1
+            before += count
+        return 0 if name.startswith(self.embeddings) else before + 1
 
     def stack_of(self, name: str) -> str:
         """The stack whose tokens meet the tensor called `name` in a matrix product."""

@@ -24,6 +24,9 @@ class Decoder(Family):
 
     theta = 10_000.0
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    embeddings = ("embed_tokens.",)
+    network_norm = "post_attention_layernorm"  # the norm that only the feed-forward network reads, if any
+    branches: tuple[str, ...] = ("self_attn", "mlp")  # modules of a block that give to the residual stream
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         if missing := [key for key in REQUIRED if not isinstance(raw.get(key), int)]:
@@ -163,6 +166,8 @@ class Decoder(Family):
                 heads=("layers.{i}.self_attn.o_proj",),
                 causal=True,
                 activation=config["hidden_act"],
+                norm=f"layers.{{i}}.{self.network_norm}" if self.network_norm else "",
+                branches=tuple(f"layers.{{i}}.{name}" for name in self.branches),
             ),
         )
 

@@ -19,6 +19,7 @@ class EncoderDecoder(Encoder):
     sizes = ("d_model", "d_ff", "d_kv", "num_layers", "num_heads", "vocab_size")
     prefix = ""
     block_paths = ("encoder.block.*", "decoder.block.*")
+    embeddings = ("shared.", "encoder.embed_tokens.", "decoder.embed_tokens.")
     defaults = {
         "vocab_size": 32128,
         "d_model": 512,
@@ -98,7 +99,9 @@ class EncoderDecoder(Encoder):
             del counts["decoder"]
         out = []
         for name, count in counts.items():
-            path = f"{name}.block.{{i}}.layer.{NETWORK[name]}.DenseReluDense"
+            layer = f"{name}.block.{{i}}.layer."
+            path = f"{layer}{NETWORK[name]}.DenseReluDense"
+            attention = ("0.SelfAttention", "1.EncDecAttention")[: NETWORK[name]]
             out.append(
                 Stack(
                     name=name,
@@ -113,9 +116,16 @@ class EncoderDecoder(Encoder):
                     causal=name == "decoder",
                     activation=config["hidden_act"],
                     dropout=config["dropout_rate"],
+                    norm=f"{layer}{NETWORK[name]}.layer_norm",
+                    branches=(*(layer + each for each in attention), path),
                 )
             )
         return tuple(out)
+
+    def depth(self, name: str, counts: Mapping[str, int]) -> int:
+        if name.startswith("encoder.final_layer_norm."):
+            return counts["encoder.block"]
+        return super().depth(name, counts)
 
     def stack_of(self, name: str) -> str:
         of_the_encoder = "EncDecAttention.k." in name or "EncDecAttention.v." in name

@@ -16,6 +16,7 @@ class VisionTransformer(Encoder):
     sizes = (*Encoder.sizes, "intermediate_size")
     tokens: tuple[str, ...] = ("cls_token",)
     norms = ("layernorm_before", "layernorm_after")
+    branches: tuple[str, ...] = ("attention", "mlp")  # modules of a block that give to the residual stream
 
     def patches(self, config: Config) -> int:
         """Tokens of an image, without those that stand before them."""
@@ -106,6 +107,8 @@ class VisionTransformer(Encoder):
                 heads=(in_memory + "attention.o_proj",),
                 causal=False,
                 activation=config["hidden_act"],
+                norm=self.block_paths[0].replace("*", f"{{i}}.{self.norms[1]}"),
+                branches=tuple(self.block_paths[0].replace("*", f"{{i}}.{name}") for name in self.branches),
             ),
         )
 

@@ -13,6 +13,7 @@ class Cohere2(Decoder):
     summary = "Cohere Command R7B"
     natives = ("cohere2_moe",)
     norms = ("input_layernorm",)
+    network_norm = ""  # attention reads it as well
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 8192,

@@ -18,6 +18,7 @@ class DINOv2(VisionTransformer):
     sizes = Encoder.sizes
     block_paths = ("encoder.layer.*",)
     norms = ("norm1", "norm2")
+    branches = ("drop_path",)  # both branches pass through it
     plain = ("mlp.fc1", "mlp.fc2")
     defaults = {
         **{k: v for k, v in DEFAULTS.items() if k != "intermediate_size"},

@@ -14,6 +14,8 @@ class Exaone4(Decoder):
     natives = ()
     no_native = "exaone_moe lacks its post-norms"
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    network_norm = ""
+    branches = norms
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,

@@ -10,6 +10,8 @@ class Olmo2(Decoder):
     summary = "OLMo 2"
     natives: tuple[str, ...] = ("flex_olmo",)
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    network_norm = ""
+    branches = norms
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,

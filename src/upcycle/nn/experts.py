@@ -21,6 +21,8 @@ class Experts(nn.Module):
 
     Parameters: `gate_up_proj` [E, 2I, H] (gate over up) or `up_proj` [E, I, H], `down_proj` [E, H, I], and
     with `bias` the same names + `_bias`, [E, 2I] or [E, I], and [E, H]. `dropout` acts between act and down.
+    `set_dropout` changes it for a training run, and adds one on what experts give: on each expert's output by
+    itself where a row has one (slots, expert choice, top_k with places), else on their weighted sum.
     `config._experts_implementation` chooses the implementation; `eager` is the loop.
     """
 
@@ -55,6 +57,16 @@ class Experts(nn.Module):
         activated = ACT2FN[activation]
         self.act_fn = nn.Sequential(activated, nn.Dropout(dropout)) if dropout and not gated else activated
         self.dropout = nn.Dropout(dropout if gated else 0.0)
+        self.output_dropout = nn.Dropout(0.0)
+
+    def set_dropout(self, inner: float | None, output: float) -> None:
+        """Drop between act and down with probability `inner` (None: as it is), and outputs with `output`."""
+        if inner is not None and self.has_gate:
+            self.dropout.p = inner
+        elif inner is not None:
+            activated = self.act_fn[0] if isinstance(self.act_fn, nn.Sequential) else self.act_fn
+            self.act_fn = nn.Sequential(activated, nn.Dropout(inner))
+        self.output_dropout.p = output
 
     def reset_parameters(self, std: float) -> None:
         """Matrices from N(0, std^2), biases zero."""
@@ -74,7 +86,7 @@ class Experts(nn.Module):
         """Rows [M, H] through their experts `index` [M, K], summed with `weights` [M, K]: [M, H]."""
         implementation = getattr(self.config, "_experts_implementation", None) or "eager"
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, Experts.loop)
-        out: Tensor = run(self._cast(hidden), hidden, index, weights)
+        out: Tensor = self.output_dropout(run(self._cast(hidden), hidden, index, weights))
         return out
 
     def _cast(self, hidden: Tensor) -> Experts:

@@ -59,7 +59,8 @@ class Shared(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.one._one(0, hidden)
+        out: Tensor = self.one.output_dropout(self.one._one(0, hidden))
+        return out
 
 
 class MoE(nn.Module):

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -26,20 +26,30 @@ class Augment:
     flip: float = 0.5  # probability of a horizontal flip
     crop_padding: int = 0  # pixels of zeros on every side, out of which the old size is cropped
     resized_crop: float = 0.0  # smallest share of the area that is cropped and resized
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of resized crops and of RandAugment's moves
     rand_augment_layers: int = 0  # operations in a row, drawn for each image
-    rand_augment_magnitude: float = 9.0  # 0 to 30
+    rand_augment_magnitude: float = 9.0  # 0 to 30; timm and mmpretrain count to 10: their m9 is 27
+    rand_augment_std: float = (
+        0.0  # of the magnitude, drawn for each image and operation; their mstd0.5 is 1.5
+    )
+    rand_augment_probability: float = 1.0  # of an operation to be done at all; theirs is 0.5
+    rand_augment_operations: Literal["paper", "increasing"] = "paper"  # see `_RandAugment`
     mixup: float = 0.0  # alpha of the beta distribution
     cutmix: float = 0.0  # alpha; where mixup is on as well, each batch takes one of the two
-    erasing: float = 0.0  # probability that a rectangle becomes the mean colour
+    erasing: float = 0.0  # probability that a rectangle is erased
+    erasing_area: tuple[float, ...] = (0.02, 0.33)  # of the rectangle, smallest and largest share
+    erasing_fill: Literal["mean", "noise"] = (
+        "mean"  # its colour, or N(0, 1) for each pixel (`rand` of others)
+    )
     label_smoothing: float = 0.0
     mean: tuple[float, ...] = ()  # of a channel; none: those of preprocessor_config.json, or 0.5
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("flip", "erasing", "resized_crop"):
+        for name in ("flip", "erasing", "resized_crop", "rand_augment_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UpcycleError(f"augment.{name} = {getattr(self, name)}; it must be in [0, 1]")
-        for name in ("mixup", "cutmix"):
+        for name in ("mixup", "cutmix", "rand_augment_std"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UpcycleError(
                     f"augment.{name} = {getattr(self, name)}; it must be a number of 0 or more"
@@ -50,6 +60,11 @@ class Augment:
         if not 0 <= self.rand_augment_magnitude <= 30:
             raise UpcycleError(
                 f"augment.rand_augment_magnitude = {self.rand_augment_magnitude}; it must be in [0, 30]"
+            )
+        if len(self.erasing_area) != 2 or not 0 < self.erasing_area[0] <= self.erasing_area[1] <= 1:
+            raise UpcycleError(
+                f"augment.erasing_area = {list(self.erasing_area)}; it must be the smallest and the largest "
+                f"share of the image, in (0, 1]"
             )
         if not 0 <= self.label_smoothing < 1:
             raise UpcycleError(f"augment.label_smoothing = {self.label_smoothing}; it must be in [0, 1)")
@@ -88,21 +103,37 @@ class Augment:
         A row of the targets sums to one: the shares that the classes have in the image, smoothed.
         """
         if self.resized_crop:
-            images = _resized_crop(tuple(images.shape[-2:]), self.resized_crop)(images)
+            crop = _resized_crop(tuple(images.shape[-2:]), self.resized_crop, self.interpolation)
+            images = crop(images).clamp(0, 1)  # bicubic goes beyond
         if self.crop_padding:
             images = _cropped(images, self.crop_padding)
         if self.flip:
             flipped = (torch.rand(len(images)) < self.flip).to(images.device)
             images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+        rand_augment = _RandAugment(
+            self.rand_augment_operations,
+            self.rand_augment_magnitude / 30,
+            self.rand_augment_std / 30,
+            self.rand_augment_probability,
+            self.interpolation,
+        )
         for _ in range(self.rand_augment_layers):
-            images = _rand_augment_layer(images, self.rand_augment_magnitude / 30)
+            images = rand_augment.layer(images)
         images = self.normalized(images)
         if self.erasing:
-            images = _erasing(self.erasing)(images)
+            images = self._erased(images)
         targets = F.one_hot(labels, num_labels).to(images.dtype)
         if self.label_smoothing:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / num_labels
         return self._mixed(images, targets)
+
+    def _erased(self, images: Tensor) -> Tensor:
+        """Normalised images with a rectangle of each erased, or not."""
+        erase = _erasing(self.erasing, self.erasing_area)
+        if self.erasing_fill == "mean":
+            return erase(images)
+        gone = erase(torch.ones_like(images[:, :1])) == 0
+        return torch.where(gone, torch.randn(images.shape).to(images), images)
 
     def _mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Every image with another of the batch, by mixup or cutmix, one share for all."""
@@ -160,76 +191,108 @@ def _kornia(part: str) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _resized_crop(size: tuple[int, int], smallest: float) -> Callable[[Tensor], Tensor]:
+def _resized_crop(size: tuple[int, int], smallest: float, interpolation: str) -> Callable[[Tensor], Tensor]:
     made: Callable[[Tensor], Tensor] = _kornia("augmentation").RandomResizedCrop(
-        size, scale=(smallest, 1.0), ratio=(3 / 4, 4 / 3), align_corners=False
+        size, scale=(smallest, 1.0), ratio=(3 / 4, 4 / 3), resample=interpolation, align_corners=False
     )
     return made
 
 
 @lru_cache(maxsize=8)
-def _erasing(probability: float) -> Callable[[Tensor], Tensor]:
-    made: Callable[[Tensor], Tensor] = _kornia("augmentation").RandomErasing(p=probability)
+def _erasing(probability: float, area: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
+    made: Callable[[Tensor], Tensor] = _kornia("augmentation").RandomErasing(
+        p=probability, scale=area, ratio=(0.3, 3.3)
+    )
     return made
 
 
-_COLOURS: tuple[Callable[[Any, Tensor, Tensor, float], Tensor], ...] = (
-    lambda k, x, change, strength: k.normalize_min_max(x),
-    lambda k, x, change, strength: k.equalize(x),
-    lambda k, x, change, strength: k.posterize(x, 8 - round(4 * strength)),
-    lambda k, x, change, strength: k.solarize(x, 1 - strength),
-    lambda k, x, change, strength: k.adjust_brightness_accumulative(x, change),
-    lambda k, x, change, strength: k.adjust_contrast_with_mean_subtraction(x, change),
-    lambda k, x, change, strength: k.sharpness(x, change),
-    lambda k, x, change, strength: (
+def _brighter_shadows(images: Tensor, strength: Tensor) -> Tensor:
+    """SolarizeAdd: up to 110 of 255 more, where there is less than half the light."""
+    return torch.where(images < 128 / 255, (images + strength * 110 / 255).clamp(max=1), images)
+
+
+# Kornia's module, images [B, C, H, W], a factor [B] of 1 +- 0.9 strength, and the strength [B] in 0..1.
+_COLOURS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+    "autocontrast": lambda k, x, change, strength: k.normalize_min_max(x),
+    "equalize": lambda k, x, change, strength: k.equalize(x),
+    "posterize": lambda k, x, change, strength: k.posterize(x, 8 - (4 * strength).round().int()),
+    "solarize": lambda k, x, change, strength: k.solarize(x, 1 - strength),
+    "brightness": lambda k, x, change, strength: k.adjust_brightness_accumulative(x, change),
+    "contrast": lambda k, x, change, strength: k.adjust_contrast_with_mean_subtraction(x, change),
+    "sharpness": lambda k, x, change, strength: k.sharpness(x, change),
+    "colour": lambda k, x, change, strength: (
         k.adjust_saturation_with_gray_subtraction(x, change) if x.shape[1] == 3 else x
     ),
-)
+    "posterize to nothing": lambda k, x, change, strength: k.posterize(x, 4 - (4 * strength).floor().int()),
+    "invert": lambda k, x, change, strength: 1 - x,
+    "solarize add": lambda k, x, change, strength: _brighter_shadows(x, strength.view(-1, 1, 1, 1)),
+}
+_OPERATIONS = {
+    "paper": tuple(_COLOURS)[:8],
+    "increasing": tuple(name for name in _COLOURS if name != "posterize"),
+}
 _MOVES = 5  # rotate, shear in x and y, translate in x and y
 _ROTATION = math.radians(30)
 _SHEAR = 0.3
-_TRANSLATION = 150 / 331  # of the side
+_TRANSLATIONS = {"paper": 150 / 331, "increasing": 0.45}  # of the side
 
 
-def _rand_augment_layer(images: Tensor, strength: float) -> Tensor:
-    """One operation of RandAugment on each image, drawn for each out of the paper's fourteen, one being none.
+@dataclasses.dataclass(frozen=True)
+class _RandAugment:
+    """Operations of RandAugment, drawn for each image.
 
-    The operations are kornia's, which agree with Pillow's; its RandAugment draws one for the whole batch. The
-    ranges are torchvision's, in which a larger magnitude always changes more.
+    `paper`: the paper's fourteen, one being none. `increasing`: timm's fifteen with increasing severity
+    (rand-m9-mstd0.5-inc1), as in mmpretrain; none of them is none. The operations are kornia's, which agree
+    with Pillow's; its RandAugment draws one for the whole batch. A larger magnitude always changes more, in
+    ranges that are torchvision's and timm's. Strengths and their deviation are shares of the largest.
     """
-    enhance = _kornia("enhance")
-    chosen = torch.randint(len(_COLOURS) + _MOVES + 1, (len(images),))
-    signs = torch.where(torch.rand(len(images)) < 0.5, -1.0, 1.0)
-    out = images.clone()
-    for number, operation in enumerate(_COLOURS):
-        rows = (chosen == number).nonzero().flatten()
+
+    operations: str
+    strength: float
+    deviation: float = 0.0
+    probability: float = 1.0
+    interpolation: str = "bilinear"
+
+    def layer(self, images: Tensor) -> Tensor:
+        """One operation on each image."""
+        enhance, colours = _kornia("enhance"), _OPERATIONS[self.operations]
+        nothing = self.operations == "paper"
+        count = len(images)
+        chosen = torch.randint(len(colours) + _MOVES + nothing, (count,))
+        signs = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+        strength = torch.full((count,), self.strength)
+        if self.deviation:
+            strength = (strength + self.deviation * torch.randn(count)).clamp(0, 1)
+        if self.probability < 1:
+            chosen = chosen.masked_fill(torch.rand(count) >= self.probability, -1)
+        out = images.clone()
+        for number, name in enumerate(colours):
+            rows = (chosen == number).nonzero().flatten()
+            if len(rows):
+                change = (1 + 0.9 * strength[rows] * signs[rows]).to(images.device)
+                own = strength[rows].to(images.device)
+                rows = rows.to(images.device)
+                out[rows] = _COLOURS[name](enhance, images[rows], change, own)
+        rows = ((chosen >= len(colours)) & (chosen < len(colours) + _MOVES)).nonzero().flatten()
         if len(rows):
-            change = (1 + 0.9 * strength * signs[rows]).to(images.device)
+            levels = F.one_hot(chosen[rows] - len(colours), _MOVES) * (strength * signs)[rows, None]
             rows = rows.to(images.device)
-            out[rows] = operation(enhance, images[rows], change, strength)
-    rows = ((chosen >= len(_COLOURS)) & (chosen < len(_COLOURS) + _MOVES)).nonzero().flatten()
-    if len(rows):
-        levels = F.one_hot(chosen[rows] - len(_COLOURS), _MOVES) * (strength * signs[rows, None])
-        rows = rows.to(images.device)
-        out[rows] = _moved(images[rows], levels)
-    return out
+            out[rows] = _moved(images[rows], levels, _TRANSLATIONS[self.operations], self.interpolation)
+        return out
 
 
-def _moved(images: Tensor, levels: Tensor) -> Tensor:
+def _moved(images: Tensor, levels: Tensor, translation: float, interpolation: str = "bilinear") -> Tensor:
     """Images rotated, sheared and translated by `levels` [B, 5] of the largest change, zeros around them."""
     height, width = images.shape[-2:]
     angle = levels[:, 0] * _ROTATION
     sine, cosine = angle.sin(), angle.cos()
+    x, y = 2 * translation * levels[:, 3], 2 * translation * levels[:, 4]
     matrix = torch.stack(
         [
-            torch.stack(
-                [cosine, (sine + levels[:, 1] * _SHEAR) * height / width, 2 * _TRANSLATION * levels[:, 3]], -1
-            ),
-            torch.stack(
-                [(levels[:, 2] * _SHEAR - sine) * width / height, cosine, 2 * _TRANSLATION * levels[:, 4]], -1
-            ),
+            torch.stack([cosine, (sine + levels[:, 1] * _SHEAR) * height / width, x], -1),
+            torch.stack([(levels[:, 2] * _SHEAR - sine) * width / height, cosine, y], -1),
         ],
         1,
     ).to(images)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, mode=interpolation, align_corners=False).clamp(0, 1)

@@ -18,8 +18,9 @@ from upcycle.errors import UpcycleError
 from upcycle.proof import quiet
 from upcycle.training import optimizer, saving
 from upcycle.training.loop import RECORD
+from upcycle.training.routing import Routers
 from upcycle.training.run import Run
-from upcycle.training.start import MOMENTS, OPTIMIZER, Start, plain_model, start_of
+from upcycle.training.start import MOMENTS, OPTIMIZER, Start, plain_model, scales, start_of
 from upcycle.write import carry
 
 
@@ -62,7 +63,7 @@ def export(
     stored = begun.config.get("dtype") or begun.config.get("torch_dtype") or "float32"
     wanted = stored if dtype == "source" else dtype
     model = plain_model(begun)
-    adam = optimizer.make(model, run.train)
+    adam = optimizer.make(model, run.train, scales(begun, run, model, Routers.of(model)))
     saving.load(checkpoint, model, adam if with_optimizer else None)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -68,12 +68,13 @@ def train(run: Run, *, resume: bool = False) -> Result:
             )
         fit.refuse_broken_groups(run, begun.built, task.lengths(run, begun.subject), here.dp_size)
         model = start.model_of(begun, run, here, precision)
+        routers = Routers.of(model)
         trainee = Trainee(
             model=model,
             task=task,
             start=begun,
-            optimizer=optimizer.make(model, run.train),
-            routers=Routers.of(model),
+            optimizer=optimizer.make(model, run.train, start.scales(begun, run, model, routers)),
+            routers=routers,
             run=run,
             ranks=here,
             precision=precision,

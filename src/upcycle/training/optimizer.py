@@ -13,27 +13,51 @@ from torch.distributed.tensor import DTensor
 
 from upcycle.training.run import Train
 
+_TOKENS = (
+    "_token",
+    "position_embeddings",
+)  # how names of learned tokens end, and of positions that are added
 
-def make(model: nn.Module, train: Train) -> torch.optim.AdamW:
+
+def make(model: nn.Module, train: Train, scales: Mapping[str, float] | None = None) -> torch.optim.AdamW:
     """AdamW with one group for each kind of tensor that must be updated together.
 
-    Matrices decay, vectors (norms, biases) do not. Tensors of different meshes stay apart, because fused
-    kernels take one kind at a time. Made before the first forward pass: FSDP2 shows other tensors after it.
+    `scales` is what the rate of a parameter is multiplied by, by name; `set_rate` heeds it. Tensors of
+    different meshes stay apart, because fused kernels take one kind at a time. Made before the first forward
+    pass: FSDP2 shows other tensors after it.
     """
     groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[(parameter.ndim > 1, _kind(parameter))].append(parameter)
+            scale = 1.0 if scales is None else scales[name]
+            groups[(decays(name, parameter), scale, _kind(parameter))].append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": members, "weight_decay": train.weight_decay if decays else 0.0}
-            for (decays, _), members in groups.items()
+            {"params": members, "weight_decay": train.weight_decay if decayed else 0.0, "scale": scale}
+            for (decayed, scale, _), members in groups.items()
         ],
         lr=0.0,
         betas=(train.beta1, train.beta2),
         eps=train.eps,
         fused=True,
     )
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay acts on a parameter: on matrices, those of experts and routers and tables of
+    embeddings among them.
+
+    Not on vectors (norms, biases, layer scale, scales and temperatures of routers), nor on what is more than
+    a vector by its shape alone: biases of experts [E, I], class, distillation and mask tokens and positions
+    of images [1, N, H] (as timm, mmpretrain and MoE Jetpack have it).
+    """
+    return parameter.ndim > 1 and not name.endswith(("bias", *_TOKENS))
+
+
+def set_rate(adam: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its part of the schedule's rate."""
+    for group in adam.param_groups:
+        group["lr"] = lr * group["scale"]
 
 
 def fill(adam: torch.optim.Optimizer) -> None:

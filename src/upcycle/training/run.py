@@ -33,7 +33,11 @@ class Train:
     batch_size: int | None = None  # rows of the global batch, instead of batch_tokens
     micro_batch: int | None = None  # rows of one forward pass on one rank; None: its whole share
     sequence_length: int = 1024
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # of matrices; see `optimizer.decays`
+    layer_decay: float = 1.0  # of the rate, from block to block towards the input; see `layer_decay.py`
+    drop_path: float | None = None  # rate of the last block, see `drop_path.py`; None: what config.json says
+    expert_dropout: float | None = None  # after the experts' activation; None: what config.json says
+    expert_output_dropout: float = 0.0  # of what experts give
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -66,9 +70,13 @@ class Train:
         for name in ("weight_decay", "eps", "clip_grad_norm", "eval_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UpcycleError(f"train.{name} = {getattr(self, name)}; it must be a number of 0 or more")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+        for name in ("beta1", "beta2", "drop_path", "expert_dropout", "expert_output_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise UpcycleError(f"train.{name} = {getattr(self, name)}; it must be in [0, 1)")
+        if not 0 < self.layer_decay <= 1:
+            raise UpcycleError(
+                f"train.layer_decay = {self.layer_decay}; it must be in (0, 1]; 1 is one rate for all"
+            )
 
     @property
     def rows(self) -> int:

@@ -24,12 +24,15 @@ from upcycle.cost import flops_per_row, plan_of
 from upcycle.errors import UpcycleError
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stack
+from upcycle.nn.experts import Experts
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, refuse_two_heads
 from upcycle.subject import Subject
+from upcycle.training import drop_path, layer_decay
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
-from upcycle.training.run import Run
+from upcycle.training.routing import Routers
+from upcycle.training.run import Run, Train
 
 OPTIMIZER = "optimizer"  # folder of moments beside an exported model
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -152,10 +155,37 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
         model.config.use_cache = False
     if run.train.activation_checkpointing:
         _recompute(model)
+    if run.train.drop_path is not None:
+        drop_path.install(model, start.dense.family, start.dense.config, run.train.drop_path)
+    _set_expert_dropout(model, run.train)
     if run.train.compile:
         for layer in _blocks(model, start):
             layer.compile()
     return model.train()
+
+
+def scales(
+    start: Start, run: Run, model: PreTrainedModel, routers: Routers | None
+) -> dict[str, float] | None:
+    """What the rate of each parameter is multiplied by; None where all have the same."""
+    if run.train.layer_decay == 1:
+        return None
+    family, config = start.dense.family, start.dense.config
+    return layer_decay.scales(model, family, config, run.train.layer_decay, routers.names if routers else ())
+
+
+def _set_expert_dropout(model: PreTrainedModel, train: Train) -> None:
+    """Dropout of the run instead of the config's, which stays as it is."""
+    if train.expert_dropout is None and not train.expert_output_dropout:
+        return
+    found = [module for module in model.modules() if isinstance(module, Experts)]
+    if not found:
+        raise UpcycleError(
+            "train.expert_dropout and expert_output_dropout act on experts of moe.target = upcycled, and "
+            "this model has none; take them out"
+        )
+    for experts in found:
+        experts.set_dropout(train.expert_dropout, train.expert_output_dropout)
 
 
 def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:

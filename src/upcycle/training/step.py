@@ -96,8 +96,7 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
     _refuse_nonfinite(step, entropy_sum, squares)
     if run.train.clip_grad_norm and norm > run.train.clip_grad_norm:
         optim.scale(gradients.values(), run.train.clip_grad_norm / norm)
-    for group in trainee.optimizer.param_groups:
-        group["lr"] = lr
+    optim.set_rate(trainee.optimizer, lr)
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
     if routers is None or total is None:

@@ -1,0 +1,58 @@
+"""Drop path: a sample passes a block by, the more often the deeper the block (stochastic depth, Huang et al.
+2016; per sample, as in timm).
+
+Of N blocks, block i (from 0) leaves out each of its branches with probability rate x i / (N - 1), each sample
+and branch by itself, and divides what stays by the probability to stay. Hooks on the modules whose output is
+added to the residual stream (`Stack.branches`), because few classes of transformers have a place for it; they
+take the place of the rate that config.json of some has. Draws come from torch's own generator, whose state
+activation checkpointing puts back before it computes a block again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Family
+
+
+def install(model: PreTrainedModel, family: Family, config: Config, rate: float) -> None:
+    """Let the blocks of `model` drop branches when it trains: the first none, the last with `rate`."""
+    base: nn.Module = model.base_model
+    blocks = [
+        [path.format(i=i) for path in stack.branches]
+        for stack in family.stacks(config)
+        for i in range(len(list(base.get_submodule(stack.blocks).children())))
+    ]
+    present = {name for name, _ in base.named_modules()}
+    if rate and not all(block and present.issuperset(block) for block in blocks):
+        raise UpcycleError(
+            f"train.drop_path = {rate}: the blocks of {type(model).__name__} have no place where a branch "
+            f"can be left out; take it out, or set it to 0"
+        )
+    for block, own in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for module in (base.get_submodule(path) for path in block if path in present):
+            if hasattr(module, "drop_prob"):
+                setattr(module, "drop_prob", 0.0)  # noqa: B010
+            if own:
+                module.register_forward_hook(partial(_drop, own))
+
+
+def _drop(rate: float, module: nn.Module, args: Any, output: Any) -> Any:
+    """After a branch's forward pass: its output, or the first of its outputs, with samples left out."""
+    if not module.training:
+        return output
+    if isinstance(output, tuple):
+        return (dropped(output[0], rate), *output[1:])
+    return dropped(output, rate)
+
+
+def dropped(branch: Tensor, rate: float) -> Tensor:
+    """Samples [B, ...], each zero with probability `rate`, else divided by 1 - rate."""
+    kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(1 - rate)
+    return branch * (kept / (1 - rate))
