@@ -36,8 +36,8 @@ def as_the_head(found: Set, subject: Subject) -> Set:
     """
     if found.num_labels > subject.num_labels:
         raise UpcycleError(
-            f"{found.name} has {found.num_labels} classes and the model's head {subject.num_labels} (id2label in "
-            f"config.json); give data of its classes, or set task.classes for a new head"
+            f"{found.name} has {found.num_labels} classes and the model's head {subject.num_labels} "
+            f"(id2label in config.json); give data of its classes, or set task.classes for a new head"
         )
     names, known = found.class_names, subject.class_names
     if not names or not known or names == known:
