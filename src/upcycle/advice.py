@@ -42,8 +42,8 @@ def warnings(built: Blueprint) -> list[str]:
             "a cache, which sees one token at a time, drops none and differs from training"
         )
     for part in _parts(built):
-        if part.router.name == "soft":
-            out.append("a slot of soft mixes tokens: the function is not kept")
+        if part.router.has_slots:
+            out.append(f"a slot of {part.router.name} mixes tokens: the function is not kept")
         elif not part.router.reaches_all(part.moe.num_experts, part.moe.top_k):
             out.append(
                 f"{part.router.name} with this capacity leaves some tokens without an expert: the layer adds "

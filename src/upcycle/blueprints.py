@@ -210,6 +210,11 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
         for stack in dense.stacks:
             part = recipe.at(stack.name)
             upcycled.refuse_look_ahead(stack, part)
+            if part.moe.universal_experts and not part.router.has_slots:
+                raise UpcycleError(
+                    f"moe.universal_experts needs a router that fills slots, spherical or soft; "
+                    f"{part.router.name} sends tokens to experts of one width"
+                )
             part.router.check(part.moe.num_experts, part.moe.top_k, family.length(dense.config))
         if recipe.moe.pooling == "mean" and not family.class_tokens:
             raise UpcycleError(
@@ -239,6 +244,8 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
             f"moe.target = {upcycled.TARGET} takes it"
         )
     native = natives.find(name)
+    if recipe.moe.universal_experts:
+        raise UpcycleError(f"moe.universal_experts is for moe.target = {upcycled.TARGET}; {name} has none")
     if recipe.moe.pooling != "class_token":
         raise UpcycleError(f"moe.pooling is for moe.target = {upcycled.TARGET}; {name} has no images")
     if recipe.parts:
@@ -276,7 +283,10 @@ def _tensors(models: list[Dense], native: Native, recipe: Recipe, sites: tuple[S
         for layer in range(stack.count):
             if (stack.name, layer) in chosen:
                 networks = [m.origin(layer, stack.name) for m in models]
-                made = moe_layer.tensors(networks, chosen[stack.name, layer], part, native, shared_width)
+                before = stack.norm_path.format(i=layer)
+                parts = {p: every[f"{before}.{p}"] for p in ("weight", "bias") if f"{before}.{p}" in every}
+                site = chosen[stack.name, layer]
+                made = moe_layer.tensors(networks, site, part, native, shared_width, parts)
             elif native.upcycled:
                 continue
             else:

@@ -147,14 +147,14 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
         if stack not in (None, site.stack):
             continue
         router = built.recipe.at(site.stack).router
-        unused = site.num_experts - router.experts_per_token(
-            site.num_experts, site.top_k, router.group or row
-        )
         network = built.dense.feed_forward(site.layer, site.stack)
-        matrices = len(network.matrices()) * network.hidden * site.width
-        biases = dict.fromkeys(network.biases(), site.width) | {"down_bias": network.hidden}
-        products += unused * matrices
-        parameters += unused * (matrices + sum(biases[name] for name in network.biases()))
+        for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
+            unused = count - router.experts_per_token(count, site.top_k, router.group or row)
+            matrices = len(network.matrices()) * network.hidden * width
+            biases = dict.fromkeys(network.biases(), width) | {"down_bias": network.hidden}
+            products += unused * matrices
+            if not router.has_slots:  # every token has a part in every slot
+                parameters += unused * (matrices + sum(biases[name] for name in network.biases()))
     return Idle(parameters=round(parameters), in_products=round(products))
 
 

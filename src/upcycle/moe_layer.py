@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from upcycle import upcycled
 from upcycle.computed import Drawn, Fill
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
@@ -102,21 +104,30 @@ def shared_width(recipe: Recipe, native: Native, full: int) -> int:
 
 
 def tensors(
-    networks: list[FeedForward], site: Site, recipe: Recipe, native: Native, shared_width: int
+    networks: list[FeedForward],
+    site: Site,
+    recipe: Recipe,
+    native: Native,
+    shared_width: int,
+    norm: Mapping[str, Lazy],
 ) -> dict[str, Lazy]:
     """The tensors of one MoE layer by their names below the layer's prefix.
 
-    `networks` are the layer's feed-forward networks in the dense checkpoints, the source first.
+    `networks` are the layer's feed-forward networks in the dense checkpoints, the source first; `norm` has
+    the parts of the norm before the network.
     """
     hidden, dtype = site.hidden, networks[0].down.dtype
     asked = recipe.moe.shared_experts > 0
     halved = asked and native.shared is not None and native.shared.combine in ("gated", "sum")
-    gate, up, down = factors(recipe, site)
     half = 0.5 if halved else 1.0
-    # What a token's experts add up to has the bias once, whatever share of the network each of them is.
-    scales = {"gate": gate, "up": up, "down": down * half, "down_bias": half / site.gate_sum}
-    experts = [recipe.init.expert(networks, e, site).scaled(**scales) for e in range(site.num_experts)]
+    experts = _experts(networks, range(site.num_experts), site, recipe, half)
     out = {native.router: router(recipe, site, hidden, dtype), **native.layout.write(experts)}
+    if site.universal_experts:
+        others = _experts(networks, range(site.num_experts, site.all_experts), site.universal, recipe, half)
+        written = native.layout.write(others).items()
+        out |= {f"universal.{name.removeprefix('experts.')}": tensor for name, tensor in written}
+    if native.upcycled:
+        out |= upcycled.router_tensors(recipe, site, norm, dtype)
     if native.extra:
         out |= native.extra(site.num_experts, dtype)
     if native.shared and shared_width:
@@ -132,6 +143,16 @@ def tensors(
             std = SHARED_GATE_STD if asked else 0.02
             out[shared.gate] = Drawn((1, hidden), dtype, "normal", std, site.key("shared gate"))
     return out
+
+
+def _experts(
+    networks: list[FeedForward], numbers: range, site: Site, recipe: Recipe, half: float
+) -> list[FeedForward]:
+    """Experts by their numbers, brought to scale."""
+    gate, up, down = factors(recipe, site)
+    # What a token's experts add up to has the bias once, whatever share of the network each of them is.
+    scales = {"gate": gate, "up": up, "down": down * half, "down_bias": half / site.gate_sum}
+    return [recipe.init.expert(networks, e, site).scaled(**scales) for e in numbers]
 
 
 def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
@@ -153,7 +174,7 @@ def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
 def router(recipe: Recipe, site: Site, hidden: int, dtype: str) -> Lazy:
     """The router weight [E, H], or a row a slot. `grouped`: G rows in turn are the same, a shard each."""
     kind, std, key = recipe.router.init, recipe.router.std, site.key("router")
-    count = recipe.router.rows(site.num_experts)
+    count = recipe.router.rows(site.all_experts)
     if kind == "zeros":
         return Fill((count, hidden), dtype, 0.0)
     if kind == "grouped":

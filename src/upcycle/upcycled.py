@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle.computed import Fill
+from upcycle.computed import Drawn, Fill
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
 from upcycle.feed_forward import FeedForward
@@ -78,10 +78,6 @@ class SharedExpert(Shared):
 def target(model_type: str, architecture: str, recipe: Recipe) -> Native:
     """The upcycled target of a dense class, for the recipe of one stack."""
 
-    def extra(num_experts: int, dtype: str) -> dict[str, Lazy]:
-        tensors = recipe.router.extra(num_experts).items()
-        return {f"router.{name}": Fill(shape, dtype, value) for name, (shape, value) in tensors}
-
     return Native(
         model_type=PREFIX + model_type,
         architecture=CLASS_PREFIX + architecture,
@@ -91,9 +87,30 @@ def target(model_type: str, architecture: str, recipe: Recipe) -> Native:
         fields=(),
         renormalizes="optional",
         shared=SharedExpert(path="shared", combine="sum", config=lambda width, count: {}),
-        extra=extra,
         upcycled=True,
     )
+
+
+def router_tensors(recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:
+    """The tensors of a router beside its weight, by their names below the layer. `norm` has weight and bias
+    of the norm before the network, where there is one."""
+    out: dict[str, Lazy] = {}
+    for name, extra in recipe.router.extra(site.all_experts, site.hidden).items():
+        if extra.inherited is not None:
+            if extra.inherited not in norm:
+                raise UpcycleError(
+                    "router.query_norm = inherited needs a LayerNorm with weight and bias before the "
+                    "network, and this model has none; set router.query_norm = fresh"
+                )
+            out[f"router.{name}"] = norm[extra.inherited]
+        elif extra.std:
+            rows, columns = extra.shape
+            out[f"router.{name}"] = Drawn(
+                (rows, columns), dtype, "normal", extra.std, site.key("router", name)
+            )
+        else:
+            out[f"router.{name}"] = Fill(extra.shape, dtype, extra.value)
+    return out
 
 
 def entry(
@@ -109,6 +126,8 @@ def entry(
         "top_k": recipe.moe.top_k,
         "hidden_size": network.hidden,
         "intermediate_size": sites[0].width,
+        "universal_experts": sites[0].universal_experts,
+        "universal_size": sites[0].universal_width,
         "shared_size": shared_width,
         "activation": stack.activation,
         "gated": network.gate is not None,

@@ -75,6 +75,7 @@ class Stack:
     activation: str
     dropout: float = 0.0  # between the activation and the last matrix
     norm: str = ""  # the norm in memory that only the network reads; none: there is no such norm
+    norm_path: str = ""  # of that norm on disk
     branches: tuple[str, ...] = ()  # modules in memory whose output is added to the residual stream
 
     @property

@@ -107,6 +107,7 @@ class VisionTransformer(Encoder):
                 heads=(in_memory + "attention.o_proj",),
                 causal=False,
                 activation=config["hidden_act"],
+                norm_path=block + self.norms[1],
                 norm=self.block_paths[0].replace("*", f"{{i}}.{self.norms[1]}"),
                 branches=tuple(self.block_paths[0].replace("*", f"{{i}}.{name}") for name in self.branches),
             ),

@@ -54,6 +54,11 @@ class Site:
         return self.expert_width or self.dense_width // self.granularity
 
     @property
+    def all_experts(self) -> int:
+        """How many experts the router knows."""
+        return self.num_experts + self.universal_experts
+
+    @property
     def universal(self) -> Site:
         """The same place for the universal experts, whose numbers go on where those of the others end."""
         return replace(self, expert_width=self.universal_width, core_width=self.width)

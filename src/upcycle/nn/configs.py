@@ -31,6 +31,8 @@ class Shape:
     top_k: int
     hidden_size: int
     intermediate_size: int
+    universal_experts: int = 0  # narrower experts beside the num_experts, after them in the router's order
+    universal_size: int = 0
     shared_size: int = 0
     activation: str
     gated: bool
@@ -38,6 +40,11 @@ class Shape:
     dropout: float = 0.0
     causal: bool
     router: dict[str, Any]
+
+    @property
+    def all_experts(self) -> int:
+        """How many experts the router knows."""
+        return self.num_experts + self.universal_experts
 
     @classmethod
     def of(cls, table: dict[str, Any]) -> Shape:
@@ -66,11 +73,12 @@ class UpcycledConfig:
         """How transformers shares experts out under expert parallelism."""
         plan = {}
         for shape in self.shapes:
-            experts = f"{shape.module.replace('{i}', '*')}.experts"
             up = "gate_up_proj" if shape.gated else "up_proj"
             names = [up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if shape.bias else [])]
-            plan[experts] = "ep_dispatch_experts"
-            plan |= {f"{experts}.{name}": "grouped_gemm" for name in names}
+            for kind in ("experts", *(["universal"] if shape.universal_experts else [])):
+                experts = f"{shape.module.replace('{i}', '*')}.{kind}"
+                plan[experts] = "ep_dispatch_experts"
+                plan |= {f"{experts}.{name}": "grouped_gemm" for name in names}
         return plan
 
     @property

@@ -22,10 +22,11 @@ class Router(nn.Module):
     def __init__(self, settings: routers.Router, shape: Shape) -> None:
         super().__init__()
         self.settings, self.shape = settings, shape
-        self.weight = nn.Parameter(torch.empty(settings.rows(shape.num_experts), shape.hidden_size))
-        for name, (size, value) in settings.extra(shape.num_experts).items():
+        self.weight = nn.Parameter(torch.empty(settings.rows(shape.all_experts), shape.hidden_size))
+        for name, extra in settings.extra(shape.all_experts, shape.hidden_size).items():
             trained = name not in settings.untrained
-            self.register_parameter(name, nn.Parameter(torch.full(size, value), requires_grad=trained))
+            made = torch.full(extra.shape, extra.value)
+            self.register_parameter(name, nn.Parameter(made, requires_grad=trained))
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Routing:
         """Route groups of tokens [G, N, H]; `padding` [G, N] is True where there is none."""
@@ -35,7 +36,7 @@ class Router(nn.Module):
                 {name: p.to(wide) for name, p in self.named_parameters()},
                 hidden.to(wide),
                 padding,
-                num_experts=self.shape.num_experts,
+                num_experts=self.shape.all_experts,
                 top_k=self.shape.top_k,
                 training=self.training,
                 causal=self.shape.causal,
@@ -47,20 +48,24 @@ class Shared(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, shape: Shape) -> None:
         super().__init__()
-        self.one = Experts(
-            config,
-            num_experts=1,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.shared_size,
-            activation=shape.activation,
-            gated=shape.gated,
-            bias=shape.bias,
-            dropout=shape.dropout,
-        )
+        self.one = _experts(config, shape, 1, shape.shared_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.one.output_dropout(self.one._one(0, hidden))
         return out
+
+
+def _experts(config: PreTrainedConfig, shape: Shape, count: int, width: int) -> Experts:
+    return Experts(
+        config,
+        num_experts=count,
+        hidden_size=shape.hidden_size,
+        intermediate_size=width,
+        activation=shape.activation,
+        gated=shape.gated,
+        bias=shape.bias,
+        dropout=shape.dropout,
+    )
 
 
 class MoE(nn.Module):
@@ -77,15 +82,11 @@ class MoE(nn.Module):
         if shape.causal and not settings.causal:
             raise UpcycleError(f"router {settings.name} in a causal stack: {settings.not_in_a_decoder}")
         self.router = Router(settings, shape)
-        self.experts = Experts(
-            config,
-            num_experts=shape.num_experts,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            activation=shape.activation,
-            gated=shape.gated,
-            bias=shape.bias,
-            dropout=shape.dropout,
+        self.experts = _experts(config, shape, shape.num_experts, shape.intermediate_size)
+        self.universal = (
+            _experts(config, shape, shape.universal_experts, shape.universal_size)
+            if shape.universal_experts
+            else None
         )
         self.shared = Shared(config, shape) if shape.shared_size else None
         self.padding: Tensor | None = None
@@ -93,17 +94,37 @@ class MoE(nn.Module):
     def reset_parameters(self, std: float) -> None:
         """Start as transformers starts matrices, and the router as its settings say."""
         self.experts.reset_parameters(std)
+        if self.universal is not None:
+            self.universal.reset_parameters(std)
         nn.init.normal_(self.router.weight, std=self.router.settings.std)
-        for name, (_, value) in self.router.settings.extra(self.shape.num_experts).items():
-            nn.init.constant_(getattr(self.router, name), value)
+        for name, extra in self.router.settings.extra(self.shape.all_experts, self.shape.hidden_size).items():
+            parameter = getattr(self.router, name)
+            if extra.std:
+                nn.init.normal_(parameter, std=extra.std)
+            else:
+                nn.init.constant_(parameter, extra.value)
         if self.shared is not None:
             self.shared.one.reset_parameters(std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-2], hidden.shape[-1])
         routing = self.router(*self._groups(rows))
-        out: Tensor = routing.dispatch.run(rows.flatten(0, 1), self.experts).view(hidden.shape)
+        out: Tensor = routing.dispatch.run(rows.flatten(0, 1), self._run).view(hidden.shape)
         return out if self.shared is None else out + self.shared(hidden)
+
+    def _run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Rows [M, H] through their experts, as `Experts.forward`; with universal experts, rows of one expert
+        each in the order of the experts, as slots come."""
+        if self.universal is None:
+            out: Tensor = self.experts(hidden, index, weights)
+            return out
+        core = self.shape.num_experts * (len(hidden) // self.shape.all_experts)
+        return torch.cat(
+            [
+                self.experts(hidden[:core], index[:core], weights[:core]),
+                self.universal(hidden[core:], index[core:] - self.shape.num_experts, weights[core:]),
+            ]
+        )
 
     def _groups(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows [B, L, H] and their padding as groups [G, N, H] and [G, N]."""

@@ -126,6 +126,8 @@ def _scratch(name: str, entry: Entry, run: Run, dense: Dense) -> Entry:
     """
     constant = isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias"))
     routes = run.recipe is not None and run.recipe.moe.target == upcycled.TARGET and ".router." in name
+    if routes and any(True for _ in entry.lazy.sources()):  # a norm of the dense model
+        return Entry(Fill(entry.shape, "F32", float(name.endswith("weight"))), "F32")
     if constant or routes:
         return entry  # of the architecture, or of the recipe
     if len(entry.shape) > 1 and not name.endswith("_bias"):

@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 Rounding = Literal["vmoe", "flaxformer", "exact"]
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A tensor of a router beside its weight, and what it starts with: `value` everywhere or, of a matrix,
+    N(0, std^2). `inherited`: where there is a dense model, that part of the block's norm before the network.
+    """
+
+    shape: tuple[int, ...]
+    value: float = 0.0
+    std: float = 0.0
+    inherited: Literal["weight", "bias"] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Router(abc.ABC):
     """How a router starts, and what every router can be asked. Shared keys:
@@ -39,6 +51,7 @@ class Router(abc.ABC):
     needs: ClassVar[str] = "moe.target = upcycled"
     looks_ahead: ClassVar[str] = ""  # why a token's output depends on later ones, where it does
     balanced: ClassVar[bool] = False
+    has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, as many each
     untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that no gradient reaches
 
     init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
@@ -86,8 +99,8 @@ class Router(abc.ABC):
         """Rows of the weight, one for each expert or slot."""
         return num_experts
 
-    def extra(self, num_experts: int) -> dict[str, tuple[tuple[int, ...], float]]:
-        """More tensors by name: their shape and the value they start with."""
+    def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:
+        """More tensors by name."""
         return {}
 
     @abc.abstractmethod

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from upcycle.nn.routers import Router
+from upcycle.nn.routers import Extra, Router
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +26,8 @@ class Sigmoid(Router):
     untrained = (BIAS,)
     summary = "sigmoid scores, a balancing bias without a loss"
 
-    def extra(self, num_experts: int) -> dict[str, tuple[tuple[int, ...], float]]:
-        return {BIAS: ((num_experts,), 0.0)}
+    def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:
+        return {BIAS: Extra((num_experts,))}
 
     def gate_sum(self, num_experts: int, top_k: int) -> float:
         return 1.0 if self.normalize else top_k / 2  # sigmoid(0) = 1/2

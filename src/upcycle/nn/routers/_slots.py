@@ -1,0 +1,81 @@
+"""What the routers of slots have in common: experts see mixtures of tokens, S for each expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upcycle.errors import UpcycleError
+from upcycle.nn.routers import Router
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from upcycle.nn.routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotRouter(Router):
+    """Each expert has `slots` rows of the weight. A slot is a weighted mean of all tokens of a sequence, a
+    token a weighted mean of all slots' outputs."""
+
+    looks_ahead = "a slot mixes all tokens of a sequence, later ones included"
+    balanced = True
+    has_slots = True
+
+    slots: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slots < 1:
+            raise UpcycleError(f"router.slots = {self.slots}; it must be 1 or more")
+
+    def rows(self, num_experts: int) -> int:
+        return num_experts * self.slots
+
+    def gate_sum(self, num_experts: int, top_k: int) -> float:
+        return 1.0
+
+    def reaches_all(self, num_experts: int, top_k: int) -> bool:
+        return False  # every token reaches slots, but a slot is no token
+
+    def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
+        return num_experts * self.slots / length
+
+    def routing(
+        self,
+        into: Tensor,
+        back: Tensor,
+        logits: Tensor,
+        padding: Tensor | None,
+        kept: Tensor | None = None,
+    ) -> Routing:
+        """What was decided: `into` are the scores that a softmax over tokens makes slots of, `back` each
+        token's weights for slots, `logits` the scores before those, [G, N, E S] each. `kept` [G, 1, E or 1,
+        1] multiplies what comes back from experts."""
+        import torch
+
+        from upcycle.nn.dispatch import Slots
+        from upcycle.nn.routing import Routing
+
+        groups, length, columns = into.shape
+        num_experts = columns // self.slots
+        shape = (groups, length, num_experts, self.slots)
+        # Not -inf: in a row that is all padding the softmax over tokens would be NaN.
+        least = torch.finfo(into.dtype).min
+        masked = into if padding is None else into.masked_fill(padding[..., None], least)
+        if padding is not None:
+            back = back.masked_fill(padding[..., None], 0.0)
+        combine = back.view(shape)
+        real = slice(None) if padding is None else ~padding.flatten()
+        return Routing(
+            dispatch=Slots(
+                dispatch=masked.softmax(1).view(shape), combine=combine if kept is None else combine * kept
+            ),
+            logits=logits.view(shape).logsumexp(-1).flatten(0, 1)[real],
+            probabilities=combine.sum(-1).flatten(0, 1)[real],
+            counts=torch.full((num_experts,), groups * self.slots, device=into.device),
+            left_behind=torch.zeros((), dtype=torch.long, device=into.device),
+            balanced=True,
+            groups=groups,
+        )
