@@ -148,7 +148,7 @@ def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dic
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, num_experts=4) as here:
+        with ranks(run.parallel, experts={4}) as here:
             trainee = trainee_of(run, here)
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from upcycle import Recipe, blueprint, convert, init
 from upcycle.checkpoint import Checkpoint
 from upcycle.init.split import balanced_kmeans
@@ -408,6 +409,11 @@ def test_every_slice_is_the_slice_of_the_whole(name, dense, tmp_path):
     moe = {"num_experts": 4, "granularity": 4 if fine else 1, "top_k": 4}
     if name == "drop":
         options["drop"] = {"indices": "independent"}
+    if name in ("importance", "co_activation"):
+        measured = tiny.make_statistics(tmp_path / "found.safetensors", dense("granite"))
+        options[name] = {"statistics": str(measured), "parts": 8}
+        if name == "importance":
+            del options[name]["parts"]
     recipe = Recipe.of(moe=moe, init={"name": name, **options.get(name, {})}, router={"init": "grouped"})
     rng = np.random.default_rng(0)
     for entry in blueprint(dense("granite"), recipe).entries.values():

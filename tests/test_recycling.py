@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import tiny
 import upcycle
 from upcycle import Recipe, blueprint, convert, rng, verify
+from upcycle.calibration import Asked, calibrate
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
 from upcycle.init import Site, _selecting, co_activation
@@ -391,3 +392,92 @@ def test_a_rest_of_another_size_is_refused(big):
             big,
             Recipe.of(moe=MOE, init={"name": "uniform"}, successor={"hidden_size": 16, "rest": str(big)}),
         )
+
+
+def test_statistics_of_another_checkpoint_are_refused(big, small, tmp_path):
+    measured = tiny.make_statistics(tmp_path / "of_the_small.safetensors", small)
+    recipe = Recipe.of(moe=MOE, init={"name": "importance", "statistics": str(measured)})
+    with pytest.raises(UpcycleError, match="calibrated on"):
+        blueprint(big, recipe)
+
+
+# --- from calibration to a model that runs
+
+
+@pytest.mark.parametrize("name", ["importance", "co_activation"])
+@pytest.mark.parametrize("preset", ["paper", "repo"])
+def test_a_vit_is_calibrated_and_recycled(name, preset, big, small, tmp_path):
+    """Calibrated on images, narrowed to half, core and universal experts under the spherical router."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for label in "012":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(6):
+            pixels = random.integers(0, 256, (12, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
+    found = calibrate(
+        big,
+        tmp_path / "found.safetensors",
+        Asked(images=tmp_path / "images", collect=("l2", "co_activation"), device="cpu"),
+    )
+    options = {"parts": 8} if name == "co_activation" else {}
+    recipe = Recipe.of(
+        moe={**MOE, "expert_width": 48, "universal_experts": 4, "universal_width": 12},
+        init={"name": name, "preset": preset, "statistics": str(found.path), **options},
+        successor={"hidden_size": 16, **({"rest": str(small)} if preset == "repo" else {})},
+        router={"name": "spherical", "preset": preset},
+    )
+    convert(big, tmp_path / "moe", recipe)
+    proof = verify(big, tmp_path / "moe")
+    assert proof.holds, proof.checks
+    model = upcycle.open(tmp_path / "moe").eval()
+    assert model(torch.randn(2, 3, 12, 12)).logits.isfinite().all()
+    whole = stored(big)["vit.encoder.layer.3.intermediate.dense.bias"]
+    experts = model.vit.layers[3].mlp.experts.up_proj_bias.detach().numpy()
+    taken = np.stack([np.isin(whole, row) for row in experts])
+    assert (taken.sum(1) == 48).all()
+    assert len({tuple(row) for row in taken.tolist()}) == 5
+    if preset == "paper":
+        norms = np.sum([found.of("channels", "layers", i, "l2") for i in range(4)], 0)
+        best = np.sort(np.argsort(-norms, kind="stable")[:16])
+        wanted = stored(big)["vit.layernorm.weight"][best]
+        np.testing.assert_array_equal(model.vit.layernorm.weight.detach().numpy(), wanted)
+
+
+@pytest.mark.parametrize("name", ["importance", "co_activation"])
+def test_a_trained_language_model_is_recycled(name, stories, tinystories, tmp_path):
+    """stories260k, measured on a text that it knows: eight experts of half the neurons, top-2, in Mixtral's
+    class. It is better than a uniform guess before any training, and its experts favour important neurons."""
+    found = calibrate(
+        stories,
+        tmp_path / "found.safetensors",
+        Asked(
+            text=tinystories,
+            collect=("l2", "co_activation"),
+            limit=16,
+            length=128,
+            cache=tmp_path,
+            device="cpu",
+        ),
+    )
+    width = found.of("neurons", "layers", 0, "l2").shape[0]
+    recipe = Recipe.of(
+        moe={"num_experts": 8, "top_k": 2, "expert_width": width // 2},
+        init={"name": name, "statistics": str(found.path), "output": "expected"},
+    )
+    convert(stories, tmp_path / "moe", recipe)
+    assert verify(stories, tmp_path / "moe").holds
+    model = upcycle.open(tmp_path / "moe").eval()
+    tokens = torch.tensor(np.memmap(next(tmp_path.glob("*.bin")), np.uint16, "r")[:256].astype(np.int64))[
+        None
+    ]
+    with torch.inference_mode():
+        loss = float(model(input_ids=tokens, labels=tokens).loss)
+    assert loss < np.log(model.config.vocab_size)
+    built = blueprint(stories, recipe)
+    norms = found.of("neurons", "layers", 2, "l2")
+    chosen = [built.recipe.init._neurons(width, e, built.sites[2]).values for e in range(8)]
+    assert all(len({*row.tolist()}) == width // 2 for row in chosen)
+    if name == "importance":
+        assert np.mean([norms[row].mean() for row in chosen]) > norms.mean()

@@ -620,7 +620,7 @@ def test_a_router_of_the_decoder(made):
     assert plan(made("t5"), recipe).routing == (
         "expert choice with capacity factor 3 and top-2 with capacity factor 1.5"
     )
-    with pytest.raises(UpcycleError, match=r"\[decoder\] is for encoder-decoders; vit has one stack"):
+    with pytest.raises(UpcycleError, match=r"\[decoder\] is a stack of blocks that vit does not have"):
         blueprint(made("vit"), recipe)
     with pytest.raises(UpcycleError, match=r"unknown key decoder\.init"):
         Recipe.of({**table, "decoder": {"init": {}}})

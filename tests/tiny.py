@@ -196,3 +196,31 @@ def shake(model: Any, seed: int = 0) -> Any:
             centre = float("norm" in name.lower() and name.endswith("weight"))
             p.copy_(centre + noise * (p[0].numel() ** -0.5 if p.ndim > 1 and len(p) > 1 else 0.3))
     return model
+
+
+def make_statistics(file: Path, folder: Path, seed: int = 0) -> Path:
+    """A file of statistics of a dense checkpoint as `upcycle calibrate` writes it, with random numbers."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from upcycle.checkpoint import Checkpoint
+    from upcycle.source import admit
+    from upcycle.statistics import FORMAT, KEY, fingerprint
+
+    dense, random = admit(Checkpoint.open(folder)), np.random.default_rng(seed)
+    tensors = {}
+    for stack in dense.stacks:
+        heads = dense.config["num_attention_heads"] * dense.config["head_dim"]
+        sizes = {"neurons": stack.width, "channels": stack.hidden, "heads": heads}
+        for layer in range(stack.count):
+            for position, size in sizes.items():
+                for name in ("l1", "l2", "count"):
+                    found = random.random(size).astype(np.float32)
+                    tensors[f"{position}.{stack.name}.{layer}.{name}"] = found
+            both = random.random((stack.width, stack.width)).astype(np.float32)
+            tensors[f"neurons.{stack.name}.{layer}.co_activation"] = (both + both.T) / 2
+    about = {"format": FORMAT, "source": {"name": folder.name, "fingerprint": fingerprint(dense)}}
+    save_file(tensors, file, metadata={KEY: json.dumps(about)})
+    return file

@@ -343,7 +343,7 @@ def _config(
         dense.family.native_config(dense.config, native.model_type),
         num_experts=recipe.moe.num_experts,
         top_k=recipe.moe.top_k,
-        width=dense.config["intermediate_size"] // recipe.moe.granularity,
+        width=sites[0].width,
         normalize=recipe.router.normalize,
         shared_experts=recipe.moe.shared_experts,
         shared_width=shared_width,

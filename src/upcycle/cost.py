@@ -149,6 +149,8 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
         router = built.recipe.at(site.stack).router
         network = built.dense.feed_forward(site.layer, site.stack)
         for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
+            if not count:
+                continue
             unused = count - router.experts_per_token(count, site.top_k, router.group or row)
             matrices = len(network.matrices()) * network.hidden * width
             biases = dict.fromkeys(network.biases(), width) | {"down_bias": network.hidden}
