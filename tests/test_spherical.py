@@ -216,6 +216,7 @@ def test_a_model_is_built_verified_saved_and_opened(preset, tmp_path):
     found = plan(source, recipe)
     assert found.total_parameters == sum(p.numel() for p in model.parameters())
     assert found.active_parameters == found.total_parameters
+    assert found.made.startswith("3 experts of 16 neurons and 4 universal ones of 5, spherical, in 2 of 4")
 
 
 def test_where_it_may_not_stand(tmp_path):

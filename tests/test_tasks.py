@@ -173,6 +173,16 @@ CASES = {
         {**UPCYCLED, "router": {"name": "sigmoid", "bias_update_rate": 0.01}},
         "image_classification",
     ),
+    "vit, spherical": (
+        "vit",
+        {
+            "moe": {**UPCYCLED["moe"], "expert_width": 24, "universal_experts": 4, "universal_width": 8},
+            "init": {"name": "random"},
+            "successor": {"hidden_size": 16},
+            "router": {"name": "spherical", "expert_dropout": 0.1},
+        },
+        "image_classification",
+    ),
     "dinov2": ("dinov2", {}, "image_classification"),  # whose mask token no gradient reaches
     "t5": ("t5", {}, "span_corruption"),
     "t5, both routers": ("t5", T5, "span_corruption"),

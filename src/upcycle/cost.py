@@ -36,6 +36,8 @@ class Plan:
     top_k: int
     routing: str
     expert_width: int
+    universal_experts: int
+    universal_width: int
     shared_width: int
     dense_parameters: int
     total_parameters: int
@@ -54,8 +56,10 @@ class Plan:
         if not self.num_moe_layers:
             return f"a dense model of {self.num_layers} layers, no experts"
         shared = f", shared expert of {self.shared_width}" if self.shared_width else ""
+        others = f" and {self.universal_experts} universal ones of {self.universal_width}"
         return (
-            f"{self.num_experts} experts of {self.expert_width} neurons, {self.routing}, in "
+            f"{self.num_experts} experts of {self.expert_width} neurons"
+            f"{others if self.universal_experts else ''}, {self.routing}, in "
             f"{self.num_moe_layers} of {self.num_layers} layers{shared}"
         )
 
@@ -103,6 +107,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         top_k=moe.top_k if built.sites else 0,
         routing=_routing(built),
         expert_width=built.sites[0].width if built.sites else 0,
+        universal_experts=built.sites[0].universal_experts if built.sites else 0,
+        universal_width=built.sites[0].universal_width if built.sites else 0,
         shared_width=built.shared_width,
         dense_parameters=sum(t.size for t in built.dense.tensors.values()),
         total_parameters=total,
