@@ -122,7 +122,9 @@ def test_mistakes(table, message):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.stem
+    "path",  # that of MoE Jetpack is tested in test_spherical.py
+    sorted((Path(__file__).parents[1] / "recipes").glob("[!m]*.toml")),
+    ids=lambda p: p.stem,
 )
 def test_the_recipes_that_are_shipped(path, dense, tmp_path):
     """Each fits a model of its kind; a run file is a recipe as well, and a whole run."""

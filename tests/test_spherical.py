@@ -18,6 +18,7 @@ from upcycle.errors import UpcycleError
 from upcycle.nn import MoE, routers
 from upcycle.nn.configs import Shape
 from upcycle.nn.entmax import entmax15
+from upcycle.training.run import Run
 
 G, N, H, CORE, UNIVERSAL = 2, 7, 8, 3, 5
 E = CORE + UNIVERSAL
@@ -287,3 +288,23 @@ def test_parameters_of_table_4(model, first, experts, millions, tmp_path):
     extra = core * (8 * d * d + 5 * d) + universal * (2 * d * d + 2 * d) + (core + universal) * d
     extra += 2 * d + 2 if universal else 1
     assert found.total_parameters == found.dense_parameters + n * (extra - (8 * d * d + 5 * d))
+
+
+def test_the_recipe_is_the_papers_model(tmp_path):
+    """A ViT-S becomes V-JetMoE-T: 265.4 million parameters and a projection of keys; 300 epochs of ImageNet."""
+    path = Path(__file__).parents[1] / "recipes" / "moe_jetpack_vit.toml"
+    source = headers(tmp_path / "vit", *SMALL)
+    measured = tiny.make_statistics(tmp_path / "found.safetensors", source)
+    settings = [f"init.statistics={measured}", f"source={source}", f"out={tmp_path}"]
+    recipe = Recipe.load(path, settings[:1])
+    built = blueprint(source, recipe)
+    assert {(s.layer, s.num_experts, s.universal_experts, s.width) for s in built.sites} == {
+        (i, 98, 196, 768) for i in range(6, 12)
+    }
+    found, d = plan(source, recipe), 192
+    projected = 6 * (d * d + d - 1)  # and one temperature in place of two
+    assert round((found.total_parameters - projected) / 1e6, 1) == 265.4
+    run = Run.load(path, settings)
+    assert run.recipe == recipe
+    assert run.train.total_steps == math.ceil(300 * 1_281_167 / 4096)
+    assert run.schedule.warmup == math.ceil(50 * 1_281_167 / 4096)

@@ -1,7 +1,6 @@
-"""MoE Jetpack at a small scale: what recycling a larger ViT into many small experts is worth.
+"""The two predecessors of a MoE Jetpack experiment, a larger and a smaller ViT, trained on CIFAR-10.
 
-Trains two predecessors, measures the larger one's activations, then trains every variant of the same smaller
-successor on each data set and seed, and gathers `results.json`; what is there already is not run again.
+Writes `predecessors.json`. The successors are not trained yet.
 
     python experiments/moe_jetpack/run.py --images FOLDER
 """
@@ -9,6 +8,7 @@ successor on each data set and seed, and gathers `results.json`; what is there a
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -52,16 +52,20 @@ def predecessor(name: str, options: argparse.Namespace) -> Path:
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the tables."""
+    """Train what is missing, and write their curves."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=Path, required=True, help="folder of cifar10-*.parquet and the like")
+    parser.add_argument("--images", type=Path, required=True, help="folder of cifar10-*.parquet")
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--only", default="")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    for name in [options.only] if options.only else SIZES:
+    curves = {}
+    for name in SIZES:
         predecessor(name, options)
+        keys = ("step", "held_out_loss", "held_out_accuracy")
+        lines = common.lines_of(options.runs / f"{name}-run")
+        curves[name] = [{k: round(x[k], 5) for k in keys} for x in lines if "held_out_loss" in x]
+    (HERE / "predecessors.json").write_text(json.dumps(curves, indent=1) + "\n")
 
 
 if __name__ == "__main__":
