@@ -446,7 +446,7 @@ def test_a_uniform_router_gives_the_sum_of_weights_that_it_says(name):
         hidden = tokens(2, 8)
         dispatch = moe.router(hidden, None).dispatch
         said = moe.router.settings.gate_sum(E, 2)
-        if name == "soft":
+        if moe.router.settings.has_slots:
             assert torch.allclose(dispatch.combine.sum((-1, -2)), torch.tensor(said, dtype=torch.float64))
         elif name == "expert_choice":
             reached = len(dispatch.tokens.unique()) if table["normalize"] else 16
@@ -647,10 +647,10 @@ def test_rows_are_added_up_in_float32():
 @pytest.mark.parametrize("name", routers.names())
 def test_a_router_decides_in_float32(name):
     """In a bfloat16 model, and where autocast would round, the numbers are those of float32."""
-    narrow = layer({"name": name}).bfloat16()
+    narrow = layer({"name": name}).bfloat16().eval()  # noise of training would be another each time
     hidden = tokens(2, 8).bfloat16()
     found = narrow.router(hidden, None)
-    wide = Router(narrow.router.settings, narrow.shape)
+    wide = Router(narrow.router.settings, narrow.shape).eval()
     wide.load_state_dict({key: p.float() for key, p in narrow.router.state_dict().items()})
     wanted = wide(hidden.float(), None)
     assert found.logits.dtype == found.probabilities.dtype == torch.float32

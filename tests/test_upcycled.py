@@ -905,6 +905,7 @@ def test_what_stands_in_config(made, tmp_path):
     assert raw["moe"][0] == {
         "stack": "encoder", "layers": [2, 3], "module": "encoder.block.{i}.layer.1.DenseReluDense",
         "replaced": [], "num_experts": 4, "top_k": 2, "hidden_size": 16, "intermediate_size": 24,
+        "universal_experts": 0, "universal_size": 0,
         "shared_size": 24, "activation": "relu", "gated": False, "bias": False, "dropout": 0.1,
         "causal": False,
         "router": {
