@@ -15,6 +15,7 @@ from upcycle.calibration import Asked, calibrate
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
 from upcycle.init import Site, _selecting, co_activation
+from upcycle.init._selecting import Choice
 from upcycle.init.importance import Importance
 from upcycle.init.random import Random
 
@@ -276,11 +277,15 @@ def measured(cls, given, monkeypatch, **keys):
     return cls(statistics="by hand", **keys)
 
 
+def choice(kind, layer, *, blocks=1, seed=0, **sizes) -> Choice:
+    return Choice(kind=kind, stack="layers", layer=layer, blocks=blocks, seed=seed, **sizes)
+
+
 def test_channels_are_the_top_of_the_layers_together(monkeypatch):
     """Equation 4."""
     given = Given(channels_l2=[[1.0, 5.0, 2.0, 0.0], [4.0, 0.0, 1.0, 3.5]])
     chosen = measured(Importance, given, monkeypatch).choose(
-        "channels", "layers", None, total=4, count=2, seed=0, blocks=2
+        choice("channels", None, total=4, count=2, blocks=2)
     )
     assert chosen.values.tolist() == [0, 1]  # sums 5, 5, 3, 3.5
 
@@ -288,7 +293,7 @@ def test_channels_are_the_top_of_the_layers_together(monkeypatch):
 def test_whole_heads_by_their_sum(monkeypatch):
     given = Given(heads_l1=[[1.0, 1.0, 3.0, 0.0, 0.0, 2.5]])
     one = measured(Importance, given, monkeypatch, statistic="l1")
-    assert one.choose("heads", "layers", 0, total=3, count=2, seed=0, blocks=1).values.tolist() == [1, 2]
+    assert one.choose(choice("heads", 0, total=3, count=2)).values.tolist() == [1, 2]
 
 
 def test_important_neurons_are_in_more_experts(monkeypatch):
@@ -298,7 +303,7 @@ def test_important_neurons_are_in_more_experts(monkeypatch):
     n = 4000
     taken = np.zeros(5)
     for e in range(n):
-        taken[one.choose("neurons", "layers", 0, total=5, count=1, seed=0, blocks=1, who=e).values] += 1
+        taken[one.choose(choice("neurons", 0, total=5, count=1, who=e)).values] += 1
     np.testing.assert_allclose(taken / n, np.array([8, 4, 2, 1, 1]) / 16, atol=4 * 0.5 / n**0.5)
 
 
@@ -340,7 +345,7 @@ def test_experts_are_whole_parts_but_for_the_last(partition, monkeypatch):
     graph, labels = blocky(6, 10)
     given = Given(neurons_co_activation=[graph], neurons_l2=[np.ones(60)])
     one = measured(co_activation.CoActivation, given, monkeypatch, parts=6, partition=partition)
-    chosen = one.choose("neurons", "layers", 0, total=60, count=25, seed=1, blocks=1, who=0).values
+    chosen = one.choose(choice("neurons", 0, total=60, count=25, seed=1, who=0)).values
     assert len(chosen) == 25
     assert sorted(np.bincount(labels[chosen], minlength=6).tolist()) == [0, 0, 0, 5, 10, 10]
 

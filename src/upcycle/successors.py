@@ -17,7 +17,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.families import Axis, Config
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
-from upcycle.init._selecting import Selecting
+from upcycle.init._selecting import Choice, Selecting
 from upcycle.lazy import Lazy, Take
 from upcycle.natives import Native
 from upcycle.positions import Units
@@ -60,16 +60,12 @@ class Narrowed(Dense):
         for place, (axis, after) in enumerate(zip(axes, smaller, strict=True)):
             if axis is None or after is None or tensor.shape[place] == shape[place]:
                 continue
-            total, count = tensor.shape[place] // axis.unit, shape[place] // after.unit
             chosen = self.init.choose(
-                axis.kind,
-                axis.stack,
-                axis.layer,
-                total=total,
-                count=count,
-                seed=self.seed,
-                blocks=self._blocks(axis),
-            )
+                Choice(
+                    kind=axis.kind, stack=axis.stack, layer=axis.layer, blocks=self._blocks(axis),
+                    seed=self.seed, total=tensor.shape[place] // axis.unit, count=shape[place] // after.unit,
+                )
+            )  # fmt: skip
             tensor = Take(tensor, place, chosen if axis.unit == 1 else Units(chosen, axis.unit))
         return tensor
 

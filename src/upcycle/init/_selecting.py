@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,37 @@ from upcycle.init import Init, Site
 from upcycle.positions import Computed, Given, Positions
 
 Kind = Literal["channels", "heads", "neurons"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """`count` of `total` channels, heads or neurons, of a block or (None) of all `blocks` of a stack; for
+    expert `who`, or (None) for what is no expert."""
+
+    kind: Kind
+    stack: str
+    layer: int | None
+    blocks: int
+    total: int
+    count: int
+    seed: int
+    who: int | None = None
+
+    @classmethod
+    def of(cls, kind: Kind, site: Site, *, total: int, count: int, who: int) -> Choice:
+        """The choice that an expert makes in its block."""
+        return cls(
+            kind=kind, stack=site.stack, layer=site.layer, blocks=site.blocks, total=total, count=count,
+            seed=site.seed, who=who,
+        )  # fmt: skip
+
+    def of_the_stack(self) -> Choice:
+        """The one that all blocks and all experts share."""
+        return replace(self, layer=None, who=None)
+
+    def key(self, name: str) -> rng.Key:
+        """The key of a stream of random numbers of this choice."""
+        return rng.key(self.seed, self.kind, self.stack, self.layer, name, self.who)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,53 +80,21 @@ class Selecting(Init):
             object.__setattr__(self, name, value)
 
     @abc.abstractmethod
-    def choose(
-        self,
-        kind: Kind,
-        stack: str,
-        layer: int | None,
-        *,
-        total: int,
-        count: int,
-        seed: int,
-        blocks: int,
-        who: int | None = None,
-    ) -> Positions:
-        """`count` of `total` channels, heads or neurons, ascending, of a block or (None) of a stack of
-        `blocks`; for expert `who`, or for what is no expert."""
+    def choose(self, choice: Choice) -> Positions:
+        """Positions, ascending."""
 
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
         network = dense[0]
         out = network.take(self._neurons(network.width, e, site))
         if site.hidden == network.hidden:
             return out
-        shared = self.channels == "shared"
-        return out.narrowed(
-            self.choose(
-                "channels",
-                site.stack,
-                None if shared else site.layer,
-                total=network.hidden,
-                count=site.hidden,
-                seed=site.seed,
-                blocks=site.blocks,
-                who=None if shared else e,
-            )
-        )
+        channels = Choice.of("channels", site, total=network.hidden, count=site.hidden, who=e)
+        return out.narrowed(self.choose(channels.of_the_stack() if self.channels == "shared" else channels))
 
     def _neurons(self, total: int, e: int, site: Site) -> Positions:
         thinned = site.of_universal and self.universal == "thinned"
         count = site.core_width if thinned else site.width
-        chosen = self.choose(
-            "neurons",
-            site.stack,
-            site.layer,
-            total=total,
-            count=count,
-            seed=site.seed,
-            blocks=site.blocks,
-            who=e,
-        )
+        chosen = self.choose(Choice.of("neurons", site, total=total, count=count, who=e))
         if not thinned:
             return chosen
         kept = spread(count, site.width)

@@ -11,11 +11,10 @@ import numpy as np
 
 from upcycle import rng
 from upcycle.errors import UpcycleError
-from upcycle.init._selecting import Kind, drawn
+from upcycle.init._selecting import Choice, drawn
 from upcycle.init.importance import Measured
 from upcycle.init.split import balanced_kmeans
 from upcycle.once import once
-from upcycle.positions import Computed
 from upcycle.statistics import Statistics
 
 
@@ -51,18 +50,19 @@ class CoActivation(Measured):
         if self.partition == "auto":
             object.__setattr__(self, "partition", "metis" if found else "spectral")
 
-    def sampled(self, kind: Kind, stack: str, layer: int, total: int, count: int, key: rng.Key) -> np.ndarray:
-        if kind != "neurons":
-            return super().sampled(kind, stack, layer, total, count, key)
-        labels, inside = _parts(
-            self.measured, stack, layer, self.parts, self.partition == "metis", bool(self.weighted)
-        )
-        order = drawn(key, inside)
-        return np.sort(np.concatenate([np.flatnonzero(labels == p) for p in order])[:count])
+    @property
+    def settings(self) -> list[object]:
+        return [self.parts, self.partition, self.weighted]
 
-    def _computed(self, compute, count, what):  # type: ignore[no-untyped-def]
-        made = super()._computed(compute, count, what)
-        return Computed(made.compute, count, [*made.name, self.parts, self.partition, self.weighted])
+    def sampled(self, choice: Choice) -> np.ndarray:
+        if choice.kind != "neurons" or choice.layer is None:
+            return super().sampled(choice)
+        by_metis = self.partition == "metis"
+        labels, inside = _parts(
+            self.measured, choice.stack, choice.layer, self.parts, by_metis, bool(self.weighted)
+        )
+        order = drawn(self._key(choice), inside)
+        return np.sort(np.concatenate([np.flatnonzero(labels == p) for p in order])[: choice.count])
 
     def working_memory(self, width: int, hidden: int) -> int:
         return 4 * 8 * width * width

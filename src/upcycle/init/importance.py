@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from upcycle import rng
 from upcycle.errors import UpcycleError
-from upcycle.init._selecting import Kind, Selecting, drawn
+from upcycle.init._selecting import Choice, Selecting, drawn
 from upcycle.once import once
 from upcycle.positions import Computed, Positions
 from upcycle.statistics import Statistics
@@ -53,56 +54,46 @@ class Measured(Selecting):
     def admit(self, dense: Dense) -> None:
         self.measured.refuse_other(dense)
 
-    def scores(self, kind: Kind, stack: str, layer: int, total: int) -> np.ndarray:
-        """How important each channel, head or neuron of a block is, float64 [total]."""
-        found = self.measured.of(kind, stack, layer, self.statistic).astype(np.float64)
-        return found if kind != "heads" else found.reshape(total, -1).sum(1)
-
-    def choose(
-        self,
-        kind: Kind,
-        stack: str,
-        layer: int | None,
-        *,
-        total: int,
-        count: int,
-        seed: int,
-        blocks: int,
-        who: int | None = None,
-    ) -> Positions:
+    def choose(self, choice: Choice) -> Positions:
+        kind, stack, layer = choice.kind, choice.stack, choice.layer
         if layer is None:
-            return self._computed(
-                lambda: _top(np.sum([self.scores(kind, stack, i, total) for i in range(blocks)], 0), count),
-                count,
-                [kind, stack],
-            )
+            return self._computed(choice, self._top, [kind, stack])
         if kind == "heads":
-            return self._computed(
-                lambda: _top(self.scores(kind, stack, layer, total), count), count, [kind, stack, layer]
-            )
-        key = rng.key(seed, kind, stack, layer, "importance", who)
-        return self._computed(
-            lambda: self.sampled(kind, stack, layer, total, count, key),
-            count,
-            [kind, stack, layer, list(key)],
-        )
+            return self._computed(choice, self._top, [kind, stack, layer])
+        return self._computed(choice, self.sampled, [kind, stack, layer, list(self._key(choice))])
 
-    def sampled(self, kind: Kind, stack: str, layer: int, total: int, count: int, key: rng.Key) -> np.ndarray:
-        """`count` positions drawn in proportion to their importance (equation 5)."""
-        return np.sort(drawn(key, self.scores(kind, stack, layer, total))[:count])
+    def sampled(self, choice: Choice) -> np.ndarray:
+        """Positions drawn in proportion to their importance, ascending (equation 5)."""
+        return np.sort(drawn(self._key(choice), self._scores(choice))[: choice.count])
 
-    def _computed(self, compute: Callable[[], np.ndarray], count: int, what: list[object]) -> Computed:
-        return Computed(compute, count, [self.name, self.statistic, self.measured.digest, count, *what])
+    @property
+    def settings(self) -> list[object]:
+        """What decides the outcome beside the choice and its place, as the blueprint's hash has it."""
+        return []
+
+    def _scores(self, choice: Choice) -> np.ndarray:
+        """How important each channel, head or neuron is, float64 [total]: of a block, or of a stack the sum
+        over its blocks."""
+        layers = range(choice.blocks) if choice.layer is None else (choice.layer,)
+        found = [self.measured.of(choice.kind, choice.stack, i, self.statistic) for i in layers]
+        return np.sum(found, 0, dtype=np.float64).reshape(choice.total, -1).sum(1)
+
+    def _top(self, choice: Choice) -> np.ndarray:
+        return np.sort(np.argsort(-self._scores(choice), kind="stable")[: choice.count])
+
+    def _key(self, choice: Choice) -> rng.Key:
+        return choice.key("importance")
+
+    def _computed(
+        self, choice: Choice, compute: Callable[[Choice], np.ndarray], what: list[object]
+    ) -> Computed:
+        about = [self.name, self.statistic, self.measured.digest, choice.count, *what, *self.settings]
+        return Computed(partial(compute, choice), choice.count, about)
 
 
 @once(maxsize=4)
 def _opened(path: Path, mtime: int) -> Statistics:
     return Statistics.open(path)
-
-
-def _top(scores: np.ndarray, count: int) -> np.ndarray:
-    """The positions of the `count` largest, ascending."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 @dataclass(frozen=True, kw_only=True)

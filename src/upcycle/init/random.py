@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from upcycle import rng
-from upcycle.init._selecting import Kind, Selecting
+from upcycle.init._selecting import Choice, Selecting
 from upcycle.positions import Order, Positions
 
 
@@ -14,19 +13,8 @@ class Random(Selecting):
 
     summary = "random neurons and channels of a larger network (MoE Jetpack)"
 
-    def choose(
-        self,
-        kind: Kind,
-        stack: str,
-        layer: int | None,
-        *,
-        total: int,
-        count: int,
-        seed: int,
-        blocks: int,
-        who: int | None = None,
-    ) -> Positions:
-        return Order(rng.key(seed, kind, stack, layer, "random", who), total, 0, count, sort=True)
+    def choose(self, choice: Choice) -> Positions:
+        return Order(choice.key("random"), choice.total, 0, choice.count, sort=True)
 
 
 init = Random

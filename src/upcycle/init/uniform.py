@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from upcycle.init import Site
-from upcycle.init._selecting import Kind, Selecting, given, spread
+from upcycle.init._selecting import Choice, Selecting, given, spread
 from upcycle.positions import Positions
 
 
@@ -16,20 +16,9 @@ class Uniform(Selecting):
 
     summary = "evenly spaced neurons and channels of a larger network, all experts alike (Weight Selection)"
 
-    def choose(
-        self,
-        kind: Kind,
-        stack: str,
-        layer: int | None,
-        *,
-        total: int,
-        count: int,
-        seed: int,
-        blocks: int,
-        who: int | None = None,
-    ) -> Positions:
-        evenly = np.arange(count) * total // count if self.preset == "paper" else spread(total, count)
-        return given(evenly)
+    def choose(self, choice: Choice) -> Positions:
+        total, count = choice.total, choice.count
+        return given(np.arange(count) * total // count if self.preset == "paper" else spread(total, count))
 
     def warnings(self, site: Site) -> list[str]:
         return ["uniform selection gives every expert the same neurons: only training makes them differ"]
