@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 import tiny
 import upcycle
-from upcycle import Recipe, blueprint, convert, rng, verify
+from upcycle import Recipe, blueprint, console, convert, plan, rng, verify
 from upcycle.calibration import Asked, calibrate
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
@@ -18,6 +20,8 @@ from upcycle.init import Site, _selecting, co_activation
 from upcycle.init._selecting import Choice
 from upcycle.init.importance import Importance
 from upcycle.init.random import Random
+from upcycle.training import start
+from upcycle.training.run import Run
 
 BIG = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4}
 SMALL = {"hidden_size": 16, "intermediate_size": 48, "num_attention_heads": 2}
@@ -117,6 +121,36 @@ def test_a_narrow_model_runs_and_is_verified(big, tmp_path):
         model = upcycle.open(tmp_path / name)
         assert model(torch.randn(2, 3, 12, 12)).logits.isfinite().all()
     assert type(upcycle.open(tmp_path / "dense")).__name__ == "ViTForImageClassification"
+
+
+def test_a_narrow_dense_model_says_what_it_is(big, tmp_path, capsys):
+    recipe = Recipe.of(moe={"target": "dense"}, init={"name": "uniform"}, successor={"hidden_size": 16})
+    convert(big, tmp_path / "narrow", recipe)
+    card = (tmp_path / "narrow" / "README.md").read_text().partition("## Recipe")[0]
+    assert f"# {big.name}, narrower" in card
+    assert "initialisation `uniform`" in card
+    assert "weights are left out: the function is not kept" in card
+    assert plan(big, recipe).kind == "narrower"
+    console.show_plan(plan(big, recipe))
+    said = capsys.readouterr().out
+    assert "narrower" in said
+    for text in (card, said):
+        assert not re.search(r"MoE|mixture|upcycled|deeper|every block", text, re.IGNORECASE)
+
+
+def test_a_narrow_centred_norm_starts_at_its_identity(tmp_path):
+    """From scratch, as the class itself starts: Gemma multiplies by 1 + w."""
+    source = tiny.make_dense(tmp_path / "gemma", "gemma")
+    run = Run.of(
+        {
+            "source": str(source), "out": str(tmp_path / "run"), "from_scratch": True,
+            "moe": {"target": "dense"}, "init": {"name": "uniform"}, "successor": {"hidden_size": 16},
+            "data": {"sources": [{"path": "text.txt"}]}, "train": {"steps": 1}, "schedule": {"peak": 1e-3},
+        }
+    )  # fmt: skip
+    norm = start.start_of(run).entries["model.norm.weight"]
+    assert norm.shape == (16,)
+    assert not norm.lazy.all("F32").any()
 
 
 # --- random, and what all share

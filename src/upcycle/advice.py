@@ -10,8 +10,9 @@ from upcycle.recipe import Recipe
 
 def warnings(built: Blueprint) -> list[str]:
     """Everything that may cost training time, or that another program will compute otherwise."""
-    if not built.sites:
-        return ["every block stands several times: the function is not kept, and the model has to be trained"]
+    if built.native.dense:
+        reasons = {"deeper": "every block stands several times", "narrower": "weights are left out"}
+        return [f"{reasons[built.native.dense]}: the function is not kept, and the model has to be trained"]
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
     out = list(built.recipe.init.warnings(site))

@@ -169,12 +169,11 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     native = _target(dense, recipe)
     any_dtype = recipe.dtype != "source"
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
-    tiled, narrow = recipe.moe.target == deeper.TARGET, recipe.moe.target == successors.TARGET
-    sites = () if tiled or narrow else moe_layer.sites(recipe, dense)
-    shared_width = 0 if tiled or narrow else moe_layer.shared_width(recipe, native, dense.stacks[0].width)
-    if tiled:
+    sites = () if native.dense else moe_layer.sites(recipe, dense)
+    shared_width = 0 if native.dense else moe_layer.shared_width(recipe, native, dense.stacks[0].width)
+    if native.dense == "deeper":
         config, lazies = deeper.config(dense, recipe.moe.depth), deeper.tensors(dense, recipe.moe.depth)
-    elif narrow:
+    elif native.dense:
         config, lazies = dict(dense.raw), dense.tensors
     else:
         config = _config(dense, native, recipe, sites, shared_width)

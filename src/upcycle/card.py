@@ -45,17 +45,19 @@ def render(built: Blueprint, record: dict[str, Any]) -> str:
         else "Untrained since, and it does not compute what the dense model computes: train it before use."
     )
     moe = plan.num_moe_layers > 0
-    depth = f"every block {built.recipe.moe.depth} times"
+    how = f"initialisation `{built.recipe.init.name}`"
+    if built.native.dense == "deeper":
+        how = f"every block {built.recipe.moe.depth} times"
     warnings = "".join(f"- {w}\n" for w in plan.warnings) or "- none\n"
     return f"""---
 library_name: transformers
 tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 ---
 
-# {source}, {"upcycled" if moe else "deeper"}
+# {source}, {"upcycled" if moe else plan.kind}
 
 A `{plan.target}` made from the dense `{plan.family}` checkpoint `{source}` with
-`upcycle` {record["upcycle_version"]}, {f"initialisation `{built.recipe.init.name}`" if moe else depth}.
+`upcycle` {record["upcycle_version"]}, {how}.
 {state}
 
 | | dense | {plan.kind} |

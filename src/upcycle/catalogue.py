@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from upcycle import deeper, families, init, natives, upcycled
+from upcycle import deeper, families, init, natives, successors, upcycled
 from upcycle.nn import routers
 
 Row = dict[str, str]
@@ -48,6 +48,11 @@ def everything() -> dict[str, list[Row]]:
                 "name": deeper.TARGET,
                 "summary": "the dense class, every block repeated: a dense baseline of more FLOPs",
                 "needs": "moe.depth = how often",
+            },
+            {
+                "name": successors.TARGET,
+                "summary": "the dense class, narrower: weights chosen out of the source (Weight Selection)",
+                "needs": "[successor], an initialisation that chooses",
             },
             {
                 "name": upcycled.TARGET,

@@ -30,6 +30,7 @@ class Plan:
     source: str
     family: str
     target: str
+    kind: str  # what was made, at the head of a column: MoE, deeper or narrower
     num_layers: int
     moe_layers: list[int] | dict[str, list[int]]
     num_experts: int
@@ -64,11 +65,6 @@ class Plan:
         )
 
     @property
-    def kind(self) -> str:
-        """What was made, at the head of a column."""
-        return "MoE" if self.num_moe_layers else "deeper"
-
-    @property
     def num_moe_layers(self) -> int:
         """How many blocks became MoE, in all stacks together."""
         layers = self.moe_layers
@@ -101,6 +97,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         source=str(built.source.folder),
         family=built.dense.family.model_type,
         target=built.native.model_type,
+        kind=built.native.dense or "MoE",
         num_layers=built.family_config["num_hidden_layers"],
         moe_layers=built.moe_layers,
         num_experts=moe.num_experts if built.sites else 0,

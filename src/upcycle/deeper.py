@@ -6,13 +6,13 @@ model of the same class, deeper, that has to be trained on.
 
 from __future__ import annotations
 
+from upcycle import upcycled
 from upcycle.errors import UpcycleError
 from upcycle.families import PER_BLOCK, Config
 from upcycle.lazy import Lazy
 from upcycle.natives import Native
 from upcycle.recipe import Recipe
 from upcycle.source import Dense
-from upcycle.upcycled import Layout
 
 TARGET = "depth_tiled"
 _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_layers")
@@ -21,16 +21,7 @@ _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_
 def target(dense: Dense, recipe: Recipe) -> Native:
     """The dense class itself. Refuses a recipe that asks for experts: nothing would heed it."""
     _refuse_moe(recipe)
-    return Native(
-        model_type=dense.family.model_type,
-        architecture=dense.architecture,
-        summary="the dense class, deeper",
-        layout=Layout(),
-        router="",
-        fields=(),
-        renormalizes="optional",
-        upcycled=True,
-    )
+    return upcycled.dense_class(dense.family.model_type, dense.architecture, "deeper")
 
 
 def config(dense: Dense, times: int) -> Config:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from upcycle import upcycled
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Axis, Config
@@ -23,7 +24,6 @@ from upcycle.natives import Native
 from upcycle.positions import Units
 from upcycle.recipe import Recipe, Successor
 from upcycle.source import Dense, admit
-from upcycle.upcycled import Layout
 
 TARGET = "dense"  # the successor without experts: Weight Selection (Xu et al., ICLR 2024)
 
@@ -164,13 +164,4 @@ def _widths(predecessor: Dense, wanted: Successor) -> tuple[dict[str, int], dict
 
 def target(dense: Dense) -> Native:
     """The dense class itself, narrower."""
-    return Native(
-        model_type=dense.family.model_type,
-        architecture=dense.architecture,
-        summary="the dense class, narrower",
-        layout=Layout(),
-        router="",
-        fields=(),
-        renormalizes="optional",
-        upcycled=True,
-    )
+    return upcycled.dense_class(dense.family.model_type, dense.architecture, "narrower")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from upcycle.computed import Drawn, Fill
 from upcycle.errors import UpcycleError
@@ -88,6 +88,21 @@ def target(model_type: str, architecture: str, recipe: Recipe) -> Native:
         renormalizes="optional",
         shared=SharedExpert(path="shared", combine="sum", config=lambda width, count: {}),
         upcycled=True,
+    )
+
+
+def dense_class(model_type: str, architecture: str, became: Literal["deeper", "narrower"]) -> Native:
+    """The dense class itself, without experts: a baseline."""
+    return Native(
+        model_type=model_type,
+        architecture=architecture,
+        summary=f"the dense class, {became}",
+        layout=Layout(),
+        router="",
+        fields=(),
+        renormalizes="optional",
+        upcycled=True,
+        dense=became,
     )
 
 

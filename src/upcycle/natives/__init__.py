@@ -155,6 +155,7 @@ class Native:
     finish: Callable[[Config], Config] = lambda config: config  # what the hub's configs spell otherwise
     clients: Callable[[Config], Mapping[str, str]] = lambda _: {}  # who will not compute the same, and why
     upcycled: bool = False  # no MoE class of transformers, but the dense class with `nn.MoE` in it
+    dense: Literal["", "deeper", "narrower"] = ""  # what the dense class became, where it has no experts
 
     def config(
         self,

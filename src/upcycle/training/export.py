@@ -157,7 +157,8 @@ def _card(begun: Start, state: dict[str, Any], run: Run) -> str:
     moe = begun.built is not None and bool(begun.built.sites)
     kind = "dense model that continues"
     if begun.built:
-        kind = "Mixture of Experts made from" if moe else "deeper dense model made from"
+        kind = f"{begun.built.native.dense} dense model" if not moe else "Mixture of Experts"
+        kind += " made from"
     what = f"random weights of the shape of `{begun.dense.checkpoint.name}`"
     source = what if begun.from_scratch else f"`{begun.dense.checkpoint.name}`"
     losses = "".join(

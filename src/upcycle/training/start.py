@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle import deeper, loading, moe_layer, rng, upcycled
+from upcycle import deeper, loading, moe_layer, rng
 from upcycle.blueprints import Blueprint, Entry, blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.computed import Drawn, Fill
@@ -106,7 +106,8 @@ def start_of(run: Run) -> Start:
                 f"from_scratch = true does not know how {dense.family.model_type} starts its linear "
                 f"attention; it is offered for the other families"
             )
-        entries = {n: _scratch(n, e, run, dense) for n, e in entries.items()}
+        own = built is None or built.native.upcycled
+        entries = {n: _scratch(n, e, run.seed, dense, own) for n, e in entries.items()}
     if run.task is not None and run.task.classes:
         config, entries = renewed(dense, config, entries, run.task.classes, run.seed)
     return Start(
@@ -119,21 +120,21 @@ def start_of(run: Run) -> Start:
     )
 
 
-def _scratch(name: str, entry: Entry, run: Run, dense: Dense) -> Entry:
+def _scratch(name: str, entry: Entry, seed: int, dense: Dense, own: bool) -> Entry:
     """The tensor as transformers starts it: matrices N(0, deviation^2), norms identity, biases 0.
 
-    A truncated normal of transformers' is a whole one here.
+    A truncated normal of transformers' is a whole one here. `own` says that the class is the dense one, with
+    or without MoE layers in it, and no native MoE.
     """
     constant = isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias"))
-    routes = run.recipe is not None and run.recipe.moe.target == upcycled.TARGET and ".router." in name
+    routes = own and ".router." in name
     if routes and any(True for _ in entry.lazy.sources()):  # a norm of the dense model
         return Entry(Fill(entry.shape, "F32", float(name.endswith("weight"))), "F32")
     if constant or routes:
         return entry  # of the architecture, or of the recipe
     if len(entry.shape) > 1 and not name.endswith("_bias"):
-        return Entry(_drawn(entry.shape, dense.family.deviation(dense.config, name), name, run.seed), "F32")
-    own_norms = run.recipe is None or run.recipe.moe.target in (upcycled.TARGET, deeper.TARGET)
-    identity = 0.0 if dense.family.centred_norms and own_norms else 1.0
+        return Entry(_drawn(entry.shape, dense.family.deviation(dense.config, name), name, seed), "F32")
+    identity = 0.0 if dense.family.centred_norms and own else 1.0
     scale = float(dense.config.get("layerscale_value", 1.0)) if "lambda" in name else identity
     is_norm = ("norm" in name.lower() and name.endswith("weight")) or "lambda" in name
     return Entry(Fill(entry.shape, "F32", scale if is_norm else 0.0), "F32")
