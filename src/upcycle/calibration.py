@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,16 +22,17 @@ import transformers
 from transformers import PreTrainedModel
 
 import upcycle
-from upcycle import rng, tensor_file
+from upcycle import memory, rng, tensor_file
 from upcycle.console import err, size
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
 from upcycle.evaluate.observer import MOST, Observer, means
 from upcycle.evaluate.rows import Rows
-from upcycle.evaluate.stopped import begun, restore, save, stops
+from upcycle.evaluate.stopped import begun, restore, save
 from upcycle.hub import open_checkpoint
 from upcycle.nn import models
 from upcycle.proof import quiet
+from upcycle.signals import noted
 from upcycle.source import Dense, admit
 from upcycle.statistics import FORMAT, KEY, NAMES, PARTIAL, POSITIONS, Statistics, fingerprint, refuse_unknown
 from upcycle.subject import Subject
@@ -139,7 +141,7 @@ def calibrate(
         advance = progress or (lambda _: None)
         advance(done)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with stops() as came:
+        with noted(SIGINT, SIGTERM, twice_stops=True) as came:
             for number, start in enumerate(range(done, len(order), asked.batch_size), start=1):
                 places = order[start : start + asked.batch_size]
                 _batch(model, observer, dense, rows, places, gradient="gradient" in asked.collect)
@@ -193,11 +195,7 @@ def _free(device: torch.device) -> int | None:
     """Bytes of memory that are free; None where nobody says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
+    return memory.available()
 
 
 def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -211,25 +212,23 @@ def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:
         out.print()
 
 
-@contextmanager
-def bytes_bar(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+_Moves = tuple[Callable[[int], None], Callable[[int], None]]
+Bar = AbstractContextManager[_Moves]
+
+
+def bytes_bar(what: str) -> Bar:
     """A progress bar over bytes: a function that advances it, and one that sets its end."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield (lambda n: progress.advance(task, n)), (lambda n: progress.update(task, total=n))
+    return _bar(what, DownloadColumn(), TransferSpeedColumn())
+
+
+def examples_bar(what: str) -> Bar:
+    """A progress bar over examples: a function that advances it, and one that sets its end."""
+    return _bar(what, MofNCompleteColumn())
 
 
 @contextmanager
-def examples_bar(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A progress bar over examples: a function that advances it, and one that sets its end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _bar(what: str, *counted: ProgressColumn) -> Iterator[_Moves]:
+    columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield (lambda n: progress.advance(task, n)), (lambda n: progress.update(task, total=n))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle import provenance
+from upcycle import memory, provenance
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError, listed
@@ -337,12 +337,8 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
 def _check_memory(built: Blueprint) -> None:
     """Refuse to load what cannot fit: one model at a time, in float32."""
     needed = 4 * sum(e.lazy.size for e in built.entries.values())
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    if needed > free:
+    free = memory.available()
+    if free is not None and needed > free:
         raise UpcycleError(
             f"comparing logits loads the MoE in float32, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
             f"memory are free; verify the rest with --no-logits"

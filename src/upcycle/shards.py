@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from upcycle import tensor_file
 from upcycle.blueprints import Entry
 from upcycle.checkpoint import WEIGHTS
 from upcycle.errors import UpcycleError
@@ -59,28 +59,17 @@ def lay_out(entries: Mapping[str, Entry], shard_size: int = DEFAULT_SHARD) -> Sh
         filled += entry.nbytes
     headers, sizes, places = [], [], {}
     for number, group in enumerate(groups):
-        header, ends = _header(group)
-        start = 8 + len(header)
+        header, ends = tensor_file.header(group, {"format": "pt"})
+        start = len(header)
         for (name, entry), end in zip(group.items(), ends, strict=True):
             places[name] = Place(number, start + end - entry.nbytes, entry.nbytes)
-        headers.append(len(header).to_bytes(8, "little") + header)
+        headers.append(header)
         sizes.append(start + (ends[-1] if ends else 0))
     count = len(groups)
     names = (
         [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     )
     return Shards(names=tuple(names), headers=tuple(headers), sizes=tuple(sizes), places=places)
-
-
-def _header(group: Mapping[str, Entry]) -> tuple[bytes, list[int]]:
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    ends, end = [], 0
-    for name, entry in group.items():
-        start, end = end, end + entry.nbytes
-        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
-        ends.append(end)
-    text = json.dumps(table, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8), ends  # data begins at a multiple of 8 bytes
 
 
 def parse_size(text: str) -> int:

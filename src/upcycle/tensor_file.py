@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -38,19 +39,36 @@ class Tensor:
         return math.prod(self.shape) * _ITEMS[self.dtype].itemsize
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors`, in order, to `path`; a file that is there is replaced."""
+class Described(Protocol):
+    """A tensor as a header has it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
+    """The bytes before the data of a safetensors file, and where each tensor ends in the data after them."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
+    ends, end = [], 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         table[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        ends.append(end)
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text, ends
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors`, in order, to `path`; a file that is there is replaced."""
     begun = path.with_name(path.name + ".writing")
     try:
         with begun.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header(tensors, metadata)[0])
             for tensor in tensors.values():
                 values = np.ascontiguousarray(tensor.make(), _ITEMS[tensor.dtype])
                 assert values.shape == tensor.shape

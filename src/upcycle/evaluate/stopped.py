@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,27 +69,3 @@ def restore(path: Path, observer: Observer, tokens: Mapping[str, int]) -> None:
             raise UpcycleError(f"{path} lacks sums of {name}; delete it to start anew")
         total.copy_(torch.from_numpy(tensor_file.read(path, info.dtype, info.shape, info.offset)))
     observer.tokens.update(tokens)
-
-
-@contextmanager
-def stops() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGINT or SIGTERM came; a second one stops at once."""
-    came: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: nobody sends us signals
-        yield came
-        return
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,8 +6,6 @@ import json
 import platform
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 import upcycle
 from upcycle.console import count, err
 from upcycle.errors import UpcycleError, listed
+from upcycle.signals import noted
 from upcycle.training import fit, metrics, optimizer, routing, saving, start, step, tasks
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
@@ -53,7 +52,10 @@ def train(run: Run, *, resume: bool = False) -> Result:
     task = tasks.fitting(run.task, begun.dense.architecture)
     fit.refuse_pooling(run, begun.built)
     experts = {part.moe.num_experts for part in fit.parts(begun.built).values()}
-    with ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here, _terminable() as stop:
+    with (
+        ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
+        noted(signal.SIGTERM) as stop,
+    ):
         out = Path(run.out)
         checkpoint = _claim(run, out, here, resume)
         if here.first:
@@ -325,18 +327,3 @@ def _precision(run: Run) -> str:
     if run.train.precision != "auto":
         return run.train.precision
     return "mixed" if torch.accelerator.is_available() else "float32"
-
-
-@contextmanager
-def _terminable() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGTERM came."""
-    came: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    except ValueError:  # not the main thread: nobody sends us signals
-        yield came
-        return
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,34 @@
+"""Signals that ask a long piece of work to stop at a good place."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def noted(*numbers: signal.Signals, twice_stops: bool = False) -> Iterator[list[int]]:
+    """A list that is no longer empty once one of the signals came. With `twice_stops` a second one raises
+    KeyboardInterrupt. Where this is not the main thread nobody sends us signals, and it stays empty.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if came and twice_stops:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {}
+    try:
+        for number in numbers:
+            before[number] = signal.signal(number, note)
+    except ValueError:
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
