@@ -416,6 +416,10 @@ def test_every_stack_shares_its_experts_out(data, tmp_path, monkeypatch):
     layout = {"fsdp_size": 2, "ep_size": 2}
     with pytest.raises(UpcycleError, match="ep_size must divide the 3 experts of a layer"):
         upcycle.load(data / "t5", Recipe.of(changes), distributed_config=layout)
+    others = {**CASES["vit, spherical"][1], "parallel": {"fsdp": 2, "ep": 2}}
+    others["moe"] = {**others["moe"], "universal_experts": 5}
+    with pytest.raises(UpcycleError, match="ep must divide the 5 experts of a layer"):
+        train(Run.of(table("vit", data, tmp_path / "run", **others)))
     with pytest.raises(UpcycleError, match="a dense model has no experts to share out"):
         upcycle.load(data / "t5", Recipe.of(moe={"target": "depth_tiled"}), distributed_config=layout)
 

@@ -36,13 +36,13 @@ def warnings(built: Blueprint) -> list[str]:
             "an all-zero router gives every expert the same score, and ties send every token to the same "
             "experts; use another init, or a small std"
         )
-    out += [note for part in _parts(built) if (note := _not_renormalised(part)) is not None]
+    out += [note for part in built.parts.values() if (note := _not_renormalised(part)) is not None]
     if any(getattr(part.router, "capacity_factor", None) for part in _causal(built)):
         out.append(
             "capacity in a causal stack: places are counted over the tokens at hand, so that generation with "
             "a cache, which sees one token at a time, drops none and differs from training"
         )
-    for part in _parts(built):
+    for part in built.parts.values():
         if part.router.has_slots:
             out.append(f"a slot of {part.router.name} mixes tokens: the function is not kept")
         elif not part.router.reaches_all(part.moe.num_experts, part.moe.top_k):
@@ -70,15 +70,10 @@ def warnings(built: Blueprint) -> list[str]:
     return out + built.dense.family.warnings(built.native.model_type)
 
 
-def _parts(built: Blueprint) -> list[Recipe]:
-    """The recipe of each stack that has MoE layers."""
-    return [built.recipe.at(name) for name in dict.fromkeys(site.stack for site in built.sites)]
-
-
 def _causal(built: Blueprint) -> list[Recipe]:
     """The recipes of the stacks that predict their own next token."""
     causal = {stack.name for stack in built.dense.stacks if stack.causal}
-    return [built.recipe.at(name) for name in dict.fromkeys(s.stack for s in built.sites) if name in causal]
+    return [part for name, part in built.parts.items() if name in causal]
 
 
 def _not_renormalised(part: Recipe) -> str | None:

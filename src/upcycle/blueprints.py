@@ -142,6 +142,17 @@ class Blueprint:
         )
 
     @property
+    def parts(self) -> dict[str, Recipe]:
+        """The recipe of each stack that has MoE layers, by its name."""
+        return {site.stack: self.recipe.at(site.stack) for site in self.sites}
+
+    @property
+    def expert_counts(self) -> set[int]:
+        """How many experts of one width stand in a layer: what expert parallelism must divide."""
+        counts = {n for site in self.sites for n in (site.num_experts, site.universal_experts)}
+        return counts - {0}
+
+    @property
     def moe_layers(self) -> list[int] | dict[str, list[int]]:
         """The numbers of the blocks that became MoE, by stack where there are several."""
         by_stack: dict[str, list[int]] = {}

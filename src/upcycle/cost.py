@@ -123,8 +123,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
 def _routing(built: Blueprint) -> str:
     """How tokens meet experts, in a word or two for each stack that differs."""
     said = []
-    for name in dict.fromkeys(site.stack for site in built.sites):
-        part = built.recipe.at(name)
+    for part in built.parts.values():
         factor = getattr(part.router, "capacity_factor", None)
         way = f"top-{part.moe.top_k}" if part.router.name == "top_k" else part.router.name.replace("_", " ")
         said.append(way if factor is None else f"{way} with capacity factor {factor:g}")

@@ -54,7 +54,7 @@ def load(
             distributed_config=distributed_config,
             dtype=dtype,
             experts_implementation=experts_implementation,
-            experts={site.num_experts for site in built.sites},
+            experts=built.expert_counts,
         )
     finally:
         for opened in built.checkpoints:

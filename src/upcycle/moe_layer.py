@@ -36,7 +36,10 @@ def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
                 f"{moe.num_experts} is no multiple of {moe.granularity}"
             )
         for layer in chosen_layers(part, stack):
-            width = moe.expert_width or stack.width // moe.granularity
+            width, origin = (
+                moe.expert_width or stack.width // moe.granularity,
+                dense.origin(layer, stack.name),
+            )
             site = Site(
                 stack=stack.name,
                 layer=layer,
@@ -44,9 +47,9 @@ def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
                 num_experts=moe.num_experts,
                 top_k=moe.top_k,
                 granularity=moe.granularity,
-                dense_width=dense.origin(layer, stack.name).width,
+                dense_width=origin.width,
                 hidden=stack.hidden,
-                dense_hidden=dense.origin(layer, stack.name).hidden,
+                dense_hidden=origin.hidden,
                 expert_width=0 if moe.granularity > 1 else width,
                 universal_experts=moe.universal_experts,
                 universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,
@@ -121,7 +124,7 @@ def tensors(
     halved = asked and native.shared is not None and native.shared.combine in ("gated", "sum")
     half = 0.5 if halved else 1.0
     experts = _experts(networks, range(site.num_experts), site, recipe, half)
-    out = {native.router: router(recipe, site, hidden, dtype), **native.layout.write(experts)}
+    out = {native.router: router(recipe, site, dtype), **native.layout.write(experts)}
     if site.universal_experts:
         others = _experts(networks, range(site.num_experts, site.all_experts), site.universal, recipe, half)
         written = native.layout.write(others).items()
@@ -171,10 +174,10 @@ def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
     return root, root, root
 
 
-def router(recipe: Recipe, site: Site, hidden: int, dtype: str) -> Lazy:
+def router(recipe: Recipe, site: Site, dtype: str) -> Lazy:
     """The router weight [E, H], or a row a slot. `grouped`: G rows in turn are the same, a shard each."""
     kind, std, key = recipe.router.init, recipe.router.std, site.key("router")
-    count = recipe.router.rows(site.all_experts)
+    count, hidden = recipe.router.rows(site.all_experts), site.hidden
     if kind == "zeros":
         return Fill((count, hidden), dtype, 0.0)
     if kind == "grouped":

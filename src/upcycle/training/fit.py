@@ -11,16 +11,15 @@ from upcycle.recipe import Recipe
 from upcycle.training.run import Run
 
 
-def parts(built: Blueprint | None) -> dict[str, Recipe]:
-    """The recipe of each stack that has MoE layers."""
-    return {site.stack: built.recipe.at(site.stack) for site in built.sites} if built else {}
+def _parts(built: Blueprint | None) -> dict[str, Recipe]:
+    return built.parts if built else {}
 
 
 def refuse_pooling(run: Run, built: Blueprint | None) -> None:
     """Refuse the pooled balance loss where the routers' logits cannot be put together."""
     if run.router.balance_loss != "pooled":
         return
-    of_stack = parts(built)
+    of_stack = _parts(built)
     why = "router.balance_loss = pooled puts the logits of all layers together, and"
     if balanced := next((part.router.name for part in of_stack.values() if part.router.balanced), None):
         raise UpcycleError(f"{why} {balanced} needs no balance loss; use per_layer, which leaves it out")
@@ -32,7 +31,7 @@ def refuse_pooling(run: Run, built: Blueprint | None) -> None:
 
 def rows_of_groups(built: Blueprint | None, lengths: Mapping[str, int]) -> int:
     """The least number of rows, of so many tokens in each stack, that are whole groups of every router."""
-    groups = {name: part.router.group for name, part in parts(built).items() if part.router.group}
+    groups = {name: part.router.group for name, part in _parts(built).items() if part.router.group}
     return math.lcm(*(group // math.gcd(group, lengths[name]) for name, group in groups.items()))
 
 
@@ -41,7 +40,7 @@ def refuse_broken_groups(run: Run, built: Blueprint | None, lengths: Mapping[str
     share = run.train.rows // dp_size
     size = min(run.train.micro_batch or share, share)
     for rows in filter(None, (size, share % size)):
-        for name, part in parts(built).items():
+        for name, part in _parts(built).items():
             if (group := part.router.group) and rows * lengths[name] % group:
                 raise UpcycleError(
                     f"router.group = {group} does not divide the {rows} x {lengths[name]} tokens of a "

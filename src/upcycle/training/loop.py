@@ -51,7 +51,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)
     fit.refuse_pooling(run, begun.built)
-    experts = {part.moe.num_experts for part in fit.parts(begun.built).values()}
+    experts = begun.built.expert_counts if begun.built else set()
     with (
         ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
         noted(signal.SIGTERM) as stop,

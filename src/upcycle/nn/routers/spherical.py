@@ -142,14 +142,13 @@ class Spherical(SlotRouter):
         products = F.linear(keys, F.normalize(queries, dim=-1))  # [G, N, E S]
         # From torch's own generator, which a layer that is recomputed finds as it was.
         scale = 1 / num_experts if self.noise is None else self.noise
-        noise = 0.0 * products[:0]
-        if scale and (training or self.noise_in_eval):
-            noise = scale * torch.randn_like(products)
-            if not self.noise_after:
-                products = products + noise
+        noisy = scale and (training or self.noise_in_eval)
+        noise = scale * torch.randn_like(products) if noisy else None
+        if noise is not None and not self.noise_after:
+            products = products + noise
         first, last = tensors["temperature"][0], tensors["temperature"][-1]
         into, back = products / first, products / last
-        if scale and self.noise_after and noise.numel():
+        if noise is not None and self.noise_after:
             into, back = into + noise, back + noise
         weights = entmax15(back, dim=-1) if self.combine == "entmax15" else back.softmax(-1)
         kept = self._kept(len(hidden), num_experts, products) if training else None
