@@ -27,6 +27,7 @@ from transformers import (
 import upcycle
 from ranks import trainee_of
 from upcycle import Recipe, UpcycleError, families
+from upcycle.checkpoint import Checkpoint
 from upcycle.evaluate.scores import Asked, evaluate
 from upcycle.nn.moe import MoE
 from upcycle.subject import Subject
@@ -365,6 +366,17 @@ def test_a_bias_in_one_stack_alone(data, tmp_path):
     biases = {n: b for n, b in model.state_dict().items() if n.endswith("e_score_correction_bias")}
     assert len(biases) == 2
     assert all(n.startswith("decoder.") and 0 < float(b.abs().max()) <= 0.02 for n, b in biases.items())
+
+
+def test_a_router_has_no_moments_of_the_dense_model(data, tmp_path):
+    """Not in its query norm either, which starts as a copy of a norm of the dense model."""
+    changes = {**UPCYCLED, "router": {"name": "spherical"}, "optimizer": {"carry_state": True}}
+    run = Run.of(table("vit", data, tmp_path / "run", **changes))
+    entries = start._moments(Checkpoint.open(data / "vit"), run)
+    routers = {n: e for n, e in entries.items() if ".router." in n}
+    assert any("query_norm_weight" in n for n in routers)
+    assert not any(e.lazy.all("F32").any() for e in routers.values())
+    assert any(e.lazy.all("F32").any() for n, e in entries.items() if "layernorm_after.weight" in n)
 
 
 def test_groups_of_several_rows(data, tmp_path):
