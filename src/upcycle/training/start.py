@@ -289,8 +289,8 @@ def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
         table["router"] |= {"init": "zeros"}
     copied = Recipe.of(table)
     entries = blueprint(stored, copied).entries
-    # What no source tensor is in (constants, gates of shared experts) has no moments yet, nor has a router, though
-    # a norm of the dense model may be in it.
+    # What no source tensor is in (constants, gates of shared experts) has no moments yet, nor has a router,
+    # though a norm of the dense model may be in it.
     return {
         n: e
         if ".router." not in n and any(True for _ in e.lazy.sources())
