@@ -111,7 +111,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         total_parameters=total,
         active_parameters=total - idle.parameters,
         dense_flops_per_token=flops_per_token(built.dense),
-        flops_per_token=2 * (_in_products(shapes) + _tied_head(built.dense) - idle.in_products),
+        flops_per_token=2
+        * (_in_products(shapes) + _tied_head(built.dense) - idle.in_products + mixing(built)),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
         peak_memory_bytes=peak_memory(built, jobs),
         blueprint_hash=built.hash,
@@ -162,6 +163,17 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
     return Idle(parameters=round(parameters), in_products=round(products))
 
 
+def mixing(built: Blueprint, stack: str | None = None) -> int:
+    """What a token takes part in beside weights where a router has slots, counted in weights: its share of every
+    slot and every slot's share of it, 2 E S H a layer, in all layers (of one stack) together."""
+    total = 0
+    for site in built.sites:
+        router = built.recipe.at(site.stack).router
+        if router.has_slots and stack in (None, site.stack):
+            total += 2 * router.rows(site.num_experts + site.universal_experts) * site.hidden
+    return total
+
+
 def flops_per_token(dense: Dense) -> int:
     """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
     return 2 * (_in_products({n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
@@ -181,7 +193,8 @@ def flops_per_row(dense: Dense, built: Blueprint | None, lengths: Mapping[str, i
         products = _in_products({n: s for n, s in shapes.items() if family.stack_of(n) == stack.name})
         products += _tied_head(dense) if stack.name == last else 0
         length, width = lengths[stack.name], c["num_attention_heads"] * c["head_dim"]
-        products -= idle_weights(built, stack.name, length).in_products if built else 0
+        if built:
+            products += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
         scores = stack.count * 4 * width * length * length
         total += 2 * products * length + (scores // 2 if stack.causal else scores)
         if stack.name == "decoder":
