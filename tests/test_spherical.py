@@ -11,10 +11,12 @@ import entmax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import tiny
 import upcycle
-from upcycle import Recipe, blueprint, convert, families, plan, verify
+from upcycle import Recipe, blueprint, cli, convert, families, plan, verify
+from upcycle.anatomy import inspect
 from upcycle.cost import flops_per_row
 from upcycle.errors import UpcycleError
 from upcycle.hub import peek
@@ -245,6 +247,24 @@ def test_where_it_may_not_stand(tmp_path):
     moe = {"target": "upcycled", "num_experts": 4}
     with pytest.raises(UpcycleError, match="slot mixes all tokens"):
         blueprint(decoder, Recipe.of(moe=moe, router={"name": "spherical"}))
+
+
+def test_inspect_shows_universal_experts(tmp_path, capsys):
+    source = tiny.make(tmp_path / "vit", "ViTForImageClassification")
+    convert(source, tmp_path / "moe", Recipe.of({**SPHERICAL, "router": {"name": "spherical"}}))
+    row = inspect(tmp_path / "moe")["layers"][-1]
+    state = load_file(tmp_path / "moe" / "model.safetensors")
+    down, up = (
+        next(t for n, t in state.items() if n.endswith(f"3.mlp.universal.{part}_proj"))
+        for part in ("down", "up")
+    )
+    whole = np.concatenate([up.reshape(4, -1), down.reshape(4, -1)], 1)
+    whole /= np.linalg.norm(whole, axis=1, keepdims=True)
+    assert (row["num_experts"], row["width"]) == (3, 16)
+    assert (row["universal"]["num_experts"], row["universal"]["width"]) == (4, 5)
+    np.testing.assert_allclose(row["universal"]["cosine"], whole @ whole.T, atol=1e-5)
+    cli.main(["inspect", str(tmp_path / "moe")])
+    assert "3 + 4" in capsys.readouterr().out
 
 
 # --- Table 4

@@ -1,7 +1,7 @@
 """MoE Jetpack at small scale: does recycling a larger ViT into small experts pay?
 
-Trains a larger and a smaller predecessor on CIFAR-10, measures the larger one, then trains every variant on every
-seed, on CIFAR-10 and on Fashion-MNIST, and gathers `results.json`; what is there already is not run again.
+Trains a larger and a smaller predecessor on CIFAR-10, measures the larger one, then trains every variant on
+every seed, on CIFAR-10 and Fashion-MNIST, and gathers `results.json`; what is there already is not run again.
 
     python experiments/moe_jetpack/run.py --images FOLDER
 """
@@ -26,7 +26,7 @@ SETS = ("cifar10", "fashion_mnist")
 SIZES = {"large": (128, 4), "small": (64, 2)}  # hidden size, heads
 KEYS = ("step", "held_out_loss", "held_out_accuracy")
 
-# 16 patches: half as many core experts and as many universal ones, as in the paper; 16 experts where all are alike.
+# 16 patches: half as many core experts and as many universal ones, as in the paper; 16 where all are alike.
 LAYERS: dict[str, Any] = {"target": "upcycled", "layers": "last_half"}
 DUAL = {"moe": {**LAYERS, "num_experts": 8, "universal_experts": 16}}
 ALIKE = {"moe": {**LAYERS, "num_experts": 16}}

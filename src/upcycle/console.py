@@ -163,14 +163,14 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
         if not row["num_experts"]:
             table.add_row(_place(row), "dense", str(row["width"]), row["dtype"], "", "", "")
             continue
-        between = row["cosine_between"]
         dense = row["cosine_to_dense"]
+        groups = [row, *([row["universal"]] if "universal" in row else [])]
         table.add_row(
             _place(row),
-            str(row["num_experts"]),
-            str(row["width"]),
+            " + ".join(str(group["num_experts"]) for group in groups),
+            " + ".join(str(group["width"]) for group in groups),
             row["dtype"],
-            f"{between['mean']:.4f} ({between['min']:.4f}..{between['max']:.4f})" if between else "",
+            " and ".join(_range(group["cosine_between"]) for group in groups if group["cosine_between"]),
             f"{sum(dense) / len(dense):.4f}" if dense else "",
             f"{sum(row['router_norms']) / len(row['router_norms']):.4f}",
         )
@@ -185,6 +185,10 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
             out.print(f"blueprint {made['blueprint_hash']}")
     for note in anatomy["notes"]:
         out.print(f"[dim]{note}[/]", markup=True)
+
+
+def _range(found: dict[str, float]) -> str:
+    return f"{found['mean']:.4f} ({found['min']:.4f}..{found['max']:.4f})"
 
 
 def _how(recipe: dict[str, Any]) -> str:

@@ -164,8 +164,8 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
 
 
 def mixing(built: Blueprint, stack: str | None = None) -> int:
-    """What a token takes part in beside weights where a router has slots, counted in weights: its share of every
-    slot and every slot's share of it, 2 E S H a layer, in all layers (of one stack) together."""
+    """What a token takes part in beside weights where a router has slots, counted in weights: its share of
+    every slot and every slot's share of it, 2 E S H a layer, in all layers (of one stack) together."""
     total = 0
     for site in built.sites:
         router = built.recipe.at(site.stack).router
