@@ -395,8 +395,8 @@ def test_thinned_universal_neurons():
         expert_width=24, universal_experts=3, universal_width=6, seed=0, grouped_router=False,
         uniform_router=False, gate_sum=1.0,
     )  # fmt: skip
-    core = init._neurons(96, 2, site).values
-    thin = init._neurons(96, 2, site.universal).values
+    core = init.neurons(2, site).values
+    thin = init.neurons(2, site.universal).values
     assert len(core) == 24
     np.testing.assert_array_equal(thin, core[np.round(np.linspace(0, 23, 6)).astype(int)])
 
@@ -477,7 +477,19 @@ def test_a_vit_is_calibrated_and_recycled(name, preset, big, small, tmp_path):
     taken = np.stack([np.isin(whole, row) for row in experts])
     assert (taken.sum(1) == 48).all()
     assert len({tuple(row) for row in taken.tolist()}) == 5
-    if preset == "paper":
+    with np.load(tmp_path / "moe" / "selection.npz") as kept:
+        chosen = dict(kept)
+    for e, bias in enumerate(experts):
+        np.testing.assert_array_equal(whole[chosen[f"neurons.layers.3.expert.{e}"]], bias)
+    assert len(chosen["neurons.layers.3.expert.8"]) == 12  # the last universal one
+    assert ("channels.layers" in chosen) is (preset == "paper")
+    if preset == "repo":
+        assert chosen["channels.layers.3.expert.0"].shape == (16,)
+    else:
+        mine = stored(big)["vit.layernorm.weight"][chosen["channels.layers"]]
+        np.testing.assert_array_equal(model.vit.layernorm.weight.detach().numpy(), mine)
+        assert chosen["heads.layers.0"].shape == (2,)
+        assert chosen["neurons.layers.0"].shape == (48,)  # of 96
         norms = np.sum([found.of("channels", "layers", i, "l2") for i in range(4)], 0)
         best = np.sort(np.argsort(-norms, kind="stable")[:16])
         wanted = stored(big)["vit.layernorm.weight"][best]
@@ -517,7 +529,7 @@ def test_a_trained_language_model_is_recycled(name, stories, tinystories, tmp_pa
     assert loss < np.log(model.config.vocab_size)
     built = blueprint(stories, recipe)
     norms = found.of("neurons", "layers", 2, "l2")
-    chosen = [built.recipe.init._neurons(width, e, built.sites[2]).values for e in range(8)]
+    chosen = [built.recipe.init.neurons(e, built.sites[2]).values for e in range(8)]
     assert all(len({*row.tolist()}) == half for row in chosen)
     if name == "importance":
         assert np.mean([norms[row].mean() for row in chosen]) > norms.mean()
