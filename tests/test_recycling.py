@@ -130,7 +130,11 @@ def test_a_narrow_dense_model_says_what_it_is(big, tmp_path, capsys):
     assert f"# {big.name}, narrower" in card
     assert "initialisation `uniform`" in card
     assert "weights are left out: the function is not kept" in card
-    assert plan(big, recipe).kind == "narrower"
+    found = plan(big, recipe)
+    assert found.kind == "narrower"
+    sizes = [sum(t.size for t in stored(f).values()) for f in (big, tmp_path / "narrow")]
+    assert [found.dense_parameters, found.total_parameters] == sizes
+    assert found.flops_per_token < found.dense_flops_per_token
     console.show_plan(plan(big, recipe))
     said = capsys.readouterr().out
     assert "narrower" in said
@@ -408,6 +412,10 @@ def test_thinned_universal_neurons():
     ("recipe", "said"),
     [
         ({"moe": {"target": "dense"}, "init": {"name": "uniform"}}, "add that section"),
+        (
+            {"moe": {"target": "dense"}, "init": {"name": "uniform"}, "successor": {"hidden_size": 16}},
+            "makes no experts, and moe.num_experts",
+        ),
         ({"successor": {"hidden_size": 16}}, "chooses weights"),
         ({"init": {"name": "uniform"}, "successor": {"hidden_size": 12}}, "whole heads are kept"),
         ({"init": {"name": "uniform"}, "successor": {"hidden_size": 64}}, "must not be wider"),

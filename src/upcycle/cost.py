@@ -90,6 +90,7 @@ def plan(
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
     """The plan of a blueprint."""
     moe = built.recipe.moe
+    dense = built.dense.whole if built.native.dense else built.dense
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
     shapes = {n: e.shape for n, e in built.entries.items()}
@@ -107,10 +108,10 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         universal_experts=built.sites[0].universal_experts if built.sites else 0,
         universal_width=built.sites[0].universal_width if built.sites else 0,
         shared_width=built.shared_width,
-        dense_parameters=sum(t.size for t in built.dense.tensors.values()),
+        dense_parameters=sum(t.size for t in dense.tensors.values()),
         total_parameters=total,
         active_parameters=total - idle.parameters,
-        dense_flops_per_token=flops_per_token(built.dense),
+        dense_flops_per_token=flops_per_token(dense),
         flops_per_token=2
         * (_in_products(shapes) + _tied_head(built.dense) - idle.in_products + mixing(built)),
         output_bytes=lay_out(built.entries, shard_size).nbytes,

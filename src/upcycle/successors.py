@@ -108,6 +108,10 @@ class Narrowed(Dense):
             **dict.fromkeys(theirs, "experts come from the predecessor"),
         }
 
+    @property
+    def whole(self) -> Dense:
+        return self.predecessor
+
     def origin(self, layer: int, stack: str = "layers") -> FeedForward:
         return self.predecessor.feed_forward(layer, stack)
 
@@ -175,6 +179,7 @@ def _widths(predecessor: Dense, wanted: Successor) -> tuple[dict[str, int], dict
     return hidden, width
 
 
-def target(dense: Dense) -> Native:
-    """The dense class itself, narrower."""
+def target(dense: Dense, recipe: Recipe) -> Native:
+    """The dense class itself, narrower. Refuses a recipe that asks for experts."""
+    upcycled.refuse_experts(recipe, ("moe", "router"))
     return upcycled.dense_class(dense.family.model_type, dense.architecture, "narrower")
