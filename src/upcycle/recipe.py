@@ -182,8 +182,8 @@ def _part(name: str, value: Any, moe: Mapping[str, Any], router: Mapping[str, An
 
 
 def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
-    """The table in a TOML file. With `base = FILE` (from the file's own folder) it goes over that one's: tables
-    key by key, everything else whole."""
+    """The table in a TOML file. With `base = FILE` (from the file's own folder) it goes over that one's:
+    tables key by key, everything else whole."""
     return _read_toml(path, what, ())
 
 
