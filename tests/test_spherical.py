@@ -249,6 +249,22 @@ def test_where_it_may_not_stand(tmp_path):
         blueprint(decoder, Recipe.of(moe=moe, router={"name": "spherical"}))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "norm"),
+    [
+        ("ViTForImageClassification", "vit.encoder.layer.3.layernorm_after"),
+        ("BertForMaskedLM", "bert.encoder.layer.3.attention.output.LayerNorm"),
+    ],
+)
+def test_queries_inherit_the_norm_before_the_network(architecture, norm, tmp_path):
+    source = tiny.make(tmp_path / "dense", architecture)
+    built = blueprint(source, Recipe.of({**SPHERICAL, "router": {"name": "spherical"}}))
+    for part in ("weight", "bias"):
+        name = next(n for n in built.entries if f".3." in n and n.endswith(f"query_norm_{part}"))
+        wanted = load_file(source / "model.safetensors")[f"{norm}.{part}"]
+        np.testing.assert_array_equal(built.entries[name].lazy.all("F32"), wanted)
+
+
 def test_inspect_shows_universal_experts(tmp_path, capsys):
     source = tiny.make(tmp_path / "vit", "ViTForImageClassification")
     convert(source, tmp_path / "moe", Recipe.of({**SPHERICAL, "router": {"name": "spherical"}}))
