@@ -68,7 +68,7 @@ def statements(situation: Situation) -> list[Statement]:
     ours = FINE if situation.built.recipe.moe.granularity >= FINE_GRAINED else OURS
     for published in (ours, BEST):
         hours = gpu_hours(situation, published.mfu)
-        said = f"{hours:,.4g} hours of one {gpu.name} at {published.mfu:.1%} of its peak"
+        said = f"{_hours(hours)} of one {gpu.name} at {published.mfu:.1%} of its peak"
         if count is not None:
             said += f", {_period(hours / count)} on {count}"
         out.append(
@@ -94,6 +94,10 @@ def _covered(situation: Situation) -> tuple[bool, str]:
 
 
 def _period(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{3600 * hours:.3g} seconds"
+    return f"{hours / 24:.1f} days" if hours >= 48 else _hours(hours)
+
+
+def _hours(hours: float) -> str:
+    if hours < 1:
+        return f"{3600 * hours:.3g} seconds"
+    return f"{hours:,.0f} hours" if hours >= 100 else f"{hours:.1f} hours"

@@ -35,42 +35,31 @@ def verdict(situation: Situation) -> Verdict:
 
 
 def _by_law(situation: Situation, found: dict[Choice, float]) -> Verdict:
-    ordered = sorted(found, key=found.__getitem__)
-    best, second = ordered[:2]
-    gap = found[second] - found[best]
+    best, second, *_ = ordered = sorted(found, key=found.__getitem__)
     told = ", ".join(f"{what} {found[what]:.3f}" for what in ordered)
-    missing = "" if "dense continuation" in found else "; how dense continuation compares is not known"
+    given = f"the fitted law gives {told} nats per token"
+    init = f", {initialisation(situation)}," if best == "upcycling" else ""
+    if "dense continuation" not in found:
+        given += "; how dense continuation compares is not known, as the law does not reach so many tokens"
     sure = "sure as far as one fit on one corpus is"
-    if gap < CLOSE:
-        return Verdict(
-            choice=None,
-            sure="fitted law",
-            sentence=f"Too close to call between {best} and {second}: the fitted law gives {told} nats per "
-            f"token{missing}; {MEASURE}.",
-        )
-    if missing and best == "upcycling":
-        return Verdict(
-            choice=None,
-            sure="fitted law",
-            sentence=f"Not from scratch: the fitted law gives {told} nats per token{missing} ({sure}).",
-        )
-    with_init = f", {initialisation(situation)}," if best == "upcycling" else ""
-    return Verdict(
-        choice=best,
-        sure="fitted law",
-        sentence=f"{best[0].upper()}{best[1:]}{with_init} is best: the fitted law gives {told} nats per token"
-        f"{missing} ({sure}).",
-    )
+    choice: Choice | None = None
+    if found[second] - found[best] < CLOSE:
+        said = f"Too close to call between {best} and {second}: {given}; {MEASURE}."
+    elif "dense continuation" not in found:
+        said = f"Rather {best}{init} than {second}: {given} ({sure})."
+    else:
+        choice, said = best, f"{best[0].upper()}{best[1:]}{init} is best: {given} ({sure})."
+    return Verdict(choice=choice, sure="fitted law", sentence=said)
 
 
 def _by_results(situation: Situation) -> Verdict:
     scratch, why = _against_scratch(situation)
+    beyond = "the fitted law does not reach this input"
     runs = [
         comparison
         for comparison in published.COMPARISONS
         if comparison.kind == situation.kind and published.comparison_inside(situation, comparison)[0]
     ]
-    beyond = "the fitted law does not reach this input"
     if scratch == "above":
         return Verdict(
             choice="from scratch",
@@ -100,6 +89,13 @@ def _by_results(situation: Situation) -> Verdict:
             choice=None,
             sure="rule of thumb",
             sentence=f"Not settled: {why}, and {beyond}: {MEASURE}.",
+        )
+    if situation.asked.dense_tokens is None:
+        return Verdict(
+            choice=None,
+            sure="not known",
+            sentence="This cannot be said without --dense-tokens, what the dense model was trained on: the "
+            f"fitted law and the published crossovers ask for it; else {MEASURE}.",
         )
     return Verdict(
         choice=None,
