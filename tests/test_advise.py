@@ -102,9 +102,9 @@ def test_losses_fall(law):
 
 
 def test_a_crossover_outside_the_fitted_tokens_is_none():
-    n, d1, most = 1e8, 368e9, scaling_law.TOKENS[1]
+    n, d1, most = 5e8, 368e9, scaling_law.TOKENS[1]
     assert scaling_law.from_scratch(n, most) > scaling_law.upcycled(n, d1, most)
-    assert scaling_law.from_scratch(n, 9 * most) < scaling_law.upcycled(n, d1, 9 * most)
+    assert scaling_law.from_scratch(n, 3 * most) < scaling_law.upcycled(n, d1, 3 * most)
     assert scaling_law.overtaken(n, d1) is None
 
 
