@@ -364,6 +364,17 @@ def test_a_large_model_needs_many_gpus(large):
     assert layout.statements(situation(large["8B"], tokens=1))[0].value == least
 
 
+def test_gathered_blocks_by_hand(large):
+    """Two blocks in bfloat16 with an eighth of the experts, the gradients of one in bfloat16 and float32; the
+    embedding and the head, whole, with theirs. One GPU keeps a bfloat16 copy of everything."""
+    here = situation(large["8B"], tokens=1)
+    h, i = 4096, 14336
+    block = 2 * h * h + 2 * h * 1024 + 8 * h + 2 * h + 3 * h * i
+    ends = 2 * 128256 * h + h
+    assert layout.per_gpu(here, 512).gathered == (2 + 2 + 2 + 4) * block + (2 + 2 + 4) * ends
+    assert layout.per_gpu(here, 1).gathered == 2 * here.plan.total_parameters
+
+
 def test_memory_falls_with_gpus_and_rises_with_context(large):
     here = situation(large["8B"], tokens=1)
     totals = [layout.per_gpu(here, count).total for count in (2, 4, 8, 16, 64, 512)]
@@ -462,6 +473,8 @@ def test_the_verdict_follows_the_law(large, tokens, dense_tokens):
         ),
         ("t5", S, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "at equal cost"),
         ("t5", S, {"tokens": 200e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
+        ("t5", S, {"tokens": 105e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
+        ("t5", S, {"tokens": 80e9, "dense_tokens": 100e9}, None, "rule of thumb", "Not from scratch"),
         ("vit", S, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "Sparse"),
         ("vit", S, {"tokens": 900e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
         ("1B", {}, {"tokens": 250e9, "dense_tokens": 20e9}, None, "fitted law", "Rather from scratch than"),

@@ -24,6 +24,7 @@ LOGITS = 2 + 4 + 4 + 4  # bytes a logit: bf16, float32, its log-softmax, the gra
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, buffers of collectives, fragments
 MOST_EXPERT_PARALLEL = 8  # ranks of one machine, where all-to-all is cheap
 MOST_GPUS = 1 << 16
+UNMEASURED = "the estimates were not compared with a GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +120,9 @@ def statements(situation: Situation) -> list[Statement]:
     enough = f"the least power of two is {needed} {gpu.name}" if needed else f"no number of {gpu.name} does"
     if count is None:
         said = f"training in mixed precision: {enough}"
-        why = "the layout of upcycle train, one row at a time, layers recomputed"
+        why = f"the layout of upcycle train, one row at a time, layers recomputed; {UNMEASURED}"
         return [
-            Statement(topic=topic, said=said, value=needed, unit="GPUs", source=source, inside=True, why=why)
+            Statement(topic=topic, said=said, value=needed, unit="GPUs", source=source, inside=None, why=why)
         ]
     found, ep = per_gpu(situation, count), expert_parallel(count, situation.built)
     parts = ", ".join(
@@ -131,13 +132,12 @@ def statements(situation: Situation) -> list[Statement]:
             ("gathered blocks", found.gathered), ("activations", found.activations),
         )
     )  # fmt: skip
-    why = (
-        f"parallel.fsdp = {count}, ep = {ep}; one row of {max(situation.lengths.values()):,} tokens at a time"
-    )
+    row = max(situation.lengths.values())
+    why = f"parallel.fsdp = {count}, ep = {ep}; one row of {row:,} tokens at a time; {UNMEASURED}"
     out = [
         Statement(
             topic=topic, said=f"each GPU holds {size(found.total)}: {parts}", value=found.total,
-            unit="bytes", source=source, inside=True, why=why,
+            unit="bytes", source=source, inside=None, why=why,
         )
     ]  # fmt: skip
     room = f"{USABLE:.0%} of the {size(gpu.memory)} of {gpu.name}"
@@ -151,7 +151,7 @@ def statements(situation: Situation) -> list[Statement]:
     out.append(
         Statement(
             topic=topic, said=said, value=needed, unit="GPUs at least", source="data sheet of the maker",
-            inside=True, why=why,
+            inside=None, why=why,
         )
     )  # fmt: skip
     return out

@@ -40,7 +40,7 @@ def upcycled(n: float, d1: float, d2: float) -> float:
     """The loss of the MoE that is made of a dense model of `n` parameters and `d1` tokens, `d2` tokens later.
 
     A D1^-a1 D2^(-a2 + a3 ln D1) + B N^-b + E: the more the dense model has seen, the more slowly the MoE
-    learns (a3).
+    learns (a3). Liew and Kato (arXiv 2510.06548) found the same form for other ways to reuse a model.
     """
     return 16.3 * d1**-0.043 * d2 ** (-0.085 + 7.98e-4 * math.log(d1)) + 8.53 * n**-0.112 + IRREDUCIBLE
 
