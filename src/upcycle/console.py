@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from upcycle.advise.gather import Advice
     from upcycle.cost import Plan
     from upcycle.proof import Proof
     from upcycle.statistics import Statistics
@@ -78,6 +80,25 @@ def show_plan(plan: Plan) -> None:
     out.print("computes what the dense model computes: " + ("yes" if plan.preserves_function else "no"))
     out.print(f"blueprint {plan.blueprint_hash}")
     show_warnings(plan.warnings)
+
+
+def show_advice(advice: Advice) -> None:
+    """A row a statement, with its source and whether the input lies where it was found, and the verdict."""
+    plan = advice.plan
+    shown = Table(title=f"{plan.family} -> {plan.target}: {plan.made}", title_justify="left", box=None,
+                  pad_edge=False, header_style="bold", width=out.width)  # fmt: skip
+    shown.add_column("what", no_wrap=True)
+    for column, share in (("", 5), ("source", 3), ("inside its range", 3)):
+        shown.add_column(column, ratio=share, overflow="fold")
+    topic = ""
+    for statement in advice.statements:
+        mark = {True: "yes", False: "no", None: "not known"}[statement.inside]
+        new = statement.topic if statement.topic != topic else ""
+        cells = (new, statement.said, statement.source, f"{mark}: {statement.why}")
+        shown.add_row(*map(escape, cells))
+        topic = statement.topic
+    out.print(shown, soft_wrap=False)
+    out.print(f"\n{advice.verdict.sentence}", markup=False)
 
 
 def show_converted(plan: Plan, folder: Path) -> None:

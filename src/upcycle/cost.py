@@ -180,10 +180,13 @@ def flops_per_token(dense: Dense) -> int:
     return 2 * (_in_products({n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
 
 
-def flops_per_row(dense: Dense, built: Blueprint | None, lengths: Mapping[str, int]) -> int:
+def flops_per_row(
+    dense: Dense, built: Blueprint | None, lengths: Mapping[str, int], *, all_scores: bool = False
+) -> int:
     """FLOPs of a forward pass of a row of so many tokens in each stack: matrix products, attention scores.
 
-    Causal attention needs half of the scores, on average. `built` is None for the dense model itself.
+    Causal attention needs half of the scores, on average; `all_scores` counts both halves, as papers do that
+    state FLOPs or MFU. `built` is None for the dense model itself.
     """
     family, c = dense.family, dense.config
     stacks = family.stacks(built.family_config) if built else dense.stacks
@@ -197,7 +200,7 @@ def flops_per_row(dense: Dense, built: Blueprint | None, lengths: Mapping[str, i
         if built:
             products += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
         scores = stack.count * 4 * width * length * length
-        total += 2 * products * length + (scores // 2 if stack.causal else scores)
+        total += 2 * products * length + (scores // 2 if stack.causal and not all_scores else scores)
         if stack.name == "decoder":
             total += stack.count * 4 * width * length * lengths["encoder"]
     return total
