@@ -260,7 +260,7 @@ def test_queries_inherit_the_norm_before_the_network(architecture, norm, tmp_pat
     source = tiny.make(tmp_path / "dense", architecture)
     built = blueprint(source, Recipe.of({**SPHERICAL, "router": {"name": "spherical"}}))
     for part in ("weight", "bias"):
-        name = next(n for n in built.entries if f".3." in n and n.endswith(f"query_norm_{part}"))
+        name = next(n for n in built.entries if ".3." in n and n.endswith(f"query_norm_{part}"))
         wanted = load_file(source / "model.safetensors")[f"{norm}.{part}"]
         np.testing.assert_array_equal(built.entries[name].lazy.all("F32"), wanted)
 
