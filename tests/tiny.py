@@ -153,13 +153,13 @@ def make_headers(folder: Path, config: dict[str, Any], dtype: str = "BF16") -> P
     return folder
 
 
-def make_bytes_tokenizer(folder: Path) -> None:
-    """A tokenizer of bytes in `folder`: <s> is 1 and stands before every text, </s> is 2."""
+def make_bytes_tokenizer(folder: Path, *marks: str) -> None:
+    """A tokenizer of bytes in `folder`: <s> is 1 and stands before every text, </s> is 2; `marks` come last."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet, *marks])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

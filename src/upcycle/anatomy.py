@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from upcycle import families, natives, provenance, upcycled
+from upcycle.blueprints import blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.dtypes import TORCH_NAMES
 from upcycle.errors import UpcycleError
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored, blocks
+from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit
 
 
@@ -33,12 +35,11 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         if model_type in natives.names() or upcycled_from:
             dense = _dense_source(source, made, notes)
             try:
-                parts = (
-                    _upcycled_parts(opened, upcycled_from)
-                    if upcycled_from
-                    else _native_parts(opened, natives.find(str(model_type)))
-                )
+                tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
+                parts = _parts(opened, tensors)
                 layers = [_row(part, dense, notes) for part in parts]
+                if made is not None and dense is not None and made.get("training"):
+                    _add_start(layers, opened, made, dense, notes)
             except KeyError as error:
                 raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
             finally:
@@ -55,6 +56,24 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
             "provenance": made,
             "notes": notes,
         }
+
+
+def _add_start(
+    layers: list[dict[str, Any]], opened: Checkpoint, made: dict[str, Any], dense: Dense, notes: list[str]
+) -> None:
+    """How alike the experts of a trained model were when its training began."""
+    try:
+        built = blueprint(dense.checkpoint, Recipe.of(made["recipe"]))
+    except UpcycleError as error:
+        notes.append(f"what the experts began as cannot be made again: {error}")
+        return
+    if built.hash != made["blueprint_hash"] or made["training"][0].get("from_scratch"):
+        notes.append("what the experts began as cannot be made again: it was from other weights")
+        return
+    begun = _parts(opened, {name: entry.lazy for name, entry in built.entries.items()})
+    for row, part in zip(layers, begun, strict=True):
+        if part.router is not None:
+            row["cosine_between_at_start"] = _between(_cosines(part.experts))
 
 
 def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes: list[str]) -> Dense | None:
@@ -85,12 +104,20 @@ class _Part:
     universal: Sequence[FeedForward] = ()
 
 
-def _native_parts(opened: Checkpoint, native: natives.Native) -> list[_Part]:
+def _parts(opened: Checkpoint, tensors: Mapping[str, Lazy]) -> list[_Part]:
+    """The blocks of the model that `opened` is, with these tensors."""
+    upcycled_from = upcycled.dense_type(opened.config)
+    if upcycled_from:
+        return _upcycled_parts(opened, upcycled_from, tensors)
+    return _native_parts(opened, natives.find(str(opened.config.get("model_type"))), tensors)
+
+
+def _native_parts(opened: Checkpoint, native: natives.Native, stored: Mapping[str, Lazy]) -> list[_Part]:
     by_layer: dict[int, dict[str, Lazy]] = {}
-    for name, info in opened.tensors.items():
+    for name, tensor in stored.items():
         if name.startswith("model.layers."):
             layer, _, rest = name.removeprefix("model.layers.").partition(".")
-            by_layer.setdefault(int(layer), {})[rest] = Stored(opened, info)
+            by_layer.setdefault(int(layer), {})[rest] = tensor
     if not by_layer:
         raise UpcycleError(f"{opened.folder} has no tensors of layers (model.layers.N. ...)")
     parts = []
@@ -102,10 +129,9 @@ def _native_parts(opened: Checkpoint, native: natives.Native) -> list[_Part]:
     return parts
 
 
-def _upcycled_parts(opened: Checkpoint, model_type: str) -> list[_Part]:
+def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, Lazy]) -> list[_Part]:
     family = families.find(model_type)
     config = family.config(upcycled.dense_config(opened.config))
-    tensors: dict[str, Lazy] = {name: Stored(opened, info) for name, info in opened.tensors.items()}
     moe = {(e["stack"], i) for e in opened.config["moe"] for i in e["layers"]}
     parts = []
     for stack in family.stacks(config):

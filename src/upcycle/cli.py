@@ -25,6 +25,7 @@ Source = Annotated[
     arg(metavar="SOURCE", help="dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)"),
 ]
 Out = Annotated[Positional[Path], arg(metavar="OUT")]
+Domains = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[NAME=]PATH")]
 Jobs = Annotated[int, arg(metavar="N", help="threads that read, compute and write")]
 
 
@@ -353,20 +354,62 @@ def inspect(
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
     *,
     source: str | None = None,
+    text: Domains = (),
+    images: Domains = (),
+    limit: int = 256,
+    length: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    cache: Path | None = None,
     json: bool = False,
 ) -> None:
     """Show the experts of a checkpoint: width, similarity to each other and to the dense network, routers.
 
+    With texts or images, one set for each domain, it also shows who goes where: load and confidence of every
+    layer, tokens left behind, how differently the domains use the experts, and each expert's favourites. That
+    is kept as routing.json in the folder.
+
     Args:
         checkpoint: an MoE or a dense checkpoint, folder or hub id
         source: the dense checkpoint it was made from (what its provenance names, if absent)
+        text: a text to watch the routers on, and the name of its domain; repeatable
+        images: likewise a set of images
+        limit: rows or images of each domain at most; 0: all
+        length: tokens of a row of text (512, or as many as the model takes, if absent)
+        batch_size: rows or images of a forward pass
+        seed: of the choice of rows
+        cache: folder for decoded images and token files
         json: print JSON
     """
     from upcycle import console
     from upcycle.anatomy import inspect as look
 
     result = look(checkpoint, source)
+    if text or images:
+        from upcycle.evaluate.specialisation import Asked, specialisation
+
+        asked = Asked(
+            text=_domains(text), images=_domains(images), limit=limit, length=length,
+            batch_size=batch_size, seed=seed, cache=cache,
+        )  # fmt: skip
+        with console.examples_bar("watching") as (progress, set_total):
+            seen = specialisation(result["checkpoint"], asked, progress=progress, planned=set_total)
+        seen.save()
+        result["routing"] = seen.as_dict()
     console.show_json(result) if json else console.show_anatomy(result)
+
+
+def _domains(given: tuple[str, ...]) -> dict[str, Path]:
+    """`NAME=PATH`, or a path whose name is the domain's, as paths by name."""
+    out: dict[str, Path] = {}
+    for domain in given:
+        name, equals, path = domain.partition("=")
+        path = path if equals else domain
+        name = name if equals else Path(domain).stem
+        if name in out:
+            raise UpcycleError(f"two sets are called {name}; give them names of their own: NAME=PATH")
+        out[name] = Path(path)
+    return out
 
 
 @app.command(name="list")

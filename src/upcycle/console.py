@@ -191,11 +191,14 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
             " + ".join(str(group["num_experts"]) for group in groups),
             " + ".join(str(group["width"]) for group in groups),
             row["dtype"],
-            " and ".join(_range(group["cosine_between"]) for group in groups if group["cosine_between"]),
+            " and ".join(_range(group["cosine_between"]) for group in groups if group["cosine_between"])
+            + _began(row.get("cosine_between_at_start")),
             f"{sum(dense) / len(dense):.4f}" if dense else "",
             f"{sum(row['router_norms']) / len(row['router_norms']):.4f}",
         )
     out.print(table)
+    if "routing" in anatomy:
+        show_routing(anatomy["routing"])
     if anatomy["provenance"]:
         made = anatomy["provenance"]
         how = _how(made["recipe"]) if made["recipe"] else ""
@@ -208,8 +211,36 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
         out.print(f"[dim]{note}[/]", markup=True)
 
 
+def show_routing(routing: dict[str, Any]) -> None:
+    """Who went where: one row a layer, then each expert's favourite tokens."""
+    names = [domain["name"] for domain in routing["domains"]]
+    table = grid(
+        f"\non {', '.join(names)}", "layer", "busiest", "idlest", "confidence", "left behind", "divergence"
+    )
+    for row in routing["layers"]:
+        load, apart = row["load"], [x for i, line in enumerate(row["divergence"]) for x in line[:i]]
+        table.add_row(
+            _place(row if row["stack"] != "layers" else {"layer": row["layer"]}),
+            f"{max(load):.1%}",
+            f"{min(load):.1%}",
+            f"{row['confidence']:.3f}",
+            f"{row['left_behind']:.1%}",
+            f"{sum(apart) / len(apart):.4f} bits" if apart else "",
+        )
+    out.print(table)
+    if routing["kind"] == "text":
+        for row in routing["layers"]:
+            for expert, favourites in enumerate(row["favourites"]):
+                liked = " ".join(str(token) for token, _ in favourites)
+                out.print(f"layer {row['layer']}, expert {expert}: {liked}")
+
+
 def _range(found: dict[str, float]) -> str:
     return f"{found['mean']:.4f} ({found['min']:.4f}..{found['max']:.4f})"
+
+
+def _began(found: dict[str, float] | None) -> str:
+    return f", began at {found['mean']:.4f}" if found else ""
 
 
 def _how(recipe: dict[str, Any]) -> str:

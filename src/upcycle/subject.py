@@ -20,6 +20,16 @@ class Subject:
     folder: Path  # tokenizer files
     config: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, folder: Path) -> Subject:
+        """The model in a folder."""
+        return cls(
+            folder=folder,
+            config=read_json(
+                folder / "config.json", f"{folder} has no config.json; give a folder of a model"
+            ),
+        )
+
     @property
     def architecture(self) -> str:
         """The class of transformers, without what upcycling adds to its name."""
@@ -40,8 +50,10 @@ class Subject:
     @property
     def length(self) -> int:
         """Tokens of a row: those of an image, or as many as there are positions."""
-        dense_type = upcycled.dense_type(self.config) or str(self.config.get("model_type"))
-        return families.find(dense_type).length(dict(self.settings))
+        model_type = upcycled.dense_type(self.config) or str(self.config.get("model_type"))
+        if model_type not in families.names():  # a native MoE class
+            return int(self.config["max_position_embeddings"])
+        return families.find(model_type).length(dict(self.settings))
 
     @property
     def vocab_size(self) -> int:

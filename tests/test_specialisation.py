@@ -1,0 +1,240 @@
+"""What inspect sees of a model at work, against transformers' own router outputs and plain loops."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+import upcycle
+from upcycle import Recipe, cli, convert
+from upcycle.anatomy import inspect
+from upcycle.errors import UpcycleError
+from upcycle.evaluate.rows import of_images, of_text
+from upcycle.evaluate.specialisation import Asked, divergence, specialisation
+from upcycle.subject import Subject
+from upcycle.training.export import export
+from upcycle.training.loop import train
+from upcycle.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory, trainable) -> dict[str, Path]:
+    """Two domains: stories, and the same letters in capitals."""
+    folder = tmp_path_factory.mktemp("texts")
+    text = trainable[1].read_text()[:20_000]
+    (folder / "stories.txt").write_text(text)
+    (folder / "loud.txt").write_text(text.upper())
+    return {"stories": folder / "stories.txt", "loud": folder / "loud.txt"}
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory, trainable) -> Path:
+    folder = tmp_path_factory.mktemp("mixtral") / "moe"
+    router = {"std": 1.0}
+    convert(
+        trainable[0],
+        folder,
+        Recipe.of(moe={"num_experts": 4}, init={"name": "drop", "ratio": 0.5}, router=router),
+    )
+    return folder
+
+
+def naive(distributions: list[np.ndarray]) -> float:
+    """Jensen-Shannon as the entropy of the mean less the mean of the entropies, in bits."""
+
+    def entropy(p):
+        return -sum(x * math.log2(x) for x in p if x > 0)
+
+    return entropy(np.mean(distributions, 0)) - np.mean([entropy(p) for p in distributions])
+
+
+def test_divergence_in_closed_form():
+    assert divergence(np.array([0.5, 0.5]), np.array([0.5, 0.5])) == 0
+    assert divergence(np.array([1.0, 0, 0]), np.array([0, 0.5, 0.5])) == pytest.approx(1)
+    random = np.random.default_rng(0)
+    p, q = random.dirichlet(np.ones(6), 2)
+    assert divergence(p, q) == pytest.approx(naive([p, q]))
+
+
+def test_a_native_class_is_what_transformers_says(mixtral, texts, tmp_path):
+    """Loads, confidence, divergence and favourites from `output_router_logits`, token by token."""
+    found = specialisation(
+        mixtral, Asked(text=texts, limit=12, length=64, batch_size=5, cache=tmp_path)
+    ).as_dict()
+    model = upcycle.open(mixtral).eval()
+    subject = Subject.of(mixtral)
+    tokenizer = upcycle_tokenizer(mixtral)
+    loads, sure, seen = (
+        defaultdict(lambda: np.zeros(4)),
+        defaultdict(list),
+        [defaultdict(list) for _ in range(5)],
+    )
+    for name, path in texts.items():
+        rows = of_text(path, subject, tmp_path, gradient=False, seed=0, length=64)
+        order = next(d for d in found["domains"] if d["name"] == name)
+        assert order["rows"] == 12
+        for number in upcycle_order(rows.count)[:12]:
+            tokens = torch.from_numpy(rows.read(np.array([number]))["rows"][:, :-1])
+            with torch.inference_mode():
+                logits = model(tokens, output_router_logits=True).router_logits
+            for layer, scores in enumerate(logits):
+                for token, row in zip(tokens[0].tolist(), scores.softmax(-1).numpy(), strict=True):
+                    for e in np.argsort(-row)[:2]:
+                        loads[layer, name][e] += 1
+                    sure[layer].append(row.max())
+                    seen[layer][token].append(row)
+    for layer, row in enumerate(found["layers"]):
+        assert (row["stack"], row["layer"], row["left_behind"]) == ("layers", layer, 0)
+        shares = {name: loads[layer, name] / loads[layer, name].sum() for name in texts}
+        for name in texts:
+            np.testing.assert_allclose(row["load_by_domain"][name], shares[name], atol=2e-6)
+        assert row["confidence"] == pytest.approx(np.mean(sure[layer]), abs=1e-5)
+        assert row["divergence"][0][1] == pytest.approx(naive([*shares.values()]), abs=1e-5)
+        assert row["divergence"][0][1] > 0.001
+        means = {t: np.mean(rows, 0) for t, rows in seen[layer].items() if len(rows) >= 5}
+        for e, favourites in enumerate(row["favourites"]):
+            best = sorted(means, key=lambda t: -means[t][e])[:8]
+            np.testing.assert_allclose([m for _, m in favourites], [means[t][e] for t in best], atol=1e-5)
+            assert favourites[0][0] == tokenizer.convert_ids_to_tokens(best[0])
+
+
+def upcycle_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def upcycle_order(count):
+    from upcycle import rng
+
+    return rng.permutation(rng.key(0, "specialisation"), count)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> dict[str, Path]:
+    from PIL import Image
+
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for domain, low in (("dark", 0), ("light", 150)):
+        for i in range(6):
+            (folder / domain / "a").mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(low, low + 100, (12, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / domain / "a" / f"{i}.png")
+    return {name: folder / name for name in ("dark", "light")}
+
+
+@pytest.mark.parametrize(
+    "router", [{"name": "expert_choice", "capacity_factor": 1.0}, {"name": "soft"}, {"name": "spherical"}]
+)
+def test_images_and_their_patches(router, pictures, tmp_path):
+    """Counts of experts that choose, mean weights where all have as much, the patches they are surest of."""
+    source = tiny.make(tmp_path / "vit", "ViTForImageClassification", image_size=12, patch_size=3)
+    moe = {"num_experts": 4, "target": "upcycled", "layers": "last_half"}
+    convert(source, tmp_path / "moe", Recipe.of(moe=moe, router={**router, "std": 1.0}))
+    seen = specialisation(tmp_path / "moe", Asked(images=pictures, batch_size=4, cache=tmp_path))
+    found = seen.as_dict()
+    model, subject = upcycle.open(tmp_path / "moe").eval(), Subject.of(tmp_path / "moe")
+    routings = []
+    place = next(i for i, block in enumerate(model.vit.layers) if hasattr(block.mlp, "router"))
+    model.vit.layers[place].mlp.router.register_forward_hook(lambda m, a, out: routings.append(out))
+    every, left, means, patches = [], 0, {}, []
+    for name, path in pictures.items():
+        rows = of_images(path, subject, tmp_path, gradient=False, seed=0)
+        given = []
+        for number in range(6):
+            batch = {k: torch.from_numpy(v) for k, v in rows.read(np.array([number])).items()}
+            pixels = rows.ask(batch).inputs["pixel_values"]
+            with torch.inference_mode():
+                model(pixel_values=pixels)
+            weights = routings[-1].probabilities.numpy()
+            given.append(weights)
+            left += int(routings[-1].left_behind)
+            for n in range(16):
+                y, x = 3 * (n // 4), 3 * (n % 4)
+                patches.append((weights[n + 1], pixels[0, :, y : y + 3, x : x + 3].numpy()))
+        means[name] = np.concatenate(given).mean(0)
+        every += given
+    row = found["layers"][0]
+    assert (row["layer"], row["divergence_of"]) == (place, "weights")
+    for name in pictures:
+        np.testing.assert_allclose(row["weight_by_domain"][name], means[name], atol=1e-5)
+    assert row["left_behind"] == pytest.approx(left / (12 * 17), abs=1e-6)
+    assert (left > 0) is (router["name"] == "expert_choice")
+    assert row["confidence"] == pytest.approx(np.concatenate(every).max(1).mean(), abs=1e-5)
+    assert row["divergence"][0][1] == pytest.approx(naive([*means.values()]), abs=1e-5)
+    for e in range(4):
+        best = sorted(patches, key=lambda p: -p[0][e])[:8]
+        kept = seen.layers[0].patches
+        np.testing.assert_allclose(kept.weights[e], [w[e] for w, _ in best], rtol=1e-5)
+        np.testing.assert_allclose(kept.pixels[e][0], best[0][1])
+
+
+def test_both_stacks_of_t5(tmp_path, texts):
+    source = tiny.make(tmp_path / "t5", "T5ForConditionalGeneration", vocab_size=300)
+    tiny.make_bytes_tokenizer(source, *(f"<extra_id_{i}>" for i in range(6)))
+    convert(
+        source,
+        tmp_path / "moe",
+        Recipe.of(moe={"target": "upcycled", "num_experts": 4, "layers": "every_other"}),
+    )
+    found = specialisation(tmp_path / "moe", Asked(text=texts, limit=4, length=48)).as_dict()
+    assert {row["stack"] for row in found["layers"]} == {"encoder", "decoder"}
+    for row in found["layers"]:
+        assert sum(row["load"]) == pytest.approx(1, abs=1e-5)
+        assert all(len(favourites) == 8 for favourites in row["favourites"])
+
+
+def test_the_command_line(mixtral, texts, trainable, tmp_path, capsys):
+    both = [f"--text={name}={path}" for name, path in texts.items()]
+    cli.main(["inspect", str(mixtral), *both, "--limit", "4", "--length", "32"])
+    said = capsys.readouterr().out
+    assert "on stories, loud" in said
+    assert "layer 4, expert 3:" in said
+    kept = json.loads((mixtral / "routing.json").read_text())
+    assert [d["name"] for d in kept["domains"]] == ["stories", "loud"]
+    assert not [*mixtral.glob("*.partial")]
+    for arguments, message in (
+        ([str(trainable[0]), both[0]], "is a dense model"),
+        ([str(mixtral), both[0], both[0]], "two sets are called stories"),
+        ([str(mixtral), f"--images={texts['loud']}"], "reads text and no images"),
+        ([str(mixtral), both[0], f"--images={texts['loud']}"], "give either --text"),
+        ([str(mixtral), both[0], "--limit", "-1"], "must be 0"),
+        ([str(mixtral), "--text", str(tmp_path / "nowhere.txt")], "nowhere.txt"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["inspect", *arguments])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_similarity_when_training_began(trainable, tmp_path, capsys):
+    """Of a trained checkpoint: what `inspect` says of what `convert` writes by the same recipe."""
+    source, text = trainable
+    recipe = {"moe": {"num_experts": 4}, "init": {"name": "drop", "ratio": 0.5}}
+    run = {
+        "source": str(source), "out": str(tmp_path / "run"), "data": {"sources": [{"path": str(text)}]},
+        "train": {"steps": 4, "batch_tokens": 512, "sequence_length": 64, "eval_every": 0},
+        "schedule": {"peak": 1e-2}, **recipe,
+    }  # fmt: skip
+    train(Run.of(run))
+    export(tmp_path / "run", tmp_path / "trained")
+    convert(source, tmp_path / "begun", Recipe.of(recipe))
+    rows, begun = inspect(tmp_path / "trained")["layers"], inspect(tmp_path / "begun")["layers"]
+    for row, start in zip(rows, begun, strict=True):
+        assert row["cosine_between_at_start"] == pytest.approx(start["cosine_between"])
+        assert row["cosine_between"]["mean"] != pytest.approx(start["cosine_between"]["mean"], rel=1e-4)
+        assert "cosine_between_at_start" not in start
+    cli.main(["inspect", str(tmp_path / "trained")])
+    assert "began at" in capsys.readouterr().out
+
+
+def test_nothing_asked_for():
+    with pytest.raises(UpcycleError, match="give either"):
+        Asked()
