@@ -188,7 +188,10 @@ def test_both_stacks_of_t5(tmp_path, texts):
     assert {row["stack"] for row in found["layers"]} == {"encoder", "decoder"}
     for row in found["layers"]:
         assert sum(row["load"]) == pytest.approx(1, abs=1e-5)
-        assert all(len(favourites) == 8 for favourites in row["favourites"])
+        for favourites in row["favourites"]:
+            means = [mean for _, mean in favourites]
+            assert means == sorted(means, reverse=True)
+            assert 0 < means[0] <= 1
 
 
 def test_the_command_line(mixtral, texts, trainable, tmp_path, capsys):

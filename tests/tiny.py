@@ -154,7 +154,8 @@ def make_headers(folder: Path, config: dict[str, Any], dtype: str = "BF16") -> P
 
 
 def make_bytes_tokenizer(folder: Path, *marks: str) -> None:
-    """A tokenizer of bytes in `folder`: <s> is 1 and stands before every text, </s> is 2; `marks` come last."""
+    """A tokenizer of bytes in `folder`: <s> is 1 and stands before every text, </s> is 2; `marks` come
+    last."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
