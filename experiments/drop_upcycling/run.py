@@ -1,0 +1,60 @@
+"""Drop-Upcycling's claim: where does redrawing a share r of every expert begin to pay?
+
+r = 0 is a copy. Both ways to choose what is redrawn, both balance losses, against the budget. Trains every
+variant on every seed from one dense model, and gathers `results.json`; what is there already is not run again.
+
+    python experiments/drop_upcycling/run.py --checkpoint stories260k --texts FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import common  # noqa: E402
+import language  # noqa: E402
+
+STEPS = 600
+RATIOS = (0.1, 0.25, 0.5)
+POOLED = {"router": {"balance_loss": "pooled"}}
+
+
+def drop(ratio: float, indices: str = "shared") -> dict[str, Any]:
+    """Eight experts with a share of their neurons redrawn."""
+    return {**language.MOE, "init": {"name": "drop", "ratio": ratio, "indices": indices}}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "r0": drop(0.0),
+    **{f"r{r:g}_{indices}": drop(r, indices) for r in RATIOS for indices in ("shared", "independent")},
+    "r1": drop(1.0),
+    "r0_pooled": {**drop(0.0), **POOLED},
+    "r0.5_pooled": {**drop(0.5), **POOLED},
+}
+
+
+def main() -> None:
+    """Run what is missing, gather, and print the table."""
+    given = language.options(__doc__, HERE)
+    language.base(given)
+    runs = common.gather(
+        HERE / "results.json",
+        [(name, seed) for seed in range(given.seeds) for name in VARIANTS],
+        lambda name, seed: language.go(name, VARIANTS[name], seed, STEPS, given),
+        list(VARIANTS),
+        given.jobs,
+        {"dense_training": language.base_curve(given)},
+    )
+    points = range(len(runs[0]["curve"]))
+    print(f"{'step':18} " + " ".join(f"{runs[0]['curve'][p][0]:>15}" for p in points))
+    for name in VARIANTS:
+        told = [language.losses(runs, name, point) for point in points]
+        print(f"{name:18} " + " ".join(f"{loss:7.4f} +-{error:6.4f}" for loss, error in told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Sparse Upcycling's claim, in a decoder: what does extra compute buy a trained dense model and an upcycled
+one, and how much does a Mixture of Experts from scratch need to catch up?
+
+Trains the dense model, then every variant on every seed, and gathers `results.json`; what is there already is
+not run again.
+
+    python experiments/extra_compute/run.py --checkpoint stories260k --texts FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import common  # noqa: E402
+import language  # noqa: E402
+
+# What goes on, and for how much of the dense model's own training FLOPs.
+VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
+    "dense": ({}, 1.0),
+    "upcycled": (language.MOE, 1.0),
+    "scratch": ({**language.MOE, "from_scratch": True}, 1.5),
+}
+
+
+def reaches(curve: list[list[float]], loss: float) -> float | None:
+    """FLOPs at which a curve comes down to a loss, between its points in a straight line; None: it does not."""
+    for (_, before, high), (_, after, low) in pairwise(curve):
+        if low <= loss:
+            return before + (after - before) * max(0.0, high - loss) / max(1e-12, high - low)
+    return None
+
+
+def main() -> None:
+    """Run what is missing, gather, and print the table."""
+    given = language.options(__doc__, HERE)
+    language.base(given)
+    begun = language.base_curve(given)
+    budget = begun[-1][1]
+    steps = {
+        name: round(share * budget / language.flops_per_step(changes, given))
+        for name, (changes, share) in VARIANTS.items()
+    }
+    runs = common.gather(
+        HERE / "results.json",
+        [(name, seed) for seed in range(given.seeds) for name in VARIANTS],
+        lambda name, seed: language.go(name, VARIANTS[name][0], seed, steps[name], given),
+        list(VARIANTS),
+        given.jobs,
+        {"dense_training": begun},
+    )
+    print(f"dense model: held-out loss {begun[-1][2]:.4f} after {budget:.3g} FLOPs")
+    scratch = [r["curve"] for r in runs if r["variant"] == "scratch"]
+    for name in VARIANTS:
+        curves = [r["curve"] for r in runs if r["variant"] == name]
+        for point in range(len(curves[0])):
+            loss, error = language.losses(runs, name, point)
+            line = f"{name:10} {curves[0][point][1] / budget:7.1%} {loss:8.4f} +- {error:.4f}"
+            if name == "upcycled":
+                found = [reaches(curve, loss) for curve in scratch]
+                told = ["not reached" if flops is None else f"{flops / budget:.0%}" for flops in found]
+                line += f"   scratch: {', '.join(told)}"
+            print(line)
+
+
+if __name__ == "__main__":
+    main()
