@@ -1,7 +1,8 @@
 """Drop-Upcycling's claim: where does redrawing a share r of every expert begin to pay?
 
 r = 0 is a copy. Both ways to choose what is redrawn, both balance losses, against the budget. Trains every
-variant on every seed from one dense model, and gathers `results.json`; what is there already is not run again.
+variant on every seed from one dense model, and gathers `results.json`; what is there already is not run
+again.
 
     python experiments/drop_upcycling/run.py --checkpoint stories260k --texts FOLDER
 """

@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
 
 
 def reaches(curve: list[list[float]], loss: float) -> float | None:
-    """FLOPs at which a curve comes down to a loss, between its points in a straight line; None: it does not."""
+    """FLOPs at which a curve comes down to a loss, between its points in a straight line; None: never."""
     for (_, before, high), (_, after, low) in pairwise(curve):
         if low <= loss:
             return before + (after - before) * max(0.0, high - loss) / max(1e-12, high - low)

@@ -1,6 +1,6 @@
 """Llama 3 Meets MoE's recipe at small scale: eight experts, top-2, with and without capacity, in both orders
-of softmax and top-k, against dense continuation of equal tokens and of equal FLOPs, the control that the paper
-leaves out.
+of softmax and top-k, against dense continuation of equal tokens and of equal FLOPs, the control that the
+paper leaves out.
 
 Trains every variant on every seed from one dense model, and gathers `results.json`; what is there already is
 not run again.
