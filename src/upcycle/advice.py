@@ -16,7 +16,8 @@ def warnings(built: Blueprint) -> list[str]:
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
     out = list(built.recipe.init.warnings(site))
-    if built.native.upcycled and any(s.layer == 0 for s in built.sites):
+    begin = {stack.name for stack in built.dense.stacks if not stack.first}
+    if built.native.upcycled and any(s.layer == 0 and s.stack in begin for s in built.sites):
         out.append(
             "the first block is among those that become MoE, which was found to train badly (Sparse "
             "Upcycling, B.4); leave it dense, as every_other and last_half do"
@@ -96,8 +97,8 @@ def _not_renormalised(part: Recipe) -> str | None:
 def _misaligned(built: Blueprint) -> str | None:
     """Which rows of the experts do not begin at a multiple of 16 bytes, as torch's grouped_mm wants."""
     item = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
-    width = built.sites[0].width
-    for name, length in (("neurons", width), ("hidden units", built.dense.config["hidden_size"])):
-        if length * item % 16:
-            return f"rows of {length} {name} take {length * item} bytes, no multiple of 16"
+    for site in built.sites:
+        for name, length in (("neurons", site.width), ("hidden units", site.hidden)):
+            if length * item % 16:
+                return f"rows of {length} {name} take {length * item} bytes, no multiple of 16"
     return None

@@ -21,7 +21,7 @@ from upcycle import deeper, families, moe_layer, natives, successors, upcycled
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
-from upcycle.families import Config
+from upcycle.families import Config, Stack
 from upcycle.hub import open_checkpoint
 from upcycle.init import Site
 from upcycle.lazy import Extent, Lazy, blocks
@@ -181,7 +181,7 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     any_dtype = recipe.dtype != "source"
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
     sites = () if native.dense else moe_layer.sites(recipe, dense)
-    shared_width = 0 if native.dense else moe_layer.shared_width(recipe, native, dense.stacks[0].width)
+    shared_width = 0 if native.dense else moe_layer.shared_width(recipe, native, _first(dense, sites).width)
     if native.dense == "deeper":
         config, lazies = deeper.config(dense, recipe.moe.depth), deeper.tensors(dense, recipe.moe.depth)
     elif native.dense:
@@ -207,6 +207,11 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     )
 
 
+def _first(dense: Dense, sites: tuple[Site, ...]) -> Stack:
+    """The first stack with MoE layers."""
+    return next(stack for stack in dense.stacks if stack.name == sites[0].stack)
+
+
 def _target(dense: Dense, recipe: Recipe) -> Native:
     """The architecture that the recipe names, if the dense model is exactly one of its kind."""
     family, target = dense.family, recipe.moe.target
@@ -217,6 +222,7 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
             raise UpcycleError("moe.target = dense is the smaller model of [successor]; add that section")
         return successors.target(dense)
     if target == upcycled.TARGET:
+        lengths = family.lengths(dense.config)
         for stack in dense.stacks:
             part = recipe.at(stack.name)
             upcycled.refuse_look_ahead(stack, part)
@@ -225,7 +231,8 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
                     f"moe.universal_experts needs a router that fills slots, spherical or soft; "
                     f"{part.router.name} sends tokens to experts of one width"
                 )
-            part.router.check(part.moe.num_experts, part.moe.top_k, family.length(dense.config))
+            if moe_layer.chosen_layers(part, stack):
+                part.router.check(part.moe.num_experts, part.moe.top_k, lengths[stack.name])
         if recipe.moe.pooling == "mean" and not family.class_tokens:
             raise UpcycleError(
                 f"moe.pooling = mean is for heads on a class token, in vit and deit; {family.model_type} "

@@ -1,6 +1,7 @@
 """The MoE layer: a router, stacked experts, and a shared expert beside them where there is one.
 
-It takes the place of a feed-forward network: hidden states [..., H] in, [..., H] out.
+It takes the place of a feed-forward network: hidden states [B, ..., H] in, [B, ..., H] out. What lies between is
+one row of tokens, a text or the places of an image.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class MoE(nn.Module):
             self.shared.one.reset_parameters(std)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-2], hidden.shape[-1])
+        rows = hidden.flatten(1, -2) if hidden.ndim > 2 else hidden[None]
         routing = self.router(*self._groups(rows))
         out: Tensor = routing.dispatch.run(rows.flatten(0, 1), self._run).view(hidden.shape)
         return out if self.shared is None else out + self.shared(hidden)
