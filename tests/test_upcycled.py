@@ -47,7 +47,17 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "qwen2": ("Qwen2ForCausalLM", {}, "AutoModelForCausalLM"),
     "qwen3_5": ("Qwen3_5ForCausalLM", {}, "AutoModelForCausalLM"),
 }  # fmt: skip
-SOME = ["vit", "deit-teacher", "dinov2-swiglu", "convnext", "bert-masked", "t5-1.1", "mt5", "llama", "qwen3_5"]
+SOME = [
+    "vit",
+    "deit-teacher",
+    "dinov2-swiglu",
+    "convnext",
+    "bert-masked",
+    "t5-1.1",
+    "mt5",
+    "llama",
+    "qwen3_5",
+]
 CAUSAL = [case for case in CASES if CASES[case][2] == "AutoModelForCausalLM"]
 MOE = {"num_experts": 4, "top_k": 2, "target": "upcycled"}
 TOP_K = {"router": {"std": 0.5}}

@@ -162,7 +162,8 @@ _T5 = {
     "vocab_size": 60, "decoder_start_token_id": 0,
 }  # fmt: skip
 _STAGES = {
-    "hidden_sizes": [8, 12, 16, 24], "depths": [2, 1, 2, 1], "image_size": 12, "patch_size": 1, "num_labels": 3,
+    "hidden_sizes": [8, 12, 16, 24], "depths": [2, 1, 2, 1], "image_size": 12, "patch_size": 1,
+    "num_labels": 3,
 }  # fmt: skip
 _SIZES = {
     "vit": _IMAGES,
@@ -200,6 +201,27 @@ def shake(model: Any, seed: int = 0) -> Any:
             centre = float("norm" in name.lower() and name.endswith("weight"))
             p.copy_(centre + noise * (p[0].numel() ** -0.5 if p.ndim > 1 and len(p) > 1 else 0.3))
     return model
+
+
+def make_headers(folder: Path, config: dict[str, Any]) -> Path:
+    """A dense checkpoint of any size: its config.json and its headers, and no data (a file with a hole)."""
+    import json
+    import math
+    import struct
+
+    family = families.find(config["model_type"])
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    table, place = {}, 0
+    for name, size in family.shapes(family.config(config)).items():
+        end = place + 4 * math.prod(size)
+        table[name] = {"dtype": "F32", "shape": list(size), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(table).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + place)
+    return folder
 
 
 def make_statistics(file: Path, folder: Path, seed: int = 0) -> Path:

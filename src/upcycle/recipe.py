@@ -33,7 +33,7 @@ OF_TRAINING = (
 )  # fmt: skip
 
 # Settings that name what the other keys of their section belong to.
-_NAMES = ("init.name", "router.name", "decoder.router.name")
+_NAMES = ("init.name", "router.name", *(f"{stack}.router.name" for stack in STACKS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ _HEADS = ("classifier", "cls_classifier")
 def features(
     model: PreTrainedModel, images: ImageSet, indices: np.ndarray, augment: Augment, *, batch_size: int = 128
 ) -> np.ndarray:
-    """Features of the images numbered `indices`, float32 [N, D]; without a head, the first token's, or what the
-    model itself makes of a feature map."""
+    """Features of the images numbered `indices`, float32 [N, D]; without a head, the first token's, or what
+    the model itself makes of a feature map."""
     head = next(
         (getattr(model, name) for name in _HEADS if isinstance(getattr(model, name, None), nn.Linear)), None
     )

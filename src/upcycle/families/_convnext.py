@@ -1,4 +1,4 @@
-"""ConvNeXt as transformers keeps it on disk: four stages of blocks, each with its own channels and fewer tokens."""
+"""ConvNeXt as transformers keeps it on disk: four stages of blocks, each with channels of its own."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class ConvNeXt(Encoder):
             found[f"stage_{s + 1}"] = (height // STRIDE**s) * (width // STRIDE**s)
         if not all(found.values()):
             raise UpcycleError(
-                f"config.json of a {self.model_type} model: an image of {image[0]} x {image[1]} in patches of "
-                f"{patch[0]} x {patch[1]} leaves nothing for the last stage; "
-                f"it must be {STRIDE ** (STAGES - 1)} patches high and wide"
+                f"config.json of a {self.model_type} model: an image of {image[0]} x {image[1]} in patches "
+                f"of {patch[0]} x {patch[1]} leaves nothing for the last stage; it must be "
+                f"{STRIDE ** (STAGES - 1)} patches high and wide"
             )
         return found
 

@@ -1,7 +1,7 @@
 """The MoE layer: a router, stacked experts, and a shared expert beside them where there is one.
 
-It takes the place of a feed-forward network: hidden states [B, ..., H] in, [B, ..., H] out. What lies between is
-one row of tokens, a text or the places of an image.
+It takes the place of a feed-forward network: hidden states [B, ..., H] in, [B, ..., H] out. What lies between
+is one row of tokens, a text or the places of an image.
 """
 
 from __future__ import annotations

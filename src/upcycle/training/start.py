@@ -207,8 +207,8 @@ def _recompute(model: PreTrainedModel) -> None:
     """Keep a layer's input alone and compute the rest again in the backward pass."""
     if not model.supports_gradient_checkpointing:
         raise UpcycleError(
-            f"train.activation_checkpointing: transformers has none for {type(model).__name__}; set it to false, "
-            f"and lower train.micro_batch where memory is short"
+            f"train.activation_checkpointing: transformers has none for {type(model).__name__}; set it to "
+            f"false, and lower train.micro_batch where memory is short"
         )
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
