@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "dinov2-swiglu": ("Dinov2Model", {"use_swiglu_ffn": True}, "AutoModel"),
     "convnext": ("ConvNextForImageClassification", {}, "AutoModelForImageClassification"),
     "convnext-base": ("ConvNextModel", {}, "AutoModel"),
+    "convnextv2": ("ConvNextV2ForImageClassification", {}, "AutoModelForImageClassification"),
     "bert": ("BertModel", {}, "AutoModel"),
     "bert-masked": ("BertForMaskedLM", {}, "AutoModelForMaskedLM"),
     "bert-classes": ("BertForSequenceClassification", {}, "AutoModelForSequenceClassification"),
@@ -146,7 +147,9 @@ def test_the_dense_function(case, router, made, tmp_path):
     """Opened by the Auto class and by `upcycle.open`; experts choose where no token can be left out."""
     architecture, _, auto = CASES[case]
     source = made(case)
-    recipe = Recipe.of(moe=MOE, **(TOP_K if router == "top_k" else expert_choice(source)))
+    # A response norm is over all tokens of an image, so that every expert has to have them all.
+    moe = {**MOE, "top_k": 4} if case == "convnextv2" else MOE
+    recipe = Recipe.of(moe=moe, **(TOP_K if router == "top_k" else expert_choice(source)))
     built = convert(source, tmp_path / "moe", recipe)
     assert built.preserves_function
     wanted = outputs(dense_model(source))
@@ -288,6 +291,7 @@ VARIANTS: dict[str, list[dict]] = {
     "deit": [{"qkv_bias": False}],
     "dinov2": [{"use_mask_token": False}, {"use_swiglu_ffn": True}],
     "convnext": [{"layer_scale_init_value": 0.0, "image_size": [16, 24], "patch_size": [2, 1]}],
+    "convnextv2": [{"image_size": [16, 24], "patch_size": [2, 1]}],
     "bert": [{"tie_word_embeddings": False, "type_vocab_size": 3}],
     "t5": [{"feed_forward_proj": "gated-gelu"}, {"num_decoder_layers": None}],
     "mt5": [{"feed_forward_proj": "relu"}],

@@ -170,6 +170,7 @@ _SIZES = {
     "deit": _IMAGES,
     "dinov2": {k: v for k, v in _IMAGES.items() if k != "intermediate_size"} | {"mlp_ratio": 2},
     "convnext": {**_STAGES, "layer_scale_init_value": 0.1},
+    "convnextv2": _STAGES,
     "bert": _TEXT,
     "t5": _T5,
     "mt5": _T5,

@@ -51,6 +51,13 @@ def warnings(built: Blueprint) -> list[str]:
                 f"{part.router.name} with this capacity leaves some tokens without an expert: the layer adds "
                 f"nothing to them, and the function is not kept"
             )
+    network = built.dense.feed_forward(site.layer, site.stack)
+    if network.response() and not built.preserves_function:
+        out.append(
+            f"{built.dense.family.model_type} normalises responses over all places of an image, an expert "
+            f"over those that come to it: the function is kept only where every expert has all of them "
+            f"(top_k = num_experts)"
+        )
     if moe.shared_experts == 0 and built.shared_width:
         out.append(
             f"{built.native.model_type} cannot be without a shared expert: one of {built.shared_width} "

@@ -130,9 +130,11 @@ class Blueprint:
         router = self.recipe.at(site.stack).router
         count, top_k = site.num_experts, site.top_k
         gate, up, _ = moe_layer.factors(self.recipe, site)
-        gated = self.dense.feed_forward(site.layer, site.stack).gate is not None
+        network = self.dense.feed_forward(site.layer, site.stack)
+        gated = network.gate is not None
         return (
-            self.recipe.init.preserves(site)
+            (not network.response() or self._all_meet_all(site))
+            and self.recipe.init.preserves(site)
             # No activation that is not linear may see a factor.
             and gate == 1.0
             and (gated or up == 1.0)
@@ -140,6 +142,15 @@ class Blueprint:
             and (router.sums_to_one(count, top_k) or (site.uniform_router and router.rescale))
             and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))
         )
+
+    def _all_meet_all(self, site: Site) -> bool:
+        """Whether every expert has every token of a row, and all neurons of the dense network: what the
+        statistics of a response norm are over."""
+        router, length = self.recipe.at(site.stack).router, self.dense.family.lengths(self.dense.config)
+        row = length[site.stack]
+        met = router.experts_per_token(site.num_experts, site.top_k, row)
+        whole = site.width == site.dense_width and router.group in (0, row)
+        return whole and not router.has_slots and met >= site.num_experts
 
     @property
     def parts(self) -> dict[str, Recipe]:

@@ -175,10 +175,12 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
                 continue
             unused = count - router.experts_per_token(count, site.top_k, router.group or row)
             matrices = len(network.matrices()) * network.hidden * width
-            biases = dict.fromkeys(network.biases(), width) | {"down_bias": network.hidden}
+            biases = dict.fromkeys(network.biases() | network.response(), width)
+            if "down_bias" in biases:
+                biases["down_bias"] = network.hidden
             products += part * unused * matrices
             if not router.has_slots:  # every token has a part in every slot
-                parameters += unused * (matrices + sum(biases[name] for name in network.biases()))
+                parameters += unused * (matrices + sum(biases.values()))
     return Idle(parameters=round(parameters), in_products=round(products))
 
 
@@ -231,7 +233,7 @@ def _tied_head(dense: Dense) -> int:
 _NOT_BY_TOKEN = (
     "embed_tokens", "word_embeddings", "position_embeddings", "token_type_embeddings", "shared.weight",
     "relative_attention_bias", "cls_token", "distillation_token", "mask_token", "pooler.", "classifier.",
-    "seq_relationship.", "_bias",
+    "seq_relationship.", "_bias", ".grn.", ".grn_weight",
 )  # fmt: skip
 
 

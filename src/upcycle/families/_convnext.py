@@ -182,8 +182,7 @@ class ConvNeXt(Encoder):
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
     ) -> FeedForward:
-        stage = int(stack.removeprefix("stage_")) - 1
-        block = f"{self.base(config)}encoder.stages.{stage}.layers.{layer}."
+        block = f"{self.base(config)}encoder.stages.{self.number(stack)}.layers.{layer}."
         return FeedForward(
             up=tensors[block + "pwconv1.weight"],
             up_bias=tensors[block + "pwconv1.bias"],
@@ -191,7 +190,15 @@ class ConvNeXt(Encoder):
             down_bias=tensors[block + "pwconv2.bias"],
         )
 
-    network = ("pwconv1", "pwconv2")  # what a block's network is made of, in memory and on disk
+    @staticmethod
+    def number(stack: str) -> int:
+        """The number on disk of the stage that is called so: stage_1 is 0."""
+        return int(stack.removeprefix("stage_")) - 1
+
+    network: tuple[str, ...] = (
+        "pwconv1",
+        "pwconv2",
+    )  # what a block's network is made of, in memory and on disk
 
     @staticmethod
     def _stage(name: str) -> int:
