@@ -17,12 +17,14 @@ import upcycle
 from conftest import SHARED
 from ranks import trainee_of
 from test_recycling import made, stored
+from test_upcycled import claims
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
 from upcycle.calibration import Asked, calibrate
 from upcycle.cost import flops_per_row
 from upcycle.evaluate import scores
 from upcycle.nn import MoE
 from upcycle.nn.models import architecture
+from upcycle.nn.response_norm import normalise
 from upcycle.training import drop_path, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
@@ -642,3 +644,199 @@ def test_real_images(tmp_path):
     out = export(tmp_path / "run", tmp_path / "out").out
     assert sum(isinstance(m, MoE) for m in upcycle.open(out).modules()) == 3
     assert 0 <= scores.evaluate(out, scores.Asked(images=data, limit=64))["accuracy"] <= 1
+
+
+# --- ConvNeXt V2: a norm over the tokens that an expert has
+
+
+V2 = "ConvNextV2ForImageClassification"
+
+
+@pytest.fixture(scope="module")
+def small_v2(tmp_path_factory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("small") / "v2", V2, image_size=16)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model.eval()(pixels).logits
+
+
+def off(source: Path, recipe: Recipe) -> float:
+    wanted = logits(transformers.ConvNextV2ForImageClassification.from_pretrained(source))
+    found = logits(upcycle.load(source, recipe, experts_implementation="eager"))
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def test_the_norm_is_that_of_transformers():
+    """On whole images, its gradients as well; where a neuron is zero everywhere they stay finite."""
+    from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
+
+    reference = tiny.shake(ConvNextV2GRN(6).double())
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[..., 2] = 0.0
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    wanted = reference(one)
+    flat = (reference.weight.flatten(), reference.bias.flatten())
+    shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    rows = torch.arange(3).repeat_interleave(20)[shuffled]
+    found = normalise(other.view(60, 6)[shuffled], rows, *flat)
+    torch.testing.assert_close(found, wanted.view(60, 6)[shuffled])
+    (wanted.square() * 3).sum().backward()
+    (found.square() * 3).sum().backward()
+    torch.testing.assert_close(other.grad, one.grad)
+    assert normalise(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), *flat).shape == (0, 6)
+
+
+@pytest.mark.parametrize("name", ["top_k", "expert_choice", "soft", "spherical"])
+def test_an_expert_normalises_over_what_comes_to_it(name, small_v2):
+    """Expert by expert and image by image, with transformers' own norm on the tokens or slots of each."""
+    from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
+
+    options: dict = {"slots": 3} if name in ("soft", "spherical") else {"capacity_factor": 1.0}
+    if name in ("soft", "spherical"):
+        options |= {"noise": 0.0} if name == "spherical" else {}
+    recipe = Recipe.of(moe={**MOE, "layers": [3]}, router={"name": name, "std": 0.5, **options})
+    layer = upcycle.load(small_v2, recipe).eval().convnextv2.encoder.stages[2].layers[0].pwconv1
+    experts = tiny.shake(layer.experts)
+    images = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(0))
+    rows = images.flatten(1, 2)
+
+    def network(e: int, tokens: torch.Tensor) -> torch.Tensor:
+        norm = ConvNextV2GRN(64)
+        with torch.no_grad():
+            norm.weight.copy_(experts.grn_weight[e])
+            norm.bias.copy_(experts.grn_bias[e])
+        inner = nn.functional.gelu(tokens @ experts.up_proj[e].T + experts.up_proj_bias[e])
+        return norm(inner[None, None])[0, 0] @ experts.down_proj[e].T + experts.down_proj_bias[e]
+
+    dispatch = layer.router(rows, None).dispatch
+    wanted = torch.zeros_like(rows)
+    for g in range(2):
+        for e in range(4):
+            if name in ("soft", "spherical"):
+                slots = dispatch.dispatch[g, :, e].T @ rows[g]
+                wanted[g] += dispatch.combine[g, :, e] @ network(e, slots)
+            else:
+                mine = (dispatch.experts == e) & (dispatch.tokens // 16 == g)
+                tokens = dispatch.tokens[mine]
+                if len(tokens):
+                    made_ = network(e, rows.flatten(0, 1)[tokens]) * dispatch.weights[mine][:, None]
+                    wanted[g] = wanted[g].index_add(0, tokens - 16 * g, made_)
+    torch.testing.assert_close(layer(images).flatten(1, 2), wanted, rtol=1e-4, atol=1e-5)
+
+
+ALL = {**MOE, "top_k": 4}
+
+
+@pytest.mark.parametrize(
+    ("moe", "router", "kept"),
+    [
+        (ALL, {}, True),
+        (MOE, {"name": "expert_choice", "capacity_factor": 4.0}, True),
+        ({**ALL, "shared_experts": 1}, {}, True),
+        (ALL, {"name": "sigmoid"}, True),
+        (ALL, {"normalize": False}, True),
+        (MOE, {}, False),
+        ({**MOE, "shared_experts": 1}, {}, False),
+        (MOE, {"name": "expert_choice", "capacity_factor": 2.0}, False),
+        (ALL, {"group": 4}, False),
+        ({**ALL, "granularity": 4}, {"init": "zeros"}, False),
+        (ALL, {"name": "soft"}, False),
+    ],
+)
+def test_the_function_is_claimed_where_every_expert_has_every_token(moe, router, kept, small_v2):
+    init = {"name": "virtual_group" if moe.get("granularity") else "copy"}
+    recipe = Recipe.of(moe={**moe, "layers": [1, 3]}, init=init, router={"std": 0.5, **router})
+    built = blueprint(small_v2, recipe)
+    assert built.preserves_function == kept
+    assert any("normalises responses" in w for w in plan(small_v2, recipe).warnings) != kept
+    assert (off(small_v2, recipe) < 1e-5) == kept
+
+
+def test_every_claim_of_every_initialisation_holds(tmp_path):
+    """All recipes of the test of the other families; those that claim the dense function have it."""
+    source, tried = tiny.make(tmp_path, V2, image_size=16, depths=[1, 1, 1, 1]), set()
+    for table in claims():
+        try:
+            built = blueprint(source, Recipe.of(table))
+        except UpcycleError:
+            continue
+        if built.preserves_function:
+            assert off(source, Recipe.of(table)) < 1e-5, table
+            tried.add((table["init"]["name"], Recipe.of(table).router.name))
+    assert {("copy", "expert_choice")} <= tried
+
+
+def test_v2_is_verified(small_v2, tmp_path):
+    for name, moe, kept in (("all", ALL, True), ("two", MOE, False)):
+        convert(small_v2, tmp_path / name, Recipe.of(moe=moe, router={"std": 0.5}))
+        proof = verify(small_v2, tmp_path / name)
+        assert proof.holds, proof.checks
+        assert (proof.preserves_function, proof.checks[-1].holds) == ((True, True) if kept else (False, None))
+        model = upcycle.open(tmp_path / name)
+        found = plan(small_v2, Recipe.of(moe=moe, router={"std": 0.5}))
+        assert found.total_parameters == sum(p.numel() for p in model.parameters())
+        experts = [p for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters()]
+        idle = sum(p.numel() for p in experts) * (4 - moe["top_k"]) // 4
+        assert found.active_parameters == found.total_parameters - idle
+        model.save_pretrained(tmp_path / "again")
+        assert stored(tmp_path / "again").keys() == stored(tmp_path / name).keys()
+
+
+def test_v2_is_narrowed_with_its_norms(tmp_path):
+    source = tiny.make(tmp_path / "wide", V2, **WIDE)
+    convert(
+        source, tmp_path / "half", Recipe.of(moe={"target": "dense"}, init={"name": "random"}, successor=HALF)
+    )
+    model = transformers.ConvNextV2ForImageClassification.from_pretrained(tmp_path / "half")
+    assert model(torch.randn(2, 3, 32, 32)).logits.isfinite().all()
+    found, whole = stored(tmp_path / "half"), stored(source)
+    block = "convnextv2.encoder.stages.2.layers.1."
+    kept = [np.flatnonzero(whole[block + "pwconv1.bias"] == x)[0] for x in found[block + "pwconv1.bias"]]
+    np.testing.assert_array_equal(found[block + "grn.weight"], whole[block + "grn.weight"][..., kept])
+    np.testing.assert_array_equal(found[block + "grn.bias"], whole[block + "grn.bias"][..., kept])
+
+
+def test_v2_is_calibrated_recycled_and_trained(images, tmp_path):
+    source = tiny.make(tmp_path / "wide", V2, **WIDE)
+    found = calibrate(
+        source, tmp_path / "found.safetensors", Asked(images=images, collect=("l2",), device="cpu")
+    )
+    train(recycled(source, tmp_path / "run", images, found.path))
+    assert all(np.isfinite(line["loss"]) for line in read(tmp_path / "run"))
+    out = export(tmp_path / "run", tmp_path / "out").out
+    made_, whole = stored(out), stored(source)
+    block = "convnextv2.encoder.stages.2.layers.0."
+    assert made_[f"{block}pwconv1.experts.grn_weight"].shape == (4, 64)
+    assert made_[f"{block}pwconv1.universal.grn_weight"].shape == (4, 16)
+    assert block + "grn.weight" in whole
+    assert block + "grn.weight" not in made_
+    # Neurons keep their norm's weight.
+    recipe = recycled(source, tmp_path / "run", images, found.path).recipe
+    first = made(blueprint(source, recipe))
+    bias = whole[block + "pwconv1.bias"]
+    for e in range(4):
+        kept = [np.flatnonzero(bias == x)[0] for x in first[f"{block}pwconv1.experts.up_proj_bias"][e]]
+        np.testing.assert_array_equal(
+            first[f"{block}pwconv1.experts.grn_weight"][e], whole[block + "grn.weight"][0, 0, 0, kept]
+        )
+
+
+def test_v2_from_nothing(tmp_path):
+    """Response norms start as the identity and have no weight decay, in blocks and in experts."""
+    source = tiny.make(tmp_path / "x", V2)
+    model = trainee(source, {}, from_scratch=True, moe={**MOE, "layers": "last_half"})
+    names = {p: name for name, p in model.model.named_parameters()}
+    norms = {name: p for p, name in names.items() if ".grn" in name}
+    assert {name.rpartition(".")[2] for name in norms} == {"weight", "bias", "grn_weight", "grn_bias"}
+    assert not any(p.any() for p in norms.values())
+    decays = {names[p]: g["weight_decay"] for g in model.optimizer.param_groups for p in g["params"]}
+    assert {decays[name] for name in norms} == {0.0}
+
+
+def test_expert_parallelism_of_v2_is_refused(small_v2, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UpcycleError, match="experts with a response norm"):
+        upcycle.load(small_v2, Recipe.of(moe=MOE), distributed_config={"fsdp_size": 2, "ep_size": 2})
