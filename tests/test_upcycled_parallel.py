@@ -29,6 +29,11 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         {"num_hidden_layers": 2},
         {"moe": MOE, "router": CHOSEN, "task": STILL, "train": {"batch_size": 4}},
     ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"depths": [1, 1, 1, 1]},
+        {"moe": MOE, "router": {"std": 0.5}, "task": STILL, "train": {"batch_size": 4}},
+    ),
 }
 
 DECAYED = CASES["vit"][2] | {
@@ -53,6 +58,7 @@ def tables(sources):
     return [
         (sources["llama"], {"moe": MOE, "init": init}),
         (sources["vit"], {"moe": MOE, "router": CHOSEN, "init": init}),
+        (sources["convnext"], {"moe": {**MOE, "layers": "last_half"}, "router": {"name": "soft"}}),
         (sources["BertForMaskedLM"], {"moe": MOE, "router": {"name": "soft"}}),
         (sources["T5ForConditionalGeneration"], {"moe": MOE, "router": CHOSEN, **split}),
     ]
