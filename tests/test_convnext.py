@@ -467,6 +467,49 @@ def test_from_nothing_it_starts_as_transformers_starts_it(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_kernels_from_nothing_are_the_same_in_any_slice(wide):
+    run = Run.of(
+        {
+            "source": str(wide), "out": "unused", "from_scratch": True, "schedule": {"peak": 0.0},
+            "data": {"sources": [{"path": "unused"}]}, "train": {"steps": 1, "batch_size": 4},
+        }
+    )  # fmt: skip
+    lazy = start.start_of(run).entries["convnext.encoder.stages.3.downsampling_layer.1.weight"].lazy
+    whole = lazy.all("F32")
+    assert whole.shape == lazy.shape == (48, 32, 2, 2)
+    part = lazy.read(((5, 20), (3, 31), (1, 2), (0, 2)), "F32")
+    np.testing.assert_array_equal(part, whole[5:20, 3:31, 1:2, 0:2])
+
+
+def test_moments_are_tiled(small_v2, images, tmp_path):
+    """Every expert starts from the dense network's moments, those of its response norm among them."""
+    train(Run.of(carried(small_v2, images, tmp_path / "dense")))
+    export(tmp_path / "dense", tmp_path / "trained", with_optimizer=True)
+    changes = {"moe": {**MOE, "layers": "last_half"}, "optimizer": {"carry_state": True}}
+    run = Run.of(carried(tmp_path / "trained", images, tmp_path / "moe") | changes)
+    here, begun = Ranks(device=torch.device("cpu")), start.start_of(run)
+    found = trainee_of(run, here)
+    assert start.carry_state(begun, run, here, found.model, found.optimizer) == 2
+    moments = stored(tmp_path / "trained" / "optimizer" / "exp_avg_sq")
+    states = {n: found.optimizer.state[p]["exp_avg_sq"].numpy() for n, p in found.model.named_parameters()}
+    block = "convnextv2.encoder.stages.2.layers.0."
+    for name, dense in {"up_proj": "pwconv1.weight", "grn_weight": "grn.weight"}.items():
+        wanted = moments[block + dense].squeeze()
+        assert wanted.any()
+        for e in range(4):
+            np.testing.assert_array_equal(states[f"{block}pwconv1.experts.{name}"][e], wanted)
+    kernels = block + "dwconv.weight"
+    np.testing.assert_array_equal(states[kernels], moments[kernels])
+
+
+def carried(source: Path, data: Path, out: Path) -> dict:
+    return {
+        "source": str(source), "out": str(out), "schedule": {"peak": 1e-3},
+        "data": {"sources": [{"path": str(data)}], "held_out": 0.25},
+        "train": {"steps": 2, "batch_size": 8, "eval_every": 0},
+    }  # fmt: skip
+
+
 def test_activation_checkpointing_is_refused(small):
     with pytest.raises(UpcycleError, match="transformers has none for ConvNextForImageClassification"):
         trainee(small, {"activation_checkpointing": True})

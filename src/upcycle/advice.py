@@ -75,7 +75,8 @@ def warnings(built: Blueprint) -> list[str]:
             f"config.json has keys that a {built.dense.family.model_type} of transformers does not read; "
             f"left out: {listed(list(unknown), 5)}"
         )
-    return out + built.dense.family.warnings(built.native.model_type)
+    # Stacks that are alike say the same.
+    return [*dict.fromkeys(out + built.dense.family.warnings(built.native.model_type))]
 
 
 def _causal(built: Blueprint) -> list[Recipe]:
