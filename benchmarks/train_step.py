@@ -23,8 +23,8 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import machine
+from upcycle import gpus
 from upcycle.training import optimizer, start, step, tasks
-from upcycle.training.metrics import PEAKS
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -147,7 +147,8 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
     flops_of = {name: dense_flops if name == "dense" else flops for name in names}
     peak = None
     if machine.device().type == "cuda":
-        peak = next((p for n, p in PEAKS.items() if n in torch.cuda.get_device_name()), None)
+        gpu = gpus.of_device(torch.cuda.get_device_name())
+        peak = gpu.peak_flops if gpu else None
     return {
         "size": size,
         "experts": EXPERTS,

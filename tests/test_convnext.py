@@ -56,7 +56,7 @@ def wide(tmp_path_factory) -> Path:
 def headers(tmp_path_factory) -> Path:
     """ConvNeXt-T with 1000 classes."""
     labels = {"id2label": {str(i): str(i) for i in range(1000)}}
-    return tiny.make_headers(tmp_path_factory.mktemp("headers") / "convnext", TINY | labels)
+    return tiny.make_headers(tmp_path_factory.mktemp("headers") / "convnext", TINY | labels, "F32")
 
 
 # --- where the layers are

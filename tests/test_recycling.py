@@ -130,7 +130,11 @@ def test_a_narrow_dense_model_says_what_it_is(big, tmp_path, capsys):
     assert f"# {big.name}, narrower" in card
     assert "initialisation `uniform`" in card
     assert "weights are left out: the function is not kept" in card
-    assert plan(big, recipe).kind == "narrower"
+    found = plan(big, recipe)
+    assert found.kind == "narrower"
+    sizes = [sum(t.size for t in stored(f).values()) for f in (big, tmp_path / "narrow")]
+    assert [found.dense_parameters, found.total_parameters] == sizes
+    assert found.flops_per_token < found.dense_flops_per_token
     console.show_plan(plan(big, recipe))
     said = capsys.readouterr().out
     assert "narrower" in said
@@ -395,8 +399,8 @@ def test_thinned_universal_neurons():
         expert_width=24, universal_experts=3, universal_width=6, seed=0, grouped_router=False,
         uniform_router=False, gate_sum=1.0,
     )  # fmt: skip
-    core = init._neurons(96, 2, site).values
-    thin = init._neurons(96, 2, site.universal).values
+    core = init.neurons(2, site).values
+    thin = init.neurons(2, site.universal).values
     assert len(core) == 24
     np.testing.assert_array_equal(thin, core[np.round(np.linspace(0, 23, 6)).astype(int)])
 
@@ -408,6 +412,10 @@ def test_thinned_universal_neurons():
     ("recipe", "said"),
     [
         ({"moe": {"target": "dense"}, "init": {"name": "uniform"}}, "add that section"),
+        (
+            {"moe": {"target": "dense"}, "init": {"name": "uniform"}, "successor": {"hidden_size": 16}},
+            "makes no experts, and moe.num_experts",
+        ),
         ({"successor": {"hidden_size": 16}}, "chooses weights"),
         ({"init": {"name": "uniform"}, "successor": {"hidden_size": 12}}, "whole heads are kept"),
         ({"init": {"name": "uniform"}, "successor": {"hidden_size": 64}}, "must not be wider"),
@@ -477,7 +485,19 @@ def test_a_vit_is_calibrated_and_recycled(name, preset, big, small, tmp_path):
     taken = np.stack([np.isin(whole, row) for row in experts])
     assert (taken.sum(1) == 48).all()
     assert len({tuple(row) for row in taken.tolist()}) == 5
-    if preset == "paper":
+    with np.load(tmp_path / "moe" / "selection.npz") as kept:
+        chosen = dict(kept)
+    for e, bias in enumerate(experts):
+        np.testing.assert_array_equal(whole[chosen[f"neurons.layers.3.expert.{e}"]], bias)
+    assert len(chosen["neurons.layers.3.expert.8"]) == 12  # the last universal one
+    assert ("channels.layers" in chosen) is (preset == "paper")
+    if preset == "repo":
+        assert chosen["channels.layers.3.expert.0"].shape == (16,)
+    else:
+        mine = stored(big)["vit.layernorm.weight"][chosen["channels.layers"]]
+        np.testing.assert_array_equal(model.vit.layernorm.weight.detach().numpy(), mine)
+        assert chosen["heads.layers.0"].shape == (2,)
+        assert chosen["neurons.layers.0"].shape == (48,)  # of 96
         norms = np.sum([found.of("channels", "layers", i, "l2") for i in range(4)], 0)
         best = np.sort(np.argsort(-norms, kind="stable")[:16])
         wanted = stored(big)["vit.layernorm.weight"][best]
@@ -517,7 +537,7 @@ def test_a_trained_language_model_is_recycled(name, stories, tinystories, tmp_pa
     assert loss < np.log(model.config.vocab_size)
     built = blueprint(stories, recipe)
     norms = found.of("neurons", "layers", 2, "l2")
-    chosen = [built.recipe.init._neurons(width, e, built.sites[2]).values for e in range(8)]
+    chosen = [built.recipe.init.neurons(e, built.sites[2]).values for e in range(8)]
     assert all(len({*row.tolist()}) == half for row in chosen)
     if name == "importance":
         assert np.mean([norms[row].mean() for row in chosen]) > norms.mean()

@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import entmax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import tiny
 import upcycle
-from upcycle import Recipe, blueprint, convert, plan, verify
+from upcycle import Recipe, blueprint, cli, convert, plan, verify
+from upcycle.anatomy import inspect
+from upcycle.cost import flops_per_row
 from upcycle.errors import UpcycleError
+from upcycle.hub import peek
 from upcycle.nn import MoE, routers
 from upcycle.nn.configs import Shape
 from upcycle.nn.entmax import entmax15
+from upcycle.source import admit
 from upcycle.training.run import Run
 
 G, N, H, CORE, UNIVERSAL = 2, 7, 8, 3, 5
@@ -42,6 +48,19 @@ def test_entmax_is_its_definition(scale, dim):
     wanted = np.apply_along_axis(by_bisection, dim, z.numpy())
     np.testing.assert_allclose(found.numpy(), wanted, atol=1e-9)
     torch.testing.assert_close(found.sum(dim), torch.ones_like(found.sum(dim)))
+
+
+def test_entmax_is_that_of_the_entmax_package():
+    """Values and gradients, where scores differ much and where they hardly do."""
+    for scale in (0.1, 3.0):
+        z = torch.randn(5, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * scale
+        ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+        weights = torch.randn(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        found, wanted = entmax15(ours, dim=-1), entmax.entmax15(theirs, dim=-1)
+        torch.testing.assert_close(found, wanted)
+        (found @ weights).sum().backward()
+        (wanted @ weights).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_entmax_gradient():
@@ -228,6 +247,40 @@ def test_where_it_may_not_stand(tmp_path):
         blueprint(decoder, Recipe.of(moe=moe, router={"name": "spherical"}))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "norm"),
+    [
+        ("ViTForImageClassification", "vit.encoder.layer.3.layernorm_after"),
+        ("BertForMaskedLM", "bert.encoder.layer.3.attention.output.LayerNorm"),
+    ],
+)
+def test_queries_inherit_the_norm_before_the_network(architecture, norm, tmp_path):
+    source = tiny.make(tmp_path / "dense", architecture)
+    built = blueprint(source, Recipe.of({**SPHERICAL, "router": {"name": "spherical"}}))
+    for part in ("weight", "bias"):
+        name = next(n for n in built.entries if ".3." in n and n.endswith(f"query_norm_{part}"))
+        wanted = load_file(source / "model.safetensors")[f"{norm}.{part}"]
+        np.testing.assert_array_equal(built.entries[name].lazy.all("F32"), wanted)
+
+
+def test_inspect_shows_universal_experts(tmp_path, capsys):
+    source = tiny.make(tmp_path / "vit", "ViTForImageClassification")
+    convert(source, tmp_path / "moe", Recipe.of({**SPHERICAL, "router": {"name": "spherical"}}))
+    row = inspect(tmp_path / "moe")["layers"][-1]
+    state = load_file(tmp_path / "moe" / "model.safetensors")
+    down, up = (
+        next(t for n, t in state.items() if n.endswith(f"3.mlp.universal.{part}_proj"))
+        for part in ("down", "up")
+    )
+    whole = np.concatenate([up.reshape(4, -1), down.reshape(4, -1)], 1)
+    whole /= np.linalg.norm(whole, axis=1, keepdims=True)
+    assert (row["num_experts"], row["width"]) == (3, 16)
+    assert (row["universal"]["num_experts"], row["universal"]["width"]) == (4, 5)
+    np.testing.assert_allclose(row["universal"]["cosine"], whole @ whole.T, atol=1e-5)
+    cli.main(["inspect", str(tmp_path / "moe")])
+    assert "3 + 4" in capsys.readouterr().out
+
+
 # --- Table 4
 
 
@@ -238,7 +291,7 @@ def headers(folder: Path, hidden: int, heads: int) -> Path:
         "intermediate_size": 4 * hidden, "num_hidden_layers": 12, "num_attention_heads": heads,
         "id2label": {str(i): str(i) for i in range(1000)},
     }  # fmt: skip
-    return tiny.make_headers(folder, config)
+    return tiny.make_headers(folder, config, "F32")
 
 
 TINY, SMALL = (192, 3), (384, 6)
@@ -274,6 +327,35 @@ def test_parameters_of_table_4(model, first, experts, millions, tmp_path):
     extra = core * (8 * d * d + 5 * d) + universal * (2 * d * d + 2 * d) + (core + universal) * d
     extra += 2 * d + 2 if universal else 1
     assert found.total_parameters == found.dense_parameters + n * (extra - (8 * d * d + 5 * d))
+
+
+@pytest.mark.parametrize(
+    ("model", "experts", "billions"),
+    [(TINY, (98, 196), 1.19), (TINY, (197, 0), 1.21), (SMALL, (98, 196), 4.29), (TINY, None, 1.07)],
+)
+def test_multiplications_of_an_image(model, experts, billions, tmp_path):
+    """N_c 8 d^2 + N_u 2 d^2 + 3 n E d a layer: the products, mixing tokens into slots and slots into tokens.
+    Without attention scores, for the 197 tokens of an image."""
+    d, n, blocks = model[0], 197, 12
+    embedding = n * 3 * 16 * 16 * d  # we count the class token among the patches
+    moe = 0 if experts is None else 6
+    wanted = embedding + blocks * n * 4 * d * d + (blocks - moe) * n * 8 * d * d
+    source = headers(tmp_path / "vit", *model)
+    if experts is None:
+        built = None
+    else:
+        core, universal = experts
+        moe_table = {
+            "target": "upcycled", "layers": "last_half", "num_experts": core, "universal_experts": universal,
+            "universal_width": d if universal else 0,
+        }  # fmt: skip
+        router = {"name": "spherical", "preset": "repo"} if universal else {"name": "soft"}
+        built = blueprint(source, Recipe.of(moe=moe_table, init={"name": "uniform"}, router=router))
+        wanted += 6 * (core * 8 * d * d + universal * 2 * d * d + 3 * n * (core + universal) * d)
+    dense = admit(peek(source)) if built is None else built.dense
+    found = flops_per_row(dense, built, {"layers": n}) / 2 - 12 * 2 * n * n * d
+    assert abs(found - wanted) < n  # a token's idle weights are rounded to whole ones
+    assert round(wanted / 1e9, 2) == billions
 
 
 def test_the_recipe_is_the_papers_model(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,23 @@ def make_dense(
     return folder
 
 
+def make_headers(folder: Path, config: dict[str, Any], dtype: str = "BF16") -> Path:
+    """A checkpoint of any size: its config and its headers, and no data."""
+    family, item = families.find(config["model_type"]), {"BF16": 2, "F32": 4}[dtype]
+    table, place = {}, 0
+    for name, shape in family.shapes(family.config(config)).items():
+        end = place + item * math.prod(shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(table).encode()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + place)
+    return folder
+
+
 def make_bytes_tokenizer(folder: Path) -> None:
     """A tokenizer of bytes in `folder`: <s> is 1 and stands before every text, </s> is 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -204,31 +224,8 @@ def shake(model: Any, seed: int = 0) -> Any:
     return model
 
 
-def make_headers(folder: Path, config: dict[str, Any]) -> Path:
-    """A dense checkpoint of any size: its config.json and its headers, and no data (a file with a hole)."""
-    import json
-    import math
-    import struct
-
-    family = families.find(config["model_type"])
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    table, place = {}, 0
-    for name, size in family.shapes(family.config(config)).items():
-        end = place + 4 * math.prod(size)
-        table[name] = {"dtype": "F32", "shape": list(size), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(table).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + place)
-    return folder
-
-
 def make_statistics(file: Path, folder: Path, seed: int = 0) -> Path:
     """A file of statistics of a dense checkpoint as `upcycle calibrate` writes it, with random numbers."""
-    import json
-
     import numpy as np
     from safetensors.numpy import save_file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,15 @@ def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """One block: its experts and its router, or the network that stayed dense."""
+    """One block: its experts, the universal ones beside them, and its router; or the network that stayed
+    dense."""
 
     stack: str
     layer: int
     experts: list[FeedForward]
     router: Lazy | None
     up: Lazy
+    universal: Sequence[FeedForward] = ()
 
 
 def _native_parts(opened: Checkpoint, native: natives.Native) -> list[_Part]:
@@ -116,8 +119,21 @@ def _upcycled_parts(opened: Checkpoint, model_type: str) -> list[_Part]:
             experts = upcycled.Layout().read(below)
             if not experts:
                 raise KeyError(prefix + "experts.down_proj")
-            router = below["router.weight"]
-            parts.append(_Part(stack=stack.name, layer=i, experts=experts, router=router, up=experts[0].up))
+            others = {
+                f"experts{n.removeprefix('universal')}": t
+                for n, t in below.items()
+                if n.startswith("universal.")
+            }
+            parts.append(
+                _Part(
+                    stack=stack.name,
+                    layer=i,
+                    experts=experts,
+                    router=below["router.weight"],
+                    up=experts[0].up,
+                    universal=upcycled.Layout().read(others) if others else (),
+                )
+            )
     return parts
 
 
@@ -136,26 +152,36 @@ def _row(part: _Part, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
     everyone = [*experts, original] if comparable and original is not None else experts
     cosine = _cosines(everyone)
     count = len(experts)
-    pairs = cosine[:count, :count][np.triu_indices(count, 1)]
-    return {
+    row = {
         **place,
         "num_experts": count,
         "width": experts[0].width,
         "dtype": dtype,
         "cosine": cosine[:count, :count].round(6).tolist(),
-        "cosine_between": _summary(pairs),
+        "cosine_between": _between(cosine[:count, :count]),
         "cosine_to_dense": cosine[:count, count].round(6).tolist() if comparable else None,
         "router_norms": np.linalg.norm(part.router.all("F32"), axis=1).round(6).tolist(),
     }
+    if part.universal:
+        among = _cosines(part.universal)
+        row["universal"] = {
+            "num_experts": len(part.universal),
+            "width": part.universal[0].width,
+            "cosine": among.round(6).tolist(),
+            "cosine_between": _between(among),
+        }
+    return row
 
 
-def _summary(values: np.ndarray) -> dict[str, float] | None:
+def _between(cosine: np.ndarray) -> dict[str, float] | None:
+    """Of the pairs of different experts."""
+    values = cosine[np.triu_indices(len(cosine), 1)]
     if not values.size:
         return None
     return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max())}
 
 
-def _cosines(networks: list[FeedForward]) -> np.ndarray:
+def _cosines(networks: Sequence[FeedForward]) -> np.ndarray:
     """Cosine similarity of all pairs over all matrices together; [n, n], float64."""
     gram = np.zeros((len(networks), len(networks)))
     for name in networks[0].matrices():

@@ -231,7 +231,7 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
     if target == successors.TARGET:
         if recipe.successor is None:
             raise UpcycleError("moe.target = dense is the smaller model of [successor]; add that section")
-        return successors.target(dense)
+        return successors.target(dense, recipe)
     if target == upcycled.TARGET:
         lengths = family.lengths(dense.config)
         for stack in dense.stacks:

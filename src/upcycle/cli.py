@@ -1,4 +1,4 @@
-"""The command line: `upcycle plan | convert | verify | calibrate | train | ...`.
+"""The command line: `upcycle plan | advise | convert | verify | calibrate | train | ...`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: verify found
 that a promise does not hold; 2: a mistake in what was given; 130: interrupted. Nothing heavy is imported
@@ -92,6 +92,41 @@ def plan(
 
     result = cost.plan(source, recipe.read(), jobs=jobs)
     console.show_json(result.as_dict()) if json else console.show_plan(result)
+
+
+@app.command
+def advise(
+    source: Source,
+    recipe: OmitArgPrefixes[RecipeOptions],
+    *,
+    tokens: str,
+    dense_tokens: str | None = None,
+    gpus: int | None = None,
+    gpu: str = "H100",
+    context: int | None = None,
+    json: bool = False,
+) -> None:
+    """Say what is known before spending: dense continuation, upcycling or from scratch? Reads headers only.
+
+    Args:
+        tokens: what the model would be trained on now, such as 100B
+        dense_tokens: what SOURCE was trained on; much cannot be said without it, and nothing is assumed
+        gpus: how many there are (the least number is worked out, if absent)
+        gpu: of which kind: H100, H200, H800, A100 or A800
+        context: tokens of a row of text (4096, or as many as the model takes, if absent)
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle.advise.gather import advise as ask
+    from upcycle.advise.situation import Asked, parse_tokens
+
+    asked = Asked(
+        tokens=parse_tokens(tokens, "--tokens"),
+        dense_tokens=None if dense_tokens is None else parse_tokens(dense_tokens, "--dense-tokens"),
+        gpus=gpus, gpu=gpu, context=context,
+    )  # fmt: skip
+    result = ask(source, recipe.read(), asked)
+    console.show_json(result.as_dict()) if json else console.show_advice(result)
 
 
 @app.command

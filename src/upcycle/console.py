@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from upcycle.advise.gather import Advice
     from upcycle.cost import Plan
     from upcycle.proof import Proof
     from upcycle.statistics import Statistics
@@ -78,6 +80,25 @@ def show_plan(plan: Plan) -> None:
     out.print("computes what the dense model computes: " + ("yes" if plan.preserves_function else "no"))
     out.print(f"blueprint {plan.blueprint_hash}")
     show_warnings(plan.warnings)
+
+
+def show_advice(advice: Advice) -> None:
+    """A row a statement, with its source and whether the input lies where it was found, and the verdict."""
+    plan = advice.plan
+    shown = Table(title=f"{plan.family} -> {plan.target}: {plan.made}", title_justify="left", box=None,
+                  pad_edge=False, header_style="bold", width=out.width)  # fmt: skip
+    shown.add_column("what", no_wrap=True)
+    for column, share in (("", 5), ("source", 3), ("inside its range", 3)):
+        shown.add_column(column, ratio=share, overflow="fold")
+    topic = ""
+    for statement in advice.statements:
+        mark = {True: "yes", False: "no", None: "not known"}[statement.inside]
+        new = statement.topic if statement.topic != topic else ""
+        cells = (new, statement.said, statement.source, f"{mark}: {statement.why}")
+        shown.add_row(*map(escape, cells))
+        topic = statement.topic
+    out.print(shown, soft_wrap=False)
+    out.print(f"\n{advice.verdict.sentence}", markup=False)
 
 
 def show_converted(plan: Plan, folder: Path) -> None:
@@ -163,14 +184,14 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
         if not row["num_experts"]:
             table.add_row(_place(row), "dense", str(row["width"]), row["dtype"], "", "", "")
             continue
-        between = row["cosine_between"]
         dense = row["cosine_to_dense"]
+        groups = [row, *([row["universal"]] if "universal" in row else [])]
         table.add_row(
             _place(row),
-            str(row["num_experts"]),
-            str(row["width"]),
+            " + ".join(str(group["num_experts"]) for group in groups),
+            " + ".join(str(group["width"]) for group in groups),
             row["dtype"],
-            f"{between['mean']:.4f} ({between['min']:.4f}..{between['max']:.4f})" if between else "",
+            " and ".join(_range(group["cosine_between"]) for group in groups if group["cosine_between"]),
             f"{sum(dense) / len(dense):.4f}" if dense else "",
             f"{sum(row['router_norms']) / len(row['router_norms']):.4f}",
         )
@@ -185,6 +206,10 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
             out.print(f"blueprint {made['blueprint_hash']}")
     for note in anatomy["notes"]:
         out.print(f"[dim]{note}[/]", markup=True)
+
+
+def _range(found: dict[str, float]) -> str:
+    return f"{found['mean']:.4f} ({found['min']:.4f}..{found['max']:.4f})"
 
 
 def _how(recipe: dict[str, Any]) -> str:

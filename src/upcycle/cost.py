@@ -96,6 +96,7 @@ def plan(
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
     """The plan of a blueprint."""
     moe = built.recipe.moe
+    dense = built.dense.whole if built.native.dense else built.dense
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
     shapes = {n: e.shape for n, e in built.entries.items()}
@@ -123,11 +124,11 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
             for site in built.sites
         },
         shared_width=built.shared_width,
-        dense_parameters=sum(t.size for t in built.dense.tensors.values()),
+        dense_parameters=sum(t.size for t in dense.tensors.values()),
         total_parameters=total,
         active_parameters=total - idle.parameters,
-        dense_flops_per_token=flops_per_token(built.dense),
-        flops_per_token=2 * products,
+        dense_flops_per_token=flops_per_token(dense),
+        flops_per_token=2 * (products + mixing(built)),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
         peak_memory_bytes=peak_memory(built, jobs),
         blueprint_hash=built.hash,
@@ -161,13 +162,13 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
     """Weights of the experts that a token does not use, in all layers together; or in those of one stack, in
     rows of `length` tokens."""
     family, config = built.dense.family, built.dense.config
-    lengths, whole = family.lengths(config), family.length(config)
+    lengths, parts = family.lengths(config), _parts(built.dense)
     parameters, products = 0.0, 0.0
     for site in built.sites:
         if stack not in (None, site.stack):
             continue
         row = length or lengths[site.stack]
-        part = 1.0 if stack else row / whole
+        part = 1.0 if stack else parts[site.stack]
         router = built.recipe.at(site.stack).router
         network = built.dense.feed_forward(site.layer, site.stack)
         for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
@@ -184,6 +185,19 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
     return Idle(parameters=round(parameters), in_products=round(products))
 
 
+def mixing(built: Blueprint, stack: str | None = None) -> int:
+    """What a token takes part in beside weights where a router has slots, counted in weights: its share of
+    every slot and every slot's share of it, 2 E S H a layer, in all layers (of one stack) together."""
+    parts = _parts(built.dense)
+    total = 0.0
+    for site in built.sites:
+        router = built.recipe.at(site.stack).router
+        if router.has_slots and stack in (None, site.stack):
+            rows = router.rows(site.num_experts + site.universal_experts)
+            total += (1.0 if stack else parts[site.stack]) * 2 * rows * site.hidden
+    return round(total)
+
+
 def flops_per_token(dense: Dense) -> int:
     """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
     return 2 * (_per_token(dense, {n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
@@ -191,19 +205,26 @@ def flops_per_token(dense: Dense) -> int:
 
 def _per_token(dense: Dense, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Weights that a token meets in a matrix product, in all stacks."""
-    family, lengths = dense.family, dense.family.lengths(dense.config)
-    whole = family.length(dense.config)
     products = 0.0
-    for name in lengths:
-        own = {n: s for n, s in shapes.items() if family.stack_of(n) == name}
-        products += _in_products(own) * lengths[name] / whole
+    for name, part in _parts(dense).items():
+        own = {n: s for n, s in shapes.items() if dense.family.stack_of(n) == name}
+        products += part * _in_products(own)
     return round(products)
 
 
-def flops_per_row(dense: Dense, built: Blueprint | None, lengths: Mapping[str, int]) -> int:
+def _parts(dense: Dense) -> dict[str, float]:
+    """Tokens of a row in each stack, for each one that it begins with."""
+    family, config = dense.family, dense.config
+    return {name: length / family.length(config) for name, length in family.lengths(config).items()}
+
+
+def flops_per_row(
+    dense: Dense, built: Blueprint | None, lengths: Mapping[str, int], *, all_scores: bool = False
+) -> int:
     """FLOPs of a forward pass of a row of so many tokens in each stack: matrix products, attention scores.
 
-    Causal attention needs half of the scores, on average. `built` is None for the dense model itself.
+    Causal attention needs half of the scores, on average; `all_scores` counts both halves, as papers do that
+    state FLOPs or MFU. `built` is None for the dense model itself.
     """
     family, c = dense.family, dense.config
     stacks = family.stacks(built.family_config) if built else dense.stacks
@@ -214,9 +235,10 @@ def flops_per_row(dense: Dense, built: Blueprint | None, lengths: Mapping[str, i
         products = _in_products({n: s for n, s in shapes.items() if family.stack_of(n) == stack.name})
         products += _tied_head(dense) if stack.name == last else 0
         length, width = lengths[stack.name], c["num_attention_heads"] * c["head_dim"]
-        products -= idle_weights(built, stack.name, length).in_products if built else 0
+        if built:
+            products += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
         scores = stack.count * 4 * width * length * length
-        total += 2 * products * length + (scores // 2 if stack.causal else scores)
+        total += 2 * products * length + (scores // 2 if stack.causal and not all_scores else scores)
         if stack.name == "decoder":
             total += stack.count * 4 * width * length * lengths["encoder"]
     return total

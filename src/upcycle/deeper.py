@@ -20,7 +20,7 @@ _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_
 
 def target(dense: Dense, recipe: Recipe) -> Native:
     """The dense class itself. Refuses a recipe that asks for experts: nothing would heed it."""
-    _refuse_moe(recipe)
+    upcycled.refuse_experts(recipe, ("moe", "init", "router"))
     return upcycled.dense_class(dense.family.model_type, dense.architecture, "deeper")
 
 
@@ -62,19 +62,3 @@ def tensors(dense: Dense, times: int) -> dict[str, Lazy]:
     if missing := wanted.keys() - out.keys():
         raise AssertionError(f"a deeper {dense.family.model_type} lacks {sorted(missing)[:3]}")
     return out
-
-
-def _refuse_moe(recipe: Recipe) -> None:
-    given, default = recipe.as_table(), Recipe.of().as_table()
-    if recipe.parts:
-        raise UpcycleError(
-            f"moe.target = {TARGET} makes no experts, and [{next(iter(recipe.parts))}] is about them; take "
-            f"it out"
-        )
-    for section in ("moe", "init", "router"):
-        for key, value in given[section].items():
-            if value != default[section].get(key) and key not in ("target", "depth"):
-                raise UpcycleError(
-                    f"moe.target = {TARGET} makes no experts, and {section}.{key} = {value} is about them; "
-                    f"take it out"
-                )

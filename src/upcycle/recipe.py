@@ -185,15 +185,40 @@ def _part(name: str, value: Any, moe: Mapping[str, Any], router: Mapping[str, An
 
 
 def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
-    """The table in a TOML file."""
+    """The table in a TOML file. With `base = FILE` (from the file's own folder) it goes over that one's:
+    tables key by key, everything else whole."""
+    return _read_toml(path, what, ())
+
+
+def _read_toml(path: Path, what: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise UpcycleError(f"no {what} at {path}") from None
     except IsADirectoryError:
         raise UpcycleError(f"{path} is a folder; a {what} is a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UpcycleError(f"{path} is not TOML: {error}") from None
+    if "base" not in table:
+        return table
+    base = table.pop("base")
+    if not isinstance(base, str):
+        raise UpcycleError(f"base = {base!r} in {path}; it must be the name of a TOML file")
+    seen = (*seen, path.resolve())
+    under = path.parent / base
+    if under.resolve() in seen:
+        raise UpcycleError(f"{path} is based on {base}, which is based on it")
+    return _over(_read_toml(under, f"{what} (the base of {path.name})", seen), table)
+
+
+def _over(under: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` laid over another, tables key by key."""
+    both = {
+        key: _over(under[key], value)
+        for key, value in table.items()
+        if isinstance(value, dict) and isinstance(under.get(key), dict)
+    }
+    return {**under, **table, **both}
 
 
 def of_run_file(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,11 @@ class Dense:
         return self.feed_forward(layer, stack)
 
     @property
+    def whole(self) -> Dense:
+        """The model as its checkpoint has it."""
+        return self
+
+    @property
     def unknown_keys(self) -> tuple[str, ...]:
         """Keys of config.json that the family knows nothing of."""
         known = {*self.family.defaults, *families.SILENT, *families.SIZES}

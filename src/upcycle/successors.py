@@ -7,7 +7,7 @@ second checkpoint. Experts are made from the predecessor's whole networks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 from upcycle import upcycled
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError, listed
-from upcycle.families import Axis, Config
+from upcycle.families import Axes, Axis, Config
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.init._selecting import Choice, Selecting
 from upcycle.lazy import Lazy, Take
 from upcycle.natives import Native
-from upcycle.positions import Units
+from upcycle.positions import Positions, Units
 from upcycle.recipe import Recipe, Successor
 from upcycle.source import Dense, admit
 
@@ -42,32 +42,45 @@ class Narrowed(Dense):
     def tensors(self) -> dict[str, Lazy]:
         if self.rest is not None:
             return self.rest.tensors
-        axes = self.family.axes(self.predecessor.config)
-        smaller = self.family.axes(self.config)
-        wanted = self.family.shapes(self.config) | self.family.optional(self.config)
-        return {
-            name: self._part(tensor, axes[name], smaller[name], wanted[name])
-            for name, tensor in self.predecessor.tensors.items()
-        }
+        return {name: self._part(name, tensor) for name, tensor in self.predecessor.tensors.items()}
 
-    def _part(
-        self,
-        tensor: Lazy,
-        axes: tuple[Axis | None, ...],
-        smaller: tuple[Axis | None, ...],
-        shape: tuple[int, ...],
-    ) -> Lazy:
-        for place, (axis, after) in enumerate(zip(axes, smaller, strict=True)):
-            if axis is None or after is None or tensor.shape[place] == shape[place]:
-                continue
-            chosen = self.init.choose(
-                Choice(
-                    kind=axis.kind, stack=axis.stack, layer=axis.layer, blocks=self._blocks(axis),
-                    seed=self.seed, total=tensor.shape[place] // axis.unit, count=shape[place] // after.unit,
-                )
-            )  # fmt: skip
+    def _part(self, name: str, tensor: Lazy) -> Lazy:
+        for place, axis, chosen in self._cuts(name):
             tensor = Take(tensor, place, chosen if axis.unit == 1 else Units(chosen, axis.unit))
         return tensor
+
+    @property
+    def chosen(self) -> dict[str, Positions]:
+        """What was chosen for the dense part, by kind, stack and block; nothing where it is from `rest`."""
+        if self.rest is not None:
+            return {}
+        return {
+            ".".join(
+                map(str, (axis.kind, axis.stack, *(() if axis.layer is None else (axis.layer,))))
+            ): chosen
+            for name in self.predecessor.tensors
+            for _, axis, chosen in self._cuts(name)
+        }
+
+    def _cuts(self, name: str) -> Iterator[tuple[int, Axis, Positions]]:
+        """Which axes of a tensor become shorter, and what stays of them."""
+        before, after, shapes = self._axes
+        sizes = zip(
+            before[name], after[name], self.predecessor.tensors[name].shape, shapes[name], strict=True
+        )
+        for place, (axis, smaller, total, count) in enumerate(sizes):
+            if axis is not None and smaller is not None and total != count:
+                choice = Choice(
+                    kind=axis.kind, stack=axis.stack, layer=axis.layer, blocks=self._blocks(axis),
+                    seed=self.seed, total=total // axis.unit, count=count // smaller.unit,
+                )  # fmt: skip
+                yield place, axis, self.init.choose(choice)
+
+    @cached_property
+    def _axes(self) -> tuple[Axes, Axes, dict[str, tuple[int, ...]]]:
+        """What the axes of tensors are made of, before and after, and the shapes after."""
+        shapes = self.family.shapes(self.config) | self.family.optional(self.config)
+        return self.family.axes(self.predecessor.config), self.family.axes(self.config), shapes
 
     def _blocks(self, axis: Axis) -> int:
         return next(s.count for s in self.predecessor.stacks if s.name == axis.stack)
@@ -94,6 +107,10 @@ class Narrowed(Dense):
             **dict.fromkeys(mine, "successor.rest has what is no expert"),
             **dict.fromkeys(theirs, "experts come from the predecessor"),
         }
+
+    @property
+    def whole(self) -> Dense:
+        return self.predecessor
 
     def origin(self, layer: int, stack: str = "layers") -> FeedForward:
         return self.predecessor.feed_forward(layer, stack)
@@ -162,6 +179,7 @@ def _widths(predecessor: Dense, wanted: Successor) -> tuple[dict[str, int], dict
     return hidden, width
 
 
-def target(dense: Dense) -> Native:
-    """The dense class itself, narrower."""
+def target(dense: Dense, recipe: Recipe) -> Native:
+    """The dense class itself, narrower. Refuses a recipe that asks for experts."""
+    upcycled.refuse_experts(recipe, ("moe", "router"))
     return upcycled.dense_class(dense.family.model_type, dense.architecture, "narrower")

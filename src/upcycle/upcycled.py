@@ -108,6 +108,23 @@ def dense_class(model_type: str, architecture: str, became: Literal["deeper", "n
     )
 
 
+def refuse_experts(recipe: Recipe, sections: tuple[str, ...]) -> None:
+    """Refuse a recipe for a dense target that asks for experts: nothing would heed it."""
+    given, default, target = recipe.as_table(), Recipe.of().as_table(), recipe.moe.target
+    if recipe.parts:
+        raise UpcycleError(
+            f"moe.target = {target} makes no experts, and [{next(iter(recipe.parts))}] is about them; take "
+            f"it out"
+        )
+    for section in sections:
+        for key, value in given[section].items():
+            if value != default[section].get(key) and key not in ("target", "depth"):
+                raise UpcycleError(
+                    f"moe.target = {target} makes no experts, and {section}.{key} = {value} is about them; "
+                    f"take it out"
+                )
+
+
 def router_tensors(recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:
     """The tensors of a router beside its weight, by their names below the layer. `norm` has weight and bias
     of the norm before the network, where there is one."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import card, provenance
+from upcycle import card, provenance, selection
 from upcycle.blueprints import Blueprint, Entry, blueprint
 from upcycle.checkpoint import INDEX, Checkpoint, file_hash
 from upcycle.errors import UpcycleError
@@ -291,6 +291,7 @@ def _finish(
     if shards.index is not None:
         _write_json(partial / INDEX, shards.index)
     _write_json(partial / provenance.FILE, record)
+    selection.write(built, partial)
     (partial / "README.md").write_text(card.render(built, record))
     _write_json(partial / UNNAMED_CONFIG, built.config)
     for path in partial.iterdir():

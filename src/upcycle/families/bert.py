@@ -93,6 +93,7 @@ class Bert(Encoder):
                 owned=(block + "intermediate.", block + "output.dense."),
                 module="encoder.layer.{i}.intermediate",
                 replaced=("encoder.layer.{i}.output.dense",),
+                norm_path=block + "attention.output.LayerNorm",
                 down="encoder.layer.{i}.output.dense",
                 heads=("encoder.layer.{i}.attention.output.dense",),
                 causal=False,

@@ -84,17 +84,19 @@ class Selecting(Init):
         """Positions, ascending."""
 
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
-        network = dense[0]
-        out = network.take(self._neurons(network.width, e, site))
-        if site.hidden == network.hidden:
-            return out
-        channels = Choice.of("channels", site, total=network.hidden, count=site.hidden, who=e)
-        return out.narrowed(self.choose(channels.of_the_stack() if self.channels == "shared" else channels))
+        out = dense[0].take(self.neurons(e, site))
+        return out if site.hidden == site.dense_hidden else out.narrowed(self.channels_of(e, site))
 
-    def _neurons(self, total: int, e: int, site: Site) -> Positions:
+    def channels_of(self, e: int, site: Site) -> Positions:
+        """The channels of expert `e`."""
+        channels = Choice.of("channels", site, total=site.dense_hidden, count=site.hidden, who=e)
+        return self.choose(channels.of_the_stack() if self.channels == "shared" else channels)
+
+    def neurons(self, e: int, site: Site) -> Positions:
+        """The neurons of expert `e`."""
         thinned = site.of_universal and self.universal == "thinned"
         count = site.core_width if thinned else site.width
-        chosen = self.choose(Choice.of("neurons", site, total=total, count=count, who=e))
+        chosen = self.choose(Choice.of("neurons", site, total=site.dense_width, count=count, who=e))
         if not thinned:
             return chosen
         kept = spread(count, site.width)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import provenance
+from upcycle import provenance, selection
 from upcycle.checkpoint import file_hash
 from upcycle.dtypes import BY_TORCH_NAME
 from upcycle.errors import UpcycleError
@@ -75,6 +75,8 @@ def export(
         carried, left = carry(begun.dense.checkpoint.folder, partial)
         trained = _provenance(begun, record, state, carried, left)
         saving.write_text(partial / provenance.FILE, json.dumps(trained, indent=2) + "\n")
+        if begun.built:
+            selection.write(begun.built, partial)
         saving.write_text(partial / "README.md", _card(begun, state, run))
         partial.rename(out)
     except BaseException:

@@ -10,22 +10,20 @@ from typing import IO, Any
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from upcycle import gpus
 from upcycle.console import count, err
 from upcycle.errors import UpcycleError
 from upcycle.training.run import Log
 
 FILE = "metrics.jsonl"
 
-# Dense bf16 FLOP/s of one device, from NVIDIA's data sheets.
-PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12}
-
 
 def peak_flops(log: Log, device: torch.device) -> float | None:
     """The FLOP/s that MFU is measured against: what the run states, or that of a known GPU; None on a CPU."""
     if log.peak_flops is not None or device.type != "cuda":
         return log.peak_flops
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    gpu = gpus.of_device(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.peak_flops
 
 
 def read(out: Path) -> list[dict[str, Any]]:

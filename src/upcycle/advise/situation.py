@@ -1,0 +1,157 @@
+"""What is asked, and what is known of it: the model, the MoE, the budget. Read from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from upcycle import gpus
+from upcycle.blueprints import Blueprint
+from upcycle.cost import Plan, flops_per_row, plan_of
+from upcycle.errors import UpcycleError
+from upcycle.gpus import Gpu
+
+Kind = Literal["decoder", "encoder-decoder", "encoder", "vision"]
+CONTEXT = 4096  # tokens of a row where nothing is asked, if the model has as many positions
+
+
+def parse_tokens(text: str, option: str) -> int:
+    """`100B`, `1.5T`, `37_000_000` as a number."""
+    found = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kMBT]?)", text.strip())
+    if found is None:
+        raise UpcycleError(f"{option} {text!r}; give a number of tokens, such as 100B, 1.5T or 2_000_000")
+    size = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[found[2]]
+    return round(float(found[1].replace("_", "")) * size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The budget and the machines. Tokens are those of the training that would come now."""
+
+    tokens: int
+    dense_tokens: int | None = None  # that the dense model was trained on; None: not known
+    gpus: int | None = None
+    gpu: str = "H100"
+    context: int | None = None  # tokens of a row of text
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("tokens", self.tokens), ("dense-tokens", self.dense_tokens), ("gpus", self.gpus),
+            ("context", self.context),
+        ):  # fmt: skip
+            if value is not None and value < 1:
+                raise UpcycleError(f"--{option} {value}; it must be a whole number of 1 or more")
+        gpus.find(self.gpu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Parameters of one block of the MoE."""
+
+    own: int
+    experts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """Everything that statements are made from."""
+
+    asked: Asked
+    built: Blueprint
+
+    def __post_init__(self) -> None:
+        if not self.built.sites:
+            raise UpcycleError(
+                f"moe.target = {self.built.recipe.moe.target} makes a dense model; advise is about a Mixture "
+                f"of Experts, so choose another target"
+            )
+        context, most = self.asked.context, self._positions
+        if context is not None and self.kind == "vision":
+            raise UpcycleError(f"--context is for text; an image is {most} tokens here, leave it out")
+        if context is not None and context > most and self.kind != "encoder-decoder":
+            raise UpcycleError(f"--context {context}; the model has {most} positions")
+
+    @property
+    def _positions(self) -> int:
+        return self.built.dense.family.length(self.built.dense.config)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the MoE costs."""
+        return plan_of(self.built)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Parameters of every block of the MoE."""
+        sizes: dict[tuple[str, str], list[int]] = {}
+        starts = [(stack.name, stack.path.partition("{i}")[0]) for stack in self.built.dense.stacks]
+        for name, entry in self.built.entries.items():
+            for stack, start in starts:
+                if name.startswith(start):
+                    block = sizes.setdefault((stack, name.removeprefix(start).partition(".")[0]), [0, 0])
+                    block[".experts." in name or ".universal." in name] += entry.lazy.size
+        return tuple(Block(own=own, experts=experts) for own, experts in sizes.values())
+
+    @property
+    def gpu(self) -> Gpu:
+        """The kind of GPU."""
+        return gpus.find(self.asked.gpu)
+
+    @property
+    def kind(self) -> Kind:
+        """What sort of model it is, as far as published results are concerned."""
+        causal = {stack.causal for stack in self.built.dense.stacks}
+        if "image_size" in self.built.dense.config:
+            return "vision"
+        if len(causal) == 2:
+            return "encoder-decoder"
+        return "decoder" if causal == {True} else "encoder"
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """Tokens of a row in each stack of blocks."""
+        if self.kind == "vision":
+            return self.built.dense.family.lengths(self.built.dense.config)
+        length = self.asked.context or min(CONTEXT, self._positions)
+        return {stack.name: length for stack in self.built.dense.stacks}
+
+    @property
+    def row(self) -> int:
+        """Tokens of a row, all stacks together."""
+        return sum(self.lengths.values())
+
+    @cached_property
+    def dense_flops(self) -> float:
+        """FLOPs of training the dense model on a token."""
+        return 3 * flops_per_row(self.built.dense, None, self.lengths) / self.row
+
+    @cached_property
+    def moe_flops(self) -> float:
+        """FLOPs of training the MoE on a token."""
+        return 3 * flops_per_row(self.built.dense, self.built, self.lengths) / self.row
+
+    @property
+    def dense_tokens_for_the_same(self) -> float:
+        """Tokens that the dense model can be trained on with the FLOPs of the MoE's budget."""
+        return self.asked.tokens * self.moe_flops / self.dense_flops
+
+    @property
+    def share_of_tokens(self) -> float | None:
+        """The budget as a share of the dense model's training, in tokens."""
+        return self.asked.tokens / self.asked.dense_tokens if self.asked.dense_tokens else None
+
+    @property
+    def share_of_cost(self) -> float | None:
+        """The same in FLOPs."""
+        return self.dense_tokens_for_the_same / self.asked.dense_tokens if self.asked.dense_tokens else None
+
+    @property
+    def copies(self) -> bool:
+        """Whether experts are whole copies of the dense network, up to small noise."""
+        recipe = self.built.recipe
+        return recipe.init.name in ("copy", "noise") or (
+            recipe.init.name == "drop" and getattr(recipe.init, "ratio", 1.0) == 0
+        )

@@ -1,0 +1,38 @@
+"""GPUs that training is planned for and measured on: memory and bf16 FLOP/s, from NVIDIA's data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from upcycle.errors import UpcycleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One kind of GPU."""
+
+    name: str
+    peak_flops: float  # FLOP/s of dense bf16 matrix products
+    memory: float  # bytes
+
+
+KNOWN = (
+    Gpu(name="H100", peak_flops=989.4e12, memory=80e9),
+    Gpu(name="H200", peak_flops=989.4e12, memory=141e9),
+    Gpu(name="H800", peak_flops=989.4e12, memory=80e9),
+    Gpu(name="A100", peak_flops=312e12, memory=80e9),
+    Gpu(name="A800", peak_flops=312e12, memory=80e9),
+)
+
+
+def find(name: str) -> Gpu:
+    """The GPU called `name`, in any case."""
+    for gpu in KNOWN:
+        if gpu.name == name.upper():
+            return gpu
+    raise UpcycleError(f"unknown GPU {name!r}; known: {', '.join(gpu.name for gpu in KNOWN)}")
+
+
+def of_device(name: str) -> Gpu | None:
+    """The GPU that a device's own name speaks of (NVIDIA H100 80GB HBM3), None for others."""
+    return next((gpu for gpu in KNOWN if gpu.name in name), None)

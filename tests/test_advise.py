@@ -1,0 +1,592 @@
+"""Advice against what the papers print, closed forms, and what torch and transformers hold in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, MixtralConfig, MixtralForCausalLM
+
+import tiny
+from upcycle import Recipe, UpcycleError, blueprint, cli, gpus, plan
+from upcycle.advise import drop_ratio, duration, inference, layout, published, scaling_law
+from upcycle.advise.gather import advise
+from upcycle.advise.situation import Asked, Situation, parse_tokens
+from upcycle.advise.verdict import verdict
+from upcycle.checkpoint import Checkpoint
+from upcycle.cost import flops_per_row
+from upcycle.source import admit
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+LLAMA_3_8B = {
+    **LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+}  # fmt: skip
+ONE_B = {
+    **LLAMA, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+}  # fmt: skip
+VIT_B = {
+    "model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 768,
+    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+}  # fmt: skip
+T5_BASE = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 32128, "d_model": 768,
+    "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+SPARSE = {"target": "upcycled", "num_experts": 32}
+S = {"moe": SPARSE}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Checkpoints of published models, headers alone."""
+    folder = tmp_path_factory.mktemp("large")
+    configs = {"8B": LLAMA_3_8B, "1B": ONE_B, "vit": VIT_B, "t5": T5_BASE}
+    return {name: tiny.make_headers(folder / name, config) for name, config in configs.items()}
+
+
+def situation(source, recipe=None, /, **asked):
+    return Situation(asked=Asked(**asked), built=blueprint(source, Recipe.of(recipe or {})))
+
+
+def said(source, recipe=None, /, **asked):
+    return advise(source, Recipe.of(recipe or {}), Asked(**asked))
+
+
+# --- the scaling law
+
+
+def test_the_law_at_its_published_constants():
+    """Worked out from Table 2: 2.145 nats upcycled and 2.25 dense at 1 B parameters, 74 B and 37 B tokens."""
+    assert scaling_law.upcycled(1e9, 74e9, 37e9) == pytest.approx(2.145, abs=1e-3)
+    assert scaling_law.dense(1e9, 74e9) == pytest.approx(2.25, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "dense_tokens", "tokens"), [(1e9, 20e9, 12e9), (1e9, 100e9, 52e9), (3.7e9, 1e12, 0.29e12)]
+)
+def test_the_law_s_crossovers(parameters, dense_tokens, tokens):
+    """From scratch is behind before, level at, and ahead after the tokens that a second hand found."""
+    point = scaling_law.overtaken(parameters, dense_tokens)
+    assert point == pytest.approx(tokens, rel=0.03)
+
+    def behind(d):
+        return scaling_law.from_scratch(parameters, d) - scaling_law.upcycled(parameters, dense_tokens, d)
+
+    assert behind(point) == pytest.approx(0, abs=1e-8)
+    assert behind(0.9 * point) > 0 > behind(1.1 * point)
+
+
+def test_the_more_the_dense_model_saw_the_more_slowly_the_moe_learns():
+    """The exponent of D2 is -a2 + a3 ln D1, read off the slope of the reducible loss."""
+    n, floor = 1e9, 8.53 * 1e9**-0.112 + 0.165
+
+    def exponent(d1):
+        near, far = (math.log(scaling_law.upcycled(n, d1, d2) - floor) for d2 in (1e10, 1e11))
+        return (far - near) / math.log(10)
+
+    for d1 in (1e9, 2e10, 3e11):
+        assert exponent(d1) == pytest.approx(-0.085 + 7.98e-4 * np.log(d1), abs=1e-9)
+    assert exponent(1e9) < exponent(1e11) < 0
+
+
+@pytest.mark.parametrize("law", [scaling_law.dense, scaling_law.from_scratch])
+def test_losses_fall(law):
+    assert law(1e9, 1e10) > law(1e9, 2e10) > law(2e9, 2e10) > scaling_law.IRREDUCIBLE
+
+
+def test_a_crossover_outside_the_fitted_tokens_is_none():
+    n, d1, most = 5e8, 368e9, scaling_law.TOKENS[1]
+    assert scaling_law.from_scratch(n, most) > scaling_law.upcycled(n, d1, most)
+    assert scaling_law.from_scratch(n, 3 * most) < scaling_law.upcycled(n, d1, 3 * most)
+    assert scaling_law.overtaken(n, d1) is None
+
+
+def test_dense_continuation_has_the_same_flops(large):
+    here = situation(large["1B"], tokens=10**10, dense_tokens=2 * 10**10)
+    moe = flops_per_row(here.built.dense, here.built, {"layers": 2048})
+    dense = flops_per_row(here.built.dense, None, {"layers": 2048})
+    n = here.plan.dense_parameters
+    total = 2e10 + 1e10 * moe / dense
+    assert scaling_law.losses(here) == {
+        "upcycling": scaling_law.upcycled(n, 2e10, 1e10),
+        "from scratch": scaling_law.from_scratch(n, 1e10),
+        "dense continuation": pytest.approx(scaling_law.dense(n, total), abs=1e-12),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "asked", "reason"),
+    [
+        ("8B", {}, {}, "47.5 B parameters"),
+        ("1B", {"moe": {"num_experts": 16}}, {}, "fitted on 8 whole experts"),
+        ("1B", {"moe": {"top_k": 1}}, {}, "top-2"),
+        ("1B", {"moe": {"target": "upcycled", "layers": "every_other"}}, {}, "experts in every layer"),
+        ("1B", {"init": {"name": "drop"}}, {}, "init.name = drop"),
+        ("1B", {}, {"tokens": 10**12}, "training of 1 T tokens"),
+        ("1B", {}, {"tokens": 10**6}, "training of 1 M tokens"),
+        ("1B", {}, {"dense_tokens": 2 * 10**12}, "dense training of 2 T tokens"),
+        ("1B", {}, {"dense_tokens": None}, "--dense-tokens"),
+        ("vit", {"moe": SPARSE}, {}, "of the kind vision"),
+        ("t5", {"moe": SPARSE}, {}, "of the kind encoder-decoder"),
+    ],
+)
+def test_outside_the_fitted_range_nothing_is_computed(large, model, recipe, asked, reason):
+    here = situation(large[model], recipe, **{"tokens": 10**10, "dense_tokens": 10**11, **asked})
+    assert scaling_law.losses(here) == {}
+    (only,) = scaling_law.statements(here)
+    assert (only.inside, only.value) == (False, None)
+    assert reason in only.why
+
+
+# --- published results
+
+
+@pytest.mark.parametrize(
+    ("model", "paper", "recipe", "tokens", "dense_tokens"),
+    [
+        ("1B", "OLMoE", {}, 500, 2000),
+        ("t5", "Sparse Upcycling", {"moe": SPARSE}, 1.2, 1),
+        ("1B", "Skywork", {}, 2.0, 1),
+    ],
+)
+def test_a_budget_lies_on_its_side_of_a_crossover(large, model, paper, recipe, tokens, dense_tokens):
+    """OLMoE: 500 B after 2 T, in tokens; 120 % and twice, in FLOPs."""
+    (crossover,) = (c for c in published.CROSSOVERS if c.paper.startswith(paper))
+    scale = 10**9
+    if crossover.unit == "cost":
+        one = situation(large[model], recipe, tokens=10**9, dense_tokens=10**9)
+        tokens = tokens * one.dense_flops / one.moe_flops
+    for factor in (0.99, 1.01):
+        asked = {"tokens": round(tokens * scale * factor), "dense_tokens": dense_tokens * scale}
+        here = situation(large[model], recipe, **asked)
+        assert published.distance(here, crossover) == pytest.approx(factor, rel=1e-6)
+        assert published.crossover_inside(here, crossover)[0] is (True if crossover.exact else None)
+
+
+def test_statements_of_a_model_like_llama_3_meets_moe(large):
+    found = said(large["8B"], tokens=27 * 10**9)
+    (like,) = (s for s in found.statements if s.source.startswith("Llama 3 Meets MoE") and "MMLU" in s.said)
+    assert like.inside is True
+    other = said(large["8B"], {"moe": {"num_experts": 16}}, tokens=27 * 10**9)
+    (unlike,) = (s for s in other.statements if s.source.startswith("Llama 3 Meets MoE") and "MMLU" in s.said)
+    assert (unlike.inside, unlike.why) == (False, "found with 8 experts, not 16")
+
+
+# --- the drop ratio
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio"), [(10**9, 0.0), (50 * 10**9, 0.0), (150 * 10**9, None), (500 * 10**9, 0.5)]
+)
+def test_the_ratio_by_budget(large, tokens, ratio):
+    assert drop_ratio.advised(tokens) == ratio
+    assert drop_ratio.statements(situation(large["1B"], tokens=tokens))[0].value == ratio
+
+
+@pytest.mark.parametrize(("tokens", "inside"), [(50e9, True), (1e9, False), (500e9, True), (5e12, False)])
+def test_where_the_ratio_was_found(large, tokens, inside):
+    assert drop_ratio.statements(situation(large["1B"], tokens=int(tokens)))[0].inside is inside
+
+
+@pytest.mark.parametrize("indices", ["shared", "independent"])
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_intact_neurons_are_those_of_the_initialisation(dense, ratio, indices):
+    """Counted on experts that the initialisation makes of 4000 neurons."""
+    source = dense("llama", intermediate_size=4000, num_hidden_layers=1)
+    recipe = {"init": {"name": "drop", "ratio": ratio, "indices": indices}, "moe": {"num_experts": 2}}
+    here = situation(source, recipe, tokens=10**9)
+    plain, whole = here.built.dense.feed_forward(0), []
+    (site,) = here.built.sites
+    for e in range(2):
+        made = here.built.recipe.init.expert([plain], e, site)
+        same = [
+            np.all(getattr(made, name).all("F32") == getattr(plain, name).all("F32"), axis=axis)
+            for name, axis in (("gate", 1), ("up", 1), ("down", 0))
+        ]
+        whole.append(np.logical_and.reduce(same).mean())
+    expected = drop_ratio.intact(ratio, indices)
+    assert np.mean(whole) == pytest.approx(expected, abs=3 * (expected * (1 - expected) / 8000) ** 0.5 + 1e-3)
+    assert drop_ratio.statements(here)[1].value == expected
+
+
+# --- time
+
+
+def test_llama_3_meets_moe(large):
+    """Table 1: 4.7e14 and 7.5e14 FLOPs a sequence of 8192; 100 B tokens took 11 k GPU hours."""
+    here = situation(large["8B"], tokens=100 * 10**9, gpus=512, context=8192)
+    assert here.plan.total_parameters / 1e9 == pytest.approx(47.5, abs=0.05)
+    assert here.plan.active_parameters / 1e9 == pytest.approx(13.7, abs=0.05)
+    rows = {"layers": 8192}
+    sequence = 3 * flops_per_row(here.built.dense, here.built, rows, all_scores=True)
+    assert sequence / 1e14 == pytest.approx(7.5, abs=0.05)
+    dense = 3 * flops_per_row(here.built.dense, None, rows, all_scores=True)
+    assert dense / 1e14 == pytest.approx(4.7, abs=0.05)
+    assert duration.total_flops(here) == pytest.approx(9.2e21, rel=0.005)
+    assert duration.gpu_hours(here, 389.7e12 / 989.4e12) == pytest.approx(6.5e3, rel=0.01)
+    hours = {s.source.partition(" (")[0]: s.value for s in duration.statements(here) if s.unit == "GPU hours"}
+    assert hours["MoE Parallel Folding"] == pytest.approx(11e3, rel=0.02)  # what it took, at a measured MFU
+
+
+def test_time_by_hand(large):
+    here = situation(large["1B"], tokens=10**9, gpu="a100")
+    assert duration.gpu_hours(here, 0.5) * 3600 * 312e12 * 0.5 == pytest.approx(duration.total_flops(here))
+    longer = situation(large["1B"], tokens=2 * 10**9)
+    assert duration.total_flops(longer) == 2 * duration.total_flops(here)
+    assert duration.gpu_hours(here, 0.1) > duration.gpu_hours(here, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "inside"),
+    [
+        ("8B", {"gpus": 512}, True), ("8B", {}, True), ("8B", {"gpus": 8}, False),
+        ("8B", {"gpu": "A100"}, False), ("1B", {"gpus": 128}, False),
+    ],
+)  # fmt: skip
+def test_where_utilisation_was_measured(large, model, asked, inside):
+    found = duration.statements(situation(large[model], tokens=10**9, **asked))
+    assert {s.inside for s in found if s.unit == "GPU hours"} == {inside}
+
+
+# --- memory
+
+
+def test_weights_gradients_and_moments_are_what_torch_holds(dense, tmp_path):
+    """One process after one step of AdamW."""
+    from upcycle.training import optimizer, start
+    from upcycle.training.parallel import Ranks
+    from upcycle.training.run import Run
+
+    source = dense("llama")
+    run = Run.of(
+        {
+            "source": str(source), "out": str(tmp_path), "moe": {"num_experts": 4},
+            "schedule": {"peak": 1e-3}, "data": {"sources": [{"path": "none"}]}, "train": {"steps": 1},
+        }
+    )  # fmt: skip
+    begun = start.start_of(run)
+    model = start.model_of(begun, run, Ranks(device=torch.device("cpu")), "float32")
+    adam = optimizer.make(model, run.train)
+    model(torch.zeros(1, 8, dtype=torch.long)).logits.sum().backward()
+    for parameter in model.parameters():  # experts that no token chose
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    adam.step()
+    found = layout.per_gpu(situation(source, {"moe": {"num_experts": 4}}, tokens=1), 1)
+    assert found.weights == sum(p.nbytes for p in model.parameters())
+    assert found.gradients == sum(p.grad.nbytes for p in model.parameters())
+    moments = [t for state in adam.state.values() for t in state.values() if t.ndim]
+    assert found.moments == sum(t.nbytes for t in moments)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"intermediate_size": 96},
+        {"hidden_size": 64},
+        {"num_attention_heads": 8},
+        {"num_key_value_heads": 4},
+    ],
+)
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (4, 1), (8, 3)])
+def test_a_block_keeps_what_torch_keeps(dense, changes, experts, top_k):
+    """Bytes that autograd saves for a block of transformers' Mixtral in bfloat16, counted by hooks: a model
+    of three blocks less one of one."""
+    here = situation(dense("llama", **changes), {"moe": {"num_experts": experts, "top_k": top_k}}, tokens=1)
+    tokens, saved = 64, {}
+    for layers in (1, 3):
+        config = {k: v for k, v in here.built.config.items() if k not in ("dtype", "torch_dtype")}
+        settings = {**config, "num_hidden_layers": layers, "experts_implementation": "grouped_mm"}
+        model = MixtralForCausalLM(MixtralConfig(**settings)).bfloat16().train()
+        saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90)
+    found = (saved[3] - saved[1]) / 2 / tokens
+    assert layout.block_bytes(here.built, here.built.sites[0]) == pytest.approx(found, abs=1)
+
+
+def bytes_saved(model, ids):
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(ids, use_cache=False)
+    total = sum(t.untyped_storage().nbytes() for t in kept.values())
+    del out
+    return total
+
+
+def test_blocks_are_the_model(large, dense):
+    """All blocks and the rest are all parameters; a block of Llama 3 8B by hand."""
+    here = situation(large["8B"], tokens=1)
+    h, i = 4096, 14336
+    (block,) = set(here.blocks)
+    assert block.experts == 8 * 3 * h * i
+    assert block.own == 2 * h * h + 2 * h * 1024 + 8 * h + 2 * h
+    assert (
+        32 * (block.own + block.experts) + 2 * 128256 * h + h
+        == plan(large["8B"], Recipe.of()).total_parameters
+    )
+    t5 = situation(large["t5"], {"moe": {**SPARSE, "layers": "every_other"}}, tokens=1)
+    assert len(t5.blocks) == 24
+    assert sum(b.experts > 0 for b in t5.blocks) == 12
+
+
+def test_a_large_model_needs_many_gpus(large):
+    """47.5 B parameters: 12 bytes of weights and moments each are 570 GB, which eight H200 hold with
+    gradients and eight H100 do not."""
+    here = situation(large["8B"], tokens=10**9, gpus=8)
+    found = layout.per_gpu(here, 8)
+    assert 8 * (found.weights + found.moments) == pytest.approx(570e9, rel=0.001)
+    h100, h200 = gpus.find("H100"), gpus.find("H200")
+    assert not layout.fits(here, 8, h100)
+    assert layout.fits(here, 8, h200)
+    least = layout.least(here, h100)
+    assert layout.fits(here, least, h100)
+    assert not layout.fits(here, least // 2, h100)
+    said = layout.statements(here)[-1].said
+    assert (
+        f"it does not fit into 90% of the 80 GB of H100: the least power of two is {least} H100; 8 H200"
+        in said
+    )
+    assert "it fits" in layout.statements(situation(large["8B"], tokens=1, gpus=least))[-1].said
+    assert layout.statements(situation(large["8B"], tokens=1))[0].value == least
+
+
+def test_gathered_blocks_by_hand(large):
+    """Two blocks in bfloat16 with an eighth of the experts, the gradients of one in bfloat16 and float32; the
+    embedding and the head, whole, with theirs. One GPU keeps a bfloat16 copy of everything."""
+    here = situation(large["8B"], tokens=1)
+    h, i = 4096, 14336
+    block = 2 * h * h + 2 * h * 1024 + 8 * h + 2 * h + 3 * h * i
+    ends = 2 * 128256 * h + h
+    assert layout.per_gpu(here, 512).gathered == (2 + 2 + 2 + 4) * block + (2 + 2 + 4) * ends
+    assert layout.per_gpu(here, 1).gathered == 2 * here.plan.total_parameters
+
+
+def test_memory_falls_with_gpus_and_rises_with_context(large):
+    here = situation(large["8B"], tokens=1)
+    totals = [layout.per_gpu(here, count).total for count in (2, 4, 8, 16, 64, 512)]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == len(totals)
+    longer = situation(large["8B"], tokens=1, context=8192)
+    assert layout.activations(longer) == pytest.approx(2 * layout.activations(here))
+
+
+@pytest.mark.parametrize(
+    ("count", "experts", "ep"), [(8, 8, 8), (512, 8, 8), (6, 8, 2), (3, 8, 1), (16, 64, 8)]
+)
+def test_expert_parallelism_divides_both(large, count, experts, ep):
+    built = blueprint(large["1B"], Recipe.of(moe={"num_experts": experts}))
+    assert layout.expert_parallel(count, built) == ep
+
+
+# --- inference
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "mistral", "qwen3_5_text", "phi3"])
+@pytest.mark.parametrize("length", [5, 20])
+def test_keys_and_values_are_what_transformers_keeps(dense, model_type, length):
+    """Layers with a window keep one token less than it there, as the newest is not needed any more."""
+    source = dense(model_type, head_dim=8) if model_type == "llama" else dense(model_type)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.inference_mode():
+        cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
+    kept, sliding = 0, 0
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if tensor is not None:
+                kept += tensor.nbytes
+                sliding += tensor.nbytes // tensor.shape[-2] if tensor.shape[-2] < length else 0
+    opened = admit(Checkpoint.open(source))
+    assert inference.cache_bytes(opened, length, 4) == kept + sliding
+
+
+def test_the_cache_of_an_encoder_decoder(tmp_path):
+    folder = tiny.make(tmp_path / "t5", "T5ForConditionalGeneration")
+    model, ids = AutoModelForSeq2SeqLM.from_pretrained(folder), torch.ones(1, 7, dtype=torch.long)
+    with torch.inference_mode():
+        cache = model(input_ids=ids, decoder_input_ids=ids, use_cache=True).past_key_values
+    layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert inference.cache_bytes(admit(Checkpoint.open(folder)), 7, 4) == kept
+
+
+def test_parameters_are_those_of_the_plan(large):
+    found = said(large["8B"], tokens=10**9)
+    costs = plan(large["8B"], Recipe.of())
+    first = next(s for s in found.statements if s.topic == "inference")
+    assert first.value == costs.active_parameters / costs.dense_parameters
+    assert "47.5 B parameters (95 GB in bfloat16), 13.7 B active" in first.said
+    cache = next(s for s in found.statements if s.unit == "bytes a token")
+    assert cache.value == 2 * 32 * 8 * 128 * 2
+
+
+# --- the verdict
+
+
+@pytest.mark.parametrize("tokens", [2e9, 5e9, 11e9, 36e9, 60e9, 150e9])
+@pytest.mark.parametrize("dense_tokens", [4e9, 20e9, 74e9, 140e9])
+def test_the_verdict_follows_the_law(large, tokens, dense_tokens):
+    """The smallest loss, unless two are within a hundredth of a nat."""
+    here = situation(large["1B"], tokens=int(tokens), dense_tokens=int(dense_tokens))
+    losses, found = scaling_law.losses(here), verdict(here)
+    assert found.sure == "fitted law"
+    if len(losses) < 3:
+        assert "dense continuation compares is not known" in found.sentence
+    first, second = sorted(losses.values())[:2]
+    if second - first < 0.01:
+        assert found.choice is None
+        assert found.sentence.startswith("Too close to call")
+    elif found.choice is not None:
+        assert losses[found.choice] == first
+    assert all(f"{loss:.3f}" in found.sentence for loss in losses.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "asked", "choice", "sure", "words"),
+    [
+        ("1B", {}, {"tokens": 2e9, "dense_tokens": 140e9}, "dense continuation", "fitted law", "is best"),
+        ("1B", {}, {"tokens": 15e9, "dense_tokens": 74e9}, "upcycling", "fitted law", "init copy"),
+        ("1B", {}, {"tokens": 60e9, "dense_tokens": 20e9}, "from scratch", "fitted law", "is best"),
+        ("1B", {}, {"tokens": 37e9, "dense_tokens": 74e9}, None, "fitted law", "Too close to call"),
+        ("8B", {}, {"tokens": 100e9, "dense_tokens": 15e12}, "upcycling", "published runs", "init copy"),
+        ("8B", {}, {"tokens": 100e9}, "upcycling", "published runs", "without --dense-tokens"),
+        ("8B", {}, {"tokens": 3e12, "dense_tokens": 1e12}, "from scratch", "rule of thumb", "Skywork-MoE"),
+        ("1B", {}, {"tokens": 1e12, "dense_tokens": 2e12}, None, "rule of thumb", "Not settled"),
+        ("1B", {}, {"tokens": 400e9, "dense_tokens": 2e12}, None, "rule of thumb", "Not from scratch"),
+        ("1B", {}, {"tokens": 50e9}, None, "not known", "without --dense-tokens"),
+        (
+            "1B", {"init": {"name": "drop"}}, {"tokens": 50e9, "dense_tokens": 2e12}, "dense continuation",
+            "published runs", "FineRMoE",
+        ),
+        ("t5", S, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "at equal cost"),
+        ("t5", S, {"tokens": 200e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
+        ("t5", S, {"tokens": 105e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
+        ("t5", S, {"tokens": 80e9, "dense_tokens": 100e9}, None, "rule of thumb", "Not from scratch"),
+        ("vit", S, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "Sparse"),
+        ("vit", S, {"tokens": 900e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("1B", {}, {"tokens": 250e9, "dense_tokens": 20e9}, None, "fitted law", "Rather from scratch than"),
+    ],
+)  # fmt: skip
+def test_verdicts(large, model, recipe, asked, choice, sure, words):
+    found = verdict(situation(large[model], recipe, **{k: int(v) for k, v in asked.items()}))
+    assert (found.choice, found.sure) == (choice, sure), found.sentence
+    assert words in found.sentence
+    assert found.sentence.count("\n") == 0
+    assert found.sentence.endswith(".")
+
+
+def test_a_small_trained_model(stories, capsys):
+    """Nothing published is of 260 k parameters, and that is said."""
+    cli.main(["advise", str(stories), "--tokens", "1M", "--dense-tokens", "300M"])
+    out = capsys.readouterr().out
+    assert "Nothing is known about this input" in out
+    assert "with and without [moe]." in out
+
+
+# --- every kind of model, and the command
+
+
+OTHERS = [
+    *tiny.OTHERS, "ViTForImageClassification", "DeiTForImageClassification", "Dinov2ForImageClassification",
+    "BertForMaskedLM", "T5ForConditionalGeneration", "T5EncoderModel", "MT5ForConditionalGeneration",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*tiny.DECODERS, *OTHERS])
+def test_every_family(dense, tmp_path, name):
+    """Every statement has a sentence, a source and a reason, for any model there is, in JSON as well."""
+    source = dense(name) if name[0].islower() else tiny.make(tmp_path / "dense", name)
+    recipe = {} if name in tiny.DECODERS else {"moe": {"target": "upcycled", "num_experts": 4}}
+    found = said(source, recipe, tokens=10**6, dense_tokens=10**7, gpus=2)
+    assert {s.topic for s in found.statements} >= {
+        "scaling law",
+        "from scratch",
+        "time",
+        "memory",
+        "inference",
+    }
+    for statement in found.statements:
+        assert all((statement.said, statement.source, statement.why))
+        assert statement.inside in (True, False, None)
+    assert json.loads(json.dumps(found.as_dict()))["verdict"]["sure"] == "not known"
+    kinds = {"V": "vision", "D": "vision", "B": "encoder"}
+    if name[0] in kinds:
+        assert situation(source, recipe, tokens=1).kind == kinds[name[0]]
+
+
+def test_headers_only(dense, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "pread", lambda *_: pytest.fail("a tensor was read"))
+    said(dense("llama"), {"init": {"name": "drop"}}, tokens=10**9, dense_tokens=10**9)
+
+
+def test_torch_is_not_loaded(dense):
+    script = (
+        "import sys\nfrom upcycle.cli import main\nmain(sys.argv[1:])\n"
+        "print(*[m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", script, "advise", str(dense("llama")), "--tokens", "1M"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == ""
+
+
+def test_json(large, capsys):
+    cli.main(
+        ["advise", str(large["8B"]), "--tokens", "100B", "--dense-tokens", "15T", "--gpus", "512", "--json"]
+    )
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    assert found["asked"]["tokens"] == 100 * 10**9
+    assert found["verdict"]["choice"] == "upcycling"
+    assert {"topic", "said", "value", "unit", "source", "inside", "why"} == set(found["statements"][0])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("100B", 10**11), ("1.5T", 15 * 10**11), ("37_000", 37000), ("2 M", 2 * 10**6), ("3k", 3000)],
+)
+def test_tokens(text, tokens):
+    assert parse_tokens(text, "--tokens") == tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tokens", "0"], "--tokens 0; it must be a whole number of 1 or more"),
+        (["--tokens", "many"], "--tokens 'many'; give a number of tokens"),
+        (["--tokens", "1B", "--dense-tokens", "0"], "--dense-tokens 0"),
+        (["--tokens", "1B", "--gpus", "0"], "--gpus 0"),
+        (["--tokens", "1B", "--gpu", "V100"], "unknown GPU 'V100'; known: H100, H200, H800, A100, A800"),
+        (["--tokens", "1B", "--context", "0"], "--context 0"),
+        (["--tokens", "1B", "--context", "65"], "--context 65; the model has 64 positions"),
+        (["--tokens", "1B", "--target", "depth_tiled"], "depth_tiled makes a dense model"),
+    ],
+)  # fmt: skip
+def test_bad_input(dense, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["advise", str(dense("llama")), *arguments])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_source_that_is_no_dense_language_model(dense, large, tmp_path):
+    from upcycle import convert
+
+    convert(dense("llama"), tmp_path / "moe", Recipe.of())
+    with pytest.raises(UpcycleError, match="already a Mixture of Experts"):
+        said(tmp_path / "moe", tokens=1)
+    with pytest.raises(UpcycleError, match="an image is 197 tokens here"):
+        said(large["vit"], {"moe": SPARSE}, tokens=1, context=64)
