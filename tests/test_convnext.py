@@ -324,6 +324,9 @@ def test_parameters_of_c_jetmoe_f(preset, headers):
     assert found.dense_parameters == dense_parameters(FEMTO, 1000)
     assert found.total_parameters == found.dense_parameters + moe_parameters(preset == "repo")
     assert found.num_layers == 18
+    # The paper prints 1.1 G: 18 blocks of these widths, and not the 12 of ConvNeXt-F (0.8 G).
+    dense = blueprint(headers, recipe).dense
+    assert round(flops_per_row(dense, None, dense.family.lengths(dense.config)) / 2e9, 1) == 1.1
     assert found.made == (
         "98 experts of 768 neurons and 196 universal ones of 192 in stage_3, "
         "24 experts of 1536 neurons and 48 universal ones of 384 in stage_4, spherical, in 9 of 18 layers"
