@@ -27,6 +27,7 @@ CLASSES = {
     "vit": "ViTForImageClassification",
     "deit": "DeiTForImageClassification",
     "dinov2": "Dinov2ForImageClassification",
+    "convnext": "ConvNextForImageClassification",
     "t5": "T5ForConditionalGeneration",
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from pathlib import Path
 
 import entmax
@@ -15,7 +13,7 @@ from safetensors.numpy import load_file
 
 import tiny
 import upcycle
-from upcycle import Recipe, blueprint, cli, convert, families, plan, verify
+from upcycle import Recipe, blueprint, cli, convert, plan, verify
 from upcycle.anatomy import inspect
 from upcycle.cost import flops_per_row
 from upcycle.errors import UpcycleError
@@ -293,19 +291,7 @@ def headers(folder: Path, hidden: int, heads: int) -> Path:
         "intermediate_size": 4 * hidden, "num_hidden_layers": 12, "num_attention_heads": heads,
         "id2label": {str(i): str(i) for i in range(1000)},
     }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    family = families.find("vit")
-    table, place = {}, 0
-    for name, size in family.shapes(family.config(config)).items():
-        end = place + 4 * math.prod(size)
-        table[name] = {"dtype": "F32", "shape": list(size), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(table).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + place)
-    return folder
+    return tiny.make_headers(folder, config, "F32")
 
 
 TINY, SMALL = (192, 3), (384, 6)

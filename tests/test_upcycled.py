@@ -33,6 +33,9 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "deit-teacher": ("DeiTForImageClassificationWithTeacher", {}, "AutoModelForImageClassification"),
     "dinov2": ("Dinov2ForImageClassification", {}, "AutoModelForImageClassification"),
     "dinov2-swiglu": ("Dinov2Model", {"use_swiglu_ffn": True}, "AutoModel"),
+    "convnext": ("ConvNextForImageClassification", {}, "AutoModelForImageClassification"),
+    "convnext-base": ("ConvNextModel", {}, "AutoModel"),
+    "convnextv2": ("ConvNextV2ForImageClassification", {}, "AutoModelForImageClassification"),
     "bert": ("BertModel", {}, "AutoModel"),
     "bert-masked": ("BertForMaskedLM", {}, "AutoModelForMaskedLM"),
     "bert-classes": ("BertForSequenceClassification", {}, "AutoModelForSequenceClassification"),
@@ -45,7 +48,17 @@ CASES: dict[str, tuple[str, dict, str]] = {
     "qwen2": ("Qwen2ForCausalLM", {}, "AutoModelForCausalLM"),
     "qwen3_5": ("Qwen3_5ForCausalLM", {}, "AutoModelForCausalLM"),
 }  # fmt: skip
-SOME = ["vit", "deit-teacher", "dinov2-swiglu", "bert-masked", "t5-1.1", "mt5", "llama", "qwen3_5"]
+SOME = [
+    "vit",
+    "deit-teacher",
+    "dinov2-swiglu",
+    "convnext",
+    "bert-masked",
+    "t5-1.1",
+    "mt5",
+    "llama",
+    "qwen3_5",
+]
 CAUSAL = [case for case in CASES if CASES[case][2] == "AutoModelForCausalLM"]
 MOE = {"num_experts": 4, "top_k": 2, "target": "upcycled"}
 TOP_K = {"router": {"std": 0.5}}
@@ -85,7 +98,7 @@ def give_own_head(folder: Path) -> None:
 
 def inputs(architecture: str, seed: int = 3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    if architecture.removeprefix("Upcycled").startswith(("ViT", "DeiT", "Dinov2")):
+    if architecture.removeprefix("Upcycled").startswith(("ViT", "DeiT", "Dinov2", "ConvNext")):
         return {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator)}
     given = {"input_ids": torch.randint(3, 60, (2, 7), generator=generator)}
     if "T5" in architecture and not architecture.endswith("EncoderModel"):
@@ -134,7 +147,9 @@ def test_the_dense_function(case, router, made, tmp_path):
     """Opened by the Auto class and by `upcycle.open`; experts choose where no token can be left out."""
     architecture, _, auto = CASES[case]
     source = made(case)
-    recipe = Recipe.of(moe=MOE, **(TOP_K if router == "top_k" else expert_choice(source)))
+    # A response norm is over all tokens of an image, so that every expert has to have them all.
+    moe = {**MOE, "top_k": 4} if case == "convnextv2" else MOE
+    recipe = Recipe.of(moe=moe, **(TOP_K if router == "top_k" else expert_choice(source)))
     built = convert(source, tmp_path / "moe", recipe)
     assert built.preserves_function
     wanted = outputs(dense_model(source))
@@ -208,11 +223,12 @@ def claims() -> list[dict]:
     return tables
 
 
-@pytest.mark.parametrize("case", ["vit", "dinov2-swiglu", "bert", "t5", "llama"])
+@pytest.mark.parametrize("case", ["vit", "dinov2-swiglu", "convnext", "bert", "t5", "llama"])
 def test_every_claim_of_every_initialisation(case, tmp_path):
     """Biases, granularity, shared experts, raw gates: what is said to keep the function does."""
     architecture, changes, _ = CASES[case]
-    depth = {"num_layers": 1, "num_decoder_layers": 1} if case == "t5" else {"num_hidden_layers": 1}
+    depths = {"t5": {"num_layers": 1, "num_decoder_layers": 1}, "convnext": {"depths": [1, 1, 1, 1]}}
+    depth = depths.get(case, {"num_hidden_layers": 1})
     source, tried = tiny.make(tmp_path, architecture, **changes, **depth), set()
     wanted = outputs(dense_model(source))
     for table in claims():
@@ -274,6 +290,8 @@ VARIANTS: dict[str, list[dict]] = {
     "vit": [{"qkv_bias": False, "pooler_output_size": 24, "image_size": [8, 16]}],
     "deit": [{"qkv_bias": False}],
     "dinov2": [{"use_mask_token": False}, {"use_swiglu_ffn": True}],
+    "convnext": [{"layer_scale_init_value": 0.0, "image_size": [16, 24], "patch_size": [2, 1]}],
+    "convnextv2": [{"image_size": [16, 24], "patch_size": [2, 1]}],
     "bert": [{"tie_word_embeddings": False, "type_vocab_size": 3}],
     "t5": [{"feed_forward_proj": "gated-gelu"}, {"num_decoder_layers": None}],
     "mt5": [{"feed_forward_proj": "relu"}],

@@ -29,8 +29,19 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         {"num_hidden_layers": 2},
         {"moe": MOE, "router": CHOSEN, "task": STILL, "train": {"batch_size": 4}},
     ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"depths": [1, 1, 1, 1]},
+        {"moe": MOE, "router": {"std": 0.5}, "task": STILL, "train": {"batch_size": 4}},
+    ),
 }
 
+RESPONSE_NORM = {
+    "moe": {**MOE, "layers": [1, 3]},
+    "router": CHOSEN,
+    "task": STILL,
+    "train": {"batch_size": 4},
+}
 DECAYED = CASES["vit"][2] | {
     "train": {"batch_size": 4, "layer_decay": 0.5, "weight_decay": 100.0, "eps": 1e-3}
 }
@@ -40,7 +51,7 @@ DECAYED = CASES["vit"][2] | {
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     made = {case: tiny.make(folder / case, name, **changes) for case, (name, changes, _) in CASES.items()}
-    for name in ("BertForMaskedLM", "T5ForConditionalGeneration"):
+    for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "ConvNextV2ForImageClassification"):
         made[name] = tiny.make(folder / name, name)
     return {case: str(source) for case, source in made.items()}
 
@@ -53,6 +64,7 @@ def tables(sources):
     return [
         (sources["llama"], {"moe": MOE, "init": init}),
         (sources["vit"], {"moe": MOE, "router": CHOSEN, "init": init}),
+        (sources["convnext"], {"moe": {**MOE, "layers": "last_half"}, "router": {"name": "soft"}}),
         (sources["BertForMaskedLM"], {"moe": MOE, "router": {"name": "soft"}}),
         (sources["T5ForConditionalGeneration"], {"moe": MOE, "router": CHOSEN, **split}),
     ]
@@ -63,6 +75,7 @@ def two(sources, tables):
     """What two ranks load, and the gradients of each case at each layout."""
     wanted = [(sources[case], [(layout, run) for layout in TWO]) for case, (*_, run) in CASES.items()]
     calls = [("loads", (tables, TWO)), *(("gradients", each) for each in wanted)]
+    calls.append(("gradients", (sources["ConvNextV2ForImageClassification"], [({"fsdp": 2}, RESPONSE_NORM)])))
     calls.append(("updated", (sources["vit"], [(layout, DECAYED) for layout in TWO])))
     return gloo.run(2, "ranks:several", calls)
 
@@ -134,6 +147,14 @@ def test_gradients_of_two_processes_are_those_of_one(case, two, one_process):
     for result in two:
         for found in result[1 + list(CASES).index(case)]:
             same(found, one_process[case])
+
+
+def test_a_response_norm_has_its_image_on_two_processes(two, sources):
+    (reference,) = ranks.gradients(sources["ConvNextV2ForImageClassification"], [({}, RESPONSE_NORM)])
+    norms = [float(g.norm()) for n, g in reference["gradients"].items() if ".grn_weight" in n]
+    assert min(norms) > 1e-3 * reference["norm"]
+    for result in two:
+        same(result[-2][0], reference)
 
 
 def test_gradients_of_four_processes_are_those_of_one(four, one_process):

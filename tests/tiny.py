@@ -182,10 +182,16 @@ _T5 = {
     "d_model": 16, "d_ff": 24, "num_layers": 4, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 8,
     "vocab_size": 60, "decoder_start_token_id": 0,
 }  # fmt: skip
+_STAGES = {
+    "hidden_sizes": [8, 12, 16, 24], "depths": [2, 1, 2, 1], "image_size": 12, "patch_size": 1,
+    "num_labels": 3,
+}  # fmt: skip
 _SIZES = {
     "vit": _IMAGES,
     "deit": _IMAGES,
     "dinov2": {k: v for k, v in _IMAGES.items() if k != "intermediate_size"} | {"mlp_ratio": 2},
+    "convnext": {**_STAGES, "layer_scale_init_value": 0.1},
+    "convnextv2": _STAGES,
     "bert": _TEXT,
     "t5": _T5,
     "mt5": _T5,
@@ -231,8 +237,9 @@ def make_statistics(file: Path, folder: Path, seed: int = 0) -> Path:
     dense, random = admit(Checkpoint.open(folder)), np.random.default_rng(seed)
     tensors = {}
     for stack in dense.stacks:
-        heads = dense.config["num_attention_heads"] * dense.config["head_dim"]
-        sizes = {"neurons": stack.width, "channels": stack.hidden, "heads": heads}
+        sizes = {"neurons": stack.width, "channels": stack.hidden}
+        if stack.heads:
+            sizes["heads"] = dense.config["num_attention_heads"] * dense.config["head_dim"]
         for layer in range(stack.count):
             for position, size in sizes.items():
                 for name in ("l1", "l2", "count"):

@@ -16,7 +16,8 @@ def warnings(built: Blueprint) -> list[str]:
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
     out = list(built.recipe.init.warnings(site))
-    if built.native.upcycled and any(s.layer == 0 for s in built.sites):
+    begin = {stack.name for stack in built.dense.stacks if not stack.first}
+    if built.native.upcycled and any(s.layer == 0 and s.stack in begin for s in built.sites):
         out.append(
             "the first block is among those that become MoE, which was found to train badly (Sparse "
             "Upcycling, B.4); leave it dense, as every_other and last_half do"
@@ -50,6 +51,13 @@ def warnings(built: Blueprint) -> list[str]:
                 f"{part.router.name} with this capacity leaves some tokens without an expert: the layer adds "
                 f"nothing to them, and the function is not kept"
             )
+    network = built.dense.feed_forward(site.layer, site.stack)
+    if network.response() and not built.preserves_function:
+        out.append(
+            f"{built.dense.family.model_type} normalises responses over all places of an image, an expert "
+            f"over those that come to it: the function is kept only where every expert has all of them "
+            f"(top_k = num_experts)"
+        )
     if moe.shared_experts == 0 and built.shared_width:
         out.append(
             f"{built.native.model_type} cannot be without a shared expert: one of {built.shared_width} "
@@ -67,7 +75,8 @@ def warnings(built: Blueprint) -> list[str]:
             f"config.json has keys that a {built.dense.family.model_type} of transformers does not read; "
             f"left out: {listed(list(unknown), 5)}"
         )
-    return out + built.dense.family.warnings(built.native.model_type)
+    # Stacks that are alike say the same.
+    return [*dict.fromkeys(out + built.dense.family.warnings(built.native.model_type))]
 
 
 def _causal(built: Blueprint) -> list[Recipe]:
@@ -96,8 +105,8 @@ def _not_renormalised(part: Recipe) -> str | None:
 def _misaligned(built: Blueprint) -> str | None:
     """Which rows of the experts do not begin at a multiple of 16 bytes, as torch's grouped_mm wants."""
     item = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
-    width = built.sites[0].width
-    for name, length in (("neurons", width), ("hidden units", built.dense.config["hidden_size"])):
-        if length * item % 16:
-            return f"rows of {length} {name} take {length * item} bytes, no multiple of 16"
+    for site in built.sites:
+        for name, length in (("neurons", site.width), ("hidden units", site.hidden)):
+            if length * item % 16:
+                return f"rows of {length} {name} take {length * item} bytes, no multiple of 16"
     return None

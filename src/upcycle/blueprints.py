@@ -21,7 +21,7 @@ from upcycle import deeper, families, moe_layer, natives, successors, upcycled
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
-from upcycle.families import Config
+from upcycle.families import Config, Stack
 from upcycle.hub import open_checkpoint
 from upcycle.init import Site
 from upcycle.lazy import Extent, Lazy, blocks
@@ -130,9 +130,11 @@ class Blueprint:
         router = self.recipe.at(site.stack).router
         count, top_k = site.num_experts, site.top_k
         gate, up, _ = moe_layer.factors(self.recipe, site)
-        gated = self.dense.feed_forward(site.layer, site.stack).gate is not None
+        network = self.dense.feed_forward(site.layer, site.stack)
+        gated = network.gate is not None
         return (
-            self.recipe.init.preserves(site)
+            (not network.response() or self._all_meet_all(site))
+            and self.recipe.init.preserves(site)
             # No activation that is not linear may see a factor.
             and gate == 1.0
             and (gated or up == 1.0)
@@ -140,6 +142,15 @@ class Blueprint:
             and (router.sums_to_one(count, top_k) or (site.uniform_router and router.rescale))
             and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))
         )
+
+    def _all_meet_all(self, site: Site) -> bool:
+        """Whether every expert has every token of a row, and all neurons of the dense network: what the
+        statistics of a response norm are over."""
+        router, length = self.recipe.at(site.stack).router, self.dense.family.lengths(self.dense.config)
+        row = length[site.stack]
+        met = router.experts_per_token(site.num_experts, site.top_k, row)
+        whole = site.width == site.dense_width and router.group in (0, row)
+        return whole and not router.has_slots and met >= site.num_experts
 
     @property
     def parts(self) -> dict[str, Recipe]:
@@ -181,7 +192,7 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     any_dtype = recipe.dtype != "source"
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
     sites = () if native.dense else moe_layer.sites(recipe, dense)
-    shared_width = 0 if native.dense else moe_layer.shared_width(recipe, native, dense.stacks[0].width)
+    shared_width = 0 if native.dense else moe_layer.shared_width(recipe, native, _first(dense, sites).width)
     if native.dense == "deeper":
         config, lazies = deeper.config(dense, recipe.moe.depth), deeper.tensors(dense, recipe.moe.depth)
     elif native.dense:
@@ -207,6 +218,11 @@ def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinit
     )
 
 
+def _first(dense: Dense, sites: tuple[Site, ...]) -> Stack:
+    """The first stack with MoE layers."""
+    return next(stack for stack in dense.stacks if stack.name == sites[0].stack)
+
+
 def _target(dense: Dense, recipe: Recipe) -> Native:
     """The architecture that the recipe names, if the dense model is exactly one of its kind."""
     family, target = dense.family, recipe.moe.target
@@ -217,6 +233,7 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
             raise UpcycleError("moe.target = dense is the smaller model of [successor]; add that section")
         return successors.target(dense, recipe)
     if target == upcycled.TARGET:
+        lengths = family.lengths(dense.config)
         for stack in dense.stacks:
             part = recipe.at(stack.name)
             upcycled.refuse_look_ahead(stack, part)
@@ -225,7 +242,8 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
                     f"moe.universal_experts needs a router that fills slots, spherical or soft; "
                     f"{part.router.name} sends tokens to experts of one width"
                 )
-            part.router.check(part.moe.num_experts, part.moe.top_k, family.length(dense.config))
+            if moe_layer.chosen_layers(part, stack):
+                part.router.check(part.moe.num_experts, part.moe.top_k, lengths[stack.name])
         if recipe.moe.pooling == "mean" and not family.class_tokens:
             raise UpcycleError(
                 f"moe.pooling = mean is for heads on a class token, in vit and deit; {family.model_type} "

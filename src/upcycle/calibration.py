@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -120,6 +120,7 @@ def calibrate(
         TemporaryDirectory() as scratch,
     ):
         dense, device = admit(opened), _device(asked.device)
+        asked = _there(dense, asked)
         _check_memory(dense, asked, device)
         rows = _rows(dense, asked, asked.cache or Path(scratch))
         order = asked.order(rows.count)
@@ -172,6 +173,18 @@ def _refuse_target(out: Path) -> None:
         raise UpcycleError(f"{out} exists already; nothing is overwritten. Choose another name or delete it")
     if not out.parent.is_dir() and any(p.exists() and not p.is_dir() for p in out.parents):
         raise UpcycleError(f"{out} lies in something that is no folder; choose another name")
+
+
+def _there(dense: Dense, asked: Asked) -> Asked:
+    """What is asked for of a model that may have no attention; said where something is left out."""
+    if "heads" not in asked.positions or any(stack.heads for stack in dense.stacks):
+        return asked
+    rest = tuple(position for position in asked.positions if position != "heads")
+    why = f"{dense.family.model_type} has no attention heads"
+    if not rest:
+        raise UpcycleError(f"--positions heads: {why}; ask for neurons or channels")
+    err.print(f"{why}: --positions heads is left out")
+    return replace(asked, positions=rest)
 
 
 def _device(name: str | None) -> torch.device:

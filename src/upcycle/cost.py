@@ -24,7 +24,8 @@ BLOCK_MEMORY = 32 << 20  # bytes that computing one block of a tensor takes at m
 class Plan:
     """What will be built. FLOPs are those of a forward pass per token in matrix products (2 a weight).
 
-    Attention scores, which grow with the context, and norms are not counted; the embedding is a look-up.
+    Attention scores, which grow with the context, and norms are not counted; the embedding is a look-up. In a
+    model of stages a token is one of the first stage, a patch of the image, and has its part of the others.
     """
 
     source: str
@@ -39,6 +40,7 @@ class Plan:
     expert_width: int
     universal_experts: int
     universal_width: int
+    by_stack: dict[str, dict[str, int]]  # the same of each stack that has MoE layers; above, of the first
     shared_width: int
     dense_parameters: int
     total_parameters: int
@@ -57,10 +59,14 @@ class Plan:
         if not self.num_moe_layers:
             return f"a dense model of {self.num_layers} layers, no experts"
         shared = f", shared expert of {self.shared_width}" if self.shared_width else ""
-        others = f" and {self.universal_experts} universal ones of {self.universal_width}"
+        where: dict[str, list[str]] = {}
+        for stack, found in self.by_stack.items():
+            others = f" and {found['universal_experts']} universal ones of {found['universal_width']}"
+            said = f"{found['num_experts']} experts of {found['expert_width']} neurons"
+            where.setdefault(said + (others if found["universal_experts"] else ""), []).append(stack)
+        experts = [f"{said} in {' and '.join(stacks)}" for said, stacks in where.items()]
         return (
-            f"{self.num_experts} experts of {self.expert_width} neurons"
-            f"{others if self.universal_experts else ''}, {self.routing}, in "
+            f"{', '.join(experts) if len(where) > 1 else next(iter(where))}, {self.routing}, in "
             f"{self.num_moe_layers} of {self.num_layers} layers{shared}"
         )
 
@@ -94,6 +100,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
     shapes = {n: e.shape for n, e in built.entries.items()}
+    products = _per_token(built.dense, shapes) + _tied_head(built.dense) - idle.in_products
     return Plan(
         source=str(built.source.folder),
         family=built.dense.family.model_type,
@@ -107,13 +114,21 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         expert_width=built.sites[0].width if built.sites else 0,
         universal_experts=built.sites[0].universal_experts if built.sites else 0,
         universal_width=built.sites[0].universal_width if built.sites else 0,
+        by_stack={
+            site.stack: {
+                "num_experts": site.num_experts,
+                "expert_width": site.width,
+                "universal_experts": site.universal_experts,
+                "universal_width": site.universal_width,
+            }
+            for site in built.sites
+        },
         shared_width=built.shared_width,
         dense_parameters=sum(t.size for t in dense.tensors.values()),
         total_parameters=total,
         active_parameters=total - idle.parameters,
         dense_flops_per_token=flops_per_token(dense),
-        flops_per_token=2
-        * (_in_products(shapes) + _tied_head(built.dense) - idle.in_products + mixing(built)),
+        flops_per_token=2 * (products + mixing(built)),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
         peak_memory_bytes=peak_memory(built, jobs),
         blueprint_hash=built.hash,
@@ -136,20 +151,24 @@ def _routing(built: Blueprint) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Idle:
-    """What a token does not meet of the experts, on average: weights, and those in matrix products."""
+    """What a token does not meet of the experts, on average: weights, and those in matrix products, of which
+    a stage of fewer tokens counts for its part."""
 
     parameters: int
     in_products: int
 
 
 def idle_weights(built: Blueprint, stack: str | None = None, length: int | None = None) -> Idle:
-    """Weights of the experts that a token does not use, in all layers (of one stack) together, in rows of
-    `length` tokens."""
-    row = length or built.dense.family.length(built.dense.config)
+    """Weights of the experts that a token does not use, in all layers together; or in those of one stack, in
+    rows of `length` tokens."""
+    family, config = built.dense.family, built.dense.config
+    lengths, parts = family.lengths(config), _parts(built.dense)
     parameters, products = 0.0, 0.0
     for site in built.sites:
         if stack not in (None, site.stack):
             continue
+        row = length or lengths[site.stack]
+        part = 1.0 if stack else parts[site.stack]
         router = built.recipe.at(site.stack).router
         network = built.dense.feed_forward(site.layer, site.stack)
         for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
@@ -157,27 +176,46 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
                 continue
             unused = count - router.experts_per_token(count, site.top_k, router.group or row)
             matrices = len(network.matrices()) * network.hidden * width
-            biases = dict.fromkeys(network.biases(), width) | {"down_bias": network.hidden}
-            products += unused * matrices
+            biases = dict.fromkeys(network.biases() | network.response(), width)
+            if "down_bias" in biases:
+                biases["down_bias"] = network.hidden
+            products += part * unused * matrices
             if not router.has_slots:  # every token has a part in every slot
-                parameters += unused * (matrices + sum(biases[name] for name in network.biases()))
+                parameters += unused * (matrices + sum(biases.values()))
     return Idle(parameters=round(parameters), in_products=round(products))
 
 
 def mixing(built: Blueprint, stack: str | None = None) -> int:
     """What a token takes part in beside weights where a router has slots, counted in weights: its share of
     every slot and every slot's share of it, 2 E S H a layer, in all layers (of one stack) together."""
-    total = 0
+    parts = _parts(built.dense)
+    total = 0.0
     for site in built.sites:
         router = built.recipe.at(site.stack).router
         if router.has_slots and stack in (None, site.stack):
-            total += 2 * router.rows(site.num_experts + site.universal_experts) * site.hidden
-    return total
+            rows = router.rows(site.num_experts + site.universal_experts)
+            total += (1.0 if stack else parts[site.stack]) * 2 * rows * site.hidden
+    return round(total)
 
 
 def flops_per_token(dense: Dense) -> int:
     """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
-    return 2 * (_in_products({n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
+    return 2 * (_per_token(dense, {n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
+
+
+def _per_token(dense: Dense, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Weights that a token meets in a matrix product, in all stacks."""
+    products = 0.0
+    for name, part in _parts(dense).items():
+        own = {n: s for n, s in shapes.items() if dense.family.stack_of(n) == name}
+        products += part * _in_products(own)
+    return round(products)
+
+
+def _parts(dense: Dense) -> dict[str, float]:
+    """Tokens of a row in each stack, for each one that it begins with."""
+    family, config = dense.family, dense.config
+    return {name: length / family.length(config) for name, length in family.lengths(config).items()}
 
 
 def flops_per_row(
@@ -217,7 +255,7 @@ def _tied_head(dense: Dense) -> int:
 _NOT_BY_TOKEN = (
     "embed_tokens", "word_embeddings", "position_embeddings", "token_type_embeddings", "shared.weight",
     "relative_attention_bias", "cls_token", "distillation_token", "mask_token", "pooler.", "classifier.",
-    "seq_relationship.", "_bias",
+    "seq_relationship.", "_bias", ".grn.", ".grn_weight",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from upcycle.recipe import Recipe
 from upcycle.source import Dense
 
 TARGET = "depth_tiled"
-_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_layers")
+_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_layers", "depths")
 
 
 def target(dense: Dense, recipe: Recipe) -> Native:
@@ -35,6 +35,8 @@ def config(dense: Dense, times: int) -> Config:
             count = dense.config[key]
         if isinstance(count, int):
             out[key] = count * times
+        elif isinstance(count, (list, tuple)):  # one a stage
+            out[key] = [n * times for n in count]
     for key in PER_BLOCK:
         # Written out where config.json gives an interval: of the deeper model it would mean other blocks.
         if (kinds := dense.config.get(key)) is not None:

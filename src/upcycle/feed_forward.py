@@ -15,7 +15,8 @@ class FeedForward:
     """down(act(gate x) * (up x)), with gate and up [I, H] and down [H, I]; plain networks have no gate.
 
     Neuron i is row i of gate and up and column i of down. Biases, where there are any, are [I] for gate and
-    up, [H] for down.
+    up, [H] for down. `grn_weight` and `grn_bias`, [I], are those of a global response norm between the
+    activation and down (ConvNeXt V2).
     """
 
     up: Lazy
@@ -24,9 +25,12 @@ class FeedForward:
     gate_bias: Lazy | None = None
     up_bias: Lazy | None = None
     down_bias: Lazy | None = None
+    grn_weight: Lazy | None = None
+    grn_bias: Lazy | None = None
 
     NEURON_AXES = {"gate": 0, "up": 0, "down": 1}  # where the neurons lie in each matrix
     BIASES = ("gate_bias", "up_bias", "down_bias")
+    RESPONSE = ("grn_weight", "grn_bias")
 
     @property
     def width(self) -> int:
@@ -46,6 +50,10 @@ class FeedForward:
         """The biases that there are, by name."""
         return {name: b for name in self.BIASES if (b := getattr(self, name)) is not None}
 
+    def response(self) -> dict[str, Lazy]:
+        """Weight and bias of the response norm by name, where there is one."""
+        return {name: t for name in self.RESPONSE if (t := getattr(self, name)) is not None}
+
     def map(self, change: Callable[[str, int, Lazy], Lazy]) -> FeedForward:
         """`change(matrix name, neuron axis, matrix)` applied to each matrix; biases stay."""
         made = {n: change(n, self.NEURON_AXES[n], m) for n, m in self.matrices().items()}
@@ -53,8 +61,9 @@ class FeedForward:
 
     def _rearranged(self, change: Callable[[int, Lazy], Lazy]) -> FeedForward:
         """`change(neuron axis, tensor)` applied to all that neurons lie in."""
-        biases = {n: change(0, b) for n, b in self.biases().items() if n != "down_bias"}
-        return replace(self.map(lambda _, axis, m: change(axis, m)), **biases)
+        of_neurons = self.biases() | self.response()
+        vectors = {n: change(0, b) for n, b in of_neurons.items() if n != "down_bias"}
+        return replace(self.map(lambda _, axis, m: change(axis, m)), **vectors)
 
     def neurons(self, start: int, stop: int) -> FeedForward:
         """Neurons `start` to `stop`."""
@@ -84,5 +93,5 @@ class FeedForward:
     def merged(networks: list[FeedForward], merge: Callable[[list[Lazy]], Lazy]) -> FeedForward:
         """One network, each tensor of it `merge` of those of all."""
         first = networks[0]
-        names = [*first.matrices(), *first.biases()]
+        names = [*first.matrices(), *first.biases(), *first.response()]
         return replace(first, **{n: merge([getattr(network, n) for network in networks]) for n in names})

@@ -281,6 +281,25 @@ class Pick(Changed):
         return ["pick", self.place, self.base.describe()]
 
 
+@dataclass(frozen=True, eq=False)
+class Folded(Changed):
+    """A matrix [N, M] as [N, ...] of so many elements a row: a convolution's kernels."""
+
+    inner: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.base.shape[0], *self.inner)
+
+    def read(self, index: Index, dtype: str) -> np.ndarray:
+        rows, *rest = index
+        whole = self.base.read((rows, (0, self.base.shape[1])), dtype).reshape(-1, *self.inner)
+        return np.ascontiguousarray(whole[(slice(None), *(slice(a, b) for a, b in rest))])
+
+    def describe(self) -> Any:
+        return ["folded", list(self.inner), self.base.describe()]
+
+
 def _with(items: Sequence[Any], place: int, item: Any) -> tuple[Any, ...]:
     return (*items[:place], item, *items[place + 1 :])
 

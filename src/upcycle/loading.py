@@ -109,6 +109,13 @@ def build(
         raise UpcycleError(
             "tensor parallelism is for native MoE; an upcycled model is shared out by fsdp_size and ep_size"
         )
+    shared_out = bool(options) and options["distributed_config"].ep_size > 1
+    if shared_out and any(entry.get("response_norm") for entry in config.get("moe") or ()):
+        raise UpcycleError(
+            "ep_size: experts with a response norm (ConvNeXt V2) look at all tokens of an image that come to "
+            "them, and expert parallelism does not say which those are; set it to 1: fsdp_size shares "
+            "parameters out"
+        )
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
     kept = {k: v for k, v in config.items() if k != "torch_dtype"}

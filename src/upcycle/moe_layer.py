@@ -66,8 +66,9 @@ def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
 
 
 def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
-    """The blocks of `moe.layers`: every_other is 1, 3, 5, ...; last_half those from count // 2 on."""
-    layers, count = recipe.moe.layers, stack.count
+    """The blocks of `moe.layers`, by their numbers in the stack: every_other is 1, 3, 5, ...; last_half those
+    from count // 2 on. In a model of stages the numbers go on from stage to stage."""
+    layers, count = recipe.moe.layers, stack.total or stack.count
     if layers == "all":
         chosen = list(range(count))
     elif layers == "every_other":
@@ -77,9 +78,9 @@ def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
     else:
         chosen = sorted(set(layers))
         if wrong := [i for i in chosen if not 0 <= i < count]:
-            where = "model" if stack.name == "layers" else stack.name
+            where = "model" if stack.name == "layers" or stack.total else stack.name
             raise UpcycleError(f"moe.layers has {wrong}; the {where} has layers 0 to {count - 1}")
-    return chosen
+    return [i - stack.first for i in chosen if stack.first <= i < stack.first + stack.count]
 
 
 def shared_width(recipe: Recipe, native: Native, full: int) -> int:

@@ -33,7 +33,7 @@ OF_TRAINING = (
 )  # fmt: skip
 
 # Settings that name what the other keys of their section belong to.
-_NAMES = ("init.name", "router.name", "decoder.router.name")
+_NAMES = ("init.name", "router.name", *(f"{stack}.router.name" for stack in STACKS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,10 @@ def _part(name: str, value: Any, moe: Mapping[str, Any], router: Mapping[str, An
 
     other = dict(_table(value, name))
     own = _table(other.pop("moe", {}), f"{name}.moe")
-    for key, default in (("target", Moe.target), ("pooling", Moe.pooling), ("depth", Moe.depth)):
+    of_the_model = {"target": Moe.target, "pooling": Moe.pooling, "depth": Moe.depth}
+    if name.startswith("stage_"):
+        of_the_model["layers"] = Moe.layers  # counted through all stages
+    for key, default in of_the_model.items():
         if own.get(key, moe.get(key, default)) != moe.get(key, default):
             raise UpcycleError(f"{name}.moe.{key}: a model has one; set moe.{key}")
     changed = _table(other.pop("router", {}), f"{name}.router")

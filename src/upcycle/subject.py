@@ -56,6 +56,12 @@ class Subject:
         return families.find(model_type).length(dict(self.settings))
 
     @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of a row in each stack of blocks."""
+        dense_type = upcycled.dense_type(self.config) or str(self.config.get("model_type"))
+        return families.find(dense_type).lengths(dict(self.settings))
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return int(self.settings["vocab_size"])

@@ -33,7 +33,7 @@ class Layout:
     """Experts in three-dimensional tensors, as `nn.Experts` holds them: disk and memory are the same."""
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
-        """The experts by their names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and biases."""
+        """The experts by their names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and vectors."""
         first = experts[0]
         up = "gate_up_proj" if first.gate is not None else "up_proj"
         out: dict[str, Lazy] = {
@@ -46,6 +46,8 @@ class Layout:
                 tuple(_over(gate, b) for gate, b, _ in biases if b is not None)
             )
             out["experts.down_proj_bias"] = Stacked(tuple(b for _, _, b in biases if b is not None))
+        for name in first.response():
+            out[f"experts.{name}"] = Stacked(tuple(x.response()[name] for x in experts))
         return out
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
@@ -167,6 +169,7 @@ def entry(
         "dropout": stack.dropout,
         "causal": stack.causal,
         "router": recipe.router.as_table(),
+        **({"response_norm": True} if network.response() else {}),
     }
 
 

@@ -90,7 +90,7 @@ def block_bytes(built: Blueprint, site: Site) -> float:
     router = built.recipe.at(site.stack).router
     heads, width = config["num_attention_heads"], config["head_dim"]
     keys = 2 * (config.get("num_key_value_heads") or heads) * width
-    row = router.group or built.dense.family.length(built.dense.config)
+    row = router.group or built.dense.family.lengths(config)[site.stack]
     chosen = router.experts_per_token(site.num_experts, site.top_k, row)
     inner = (8 if built.dense.feed_forward(site.layer, site.stack).gate is not None else 4) * site.width
     attention = 4 * heads * width + 2 * keys + 4 * heads

@@ -113,9 +113,9 @@ class Situation:
     @property
     def lengths(self) -> Mapping[str, int]:
         """Tokens of a row in each stack of blocks."""
-        length = self._positions
-        if self.kind != "vision":
-            length = self.asked.context or min(CONTEXT, length)
+        if self.kind == "vision":
+            return self.built.dense.family.lengths(self.built.dense.config)
+        length = self.asked.context or min(CONTEXT, self._positions)
         return {stack.name: length for stack in self.built.dense.stacks}
 
     @property

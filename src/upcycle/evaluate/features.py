@@ -19,7 +19,8 @@ _HEADS = ("classifier", "cls_classifier")
 def features(
     model: PreTrainedModel, images: ImageSet, indices: np.ndarray, augment: Augment, *, batch_size: int = 128
 ) -> np.ndarray:
-    """Features of the images numbered `indices`, float32 [N, D]; without a head, the first token's."""
+    """Features of the images numbered `indices`, float32 [N, D]; without a head, the first token's, or what
+    the model itself makes of a feature map."""
     head = next(
         (getattr(model, name) for name in _HEADS if isinstance(getattr(model, name, None), nn.Linear)), None
     )
@@ -35,7 +36,7 @@ def features(
             pixels = torch.from_numpy(images.read(indices[start : start + batch_size])).to(model.device)
             out = model(pixel_values=augment.evaluate(augment.pixels(pixels)).to(model.dtype))
             if head is None:
-                seen.append(out[0][:, 0].float().cpu())
+                seen.append((out[0][:, 0] if out[0].ndim == 3 else out.pooler_output).float().cpu())
     finally:
         if hook is not None:
             hook.remove()

@@ -63,6 +63,8 @@ class Stack:
 
     name: str = "layers"
     count: int
+    first: int = 0  # number of its first block, where moe.layers counts on from stack to stack
+    total: int = 0  # blocks that moe.layers counts over; 0: its own
     hidden: int  # channels of its blocks
     width: int  # neurons of its networks
     path: str  # of the network on disk, and of the MoE layer that takes its place
@@ -132,6 +134,10 @@ class Family(abc.ABC):
         """Tokens of a row, where a number of them has to be assumed."""
         return int(config.get("max_position_embeddings") or 512)
 
+    def lengths(self, config: Config) -> dict[str, int]:
+        """Tokens of a row in each stack, likewise."""
+        return {stack.name: self.length(config) for stack in self.stacks(config)}
+
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What its forward pass wants, to compare two models on: by name, `tokens` or `pixels`, and a shape
         of about so many tokens in four short rows."""
@@ -182,6 +188,11 @@ class Family(abc.ABC):
     def deviation(self, config: Config, name: str) -> float:
         """The standard deviation that a matrix starts training from nothing with."""
         return float(config.get("initializer_range", 0.02))
+
+    def constant(self, config: Config, name: str) -> float | None:
+        """What a tensor starts training from nothing as, where its name does not say that it is a matrix, a
+        norm or a bias."""
+        return None
 
     @abc.abstractmethod
     def feed_forward(

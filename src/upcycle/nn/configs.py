@@ -37,6 +37,7 @@ class Shape:
     activation: str
     gated: bool
     bias: bool
+    response_norm: bool = False  # between the activation and the last matrix of an expert
     dropout: float = 0.0
     causal: bool
     router: dict[str, Any]

@@ -15,12 +15,16 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from upcycle.nn.response_norm import normalise
+
 
 class Experts(nn.Module):
     """down(act(gate x) * (up x)), or down(act(up x)) where `gated` is false, for each of E experts.
 
     Parameters: `gate_up_proj` [E, 2I, H] (gate over up) or `up_proj` [E, I, H], `down_proj` [E, H, I], and
     with `bias` the same names + `_bias`, [E, 2I] or [E, I], and [E, H]. `dropout` acts between act and down.
+    With `response_norm`, `grn_weight` and `grn_bias` [E, I] are those of the norm that acts between them as
+    well (`response_norm.py`); such experts run in the plain loop, and are told of which group each row is.
     `set_dropout` changes it for a training run, and adds one on what experts give: on each expert's output by
     itself where a row has one (slots, expert choice, top_k with places), else on their weighted sum.
     `config._experts_implementation` chooses the implementation; `eager` is the loop.
@@ -42,10 +46,12 @@ class Experts(nn.Module):
         gated: bool,
         bias: bool,
         dropout: float = 0.0,
+        response_norm: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.num_experts = num_experts
+        self.has_response_norm = response_norm
         self.has_gate, self.has_bias = gated, bias
         rows = 2 * intermediate_size if gated else intermediate_size
         self.up_name = "gate_up_proj" if gated else "up_proj"
@@ -54,6 +60,9 @@ class Experts(nn.Module):
         if bias:
             self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.zeros(num_experts, rows)))
             self.down_proj_bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
+        if response_norm:
+            self.grn_weight = nn.Parameter(torch.zeros(num_experts, intermediate_size))
+            self.grn_bias = nn.Parameter(torch.zeros(num_experts, intermediate_size))
         activated = ACT2FN[activation]
         self.act_fn = nn.Sequential(activated, nn.Dropout(dropout)) if dropout and not gated else activated
         self.dropout = nn.Dropout(dropout if gated else 0.0)
@@ -69,9 +78,9 @@ class Experts(nn.Module):
         self.output_dropout.p = output
 
     def reset_parameters(self, std: float) -> None:
-        """Matrices from N(0, std^2), biases zero."""
+        """Matrices from N(0, std^2), biases zero, and a response norm that does nothing."""
         for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("bias"):
+            if name.endswith(("bias", "grn_weight")):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=std)
@@ -82,8 +91,12 @@ class Experts(nn.Module):
         made: Tensor = self.dropout(self.act_fn(gate) * up)
         return made
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Rows [M, H] through their experts `index` [M, K], summed with `weights` [M, K]: [M, H]."""
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Rows [M, H] through their experts `index` [M, K], summed with `weights` [M, K]: [M, H]. `groups`
+        [M], of which group each row is, is for experts with a response norm."""
+        if self.has_response_norm:
+            made: Tensor = self.output_dropout(self.loop(hidden, index, weights, groups))
+            return made
         implementation = getattr(self.config, "_experts_implementation", None) or "eager"
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, Experts.loop)
         out: Tensor = self.output_dropout(run(self._cast(hidden), hidden, index, weights))
@@ -99,7 +112,7 @@ class Experts(nn.Module):
         view._parameters = {name: None if p is None else p.to(dtype) for name, p in self._parameters.items()}  # type: ignore[misc]
         return view
 
-    def loop(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def loop(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
         """The reference: one expert after another. An index of E or more is no expert of this rank."""
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
@@ -107,15 +120,19 @@ class Experts(nn.Module):
         out = torch.zeros(hidden.shape, dtype=weights.dtype, device=hidden.device)
         for e, places in enumerate(order[: sum(counts)].split(counts)):
             rows = places // index.shape[1]
-            made = self._one(e, hidden[rows]) * weights.flatten()[places, None]
+            own = None if groups is None else groups[rows]
+            made = self._one(e, hidden[rows], own) * weights.flatten()[places, None]
             out = out.index_add(0, rows, made.to(out.dtype))
         return out.to(hidden.dtype)
 
-    def _one(self, e: int, rows: Tensor) -> Tensor:
+    def _one(self, e: int, rows: Tensor, groups: Tensor | None = None) -> Tensor:
         up, down = getattr(self, self.up_name), self.down_proj
         up_bias = getattr(self, f"{self.up_name}_bias")[e] if self.has_bias else None
         inner = F.linear(rows, up[e], up_bias)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        if self.has_response_norm:
+            assert groups is not None
+            inner = normalise(inner, groups, self.grn_weight[e], self.grn_bias[e])
         return F.linear(inner, down[e], self.down_proj_bias[e] if self.has_bias else None)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """The MoE layer: a router, stacked experts, and a shared expert beside them where there is one.
 
-It takes the place of a feed-forward network: hidden states [..., H] in, [..., H] out.
+It takes the place of a feed-forward network: hidden states [B, ..., H] in, [B, ..., H] out. What lies between
+is one row of tokens, a text or the places of an image.
 """
 
 from __future__ import annotations
@@ -44,15 +45,17 @@ class Router(nn.Module):
 
 
 class Shared(nn.Module):
-    """The shared expert: a feed-forward network that sees every token."""
+    """The shared expert: a feed-forward network that sees every token of a row."""
 
     def __init__(self, config: PreTrainedConfig, shape: Shape) -> None:
         super().__init__()
         self.one = _experts(config, shape, 1, shape.shared_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.one.output_dropout(self.one._one(0, hidden))
-        return out
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows of tokens [B, L, H], the same."""
+        number = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
+        out: Tensor = self.one.output_dropout(self.one._one(0, rows.flatten(0, 1), number))
+        return out.view(rows.shape)
 
 
 def _experts(config: PreTrainedConfig, shape: Shape, count: int, width: int) -> Experts:
@@ -64,6 +67,7 @@ def _experts(config: PreTrainedConfig, shape: Shape, count: int, width: int) -> 
         activation=shape.activation,
         gated=shape.gated,
         bias=shape.bias,
+        response_norm=shape.response_norm,
         dropout=shape.dropout,
     )
 
@@ -107,22 +111,28 @@ class MoE(nn.Module):
             self.shared.one.reset_parameters(std)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-2], hidden.shape[-1])
+        rows = hidden.flatten(1, -2) if hidden.ndim > 2 else hidden[None]
         routing = self.router(*self._groups(rows))
         out: Tensor = routing.dispatch.run(rows.flatten(0, 1), self._run).view(hidden.shape)
-        return out if self.shared is None else out + self.shared(hidden)
+        return out if self.shared is None else out + self.shared(rows).view(hidden.shape)
 
-    def _run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def _run(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
         """Rows [M, H] through their experts, as `Experts.forward`; with universal experts, rows of one expert
         each in the order of the experts, as slots come."""
+        own = (groups,) if self.shape.response_norm else ()  # expert parallelism's forward takes three
         if self.universal is None:
-            out: Tensor = self.experts(hidden, index, weights)
+            out: Tensor = self.experts(hidden, index, weights, *own)
             return out
         core = self.shape.num_experts * (len(hidden) // self.shape.all_experts)
         return torch.cat(
             [
-                self.experts(hidden[:core], index[:core], weights[:core]),
-                self.universal(hidden[core:], index[core:] - self.shape.num_experts, weights[core:]),
+                self.experts(hidden[:core], index[:core], weights[:core], *(g[:core] for g in own)),
+                self.universal(
+                    hidden[core:],
+                    index[core:] - self.shape.num_experts,
+                    weights[core:],
+                    *(g[core:] for g in own),
+                ),
             ]
         )
 

@@ -48,10 +48,10 @@ def decays(name: str, parameter: Tensor) -> bool:
     embeddings among them.
 
     Not on vectors (norms, biases, layer scale, scales and temperatures of routers), nor on what is more than
-    a vector by its shape alone: biases of experts [E, I], class, distillation and mask tokens and positions
-    of images [1, N, H] (as timm, mmpretrain and MoE Jetpack have it).
+    a vector by its shape alone: biases of experts [E, I], response norms, class, distillation and mask tokens
+    and positions of images [1, N, H] (as timm, mmpretrain, MoE Jetpack and ConvNeXt V2 have it).
     """
-    return parameter.ndim > 1 and not name.endswith(("bias", *_TOKENS))
+    return parameter.ndim > 1 and not name.endswith(("bias", "grn.weight", "grn_weight", *_TOKENS))
 
 
 def set_rate(adam: torch.optim.Optimizer, lr: float) -> None:

@@ -95,7 +95,7 @@ class Routers:
                 return None
             found = [(n, m) for n, m in model.named_modules() if isinstance(m, recorded.target_class)]
         routers = cls(
-            layers=[int(re.search(r"\.(\d+)\.", name).group(1)) for name, _ in found],  # type: ignore[union-attr]
+            layers=[_block(name, module) for name, module in found],
             stacks=[m.shape.stack if isinstance(m, Router) else "layers" for _, m in found],
             modules=[module for _, module in found],
             names=[name for name, _ in found],
@@ -231,6 +231,14 @@ def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: f
         if isinstance(bias, DTensor):
             step = distribute_tensor(step, bias.device_mesh, bias.placements)
         bias += step
+
+
+def _block(name: str, module: nn.Module) -> int:
+    """The number of the block that a router stands in, in its stack."""
+    path = re.escape(module.shape.module if isinstance(module, Router) else ".{i}.")
+    found = re.search(path.replace(r"\{i\}", r"(\d+)"), name)
+    assert found is not None
+    return int(found.group(1))
 
 
 def health(tally: Tally) -> dict[str, Any]:

@@ -7,6 +7,7 @@ weights are the same at every topology.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from upcycle.computed import Drawn, Fill
 from upcycle.cost import flops_per_row, plan_of
 from upcycle.errors import UpcycleError
 from upcycle.hub import open_checkpoint
-from upcycle.lazy import Lazy, Stack
+from upcycle.lazy import Folded, Lazy, Stack
 from upcycle.nn.experts import Experts
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, refuse_two_heads
@@ -132,6 +133,8 @@ def _scratch(name: str, entry: Entry, seed: int, dense: Dense, own: bool) -> Ent
         return Entry(Fill(entry.shape, "F32", float(name.endswith("weight"))), "F32")
     if constant or routes:
         return entry  # of the architecture, or of the recipe
+    if (value := dense.family.constant(dense.config, name)) is not None:
+        return Entry(Fill(entry.shape, "F32", value), "F32")
     if len(entry.shape) > 1 and not name.endswith("_bias"):
         return Entry(_drawn(entry.shape, dense.family.deviation(dense.config, name), name, seed), "F32")
     identity = 0.0 if dense.family.centred_norms and own else 1.0
@@ -141,7 +144,10 @@ def _scratch(name: str, entry: Entry, seed: int, dense: Dense, own: bool) -> Ent
 
 
 def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place: int = 0) -> Lazy:
-    """A tensor of independent N(0, deviation^2), as matrices with a stream each."""
+    """A tensor of independent N(0, deviation^2), as matrices with a stream each; kernels are one."""
+    if len(shape) == 4:
+        flat = (shape[0], math.prod(shape[1:]))
+        return Folded(_drawn(flat, deviation, name, seed), shape[1:])
     if len(shape) == 2:
         rows, columns = shape
         return Drawn((rows, columns), "F32", "normal", deviation, rng.key(seed, name, "from scratch", place))
@@ -199,6 +205,11 @@ def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
 
 def _recompute(model: PreTrainedModel) -> None:
     """Keep a layer's input alone and compute the rest again in the backward pass."""
+    if not model.supports_gradient_checkpointing:
+        raise UpcycleError(
+            f"train.activation_checkpointing: transformers has none for {type(model).__name__}; set it to "
+            f"false, and lower train.micro_batch where memory is short"
+        )
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)

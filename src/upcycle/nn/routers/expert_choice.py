@@ -90,7 +90,7 @@ class ExpertChoice(Router):
         real = None if padding is None else ~padding
         nowhere = times.view(groups, length) == 0
         return Routing(
-            dispatch=Rows(tokens=rows, experts=index, weights=weights),
+            dispatch=Rows(tokens=rows, experts=index, weights=weights, length=length),
             logits=logits.flatten(0, 1) if real is None else logits[real],
             probabilities=probabilities.flatten(0, 1) if real is None else probabilities[real],
             counts=torch.bincount(index, minlength=num_experts),

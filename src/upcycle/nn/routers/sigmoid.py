@@ -63,7 +63,7 @@ class Sigmoid(Router):
         real = slice(None) if padding is None else ~padding.flatten()
         counts = torch.bincount(index[real].flatten(), minlength=num_experts)
         return Routing(
-            dispatch=Choices(index=index, weights=weights),
+            dispatch=Choices(index=index, weights=weights, length=hidden.shape[1]),
             logits=logits[real],
             probabilities=(scores / scores.sum(-1, keepdim=True))[real],
             counts=counts,

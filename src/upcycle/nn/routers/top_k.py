@@ -103,7 +103,9 @@ class TopK(Router):
         if noise:
             losses["load"] = _load(clean, logits, top_k, noise, real)
         if (share := self.share(num_experts, top_k)) is None:
-            dispatch: Dispatch = Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1))
+            dispatch: Dispatch = Choices(
+                index=index.flatten(0, 1), weights=weights.flatten(0, 1), length=hidden.shape[1]
+            )
             left = counts.new_zeros(())
         else:
             room = places(hidden.shape[1], padding, share, self.rounding)
@@ -116,7 +118,9 @@ class TopK(Router):
             group, token, choice = kept.nonzero(as_tuple=True)
             flat = group * hidden.shape[1] + token
             picked = (group, token, choice)
-            dispatch = Rows(tokens=flat, experts=index[picked], weights=weights[picked])
+            dispatch = Rows(
+                tokens=flat, experts=index[picked], weights=weights[picked], length=hidden.shape[1]
+            )
             lost = ~kept.any(-1)
             left = (lost if real is None else lost & real).sum()
         return Routing(

@@ -79,7 +79,7 @@ class ImageClassification(Task):
         return len(batch["labels"])
 
     def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
-        return {"layers": subject.length}
+        return subject.lengths
 
 
 task = ImageClassification
