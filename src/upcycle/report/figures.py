@@ -1,0 +1,202 @@
+"""The figures of a report, as matplotlib's objects: curves, bands, dots and heat maps, one panel each.
+
+A panel is as wide as a phone shows legibly; a page puts several side by side. Legends stand below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from upcycle.report.inks import Inks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 4.6, 3.0  # inches, without the legend
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 3)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_LEVELS = 10  # colours of a heat map
+_POWERS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_NAMES = {0: "", 3: "thousands", 6: "millions", 9: "billions", 12: "trillions"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A curve: `low` and `high` [n] are its band, `place` its number among all series of the report."""
+
+    label: str
+    place: int
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    marked: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A point worth seeing, with a word beside it."""
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """What is on an axis: `counted` numbers are shown in thousands, millions or powers of ten."""
+
+    label: str
+    counted: str | None = None  # `named` (millions) or `power` (10^12)
+    log: bool = False
+
+
+def curves(
+    inks: Inks, title: str, lines: Sequence[Line], x: Axis, y: Axis, marks: Sequence[Mark] = ()
+) -> Figure:
+    """Lines with bands over an axis of tokens, FLOPs or layers."""
+    longest = max((float(np.nanmax(np.abs(line.x))) for line in lines if line.x.size), default=1.0)
+    exponent = _exponent(longest) if x.counted else 0
+    figure, axes = _panel(inks, title, len(lines), max(len(line.label) for line in lines))
+    handles = []
+    for line in lines:
+        colour = inks.series[line.place % len(inks.series)]
+        scaled = line.x / 10.0**exponent
+        (handle,) = axes.plot(
+            scaled, line.y,
+            color=colour,
+            linestyle=_DASHES[(line.place + line.place // len(inks.series)) % len(_DASHES)],
+            linewidth=1.6,
+            marker=_MARKERS[line.place % len(_MARKERS)] if line.marked else None,
+            markersize=4,
+            markevery=max(1, line.x.size // 8),
+        )  # fmt: skip
+        if line.low is not None and line.high is not None:
+            axes.fill_between(scaled, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+        handles.append(handle)
+    for mark in marks:
+        at = mark.x / 10.0**exponent
+        axes.axvline(at, color=inks.faint, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.plot([at], [mark.y], marker="o", markersize=9, color=inks.ink, fillstyle="none", linestyle="")
+        axes.annotate(
+            mark.text, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -11),
+            textcoords="offset points", color=inks.faint, fontsize=8,
+        )  # fmt: skip
+    axes.set_xlabel(_unit(x, exponent))
+    axes.set_ylabel(y.label)
+    if y.log:
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
+    _legend(figure, inks, handles, [line.label for line in lines])
+    return figure
+
+
+def dots(
+    inks: Inks, title: str, rows: Sequence[str], series: Sequence[tuple[str, int, np.ndarray, np.ndarray]], x: str
+) -> Figure:
+    """Values [rows] with error bars [rows] of several series, one below another; NaN where there is none."""
+    figure, axes = _panel(
+        inks, title, len(series), max(len(s[0]) for s in series), height=1.0 + 0.38 * len(rows)
+    )
+    handles = []
+    offsets = np.linspace(-0.25, 0.25, len(series)) if len(series) > 1 else [0.0]
+    for (_, place, values, errors), offset in zip(series, offsets, strict=True):
+        handle = axes.errorbar(
+            values, np.arange(len(rows)) + offset, xerr=np.nan_to_num(errors),
+            fmt=_MARKERS[place % len(_MARKERS)], color=inks.series[place % len(inks.series)],
+            markersize=5, elinewidth=1.2, capsize=2,
+        )  # fmt: skip
+        handles.append(handle)
+    axes.set_yticks(range(len(rows)), labels=rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(x)
+    _legend(figure, inks, handles, [s[0] for s in series])
+    return figure
+
+
+def heat_map(inks: Inks, title: str, rows: Sequence[str], values: np.ndarray, labels: tuple[str, str, str]) -> Figure:
+    """Cells [rows, columns] in `_LEVELS` colours from 0 to twice the even share or to the largest; `labels`
+    are those of columns, rows and colours."""
+    import matplotlib
+    from matplotlib.colors import BoundaryNorm
+
+    columns = values.shape[1]
+    figure, axes = _panel(inks, title, 0, 0, height=max(1.9, min(6.0, 1.1 + 0.2 * len(rows))))
+    top = max(2.0, float(np.nanmax(values)))
+    colours = matplotlib.colormaps["cividis"].resampled(_LEVELS)
+    norm = BoundaryNorm(np.linspace(0, top, _LEVELS + 1), _LEVELS)
+    mesh = axes.pcolormesh(
+        np.arange(columns + 1) - 0.5, np.arange(len(rows) + 1) - 0.5, values,
+        cmap=colours, norm=norm, edgecolors=inks.card, linewidth=0.6 if values.size <= 800 else 0.0,
+    )  # fmt: skip
+    axes.grid(visible=False)
+    axes.invert_yaxis()
+    every = math.ceil(len(rows) / 24)
+    axes.set_yticks(range(0, len(rows), every), labels=rows[::every])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    bar = figure.colorbar(mesh, ax=axes, ticks=np.linspace(0, top, 6), format="%.2g", fraction=0.06)
+    bar.set_label(labels[2], color=inks.ink)
+    bar.ax.tick_params(colors=inks.ink, labelsize=9)
+    bar.outline.set_edgecolor(inks.rule)  # type: ignore[operator]
+    return figure
+
+
+def _panel(inks: Inks, title: str, entries: int, widest: int, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure with one panel, tall enough for its legend of `entries`, the longest `widest` letters long."""
+    from matplotlib.figure import Figure
+
+    legend = 0.0 if not entries else 0.12 + 0.2 * math.ceil(entries / _columns(widest))
+    figure = Figure(figsize=(WIDTH, height + legend), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=inks.ink)
+    axes.tick_params(colors=inks.ink, labelsize=9)
+    axes.xaxis.label.set_color(inks.ink)
+    axes.yaxis.label.set_color(inks.ink)
+    axes.grid(color=inks.rule, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(inks.faint)
+    return figure, axes
+
+
+def _columns(widest: int) -> int:
+    return 2 if widest <= 22 else 1
+
+
+def _legend(figure: Figure, inks: Inks, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    figure.legend(
+        handles, [f" {label}" if label.startswith("_") else label for label in labels],  # _ hides an entry
+        loc="outside lower left", ncols=_columns(max(map(len, labels))), frameon=False, fontsize=9,
+        labelcolor=inks.ink, handlelength=3.2, labelspacing=0.3,
+    )  # fmt: skip
+
+
+def _exponent(largest: float) -> int:
+    return 3 * max(0, math.floor(math.log10(largest) / 3)) if largest > 0 else 0
+
+
+def _unit(axis: Axis, exponent: int) -> str:
+    if not axis.counted or not exponent:
+        return axis.label
+    if axis.counted == "named" and exponent in _NAMES:
+        return f"{axis.label} ({_NAMES[exponent]})"
+    return f"{axis.label} (10{str(exponent).translate(_POWERS)})"
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
