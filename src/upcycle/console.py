@@ -149,7 +149,7 @@ def show_scores(scores: list[dict[str, Any]]) -> None:
 def show_reported(files: list[Path], troubles: list[str]) -> None:
     """What report leaves on the screen."""
     for trouble in troubles:
-        err.print(f"! {trouble}", markup=False)
+        err.print(f"! {trouble}", markup=False, soft_wrap=True)
     for file in files:
         out.print(str(file), markup=False)
 

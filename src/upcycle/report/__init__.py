@@ -7,7 +7,7 @@ from pathlib import Path
 
 from upcycle.errors import UpcycleError
 
-TITLE = "Did upcycling pay?"
+TITLE = "Upcycling report"
 
 
 def report(
@@ -22,9 +22,9 @@ def report(
     """Write the page `out` about runs and checkpoints, and with `markdown` the same as Markdown with PNGs in
     `figures` beside it. Gives what is wrong with what was given, a sentence each.
 
-    `dense_flops` and `dense_tokens` tell the training cost of the dense checkpoint that runs start from, where
-    no provenance does. A report that was made before is replaced, any other file refused. Raises `UpcycleError`
-    where nothing can be shown.
+    `dense_flops` and `dense_tokens` tell the training cost of the dense checkpoint that runs start from,
+    where no provenance does. A report that was made before is replaced, any other file refused. Raises
+    `UpcycleError` where nothing can be shown.
     """
     from upcycle.report import drawing, page, sections
     from upcycle.report import markdown as twin
@@ -47,7 +47,9 @@ def report(
     files = {out: page.render(document).encode()}
     if text is not None:
         written, figures = twin.render(document, text.stem)
-        files = {text.parent / name: data for name, data in figures.items()} | files | {text: written.encode()}
+        files = (
+            {text.parent / name: data for name, data in figures.items()} | files | {text: written.encode()}
+        )
         for path in files.keys() - {out, text}:
             _refuse_foreign(path, drawing.MADE_BY.encode())
     for path, data in files.items():
@@ -64,7 +66,8 @@ def _refuse_foreign(path: Path, sign: bytes) -> None:
             head = file.read(4096)
         if sign not in head:
             raise UpcycleError(
-                f"{path} exists and is no report; nothing else is overwritten. Choose another name or delete it"
+                f"{path} exists and is no report; nothing else is overwritten. Choose another name or "
+                f"delete it"
             )
 
 

@@ -120,10 +120,12 @@ def _terms(run: RunRecord) -> dict[str, Any]:
     return {
         "task": run.about["task"],
         "family of models": run.about["source"]["model_type"],
-        "held-out data": {"sources": data.get("sources"), "held_out": data.get("held_out", 0.0)},
+        "held-out data": {"sources": data.get("sources"), "share": data.get("held_out", 0.0)},
         "settings of the task": task,
         "rows that are held out": {"length": None if by_example else length, "rows": rows},
-        "tokenizer": None if by_example else _tokenizer(data.get("tokenizer") or run.about["source"]["path"]),
+        "tokenizer": None
+        if by_example
+        else _tokenizer(str(data.get("tokenizer") or run.about["source"]["path"])),
     }
 
 
@@ -136,8 +138,10 @@ def _tokenizer(folder: str) -> str:
 
 
 def _reason(name: str, own: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    theirs, ours = (_short(json.dumps(t[name], default=str), 160) for t in (own, reference))
-    return f"other {name}: {theirs}, where the runs compared have {ours}"
+    theirs, ours = (dict(flat(t[name], name)) for t in (own, reference))
+    key = next(k for k in [*ours, *theirs] if theirs.get(k) != ours.get(k))
+    found, wanted = (_short(str(leaves.get(key, "not set")), 80) for leaves in (theirs, ours))
+    return f"other {name}: {found}, where the runs compared have {wanted} ({key})"
 
 
 def _short(text: str, most: int) -> str:
@@ -192,13 +196,13 @@ def _is_dense(moe: Mapping[str, Any]) -> bool:
 def _labels(runs: Sequence[RunRecord]) -> list[str]:
     """A name for each, from what it is; where two are alike, with the settings in which they differ."""
     plain = [_label(run) for run in runs]
-    flat = [dict(_flat(_settings(run))) for run in runs]
+    leaves = [dict(flat(_settings(run))) for run in runs]
     out = []
     for i, label in enumerate(plain):
         alike = [j for j, other in enumerate(plain) if other == label]
-        keys = sorted({k for j in alike for k in flat[j]})
-        telling = [k for k in keys if len({repr(flat[j].get(k)) for j in alike}) > 1]
-        said = [f"{k.rpartition('.')[2]} {_value(k, flat[i].get(k))}" for k in telling[:2]]
+        keys = sorted({k for j in alike for k in leaves[j]})
+        telling = [k for k in keys if len({repr(leaves[j].get(k)) for j in alike}) > 1]
+        said = [f"{k.rpartition('.')[2]} {_value(k, leaves[i].get(k))}" for k in telling[:2]]
         out.append(_short(", ".join([label, *said]), 60))
     return [
         label if out.count(label) == 1 else f"{label} ({_short(run.name, 30)})"
@@ -221,11 +225,14 @@ def _label(run: RunRecord) -> str:
     return f"{moe.get('num_experts')} experts, {way}, {how}{short}"
 
 
-def _flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
     """Every leaf of a nested table with its dotted key."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+            yield from flat(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for place, inner in enumerate(value):
+            yield from flat(inner, f"{path}.{place}")
     else:
         yield path, value
 
@@ -236,8 +243,8 @@ def _value(key: str, value: Any) -> str:
 
 def _pairs(groups: Sequence[Group]) -> Iterable[Pair]:
     """Every Mixture of Experts against every dense group, upcycled ones against those from scratch too."""
-    for group in groups:
-        for against in groups:
+    for against in groups:
+        for group in groups:
             scratch = group.kind == "upcycled" and against.kind == "MoE, from scratch"
             if group.has_experts and (scratch or not against.has_experts):
                 yield _pair(group, against)
@@ -253,8 +260,9 @@ def _pair(group: Group, against: Group) -> Pair:
         )
     error = None
     if flops.end is not None and group.loss.error is not None and against.loss.error is not None:
-        errors = [float(np.interp(flops.end, g.flops, g.loss.error)) for g in (group, against)]
-        error = math.hypot(*errors)
+        ours = np.interp(flops.end, group.flops, group.loss.error)
+        theirs = np.interp(flops.end, against.flops, against.loss.error)
+        error = math.hypot(float(ours), float(theirs))
     return Pair(
         group=group,
         against=against,

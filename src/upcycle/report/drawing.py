@@ -1,4 +1,4 @@
-"""A picture as SVG that takes its colours from a page, or as PNG on white. No state of matplotlib is changed."""
+"""A picture as SVG that takes its colours from a page, or as PNG on white. Leaves matplotlib's state alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from xml.etree import ElementTree
 
 from upcycle.errors import UpcycleError
@@ -16,7 +17,7 @@ from upcycle.report.inks import LIGHT, VARIABLES, with_variables
 MADE_BY = "upcycle report"
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "upcycle",  # the same ids every time
     "text.parse_math": False,  # a dollar in the name of a run is a dollar
@@ -56,10 +57,10 @@ def png(picture: Picture) -> bytes:
 
 
 def svg(picture: Picture) -> str:
-    """The picture as an element of a page, without a size of its own, its ids begun with the picture's name."""
+    """The picture as an element of a page, without a size of its own; its ids begin with its name."""
     out = io.StringIO()
     with _settings():
-        nothing = {key: None for key in ("Creator", "Date", "Format", "Type")}
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         picture.draw(VARIABLES).savefig(out, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(out.getvalue())
     for size in ("width", "height", "version"):

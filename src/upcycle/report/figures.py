@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 4.6, 3.0  # inches, without the legend
+WIDTH, HEIGHT = 4.1, 2.8  # inches, without the legend
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _LEVELS = 10  # colours of a heat map
@@ -41,11 +41,12 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point worth seeing, with a word beside it."""
+    """A point worth seeing on the line of the series `place`, with a word beside it."""
 
     x: float
     y: float
     text: str
+    place: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,15 @@ class Axis:
     label: str
     counted: str | None = None  # `named` (millions) or `power` (10^12)
     log: bool = False
+    whole: bool = False  # numbers of things: no ticks between them
 
 
 def curves(
     inks: Inks, title: str, lines: Sequence[Line], x: Axis, y: Axis, marks: Sequence[Mark] = ()
 ) -> Figure:
     """Lines with bands over an axis of tokens, FLOPs or layers."""
+    from matplotlib.ticker import MaxNLocator
+
     longest = max((float(np.nanmax(np.abs(line.x))) for line in lines if line.x.size), default=1.0)
     exponent = _exponent(longest) if x.counted else 0
     figure, axes = _panel(inks, title, len(lines), max(len(line.label) for line in lines))
@@ -80,14 +84,18 @@ def curves(
         if line.low is not None and line.high is not None:
             axes.fill_between(scaled, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
         handles.append(handle)
-    for mark in marks:
-        at = mark.x / 10.0**exponent
-        axes.axvline(at, color=inks.faint, linewidth=0.8, linestyle=(0, (2, 2)))
-        axes.plot([at], [mark.y], marker="o", markersize=9, color=inks.ink, fillstyle="none", linestyle="")
+    for number, mark in enumerate(marks):
+        at, colour = mark.x / 10.0**exponent, inks.series[mark.place % len(inks.series)]
+        axes.axvline(at, color=colour, linewidth=0.9, linestyle=(0, (2, 2)))
+        axes.plot([at], [mark.y], marker="o", markersize=9, color=colour, fillstyle="none", linestyle="")
+        left = at > 0.7 * longest / 10.0**exponent
         axes.annotate(
-            mark.text, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -11),
-            textcoords="offset points", color=inks.faint, fontsize=8,
+            mark.text, (at, 1.0), xycoords=("data", "axes fraction"),
+            xytext=(-4 if left else 4, -10 - 11 * number), textcoords="offset points",
+            ha="right" if left else "left", color=inks.ink, fontsize=9,
         )  # fmt: skip
+    if x.whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(_unit(x, exponent))
     axes.set_ylabel(y.label)
     if y.log:
@@ -98,7 +106,11 @@ def curves(
 
 
 def dots(
-    inks: Inks, title: str, rows: Sequence[str], series: Sequence[tuple[str, int, np.ndarray, np.ndarray]], x: str
+    inks: Inks,
+    title: str,
+    rows: Sequence[str],
+    series: Sequence[tuple[str, int, np.ndarray, np.ndarray]],
+    x: str,
 ) -> Figure:
     """Values [rows] with error bars [rows] of several series, one below another; NaN where there is none."""
     figure, axes = _panel(
@@ -120,15 +132,18 @@ def dots(
     return figure
 
 
-def heat_map(inks: Inks, title: str, rows: Sequence[str], values: np.ndarray, labels: tuple[str, str, str]) -> Figure:
+def heat_map(
+    inks: Inks, title: str, rows: Sequence[str], values: np.ndarray, labels: tuple[str, str, str]
+) -> Figure:
     """Cells [rows, columns] in `_LEVELS` colours from 0 to twice the even share or to the largest; `labels`
     are those of columns, rows and colours."""
     import matplotlib
     from matplotlib.colors import BoundaryNorm
+    from matplotlib.ticker import MaxNLocator
 
     columns = values.shape[1]
-    figure, axes = _panel(inks, title, 0, 0, height=max(1.9, min(6.0, 1.1 + 0.2 * len(rows))))
-    top = max(2.0, float(np.nanmax(values)))
+    figure, axes = _panel(inks, title, 0, 0, height=max(2.2, min(6.0, 1.1 + 0.2 * len(rows))))
+    top = max(2.0, math.ceil(2 * float(np.nanmax(values))) / 2)
     colours = matplotlib.colormaps["cividis"].resampled(_LEVELS)
     norm = BoundaryNorm(np.linspace(0, top, _LEVELS + 1), _LEVELS)
     mesh = axes.pcolormesh(
@@ -139,13 +154,13 @@ def heat_map(inks: Inks, title: str, rows: Sequence[str], values: np.ndarray, la
     axes.invert_yaxis()
     every = math.ceil(len(rows) / 24)
     axes.set_yticks(range(0, len(rows), every), labels=rows[::every])
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     bar = figure.colorbar(mesh, ax=axes, ticks=np.linspace(0, top, 6), format="%.2g", fraction=0.06)
     bar.set_label(labels[2], color=inks.ink)
     bar.ax.tick_params(colors=inks.ink, labelsize=9)
-    bar.outline.set_edgecolor(inks.rule)  # type: ignore[operator]
+    bar.outline.set_edgecolor(inks.rule)
     return figure
 
 
@@ -157,7 +172,7 @@ def _panel(inks: Inks, title: str, entries: int, widest: int, height: float = HE
     figure = Figure(figsize=(WIDTH, height + legend), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("none")
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=inks.ink)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=inks.ink)
     axes.tick_params(colors=inks.ink, labelsize=9)
     axes.xaxis.label.set_color(inks.ink)
     axes.yaxis.label.set_color(inks.ink)
@@ -190,7 +205,7 @@ def _unit(axis: Axis, exponent: int) -> str:
         return axis.label
     if axis.counted == "named" and exponent in _NAMES:
         return f"{axis.label} ({_NAMES[exponent]})"
-    return f"{axis.label} (10{str(exponent).translate(_POWERS)})"
+    return f"{axis.label} (×10{str(exponent).translate(_POWERS)})"
 
 
 def _plain_log_ticks(axes: Axes) -> None:

@@ -15,7 +15,7 @@ UNITS = {
 }
 MISSING = "–"
 
-__all__ = ["MISSING", "UNITS", "count", "flops", "loss", "share", "signed", "size", "unit"]
+__all__ = ["MISSING", "UNITS", "count", "duration", "flops", "loss", "share", "signed", "size", "unit"]
 
 
 def unit(task: str) -> str:
@@ -28,6 +28,14 @@ def flops(value: float | None) -> str:
     if value is None:
         return MISSING
     return "0" if value == 0 else f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2e}".replace("e+", "e")
+
+
+def duration(seconds: float) -> str:
+    """31 s, 2.4 min, 3.1 h."""
+    for length, name in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def loss(value: float, error: float | None = None, digits: int = 4) -> str:

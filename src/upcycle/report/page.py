@@ -24,7 +24,10 @@ def render(document: Document) -> str:
     """The page."""
     style, script = _resource("page.css"), _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
+        f"base-uri 'none'; form-action 'none'"
+    )
     title = escape(document.title)
     links = "".join(f'<li><a href="#{s.name}">{escape(s.title)}</a></li>' for s in document.sections)
     return f"""<!doctype html>
@@ -71,9 +74,10 @@ def _variables(inks: Inks, scheme: str) -> str:
 
 
 def _section(section: Section) -> str:
+    head = f"{section.name}-head"
     return (
-        f'<section id="{section.name}" aria-labelledby="{section.name}-head">\n'
-        f'<h2 id="{section.name}-head">{escape(section.title)}</h2>\n{"".join(_blocks(section.blocks))}</section>\n'
+        f'<section id="{section.name}" aria-labelledby="{head}">\n'
+        f'<h2 id="{head}">{escape(section.title)}</h2>\n{"".join(_blocks(section.blocks))}</section>\n'
     )
 
 
@@ -89,8 +93,8 @@ def _block(block: Block) -> str:
         kind = "" if block.tone == "plain" else f' class="{block.tone}"'
         return f"<p{kind}>{escape(block.text)}</p>\n"
     if isinstance(block, Picture):
-        drawn = drawing.svg(block)
-        return f'<figure id="figure-{block.name}">\n{drawn}\n<figcaption>{escape(block.caption)}</figcaption>\n</figure>\n'
+        caption = f"<figcaption>{escape(block.caption)}</figcaption>"
+        return f'<figure id="figure-{block.name}">\n{drawing.svg(block)}\n{caption}\n</figure>\n'
     return _table(block)
 
 

@@ -199,7 +199,10 @@ def _about(folder: Path) -> dict[str, Any]:
         wrong = ["tokens_per_row"]
     if not wrong:
         wrong = [f"source.{key}" for key in ("name", "path", "model_type") if key not in about["source"]]
-        wrong += [f"run.{key}" for key in ("train", "data") if not isinstance(about["run"].get(key), dict)]
+        table = about["run"]
+        wrong += [f"run.{key}" for key in ("train", "data") if not isinstance(table.get(key), dict)]
+        optional = ("moe", "init", "router", "task", "successor")
+        wrong += [f"run.{key}" for key in optional if not isinstance(table.get(key, {}), dict)]
     if wrong:
         raise UpcycleError(f"its {RUN} is damaged: {', '.join(wrong)}")
     return about
@@ -231,12 +234,12 @@ def _lines(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
 
 def _column(records: list[dict[str, Any]], key: str) -> np.ndarray:
     """One number of every record, [n]; NaN where it is not there or no number."""
-    found = [r.get(key) for r in records]
+    found: list[Any] = [r.get(key) for r in records]
     return np.array([float(v) if type(v) in (int, float) else math.nan for v in found])
 
 
 def _held_out(records: list[dict[str, Any]]) -> Curve:
-    points = []
+    points: list[tuple[float, Any, Any]] = []
     if records and _is_number(records[0].get("held_out_start")):
         first = records[0]
         points.append((0.0, first["held_out_start"], first.get("held_out_accuracy_start")))

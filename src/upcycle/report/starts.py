@@ -22,7 +22,7 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class StartCost:
-    """Training FLOPs and tokens that went into a start; None where they are not known. `why` is a sentence."""
+    """Training FLOPs and tokens that went into a start; None where not known. `why` says it in words."""
 
     flops: float | None
     tokens: float | None
@@ -61,10 +61,13 @@ def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
         tokens = sum(float(t["tokens"]) for t in trainings)
         whole = any(t.get("from_scratch") for t in trainings)
         source = Path(str(made["source"]["path"]))
+        donors = list(made["source"]["donors"])
     except (UpcycleError, KeyError, TypeError, ValueError, AttributeError):
         return _told(given, f"the provenance of {folder.name} is damaged")
     if whole:
         return StartCost(flops=flops, tokens=tokens, why=f"{folder.name} was trained from random weights")
+    if donors:
+        return _told(given, f"{folder.name} is made of more than one checkpoint")
     before = _of_folder(source, given, (*seen, folder))
     return StartCost(
         flops=None if before.flops is None else before.flops + flops,

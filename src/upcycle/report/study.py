@@ -72,7 +72,8 @@ class Study:
             for run in self.runs
             if run.unfinished
         ]
-        said += [f"{one.name}: {damage}" for one in (*self.runs, *self.checkpoints) for damage in one.damage]
+        said += [f"{run.name}: {damage}" for run in self.runs for damage in run.damage]
+        said += [f"{found.name}: {damage}" for found in self.checkpoints for damage in found.damage]
         said += [
             f"{run.name} has no held-out loss (train.eval_every, data.held_out); it is in no curve of it"
             for run in self.runs

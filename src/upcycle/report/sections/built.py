@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from upcycle.errors import listed
 from upcycle.report import formats
+from upcycle.report.comparison import flat
 from upcycle.report.document import Block, Section, Table
 from upcycle.report.records import CheckpointRecord, RunRecord
 from upcycle.report.study import Study
@@ -40,7 +42,8 @@ def _models(study: Study) -> Table:
     return Table(
         caption="Models",
         head=(
-            "model", "made from", "class", "parameters", "active per token", "training FLOPs per token", "seeds",
+            "model", "made from", "class", "parameters", "active per token", "training FLOPs per token",
+            "seeds",
         ),
         rows=tuple(rows),
         left=3,
@@ -55,7 +58,6 @@ def _runs(study: Study) -> Table:
         (
             run.name,
             group_of.get(id(run), "not compared"),
-            _precise(run),
             str(run.about.get("blueprint_hash") or formats.MISSING)[:12],
             str(run.table.get("train", {}).get("seed", run.table.get("seed", 0))),
             f"{run.done:,} of {run.total_steps:,}",
@@ -66,16 +68,25 @@ def _runs(study: Study) -> Table:
     ]
     return Table(
         caption="Runs",
-        head=("run", "model", "made with", "blueprint", "seed", "steps", "tokens", "training FLOPs"),
+        head=("run", "model", "blueprint", "seed", "steps", "tokens", "training FLOPs"),
         rows=tuple(rows),
-        left=4,
+        left=3,
+        note="Made with "
+        + "; ".join(f"{how} ({names})" for how, names in _versions(study.runs).items())
+        + ".",
     )
 
 
-def _precise(run: RunRecord) -> str:
-    versions: Any = run.about.get("versions")
-    torch = versions.get("torch", "?") if isinstance(versions, dict) else "?"
-    return f"upcycle {run.about.get('upcycle_version', '?')}, torch {torch}, {run.about.get('precision', '?')}"
+def _versions(runs: tuple[RunRecord, ...]) -> dict[str, str]:
+    """Programs and arithmetic, and the names of the runs that were made with them."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        versions: Any = run.about.get("versions")
+        torch = versions.get("torch", "?") if isinstance(versions, dict) else "?"
+        version, precision = run.about.get("upcycle_version", "?"), run.about.get("precision", "?")
+        how = f"upcycle {version}, torch {torch}, {precision}"
+        found.setdefault(how, []).append(run.name)
+    return {how: "all runs" if len(found) == 1 else listed(names, 8) for how, names in found.items()}
 
 
 def _checkpoints(study: Study) -> Table:
@@ -95,8 +106,9 @@ def _origin(checkpoint: CheckpointRecord) -> tuple[str, ...]:
     recipe: Any = made.get("recipe")
     how = formats.MISSING
     if isinstance(recipe, dict):
-        moe, init = recipe.get("moe", {}), recipe.get("init", {})
-        how = f"{moe.get('num_experts', '?')} experts, top-{moe.get('top_k', '?')}, init {init.get('name', '?')}"
+        known = dict(flat(recipe))
+        experts, top_k, init = (known.get(k, "?") for k in ("moe.num_experts", "moe.top_k", "init.name"))
+        how = f"{experts} experts, top-{top_k}, init {init}"
     training = checkpoint.training or {}
     tokens = training.get("tokens")
     return (

@@ -70,7 +70,8 @@ def _views(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[_View]:
             axis=_FLOPS,
             x=[(g, g.flops) for g in groups],
             crossings=[(p, p.flops) for p in pairs],
-            caption=f"After so many FLOPs of each run's own training: the cost of the dense start is excluded.{band}",
+            caption="After so many FLOPs of each run's own training: the cost of the dense start is "
+            f"excluded.{band}",
         ),
     ]
     known = [(g, g.flops + g.start.flops) for g in groups if g.start.flops is not None]
@@ -97,10 +98,12 @@ def _picture(view: _View, places: dict[str, int], what: str, unit: str) -> Pictu
         if what == "loss" and found.verdict == "crosses" and pair.against.kind == "dense, continued":
             x = next(x for g, x in view.x if g is pair.group)
             assert found.x is not None
-            marks.append(Mark(x=found.x, y=float(np.interp(found.x, x, pair.group.loss.value)), text="crossing"))
+            y_there = float(np.interp(found.x, x, pair.group.loss.value))
+            place = places[pair.group.label]
+            marks.append(Mark(x=found.x, y=y_there, text="crossing", place=place))
     values = np.concatenate([line.y for line in lines])
     y = Axis(label=f"held-out {what} ({unit})", log=what == "loss" and bool(values.max() > 2 * values.min()))
-    title = f"Held-out {what} against {view.title}"
+    title = f"{what.capitalize()} against {view.title}"
     return Picture(
         name=f"{what}-{view.name}",
         title=title,
@@ -133,7 +136,9 @@ def _ends(groups: Sequence[Group], unit: str) -> Table:
                 str(len(group.runs)),
                 formats.count(float(group.tokens[-1])),
                 formats.flops(float(group.flops[-1])),
-                formats.flops(None if group.start.flops is None else float(group.flops[-1]) + group.start.flops),
+                formats.flops(
+                    None if group.start.flops is None else float(group.flops[-1]) + group.start.flops
+                ),
                 formats.loss(float(group.loss.value[0])) if started else formats.MISSING,
                 formats.loss(float(group.loss.value[-1]), loss),
                 formats.share(float(group.accuracy.value[-1]), accuracy),
@@ -170,20 +175,19 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
         ),
         rows=tuple(rows),
         left=2,
-        note=f"Straight lines between the points that were evaluated, on means over seeds. The difference is that "
-        f"of held-out losses ({unit}) at the most FLOPs, start excluded, that both have spent; negative: the "
-        f"Mixture of Experts is ahead.",
+        note=f"Straight lines between the points that were evaluated, on means over seeds. None: no crossing "
+        f"within the runs. None that lasts: below for a while, above at the end. The difference is that of held-out "
+        f"losses ({unit}) at the most FLOPs, start excluded, that both have spent; negative: the Mixture of "
+        f"Experts is ahead.",
     )  # fmt: skip
 
 
 def _where(found: Crossing, number: object) -> str:
     if found.verdict == "crosses" and found.x is not None and callable(number):
         return str(number(found.x))
-    return {
-        "none": "no crossing within the runs",
-        "back above": "below for a while, above at the end",
-        "from the start": "never above",
-    }.get(found.verdict, "nothing in common")
+    return {"none": "none", "back above": "none that lasts", "from the start": "never above"}.get(
+        found.verdict, "no overlap"
+    )
 
 
 def _starts(groups: Sequence[Group]) -> list[Block]:

@@ -1,4 +1,4 @@
-"""What routers did: in training, from the metrics of runs, and on texts, from what `upcycle inspect` wrote."""
+"""What routers did: in training, from metrics of runs, and on texts, from what `upcycle inspect` wrote."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from upcycle.report.records import CheckpointRecord, Health, place_of
 from upcycle.report.study import Study
 
 _POINTS = 200  # of a line at most; more are averaged in windows
-_LABELS = ("expert", "layer", "load, 1: an even share")
+_LABELS = ("expert", "layer", "load / even share")
 
 
 def section(study: Study) -> Section | None:
@@ -167,7 +167,10 @@ def _on_texts(number: int, checkpoint: CheckpointRecord) -> list[Block]:
         rows = [
             (
                 place_of(layer),
-                *(formats.loss(math.nan if (v := _mean(layer.get(key))) is None else v) for _, key in columns),
+                *(
+                    formats.loss(math.nan if (v := _mean(layer.get(key))) is None else v)
+                    for _, key in columns
+                ),
             )
             for layer in layers
         ]

@@ -58,15 +58,19 @@ def _picture(name: str, title: str, of: Any, shown: Shown) -> Picture:
     return Picture(
         name=f"similarity-{name}",
         title=title,
-        caption="Cosine over all matrices of an expert together. Mean; the band is from the least to the most.",
+        caption="Cosine over all matrices of an expert together. Mean; the band goes from least to most.",
         draw=partial(
-            figures.curves, title=title, lines=lines, x=Axis(label="MoE layer, in order"), y=Axis(label="cosine")
+            figures.curves,
+            title=title,
+            lines=lines,
+            x=Axis(label="MoE layer, in order", whole=True),
+            y=Axis(label="cosine"),
         ),
     )
 
 
 def _table(shown: Shown) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for _, label, checkpoint in shown:
         inspected = _inspected(checkpoint)
         for layer in _layers(checkpoint):
@@ -84,7 +88,7 @@ def _table(shown: Shown) -> Table:
                     *(formats.MISSING if v is None else f"{v:.4f}" for v in (before, now)),
                 )
             )
-    head = (
+    head: tuple[str, ...] = (
         "model", "layer", "experts", "width", "to each other", "least to most", "to dense", "at the start",
         "inspected",
     )  # fmt: skip

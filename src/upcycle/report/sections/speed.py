@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from upcycle.report import formats
@@ -19,8 +21,8 @@ def section(study: Study) -> Section | None:
     table = Table(
         caption="Speed of training",
         head=(
-            "run", "model", "seconds a step", "tokens/s, median", "tokens/s, middle half", "active FLOP/s", "MFU",
-            "peak memory", "steps, hours",
+            "run", "model", "seconds a step", "tokens/s, median", "tokens/s, middle half", "active FLOP/s",
+            "MFU", "peak memory", "all steps",
         ),
         rows=tuple(_row(run, group_of.get(id(run), "not compared")) for run in runs),
         left=2,
@@ -34,21 +36,27 @@ def section(study: Study) -> Section | None:
 def _row(run: RunRecord, label: str) -> tuple[str, ...]:
     steady = slice(len(run.steps) // 10, None)
     found = {key: _finite(values[steady]) for key, values in run.speeds.items()}
-    speed, memory, mfu = found["tokens_per_s"], _finite(run.speeds["peak_memory"]), found["mfu"]
-    low, high = np.percentile(speed, [25, 75]) if speed.size else (0.0, 0.0)
+    speed, memory = found["tokens_per_s"], _finite(run.speeds["peak_memory"])
     return (
         run.name,
         label,
-        f"{np.median(found['seconds']):.3g}",
-        formats.count(float(f"{np.median(speed):.3g}")) if speed.size else formats.MISSING,
-        f"{formats.count(float(f'{low:.3g}'))} to {formats.count(float(f'{high:.3g}'))}",
-        formats.flops(float(np.median(found["active_flops_per_s"])))
-        if found["active_flops_per_s"].size
-        else formats.MISSING,
-        f"{np.median(mfu):.1%}" if mfu.size else formats.MISSING,
+        _median(found["seconds"], lambda s: f"{s:.3g}"),
+        _median(speed, _rounded),
+        formats.MISSING if not speed.size else " to ".join(map(_rounded, np.percentile(speed, [25, 75]))),
+        _median(found["active_flops_per_s"], formats.flops),
+        _median(found["mfu"], lambda m: f"{m:.1%}"),
         formats.size(float(memory.max())) if memory.size else "not recorded",
-        f"{_finite(run.speeds['seconds']).sum() / 3600:.3g}",
+        formats.duration(float(_finite(run.speeds["seconds"]).sum())),
     )
+
+
+def _median(values: np.ndarray, write: Callable[[float], str]) -> str:
+    return write(float(np.median(values))) if values.size else formats.MISSING
+
+
+def _rounded(value: float) -> str:
+    """To three digits."""
+    return formats.count(float(f"{value:.3g}"))
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

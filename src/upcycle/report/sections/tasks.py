@@ -74,7 +74,10 @@ def _table(kind: str, columns: list[Column], keys: list[Key]) -> Table:
 def _pictures(columns: list[Column], keys: list[Key]) -> list[Block]:
     drawn = [key for key in keys if key[2] in _DRAWN]
     names = [key[1] for key in drawn]
-    rows = [name if names.count(name) == 1 else f"{name}, {key[2]}" for key, name in zip(drawn, names, strict=True)]
+    rows = [
+        name if names.count(name) == 1 else f"{name}, {key[2]}"
+        for key, name in zip(drawn, names, strict=True)
+    ]
     out: list[Block] = []
     for first in range(0, len(drawn), _MOST):
         some = drawn[first : first + _MOST]
@@ -85,7 +88,9 @@ def _pictures(columns: list[Column], keys: list[Key]) -> list[Block]:
             errors = np.array([math.nan if c is None or c[1] is None else c[1] for c in cells])
             series.append((column.label, column.place, values, errors))
         title = "Accuracy of checkpoints" + (f" ({first // _MOST + 1})" if len(drawn) > _MOST else "")
-        draw = partial(figures.dots, title=title, rows=rows[first : first + _MOST], series=series, x="share right")
+        draw = partial(
+            figures.dots, title=title, rows=rows[first : first + _MOST], series=series, x="share right"
+        )
         caption = "Bars are one standard error."
         out.append(Picture(name=f"tasks-{first // _MOST + 1}", title=title, caption=caption, draw=draw))
     return out
