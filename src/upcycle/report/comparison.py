@@ -183,8 +183,8 @@ def _settings(run: RunRecord) -> dict[str, Any]:
 def _kind(run: RunRecord) -> Kind:
     moe = run.table.get("moe")
     if run.about["from_scratch"]:
-        return "MoE, from scratch" if moe and not _is_dense(moe) else "dense, from scratch"
-    if not moe:
+        return "dense, from scratch" if moe is None or _is_dense(moe) else "MoE, from scratch"
+    if moe is None:
         return "dense, continued"
     return "dense, rebuilt" if _is_dense(moe) else "upcycled"
 

@@ -1,4 +1,4 @@
-"""A picture as SVG that takes its colours from a page, or as PNG on white. Leaves matplotlib's state alone."""
+"""A picture as SVG in the colours of its page, or as PNG on white; matplotlib's own state stays as it is."""
 
 from __future__ import annotations
 

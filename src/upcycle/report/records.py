@@ -160,8 +160,10 @@ def read_run(folder: Path, name: str) -> RunRecord:
         try:
             here = tuple(place_of(layer) for layer in layers)
             row = [[float(layer[key]) for layer in layers] for key in _HEALTH]
-            loads = [[float(x) for x in layer["load"]] for layer in layers]
-        except (KeyError, TypeError, ValueError):
+            loads = [shares(layer["load"]) for layer in layers]
+            if not np.isfinite(row).all():
+                raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
             damage.append(f"what its routers did at step {record['step']} cannot be read")
             continue
         if places and here != places:
@@ -195,8 +197,8 @@ def _about(folder: Path) -> dict[str, Any]:
         "training_flops_per_row": int, "parameters": int, "active_parameters": int, "from_scratch": bool,
     }  # fmt: skip
     wrong = [key for key, kind in needed.items() if type(about.get(key)) is not kind]
-    if not wrong and about["tokens_per_row"] < 1:
-        wrong = ["tokens_per_row"]
+    counted = ("tokens_per_row", "training_flops_per_row")
+    wrong = wrong or [key for key in counted if about[key] < 1]
     if not wrong:
         wrong = [f"source.{key}" for key in ("name", "path", "model_type") if key not in about["source"]]
         table = about["run"]
@@ -276,6 +278,13 @@ def place_of(layer: Mapping[str, Any]) -> str:
     """A layer as people name it: its number, after its stack where a model has several."""
     stack = layer.get("stack") or "layers"
     return str(layer["layer"]) if stack == "layers" else f"{stack} {layer['layer']}"
+
+
+def shares(load: Any) -> list[float]:
+    """The load of experts as it stands in a file; a `ValueError` where it is none."""
+    if not isinstance(load, list) or not all(_is_number(x) and x >= 0 for x in load) or not sum(load) > 0:
+        raise ValueError(load)
+    return [float(x) for x in load]
 
 
 def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
         whole = any(t.get("from_scratch") for t in trainings)
         source = Path(str(made["source"]["path"]))
         donors = list(made["source"]["donors"])
+        if not math.isfinite(flops + tokens):
+            raise ValueError
     except (UpcycleError, KeyError, TypeError, ValueError, AttributeError):
         return _told(given, f"the provenance of {folder.name} is damaged")
     if whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -175,16 +175,16 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
         ),
         rows=tuple(rows),
         left=2,
-        note=f"Straight lines between the points that were evaluated, on means over seeds. None: no crossing "
-        f"within the runs. None that lasts: below for a while, above at the end. The difference is that of held-out "
-        f"losses ({unit}) at the most FLOPs, start excluded, that both have spent; negative: the Mixture of "
-        f"Experts is ahead.",
+        note="Straight lines between the points that were evaluated, on means over seeds. None: no crossing "
+        "within the runs. None that lasts: below for a while, above at the end. The difference is that of "
+        f"held-out losses ({unit}) at the most FLOPs, start excluded, that both have spent; negative: the "
+        "Mixture of Experts is ahead.",
     )  # fmt: skip
 
 
-def _where(found: Crossing, number: object) -> str:
-    if found.verdict == "crosses" and found.x is not None and callable(number):
-        return str(number(found.x))
+def _where(found: Crossing, number: Callable[[float], str]) -> str:
+    if found.verdict == "crosses" and found.x is not None:
+        return number(found.x)
     return {"none": "none", "back above": "none that lasts", "from the start": "never above"}.get(
         found.verdict, "no overlap"
     )

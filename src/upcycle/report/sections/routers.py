@@ -13,7 +13,7 @@ from upcycle.report import figures, formats
 from upcycle.report.comparison import Group
 from upcycle.report.document import Block, Picture, Section, Table
 from upcycle.report.figures import Axis, Line
-from upcycle.report.records import CheckpointRecord, Health, place_of
+from upcycle.report.records import CheckpointRecord, Health, place_of, shares
 from upcycle.report.study import Study
 
 _POINTS = 200  # of a line at most; more are averaged in windows
@@ -89,7 +89,7 @@ def _even(load: Iterable[Any]) -> np.ndarray:
     rows = [np.asarray(row, np.float64) for row in load]
     out = np.full((len(rows), max(map(len, rows))), math.nan)
     for row, into in zip(rows, out, strict=True):
-        into[: len(row)] = row / max(row.sum(), 1e-300) * len(row)
+        into[: len(row)] = row / row.sum() * len(row)
     return out
 
 
@@ -138,7 +138,7 @@ def _layers(checkpoint: CheckpointRecord) -> list[Mapping[str, Any]]:
 def _on_texts(number: int, checkpoint: CheckpointRecord) -> list[Block]:
     layers = _layers(checkpoint)
     blocks: list[Block] = []
-    loaded = [layer for layer in layers if _numbers(layer.get("load"))]
+    loaded = [layer for layer in layers if _has_load(layer)]
     if loaded:
         title = "Load of each expert on texts"
         blocks.append(
@@ -187,13 +187,16 @@ def _on_texts(number: int, checkpoint: CheckpointRecord) -> list[Block]:
 
 def _domains(checkpoint: CheckpointRecord) -> str:
     listed = (checkpoint.routing or {}).get("domains")
-    names = [str(d.get("name", "?") if isinstance(d, dict) else d) for d in listed or ()]
+    rows = listed if isinstance(listed, list) else []
+    names = [str(d.get("name", "?") if isinstance(d, dict) else d) for d in rows]
     return f"Domains: {', '.join(names)}." if names else ""
 
 
-def _numbers(value: Any) -> bool:
-    """Whether a value is a list of finite numbers of which one at least is not 0."""
-    return isinstance(value, list) and all(_mean(x) is not None for x in value) and any(value)
+def _has_load(layer: Mapping[str, Any]) -> bool:
+    try:
+        return bool(shares(layer.get("load")))
+    except ValueError:
+        return False
 
 
 def _mean(value: Any) -> float | None:

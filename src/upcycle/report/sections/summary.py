@@ -16,7 +16,9 @@ def section(study: Study) -> Section:
     pairs = [
         pair
         for pair in study.comparison.pairs
-        if pair.against.kind == "dense, continued" and pair.flops.end is not None
+        if pair.group.kind == "upcycled"
+        and pair.against.kind == "dense, continued"
+        and pair.flops.end is not None
     ]
     blocks: list[Block] = [Sentence(text=_answer(pairs))] if pairs else [Sentence(text=_nothing(study))]
     if pairs:
@@ -69,13 +71,13 @@ def _table(pairs: Sequence[Pair]) -> Table:
         rows=tuple(rows),
         left=3,
         note="At the most FLOPs of their own training that both have spent; between evaluated points on a "
-        "straight line. One standard error over seeds; `paid` asks for two.",
+        "straight line. One standard error over seeds; what is called paid is ahead by two.",
     )
 
 
 def _nothing(study: Study) -> str:
-    if not any(group.has_experts and group.tokens.size for group in study.groups):
-        return "No run of a Mixture of Experts with a held-out loss was given, so there is nothing to answer."
+    if not any(group.kind == "upcycled" and group.tokens.size for group in study.groups):
+        return "No run of an upcycled model with a held-out loss was given, so there is nothing to answer."
     if not any(group.kind == "dense, continued" and group.tokens.size for group in study.groups):
         return (
             "No run that continues the dense model was given: train one without [moe] from the same source "
