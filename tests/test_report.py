@@ -180,6 +180,17 @@ def test_an_unfinished_seed_is_a_curve_of_its_own(tmp_path):
 
 
 def test_labels_say_what_tells_alike_runs_apart(tmp_path):
+    """The source first, and no more settings than it takes."""
+    changes = {"a": 1e-3, "b": 1e-3, "c": 1e-4}
+    named = [
+        write_run(tmp_path / name, lambda t: 2.0, source=f"/nowhere/{name.replace('c', 'a')}",
+                  data={"tokenizer": "one"}, schedule={"peak": peak})
+        for name, peak in changes.items()
+    ]  # fmt: skip
+    assert [g.label for g in compared(*named).groups] == [
+        "dense, continued, from a, peak 0.001", "dense, continued, from b, peak 0.001",
+        "dense, continued, from a, peak 0.0001",
+    ]  # fmt: skip
     runs = [
         write_run(tmp_path / f"lr{peak}", lambda t: 2.0, schedule={"peak": peak}) for peak in (1e-3, 1e-4)
     ]
@@ -609,6 +620,36 @@ def test_curves_are_drawn_where_the_numbers_are(tmp_path):
     assert axes.get_xlabel() == "tokens trained on (thousands)"
     circle = axes.lines[-1].get_xydata()
     assert circle.ravel() == pytest.approx([1.0, 2.0])  # thousand tokens, nats
+
+
+def test_a_long_run_from_scratch_does_not_hide_the_others(tmp_path):
+    """What began from the dense model is shown once more by itself, and the run from scratch as far."""
+    dense, moe = pair_of_runs(tmp_path)
+    scratch = write_run(tmp_path / "scratch", lambda t: 3.0, from_scratch=True, steps=400)
+    made = {p.name: p for p in pictures(document(dense, moe, scratch))}
+    assert {"loss-tokens-near", "loss-flops-near", "accuracy-flops-near"} <= {*made}
+    with drawing._settings():
+        axes = made["loss-flops-near"].draw(LIGHT).axes[0]
+    ends = [float(line.get_xdata()[-1]) for line in axes.lines[:3]]
+    assert ends == pytest.approx([60 * BATCH * DENSE / 1e6, 60 * BATCH * DENSE / 1e6, 40 * BATCH * MOE / 1e6])
+    assert "loss-flops-near" not in {p.name for p in pictures(document(dense, moe))}
+
+
+def test_long_names_are_wrapped_and_no_two_of_twelve_series_look_alike():
+    labels = [f"{i}, " + "a very long name of a model " * 2 for i in range(12)]
+    x = np.arange(3.0)
+    lines = [figures.Line(label=label, place=i, x=x, y=x + i) for i, label in enumerate(labels)]
+    with drawing._settings():
+        figure = figures.curves(LIGHT, "T", lines, figures.Axis(label="x"), figures.Axis(label="y"))
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x1 <= figure.bbox.x1
+    assert box.y0 >= 0
+    assert not box.overlaps(figure.axes[0].get_window_extent())
+    assert figure.axes[0].get_window_extent().height > 0.5 * figures.HEIGHT * figure.dpi
+    looks = {(line.get_color(), line.get_marker(), str(line._dash_pattern)) for line in figure.axes[0].lines}
+    assert len(looks) == 12
 
 
 @pytest.mark.parametrize(("largest", "exponent"), [(0, 0), (999, 0), (1e3, 3), (9.9e14, 12), (1e15, 15)])

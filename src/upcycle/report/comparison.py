@@ -198,16 +198,39 @@ def _labels(runs: Sequence[RunRecord]) -> list[str]:
     plain = [_label(run) for run in runs]
     leaves = [dict(flat(_settings(run))) for run in runs]
     out = []
-    for i, label in enumerate(plain):
-        alike = [j for j, other in enumerate(plain) if other == label]
-        keys = sorted({k for j in alike for k in leaves[j]})
-        telling = [k for k in keys if len({repr(leaves[j].get(k)) for j in alike}) > 1]
-        said = [f"{k.rpartition('.')[2]} {_value(k, leaves[i].get(k))}" for k in telling[:2]]
-        out.append(_short(", ".join([label, *said]), 60))
+    for label, own in zip(plain, leaves, strict=True):
+        alike = [other for other, same in zip(leaves, plain, strict=True) if same == label]
+        out.append(_short(", ".join([label, *(_said(key, own.get(key)) for key in _telling(alike))]), 70))
     return [
         label if out.count(label) == 1 else f"{label} ({_short(run.name, 30)})"
         for label, run in zip(out, runs, strict=True)
     ]
+
+
+def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
+    """The settings that tell the most of `alike` apart, the source before others."""
+    keys = sorted(
+        {key for leaves in alike for key in leaves}, key=lambda key: (key != "source", len(key), key)
+    )
+    chosen: list[str] = []
+
+    def kinds(more: str | None) -> int:
+        return len({tuple(repr(one.get(k)) for k in (*chosen, *([more] if more else ()))) for one in alike})
+
+    while keys and len(chosen) < most and kinds(None) < len(alike):
+        best = max(keys, key=kinds)
+        if kinds(best) == kinds(None):
+            break
+        chosen.append(best)
+    return chosen
+
+
+def _said(key: str, value: Any) -> str:
+    """A setting in a label: `peak 0.001`, `schedule cosine`, `from small`."""
+    if key == "source":
+        return f"from {_short(Path(str(value)).name, 24)}"
+    parts = [part for part in key.split(".") if part != "name"]
+    return f"{parts[-1]} {_short(str(value), 24)}"
 
 
 def _label(run: RunRecord) -> str:
@@ -235,10 +258,6 @@ def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
             yield from flat(inner, f"{path}.{place}")
     else:
         yield path, value
-
-
-def _value(key: str, value: Any) -> str:
-    return _short(Path(str(value)).name if key == "source" else str(value), 24)
 
 
 def _pairs(groups: Sequence[Group]) -> Iterable[Pair]:

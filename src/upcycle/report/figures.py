@@ -6,6 +6,7 @@ A panel is as wide as a phone shows legibly; a page puts several side by side. L
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ class Axis:
     """What is on an axis: `counted` numbers are shown in thousands, millions or powers of ten."""
 
     label: str
+    most: float | None = None  # where the axis ends at the top; the least is shown with some room
     counted: str | None = None  # `named` (millions) or `power` (10^12)
     log: bool = False
     whole: bool = False  # numbers of things: no ticks between them
@@ -67,7 +69,7 @@ def curves(
 
     longest = max((float(np.nanmax(np.abs(line.x))) for line in lines if line.x.size), default=1.0)
     exponent = _exponent(longest) if x.counted else 0
-    figure, axes = _panel(inks, title, len(lines), max(len(line.label) for line in lines))
+    figure, axes = _panel(inks, title, [line.label for line in lines])
     handles = []
     for line in lines:
         colour = inks.series[line.place % len(inks.series)]
@@ -75,9 +77,9 @@ def curves(
         (handle,) = axes.plot(
             scaled, line.y,
             color=colour,
-            linestyle=_DASHES[(line.place + line.place // len(inks.series)) % len(_DASHES)],
+            linestyle=_DASHES[_turn(line.place)],
             linewidth=1.6,
-            marker=_MARKERS[line.place % len(_MARKERS)] if line.marked else None,
+            marker=_MARKERS[_turn(line.place)] if line.marked else None,
             markersize=4,
             markevery=max(1, line.x.size // 8),
         )  # fmt: skip
@@ -98,6 +100,9 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(_unit(x, exponent))
     axes.set_ylabel(y.label)
+    if y.most is not None:
+        least = min(float(np.nanmin(line.y if line.low is None else line.low)) for line in lines)
+        axes.set_ylim(min(least - 0.02, y.most - 0.1), y.most)
     if y.log:
         axes.set_yscale("log")
         _plain_log_ticks(axes)
@@ -113,15 +118,13 @@ def dots(
     x: str,
 ) -> Figure:
     """Values [rows] with error bars [rows] of several series, one below another; NaN where there is none."""
-    figure, axes = _panel(
-        inks, title, len(series), max(len(s[0]) for s in series), height=1.0 + 0.38 * len(rows)
-    )
+    figure, axes = _panel(inks, title, [s[0] for s in series], height=1.0 + 0.38 * len(rows))
     handles = []
     offsets = np.linspace(-0.25, 0.25, len(series)) if len(series) > 1 else [0.0]
     for (_, place, values, errors), offset in zip(series, offsets, strict=True):
         handle = axes.errorbar(
             values, np.arange(len(rows)) + offset, xerr=np.nan_to_num(errors),
-            fmt=_MARKERS[place % len(_MARKERS)], color=inks.series[place % len(inks.series)],
+            fmt=_MARKERS[_turn(place)], color=inks.series[place % len(inks.series)],
             markersize=5, elinewidth=1.2, capsize=2,
         )  # fmt: skip
         handles.append(handle)
@@ -142,7 +145,7 @@ def heat_map(
     from matplotlib.ticker import MaxNLocator
 
     columns = values.shape[1]
-    figure, axes = _panel(inks, title, 0, 0, height=max(2.2, min(6.0, 1.1 + 0.2 * len(rows))))
+    figure, axes = _panel(inks, title, [], height=max(2.2, min(6.0, 1.1 + 0.2 * len(rows))))
     top = max(2.0, math.ceil(2 * float(np.nanmax(values))) / 2)
     colours = matplotlib.colormaps["cividis"].resampled(_LEVELS)
     norm = BoundaryNorm(np.linspace(0, top, _LEVELS + 1), _LEVELS)
@@ -164,11 +167,12 @@ def heat_map(
     return figure
 
 
-def _panel(inks: Inks, title: str, entries: int, widest: int, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure with one panel, tall enough for its legend of `entries`, the longest `widest` letters long."""
+def _panel(inks: Inks, title: str, labels: Sequence[str], height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure with one panel, tall enough for a legend of `labels` below it."""
     from matplotlib.figure import Figure
 
-    legend = 0.0 if not entries else 0.12 + 0.2 * math.ceil(entries / _columns(widest))
+    lines = sum(_wrapped(label).count("\n") + 1 for label in labels)
+    legend = 0.12 + 0.2 * math.ceil(lines / _columns(labels)) if labels else 0.0
     figure = Figure(figsize=(WIDTH, height + legend), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("none")
@@ -184,16 +188,26 @@ def _panel(inks: Inks, title: str, entries: int, widest: int, height: float = HE
     return figure, axes
 
 
-def _columns(widest: int) -> int:
-    return 2 if widest <= 22 else 1
+def _columns(labels: Sequence[str]) -> int:
+    return 2 if max(map(len, labels)) <= 22 else 1
+
+
+def _wrapped(label: str) -> str:
+    """A label on as many lines as it needs; one that begins with _ would be left out of the legend."""
+    return textwrap.fill(f" {label}" if label.startswith("_") else label, 42)
 
 
 def _legend(figure: Figure, inks: Inks, handles: Sequence[Any], labels: Sequence[str]) -> None:
     figure.legend(
-        handles, [f" {label}" if label.startswith("_") else label for label in labels],  # _ hides an entry
-        loc="outside lower left", ncols=_columns(max(map(len, labels))), frameon=False, fontsize=9,
+        handles, [_wrapped(label) for label in labels],
+        loc="outside lower left", ncols=_columns(labels), frameon=False, fontsize=9,
         labelcolor=inks.ink, handlelength=3.2, labelspacing=0.3,
     )  # fmt: skip
+
+
+def _turn(place: int) -> int:
+    """Which dash and marker series number `place` has: others than the one before it of the same colour."""
+    return (place + place // len(_MARKERS)) % len(_MARKERS)
 
 
 def _exponent(largest: float) -> int:

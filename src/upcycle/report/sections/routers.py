@@ -67,7 +67,7 @@ def _entropy(groups: Iterable[tuple[int, Group, Health]]) -> Picture:
             title=title,
             lines=lines,
             x=Axis(label="tokens trained on", counted="named"),
-            y=Axis(label="entropy of load / log E"),
+            y=Axis(label="entropy of load / log E", most=1.01),
         ),
     )
 
