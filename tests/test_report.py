@@ -188,8 +188,8 @@ def test_labels_say_what_tells_alike_runs_apart(tmp_path):
         for name, peak in changes.items()
     ]  # fmt: skip
     assert [g.label for g in compared(*named).groups] == [
-        "dense, continued, from a, peak 0.001", "dense, continued, from b, peak 0.001",
-        "dense, continued, from a, peak 0.0001",
+        "dense, continued, source a, peak 0.001", "dense, continued, source b, peak 0.001",
+        "dense, continued, source a, peak 0.0001",
     ]  # fmt: skip
     runs = [
         write_run(tmp_path / f"lr{peak}", lambda t: 2.0, schedule={"peak": peak}) for peak in (1e-3, 1e-4)
@@ -319,6 +319,22 @@ def test_the_answer_and_the_numbers_of_the_tables(given_folders):
     assert found["Speed of training"].rows[0][2:] == (
         "0.5", "128", "128 to 128", "1.28e05", "–", "123.00 MB", "30 s"
     )  # fmt: skip
+
+
+def test_scores_on_other_data_stand_in_rows_of_their_own(tmp_path, monkeypatch):
+    """And of one checkpoint's entries for the same question the last counts, once."""
+    monkeypatch.setattr("upcycle.report.records._anatomy", lambda folder: None)
+
+    def scored(name: str, *found: tuple[float, int]) -> Path:
+        parts = [left_behind.scores(piqa=(value, None))["results"][0] | {"data": {"limit": limit}}
+                 for value, limit in found]  # fmt: skip
+        return write_checkpoint(tmp_path / name, eval={"format": 1, "results": parts})
+
+    made = document(scored("a", (0.1, 0), (0.5, 0)), scored("b", (0.6, 0)), scored("c", (0.9, 50)))
+    assert tables(made)["Scores on tasks"].rows == (
+        ("piqa (limit 0)", "accuracy ↑", "0.5000", "0.6000 *", "–"),
+        ("piqa (limit 50)", "accuracy ↑", "–", "–", "0.9000"),
+    )
 
 
 def test_with_the_start_given_curves_are_shown_both_ways(given_folders):
@@ -622,16 +638,19 @@ def test_curves_are_drawn_where_the_numbers_are(tmp_path):
     assert circle.ravel() == pytest.approx([1.0, 2.0])  # thousand tokens, nats
 
 
-def test_a_long_run_from_scratch_does_not_hide_the_others(tmp_path):
-    """What began from the dense model is shown once more by itself, and the run from scratch as far."""
+def test_runs_from_scratch_do_not_hide_the_others(tmp_path):
+    """What began from the dense model is shown once more by itself, with the same marks."""
     dense, moe = pair_of_runs(tmp_path)
-    scratch = write_run(tmp_path / "scratch", lambda t: 3.0, from_scratch=True, steps=400)
+    scratch = write_run(tmp_path / "scratch", lambda t: 9.0, from_scratch=True, moe={}, steps=400)
     made = {p.name: p for p in pictures(document(dense, moe, scratch))}
     assert {"loss-tokens-near", "loss-flops-near", "accuracy-flops-near"} <= {*made}
     with drawing._settings():
-        axes = made["loss-flops-near"].draw(LIGHT).axes[0]
-    ends = [float(line.get_xdata()[-1]) for line in axes.lines[:3]]
-    assert ends == pytest.approx([60 * BATCH * DENSE / 1e6, 60 * BATCH * DENSE / 1e6, 40 * BATCH * MOE / 1e6])
+        whole, near = (made[name].draw(LIGHT).axes[0] for name in ("loss-flops", "loss-flops-near"))
+    assert [len(axes.lines) for axes in (whole, near)] == [5, 4]  # a crossing is a line and a circle
+    assert [line.get_xydata().tolist() for line in near.lines[:2]] == [
+        line.get_xydata().tolist() for line in whole.lines[:2]
+    ]
+    assert near.get_ylim()[1] < 2.2 < whole.get_ylim()[1]
     assert "loss-flops-near" not in {p.name for p in pictures(document(dense, moe))}
 
 

@@ -226,9 +226,9 @@ def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
 
 
 def _said(key: str, value: Any) -> str:
-    """A setting in a label: `peak 0.001`, `schedule cosine`, `from small`."""
+    """A setting in a label: `peak 0.001`, `schedule cosine`, `source small`."""
     if key == "source":
-        return f"from {_short(Path(str(value)).name, 24)}"
+        return f"source {_short(Path(str(value)).name, 24)}"
     parts = [part for part in key.split(".") if part != "name"]
     return f"{parts[-1]} {_short(str(value), 24)}"
 

@@ -194,7 +194,7 @@ def _columns(labels: Sequence[str]) -> int:
 
 def _wrapped(label: str) -> str:
     """A label on as many lines as it needs; one that begins with _ would be left out of the legend."""
-    return textwrap.fill(f" {label}" if label.startswith("_") else label, 42)
+    return textwrap.fill(f" {label}" if label.startswith("_") else label, 47)
 
 
 def _legend(figure: Figure, inks: Inks, handles: Sequence[Any], labels: Sequence[str]) -> None:

@@ -97,14 +97,20 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One metric of one evaluation of a checkpoint."""
+    """One metric of one evaluation of a checkpoint; those of equal `question` can be compared."""
 
     kind: str
     name: str
+    data: str  # JSON: what it was scored on, and how
     metric: str
     value: float
     standard_error: float | None
     higher_is_better: bool
+
+    @property
+    def question(self) -> tuple[str, str, str, str]:
+        """Kind, name, data and metric."""
+        return self.kind, self.name, self.data, self.metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,25 +335,27 @@ def _formatted(path: Path) -> dict[str, Any] | None:
 
 
 def _scores(folder: Path) -> tuple[Score, ...]:
+    """The finite numbers in eval.json."""
     found = _formatted(folder / EVALUATION) or {"results": []}
     out = []
     try:
         for result in found["results"]:
             for metric, of in result["metrics"].items():
-                error = of.get("standard_error")
-                if not _is_number(of["value"]) or not (error is None or _is_number(error)):
-                    raise ValueError
+                value, error = float(of["value"]), of.get("standard_error")
+                if not math.isfinite(value):
+                    continue
                 out.append(
                     Score(
                         kind=str(result["kind"]),
                         name=str(result["name"]),
+                        data=json.dumps(result.get("data"), sort_keys=True),
                         metric=str(metric),
-                        value=float(of["value"]),
-                        standard_error=None if error is None else float(error),
+                        value=value,
+                        standard_error=float(error) if _is_number(error) else None,
                         higher_is_better=bool(of["higher_is_better"]),
                     )
                 )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         raise UpcycleError(f"{EVALUATION} is damaged; run `upcycle eval` again") from None
     return tuple(out)
 

@@ -18,7 +18,6 @@ from upcycle.report.study import Study
 
 _TOKENS = Axis(label="tokens trained on", counted="named")
 _FLOPS = Axis(label="training FLOPs", counted="power")
-_NEAR = 0.4  # share of an axis below which what matters is shown once more, enlarged
 _WHOLE = Axis(label="training FLOPs, start included", counted="power")
 
 
@@ -32,7 +31,6 @@ class _View:
     x: Sequence[tuple[Group, np.ndarray]]
     crossings: Sequence[tuple[Pair, Crossing]]
     caption: str
-    until: float = math.inf
 
 
 def section(study: Study) -> Section | None:
@@ -94,32 +92,32 @@ def _views(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[_View]:
 
 
 def _with_near(views: Sequence[_View]) -> Iterator[_View]:
-    """Each view, and where runs from scratch went much further than the others, its beginning by itself."""
+    """Each view, and where there are runs from scratch, far above and often far longer, one without them."""
     for view in views:
         yield view
-        ends = [(float(x[-1]), "from scratch" in g.kind) for g, x in view.x]
-        near = max((end for end, scratch in ends if not scratch), default=0.0)
-        if 0 < near < _NEAR * max(end for end, _ in ends):
+        near = [(group, x) for group, x in view.x if "from scratch" not in group.kind]
+        if 1 < len(near) < len(view.x):
             yield replace(
                 view,
                 name=f"{view.name}-near",
                 title=f"{view.title}, enlarged",
-                until=near,
-                caption="The same, as far as the models that start from the dense one went.",
+                x=near,
+                caption="The same without the runs from scratch.",
             )
 
 
 def _picture(view: _View, places: dict[str, int], what: str, unit: str) -> Picture:
-    lines = [_line(group, x, places[group.label], getattr(group, what), view.until) for group, x in view.x]
+    lines = [_line(group, x, places[group.label], getattr(group, what)) for group, x in view.x]
     marks = []
     for pair, found in view.crossings:
         if what == "loss" and found.verdict == "crosses" and pair.against.kind == "dense, continued":
-            x = next(x for g, x in view.x if g is pair.group)
+            x = next((x for g, x in view.x if g is pair.group), None)
+            if x is None:
+                continue
             assert found.x is not None
             y_there = float(np.interp(found.x, x, pair.group.loss.value))
             place = places[pair.group.label]
             marks.append(Mark(x=found.x, y=y_there, text="crossing", place=place))
-    lines = [line for line in lines if line.x.size]
     values = np.concatenate([line.y for line in lines])
     y = Axis(label=f"held-out {what} ({unit})", log=what == "loss" and bool(values.max() > 2 * values.min()))
     title = f"{what.capitalize()} against {view.title}"
@@ -131,13 +129,12 @@ def _picture(view: _View, places: dict[str, int], what: str, unit: str) -> Pictu
     )
 
 
-def _line(group: Group, x: np.ndarray, place: int, mean: Mean, until: float) -> Line:
-    shown = x <= until
-    y, error = mean.value[shown], None if mean.error is None else mean.error[shown]
+def _line(group: Group, x: np.ndarray, place: int, mean: Mean) -> Line:
+    y, error = mean.value, mean.error
     return Line(
         label=group.label,
         place=place,
-        x=x[shown],
+        x=x,
         y=y,
         low=None if error is None else y - error,
         high=None if error is None else y + error,
