@@ -294,7 +294,7 @@ def whole_study(folder: Path) -> list[Path]:
 @pytest.fixture
 def given_folders(tmp_path, monkeypatch):
     """The folders of `whole_study`; they have no weights, so nothing is said of experts."""
-    monkeypatch.setattr("upcycle.report.records._anatomy", lambda folder: None)
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
     return whole_study(tmp_path / "given")
 
 
@@ -323,7 +323,7 @@ def test_the_answer_and_the_numbers_of_the_tables(given_folders):
 
 def test_scores_on_other_data_stand_in_rows_of_their_own(tmp_path, monkeypatch):
     """And of one checkpoint's entries for the same question the last counts, once."""
-    monkeypatch.setattr("upcycle.report.records._anatomy", lambda folder: None)
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
 
     def scored(name: str, *found: tuple[float, int]) -> Path:
         parts = [left_behind.scores(piqa=(value, None))["results"][0] | {"data": {"limit": limit}}
@@ -530,7 +530,7 @@ def spoil_file(drawn: random.Random, path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr("upcycle.report.records._anatomy", lambda folder: None)
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
     folders = whole_study(tmp_path)
     folders.append(write_run(tmp_path / "from-end", lambda t: 2.0, source=str(tmp_path / "moe-end0"), moe={}))
     files = [path for folder in folders for path in folder.iterdir() if path.name != "config.json"]

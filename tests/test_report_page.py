@@ -43,7 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("upcycle.report.records._anatomy", lambda folder: None)
+        patch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
         report([*dense, *moe, cut, *ends], folder / "r.html", dense_flops=1e6, title="<b>Report</b>")
     return folder / "r.html"
 

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from upcycle import deeper
+from upcycle.report.checkpoints import CheckpointRecord
 from upcycle.report.crossing import Crossing, crossing
-from upcycle.report.records import CheckpointRecord, RunRecord
+from upcycle.report.records import RunRecord
 from upcycle.report.starts import Given, StartCost, start_cost
 
 Kind = Literal["dense, continued", "dense, from scratch", "dense, rebuilt", "upcycled", "MoE, from scratch"]

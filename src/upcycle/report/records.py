@@ -1,7 +1,4 @@
-"""What a run and a checkpoint left behind, read without torch; what is wrong with them is said, not hidden.
-
-A run is a folder of `upcycle train`, a checkpoint any folder with a config.json: exported, converted, dense.
-"""
+"""What a run left behind in its folder, read without torch; what is wrong with it is said, not hidden."""
 
 from __future__ import annotations
 
@@ -15,15 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import provenance, recipe
+from upcycle import recipe
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.training.run import Train
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
-EVALUATION = "eval.json"
-ROUTING = "routing.json"
 FORMAT = 1
 TAIL = 50  # last steps that the load of experts is averaged over
 _SPEEDS = ("seconds", "tokens_per_s", "active_flops_per_s", "mfu", "peak_memory")
@@ -95,52 +90,9 @@ class RunRecord:
         return tokens / self.about["tokens_per_row"] * self.about["training_flops_per_row"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One metric of one evaluation of a checkpoint; those of equal `question` can be compared."""
-
-    kind: str
-    name: str
-    data: str  # JSON: what it was scored on, and how
-    metric: str
-    value: float
-    standard_error: float | None
-    higher_is_better: bool
-
-    @property
-    def question(self) -> tuple[str, str, str, str]:
-        """Kind, name, data and metric."""
-        return self.kind, self.name, self.data, self.metric
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointRecord:
-    """A checkpoint: where it comes from, how it scored, what its experts and routers look like."""
-
-    name: str
-    folder: Path
-    made: Mapping[str, Any] | None  # upcycle.json
-    scores: tuple[Score, ...]
-    routing: Mapping[str, Any] | None  # routing.json
-    anatomy: Mapping[str, Any] | None  # of a Mixture of Experts
-    damage: tuple[str, ...]
-
-    @property
-    def training(self) -> Mapping[str, Any] | None:
-        """What its provenance says of the run it was exported from."""
-        listed = (self.made or {}).get("training")
-        last = listed[-1] if isinstance(listed, list) and listed else None
-        return last if isinstance(last, dict) and isinstance(last.get("run"), dict) else None
-
-
 def is_run(folder: Path) -> bool:
     """Whether a folder says that it is a run."""
     return (folder / RUN).is_file()
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder says that it is a model."""
-    return (folder / "config.json").is_file()
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
@@ -248,18 +200,18 @@ def _column(records: list[dict[str, Any]], key: str) -> np.ndarray:
 
 def _held_out(records: list[dict[str, Any]]) -> Curve:
     points: list[tuple[float, Any, Any]] = []
-    if records and _is_number(records[0].get("held_out_start")):
+    if records and is_number(records[0].get("held_out_start")):
         first = records[0]
         points.append((0.0, first["held_out_start"], first.get("held_out_accuracy_start")))
     points += [
         (float(r["tokens"]), r["held_out_loss"], r.get("held_out_accuracy"))
         for r in records
-        if _is_number(r.get("held_out_loss"))
+        if is_number(r.get("held_out_loss"))
     ]
     return Curve(
         tokens=np.array([p[0] for p in points]),
         loss=np.array([float(p[1]) for p in points]),
-        accuracy=np.array([float(p[2]) if _is_number(p[2]) else math.nan for p in points]),
+        accuracy=np.array([float(p[2]) if is_number(p[2]) else math.nan for p in points]),
     )
 
 
@@ -288,77 +240,11 @@ def place_of(layer: Mapping[str, Any]) -> str:
 
 def shares(load: Any) -> list[float]:
     """The load of experts as it stands in a file; a `ValueError` where it is none."""
-    if not isinstance(load, list) or not all(_is_number(x) and x >= 0 for x in load) or not sum(load) > 0:
+    if not isinstance(load, list) or not all(is_number(x) and x >= 0 for x in load) or not sum(load) > 0:
         raise ValueError(load)
     return [float(x) for x in load]
 
 
-def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:
-    """The checkpoint in `folder`, with everything that lies beside its weights; reads the experts."""
-    damage: list[str] = []
-
-    def attempt(read: Any) -> Any:
-        try:
-            return read()
-        except UpcycleError as error:
-            damage.append(str(error))
-            return None
-
-    made = attempt(lambda: provenance.read(folder)) if (folder / provenance.FILE).exists() else None
-    return CheckpointRecord(
-        name=name,
-        folder=folder,
-        made=made,
-        scores=attempt(lambda: _scores(folder)) or (),
-        routing=attempt(lambda: _formatted(folder / ROUTING)),
-        anatomy=attempt(lambda: _anatomy(folder)),
-        damage=tuple(damage),
-    )
-
-
-def _anatomy(folder: Path) -> dict[str, Any] | None:
-    """Similarity of the experts; None where there are none."""
-    from upcycle.anatomy import inspect
-
-    found = inspect(folder)
-    return found if any(layer["num_experts"] for layer in found["layers"]) else None
-
-
-def _formatted(path: Path) -> dict[str, Any] | None:
-    """A JSON file of ours; None where it is not there."""
-    if not path.exists():
-        return None
-    found = read_json(path, "")
-    if found.get("format") != FORMAT:
-        raise UpcycleError(f"{path.name} has format {found.get('format')}; this version reads {FORMAT}")
-    return found
-
-
-def _scores(folder: Path) -> tuple[Score, ...]:
-    """The finite numbers in eval.json."""
-    found = _formatted(folder / EVALUATION) or {"results": []}
-    out = []
-    try:
-        for result in found["results"]:
-            for metric, of in result["metrics"].items():
-                value, error = float(of["value"]), of.get("standard_error")
-                if not math.isfinite(value):
-                    continue
-                out.append(
-                    Score(
-                        kind=str(result["kind"]),
-                        name=str(result["name"]),
-                        data=json.dumps(result.get("data"), sort_keys=True),
-                        metric=str(metric),
-                        value=value,
-                        standard_error=float(error) if _is_number(error) else None,
-                        higher_is_better=bool(of["higher_is_better"]),
-                    )
-                )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise UpcycleError(f"{EVALUATION} is damaged; run `upcycle eval` again") from None
-    return tuple(out)
-
-
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)

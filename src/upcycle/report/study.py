@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
+from upcycle.report.checkpoints import CheckpointRecord, is_checkpoint, read_checkpoint
 from upcycle.report.comparison import Comparison, Group, compare
-from upcycle.report.records import (
-    RUN,
-    CheckpointRecord,
-    RunRecord,
-    is_checkpoint,
-    is_run,
-    read_checkpoint,
-    read_run,
-)
+from upcycle.report.records import RUN, RunRecord, is_run, read_run
 from upcycle.report.starts import Given
 
 

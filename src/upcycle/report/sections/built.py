@@ -6,9 +6,10 @@ from typing import Any
 
 from upcycle.errors import listed
 from upcycle.report import formats
+from upcycle.report.checkpoints import CheckpointRecord
 from upcycle.report.comparison import flat
 from upcycle.report.document import Block, Section, Table
-from upcycle.report.records import CheckpointRecord, RunRecord
+from upcycle.report.records import RunRecord
 from upcycle.report.study import Study
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from upcycle.report import figures, formats
+from upcycle.report.checkpoints import CheckpointRecord
 from upcycle.report.comparison import Group
 from upcycle.report.document import Block, Picture, Section, Table
 from upcycle.report.figures import Axis, Line
-from upcycle.report.records import CheckpointRecord, Health, place_of, shares
+from upcycle.report.records import Health, place_of, shares
 from upcycle.report.study import Study
 
 _POINTS = 200  # of a line at most; more are averaged in windows

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from upcycle.report import figures, formats
+from upcycle.report.checkpoints import CheckpointRecord
 from upcycle.report.document import Block, Picture, Section, Table
 from upcycle.report.figures import Axis, Line
-from upcycle.report.records import CheckpointRecord, place_of
+from upcycle.report.records import place_of
 from upcycle.report.study import Study
 
 
