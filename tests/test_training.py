@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import forked
 import ranks
 import tiny
-from upcycle import Recipe, UpcycleError, cli, convert, load, verify
+from upcycle import Recipe, UpcycleError, cli, convert, load, memory, verify
 from upcycle.checkpoint import Checkpoint
 from upcycle.training import routing, saving, start
 from upcycle.training.batches import Batches
@@ -226,6 +226,7 @@ def test_metrics_say_what_happened(table, tmp_path):
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     for r in records:
         assert r["tokens"] == r["step"] * 512
+        assert 0 < r["peak_memory"] <= memory.peak()
         assert r["lr"] == run.schedule.at(r["step"] - 1, 6)
         assert r["tokens_per_s"] == pytest.approx(512 / r["seconds"], rel=1e-3)
         assert r["mfu"] == pytest.approx(

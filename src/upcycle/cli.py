@@ -412,6 +412,38 @@ def _domains(given: tuple[str, ...]) -> dict[str, Path]:
     return out
 
 
+@app.command
+def report(
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")],
+    *,
+    out: Path,
+    markdown: Path | None = None,
+    title: str | None = None,
+    dense_flops: float | None = None,
+    dense_tokens: float | None = None,
+) -> None:
+    """Write one page about runs and checkpoints: did it pay, curves, tasks, routers, similarity, speed.
+
+    Args:
+        runs: folders of training runs, and of checkpoints that they were exported to
+        out: the page to make, REPORT.html; a report that is there is replaced
+        markdown: the same as Markdown, with figures as PNG in a folder beside it
+        title: of the page
+        dense_flops: training FLOPs that the dense checkpoint had cost, where no provenance says so
+        dense_tokens: the same in tokens
+    """
+    from upcycle import console
+    from upcycle.report import TITLE
+    from upcycle.report import report as write
+
+    if not runs:
+        raise UpcycleError("give at least one RUN, a folder of `upcycle train` or `upcycle export`")
+    troubles = write(
+        runs, out, markdown=markdown, title=title or TITLE, dense_flops=dense_flops, dense_tokens=dense_tokens
+    )
+    console.show_reported([p for p in (out, markdown) if p is not None], troubles)
+
+
 @app.command(name="list")
 def list_(*, json: bool = False) -> None:
     """List families, targets, initialisations and router initialisations: name, one line, what it needs.

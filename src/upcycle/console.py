@@ -167,6 +167,14 @@ def show_scores(scores: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
+def show_reported(files: list[Path], troubles: list[str]) -> None:
+    """What report leaves on the screen."""
+    for trouble in troubles:
+        err.print(f"! {trouble}", markup=False, soft_wrap=True)
+    for file in files:
+        out.print(str(file), markup=False)
+
+
 def show_proof(proof: Proof) -> None:
     """One line a check, then the verdict."""
     for check in proof.checks:

@@ -1,5 +1,7 @@
-"""How much memory the machine has left."""
+"""How much memory the machine has left, and how much this process took."""
 
+import resource
+import sys
 from pathlib import Path
 
 
@@ -10,3 +12,9 @@ def available() -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+
+
+def peak() -> int:
+    """Bytes that this process held at most so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

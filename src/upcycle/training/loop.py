@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import upcycle
+from upcycle import memory
 from upcycle.console import count, err
 from upcycle.errors import UpcycleError, listed
 from upcycle.signals import noted
@@ -155,7 +156,7 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Tokens and active FLOPs a second, and the share of the peak (model FLOPs utilisation)."""
+    """Tokens and active FLOPs a second, the share of the peak (model FLOPs utilisation), and memory."""
 
     flops: int  # of training on one row
     tokens: int  # of one row
@@ -170,7 +171,13 @@ class Rate:
             "tokens_per_s": round(rows * self.tokens / seconds, 1),
             "active_flops_per_s": round(speed),
             "mfu": None if self.peak is None else round(speed / (self.peak * self.ranks.world), 5),
+            "peak_memory": self._memory(),
         }
+
+    def _memory(self) -> int:
+        """Bytes at most so far, of this rank's accelerator, or of its process where it has none."""
+        device = self.ranks.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak()
 
 
 def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: int) -> dict[str, Any]:

@@ -1,0 +1,825 @@
+"""`upcycle report`: what is compared with what, where curves cross, what is said of bad input, colours."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import left_behind
+from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
+from upcycle import UpcycleError, cli
+from upcycle.report import drawing, figures, report, sections
+from upcycle.report.comparison import Comparison, Group, compare
+from upcycle.report.crossing import crossing
+from upcycle.report.document import Document, Picture, Sentence, Table
+from upcycle.report.inks import DARK, LIGHT, VARIABLES, Inks
+from upcycle.report.markdown import render as render_markdown
+from upcycle.report.page import render
+from upcycle.report.records import read_run
+from upcycle.report.starts import Given, start_cost
+from upcycle.report.study import study
+
+BATCH = ROWS * LENGTH
+
+
+def compared(*folders: Path, given: Given | None = None) -> Comparison:
+    return study(folders, given or Given()).comparison
+
+
+def group(found: Comparison, kind: str) -> Group:
+    (only,) = [g for g in found.groups if g.kind == kind]
+    return only
+
+
+def document(*folders: Path, given: Given | None = None) -> Document:
+    return sections.document(study(folders, given or Given()), "Report")
+
+
+def tables(made: Document) -> dict[str, Table]:
+    return {b.caption: b for s in made.sections for b in s.blocks if isinstance(b, Table)}
+
+
+def pictures(made: Document) -> list[Picture]:
+    return [b for s in made.sections for b in s.blocks if isinstance(b, Picture)]
+
+
+def sentences(made: Document) -> list[str]:
+    return [b.text for s in made.sections for b in s.blocks if isinstance(b, Sentence)]
+
+
+# --- crossing ---
+
+
+def test_two_straight_lines_cross_where_algebra_says():
+    x = np.linspace(0, 10, 7)
+    found = crossing(x, 5 - 0.7 * x, x, 4 - 0.4 * x)
+    assert found.verdict == "crosses"
+    assert found.x == pytest.approx(1 / 0.3)
+    assert (found.end, found.gap) == (10.0, pytest.approx(1 - 3))
+
+
+def test_curves_on_other_points_and_of_other_lengths():
+    """What both cover decides, and the ends of one lie between the points of the other."""
+    a, b = np.array([0.0, 3.0, 9.0]), np.array([2.0, 5.0, 6.0])
+    found = crossing(a, 3 - a / 3, b, np.full(3, 1.5))
+    assert found.x == pytest.approx(4.5)
+    assert found.end == 6.0
+    assert found.gap == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict", "x"),
+    [
+        ([3, 2, 1], [2, 2, 2], "crosses", 1.0),  # through a point
+        ([3, 3, 3], [2, 2, 2], "none", None),
+        ([2, 2, 2], [2, 2, 2], "none", None),
+        ([2, 1, 1], [2, 2, 2], "from the start", 0.0),  # an exact copy begins where the dense model is
+        ([3, 1, 3], [2, 2, 2], "back above", None),
+        ([1, 3, 1], [2, 2, 2], "crosses", 1.5),  # the last time counts
+        ([1, 1, 2], [2, 2, 2], "back above", None),
+    ],
+)
+def test_crossings_that_are_not_simple(a, b, verdict, x):
+    points = np.arange(3.0)
+    found = crossing(points, np.array(a, float), points, np.array(b, float))
+    assert (found.verdict, found.x) == (verdict, x)
+
+
+def test_curves_that_share_nothing_are_apart():
+    one, none = np.array([0.0, 1.0]), np.array([])
+    assert crossing(one, one, one + 1, one).verdict == "apart"
+    assert crossing(one, one, none, none).verdict == "apart"
+
+
+def test_crossings_against_a_fine_grid():
+    """Random polygons: the crossing is where a dense sampling of the difference last changes its sign."""
+    drawn = np.random.default_rng(0)
+    for _ in range(50):
+        x_a, x_b = (np.sort(drawn.uniform(0, 10, 6)) for _ in range(2))
+        y_a, y_b = drawn.normal(size=(2, 6))
+        found = crossing(x_a, y_a, x_b, y_b)
+        grid = np.linspace(max(x_a[0], x_b[0]), min(x_a[-1], x_b[-1]), 200_001)
+        gap = np.interp(grid, x_a, y_a) - np.interp(grid, x_b, y_b)
+        above = np.flatnonzero(gap > 0)
+        if gap[-1] >= 0:
+            assert found.verdict in ("none", "back above")
+        elif not above.size:
+            assert found.verdict == "from the start"
+        else:
+            assert found.x == pytest.approx(grid[above[-1]], abs=2e-4)
+
+
+# --- comparison ---
+
+
+def pair_of_runs(folder: Path, **changes) -> tuple[Path, Path]:
+    """A dense continuation that stays at 2 nats, and an MoE that falls by 1e-4 nats a token from 2.1."""
+    dense = write_run(folder / "dense", lambda t: 2.0, steps=60, **changes)
+    moe = write_run(folder / "moe", lambda t: 2.1 - 1e-4 * t, moe={}, **changes)
+    return dense, moe
+
+
+def test_the_crossing_of_two_runs_in_tokens_and_flops(tmp_path):
+    """2.1 - t / 10^4 = 2 at 1,000 tokens: 1,000 tokens of the MoE are 1,000 x its FLOPs a token."""
+    (pair,) = compared(*pair_of_runs(tmp_path)).pairs
+    assert pair.tokens.x == pytest.approx(1000)
+    assert pair.flops.x == pytest.approx(1000 * MOE)
+    assert pair.with_start is None
+    assert pair.flops.end == min(60 * BATCH * DENSE, 40 * BATCH * MOE)
+    assert pair.flops.gap == pytest.approx(0.1 - 1e-4 * pair.flops.end / MOE)
+
+
+def test_the_cost_of_the_start_is_added_to_what_began_there(tmp_path):
+    """Both start from it: the crossing moves by it. A run from scratch has none: there it moves alone."""
+    dense, moe = pair_of_runs(tmp_path)
+    scratch = write_run(tmp_path / "scratch", lambda t: 2.05, from_scratch=True, steps=400)
+    found = compared(dense, moe, scratch, given=Given(flops=5e5, tokens=500))
+    pairs = {pair.against.kind: pair for pair in found.pairs}
+    both = pairs["dense, continued"]
+    assert both.with_start.x == pytest.approx(both.flops.x + 5e5)
+    alone = pairs["dense, from scratch"]
+    assert alone.flops.x == pytest.approx(500 * MOE)
+    assert alone.with_start.x == pytest.approx(500 * MOE + 5e5)
+    assert group(found, "dense, from scratch").start.flops == 0.0
+
+
+def test_runs_of_one_thing_are_averaged_over_seeds(tmp_path):
+    shifts = (0.0, 0.1, 0.4)
+    runs = [
+        write_run(tmp_path / f"moe{i}", lambda t, s=shift: 2 + s - t / 1e5, moe={}, seed=i)
+        for i, shift in enumerate(shifts)
+    ]
+    runs.append(write_run(tmp_path / "other", lambda t: 2.0, moe={"num_experts": 8}))
+    three, one = compared(*runs).groups
+    assert [len(g.runs) for g in (three, one)] == [3, 1]
+    assert three.loss.value[0] == pytest.approx(2 + sum(shifts) / 3)
+    assert three.loss.error == pytest.approx(np.full(5, np.std(shifts, ddof=1) / math.sqrt(3)))
+    assert one.loss.error is None
+
+
+def test_an_unfinished_seed_is_a_curve_of_its_own(tmp_path):
+    whole = write_run(tmp_path / "a", lambda t: 2.0, moe={}, seed=0)
+    cut = write_run(tmp_path / "b", lambda t: 3.0, moe={}, seed=1, done=25)
+    found = compared(whole, cut)
+    assert [g.label for g in found.groups] == [
+        "4 experts, top-2, copy", "4 experts, top-2, copy (25 of 40 steps)",
+    ]  # fmt: skip
+    assert found.groups[1].tokens.tolist() == [0, 10 * BATCH, 20 * BATCH]
+    assert study([whole, cut], Given()).troubles() == [
+        "b is unfinished: 25 of 40 steps; shown as far as it goes"
+    ]
+
+
+def test_labels_say_what_tells_alike_runs_apart(tmp_path):
+    """The source first, and no more settings than it takes."""
+    changes = {"a": 1e-3, "b": 1e-3, "c": 1e-4}
+    named = [
+        write_run(tmp_path / name, lambda t: 2.0, source=f"/nowhere/{name.replace('c', 'a')}",
+                  data={"tokenizer": "one"}, schedule={"peak": peak})
+        for name, peak in changes.items()
+    ]  # fmt: skip
+    assert [g.label for g in compared(*named).groups] == [
+        "dense, continued, source a, peak 0.001", "dense, continued, source b, peak 0.001",
+        "dense, continued, source a, peak 0.0001",
+    ]  # fmt: skip
+    runs = [
+        write_run(tmp_path / f"lr{peak}", lambda t: 2.0, schedule={"peak": peak}) for peak in (1e-3, 1e-4)
+    ]
+    assert [g.label for g in compared(*runs).groups] == [
+        "dense, continued, peak 0.001", "dense, continued, peak 0.0001",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"held_out": 0.2}}, r"other held-out data: 0\.2, .* have 0\.1"),
+        ({"data": {"sources": [{"path": "plays.txt", "weight": 1.0}]}}, r"plays\.txt, .* have corpus\.jsonl"),
+        ({"data": {"tokenizer": "/some/other"}}, r"other tokenizer: /some/other, .* have /nowhere/dense"),
+        ({"train": {"eval_tokens": 512}}, r"other rows that are held out: 32, .* have 16"),
+        ({"task": "masked_lm"}, r"other task: masked_lm, .* have causal_lm"),
+    ],
+)
+def test_runs_that_are_not_comparable_are_named_and_the_rest_is_compared(tmp_path, changes, said):
+    dense, moe = pair_of_runs(tmp_path)
+    foreign = write_run(tmp_path / "foreign", lambda t: 0.5, **changes)
+    found = study([foreign, dense, moe], Given())
+    ((run, reason),) = found.comparison.foreign
+    assert run.name == "foreign"
+    assert re.search(said, reason)
+    assert len(found.comparison.pairs) == 1
+    assert "foreign" in {row[0] for row in tables(sections.document(found, "R"))["Runs"].rows}
+
+
+def test_a_tokenizer_is_known_by_its_bytes(tmp_path):
+    """The same file in another folder is the same tokenizer."""
+    folders = []
+    for name, text in (("a", "{}"), ("b", "{}"), ("c", "{ }")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(text)
+        folders.append(write_run(tmp_path / f"run-{name}", lambda t: 2.0, source=str(tmp_path / name)))
+    assert [run.name for run, _ in compared(*folders).foreign] == ["run-c"]
+
+
+# --- the cost of the start ---
+
+
+def test_provenance_tells_the_cost_of_a_start_back_to_random_weights(tmp_path):
+    first = write_run(tmp_path / "r0", lambda t: 3.0, from_scratch=True)
+    dense = write_checkpoint(tmp_path / "dense", first, step=40)
+    second = write_run(tmp_path / "r1", lambda t: 2.5, source=str(dense))
+    further = write_checkpoint(tmp_path / "further", second, step=30)
+    last = read_run(write_run(tmp_path / "r2", lambda t: 2.0, source=str(further), moe={}), "r2")
+    cost = start_cost(last, Given())
+    assert cost.tokens == 70 * BATCH
+    assert cost.flops == 70 * BATCH * DENSE
+    assert "dense was trained from random weights" in cost.why
+
+
+def test_a_start_of_unknown_cost_says_so_and_takes_what_is_given(tmp_path):
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    second = write_run(tmp_path / "r1", lambda t: 2.5, source=str(silent))
+    further = write_checkpoint(tmp_path / "further", second, step=30)
+    run = read_run(write_run(tmp_path / "r2", lambda t: 2.0, source=str(further)), "r2")
+    assert start_cost(run, Given()).flops is None
+    assert start_cost(run, Given()).why.endswith("silent does not say how it was trained")
+    assert start_cost(run, Given(flops=1e6)).flops == 1e6 + 30 * BATCH * DENSE
+    assert start_cost(run, Given(flops=1e6)).tokens is None
+    gone = read_run(write_run(tmp_path / "r3", lambda t: 2.0), "r3")
+    assert start_cost(gone, Given()).why == "dense is not there any more"
+
+
+def test_provenance_that_goes_round_in_a_circle_ends(tmp_path):
+    run = write_run(tmp_path / "r", lambda t: 2.0, source=str(tmp_path / "a"))
+    write_checkpoint(tmp_path / "a", run)
+    assert start_cost(read_run(run, "r"), Given()).flops is None
+
+
+# --- the document ---
+
+
+def whole_study(folder: Path) -> list[Path]:
+    """Runs of two seeds and two kinds, an unfinished one, and checkpoints with scores and routing."""
+    dense = [
+        write_run(folder / f"dense{i}", lambda t, i=i: 2.5 - 1e-4 * t + i / 100, steps=60, seed=i)
+        for i in (0, 1)
+    ]
+    moe = [
+        write_run(folder / f"moe{i}", lambda t, i=i: 2.6 - 3e-4 * t + i / 100, moe={}, seed=i) for i in (0, 1)
+    ]
+    cut = write_run(folder / "<script>alert(1)</script>".replace("/", ""), lambda t: 3.0, moe={}, done=15)
+    ends = [
+        write_checkpoint(folder / "dense-end", dense[0], step=60, eval=left_behind.scores(piqa=(0.6, 0.01))),
+        write_checkpoint(
+            folder / "moe-end0",
+            moe[0],
+            eval=left_behind.scores(piqa=(0.62, 0.01)),
+            routing=left_behind.ROUTING,
+        ),
+        write_checkpoint(folder / "moe-end1", moe[1], eval=left_behind.scores(piqa=(0.66, 0.01))),
+    ]
+    return [*dense, *moe, cut, *ends]
+
+
+@pytest.fixture
+def given_folders(tmp_path, monkeypatch):
+    """The folders of `whole_study`; they have no weights, so nothing is said of experts."""
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    return whole_study(tmp_path / "given")
+
+
+def test_the_answer_and_the_numbers_of_the_tables(given_folders):
+    made = document(*given_folders)
+    assert sentences(made)[0].startswith("Yes. At equal training FLOPs")
+    found = tables(made)
+    end = 60 * BATCH * DENSE  # the dense runs spend less; there the MoE has seen end / MOE tokens
+    ours, theirs = 2.605 - 3e-4 * end / MOE, 2.505 - 1e-4 * 60 * BATCH
+    error = math.hypot(0.005, 0.005)
+    row = found["Held-out loss at equal training FLOPs"].rows[0]
+    assert row[2:6] == ("yes", "3.84e06", f"{ours:.4f}", f"{theirs:.4f}")
+    assert row[6] == f"−{theirs - ours:.4f} ± {error:.4f}"
+    assert found["Routers at the end of training"].rows[0][1:] == (
+        "2", "0.780", "0.780", "1.60", "2 of 8", "0", "2.00%"
+    )  # fmt: skip
+    (scored,) = found["Scores on tasks"].rows
+    assert scored == ("piqa", "accuracy ↑", "0.6000 ± 0.0100", "0.6400 ± 0.0200 *")  # 0.62, 0.66: over seeds
+    on_texts = found["Routers of moe-end0 on texts"]
+    assert on_texts.rows[0] == ("1", "0.6000", "0.0000", "0.1250")
+    assert on_texts.note == "Domains: stories, plays."
+    assert found["Speed of training"].rows[0][2:] == (
+        "0.5", "128", "128 to 128", "1.28e05", "–", "123.00 MB", "30 s"
+    )  # fmt: skip
+
+
+def test_scores_on_other_data_stand_in_rows_of_their_own(tmp_path, monkeypatch):
+    """And of one checkpoint's entries for the same question the last counts, once."""
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+
+    def scored(name: str, *found: tuple[float, int]) -> Path:
+        parts = [left_behind.scores(piqa=(value, None))["results"][0] | {"data": {"limit": limit}}
+                 for value, limit in found]  # fmt: skip
+        return write_checkpoint(tmp_path / name, eval={"format": 1, "results": parts})
+
+    made = document(scored("a", (0.1, 0), (0.5, 0)), scored("b", (0.6, 0)), scored("c", (0.9, 50)))
+    assert tables(made)["Scores on tasks"].rows == (
+        ("piqa (limit 0)", "accuracy ↑", "0.5000", "0.6000 *", "–"),
+        ("piqa (limit 50)", "accuracy ↑", "–", "–", "0.9000"),
+    )
+
+
+def test_with_the_start_given_curves_are_shown_both_ways(given_folders):
+    names = [p.name for p in pictures(document(*given_folders))]
+    assert "loss-flops" in names
+    assert "loss-flops-with-start" not in names
+    given = document(*given_folders, given=Given(flops=1e6, tokens=1e3))
+    assert "loss-flops-with-start" in [p.name for p in pictures(given)]
+    assert {row[3] for row in tables(given)["The cost of the start"].rows} == {"1.00e06"}
+    assert len({p.name for p in pictures(given)}) == len(pictures(given))
+
+
+def test_losing_and_nothing_shown_are_called_that(tmp_path):
+    def answer(folder: Path, shift: float) -> str:
+        runs = [write_run(folder / f"d{i}", lambda t, i=i: 2.0 + i / 100, seed=i) for i in (0, 1)]
+        runs += [
+            write_run(folder / f"m{i}", lambda t, i=i: 2.0 + shift + i / 100, moe={}, seed=i) for i in (0, 1)
+        ]
+        return sentences(document(*runs))[0]
+
+    assert answer(tmp_path / "lost", 0.1).startswith("No. ")
+    assert "0.1000 ± 0.0071 nats per token behind" in answer(tmp_path / "lost2", 0.1)
+    assert answer(tmp_path / "even", -0.01).startswith("That was not shown. ")
+    dense = write_run(tmp_path / "alone", lambda t: 2.0)
+    assert "nothing to answer" in sentences(document(dense))[0]
+    moe = write_run(tmp_path / "no-dense", lambda t: 2.0, moe={})
+    assert "No run that continues the dense model" in sentences(document(moe))[0]
+
+
+def test_images_are_compared_on_accuracy_too(tmp_path):
+    task = {"task": {"name": "image_classification", "test": "test.parquet"}}
+
+    def images(folder: Path, **changes) -> Path:
+        made = write_run(folder, lambda t: 2.0, **changes, **task)
+        about = json.loads((made / "run.json").read_text()) | {"task": "image_classification"}
+        (made / "run.json").write_text(json.dumps(about))
+        return made
+
+    made = document(images(tmp_path / "a"), images(tmp_path / "b", moe={}))
+    assert [p.name for p in pictures(made)][:4] == [
+        "loss-tokens",
+        "loss-flops",
+        "accuracy-tokens",
+        "accuracy-flops",
+    ]
+    ends = tables(made)["Where the runs ended"]
+    assert "nats per image" in ends.note
+    assert ends.rows[0][-1] == "14.00%"
+
+
+def test_page_and_markdown_say_the_same(given_folders):
+    """Every cell and sentence of the document is in both, and every picture."""
+    made = document(*given_folders)
+    page = render(made)
+    text, files = render_markdown(made, "report")
+    shown = re.sub(r"\\(.)", r"\1", text)
+    from html import unescape
+
+    plain = unescape(re.sub(r"<[^>]*>", "\n", page))
+    for table in tables(made).values():
+        for cell in itertools.chain(table.head, *table.rows):
+            assert cell in shown
+            assert cell in plain
+    for sentence in sentences(made):
+        assert sentence in shown
+        assert sentence in plain
+    assert [*files] == [f"figures/report-{p.name}.png" for p in pictures(made)]
+    assert page.count("<svg ") == len(files)
+    for path, data in files.items():
+        assert f"]({path})" in text
+        assert data.startswith(b"\x89PNG")
+
+
+def test_what_files_say_is_text_and_nothing_else(tmp_path, given_folders):
+    """A run, a source, a layer's stack and a task called like mark-up, and like Markdown."""
+    nasty = '<img src=x onerror="alert(1)">|`*_[a](b)'
+    write_run(tmp_path / "nasty", lambda t: 2.0, moe={}, source=f"/nowhere/{nasty.replace('/', '')}")
+    run = tmp_path / "nasty" / "run.json"
+    about = json.loads(run.read_text())
+    about |= {"architecture": nasty, "upcycle_version": nasty}
+    about["run"]["init"]["name"] = nasty
+    run.write_text(json.dumps(about))
+    metrics = tmp_path / "nasty" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('{"layer": 1,', '{"stack": "<b>$x$</b>", "layer": 1,'))
+    evaluated = write_checkpoint(tmp_path / "end", eval=left_behind.scores(**{nasty: (0.5, None)}))
+    report(
+        [*given_folders, tmp_path / "nasty", evaluated], tmp_path / "r.html",
+        markdown=tmp_path / "r.md", title="<script>alert(2)</script>",
+    )  # fmt: skip
+    page, text = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    for mark in ("<img", "<script>alert", "<b>"):
+        assert mark not in page
+        assert mark not in text.replace("\\<", "")
+    assert "&lt;img src=x" in page
+    assert "&lt;script&gt;alert(2)" in page
+    assert page.count("<script") == 1
+    for table in text.split("\n\n"):
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, given_folders):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        report(given_folders, tmp_path / name / "r.html", markdown=tmp_path / name / "r.md")
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert len(files) > 8
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_the_page_names_no_address(tmp_path, given_folders):
+    report(given_folders, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    addresses = {*re.findall(r"https?://[^\s\"'<>)]+", page)}
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not places
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len({*ids}) == len(ids)
+    assert {*re.findall(r"url\(#([^)]*)\)", page), *re.findall(r'href="#([^"]*)"', page)} <= {*ids}
+
+
+# --- bad input ---
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_is_shown(tmp_path, given_folders, capsys):
+    junk = tmp_path / "junk"
+    junk.mkdir()
+    broken = write_run(tmp_path / "broken", lambda t: 2.0)
+    (broken / "run.json").write_text("{")
+    newer = write_run(tmp_path / "newer", lambda t: 2.0)
+    (newer / "run.json").write_text(json.dumps(json.loads((newer / "run.json").read_text()) | {"format": 2}))
+    mixed = write_run(tmp_path / "mixed", lambda t: 2.0)
+    other = write_run(tmp_path / "other", lambda t: 2.0, train={"batch_tokens": 2 * BATCH})
+    (mixed / "run.json").write_text((other / "run.json").read_text())
+    damaged = write_run(tmp_path / "damaged", lambda t: 2.0)
+    lines = (damaged / "metrics.jsonl").read_text().splitlines()
+    (damaged / "metrics.jsonl").write_text("\n".join([*lines[:20], "{]", *lines[20:]]) + "\n")
+    scored = write_checkpoint(tmp_path / "scored", eval={"format": 1, "results": [{"kind": "text"}]})
+    folders = [*given_folders, junk, broken, newer, mixed, damaged, scored, tmp_path / "gone"]
+    cli.main(["report", *map(str, folders), "--out", str(tmp_path / "r.html")])
+    said = capsys.readouterr().err
+    for sentence in (
+        "junk is left out: it has neither run.json",
+        "broken is left out: ",
+        "newer is left out: its run.json has format 2; this version reads 1",
+        "mixed is left out: its metrics.jsonl is of another run than its run.json: step 1 says 64 tokens, "
+        "where 128",
+        "damaged: line 21 of its metrics.jsonl is damaged; nothing after it is shown",
+        "damaged is unfinished: 20 of 40 steps",
+        "scored: eval.json is damaged",
+        "gone is left out: there is no such folder",
+    ):
+        assert sentence in said
+        assert sentence in (tmp_path / "r.html").read_text()
+
+
+def test_a_line_cut_off_by_a_kill_and_no_metrics_at_all(tmp_path):
+    cut = write_run(tmp_path / "cut", lambda t: 2.0)
+    (cut / "metrics.jsonl").write_bytes((cut / "metrics.jsonl").read_bytes()[:-40])
+    empty = write_run(tmp_path / "empty", lambda t: 2.0)
+    (empty / "metrics.jsonl").unlink()
+    said = study([cut, empty], Given()).troubles()
+    assert "cut: line 40 of its metrics.jsonl was cut off, as a kill leaves it" in said
+    assert "cut is unfinished: 39 of 40 steps; shown as far as it goes" in said
+    assert "empty: it has no metrics.jsonl: no step was recorded" in said
+    assert document(cut, empty).sections
+
+
+def test_nothing_to_report_on_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report", str(tmp_path / "gone"), "--out", str(tmp_path / "r.html")])
+    assert stopped.value.code == 2
+    assert "gone: there is no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
+def spoil(drawn: random.Random, value):
+    """`value` with one of its leaves or branches replaced by something else."""
+    if isinstance(value, (dict, list)) and value and drawn.random() < 0.85:
+        key = drawn.choice([*value] if isinstance(value, dict) else range(len(value)))
+        value[key] = spoil(drawn, value[key])
+        return value
+    return drawn.choice([None, -1, 0, 1e400, "x", [], {}, [1], {"a": 1}, True, 2**70, math.nan])
+
+
+def spoil_file(drawn: random.Random, path: Path, text: str) -> None:
+    """One JSON document in a file of them, one a line."""
+    lines = text.splitlines()
+    place = drawn.randrange(len(lines))
+    lines[place] = json.dumps(spoil(drawn, json.loads(lines[place])))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    folders = whole_study(tmp_path)
+    folders.append(write_run(tmp_path / "from-end", lambda t: 2.0, source=str(tmp_path / "moe-end0"), moe={}))
+    files = [path for folder in folders for path in folder.iterdir() if path.name != "config.json"]
+    drawn = random.Random(seed)
+    for turn in range(50):
+        path = drawn.choice(files)
+        text = path.read_text()
+        spoil_file(drawn, path, text)
+        made = document(*folders)
+        for picture in pictures(made) if turn % 10 == 0 else ():
+            picture.draw(LIGHT)
+        path.write_text(text)
+    assert len(study(folders, Given()).runs) == 6
+
+
+def test_nothing_is_overwritten_but_a_report(tmp_path):
+    given = [*pair_of_runs(tmp_path / "given")]
+    mine = tmp_path / "mine.html"
+    mine.write_text("precious")
+    with pytest.raises(UpcycleError, match="exists and is no report"):
+        report(given, mine)
+    (tmp_path / "figures").mkdir()
+    picture = tmp_path / "figures" / "r-loss-tokens.png"
+    picture.write_bytes(b"precious")
+    with pytest.raises(UpcycleError, match=r"r-loss-tokens\.png exists and is no report"):
+        report(given, tmp_path / "r.html", markdown=tmp_path / "r.md")
+    assert (mine.read_text(), picture.read_bytes()) == ("precious", b"precious")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures", "given", "mine.html"]
+    picture.unlink()
+    for title in ("first", "second"):  # a report takes the place of a report
+        report(given, tmp_path / "r.html", markdown=tmp_path / "r.md", title=title)
+        assert f"<h1>{title}</h1>" in (tmp_path / "r.html").read_text()
+        assert f"# {title}" in (tmp_path / "r.md").read_text()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_mistakes_in_what_is_asked(tmp_path, given_folders, monkeypatch):
+    with pytest.raises(UpcycleError, match="--dense-flops = -1"):
+        report(given_folders, tmp_path / "r.html", dense_flops=-1)
+    with pytest.raises(UpcycleError, match="give them two names"):
+        report(given_folders, tmp_path / "r.html", markdown=tmp_path / "r.html")
+    with pytest.raises(UpcycleError, match="is a folder"):
+        report(given_folders, tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UpcycleError, match=r'pip install "upcycle\[report\]"'):
+        report(given_folders, tmp_path / "r.html")
+
+
+# --- figures ---
+
+
+def test_legends_and_texts_lie_beside_the_data_and_inside_the_figure(given_folders):
+    for picture in pictures(document(*given_folders, given=Given(flops=1e6))):
+        with drawing._settings():
+            figure = picture.draw(LIGHT)
+            figure.draw_without_rendering()
+        (axes, *_), whole = figure.axes, figure.bbox
+        for legend in figure.legends:
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent()), picture.name
+            assert legend.get_window_extent().x1 <= whole.x1 + 1
+        for text in (axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label):
+            if not text.get_text():
+                continue
+            box = text.get_window_extent()
+            assert box.x0 >= -1
+            assert box.x1 <= whole.x1 + 1, (picture.name, text.get_text())
+            assert box.y1 <= whole.y1 + 1
+        assert axes.get_xlabel()
+        assert axes.get_ylabel() or picture.name.startswith("tasks")
+        assert axes._left_title.get_text() == picture.title
+
+
+def test_figures_leave_matplotlib_as_it_was(given_folders):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    drawing.svg(pictures(document(*given_folders))[0])
+    assert dict(matplotlib.rcParams) == before
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_a_drawing_has_the_colours_of_its_page_and_no_others(given_folders):
+    """But for heat maps, whose colours are the same on both."""
+    for picture in pictures(document(*given_folders)):
+        drawn = drawing.svg(picture)
+        for stand_in in VARIABLES.named().values():
+            assert stand_in not in drawn
+        if not picture.name.startswith(("load", "routing")):
+            assert {*re.findall(r"#[0-9a-f]{6}", drawn)} <= {"#000000"}
+        assert "var(--ink)" in drawn
+        assert 'role="img"' in drawn
+        assert "<title " in drawn
+
+
+def test_curves_are_drawn_where_the_numbers_are(tmp_path):
+    made = document(*pair_of_runs(tmp_path))
+    picture = next(p for p in pictures(made) if p.name == "loss-tokens")
+    with drawing._settings():
+        axes = picture.draw(LIGHT).axes[0]
+    dense, moe = axes.lines[:2]
+    assert dense.get_xydata().tolist() == [[t * BATCH / 1e3, 2.0] for t in range(0, 61, 10)]
+    assert moe.get_ydata() == pytest.approx([2.1 - 1e-4 * BATCH * t for t in range(0, 41, 10)])
+    assert axes.get_xlabel() == "tokens trained on (thousands)"
+    circle = axes.lines[-1].get_xydata()
+    assert circle.ravel() == pytest.approx([1.0, 2.0])  # thousand tokens, nats
+
+
+def test_runs_from_scratch_do_not_hide_the_others(tmp_path):
+    """What began from the dense model is shown once more by itself, with the same marks."""
+    dense, moe = pair_of_runs(tmp_path)
+    scratch = write_run(tmp_path / "scratch", lambda t: 9.0, from_scratch=True, moe={}, steps=400)
+    made = {p.name: p for p in pictures(document(dense, moe, scratch))}
+    assert {"loss-tokens-near", "loss-flops-near", "accuracy-flops-near"} <= {*made}
+    with drawing._settings():
+        whole, near = (made[name].draw(LIGHT).axes[0] for name in ("loss-flops", "loss-flops-near"))
+    assert [len(axes.lines) for axes in (whole, near)] == [5, 4]  # a crossing is a line and a circle
+    assert [line.get_xydata().tolist() for line in near.lines[:2]] == [
+        line.get_xydata().tolist() for line in whole.lines[:2]
+    ]
+    assert near.get_ylim()[1] < 2.2 < whole.get_ylim()[1]
+    assert "loss-flops-near" not in {p.name for p in pictures(document(dense, moe))}
+
+
+def test_long_names_are_wrapped_and_no_two_of_twelve_series_look_alike():
+    labels = [f"{i}, " + "a very long name of a model " * 2 for i in range(12)]
+    x = np.arange(3.0)
+    lines = [figures.Line(label=label, place=i, x=x, y=x + i) for i, label in enumerate(labels)]
+    with drawing._settings():
+        figure = figures.curves(LIGHT, "T", lines, figures.Axis(label="x"), figures.Axis(label="y"))
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x1 <= figure.bbox.x1
+    assert box.y0 >= 0
+    assert not box.overlaps(figure.axes[0].get_window_extent())
+    assert figure.axes[0].get_window_extent().height > 0.5 * figures.HEIGHT * figure.dpi
+    looks = {(line.get_color(), line.get_marker(), str(line._dash_pattern)) for line in figure.axes[0].lines}
+    assert len(looks) == 12
+
+
+@pytest.mark.parametrize(("largest", "exponent"), [(0, 0), (999, 0), (1e3, 3), (9.9e14, 12), (1e15, 15)])
+def test_axes_count_in_steps_of_a_thousand(largest, exponent):
+    assert figures._exponent(largest) == exponent
+
+
+# --- colours ---
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2, relative luminance."""
+    return float(linear(colour) @ [0.2126, 0.7152, 0.0722])
+
+
+def linear(colour: str) -> np.ndarray:
+    c = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("inks", [LIGHT, DARK], ids=["light", "dark"])
+def test_contrast_is_what_wcag_asks_for(inks: Inks):
+    for paper in (inks.paper, inks.card):
+        assert contrast(inks.ink, paper) > 7
+        assert contrast(inks.faint, paper) > 4.5
+        assert contrast(inks.link, paper) > 4.5
+        for colour in inks.series:
+            assert contrast(colour, paper) > 3
+    assert contrast(inks.warning, inks.warning_paper) > 4.5
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+
+
+# Machado, Oliveira, Fernandes 2009, severity 1.0, on linear RGB.
+SIGHT = {
+    "all cones": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]]
+    ),
+}
+
+
+def oklab(rgb: np.ndarray) -> np.ndarray:
+    """Ottosson 2020."""
+    to_cones = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    to_lab = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+    return np.array(to_lab) @ np.cbrt(np.array(to_cones) @ np.clip(rgb, 0, 1))
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("inks", [LIGHT, DARK], ids=["light", "dark"])
+def test_series_are_told_apart_by_every_eye(inks: Inks, sight: str):
+    """0.1 in Oklab is five times a difference that can just be seen."""
+    seen = [oklab(SIGHT[sight] @ linear(colour)) for colour in inks.series]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 0.1
+
+
+def test_both_papers_have_the_same_names():
+    assert LIGHT.named().keys() == DARK.named().keys() == VARIABLES.named().keys()
+    assert len({*VARIABLES.named().values()}) == len(VARIABLES.named())
+    assert len(LIGHT.series) == len(DARK.series) == len(figures._MARKERS)
+    assert {f.name for f in dataclasses.fields(Inks)} > {"paper", "card", "ink", "series"}
+
+
+# --- real runs ---
+
+
+def test_a_report_on_real_runs(trainable, tmp_path):
+    """A dense model and a Mixture of Experts made of it, trained by `upcycle train`, exported, and shown."""
+    from upcycle.training import loop, metrics
+    from upcycle.training.export import export
+    from upcycle.training.run import Run
+
+    def run(name: str, **changes) -> Path:
+        table = {
+            "source": str(trainable[0]),
+            "out": str(tmp_path / name),
+            "data": {"sources": [{"path": str(trainable[1]), "separator": "<|endoftext|>"}], "held_out": 0.1},
+            "train": {
+                "steps": 4, "batch_tokens": 512, "sequence_length": 64, "eval_every": 2, "eval_tokens": 1024,
+            },
+            "schedule": {"peak": 1e-3, "warmup": 1},
+            **changes,
+        }  # fmt: skip
+        loop.train(Run.of(table))
+        return tmp_path / name
+
+    from upcycle.report import records
+
+    assert (records.RUN, records.METRICS) == (loop.RECORD, metrics.FILE)
+    first = run("first", from_scratch=True)
+    export(first, tmp_path / "start")
+    dense = run("dense", source=str(tmp_path / "start"))
+    moe = run(
+        "moe",
+        source=str(tmp_path / "start"),
+        moe={"num_experts": 4, "top_k": 2},
+        init={"name": "drop", "ratio": 0.5},
+    )
+    export(moe, tmp_path / "end")
+    found = study([first, dense, moe, tmp_path / "end"], Given())
+    assert found.troubles() == []
+    assert [g.kind for g in found.groups] == ["dense, continued", "dense, from scratch", "upcycled"]
+    record = json.loads((moe / "run.json").read_text())
+    upcycled = group(found.comparison, "upcycled")
+    assert upcycled.flops[-1] == 4 * 512 / 64 * record["training_flops_per_row"]
+    assert upcycled.start.flops == pytest.approx(group(found.comparison, "dense, from scratch").flops[-1])
+    assert upcycled.loss.value.tolist() == [
+        metrics.read(moe)[0]["held_out_start"], *(metrics.read(moe)[i]["held_out_loss"] for i in (1, 3))
+    ]  # fmt: skip
+    (column,) = found.columns()
+    assert column.label == upcycled.label
+    report([first, dense, moe, tmp_path / "end"], tmp_path / "r.html", markdown=tmp_path / "r.md")
+    made = tables(sections.document(found, "R"))
+    assert len(made["Cosine similarity of experts"].rows) == 5
+    for row in made["Cosine similarity of experts"].rows:
+        assert 0.2 < float(row[4]) < 0.9  # half of the neurons of each were drawn anew
+    assert "not recorded" not in {row[7] for row in made["Speed of training"].rows}
+    assert len(list((tmp_path / "figures").glob("r-*.png"))) == len(pictures(sections.document(found, "R")))
+
+
+def test_reading_needs_no_torch(tmp_path):
+    import subprocess
+
+    run = write_run(tmp_path / "run", lambda t: 2.0, moe={})
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom upcycle.report import report\n"
+        f"report([{str(run)!r}], {str(tmp_path / 'r.html')!r})\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib.pyplot') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+def test_compare_takes_nothing():
+    assert compare([], Given()).groups == ()
