@@ -135,10 +135,13 @@ ROUTING = {
     "layers": [
         {
             "stack": "layers", "layer": layer, "load": [0.1, 0.2, 0.3, 0.4], "confidence": 0.6,
-            "left_behind": 0.0, "divergence": [[0.0, 0.25], [0.25, 0.0]],
+            "left_behind": 0.0, "divergence": [[0.0, 0.25], [0.25, 0.0]], "divergence_of": "loads",
+            "load_by_domain": {"stories": [0.2, 0.2, 0.2, 0.4], "plays": [0.0, 0.2, 0.4, 0.4]},
+            "favourites": [[[f"word-{layer}-{expert}", 0.75]] for expert in range(4)],
         }
         for layer in (1, 3)
     ],
-    "domains": ["stories", "plays"],
+    "domains": [{"name": "stories"}, {"name": "plays"}],
+    "kind": "text",
 }  # fmt: skip
 """routing.json of two layers."""

@@ -18,6 +18,7 @@ from upcycle.anatomy import inspect
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.rows import of_images, of_text
 from upcycle.evaluate.specialisation import Asked, divergence, specialisation
+from upcycle.report.plots import plot
 from upcycle.subject import Subject
 from upcycle.training.export import export
 from upcycle.training.loop import train
@@ -174,6 +175,9 @@ def test_images_and_their_patches(router, pictures, tmp_path):
         kept = seen.layers[0].patches
         np.testing.assert_allclose(kept.weights[e], [w[e] for w, _ in best], rtol=1e-5)
         np.testing.assert_allclose(kept.pixels[e][0], best[0][1])
+    seen.save()
+    plot(tmp_path / "moe", seen, tmp_path / "plots")
+    assert (tmp_path / "plots" / f"patches-{place}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_both_stacks_of_t5(tmp_path, texts):
@@ -196,7 +200,11 @@ def test_both_stacks_of_t5(tmp_path, texts):
 
 def test_the_command_line(mixtral, texts, trainable, tmp_path, capsys):
     both = [f"--text={name}={path}" for name, path in texts.items()]
-    cli.main(["inspect", str(mixtral), *both, "--limit", "4", "--length", "32"])
+    plots = tmp_path / "plots"
+    cli.main(["inspect", str(mixtral), *both, "--limit", "4", "--length", "32", "--plot", str(plots)])
+    assert sorted(p.name for p in plots.iterdir()) == [
+        "routing-1.png", "similarity-between.png", "similarity-dense.png",
+    ]  # fmt: skip
     said = capsys.readouterr().out
     assert "on stories, loud" in said
     assert "layer 4, expert 3:" in said
@@ -209,6 +217,8 @@ def test_the_command_line(mixtral, texts, trainable, tmp_path, capsys):
         ([str(mixtral), f"--images={texts['loud']}"], "reads text and no images"),
         ([str(mixtral), both[0], f"--images={texts['loud']}"], "give either --text"),
         ([str(mixtral), both[0], "--limit", "-1"], "must be 0"),
+        ([str(trainable[0]), "--plot", str(plots)], "there are no experts to plot"),
+        ([str(mixtral), "--plot", str(texts["loud"])], "is a file"),
         ([str(mixtral), "--text", str(tmp_path / "nowhere.txt")], "nowhere.txt"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -361,6 +361,7 @@ def inspect(
     batch_size: int = 16,
     seed: int = 0,
     cache: Path | None = None,
+    plot: Path | None = None,
     json: bool = False,
 ) -> None:
     """Show the experts of a checkpoint: width, similarity to each other and to the dense network, routers.
@@ -379,12 +380,13 @@ def inspect(
         batch_size: rows or images of a forward pass
         seed: of the choice of rows
         cache: folder for decoded images and token files
+        plot: folder for the figures, as PNG
         json: print JSON
     """
     from upcycle import console
     from upcycle.anatomy import inspect as look
 
-    result = look(checkpoint, source)
+    result, seen = look(checkpoint, source), None
     if text or images:
         from upcycle.evaluate.specialisation import Asked, specialisation
 
@@ -396,6 +398,10 @@ def inspect(
             seen = specialisation(result["checkpoint"], asked, progress=progress, planned=set_total)
         seen.save()
         result["routing"] = seen.as_dict()
+    if plot is not None:
+        from upcycle.report.plots import plot as draw
+
+        draw(result["checkpoint"], seen, plot)
     console.show_json(result) if json else console.show_anatomy(result)
 
 

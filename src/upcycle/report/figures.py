@@ -167,6 +167,31 @@ def heat_map(
     return figure
 
 
+def patches(inks: Inks, title: str, pixels: np.ndarray) -> Figure:
+    """Rows of small images [E, n, C, height, width], an expert a row, their colours stretched over the whole
+    range of all of them."""
+    experts, count, _, height, width = pixels.shape
+    low, high = float(pixels.min()), float(pixels.max())
+    shown = ((pixels - low) / max(high - low, 1e-9)).transpose(0, 3, 1, 4, 2)  # [E, height, n, width, C]
+    framed = np.ones((experts, height + 1, count, width + 1, shown.shape[-1]))
+    framed[:, :height, :, :width] = shown
+    figure, axes = _panel(inks, title, [], height=max(1.6, min(8.0, 0.7 + 0.4 * experts)))
+    axes.grid(visible=False)
+    whole = framed.reshape(experts * (height + 1), count * (width + 1), -1)
+    axes.imshow(
+        whole.mean(-1) if whole.shape[-1] != 3 else whole,
+        cmap="gray",
+        aspect="equal",
+        interpolation="nearest",
+    )
+    axes.set_xticks([])
+    every = math.ceil(experts / 24)
+    ticks = np.arange(0, experts, every)
+    axes.set_yticks(ticks * (height + 1) + height / 2, labels=[str(e) for e in ticks])
+    axes.set_ylabel("expert")
+    return figure
+
+
 def _panel(inks: Inks, title: str, labels: Sequence[str], height: float = HEIGHT) -> tuple[Figure, Axes]:
     """A figure with one panel, tall enough for a legend of `labels` below it."""
     from matplotlib.figure import Figure

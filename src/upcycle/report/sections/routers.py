@@ -1,4 +1,4 @@
-"""What routers did: in training, from metrics of runs, and on texts, from what `upcycle inspect` wrote."""
+"""What routers did: in training, from metrics of runs, and on what `upcycle inspect` showed them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upcycle.report.checkpoints import CheckpointRecord
 from upcycle.report.comparison import Group
 from upcycle.report.document import Block, Picture, Section, Table
 from upcycle.report.figures import Axis, Line
-from upcycle.report.records import Health, place_of, shares
+from upcycle.report.records import Health, is_number, place_of, shares
 from upcycle.report.study import Study
 
 _POINTS = 200  # of a line at most; more are averaged in windows
@@ -37,7 +37,7 @@ def section(study: Study) -> Section | None:
         blocks += [_load(place, group, health) for place, group, health in groups]
         blocks.append(_table([(group, health) for _, group, health in groups]))
     for number, checkpoint in enumerate(looked_at):
-        blocks += _on_texts(number, checkpoint)
+        blocks += on_shown(number, checkpoint)
     return Section(name="routers", title="Router health", blocks=tuple(blocks))
 
 
@@ -136,22 +136,29 @@ def _layers(checkpoint: CheckpointRecord) -> list[Mapping[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and "layer" in row]
 
 
-def _on_texts(number: int, checkpoint: CheckpointRecord) -> list[Block]:
+def on_shown(number: int, checkpoint: CheckpointRecord) -> list[Block]:
+    """What the routers of a checkpoint did on the domains that it was inspected on."""
     layers = _layers(checkpoint)
     blocks: list[Block] = []
-    loaded = [layer for layer in layers if _has_load(layer)]
-    if loaded:
-        title = "Load of each expert on texts"
+    loads = [
+        (f"{place_of(layer)}, {domain}", load)
+        for layer in layers
+        for domain, load in _by_domain(layer).items()
+        if _is_load(load)
+    ]
+    if loads:
+        title = "Use of the experts by domain"
         blocks.append(
             Picture(
                 name=f"routing-{number + 1}",
                 title=title,
-                caption=f"{checkpoint.name}: over the texts that it was inspected on.",
+                caption=f"{checkpoint.name}: on what it was inspected on; weights where a router gives every "
+                "expert as many tokens.",
                 draw=partial(
                     figures.heat_map,
                     title=title,
-                    rows=[place_of(layer) for layer in loaded],
-                    values=_even(layer["load"] for layer in loaded),
+                    rows=[place for place, _ in loads],
+                    values=_even(load for _, load in loads),
                     labels=_LABELS,
                 ),
             )
@@ -160,16 +167,16 @@ def _on_texts(number: int, checkpoint: CheckpointRecord) -> list[Block]:
         (head, key)
         for head, key in (
             ("confidence", "confidence"), ("tokens left behind", "left_behind"),
-            ("divergence between domains", "divergence"),
+            ("divergence of domains, bits", "divergence"),
         )
-        if any(_mean(layer.get(key)) is not None for layer in layers)
+        if any(_number(layer.get(key)) is not None for layer in layers)
     ]  # fmt: skip
     if columns:
         rows = [
             (
                 place_of(layer),
                 *(
-                    formats.loss(math.nan if (v := _mean(layer.get(key))) is None else v)
+                    formats.loss(math.nan if (v := _number(layer.get(key))) is None else v)
                     for _, key in columns
                 ),
             )
@@ -177,13 +184,42 @@ def _on_texts(number: int, checkpoint: CheckpointRecord) -> list[Block]:
         ]
         blocks.append(
             Table(
-                caption=f"Routers of {checkpoint.name} on texts",
+                caption=f"Routers of {checkpoint.name} on what it was shown",
                 head=("layer", *(head for head, _ in columns)),
                 rows=tuple(rows),
                 note=_domains(checkpoint),
             )
         )
+    if liked := _favourites(checkpoint, layers):
+        blocks.append(
+            Table(
+                caption=f"Tokens that the experts of {checkpoint.name} like best",
+                head=("layer", "expert", "tokens"),
+                rows=tuple(liked),
+                left=3,
+                note="Largest mean probability of tokens that came five times or more; the last MoE layer.",
+            )
+        )
     return blocks
+
+
+def _by_domain(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What each domain used: loads, or weights where every expert has as much by construction."""
+    found = layer.get("weight_by_domain" if layer.get("divergence_of") == "weights" else "load_by_domain")
+    return found if isinstance(found, dict) else {}
+
+
+def _favourites(checkpoint: CheckpointRecord, layers: list[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row an expert of the last layer, of a text."""
+    found = layers[-1].get("favourites") if layers else None
+    if (checkpoint.routing or {}).get("kind") != "text" or not isinstance(found, list):
+        return []
+    rows: list[tuple[str, ...]] = []
+    for expert, favourites in enumerate(found):
+        pairs = favourites if isinstance(favourites, list) else []
+        tokens = [str(pair[0]) for pair in pairs if isinstance(pair, list) and pair]
+        rows.append((place_of(layers[-1]), str(expert), "  ".join(tokens)))
+    return rows
 
 
 def _domains(checkpoint: CheckpointRecord) -> str:
@@ -193,17 +229,18 @@ def _domains(checkpoint: CheckpointRecord) -> str:
     return f"Domains: {', '.join(names)}." if names else ""
 
 
-def _has_load(layer: Mapping[str, Any]) -> bool:
+def _is_load(load: Any) -> bool:
     try:
-        return bool(shares(layer.get("load")))
+        return bool(shares(load))
     except ValueError:
         return False
 
 
-def _mean(value: Any) -> float | None:
-    """A number, or the mean of all numbers in a list or table of them; None where there is none."""
-    if type(value) in (int, float):
-        return float(value) if math.isfinite(value) else None
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    found = [m for m in map(_mean, inner) if m is not None]
-    return sum(found) / len(found) if found else None
+def _number(value: Any) -> float | None:
+    """A number, or the mean of what is off the diagonal of a matrix of them; None for anything else."""
+    if is_number(value):
+        return float(value)
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        return None
+    apart = [x for i, row in enumerate(value) for j, x in enumerate(row) if i != j]
+    return sum(apart) / len(apart) if apart and all(map(is_number, apart)) else None

@@ -22,14 +22,19 @@ def section(study: Study) -> Section | None:
     shown = [(c.place, c.label, c.checkpoints[0]) for c in study.columns() if c.checkpoints[0].anatomy]
     if not shown:
         return None
-    blocks: list[Block] = [_picture("between", "Experts to each other", _between, shown)]
-    if any(_to_dense(layer) for _, _, checkpoint in shown for layer in _layers(checkpoint)):
-        blocks.append(_picture("dense", "Experts to the dense network", _to_dense, shown))
-    blocks.append(_table(shown))
+    blocks: list[Block] = [*pictures(shown), _table(shown)]
     return Section(name="similarity", title="Similarity of experts", blocks=tuple(blocks))
 
 
 Shown = list[tuple[int, str, CheckpointRecord]]
+
+
+def pictures(shown: Shown) -> list[Picture]:
+    """The figures of it, of checkpoints with experts by their number and label."""
+    out = [_picture("between", "Experts to each other", _between, shown)]
+    if any(_to_dense(layer) for _, _, checkpoint in shown for layer in _layers(checkpoint)):
+        out.append(_picture("dense", "Experts to the dense network", _to_dense, shown))
+    return out
 
 
 def _layers(checkpoint: CheckpointRecord) -> list[Mapping[str, Any]]:
@@ -73,10 +78,9 @@ def _picture(name: str, title: str, of: Any, shown: Shown) -> Picture:
 def _table(shown: Shown) -> Table:
     rows: list[tuple[str, ...]] = []
     for _, label, checkpoint in shown:
-        inspected = _inspected(checkpoint)
         for layer in _layers(checkpoint):
             between, dense = _between(layer), _to_dense(layer)
-            before, now = inspected.get(place_of(layer), (None, None))
+            began = layer.get("cosine_between_at_start")
             rows.append(
                 (
                     label,
@@ -86,15 +90,15 @@ def _table(shown: Shown) -> Table:
                     formats.MISSING if between is None else f"{between[0]:.4f}",
                     formats.MISSING if between is None else f"{between[1]:.4f} to {between[2]:.4f}",
                     formats.MISSING if dense is None else f"{dense[0]:.4f}",
-                    *(formats.MISSING if v is None else f"{v:.4f}" for v in (before, now)),
+                    formats.MISSING if began is None else f"{began['mean']:.4f}",
                 )
             )
     head: tuple[str, ...] = (
-        "model", "layer", "experts", "width", "to each other", "least to most", "to dense", "at the start",
-        "inspected",
+        "model", "layer", "experts", "width", "to each other", "least to most", "to dense",
+        "to each other, at the start",
     )  # fmt: skip
-    if all(row[-2:] == (formats.MISSING,) * 2 for row in rows):
-        head, rows = head[:-2], [row[:-2] for row in rows]
+    if all(row[-1] == formats.MISSING for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
     notes = dict.fromkeys(n for _, _, c in shown for n in (c.anatomy or {})["notes"])
     return Table(
         caption="Cosine similarity of experts",
@@ -103,23 +107,3 @@ def _table(shown: Shown) -> Table:
         left=2,
         note=" ".join(f"{note}." for note in notes),
     )
-
-
-def _inspected(checkpoint: CheckpointRecord) -> dict[str, tuple[float | None, float | None]]:
-    """Similarity at the start and now as routing.json has it, by layer."""
-    listed = (checkpoint.routing or {}).get("layers")
-    rows = [r for r in listed if isinstance(r, dict) and "layer" in r] if isinstance(listed, list) else []
-    return {place_of(r): (_mean(r.get("similarity_start")), _mean(r.get("similarity_now"))) for r in rows}
-
-
-def _mean(value: Any) -> float | None:
-    """A number, the `mean` of a table, or the mean of what is off the diagonal of a matrix."""
-    if type(value) in (int, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return _mean(value.get("mean"))
-    if isinstance(value, list) and value and all(isinstance(r, list) and len(r) == len(value) for r in value):
-        apart = [_mean(x) for i, row in enumerate(value) for j, x in enumerate(row) if i != j]
-        found = [x for x in apart if x is not None]
-        return sum(found) / len(found) if found else None
-    return None
