@@ -465,14 +465,14 @@ def list_(*, json: bool = False) -> None:
 
 @app.command
 def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: int = 0) -> None:
-    """Train a small dense model on Python's own sources, upcycle it two ways, verify, train on, and compare.
+    """Train a small dense model on Python's own sources, upcycle it three ways, train on, and report.
 
     Args:
-        out: folder for the checkpoints
+        out: folder for runs, checkpoints and report.html
         seconds: how long to train the dense model; training on takes about three times as long
         seed: of the training and the recipes
     """
-    from upcycle.demo import run
+    from upcycle.demo.story import run
 
     run(out, seconds=seconds, seed=seed)
 

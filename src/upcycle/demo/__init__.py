@@ -1,0 +1,1 @@
+"""`upcycle demo`: the whole story on one machine, with nothing but what Python and this package bring."""

@@ -1,0 +1,82 @@
+"""What the demo trains on: Python's own sources, and a tokenizer of them."""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upcycle.errors import UpcycleError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BYTES = 4_000_000
+HELD_OUT = 0.1  # of the corpus, at its end
+VOCABULARY = 1024
+_SKIPPED = ("test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Files that the demo writes: what is trained on, a part of it that no model has seen, and prose."""
+
+    sources: Path
+    held_out: Path
+    documentation: Path
+
+    @classmethod
+    def write(cls, folder: Path) -> Corpus:
+        """The standard library's sources, as far as `BYTES`, and the texts of Python's reference."""
+        made = cls(
+            sources=folder / "sources.txt",
+            held_out=folder / "held-out.txt",
+            documentation=folder / "documentation.txt",
+        )
+        sources = _sources()
+        folder.mkdir(parents=True)
+        made.sources.write_text(sources)
+        made.held_out.write_text(sources[-len(sources) // 25 :])  # well inside the part that is held out
+        made.documentation.write_text(_documentation())
+        return made
+
+
+def tokenizer_of(text: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+
+
+def _sources() -> str:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts, total = [], 0
+    for path in sorted(root.rglob("*.py")):
+        if any(part in _SKIPPED for part in path.relative_to(root).parts):
+            continue
+        text = path.read_text(errors="ignore")
+        texts.append(text)
+        total += len(text)
+        if total >= BYTES:
+            break
+    if total < 100_000:
+        raise UpcycleError(f"the sources of Python's standard library are not at {root}")
+    return "\n".join(texts)[:BYTES]
+
+
+def _documentation() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics.values())

@@ -1,0 +1,216 @@
+"""A small dense Llama is trained, upcycled three ways, trained on at equal FLOPs, evaluated, reported on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.calibration import Asked as Measure
+from upcycle.calibration import calibrate
+from upcycle.console import count, out, show_scores, size
+from upcycle.cost import Plan, plan_of
+from upcycle.demo import tables
+from upcycle.demo.corpus import HELD_OUT, Corpus, tokenizer_of
+from upcycle.errors import UpcycleError
+from upcycle.proof import Proof, quiet, verify
+from upcycle.recipe import Recipe
+from upcycle.report import drawing, report
+from upcycle.write import convert
+
+if TYPE_CHECKING:
+    from upcycle.training.run import Run
+
+CONTINUED = 0.55  # FLOPs of the continued training of each model, of those of the dense training
+LENGTH, BATCH = 128, 8
+PEAK = 2e-3
+PROBE = 24  # steps that say how many fit into the time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A Mixture of Experts before it is trained on."""
+
+    plan: Plan
+    proof: Proof
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continued:
+    """One model trained on."""
+
+    name: str
+    tokens: int
+    flops: float
+    before: float  # held-out loss, nats per token
+    after: float
+
+
+def run(folder: Path, *, seconds: float, seed: int) -> list[Continued]:
+    """The story below `folder`, which must not exist yet; `seconds` go into the dense model's training."""
+    if folder.exists():
+        raise UpcycleError(f"{folder} exists already; delete it, or choose another with --out")
+    if seconds <= 0:
+        raise UpcycleError(f"--seconds {seconds:g}; it must be above zero")
+    drawing.need_matplotlib()
+    try:
+        corpus = Corpus.write(folder)
+        what = f"the last {HELD_OUT:.0%} held out"
+        out.print(f"corpus: {size(corpus.sources.stat().st_size)} of Python's standard library, {what}")
+        dense, budget = _train_dense(folder, corpus, seconds=seconds, seed=seed)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    ways = _ways(folder, corpus)
+    made = {name: _upcycle(dense, folder / name, {"seed": seed, **way}) for name, way in ways.items()}
+    tables.show_made(made)
+    continued = [
+        _go_on(folder, corpus, name, way, CONTINUED * budget, seed)
+        for name, way in {"dense": {}, **ways}.items()
+    ]
+    _evaluate(folder, corpus, [row.name for row in continued])
+    folders = [folder / kind / row.name for row in continued for kind in ("runs", "trained")]
+    page = folder / "report.html"
+    troubles = report(
+        [folder / "runs" / "dense-training", *folders],
+        page,
+        markdown=folder / "report.md",
+        title="upcycle demo",
+    )
+    for trouble in troubles:
+        out.print(trouble)
+    tables.show_continued(continued, page)
+    return continued
+
+
+def _train_dense(folder: Path, corpus: Corpus, *, seconds: float, seed: int) -> tuple[Path, float]:
+    """The trained dense model, and the FLOPs that went into it."""
+    from upcycle.training import metrics
+    from upcycle.training.export import export
+    from upcycle.training.loop import train
+
+    shape = folder / "shape"
+    _write_shape(shape, corpus)
+    table = {"source": str(shape), "from_scratch": True}
+    probe = _run(folder, corpus, "probe", table, PROBE, seed)
+    train(probe)
+    times = sorted(line["seconds"] for line in metrics.read(Path(probe.out)))
+    shutil.rmtree(probe.out)
+    steps = max(2, round(seconds / times[len(times) // 2]))
+    dense_run = _run(folder, corpus, "dense-training", table, steps, seed)
+    out.print(f"training a dense model for {steps} steps")
+    train(dense_run)
+    made = export(dense_run.out, folder / "dense")
+    out.print(f"dense model: {count(made.parameters)} parameters, {count(steps * BATCH * LENGTH)} tokens")
+    return folder / "dense", steps * BATCH * LENGTH * _flops_per_token(dense_run)
+
+
+def _write_shape(folder: Path, corpus: Corpus) -> None:
+    """A Llama that knows nothing, as an ordinary checkpoint with a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tokenizer_of(corpus.sources.read_text())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _ways(folder: Path, corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """Three ways to make experts, of equal active FLOPs."""
+    statistics = folder / "statistics.safetensors"
+    asked = Measure(text=corpus.sources, collect=("l2",), positions=("neurons",), limit=256, length=LENGTH)
+    calibrate(folder / "dense", statistics, asked)
+    eight = {"moe": {"num_experts": 8, "top_k": 2}}
+    recycled = {"name": "importance", "statistics": str(statistics), "output": "expected"}
+    return {
+        "copy": {**eight, "init": {"name": "copy"}},
+        "drop": {**eight, "init": {"name": "drop", "ratio": 0.5}},
+        "recycle": {"moe": {"num_experts": 16, "top_k": 4, "expert_width": 176}, "init": recycled},
+    }
+
+
+def _upcycle(dense: Path, folder: Path, way: Mapping[str, Any]) -> Made:
+    return Made(plan=plan_of(convert(dense, folder, Recipe.of(way))), proof=verify(dense, folder))
+
+
+def _run(folder: Path, corpus: Corpus, name: str, table: Mapping[str, Any], steps: int, seed: int) -> Run:
+    """The run file of `steps` steps."""
+    from upcycle.training.run import Run
+
+    scratch = table.get("from_scratch", False)
+    return Run.of(
+        {
+            "source": str(folder / "dense"), "out": str(folder / "runs" / name), "seed": seed,
+            "data": {
+                "sources": [{"path": str(corpus.sources)}], "held_out": HELD_OUT, "append_eos": False,
+                "cache": str(folder / "runs" / "tokens"),
+            },
+            "train": {
+                "steps": steps, "batch_tokens": BATCH * LENGTH, "sequence_length": LENGTH,
+                "eval_every": max(1, steps // 6), "eval_tokens": 128 * LENGTH,
+            },
+            "schedule": {
+                "name": "cosine", "peak": PEAK if scratch else PEAK / 2, "floor": PEAK / 20,
+                "warmup": max(1, steps // 20),
+            },
+            "checkpoint": {"every": 0}, "log": {"every": 100}, **table,
+        }
+    )  # fmt: skip
+
+
+def _go_on(
+    folder: Path, corpus: Corpus, name: str, way: Mapping[str, Any], flops: float, seed: int
+) -> Continued:
+    """Train a model on for so many FLOPs, and export it."""
+    from upcycle.training import metrics
+    from upcycle.training.export import export
+    from upcycle.training.loop import train
+
+    per_step = _flops_per_token(_run(folder, corpus, name, way, 2, seed)) * BATCH * LENGTH
+    wanted = _run(folder, corpus, name, way, max(2, round(flops / per_step)), seed)
+    out.print(f"training on: {name}")
+    result = train(wanted)
+    export(wanted.out, folder / "trained" / name)
+    records = metrics.read(result.out)
+    assert result.held_out_loss is not None
+    return Continued(
+        name=name,
+        tokens=records[-1]["tokens"],
+        flops=len(records) * per_step,
+        before=records[0]["held_out_start"],
+        after=result.held_out_loss,
+    )
+
+
+def _flops_per_token(wanted: Run) -> int:
+    """Active FLOPs of training on one token."""
+    from upcycle.training.start import start_of
+
+    begun = start_of(wanted)
+    begun.dense.checkpoint.close()
+    return begun.training_flops(LENGTH)
+
+
+def _evaluate(folder: Path, corpus: Corpus, names: list[str]) -> None:
+    """Bits per byte of all models on what none has seen, and who goes where in those with experts."""
+    from upcycle.evaluate import results
+    from upcycle.evaluate.comparison import compare
+    from upcycle.evaluate.scores import Asked, score
+    from upcycle.evaluate.specialisation import Asked as Shown
+    from upcycle.evaluate.specialisation import specialisation
+
+    asked = Asked(text=corpus.held_out, length=LENGTH)
+    scored = [score(folder / "trained" / name, asked) for name in names]
+    for each in scored:
+        results.record(each.folder, each.results)
+    show_scores([each.as_json() for each in scored], compare(scored))
+    domains = {"code": corpus.held_out, "documentation": corpus.documentation}
+    for name in names[1:]:
+        specialisation(folder / "trained" / name, Shown(text=domains, limit=64, length=LENGTH)).save()

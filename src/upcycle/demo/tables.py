@@ -1,0 +1,46 @@
+"""What the demo leaves on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upcycle.console import count, grid, out
+
+if TYPE_CHECKING:
+    from upcycle.demo.story import Continued, Made
+
+
+def show_made(made: Mapping[str, Made]) -> None:
+    """The three mixtures before they are trained on."""
+    table = grid("", "model", "parameters", "active", "largest logit difference", "promise kept")
+    for name, one in made.items():
+        table.add_row(
+            name,
+            count(one.plan.total_parameters),
+            count(one.plan.active_parameters),
+            f"{one.proof.logits['random'].relative:.1e} of scale",
+            "yes" if one.proof.holds else "NO",
+        )
+    out.print(table)
+    out.print("copy computes what the dense model computes; the others promise no equal logits")
+
+
+def show_continued(rows: Sequence[Continued], page: Path) -> None:
+    """What continued training gave, as a table and one sentence."""
+    table = grid("\ntrained on", "model", "tokens", "training FLOPs", "held-out before", "held-out after")
+    for row in rows:
+        table.add_row(
+            row.name, count(row.tokens), f"{row.flops:.3g}", f"{row.before:.4f}", f"{row.after:.4f}"
+        )
+    out.print(table)
+    dense, *moes = rows
+    best = min(moes, key=lambda row: row.after)
+    gained = dense.after - best.after
+    out.print(f"report: {page}")
+    out.print(
+        f"At equal FLOPs the best MoE ({best.name}) ends at {best.after:.3f} nats per token and the dense "
+        f"model at {dense.after:.3f}: upcycling {'gained' if gained > 0 else 'lost'} {abs(gained):.3f} "
+        f"(one seed)."
+    )
