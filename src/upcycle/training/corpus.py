@@ -154,7 +154,7 @@ def _make(
     count = number = size = largest = 0
     try:
         with partial.open("wb") as file, _bar(source, progress) as advance:
-            for batch in _batches(_pieces(documents(source), tokenizer, source)):
+            for batch in _batches(pieces(documents(source), tokenizer, source)):
                 for ids in _encode(batch, tokenizer, data.append_eos):
                     largest = max(largest, int(ids.max(initial=0)))
                     _refuse(largest, vocab_size, source)
@@ -206,7 +206,7 @@ def _bar(source: Source, progress: Progress | None) -> Iterator[Progress]:
         yield advance
 
 
-def _pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
+def pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
     """The documents of `stream` (text, whether it begins one), in pieces of about `_PIECE` characters.
 
     A document without text is left out.
