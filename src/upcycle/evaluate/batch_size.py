@@ -50,8 +50,8 @@ class BatchSize:
     ) -> list[Found]:
         """What `work` finds of `items`, some at a time: one of `Found` for each item, in order.
 
-        `length` is the tokens of an item; `advance` is told of items that are done. Raises `UpcycleError` where
-        memory is too small for one.
+        `length` is the tokens of an item; `advance` is told of items that are done. Raises `UpcycleError`
+        where memory is too small for one.
         """
         out: list[Found] = []
         while len(out) < len(items):
@@ -63,8 +63,8 @@ class BatchSize:
                     raise
                 if len(part) == 1:
                     raise UpcycleError(
-                        f"memory ran out on a single row, of {length(part[0])} tokens; take a machine with more, or "
-                        f"shorten the rows"
+                        f"memory ran out on a single row, of {length(part[0])} tokens; take a machine "
+                        "with more, or shorten the rows"
                     ) from None
                 self.rows = len(part) // 2
                 if torch.accelerator.is_available():

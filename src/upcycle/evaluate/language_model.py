@@ -58,8 +58,8 @@ class LanguageModel:
         """`batch_size` is the rows of a forward pass; 0: found by itself."""
         if not subject.architecture.endswith((DECODER, ENCODER_DECODER)):
             raise UpcycleError(
-                f"{subject.architecture} gives no text a likelihood; take a checkpoint of a class that ends in "
-                f"{DECODER} or {ENCODER_DECODER}"
+                f"{subject.architecture} gives no text a likelihood; take a checkpoint of a class that "
+                f"ends in {DECODER} or {ENCODER_DECODER}"
             )
         return cls(
             model=model.eval(),
@@ -81,8 +81,8 @@ class LanguageModel:
             if token is not None:
                 return int(token)
         raise UpcycleError(
-            f"the tokenizer of {self.subject.folder} has neither BOS nor EOS, so the first token of a text has "
-            f"nothing before it; name one in its tokenizer_config.json"
+            f"the tokenizer of {self.subject.folder} has neither BOS nor EOS, so the first token of a "
+            "text has nothing before it; name one in its tokenizer_config.json"
         )
 
     @property
@@ -97,8 +97,8 @@ class LanguageModel:
         for pair in pairs:
             if self.length is not None and len(pair.continuation) > self.length:
                 raise UpcycleError(
-                    f"a continuation of {len(pair.continuation)} tokens and the model reads {self.length} at once; "
-                    f"leave that example out"
+                    f"a continuation of {len(pair.continuation)} tokens and the model reads "
+                    f"{self.length} at once; leave that example out"
                 )
         order = sorted(range(len(pairs)), key=lambda i: -_length(pairs[i]))
         work = self._encoder_decoder if self.encoder_decoder else self._decoder
@@ -115,7 +115,10 @@ class LanguageModel:
         ids, mask = self._padded([row[:-1] for row in rows])
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         ends = [len(row) - 1 for row in rows]
-        parts = [logits[i, end - len(p.continuation) : end] for i, (end, p) in enumerate(zip(ends, pairs, strict=True))]
+        parts = [
+            logits[i, end - len(p.continuation) : end]
+            for i, (end, p) in enumerate(zip(ends, pairs, strict=True))
+        ]
         return [_likelihood(part, pair.continuation) for part, pair in zip(parts, pairs, strict=True)]
 
     def _encoder_decoder(self, pairs: Sequence[Pair]) -> list[Likelihood]:
@@ -132,13 +135,19 @@ class LanguageModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, most: int, until: Sequence[str] = (), advance: Advance = lambda n: None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        most: int,
+        until: Sequence[str] = (),
+        advance: Advance = lambda n: None,
     ) -> list[str]:
         """Greedy text after each prompt: at most `most` tokens, cut before EOS and before any of `until`."""
         room = None if self.length is None or self.encoder_decoder else self.length - most
         if room is not None and room < 1:
             raise UpcycleError(
-                f"{most} tokens are to be generated and the model has {self.length} positions; lower the number"
+                f"{most} tokens are to be generated and the model has {self.length} positions; lower the "
+                "number"
             )
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 

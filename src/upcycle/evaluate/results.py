@@ -50,7 +50,7 @@ class Metric:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
     """What a model scores on one thing."""
 
@@ -117,12 +117,14 @@ def record(folder: Path, results: Sequence[Result]) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The entries of an `eval.json`; none without a file. Raises `UpcycleError` where it is something else."""
+    """The entries of an `eval.json`; none without a file. Raises `UpcycleError` where it is none."""
     if not path.exists():
         return []
     try:
         found = json.loads(path.read_text())
-        if found["format"] != FORMAT or not all({"kind", "name"} <= entry.keys() for entry in found["results"]):
+        if found["format"] != FORMAT or not all(
+            {"kind", "name"} <= entry.keys() for entry in found["results"]
+        ):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UpcycleError(

@@ -34,7 +34,8 @@ _AT_ONCE = 512  # windows between two looks at the progress bar
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens of a document: ids, how many bytes of text each stands for, which passage it begins in; int64 [N]."""
+    """Tokens of a document: ids, how many bytes of text each stands for, which passage it begins in; int64
+    [N]."""
 
     ids: np.ndarray
     bytes: np.ndarray
@@ -43,7 +44,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens `begin` to `end` of a document are read, and those from `first` on scored; -1 is what begins it."""
+    """Tokens `begin` to `end` of a document are read, and those from `first` on scored; -1 is what begins
+    it."""
 
     begin: int
     first: int
@@ -63,7 +65,13 @@ def windows(count: int, length: int, stride: int) -> list[Window]:
 
 
 def score(
-    language: LanguageModel, path: Path, *, length: int | None, stride: int | None, limit: int, separator: str | None
+    language: LanguageModel,
+    path: Path,
+    *,
+    length: int | None,
+    stride: int | None,
+    limit: int,
+    separator: str | None,
 ) -> Result:
     """What a decoder makes of the text at `path`; `limit` is the number of windows, 0: all.
 
@@ -74,8 +82,8 @@ def score(
     source = Source(path=str(path), separator=separator)
     if limit and not language.tokenizer.is_fast:
         raise UpcycleError(
-            "--limit cuts a text between tokens, and this tokenizer does not say which bytes a token stands for "
-            "(it is not a fast one); leave it out and shorten the text"
+            "--limit cuts a text between tokens, and this tokenizer does not say which bytes a token "
+            "stands for (it is not a fast one); leave it out and shorten the text"
         )
     totals: dict[tuple[int, int], np.ndarray] = defaultdict(lambda: np.zeros(4))
     done = 0
@@ -108,8 +116,8 @@ def _checked(language: LanguageModel, length: int | None, stride: int | None) ->
     stride = stride or length
     if stride > length:
         raise UpcycleError(
-            f"--stride {stride} is longer than a window of --length {length}, so tokens would be left out; it must "
-            f"be {length} or less"
+            f"--stride {stride} is longer than a window of --length {length}, so tokens would be left "
+            f"out; it must be {length} or less"
         )
     return length, stride
 
@@ -176,8 +184,9 @@ def _tokens(piece: corpus.Piece, language: LanguageModel) -> tuple[np.ndarray, n
         return ids, ids, ids
     if ids.max() >= language.subject.vocab_size:
         raise UpcycleError(
-            f"the tokenizer gives id {ids.max()} and the embedding has {language.subject.vocab_size} rows, which do "
-            f"not belong together; put the model's own tokenizer into {language.subject.folder}"
+            f"the tokenizer gives id {ids.max()} and the embedding has {language.subject.vocab_size} "
+            "rows, which do not belong together; put the model's own tokenizer into "
+            f"{language.subject.folder}"
         )
     starts = np.maximum.accumulate(starts)
     points = np.frombuffer(piece.text.encode("utf-32-le"), "<u4")
@@ -212,7 +221,9 @@ def _result(
         data={**data_of(path), **settings},
         metrics={
             "loss": Metric.of(loss, higher_is_better=False, per_token=True),
-            "perplexity": Metric(value=perplexity, standard_error=spread, higher_is_better=False, per_token=True),
+            "perplexity": Metric(
+                value=perplexity, standard_error=spread, higher_is_better=False, per_token=True
+            ),
             "bits_per_byte": Metric.of(bits, higher_is_better=False),
             "accuracy": Metric.of(accuracy, higher_is_better=True, per_token=True),
         },
@@ -225,4 +236,3 @@ def _result(
             units: len(nats),
         },
     )
-

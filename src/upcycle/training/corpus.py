@@ -98,9 +98,13 @@ def prepare(
 
 def tokenizer(data: Data, source_folder: Path) -> Any:
     """The tokenizer that the data is read with. Raises `UpcycleError` where there is none."""
+    return read_tokenizer(data.tokenizer or source_folder)
+
+
+def read_tokenizer(where: str | Path) -> Any:
+    """The tokenizer in a folder. Raises `UpcycleError` where there is none."""
     from transformers import AutoTokenizer
 
-    where = data.tokenizer or source_folder
     try:
         found = AutoTokenizer.from_pretrained(where)
         # Some classes make a tokenizer of special tokens alone where there are no files.
@@ -207,7 +211,7 @@ def _bar(source: Source, progress: Progress | None) -> Iterator[Progress]:
 
 
 def pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
-    """The documents of `stream` (text, whether it begins one), in pieces of about `_PIECE` characters.
+    """The documents of `stream` (text, whether it begins one), in pieces of about 262,144 characters.
 
     A document without text is left out.
     """
