@@ -262,7 +262,9 @@ def test_means_and_their_differences_are_scipys():
     assert one.value == pytest.approx(a.mean())
     assert one.standard_error == pytest.approx(stats.sem(a))
     found = difference(one, two)
-    assert (found.value, found.standard_error) == pytest.approx((float((a - b).mean()), float(stats.sem(a - b))))
+    assert (found.value, found.standard_error) == pytest.approx(
+        (float((a - b).mean()), float(stats.sem(a - b)))
+    )
     assert Sums.mean(a[:1], "x").standard_error is None
     assert difference(one, one).standard_error == 0.0
 
@@ -348,7 +350,10 @@ def test_long_rows_are_fewer_at_once():
     assert [count for count, _ in sizes] == [1, 2, 4, 1]
     assert all(total <= 1000 for _, total in sizes)
     settings = {"vocab_size": 50_000, "hidden_size": 1024}
-    free, whole = BatchSize.of(settings, torch.device("cpu")), BatchSize.of(settings, torch.device("cpu"), fixed=7)
+    free, whole = (
+        BatchSize.of(settings, torch.device("cpu")),
+        BatchSize.of(settings, torch.device("cpu"), fixed=7),
+    )
     assert (whole.rows, whole.tokens) == (7, None)
     assert free.tokens is None or free.tokens > 0
 
