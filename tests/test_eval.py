@@ -366,6 +366,43 @@ def test_the_batch_size_changes_nothing(byte_model, story):
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
+def test_rows_come_again_where_memory_ran_out(tmp_path, monkeypatch):
+    """Images, spans of T5, features: none is left out or counted twice when a batch is halved."""
+    from PIL import Image
+
+    from upcycle.nn import models
+
+    random = np.random.default_rng(0)
+    for label in range(3):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        for i in range(5):
+            pixels = random.integers(0, 256, (12, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / str(label) / f"{i}.png")
+    folder = make(tmp_path / "vit", "ViTForImageClassification")
+    asked = [Asked(images=tmp_path / "images", batch_size=8)]
+    asked.append(Asked(images=tmp_path / "images", shots=tmp_path / "images", per_class=2, batch_size=8))
+    wanted = [evaluate(folder, each) for each in asked]
+    opened, tried = models.open, []
+
+    def small(source):
+        model = opened(source)
+        forward = model.forward
+
+        def limited(*args, **inputs):
+            tried.append(len(inputs["pixel_values"]))
+            if tried[-1] > 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return forward(*args, **inputs)
+
+        model.forward = limited
+        return model
+
+    monkeypatch.setattr(models, "open", small)
+    for each, before in zip(asked, wanted, strict=True):
+        assert evaluate(folder, each) == before
+    assert {8, 4, 2} <= set(tried)
+
+
 # What is written
 
 

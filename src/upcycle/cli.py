@@ -303,7 +303,7 @@ def eval_(
     """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
 
     Several checkpoints are compared with the first, with a standard error over the same examples.
-    Results are put into eval.json in each checkpoint's folder.
+    Results are put into eval.json in each checkpoint's folder (of a hub id, into --out alone).
 
     Args:
         checkpoints: folders of models, or hub ids

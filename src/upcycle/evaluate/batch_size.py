@@ -71,7 +71,7 @@ class BatchSize:
                     torch.accelerator.empty_cache()
                 continue
             assert len(found) == len(part)
-            out += found
+            out.extend(found)
             advance(len(part))
         return out
 

@@ -129,7 +129,7 @@ def score(
     """The harness's tasks called `names`, on local files of `folder`, or on the hub's data without one.
 
     `shots` examples stand before each question (None: as many as the task says); `limit` is the number of
-    examples of a task, 0: all. Paradigms of BLiMP are followed by the mean of theirs.
+    examples of a task, 0: all. Where BLiMP is asked for as a whole, the mean of its paradigms follows them.
     """
     files = task_files.find(folder, names) if folder else []
     tasks = _local(files) if folder else _fetched(names)
@@ -147,7 +147,7 @@ def score(
         for name, task in tasks.items()
     ]
     paradigms = [result for result in results if result.name.startswith(f"{BLIMP}_")]
-    if len(paradigms) < 2:
+    if not paradigms or (names and BLIMP not in names):
         return results
     shown = [replace(r, more={**r.more, "part_of": BLIMP}) if r in paradigms else r for r in results]
     return [*shown, _mean(BLIMP, paradigms, settings)]
@@ -268,7 +268,7 @@ def _metric(name: str, value: float, values: list[Any], better: bool) -> Metric:
         if name == "perplexity":  # exp of minus the mean of log-likelihoods: the delta method
             error = sums.standard_error
             spread = None if error is None else value * error
-            return Metric(value=value, standard_error=spread, higher_is_better=better, per_token=True)
+            return Metric(value=value, standard_error=spread, higher_is_better=better)
     return Metric(value=value, standard_error=None, higher_is_better=better)
 
 

@@ -3,6 +3,7 @@ masks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from upcycle.evaluate.results import Metric, Result, data_of
 from upcycle.evaluate.text import LENGTH
 from upcycle.subject import Subject
 from upcycle.training import tasks
+from upcycle.training.augment import Augment
 from upcycle.training.corruption import IGNORED
 from upcycle.training.examples import Examples
 from upcycle.training.images import ImageSet
@@ -78,10 +80,15 @@ def _score(
     model.eval()
 
     def work(places: Any) -> Numbers:
-        read = feed.next(len(places))
-        batch = {n: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for n, a in read.items()}
-        question = task.question(batch, subject, training=False)
-        logits = model(**question.inputs).logits
+        begun = feed.state()
+        try:
+            read = feed.next(len(places))
+            batch = {n: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for n, a in read.items()}
+            question = task.question(batch, subject, training=False)
+            logits = model(**question.inputs).logits
+        except (RuntimeError, MemoryError):
+            feed.restore(begun)  # the same rows come again, fewer at a time
+            raise
         return [_row(task, logits[i : i + 1], question.labels[i : i + 1]) for i in range(len(places))]
 
     size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
@@ -122,11 +129,18 @@ def of_probe(
     """The few-shot probe on frozen features, fitted on `shots`, tested on `images`; its seeds are units."""
     task = ImageClassification()
     sets = [task.images(str(path), subject, cache, any_classes=True) for path in (shots, images)]
-    rows = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size).rows
+    size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
     made, labels = [], []
     for found in sets:
         chosen = _chosen(found, asked.limit)
-        made.append(features(model, found, chosen, task.augmentation(subject), batch_size=rows))
+        augment = task.augmentation(subject)
+
+        def work(places: Sequence[int], found: ImageSet = found, augment: Augment = augment) -> Any:
+            return features(model, found, np.array(places), augment, batch_size=len(places))
+
+        with examples_bar(f"features of {Path(found.name).name}") as (advance, set_end):
+            set_end(len(chosen))
+            made.append(np.stack(size.over(chosen.tolist(), work, advance=advance)))
         labels.append(found.labels[chosen])
     fitted = few_shot(
         made[0], labels[0], made[1], labels[1],

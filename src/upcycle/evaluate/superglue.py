@@ -1,8 +1,8 @@
 """SuperGLUE as T5 runs it: every task is text in, text out, and the answer is the greedy text.
 
-Inputs and targets are those of T5's code (Raffel et al. 2020; `preprocessors.py`, `glue_utils.py`): the name of
-the task, then each field after its name; WSC asks for what a marked pronoun stands for, ReCoRD for the entity at
-the placeholder. A row has the fields of the hub's `aps/super_glue`.
+Inputs and targets are those of T5's code (Raffel et al. 2020; `preprocessors.py`, `glue_utils.py`): the name
+of the task, then each field after its name; WSC asks for what a marked pronoun stands for, ReCoRD for the
+entity at the placeholder. A row has the fields of the hub's `aps/super_glue`.
 """
 
 from __future__ import annotations

@@ -12,24 +12,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upcycle.console import examples_bar
+from upcycle.console import bytes_bar
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.differences import Sums
-from upcycle.evaluate.language_model import LanguageModel, Pair
+from upcycle.evaluate.language_model import Advance, LanguageModel, Pair
 from upcycle.evaluate.results import Metric, Result, data_of
 from upcycle.training import corpus
 from upcycle.training.documents import Source, documents
 
 PASSAGE = 4096  # characters: the units of a text that is one document
 LENGTH = 512  # tokens of a window, where the model takes as many
-_AT_ONCE = 512  # windows between two looks at the progress bar
+_AT_ONCE = 512  # windows, of which those of one length go together
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,23 @@ class Window:
     begin: int
     first: int
     end: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A window of a document, and the document's number."""
+
+    number: int
+    document: Document
+    window: Window
+
+    @property
+    def scored(self) -> slice:
+        """The tokens that are scored."""
+        return slice(self.window.first, self.window.end)
+
+
+Totals = dict[tuple[int, int], np.ndarray]  # by document and passage
 
 
 def windows(count: int, length: int, stride: int) -> list[Window]:
@@ -85,22 +103,12 @@ def score(
             "--limit cuts a text between tokens, and this tokenizer does not say which bytes a token "
             "stands for (it is not a fast one); leave it out and shorten the text"
         )
-    totals: dict[tuple[int, int], np.ndarray] = defaultdict(lambda: np.zeros(4))
+    totals: Totals = defaultdict(lambda: np.zeros(4))
     done = 0
-    with examples_bar(f"windows of {path.name}") as (advance, set_end):
-        if limit:
-            set_end(limit)
-        for batch in _batches(source, language, length, stride, limit):
-            pairs = [_pair(document, window, language.begin) for _, document, window in batch]
-            found = language.likelihoods(pairs, advance)
-            for (number, document, window), likelihood in zip(batch, found, strict=True):
-                scored = slice(window.first, window.end)
-                ones = np.ones(len(likelihood.nats))
-                made = np.stack([likelihood.nats, document.bytes[scored], likelihood.likeliest, ones])
-                passages = document.passages[scored]
-                for passage in np.unique(passages):
-                    totals[number, int(passage)] += made[:, passages == passage].sum(1)
-            done += len(batch)
+    with _bar(path, limit) as advance:
+        for parts in _parts(source, language, length, stride, limit):
+            _add(totals, parts, language, advance)
+            done += len(parts)
     if not totals:
         raise UpcycleError(f"{path} holds no text")
     settings = {"length": length, "stride": stride, "limit": limit, "separator": separator}
@@ -122,29 +130,47 @@ def _checked(language: LanguageModel, length: int | None, stride: int | None) ->
     return length, stride
 
 
-def _batches(
-    source: Source, language: LanguageModel, length: int, stride: int, limit: int
-) -> Iterator[list[tuple[int, Document, Window]]]:
-    """Windows with their documents and the documents' numbers, `_AT_ONCE` at a time; `limit` in all."""
-    batch: list[tuple[int, Document, Window]] = []
-    left = limit
-    for number, document in enumerate(_documents(source, language)):
-        for window in windows(len(document.ids), length, stride):
-            batch.append((number, document, window))
-            left -= 1
-            if len(batch) == _AT_ONCE or not left:
-                yield batch
-                batch = []
-            if not left:
-                return
-    if batch:
-        yield batch
+@contextmanager
+def _bar(path: Path, limit: int) -> Iterator[Advance]:
+    with bytes_bar(f"scoring {path.name}") as (advance, set_end):
+        # Of other files, the size is not that of their text.
+        if path.suffix in (".txt", ".text") and path.is_file() and not limit:
+            set_end(path.stat().st_size)
+        yield advance
 
 
-def _pair(document: Document, window: Window, begin: int) -> Pair:
-    before = document.ids[max(0, window.begin) : window.first].tolist()
+def _add(totals: Totals, parts: list[Part], language: LanguageModel, advance: Advance) -> None:
+    """Score some windows, and add up by document and passage: nats, bytes, right answers, tokens."""
+    share = sum(int(part.document.bytes[part.scored].sum()) for part in parts) / len(parts)
+    pairs = [_pair(part, language.begin) for part in parts]
+    found = language.likelihoods(pairs, lambda windows: advance(round(windows * share)))
+    for part, likelihood in zip(parts, found, strict=True):
+        ones = np.ones(len(likelihood.nats))
+        made = np.stack([likelihood.nats, part.document.bytes[part.scored], likelihood.likeliest, ones])
+        passages = part.document.passages[part.scored]
+        for passage in np.unique(passages):
+            totals[part.number, int(passage)] += made[:, passages == passage].sum(1)
+
+
+def _pair(part: Part, begin: int) -> Pair:
+    ids, window = part.document.ids, part.window
+    before = ids[max(0, window.begin) : window.first].tolist()
     context = [begin, *before] if window.begin < 0 else before
-    return Pair(context, document.ids[window.first : window.end].tolist())
+    return Pair(context, ids[part.scored].tolist())
+
+
+def _parts(
+    source: Source, language: LanguageModel, length: int, stride: int, limit: int
+) -> Iterator[list[Part]]:
+    """All windows of all documents, `_AT_ONCE` at a time; `limit` in all."""
+    every = (
+        Part(number=number, document=document, window=window)
+        for number, document in enumerate(_documents(source, language))
+        for window in windows(len(document.ids), length, stride)
+    )
+    wanted = islice(every, limit or None)
+    while parts := list(islice(wanted, _AT_ONCE)):
+        yield parts
 
 
 def _documents(source: Source, language: LanguageModel) -> Iterator[Document]:
@@ -198,7 +224,7 @@ def _tokens(piece: corpus.Piece, language: LanguageModel) -> tuple[np.ndarray, n
 
 def _result(
     path: Path,
-    totals: dict[tuple[int, int], np.ndarray],
+    totals: Totals,
     settings: dict[str, Any],
     done: int,
     language: LanguageModel,
