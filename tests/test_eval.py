@@ -196,12 +196,32 @@ def test_a_copy_differs_by_nothing_and_damage_by_what_it_is(stories, tinystories
         assert (found["units"], found["count"]) == ("documents", scored[0].results[0].more["documents"])
 
 
+def words_model(folder: Path, text: str) -> Path:
+    """A random Llama whose tokens are pieces of words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([text], trainer)
+    make_dense(folder, "llama", vocab_size=400, max_position_embeddings=48)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
 def test_other_tokenizers_are_compared_by_bits_per_byte_alone(trainable, byte_model, tmp_path):
-    folder, file = trainable
     path = tmp_path / "text.txt"
-    path.write_text(file.read_text()[:3000])
+    path.write_text(trainable[1].read_text()[:9000])
+    folder = words_model(tmp_path / "words", path.read_text())
     both = [score(f, Asked(text=path)) for f in (folder, byte_model)]
     compared = compare(both)
+    tokens = [s.results[0].more["targets"] for s in both]
+    assert tokens[0] < 0.8 * tokens[1]
     assert [row["metric"] for row in compared["differences"]] == ["bits_per_byte"]
     one, two = (s.results[0].metrics["bits_per_byte"].value for s in both)
     assert compared["differences"][0]["difference"] == pytest.approx(two - one)
@@ -433,9 +453,13 @@ def test_results_lie_beside_the_checkpoint_and_are_replaced(byte_model, story, t
     assert not list(folder.glob("*.partial"))
 
 
-def test_a_checkpoint_stays_verified(byte_model, story, tmp_path):
+def test_a_copy_differs_by_nothing_and_stays_verified(byte_model, story, tmp_path, capsys):
+    dense = shutil.copytree(byte_model, tmp_path / "dense")
     convert(byte_model, tmp_path / "moe", Recipe.of(moe={"num_experts": 4}))
-    main(["eval", str(tmp_path / "moe"), "--text", str(story)])
+    main(["eval", str(dense), str(tmp_path / "moe"), "--text", str(story), "--separator", "<|>", "--json"])
+    rows = json.loads(capsys.readouterr().out)["differences"]
+    assert [row["metric"] for row in rows] == ["loss", "bits_per_byte", "accuracy"]
+    assert max(abs(row["difference"]) for row in rows) < 1e-6
     assert (tmp_path / "moe" / "eval.json").is_file()
     assert verify(byte_model, tmp_path / "moe").holds
 
