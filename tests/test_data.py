@@ -226,7 +226,7 @@ def test_pieces_are_the_documents(documents: list[str], data: st.DataObject) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "_PIECE", 10)
-        pieces = list(corpus._pieces(stream, Characters(), Source(path="x")))
+        pieces = list(corpus.pieces(stream, Characters(), Source(path="x")))
     joined = "".join("[" * p.begins + p.text + "]" * p.ends for p in pieces)
     assert joined == "".join(f"[{text}]" for text in documents)
     assert max(len(p.text) for p in pieces) <= 11

@@ -312,41 +312,82 @@ def export(
 def eval_(
     checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT")],
     *,
-    text: Path | None = None,
+    text: Annotated[
+        UseAppendAction[tuple[Path, ...]],
+        arg(
+            metavar="FILE",
+            help="score on a text what the model is made for: the next token (loss, perplexity, "
+            "bits per byte), spans cut out (T5), masked tokens; repeatable",
+        ),
+    ] = (),
     images: Path | None = None,
     few_shot: Path | None = None,
+    tasks: Annotated[str, arg(metavar="NAMES")] = "",
+    task_files: Path | None = None,
+    num_fewshot: int | None = None,
+    superglue: Path | None = None,
     per_class: int = 10,
-    length: int = 512,
-    batch_size: int = 64,
+    length: int | None = None,
+    stride: int | None = None,
+    separator: str | None = None,
+    batch_size: int = 0,
     limit: int = 0,
     cache: Path | None = None,
+    out: Path | None = None,
     json: bool = False,
 ) -> None:
     """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
 
+    Several checkpoints are compared with the first, with a standard error over the same examples.
+    Results are put into eval.json in each checkpoint's folder (of a hub id, into --out alone).
+
     Args:
-        checkpoints: folders of models
-        text: score on a text what the model is made for: the next token, spans cut out (T5), masked tokens
+        checkpoints: folders of models, or hub ids
         images: top-1 accuracy on labelled images: a parquet file, or a folder with one folder a class
         few_shot: fit a linear probe on a few of these images, and test it on those of --images
+        tasks: tasks of lm-evaluation-harness, such as arc_easy,piqa,blimp (needs the extra `eval`)
+        task_files: folder of their data, NAME.jsonl and blimp/PARADIGM.jsonl; without it, from the hub
+        num_fewshot: examples before each question of a task (what the task says, if absent)
+        superglue: folder of SuperGLUE's tasks, boolq.jsonl and so on, asked text to text as T5 is
         per_class: images of each class that the probe is fitted on
-        length: tokens of a row of text
-        batch_size: rows of a forward pass
-        limit: images or rows at most; 0: all
+        length: tokens of a row or window of text (512, or what the model takes)
+        stride: tokens of a window that are scored, the others being context (the length)
+        separator: what stands between the documents of a text file; without it, a file is one document
+        batch_size: rows of a forward pass; 0: found by itself
+        limit: images, rows, windows or examples of a task at most; 0: all
         cache: folder for decoded images and token files
+        out: write everything, comparison included, to this JSON file
         json: print JSON
     """
-    from upcycle import console
-    from upcycle.evaluate.scores import Asked, evaluate
+    from upcycle import console, hub
+    from upcycle.evaluate import results
+    from upcycle.evaluate.comparison import compare
+    from upcycle.evaluate.scores import Asked, score
 
     asked = Asked(
-        text=text, images=images, shots=few_shot, per_class=per_class, length=length,
-        batch_size=batch_size, limit=limit, cache=cache,
+        text=text, images=images, shots=few_shot, tasks=_names(tasks), task_files=task_files,
+        num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,
+        separator=separator, batch_size=batch_size, limit=limit, cache=cache,
     )  # fmt: skip
     if not checkpoints:
         raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
-    found = [evaluate(folder, asked) for folder in checkpoints]
-    console.show_json({"checkpoints": found}) if json else console.show_scores(found)
+    scored = [score(checkpoint, asked) for checkpoint in checkpoints]
+    compared = compare(scored)
+    found = [each.as_json() for each in scored]
+    console.show_json({"checkpoints": found, **compared}) if json else console.show_scores(found, compared)
+    sys.stdout.flush()
+    if out is not None:
+        results.write(out, {"format": results.FORMAT, "checkpoints": found, **compared})
+        console.show_recorded(out)
+    for each in scored:
+        if hub.is_id(each.checkpoint):
+            continue
+        try:
+            console.show_recorded(results.record(each.folder, each.results))
+        except UpcycleError as error:
+            if out is None:
+                raise
+            print(f"upcycle: {error}", file=sys.stderr)
 
 
 @app.command

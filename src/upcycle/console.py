@@ -149,22 +149,52 @@ def show_exported(exported: Exported) -> None:
     )
 
 
-def show_scores(scores: list[dict[str, Any]]) -> None:
-    """One row a checkpoint."""
-    table = grid("", "checkpoint", "what", "loss", "accuracy", "+-", "of")
+def show_scores(scores: list[dict[str, Any]], compared: dict[str, Any]) -> None:
+    """One row a metric of each checkpoint, then the differences, then what to know about them.
+
+    The parts of a group are left to the JSON.
+    """
+    table = grid("", "checkpoint", "what", "metric", "value", "+-", "of")
     for score in scores:
-        probe = score.get("few_shot")
-        found = probe or score
-        error = found["standard_error"] if probe else found["accuracy_error"]
-        table.add_row(
-            score["checkpoint"],
-            f"{probe['per_class']}-shot probe" if probe else score["task"],
-            "" if probe else f"{score['loss']:.4f}",
-            f"{found['accuracy']:.2%}",
-            "" if error is None else f"{error:.2%}",
-            str(found["examples"] if probe else found["targets"]),
-        )
+        for result in _whole(score["results"]):
+            of = f"{result['examples']}" if "examples" in result else ""
+            for name, metric in result["metrics"].items():
+                shown = (_number(metric["value"]), _number(metric["standard_error"]))
+                table.add_row(score["checkpoint"], _what(result), name, *shown, of)
     out.print(table)
+    if compared["differences"]:
+        table = grid("", "checkpoint", "what", "metric", "difference", "+-", "of")
+        for row in _whole(compared["differences"]):
+            shown = (_number(row["difference"], sign=True), _number(row["standard_error"]))
+            paired = f"{row['count']} {row['units']}"
+            table.add_row(row["checkpoint"], _what(row), row["metric"], *shown, paired)
+        out.print()
+        out.print(table)
+        out.print(f"differences are to {compared['differences'][0]['against']}, paired")
+    for note in compared["notes"]:
+        out.print(note)
+
+
+def show_recorded(path: Path) -> None:
+    """Where results were written."""
+    err.print(f"written: {path}", soft_wrap=True)
+
+
+def _whole(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "part_of" not in row]
+
+
+def _what(row: dict[str, Any]) -> str:
+    kinds = {"few_shot": "few-shot probe, ", "superglue": "SuperGLUE "}
+    return kinds.get(row["kind"], "") + str(row["name"])
+
+
+def _number(n: float | None, *, sign: bool = False) -> str:
+    if n is None:
+        return ""
+    return (
+        f"{n:{'+' if sign else ''}.4f}" if n == 0 or 1e-3 <= abs(n) < 1e5 else f"{n:{'+' if sign else ''}.1e}"
+    )
 
 
 def show_reported(files: list[Path], troubles: list[str]) -> None:

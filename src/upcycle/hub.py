@@ -23,11 +23,21 @@ def open_checkpoint(
     source: str | Path, *, allow_nonfinite: bool = False, label: str = "source"
 ) -> Checkpoint:
     """The checkpoint `source`, downloaded to the hub's cache if it is a hub id."""
-    folder = _download(str(source)) if _is_id(source) else Path(source)
+    folder = local(source)
     opened = Checkpoint.open(folder, allow_nonfinite=allow_nonfinite, label=label)
-    if _is_id(source):
+    if is_id(source):
         opened.name = str(source)
     return opened
+
+
+def is_id(source: str | Path) -> bool:
+    """Whether SOURCE is a hub id and no folder."""
+    return not Path(source).exists() and _ID.fullmatch(str(source)) is not None
+
+
+def local(source: str | Path) -> Path:
+    """The folder of SOURCE, downloaded to the hub's cache if it is a hub id."""
+    return _download(str(source)) if is_id(source) else Path(source)
 
 
 def _download(source: str) -> Path:
@@ -44,7 +54,7 @@ def _download(source: str) -> Path:
 
 def peek(source: str | Path) -> Checkpoint:
     """Config and headers of `source`; of a hub id, a few kilobytes are fetched and no weights."""
-    if not _is_id(source):
+    if not is_id(source):
         return Checkpoint.open(source)
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
@@ -69,10 +79,6 @@ def peek(source: str | Path) -> Checkpoint:
         for name, info in header.tensors.items()
     }
     return Checkpoint(Path(source), config, tensors)
-
-
-def _is_id(source: str | Path) -> bool:
-    return not Path(source).exists() and _ID.fullmatch(str(source)) is not None
 
 
 @contextmanager

@@ -1,165 +1,182 @@
 """`upcycle eval`: how well checkpoints do on data they were not trained on, dense or Mixture of Experts.
 
-Images: top-1 accuracy, or the few-shot probe on frozen features. Texts: what the model's task asks (the next
-token, spans, masked tokens), its loss in nats and its accuracy per target.
-"""
+Images: top-1 accuracy, or the few-shot probe on frozen features. Texts: bits per byte of a decoder, or what
+the model's task asks (spans, masked tokens). Tasks: those of lm-evaluation-harness, and SuperGLUE text to
+text."""
 
 from __future__ import annotations
 
-import math
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from upcycle import hub
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
-from upcycle.evaluate.features import features
-from upcycle.evaluate.probe import few_shot
+from upcycle.evaluate import rows_scored, task_files, text, text_to_text
+from upcycle.evaluate.asked import Asked
+from upcycle.evaluate.language_model import DECODER, ENCODER_DECODER, LanguageModel
+from upcycle.evaluate.results import Result
 from upcycle.nn import models
 from upcycle.proof import quiet
 from upcycle.subject import Subject
-from upcycle.training import tasks
-from upcycle.training.examples import Examples
-from upcycle.training.images import ImageSet
-from upcycle.training.run import Run
-from upcycle.training.tasks._tokens import TokenFeed
+from upcycle.training import corpus, tasks
+from upcycle.training.loop import RECORD
+from upcycle.training.tasks.causal_lm import CausalLM
 from upcycle.training.tasks.image_classification import ImageClassification
 from upcycle.training.tasks.text_classification import TextClassification
 
+__all__ = ["Asked", "Scored", "evaluate", "score"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What to evaluate on. `limit` is the number of images or rows at most; 0: all."""
+class Scored:
+    """A checkpoint and what it scores."""
 
-    text: Path | None = None
-    images: Path | None = None
-    shots: Path | None = None  # images that the probe is fitted on; it is tested on `images`
-    per_class: int = 10
-    length: int = 512
-    batch_size: int = 64
-    limit: int = 0
-    cache: Path | None = None
+    checkpoint: str
+    folder: Path
+    architecture: str
+    results: tuple[Result, ...]
+    tokenizer: str | None  # a hash that tells tokenizers apart; None: none was used
 
-    def __post_init__(self) -> None:
-        if (self.text is None) == (self.images is None):
-            raise UpcycleError("give either --text FILE or --images SET to evaluate on")
-        if self.shots is not None and self.images is None:
-            raise UpcycleError("--few-shot SET is fitted on that set and tested on --images SET; give both")
-        if self.limit < 0:
-            raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
-        for name in ("per_class", "length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UpcycleError(f"--{name.replace('_', '-')} {getattr(self, name)}; it must be 1 or more")
+    def as_json(self) -> dict[str, Any]:
+        """As `--json` has it: every result, and the only one of a kind at the top as well."""
+        found: dict[str, Any] = {"checkpoint": self.checkpoint, "architecture": self.architecture}
+        by_kind: dict[str, list[Result]] = {}
+        for result in self.results:
+            by_kind.setdefault(result.kind, []).append(result)
+        for kind, results in by_kind.items():
+            if kind in ("text", "images", "few_shot") and len(results) == 1:
+                (result,) = results
+                flat = {name: metric.value for name, metric in result.metrics.items()} | dict(result.more)
+                error = result.metrics["accuracy"].standard_error
+                if kind == "few_shot":
+                    found["few_shot"] = {**flat, "standard_error": error}
+                else:
+                    found |= {**flat, "accuracy_error": error}
+        return {**found, "results": [{**r.as_json(), **r.more} for r in self.results]}
 
 
-def evaluate(folder: str | Path, asked: Asked) -> dict[str, Any]:
-    """The scores of the checkpoint in `folder`, as JSON has them."""
-    folder = Path(folder)
+def evaluate(source: str | Path, asked: Asked) -> dict[str, Any]:
+    """The scores of the checkpoint `source` (a folder, or a hub id), as JSON has them."""
+    return score(source, asked).as_json()
+
+
+def score(source: str | Path, asked: Asked) -> Scored:
+    """The scores of the checkpoint `source`, a folder or a hub id."""
+    folder = hub.local(source)
+    if not (folder / "config.json").exists() and (folder / RECORD).exists():
+        raise UpcycleError(
+            f"{folder} is the folder of a training run and no model; write its checkpoint as one first: "
+            f"upcycle export {folder} OUT"
+        )
     config = read_json(folder / "config.json", f"{folder} has no config.json; give a folder of a model")
     subject = Subject(folder=folder, config=config)
-    task = None if asked.shots else tasks.of(subject.architecture)
-    if asked.images and isinstance(task, ImageClassification) is (asked.shots is not None):
-        raise UpcycleError(f"{subject.architecture} does not classify images; give --text, or --few-shot")
-    if asked.shots and "image_size" not in subject.settings:
-        raise UpcycleError(f"{subject.architecture} reads no images; --few-shot is for models that do")
-    if asked.text and isinstance(task, TextClassification):
-        raise UpcycleError(f"{subject.architecture} classifies texts; score it in a run, with task.test")
-    if asked.text and isinstance(task, ImageClassification):
-        raise UpcycleError(f"{subject.architecture} reads images and no text; give --images")
+    _refuse_unfit(subject, asked)
+    _refuse_missing(asked)
     with quiet():
         model = models.open(folder)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     with TemporaryDirectory() as scratch:
         cache = asked.cache or Path(scratch)
-        if asked.shots:
-            found = {"few_shot": _few_shot(model, subject, asked, cache)}
+        if asked.images is not None:
+            results = [_on_images(model, subject, asked.images, asked, cache)]
+            tokenizer = None
         else:
-            assert task is not None
-            found = _score(model.eval(), subject, task, _feed(task, subject, asked, cache), asked)
-    return {"checkpoint": str(folder), "architecture": config["architectures"][0], **found}
-
-
-def _few_shot(model: PreTrainedModel, subject: Subject, asked: Asked, cache: Path) -> dict[str, Any]:
-    task = ImageClassification()
-    assert asked.shots is not None
-    assert asked.images is not None
-    sets = [task.images(str(path), subject, cache, any_classes=True) for path in (asked.shots, asked.images)]
-    made, labels = [], []
-    for images in sets:
-        chosen = _chosen(images, asked.limit)
-        augment = task.augmentation(subject)
-        made.append(features(model, images, chosen, augment, batch_size=asked.batch_size))
-        labels.append(images.labels[chosen])
-    found = few_shot(
-        made[0], labels[0], made[1], labels[1],
-        num_classes=max(s.num_labels for s in sets), per_class=asked.per_class,
+            words = corpus.read_tokenizer(folder)
+            results = _on_texts(model, words, subject, asked, cache)
+            tokenizer = _fingerprint(words)
+    return Scored(
+        checkpoint=str(source), folder=folder, architecture=str(config["architectures"][0]),
+        results=tuple(results), tokenizer=tokenizer,
     )  # fmt: skip
-    return {
-        "accuracy": found.accuracy_mean,
-        "standard_error": found.standard_error,
-        "accuracies": list(found.accuracies),
-        "per_class": asked.per_class,
-        "examples": len(made[1]),
-    }
 
 
-def _chosen(images: ImageSet, limit: int) -> np.ndarray:
-    """All images, or as many of them, evenly spaced."""
-    count = min(len(images), limit or len(images))
-    return np.arange(count) * len(images) // count
+def _refuse_unfit(subject: Subject, asked: Asked) -> None:
+    """Refuse what a class cannot be asked, before its weights are read."""
+    architecture = subject.architecture
+    task = None if asked.shots else tasks.of(architecture)
+    classifies = isinstance(task, ImageClassification)
+    if asked.images and asked.shots is None and not classifies:
+        raise UpcycleError(f"{architecture} does not classify images; give --text, or --few-shot")
+    if asked.shots and "image_size" not in subject.settings:
+        raise UpcycleError(f"{architecture} reads no images; --few-shot is for models that do")
+    if not asked.images and isinstance(task, TextClassification):
+        raise UpcycleError(f"{architecture} classifies texts; score it in a run, with task.test")
+    if not asked.images and classifies:
+        raise UpcycleError(f"{architecture} reads images and no text; give --images")
+    if (asked.by_harness or asked.superglue) and not architecture.endswith((DECODER, ENCODER_DECODER)):
+        raise UpcycleError(
+            f"{architecture} gives no text a likelihood, and tasks ask for one; give --text, or a "
+            f"checkpoint of a class that ends in {DECODER} or {ENCODER_DECODER}"
+        )
 
 
-def _feed(task: tasks.Task, subject: Subject, asked: Asked, cache: Path) -> TokenFeed | Examples:
-    """The rows of what is asked, each once in an epoch."""
-    if isinstance(task, ImageClassification):
-        images = task.images(str(asked.images), subject, cache)
-        return Examples(images, None, held_out_share=0.0, seed=0)
-    run = Run.of(
-        {
-            "source": str(subject.folder),
-            "out": str(cache),
-            "data": {"sources": [{"path": str(asked.text)}], "cache": str(cache)},
-            "train": {"steps": 1, "batch_size": asked.batch_size, "sequence_length": asked.length},
-            "schedule": {"peak": 0.0},
-        }
-    )
-    feed = task.feed(run, subject, cache)
-    assert isinstance(feed, TokenFeed)
-    return feed
+def _refuse_missing(asked: Asked) -> None:
+    """Refuse tasks without their files, or without the harness, before anything is scored."""
+    if asked.by_harness:
+        _harness()
+    if asked.task_files:
+        task_files.find(asked.task_files, asked.tasks)
+    if asked.superglue:
+        text_to_text.files(asked.superglue)
 
 
-@torch.inference_mode()
-def _score(
-    model: PreTrainedModel,
-    subject: Subject,
-    task: tasks.Task,
-    feed: TokenFeed | Examples,
-    asked: Asked,
-) -> dict[str, Any]:
-    rows = sum(feed.trainable)
-    rows = min(rows, asked.limit or rows)
-    loss, correct, targets = 0.0, 0, 0
-    for start in range(0, rows, asked.batch_size):
-        read = feed.next(min(asked.batch_size, rows - start))
-        batch = {n: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for n, a in read.items()}
-        question = task.question(batch, subject, training=False)
-        logits = model(**question.inputs).logits
-        loss += float(task.loss(logits, question.labels))
-        correct += int(task.correct(logits, question.labels))
-        targets += task.targets(batch)
-    accuracy = correct / targets
-    return {
-        "task": task.name,
-        "loss": loss / targets,
-        "perplexity": math.exp(min(700.0, loss / targets)),
-        "accuracy": accuracy,
-        "accuracy_error": math.sqrt(accuracy * (1 - accuracy) / targets),
-        "targets": targets,
-        "examples": rows,
-    }
+def _on_images(model: PreTrainedModel, subject: Subject, images: Path, asked: Asked, cache: Path) -> Result:
+    if asked.shots is not None:
+        return rows_scored.of_probe(model, subject, asked.shots, images, asked, cache)
+    return rows_scored.of_images(model, subject, images, asked, cache)
+
+
+def _on_texts(
+    model: PreTrainedModel, words: Any, subject: Subject, asked: Asked, cache: Path
+) -> list[Result]:
+    results = []
+    task = tasks.of(subject.architecture)
+    speaks = subject.architecture.endswith((DECODER, ENCODER_DECODER))
+    language = LanguageModel.of(model, words, subject, batch_size=asked.batch_size) if speaks else None
+    for path in asked.texts:
+        if language is not None and isinstance(task, CausalLM):
+            results.append(
+                text.score(
+                    language, path, length=asked.length, stride=asked.stride, limit=asked.limit,
+                    separator=asked.separator,
+                )
+            )  # fmt: skip
+        else:
+            results.append(rows_scored.of_text(model, subject, path, task, asked, cache))
+    if asked.by_harness:
+        assert language is not None
+        results += _harness().score(
+            language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
+        )
+    if asked.superglue:
+        assert language is not None
+        results += text_to_text.score(language, asked.superglue, limit=asked.limit)
+    return results
+
+
+def _harness() -> ModuleType:
+    """The module that needs lm-evaluation-harness."""
+    try:
+        from upcycle.evaluate import harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise UpcycleError(
+            "tasks are those of lm-evaluation-harness, which is not installed: pip install 'upcycle[eval]'"
+        ) from None
+    return harness
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    fast = tokenizer.is_fast
+    said = tokenizer.backend_tokenizer.to_str() if fast else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(said.encode()).hexdigest()

@@ -98,9 +98,13 @@ def prepare(
 
 def tokenizer(data: Data, source_folder: Path) -> Any:
     """The tokenizer that the data is read with. Raises `UpcycleError` where there is none."""
+    return read_tokenizer(data.tokenizer or source_folder)
+
+
+def read_tokenizer(where: str | Path) -> Any:
+    """The tokenizer in a folder. Raises `UpcycleError` where there is none."""
     from transformers import AutoTokenizer
 
-    where = data.tokenizer or source_folder
     try:
         found = AutoTokenizer.from_pretrained(where)
         # Some classes make a tokenizer of special tokens alone where there are no files.
@@ -154,7 +158,7 @@ def _make(
     count = number = size = largest = 0
     try:
         with partial.open("wb") as file, _bar(source, progress) as advance:
-            for batch in _batches(_pieces(documents(source), tokenizer, source)):
+            for batch in _batches(pieces(documents(source), tokenizer, source)):
                 for ids in _encode(batch, tokenizer, data.append_eos):
                     largest = max(largest, int(ids.max(initial=0)))
                     _refuse(largest, vocab_size, source)
@@ -206,8 +210,8 @@ def _bar(source: Source, progress: Progress | None) -> Iterator[Progress]:
         yield advance
 
 
-def _pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
-    """The documents of `stream` (text, whether it begins one), in pieces of about `_PIECE` characters.
+def pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
+    """The documents of `stream` (text, whether it begins one), in pieces of about 262,144 characters.
 
     A document without text is left out.
     """
