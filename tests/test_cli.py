@@ -245,7 +245,13 @@ def test_demo(tmp_path, capsys):
     """The whole story on the standard library's sources, with a second of training."""
     cli.main(["demo", "--out", str(tmp_path / "demo"), "--seconds", "1"])
     out = capsys.readouterr().out
-    assert out.count("8 experts, copy") >= 2
     assert "At equal FLOPs the best MoE" in out
     assert "NO" not in out
-    assert (tmp_path / "demo" / "drop" / "config.json").exists()
+    assert "bits_per_byte" in out
+    page = (tmp_path / "demo" / "report.html").read_text()
+    for said in ("8 experts, top-2, copy", "8 experts, top-2, drop", "16 experts, top-4, importance"):
+        assert said in page
+    assert (tmp_path / "demo" / "report.md").exists()
+    for name in ("copy", "drop", "recycle"):
+        trained = tmp_path / "demo" / "trained" / name
+        assert {"eval.json", "routing.json", "upcycle.json"} <= {path.name for path in trained.iterdir()}
