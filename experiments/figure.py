@@ -1,0 +1,30 @@
+"""The figure of an experiment: mean curves with bands of one standard error, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from upcycle.report import drawing, figures
+from upcycle.report.document import Picture
+from upcycle.report.figures import Axis, Line
+
+Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]  # by label: a curve of (x, y) for each seed
+
+
+def write(path: Path, title: str, curves: Curves, x: str, y: str, *, log: bool = False) -> None:
+    """Draw `curves` to `path`."""
+    lines = []
+    for place, (label, seeds) in enumerate(curves.items()):
+        points = np.array(seeds, np.float64)  # [seeds, n, 2]
+        values = points[..., 1]
+        error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1])
+        mean = values.mean(0)
+        lines.append(
+            Line(label=label, place=place, x=points[0, :, 0], y=mean, low=mean - error, high=mean + error)
+        )
+    draw = partial(figures.curves, title=title, lines=lines, x=Axis(label=x), y=Axis(label=y, log=log))
+    path.write_bytes(drawing.png(Picture(name="figure", title=title, caption="", draw=draw)))
