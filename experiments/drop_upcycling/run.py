@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import common  # noqa: E402
+import figure  # noqa: E402
 import language  # noqa: E402
 
 STEPS = 600
@@ -55,6 +56,13 @@ def main() -> None:
     for name in VARIANTS:
         told = [language.losses(runs, name, point) for point in points]
         print(f"{name:18} " + " ".join(f"{loss:7.4f} +-{error:6.4f}" for loss, error in told))
+    shown = ("r0", "r0.1_shared", "r0.25_shared", "r0.5_shared", "r1")
+    curves = {
+        name: [[(step, loss) for step, _, loss in r["curve"]][1:] for r in runs if r["variant"] == name]
+        for name in shown
+    }
+    y = "held-out loss (nats per token)"
+    figure.write(HERE / "figure.png", "Share of neurons redrawn", curves, "steps of 2,048 tokens", y)
 
 
 if __name__ == "__main__":

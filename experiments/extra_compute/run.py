@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import common  # noqa: E402
+import figure  # noqa: E402
 import language  # noqa: E402
 
 # What goes on, and for how much of the dense model's own training FLOPs.
@@ -66,6 +67,15 @@ def main() -> None:
                 told = ["not reached" if flops is None else f"{flops / budget:.0%}" for flops in found]
                 line += f"   scratch: {', '.join(told)}"
             print(line)
+    curves = {
+        name: [
+            [(flops / budget, loss) for _, flops, loss in r["curve"]] for r in runs if r["variant"] == name
+        ]
+        for name in VARIANTS
+    }
+    curves["scratch"] = [curve[1:] for curve in curves["scratch"]]  # it begins far above
+    x = "training FLOPs / those of the dense model"
+    figure.write(HERE / "figure.png", "What extra compute buys", curves, x, "held-out loss (nats per token)")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import common  # noqa: E402
+import figure  # noqa: E402
 import language  # noqa: E402
 
 STEPS = 400
@@ -63,6 +64,13 @@ def main() -> None:
         left = [x for r in runs if r["variant"] == name for x in r["left_behind"]]
         behind = f"{sum(left) / len(left):.1%}" if left else ""
         print(f"{name:24} {start:8.4f} {end:8.4f} {error:8.4f} {behind:>12}")
+    shown = ("dense_equal_flops", "topk_softmax_dropless", "topk_softmax_cf1", "softmax_topk_dropless")
+    curves = {
+        name: [[(flops, loss) for _, flops, loss in r["curve"]] for r in runs if r["variant"] == name]
+        for name in shown
+    }
+    y = "held-out loss (nats per token)"
+    figure.write(HERE / "figure.png", "Capacity and router order", curves, "training FLOPs", y)
 
 
 if __name__ == "__main__":

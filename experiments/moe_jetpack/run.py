@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import common  # noqa: E402
+import figure  # noqa: E402
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 SETS = ("cifar10", "fashion_mnist")
@@ -179,6 +180,24 @@ def main() -> None:
         {"predecessors": predecessors},
     )
     show(runs)
+    shown = (
+        "dense_scratch",
+        "small_finetuned",
+        "large_finetuned",
+        "spherical_scratch",
+        "copies",
+        "importance",
+    )
+    for data in SETS:
+        curves = {
+            v: [
+                [(p["step"], p["accuracy"]) for p in r["curve"]]
+                for r in runs
+                if r["variant"] == f"{data}/{v}"
+            ]
+            for v in shown
+        }
+        figure.write(HERE / f"{data}.png", f"Accuracy on {data}", curves, "steps of 128 images", "accuracy")
 
 
 if __name__ == "__main__":

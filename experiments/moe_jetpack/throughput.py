@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,10 @@ from transformers import PreTrainedModel
 from upcycle.nn import models
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import common  # noqa: E402
+
 BATCH = 128
 # One of each architecture: the weights do not matter.
 MODELS = {
@@ -62,20 +67,15 @@ def main() -> None:
     about = {"batch": BATCH, "threads": options.threads, "rounds": options.rounds, "torch": torch.__version__}
     (HERE / "throughput.json").write_text(json.dumps({**about, "images_per_second": rows}, indent=1) + "\n")
     for name, row in rows.items():
-        print(
-            f"{name:28} {row['flops_per_image'] / 1e6:7.1f} {row['forward']['median']:7} {row['training']['median']:7}"
-        )
+        speeds = f"{row['forward']['median']:7} {row['training']['median']:7}"
+        print(f"{name:28} {row['flops_per_image'] / 1e6:7.1f} {speeds}")
 
 
 def opened(runs: Path, variant: str) -> PreTrainedModel:
     """The model that a run ended with."""
-    import subprocess
-    import sys
-
     folder = runs / f"cifar10-{variant}-0-exported"
     if not folder.exists():
-        command = [sys.executable, "-m", "upcycle", "export", str(runs / f"cifar10-{variant}-0"), str(folder)]
-        subprocess.run(command, check=True)
+        common.upcycle("export", str(runs / f"cifar10-{variant}-0"), str(folder))
     return models.open(folder)
 
 
