@@ -53,7 +53,7 @@ def table(changes: Mapping[str, Any], seed: int, steps: int, given: argparse.Nam
         },
         "train": {
             "steps": steps, "batch_tokens": 2048, "sequence_length": 128, "precision": "float32",
-            "eval_every": max(1, steps // 8), "eval_tokens": 32768,
+            "eval_every": max(1, steps // 8), "eval_tokens": 16384,
         },
         "schedule": {"name": "constant", "peak": 2e-3, "warmup": 40},
         "checkpoint": {"every": 0, "keep": 1},

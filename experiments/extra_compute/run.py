@@ -23,9 +23,9 @@ import language  # noqa: E402
 
 # What goes on, and for how much of the dense model's own training FLOPs.
 VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
-    "dense": ({}, 1.0),
-    "upcycled": (language.MOE, 1.0),
-    "scratch": ({**language.MOE, "from_scratch": True}, 1.5),
+    "dense": ({}, 0.64),
+    "upcycled": (language.MOE, 0.64),
+    "scratch": ({**language.MOE, "from_scratch": True}, 1.28),
 }
 
 
