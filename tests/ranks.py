@@ -75,6 +75,8 @@ def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
         "parallel": parallel,
     }
     for section, values in changes.items():
+        if section == "init":
+            table.pop(section)  # another one has other keys
         table[section] = {**table.get(section, {}), **values} if isinstance(values, dict) else values
     return Run.of(table)
 
