@@ -1,0 +1,138 @@
+"""plan, advise, convert, verify, list: from a dense checkpoint to a Mixture of Experts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tyro.conf import OmitArgPrefixes
+
+from upcycle.cli.options import Jobs, Out, RecipeOptions, Source, app
+
+
+@app.command
+def plan(
+    source: Source, recipe: OmitArgPrefixes[RecipeOptions], *, json: bool = False, jobs: Jobs = 2
+) -> None:
+    """Show what a recipe makes of SOURCE and what it costs, reading headers only.
+
+    Args:
+        json: print JSON
+    """
+    from upcycle import console, cost
+
+    result = cost.plan(source, recipe.read(), jobs=jobs)
+    console.show_json(result.as_dict()) if json else console.show_plan(result)
+
+
+@app.command
+def advise(
+    source: Source,
+    recipe: OmitArgPrefixes[RecipeOptions],
+    *,
+    tokens: str,
+    dense_tokens: str | None = None,
+    gpus: int | None = None,
+    gpu: str = "H100",
+    context: int | None = None,
+    json: bool = False,
+) -> None:
+    """Say what is known before spending: dense continuation, upcycling or from scratch? Reads headers only.
+
+    Args:
+        tokens: what the model would be trained on now, such as 100B
+        dense_tokens: what SOURCE was trained on; much cannot be said without it, and nothing is assumed
+        gpus: how many there are (the least number is worked out, if absent)
+        gpu: of which kind: H100, H200, H800, A100 or A800
+        context: tokens of a row of text (4096, or as many as the model takes, if absent)
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle.advise.gather import advise as ask
+    from upcycle.advise.situation import Asked, parse_tokens
+
+    asked = Asked(
+        tokens=parse_tokens(tokens, "--tokens"),
+        dense_tokens=None if dense_tokens is None else parse_tokens(dense_tokens, "--dense-tokens"),
+        gpus=gpus, gpu=gpu, context=context,
+    )  # fmt: skip
+    result = ask(source, recipe.read(), asked)
+    console.show_json(result.as_dict()) if json else console.show_advice(result)
+
+
+@app.command
+def convert(
+    source: Source,
+    out: Out,
+    recipe: OmitArgPrefixes[RecipeOptions],
+    *,
+    resume: bool = False,
+    jobs: Jobs = 2,
+    shard_size: str = "5GB",
+    allow_nonfinite: bool = False,
+) -> None:
+    """Write the Mixture of Experts that a recipe makes of SOURCE to the new folder OUT.
+
+    Args:
+        out: the folder to make; until it is whole it is called OUT.partial
+        resume: go on with an OUT.partial that a broken run left
+        shard_size: size of a weight file at most, such as 5GB or 500MB
+        allow_nonfinite: take NaN and inf in the weights as they are
+    """
+    from upcycle import console
+    from upcycle.cost import plan_of
+    from upcycle.shards import parse_size
+    from upcycle.write import convert as write
+
+    built_from, size = recipe.read(), parse_size(shard_size)
+    with console.bytes_bar("writing") as (progress, set_total):
+        built = write(
+            source,
+            out,
+            built_from,
+            resume=resume,
+            jobs=jobs,
+            shard_size=size,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            planned=lambda b: set_total(b.nbytes),
+        )
+    console.show_converted(plan_of(built), out)
+
+
+@app.command
+def verify(
+    source: Source,
+    out: Out,
+    *,
+    json: bool = False,
+    text: Path | None = None,
+    logits: bool = True,
+) -> None:
+    """Prove that OUT is what its recipe makes of SOURCE: coverage, bytes, logits. Exit 1 if it is not.
+
+    Args:
+        out: a folder made by `upcycle convert`
+        json: print JSON
+        text: a text file to compare logits on, besides random tokens
+        logits: compare the logits of both models in float32, which loads both
+    """
+    from upcycle import console
+    from upcycle.proof import verify as check
+
+    result = check(source, out, text=text, logits=logits)
+    console.show_json(result.as_dict()) if json else console.show_proof(result)
+    sys.exit(0 if result.holds else 1)
+
+
+@app.command(name="list")
+def list_(*, json: bool = False) -> None:
+    """List families, targets, initialisations and router initialisations: name, one line, what it needs.
+
+    Args:
+        json: print JSON
+    """
+    from upcycle import catalogue, console
+
+    table = catalogue.everything()
+    console.show_json(table) if json else console.show_catalogue(table)

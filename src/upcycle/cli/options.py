@@ -1,0 +1,75 @@
+"""What commands of the command line share: the program, and options that several have."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+if TYPE_CHECKING:
+    from upcycle.recipe import Recipe
+
+app = tyro.extras.SubcommandApp()
+
+Source = Annotated[
+    Positional[str],
+    arg(metavar="SOURCE", help="dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)"),
+]
+Out = Annotated[Positional[Path], arg(metavar="OUT")]
+Jobs = Annotated[int, arg(metavar="N", help="threads that read, compute and write")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What to build."""
+
+    recipe: Annotated[
+        Path | None, arg(metavar="FILE.toml", help="a recipe; the options below go over it")
+    ] = None
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="KEY=VALUE", help="any key of a recipe, such as init.ratio=0.25; repeatable"),
+    ] = ()
+    experts: Annotated[int | None, arg(metavar="N", help="moe.num_experts (8)")] = None
+    top_k: Annotated[int | None, arg(metavar="K", help="moe.top_k (2)")] = None
+    init: Annotated[str | None, arg(metavar="NAME", help="init.name (copy); see `upcycle list`")] = None
+    layers: Annotated[
+        str | None, arg(metavar="SPEC", help="moe.layers: all, every_other, last_half or 1,3,5 (all)")
+    ] = None
+    target: Annotated[str | None, arg(metavar="NAME", help="moe.target (native); see `upcycle list`")] = None
+    dtype: Annotated[str | None, arg(metavar="D", help="source, float32, bfloat16 or float16 (source)")] = (
+        None
+    )
+    seed: Annotated[int | None, arg(metavar="N", help="seed of every random number (0)")] = None
+
+    def read(self) -> Recipe:
+        """The recipe these options describe."""
+        from upcycle.recipe import Recipe, of_run_file, override, read_toml
+
+        shortcuts = {
+            "moe.num_experts": self.experts,
+            "moe.top_k": self.top_k,
+            "init.name": self.init,
+            "moe.layers": _layers(self.layers),
+            "moe.target": self.target,
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+        table = of_run_file(read_toml(self.recipe)) if self.recipe else {}
+        given = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+        return Recipe.of(override(table, [*given, *self.set]))
+
+
+def _layers(spec: str | None) -> str | None:
+    """`1,3,5` as TOML has it; names stay names."""
+    if spec is None or not spec.replace(",", "").replace(" ", "").strip("[]").isdigit():
+        return spec
+    return f"[{spec.strip('[]')}]"
+
+
+def names(listed: str) -> tuple[str, ...]:
+    """`a, b` as names."""
+    return tuple(name.strip() for name in listed.split(",") if name.strip())

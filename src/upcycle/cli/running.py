@@ -1,0 +1,118 @@
+"""calibrate, train, export: everything that runs a model over much data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from upcycle.cli.options import Out, Source, app, names
+
+
+@app.command
+def calibrate(
+    source: Source,
+    *,
+    out: Path,
+    images: Path | None = None,
+    text: Path | None = None,
+    collect: str = "l1,l2,count",
+    positions: str = "neurons,channels,heads",
+    limit: int | None = None,
+    length: int | None = None,
+    batch_size: int = 32,
+    threshold: float = 0.0,
+    seed: int = 0,
+    in_order: bool = False,
+    device: str | None = None,
+    cache: Path | None = None,
+    allow_nonfinite: bool = False,
+    json: bool = False,
+) -> None:
+    """Collect statistics of SOURCE's activations on images or a text, for initialisations that ask for them.
+
+    Started again as it was, a pass that was stopped goes on.
+
+    Args:
+        out: the file to make, FILE.safetensors; until it is whole, sums are kept in FILE.safetensors.partial
+        images: a parquet file, or a folder with one folder a class
+        text: text, JSON lines or parquet, as `upcycle train` reads them
+        collect: what: l1, l2, count, co_activation, gradient
+        positions: of what: neurons, channels, heads
+        limit: images or rows at most; 0: all (30000 images, 2048 rows of text, if absent)
+        length: tokens of a row of text (512, or as many as the model takes, if absent)
+        batch_size: images or rows of a forward pass
+        threshold: above which a number counts as active
+        seed: of the random order that examples are taken in
+        in_order: take the first examples instead
+        device: such as cpu or cuda:1 (an accelerator where there is one, if absent)
+        cache: folder for decoded images and token files
+        allow_nonfinite: take NaN and inf in the weights as they are
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle.calibration import Asked
+    from upcycle.calibration import calibrate as go
+
+    asked = Asked(
+        images=images, text=text, collect=names(collect), positions=names(positions), limit=limit,
+        length=length, batch_size=batch_size, threshold=threshold, seed=seed, in_order=in_order,
+        device=device, cache=cache, allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+    with console.examples_bar("calibrating") as (progress, set_total):
+        found = go(source, out, asked, progress=progress, planned=set_total)
+    console.show_json(found.as_dict()) if json else console.show_calibrated(found)
+
+
+@app.command
+def train(
+    run: Annotated[Positional[Path], arg(metavar="RUN.toml")],
+    *,
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="KEY=VALUE", help="any key of a run file, such as train.steps=100; repeatable"),
+    ] = (),
+    resume: bool = False,
+) -> None:
+    """Train as a run file says: upcycle and go on, continue the dense model, or start from scratch.
+
+    The same command works under torchrun: `torchrun --nproc-per-node 8 -m upcycle train RUN.toml`.
+
+    Args:
+        run: the run file
+        resume: go on from the run's newest checkpoint, or begin where there is none
+    """
+    import os
+
+    from upcycle import console
+    from upcycle.training.loop import train as go
+    from upcycle.training.run import Run
+
+    result = go(Run.load(run, set), resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        console.show_trained(result)
+
+
+@app.command
+def export(
+    run: Annotated[Positional[Path], arg(metavar="RUN")],
+    out: Out,
+    *,
+    step: int | None = None,
+    dtype: str = "source",
+    optimizer: bool = False,
+) -> None:
+    """Write a checkpoint of a training run as a model folder, in the layout of `upcycle convert`.
+
+    Args:
+        run: the folder of a run (its `out`)
+        out: the folder to make
+        step: the checkpoint to take (the newest, if absent)
+        dtype: source, float32, bfloat16 or float16
+        optimizer: add the Adam moments, for optimizer.carry_state of a later run
+    """
+    from upcycle import console
+    from upcycle.training.export import export as write
+
+    console.show_exported(write(run, out, step=step, dtype=dtype, with_optimizer=optimizer))

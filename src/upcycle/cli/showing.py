@@ -1,0 +1,211 @@
+"""eval, inspect, report, demo: what came out, and whether it paid."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from upcycle.cli.options import app, names
+from upcycle.errors import UpcycleError
+
+Domains = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[NAME=]PATH")]
+
+
+@app.command(name="eval")
+def eval_(
+    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT")],
+    *,
+    text: Annotated[
+        UseAppendAction[tuple[Path, ...]],
+        arg(
+            metavar="FILE",
+            help="score on a text what the model is made for: the next token (loss, perplexity, "
+            "bits per byte), spans cut out (T5), masked tokens; repeatable",
+        ),
+    ] = (),
+    images: Path | None = None,
+    few_shot: Path | None = None,
+    tasks: Annotated[str, arg(metavar="NAMES")] = "",
+    task_files: Path | None = None,
+    num_fewshot: int | None = None,
+    superglue: Path | None = None,
+    per_class: int = 10,
+    length: int | None = None,
+    stride: int | None = None,
+    separator: str | None = None,
+    batch_size: int = 0,
+    limit: int = 0,
+    cache: Path | None = None,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
+
+    Several checkpoints are compared with the first, with a standard error over the same examples.
+    Results are put into eval.json in each checkpoint's folder (of a hub id, into --out alone).
+
+    Args:
+        checkpoints: folders of models, or hub ids
+        images: top-1 accuracy on labelled images: a parquet file, or a folder with one folder a class
+        few_shot: fit a linear probe on a few of these images, and test it on those of --images
+        tasks: tasks of lm-evaluation-harness, such as arc_easy,piqa,blimp (needs the extra `eval`)
+        task_files: folder of their data, NAME.jsonl and blimp/PARADIGM.jsonl; without it, from the hub
+        num_fewshot: examples before each question of a task (what the task says, if absent)
+        superglue: folder of SuperGLUE's tasks, boolq.jsonl and so on, asked text to text as T5 is
+        per_class: images of each class that the probe is fitted on
+        length: tokens of a row or window of text (512, or what the model takes)
+        stride: tokens of a window that are scored, the others being context (the length)
+        separator: what stands between the documents of a text file; without it, a file is one document
+        batch_size: rows of a forward pass; 0: found by itself
+        limit: images, rows, windows or examples of a task at most; 0: all
+        cache: folder for decoded images and token files
+        out: write everything, comparison included, to this JSON file
+        json: print JSON
+    """
+    from upcycle import console, hub
+    from upcycle.evaluate import results
+    from upcycle.evaluate.comparison import compare
+    from upcycle.evaluate.scores import Asked, score
+
+    asked = Asked(
+        text=text, images=images, shots=few_shot, tasks=names(tasks), task_files=task_files,
+        num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,
+        separator=separator, batch_size=batch_size, limit=limit, cache=cache,
+    )  # fmt: skip
+    if not checkpoints:
+        raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
+    scored = [score(checkpoint, asked) for checkpoint in checkpoints]
+    compared = compare(scored)
+    found = [each.as_json() for each in scored]
+    console.show_json({"checkpoints": found, **compared}) if json else console.show_scores(found, compared)
+    sys.stdout.flush()
+    if out is not None:
+        results.write(out, {"format": results.FORMAT, "checkpoints": found, **compared})
+        console.show_recorded(out)
+    for each in scored:
+        if hub.is_id(each.checkpoint):
+            continue
+        try:
+            console.show_recorded(results.record(each.folder, each.results))
+        except UpcycleError as error:
+            if out is None:
+                raise
+            print(f"upcycle: {error}", file=sys.stderr)
+
+
+@app.command
+def inspect(
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
+    *,
+    source: str | None = None,
+    text: Domains = (),
+    images: Domains = (),
+    limit: int = 256,
+    length: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    cache: Path | None = None,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Show the experts of a checkpoint: width, similarity to each other and to the dense network, routers.
+
+    With texts or images, one set for each domain, it also shows who goes where: load and confidence of every
+    layer, tokens left behind, how differently the domains use the experts, and each expert's favourites. That
+    is kept as routing.json in the folder.
+
+    Args:
+        checkpoint: an MoE or a dense checkpoint, folder or hub id
+        source: the dense checkpoint it was made from (what its provenance names, if absent)
+        text: a text to watch the routers on, and the name of its domain; repeatable
+        images: likewise a set of images
+        limit: rows or images of each domain at most; 0: all
+        length: tokens of a row of text (512, or as many as the model takes, if absent)
+        batch_size: rows or images of a forward pass
+        seed: of the choice of rows
+        cache: folder for decoded images and token files
+        plot: folder for the figures, as PNG
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle.anatomy import inspect as look
+
+    result, seen = look(checkpoint, source), None
+    if text or images:
+        from upcycle.evaluate.specialisation import Asked, specialisation
+
+        asked = Asked(
+            text=_domains(text), images=_domains(images), limit=limit, length=length,
+            batch_size=batch_size, seed=seed, cache=cache,
+        )  # fmt: skip
+        with console.examples_bar("watching") as (progress, set_total):
+            seen = specialisation(result["checkpoint"], asked, progress=progress, planned=set_total)
+        seen.save()
+        result["routing"] = seen.as_dict()
+    if plot is not None:
+        from upcycle.report.plots import plot as draw
+
+        draw(result["checkpoint"], seen, plot)
+    console.show_json(result) if json else console.show_anatomy(result)
+
+
+def _domains(given: tuple[str, ...]) -> dict[str, Path]:
+    """`NAME=PATH`, or a path whose name is the domain's, as paths by name."""
+    out: dict[str, Path] = {}
+    for domain in given:
+        name, equals, path = domain.partition("=")
+        path = path if equals else domain
+        name = name if equals else Path(domain).stem
+        if name in out:
+            raise UpcycleError(f"two sets are called {name}; give them names of their own: NAME=PATH")
+        out[name] = Path(path)
+    return out
+
+
+@app.command
+def report(
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")],
+    *,
+    out: Path,
+    markdown: Path | None = None,
+    title: str | None = None,
+    dense_flops: float | None = None,
+    dense_tokens: float | None = None,
+) -> None:
+    """Write one page about runs and checkpoints: did it pay, curves, tasks, routers, similarity, speed.
+
+    Args:
+        runs: folders of training runs, and of checkpoints that they were exported to
+        out: the page to make, REPORT.html; a report that is there is replaced
+        markdown: the same as Markdown, with figures as PNG in a folder beside it
+        title: of the page
+        dense_flops: training FLOPs that the dense checkpoint had cost, where no provenance says so
+        dense_tokens: the same in tokens
+    """
+    from upcycle import console
+    from upcycle.report import TITLE
+    from upcycle.report import report as write
+
+    if not runs:
+        raise UpcycleError("give at least one RUN, a folder of `upcycle train` or `upcycle export`")
+    troubles = write(
+        runs, out, markdown=markdown, title=title or TITLE, dense_flops=dense_flops, dense_tokens=dense_tokens
+    )
+    console.show_reported([p for p in (out, markdown) if p is not None], troubles)
+
+
+@app.command
+def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: int = 0) -> None:
+    """Train a small dense model on Python's own sources, upcycle it three ways, train on, and report.
+
+    Args:
+        out: folder for runs, checkpoints and report.html
+        seconds: how long to train the dense model; training on takes about three times as long
+        seed: of the training and the recipes
+    """
+    from upcycle.demo.story import run
+
+    run(out, seconds=seconds, seed=seed)
