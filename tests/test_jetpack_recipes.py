@@ -124,6 +124,19 @@ def test_a_base(tmp_path):
     }  # fmt: skip
 
 
+def test_a_base_with_another_router_and_initialisation(tmp_path):
+    """What belonged to the old names goes, as it does with --set; what every router has stays."""
+    (tmp_path / "base.toml").write_text(
+        '[init]\nname = "drop"\nratio = 0.5\n[router]\nname = "spherical"\nexpert_dropout = 0.1\nstd = 0.5\n'
+    )
+    over = tmp_path / "over.toml"
+    over.write_text('base = "base.toml"\n[init]\nname = "copy"\n[router]\nname = "top_k"\n')
+    assert read_toml(over) == {"init": {"name": "copy"}, "router": {"name": "top_k", "std": 0.5}}
+    over.write_text('base = "base.toml"\n[init]\nratio = 0.1\n[router]\nname = "spherical"\n')
+    assert read_toml(over)["init"] == {"name": "drop", "ratio": 0.1}
+    assert read_toml(over)["router"]["expert_dropout"] == 0.1
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -433,6 +433,25 @@ def test_mistakes(recipe, said, big):
         blueprint(big, Recipe.of({**recipe, "moe": moe}))
 
 
+def test_a_family_that_cannot_be_narrowed_says_so(tmp_path):
+    source = tiny.make(tmp_path / "t5", "T5ForConditionalGeneration")
+    for target in ("dense", "upcycled"):
+        recipe = Recipe.of(
+            moe={"target": target}, init={"name": "random"}, successor={"hidden_size": 16}
+        )  # fmt: skip
+        with pytest.raises(UpcycleError, match="width of t5 cannot be changed"):
+            blueprint(source, recipe)
+
+
+def test_memory_of_a_choice_is_that_of_the_predecessor(big, tmp_path):
+    """The graph of co-activation has as many neurons as the network that is chosen from."""
+    measured = tiny.make_statistics(tmp_path / "found.safetensors", big)
+    init = {"name": "co_activation", "statistics": str(measured)}
+    same = Recipe.of(moe={**MOE, "expert_width": 48}, init=init)
+    narrow = Recipe.of(moe={**MOE, "expert_width": 48}, init=init, successor={"hidden_size": 16})
+    assert plan(big, narrow).peak_memory_bytes == plan(big, same).peak_memory_bytes
+
+
 def test_a_rest_of_another_size_is_refused(big):
     with pytest.raises(UpcycleError, match=r"successor\.rest"):
         blueprint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from upcycle import Recipe, cli, convert
 from upcycle.anatomy import inspect
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.rows import of_images, of_text
-from upcycle.evaluate.specialisation import Asked, divergence, specialisation
+from upcycle.evaluate.specialisation import Asked, Grid, Patches, divergence, specialisation
 from upcycle.report.plots import plot
 from upcycle.subject import Subject
 from upcycle.training.export import export
@@ -175,8 +176,7 @@ def test_images_and_their_patches(router, pictures, tmp_path):
         kept = seen.layers[0].patches
         np.testing.assert_allclose(kept.weights[e], [w[e] for w, _ in best], rtol=1e-5)
         np.testing.assert_allclose(kept.pixels[e][0], best[0][1])
-    seen.save()
-    plot(tmp_path / "moe", seen, tmp_path / "plots")
+    plot("moe", inspect(tmp_path / "moe"), seen, tmp_path / "plots")
     assert (tmp_path / "plots" / f"patches-{place}.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -246,6 +246,86 @@ def test_similarity_when_training_began(trainable, tmp_path, capsys):
         assert "cosine_between_at_start" not in start
     cli.main(["inspect", str(tmp_path / "trained")])
     assert "began at" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "stack", "grid"),
+    [
+        ({"image_size": [12, 24], "patch_size": 4}, "layers", (3, 6, 4, 4)),
+        ({"image_size": 14, "patch_size": 4}, "layers", (3, 3, 4, 4)),
+        ({"image_size": 44, "patch_size": 4}, "stage_2", (5, 5, 8, 8)),
+        ({"image_size": 224, "patch_size": 4}, "stage_4", (7, 7, 32, 32)),
+    ],
+)
+def test_patches_are_those_of_the_image(settings, stack, grid):
+    """Also where the image is no square, or its side no multiple; cut by hand."""
+    rows, columns, height, width = grid
+    found = Grid.of(settings, stack)
+    assert (found.rows, found.columns, found.height, found.width) == grid
+    size = settings["image_size"]
+    image = np.random.default_rng(0).random((1, 3, *(size if isinstance(size, list) else (size, size))))
+    wanted = rows * columns - 2  # in the last row, the one before the last
+    probabilities = np.zeros((1, rows * columns + 1, 1))
+    probabilities[0, 1 + wanted] = 1.0
+    patches = Patches.none()
+    patches.add(image, probabilities, found)
+    y, x = wanted // columns * height, wanted % columns * width
+    np.testing.assert_array_equal(patches.pixels[0, 0], image[0, :, y : y + height, x : x + width])
+
+
+def test_a_convnext_is_watched(pictures, tmp_path):
+    source = tiny.make(tmp_path / "convnext", "ConvNextForImageClassification")
+    convert(
+        source,
+        tmp_path / "moe",
+        Recipe.of(moe={"target": "upcycled", "num_experts": 4, "layers": "last_half"}),
+    )
+    seen = specialisation(tmp_path / "moe", Asked(images=pictures, cache=tmp_path))
+    for layer in seen.layers:
+        grid = Grid.of(Subject.of(tmp_path / "moe").settings, layer.stack)
+        assert layer.patches.pixels.shape[-2:] == (grid.height, grid.width)
+        assert sum(d.tokens for d in layer.domains.values()) == 12 * grid.rows * grid.columns
+
+
+def test_words_in_brackets_are_words(capsys):
+    """Tokens and paths are shown as they are: `[/` is a token of many vocabularies."""
+    from upcycle import console
+
+    row = {
+        "stack": "encoder", "layer": 0, "load": [1.0], "divergence": [[0.0]], "confidence": 1.0,
+        "left_behind": 0.0, "favourites": [[["[/", 1.0], ["[unused1]", 0.5]]],
+    }  # fmt: skip
+    console.show_routing({"kind": "text", "domains": [{"name": "[red]"}], "layers": [row]})
+    console.show_warnings(["[/x] is a folder"])
+    said = capsys.readouterr().out
+    for word in ("[/ [unused1]", "on [red]", "[/x] is a folder", "layer encoder 0, expert 0"):
+        assert word in said
+
+
+def test_what_was_seen_is_shown_where_it_cannot_be_kept(mixtral, texts, tmp_path, capsys):
+    """A read-only folder, simulated by a folder of that name; and a hub's cache is left alone."""
+    copy = tmp_path / "moe"
+    shutil.copytree(mixtral, copy)
+    (copy / "routing.json").unlink(missing_ok=True)
+    (copy / "routing.json").mkdir()
+    arguments = [f"--text=stories={texts['stories']}", "--limit", "2", "--length", "32"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inspect", str(copy), *arguments])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "on stories" in said.out
+    assert "what was seen is above" in said.err
+    assert not [*copy.glob("*.partial")]
+
+
+def test_a_source_that_cannot_be_read_is_a_note(trainable, tmp_path, capsys):
+    shutil.copytree(trainable[0], tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "moe", Recipe.of(moe={"num_experts": 4}))
+    next((tmp_path / "dense").glob("*.safetensors")).unlink()
+    assert any("cannot be compared with" in note for note in inspect(tmp_path / "moe")["notes"])
+    shallow = tiny.make_dense(tmp_path / "shallow", "llama", num_hidden_layers=1)
+    with pytest.raises(UpcycleError, match="has no layer 1 to compare experts with"):
+        inspect(tmp_path / "moe", shallow)
 
 
 def test_nothing_asked_for():

@@ -37,6 +37,12 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
             try:
                 tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
                 parts = _parts(opened, tensors)
+                if dense is not None:
+                    _refuse_other_depth(dense, parts)
+                    if made is not None and dense.family.model_type != made["source"]["model_type"]:
+                        notes.append(
+                            f"compared with a {dense.family.model_type}, which is not what it was made from"
+                        )
                 layers = [_row(part, dense, notes) for part in parts]
                 if made is not None and dense is not None and made.get("training"):
                     _add_start(layers, opened, made, dense, notes)
@@ -56,6 +62,16 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
             "provenance": made,
             "notes": notes,
         }
+
+
+def _refuse_other_depth(dense: Dense, parts: list[_Part]) -> None:
+    """A dense model of fewer blocks is not what the experts came from."""
+    blocks = {(stack.name, i) for stack in dense.stacks for i in range(stack.count)}
+    if missing := sorted({(part.stack, part.layer) for part in parts if part.experts} - blocks):
+        raise UpcycleError(
+            f"{dense.checkpoint.folder} has no layer {missing[0][1]} to compare experts with; it is not the "
+            f"source of this checkpoint. Name another with --source"
+        )
 
 
 def _add_start(
@@ -87,6 +103,11 @@ def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes:
             notes.append(
                 f"its source {source} is not there; name it with --source to compare experts with it"
             )
+            return None
+        try:
+            return admit(open_checkpoint(str(source), allow_nonfinite=True))
+        except UpcycleError as error:
+            notes.append(f"its source cannot be compared with: {error}")
             return None
     return admit(open_checkpoint(str(source), allow_nonfinite=True))
 

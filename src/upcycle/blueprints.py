@@ -244,6 +244,11 @@ def _target(dense: Dense, recipe: Recipe) -> Native:
                 )
             if moe_layer.chosen_layers(part, stack):
                 part.router.check(part.moe.num_experts, part.moe.top_k, lengths[stack.name])
+            elif stack.name in recipe.parts and stack.total > stack.count:
+                raise UpcycleError(
+                    f"[{stack.name}] has keys for experts, and moe.layers chooses no block of that stage; "
+                    f"take it out, or choose other layers"
+                )
         if recipe.moe.pooling == "mean" and not family.class_tokens:
             raise UpcycleError(
                 f"moe.pooling = mean is for heads on a class token, in vit and deit; {family.model_type} "

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from upcycle.training.loop import Result
 
 # Sentences are left to the terminal to wrap, and whole where the output is a file.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True, highlight=False, markup=False)
 
 
 def show_json(value: object) -> None:
@@ -65,7 +65,7 @@ def size(n: float) -> str:
 def show_warnings(warnings: list[str]) -> None:
     """One line each."""
     for warning in warnings:
-        out.print(f"[yellow]![/] {warning}", markup=True)
+        out.print(f"[yellow]![/] {escape(warning)}", markup=True)
 
 
 def show_plan(plan: Plan) -> None:
@@ -95,10 +95,10 @@ def show_advice(advice: Advice) -> None:
         mark = {True: "yes", False: "no", None: "not known"}[statement.inside]
         new = statement.topic if statement.topic != topic else ""
         cells = (new, statement.said, statement.source, f"{mark}: {statement.why}")
-        shown.add_row(*map(escape, cells))
+        shown.add_row(*cells)
         topic = statement.topic
     out.print(shown, soft_wrap=False)
-    out.print(f"\n{advice.verdict.sentence}", markup=False)
+    out.print(f"\n{advice.verdict.sentence}")
 
 
 def show_converted(plan: Plan, folder: Path) -> None:
@@ -200,16 +200,16 @@ def _number(n: float | None, *, sign: bool = False) -> str:
 def show_reported(files: list[Path], troubles: list[str]) -> None:
     """What report leaves on the screen."""
     for trouble in troubles:
-        err.print(f"! {trouble}", markup=False, soft_wrap=True)
+        err.print(f"! {trouble}", soft_wrap=True)
     for file in files:
-        out.print(str(file), markup=False)
+        out.print(str(file))
 
 
 def show_proof(proof: Proof) -> None:
     """One line a check, then the verdict."""
     for check in proof.checks:
         mark = {True: "[green]ok[/]  ", False: "[red]FAIL[/]", None: "[dim]--[/]  "}[check.holds]
-        out.print(f"{mark} {check.name}: {check.detail}", markup=True)
+        out.print(mark + escape(f" {check.name}: {check.detail}"), markup=True)
     out.print("[green]holds[/]" if proof.holds else "[red]does not hold[/]", markup=True)
 
 
@@ -246,7 +246,7 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
         if made["blueprint_hash"]:
             out.print(f"blueprint {made['blueprint_hash']}")
     for note in anatomy["notes"]:
-        out.print(f"[dim]{note}[/]", markup=True)
+        out.print(f"[dim]{escape(note)}[/]", markup=True)
 
 
 def show_routing(routing: dict[str, Any]) -> None:
@@ -258,7 +258,7 @@ def show_routing(routing: dict[str, Any]) -> None:
     for row in routing["layers"]:
         load, apart = row["load"], [x for i, line in enumerate(row["divergence"]) for x in line[:i]]
         table.add_row(
-            _place(row if row["stack"] != "layers" else {"layer": row["layer"]}),
+            _place(row),
             f"{max(load):.1%}",
             f"{min(load):.1%}",
             f"{row['confidence']:.3f}",
@@ -270,7 +270,7 @@ def show_routing(routing: dict[str, Any]) -> None:
         for row in routing["layers"]:
             for expert, favourites in enumerate(row["favourites"]):
                 liked = " ".join(str(token) for token, _ in favourites)
-                out.print(f"layer {row['layer']}, expert {expert}: {liked}")
+                out.print(f"layer {_place(row)}, expert {expert}: {liked}")
 
 
 def _range(found: dict[str, float]) -> str:
@@ -291,7 +291,8 @@ def _how(recipe: dict[str, Any]) -> str:
 
 
 def _place(row: dict[str, Any]) -> str:
-    return f"{row['stack']} {row['layer']}" if "stack" in row else str(row["layer"])
+    stack = row.get("stack", "layers")
+    return str(row["layer"]) if stack == "layers" else f"{stack} {row['layer']}"
 
 
 def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:

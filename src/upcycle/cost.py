@@ -95,7 +95,6 @@ def plan(
 
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
     """The plan of a blueprint."""
-    moe = built.recipe.moe
     dense = built.dense.whole if built.native.dense else built.dense
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
@@ -108,8 +107,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         kind=built.native.dense or "MoE",
         num_layers=built.family_config["num_hidden_layers"],
         moe_layers=built.moe_layers,
-        num_experts=moe.num_experts if built.sites else 0,
-        top_k=moe.top_k if built.sites else 0,
+        num_experts=built.sites[0].num_experts if built.sites else 0,
+        top_k=built.sites[0].top_k if built.sites else 0,
         routing=_routing(built),
         expert_width=built.sites[0].width if built.sites else 0,
         universal_experts=built.sites[0].universal_experts if built.sites else 0,
@@ -270,7 +269,7 @@ def _in_products(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def peak_memory(built: Blueprint, jobs: int) -> int:
     """Bytes of memory that writing the blueprint takes at most."""
-    config = built.dense.config
+    config = built.dense.whole.config  # experts are chosen from its networks
     whole = built.recipe.init.working_memory(config["intermediate_size"], config["hidden_size"])
     computed = any(e.extents is None for e in built.entries.values())
     block = BLOCK_MEMORY + built.recipe.moe.granularity * (4 << 20) if computed else 0

@@ -197,6 +197,8 @@ def _read_toml(path: Path, what: str, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UpcycleError(f"no {what} at {path}") from None
     except IsADirectoryError:
         raise UpcycleError(f"{path} is a folder; a {what} is a TOML file") from None
+    except OSError as error:
+        raise UpcycleError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UpcycleError(f"{path} is not TOML: {error}") from None
     if "base" not in table:
@@ -208,7 +210,32 @@ def _read_toml(path: Path, what: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     under = path.parent / base
     if under.resolve() in seen:
         raise UpcycleError(f"{path} is based on {base}, which is based on it")
-    return _over(_read_toml(under, f"{what} (the base of {path.name})", seen), table)
+    below = _read_toml(under, f"{what} (the base of {path.name})", seen)
+    for dotted in _NAMES:
+        *sections, last = dotted.split(".")
+        own, found = _section(table, sections), _section(below, sections)
+        if (
+            own is not None
+            and found is not None
+            and own.get(last, _named(below, sections)) != _named(below, sections)
+        ):
+            _clear(found, sections)
+    return _over(below, table)
+
+
+def _section(table: Any, sections: list[str]) -> dict[str, Any] | None:
+    """The table in it of that name, if there is one."""
+    for section in sections:
+        table = table.get(section) if isinstance(table, dict) else None
+    return table if isinstance(table, dict) else None
+
+
+def _clear(section: dict[str, Any], sections: list[str]) -> None:
+    """Take out the keys that belong to the name of [init] or of a router, which is replaced; those that every
+    router has, or a run reads, stay."""
+    kept = () if sections == ["init"] else (*_of_every_router(), *OF_TRAINING)
+    for key in [key for key in section if key not in kept]:
+        del section[key]
 
 
 def _over(under: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,10 +277,7 @@ def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any
             if not isinstance(target, dict):
                 raise UpcycleError(f"--set {setting}: {section} is a single value, not a section")
         if ".".join([*sections, last]) in _NAMES and _named(out, sections) != value:
-            # The other keys belonged to what is replaced, but for those that every router has or a run reads.
-            kept = () if sections == ["init"] else (*_of_every_router(), *OF_TRAINING)
-            for key in [key for key in target if key not in kept]:
-                del target[key]
+            _clear(target, sections)
         target[last] = value
     return out
 

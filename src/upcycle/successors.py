@@ -125,6 +125,7 @@ def narrowed(predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = Fals
             f"[successor] needs an initialisation that chooses weights: importance, co_activation, uniform "
             f"or random; init.name = {init.name} does not"
         )
+    family.axes(predecessor.config)  # refuses a family that cannot be narrowed
     hidden, width = _widths(predecessor, wanted)
     changed = family.narrowed(predecessor.config, hidden, width)
     config = family.config({**predecessor.raw, **changed})
@@ -158,9 +159,9 @@ def narrowed(predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = Fals
 def _widths(predecessor: Dense, wanted: Successor) -> tuple[dict[str, int], dict[str, int]]:
     """Channels and neurons of each stack of the successor."""
     stacks = predecessor.stacks
-    given = (
-        wanted.hidden_size if isinstance(wanted.hidden_size, tuple) else (wanted.hidden_size,) * len(stacks)
-    )
+    given = wanted.hidden_size if isinstance(wanted.hidden_size, tuple) else (wanted.hidden_size,)
+    if given == (0,):
+        given *= len(stacks)
     if len(given) != len(stacks):
         raise UpcycleError(
             f"successor.hidden_size = {list(given)}; {predecessor.family.model_type} wants a number for each "

@@ -68,7 +68,7 @@ def eval_(
     from upcycle import console, hub
     from upcycle.evaluate import results
     from upcycle.evaluate.comparison import compare
-    from upcycle.evaluate.scores import Asked, score
+    from upcycle.evaluate.scores import Asked, refuse, score
 
     asked = Asked(
         text=text, images=images, shots=few_shot, tasks=names(tasks), task_files=task_files,
@@ -77,23 +77,27 @@ def eval_(
     )  # fmt: skip
     if not checkpoints:
         raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
+    refuse(checkpoints, asked)
     scored = [score(checkpoint, asked) for checkpoint in checkpoints]
     compared = compare(scored)
     found = [each.as_json() for each in scored]
     console.show_json({"checkpoints": found, **compared}) if json else console.show_scores(found, compared)
     sys.stdout.flush()
-    if out is not None:
-        results.write(out, {"format": results.FORMAT, "checkpoints": found, **compared})
-        console.show_recorded(out)
+    lost: list[UpcycleError] = []
     for each in scored:
         if hub.is_id(each.checkpoint):
             continue
         try:
             console.show_recorded(results.record(each.folder, each.results))
         except UpcycleError as error:
-            if out is None:
-                raise
-            print(f"upcycle: {error}", file=sys.stderr)
+            lost.append(error)
+    if out is not None:
+        results.write(out, {"format": results.FORMAT, "checkpoints": found, **compared})
+        console.show_recorded(out)
+    elif lost:
+        raise lost[0]
+    for unwritten in lost:
+        print(f"upcycle: {unwritten}", file=sys.stderr)
 
 
 @app.command
@@ -130,9 +134,13 @@ def inspect(
         plot: folder for the figures, as PNG
         json: print JSON
     """
-    from upcycle import console
+    from upcycle import console, hub
     from upcycle.anatomy import inspect as look
 
+    if plot is not None:
+        from upcycle.report import plots
+
+        plots.refuse(plot)
     result, seen = look(checkpoint, source), None
     if text or images:
         from upcycle.evaluate.specialisation import Asked, specialisation
@@ -143,13 +151,13 @@ def inspect(
         )  # fmt: skip
         with console.examples_bar("watching") as (progress, set_total):
             seen = specialisation(result["checkpoint"], asked, progress=progress, planned=set_total)
-        seen.save()
         result["routing"] = seen.as_dict()
-    if plot is not None:
-        from upcycle.report.plots import plot as draw
-
-        draw(result["checkpoint"], seen, plot)
     console.show_json(result) if json else console.show_anatomy(result)
+    if plot is not None:
+        plots.plot(checkpoint, result, seen, plot)
+    if seen is not None and not hub.is_id(checkpoint):
+        sys.stdout.flush()
+        seen.save()
 
 
 def _domains(given: tuple[str, ...]) -> dict[str, Path]:
@@ -157,8 +165,10 @@ def _domains(given: tuple[str, ...]) -> dict[str, Path]:
     out: dict[str, Path] = {}
     for domain in given:
         name, equals, path = domain.partition("=")
-        path = path if equals else domain
-        name = name if equals else Path(domain).stem
+        if not equals or Path(domain).exists():
+            name, path = Path(domain).stem, domain
+        if not name or not path:
+            raise UpcycleError(f"{domain!r} names no set; give PATH or NAME=PATH")
         if name in out:
             raise UpcycleError(f"two sets are called {name}; give them names of their own: NAME=PATH")
         out[name] = Path(path)

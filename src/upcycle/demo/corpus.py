@@ -23,6 +23,7 @@ class Corpus:
     """Files that the demo writes: what is trained on, a part of it that no model has seen, and prose."""
 
     sources: Path
+    seen: Path  # what is trained on of them
     held_out: Path
     documentation: Path
 
@@ -31,12 +32,14 @@ class Corpus:
         """The standard library's sources, as far as `BYTES`, and the texts of Python's reference."""
         made = cls(
             sources=folder / "sources.txt",
+            seen=folder / "seen.txt",
             held_out=folder / "held-out.txt",
             documentation=folder / "documentation.txt",
         )
         sources = _sources()
         folder.mkdir(parents=True)
         made.sources.write_text(sources)
+        made.seen.write_text(sources[: round((1 - HELD_OUT) * len(sources))])
         made.held_out.write_text(sources[-len(sources) // 25 :])  # well inside the part that is held out
         made.documentation.write_text(_documentation())
         return made

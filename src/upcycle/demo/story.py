@@ -111,7 +111,7 @@ def _write_shape(folder: Path, corpus: Corpus) -> None:
     """A Llama that knows nothing, as an ordinary checkpoint with a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = tokenizer_of(corpus.sources.read_text())
+    tokenizer = tokenizer_of(corpus.seen.read_text())
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
@@ -125,7 +125,7 @@ def _write_shape(folder: Path, corpus: Corpus) -> None:
 def _ways(folder: Path, corpus: Corpus) -> dict[str, dict[str, Any]]:
     """Three ways to make experts, of equal active FLOPs."""
     statistics = folder / "statistics.safetensors"
-    asked = Measure(text=corpus.sources, collect=("l2",), positions=("neurons",), limit=256, length=LENGTH)
+    asked = Measure(text=corpus.seen, collect=("l2",), positions=("neurons",), limit=256, length=LENGTH)
     calibrate(folder / "dense", statistics, asked)
     eight = {"moe": {"num_experts": 8, "top_k": 2}}
     recycled = {"name": "importance", "statistics": str(statistics), "output": "expected"}

@@ -136,6 +136,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def write(path: Path, value: object) -> None:
     """Write JSON to `path`; what was there stays until the new file is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w") as file:

@@ -7,6 +7,7 @@ text."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,7 @@ from upcycle.training.tasks.causal_lm import CausalLM
 from upcycle.training.tasks.image_classification import ImageClassification
 from upcycle.training.tasks.text_classification import TextClassification
 
-__all__ = ["Asked", "Scored", "evaluate", "score"]
+__all__ = ["Asked", "Scored", "evaluate", "refuse", "score"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +71,7 @@ def evaluate(source: str | Path, asked: Asked) -> dict[str, Any]:
 
 def score(source: str | Path, asked: Asked) -> Scored:
     """The scores of the checkpoint `source`, a folder or a hub id."""
-    folder = hub.local(source)
-    if not (folder / "config.json").exists() and (folder / RECORD).exists():
-        raise UpcycleError(
-            f"{folder} is the folder of a training run and no model; write its checkpoint as one first: "
-            f"upcycle export {folder} OUT"
-        )
-    config = read_json(folder / "config.json", f"{folder} has no config.json; give a folder of a model")
-    subject = Subject(folder=folder, config=config)
-    _refuse_unfit(subject, asked)
-    _refuse_missing(asked)
+    folder, subject = _admit(source, asked)
     with quiet():
         model = models.open(folder)
     if torch.accelerator.is_available():
@@ -94,9 +86,29 @@ def score(source: str | Path, asked: Asked) -> Scored:
             results = _on_texts(model, words, subject, asked, cache)
             tokenizer = _fingerprint(words)
     return Scored(
-        checkpoint=str(source), folder=folder, architecture=str(config["architectures"][0]),
+        checkpoint=str(source), folder=folder, architecture=str(subject.config["architectures"][0]),
         results=tuple(results), tokenizer=tokenizer,
     )  # fmt: skip
+
+
+def refuse(sources: Sequence[str | Path], asked: Asked) -> None:
+    """Refuse what cannot be asked of one of several checkpoints, before the first of them is scored."""
+    for source in sources:
+        _admit(source, asked)
+
+
+def _admit(source: str | Path, asked: Asked) -> tuple[Path, Subject]:
+    folder = hub.local(source)
+    if not (folder / "config.json").exists() and (folder / RECORD).exists():
+        raise UpcycleError(
+            f"{folder} is the folder of a training run and no model; write its checkpoint as one first: "
+            f"upcycle export {folder} OUT"
+        )
+    config = read_json(folder / "config.json", f"{folder} has no config.json; give a folder of a model")
+    subject = Subject(folder=folder, config=config)
+    _refuse_unfit(subject, asked)
+    _refuse_missing(asked)
+    return folder, subject
 
 
 def _refuse_unfit(subject: Subject, asked: Asked) -> None:
@@ -116,6 +128,11 @@ def _refuse_unfit(subject: Subject, asked: Asked) -> None:
         raise UpcycleError(
             f"{architecture} gives no text a likelihood, and tasks ask for one; give --text, or a "
             f"checkpoint of a class that ends in {DECODER} or {ENCODER_DECODER}"
+        )
+    if asked.superglue and not architecture.endswith(ENCODER_DECODER):
+        raise UpcycleError(
+            f"{architecture} is no encoder-decoder, and --superglue asks text to text, as T5; give "
+            f"--tasks boolq,copa,... instead"
         )
 
 

@@ -5,10 +5,10 @@ Takes a Mixture of Experts and named sets of rows; gives, for each of its layers
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -20,10 +20,14 @@ from transformers import PreTrainedModel
 from upcycle import rng
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
+from upcycle.evaluate.batch_size import BatchSize
+from upcycle.evaluate.results import write
 from upcycle.evaluate.rows import Rows
+from upcycle.families._encoder import pair
 from upcycle.nn import models
 from upcycle.proof import quiet
 from upcycle.subject import Subject
+from upcycle.training.corpus import read_tokenizer
 from upcycle.training.routing import Routers, Said
 
 FILE = "routing.json"
@@ -91,6 +95,25 @@ class Kinds:
         return [[(often[i], float(means[i, e])) for i in best[:, e]] for e in range(means.shape[1])]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How an image is cut into the patches of a stack: how many, and their size in pixels."""
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], stack: str) -> Grid:
+        """Of a ViT by its patches; each later stage of a ConvNeXt merges two by two, and what is left over
+        falls away."""
+        image, patch = pair(settings["image_size"]), pair(settings["patch_size"])
+        halved = int(stack.removeprefix("stage_")) - 1 if stack.startswith("stage_") else 0
+        rows, columns = (side // part >> halved for side, part in zip(image, patch, strict=True))
+        return cls(rows=rows, columns=columns, height=patch[0] << halved, width=patch[1] << halved)
+
+
 @dataclass(kw_only=True)
 class Patches:
     """The patches of all images that each of E experts was surest to get; best first."""
@@ -103,17 +126,15 @@ class Patches:
         """Before the first batch."""
         return cls(weights=np.zeros((0, 0)), pixels=np.zeros((0, 0)))
 
-    def add(self, images: np.ndarray, probabilities: np.ndarray) -> None:
-        """Images [B, C, H, W] whose tokens got `probabilities` [B, N, E]; the last g^2 of N are the patches,
-        row by row."""
+    def add(self, images: np.ndarray, probabilities: np.ndarray, grid: Grid) -> None:
+        """Images [B, C, H, W] whose tokens got `probabilities` [B, N, E]; the last of N are the patches, row
+        by row."""
         count, tokens, experts = probabilities.shape
-        grid = math.isqrt(tokens)
-        channels, height, width = images.shape[1:]
-        cut = images.reshape(count, channels, grid, height // grid, grid, width // grid)
-        cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(
-            count * grid * grid, channels, height // grid, width // grid
-        )
-        found = probabilities[:, tokens - grid * grid :].reshape(-1, experts).T  # [E, B g^2]
+        channels, cells = images.shape[1], grid.rows * grid.columns
+        whole = images[:, :, : grid.rows * grid.height, : grid.columns * grid.width]
+        cut = whole.reshape(count, channels, grid.rows, grid.height, grid.columns, grid.width)
+        cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(count * cells, channels, grid.height, grid.width)
+        found = probabilities[:, tokens - cells :].reshape(-1, experts).T  # [E, B cells]
         best = np.argsort(-found, axis=1, kind="stable")[:, :FAVOURITES]
         weights, pixels = np.take_along_axis(found, best, 1), cut[best]
         if self.weights.size:
@@ -154,12 +175,12 @@ class Specialisation:
     def save(self) -> Path:
         """Write routing.json into the model's folder."""
         path = self.folder / FILE
-        partial = path.with_name(FILE + ".partial")
         try:
-            partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-            partial.rename(path)
+            write(path, self.as_dict())
         except OSError as error:
-            raise UpcycleError(f"{path} cannot be written: {error.strerror}") from None
+            raise UpcycleError(
+                f"{path} cannot be written ({error.strerror or error}); what was seen is above"
+            ) from None
         return path
 
 
@@ -196,10 +217,8 @@ def specialisation(
         planned(sum(map(len, chosen.values())))
         layers: list[Layer] = []
         for name, rows in sets.items():
-            for start in range(0, len(chosen[name]), asked.batch_size):
-                places = chosen[name][start : start + asked.batch_size]
-                _batch(model, routers, layers, name, rows, places)
-                progress(len(places))
+            watch = partial(_watch, model, routers, layers, name, rows, subject)
+            BatchSize(asked.batch_size).over(chosen[name].tolist(), watch, advance=progress)
         names = _names(subject, layers) if asked.text else {}
     return Specialisation(
         folder=folder,
@@ -218,10 +237,7 @@ def _about(name: str, rows: Rows, count: int) -> dict[str, Any]:
 
 def _names(subject: Subject, layers: list[Layer]) -> dict[int, str]:
     """The tokens of the vocabulary that came."""
-    from transformers import AutoTokenizer
-
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    tokenizer = read_tokenizer(subject.folder)
     came = sorted({kind for layer in layers for kind in layer.kinds.counts})
     return dict(zip(came, tokenizer.convert_ids_to_tokens(came), strict=True))
 
@@ -241,10 +257,17 @@ def _chosen(count: int, asked: Asked) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _batch(
-    model: PreTrainedModel, routers: Routers, layers: list[Layer], name: str, rows: Rows, places: np.ndarray
-) -> None:
-    read = rows.read(places)
+def _watch(
+    model: PreTrainedModel,
+    routers: Routers,
+    layers: list[Layer],
+    name: str,
+    rows: Rows,
+    subject: Subject,
+    places: Sequence[int],
+) -> list[None]:
+    """Show the model the rows numbered `places`, and add what its routers say to the layers."""
+    read = rows.read(np.array(places))
     batch = {n: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for n, a in read.items()}
     inputs = rows.ask(batch).inputs
     with routers.recording():
@@ -264,10 +287,10 @@ def _batch(
     for layer, said in zip(layers, routers.said, strict=True):
         _add(layer, name, said, _kinds(inputs, layer.stack, said, len(places)))
         if layer.patches is not None:
-            given = said.probabilities.cpu().numpy()
-            layer.patches.add(
-                inputs["pixel_values"].cpu().numpy(), given.reshape(len(places), -1, given.shape[-1])
-            )
+            given = said.probabilities.cpu().numpy().reshape(len(places), -1, said.probabilities.shape[-1])
+            grid = Grid.of(subject.settings, layer.stack)
+            layer.patches.add(inputs["pixel_values"].cpu().numpy(), given, grid)
+    return [None] * len(places)
 
 
 def _kinds(inputs: Mapping[str, Any], stack: str, said: Said, rows: int) -> np.ndarray:
@@ -287,18 +310,18 @@ def _kinds(inputs: Mapping[str, Any], stack: str, said: Said, rows: int) -> np.n
 
 
 def _add(layer: Layer, name: str, said: Said, kinds: np.ndarray) -> None:
-    given = said.probabilities.double()
+    given = said.probabilities.cpu().double()
     experts = given.shape[-1]
     domain = layer.domains.setdefault(
         name, Domain(counts=np.zeros(experts, np.int64), weights=np.zeros(experts))
     )
     domain.counts += said.counts.cpu().numpy()
-    domain.weights += given.sum(0).cpu().numpy()
+    domain.weights += given.sum(0).numpy()
     domain.tokens += len(given)
     domain.left_behind += int(said.left_behind)
     domain.confidence += float(given.amax(-1).sum())
     domain.entropy += float(torch.special.entr(given).sum())
-    layer.kinds.add(kinds, given.cpu().numpy())
+    layer.kinds.add(kinds, given.numpy())
 
 
 def _told(layer: Layer, names: Mapping[int, str]) -> dict[str, Any]:

@@ -29,11 +29,6 @@ def score(language: LanguageModel, folder: Path, *, limit: int) -> list[Result]:
 
     `limit` is the number of rows of a task, 0: all.
     """
-    if not language.encoder_decoder:
-        raise UpcycleError(
-            f"{language.subject.architecture} is no encoder-decoder, and --superglue asks text to text, "
-            "as T5; give --tasks boolq,copa,... instead"
-        )
     results = []
     for kind, path in files(folder).items():
         rows = task_files.rows(path, kind)

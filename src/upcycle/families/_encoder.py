@@ -76,5 +76,10 @@ def num_labels(config: Config) -> int:
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """Height and width, given as one number or two."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    """Height and width, given as one number or two. Raises `UpcycleError` for anything else."""
+    both = (
+        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    )
+    if len(both) != 2 or not all(type(side) is int and side > 0 for side in both):
+        raise UpcycleError(f"config.json has {value!r} for a height and a width; it must be a number or two")
+    return both[0], both[1]

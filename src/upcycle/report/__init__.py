@@ -53,7 +53,7 @@ def report(
         for path in files.keys() - {out, text}:
             _refuse_foreign(path, drawing.MADE_BY.encode())
     for path, data in files.items():
-        _write(path, data)
+        write(path, data)
     return about.troubles()
 
 
@@ -71,7 +71,7 @@ def _refuse_foreign(path: Path, sign: bytes) -> None:
             )
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

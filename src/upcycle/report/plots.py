@@ -6,33 +6,39 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.specialisation import Layer, Specialisation
-from upcycle.report import drawing, figures
-from upcycle.report.checkpoints import CheckpointRecord, read_checkpoint
+from upcycle.report import drawing, figures, write
+from upcycle.report.checkpoints import CheckpointRecord
 from upcycle.report.document import Picture
 from upcycle.report.records import place_of
 from upcycle.report.sections import routers, similarity
 
 
-def plot(checkpoint: str | Path, seen: Specialisation | None, out: Path) -> list[Path]:
-    """Write the figures of a Mixture of Experts as PNG into the folder `out`; with what was `seen` on images,
-    the patches that each expert likes best. Figures of an earlier time are replaced."""
+def refuse(out: Path) -> None:
+    """Say before a long look what would stop the figures after it."""
     drawing.need_matplotlib()
-    folder = Path(checkpoint)
-    record = read_checkpoint(folder, folder.name)
-    if record.anatomy is None:
-        raise UpcycleError(f"{folder} is a dense model: there are no experts to plot; leave --plot out")
     if out.exists() and not out.is_dir():
         raise UpcycleError(f"--plot {out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def plot(name: str, anatomy: dict[str, Any], seen: Specialisation | None, out: Path) -> list[Path]:
+    """Write the figures of a Mixture of Experts as PNG into the folder `out`: of what `anatomy.inspect` found
+    and, if it was `seen` at work, of who went where and the patches that each expert likes best. Figures of
+    an earlier time are replaced."""
+    refuse(out)
+    if not any(layer["num_experts"] for layer in anatomy["layers"]):
+        raise UpcycleError(f"{name} is a dense model: there are no experts to plot; leave --plot out")
+    record = CheckpointRecord(
+        name=Path(name).resolve().name, folder=out, made=None, scores=(), damage=(), anatomy=anatomy,
+        routing=None if seen is None else seen.as_dict(),
+    )  # fmt: skip
     paths = []
     for picture in _pictures(record, seen):
         path = out / f"{picture.name}.png"
-        partial_path = path.with_name(path.name + ".partial")
-        partial_path.write_bytes(drawing.png(picture))
-        partial_path.replace(path)
+        write(path, drawing.png(picture))
         paths.append(path)
     return paths
 

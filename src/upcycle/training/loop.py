@@ -218,7 +218,7 @@ def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | Non
     if must:
         raise UpcycleError(f"{said}. Make room in {out} and go on with --resume")
     if log is not None:
-        log.say(f"[yellow]![/] {said}; training goes on")
+        log.warn(f"{said}; training goes on")
 
 
 def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from upcycle import gpus
@@ -66,7 +67,7 @@ class Metrics:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         except OSError as error:
-            self.say(f"[yellow]![/] metrics of step {record['step']} are lost: {error.strerror}")
+            self.warn(f"metrics of step {record['step']} are lost: {error.strerror}")
         done, loss, speed = record["step"], record["loss"], record["tokens_per_s"]
         note = f"step {done}/{self.total}  loss {loss:.4f}  {count(speed)} tokens/s"
         if record.get("mfu") is not None:
@@ -91,8 +92,8 @@ class Metrics:
         place = f"{layer.get('stack', '')} {layer['layer']}".strip()
         if layer["collapsed"] and place not in self.warned:
             self.warned.add(place)
-            self.say(
-                f"[yellow]![/] step {step}: layer {place} collapsed; its busiest expert takes "
+            self.warn(
+                f"step {step}: layer {place} collapsed; its busiest expert takes "
                 f"{layer['busiest']:.0%} of the slots, {layer['dead']} take none; "
                 f"raise router.balance_loss_coef"
             )
@@ -101,7 +102,11 @@ class Metrics:
 
     def say(self, sentence: str) -> None:
         """A sentence above the progress bar."""
-        err.print(sentence, markup=True)
+        err.print(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """What should not be overlooked, above the progress bar."""
+        err.print(f"[yellow]![/] {escape(sentence)}", markup=True)
 
     def close(self) -> None:
         """Flush and finish everything."""
