@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +87,11 @@ def test_layers_are_counted_through_all_stages(layers, wanted, headers):
         ({"moe": {**MOE, "pooling": "mean"}}, "convnext has none"),
         ({"moe": {"num_experts": 4}}, "no exact native MoE"),
         ({"moe": MOE, "decoder": {"moe": {"top_k": 1}}}, "it has stage_1, stage_2, stage_3, stage_4"),
+        (
+            {"moe": {**MOE, "layers": [0]}, "stage_4": {"moe": {"num_experts": 2}}},
+            "chooses no block of that stage",
+        ),
+        ({"moe": MOE, "init": {"name": "random"}, "successor": {"hidden_size": 8}}, "a number for each"),
     ],
 )
 def test_mistakes(table, said, headers):
@@ -240,21 +246,13 @@ def test_stages_choose_their_own_channels(wide):
 @pytest.mark.parametrize(
     ("successor", "said"),
     [
-        ({"hidden_size": 8}, "leave it out|wants a number|must not"),
+        ({"hidden_size": 8}, "wants a number for each of its 4 stacks"),
         ({"hidden_size": [8, 8]}, "wants a number for each of its 4 stacks"),
         ({"hidden_size": [8, 12, 16, 64]}, "must not be wider"),
         ({"hidden_size": [8, 12, 16, 24], "intermediate_size": 32}, "4 neurons a channel"),
     ],
 )
 def test_mistakes_of_a_successor(successor, said, wide):
-    if successor == {"hidden_size": 8}:  # all stages alike is possible
-        assert (
-            blueprint(
-                wide, Recipe.of(moe={"target": "dense"}, init={"name": "uniform"}, successor=successor)
-            ).config["hidden_sizes"]
-            == [8] * 4
-        )
-        return
     with pytest.raises(UpcycleError, match=said):
         blueprint(wide, Recipe.of(moe={"target": "dense"}, init={"name": "uniform"}, successor=successor))
 
@@ -886,3 +884,12 @@ def test_expert_parallelism_of_v2_is_refused(small_v2, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UpcycleError, match="experts with a response norm"):
         upcycle.load(small_v2, Recipe.of(moe=MOE), distributed_config={"fsdp_size": 2, "ep_size": 2})
+
+
+@pytest.mark.parametrize("value", [None, 224.0, [224], "224", 0])
+def test_an_image_size_that_is_none(value, tmp_path):
+    folder = tiny.make(tmp_path / "dense", "ConvNextForImageClassification")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_size": value}))
+    with pytest.raises(UpcycleError, match="for a height and a width"):
+        plan(folder, Recipe.of(moe={"target": "upcycled", "num_experts": 2}))
