@@ -20,7 +20,7 @@ import common  # noqa: E402
 import figure  # noqa: E402
 import language  # noqa: E402
 
-STEPS = 200
+STEPS = 160
 RATIOS = (0.1, 0.25, 0.5)
 POOLED = {"router": {"balance_loss": "pooled"}}
 

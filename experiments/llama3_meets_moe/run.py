@@ -21,7 +21,7 @@ import common  # noqa: E402
 import figure  # noqa: E402
 import language  # noqa: E402
 
-STEPS = 160
+STEPS = 120
 CAPACITIES: dict[str, dict[str, Any]] = {
     "dropless": {}, "cf1": {"capacity_factor": 1.0}, "cf2": {"capacity_factor": 2.0},
     "cf4": {"capacity_factor": 4.0},
