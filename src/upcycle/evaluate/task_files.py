@@ -7,13 +7,13 @@ turned back into the hub's fields, so that prompts and metrics stay the harness'
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UpcycleError, listed
+from upcycle.training.documents import json_row
 
 BLIMP = "blimp"  # a folder of paradigms, and the name of the group they make
 
@@ -59,13 +59,7 @@ def rows(path: Path, task: str) -> list[Row]:
     out = []
     for number, line in enumerate(_lines(path), start=1):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UpcycleError(f"{where} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UpcycleError(f"{where} is not a JSON object")
-        out.append(_as_on_the_hub(row, task, where))
+        out.append(_as_on_the_hub(json_row(line, where), task, where))
     if not out:
         raise UpcycleError(f"{path} holds no rows")
     return out

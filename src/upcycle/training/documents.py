@@ -106,18 +106,20 @@ def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _field(_parsed(line, path, number), source, f"{path}, line {number}"), True
+                    where = f"{path}, line {number}"
+                    yield _field(json_row(line, where), source, where), True
         except (UnicodeDecodeError, OSError, EOFError) as error:
             raise UpcycleError(f"{path} cannot be read: {error}") from None
 
 
-def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+def json_row(line: str, where: str) -> dict[str, Any]:
+    """The object on a line of JSON; `where` is told where there is none."""
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UpcycleError(f"{path}, line {number} is not JSON: {error}") from None
+        raise UpcycleError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise UpcycleError(f"{path}, line {number} is not a JSON object")
+        raise UpcycleError(f"{where} is not a JSON object")
     return row
 
 

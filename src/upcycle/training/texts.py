@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +96,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UpcycleError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UpcycleError(f"{path}, line {number} is not a JSON object")
-        yield f"{path}, line {number}", row
+        where = f"{path}, line {number}"
+        yield where, json_row(line, where)
 
 
 def _numbered(labels: list[Any], path: str) -> tuple[np.ndarray, tuple[str, ...]]:
