@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from upcycle.errors import UpcycleError, listed
+from upcycle.training.documents import json_row
 from upcycle.training.examples import refuse_other_classes
 
 
