@@ -556,7 +556,17 @@ def test_json(large, capsys):
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("100B", 10**11), ("1.5T", 15 * 10**11), ("37_000", 37000), ("2 M", 2 * 10**6), ("3k", 3000)],
+    [
+        ("100B", 10**11),
+        ("1.5T", 15 * 10**11),
+        ("37_000", 37000),
+        ("2 M", 2 * 10**6),
+        ("3k", 3000),
+        ("1e9", 10**9),
+        ("1.5E+10", 15 * 10**9),
+        ("1_0.5k", 10500),
+        ("123456789012345678", 123456789012345678),
+    ],
 )
 def test_tokens(text, tokens):
     assert parse_tokens(text, "--tokens") == tokens
@@ -567,6 +577,10 @@ def test_tokens(text, tokens):
     [
         (["--tokens", "0"], "--tokens 0; it must be a whole number of 1 or more"),
         (["--tokens", "many"], "--tokens 'many'; give a number of tokens"),
+        *((["--tokens", text], f"--tokens {text!r}; give a number of tokens") for text in (
+            "_", "_1", "1e", "1e9B", "1e-3", "1e99", "9" * 400,
+        )),
+        (["--tokens", "1B", "--dense-tokens", "__"], "--dense-tokens '__'"),
         (["--tokens", "1B", "--dense-tokens", "0"], "--dense-tokens 0"),
         (["--tokens", "1B", "--gpus", "0"], "--gpus 0"),
         (["--tokens", "1B", "--gpu", "V100"], "unknown GPU 'V100'; known: H100, H200, H800, A100, A800"),
@@ -580,6 +594,22 @@ def test_bad_input(dense, capsys, arguments, words):
         cli.main(["advise", str(dense("llama")), *arguments])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA H800", "H800"),
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-PCIE-40GB", "A100"), ("A100-SXM4-40GB", "A100"),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None), ("NVIDIA GH200 144G HBM3e", None), ("NVIDIA H800 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H20", None), ("Tesla V100-SXM2-16GB", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_device(name, known):
+    """Data sheets, dense bf16: 756 TFLOP/s for H100 PCIe and 835 for NVL, not the 989 of SXM."""
+    found = gpus.of_device(name)
+    assert (found and found.name) == known
 
 
 def test_a_source_that_is_no_dense_language_model(dense, large, tmp_path):

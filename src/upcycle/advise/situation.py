@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from typing import Literal
 
@@ -16,15 +17,21 @@ from upcycle.gpus import Gpu
 
 Kind = Literal["decoder", "encoder-decoder", "encoder", "vision"]
 CONTEXT = 4096  # tokens of a row where nothing is asked, if the model has as many positions
+MOST_TOKENS = 10**18
 
 
 def parse_tokens(text: str, option: str) -> int:
-    """`100B`, `1.5T`, `37_000_000` as a number."""
-    found = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kMBT]?)", text.strip())
-    if found is None:
-        raise UpcycleError(f"{option} {text!r}; give a number of tokens, such as 100B, 1.5T or 2_000_000")
-    size = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[found[2]]
-    return round(float(found[1].replace("_", "")) * size)
+    """`100B`, `1.5T`, `37_000_000`, `1e9` as a number."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)(?:[eE]\+?(\d{1,2})|\s*([kMBT]?))", text.strip())
+    size = {"": 0, "k": 3, "M": 6, "B": 9, "T": 12}
+    exponent = 0 if found is None else int(found[2]) if found[2] else size[found[3]]
+    number = None if found is None else Decimal(found[1].replace("_", "")).scaleb(exponent)
+    if number is None or number >= MOST_TOKENS:
+        raise UpcycleError(
+            f"{option} {text!r}; give a number of tokens below {MOST_TOKENS:.0e}, such as 100B, 1.5T, 1e9 or "
+            f"2_000_000"
+        )
+    return round(number)
 
 
 @dataclass(frozen=True, kw_only=True)
