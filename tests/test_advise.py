@@ -41,13 +41,36 @@ T5_BASE = {
 }  # fmt: skip
 SPARSE = {"target": "upcycled", "num_experts": 32}
 S = {"moe": SPARSE}
+CHOICE = {"name": "expert_choice"}
+S_T5 = {
+    "moe": {**SPARSE, "layers": "every_other"},
+    "router": CHOICE,
+    "decoder": {"router": {"name": "top_k"}},
+}
+S_VIT = {"moe": {**SPARSE, "layers": "last_half"}, "router": CHOICE}
+DROP = {"init": {"name": "drop"}}
+UPCYCLED = {"target": "upcycled"}
+CONVNEXT_B = {
+    "model_type": "convnext", "architectures": ["ConvNextForImageClassification"],
+    "hidden_sizes": [128, 256, 512, 1024], "depths": [3, 3, 27, 3],
+}  # fmt: skip
+CONVNEXT_V2 = {
+    **CONVNEXT_B, "model_type": "convnextv2", "architectures": ["ConvNextV2ForImageClassification"],
+}  # fmt: skip
+BERT = {
+    "model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 30522, "hidden_size": 768,
+    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """Checkpoints of published models, headers alone."""
     folder = tmp_path_factory.mktemp("large")
-    configs = {"8B": LLAMA_3_8B, "1B": ONE_B, "vit": VIT_B, "t5": T5_BASE}
+    configs = {
+        "8B": LLAMA_3_8B, "1B": ONE_B, "vit": VIT_B, "t5": T5_BASE, "convnext": CONVNEXT_B,
+        "convnextv2": CONVNEXT_V2, "bert": BERT,
+    }  # fmt: skip
     return {name: tiny.make_headers(folder / name, config) for name, config in configs.items()}
 
 
@@ -125,15 +148,30 @@ def test_dense_continuation_has_the_same_flops(large):
     ("model", "recipe", "asked", "reason"),
     [
         ("8B", {}, {}, "47.5 B parameters"),
-        ("1B", {"moe": {"num_experts": 16}}, {}, "fitted on 8 whole experts"),
-        ("1B", {"moe": {"top_k": 1}}, {}, "top-2"),
-        ("1B", {"moe": {"target": "upcycled", "layers": "every_other"}}, {}, "experts in every layer"),
+        ("1B", {"moe": {"num_experts": 16}}, {}, "found with 8 experts, not 16"),
+        ("1B", {"moe": {"top_k": 1}}, {}, "found with 2 experts a token, not 1"),
+        (
+            "1B",
+            {"moe": {"target": "upcycled", "layers": "every_other"}},
+            {},
+            "found with experts in all of the layers, not in 50%",
+        ),
         ("1B", {"init": {"name": "drop"}}, {}, "init.name = drop"),
+        ("1B", {"init": {"name": "noise", "sigma": 0.5}}, {}, "init.name = noise"),
+        ("1B", {"moe": {"target": "qwen2_moe", "shared_experts": 1}}, {}, "without shared"),
+        ("1B", {"moe": UPCYCLED, "router": {"name": "sigmoid"}}, {}, "router.name = top_k, not sigmoid"),
+        ("1B", {"moe": UPCYCLED, "router": {"capacity_factor": 1.0}}, {}, "router.capacity_factor is set"),
+        (
+            "1B",
+            {"moe": {"granularity": 2, "num_experts": 8}, "init": {"name": "virtual_group"}},
+            {},
+            "whole experts",
+        ),
         ("1B", {}, {"tokens": 10**12}, "training of 1 T tokens"),
         ("1B", {}, {"tokens": 10**6}, "training of 1 M tokens"),
         ("1B", {}, {"dense_tokens": 2 * 10**12}, "dense training of 2 T tokens"),
         ("1B", {}, {"dense_tokens": None}, "--dense-tokens"),
-        ("vit", {"moe": SPARSE}, {}, "of the kind vision"),
+        ("vit", {"moe": SPARSE}, {}, "of the kind vision transformer"),
         ("t5", {"moe": SPARSE}, {}, "of the kind encoder-decoder"),
     ],
 )
@@ -152,7 +190,7 @@ def test_outside_the_fitted_range_nothing_is_computed(large, model, recipe, aske
     ("model", "paper", "recipe", "tokens", "dense_tokens"),
     [
         ("1B", "OLMoE", {}, 500, 2000),
-        ("t5", "Sparse Upcycling", {"moe": SPARSE}, 1.2, 1),
+        ("t5", "Sparse Upcycling", S_T5, 1.2, 1),
         ("1B", "Skywork", {}, 2.0, 1),
     ],
 )
@@ -167,7 +205,9 @@ def test_a_budget_lies_on_its_side_of_a_crossover(large, model, paper, recipe, t
         asked = {"tokens": round(tokens * scale * factor), "dense_tokens": dense_tokens * scale}
         here = situation(large[model], recipe, **asked)
         assert published.distance(here, crossover) == pytest.approx(factor, rel=1e-6)
-        assert published.crossover_inside(here, crossover)[0] is (True if crossover.exact else None)
+        assert published.crossover_inside(here, crossover)[0] is (
+            True if crossover.exact and crossover.experts.complete else None
+        )
 
 
 def test_statements_of_a_model_like_llama_3_meets_moe(large):
@@ -177,6 +217,64 @@ def test_statements_of_a_model_like_llama_3_meets_moe(large):
     other = said(large["8B"], {"moe": {"num_experts": 16}}, tokens=27 * 10**9)
     (unlike,) = (s for s in other.statements if s.source.startswith("Llama 3 Meets MoE") and "MMLU" in s.said)
     assert (unlike.inside, unlike.why) == (False, "found with 8 experts, not 16")
+
+
+def comparison(paper, init):
+    (found,) = (c for c in published.COMPARISONS if c.paper.startswith(paper) and init in c.inits)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ({}, None),
+        ({"moe": {"top_k": 1}}, "2 experts a token, not 1"),
+        ({"moe": {"num_experts": 4}}, "8 experts, not 4"),
+        ({"moe": {**UPCYCLED, "layers": "every_other"}}, "all of the layers, not in 50%"),
+        ({"moe": UPCYCLED, "router": {"name": "sigmoid"}}, "not sigmoid"),
+        ({"init": {"name": "noise", "sigma": 0.01}}, None),
+        ({"init": {"name": "noise", "sigma": 10.0}}, "init.name = noise"),
+        ({"init": {"name": "drop", "ratio": 0.0}}, None),
+        ({"init": {"name": "virtual_group"}, "moe": {"granularity": 2, "num_experts": 16}}, "virtual_group"),
+    ],
+)
+@pytest.mark.parametrize(("paper", "tokens"), [("Llama 3", 27e9), ("He et al.", 1e12)])
+def test_what_is_unlike_a_comparison_is_outside(large, paper, tokens, recipe, why):
+    here = situation(large["8B"], recipe, tokens=int(tokens))
+    inside, said = published.comparison_inside(here, comparison(paper, "copy"))
+    assert inside is (why is None)
+    assert why is None or why in said
+
+
+def test_a_stack_of_its_own_counts(large):
+    """The decoder's top_k is looked at, not that of [moe] alone."""
+    asked = {"tokens": 20 * 10**9, "dense_tokens": 100 * 10**9}
+    (sparse,) = (c for c in published.COMPARISONS if c.kind == "encoder-decoder")
+    assert published.comparison_inside(situation(large["t5"], S_T5, **asked), sparse)[0] is True
+    other = {**S_T5, "decoder": {"router": {"name": "top_k"}, "moe": {"top_k": 1}}}
+    inside, why = published.comparison_inside(situation(large["t5"], other, **asked), sparse)
+    assert (inside, why) == (False, "found with 2 experts a token, not 1 or 2")
+    smaller = {**S_T5, "router": {**CHOICE, "capacity_factor": 1.0}}
+    assert not published.comparison_inside(situation(large["t5"], smaller, **asked), sparse)[0]
+
+
+@pytest.mark.parametrize("model", ["convnext", "convnextv2"])
+def test_results_of_vit_are_none_of_a_convnet(large, model):
+    found = said(large[model], S_VIT, tokens=20 * 10**9, dense_tokens=100 * 10**9)
+    assert not [s for s in found.statements if s.topic == "dense continuation"]
+    vit = said(large["vit"], S_VIT, tokens=20 * 10**9, dense_tokens=100 * 10**9)
+    assert [s.inside for s in vit.statements if s.topic == "dense continuation"] == [True]
+
+
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [
+        ({}, True), ({"sigma": 0.05}, True), ({"sigma": 0.051}, False), ({"sigma": 0.5, "fraction": 0.0}, True),
+        ({"sigma": 0.02, "relative": False}, False), ({"sigma": 0.0, "relative": False}, True),
+    ],
+)  # fmt: skip
+def test_noise_leaves_copies_while_it_is_small(large, options, whole):
+    assert situation(large["1B"], {"init": {"name": "noise", **options}}, tokens=1).copies is whole
 
 
 # --- the drop ratio
@@ -467,16 +565,20 @@ def test_the_verdict_follows_the_law(large, tokens, dense_tokens):
         ("1B", {}, {"tokens": 1e12, "dense_tokens": 2e12}, None, "rule of thumb", "Not settled"),
         ("1B", {}, {"tokens": 400e9, "dense_tokens": 2e12}, None, "rule of thumb", "Not from scratch"),
         ("1B", {}, {"tokens": 50e9}, None, "not known", "without --dense-tokens"),
-        (
-            "1B", {"init": {"name": "drop"}}, {"tokens": 50e9, "dense_tokens": 2e12}, "dense continuation",
-            "published runs", "FineRMoE",
-        ),
-        ("t5", S, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "at equal cost"),
-        ("t5", S, {"tokens": 200e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
-        ("t5", S, {"tokens": 105e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
-        ("t5", S, {"tokens": 80e9, "dense_tokens": 100e9}, None, "rule of thumb", "Not from scratch"),
-        ("vit", S, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "Sparse"),
-        ("vit", S, {"tokens": 900e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("1B", DROP, {"tokens": 50e9, "dense_tokens": 2e12}, None, "not known", "Nothing is known"),
+        ("bert", S, {"tokens": 50e9}, None, "not known", "Nothing is known"),
+        ("convnext", S, {"tokens": 50e9}, None, "not known", "Nothing is known"),
+        ("convnext", S_VIT, {"tokens": 20e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("vit", S_VIT, {"tokens": 20e9}, None, "not known", "without --dense-tokens"),
+        ("vit", S, {"tokens": 20e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("t5", S, {"tokens": 20e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("8B", {"moe": {"top_k": 1}}, {"tokens": 27e9, "dense_tokens": 15e12}, None, "rule of thumb", "Not f"),
+        ("t5", S_T5, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "at equal cost"),
+        ("t5", S_T5, {"tokens": 200e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
+        ("t5", S_T5, {"tokens": 105e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
+        ("t5", S_T5, {"tokens": 80e9, "dense_tokens": 100e9}, None, "rule of thumb", "Not from scratch"),
+        ("vit", S_VIT, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "Sparse"),
+        ("vit", S_VIT, {"tokens": 900e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
         ("1B", {}, {"tokens": 250e9, "dense_tokens": 20e9}, None, "fitted law", "Rather from scratch than"),
     ],
 )  # fmt: skip
@@ -522,7 +624,9 @@ def test_every_family(dense, tmp_path, name):
         assert all((statement.said, statement.source, statement.why))
         assert statement.inside in (True, False, None)
     assert json.loads(json.dumps(found.as_dict()))["verdict"]["sure"] == "not known"
-    kinds = {"V": "vision", "D": "vision", "B": "encoder"}
+    kinds = {
+        "V": "vision transformer", "D": "vision transformer", "B": "encoder", "C": "convolutional network",
+    }  # fmt: skip
     if name[0] in kinds:
         assert situation(source, recipe, tokens=1).kind == kinds[name[0]]
 

@@ -14,10 +14,13 @@ from upcycle.blueprints import Blueprint
 from upcycle.cost import Plan, flops_per_row, plan_of
 from upcycle.errors import UpcycleError
 from upcycle.gpus import Gpu
+from upcycle.init.drop import Drop
+from upcycle.init.noise import NoisyCopy
 
-Kind = Literal["decoder", "encoder-decoder", "encoder", "vision"]
+Kind = Literal["decoder", "encoder-decoder", "encoder", "vision transformer", "convolutional network"]
 CONTEXT = 4096  # tokens of a row where nothing is asked, if the model has as many positions
 MOST_TOKENS = 10**18
+SMALL_NOISE = 0.05  # standard deviations of a matrix: "small: negligible; large: hurts" (Sparse Upcycling)
 
 
 def parse_tokens(text: str, option: str) -> int:
@@ -76,8 +79,8 @@ class Situation:
                 f"of Experts, so choose another target"
             )
         context, most = self.asked.context, self._positions
-        if context is not None and self.kind == "vision":
-            raise UpcycleError(f"--context is for text; an image is {most} tokens here, leave it out")
+        if context is not None and self.of_images:
+            raise UpcycleError(f"--context is for text; an image is {self.row} tokens here, leave it out")
         if context is not None and context > most and self.kind != "encoder-decoder":
             raise UpcycleError(f"--context {context}; the model has {most} positions")
 
@@ -108,11 +111,17 @@ class Situation:
         return gpus.find(self.asked.gpu)
 
     @property
+    def of_images(self) -> bool:
+        """Whether a row is an image, of as many tokens as the model cuts it into."""
+        return "image_size" in self.built.dense.config
+
+    @property
     def kind(self) -> Kind:
         """What sort of model it is, as far as published results are concerned."""
         causal = {stack.causal for stack in self.built.dense.stacks}
-        if "image_size" in self.built.dense.config:
-            return "vision"
+        if self.of_images:
+            attends = self.built.dense.config["num_attention_heads"] > 0
+            return "vision transformer" if attends else "convolutional network"
         if len(causal) == 2:
             return "encoder-decoder"
         return "decoder" if causal == {True} else "encoder"
@@ -120,15 +129,22 @@ class Situation:
     @property
     def lengths(self) -> Mapping[str, int]:
         """Tokens of a row in each stack of blocks."""
-        if self.kind == "vision":
+        if self.of_images:
             return self.built.dense.family.lengths(self.built.dense.config)
         length = self.asked.context or min(CONTEXT, self._positions)
         return {stack.name: length for stack in self.built.dense.stacks}
 
     @property
     def row(self) -> int:
-        """Tokens of a row, all stacks together."""
+        """Tokens of a row, all stacks together: what `--tokens` and a run of `upcycle train` count."""
         return sum(self.lengths.values())
+
+    @property
+    def row_said(self) -> str:
+        """How many tokens a row, or an image, counts as."""
+        parts = ", ".join(f"{length:,} in {stack}" for stack, length in self.lengths.items())
+        what = "an image counts as" if self.of_images else "rows of"
+        return f"{what} {self.row:,} tokens" + (f" ({parts})" if len(self.lengths) > 1 else "")
 
     @cached_property
     def dense_flops(self) -> float:
@@ -157,8 +173,9 @@ class Situation:
 
     @property
     def copies(self) -> bool:
-        """Whether experts are whole copies of the dense network, up to small noise."""
-        recipe = self.built.recipe
-        return recipe.init.name in ("copy", "noise") or (
-            recipe.init.name == "drop" and getattr(recipe.init, "ratio", 1.0) == 0
-        )
+        """Whether experts are whole copies of the dense network, up to noise of `SMALL_NOISE`."""
+        init = self.built.recipe.init
+        if isinstance(init, NoisyCopy):
+            still = not init.sigma or not init.fraction
+            return still or (init.relative and init.sigma <= SMALL_NOISE)
+        return init.name == "copy" or (isinstance(init, Drop) and init.ratio == 0)
