@@ -158,7 +158,7 @@ def test_dense_continuation_has_the_same_flops(large):
         ),
         ("1B", {"init": {"name": "drop"}}, {}, "init.name = drop"),
         ("1B", {"init": {"name": "noise", "sigma": 0.5}}, {}, "init.name = noise"),
-        ("1B", {"moe": {"target": "qwen2_moe", "shared_experts": 1}}, {}, "without shared"),
+        ("1B", {"moe": {**UPCYCLED, "shared_experts": 1}}, {}, "without shared"),
         ("1B", {"moe": UPCYCLED, "router": {"name": "sigmoid"}}, {}, "router.name = top_k, not sigmoid"),
         ("1B", {"moe": UPCYCLED, "router": {"capacity_factor": 1.0}}, {}, "router.capacity_factor is set"),
         (
@@ -269,7 +269,8 @@ def test_results_of_vit_are_none_of_a_convnet(large, model):
 @pytest.mark.parametrize(
     ("options", "whole"),
     [
-        ({}, True), ({"sigma": 0.05}, True), ({"sigma": 0.051}, False), ({"sigma": 0.5, "fraction": 0.0}, True),
+        ({}, True), ({"sigma": 0.05}, True), ({"sigma": 0.051}, False),
+        ({"sigma": 0.5, "fraction": 0.0}, True),
         ({"sigma": 0.02, "relative": False}, False), ({"sigma": 0.0, "relative": False}, True),
     ],
 )  # fmt: skip
@@ -288,9 +289,28 @@ def test_the_ratio_by_budget(large, tokens, ratio):
     assert drop_ratio.statements(situation(large["1B"], tokens=tokens))[0].value == ratio
 
 
-@pytest.mark.parametrize(("tokens", "inside"), [(50e9, True), (1e9, False), (500e9, True), (5e12, False)])
-def test_where_the_ratio_was_found(large, tokens, inside):
-    assert drop_ratio.statements(situation(large["1B"], tokens=int(tokens)))[0].inside is inside
+@pytest.mark.parametrize(
+    ("model", "tokens", "inside", "why"),
+    [
+        ("1B", 50e9, None, "not in what was read"), ("1B", 1e9, False, "found at 50 B"),
+        ("1B", 100e9, False, "found at 50 B"), ("1B", 500e9, True, "500 B tokens"),
+        ("1B", 250e9, False, "found at 500 B"), ("1B", 5e12, False, "found at 500 B"),
+        ("8B", 500e9, False, "found on 152 M and 1.56 B"), ("8B", 50e9, False, "found on 490 M and 1.54 B"),
+    ],
+)  # fmt: skip
+def test_where_the_ratio_was_found(large, model, tokens, inside, why):
+    first = drop_ratio.statements(situation(large[model], tokens=int(tokens)))[0]
+    assert first.inside is inside
+    assert why in first.why
+    assert "r = 0.5 lost" not in first.said
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0])
+def test_a_drop_of_unknown_ratio_decides_nothing(large, ratio):
+    here = situation(large["1B"], {"init": {"name": "drop", "ratio": ratio}}, tokens=50 * 10**9)
+    inside, why = published.comparison_inside(here, comparison("FineRMoE", "drop"))
+    assert inside is None
+    assert "init.name = drop" in why
 
 
 @pytest.mark.parametrize("indices", ["shared", "independent"])
@@ -572,7 +592,7 @@ def test_the_verdict_follows_the_law(large, tokens, dense_tokens):
         ("vit", S_VIT, {"tokens": 20e9}, None, "not known", "without --dense-tokens"),
         ("vit", S, {"tokens": 20e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
         ("t5", S, {"tokens": 20e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
-        ("8B", {"moe": {"top_k": 1}}, {"tokens": 27e9, "dense_tokens": 15e12}, None, "rule of thumb", "Not f"),
+        ("8B", {"moe": {"top_k": 1}}, {"tokens": 27e9, "dense_tokens": 15e12}, None, "rule of thumb", "Not "),
         ("t5", S_T5, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "at equal cost"),
         ("t5", S_T5, {"tokens": 200e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
         ("t5", S_T5, {"tokens": 105e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
@@ -588,6 +608,36 @@ def test_verdicts(large, model, recipe, asked, choice, sure, words):
     assert words in found.sentence
     assert found.sentence.count("\n") == 0
     assert found.sentence.endswith(".")
+
+
+def test_a_crossover_is_compared_in_its_own_unit(large):
+    """400 B after 2 T are 20 % of the tokens and more of the cost: OLMoE's 25 % are of tokens."""
+    here = situation(large["1B"], tokens=400 * 10**9, dense_tokens=2 * 10**12)
+    assert here.share_of_cost > 0.25
+    cost = f"{100 * here.share_of_cost:.0f} % of the dense cost, short of the 200 % of Skywork-MoE"
+    assert f"this budget is 20 % of the dense tokens, short of the 25 % of OLMoE, and {cost}" in (
+        verdict(here).sentence
+    )
+    past = situation(large["1B"], tokens=10**12, dense_tokens=2 * 10**12)
+    assert "50 % of the dense tokens, past the 25 % of OLMoE" in verdict(past).sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "helps"),
+    [
+        ("1B", {}, True), ("1B", {"moe": {"top_k": 1}}, True), ("t5", S_T5, True), ("vit", S_VIT, True),
+        ("1B", DROP, False), ("bert", S, False), ("convnext", S, False), ("vit", S, False), ("t5", S, False),
+    ],
+)  # fmt: skip
+def test_dense_tokens_are_asked_for_where_they_help(large, model, recipe, helps):
+    """Nothing published covers the others, whatever the dense model was trained on."""
+    without = verdict(situation(large[model], recipe, tokens=20 * 10**9)).sentence
+    assert ("--dense-tokens" in without) is helps
+    known = [
+        verdict(situation(large[model], recipe, tokens=20 * 10**9, dense_tokens=n * 10**9)).sure
+        for n in (40, 100)
+    ]
+    assert (set(known) != {"not known"}) is helps
 
 
 def test_a_small_trained_model(stories, capsys):
