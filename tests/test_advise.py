@@ -27,6 +27,14 @@ LLAMA_3_8B = {
     **LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
 }  # fmt: skip
+LLAMA_70B = {
+    **LLAMA_3_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}  # fmt: skip
+LLAMA_22B = {
+    **LLAMA_3_8B, "vocab_size": 32000, "hidden_size": 6144, "intermediate_size": 16384,
+    "num_hidden_layers": 56, "num_attention_heads": 48,
+}  # fmt: skip
 ONE_B = {
     **LLAMA, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20,
     "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
@@ -69,7 +77,7 @@ def large(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     configs = {
         "8B": LLAMA_3_8B, "1B": ONE_B, "vit": VIT_B, "t5": T5_BASE, "convnext": CONVNEXT_B,
-        "convnextv2": CONVNEXT_V2, "bert": BERT,
+        "convnextv2": CONVNEXT_V2, "bert": BERT, "22B": LLAMA_22B, "70B": LLAMA_70B,
     }  # fmt: skip
     return {name: tiny.make_headers(folder / name, config) for name, config in configs.items()}
 
@@ -349,8 +357,9 @@ def test_llama_3_meets_moe(large):
     assert dense / 1e14 == pytest.approx(4.7, abs=0.05)
     assert duration.total_flops(here) == pytest.approx(9.2e21, rel=0.005)
     assert duration.gpu_hours(here, 389.7e12 / 989.4e12) == pytest.approx(6.5e3, rel=0.01)
-    hours = {s.source.partition(" (")[0]: s.value for s in duration.statements(here) if s.unit == "GPU hours"}
-    assert hours["MoE Parallel Folding"] == pytest.approx(11e3, rel=0.02)  # what it took, at a measured MFU
+    (run,) = (s for s in duration.statements(here) if s.source.startswith("Llama 3 Meets MoE"))
+    assert run.value == pytest.approx(11e3, rel=0.03)  # what it took
+    assert run.inside is True
 
 
 def test_time_by_hand(large):
@@ -361,16 +370,33 @@ def test_time_by_hand(large):
     assert duration.gpu_hours(here, 0.1) > duration.gpu_hours(here, 0.2)
 
 
+FINE = {"moe": {"granularity": 8, "num_experts": 64, "top_k": 8}, "init": {"name": "virtual_group"}}
+
+
 @pytest.mark.parametrize(
-    ("model", "asked", "inside"),
+    ("model", "recipe", "asked", "mfus", "inside"),
     [
-        ("8B", {"gpus": 512}, True), ("8B", {}, True), ("8B", {"gpus": 8}, False),
-        ("8B", {"gpu": "A100"}, False), ("1B", {"gpus": 128}, False),
+        ("8B", {}, {"gpus": 128}, (0.234, 0.468), (False, True)),
+        ("8B", {}, {"gpus": 512}, (0.234, 0.23), (False, True)),
+        ("8B", {}, {"gpus": 256}, (0.234, 0.468), (False, False)),
+        ("8B", {}, {}, (0.234, 0.468), (False, None)),
+        ("8B", {}, {"gpus": 8}, (0.234, 0.468), (False, False)),
+        ("8B", {}, {"gpus": 128, "gpu": "A100"}, (0.234, 0.468), (False, False)),
+        ("8B", FINE, {"gpus": 64}, (0.254, 0.39), (True, True)),
+        ("22B", {}, {"gpus": 128}, (0.234, 0.493), (True, True)),
+        ("22B", FINE, {"gpus": 128}, (0.09, 0.288), (True, True)),
+        ("70B", {}, {"gpus": 256}, (0.196, 0.416), (True, True)),
+        ("1B", {}, {"gpus": 128}, (0.234, 0.468), (False, False)),
+        ("vit", S, {"gpus": 128}, (0.234, 0.468), (False, False)),
     ],
 )  # fmt: skip
-def test_where_utilisation_was_measured(large, model, asked, inside):
-    found = duration.statements(situation(large[model], tokens=10**9, **asked))
-    assert {s.inside for s in found if s.unit == "GPU hours"} == {inside}
+def test_where_utilisation_was_measured(large, model, recipe, asked, mfus, inside):
+    """Table 1 of MoE Parallel Folding, Table 2 of Llama 3 Meets MoE and the GPU hours of its run."""
+    here = situation(large[model], recipe, tokens=10**9, **asked)
+    found = [s for s in duration.statements(here) if s.unit == "GPU hours"]
+    reached = duration.total_flops(here) / here.gpu.peak_flops / 3600
+    assert [reached / s.value for s in found] == pytest.approx(mfus)
+    assert tuple(s.inside for s in found) == inside
 
 
 # --- memory
