@@ -10,7 +10,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    ConvNextConfig,
+    ConvNextModel,
+    ConvNextV2Config,
+    ConvNextV2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import tiny
 from upcycle import Recipe, UpcycleError, blueprint, cli, gpus, plan
@@ -449,12 +460,50 @@ def test_a_block_keeps_what_torch_keeps(dense, changes, experts, top_k):
         config = {k: v for k, v in here.built.config.items() if k not in ("dtype", "torch_dtype")}
         settings = {**config, "num_hidden_layers": layers, "experts_implementation": "grouped_mm"}
         model = MixtralForCausalLM(MixtralConfig(**settings)).bfloat16().train()
-        saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90)
+        saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90, use_cache=False)
     found = (saved[3] - saved[1]) / 2 / tokens
-    assert layout.block_bytes(here.built, here.built.sites[0]) == pytest.approx(found, abs=1)
+    (stack,) = here.built.dense.stacks
+    assert layout.block_bytes(here.built, stack, 0) == pytest.approx(found, abs=1)
 
 
-def bytes_saved(model, ids):
+@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 96}, {"hidden_size": 64}])
+def test_a_dense_block_keeps_what_torch_keeps(dense, changes):
+    """The same of transformers' Llama: blocks that stay dense."""
+    here = situation(dense("llama", **changes), {"moe": {**UPCYCLED, "layers": "last_half"}}, tokens=1)
+    tokens, saved = 64, {}
+    for layers in (1, 3):
+        config = {k: v for k, v in here.built.dense.config.items() if k not in ("dtype", "architectures")}
+        model = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": layers})).bfloat16().train()
+        saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90, use_cache=False)
+    (stack,) = here.built.dense.stacks
+    assert layout.block_bytes(here.built, stack, 0) == pytest.approx(
+        (saved[3] - saved[1]) / 2 / tokens, abs=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "model"), [(ConvNextConfig, ConvNextModel), (ConvNextV2Config, ConvNextV2Model)]
+)
+@pytest.mark.parametrize("hidden", [16, 32])
+def test_a_convnet_s_dense_block_keeps_what_torch_keeps(tmp_path, config, model, hidden):
+    settings = {"hidden_sizes": [hidden, 8, 8, 8], "image_size": 64}
+    saved = {}
+    for depth in (1, 3):
+        made = model(config(**settings, depths=[depth, 1, 1, 1])).bfloat16().train()
+        saved[depth] = bytes_saved(made, torch.randn(1, 3, 64, 64).bfloat16())
+    source = tiny.make_headers(
+        tmp_path / "dense",
+        {
+            **settings, "model_type": config.model_type, "depths": [3, 1, 1, 1],
+            "architectures": [f"{model.__name__.removesuffix('Model')}ForImageClassification"],
+        },
+    )  # fmt: skip
+    built = situation(source, {"moe": {**UPCYCLED, "layers": [5]}}, tokens=1).built
+    found = layout.block_bytes(built, built.dense.stacks[0], 0)
+    assert found == pytest.approx((saved[3] - saved[1]) / 2 / 256, abs=8)
+
+
+def bytes_saved(model, inputs, **options):
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -465,7 +514,7 @@ def bytes_saved(model, ids):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(ids, use_cache=False)
+        out = model(inputs, **options)
     total = sum(t.untyped_storage().nbytes() for t in kept.values())
     del out
     return total
@@ -534,6 +583,77 @@ def test_memory_falls_with_gpus_and_rises_with_context(large):
 def test_expert_parallelism_divides_both(large, count, experts, ep):
     built = blueprint(large["1B"], Recipe.of(moe={"num_experts": experts}))
     assert layout.expert_parallel(count, built) == ep
+
+
+def test_a_convnet_recomputes_nothing(large):
+    """All blocks are kept, not the largest alone, and no head over words."""
+    here = situation(large["convnext"], S_VIT, tokens=1, gpus=8)
+    lengths = here.lengths
+    kept = sum(
+        layout.block_bytes(here.built, stack, layer) * lengths[stack.name]
+        for stack in here.built.dense.stacks
+        for layer in range(stack.count)
+    )
+    assert layout.activations(here) == kept
+    words = " ".join(s.why for s in layout.statements(here))
+    assert "no layer recomputed" in words
+    assert ", layers recomputed" in layout.statements(situation(large["vit"], S, tokens=1))[0].why
+
+
+def test_the_largest_block_may_be_dense(large):
+    """Experts that take a tenth of the tokens keep less than the network that stays dense."""
+    recipe = {"moe": {**UPCYCLED, "layers": [1]}, "router": {**CHOICE, "capacity_factor": 0.1}}
+    here = situation(large["vit"], recipe, tokens=1)
+    (stack,) = here.built.dense.stacks
+    dense_block, moe_block = (layout.block_bytes(here.built, stack, layer) for layer in (0, 1))
+    assert moe_block < dense_block
+    assert layout.activations(here) == (2 * 12 * 768 + dense_block) * 197
+
+
+def test_no_expert_parallelism_with_response_norms(large):
+    """As loading refuses it."""
+    experts = {"moe": {**SPARSE, "num_experts": 8}}
+    v1, v2 = (blueprint(large[name], Recipe.of(experts)) for name in ("convnext", "convnextv2"))
+    assert layout.expert_parallel(8, v1) == 8
+    assert layout.expert_parallel(8, v2) == 1
+
+
+def test_universal_experts_take_memory(large):
+    spherical = {
+        "moe": {**UPCYCLED, "num_experts": 8, "universal_experts": 8},
+        "router": {"name": "spherical"},
+    }
+    spherical["init"] = {"name": "uniform"}
+    without = {**spherical, "moe": {**UPCYCLED, "num_experts": 8}}
+    here, less = (situation(large["vit"], recipe, tokens=1).built for recipe in (spherical, without))
+    (site, *_), (stack,) = here.sites, here.dense.stacks
+    chosen = here.recipe.router.experts_per_token(8, 2, 197)
+    more = chosen * (4 * 768 + 4 * site.universal_width + 40) + 4 * 8
+    found = layout.block_bytes(here, stack, site.layer) - layout.block_bytes(less, stack, site.layer)
+    assert found == pytest.approx(more)
+    assert site.universal_width == 768
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "asked", "words"),
+    [
+        ("8B", {}, {"context": 8192}, "rows of 8,192 tokens"),
+        ("t5", S_T5, {"context": 512}, "rows of 1,024 tokens (512 in encoder, 512 in decoder)"),
+        ("vit", S_VIT, {}, "an image counts as 197 tokens"),
+        (
+            "convnext", S_VIT, {},
+            "an image counts as 4,165 tokens (3,136 in stage_1, 784 in stage_2, 196 in stage_3, 49 in",
+        ),
+    ],
+)  # fmt: skip
+def test_how_many_tokens_a_row_counts_as(large, model, recipe, asked, words):
+    """The number that FLOPs of a row are divided by, and the one that training counts."""
+    here = situation(large[model], recipe, tokens=10**9, gpus=8, **asked)
+    shown = [s.why for s in (*duration.statements(here), *layout.statements(here))]
+    assert sum(words in why for why in shown) >= 2
+    row = 3 * flops_per_row(here.built.dense, here.built, here.lengths, all_scores=True)
+    counted = float(words.split(" tokens")[0].split()[-1].replace(",", ""))
+    assert duration.total_flops(here) == pytest.approx(10**9 * row / counted)
 
 
 # --- inference

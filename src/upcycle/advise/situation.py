@@ -39,7 +39,8 @@ def parse_tokens(text: str, option: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The budget and the machines. Tokens are those of the training that would come now."""
+    """The budget and the machines. Tokens are those of the training that would come now, counted as
+    `train.tokens` counts them: those of a row in all its stacks, encoder and decoder, or stages, together."""
 
     tokens: int
     dense_tokens: int | None = None  # that the dense model was trained on; None: not known
