@@ -46,7 +46,7 @@ def statements(situation: Situation) -> list[Statement]:
         said = f"r = {ratio:g} was best of those tried, with independent indices"
         source, (inside, why) = PAPER, _covered(size, COMPARED, tokens, COMPARED_AT)
     else:
-        said = "r = 0, a copy: drop ended far below the dense model on a budget as small"
+        said = f"r = 0, a copy: drop ended far below the dense model after {number(REFUTED_AT)} tokens"
         source, (covered, why) = AGAINST, _covered(size, REFUTED, tokens, REFUTED_AT)
         inside = None if covered else False
         why += "; its r and indices are not in what was read" if covered else ""

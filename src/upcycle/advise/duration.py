@@ -112,7 +112,7 @@ def _covered(situation: Situation, measured: Utilisation) -> tuple[bool | None, 
     count, size = situation.asked.gpus, situation.plan.dense_parameters
     where = f"measured on {number(measured.size)} dense parameters and {measured.gpus} {MEASURED_ON}"
     if situation.kind != "decoder":
-        return False, f"measured on decoder language models, this is a {situation.kind}"
+        return False, f"measured on decoder language models, this is {situation.kind}"
     if situation.gpu.name != MEASURED_ON:
         return False, f"{where}, not on {situation.gpu.name}"
     if not _near(size, measured.size, NEAR):

@@ -44,8 +44,8 @@ class Memory:
 
 
 def expert_parallel(count: int, built: Blueprint) -> int:
-    """How many of `count` GPUs share the experts of a layer: as many as divide both, on one machine; one where
-    experts look at all tokens of an image (a response norm), which are not shared out."""
+    """How many of `count` GPUs share the experts of a layer: as many as divide both, on one machine.
+    One where experts have a response norm: those look at all tokens of an image and are not shared out."""
     if any(built.dense.feed_forward(site.layer, site.stack).response() for site in built.sites):
         return 1
     common = math.gcd(count, *built.expert_counts)
@@ -99,9 +99,9 @@ def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
     """Bytes that one block keeps of a token for its backward pass, in bf16 with flash attention.
 
     Beside its network 16 H + 4 q + 2 kv + 4 heads. A dense network keeps 8 I + 8 if it is gated, 4 I + 8 if
-    not, experts K (4 H + 8 I + 40) + 4 E + 12: what torch saves in a block of transformers' Llama and Mixtral,
-    counted tensor by tensor. A ConvNeXt's block keeps 8 H beside its network, with a response norm 6 H and
-    8 I.
+    not, experts K (4 H + 8 I + 40) + 4 E + 12: what torch saves in a block of transformers' Llama and of
+    Mixtral, counted tensor by tensor. A block of ConvNeXt keeps 8 H beside its network, of V2, with a
+    response norm, 6 H and 8 I in the network.
     """
     config, network = built.dense.config, built.dense.feed_forward(layer, stack.name)
     neuron = 8 if network.gate is not None or network.response() else 4
