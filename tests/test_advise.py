@@ -10,7 +10,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    ConvNextConfig,
+    ConvNextModel,
+    ConvNextV2Config,
+    ConvNextV2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import tiny
 from upcycle import Recipe, UpcycleError, blueprint, cli, gpus, plan
@@ -27,6 +38,14 @@ LLAMA_3_8B = {
     **LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
 }  # fmt: skip
+LLAMA_70B = {
+    **LLAMA_3_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}  # fmt: skip
+LLAMA_22B = {
+    **LLAMA_3_8B, "vocab_size": 32000, "hidden_size": 6144, "intermediate_size": 16384,
+    "num_hidden_layers": 56, "num_attention_heads": 48,
+}  # fmt: skip
 ONE_B = {
     **LLAMA, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20,
     "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
@@ -41,13 +60,36 @@ T5_BASE = {
 }  # fmt: skip
 SPARSE = {"target": "upcycled", "num_experts": 32}
 S = {"moe": SPARSE}
+CHOICE = {"name": "expert_choice"}
+S_T5 = {
+    "moe": {**SPARSE, "layers": "every_other"},
+    "router": CHOICE,
+    "decoder": {"router": {"name": "top_k"}},
+}
+S_VIT = {"moe": {**SPARSE, "layers": "last_half"}, "router": CHOICE}
+DROP = {"init": {"name": "drop"}}
+UPCYCLED = {"target": "upcycled"}
+CONVNEXT_B = {
+    "model_type": "convnext", "architectures": ["ConvNextForImageClassification"],
+    "hidden_sizes": [128, 256, 512, 1024], "depths": [3, 3, 27, 3],
+}  # fmt: skip
+CONVNEXT_V2 = {
+    **CONVNEXT_B, "model_type": "convnextv2", "architectures": ["ConvNextV2ForImageClassification"],
+}  # fmt: skip
+BERT = {
+    "model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 30522, "hidden_size": 768,
+    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """Checkpoints of published models, headers alone."""
     folder = tmp_path_factory.mktemp("large")
-    configs = {"8B": LLAMA_3_8B, "1B": ONE_B, "vit": VIT_B, "t5": T5_BASE}
+    configs = {
+        "8B": LLAMA_3_8B, "1B": ONE_B, "vit": VIT_B, "t5": T5_BASE, "convnext": CONVNEXT_B,
+        "convnextv2": CONVNEXT_V2, "bert": BERT, "22B": LLAMA_22B, "70B": LLAMA_70B,
+    }  # fmt: skip
     return {name: tiny.make_headers(folder / name, config) for name, config in configs.items()}
 
 
@@ -125,15 +167,30 @@ def test_dense_continuation_has_the_same_flops(large):
     ("model", "recipe", "asked", "reason"),
     [
         ("8B", {}, {}, "47.5 B parameters"),
-        ("1B", {"moe": {"num_experts": 16}}, {}, "fitted on 8 whole experts"),
-        ("1B", {"moe": {"top_k": 1}}, {}, "top-2"),
-        ("1B", {"moe": {"target": "upcycled", "layers": "every_other"}}, {}, "experts in every layer"),
+        ("1B", {"moe": {"num_experts": 16}}, {}, "found with 8 experts, not 16"),
+        ("1B", {"moe": {"top_k": 1}}, {}, "found with 2 experts a token, not 1"),
+        (
+            "1B",
+            {"moe": {"target": "upcycled", "layers": "every_other"}},
+            {},
+            "found with experts in all of the layers, not in 50%",
+        ),
         ("1B", {"init": {"name": "drop"}}, {}, "init.name = drop"),
+        ("1B", {"init": {"name": "noise", "sigma": 0.5}}, {}, "init.name = noise"),
+        ("1B", {"moe": {**UPCYCLED, "shared_experts": 1}}, {}, "without shared"),
+        ("1B", {"moe": UPCYCLED, "router": {"name": "sigmoid"}}, {}, "router.name = top_k, not sigmoid"),
+        ("1B", {"moe": UPCYCLED, "router": {"capacity_factor": 1.0}}, {}, "router.capacity_factor is set"),
+        (
+            "1B",
+            {"moe": {"granularity": 2, "num_experts": 8}, "init": {"name": "virtual_group"}},
+            {},
+            "whole experts",
+        ),
         ("1B", {}, {"tokens": 10**12}, "training of 1 T tokens"),
         ("1B", {}, {"tokens": 10**6}, "training of 1 M tokens"),
         ("1B", {}, {"dense_tokens": 2 * 10**12}, "dense training of 2 T tokens"),
         ("1B", {}, {"dense_tokens": None}, "--dense-tokens"),
-        ("vit", {"moe": SPARSE}, {}, "of the kind vision"),
+        ("vit", {"moe": SPARSE}, {}, "of the kind vision transformer"),
         ("t5", {"moe": SPARSE}, {}, "of the kind encoder-decoder"),
     ],
 )
@@ -152,7 +209,7 @@ def test_outside_the_fitted_range_nothing_is_computed(large, model, recipe, aske
     ("model", "paper", "recipe", "tokens", "dense_tokens"),
     [
         ("1B", "OLMoE", {}, 500, 2000),
-        ("t5", "Sparse Upcycling", {"moe": SPARSE}, 1.2, 1),
+        ("t5", "Sparse Upcycling", S_T5, 1.2, 1),
         ("1B", "Skywork", {}, 2.0, 1),
     ],
 )
@@ -167,7 +224,9 @@ def test_a_budget_lies_on_its_side_of_a_crossover(large, model, paper, recipe, t
         asked = {"tokens": round(tokens * scale * factor), "dense_tokens": dense_tokens * scale}
         here = situation(large[model], recipe, **asked)
         assert published.distance(here, crossover) == pytest.approx(factor, rel=1e-6)
-        assert published.crossover_inside(here, crossover)[0] is (True if crossover.exact else None)
+        assert published.crossover_inside(here, crossover)[0] is (
+            True if crossover.exact and crossover.experts.complete else None
+        )
 
 
 def test_statements_of_a_model_like_llama_3_meets_moe(large):
@@ -177,6 +236,65 @@ def test_statements_of_a_model_like_llama_3_meets_moe(large):
     other = said(large["8B"], {"moe": {"num_experts": 16}}, tokens=27 * 10**9)
     (unlike,) = (s for s in other.statements if s.source.startswith("Llama 3 Meets MoE") and "MMLU" in s.said)
     assert (unlike.inside, unlike.why) == (False, "found with 8 experts, not 16")
+
+
+def comparison(paper, init):
+    (found,) = (c for c in published.COMPARISONS if c.paper.startswith(paper) and init in c.inits)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ({}, None),
+        ({"moe": {"top_k": 1}}, "2 experts a token, not 1"),
+        ({"moe": {"num_experts": 4}}, "8 experts, not 4"),
+        ({"moe": {**UPCYCLED, "layers": "every_other"}}, "all of the layers, not in 50%"),
+        ({"moe": UPCYCLED, "router": {"name": "sigmoid"}}, "not sigmoid"),
+        ({"init": {"name": "noise", "sigma": 0.01}}, None),
+        ({"init": {"name": "noise", "sigma": 10.0}}, "init.name = noise"),
+        ({"init": {"name": "drop", "ratio": 0.0}}, None),
+        ({"init": {"name": "virtual_group"}, "moe": {"granularity": 2, "num_experts": 16}}, "virtual_group"),
+    ],
+)
+@pytest.mark.parametrize(("paper", "tokens"), [("Llama 3", 27e9), ("He et al.", 1e12)])
+def test_what_is_unlike_a_comparison_is_outside(large, paper, tokens, recipe, why):
+    here = situation(large["8B"], recipe, tokens=int(tokens))
+    inside, said = published.comparison_inside(here, comparison(paper, "copy"))
+    assert inside is (why is None)
+    assert why is None or why in said
+
+
+def test_a_stack_of_its_own_counts(large):
+    """The decoder's top_k is looked at, not that of [moe] alone."""
+    asked = {"tokens": 20 * 10**9, "dense_tokens": 100 * 10**9}
+    (sparse,) = (c for c in published.COMPARISONS if c.kind == "encoder-decoder")
+    assert published.comparison_inside(situation(large["t5"], S_T5, **asked), sparse)[0] is True
+    other = {**S_T5, "decoder": {"router": {"name": "top_k"}, "moe": {"top_k": 1}}}
+    inside, why = published.comparison_inside(situation(large["t5"], other, **asked), sparse)
+    assert (inside, why) == (False, "found with 2 experts a token, not 1 or 2")
+    smaller = {**S_T5, "router": {**CHOICE, "capacity_factor": 1.0}}
+    assert not published.comparison_inside(situation(large["t5"], smaller, **asked), sparse)[0]
+
+
+@pytest.mark.parametrize("model", ["convnext", "convnextv2"])
+def test_results_of_vit_are_none_of_a_convnet(large, model):
+    found = said(large[model], S_VIT, tokens=20 * 10**9, dense_tokens=100 * 10**9)
+    assert not [s for s in found.statements if s.topic == "dense continuation"]
+    vit = said(large["vit"], S_VIT, tokens=20 * 10**9, dense_tokens=100 * 10**9)
+    assert [s.inside for s in vit.statements if s.topic == "dense continuation"] == [True]
+
+
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [
+        ({}, True), ({"sigma": 0.05}, True), ({"sigma": 0.051}, False),
+        ({"sigma": 0.5, "fraction": 0.0}, True),
+        ({"sigma": 0.02, "relative": False}, False), ({"sigma": 0.0, "relative": False}, True),
+    ],
+)  # fmt: skip
+def test_noise_leaves_copies_while_it_is_small(large, options, whole):
+    assert situation(large["1B"], {"init": {"name": "noise", **options}}, tokens=1).copies is whole
 
 
 # --- the drop ratio
@@ -190,9 +308,28 @@ def test_the_ratio_by_budget(large, tokens, ratio):
     assert drop_ratio.statements(situation(large["1B"], tokens=tokens))[0].value == ratio
 
 
-@pytest.mark.parametrize(("tokens", "inside"), [(50e9, True), (1e9, False), (500e9, True), (5e12, False)])
-def test_where_the_ratio_was_found(large, tokens, inside):
-    assert drop_ratio.statements(situation(large["1B"], tokens=int(tokens)))[0].inside is inside
+@pytest.mark.parametrize(
+    ("model", "tokens", "inside", "why"),
+    [
+        ("1B", 50e9, None, "not in what was read"), ("1B", 1e9, False, "found at 50 B"),
+        ("1B", 100e9, False, "found at 50 B"), ("1B", 500e9, True, "500 B tokens"),
+        ("1B", 250e9, False, "found at 500 B"), ("1B", 5e12, False, "found at 500 B"),
+        ("8B", 500e9, False, "found on 152 M and 1.56 B"), ("8B", 50e9, False, "found on 490 M and 1.54 B"),
+    ],
+)  # fmt: skip
+def test_where_the_ratio_was_found(large, model, tokens, inside, why):
+    first = drop_ratio.statements(situation(large[model], tokens=int(tokens)))[0]
+    assert first.inside is inside
+    assert why in first.why
+    assert "r = 0.5 lost" not in first.said
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0])
+def test_a_drop_of_unknown_ratio_decides_nothing(large, ratio):
+    here = situation(large["1B"], {"init": {"name": "drop", "ratio": ratio}}, tokens=50 * 10**9)
+    inside, why = published.comparison_inside(here, comparison("FineRMoE", "drop"))
+    assert inside is None
+    assert "init.name = drop" in why
 
 
 @pytest.mark.parametrize("indices", ["shared", "independent"])
@@ -231,8 +368,9 @@ def test_llama_3_meets_moe(large):
     assert dense / 1e14 == pytest.approx(4.7, abs=0.05)
     assert duration.total_flops(here) == pytest.approx(9.2e21, rel=0.005)
     assert duration.gpu_hours(here, 389.7e12 / 989.4e12) == pytest.approx(6.5e3, rel=0.01)
-    hours = {s.source.partition(" (")[0]: s.value for s in duration.statements(here) if s.unit == "GPU hours"}
-    assert hours["MoE Parallel Folding"] == pytest.approx(11e3, rel=0.02)  # what it took, at a measured MFU
+    (run,) = (s for s in duration.statements(here) if s.source.startswith("Llama 3 Meets MoE"))
+    assert run.value == pytest.approx(11e3, rel=0.03)  # what it took
+    assert run.inside is True
 
 
 def test_time_by_hand(large):
@@ -243,16 +381,33 @@ def test_time_by_hand(large):
     assert duration.gpu_hours(here, 0.1) > duration.gpu_hours(here, 0.2)
 
 
+FINE = {"moe": {"granularity": 8, "num_experts": 64, "top_k": 8}, "init": {"name": "virtual_group"}}
+
+
 @pytest.mark.parametrize(
-    ("model", "asked", "inside"),
+    ("model", "recipe", "asked", "mfus", "inside"),
     [
-        ("8B", {"gpus": 512}, True), ("8B", {}, True), ("8B", {"gpus": 8}, False),
-        ("8B", {"gpu": "A100"}, False), ("1B", {"gpus": 128}, False),
+        ("8B", {}, {"gpus": 128}, (0.234, 0.468), (False, True)),
+        ("8B", {}, {"gpus": 512}, (0.234, 0.23), (False, True)),
+        ("8B", {}, {"gpus": 256}, (0.234, 0.468), (False, False)),
+        ("8B", {}, {}, (0.234, 0.468), (False, None)),
+        ("8B", {}, {"gpus": 8}, (0.234, 0.468), (False, False)),
+        ("8B", {}, {"gpus": 128, "gpu": "A100"}, (0.234, 0.468), (False, False)),
+        ("8B", FINE, {"gpus": 64}, (0.254, 0.39), (True, True)),
+        ("22B", {}, {"gpus": 128}, (0.234, 0.493), (True, True)),
+        ("22B", FINE, {"gpus": 128}, (0.09, 0.288), (True, True)),
+        ("70B", {}, {"gpus": 256}, (0.196, 0.416), (True, True)),
+        ("1B", {}, {"gpus": 128}, (0.234, 0.468), (False, False)),
+        ("vit", S, {"gpus": 128}, (0.234, 0.468), (False, False)),
     ],
 )  # fmt: skip
-def test_where_utilisation_was_measured(large, model, asked, inside):
-    found = duration.statements(situation(large[model], tokens=10**9, **asked))
-    assert {s.inside for s in found if s.unit == "GPU hours"} == {inside}
+def test_where_utilisation_was_measured(large, model, recipe, asked, mfus, inside):
+    """Table 1 of MoE Parallel Folding, Table 2 of Llama 3 Meets MoE and the GPU hours of its run."""
+    here = situation(large[model], recipe, tokens=10**9, **asked)
+    found = [s for s in duration.statements(here) if s.unit == "GPU hours"]
+    reached = duration.total_flops(here) / here.gpu.peak_flops / 3600
+    assert [reached / s.value for s in found] == pytest.approx(mfus)
+    assert tuple(s.inside for s in found) == inside
 
 
 # --- memory
@@ -305,12 +460,50 @@ def test_a_block_keeps_what_torch_keeps(dense, changes, experts, top_k):
         config = {k: v for k, v in here.built.config.items() if k not in ("dtype", "torch_dtype")}
         settings = {**config, "num_hidden_layers": layers, "experts_implementation": "grouped_mm"}
         model = MixtralForCausalLM(MixtralConfig(**settings)).bfloat16().train()
-        saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90)
+        saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90, use_cache=False)
     found = (saved[3] - saved[1]) / 2 / tokens
-    assert layout.block_bytes(here.built, here.built.sites[0]) == pytest.approx(found, abs=1)
+    (stack,) = here.built.dense.stacks
+    assert layout.block_bytes(here.built, stack, 0) == pytest.approx(found, abs=1)
 
 
-def bytes_saved(model, ids):
+@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 96}, {"hidden_size": 64}])
+def test_a_dense_block_keeps_what_torch_keeps(dense, changes):
+    """The same of transformers' Llama: blocks that stay dense."""
+    here = situation(dense("llama", **changes), {"moe": {**UPCYCLED, "layers": "last_half"}}, tokens=1)
+    tokens, saved = 64, {}
+    for layers in (1, 3):
+        config = {k: v for k, v in here.built.dense.config.items() if k not in ("dtype", "architectures")}
+        model = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": layers})).bfloat16().train()
+        saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90, use_cache=False)
+    (stack,) = here.built.dense.stacks
+    assert layout.block_bytes(here.built, stack, 0) == pytest.approx(
+        (saved[3] - saved[1]) / 2 / tokens, abs=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "model"), [(ConvNextConfig, ConvNextModel), (ConvNextV2Config, ConvNextV2Model)]
+)
+@pytest.mark.parametrize("hidden", [16, 32])
+def test_a_convnet_s_dense_block_keeps_what_torch_keeps(tmp_path, config, model, hidden):
+    settings = {"hidden_sizes": [hidden, 8, 8, 8], "image_size": 64}
+    saved = {}
+    for depth in (1, 3):
+        made = model(config(**settings, depths=[depth, 1, 1, 1])).bfloat16().train()
+        saved[depth] = bytes_saved(made, torch.randn(1, 3, 64, 64).bfloat16())
+    source = tiny.make_headers(
+        tmp_path / "dense",
+        {
+            **settings, "model_type": config.model_type, "depths": [3, 1, 1, 1],
+            "architectures": [f"{model.__name__.removesuffix('Model')}ForImageClassification"],
+        },
+    )  # fmt: skip
+    built = situation(source, {"moe": {**UPCYCLED, "layers": [5]}}, tokens=1).built
+    found = layout.block_bytes(built, built.dense.stacks[0], 0)
+    assert found == pytest.approx((saved[3] - saved[1]) / 2 / 256, abs=8)
+
+
+def bytes_saved(model, inputs, **options):
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -321,7 +514,7 @@ def bytes_saved(model, ids):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(ids, use_cache=False)
+        out = model(inputs, **options)
     total = sum(t.untyped_storage().nbytes() for t in kept.values())
     del out
     return total
@@ -390,6 +583,77 @@ def test_memory_falls_with_gpus_and_rises_with_context(large):
 def test_expert_parallelism_divides_both(large, count, experts, ep):
     built = blueprint(large["1B"], Recipe.of(moe={"num_experts": experts}))
     assert layout.expert_parallel(count, built) == ep
+
+
+def test_a_convnet_recomputes_nothing(large):
+    """All blocks are kept, not the largest alone, and no head over words."""
+    here = situation(large["convnext"], S_VIT, tokens=1, gpus=8)
+    lengths = here.lengths
+    kept = sum(
+        layout.block_bytes(here.built, stack, layer) * lengths[stack.name]
+        for stack in here.built.dense.stacks
+        for layer in range(stack.count)
+    )
+    assert layout.activations(here) == kept
+    words = " ".join(s.why for s in layout.statements(here))
+    assert "no layer recomputed" in words
+    assert ", layers recomputed" in layout.statements(situation(large["vit"], S, tokens=1))[0].why
+
+
+def test_the_largest_block_may_be_dense(large):
+    """Experts that take a tenth of the tokens keep less than the network that stays dense."""
+    recipe = {"moe": {**UPCYCLED, "layers": [1]}, "router": {**CHOICE, "capacity_factor": 0.1}}
+    here = situation(large["vit"], recipe, tokens=1)
+    (stack,) = here.built.dense.stacks
+    dense_block, moe_block = (layout.block_bytes(here.built, stack, layer) for layer in (0, 1))
+    assert moe_block < dense_block
+    assert layout.activations(here) == (2 * 12 * 768 + dense_block) * 197
+
+
+def test_no_expert_parallelism_with_response_norms(large):
+    """As loading refuses it."""
+    experts = {"moe": {**SPARSE, "num_experts": 8}}
+    v1, v2 = (blueprint(large[name], Recipe.of(experts)) for name in ("convnext", "convnextv2"))
+    assert layout.expert_parallel(8, v1) == 8
+    assert layout.expert_parallel(8, v2) == 1
+
+
+def test_universal_experts_take_memory(large):
+    spherical = {
+        "moe": {**UPCYCLED, "num_experts": 8, "universal_experts": 8},
+        "router": {"name": "spherical"},
+    }
+    spherical["init"] = {"name": "uniform"}
+    without = {**spherical, "moe": {**UPCYCLED, "num_experts": 8}}
+    here, less = (situation(large["vit"], recipe, tokens=1).built for recipe in (spherical, without))
+    (site, *_), (stack,) = here.sites, here.dense.stacks
+    chosen = here.recipe.router.experts_per_token(8, 2, 197)
+    more = chosen * (4 * 768 + 4 * site.universal_width + 40) + 4 * 8
+    found = layout.block_bytes(here, stack, site.layer) - layout.block_bytes(less, stack, site.layer)
+    assert found == pytest.approx(more)
+    assert site.universal_width == 768
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "asked", "words"),
+    [
+        ("8B", {}, {"context": 8192}, "rows of 8,192 tokens"),
+        ("t5", S_T5, {"context": 512}, "rows of 1,024 tokens (512 in encoder, 512 in decoder)"),
+        ("vit", S_VIT, {}, "an image counts as 197 tokens"),
+        (
+            "convnext", S_VIT, {},
+            "an image counts as 4,165 tokens (3,136 in stage_1, 784 in stage_2, 196 in stage_3, 49 in",
+        ),
+    ],
+)  # fmt: skip
+def test_how_many_tokens_a_row_counts_as(large, model, recipe, asked, words):
+    """The number that FLOPs of a row are divided by, and the one that training counts."""
+    here = situation(large[model], recipe, tokens=10**9, gpus=8, **asked)
+    shown = [s.why for s in (*duration.statements(here), *layout.statements(here))]
+    assert sum(words in why for why in shown) >= 2
+    row = 3 * flops_per_row(here.built.dense, here.built, here.lengths, all_scores=True)
+    counted = float(words.split(" tokens")[0].split()[-1].replace(",", ""))
+    assert duration.total_flops(here) == pytest.approx(10**9 * row / counted)
 
 
 # --- inference
@@ -467,16 +731,20 @@ def test_the_verdict_follows_the_law(large, tokens, dense_tokens):
         ("1B", {}, {"tokens": 1e12, "dense_tokens": 2e12}, None, "rule of thumb", "Not settled"),
         ("1B", {}, {"tokens": 400e9, "dense_tokens": 2e12}, None, "rule of thumb", "Not from scratch"),
         ("1B", {}, {"tokens": 50e9}, None, "not known", "without --dense-tokens"),
-        (
-            "1B", {"init": {"name": "drop"}}, {"tokens": 50e9, "dense_tokens": 2e12}, "dense continuation",
-            "published runs", "FineRMoE",
-        ),
-        ("t5", S, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "at equal cost"),
-        ("t5", S, {"tokens": 200e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
-        ("t5", S, {"tokens": 105e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
-        ("t5", S, {"tokens": 80e9, "dense_tokens": 100e9}, None, "rule of thumb", "Not from scratch"),
-        ("vit", S, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "Sparse"),
-        ("vit", S, {"tokens": 900e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("1B", DROP, {"tokens": 50e9, "dense_tokens": 2e12}, None, "not known", "Nothing is known"),
+        ("bert", S, {"tokens": 50e9}, None, "not known", "Nothing is known"),
+        ("convnext", S, {"tokens": 50e9}, None, "not known", "Nothing is known"),
+        ("convnext", S_VIT, {"tokens": 20e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("vit", S_VIT, {"tokens": 20e9}, None, "not known", "without --dense-tokens"),
+        ("vit", S, {"tokens": 20e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("t5", S, {"tokens": 20e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
+        ("8B", {"moe": {"top_k": 1}}, {"tokens": 27e9, "dense_tokens": 15e12}, None, "rule of thumb", "Not "),
+        ("t5", S_T5, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "at equal cost"),
+        ("t5", S_T5, {"tokens": 200e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
+        ("t5", S_T5, {"tokens": 105e9, "dense_tokens": 100e9}, "from scratch", "rule of thumb", "past"),
+        ("t5", S_T5, {"tokens": 80e9, "dense_tokens": 100e9}, None, "rule of thumb", "Not from scratch"),
+        ("vit", S_VIT, {"tokens": 20e9, "dense_tokens": 100e9}, "upcycling", "published runs", "Sparse"),
+        ("vit", S_VIT, {"tokens": 900e9, "dense_tokens": 100e9}, None, "not known", "Nothing is known"),
         ("1B", {}, {"tokens": 250e9, "dense_tokens": 20e9}, None, "fitted law", "Rather from scratch than"),
     ],
 )  # fmt: skip
@@ -486,6 +754,36 @@ def test_verdicts(large, model, recipe, asked, choice, sure, words):
     assert words in found.sentence
     assert found.sentence.count("\n") == 0
     assert found.sentence.endswith(".")
+
+
+def test_a_crossover_is_compared_in_its_own_unit(large):
+    """400 B after 2 T are 20 % of the tokens and more of the cost: OLMoE's 25 % are of tokens."""
+    here = situation(large["1B"], tokens=400 * 10**9, dense_tokens=2 * 10**12)
+    assert here.share_of_cost > 0.25
+    cost = f"{100 * here.share_of_cost:.0f} % of the dense cost, short of the 200 % of Skywork-MoE"
+    assert f"this budget is 20 % of the dense tokens, short of the 25 % of OLMoE, and {cost}" in (
+        verdict(here).sentence
+    )
+    past = situation(large["1B"], tokens=10**12, dense_tokens=2 * 10**12)
+    assert "50 % of the dense tokens, past the 25 % of OLMoE" in verdict(past).sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "helps"),
+    [
+        ("1B", {}, True), ("1B", {"moe": {"top_k": 1}}, True), ("t5", S_T5, True), ("vit", S_VIT, True),
+        ("1B", DROP, False), ("bert", S, False), ("convnext", S, False), ("vit", S, False), ("t5", S, False),
+    ],
+)  # fmt: skip
+def test_dense_tokens_are_asked_for_where_they_help(large, model, recipe, helps):
+    """Nothing published covers the others, whatever the dense model was trained on."""
+    without = verdict(situation(large[model], recipe, tokens=20 * 10**9)).sentence
+    assert ("--dense-tokens" in without) is helps
+    known = [
+        verdict(situation(large[model], recipe, tokens=20 * 10**9, dense_tokens=n * 10**9)).sure
+        for n in (40, 100)
+    ]
+    assert (set(known) != {"not known"}) is helps
 
 
 def test_a_small_trained_model(stories, capsys):
@@ -522,7 +820,9 @@ def test_every_family(dense, tmp_path, name):
         assert all((statement.said, statement.source, statement.why))
         assert statement.inside in (True, False, None)
     assert json.loads(json.dumps(found.as_dict()))["verdict"]["sure"] == "not known"
-    kinds = {"V": "vision", "D": "vision", "B": "encoder"}
+    kinds = {
+        "V": "vision transformer", "D": "vision transformer", "B": "encoder", "C": "convolutional network",
+    }  # fmt: skip
     if name[0] in kinds:
         assert situation(source, recipe, tokens=1).kind == kinds[name[0]]
 
@@ -556,7 +856,17 @@ def test_json(large, capsys):
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("100B", 10**11), ("1.5T", 15 * 10**11), ("37_000", 37000), ("2 M", 2 * 10**6), ("3k", 3000)],
+    [
+        ("100B", 10**11),
+        ("1.5T", 15 * 10**11),
+        ("37_000", 37000),
+        ("2 M", 2 * 10**6),
+        ("3k", 3000),
+        ("1e9", 10**9),
+        ("1.5E+10", 15 * 10**9),
+        ("1_0.5k", 10500),
+        ("123456789012345678", 123456789012345678),
+    ],
 )
 def test_tokens(text, tokens):
     assert parse_tokens(text, "--tokens") == tokens
@@ -567,6 +877,10 @@ def test_tokens(text, tokens):
     [
         (["--tokens", "0"], "--tokens 0; it must be a whole number of 1 or more"),
         (["--tokens", "many"], "--tokens 'many'; give a number of tokens"),
+        *((["--tokens", text], f"--tokens {text!r}; give a number of tokens") for text in (
+            "_", "_1", "1e", "1e9B", "1e-3", "1e99", "9" * 400,
+        )),
+        (["--tokens", "1B", "--dense-tokens", "__"], "--dense-tokens '__'"),
         (["--tokens", "1B", "--dense-tokens", "0"], "--dense-tokens 0"),
         (["--tokens", "1B", "--gpus", "0"], "--gpus 0"),
         (["--tokens", "1B", "--gpu", "V100"], "unknown GPU 'V100'; known: H100, H200, H800, A100, A800"),
@@ -580,6 +894,22 @@ def test_bad_input(dense, capsys, arguments, words):
         cli.main(["advise", str(dense("llama")), *arguments])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA H800", "H800"),
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-PCIE-40GB", "A100"), ("A100-SXM4-40GB", "A100"),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None), ("NVIDIA GH200 144G HBM3e", None), ("NVIDIA H800 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H20", None), ("Tesla V100-SXM2-16GB", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_device(name, known):
+    """Data sheets, dense bf16: 756 TFLOP/s for H100 PCIe and 835 for NVL, not the 989 of SXM."""
+    found = gpus.of_device(name)
+    assert (found and found.name) == known
 
 
 def test_a_source_that_is_no_dense_language_model(dense, large, tmp_path):

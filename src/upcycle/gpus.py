@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from upcycle.errors import UpcycleError
@@ -33,6 +34,17 @@ def find(name: str) -> Gpu:
     raise UpcycleError(f"unknown GPU {name!r}; known: {', '.join(gpu.name for gpu in KNOWN)}")
 
 
+# Words of a device's name that mean another peak under the same letters: cards of less power (H100 PCIe and
+# NVL, H200 NVL), GH200, which is not an H200, and a slice of a card (MIG).
+_OTHER_PEAK = {"NVL", "MIG"}
+_SLOWER_ON_PCIE = {"H100", "H800"}  # A100 and A800 have the same peak there
+
+
 def of_device(name: str) -> Gpu | None:
-    """The GPU that a device's own name speaks of (NVIDIA H100 80GB HBM3), None for others."""
-    return next((gpu for gpu in KNOWN if gpu.name in name), None)
+    """The GPU that a device's own name speaks of (NVIDIA H100 80GB HBM3); None for others, and for those
+    whose peak differs from that of their namesake."""
+    words = set(re.findall(r"[A-Z0-9]+", name.upper()))
+    found = next((gpu for gpu in KNOWN if gpu.name in words), None)
+    if found is None or words & _OTHER_PEAK or ("PCIE" in words and found.name in _SLOWER_ON_PCIE):
+        return None
+    return found

@@ -10,11 +10,12 @@ LONG = 200e9  # tokens from which r = 0.5 was best: "hundreds of billions of tok
 BEST = 0.5
 
 PAPER = "Drop-Upcycling (arXiv 2502.19261)"
+COMPARED = (0.152e9, 1.56e9)  # dense parameters of its models that more than one r was tried on
+COMPARED_AT = 500e9  # tokens of all of them
 AGAINST = "FineRMoE (arXiv 2603.13364), Table 1"
-PUBLISHED = (0.152e9, 3.78e9)  # dense parameters of its models, trained on 500 B tokens
-LONGEST = 500e9
-REFUTED = (0.49e9, 1.54e9)  # dense parameters of the models that drop was too much for, at 50 B tokens
-REFUTED_AT = 50e9
+REFUTED = (0.49e9, 1.54e9)  # dense parameters of the models that drop was too much for
+REFUTED_AT = 50e9  # tokens of all of them
+SAME = 1.1  # times more or fewer tokens: still the same budget
 
 
 def advised(tokens: float) -> float | None:
@@ -34,6 +35,7 @@ def statements(situation: Situation) -> list[Statement]:
     """The ratio for the budget, and what the recipe's own leaves of an expert where it drops."""
     tokens, size = situation.asked.tokens, situation.plan.dense_parameters
     ratio = advised(tokens)
+    inside: bool | None
     if situation.kind != "decoder":
         said, source, inside = "no ratio is published for this kind of model", PAPER, False
         why, ratio = f"found on decoder language models, this is {situation.kind}", None
@@ -41,11 +43,13 @@ def statements(situation: Situation) -> list[Statement]:
         said, source, inside = "which ratio is best is not known for this budget", PAPER, False
         why = f"nothing is published between {number(SHORT)} and {number(LONG)} tokens"
     elif ratio:
-        said = f"r = {ratio:g} was best of those tried at this budget, with independent indices"
-        source, inside, why = PAPER, *_covered(size, PUBLISHED, tokens, (LONG, LONGEST))
+        said = f"r = {ratio:g} was best of those tried, with independent indices"
+        source, (inside, why) = PAPER, _covered(size, COMPARED, tokens, COMPARED_AT)
     else:
-        said = "r = 0, a copy: r = 0.5 lost what the dense model knew and did not regain it"
-        source, inside, why = AGAINST, *_covered(size, REFUTED, tokens, (REFUTED_AT / 4, SHORT))
+        said = f"r = 0, a copy: drop ended far below the dense model after {number(REFUTED_AT)} tokens"
+        source, (covered, why) = AGAINST, _covered(size, REFUTED, tokens, REFUTED_AT)
+        inside = None if covered else False
+        why += "; its r and indices are not in what was read" if covered else ""
     out = [
         Statement(topic="drop ratio", said=said, value=ratio, unit="r", source=source, inside=inside, why=why)
     ]
@@ -64,12 +68,9 @@ def statements(situation: Situation) -> list[Statement]:
     return out
 
 
-def _covered(
-    size: float, sizes: tuple[float, float], tokens: float, between: tuple[float, float]
-) -> tuple[bool, str]:
+def _covered(size: float, sizes: tuple[float, float], tokens: float, run_at: float) -> tuple[bool, str]:
     if not sizes[0] <= size <= sizes[1]:
-        return False, f"{number(size)} dense parameters, found on {number(sizes[0])} to {number(sizes[1])}"
-    if not between[0] <= tokens <= between[1]:
-        found = " to ".join(number(n) for n in between)
-        return False, f"{number(tokens)} tokens, found at {found}"
+        return False, f"{number(size)} dense parameters, found on {number(sizes[0])} and {number(sizes[1])}"
+    if not run_at / SAME <= tokens <= run_at * SAME:
+        return False, f"{number(tokens)} tokens, found at {number(run_at)}"
     return True, f"{number(size)} dense parameters, {number(tokens)} tokens"

@@ -2,7 +2,7 @@
 
 Weights, gradients and moments are counted. What is gathered of a block and what activations take is an
 estimate: bf16 arithmetic, one row at a time, layers recomputed in the backward pass
-(`train.activation_checkpointing`).
+(`train.activation_checkpointing`) where the model can.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from upcycle import gpus
 from upcycle.advise.situation import Situation
 from upcycle.advise.statements import Statement, size
 from upcycle.blueprints import Blueprint
+from upcycle.families import Stack
 from upcycle.gpus import Gpu
-from upcycle.init import Site
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8  # bytes a parameter, float32 and AdamW
 GATHERED = 2  # bytes a parameter of a gathered bf16 copy
@@ -44,7 +44,10 @@ class Memory:
 
 
 def expert_parallel(count: int, built: Blueprint) -> int:
-    """How many of `count` GPUs share the experts of a layer: as many as divide both, on one machine."""
+    """How many of `count` GPUs share the experts of a layer: as many as divide both, on one machine.
+    One where experts have a response norm: those look at all tokens of an image and are not shared out."""
+    if any(built.dense.feed_forward(site.layer, site.stack).response() for site in built.sites):
+        return 1
     common = math.gcd(count, *built.expert_counts)
     return max(n for n in range(1, MOST_EXPERT_PARALLEL + 1) if common % n == 0)
 
@@ -67,34 +70,62 @@ def per_gpu(situation: Situation, count: int) -> Memory:
     )
 
 
+def recomputed(situation: Situation) -> bool:
+    """Whether blocks can be recomputed in the backward pass: transformers does not for ConvNeXt."""
+    return situation.kind != "convolutional network"
+
+
 def activations(situation: Situation) -> float:
-    """Bytes of activations for one row: what goes into each block, one block recomputed, the logits."""
+    """Bytes of activations for one row: what goes into each block, the largest block recomputed, the logits;
+    of models that cannot recompute, all blocks and the logits."""
     built, config = situation.built, situation.built.dense.config
-    entering = sum(
-        2 * stack.count * stack.hidden * situation.lengths[stack.name] for stack in built.dense.stacks
-    )
     last = built.dense.stacks[-1]
     outputs = config["vocab_size"] if built.dense.has_language_head else 0
     logits = LOGITS * outputs * situation.lengths[last.name]
-    largest = max(block_bytes(built, site) * situation.lengths[site.stack] for site in built.sites)
-    return entering + logits + largest
+    blocks = [
+        block_bytes(built, stack, layer) * situation.lengths[stack.name]
+        for stack in built.dense.stacks
+        for layer in range(stack.count)
+    ]
+    if not recomputed(situation):
+        return logits + sum(blocks)
+    entering = sum(
+        2 * stack.count * stack.hidden * situation.lengths[stack.name] for stack in built.dense.stacks
+    )
+    return entering + logits + max(blocks)
 
 
-def block_bytes(built: Blueprint, site: Site) -> float:
-    """Bytes that one MoE block keeps of a token for its backward pass, in bf16 with flash attention.
+def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
+    """Bytes that one block keeps of a token for its backward pass, in bf16 with flash attention.
 
-    16 H + 4 q + 2 kv + 4 heads + K (4 H + 8 I + 40) + 4 E + 12 for a gated network (4 I for one that is not):
-    what torch saves in a block of transformers' Mixtral with grouped products, counted tensor by tensor.
+    Beside its network 16 H + 4 q + 2 kv + 4 heads. A dense network keeps 8 I + 8 if it is gated, 4 I + 8 if
+    not, experts K (4 H + 8 I + 40) + 4 E + 12: what torch saves in a block of transformers' Llama and of
+    Mixtral, counted tensor by tensor. A block of ConvNeXt keeps 8 H beside its network, of V2, with a
+    response norm, 6 H and 8 I in the network.
     """
-    config = built.dense.config
+    config, network = built.dense.config, built.dense.feed_forward(layer, stack.name)
+    neuron = 8 if network.gate is not None or network.response() else 4
+    beside = float(_beside_network(built, stack, convnet_scales=not network.response()))
+    site = next((s for s in built.sites if (s.stack, s.layer) == (stack.name, layer)), None)
+    if site is None:
+        return beside + neuron * stack.width + 8
     router = built.recipe.at(site.stack).router
-    heads, width = config["num_attention_heads"], config["head_dim"]
-    keys = 2 * (config.get("num_key_value_heads") or heads) * width
     row = router.group or built.dense.family.lengths(config)[site.stack]
-    chosen = router.experts_per_token(site.num_experts, site.top_k, row)
-    inner = (8 if built.dense.feed_forward(site.layer, site.stack).gate is not None else 4) * site.width
-    attention = 4 * heads * width + 2 * keys + 4 * heads
-    return 16 * site.hidden + attention + chosen * (4 * site.hidden + inner + 40) + 4 * site.num_experts + 12
+    for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
+        if count:
+            chosen = router.experts_per_token(count, site.top_k, row)
+            beside += chosen * (4 * site.hidden + neuron * width + 40) + 4 * count
+    return beside + 12
+
+
+def _beside_network(built: Blueprint, stack: Stack, *, convnet_scales: bool) -> int:
+    """Bytes a token that a block keeps beside those of its network: norms, sums, attention or convolution."""
+    config = built.dense.config
+    heads, width = config["num_attention_heads"], config["head_dim"]
+    if not heads:
+        return (8 if convnet_scales else 6) * stack.hidden
+    keys = 2 * (config.get("num_key_value_heads") or heads) * width
+    return 16 * stack.hidden + 4 * heads * width + 2 * keys + 4 * heads
 
 
 def fits(situation: Situation, count: int, gpu: Gpu) -> bool:
@@ -115,12 +146,13 @@ def least(situation: Situation, gpu: Gpu) -> int | None:
 def statements(situation: Situation) -> list[Statement]:
     """What a GPU has to hold, and whether it does; without a number of GPUs, how many it takes."""
     gpu, count, topic = situation.gpu, situation.asked.gpus, "memory"
+    again = "layers recomputed" if recomputed(situation) else "no layer recomputed"
     source = "counted; gathered blocks and activations estimated"
     needed = least(situation, gpu)
     enough = f"the least power of two is {needed} {gpu.name}" if needed else f"no number of {gpu.name} does"
     if count is None:
         said = f"training in mixed precision: {enough}"
-        why = f"the layout of upcycle train, one row at a time, layers recomputed; {UNMEASURED}"
+        why = f"the layout of upcycle train, one row at a time ({situation.row_said}), {again}; {UNMEASURED}"
         return [
             Statement(topic=topic, said=said, value=needed, unit="GPUs", source=source, inside=None, why=why)
         ]
@@ -132,8 +164,9 @@ def statements(situation: Situation) -> list[Statement]:
             ("gathered blocks", found.gathered), ("activations", found.activations),
         )
     )  # fmt: skip
-    row = max(situation.lengths.values())
-    why = f"parallel.fsdp = {count}, ep = {ep}; one row of {row:,} tokens at a time; {UNMEASURED}"
+    why = (
+        f"parallel.fsdp = {count}, ep = {ep}; one row at a time ({situation.row_said}), {again}; {UNMEASURED}"
+    )
     out = [
         Statement(
             topic=topic, said=f"each GPU holds {size(found.total)}: {parts}", value=found.total,

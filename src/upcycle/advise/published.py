@@ -9,11 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from upcycle.advise.experts import Experts
 from upcycle.advise.situation import Kind, Situation
 from upcycle.advise.statements import Statement, number, share
 
 NEAR = 2.0  # times larger or smaller than the models of a paper: still taken for covered by it
 NEAR_BUDGET = 4.0  # the same for tokens
+UNREAD = "how many experts of a token and which layers it was found with is not in what was read"
+
+MIXTRAL = Experts(count=8, top_k=2, granularity=1, layers="all", routers=("top_k",))
+SPARSE_T5 = Experts(count=32, top_k=2, granularity=1, layers="half", routers=("expert_choice", "top_k"))
+SPARSE_VIT = Experts(count=32, top_k=2, granularity=1, layers="half", routers=("expert_choice",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,7 @@ class Crossover:
     unit: Literal["tokens", "cost"]
     sizes: tuple[float, float]  # parameters of the dense models, smallest and largest
     exact: bool  # whether `sizes` are those of the experiment; otherwise those the rule was stated for
-    experts: int | None = None  # None: any number
+    experts: Experts
     found: str
 
 
@@ -38,7 +44,7 @@ CROSSOVERS = (
         unit="tokens",
         sizes=(1.2e9, 1.2e9),
         exact=True,
-        experts=8,
+        experts=Experts(count=8, granularity=1, routers=("top_k",), complete=False),
         found="OLMo-1B after 2 T tokens, 8 experts: from scratch caught up after 500 B",
     ),
     Crossover(
@@ -48,6 +54,7 @@ CROSSOVERS = (
         unit="cost",
         sizes=(0.248e9, 2.85e9),
         exact=True,
+        experts=SPARSE_T5,
         found="T5: from scratch needed about 120 % of the dense budget to catch up",
     ),
     Crossover(
@@ -57,6 +64,7 @@ CROSSOVERS = (
         unit="cost",
         sizes=(0.1e9, 13e9),
         exact=False,
+        experts=Experts(complete=False),
         found="rule: train from scratch where the MoE's budget is twice the dense model's cost or more",
     ),
 )
@@ -72,7 +80,7 @@ class Comparison:
     sizes: tuple[float, float]
     better: Literal["upcycling", "dense continuation"]
     found: str
-    experts: int | None = None  # None: any number
+    experts: Experts
     tokens: float | None = None
     share: tuple[float, float] | None = None
 
@@ -83,7 +91,7 @@ COMPARISONS = (
         kind="decoder",
         inits=("copy",),
         sizes=(8.03e9, 8.03e9),
-        experts=8,
+        experts=MIXTRAL,
         tokens=27e9,
         better="upcycling",
         found="Llama 3 8B, 8 experts top-2, 27 B tokens each: 5-shot MMLU 63.3 to 64.0 against 62.4; the "
@@ -92,9 +100,9 @@ COMPARISONS = (
     Comparison(
         paper="He et al. (arXiv 2410.07524)",
         kind="decoder",
-        inits=("copy", "virtual_group"),
+        inits=("copy",),
         sizes=(15e9, 15e9),
-        experts=8,
+        experts=MIXTRAL,
         tokens=1e12,
         better="upcycling",
         found="Nemotron-4 15B, 8 experts top-2, 1 T tokens each: MMLU 67.6 against 65.3",
@@ -104,6 +112,7 @@ COMPARISONS = (
         kind="decoder",
         inits=("drop",),
         sizes=(0.49e9, 1.54e9),
+        experts=Experts(complete=False),
         tokens=50e9,
         better="dense continuation",
         found="Qwen2.5 0.5B and 1.5B, 50 B tokens each: drop 22.6 and 23.5 on average over ten tasks against "
@@ -114,6 +123,7 @@ COMPARISONS = (
         kind="decoder",
         inits=("virtual_group",),
         sizes=(0.49e9, 1.54e9),
+        experts=Experts(complete=False),
         tokens=50e9,
         better="dense continuation",
         found="Qwen2.5 0.5B and 1.5B, 50 B tokens each: virtual groups 37.1 and 52.1 on average over ten "
@@ -124,6 +134,7 @@ COMPARISONS = (
         kind="encoder-decoder",
         inits=("copy",),
         sizes=(0.248e9, 0.783e9),
+        experts=SPARSE_T5,
         share=(0.1, 0.6),
         better="upcycling",
         found="T5 Base and Large, 32 experts in every other layer: 1.5 to 2 points of SuperGLUE more, for 55 "
@@ -131,9 +142,10 @@ COMPARISONS = (
     ),
     Comparison(
         paper="Sparse Upcycling (arXiv 2212.05055)",
-        kind="vision",
+        kind="vision transformer",
         inits=("copy",),
-        sizes=(86e6, 307e6),
+        sizes=(86e6, 86e6),
+        experts=SPARSE_VIT,
         share=(0.1, 0.6),
         better="upcycling",
         found="ViT-B/16, 32 experts in the last half: one point of 10-shot ImageNet took 13 % of the dense "
@@ -155,12 +167,14 @@ def crossover_inside(situation: Situation, crossover: Crossover) -> tuple[bool |
         return False, f"found on models of the kind {crossover.kind}, this is {situation.kind}"
     if not situation.copies:
         return False, f"found on copied experts, and init.name = {situation.built.recipe.init.name}"
-    if reason := _other_experts(situation, crossover.experts):
-        return False, reason
+    if reasons := crossover.experts.unlike(situation):
+        return False, "; ".join(reasons)
     if not _near(situation.plan.dense_parameters, crossover.sizes, NEAR):
         return False, _sizes(situation, crossover.sizes)
     if not crossover.exact:
         return None, "stated as a rule; the sizes and budgets behind it are not in what was read"
+    if not crossover.experts.complete:
+        return None, f"{number(situation.plan.dense_parameters)} parameters is near; {UNREAD}"
     return True, f"{number(situation.plan.dense_parameters)} parameters is near"
 
 
@@ -169,14 +183,16 @@ def comparison_inside(situation: Situation, comparison: Comparison) -> tuple[boo
     if not _of_its_init(situation, comparison):
         name = situation.built.recipe.init.name
         return False, f"found with init {' or '.join(comparison.inits)}, and init.name = {name}"
-    if reason := _other_experts(situation, comparison.experts):
-        return False, reason
+    if reasons := comparison.experts.unlike(situation):
+        return False, "; ".join(reasons)
     if not _near(situation.plan.dense_parameters, comparison.sizes, NEAR):
         return False, _sizes(situation, comparison.sizes)
     if comparison.tokens is not None:
         tokens = situation.asked.tokens
         if not _near(tokens, (comparison.tokens, comparison.tokens), NEAR_BUDGET):
             return False, f"{number(tokens)} tokens, found at {number(comparison.tokens)}"
+        if not comparison.experts.complete:
+            return None, f"{UNREAD}, nor are the settings of init.name = {situation.built.recipe.init.name}"
         return True, f"{number(situation.plan.dense_parameters)} parameters, {number(tokens)} tokens are near"
     assert comparison.share is not None
     taken, (low, high) = situation.share_of_cost, comparison.share
@@ -222,11 +238,6 @@ def statements(situation: Situation) -> list[Statement]:
 def _of_its_init(situation: Situation, comparison: Comparison) -> bool:
     named = situation.built.recipe.init.name in comparison.inits
     return named or (situation.copies and "copy" in comparison.inits)
-
-
-def _other_experts(situation: Situation, experts: int | None) -> str | None:
-    count = situation.built.recipe.moe.num_experts
-    return None if experts in (None, count) else f"found with {experts} experts, not {count}"
 
 
 def _near(value: float, between: tuple[float, float], factor: float) -> bool:

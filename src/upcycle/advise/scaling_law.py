@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 
+from upcycle.advise.experts import Experts
 from upcycle.advise.situation import Situation
 from upcycle.advise.statements import Choice, Statement, number
 
@@ -23,6 +24,8 @@ LARGEST = 7e9  # parameters of the MoE
 SMALLEST = 0.1e9  # parameters of the dense model
 TOKENS = (1e9, 368e9)  # of each of both stages
 EXPERTS, TOP_K = 8, 2
+SETTING = Experts(count=EXPERTS, top_k=TOP_K, granularity=1, layers="all", routers=("top_k",))
+NEEDS_DENSE_TOKENS = "it needs --dense-tokens, what the dense model was trained on"
 
 
 def dense(n: float, d: float) -> float:
@@ -66,14 +69,12 @@ def overtaken(n: float, d1: float) -> float | None:
 def outside(situation: Situation) -> list[str]:
     """Why the law says nothing about a situation; empty where it does."""
     asked, plan, recipe = situation.asked, situation.plan, situation.built.recipe
-    moe, low, high = recipe.moe, *TOKENS
+    low, high = TOKENS
     if situation.kind != "decoder":
         return [f"fitted on decoder language models, and this is a model of the kind {situation.kind}"]
-    found = []
-    if (moe.num_experts, moe.top_k, moe.granularity) != (EXPERTS, TOP_K, 1) or moe.expert_width:
-        found.append(f"fitted on {EXPERTS} whole experts, top-{TOP_K}")
-    if plan.num_moe_layers != plan.num_layers:
-        found.append("fitted on models with experts in every layer")
+    found = SETTING.unlike(situation)
+    if getattr(recipe.router, "capacity_factor", None) is not None:
+        found.append("fitted on experts that take all tokens, and router.capacity_factor is set")
     if not situation.copies:
         found.append(f"fitted on copied experts, and init.name = {recipe.init.name} makes others")
     if plan.total_parameters > LARGEST:
@@ -84,7 +85,7 @@ def outside(situation: Situation) -> list[str]:
             f"not trusted here"
         )
     if asked.dense_tokens is None:
-        found.append("it needs --dense-tokens, what the dense model was trained on")
+        found.append(NEEDS_DENSE_TOKENS)
     for what, tokens in (("training", asked.tokens), ("dense training", asked.dense_tokens)):
         if tokens is not None and not low <= tokens <= high:
             found.append(f"{what} of {number(tokens)} tokens, taken for {number(low)} to {number(high)}")

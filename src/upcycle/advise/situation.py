@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from typing import Literal
 
@@ -13,23 +14,33 @@ from upcycle.blueprints import Blueprint
 from upcycle.cost import Plan, flops_per_row, plan_of
 from upcycle.errors import UpcycleError
 from upcycle.gpus import Gpu
+from upcycle.init.drop import Drop
+from upcycle.init.noise import NoisyCopy
 
-Kind = Literal["decoder", "encoder-decoder", "encoder", "vision"]
+Kind = Literal["decoder", "encoder-decoder", "encoder", "vision transformer", "convolutional network"]
 CONTEXT = 4096  # tokens of a row where nothing is asked, if the model has as many positions
+MOST_TOKENS = 10**18
+SMALL_NOISE = 0.05  # standard deviations of a matrix: "small: negligible; large: hurts" (Sparse Upcycling)
 
 
 def parse_tokens(text: str, option: str) -> int:
-    """`100B`, `1.5T`, `37_000_000` as a number."""
-    found = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*([kMBT]?)", text.strip())
-    if found is None:
-        raise UpcycleError(f"{option} {text!r}; give a number of tokens, such as 100B, 1.5T or 2_000_000")
-    size = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[found[2]]
-    return round(float(found[1].replace("_", "")) * size)
+    """`100B`, `1.5T`, `37_000_000`, `1e9` as a number."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)(?:[eE]\+?(\d{1,2})|\s*([kMBT]?))", text.strip())
+    size = {"": 0, "k": 3, "M": 6, "B": 9, "T": 12}
+    exponent = 0 if found is None else int(found[2]) if found[2] else size[found[3]]
+    number = None if found is None else Decimal(found[1].replace("_", "")).scaleb(exponent)
+    if number is None or number >= MOST_TOKENS:
+        raise UpcycleError(
+            f"{option} {text!r}; give a number of tokens below {MOST_TOKENS:.0e}, such as 100B, 1.5T, 1e9 or "
+            f"2_000_000"
+        )
+    return round(number)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The budget and the machines. Tokens are those of the training that would come now."""
+    """The budget and the machines. Tokens are those of the training that would come now, counted as
+    `train.tokens` counts them: those of a row in all its stacks, encoder and decoder, or stages, together."""
 
     tokens: int
     dense_tokens: int | None = None  # that the dense model was trained on; None: not known
@@ -69,8 +80,8 @@ class Situation:
                 f"of Experts, so choose another target"
             )
         context, most = self.asked.context, self._positions
-        if context is not None and self.kind == "vision":
-            raise UpcycleError(f"--context is for text; an image is {most} tokens here, leave it out")
+        if context is not None and self.of_images:
+            raise UpcycleError(f"--context is for text; an image is {self.row} tokens here, leave it out")
         if context is not None and context > most and self.kind != "encoder-decoder":
             raise UpcycleError(f"--context {context}; the model has {most} positions")
 
@@ -101,11 +112,17 @@ class Situation:
         return gpus.find(self.asked.gpu)
 
     @property
+    def of_images(self) -> bool:
+        """Whether a row is an image, of as many tokens as the model cuts it into."""
+        return "image_size" in self.built.dense.config
+
+    @property
     def kind(self) -> Kind:
         """What sort of model it is, as far as published results are concerned."""
         causal = {stack.causal for stack in self.built.dense.stacks}
-        if "image_size" in self.built.dense.config:
-            return "vision"
+        if self.of_images:
+            attends = self.built.dense.config["num_attention_heads"] > 0
+            return "vision transformer" if attends else "convolutional network"
         if len(causal) == 2:
             return "encoder-decoder"
         return "decoder" if causal == {True} else "encoder"
@@ -113,15 +130,22 @@ class Situation:
     @property
     def lengths(self) -> Mapping[str, int]:
         """Tokens of a row in each stack of blocks."""
-        if self.kind == "vision":
+        if self.of_images:
             return self.built.dense.family.lengths(self.built.dense.config)
         length = self.asked.context or min(CONTEXT, self._positions)
         return {stack.name: length for stack in self.built.dense.stacks}
 
     @property
     def row(self) -> int:
-        """Tokens of a row, all stacks together."""
+        """Tokens of a row, all stacks together: what `--tokens` and a run of `upcycle train` count."""
         return sum(self.lengths.values())
+
+    @property
+    def row_said(self) -> str:
+        """How many tokens a row, or an image, counts as."""
+        parts = ", ".join(f"{length:,} in {stack}" for stack, length in self.lengths.items())
+        what = "an image counts as" if self.of_images else "rows of"
+        return f"{what} {self.row:,} tokens" + (f" ({parts})" if len(self.lengths) > 1 else "")
 
     @cached_property
     def dense_flops(self) -> float:
@@ -150,8 +174,9 @@ class Situation:
 
     @property
     def copies(self) -> bool:
-        """Whether experts are whole copies of the dense network, up to small noise."""
-        recipe = self.built.recipe
-        return recipe.init.name in ("copy", "noise") or (
-            recipe.init.name == "drop" and getattr(recipe.init, "ratio", 1.0) == 0
-        )
+        """Whether experts are whole copies of the dense network, up to noise of `SMALL_NOISE`."""
+        init = self.built.recipe.init
+        if isinstance(init, NoisyCopy):
+            still = not init.sigma or not init.fraction
+            return still or (init.relative and init.sigma <= SMALL_NOISE)
+        return init.name == "copy" or (isinstance(init, Drop) and init.ratio == 0)

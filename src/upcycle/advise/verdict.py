@@ -11,7 +11,7 @@ from typing import Literal
 
 from upcycle.advise import drop_ratio, published, scaling_law
 from upcycle.advise.situation import Situation
-from upcycle.advise.statements import Choice, number, share
+from upcycle.advise.statements import Choice, share
 
 Sure = Literal["fitted law", "published runs", "rule of thumb", "not known"]
 CLOSE = 0.01  # nats between two losses of the law that are not told apart
@@ -90,12 +90,12 @@ def _by_results(situation: Situation) -> Verdict:
             sure="rule of thumb",
             sentence=f"Not settled: {why}, and {beyond}: {MEASURE}.",
         )
-    if situation.asked.dense_tokens is None:
+    if _dense_tokens_would_help(situation):
         return Verdict(
             choice=None,
             sure="not known",
-            sentence="This cannot be said without --dense-tokens, what the dense model was trained on: the "
-            f"fitted law and the published crossovers ask for it; else {MEASURE}.",
+            sentence="This cannot be said without --dense-tokens, what the dense model was trained on: what "
+            f"covers this input asks for it; else {MEASURE}.",
         )
     return Verdict(
         choice=None,
@@ -116,19 +116,35 @@ def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "d
     distances = {c: d for c in covering if (d := published.distance(situation, c)) is not None}
     if not distances:
         return "unknown", "without --dense-tokens no published crossover can be compared with"
-    below = [c for c, d in distances.items() if d < 1]
-    above = [c for c, d in distances.items() if d >= 1]
-    cost = f"this budget is {share(situation.share_of_cost or 0)} of what the dense model cost"
-    if below and above:
-        return "disagree", (
-            f"{cost}, past the crossover of {_names(above)} and short of that of {_names(below)}"
-        )
-    side = "past" if above else "short of"
-    return ("above" if above else "below"), f"{cost}, {side} the crossover of {_names(above or below)}"
+    places = ", and ".join(_place(crossover, far) for crossover, far in distances.items())
+    said = f"this budget is {places}"
+    sides = {far >= 1 for far in distances.values()}
+    if len(sides) == 2:
+        return "disagree", said
+    return ("above" if True in sides else "below"), said
 
 
-def _names(crossovers: list[published.Crossover]) -> str:
-    return " and ".join(c.paper.partition(" (")[0] for c in crossovers)
+def _place(crossover: published.Crossover, far: float) -> str:
+    """Where a budget lies beside a crossover, in the crossover's own unit."""
+    name, side = crossover.paper.partition(" (")[0], "past" if far >= 1 else "short of"
+    here, there = share(far * crossover.at), share(crossover.at)
+    return f"{here} of the dense {crossover.unit}, {side} the {there} of {name}"
+
+
+def _dense_tokens_would_help(situation: Situation) -> bool:
+    """Whether something published would say more if the dense model's training were known."""
+    if situation.asked.dense_tokens is not None:
+        return False
+    if scaling_law.outside(situation) == [scaling_law.NEEDS_DENSE_TOKENS]:
+        return True
+    if any(published.crossover_inside(situation, c)[0] is not False for c in published.CROSSOVERS):
+        return True
+    return any(
+        comparison.kind == situation.kind
+        and comparison.share is not None
+        and published.comparison_inside(situation, comparison)[0] is not False
+        for comparison in published.COMPARISONS
+    )
 
 
 def initialisation(situation: Situation) -> str:
@@ -138,5 +154,5 @@ def initialisation(situation: Situation) -> str:
         return "init copy or drop, which of them is not known at this budget"
     asked = f"init {situation.built.recipe.init.name}"
     if ratio and situation.copies:
-        return f"init drop at r = {ratio:g} ({number(situation.asked.tokens)} tokens suffice for it)"
+        return f"init drop at r = {ratio:g} (which its paper advises from hundreds of billions of tokens on)"
     return "init copy" if not ratio and situation.copies else asked

@@ -40,7 +40,8 @@ def advise(
     """Say what is known before spending: dense continuation, upcycling or from scratch? Reads headers only.
 
     Args:
-        tokens: what the model would be trained on now, such as 100B
+        tokens: what the model would be trained on now, such as 100B; a row counts as the tokens of all its
+            stacks (an encoder's and a decoder's), an image as the places of all stages, as in train.tokens
         dense_tokens: what SOURCE was trained on; much cannot be said without it, and nothing is assumed
         gpus: how many there are (the least number is worked out, if absent)
         gpu: of which kind: H100, H200, H800, A100 or A800
