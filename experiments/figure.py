@@ -15,8 +15,8 @@ from upcycle.report.figures import Axis, Line
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]  # by label: a curve of (x, y) for each seed
 
 
-def write(path: Path, title: str, curves: Curves, x: str, y: str, *, log: bool = False) -> None:
-    """Draw `curves` to `path`."""
+def write(path: Path, title: str, curves: Curves, x: str, y: str, *, counted: str | None = None) -> None:
+    """Draw `curves` to `path`; `counted` as in `figures.Axis`."""
     lines = []
     for place, (label, seeds) in enumerate(curves.items()):
         points = np.array(seeds, np.float64)  # [seeds, n, 2]
@@ -24,7 +24,16 @@ def write(path: Path, title: str, curves: Curves, x: str, y: str, *, log: bool =
         error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1])
         mean = values.mean(0)
         lines.append(
-            Line(label=label, place=place, x=points[0, :, 0], y=mean, low=mean - error, high=mean + error)
+            Line(
+                label=label.replace("_", " "),
+                place=place,
+                x=points[0, :, 0],
+                y=mean,
+                low=mean - error,
+                high=mean + error,
+            )
         )
-    draw = partial(figures.curves, title=title, lines=lines, x=Axis(label=x), y=Axis(label=y, log=log))
+    draw = partial(
+        figures.curves, title=title, lines=lines, x=Axis(label=x, counted=counted), y=Axis(label=y)
+    )
     path.write_bytes(drawing.png(Picture(name="figure", title=title, caption="", draw=draw)))

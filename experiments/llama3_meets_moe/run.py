@@ -70,7 +70,9 @@ def main() -> None:
         for name in shown
     }
     y = "held-out loss (nats per token)"
-    figure.write(HERE / "figure.png", "Capacity and router order", curves, "training FLOPs", y)
+    figure.write(
+        HERE / "figure.png", "Capacity and router order", curves, "training FLOPs", y, counted="power"
+    )
 
 
 if __name__ == "__main__":
