@@ -17,8 +17,9 @@ import upcycle
 from upcycle import Recipe, cli, convert
 from upcycle.anatomy import inspect
 from upcycle.errors import UpcycleError
+from upcycle.evaluate.patches import Grid, Patches
 from upcycle.evaluate.rows import of_images, of_text
-from upcycle.evaluate.specialisation import Asked, Grid, Patches, divergence, specialisation
+from upcycle.evaluate.specialisation import Asked, divergence, specialisation
 from upcycle.report.plots import plot
 from upcycle.subject import Subject
 from upcycle.training.export import export

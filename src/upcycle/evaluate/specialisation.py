@@ -21,9 +21,9 @@ from upcycle import rng
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
 from upcycle.evaluate.batch_size import BatchSize
+from upcycle.evaluate.patches import FAVOURITES, Grid, Patches
 from upcycle.evaluate.results import write
 from upcycle.evaluate.rows import Rows
-from upcycle.families._encoder import pair
 from upcycle.nn import models
 from upcycle.proof import quiet
 from upcycle.subject import Subject
@@ -32,7 +32,6 @@ from upcycle.training.routing import Routers, Said
 
 FILE = "routing.json"
 FORMAT = 1
-FAVOURITES = 8  # tokens or patches that are named for each expert
 OFTEN = 5  # times that a token must have come to be named
 
 
@@ -93,56 +92,6 @@ class Kinds:
         means = np.stack([self.weights[kind] / self.counts[kind] for kind in often])
         best = np.argsort(-means, axis=0, kind="stable")[:FAVOURITES]
         return [[(often[i], float(means[i, e])) for i in best[:, e]] for e in range(means.shape[1])]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """How an image is cut into the patches of a stack: how many, and their size in pixels."""
-
-    rows: int
-    columns: int
-    height: int
-    width: int
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], stack: str) -> Grid:
-        """Of a ViT by its patches; each later stage of a ConvNeXt merges two by two, and what is left over
-        falls away."""
-        image, patch = pair(settings["image_size"]), pair(settings["patch_size"])
-        halved = int(stack.removeprefix("stage_")) - 1 if stack.startswith("stage_") else 0
-        rows, columns = (side // part >> halved for side, part in zip(image, patch, strict=True))
-        return cls(rows=rows, columns=columns, height=patch[0] << halved, width=patch[1] << halved)
-
-
-@dataclass(kw_only=True)
-class Patches:
-    """The patches of all images that each of E experts was surest to get; best first."""
-
-    weights: np.ndarray  # [E, n], their probabilities
-    pixels: np.ndarray  # [E, n, C, height, width], as the model sees them
-
-    @classmethod
-    def none(cls) -> Patches:
-        """Before the first batch."""
-        return cls(weights=np.zeros((0, 0)), pixels=np.zeros((0, 0)))
-
-    def add(self, images: np.ndarray, probabilities: np.ndarray, grid: Grid) -> None:
-        """Images [B, C, H, W] whose tokens got `probabilities` [B, N, E]; the last of N are the patches, row
-        by row."""
-        count, tokens, experts = probabilities.shape
-        channels, cells = images.shape[1], grid.rows * grid.columns
-        whole = images[:, :, : grid.rows * grid.height, : grid.columns * grid.width]
-        cut = whole.reshape(count, channels, grid.rows, grid.height, grid.columns, grid.width)
-        cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(count * cells, channels, grid.height, grid.width)
-        found = probabilities[:, tokens - cells :].reshape(-1, experts).T  # [E, B cells]
-        best = np.argsort(-found, axis=1, kind="stable")[:, :FAVOURITES]
-        weights, pixels = np.take_along_axis(found, best, 1), cut[best]
-        if self.weights.size:
-            weights = np.concatenate([self.weights, weights], 1)
-            pixels = np.concatenate([self.pixels, pixels], 1)
-        order = np.argsort(-weights, axis=1, kind="stable")[:, :FAVOURITES]
-        self.weights = np.take_along_axis(weights, order, 1)
-        self.pixels = np.take_along_axis(pixels, order[..., None, None, None], 1)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,63 @@
+"""Patches of images: how a stack cuts an image, and the patches that each expert is surest to get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from upcycle.families._encoder import pair
+
+FAVOURITES = 8  # tokens or patches that are named for each expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How an image is cut into the patches of a stack: how many, and their size in pixels."""
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], stack: str) -> Grid:
+        """Of a ViT by its patches; each later stage of a ConvNeXt merges two by two, and what is left over
+        falls away."""
+        image, patch = pair(settings["image_size"]), pair(settings["patch_size"])
+        halved = int(stack.removeprefix("stage_")) - 1 if stack.startswith("stage_") else 0
+        rows, columns = (side // part >> halved for side, part in zip(image, patch, strict=True))
+        return cls(rows=rows, columns=columns, height=patch[0] << halved, width=patch[1] << halved)
+
+
+@dataclass(kw_only=True)
+class Patches:
+    """The patches of all images that each of E experts was surest to get; best first."""
+
+    weights: np.ndarray  # [E, n], their probabilities
+    pixels: np.ndarray  # [E, n, C, height, width], as the model sees them
+
+    @classmethod
+    def none(cls) -> Patches:
+        """Before the first batch."""
+        return cls(weights=np.zeros((0, 0)), pixels=np.zeros((0, 0)))
+
+    def add(self, images: np.ndarray, probabilities: np.ndarray, grid: Grid) -> None:
+        """Images [B, C, H, W] whose tokens got `probabilities` [B, N, E]; the last of N are the patches, row
+        by row."""
+        count, tokens, experts = probabilities.shape
+        channels, cells = images.shape[1], grid.rows * grid.columns
+        whole = images[:, :, : grid.rows * grid.height, : grid.columns * grid.width]
+        cut = whole.reshape(count, channels, grid.rows, grid.height, grid.columns, grid.width)
+        cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(count * cells, channels, grid.height, grid.width)
+        found = probabilities[:, tokens - cells :].reshape(-1, experts).T  # [E, B cells]
+        best = np.argsort(-found, axis=1, kind="stable")[:, :FAVOURITES]
+        weights, pixels = np.take_along_axis(found, best, 1), cut[best]
+        if self.weights.size:
+            weights = np.concatenate([self.weights, weights], 1)
+            pixels = np.concatenate([self.pixels, pixels], 1)
+        order = np.argsort(-weights, axis=1, kind="stable")[:, :FAVOURITES]
+        self.weights = np.take_along_axis(weights, order, 1)
+        self.pixels = np.take_along_axis(pixels, order[..., None, None, None], 1)
