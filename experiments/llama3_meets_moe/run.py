@@ -64,10 +64,13 @@ def main() -> None:
         left = [x for r in runs if r["variant"] == name for x in r["left_behind"]]
         behind = f"{sum(left) / len(left):.1%}" if left else ""
         print(f"{name:24} {start:8.4f} {end:8.4f} {error:8.4f} {behind:>12}")
-    shown = ("dense_equal_flops", "topk_softmax_dropless", "topk_softmax_cf1", "softmax_topk_dropless")
+    shown = {
+        "dense": "dense_equal_flops", "top-k first": "topk_softmax_dropless",
+        "top-k first, room for 1": "topk_softmax_cf1", "softmax first": "softmax_topk_dropless",
+    }  # fmt: skip
     curves = {
-        name: [[(flops, loss) for _, flops, loss in r["curve"]] for r in runs if r["variant"] == name]
-        for name in shown
+        label: [[(flops, loss) for _, flops, loss in r["curve"]] for r in runs if r["variant"] == name]
+        for label, name in shown.items()
     }
     y = "held-out loss (nats per token)"
     figure.write(
