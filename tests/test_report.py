@@ -671,6 +671,15 @@ def test_long_names_are_wrapped_and_no_two_of_twelve_series_look_alike():
     assert len(looks) == 12
 
 
+@pytest.mark.parametrize("length", [12, 16, 17, 24, 42])
+def test_legends_of_any_length_stay_inside(length):
+    lines = [figures.Line(label="n" * length, place=i, x=np.arange(3.0), y=np.arange(3.0)) for i in range(4)]
+    with drawing._settings():
+        figure = figures.curves(LIGHT, "T", lines, figures.Axis(label="x"), figures.Axis(label="y"))
+        figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize(("largest", "exponent"), [(0, 0), (999, 0), (1e3, 3), (9.9e14, 12), (1e15, 15)])
 def test_axes_count_in_steps_of_a_thousand(largest, exponent):
     assert figures._exponent(largest) == exponent

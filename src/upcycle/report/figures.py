@@ -214,12 +214,12 @@ def _panel(inks: Inks, title: str, labels: Sequence[str], height: float = HEIGHT
 
 
 def _columns(labels: Sequence[str]) -> int:
-    return 2 if max(map(len, labels)) <= 22 else 1
+    return 2 if max(map(len, labels)) <= 16 else 1
 
 
 def _wrapped(label: str) -> str:
     """A label on as many lines as it needs; one that begins with _ would be left out of the legend."""
-    return textwrap.fill(f" {label}" if label.startswith("_") else label, 47)
+    return textwrap.fill(f" {label}" if label.startswith("_") else label, 42)
 
 
 def _legend(figure: Figure, inks: Inks, handles: Sequence[Any], labels: Sequence[str]) -> None:
