@@ -30,13 +30,12 @@ def drop(ratio: float, indices: str = "shared") -> dict[str, Any]:
     return {**language.MOE, "init": {"name": "drop", "ratio": ratio, "indices": indices}}
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
+PER_LAYER: dict[str, dict[str, Any]] = {
     "r0": drop(0.0),
     **{f"r{r:g}_{indices}": drop(r, indices) for r in RATIOS for indices in ("shared", "independent")},
     "r1": drop(1.0),
-    "r0_pooled": {**drop(0.0), **POOLED},
-    "r0.5_pooled": {**drop(0.5), **POOLED},
 }
+VARIANTS = PER_LAYER | {f"{name}_pooled": {**changes, **POOLED} for name, changes in PER_LAYER.items()}
 
 
 def main() -> None:
