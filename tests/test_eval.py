@@ -470,7 +470,7 @@ def test_a_folder_that_cannot_be_written_to(byte_model, story, tmp_path, capsys,
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(results.os, "fsync", refuse)
+    monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(SystemExit) as stopped:
         main(["eval", str(folder), "--text", str(story)])
     shown = capsys.readouterr()

@@ -94,22 +94,20 @@ def _add_start(
 
 def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes: list[str]) -> Dense | None:
     """The dense model that experts are compared with, if it can be found."""
-    if source is None and made is None:
+    if source is not None:
+        return admit(open_checkpoint(str(source), allow_nonfinite=True))
+    if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
         return None
-    if source is None and made is not None:
-        source = Path(made["source"]["path"])
-        if not source.is_dir():
-            notes.append(
-                f"its source {source} is not there; name it with --source to compare experts with it"
-            )
-            return None
-        try:
-            return admit(open_checkpoint(str(source), allow_nonfinite=True))
-        except UpcycleError as error:
-            notes.append(f"its source cannot be compared with: {error}")
-            return None
-    return admit(open_checkpoint(str(source), allow_nonfinite=True))
+    recorded = Path(made["source"]["path"])
+    if not recorded.is_dir():
+        notes.append(f"its source {recorded} is not there; name it with --source to compare experts with it")
+        return None
+    try:
+        return admit(open_checkpoint(str(recorded), allow_nonfinite=True))
+    except UpcycleError as error:
+        notes.append(f"its source cannot be compared with: {error}")
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,11 @@ def grid(title: str, *columns: str) -> Table:
     return table
 
 
+def place_of(stack: str, layer: int) -> str:
+    """A layer as people name it: its number, after its stack where a model has several."""
+    return str(layer) if stack == "layers" else f"{stack} {layer}"
+
+
 def count(n: float) -> str:
     """1.42 M and the like."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
@@ -118,8 +123,9 @@ def show_calibrated(found: Statistics) -> None:
     table = grid("", "layer", "neurons", "active", "never active")
     for stack, layer in found.blocks("neurons", "count"):
         shares = found.of("neurons", stack, layer, "count")
-        place = str(layer) if stack == "layers" else f"{stack} {layer}"
-        table.add_row(place, str(len(shares)), f"{shares.mean():.1%}", str(int((shares == 0).sum())))
+        table.add_row(
+            place_of(stack, layer), str(len(shares)), f"{shares.mean():.1%}", str(int((shares == 0).sum()))
+        )
     if table.row_count:
         out.print(table)
     made = found.provenance
@@ -291,8 +297,7 @@ def _how(recipe: dict[str, Any]) -> str:
 
 
 def _place(row: dict[str, Any]) -> str:
-    stack = row.get("stack", "layers")
-    return str(row["layer"]) if stack == "layers" else f"{stack} {row['layer']}"
+    return place_of(row.get("stack", "layers"), row["layer"])
 
 
 def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:

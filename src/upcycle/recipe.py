@@ -214,11 +214,8 @@ def _read_toml(path: Path, what: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     for dotted in _NAMES:
         *sections, last = dotted.split(".")
         own, found = _section(table, sections), _section(below, sections)
-        if (
-            own is not None
-            and found is not None
-            and own.get(last, _named(below, sections)) != _named(below, sections)
-        ):
+        name = _named(below, sections)
+        if own is not None and found is not None and own.get(last, name) != name:
             _clear(found, sections)
     return _over(below, table)
 

@@ -12,12 +12,12 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from upcycle import whole_file
 from upcycle.checkpoint import file_hash
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.differences import Sums
@@ -136,13 +136,4 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def write(path: Path, value: object) -> None:
     """Write JSON to `path`; what was there stays until the new file is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    whole_file.write(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -23,6 +23,7 @@ from upcycle.evaluate import rows as examples
 from upcycle.evaluate.batch_size import BatchSize
 from upcycle.evaluate.patches import FAVOURITES, Grid, Patches
 from upcycle.evaluate.results import write
+from upcycle.evaluate.routing_file import FILE, FORMAT
 from upcycle.evaluate.rows import Rows
 from upcycle.nn import models
 from upcycle.proof import quiet
@@ -30,8 +31,6 @@ from upcycle.subject import Subject
 from upcycle.training.corpus import read_tokenizer
 from upcycle.training.routing import Routers, Said
 
-FILE = "routing.json"
-FORMAT = 1
 OFTEN = 5  # times that a token must have come to be named
 
 

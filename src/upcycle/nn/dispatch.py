@@ -1,8 +1,8 @@
 """How tokens reach experts and come back: what a router decided, as something that can be run.
 
-Every dispatch calls `experts(rows [M, H], index [M, K], weights [M, K], groups [M])`, which gives [M, H]; the
-first three are the form whose forward pass transformers' expert parallelism replaces, `groups` says of which
-group a row is. Letters: T tokens, G groups of N, S slots an expert.
+Every dispatch calls `experts(rows [M, H], index [M, K], weights [M, K], groups)`, which gives [M, H]; the
+first three are the form whose forward pass transformers' expert parallelism replaces, `groups()` says to
+experts that ask of which group each row is, [M]. Letters: T tokens, G groups of N, S slots an expert.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Groups = Callable[[], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
 
 
 class Dispatch(abc.ABC):
@@ -35,7 +36,9 @@ class Choices(Dispatch):
     length: int
 
     def run(self, hidden: Tensor, experts: Run) -> Tensor:
-        groups = torch.arange(len(hidden), device=hidden.device) // self.length
+        def groups() -> Tensor:
+            return torch.arange(len(hidden), device=hidden.device) // self.length
+
         return experts(hidden, self.index, self.weights, groups)
 
 
@@ -50,7 +53,7 @@ class Rows(Dispatch):
     length: int
 
     def run(self, hidden: Tensor, experts: Run) -> Tensor:
-        rows = _each(hidden[self.tokens], self.experts, self.tokens // self.length, experts)
+        rows = _each(hidden[self.tokens], self.experts, lambda: self.tokens // self.length, experts)
         # Sums of many experts' outputs want more bits than the experts have.
         out = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=hidden.device)
         return out.index_add(0, self.tokens, rows * self.weights[:, None]).to(hidden.dtype)
@@ -68,12 +71,15 @@ class Slots(Dispatch):
         grouped = hidden.view(groups, length, -1)
         mixed = torch.einsum("gnes,gnh->egsh", self.dispatch.to(hidden.dtype), grouped)
         index = torch.arange(count, device=hidden.device).repeat_interleave(groups * slots)
-        of_group = torch.arange(groups, device=hidden.device).repeat_interleave(slots).repeat(count)
+
+        def of_group() -> Tensor:
+            return torch.arange(groups, device=hidden.device).repeat_interleave(slots).repeat(count)
+
         rows = _each(mixed.reshape(-1, hidden.shape[-1]), index, of_group, experts)
         made = rows.view(count, groups, slots, -1)
         return torch.einsum("gnes,egsh->gnh", self.combine.to(made.dtype), made).reshape(hidden.shape)
 
 
-def _each(rows: Tensor, index: Tensor, groups: Tensor, experts: Run) -> Tensor:
+def _each(rows: Tensor, index: Tensor, groups: Groups, experts: Run) -> Tensor:
     """Every row through its own expert, unweighted."""
     return experts(rows, index[:, None], torch.ones_like(index, dtype=rows.dtype)[:, None], groups)

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from upcycle.errors import UpcycleError
 from upcycle.nn import routers
 from upcycle.nn.configs import Shape
+from upcycle.nn.dispatch import Groups
 from upcycle.nn.experts import Experts
 from upcycle.nn.routing import Routing
 
@@ -116,10 +117,10 @@ class MoE(nn.Module):
         out: Tensor = routing.dispatch.run(rows.flatten(0, 1), self._run).view(hidden.shape)
         return out if self.shared is None else out + self.shared(rows).view(hidden.shape)
 
-    def _run(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
+    def _run(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Groups) -> Tensor:
         """Rows [M, H] through their experts, as `Experts.forward`; with universal experts, rows of one expert
         each in the order of the experts, as slots come."""
-        own = (groups,) if self.shape.response_norm else ()  # expert parallelism's forward takes three
+        own = (groups(),) if self.shape.response_norm else ()  # expert parallelism's forward takes three
         if self.universal is None:
             out: Tensor = self.experts(hidden, index, weights, *own)
             return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from upcycle import whole_file
 from upcycle.errors import UpcycleError
 
 TITLE = "Upcycling report"
@@ -53,7 +54,7 @@ def report(
         for path in files.keys() - {out, text}:
             _refuse_foreign(path, drawing.MADE_BY.encode())
     for path, data in files.items():
-        write(path, data)
+        whole_file.write(path, data)
     return about.troubles()
 
 
@@ -69,14 +70,3 @@ def _refuse_foreign(path: Path, sign: bytes) -> None:
                 f"{path} exists and is no report; nothing else is overwritten. Choose another name or "
                 f"delete it"
             )
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

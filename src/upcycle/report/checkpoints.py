@@ -15,10 +15,8 @@ from typing import Any
 from upcycle import provenance
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
-from upcycle.report.records import FORMAT, is_number
-
-EVALUATION = "eval.json"
-ROUTING = "routing.json"
+from upcycle.evaluate import results, routing_file
+from upcycle.report.records import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:
         folder=folder,
         made=made,
         scores=attempt(lambda: _scores(folder)) or (),
-        routing=attempt(lambda: _formatted(folder / ROUTING)),
+        routing=attempt(lambda: _formatted(folder / routing_file.FILE, routing_file.FORMAT)),
         anatomy=attempt(lambda: _anatomy(folder)),
         damage=tuple(damage),
     )
@@ -95,19 +93,19 @@ def _anatomy(folder: Path) -> dict[str, Any] | None:
     return found if any(layer["num_experts"] for layer in found["layers"]) else None
 
 
-def _formatted(path: Path) -> dict[str, Any] | None:
+def _formatted(path: Path, wanted: int) -> dict[str, Any] | None:
     """A JSON file of ours; None where it is not there."""
     if not path.exists():
         return None
     found = read_json(path, "")
-    if found.get("format") != FORMAT:
-        raise UpcycleError(f"{path.name} has format {found.get('format')}; this version reads {FORMAT}")
+    if found.get("format") != wanted:
+        raise UpcycleError(f"{path.name} has format {found.get('format')}; this version reads {wanted}")
     return found
 
 
 def _scores(folder: Path) -> tuple[Score, ...]:
     """The finite numbers in eval.json."""
-    found = _formatted(folder / EVALUATION) or {"results": []}
+    found = _formatted(folder / results.FILE, results.FORMAT) or {"results": []}
     out = []
     try:
         for result in found["results"]:
@@ -127,5 +125,5 @@ def _scores(folder: Path) -> tuple[Score, ...]:
                     )
                 )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise UpcycleError(f"{EVALUATION} is damaged; run `upcycle eval` again") from None
+        raise UpcycleError(f"{results.FILE} is damaged; run `upcycle eval` again") from None
     return tuple(out)

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from upcycle import whole_file
+from upcycle.console import place_of
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.specialisation import Layer, Specialisation
-from upcycle.report import drawing, figures, write
+from upcycle.report import drawing, figures
 from upcycle.report.checkpoints import CheckpointRecord
 from upcycle.report.document import Picture
-from upcycle.report.records import place_of
 from upcycle.report.sections import routers, similarity
 
 
@@ -38,7 +39,7 @@ def plot(name: str, anatomy: dict[str, Any], seen: Specialisation | None, out: P
     paths = []
     for picture in _pictures(record, seen):
         path = out / f"{picture.name}.png"
-        write(path, drawing.png(picture))
+        whole_file.write(path, drawing.png(picture))
         paths.append(path)
     return paths
 
@@ -55,7 +56,7 @@ def _pictures(record: CheckpointRecord, seen: Specialisation | None) -> Iterable
 
 def _favourites(layer: Layer) -> Picture:
     assert layer.patches is not None
-    place = place_of({"stack": layer.stack, "layer": layer.layer})
+    place = place_of(layer.stack, layer.layer)
     title = f"Favourite patches, layer {place}"
     return Picture(
         name=f"patches-{place.replace(' ', '-').replace('_', '-')}",

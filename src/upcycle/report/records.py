@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import recipe
+from upcycle import console, recipe
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.training.run import Train
@@ -233,9 +233,8 @@ def _health(places: tuple[str, ...], rows: list[Any], tail: deque[list[list[floa
 
 
 def place_of(layer: Mapping[str, Any]) -> str:
-    """A layer as people name it: its number, after its stack where a model has several."""
-    stack = layer.get("stack") or "layers"
-    return str(layer["layer"]) if stack == "layers" else f"{stack} {layer['layer']}"
+    """A layer of a file as people name it."""
+    return console.place_of(layer.get("stack") or "layers", layer["layer"])
 
 
 def shares(load: Any) -> list[float]:
