@@ -22,8 +22,9 @@ import numpy as np
 from upcycle import card, claim, lock, provenance, selection
 from upcycle.blueprints import Blueprint, Entry, blueprint
 from upcycle.checkpoint import INDEX, Checkpoint, file_hash
+from upcycle.dtypes import TooLargeError
 from upcycle.errors import UpcycleError
-from upcycle.hub import CARRIED
+from upcycle.hub import carried
 from upcycle.journal import JOURNAL, Journal
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
@@ -71,6 +72,7 @@ def convert(
         raise UpcycleError(f"jobs = {jobs}; it must be 1 or more")
     if not _lacks_its_config(out):
         _check_space(partial, shards)
+        carried(built.source.folder)  # refused now rather than when all is written
         for model in (built.dense, *built.donors):
             refuse_two_heads(model)
         planned(built)
@@ -272,12 +274,15 @@ def _write_tensors(
 
 def _write_task(task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Progress) -> Task:
     places = [shards.places[name] for name in task.names]
-    for start, data in task.entry.pieces():
-        if stop.is_set():
-            break
-        for place in places:
-            files.write(place, start, data)
-            progress(data.size)
+    try:
+        for start, data in task.entry.pieces():
+            if stop.is_set():
+                break
+            for place in places:
+                files.write(place, start, data)
+                progress(data.size)
+    except TooLargeError as error:
+        raise UpcycleError(f"{task.names[0]} cannot be made: {error}") from None
     return task
 
 
@@ -285,8 +290,8 @@ def _finish(
     built: Blueprint, shards: Shards, partial: Path, out: Path, hashes: dict[str, dict[str, str]]
 ) -> None:
     """What makes a folder of tensors a model, and the rename that shows it."""
-    carried, left = carry(built.source.folder, partial)
-    record = provenance.record(built, hashes, carried=carried, left_behind=left)
+    names, left = carry(built.source.folder, partial)
+    record = provenance.record(built, hashes, carried=names, left_behind=left)
     if shards.index is not None:
         _write_json(partial / INDEX, shards.index)
     _write_json(partial / provenance.FILE, record)
@@ -318,16 +323,16 @@ def _commit(built: Blueprint, out: Path) -> None:
 
 def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
     """Copy tokenizer, generation config, chat template and licence; the names copied, and those left."""
-    carried = sorted({p.name for pattern in CARRIED for p in source.glob(pattern) if p.is_file()})
-    for name in carried:
+    names = carried(source)
+    for name in names:
         shutil.copyfile(source / name, partial / name)
     weights = {"config.json", INDEX}
     left = sorted(
         p.name
         for p in source.iterdir()
-        if p.name not in weights and p.name not in carried and p.suffix != ".safetensors"
+        if p.name not in weights and p.name not in names and p.suffix != ".safetensors"
     )
-    return carried, left
+    return names, left
 
 
 def _write_json(path: Path, value: object) -> None:
