@@ -21,11 +21,12 @@ import numpy as np
 
 from upcycle import card, claim, lock, provenance, selection
 from upcycle.blueprints import Blueprint, Entry, blueprint
-from upcycle.checkpoint import INDEX, Checkpoint, file_hash
+from upcycle.checkpoint import INDEX, Checkpoint
 from upcycle.dtypes import TooLargeError
 from upcycle.errors import UpcycleError
 from upcycle.hub import carried
 from upcycle.journal import JOURNAL, Journal
+from upcycle.open_files import OpenFiles
 from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.source import refuse_two_heads
@@ -159,12 +160,56 @@ def _check_space(partial: Path, shards: Shards) -> None:
 
 def _begun(built: Blueprint, shards: Shards) -> dict[str, Any]:
     """What a run must have in common with the one it goes on with."""
-    files = {
-        f"{c.label}/{f.name}": [f.stat().st_size, f.stat().st_mtime_ns]
-        for c in built.checkpoints
-        for f in c.files
-    }
+    files = {key: [c.stamps[f][2], c.stamps[f][3]] for key, (c, f) in _sources(built).items()}
     return {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
+
+
+def _sources(built: Blueprint) -> dict[str, tuple[Checkpoint, Path]]:
+    """Every file that tensors come from, by its name in the journal."""
+    return {f"{c.label}/{f.name}": (c, f) for c in built.checkpoints for f in c.files}
+
+
+class _SourceHashes:
+    """The hashes of the source files: taken while tensors are written, kept in the journal, compared at the
+    end.
+
+    A file that was not touched since its header was read is what was read of it, and is not read for that
+    again. One that was touched is hashed once more, at the end or when a run goes on.
+    """
+
+    def __init__(self, built: Blueprint, journal: Journal, stop: threading.Event) -> None:
+        self._sources, self._journal, self._stop = _sources(built), journal, stop
+        self._known: dict[str, str] = journal.notes.get("sha256", {})
+        stamps = {key: list(c.stamps[file]) for key, (c, file) in self._sources.items()}
+        before = journal.notes.get("stamps", stamps)
+        for key in [key for key in stamps if stamps[key] != before.get(key)]:
+            checkpoint, file = self._sources[key]
+            if checkpoint.hash_read(file, stop) != self._known.get(key):
+                raise UpcycleError(
+                    f"{file} has changed since {journal.folder} was begun; put back what it was, or delete "
+                    f"that folder and convert again"
+                )
+        if journal.notes.get("stamps") != stamps:
+            journal.record([], stamps=stamps)
+
+    def take(self) -> dict[str, str]:
+        """The hashes by name in the journal, which keeps them."""
+        if not self._known:
+            with ThreadPoolExecutor(2) as pool:
+                taken = [pool.submit(c.hash_read, file, self._stop) for c, file in self._sources.values()]
+                known = {key: one.result() for key, one in zip(self._sources, taken, strict=True)}
+            if not self._stop.is_set():
+                self._journal.record([], sha256=known)
+                self._known = known
+        return self._known
+
+    def at_the_end(self) -> dict[str, dict[str, str]]:
+        """The hashes by checkpoint and file name, of files that are still what was read."""
+        hashes: dict[str, dict[str, str]] = {}
+        for key, (checkpoint, file) in self._sources.items():
+            checkpoint.refuse_changed(file, self._known[key])
+            hashes.setdefault(checkpoint.label, {})[file.name] = self._known[key]
+        return hashes
 
 
 def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
@@ -189,29 +234,33 @@ class _Files:
             if not path.exists() or path.stat().st_size != size
         }
         self.locks = [threading.Lock() for _ in self.paths]
-        self.descriptors = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self.paths]
-        for descriptor, size in zip(self.descriptors, shards.sizes, strict=True):
-            os.ftruncate(descriptor, size)
+        self.opened = OpenFiles(os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        for path, size in zip(self.paths, shards.sizes, strict=True):
+            with self.opened.use(path) as descriptor:
+                os.ftruncate(descriptor, size)
         _sync_folder(partial)
         _sync_folder(partial.parent)
 
     def write(self, place: Place, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
         view, position = data.data, place.offset + start
-        with self.locks[place.shard]:  # the kernel would let one write at a time too, and the others spin
+        path = self.paths[place.shard]
+        # The kernel would let one write at a time too, and the others spin.
+        with self.locks[place.shard], self.opened.use(path) as descriptor:
             while view:
-                count = os.pwrite(self.descriptors[place.shard], view, position)
+                count = os.pwrite(descriptor, view, position)
                 view, position = view[count:], position + count
 
     def sync(self, shards: set[int]) -> None:
         """Bring the data of these shards to disk."""
         datasync = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
         for shard in sorted(shards):
-            datasync(self.descriptors[shard])
+            with self.opened.use(self.paths[shard]) as descriptor:
+                datasync(descriptor)
 
     def close(self) -> None:
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+        """Close what is open."""
+        self.opened.close()
 
 
 def _write_tensors(
@@ -220,15 +269,16 @@ def _write_tensors(
     """Write what the journal does not have yet; the hashes of the source files, by checkpoint and name.
 
     Tensors are written by `jobs` threads. One more brings them to disk as they come, so that the disk works
-    while they compute. The sources are hashed last, while the rest of the output is on its way to disk.
+    while they compute, and two more hash the sources.
     """
+    stop = threading.Event()
+    sources = _SourceHashes(built, journal, stop)
     files = _Files(partial, shards)
     done = {name for name in journal.done if shards.places[name].shard not in files.new}
     tasks = _tasks(built, done)
     progress(sum(shards.places[name].nbytes for name in done))
-    stop = threading.Event()
     written: list[str] = []
-    syncs: list[Future[None]] = []
+    syncs: list[Future[Any]] = []
 
     def sync(names: list[str]) -> None:
         files.sync({shards.places[n].shard for n in names})
@@ -240,11 +290,12 @@ def _write_tensors(
         if sum(shards.places[n].nbytes for n in written) >= at_least:
             syncs.append(syncer.submit(sync, written.copy()))
             written.clear()
-        for earlier in syncs:
+        for earlier in [*syncs, hashed]:
             if earlier.done():
-                earlier.result()  # a disk that is full may say so here first
+                earlier.result()  # a disk that is full may say so here first, or a source that changes
 
-    writers, syncer = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1)
+    writers, syncer, hasher = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    hashed: Future[Any] = hasher.submit(sources.take)
     try:
         running: set[Future[Task]] = set()
         for task in tasks:
@@ -252,22 +303,17 @@ def _write_tensors(
             if len(running) > 2 * jobs:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 collect(finished, SYNC_EVERY)
-        digests = {
-            (c.label, file): writers.submit(file_hash, file) for c in built.checkpoints for file in c.files
-        }
         collect(running, at_least=0)
         for last in syncs:
             last.result()
         for number, header in enumerate(shards.headers):
             files.write(Place(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
         files.sync(set(range(len(shards.names))))
-        hashes: dict[str, dict[str, str]] = {c.label: {} for c in built.checkpoints}
-        for (label, file), digest in digests.items():
-            hashes[label][file.name] = digest.result()
-        return hashes
+        hashed.result()
+        return sources.at_the_end()
     finally:
         stop.set()
-        for pool in (writers, syncer):
+        for pool in (writers, syncer, hasher):
             pool.shutdown(cancel_futures=True)
         files.close()
 
