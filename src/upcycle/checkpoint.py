@@ -28,6 +28,7 @@ MAX_DIMENSIONS = 64  # of a tensor; numpy's own limit
 _SMALL_HEADER = 1 << 20  # bytes; below, whatever a header holds is quickly read
 _PER_BRACKET = 16  # bytes; a tensor has three brackets, and its entry takes at least 51 bytes
 CHUNK = 8 << 20  # bytes of a stored tensor that are read at once
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _BITS = {
@@ -72,7 +73,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise UpcycleError(f"{file}: the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise UpcycleError(f"{file}: the header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UpcycleError(f"{file}: __metadata__ of the header holds what is no text")
     data = 8 + length
     tensors = {name: _tensor(file, name, entry, data) for name, entry in header.items()}
     end = 0

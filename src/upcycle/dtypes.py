@@ -40,6 +40,7 @@ class TooLargeError(UpcycleError):
 
 
 _LARGEST = {name: float(ml_dtypes.finfo(dtype).max) for name, dtype in FLOATS.items()}
+_MANTISSA = {name: int(ml_dtypes.finfo(dtype).nmant) for name, dtype in FLOATS.items()}
 _WIDER = {
     "F16": "use dtype bfloat16 or float32",
     "BF16": "use dtype float32, or leave dtype at source",
@@ -51,6 +52,11 @@ _WIDER = {
 def _overflow(name: str, dtype: str) -> TooLargeError:
     limit = f"{_LARGEST[dtype]:.6g}"
     return TooLargeError(f"{name} holds values beyond {TORCH_NAMES[dtype]}'s {limit}; {_WIDER[dtype]}")
+
+
+def holds(wide: str, narrow: str) -> bool:
+    """Whether type `wide` has every value that type `narrow` has."""
+    return _LARGEST[wide] >= _LARGEST[narrow] and _MANTISSA[wide] >= _MANTISSA[narrow]
 
 
 def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:

@@ -90,12 +90,16 @@ def peek(source: str | Path) -> Checkpoint:
     return Checkpoint(Path(source), config, tensors)
 
 
-def carried(folder: Path) -> list[str]:
-    """The names of the files that go along with a model: tokenizer, generation config, template, licence.
+def carriable(folder: Path) -> list[str]:
+    """The names of the files that go along with a model: tokenizer, generation config, template, licence."""
+    return sorted({p.name for pattern in CARRIED for p in folder.glob(pattern) if p.is_file()})
 
-    A link is followed only inside the folder, or from a snapshot of the hub's cache to its own blobs.
+
+def carried(folder: Path) -> list[str]:
+    """Those that may be copied: a link is followed only inside the folder, or from a snapshot of the hub's
+    cache to its own blobs, and refused elsewhere.
     """
-    names = sorted({p.name for pattern in CARRIED for p in folder.glob(pattern) if p.is_file()})
+    names = carriable(folder)
     if outside := [name for name in names if not _stays(folder / name)]:
         raise UpcycleError(
             f"{folder / outside[0]} is a link to {os.readlink(folder / outside[0])}, outside the folder, and "

@@ -21,7 +21,7 @@ import numpy as np
 
 from upcycle import card, claim, lock, provenance, selection
 from upcycle.blueprints import Blueprint, Entry, blueprint
-from upcycle.checkpoint import INDEX, Checkpoint
+from upcycle.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
 from upcycle.dtypes import TooLargeError
 from upcycle.errors import UpcycleError
 from upcycle.hub import carried
@@ -31,7 +31,6 @@ from upcycle.recipe import Recipe
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.source import refuse_two_heads
 
-CONFIG = "config.json"
 UNNAMED_CONFIG = "config.json.partial"
 SYNC_EVERY = 1 << 28  # bytes written between two points that a resumed run can start from
 HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
@@ -337,13 +336,21 @@ def _finish(
 ) -> None:
     """What makes a folder of tensors a model, and the rename that shows it."""
     names, left = carry(built.source.folder, partial)
-    record = provenance.record(built, hashes, carried=names, left_behind=left)
     if shards.index is not None:
         _write_json(partial / INDEX, shards.index)
-    _write_json(partial / provenance.FILE, record)
     selection.write(built, partial)
-    (partial / "README.md").write_text(card.render(built, record))
+    (partial / "README.md").write_bytes(card.render(built).encode())
     _write_json(partial / UNNAMED_CONFIG, built.config)
+    weights = {JOURNAL, provenance.FILE, *shards.names}
+    files = {
+        CONFIG if path.name == UNNAMED_CONFIG else path.name: file_hash(path)
+        for path in sorted(partial.iterdir())
+        if path.name not in weights
+    }
+    _write_json(
+        partial / provenance.FILE,
+        provenance.record(built, hashes, carried=names, left_behind=left, out=out, files=files),
+    )
     for path in partial.iterdir():
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
