@@ -322,3 +322,13 @@ def test_a_damaged_upcycle_json(change, converted, moe, capsys):
             cli.main(words)
         assert exit_.value.code == 2
         assert "is damaged" in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_a_crash_is_not_taken_for_a_promise_that_does_not_hold(converted, monkeypatch, capsys):
+    from upcycle import proof
+
+    monkeypatch.setattr(proof, "verify", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["verify", str(converted[0]), str(converted[1])])
+    assert exit_.value.code == 3
+    assert "this is a fault of upcycle" in capsys.readouterr().err
