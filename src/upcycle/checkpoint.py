@@ -261,8 +261,11 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UpcycleError(missing) from None
+    except UnicodeDecodeError:
+        raise UpcycleError(f"{path} is not UTF-8 text; JSON has to be") from None
     except (ValueError, RecursionError) as error:
-        raise UpcycleError(f"{path} is not valid JSON: {error}") from None
+        said = str(error).replace("Unexpected UTF-8 BOM (decode using utf-8-sig)", "it has a byte order mark")
+        raise UpcycleError(f"{path} is not valid JSON: {said}") from None
     if not isinstance(value, dict):
         raise UpcycleError(f"{path} holds {type(value).__name__}, not a JSON object")
     return value
