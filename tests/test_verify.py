@@ -147,12 +147,15 @@ def test_a_folder_of_an_older_version(converted, moe):
     assert inspect(moe)["layers"][0]["cosine_to_dense"]
 
 
-def test_no_path_of_this_machine_is_published(converted, moe, tmp_path):
-    text = (moe / "upcycle.json").read_text()
-    assert json.loads(text)["source"]["path"] == "../source"
-    assert str(converted[0].parent) not in text
-    assert str(converted[0].parent) not in (moe / "README.md").read_text()
-    assert inspect(converted[1])["layers"][0]["cosine_to_dense"]
+def test_whose_home_a_source_was_in_is_not_published(dense, tmp_path, monkeypatch):
+    """What is read again is found again, by whoever has it in a home of the same layout."""
+    monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
+    source = Path(shutil.copytree(dense("llama"), tmp_path / "somebody" / "models" / "llama"))
+    convert(source, tmp_path / "moe", Recipe.of())
+    text = (tmp_path / "moe" / "upcycle.json").read_text() + (tmp_path / "moe" / "README.md").read_text()
+    assert json.loads((tmp_path / "moe" / "upcycle.json").read_text())["source"]["path"] == "~/models/llama"
+    assert "somebody" not in text
+    assert inspect(tmp_path / "moe")["layers"][0]["cosine_to_dense"]
 
 
 def proof_of(source: Path, out: Path, **table: object) -> Proof:

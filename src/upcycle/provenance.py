@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +24,11 @@ def record(
     *,
     carried: list[str],
     left_behind: list[str],
-    out: Path | None = None,
     files: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The provenance of the folder `out`. It holds no time, so that a recipe run twice gives equal folders.
+    """The provenance of a folder. It holds no time, so that a recipe run twice gives equal folders.
 
-    Paths are relative to `out`, or the names alone where it is not given. `files` are the hashes of what was
-    written beside the weights.
+    `files` are the hashes of what was written beside the weights.
     """
     return {
         "format": FORMAT,
@@ -40,11 +37,11 @@ def record(
         "python_version": platform.python_version(),
         "source": {
             "name": built.source.name,
-            "path": _place(built.source, out),
+            "path": _place(built.source),
             "model_type": built.dense.family.model_type,
             "sha256": hashes[built.source.label],
             "donors": {
-                c.label: {"name": c.name, "path": _place(c, out), "sha256": hashes[c.label]}
+                c.label: {"name": c.name, "path": _place(c), "sha256": hashes[c.label]}
                 for c in built.checkpoints[1:]
             },
         },
@@ -67,7 +64,6 @@ def of_dense(
     *,
     carried: list[str],
     left_behind: list[str],
-    out: Path | None = None,
 ) -> dict[str, Any]:
     """The provenance of a dense model that was trained on: nothing was built."""
     return {
@@ -77,7 +73,7 @@ def of_dense(
         "python_version": platform.python_version(),
         "source": {
             "name": source.name,
-            "path": _place(source, out),
+            "path": _place(source),
             "model_type": source.config["model_type"],
             "sha256": hashes[source.label],
             "donors": {},
@@ -90,15 +86,27 @@ def of_dense(
     }
 
 
-def _place(opened: Checkpoint, out: Path | None) -> str:
-    """Where a checkpoint is, as seen from `out`: whoever gets that folder learns no path of this machine."""
-    folder = opened.folder.resolve()
-    return folder.name if out is None else os.path.relpath(folder, out.resolve())
+def _place(opened: Checkpoint) -> str:
+    """Where a checkpoint is. Whoever gets the folder does not learn whose home it was in."""
+    folder, home = opened.folder.resolve(), _home()
+    return f"~/{folder.relative_to(home)}" if home and folder.is_relative_to(home) else str(folder)
 
 
-def source_of(folder: Path, made: dict[str, Any]) -> Path:
-    """Where the source of `folder` was. Folders of older versions have an absolute path."""
-    return Path(os.path.normpath(folder.resolve() / str(made["source"]["path"])))
+def _home() -> Path | None:
+    try:
+        home = Path.home().resolve()
+    except RuntimeError:  # nobody's
+        return None
+    return home if home != home.parent else None
+
+
+def source_of(made: dict[str, Any]) -> Path:
+    """Where the source of a folder with this provenance was."""
+    path = Path(str(made["source"]["path"]))
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -357,7 +357,7 @@ def _finish(
     }
     _write_json(
         partial / provenance.FILE,
-        provenance.record(built, hashes, carried=names, left_behind=left, out=out, files=files),
+        provenance.record(built, hashes, carried=names, left_behind=left, files=files),
     )
     for path in partial.iterdir():
         with path.open("rb") as handle:
