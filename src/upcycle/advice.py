@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from upcycle.blueprints import Blueprint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS
-from upcycle.errors import listed
 from upcycle.recipe import Recipe
 
 
 def warnings(built: Blueprint) -> list[str]:
     """Everything that may cost training time, or that another program will compute otherwise."""
-    if built.native.dense:
-        reasons = {"deeper": "every block stands several times", "narrower": "weights are left out"}
-        return [f"{reasons[built.native.dense]}: the function is not kept, and the model has to be trained"]
+    if not built.sites:
+        return built.target.warnings(built)
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
     out = list(built.recipe.init.warnings(site))
-    begin = {stack.name for stack in built.dense.stacks if not stack.first}
-    if built.native.upcycled and any(s.layer == 0 and s.stack in begin for s in built.sites):
-        out.append(
-            "the first block is among those that become MoE, which was found to train badly (Sparse "
-            "Upcycling, B.4); leave it dense, as every_other and last_half do"
-        )
     if moe.pooling == "mean":
         out.append(
             "the head sees the mean of the patches and not the class token it was trained on: the function "
@@ -58,25 +50,14 @@ def warnings(built: Blueprint) -> list[str]:
             f"over those that come to it: the function is kept only where every expert has all of them "
             f"(top_k = num_experts)"
         )
-    if moe.shared_experts == 0 and built.shared_width:
-        out.append(
-            f"{built.native.model_type} cannot be without a shared expert: one of {built.shared_width} "
-            f"neurons is there with a zero down projection, and training may use it"
-        )
     if odd := _misaligned(built):
         out.append(
             f"{odd}: transformers' default kernel for experts refuses that; load with "
             f'experts_implementation="eager"'
         )
-    for client, why in built.native.clients(built.config).items():
-        out.append(f"{client} {why}: it will not reproduce this model's function")
-    if (unknown := built.dense.unknown_keys) and not built.native.upcycled:
-        out.append(
-            f"config.json has keys that a {built.dense.family.model_type} of transformers does not read; "
-            f"left out: {listed(list(unknown), 5)}"
-        )
+    out += built.target.warnings(built)
     # Stacks that are alike say the same.
-    return [*dict.fromkeys(out + built.dense.family.warnings(built.native.model_type))]
+    return [*dict.fromkeys(out + built.dense.family.warnings(built.target.model_type))]
 
 
 def _causal(built: Blueprint) -> list[Recipe]:

@@ -8,32 +8,6 @@ from typing import Any
 from upcycle.blueprints import Blueprint
 from upcycle.cost import plan_of
 
-_DENSE = """```python
-from transformers import {name}
-
-model = {name}.from_pretrained("path/to/this/folder")
-```
-"""
-_NATIVE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-"""
-_UPCYCLED = """```python
-import upcycle  # makes the architecture known to transformers' Auto classes
-
-model = upcycle.open("path/to/this/folder")
-```
-"""
-
-
-def _how_to_load(built: Blueprint) -> str:
-    if not built.sites:
-        return _DENSE.format(name=built.native.architecture)
-    return _UPCYCLED if built.native.upcycled else _NATIVE
-
 
 def render(built: Blueprint, record: dict[str, Any]) -> str:
     """Markdown that says what the folder is, what it was made from, and how to load it."""
@@ -45,9 +19,6 @@ def render(built: Blueprint, record: dict[str, Any]) -> str:
         else "Untrained since, and it does not compute what the dense model computes: train it before use."
     )
     moe = plan.num_moe_layers > 0
-    how = f"initialisation `{built.recipe.init.name}`"
-    if built.native.dense == "deeper":
-        how = f"every block {built.recipe.moe.depth} times"
     warnings = "".join(f"- {w}\n" for w in plan.warnings) or "- none\n"
     return f"""---
 library_name: transformers
@@ -57,7 +28,7 @@ tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 # {source}, {"upcycled" if moe else plan.kind}
 
 A `{plan.target}` made from the dense `{plan.family}` checkpoint `{source}` with
-`upcycle` {record["upcycle_version"]}, {how}.
+`upcycle` {record["upcycle_version"]}, {built.target.origin(built.recipe)}.
 {state}
 
 | | dense | {plan.kind} |
@@ -70,7 +41,9 @@ It is {plan.made}.
 
 ## Load
 
-{_how_to_load(built)}
+```python
+{built.target.snippet()}```
+
 ## What to know
 
 {warnings}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from upcycle import deeper, families, init, natives, successors, upcycled
+from upcycle import families, init, targets
 from upcycle.nn import routers
+from upcycle.targets import natives
 
 Row = dict[str, str]
 
@@ -31,7 +32,7 @@ def everything() -> dict[str, list[Row]]:
             {
                 "name": f.model_type,
                 "summary": f.summary,
-                "needs": "target " + " or ".join([*f.natives, upcycled.TARGET]),
+                "needs": "target " + " or ".join([*f.natives, "upcycled"]),
             }
             for f in dense
         ],
@@ -44,21 +45,9 @@ def everything() -> dict[str, list[Row]]:
             for n in moe
         ]
         + [
-            {
-                "name": deeper.TARGET,
-                "summary": "the dense class, every block repeated: a dense baseline of more FLOPs",
-                "needs": "moe.depth = how often",
-            },
-            {
-                "name": successors.TARGET,
-                "summary": "the dense class, narrower: weights chosen out of the source (Weight Selection)",
-                "needs": "[successor], an initialisation that chooses",
-            },
-            {
-                "name": upcycled.TARGET,
-                "summary": "the dense class itself with MoE layers in it; any family, any router",
-                "needs": "import upcycle, to open it",
-            },
+            {"name": name, "summary": kind.summary, "needs": kind.needs}
+            for name in targets.names()
+            if name != "native" and (kind := targets.kind(name))
         ],
         "initialisations": [{"name": n, "summary": i.summary, "needs": i.needs} for n, i in inits],
         "routers": [{"name": n, "summary": r.summary, "needs": r.needs} for n, r in ways],

@@ -288,10 +288,8 @@ def _began(found: dict[str, float] | None) -> str:
 
 
 def _how(recipe: dict[str, Any]) -> str:
-    from upcycle import deeper
-
     moe = recipe["moe"]
-    if moe.get("target") == deeper.TARGET:
+    if moe.get("target") == "depth_tiled":
         return f", every block {moe['depth']} times"
     return f" by init {recipe['init']['name']}"
 

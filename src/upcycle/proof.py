@@ -161,7 +161,7 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
 
     name = "target coverage, transformers"
     with quiet():
-        architecture = models.architecture(built.native.architecture)
+        architecture = models.architecture(built.target.architecture)
         state = {n: _Header(info) for n, info in moe.tensors.items()}
         try:
             config = transformers.AutoConfig.from_pretrained(moe.folder)
@@ -176,7 +176,7 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
     return Check(
         name=name,
         holds=not any(faults.values()),
-        detail=_faults(faults) or f"all {count} parameters of {built.native.architecture} are given",
+        detail=_faults(faults) or f"all {count} parameters of {built.target.architecture} are given",
     )
 
 
@@ -281,7 +281,7 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
     outputs = []
     for folder, name, dtype in (
         (source, dense.architecture, stored),
-        (out, built.native.architecture, None),
+        (out, built.target.architecture, None),
     ):
         # `eager` runs the experts one by one: no kernel with demands of its own on widths.
         options = {} if folder is source else {"experts_implementation": "eager"}

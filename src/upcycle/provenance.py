@@ -36,7 +36,7 @@ def record(
                 for c in built.checkpoints[1:]
             },
         },
-        "target": built.native.model_type,
+        "target": built.target.model_type,
         "recipe": built.recipe.as_table(),
         "blueprint_hash": built.hash,
         "preserves_function": built.preserves_function,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import families, natives
+from upcycle import families
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import FLOATS
 from upcycle.errors import UpcycleError, listed
@@ -17,6 +17,7 @@ from upcycle.families import Config, Family, Stack
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored
+from upcycle.targets import natives
 
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 

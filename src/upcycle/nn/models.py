@@ -25,7 +25,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from upcycle.errors import UpcycleError
 from upcycle.nn.configs import config_class
 from upcycle.nn.moe import MoE
-from upcycle.upcycled import CLASS_PREFIX, PREFIX
+from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
 
 class UpcycledModel:

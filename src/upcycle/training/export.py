@@ -159,7 +159,7 @@ def _card(begun: Start, state: dict[str, Any], run: Run) -> str:
     moe = begun.built is not None and bool(begun.built.sites)
     kind = "dense model that continues"
     if begun.built:
-        kind = f"{begun.built.native.dense} dense model" if not moe else "Mixture of Experts"
+        kind = f"{begun.built.target.kind} dense model" if not moe else "Mixture of Experts"
         kind += " made from"
     what = f"random weights of the shape of `{begun.dense.checkpoint.name}`"
     source = what if begun.from_scratch else f"`{begun.dense.checkpoint.name}`"

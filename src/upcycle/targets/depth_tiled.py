@@ -6,25 +6,72 @@ model of the same class, deeper, that has to be trained on.
 
 from __future__ import annotations
 
-from upcycle import upcycled
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
 from upcycle.errors import UpcycleError
 from upcycle.families import PER_BLOCK, Config
+from upcycle.init import Site
 from upcycle.lazy import Lazy
-from upcycle.natives import Native
-from upcycle.recipe import Recipe
-from upcycle.source import Dense
+from upcycle.targets import Target, dense_snippet, refuse_experts
 
-TARGET = "depth_tiled"
+if TYPE_CHECKING:
+    from upcycle.blueprints import Blueprint
+    from upcycle.recipe import Recipe
+    from upcycle.source import Dense
+
 _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_layers", "depths")
 
 
-def target(dense: Dense, recipe: Recipe) -> Native:
-    """The dense class itself. Refuses a recipe that asks for experts: nothing would heed it."""
-    upcycled.refuse_experts(recipe, ("moe", "init", "router"))
-    return upcycled.dense_class(dense.family.model_type, dense.architecture, "deeper")
+@dataclass(frozen=True, kw_only=True)
+class DepthTiled(Target):
+    """The dense class with every block several times in a row."""
+
+    kind: ClassVar[str] = "deeper"
+    summary: str = "the dense class, every block repeated: a dense baseline of more FLOPs"
+    needs: ClassVar[str] = "moe.depth = how often"
+
+    model_type: str
+    architecture: str
+
+    def admit(self, dense: Dense, recipe: Recipe) -> None:
+        """Raise `UpcycleError` if the recipe asks for experts: nothing would heed it."""
+        refuse_experts(recipe, ("moe", "init", "router"))
+
+    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
+        """No block becomes MoE."""
+        return ()
+
+    def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
+        """config.json of the deeper model."""
+        return _config(dense, recipe.moe.depth)
+
+    def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
+        """Every tensor of the deeper model by its name on disk."""
+        return _tensors(models[0], recipe.moe.depth)
+
+    def warnings(self, built: Blueprint) -> list[str]:
+        """The function is not kept."""
+        return ["every block stands several times: the function is not kept, and the model has to be trained"]
+
+    def origin(self, recipe: Recipe) -> str:
+        """How often each block stands."""
+        return f"every block {recipe.moe.depth} times"
+
+    def snippet(self) -> str:
+        """Python code that opens the folder."""
+        return dense_snippet(self.architecture)
 
 
-def config(dense: Dense, times: int) -> Config:
+target = DepthTiled
+
+
+def of(dense: Dense, recipe: Recipe) -> DepthTiled:
+    """The deeper twin of the dense class."""
+    return DepthTiled(model_type=dense.family.model_type, architecture=dense.architecture)
+
+
+def _config(dense: Dense, times: int) -> Config:
     """config.json of the deeper model: counts of blocks times `times`, entries of blocks repeated."""
     if times < 2:
         raise UpcycleError(f"moe.depth = {times}; a deeper model repeats its blocks 2 times or more")
@@ -44,9 +91,9 @@ def config(dense: Dense, times: int) -> Config:
     return out
 
 
-def tensors(dense: Dense, times: int) -> dict[str, Lazy]:
+def _tensors(dense: Dense, times: int) -> dict[str, Lazy]:
     """Every tensor of the deeper model: block j is block j // `times` of the dense one."""
-    wanted = dense.family.shapes(dense.family.config(config(dense, times)))
+    wanted = dense.family.shapes(dense.family.config(_config(dense, times)))
     out = dict(dense.tensors)
     for stack in dense.stacks:
         prefix = stack.path.partition("{i}")[0]
