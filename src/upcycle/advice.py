@@ -7,13 +7,23 @@ from upcycle.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.recipe import Recipe
 
 
+def _adapters(built: Blueprint) -> list[str]:
+    """Adapters beside the weights, which transformers loads on top of them where peft is installed."""
+    return [
+        f"{opened.name} has an adapter beside its weights (adapter_config.json), which is not in the result; "
+        f"to keep it, merge it into the weights first"
+        for opened in built.checkpoints
+        if (opened.folder / "adapter_config.json").exists()
+    ]
+
+
 def warnings(built: Blueprint) -> list[str]:
     """Everything that may cost training time, or that another program will compute otherwise."""
     if not built.sites:
-        return built.target.warnings(built)
+        return [*built.target.warnings(built), *_adapters(built)]
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
-    out = list(built.recipe.init.warnings(site))
+    out = [*built.recipe.init.warnings(site), *_adapters(built)]
     if moe.pooling == "mean":
         out.append(
             "the head sees the mean of the patches and not the class token it was trained on: the function "

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from upcycle import moe_layer, successors, targets
 from upcycle.checkpoint import Checkpoint
-from upcycle.dtypes import BY_TORCH_NAME, TORCH_NAMES
+from upcycle.dtypes import BY_TORCH_NAME, TORCH_NAMES, holds
 from upcycle.entries import Entry
 from upcycle.families import Config
 from upcycle.hub import open_checkpoint
@@ -79,6 +79,16 @@ class Blueprint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(e.nbytes for e in self.entries.values())
+
+    @property
+    def narrowed(self) -> str | None:
+        """The type that stored values were rounded to, by its torch name; None where they keep theirs."""
+        rounded = [
+            e.dtype
+            for e in self.entries.values()
+            if any(not holds(e.dtype, info.dtype) for info in e.lazy.sources())
+        ]
+        return TORCH_NAMES[rounded[0]] if rounded else None
 
     @property
     def preserves_function(self) -> bool:
