@@ -55,6 +55,14 @@ class Ranks:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen)
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order."""
+        if self.world == 1:
+            return [value]
+        box = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
     def share(self, value: Any) -> Any:
         """The value that the first rank has."""
         if self.world == 1:
