@@ -27,9 +27,6 @@ from upcycle.training.start import Start
 from upcycle.training.step import Outcome, Trainee
 from upcycle.training.tasks import Batch, Feed, Task
 
-RECORD = "run.json"
-FORMAT = 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -58,7 +55,13 @@ def train(run: Run, *, resume: bool = False) -> Result:
         noted(signal.SIGTERM) as stop,
     ):
         out = Path(run.out)
-        checkpoint = _claim(run, out, here, resume)
+        checkpoint = _claim(run, begun, out, here, resume)
+        told = {} if checkpoint is None else saving.read_state(checkpoint)
+        refuse_long_rows(task, run, begun, begins=checkpoint is None)
+        if here.first and checkpoint is None:
+            console.say_warnings(fit.warnings(run, begun.built))
+        run = _in_micro_batches(run, begun, task, here, told)
+        sources = sources_of(begun, here) if checkpoint is None else None
         if here.first:
             feed = task.feed(run, begun.subject, out)  # the others wait, and find the files
         here.barrier()
@@ -86,8 +89,9 @@ def train(run: Run, *, resume: bool = False) -> Result:
             trainee.routers.biases()
         state = _begin(trainee, begun, feed, checkpoint)
         begun.dense.checkpoint.close()
-        if here.first and checkpoint is None:
-            _record(run, begun, task, out, precision)
+        state |= {key: value for key, value in known.items() if key not in state}
+        if here.first:
+            _write_record(trainee, out, state)
         return _loop(trainee, feed, state, out, stop)
 
 
@@ -246,65 +250,49 @@ def _warn_of_other_step(stopped: int, start_step: int) -> None:
         )
 
 
-def _claim(run: Run, out: Path, here: Ranks, resume: bool) -> Path | None:
+def _claim(run: Run, begun: Start, out: Path, here: Ranks, resume: bool) -> Path | None:
     """The checkpoint to go on from, None to begin; an error where the folder is another's."""
-    checkpoint = saving.latest(out)
-    record = out / RECORD
+    run_folder.refuse_place(run, [opened.folder for opened in begun.checkpoints])
+    checkpoint = saving.latest(out) if resume else None
     here.barrier()
-    if not resume:
-        if checkpoint is not None or record.exists():
-            raise UpcycleError(
-                f"{out} holds a run already; go on with it with --resume, or choose another `out`"
-            )
-    elif checkpoint is not None:
-        theirs, mine = saving.read_state(checkpoint)["identity"], json.loads(json.dumps(run.identity()))
-        if different := _differences(theirs, mine):
-            raise UpcycleError(
-                f"{checkpoint} is of another run: it differs in {listed(different)}; put them back, or "
-                f"choose another `out`"
-            )
-    elif record.exists():
-        before = json.loads(record.read_text())["identity"]
-        if different := _differences(before, json.loads(json.dumps(run.identity()))):
-            raise UpcycleError(
-                f"{out} is of another run: it differs in {listed(different)}; put them back, or choose "
-                f"another `out`"
-            )
+    if resume:
+        run_folder.refuse_other(run, out, checkpoint)
+    else:
+        run_folder.refuse_begun(out)
+    if checkpoint is not None:
+        saving.refuse_changed(checkpoint, here)
     here.barrier()
     if here.first:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UpcycleError(f"{out} is a file; `out` must be a folder to make") from None
-        saving.discard_partial(out)
+        run_folder.make(out)
     here.barrier()
     return checkpoint
 
 
-def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
-    """The keys in which two nested tables differ, with both values."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        return [
-            line
-            for key in sorted({*theirs, *mine})
-            for line in _differences(theirs.get(key), mine.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if theirs == mine else [f"{path} ({theirs!r} there, {mine!r} here)"]
+def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:
+    """Write run.json, but where one of this run is there already."""
+    known = {key: state[key] for key in ("source_sha256",) if key in state}
+    try:
+        before = run_folder.read_record(out)
+    except UpcycleError:
+        before = {}
+    if before.get("identity") != json.loads(json.dumps(trainee.run.identity())):
+        run_folder.write_record(out, _record(trainee) | known)
 
 
-def _record(run: Run, begun: Start, task: Task, out: Path, precision: str) -> None:
+def _record(trainee: Trainee) -> dict[str, Any]:
     """run.json: what this run is, for whoever reads its folder later."""
+    run, begun, task = trainee.run, trainee.start, trainee.task
     lengths = task.lengths(run, begun.subject)
     flops = begun.training_flops_per_row(lengths)
-    record = {
-        "format": FORMAT,
+    return {
+        "format": run_folder.FORMAT,
         "upcycle_version": upcycle.__version__,
         "versions": {
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "precision": precision,
+        "precision": trainee.precision,
         "task": task.name,
         "tokens_per_row": sum(lengths.values()),
         "training_flops_per_row": flops,
@@ -313,7 +301,6 @@ def _record(run: Run, begun: Start, task: Task, out: Path, precision: str) -> No
         "run": run.as_table(),
         "identity": run.identity(),
     }
-    saving.write_text(out / RECORD, json.dumps(record, indent=2))
 
 
 def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:
