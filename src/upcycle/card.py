@@ -29,9 +29,10 @@ model = upcycle.open("path/to/this/folder")
 """
 
 
-def _how_to_load(built: Blueprint) -> str:
-    if not built.sites:
-        return _DENSE.format(name=built.native.architecture)
+def how_to_load(built: Blueprint | None, architecture: str) -> str:
+    """How to open a model of a class: the dense one where nothing was built, or no experts."""
+    if built is None or not built.sites:
+        return _DENSE.format(name=architecture)
     return _UPCYCLED if built.native.upcycled else _NATIVE
 
 
@@ -70,7 +71,7 @@ It is {plan.made}.
 
 ## Load
 
-{_how_to_load(built)}
+{how_to_load(built, built.native.architecture)}
 ## What to know
 
 {warnings}

@@ -23,6 +23,8 @@ def noted(*numbers: signal.Signals, twice_stops: bool = False) -> Iterator[list[
     before = {}
     try:
         for number in numbers:
+            if signal.getsignal(number) is signal.SIG_IGN:  # whoever started us wants it so
+                continue
             before[number] = signal.signal(number, note)
     except ValueError:
         yield came

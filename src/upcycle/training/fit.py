@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from upcycle import advice
 from upcycle.blueprints import Blueprint
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
 from upcycle.training.run import Run
+
+
+def warnings(run: Run, built: Blueprint | None) -> list[str]:
+    """What a person should know about a run before it costs time: of the model as `plan` says it, and of the
+    run itself."""
+    out = [] if built is None else advice.warnings(built)
+    if 0 < run.train.total_steps <= run.schedule.warmup:
+        out.append(
+            f"the run ends after {run.train.total_steps:,} steps, inside its warm-up of "
+            f"{run.schedule.warmup:,}: the rate never reaches schedule.peak; shorten schedule.warmup, or train longer"
+        )
+    return out
 
 
 def _parts(built: Blueprint | None) -> dict[str, Recipe]:

@@ -6,6 +6,8 @@ import json
 import platform
 import signal
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,22 @@ import torch
 
 import upcycle
 from upcycle import memory
-from upcycle.console import count, err
+from upcycle.console import count
 from upcycle.errors import UpcycleError, listed
-from upcycle.signals import noted
-from upcycle.training import fit, metrics, optimizer, routing, saving, start, step, tasks
+from upcycle.signals import held, noted
+from upcycle.training import (
+    fit,
+    metrics,
+    micro_batch,
+    optimizer,
+    routing,
+    run_folder,
+    saving,
+    stamps,
+    start,
+    step,
+    tasks,
+)
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
@@ -26,6 +40,9 @@ from upcycle.training.run import Run
 from upcycle.training.start import Start
 from upcycle.training.step import Outcome, Trainee
 from upcycle.training.tasks import Batch, Feed, Task
+
+RECORD = run_folder.RECORD
+SOURCES = "source_sha256"  # in run.json and the state of a checkpoint: hashes of the files a run began from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +67,16 @@ def train(run: Run, *, resume: bool = False) -> Result:
     task = tasks.fitting(run.task, begun.dense.architecture)
     fit.refuse_pooling(run, begun.built)
     experts = begun.built.expert_counts if begun.built else set()
+    folders = [opened.folder for opened in begun.checkpoints]
     with (
         ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
         noted(signal.SIGTERM) as stop,
+        run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
     ):
+        before = {} if checkpoint is None else saving.read_state(checkpoint)
+        _warn(run, begun, task, here, begins=checkpoint is None)
+        run = micro_batch.chosen(run, begun, task.lengths(run, begun.subject), here, before)
         out = Path(run.out)
-        checkpoint = _claim(run, begun, out, here, resume)
-        told = {} if checkpoint is None else saving.read_state(checkpoint)
-        refuse_long_rows(task, run, begun, begins=checkpoint is None)
-        if here.first and checkpoint is None:
-            console.say_warnings(fit.warnings(run, begun.built))
-        run = _in_micro_batches(run, begun, task, here, told)
-        sources = sources_of(begun, here) if checkpoint is None else None
         if here.first:
             feed = task.feed(run, begun.subject, out)  # the others wait, and find the files
         here.barrier()
@@ -73,7 +88,8 @@ def train(run: Run, *, resume: bool = False) -> Result:
                 f"evenly; change train.batch_tokens or train.batch_size"
             )
         fit.refuse_broken_groups(run, begun.built, task.lengths(run, begun.subject), here.dp_size)
-        model = start.model_of(begun, run, here, precision)
+        with _sources_kept(begun, here, before) as known:
+            model = start.model_of(begun, run, here, precision)
         routers = Routers.of(model)
         trainee = Trainee(
             model=model,
@@ -87,12 +103,37 @@ def train(run: Run, *, resume: bool = False) -> Result:
         )
         if run.router.bias_update_rate and trainee.routers:
             trainee.routers.biases()
-        state = _begin(trainee, begun, feed, checkpoint)
+        state = known | _begin(trainee, begun, feed, checkpoint)
         begun.dense.checkpoint.close()
-        state |= {key: value for key, value in known.items() if key not in state}
         if here.first:
             _write_record(trainee, out, state)
         return _loop(trainee, feed, state, out, stop)
+
+
+def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
+    """What a person should know before a run costs time; rows that the model was not made for are refused,
+    but where a run has trained on such rows before."""
+    long = task.beyond_positions(run, begun.subject)
+    if long is not None and begins:
+        raise UpcycleError(long)
+    if here.first:
+        found = fit.warnings(run, begun.built) if begins else []
+        for sentence in [*found, *filter(None, [long])]:
+            metrics.warn(sentence)
+
+
+@contextmanager
+def _sources_kept(begun: Start, here: Ranks, state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the state of a run says of the files that it starts from, which must not change while they are
+    read. A run that goes on keeps what it said when it began; it reads them, and no more."""
+    if state or not here.first:
+        yield {}
+        return
+    files = [file for opened in begun.checkpoints for file in opened.files]
+    before = stamps.stamps(files)
+    yield {SOURCES: {opened.label: opened.hashes() for opened in begun.checkpoints}}
+    if changed := [path for path in before if stamps.stamp(Path(path)) != before[path]]:
+        raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")
 
 
 def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: list[int]) -> Result:
@@ -210,8 +251,9 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
 def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | None, *, must: bool) -> None:
     """Save; a full disk stops a run only where nothing comes after it."""
     keep = trainee.run.checkpoint.keep
-    saved = {**state, "identity": trainee.run.identity()}
-    reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
+    saved = {**state, "identity": trainee.run.identity(), micro_batch.KEY: trainee.run.train.micro_batch}
+    with held():
+        reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
     if reason is None:
         return
     kept = saving.latest(out)
@@ -237,45 +279,26 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     feed.restore(state["batches"])
-    return {k: v for k, v in state.items() if k != "identity"}
+    return {k: v for k, v in state.items() if k not in saving.ADDED}
 
 
 def _warn_of_other_step(stopped: int, start_step: int) -> None:
     """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
     if stopped != start_step:
-        err.print(
-            f"[yellow]![/] the moments are of step {stopped} and schedule.start_step = {start_step}; "
-            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}",
-            markup=True,
+        metrics.warn(
+            f"the moments are of step {stopped} and schedule.start_step = {start_step}; "
+            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}"
         )
-
-
-def _claim(run: Run, begun: Start, out: Path, here: Ranks, resume: bool) -> Path | None:
-    """The checkpoint to go on from, None to begin; an error where the folder is another's."""
-    run_folder.refuse_place(run, [opened.folder for opened in begun.checkpoints])
-    checkpoint = saving.latest(out) if resume else None
-    here.barrier()
-    if resume:
-        run_folder.refuse_other(run, out, checkpoint)
-    else:
-        run_folder.refuse_begun(out)
-    if checkpoint is not None:
-        saving.refuse_changed(checkpoint, here)
-    here.barrier()
-    if here.first:
-        run_folder.make(out)
-    here.barrier()
-    return checkpoint
 
 
 def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:
     """Write run.json, but where one of this run is there already."""
-    known = {key: state[key] for key in ("source_sha256",) if key in state}
+    known = {key: state[key] for key in (SOURCES,) if key in state}
     try:
         before = run_folder.read_record(out)
     except UpcycleError:
         before = {}
-    if before.get("identity") != json.loads(json.dumps(trainee.run.identity())):
+    if not state["step"] or before.get("identity") != json.loads(json.dumps(trainee.run.identity())):
         run_folder.write_record(out, _record(trainee) | known)
 
 

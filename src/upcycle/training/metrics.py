@@ -106,7 +106,7 @@ class Metrics:
 
     def warn(self, sentence: str) -> None:
         """What should not be overlooked, above the progress bar."""
-        err.print(f"[yellow]![/] {escape(sentence)}", markup=True)
+        warn(sentence)
 
     def close(self) -> None:
         """Flush and finish everything."""
@@ -114,6 +114,11 @@ class Metrics:
         self.file.close()
         for sink in self.sinks:
             sink.finish()
+
+
+def warn(sentence: str) -> None:
+    """What should not be overlooked."""
+    err.print(f"[yellow]![/] {escape(sentence)}", markup=True)
 
 
 def score(record: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int]) -> int:
 
 
 def _numbers(name: str, shape: tuple[int, ...], begun: Start) -> int:
-    """Numbers of a token that go into a matrix and come out of it, of an expert as often as tokens meet one."""
+    """Numbers of a token that go into a matrix and come out of it; of an expert, as often as it is met."""
     if begun.config.get("vocab_size") in shape:
         return 0
     ends = shape[-1] + shape[-2] if len(shape) < 4 else shape[0] + math.prod(shape[1:])

@@ -128,7 +128,10 @@ def _of_environment(name: str, default: int) -> int:
     """A number that torchrun sets."""
     given = os.environ.get(name) or str(default)
     if not given.isdecimal() or (name == "WORLD_SIZE" and int(given) < 1):
-        raise UpcycleError(f"{name} = {given!r} in the environment is no number of processes; start with torchrun, or unset it")
+        raise UpcycleError(
+            f"{name} = {given!r} in the environment is no number of a process; start with torchrun, or unset "
+            f"it"
+        )
     return int(given)
 
 

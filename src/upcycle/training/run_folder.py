@@ -1,18 +1,21 @@
-"""The folder of a run: whether a run may have it, what its run.json says, and what a kill left lying in it."""
+"""The folder of a run: whether a run may have it, what its run.json says, what a kill left lying in it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from upcycle import recipe, whole_file
+from upcycle import claim, lock, recipe, whole_file
 from upcycle.errors import UpcycleError, listed
 from upcycle.training import saving
+from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, Train
 
 RECORD = "run.json"
+LOCK = ".upcycle-lock"
 FORMAT = 1
 _LENGTH = ("steps", "tokens", "examples")  # how long a run is, of which a run file has one
 _KINDS = {
@@ -33,7 +36,9 @@ def read_record(out: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{path} is damaged: {error}{_how_to_mend(out)}") from None
     wrong = [
-        key for key, kind in _KINDS.items() if not isinstance(record, dict) or type(record.get(key)) is not kind
+        key
+        for key, kind in _KINDS.items()
+        if not isinstance(record, dict) or type(record.get(key)) is not kind
     ]
     if wrong or not isinstance(record.get("blueprint_hash", 0), (str, type(None))):
         what = f"{listed(wrong or ['blueprint_hash'])} is missing in it, or is not what it should be"
@@ -51,26 +56,60 @@ def write_record(out: Path, record: Mapping[str, Any]) -> None:
     whole_file.write(out / RECORD, json.dumps(record, indent=2).encode())
 
 
-def refuse_place(run: Run, sources: Iterable[Path]) -> None:
+@contextmanager
+def claimed(run: Run, sources: Iterable[Path], here: Ranks, *, resume: bool) -> Iterator[Path | None]:
+    """Hold the folder of a run, so that no other training is at it: the checkpoint to go on from, None to
+    begin. Refused, before a byte is written, where it is the source's or another run's."""
+    out = Path(run.out)
+    _refuse_place(run, sources)
+    _refuse_content(run, out, resume)  # before there is a folder
+    with ExitStack() as stack:
+        said = _hold(out, stack) if here.first else None
+        if (said := here.share(said)) is not None:
+            raise UpcycleError(said)
+        _refuse_content(run, out, resume)  # what another training did meanwhile
+        checkpoint = saving.latest(out) if resume else None
+        if checkpoint is not None:
+            saving.refuse_changed(checkpoint, here)
+        here.barrier()
+        if here.first:
+            _clean(out)
+        here.barrier()
+        yield checkpoint
+
+
+def _hold(out: Path, stack: ExitStack) -> str | None:
+    """Make the folder and hold its lock until the stack ends; why not, where that cannot be."""
+    try:
+        claim.refuse_below_a_file(out)
+        out.mkdir(parents=True, exist_ok=True)
+        busy = f"another training is at work in {out}; wait for its end, or choose another `out`"
+        stack.enter_context(lock.held(out / LOCK, busy))
+    except FileExistsError:
+        return f"{out} is a file; `out` must be a folder to make"
+    except UpcycleError as error:
+        return str(error)
+    except OSError as error:
+        return f"{out} cannot be written to: {error.strerror}; choose another `out`"
+    return None
+
+
+def _refuse_place(run: Run, sources: Iterable[Path]) -> None:
     """Refuse an `out` that is no folder of its own: the source, a folder in it, one around it."""
     if not run.out.strip():
         raise UpcycleError(f"out = {run.out!r}; it must be the name of a folder to make")
-    target = Path(run.out).resolve()
     for folder in sources:
-        source = folder.resolve()
-        if target == source or source in target.parents or target in source.parents:
-            raise UpcycleError(
-                f"out = {run.out} lies in or around the source {folder}; choose a folder of its own"
-            )
+        claim.refuse_near([Path(run.out)], folder)
 
 
-def refuse_begun(out: Path) -> None:
-    """Refuse to begin where a run was begun."""
-    if saving.latest(out) is not None or (out / RECORD).exists():
+def _refuse_content(run: Run, out: Path, resume: bool) -> None:
+    if resume:
+        _refuse_other(run, out, saving.latest(out))
+    elif saving.latest(out) is not None or (out / RECORD).exists():
         raise UpcycleError(f"{out} holds a run already; go on with it with --resume, or choose another `out`")
 
 
-def refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
+def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
     """Refuse to go on with a run that is not `run`, or that its schedule does not let end elsewhere."""
     if checkpoint is not None:
         where, state = str(checkpoint), saving.read_state(checkpoint)
@@ -128,15 +167,11 @@ def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
     return [] if theirs == mine else [f"{path} ({theirs!r} there, {mine!r} here)"]
 
 
-def make(out: Path) -> None:
-    """Make the folder, or take away what a run that was killed left in it. Nobody else may be at it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UpcycleError(f"{out} is a file; `out` must be a folder to make") from None
-    except NotADirectoryError:
-        raise UpcycleError(f"{out}: a part of the path is a file") from None
+def _clean(out: Path) -> None:
+    """Take away what a run that was killed left half-written."""
     saving.discard_partial(out)
-    for left in [*out.glob("metrics.partial"), *out.glob(f"{RECORD}.*.partial"), *out.glob("*/*.*.partial")]:
-        if left.is_file() and left.parent.name in (out.name, "tokens", "images"):
+    found = [(out, "metrics.partial"), (out, f"{RECORD}.*.partial")]
+    found += [(out / folder, "*.*.partial") for folder in ("tokens", "images")]
+    for folder, pattern in found:
+        for left in folder.glob(pattern):
             left.unlink()

@@ -37,6 +37,7 @@ from upcycle.training.parallel import Ranks
 from upcycle.training.untrusted import Planner, Reader
 
 # Names instead of positions: another topology makes other groups of parameters.
+ADDED = ("identity", "micro_batch", "sha256", "state_sha256")  # of a state: what only its file has
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 

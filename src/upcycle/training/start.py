@@ -66,6 +66,11 @@ class Start:
         """The model as its task sees it."""
         return Subject(folder=self.dense.checkpoint.folder, config=self.config)
 
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The source and whatever else tensors come from."""
+        return self.built.checkpoints if self.built else [self.dense.checkpoint]
+
     def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
         """FLOPs of training on a row of so many tokens in each stack: three forward passes' worth."""
         return 3 * flops_per_row(self.dense, self.built, lengths)
