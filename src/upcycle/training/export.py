@@ -102,8 +102,8 @@ def _whole_or_nothing(partial: Path) -> Iterator[None]:
     except OSError as error:
         claim.discard(partial)
         raise UpcycleError(
-            f"{error.filename or partial} could not be written: {error.strerror or error}; nothing is left of "
-            f"it. Make room, or choose another folder"
+            f"{error.filename or partial} could not be written: {error.strerror or error}; nothing is left "
+            f"of it. Make room, or choose another folder"
         ) from None
     except BaseException:
         claim.discard(partial)
@@ -121,8 +121,8 @@ def _hashes_of_sources(begun: Start, known: Mapping[str, Any], run_folder: Path)
         then, here = before[opened.label], now[opened.label]
         if changed := sorted(name for name in {*then, *here} if then.get(name) != here.get(name)):
             raise UpcycleError(
-                f"{listed(changed)} in {opened.folder} changed since {run_folder} was trained from it; put it "
-                f"back as it was, so that upcycle.json says what the model was made from"
+                f"{listed(changed)} in {opened.folder} changed since {run_folder} was trained from it; put "
+                f"it back as it was, so that upcycle.json says what the model was made from"
             )
     return before
 

@@ -19,7 +19,8 @@ def warnings(run: Run, built: Blueprint | None) -> list[str]:
     if 0 < run.train.total_steps <= run.schedule.warmup:
         out.append(
             f"the run ends after {run.train.total_steps:,} steps, inside its warm-up of "
-            f"{run.schedule.warmup:,}: the rate never reaches schedule.peak; shorten schedule.warmup, or train longer"
+            f"{run.schedule.warmup:,}: the rate never reaches schedule.peak; shorten "
+            f"schedule.warmup, or train longer"
         )
     return out
 

@@ -170,7 +170,7 @@ def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
 def _clean(out: Path) -> None:
     """Take away what a run that was killed left half-written."""
     saving.discard_partial(out)
-    found = [(out, "metrics.partial"), (out, f"{RECORD}.*.partial")]
+    found = [(out, "metrics.partial"), (out, "metrics.jsonl.*.partial"), (out, f"{RECORD}.*.partial")]
     found += [(out / folder, "*.*.partial") for folder in ("tokens", "images")]
     for folder, pattern in found:
         for left in folder.glob(pattern):
