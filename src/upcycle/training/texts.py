@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from upcycle.errors import UpcycleError, listed
-from upcycle.training.documents import json_row
+from upcycle.training.documents import json_row, parquet_rows
 from upcycle.training.examples import refuse_other_classes
 
 
@@ -81,14 +81,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise UpcycleError(f"no data at {path}; give a JSON lines or parquet file")
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(table))
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path)))
         return
     try:
         lines = path.read_text().splitlines()
