@@ -19,7 +19,7 @@ import tiny
 from upcycle import Recipe, UpcycleError, cli, lock, plan
 from upcycle.signals import held
 from upcycle.training import export as exporting
-from upcycle.training import loop, metrics, run_folder, saving
+from upcycle.training import loop, metrics, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -434,3 +434,37 @@ def test_ctrl_c_ends_with_130(table: Table, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", str(tmp_path / "run.toml")])
     assert ended.value.code == 130
+
+
+# --- a batch that does not fit
+
+
+def test_a_batch_that_does_not_fit_is_cut(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = begun(table, out=str(tmp_path / "whole"), **MOE)
+    assert json.loads((whole / "run.json").read_text())["run"]["train"].get("micro_batch") is None
+    free = 16 * json.loads((whole / "run.json").read_text())["parameters"] + 3_000_000
+    monkeypatch.setattr(micro_batch.memory, "available", lambda: free)
+    cut = begun(table, **MOE, train={"steps": 1})
+    assert json.loads((cut / "run.json").read_text())["run"]["train"]["micro_batch"] in (1, 2)
+    monkeypatch.undo()  # on a machine with more memory it goes on as it began
+    train(Run.of(table(**MOE)), resume=True)
+    state = saving.read_state(cut / "checkpoints" / "step-2")
+    assert state[micro_batch.KEY] in (1, 2)
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "most", "wanted"), [(8, 100, None), (8, 3, 2), (7, 3, 1), (6, 3, 3)])
+def test_the_parts_are_equal(
+    rows: int, most: int, wanted: int | None, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE))
+    start_ = start.start_of(run)
+    monkeypatch.setattr(micro_batch, "_rows_that_fit", lambda *_: most)
+    here = loop.Ranks(device=torch.device("cpu"))
+    found = micro_batch.chosen(run, start_, {"layers": 16}, here, {})
+    assert found.train.micro_batch == wanted
+    pooled = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE, router={"balance_loss": "pooled"}))
+    assert micro_batch.chosen(pooled, start_, {"layers": 16}, here, {}).train.micro_batch is None
+    assert micro_batch.chosen(run, start_, {"layers": 16}, here, {"step": 3}).train.micro_batch is None
