@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import stat
 import time
@@ -221,8 +222,6 @@ def test_a_flipped_bit_is_refused(table: Table, tmp_path: Path) -> None:
 
 
 def test_export_tells_of_the_source_that_was_trained(table: Table, source: Path, tmp_path: Path) -> None:
-    import shutil
-
     mine = tmp_path / "mine"
     shutil.copytree(source, mine)
     out = begun(table, source=str(mine), **MOE)
@@ -468,3 +467,18 @@ def test_the_parts_are_equal(
     pooled = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE, router={"balance_loss": "pooled"}))
     assert micro_batch.chosen(pooled, start_, {"layers": 16}, here, {}).train.micro_batch is None
     assert micro_batch.chosen(run, start_, {"layers": 16}, here, {"step": 3}).train.micro_batch is None
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_from_scratch_needs_no_weights(moe: bool, table: Table, source: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    changes = MOE if moe else {}
+    with pytest.raises(UpcycleError, match=r"has neither model\.safetensors nor"):
+        train(Run.of(table(source=str(bare), **changes)))
+    made = begun(table, source=str(bare), from_scratch=True, **changes)
+    whole = begun(table, out=str(tmp_path / "whole"), from_scratch=True, **changes)
+    assert losses(made) == losses(whole)
+    export(made, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    assert [*told["source"]["sha256"]] == ["config.json"]

@@ -58,10 +58,10 @@ class Batches:
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON has it."""
-        known = {"tokens": [t.count for t in self._tokens], "sha256": [t.sha256 for t in self._tokens]}
-        if None in known["sha256"]:
-            del known["sha256"]
-        return {"sample": self._sample, "consumed": list(self._consumed), **known}
+        state = {"sample": self._sample, "consumed": list(self._consumed)}
+        state["tokens"] = [t.count for t in self._tokens]
+        hashes = [t.sha256 for t in self._tokens]
+        return state if None in hashes else {**state, "sha256": hashes}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a position. Raises `UpcycleError` where the sources have changed since."""

@@ -147,8 +147,15 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
     """The token file as it was made before; None where it is not there or not whole."""
     try:
         known = json.loads(path.with_suffix(".json").read_text())
-        counted = {k: int(known[k]) for k in ("count", "documents", "bytes")}
-        tokens = Tokens(path=path, name=source.path, dtype=_dtype(vocab_size), **counted)
+        count, number, size = (int(known[key]) for key in ("count", "documents", "bytes"))
+        tokens = Tokens(
+            path=path,
+            name=source.path,
+            count=count,
+            dtype=_dtype(vocab_size),
+            documents=number,
+            bytes=size,
+        )
         largest = int(known["largest_id"])
         if known["dtype"] != tokens.dtype:
             return None

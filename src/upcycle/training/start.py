@@ -29,7 +29,7 @@ from upcycle.nn.experts import Experts
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, refuse_two_heads
 from upcycle.subject import Subject
-from upcycle.training import drop_path, layer_decay
+from upcycle.training import drop_path, layer_decay, weightless
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -97,8 +97,9 @@ class Start:
 
 def start_of(run: Run) -> Start:
     """The start of a run, from headers alone."""
-    built = blueprint(run.source, run.recipe) if run.recipe else None
-    dense = built.dense if built else admit(open_checkpoint(run.source))
+    source = weightless.opened(run.source) if run.from_scratch else None
+    built = blueprint(source or run.source, run.recipe) if run.recipe else None
+    dense = built.dense if built else admit(source or open_checkpoint(run.source))
     refuse_two_heads(dense)
     if built:
         architecture, config, entries = built.native.architecture, built.config, built.entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class TextSet:
     labels: np.ndarray
     class_names: tuple[str, ...]
     num_labels: int
+    digest: str | None = None  # of the ids
     kind: ClassVar[str] = "texts"
 
     @classmethod
@@ -53,9 +55,11 @@ class TextSet:
         made = tokenizer(
             *columns, truncation=True, max_length=length, padding="max_length", return_token_type_ids=True
         )
+        ids = np.array(made["input_ids"], np.int64)
         return cls(
             name=str(path),
-            ids=np.array(made["input_ids"], np.int64),
+            digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+            ids=ids,
             mask=np.array(made["attention_mask"], np.int64),
             types=np.array(made["token_type_ids"], np.int64),
             labels=numbers,
