@@ -482,3 +482,32 @@ def test_from_scratch_needs_no_weights(moe: bool, table: Table, source: Path, tm
     export(made, tmp_path / "out")
     told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
     assert [*told["source"]["sha256"]] == ["config.json"]
+
+
+# --- a full disk
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "tokens"])
+def test_a_full_disk_names_the_file(
+    file: str, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Nothing of it is left half-written, and the run begins where there is room."""
+    monkeypatch.setattr(Run, "load", lambda *_: Run.of(table()))
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if file in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", "run.toml"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "upcycle: error: " in said
+    assert f"{tmp_path}/run/{file}" in said
+    assert "No space left on device" in said
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    assert train(Run.of(table()), resume=True).finished

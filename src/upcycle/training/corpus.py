@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from upcycle import whole_file
 from upcycle.checkpoint import file_hash
 from upcycle.console import bytes_bar, err
 from upcycle.errors import UpcycleError
@@ -194,7 +195,7 @@ def _make(
     read = [p.resolve() for p in files(source)]
     before, digest = stamps(read), hashlib.sha256()
     try:
-        with partial.open("wb") as file, _bar(source, progress) as advance:
+        with whole_file.named(path), partial.open("wb") as file, _bar(source, progress) as advance:
             for batch in _batches(pieces(documents(source), tokenizer, source)):
                 for ids in _encode(batch, tokenizer, data.append_eos):
                     largest = max(largest, int(ids.max(initial=0)))
@@ -219,7 +220,7 @@ def _make(
         known: dict[str, Any] = {"count": count, "dtype": dtype, "documents": number, "bytes": size}
         known |= {"sha256": digest.hexdigest(), "files": text}
         made_from = {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos}
-        with partial.open("w") as about:
+        with whole_file.named(path), partial.open("w") as about:
             about.write(json.dumps({**known, "largest_id": largest, "made_from": made_from}, indent=1))
             _sync(about)
         partial.rename(path.with_suffix(".json"))

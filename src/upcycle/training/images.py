@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from upcycle import whole_file
 from upcycle.checkpoint import file_hash
 from upcycle.console import bytes_bar, err
 from upcycle.errors import UpcycleError
@@ -227,7 +228,7 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
     lengths: list[int] = []
     count, digest = 0, hashlib.sha256()
     try:
-        with started.open("wb") as file, _bar(source) as advance:
+        with whole_file.named(path), started.open("wb") as file, _bar(source) as advance:
             for number, (data, pixels) in enumerate(_all_decoded(source.encoded(), shape)):
                 advance(len(data))
                 if pixels is None:
@@ -251,7 +252,7 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
         known: dict[str, Any] = {"count": count, "left_out": left_out, "lengths": lengths}
         known["sha256"] = digest.hexdigest()
         made_from = {"format": FORMAT, "shape": list(shape), "first": source.where(0)}
-        with started.open("w") as about:
+        with whole_file.named(path), started.open("w") as about:
             about.write(json.dumps({**known, "made_from": made_from}))
             _sync(about)
         started.rename(path.with_suffix(".json"))
