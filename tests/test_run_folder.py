@@ -376,10 +376,12 @@ def test_any_seed_trains(seed: int, table: Table) -> None:
     assert train(Run.of(table(seed=seed, train={"steps": 1}, **MOE, router={"jitter": 0.1}))).finished
 
 
-def test_train_says_what_plan_says(table: Table, capsys: Any) -> None:
+def test_train_says_what_plan_says(table: Table, tmp_path: Path, capsys: Any) -> None:
     begun(table, **MOE, schedule={"warmup": 2})
     said = " ".join(capsys.readouterr().err.split())
     assert "the run ends after 2 steps, inside its warm-up of 2" in said
+    begun(table, out=str(tmp_path / "b"), schedule={"name": "warmup_stable_decay", "warmup": 1, "decay": 2})
+    assert "comes down before it has reached schedule.peak" in " ".join(capsys.readouterr().err.split())
     warned = plan(table()["source"], Recipe.of(MOE)).warnings
     assert warned
     assert all(sentence in said for sentence in warned)
