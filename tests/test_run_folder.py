@@ -513,3 +513,13 @@ def test_a_full_disk_names_the_file(
     assert "No space left on device" in said
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert train(Run.of(table()), resume=True).finished
+
+
+@pytest.mark.parametrize("damaged", ["{}", "[]", '{"step": "x"}', "5"])
+def test_damaged_moments_are_said(damaged: str, table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    export(out, tmp_path / "dense", with_optimizer=True)
+    (tmp_path / "dense" / "optimizer" / "state.json").write_text(damaged)
+    changes = {"source": str(tmp_path / "dense"), "optimizer": {"carry_state": True}, **MOE}
+    with pytest.raises(UpcycleError, match=r"state\.json"):
+        train(Run.of(table(out=str(tmp_path / "moe"), **changes)))

@@ -6,7 +6,6 @@ weights are the same at every topology.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from upcycle import deeper, loading, moe_layer, rng
 from upcycle.blueprints import Blueprint, Entry, blueprint
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.computed import Drawn, Fill
 from upcycle.cost import flops_per_row, plan_of
 from upcycle.errors import UpcycleError
@@ -284,7 +283,9 @@ def carry_state(
             "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
             "moments would have to be; set one of the two, or router.rescale = false"
         )
-    step = int(json.loads((folder / "state.json").read_text())["step"])
+    step = read_json(folder / "state.json", f"{folder} has no state.json").get("step")
+    if type(step) is not int or step < 0:
+        raise UpcycleError(f"{folder / 'state.json'} is damaged: step = {step!r}; export the run again")
     for moment in MOMENTS:
         with Checkpoint.open(folder / moment) as stored:
             entries = _moments(stored, run)
