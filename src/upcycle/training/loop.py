@@ -75,7 +75,8 @@ def train(run: Run, *, resume: bool = False) -> Result:
     ):
         before = {} if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
-        run = micro_batch.chosen(run, begun, task.lengths(run, begun.subject), here, before)
+        lengths = task.lengths(run, begun.subject)
+        run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
         if here.first:
             feed = task.feed(run, begun.subject, out)  # the others wait, and find the files
@@ -87,7 +88,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
                 f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
                 f"evenly; change train.batch_tokens or train.batch_size"
             )
-        fit.refuse_broken_groups(run, begun.built, task.lengths(run, begun.subject), here.dp_size)
+        fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
         with _sources_kept(begun, here, before) as known:
             model = start.model_of(begun, run, here, precision)
         routers = Routers.of(model)

@@ -24,10 +24,19 @@ KEY = "micro_batch"  # in the state of a checkpoint
 _SHARE = 0.7  # of the free memory: the rest is for what is not counted
 _PER_PARAMETER = 16  # bytes of a weight, its gradient and its two moments, in float32
 _LOGITS = 16  # bytes a logit: itself, in float32, its log-softmax, the gradient
-_KEPT = 10  # bytes of a number that goes into or comes out of a matrix: kept for the backward pass, and again
+_KEPT = {"float32": 8, "mixed": 6, "bfloat16": 5}
+"""Bytes of a number that goes into a matrix or comes out of it: kept for the backward pass, and more."""
 
 
-def chosen(run: Run, begun: Start, lengths: Mapping[str, int], here: Ranks, state: Mapping[str, Any]) -> Run:
+def chosen(
+    run: Run,
+    begun: Start,
+    lengths: Mapping[str, int],
+    here: Ranks,
+    state: Mapping[str, Any],
+    *,
+    precision: str = "float32",
+) -> Run:
     """`run` with the rows of a forward pass: those it asks for, those that it had when it was stopped, or as
     many as fit. Where all of them fit nothing is changed."""
     if run.train.micro_batch is not None:
@@ -36,7 +45,7 @@ def chosen(run: Run, begun: Start, lengths: Mapping[str, int], here: Ranks, stat
         before = state.get(KEY)
         return run if before is None else _with(run, before)
     share = run.train.rows // here.dp_size
-    most = here.share(_rows_that_fit(run, begun, lengths, here))
+    most = here.share(_rows_that_fit(run, begun, lengths, here, precision))
     if most is None or share <= most or not _may_be_cut(run, begun):
         return run
     whole = fit.rows_of_groups(begun.built, lengths)
@@ -54,13 +63,15 @@ def _may_be_cut(run: Run, begun: Start) -> bool:
     return not routed or (run.router.balance_loss, run.router.balance_counts) == ("per_layer", "exact")
 
 
-def _rows_that_fit(run: Run, begun: Start, lengths: Mapping[str, int], here: Ranks) -> int | None:
+def _rows_that_fit(
+    run: Run, begun: Start, lengths: Mapping[str, int], here: Ranks, precision: str
+) -> int | None:
     """Rows of a forward and a backward pass; None where the machine does not say what is free."""
     free = _free(here)
     if free is None:
         return None
     free -= _PER_PARAMETER * begun.parameters // here.dp_size
-    return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths))
+    return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
 
 
 def _free(here: Ranks) -> int | None:
@@ -71,7 +82,7 @@ def _free(here: Ranks) -> int | None:
     return free // max(1, int(beside) if beside.isdecimal() else here.world) if free else None
 
 
-def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int]) -> int:
+def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: str) -> int:
     """About what a row takes until its backward pass: what goes in and out of every matrix that its tokens
     meet, and the logits. Where layers are computed again, one block of each stack and what goes into all."""
     family = begun.dense.family
@@ -84,7 +95,7 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int]) -> int:
         )
         if recomputed and stack.count:
             inner = inner // stack.count + stack.hidden * stack.count
-        total += _KEPT * inner * lengths[stack.name]
+        total += _KEPT[precision] * inner * lengths[stack.name]
     outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
     return total + _LOGITS * outputs * lengths[begun.dense.stacks[-1].name]
 
