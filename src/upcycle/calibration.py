@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import upcycle
-from upcycle import claim, lock, memory, rng, tensor_file
+from upcycle import claim, lock, memory, rng, scratch, tensor_file
 from upcycle.console import err, size
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
@@ -118,12 +117,12 @@ def calibrate(
     _refuse_target(out)
     with (
         open_checkpoint(source, allow_nonfinite=asked.allow_nonfinite) as opened,
-        TemporaryDirectory() as scratch,
+        scratch.folder() as made_here,
     ):
         dense, device = admit(opened), _device(asked.device)
         asked = _there(dense, asked)
         _check_memory(dense, asked, device)
-        rows = _rows(dense, asked, asked.cache or Path(scratch))
+        rows = _rows(dense, asked, asked.cache or made_here)
         order = asked.order(rows.count)
         provenance = _provenance(dense, asked, rows, device, len(order))
         partial_file = out.with_name(out.name + PARTIAL)

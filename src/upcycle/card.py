@@ -8,6 +8,13 @@ import upcycle
 from upcycle.blueprints import Blueprint
 from upcycle.cost import Plan, flops_per_token, plan_of
 from upcycle.plain import code, plain
+from upcycle.targets import dense_snippet
+
+
+def how_to_load(built: Blueprint | None, architecture: str) -> str:
+    """Python code that opens a model, in a fence: of what was built, or of the dense class `architecture`."""
+    code = built.target.snippet() if built else dense_snippet(architecture)
+    return f"```python\n{code}```\n"
 
 
 def _state(built: Blueprint) -> str:
@@ -71,9 +78,7 @@ It is {plain(plan.made)}.
 
 ## Load
 
-```python
-{built.target.snippet()}```
-
+{how_to_load(built, built.target.architecture)}
 ## What to know
 
 {warnings}

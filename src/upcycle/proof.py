@@ -316,7 +316,7 @@ def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
     recorded |= {label: donor["sha256"] for label, donor in record["source"]["donors"].items()}
     found = {opened.label: opened.hashes() for opened in built.checkpoints}
     said = {key: record[key] for key in ("target", *_SAID) if key in record}
-    true = {"target": built.native.model_type, **{key: getattr(built, name) for key, name in _SAID.items()}}
+    true = {"target": built.target.model_type, **{key: getattr(built, name) for key, name in _SAID.items()}}
     claims = said == json.loads(json.dumps({key: true[key] for key in said}))
     same = record["blueprint_hash"] == built.hash and recorded == found and claims
     return Check(

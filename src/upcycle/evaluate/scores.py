@@ -10,14 +10,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import hub
+from upcycle import hub, scratch
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows_scored, task_files, text, text_to_text
@@ -76,8 +75,8 @@ def score(source: str | Path, asked: Asked) -> Scored:
         model = models.open(folder)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    with TemporaryDirectory() as scratch:
-        cache = asked.cache or Path(scratch)
+    with scratch.folder() as made_here:
+        cache = asked.cache or made_here
         if asked.images is not None:
             results = [_on_images(model, subject, asked.images, asked, cache)]
             tokenizer = None

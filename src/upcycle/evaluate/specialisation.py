@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import rng
+from upcycle import rng, scratch
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
 from upcycle.evaluate.batch_size import BatchSize
@@ -148,8 +147,8 @@ def specialisation(
     """
     folder = Path(folder)
     subject = Subject.of(folder)
-    with TemporaryDirectory() as scratch:
-        cache = asked.cache or Path(scratch)
+    with scratch.folder() as made_here:
+        cache = asked.cache or made_here
         sets = {
             name: _rows(path, subject, asked, cache)
             for name, path in (asked.text or asked.images or {}).items()

@@ -155,6 +155,8 @@ class Log:
             raise UpcycleError(f"log.every = {self.every}; it must be 1 or more")
         if wrong := [s for s in self.sinks if s not in ("wandb", "trackio")]:
             raise UpcycleError(f"log.sinks has {wrong[0]!r}; allowed: wandb, trackio")
+        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
+            raise UpcycleError(f"log.peak_flops = {self.peak_flops}; it must be a number above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,11 @@ class Run:
     checkpoint: Saving = Saving()
 
     def __post_init__(self) -> None:
+        paths = {"source": self.source, "out": self.out, "data.cache": self.data.cache}
+        paths |= {"data.tokenizer": self.data.tokenizer}
+        paths |= {f"data.sources[{i}].path": source.path for i, source in enumerate(self.data.sources)}
+        if bad := next((key for key, path in paths.items() if "\0" in (path or "")), None):
+            raise UpcycleError(f"{bad} = {paths[bad]!r} has a NUL character in it, which no path has")
         if self.optimizer.carry_state and self.from_scratch:
             raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
         if self.optimizer.carry_state and self.task is not None and self.task.classes:

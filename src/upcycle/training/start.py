@@ -6,7 +6,6 @@ weights are the same at every topology.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from upcycle import loading, moe_layer, rng
 from upcycle.blueprints import Blueprint, blueprint
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.computed import Drawn, Fill
 from upcycle.cost import flops_per_row, plan_of
 from upcycle.entries import Entry
@@ -31,7 +30,7 @@ from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, refuse_two_heads
 from upcycle.subject import Subject
 from upcycle.targets import Target
-from upcycle.training import drop_path, layer_decay
+from upcycle.training import drop_path, layer_decay, weightless
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -68,6 +67,11 @@ class Start:
         """The model as its task sees it."""
         return Subject(folder=self.dense.checkpoint.folder, config=self.config)
 
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The source and whatever else tensors come from."""
+        return self.built.checkpoints if self.built else [self.dense.checkpoint]
+
     def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
         """FLOPs of training on a row of so many tokens in each stack: three forward passes' worth."""
         return 3 * flops_per_row(self.dense, self.built, lengths)
@@ -94,8 +98,9 @@ class Start:
 
 def start_of(run: Run) -> Start:
     """The start of a run, from headers alone."""
-    built = blueprint(run.source, run.recipe) if run.recipe else None
-    dense = built.dense if built else admit(open_checkpoint(run.source))
+    source = weightless.opened(run.source) if run.from_scratch else None
+    built = blueprint(source or run.source, run.recipe) if run.recipe else None
+    dense = built.dense if built else admit(source or open_checkpoint(run.source))
     refuse_two_heads(dense)
     if built:
         architecture, config, entries = built.target.architecture, built.config, built.entries
@@ -277,7 +282,9 @@ def carry_state(
             "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
             "moments would have to be; set one of the two, or router.rescale = false"
         )
-    step = int(json.loads((folder / "state.json").read_text())["step"])
+    step = read_json(folder / "state.json", f"{folder} has no state.json").get("step")
+    if type(step) is not int or step < 0:
+        raise UpcycleError(f"{folder / 'state.json'} is damaged: step = {step!r}; export the run again")
     for moment in MOMENTS:
         with Checkpoint.open(folder / moment) as stored:
             entries = _moments(stored, run)

@@ -29,6 +29,7 @@ class ImageClassification(Task):
     """
 
     by_example = True
+    unit = "image"
     summary = "the class of an image"
     heads = ("ForImageClassification", "ForImageClassificationWithTeacher")
 

@@ -27,6 +27,7 @@ class TextClassification(Task):
     """
 
     by_example = True
+    unit = "text"
     summary = "the class of a text or a pair of texts"
     heads = ("ForSequenceClassification",)
 
