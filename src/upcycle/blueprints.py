@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upcycle import deeper, families, moe_layer, natives, successors, upcycled
+from upcycle import deeper, families, kernels, moe_layer, natives, successors, upcycled
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.errors import UpcycleError
@@ -110,6 +110,20 @@ class Blueprint:
         made = {name: [e.shape, e.dtype, e.lazy.describe()] for name, e in sorted(self.entries.items())}
         text = json.dumps([headers, self.config, made], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def stored_config(self, dtype: str | None = None) -> Config:
+        """config.json as it is written, with weights in `dtype` (None: as planned).
+
+        Where transformers by itself would run experts as grouped products that do not take their rows, it
+        says how they run. An upcycled class knows that by itself.
+        """
+        stored = dtype or str(self.config["dtype"])
+        config = {**self.config, "dtype": stored, "torch_dtype": stored}
+        lengths = [length for site in self.sites for length in (site.width, site.hidden)]
+        itemsize = FLOATS[BY_TORCH_NAME[stored]].itemsize
+        if self.native.upcycled or kernels.take_groups(lengths, itemsize):
+            return config
+        return config | {kernels.KEY: kernels.ONE_BY_ONE}
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle import memory, provenance
+from upcycle import kernels, memory, provenance
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError, listed
@@ -164,7 +164,7 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
         architecture = models.architecture(built.native.architecture)
         state = {n: _Header(info) for n, info in moe.tensors.items()}
         try:
-            config = transformers.AutoConfig.from_pretrained(moe.folder)
+            config = transformers.AutoConfig.from_pretrained(moe.folder, trust_remote_code=False)
             model, report = architecture.from_pretrained(
                 None, config=config, state_dict=state, dtype="float32", output_loading_info=True
             )
@@ -206,7 +206,9 @@ def _faults(faults: dict[str, list[str]]) -> str:
 
 
 def _config(built: Blueprint, moe: Checkpoint) -> Check:
-    wanted = json.loads(json.dumps(built.config))
+    wanted = json.loads(json.dumps(built.stored_config()))
+    if kernels.KEY not in moe.config:  # of a version that did not write it
+        wanted.pop(kernels.KEY, None)
     different = sorted(k for k in {*wanted, *moe.config} if wanted.get(k, ...) != moe.config.get(k, ...))
     return Check(
         name="config",
@@ -266,7 +268,7 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
     """
     import torch
 
-    from upcycle.nn import models
+    from upcycle.nn import models, opening
 
     source, dense = built.source.folder, built.dense
     _check_memory(built)
@@ -287,7 +289,7 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
         options = {} if folder is source else {"experts_implementation": "eager"}
         with quiet():
             cls = models.architecture(name)
-            model = cls.from_pretrained(folder, dtype=dtype or torch.float32, **options)
+            model = opening.fill(cls, folder, dtype=dtype or torch.float32, **options)
         model = model.float().eval()
         with torch.inference_mode():
             outputs.append({name: model(**given)[0] for name, given in inputs.items()})
@@ -325,7 +327,7 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"--text {text} cannot be read as text: {error}") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UpcycleError(f"{source} has no tokenizer for --text: {str(error).splitlines()[0]}") from None
     ids = tokenizer(content, return_tensors="pt").input_ids[:, : min(TOKENS, limit)]

@@ -293,7 +293,7 @@ def _finish(
     _write_json(partial / provenance.FILE, record)
     selection.write(built, partial)
     (partial / "README.md").write_text(card.render(built, record))
-    _write_json(partial / UNNAMED_CONFIG, built.config)
+    _write_json(partial / UNNAMED_CONFIG, built.stored_config())
     for path in partial.iterdir():
         with path.open("rb") as handle:
             os.fsync(handle.fileno())

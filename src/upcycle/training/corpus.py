@@ -106,7 +106,7 @@ def read_tokenizer(where: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(where)
+        found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         # Some classes make a tokenizer of special tokens alone where there are no files.
         if found.get_vocab().keys() <= {*found.get_added_vocab(), *found.all_special_tokens}:
             raise ValueError("its vocabulary is empty")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import provenance, selection
+from upcycle import kernels, provenance, selection
 from upcycle.checkpoint import file_hash
 from upcycle.dtypes import BY_TORCH_NAME
 from upcycle.errors import UpcycleError
@@ -117,6 +117,8 @@ def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str)
         model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)  # the source's is carried, if it has one
     config = begun.config | {"dtype": dtype, "torch_dtype": dtype}
+    if begun.built is not None:
+        config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

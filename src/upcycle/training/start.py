@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle import deeper, loading, moe_layer, rng
+from upcycle import deeper, kernels, loading, moe_layer, rng
 from upcycle.blueprints import Blueprint, Entry, blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.computed import Drawn, Fill
@@ -244,7 +244,7 @@ def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
         if len(e.shape) == 3
     ]
     itemsize = 2 if run.train.precision != "float32" else dtype.itemsize
-    return "grouped_mm" if all(width * itemsize % 16 == 0 for width in widths) else "eager"
+    return kernels.implementation(widths, itemsize)
 
 
 def plain_model(start: Start) -> PreTrainedModel:
