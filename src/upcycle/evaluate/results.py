@@ -24,6 +24,7 @@ from upcycle.evaluate.differences import Sums
 
 FILE = "eval.json"
 FORMAT = 1
+MOST = 1 << 28  # bytes of a file that is looked at
 
 Kind = Literal["text", "images", "few_shot", "tasks", "superglue"]
 
@@ -97,6 +98,25 @@ def stamped(results: Sequence[Result]) -> list[dict[str, Any]]:
     return entries
 
 
+def refuse_target(path: Path) -> None:
+    """Refuse a file for results that is anything but results: nothing else is ever overwritten."""
+    if path.is_dir():
+        raise UpcycleError(f"{path} is a folder; name the file to write")
+    if not path.exists():
+        return
+    try:
+        found = _parsed(path)
+    except (OSError, ValueError, RecursionError):
+        found = None
+    lists = (found.get("checkpoints"), found.get("results")) if isinstance(found, dict) else ()
+    ours = isinstance(found, dict) and found.get("format") == FORMAT
+    if not (ours and any(isinstance(each, list) for each in lists)):
+        raise UpcycleError(
+            f"{path} exists and was not written by `upcycle eval`; nothing else is overwritten. Choose "
+            f"another name or delete it"
+        )
+
+
 def record(folder: Path, results: Sequence[Result]) -> Path:
     """Put `results` into the `eval.json` of a checkpoint's folder, whole or not at all.
 
@@ -121,17 +141,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text())
+        found = _parsed(path)
         if found["format"] != FORMAT or not all(
-            {"kind", "name"} <= entry.keys() for entry in found["results"]
+            isinstance(entry[key], str) for entry in found["results"] for key in ("kind", "name")
         ):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+        json.dumps(found, ensure_ascii=False).encode()  # no lone surrogates, which cannot be written again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UpcycleError(
             f"{path} is not what `upcycle eval` writes (format {FORMAT}); move it away"
         ) from None
     entries: list[dict[str, Any]] = found["results"]
     return entries
+
+
+def _parsed(path: Path) -> Any:
+    if path.stat().st_size > MOST:
+        raise ValueError
+    return json.loads(path.read_bytes())
 
 
 def write(path: Path, value: object) -> None:
