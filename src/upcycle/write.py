@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import card, provenance, selection
+from upcycle import card, claim, lock, provenance, selection
 from upcycle.blueprints import Blueprint, Entry, blueprint
 from upcycle.checkpoint import INDEX, Checkpoint, file_hash
 from upcycle.errors import UpcycleError
@@ -65,17 +65,28 @@ def convert(
     """
     built = blueprint(source, recipe, allow_nonfinite=allow_nonfinite)
     out = Path(out)
-    if resume and _lacks_its_config(out):
-        _commit(built, out)
-        return built
     partial = _check_paths(built, out, resume)
     shards = lay_out(built.entries, shard_size)
     if jobs < 1:
         raise UpcycleError(f"jobs = {jobs}; it must be 1 or more")
-    _check_space(partial, shards)
-    for model in (built.dense, *built.donors):
-        refuse_two_heads(model)
-    planned(built)
+    if not _lacks_its_config(out):
+        _check_space(partial, shards)
+        for model in (built.dense, *built.donors):
+            refuse_two_heads(model)
+        planned(built)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"another run is writing {partial}; wait for it or stop it"
+    with lock.held(partial.with_suffix(".lock"), busy):
+        _check_paths(built, out, resume)  # again: what another run did until now is seen
+        if _lacks_its_config(out):
+            _commit(built, out)
+        else:
+            _write(built, shards, partial, out, jobs, progress)
+    return built
+
+
+def _write(built: Blueprint, shards: Shards, partial: Path, out: Path, jobs: int, progress: Progress) -> None:
+    """All of the folder, by the one run that holds the lock."""
     fresh = _make_folder(partial)
     try:
         with Journal(partial / JOURNAL, _begun(built, shards)) as journal:
@@ -95,38 +106,26 @@ def convert(
     finally:
         for opened in built.checkpoints:
             opened.close()  # whoever reads on opens them anew
-    return built
 
 
 def _check_paths(built: Blueprint, out: Path, resume: bool) -> Path:
     """Refuse an OUT that would overwrite or nest; the partial folder's path."""
-    target = out.resolve()
-    partial = target.parent / f"{target.name}.partial"
+    partial = claim.partial_of(out)
     for opened in built.checkpoints:
-        source = opened.folder.resolve()
-        for taken in (target, partial):
-            if taken == source or source in taken.parents or taken in source.parents:
-                raise UpcycleError(
-                    f"{out}, or {partial.name}, lies in or around the source {opened.folder}; choose another "
-                    f"folder"
-                )
+        claim.refuse_near((out, partial), opened.folder)
     if _lacks_its_config(out):
-        raise UpcycleError(f"{out} is left from a run that was broken; finish it with --resume, or delete it")
-    if out.exists():
-        raise UpcycleError(f"{out} exists already; nothing is overwritten. Choose another name or delete it")
-    if not target.parent.is_dir() and any(p.exists() and not p.is_dir() for p in target.parents):
-        raise UpcycleError(f"{out}: a part of the path is a file")
-    if (
-        partial.exists()
-        and not (partial / JOURNAL).exists()
-        and (not partial.is_dir() or any(partial.iterdir()))
-    ):
-        raise UpcycleError(f"{partial} is in the way, and it was not left by upcycle; choose another OUT")
+        if not resume:
+            raise _left_behind(out)
+        return partial
+    claim.may_create(out)
+    claim.refuse_foreign(partial, JOURNAL)
     if partial.exists() and not resume:
-        raise UpcycleError(
-            f"{partial} is left from a run that was broken; finish it with --resume, or delete it"
-        )
+        raise _left_behind(partial)
     return partial
+
+
+def _left_behind(folder: Path) -> UpcycleError:
+    return UpcycleError(f"{folder} is left from a run that was broken; finish it with --resume, or delete it")
 
 
 def _make_folder(partial: Path) -> bool:
