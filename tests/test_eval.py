@@ -446,6 +446,10 @@ def test_results_lie_beside_the_checkpoint_and_are_replaced(byte_model, story, t
     assert set(entry["metrics"]) == {"loss", "perplexity", "bits_per_byte", "accuracy"}
     assert entry["metrics"]["loss"]["value"] == shown["checkpoints"][0]["loss"]
     assert {"torch", "transformers", "upcycle"} == set(entry["versions"])
+    assert set(entry["paired"]) == {"bits_per_byte"}  # what a report pairs with another checkpoint's
+    sums = results.read_sums(entry["paired"]["bits_per_byte"])
+    assert sums.value == pytest.approx(entry["metrics"]["bits_per_byte"]["value"])
+    assert sums.standard_error == pytest.approx(entry["metrics"]["bits_per_byte"]["standard_error"])
     second = tmp_path / "second.txt"
     second.write_text("another text")
     main(["eval", str(folder), "--text", str(second), "--text", str(story)])
@@ -504,12 +508,12 @@ def test_out_replaces_nothing_but_results(byte_model, story, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main([*command, str(folder / name)])
         assert stopped.value.code == 2
-        assert "exists and was not written by `upcycle eval`" in capsys.readouterr().err
+        assert "exists already and is not what `upcycle eval` writes" in capsys.readouterr().err
         assert (folder / name).read_bytes() == before
-    for other, said in ((deep, "was not written by"), (tmp_path, "is a folder")):
+    for other in (deep, tmp_path):
         with pytest.raises(SystemExit):
             main([*command, str(other)])
-        assert said in capsys.readouterr().err
+        assert "is not what" in capsys.readouterr().err
     out = tmp_path / "new" / "all.json"
     main([*command, str(out)])
     first = out.read_bytes()

@@ -16,6 +16,7 @@ from upcycle import provenance
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import results, routing_file
+from upcycle.evaluate.differences import Sums
 from upcycle.report.records import is_number
 
 
@@ -30,6 +31,8 @@ class Score:
     value: float
     standard_error: float | None
     higher_is_better: bool
+    sums: Sums | None = None  # of its units, where they can be paired with another model's
+    units: str = ""  # a hash of what those are
 
     @property
     def question(self) -> tuple[str, str, str, str]:
@@ -111,6 +114,7 @@ def _scores(folder: Path) -> tuple[Score, ...]:
         for result in found["results"]:
             for metric, of in result["metrics"].items():
                 value, error = float(of["value"]), of.get("standard_error")
+                paired = (result.get("paired") or {}).get(metric) or {}
                 if not math.isfinite(value):
                     continue
                 out.append(
@@ -122,6 +126,8 @@ def _scores(folder: Path) -> tuple[Score, ...]:
                         value=value,
                         standard_error=float(error) if is_number(error) else None,
                         higher_is_better=bool(of["higher_is_better"]),
+                        sums=results.read_sums(paired),
+                        units=str(paired.get("units_sha256")),
                     )
                 )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
