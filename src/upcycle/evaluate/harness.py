@@ -21,7 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from upcycle.console import examples_bar
+from upcycle.console import err, examples_bar
 from upcycle.errors import UpcycleError, listed
 from upcycle.evaluate import task_files
 from upcycle.evaluate.differences import Sums
@@ -47,6 +47,8 @@ class HarnessModel(TemplateLM):
         self._language = language
         self.tokenizer = language.tokenizer
         self.backend = "seq2seq" if language.encoder_decoder else "causal"
+        self.shortened: dict[str, set[int]] = {}  # by task, the examples whose continuation was too long
+        self._asked: list[Instance] = []
 
     @property
     def eot_token_id(self) -> int:
@@ -64,6 +66,7 @@ class HarnessModel(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._asked = requests
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
@@ -71,6 +74,14 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [Pair(context, continuation) for _, context, continuation in requests]
+        for request, pair in zip(self._asked, pairs, strict=True):
+            if not pair.context or not pair.continuation:
+                part = "continuation" if pair.context else "context"
+                raise UpcycleError(
+                    f"{_place(request)}: its {part} is empty, and has no likelihood; take it out"
+                )
+            if self._language.too_long(pair):
+                self.shortened.setdefault(str(request.task_name), set()).add(int(request.doc_id or 0))
         with _bar(len(pairs), "continuations") as advance:
             found = self._language.likelihoods(pairs, advance)
         return [(-float(likelihood.nats.sum()), bool(likelihood.likeliest.all())) for likelihood in found]
@@ -97,7 +108,7 @@ class HarnessModel(TemplateLM):
         for most, until in {_how(request) for request in requests}:
             places = [i for i, request in enumerate(requests) if _how(request) == (most, until)]
             prompts = [self.tok_encode(requests[i].args[0]) for i in places]
-            with _bar(len(prompts), "answers") as advance:
+            with _bar(len(prompts), "answers") as advance, _named(requests[places[0]]):
                 texts = self._language.generate(prompts, most=most, until=until, advance=advance)
             for place, text in zip(places, texts, strict=True):
                 out[place] = text
@@ -109,11 +120,26 @@ def _how(request: Instance) -> tuple[int, tuple[str, ...]]:
     options = request.args[1]
     if options.get("do_sample") and options.get("temperature", 1.0) > 0:
         raise UpcycleError(
-            "a task wants sampled text, and texts are generated greedily here; leave the task out"
+            f"the task {request.task_name} wants sampled text, and texts are generated greedily here; leave "
+            f"it out"
         )
     until = options.get("until") or ()
     most = options.get("max_gen_toks") or options.get("max_new_tokens") or _GENERATED
     return int(most), (until,) if isinstance(until, str) else tuple(until)
+
+
+def _place(request: Instance) -> str:
+    """Which example of which task it is of."""
+    return f"task {request.task_name}, example {int(request.doc_id or 0) + 1}"
+
+
+@contextlib.contextmanager
+def _named(request: Instance) -> Iterator[None]:
+    """Say of which task a fault is."""
+    try:
+        yield
+    except UpcycleError as error:
+        raise UpcycleError(f"task {request.task_name}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -138,11 +164,20 @@ def score(
             _set_shots(task, shots)
         model = HarnessModel(language)
         found = lm_eval.evaluate(model, {"tasks": tasks}, limit=limit or None, bootstrap_iters=0)
+    for name, examples in model.shortened.items():
+        err.print(
+            f"{name}: in {len(examples)} of {found['n-samples'][name]['effective']} examples a continuation is "
+            f"longer than the {language.length} tokens that the model reads at once; its first tokens are "
+            f"left out, as the harness leaves out those of a context"
+        )
     paths = {file.task: file.path for file in files}
     settings = {"limit": limit}
     results = [
         _result(
-            name, found, {**(data_of(paths[name]) if folder else {"dataset": _dataset(task)}), **settings}
+            name,
+            found,
+            {**(data_of(paths[name]) if folder else {"dataset": _dataset(task)}), **settings},
+            len(model.shortened.get(name, ())),
         )
         for name, task in tasks.items()
     ]
@@ -237,7 +272,7 @@ def _dataset(task: Any) -> list[str | None]:
     return [task.get_config("dataset_path"), task.get_config("dataset_name")]
 
 
-def _result(name: str, found: dict[str, Any], data: dict[str, Any]) -> Result:
+def _result(name: str, found: dict[str, Any], data: dict[str, Any], shortened: int) -> Result:
     """One task's metrics; those that are means over examples can be paired with another model's."""
     samples = found["samples"][name]
     several = len({sample["filter"] for sample in samples}) > 1
@@ -256,7 +291,10 @@ def _result(name: str, found: dict[str, Any], data: dict[str, Any]) -> Result:
     data = {**data, "num_fewshot": found["n-shot"][name], "task_version": found["versions"][name]}
     return Result(
         kind="tasks", name=name, data=data, metrics=metrics, units=hashes,
-        more={"examples": found["n-samples"][name]["effective"]},
+        more={
+            "examples": found["n-samples"][name]["effective"],
+            **({"continuations_shortened": shortened} if shortened else {}),
+        },
     )  # fmt: skip
 
 

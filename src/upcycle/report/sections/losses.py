@@ -194,7 +194,7 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
         left=2,
         note="By the evaluations alone, on means over seeds: not before the first number, and by the second "
         "at the latest; figures draw straight lines and mark where those cross. None: not below at the end. "
-        "None that lasts: below for a while, above at the end. Cannot be told: the evaluations beside the end "
+        "None that lasts: below for a while, above at the end. Cannot be told: evaluations beside the end "
         "lie too far apart. The difference is that of "
         f"held-out losses ({unit}) at the most FLOPs, start excluded, that both have spent; negative: the "
         "Mixture of Experts is ahead.",
