@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -604,7 +605,11 @@ def spoil(drawn: random.Random, value):
         key = drawn.choice([*value] if isinstance(value, dict) else range(len(value)))
         value[key] = spoil(drawn, value[key])
         return value
-    return drawn.choice([None, -1, 0, 1e400, "x", [], {}, [1], {"a": 1}, True, 2**70, math.nan])
+    deep: list = []
+    for _ in range(drawn.choice([80, 900])):
+        deep = [deep]
+    odd = ["\x00", "\x1b[31m", "\ud800", "\uffff", 10**400, deep]
+    return drawn.choice([None, -1, 0, 1e400, "x", [], {}, [1], {"a": 1}, True, 2**70, math.nan, *odd])
 
 
 def spoil_file(drawn: random.Random, path: Path, text: str) -> None:
@@ -627,10 +632,32 @@ def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, mo
         text = path.read_text()
         spoil_file(drawn, path, text)
         made = document(*folders)
-        for picture in pictures(made) if turn % 10 == 0 else ():
-            picture.draw(LIGHT)
+        if turn % 10 == 0:
+            render(made).encode()
+            render_markdown(made, "r")[0].encode()
         path.write_text(text)
     assert len(study(folders, Given()).runs) == 6
+
+
+def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path, monkeypatch):
+    """In labels, in figures, and in names of folders; the page and its figures stay readable XML."""
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    nasty = "a\x00b\x1b[31mc\ud800d\ufffee"
+    dense, moe = pair_of_runs(tmp_path)
+    about = json.loads((moe / "run.json").read_text())
+    about["run"]["init"]["name"] = nasty
+    (moe / "run.json").write_text(json.dumps(about))
+    routing = json.loads(json.dumps(left_behind.ROUTING).replace("stories", nasty.replace("\x00", "\\u0000")
+        .replace("\x1b", "\\u001b").replace("\ud800", "\\ud800").replace("\ufffe", "\\ufffe")))  # fmt: skip
+    end = write_checkpoint(tmp_path / "end\x1b", moe, routing=routing)
+    report([dense, moe, end], tmp_path / "r.html", markdown=tmp_path / "r.md", title=nasty)
+    page, text = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    for character in ("\x00", "\x1b", "\ufffe"):
+        assert character not in page
+        assert character not in text
+    assert "a\ufffdb\ufffd[31mc\ufffdd\ufffde" in page
+    for drawn in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(drawn)
 
 
 def test_nothing_is_overwritten_but_a_report(tmp_path):

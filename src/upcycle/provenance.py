@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -90,4 +91,28 @@ def read(folder: Path) -> dict[str, Any]:
         or not {"recipe", "blueprint_hash"} <= {*found}
     ):
         raise UpcycleError(f"{folder / FILE} is damaged: recipe, source or blueprint_hash is missing in it")
+    if odd := _odd(found):
+        raise UpcycleError(f"{folder / FILE} is damaged: {odd} is not as upcycle writes it")
     return found
+
+
+def _odd(found: dict[str, Any]) -> str | None:
+    """The first part of a provenance that is not what its readers count on."""
+    source, recipe, trainings = found["source"], found["recipe"], found.get("training", [])
+    named = all(isinstance(source.get(key, ""), str) for key in ("name", "path", "model_type"))
+    if not named or not {"name", "path"} <= {*source}:
+        return "source"
+    if not all(isinstance(d, dict) and isinstance(d.get("sha256"), dict) for d in source["donors"].values()):
+        return "source.donors"
+    if recipe is not None and not all(isinstance(recipe.get(key), dict) for key in ("moe", "init")):
+        return "recipe"
+    if not isinstance(trainings, list) or not all(map(_is_training, trainings)):
+        return "training"
+    return None
+
+
+def _is_training(entry: Any) -> bool:
+    counts = ("step", "tokens")
+    return isinstance(entry, dict) and all(
+        type(entry.get(key)) in (int, float) and math.isfinite(entry[key]) for key in counts
+    )

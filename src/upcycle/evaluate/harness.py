@@ -17,6 +17,7 @@ from typing import Any
 
 import lm_eval.api.task
 import numpy as np
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -77,9 +78,7 @@ class HarnessModel(TemplateLM):
         for request, pair in zip(self._asked, pairs, strict=True):
             if not pair.context or not pair.continuation:
                 part = "continuation" if pair.context else "context"
-                raise UpcycleError(
-                    f"{_place(request)}: its {part} is empty, and has no likelihood; take it out"
-                )
+                raise UpcycleError(f"{_place(request)} has an empty {part}, which has no likelihood")
             if self._language.too_long(pair):
                 self.shortened.setdefault(str(request.task_name), set()).add(int(request.doc_id or 0))
         with _bar(len(pairs), "continuations") as advance:
@@ -160,14 +159,16 @@ def score(
     files = task_files.find(folder, names) if folder else []
     tasks = _local(files) if folder else _fetched(names)
     with _quiet():
-        for task in tasks.values():
+        for name, task in tasks.items():
             _set_shots(task, shots)
+            _refuse_odd(name, task, limit)
         model = HarnessModel(language)
-        found = lm_eval.evaluate(model, {"tasks": tasks}, limit=limit or None, bootstrap_iters=0)
+        with _said(f"the tasks {listed(sorted(tasks))} cannot be scored"):
+            found = lm_eval.evaluate(model, {"tasks": tasks}, limit=limit or None, bootstrap_iters=0)
     for name, examples in model.shortened.items():
         err.print(
-            f"{name}: in {len(examples)} of {found['n-samples'][name]['effective']} examples a continuation is "
-            f"longer than the {language.length} tokens that the model reads at once; its first tokens are "
+            f"{name}: in {len(examples)} of {found['n-samples'][name]['effective']} examples a continuation "
+            f"is longer than the {language.length} tokens that the model reads at once; its first tokens are "
             f"left out, as the harness leaves out those of a context"
         )
     paths = {file.task: file.path for file in files}
@@ -205,8 +206,9 @@ def _local(files: Sequence[TaskFile]) -> dict[str, Any]:
     manager = _manager([file.task for file in files])
     for file in files:
         _refuse_unknown(file.task, manager)
-    members = [
-        {
+    tasks: dict[str, Any] = {}
+    for file in files:
+        member = {
             "task": file.task,
             "custom_dataset": _reader(file),
             "training_split": None,
@@ -214,10 +216,8 @@ def _local(files: Sequence[TaskFile]) -> dict[str, Any]:
             "test_split": _SPLIT,
             "fewshot_split": _SPLIT,
         }
-        for file in files
-    ]
-    with _quiet():
-        tasks: dict[str, Any] = manager.load({"group": "local", "task": members})["tasks"]
+        with _quiet(), _said(f"{file.path} does not hold rows as the task {file.task} has them on the hub"):
+            tasks |= manager.load({"group": "local", "task": [member]})["tasks"]
     return tasks
 
 
@@ -230,6 +230,35 @@ def _reader(file: TaskFile) -> Callable[..., Any]:
         )
 
     return read
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Turn whatever the harness makes of a row into a sentence: its prompts are templates and code."""
+    try:
+        yield
+    except (UpcycleError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UpcycleError(f"{what} ({type(error).__name__}: {reason[:200]})") from error
+
+
+def _refuse_odd(name: str, task: Any, limit: int) -> None:
+    """Refuse an example that the task cannot ask, with its number, before any is scored."""
+    for number, doc in task.doc_iterator(rank=0, limit=limit or None, world_size=1):
+        with _said(
+            f"task {name}, example {number + 1}: its fields are not those of the hub's data set, each "
+            f"with a value"
+        ):
+            asked = [task.doc_to_text(doc), task.doc_to_target(doc)]
+            if task.OUTPUT_TYPE == "multiple_choice":
+                choices = task.doc_to_choice(doc)
+                asked += choices
+                if isinstance(asked[1], int) and not 0 <= asked[1] < len(choices):
+                    raise ValueError(f"the right one is number {asked[1]} of {len(choices)}")
+            if any(each is None for each in asked):
+                raise ValueError("a field is empty")
 
 
 def _fetched(names: tuple[str, ...]) -> dict[str, Any]:

@@ -93,8 +93,8 @@ class LanguageModel:
 
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[Pair], advance: Advance = lambda n: None) -> list[Likelihood]:
-        """Of the continuation of each pair. What is too long for the model loses its first tokens: the context,
-        and then the continuation, of which the likelihood is then that of the rest."""
+        """Of the continuation of each pair. What is too long for the model loses its first tokens: the
+        context, and then the continuation, of which the likelihood is then that of the rest."""
         pairs = [self._kept(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -_length(pairs[i]))
         work = self._encoder_decoder if self.encoder_decoder else self._decoder

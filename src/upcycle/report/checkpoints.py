@@ -17,7 +17,7 @@ from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import results, routing_file
 from upcycle.evaluate.differences import Sums
-from upcycle.report.records import is_number
+from upcycle.report.records import fit, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,18 @@ def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:
     def attempt(read: Any) -> Any:
         try:
             return read()
-        except UpcycleError as error:
+        except (UpcycleError, OSError) as error:
             damage.append(str(error))
-            return None
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # What a damaged file does to its reader must not end the report on the others.
+            damage.append(f"something beside its weights is damaged ({type(error).__name__}: {error})")
+        return None
 
-    made = attempt(lambda: provenance.read(folder)) if (folder / provenance.FILE).exists() else None
+    made = (
+        attempt(lambda: fit(provenance.read(folder), provenance.FILE))
+        if (folder / provenance.FILE).exists()
+        else None
+    )
     return CheckpointRecord(
         name=name,
         folder=folder,
@@ -92,7 +99,7 @@ def _anatomy(folder: Path) -> dict[str, Any] | None:
     """Similarity of the experts; None where there are none."""
     from upcycle.anatomy import inspect
 
-    found = inspect(folder)
+    found = fit(inspect(folder), provenance.FILE)
     return found if any(layer["num_experts"] for layer in found["layers"]) else None
 
 
@@ -100,7 +107,7 @@ def _formatted(path: Path, wanted: int) -> dict[str, Any] | None:
     """A JSON file of ours; None where it is not there."""
     if not path.exists():
         return None
-    found = read_json(path, "")
+    found = fit(read_json(path, ""), path.name)
     if found.get("format") != wanted:
         raise UpcycleError(f"{path.name} has format {found.get('format')}; this version reads {wanted}")
     return found
