@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from upcycle import kernels
 from upcycle.blueprints import Blueprint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.recipe import Recipe
@@ -62,8 +63,8 @@ def warnings(built: Blueprint) -> list[str]:
         )
     if odd := _misaligned(built):
         out.append(
-            f"{odd}: transformers' default kernel for experts refuses that; load with "
-            f'experts_implementation="eager"'
+            f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
+            f'which is slower (experts_implementation="eager")'
         )
     out += built.target.warnings(built)
     # Stacks that are alike say the same.
@@ -98,6 +99,6 @@ def _misaligned(built: Blueprint) -> str | None:
     item = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
     for site in built.sites:
         for name, length in (("neurons", site.width), ("hidden units", site.hidden)):
-            if length * item % 16:
+            if not kernels.take_groups([length], item):
                 return f"rows of {length} {name} take {length * item} bytes, no multiple of 16"
     return None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from upcycle import moe_layer, successors, targets
 from upcycle.checkpoint import Checkpoint
-from upcycle.dtypes import BY_TORCH_NAME, TORCH_NAMES, holds
+from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
 from upcycle.entries import Entry
 from upcycle.families import Config
 from upcycle.hub import open_checkpoint
@@ -74,6 +74,18 @@ class Blueprint:
         made = {name: [e.shape, e.dtype, e.lazy.describe()] for name, e in sorted(self.entries.items())}
         text = json.dumps([headers, self.config, made], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def stored_config(self, dtype: str | None = None) -> Config:
+        """config.json as it is written, with weights in `dtype` (None: as planned).
+
+        It says how experts run if transformers by itself would run them in a way that does not take their
+        rows.
+        """
+        stored = dtype or str(self.config["dtype"])
+        config = {**self.config, "dtype": stored, "torch_dtype": stored}
+        lengths = [length for site in self.sites for length in (site.width, site.hidden)]
+        itemsize = FLOATS[BY_TORCH_NAME[stored]].itemsize
+        return config | self.target.kernel(lengths, itemsize)
 
     @property
     def nbytes(self) -> int:

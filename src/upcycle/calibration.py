@@ -30,7 +30,7 @@ from upcycle.evaluate.observer import MOST, Observer, means
 from upcycle.evaluate.rows import Rows
 from upcycle.evaluate.stopped import begun, restore, save
 from upcycle.hub import open_checkpoint
-from upcycle.nn import models
+from upcycle.nn import models, opening
 from upcycle.proof import quiet
 from upcycle.signals import noted
 from upcycle.source import Dense, admit
@@ -280,7 +280,7 @@ def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, co
 def _model(dense: Dense, device: torch.device) -> PreTrainedModel:
     with quiet():
         cls = models.architecture(dense.architecture)
-        model: PreTrainedModel = cls.from_pretrained(dense.checkpoint.folder, dtype=torch.float32)
+        model = opening.fill(cls, dense.checkpoint.folder, dtype=torch.float32)
     model.requires_grad_(False)
     return model.to(device).eval()
 

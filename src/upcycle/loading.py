@@ -75,7 +75,7 @@ def build(
 
     Raises `UpcycleError` where the layout does not fit; a parameter that nothing defines is an error of ours.
     """
-    from upcycle.nn import models
+    from upcycle.nn import models, opening
 
     options: dict[str, Any] = {}
     if distributed_config is not None:
@@ -92,6 +92,7 @@ def build(
             "them, and expert parallelism does not say which those are; set it to 1: fsdp_size shares "
             "parameters out"
         )
+    opening.refuse_unknown(experts_implementation)
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
     kept = {k: v for k, v in config.items() if k != "torch_dtype"}
@@ -107,6 +108,7 @@ def build(
         )
     if faults := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
         raise AssertionError(f"{architecture} and its blueprint do not agree: {faults}")
+    opening.choose_experts(model, experts_implementation)
     model.name_or_path = model.config.name_or_path = ""
     model._weight_conversions = None  # or save_pretrained would write the names of memory
     loaded: PreTrainedModel = model

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle import memory, provenance, selection
+from upcycle import kernels, memory, provenance, selection
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import CONFIG, INDEX, Checkpoint, TensorInfo, TwoSetsError, file_hash
 from upcycle.errors import UpcycleError, listed
@@ -230,7 +230,9 @@ def _faults(faults: dict[str, list[str]]) -> str:
 
 
 def _config(built: Blueprint, moe: Checkpoint) -> Check:
-    wanted = json.loads(json.dumps(built.config))
+    wanted = json.loads(json.dumps(built.stored_config()))
+    if kernels.KEY not in moe.config:  # of a version that did not write it
+        wanted.pop(kernels.KEY, None)
     different = sorted(k for k in {*wanted, *moe.config} if wanted.get(k, ...) != moe.config.get(k, ...))
     return Check(
         name="config",
@@ -352,7 +354,7 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
     """
     import torch
 
-    from upcycle.nn import models
+    from upcycle.nn import models, opening
 
     source, dense = built.source.folder, built.dense
     _check_memory(built)
@@ -376,7 +378,7 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
         options = {} if folder is source else {"experts_implementation": "eager"}
         with quiet():
             cls = models.architecture(name)
-            model = cls.from_pretrained(folder, dtype=dtype or torch.float32, **options)
+            model = opening.fill(cls, folder, dtype=dtype or torch.float32, **options)
         model = model.float().eval()
         with torch.inference_mode():
             outputs.append({name: model(**given)[0] for name, given in inputs.items()})

@@ -340,7 +340,7 @@ def _finish(
         _write_json(partial / INDEX, shards.index)
     selection.write(built, partial)
     (partial / "README.md").write_bytes(card.render(built).encode())
-    _write_json(partial / UNNAMED_CONFIG, built.config)
+    _write_json(partial / UNNAMED_CONFIG, built.stored_config())
     weights = {JOURNAL, provenance.FILE, *shards.names}
     files = {
         CONFIG if path.name == UNNAMED_CONFIG else path.name: file_hash(path)

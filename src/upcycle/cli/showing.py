@@ -45,7 +45,7 @@ def eval_(
     """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
 
     Several checkpoints are compared with the first, with a standard error over the same examples.
-    Results are put into eval.json in each checkpoint's folder (of a hub id, into --out alone).
+    Results are put into eval.json in each checkpoint's folder, or with --out into that file alone.
 
     Args:
         checkpoints: folders of models, or hub ids
@@ -62,7 +62,7 @@ def eval_(
         batch_size: rows of a forward pass; 0: found by itself
         limit: images, rows, windows or examples of a task at most; 0: all
         cache: folder for decoded images and token files
-        out: write everything, comparison included, to this JSON file
+        out: write everything, comparison included, to this JSON file, and nothing beside the checkpoints
         json: print JSON
     """
     from upcycle import console, hub
@@ -77,12 +77,18 @@ def eval_(
     )  # fmt: skip
     if not checkpoints:
         raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
+    if out is not None:
+        results.refuse_target(out)
     refuse(checkpoints, asked)
     scored = [score(checkpoint, asked) for checkpoint in checkpoints]
     compared = compare(scored)
     found = [each.as_json() for each in scored]
     console.show_json({"checkpoints": found, **compared}) if json else console.show_scores(found, compared)
     sys.stdout.flush()
+    if out is not None:
+        results.write(out, {"format": results.FORMAT, "checkpoints": found, **compared})
+        console.show_recorded(out)
+        return
     lost: list[UpcycleError] = []
     for each in scored:
         if hub.is_id(each.checkpoint):
@@ -91,13 +97,10 @@ def eval_(
             console.show_recorded(results.record(each.folder, each.results))
         except UpcycleError as error:
             lost.append(error)
-    if out is not None:
-        results.write(out, {"format": results.FORMAT, "checkpoints": found, **compared})
-        console.show_recorded(out)
-    elif lost:
-        raise lost[0]
-    for unwritten in lost:
+    for unwritten in lost[1:]:
         print(f"upcycle: {unwritten}", file=sys.stderr)
+    if lost:
+        raise lost[0]
 
 
 @app.command

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from upcycle import registry
@@ -66,6 +66,11 @@ class Target(abc.ABC):
     def draws(self, name: str) -> bool:
         """Whether the recipe gives the tensor called `name`, and not the dense class, its first values."""
         return False
+
+    def kernel(self, lengths: Iterable[int], itemsize: int) -> Config:
+        """What config.json must say for experts with rows of these lengths, in numbers of `itemsize` bytes, to
+        run."""
+        return {}
 
     def warnings(self, built: Blueprint) -> list[str]:
         """What a person should know about this target, one sentence each."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from upcycle import families, moe_layer
+from upcycle import families, kernels, moe_layer
 from upcycle.entries import Entry
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
@@ -162,6 +162,12 @@ class Native(Target):
     def norm_identity(self, family: Family) -> float:
         """One: norms of native MoE classes multiply by their weight."""
         return 1.0
+
+    def kernel(self, lengths: Iterable[int], itemsize: int) -> Config:
+        """Experts one by one, if grouped products, transformers' own choice, do not take their rows."""
+        if kernels.take_groups(lengths, itemsize):
+            return {}
+        return {kernels.KEY: kernels.ONE_BY_ONE}
 
     def warnings(self, built: Blueprint) -> list[str]:
         """Shared experts that nobody asked for, clients that compute something else, keys left out."""

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from upcycle import card, claim, lock, provenance, selection, whole_file
+from upcycle import card, claim, kernels, lock, provenance, selection, whole_file
 from upcycle.dtypes import BY_TORCH_NAME
 from upcycle.errors import UpcycleError, listed
 from upcycle.proof import quiet
@@ -152,6 +152,8 @@ def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str)
             ) from None
     (folder / "generation_config.json").unlink(missing_ok=True)  # the source's is carried, if it has one
     config = begun.config | {"dtype": dtype, "torch_dtype": dtype}
+    if begun.built is not None:
+        config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
     whole_file.write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     mode = (folder / "config.json").stat().st_mode  # of a new file, by the umask; safetensors' own is 0600
     for path in folder.glob("*.safetensors"):

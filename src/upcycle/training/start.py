@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle import loading, moe_layer, rng
+from upcycle import kernels, loading, moe_layer, rng
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.computed import Drawn, Fill
@@ -248,7 +248,7 @@ def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
     assert start.built is not None
     widths = [e.shape[-1] for e in start.built.target.in_memory(start.entries).values() if len(e.shape) == 3]
     itemsize = 2 if run.train.precision != "float32" else dtype.itemsize
-    return "grouped_mm" if all(width * itemsize % 16 == 0 for width in widths) else "eager"
+    return kernels.implementation(widths, itemsize)
 
 
 def plain_model(start: Start) -> PreTrainedModel:
