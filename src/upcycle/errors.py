@@ -9,3 +9,12 @@ def listed(names: list[str], most: int = 3) -> str:
     """`a, b, c and 5 more`: enough names to find the fault, never a screenful."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as an error shows it: as Python writes it, and cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of more digits than Python writes; deep nesting
+        return f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= most else f"{text[: most - 3]}..."

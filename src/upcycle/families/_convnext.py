@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.families import Axes, Axis, Config, Shapes, Stack
+from upcycle.families._checked import check
 from upcycle.families._encoder import Encoder, linear, norm, num_labels, pair
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy
@@ -28,14 +29,13 @@ class ConvNeXt(Encoder):
     block_paths = tuple(f"encoder.stages.{s}.layers.*" for s in range(STAGES))
 
     def config(self, raw: Mapping[str, Any]) -> Config:
-        merged = {**self.defaults, **raw}
+        check(self.model_type, raw)
         for key in ("hidden_sizes", "depths"):
-            given = merged[key]
-            sound = isinstance(given, (list, tuple)) and all(type(n) is int and n > 0 for n in given)
-            if not sound or len(given) != STAGES:
+            given = raw.get(key, self.defaults[key])
+            if len(given) != STAGES:
                 raise UpcycleError(
-                    f"config.json of a {self.model_type} model: {key} = {given!r}; it must be {STAGES} whole "
-                    f"numbers of 1 or more, one a stage"
+                    f"config.json of a {self.model_type} model: {key} = {shown(given)}; it must be {STAGES} "
+                    f"whole numbers of 1 or more, one a stage"
                 )
         return super().config(raw)
 
