@@ -1,4 +1,4 @@
-"""config.json with values of the wrong type, size or meaning: a sentence that names the key, never a traceback."""
+"""config.json with values of the wrong type, size or meaning: a sentence that names the key, no traceback."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ ENCODERS = {
 }  # fmt: skip
 
 ODD = [
-    None, "", "x", "1e-5", True, False, -1, 0, 1, 7, 10**9, 10**30, 0.5, -1.5, float("nan"), float("inf"), 1e308,
-    [], [1], ["x"], [None] * 4, [[]], {}, {"a": 1}, {"rope_type": "nonsense"}, {"rope_type": ["yarn"]},
+    None, "", "x", "1e-5", True, False, -1, 0, 1, 7, 10**9, 10**30, 0.5, -1.5, float("nan"), float("inf"),
+    1e308, [], [1], ["x"], [None] * 4, [[]], {}, {"a": 1}, {"rope_type": "nonsense"}, {"rope_type": ["yarn"]},
     {"0": {"1": float("nan")}},
 ]  # fmt: skip
+
+
+def refusal(call, *args) -> str:
+    """What `call` says against its arguments; empty where it takes them. Any other error goes through."""
+    try:
+        call(*args)
+    except UpcycleError as error:
+        return str(error)
+    return ""
 
 
 def small_config(model_type: str) -> dict:
@@ -61,10 +70,7 @@ def planned(checkpoint: Checkpoint, config: dict) -> None:
 
 def test_the_configs_themselves_are_fine(opened):
     for model_type in families.names():
-        try:
-            planned(opened(model_type), opened(model_type).config)
-        except UpcycleError as error:  # a dense layer next to experts
-            assert "is no" not in str(error)
+        assert "config.json" not in refusal(planned, opened(model_type), opened(model_type).config)
 
 
 def read(model_type: str, config: dict) -> None:
@@ -82,11 +88,9 @@ def test_any_value_of_any_key_is_taken_or_refused_in_a_sentence(model_type, open
     extra = ["rope_theta", "rope_scaling", "rope_parameters", "id2label", "architectures", "drop_path_rate"]
     for key in sorted({*checkpoint.config, *known, *extra} - {"model_type"}):
         for value in ODD:
-            try:
-                read(model_type, {**checkpoint.config, key: value})
-            except UpcycleError as error:
-                assert "\n" not in str(error)
-                assert len(str(error)) < 700, str(error)
+            said = refusal(read, model_type, {**checkpoint.config, key: value})
+            assert "\n" not in said
+            assert len(said) < 700, said
 
 
 def test_plans_of_configs_with_odd_values(opened):
@@ -97,17 +101,14 @@ def test_plans_of_configs_with_odd_values(opened):
         config = {**checkpoint.config, **{key: chosen.choice(ODD) for key in keys}}
         for key in chosen.sample(sorted({*config} - {"model_type"}), chosen.randrange(3)):
             del config[key]
-        try:
-            planned(checkpoint, config)
-        except UpcycleError as error:
-            assert "\n" not in str(error)
+        assert "\n" not in refusal(planned, checkpoint, config)
 
 
 @pytest.mark.parametrize(
     ("model_type", "changes", "said"),
     [
         ("llama", {"hidden_act": "nonsense"}, "hidden_act = 'nonsense'; it must be one of gelu"),
-        ("llama", {"rope_scaling": {"rope_type": "nonsense", "factor": 2.0}}, "rope_scaling.rope_type = 'nonsense'"),
+        ("llama", {"rope_scaling": {"rope_type": "nonsense"}}, "rope_scaling.rope_type = 'nonsense'"),
         ("llama", {"rope_theta": -1}, "rope_theta = -1"),
         ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5'; it must be a number"),
         ("llama", {"rms_norm_eps": -1}, "rms_norm_eps = -1"),
@@ -118,7 +119,7 @@ def test_plans_of_configs_with_odd_values(opened):
         ("t5", {"feed_forward_proj": None}, "feed_forward_proj = None"),
         ("t5", {"feed_forward_proj": "gated-x"}, "feed_forward_proj = 'gated-x'"),
         ("convnext", {"depths": [2, 10**9, 1, 1]}, "depths"),
-        ("vit", {"architectures": "ViTModel"}, "architectures = 'ViTModel'; it must be a list, each entry text"),
+        ("vit", {"architectures": "ViTModel"}, "'ViTModel'; it must be a list, each entry text"),
         ("vit", {"architectures": [5]}, "architectures = [5]"),
         ("vit", {"patch_size": None}, "patch_size = None"),
         ("vit", {"some_key": [float("nan")]}, "some_key holds nan"),

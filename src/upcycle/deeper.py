@@ -9,6 +9,7 @@ from __future__ import annotations
 from upcycle import upcycled
 from upcycle.errors import UpcycleError
 from upcycle.families import PER_BLOCK, Config
+from upcycle.families._checked import MOST_BLOCKS
 from upcycle.lazy import Lazy
 from upcycle.natives import Native
 from upcycle.recipe import Recipe
@@ -28,6 +29,10 @@ def config(dense: Dense, times: int) -> Config:
     """config.json of the deeper model: counts of blocks times `times`, entries of blocks repeated."""
     if times < 2:
         raise UpcycleError(f"moe.depth = {times}; a deeper model repeats its blocks 2 times or more")
+    if (blocks := sum(stack.count for stack in dense.stacks)) * times > MOST_BLOCKS:
+        raise UpcycleError(
+            f"moe.depth = {times} makes {blocks * times:,} blocks of {blocks}; {MOST_BLOCKS:,} are taken at most"
+        )
     out = dict(dense.checkpoint.config)
     for key in _COUNTS:
         count = out.get(key)

@@ -17,4 +17,9 @@ def shown(value: object, most: int = 60) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a whole number of more digits than Python writes; deep nesting
         return f"a {type(value).__name__} that is too long to show"
+    return cut(text, most)
+
+
+def cut(text: str, most: int = 80) -> str:
+    """A text as an error shows it: as it is, and its beginning where it is long."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

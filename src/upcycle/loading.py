@@ -21,7 +21,7 @@ from upcycle.dtypes import TORCH_NAMES
 from upcycle.errors import UpcycleError
 from upcycle.natives import Native
 from upcycle.proof import quiet
-from upcycle.recipe import Recipe
+from upcycle.recipe import RecipeLike
 from upcycle.source import refuse_two_heads
 from upcycle.upcycled import CLASS_PREFIX
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def load(
     source: str | Path | Checkpoint,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     distributed_config: DistributedConfig | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,

@@ -25,7 +25,7 @@ from upcycle.checkpoint import INDEX, Checkpoint, file_hash
 from upcycle.errors import UpcycleError
 from upcycle.hub import CARRIED
 from upcycle.journal import JOURNAL, Journal
-from upcycle.recipe import Recipe
+from upcycle.recipe import RecipeLike
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.source import refuse_two_heads
 
@@ -48,7 +48,7 @@ class Task:
 def convert(
     source: str | Path | Checkpoint,
     out: str | Path,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     resume: bool = False,
     jobs: int = 2,

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
+from upcycle.paths import as_paths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """What to evaluate on. `limit` is the number of images, rows, windows or examples at most; 0: all."""
 
-    text: Path | Sequence[Path] | None = None
+    text: Path | Sequence[Path] | None = None  # paths may be given as text
     images: Path | None = None
     shots: Path | None = None  # images that the probe is fitted on; it is tested on `images`
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
@@ -29,6 +30,7 @@ class Asked:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "shots", "task_files", "superglue", "cache")
         by_text = bool(self.texts or self.by_harness or self.superglue)
         if by_text == (self.images is not None) and self.shots is None:
             raise UpcycleError(

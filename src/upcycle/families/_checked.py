@@ -92,6 +92,14 @@ _GATED_ACT = Kind(
 _FLAG_OR_COUNT = Kind("0, 1, true or false", lambda value: type(value) in (int, bool) and value in (0, 1))
 
 
+def _a_stage(kind: Kind) -> Kind:
+    """One of them for each stage of a ConvNeXt."""
+    return Kind(
+        "4 whole numbers of 1 or more, one a stage",
+        lambda v: _is_list(v) and len(v) == 4 and all(map(kind.fits, v)),
+    )
+
+
 def _each(kind: Kind, keys: str) -> dict[str, Kind]:
     return dict.fromkeys(keys.split(), kind)
 
@@ -138,8 +146,8 @@ KINDS: Mapping[str, Kind] = {
     **_each(_POSITIVE, "logits_scaling query_pre_attn_scalar mlp_ratio"),
     **_each(_POSITIVE.or_null(), "attn_logit_softcapping final_logit_softcapping clip_qkv rope_theta"),
     **_each(_SIDES, "image_size patch_size"),
-    "hidden_sizes": _SIZE.listed(),
-    "depths": _BLOCKS.listed(),
+    "hidden_sizes": _a_stage(_SIZE),
+    "depths": _a_stage(_BLOCKS),
     "architectures": _TEXT.listed().or_null(),
     "layer_types": _one_of(LAYER_TYPES).listed().or_null(),
     "no_rope_layers": _FLAG_OR_COUNT.listed().or_null(),
@@ -169,7 +177,8 @@ def check(model_type: str, raw: Mapping[str, Any]) -> None:
             raise _refusal(model_type, key, value, KINDS[key])
         if (odd := _not_finite(value)) is not None:
             raise UpcycleError(
-                f"config.json of a {model_type} model: {key} holds {odd}, which JSON does not have; give a number"
+                f"config.json of a {model_type} model: {key} holds {odd}, which JSON does not have; "
+                f"give a number"
             )
     for section in ("rope_scaling", "rope_parameters"):
         given = raw.get(section) or {}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any
 
-from upcycle.errors import UpcycleError, shown
+from upcycle.errors import UpcycleError
 from upcycle.families import Axes, Axis, Config, Shapes, Stack
-from upcycle.families._checked import check
 from upcycle.families._encoder import Encoder, linear, norm, num_labels, pair
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy
@@ -27,17 +25,6 @@ class ConvNeXt(Encoder):
 
     sizes = ("num_channels",)
     block_paths = tuple(f"encoder.stages.{s}.layers.*" for s in range(STAGES))
-
-    def config(self, raw: Mapping[str, Any]) -> Config:
-        check(self.model_type, raw)
-        for key in ("hidden_sizes", "depths"):
-            given = raw.get(key, self.defaults[key])
-            if len(given) != STAGES:
-                raise UpcycleError(
-                    f"config.json of a {self.model_type} model: {key} = {shown(given)}; it must be {STAGES} "
-                    f"whole numbers of 1 or more, one a stage"
-                )
-        return super().config(raw)
 
     def finish(self, config: Config) -> Config:
         hidden = max(config["hidden_sizes"])

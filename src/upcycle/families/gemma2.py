@@ -45,8 +45,8 @@ class Gemma2(Decoder):
         config = super().config(raw)
         if config["hidden_activation"] is None:
             raise UpcycleError(
-                f"config.json of a {self.model_type} model: hidden_activation is null; name the activation, such "
-                f"as gelu_pytorch_tanh"
+                f"config.json of a {self.model_type} model: hidden_activation is null; name the "
+                f"activation, such as gelu_pytorch_tanh"
             )
         kinds = every_nth_full(config, self.interval(config))
         return {**config, "hidden_act": config["hidden_activation"], "layer_types": kinds}

@@ -6,6 +6,7 @@ import json
 import platform
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,13 @@ class Result:
     held_out_loss: float | None
 
 
-def train(run: Run, *, resume: bool = False) -> Result:
-    """Train as `run` says, on this process or as one of those that torchrun started.
+def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
+    """Train as `run` (or the run file at that path) says, on this process or as one of those that torchrun started.
 
     `resume` goes on from the newest checkpoint of `run.out`, bit for bit on one process; where there is none
     it begins. SIGTERM saves and gives an unfinished result. Raises `UpcycleError` for a mistake.
     """
+    run = Run.of(run)
     precision = _precision(run)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle import recipe as recipes
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.recipe import Recipe
 from upcycle.training.corpus import Data
 from upcycle.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from upcycle.training.tasks import Task
+
+
+MOST_ROWS = 1 << 20  # of a global batch; no published run comes near them
+MOST_TOKENS = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,11 @@ class Train:
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UpcycleError(f"train.{name} = {value}; it must be 1 or more")
+        if self.rows > MOST_ROWS or (self.batch_size is None and self.batch_tokens > MOST_TOKENS):
+            raise UpcycleError(
+                f"train.batch_size = {self.batch_size or self.rows} and train.batch_tokens = {self.batch_tokens}: "
+                f"a global batch has {MOST_ROWS:,} rows and {MOST_TOKENS:,} tokens at most"
+            )
         if self.batch_size is None and self.batch_tokens % self.sequence_length:
             raise UpcycleError(
                 f"train.batch_tokens = {self.batch_tokens} is no multiple of train.sequence_length = "
@@ -202,9 +211,19 @@ class Run:
             )
 
     @classmethod
-    def of(cls, table: Mapping[str, Any], /) -> Run:
-        """A run from a nested table as TOML has it."""
-        data = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    def of(cls, given: Run | Mapping[str, Any] | str | Path, /) -> Run:
+        """A run from what there is: a nested table as TOML has it, a run file by its path, or a run."""
+        if isinstance(given, Run):
+            return given
+        if isinstance(given, (str, Path)):
+            return cls.load(given)
+        if not isinstance(given, Mapping):
+            raise UpcycleError(
+                f"{shown(given)} is no run; give a Run, a table as a run file has it, or the path of one"
+            )
+        data = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+        if data.get("moe") is False:
+            del data["moe"]
         router = data.pop("router", {})
         if not isinstance(router, dict):
             raise UpcycleError(f"[router] must be a section with keys, not {router!r}")
@@ -217,20 +236,19 @@ class Run:
                 raise UpcycleError(f"[task] must be a section with keys, not {data['task']!r}")
             made["task"] = tasks.read(data.pop("task"))
         if "moe" in data:
-            keys = ("moe", "init", "dtype", "successor", *recipes.STACKS)
-            sections: dict[str, Any] = {k: data.pop(k) for k in keys if k in data}
+            sections: dict[str, Any] = {k: data.pop(k) for k in recipes.OF_EXPERTS if k in data}
             made["recipe"] = Recipe.of(sections, router=for_recipe, seed=data.get("seed", 0))
-        elif stray := [k for k in ("init", "dtype", "successor", *recipes.STACKS) if k in data] + [
-            f"router.{k}" for k in for_recipe
-        ]:
+        elif stray := [k for k in recipes.OF_EXPERTS if k in data] + [f"router.{k}" for k in for_recipe]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
-        run: Run = recipes.read(cls, {**data, "router": router}, "", made)
+        beside = {"moe": recipes.Moe, "successor": recipes.Successor}
+        others = dict.fromkeys(("task", "init", "dtype", "base", *recipes.STACKS))
+        run: Run = recipes.read(cls, {**data, "router": router}, "", made, {**beside, **others})
         return run
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Run:
         """The run in the TOML file `path`, with `KEY=VALUE` overrides."""
-        return cls.of(recipes.override(recipes.read_toml(Path(path), "run file"), overrides))
+        return cls.of(recipes.override(recipes.read_toml(path, "run file"), overrides))
 
     @property
     def train_seed(self) -> int:
