@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from upcycle.cli.options import app, names
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, printable
 
 Domains = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[NAME=]PATH")]
 
@@ -97,7 +97,7 @@ def eval_(
     elif lost:
         raise lost[0]
     for unwritten in lost:
-        print(f"upcycle: {unwritten}", file=sys.stderr)
+        print(f"upcycle: {printable(str(unwritten))}", file=sys.stderr)
 
 
 @app.command
