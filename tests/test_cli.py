@@ -255,3 +255,22 @@ def test_demo(tmp_path, capsys):
     for name in ("copy", "drop", "recycle"):
         trained = tmp_path / "demo" / "trained" / name
         assert {"eval.json", "routing.json", "upcycle.json"} <= {path.name for path in trained.iterdir()}
+
+
+def test_split_and_the_router_that_keeps_its_function(dense, capsys):
+    """README, warnings and what is planned name the same setting."""
+    split = ["plan", str(dense("llama", intermediate_size=64, head_dim=8)), "--json", "--init", "split", "--experts", "4",
+             "--set", "moe.granularity=4"]  # fmt: skip
+    found = {}
+    for top_k in (2, 4):
+        for router in ("zeros", "uniform", "normal"):
+            cli.main([*split, "--top-k", str(top_k), "--set", f"router.init={router}"])
+            plan = json.loads(capsys.readouterr().out)
+            found[top_k, router] = plan["preserves_function"], " ".join(plan["warnings"])
+    assert found[4, "zeros"] == (True, "")
+    for router in ("uniform", "normal"):
+        kept, said = found[4, router]
+        assert not kept
+        assert "router.init = zeros keeps the function" in said
+    assert "same experts" in found[2, "zeros"][1]
+    assert found[2, "uniform"] == (False, "")

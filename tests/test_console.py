@@ -105,7 +105,7 @@ def test_a_console_that_cannot_print_a_character(encoding, dense, tmp_path, monk
         (KeyboardInterrupt(), 130, "interrupted"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
         (MemoryError(), 2, "the memory does not reach"),
-        (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 2, "error: x.bin: No space left on device; make"),
+        (OSError(errno.ENOSPC, "No space left", "x.bin"), 2, "error: x.bin: No space left; make room"),
         (OSError(errno.EXDEV, "Invalid link", "a", None, "b"), 2, "error: a to b: Invalid link"),
         (ValueError("odd"), 70, "internal error: ValueError: odd"),
         (ZeroDivisionError(), 70, "UPCYCLE_TRACEBACK=1"),

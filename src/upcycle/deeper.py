@@ -31,7 +31,8 @@ def config(dense: Dense, times: int) -> Config:
         raise UpcycleError(f"moe.depth = {times}; a deeper model repeats its blocks 2 times or more")
     if (blocks := sum(stack.count for stack in dense.stacks)) * times > MOST_BLOCKS:
         raise UpcycleError(
-            f"moe.depth = {times} makes {blocks * times:,} blocks of {blocks}; {MOST_BLOCKS:,} are taken at most"
+            f"moe.depth = {times} makes {blocks * times:,} blocks of {blocks}; {MOST_BLOCKS:,} are taken at "
+            f"most"
         )
     out = dict(dense.checkpoint.config)
     for key in _COUNTS:

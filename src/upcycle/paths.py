@@ -10,7 +10,7 @@ from upcycle.errors import UpcycleError, shown
 
 
 def as_paths(instance: Any, *fields: str) -> None:
-    """Make the paths in these fields of a frozen dataclass `Path`s: one, a list, or a table of them by name."""
+    """Make the paths in these fields of a frozen dataclass `Path`s: one, a list, or a table by name."""
     for field in fields:
         object.__setattr__(instance, field, _path(getattr(instance, field), field))
 

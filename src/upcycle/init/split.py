@@ -84,6 +84,15 @@ class Split(Init):
         return whole and (site.uniform_router or site.num_experts == 1)
 
 
+    def warnings(self, site: Site) -> list[str]:
+        if self.preserves(site) or site.top_k != site.num_experts or self.scale(site) != site.top_k:
+            return []
+        return [
+            "all parts are chosen, and they add up to the dense network where the router scores all of them "
+            "alike: router.init = zeros keeps the function"
+        ]
+
+
 @once(maxsize=1)
 def _parsed(path: Path, mtime: int) -> Any:
     return json.loads(path.read_text())

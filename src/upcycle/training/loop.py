@@ -44,7 +44,7 @@ class Result:
 
 
 def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
-    """Train as `run` (or the run file at that path) says, on this process or as one of those that torchrun started.
+    """Train as `run` (a run, its table, or its file) says, on this process or as one of torchrun's.
 
     `resume` goes on from the newest checkpoint of `run.out`, bit for bit on one process; where there is none
     it begins. SIGTERM saves and gives an unfinished result. Raises `UpcycleError` for a mistake.
