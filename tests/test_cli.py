@@ -259,8 +259,8 @@ def test_demo(tmp_path, capsys):
 
 def test_split_and_the_router_that_keeps_its_function(dense, capsys):
     """README, warnings and what is planned name the same setting."""
-    split = ["plan", str(dense("llama", intermediate_size=64, head_dim=8)), "--json", "--init", "split", "--experts", "4",
-             "--set", "moe.granularity=4"]  # fmt: skip
+    source = str(dense("llama", intermediate_size=64, head_dim=8))
+    split = ["plan", source, "--json", "--init", "split", "--experts", "4", "--set", "moe.granularity=4"]
     found = {}
     for top_k in (2, 4):
         for router in ("zeros", "uniform", "normal"):

@@ -213,8 +213,8 @@ def _given(given: Any) -> dict[str, Any]:
     if isinstance(given, Mapping):
         return dict(given)
     raise UpcycleError(
-        f"{shown(given)} is no recipe; give a Recipe, a table such as {{'moe': {{'num_experts': 8}}}}, or the "
-        f"path of a TOML file"
+        f"{shown(given)} is no recipe; give a Recipe, a table such as {{'moe': {{'num_experts': 8}}}}, or "
+        f"the path of a TOML file"
     )
 
 

@@ -83,7 +83,6 @@ class Split(Init):
         whole = site.top_k == site.num_experts == self.scale(site)
         return whole and (site.uniform_router or site.num_experts == 1)
 
-
     def warnings(self, site: Site) -> list[str]:
         if self.preserves(site) or site.top_k != site.num_experts or self.scale(site) != site.top_k:
             return []

@@ -68,8 +68,8 @@ class Train:
                 raise UpcycleError(f"train.{name} = {value}; it must be 1 or more")
         if self.rows > MOST_ROWS or (self.batch_size is None and self.batch_tokens > MOST_TOKENS):
             raise UpcycleError(
-                f"train.batch_size = {self.batch_size or self.rows}, train.batch_tokens = {self.batch_tokens}: a "
-                f"global batch has {MOST_ROWS:,} rows and {MOST_TOKENS:,} tokens at most"
+                f"train.batch_size = {self.batch_size or self.rows}, train.batch_tokens = {self.batch_tokens}: "
+                f"a global batch has {MOST_ROWS:,} rows and {MOST_TOKENS:,} tokens at most"
             )
         if self.batch_size is None and self.batch_tokens % self.sequence_length:
             raise UpcycleError(
