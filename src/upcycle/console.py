@@ -31,6 +31,7 @@ from upcycle.errors import printable
 if TYPE_CHECKING:
     from upcycle.advise.gather import Advice
     from upcycle.cost import Plan
+    from upcycle.keys import Key
     from upcycle.proof import Proof
     from upcycle.statistics import Statistics
     from upcycle.training.export import Exported
@@ -341,6 +342,18 @@ def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:
         for row in rows:
             shown.add_row(row["name"], row["summary"], row["needs"])
         out.print(shown)
+        out.print()
+
+
+def show_keys(keys: dict[str, list[Key]]) -> None:
+    """One table a section."""
+    for section, rows in keys.items():
+        shown = Table(title=section, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for column in ("key", "takes", "default", ""):
+            shown.add_column(column, overflow="fold")
+        for row in rows:
+            shown.add_row(row.name, row.takes, row.default, row.sentence)
+        out.print(shown, soft_wrap=False)
         out.print()
 
 

@@ -1,11 +1,11 @@
 """`upcycle keys`: every key of a recipe and of a run file, made from the dataclasses that read them.
 
-The sentence of a key is the comment beside its field, or what the docstring of its class says after
-"`key`:"; so the page says what the code says.
+The sentence of a key is the comment beside its field or above it, so that the page says what the code says.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import io
@@ -13,21 +13,20 @@ import re
 import textwrap
 import tokenize
 import types
-from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from upcycle import init, recipe
 from upcycle.nn import routers
 
 TITLE = "Keys of recipes and run files"
-ABOUT = (
-    "A recipe (`--recipe FILE.toml`) has `seed`, `dtype`, `[moe]`, `[init]`, `[router]`, `[successor]` and the "
-    "tables of stacks; a run file (`upcycle train`) has those and the rest. `--set KEY=VALUE` goes over a file. "
-    "`base = FILE`, at the top of a file, lays it over another one; `moe = false` takes that one's experts away. "
-    "`[decoder.moe]` and `[decoder.router]` of an encoder-decoder, and `[stage_1.moe]` to `[stage_4.router]` of a "
-    "ConvNeXt, hold what that stack of blocks has otherwise. Places for all tokens, so that a router with a "
-    "capacity drops none, are `capacity_factor = num_experts`."
-)
+ABOUT = """
+A recipe (`--recipe FILE.toml`) has `seed`, `dtype`, `[moe]`, `[init]`, `[router]`, `[successor]` and the
+tables of stacks; a run file (`upcycle train`) has those and the rest. `--set KEY=VALUE` goes over a file.
+`base = FILE`, at the top of a file, lays it over another one; `moe = false` takes that one's experts away.
+`[decoder.moe]` and `[decoder.router]` of an encoder-decoder, and `[stage_1.moe]` to `[stage_4.router]` of a
+ConvNeXt, hold what that stack of blocks has otherwise. Capacity for all tokens, of a router that has a
+capacity, is `capacity_factor = num_experts`.
+""".strip()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def of(cls: type[Any], without: tuple[str, ...] = ()) -> list[Key]:
 
 def markdown() -> str:
     """docs/keys.md."""
-    parts = [f"# {TITLE}", textwrap.fill(ABOUT, 110)]
+    parts = [f"# {TITLE}", ABOUT]
     for section, keys in everything().items():
         rows = [(f"`{k.name}`", k.takes, k.default, k.sentence) for k in keys]
         table = [("key", "takes", "default", ""), ("---",) * 4, *rows]
@@ -95,7 +94,7 @@ def markdown() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_dict() -> Mapping[str, list[dict[str, str]]]:
+def as_dict() -> dict[str, list[dict[str, str]]]:
     """The same as JSON has it."""
     return {section: [dataclasses.asdict(key) for key in keys] for section, keys in everything().items()}
 
@@ -130,32 +129,30 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _sentence(cls: type[Any], name: str) -> str:
-    """What the nearest class that says something about the field says."""
+    """What is said beside the field, by the nearest class that says something."""
     for owner in cls.__mro__:
-        if name in owner.__dict__.get("__annotations__", {}) and (said := _comments(owner).get(name)):
-            return said
-    for owner in cls.__mro__:
-        if said := _in_docstring(owner.__doc__ or "", name):
-            return said
+        if name in inspect.get_annotations(owner) and (said := _comments(owner).get(name)):
+            return said.replace("None:", "none:")
     return ""
 
 
 def _comments(cls: type[Any]) -> dict[str, str]:
-    """The comments beside the fields of a class, by field."""
+    """The comments beside the fields of a class and above them, by field."""
     source = textwrap.dedent(inspect.getsource(cls))
-    out: dict[str, list[str]] = {}
-    field, depth = "", 0
+    lines = source.splitlines()
+    comments: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.NAME and token.start[1] == 4 and not depth:
-            field = token.string
-        depth += (token.string in "([{") - (token.string in ")]}") if token.type == tokenize.OP else 0
-        if token.type == tokenize.COMMENT and token.line[: token.start[1]].strip():
+        if token.type == tokenize.COMMENT:
             said = re.sub(r"^#\s*(type: ignore\S*|noqa\S*|fmt: \S*)?", "", token.string).strip()
-            out.setdefault(field, []).append(said)
-    return {name: " ".join(said) for name, said in out.items() if any(said)}
-
-
-def _in_docstring(text: str, name: str) -> str:
-    """The part of a docstring that begins with "`name`", up to the next key."""
-    found = re.search(rf"`{name}`(?: and `\w+`)?:?\s(.*?)(?=;?\s+(?:- )?`\w+`:|\.\s|\.?$|\n\s*\n)", text, re.S)
-    return " ".join(found[1].split()).rstrip(".;") if found else ""
+            comments[token.start[0]] = said.removeprefix("# ")
+    out = {}
+    (tree,) = ast.parse(source).body
+    assert isinstance(tree, ast.ClassDef)
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            first = node.lineno
+            while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
+                first -= 1
+            within = range(first, (node.end_lineno or first) + 1)
+            out[node.target.id] = " ".join(comments[n] for n in within if comments.get(n))
+    return out

@@ -46,15 +46,17 @@ _NAMES = ("init.name", "router.name", *(f"{stack}.router.name" for stack in STAC
 class Moe:
     """The shape of the Mixture of Experts."""
 
-    num_experts: int = 8
-    top_k: int = 2
+    num_experts: int = 8  # in each layer
+    top_k: int = 2  # experts that a token uses, of a router that lets tokens choose
+    # which blocks get experts: a name, or their numbers from 0; every_other is 1, 3, 5, ...
     layers: Layers | tuple[int, ...] = "all"
+    # native (the family's MoE class of transformers), one by name, upcycled, depth_tiled or dense
     target: str = "native"
-    granularity: int = 1
+    granularity: int = 1  # G: an expert is 1 / G of the dense network wide
     expert_width: int = 0  # neurons of an expert; 0: those of the dense network / granularity
     universal_experts: int = 0  # narrower experts beside them, for routers of slots (MoE Jetpack)
     universal_width: int = 0  # neurons of those; 0: a quarter of the others'
-    shared_experts: int = 0
+    shared_experts: int = 0  # 0, or G: the dense network itself stands beside the experts
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT sees
     depth: int = 2  # how often each block stands, for the target depth_tiled
 
@@ -86,8 +88,10 @@ class Successor:
     successor's size.
     """
 
+    # channels of the narrower model; a list, one a stage, in a ConvNeXt; 0 keeps the source's
     hidden_size: int | tuple[int, ...] = 0
-    intermediate_size: int = 0
+    intermediate_size: int = 0  # neurons of its networks; 0 keeps the ratio
+    # where all but the experts comes from: predecessor (the source), or a checkpoint of that size
     rest: str = "predecessor"
 
     def __post_init__(self) -> None:
@@ -113,8 +117,8 @@ class Recipe:
     `[decoder.router]` with the keys that differ, and likewise `[stage_1]` to `[stage_4]` in a ConvNeXt.
     """
 
-    seed: int = 0
-    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    seed: int = 0  # of every random number
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights that are written
     moe: Moe = Moe()
     init: Init
     router: Router

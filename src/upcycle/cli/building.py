@@ -125,6 +125,23 @@ def verify(
     sys.exit(0 if result.holds else 1)
 
 
+@app.command
+def keys(*, markdown: Flag = False, json: Flag = False) -> None:
+    """List every key of a recipe and of a run file: what it takes, its default, one sentence.
+
+    Args:
+        markdown: print the page docs/keys.md
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle import keys as known
+
+    if markdown:
+        sys.stdout.write(known.markdown())
+        return
+    console.show_json(known.as_dict()) if json else console.show_keys(known.everything())
+
+
 @app.command(name="list")
 def list_(*, json: Flag = False) -> None:
     """List families, targets, initialisations and router initialisations: name, one line, what it needs.

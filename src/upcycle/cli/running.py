@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from upcycle.cli import ready
 from upcycle.cli.options import Count, File, Flag, Out, Source, Text, Whole, app, names
 
 
@@ -85,11 +86,14 @@ def train(
     """
     import os
 
-    from upcycle import console
-    from upcycle.training.loop import train as go
     from upcycle.training.run import Run
 
-    result = go(Run.load(run, set), resume=resume)
+    asked = Run.load(run, set)
+    ready.to_train(asked)  # before torch is imported, which takes seconds
+    from upcycle import console
+    from upcycle.training.loop import train as go
+
+    result = go(asked, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         console.show_trained(result)
 

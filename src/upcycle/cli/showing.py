@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from upcycle.cli import ready
 from upcycle.cli.options import Count, File, Flag, Names, Number, Text, Whole, app, names
 from upcycle.errors import UpcycleError, printable
 
@@ -66,18 +67,21 @@ def eval_(
         out: write everything, comparison included, to this JSON file
         json: print JSON
     """
-    from upcycle import console, hub
-    from upcycle.evaluate import results
-    from upcycle.evaluate.comparison import compare
-    from upcycle.evaluate.scores import Asked, refuse, score
+    from upcycle.evaluate.asked import Asked
 
     asked = Asked(
-        text=_domains(text, lambda path: path.name), images=images, shots=few_shot, tasks=names(tasks), task_files=task_files,
-        num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,
-        separator=separator, batch_size=batch_size, limit=limit, cache=cache,
+        text=_domains(text, lambda path: path.name), images=images, shots=few_shot, tasks=names(tasks),
+        task_files=task_files, num_fewshot=num_fewshot, superglue=superglue, per_class=per_class,
+        length=length, stride=stride, separator=separator, batch_size=batch_size, limit=limit, cache=cache,
     )  # fmt: skip
     if not checkpoints:
         raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
+    ready.to_eval(checkpoints, asked)  # before torch is imported, which takes seconds
+    from upcycle import console, hub
+    from upcycle.evaluate import results
+    from upcycle.evaluate.comparison import compare
+    from upcycle.evaluate.scores import refuse, score
+
     refuse(checkpoints, asked)
     scored = [score(checkpoint, asked) for checkpoint in checkpoints]
     compared = compare(scored)

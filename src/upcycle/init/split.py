@@ -38,8 +38,10 @@ class Split(Init):
     needs = "moe.granularity = moe.num_experts"
     fine_grained = True
 
+    # who deals the neurons out: chance, balanced k-means on the gate, or the file in labels
     by: Literal["random", "kmeans", "file"] = "random"
-    labels: str = ""
+    labels: str = ""  # JSON: for each layer number, the expert of each neuron
+    # what outputs are multiplied by: K (selected), N (expected), N / K (llama_moe)
     output: Literal["selected", "expected", "llama_moe"] = "selected"
 
     def __post_init__(self) -> None:

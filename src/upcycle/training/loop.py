@@ -111,6 +111,8 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
+            for note in trainee.task.notes():
+                log.say(note)
         if state["step"] == 0 and held_out is not None:
             score = step.evaluate(trainee, held_out)
             state |= {"held_out_loss": score.loss, "held_out_start": score.loss}
