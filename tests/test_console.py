@@ -107,8 +107,8 @@ def test_a_console_that_cannot_print_a_character(encoding, dense, tmp_path, monk
         (MemoryError(), 2, "the memory does not reach"),
         (OSError(errno.ENOSPC, "No space left", "x.bin"), 2, "error: x.bin: No space left; make room"),
         (OSError(errno.EXDEV, "Invalid link", "a", None, "b"), 2, "error: a to b: Invalid link"),
-        (ValueError("odd"), 70, "internal error: ValueError: odd"),
-        (ZeroDivisionError(), 70, "UPCYCLE_TRACEBACK=1"),
+        (ValueError("odd"), 3, "internal error: ValueError: odd"),
+        (ZeroDivisionError(), 3, "UPCYCLE_TRACEBACK=1"),
     ],
 )  # fmt: skip
 def test_exit_codes(error, code, said, monkeypatch, capsys):
@@ -144,7 +144,7 @@ def test_verify_that_breaks_is_no_verdict(monkeypatch, capsys, dense, tmp_path):
     monkeypatch.setattr(proof, "verify", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["verify", "a", "b"])
-    assert exit_.value.code == 70
+    assert exit_.value.code == 3
 
 
 def test_ctrl_c_is_ctrl_c_whatever_a_library_makes_of_it(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import families, natives
+from upcycle import families, mistaken, natives
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import FLOATS
 from upcycle.errors import UpcycleError, listed, shown
@@ -137,6 +137,8 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> di
     where = checkpoint.folder
     expected |= {n: shape for n, shape in family.optional(config).items() if n in found}
     if missing := [n for n in expected if n not in found]:
+        if wrapped := mistaken.names(found):
+            raise UpcycleError(f"{where}: {wrapped}")
         raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
     for name, shape in expected.items():
         if found[name].shape != shape:

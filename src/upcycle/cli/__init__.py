@@ -1,7 +1,7 @@
 """The command line: `upcycle plan | advise | convert | verify | calibrate | train | ...`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: verify found
-that a promise does not hold; 2: a mistake in what was given; 70: a fault of upcycle itself; 130: interrupted;
+that a promise does not hold; 2: a mistake in what was given; 3: a fault of upcycle itself; 130: interrupted;
 141: whoever read the output went away. Nothing heavy is imported before a command runs.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from upcycle.errors import UpcycleError, cut, printable
 
-MISTAKE, FAULT, INTERRUPTED, NOBODY_READS = 2, 70, 130, 141
+MISTAKE, FAULT, INTERRUPTED, NOBODY_READS = 2, 3, 130, 141
 GO_ON = "interrupted; convert and train go on with --resume, calibrate as it was started"
 
 
