@@ -35,10 +35,12 @@ def warnings(built: Blueprint) -> list[str]:
             "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "
             "task; use top_k = 2 or more, or router.normalize = false where the target allows it"
         )
-    if site.uniform_router:
+    row = built.dense.family.lengths(built.dense.config)[site.stack]
+    meets_all = router.experts_per_token(site.num_experts, site.top_k, row) >= site.num_experts
+    if site.uniform_router and not meets_all:
         out.append(
             "an all-zero router gives every expert the same score, and ties send every token to the same "
-            "experts; use another init, or a small std"
+            "experts; use another router.init, or a small router.std"
         )
     out += [note for part in built.parts.values() if (note := _not_renormalised(part)) is not None]
     if any(getattr(part.router, "capacity_factor", None) for part in _causal(built)):
@@ -90,7 +92,8 @@ def _not_renormalised(part: Recipe) -> str | None:
         )
     return (
         f"the router's weights are not renormalised: experts are scaled by {factor:g} and the "
-        f"function is kept only as far as the router is uniform (std {part.router.std:g})"
+        f"function is kept only as far as the router scores all experts alike (router.std = "
+        f"{part.router.std:g}; router.init = zeros does)"
     )
 
 

@@ -23,7 +23,7 @@ from upcycle.families import Config
 from upcycle.hub import open_checkpoint
 from upcycle.init import Site
 from upcycle.lazy import Lazy
-from upcycle.recipe import Recipe
+from upcycle.recipe import Recipe, RecipeLike
 from upcycle.source import Dense, admit, admit_donors
 from upcycle.targets import Target
 
@@ -163,11 +163,15 @@ class Blueprint:
         return all(e.dtype in ("F32", "F64") for e in self.entries.values())
 
 
-def blueprint(source: str | Path | Checkpoint, recipe: Recipe, *, allow_nonfinite: bool = False) -> Blueprint:
-    """The blueprint of the MoE that `recipe` makes of the dense checkpoint `source` (folder or hub id).
+def blueprint(
+    source: str | Path | Checkpoint, recipe: RecipeLike = None, *, allow_nonfinite: bool = False
+) -> Blueprint:
+    """The blueprint of the MoE that `recipe` (or its table, or its file) makes of the dense checkpoint
+    `source` (folder or hub id).
 
     Raises `UpcycleError` where source and recipe do not fit; reads headers only.
     """
+    recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
     dense = admit(source)

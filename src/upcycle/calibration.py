@@ -31,6 +31,7 @@ from upcycle.evaluate.rows import Rows
 from upcycle.evaluate.stopped import begun, restore, save
 from upcycle.hub import open_checkpoint
 from upcycle.nn import models, opening
+from upcycle.paths import as_paths
 from upcycle.proof import quiet
 from upcycle.signals import noted
 from upcycle.source import Dense, admit
@@ -68,6 +69,7 @@ class Asked:
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "cache")
         if (self.text is None) == (self.images is None):
             raise UpcycleError("give either --images PATH or --text PATH to calibrate on")
         refuse_unknown("--collect", self.collect, NAMES)

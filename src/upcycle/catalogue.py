@@ -11,7 +11,11 @@ Row = dict[str, str]
 ROUTER_INITS: list[Row] = [
     {"name": "normal", "summary": "N(0, std^2)", "needs": "nothing"},
     {"name": "uniform", "summary": "uniform with mean 0 and standard deviation std", "needs": "nothing"},
-    {"name": "zeros", "summary": "all zero; ties send every token to the same experts", "needs": "nothing"},
+    {
+        "name": "zeros",
+        "summary": "all zero: every expert scores alike; ties send all tokens to the same ones",
+        "needs": "nothing",
+    },
     {"name": "orthogonal", "summary": "orthogonal rows of norm std x sqrt(H)", "needs": "nothing"},
     {
         "name": "grouped",

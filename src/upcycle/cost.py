@@ -12,7 +12,7 @@ from upcycle import advice
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.hub import peek
-from upcycle.recipe import Recipe
+from upcycle.recipe import RecipeLike
 from upcycle.shards import DEFAULT_SHARD, lay_out
 from upcycle.source import Dense
 
@@ -83,7 +83,7 @@ class Plan:
 
 def plan(
     source: str | Path | Checkpoint,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     jobs: int = 2,
     shard_size: int = DEFAULT_SHARD,

@@ -22,7 +22,7 @@ from upcycle.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.nn.upcycled_config import CLASS_PREFIX
 from upcycle.proof import quiet
-from upcycle.recipe import Recipe
+from upcycle.recipe import RecipeLike
 from upcycle.source import refuse_two_heads
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def load(
     source: str | Path | Checkpoint,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     distributed_config: DistributedConfig | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from upcycle import memory
 from upcycle.computed import Drawn, Fill
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     from upcycle.source import Dense
 
 NARROW = 128  # neurons of a shared expert that must exist and was not asked for
+MOST_EXPERTS = 1 << 17  # in all layers together; the largest published models have some 25,000
+EXPERT_BYTES = 8 << 10  # that the names and the making of an expert take, measured
 SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exactly 0 (NaN in llama.cpp)
 
 
 def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     """The blocks that become MoE, stack by stack, checked for what the initialisation and the router need."""
+    _refuse_too_many_experts(recipe, dense)
     out = []
     for stack in dense.stacks:
         part = recipe.at(stack.name)
@@ -67,6 +71,22 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     if not out:
         raise UpcycleError("moe.layers chooses no layer; the result would be the dense model")
     return tuple(out)
+
+
+def _refuse_too_many_experts(recipe: Recipe, dense: Dense) -> None:
+    """Refuse numbers of experts that would only fill the memory, before the first of them is made."""
+    total = 0
+    for stack in dense.stacks:
+        part = recipe.at(stack.name)
+        each = part.moe.num_experts + part.moe.universal_experts
+        total += each * len(chosen_layers(part, stack))
+    room = memory.available()
+    most = MOST_EXPERTS if room is None else min(MOST_EXPERTS, room // EXPERT_BYTES)
+    if total > most:
+        raise UpcycleError(
+            f"moe.num_experts = {recipe.moe.num_experts} makes {total:,} experts in all layers together; "
+            f"{most:,} are taken at most here, so take fewer experts or fewer layers"
+        )
 
 
 def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:

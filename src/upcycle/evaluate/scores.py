@@ -6,6 +6,7 @@ text."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,16 +159,15 @@ def _on_texts(
     task = tasks.of(subject.architecture)
     speaks = subject.architecture.endswith((DECODER, ENCODER_DECODER))
     language = LanguageModel.of(model, words, subject, batch_size=asked.batch_size) if speaks else None
-    for path in asked.texts:
+    for name, path in asked.named.items():
         if language is not None and isinstance(task, CausalLM):
-            results.append(
-                text.score(
-                    language, path, length=asked.length, stride=asked.stride, limit=asked.limit,
-                    separator=asked.separator,
-                )
+            scored = text.score(
+                language, path, length=asked.length, stride=asked.stride, limit=asked.limit,
+                separator=asked.separator,
             )  # fmt: skip
         else:
-            results.append(rows_scored.of_text(model, subject, path, task, asked, cache))
+            scored = rows_scored.of_text(model, subject, path, task, asked, cache)
+        results.append(dataclasses.replace(scored, name=name))
     if asked.by_harness:
         assert language is not None
         results += _harness().score(

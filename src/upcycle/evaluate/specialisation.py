@@ -25,6 +25,7 @@ from upcycle.evaluate.results import write
 from upcycle.evaluate.routing_file import FILE, FORMAT
 from upcycle.evaluate.rows import Rows
 from upcycle.nn import models
+from upcycle.paths import as_paths
 from upcycle.proof import quiet
 from upcycle.subject import Subject
 from upcycle.training.corpus import read_tokenizer
@@ -47,6 +48,7 @@ class Asked:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "cache")
         if bool(self.text) == bool(self.images):
             raise UpcycleError("give either --text [NAME=]FILE or --images [NAME=]SET, once for each domain")
         if self.limit < 0:

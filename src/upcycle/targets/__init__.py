@@ -68,8 +68,8 @@ class Target(abc.ABC):
         return False
 
     def kernel(self, lengths: Iterable[int], itemsize: int) -> Config:
-        """What config.json must say for experts with rows of these lengths, in numbers of `itemsize` bytes, to
-        run."""
+        """What config.json must say for experts to run that have rows of these lengths, of `itemsize` bytes a
+        number."""
         return {}
 
     def warnings(self, built: Blueprint) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from upcycle.errors import UpcycleError
 from upcycle.families import PER_BLOCK, Config
+from upcycle.families._checked import MOST_BLOCKS
 from upcycle.init import Site
 from upcycle.lazy import Lazy
 from upcycle.targets import Target, dense_snippet, refuse_experts
@@ -75,6 +76,11 @@ def _config(dense: Dense, times: int) -> Config:
     """config.json of the deeper model: counts of blocks times `times`, entries of blocks repeated."""
     if times < 2:
         raise UpcycleError(f"moe.depth = {times}; a deeper model repeats its blocks 2 times or more")
+    if (blocks := sum(stack.count for stack in dense.stacks)) * times > MOST_BLOCKS:
+        raise UpcycleError(
+            f"moe.depth = {times} makes {blocks * times:,} blocks of {blocks}; {MOST_BLOCKS:,} are taken at "
+            f"most"
+        )
     out = dict(dense.checkpoint.config)
     for key in _COUNTS:
         count = out.get(key)

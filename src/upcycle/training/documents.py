@@ -20,8 +20,8 @@ _ROWS = 256  # of a parquet file in memory at a time: a few bytes may stand for 
 class Source:
     """One `[[data.sources]]`: a file, a folder of files, or a Hugging Face dataset (`hf:owner/name`)."""
 
-    path: str
-    weight: float = 1.0
+    path: str  # a file or a folder of text, JSON lines or parquet (or images), or hf:owner/name
+    weight: float = 1.0  # how often it is drawn from, beside the others
     field: str = "text"  # of JSON lines, parquet and datasets
     separator: str | None = None  # between the documents of a text file; None: a file is one document
     split: str = "train"  # of a Hugging Face dataset

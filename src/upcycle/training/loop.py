@@ -56,12 +56,13 @@ class Result:
     held_out_loss: float | None
 
 
-def train(run: Run, *, resume: bool = False) -> Result:
-    """Train as `run` says, on this process or as one of those that torchrun started.
+def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
+    """Train as `run` (a run, its table, or its file) says, on this process or as one of torchrun's.
 
     `resume` goes on from the newest checkpoint of `run.out`, bit for bit on one process; where there is none
     it begins. SIGTERM saves and gives an unfinished result. Raises `UpcycleError` for a mistake.
     """
+    run = Run.of(run)
     precision = _precision(run)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)
@@ -155,6 +156,8 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
+            for note in trainee.task.notes():
+                log.say(note)
         if state["step"] == 0 and held_out is not None:
             score = step.evaluate(trainee, held_out)
             state |= {"held_out_loss": score.loss, "held_out_start": score.loss}

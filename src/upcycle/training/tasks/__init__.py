@@ -77,6 +77,10 @@ class Task(abc.ABC):
         """The name in the run file: that of the file."""
         return type(self).__module__.rpartition(".")[2]
 
+    def notes(self) -> list[str]:
+        """What a person should know of a run that does it, a sentence each."""
+        return []
+
     @abc.abstractmethod
     def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
         """The rows of the run; the first process calls it before the others do."""
