@@ -413,7 +413,7 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     try:
-        content = text.read_text()[: 64 * TOKENS]
+        content = text.read_text(encoding="utf-8")[: 64 * TOKENS]
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"--text {text} cannot be read as text: {error}") from None
     try:
