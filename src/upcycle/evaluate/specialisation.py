@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import rng
+from upcycle import claim, rng
+from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
 from upcycle.evaluate.batch_size import BatchSize
@@ -123,6 +124,7 @@ class Specialisation:
     def save(self) -> Path:
         """Write routing.json into the model's folder."""
         path = self.folder / FILE
+        claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
         try:
             write(path, self.as_dict())
         except OSError as error:
@@ -130,6 +132,14 @@ class Specialisation:
                 f"{path} cannot be written ({error.strerror or error}); what was seen is above"
             ) from None
         return path
+
+
+def _is_routing(path: Path) -> bool:
+    try:
+        found = read_json(path, "")
+    except (UpcycleError, OSError):
+        return False
+    return found.get("format") == FORMAT and isinstance(found.get("layers"), list)
 
 
 def specialisation(
