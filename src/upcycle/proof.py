@@ -23,12 +23,13 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config
 from upcycle.hub import open_checkpoint
 from upcycle.recipe import Recipe
-from upcycle.source import refuse_two_heads
+from upcycle.source import Dense, refuse_two_heads
 
 if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 1e-5  # of the logit scale, in float32
+IMAGES = 16  # of a set
 TOKENS = 256  # of a text, and of random input
 
 
@@ -48,6 +49,7 @@ class Difference:
     max_difference: float
     scale: float
     tokens: int
+    images: int | None = None  # where the input is images
 
     @property
     def relative(self) -> float:
@@ -75,11 +77,17 @@ class Proof:
 
 
 def verify(
-    source: str | Path, out: str | Path, *, text: str | Path | None = None, logits: bool = True
+    source: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path | None = None,
+    images: str | Path | None = None,
+    logits: bool = True,
 ) -> Proof:
     """Check the folder `out` against the dense checkpoint `source` and the recipe that `out` records.
 
-    `text` names a file to compare logits on besides random tokens. Raises `UpcycleError` where there is
+    `text` names a file to compare logits on besides random tokens, `images` a folder or a parquet file to
+    compare them on besides random pixels. Raises `UpcycleError` where there is
     nothing to check; what does not hold is in the result.
     """
     out = Path(out)
@@ -103,7 +111,7 @@ def verify(
         checks += [same, _hashes(built, record)]
         found: dict[str, Difference] = {}
         if logits and settings.holds and coverage[1].holds and coverage[2].holds:
-            found = compare_logits(built, out, text)
+            found = compare_logits(built, out, text, images)
             checks += [_logits(built, name, difference) for name, difference in found.items()]
         for donor in built.donors:
             donor.checkpoint.close()
@@ -251,18 +259,24 @@ def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
     )
 
 
+def _count_of(difference: Difference) -> str:
+    return f"{difference.tokens} tokens" if difference.images is None else f"{difference.images} images"
+
+
 def _logits(built: Blueprint, name: str, difference: Difference) -> Check:
     said = (
         f"largest difference {difference.max_difference:.2g} of a scale of {difference.scale:.3g} "
-        f"({difference.relative:.1g}) on {difference.tokens} tokens"
+        f"({difference.relative:.1g}) on {_count_of(difference)}"
     )
     if not built.preserves_function:
         return Check(name=f"logits, {name}", holds=None, detail=said + "; none promised by this recipe")
     return Check(name=f"logits, {name}", holds=difference.relative <= TOLERANCE, detail=said)
 
 
-def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) -> dict[str, Difference]:
-    """Outputs of the dense model and of the folder `out`, in float32, on random input and on a text.
+def compare_logits(
+    built: Blueprint, out: Path, text: str | Path | None = None, images: str | Path | None = None
+) -> dict[str, Difference]:
+    """Outputs of the dense model and of the folder `out`, in float32, on random input, a text and images.
 
     Outputs are logits, or the last hidden states of a model without a head.
     """
@@ -279,6 +293,8 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
         if not names:
             raise UpcycleError(f"--text is for models that read text, and {dense.family.model_type} does not")
         inputs["text"] = dict.fromkeys(names, ids)
+    if images is not None:
+        inputs["images"] = _pixels(dense, Path(images))
     stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
     outputs = []
     for folder, name, dtype in (
@@ -300,6 +316,7 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
             max_difference=float((ours[name] - theirs[name]).abs().max()),
             scale=float(ours[name].abs().max()),
             tokens=theirs[name].shape[:-1].numel(),
+            images=len(theirs[name]) if "pixel_values" in inputs[name] else None,
         )
         for name in inputs
     }
@@ -334,6 +351,26 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
     if not ids.numel():
         raise UpcycleError(f"--text {text} holds no text")
     return ids
+
+
+def _pixels(dense: Dense, images: Path) -> dict[str, torch.Tensor]:
+    """The first images of a set, as the model sees them in an evaluation."""
+    import torch
+
+    from upcycle import scratch
+    from upcycle.evaluate import rows
+    from upcycle.subject import Subject
+
+    if not any(kind != "tokens" for kind, _ in dense.family.inputs(dense.config, TOKENS).values()):
+        raise UpcycleError(f"--images is for models that read images, and {dense.family.model_type} does not")
+    config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
+    subject = Subject(folder=dense.checkpoint.folder, config=config)
+    with scratch.folder() as cache:
+        found = rows.of_images(images, subject, cache, gradient=False, seed=0)
+        read = found.read(np.arange(min(IMAGES, found.count)))
+        batch = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in read.items()}
+        inputs: dict[str, torch.Tensor] = dict(found.ask(batch).inputs)
+    return inputs
 
 
 def _check_memory(built: Blueprint) -> None:

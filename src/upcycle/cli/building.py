@@ -108,6 +108,7 @@ def verify(
     *,
     json: bool = False,
     text: Path | None = None,
+    images: Path | None = None,
     logits: bool = True,
 ) -> None:
     """Prove that OUT is what its recipe makes of SOURCE: coverage, bytes, logits. Exit 1 if it is not.
@@ -116,12 +117,13 @@ def verify(
         out: a folder made by `upcycle convert`
         json: print JSON
         text: a text file to compare logits on, besides random tokens
+        images: a folder of images, or a parquet file, to compare logits on, besides random pixels
         logits: compare the logits of both models in float32, which loads both
     """
     from upcycle import console
     from upcycle.proof import verify as check
 
-    result = check(source, out, text=text, logits=logits)
+    result = check(source, out, text=text, images=images, logits=logits)
     console.show_json(result.as_dict()) if json else console.show_proof(result)
     sys.exit(0 if result.holds else 1)
 
