@@ -4,62 +4,53 @@ import resource
 import sys
 from pathlib import Path
 
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_SECOND = ("memory.max", "memory.current", "file", "shmem")  # of version 2 of control groups
+_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")  # of version 1
+
 
 def available() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
-    known = [room for room in (_of_machine(), _of_groups()) if room is not None]
-    return min(known) if known else None
+    """Bytes that can be had without swapping, of the machine and of the control groups that this process is
+    in, as a container has them; None where the system does not say."""
+    return min((n for n in (_of_machine(), _of_groups()) if n is not None), default=None)
 
 
-def _of_machine(proc: Path = Path("/proc")) -> int | None:
+def _of_machine() -> int | None:
     try:
-        lines = (proc / "meminfo").read_text().splitlines()
+        lines = (_PROC / "meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError, IndexError):
         return None
 
 
-def _of_groups(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the control groups of this process, as a container has them, leave to it; None without a limit."""
+def _of_groups() -> int | None:
+    """What the limits of the groups of this process, and of all above them, leave; None without a limit."""
     try:
-        lines = (proc / "self/cgroup").read_text().splitlines()
+        lines = [line.split(":", 2) for line in (_PROC / "self/cgroup").read_text().splitlines()]
     except OSError:
-        return None
-    found = []
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        files = _FIRST if controllers else _SECOND
-        base = root / "memory" if controllers else root
-        inside = (base / path.lstrip("/"), *(base / path.lstrip("/")).parents)
-        # In a container the group's own path may not be there, and its root is the group.
-        folders = [folder for folder in inside if folder == base or base in folder.parents]
-        found += [room for folder in folders if (room := _left(folder, *files)) is not None]
-    return min(found) if found else None
+        lines = []
+    second = next((path for _, controllers, path in lines if not controllers), "/")
+    first = next((path for _, controllers, path in lines if "memory" in controllers.split(",")), "/")
+    folders = [(folder, _SECOND) for folder in _upwards(_GROUPS, second)]
+    folders += [(folder, _FIRST) for folder in _upwards(_GROUPS / "memory", first)]
+    return min((n for folder, files in folders if (n := _left(folder, *files)) is not None), default=None)
 
 
-_SECOND = (
-    "memory.max",
-    "memory.current",
-    "inactive_file",
-)  # of version 2, and of version 1 of control groups
-_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+def _upwards(root: Path, path: str) -> list[Path]:
+    """The folders from `path` in `root` up to it. In a container the root is the group, without `path`."""
+    own = root / path.lstrip("/")
+    return [folder for folder in (own, *own.parents) if folder == root or root in folder.parents]
 
 
-def _left(folder: Path, limit: str, used: str, cached: str) -> int | None:
-    """Bytes under the limit of one group; files that it caches can make room."""
+def _left(folder: Path, limit: str, used: str, cache: str, shared: str) -> int | None:
+    """Bytes under the limit of one group; cached files give way, and memory that is shared does not."""
     try:
         most, now = (int((folder / name).read_text()) for name in (limit, used))
-    except (OSError, ValueError):  # "max": no limit
+        lines = (folder / "memory.stat").read_text().splitlines()
+        stat = {name: int(value) for name, value in (line.split() for line in lines)}
+    except (OSError, ValueError):  # no such group, or "max": no limit
         return None
-    try:
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        now -= int(stat.get(cached, 0))
-    except (OSError, ValueError):
-        pass
-    return max(0, most - now)
+    return max(0, most - now + stat.get(cache, 0) - stat.get(shared, 0))
 
 
 def peak() -> int:
