@@ -9,14 +9,25 @@ from upcycle.errors import listed
 from upcycle.recipe import Recipe
 
 
+def _adapters(built: Blueprint) -> list[str]:
+    """Adapters beside the weights, which transformers loads on top of them where peft is installed."""
+    return [
+        f"{opened.name} has an adapter beside its weights (adapter_config.json), which is not in the result; "
+        f"to keep it, merge it into the weights first"
+        for opened in built.checkpoints
+        if (opened.folder / "adapter_config.json").exists()
+    ]
+
+
 def warnings(built: Blueprint) -> list[str]:
     """Everything that may cost training time, or that another program will compute otherwise."""
     if built.native.dense:
         reasons = {"deeper": "every block stands several times", "narrower": "weights are left out"}
-        return [f"{reasons[built.native.dense]}: the function is not kept, and the model has to be trained"]
+        said = f"{reasons[built.native.dense]}: the function is not kept, and the model has to be trained"
+        return [said, *_adapters(built)]
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
-    out = list(built.recipe.init.warnings(site))
+    out = [*built.recipe.init.warnings(site), *_adapters(built)]
     begin = {stack.name for stack in built.dense.stacks if not stack.first}
     if built.native.upcycled and any(s.layer == 0 and s.stack in begin for s in built.sites):
         out.append(

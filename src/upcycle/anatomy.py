@@ -35,7 +35,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         notes: list[str] = []
         upcycled_from = upcycled.dense_type(opened.config)
         if model_type in natives.names() or upcycled_from:
-            dense = _dense_source(source, made, notes)
+            dense = _dense_source(source, opened.folder, made, notes)
             try:
                 tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
                 _refuse_empty(opened)
@@ -123,14 +123,16 @@ def _add_start(
             row["cosine_between_at_start"] = _between(_cosines(part.experts))
 
 
-def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes: list[str]) -> Dense | None:
+def _dense_source(
+    source: str | Path | None, folder: Path, made: dict[str, Any] | None, notes: list[str]
+) -> Dense | None:
     """The dense model that experts are compared with, if it can be found."""
     if source is not None:
         return admit(open_checkpoint(str(source), allow_nonfinite=True))
     if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
         return None
-    recorded = Path(made["source"]["path"])
+    recorded = provenance.source_of(folder, made)
     if not recorded.is_dir():
         notes.append(f"its source {recorded} is not there; name it with --source to compare experts with it")
         return None

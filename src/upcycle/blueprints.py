@@ -19,7 +19,7 @@ import numpy as np
 
 from upcycle import deeper, families, kernels, moe_layer, natives, successors, upcycled
 from upcycle.checkpoint import CHUNK, Checkpoint
-from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
+from upcycle.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
 from upcycle.hub import open_checkpoint
@@ -129,6 +129,16 @@ class Blueprint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(e.nbytes for e in self.entries.values())
+
+    @property
+    def narrowed(self) -> str | None:
+        """The type that stored values were rounded to, by its torch name; None where they keep theirs."""
+        rounded = [
+            e.dtype
+            for e in self.entries.values()
+            if any(not holds(e.dtype, info.dtype) for info in e.lazy.sources())
+        ]
+        return TORCH_NAMES[rounded[0]] if rounded else None
 
     @property
     def preserves_function(self) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import upcycle
-from upcycle import memory, rng, tensor_file
+from upcycle import claim, lock, memory, rng, tensor_file
 from upcycle.console import err, size
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
@@ -142,24 +143,25 @@ def calibrate(
         advance = progress or (lambda _: None)
         advance(done)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with noted(SIGINT, SIGTERM, twice_stops=True) as came:
-            for number, start in enumerate(range(done, len(order), asked.batch_size), start=1):
-                places = order[start : start + asked.batch_size]
-                _batch(model, observer, dense, rows, places, gradient="gradient" in asked.collect)
-                done = start + len(places)
-                if max(observer.tokens.values()) > MOST:
-                    raise UpcycleError(f"more than {MOST} tokens; lower --limit {len(order)}")
-                stop = bool(came) and done < len(order)
-                if stop or number % save_every == 0:
-                    _refuse_nonfinite(observer, dense)
-                    save(partial_file, observer, provenance, done)
-                advance(len(places))
-                if stop:
-                    raise KeyboardInterrupt
-        _refuse_nonfinite(observer, dense)
-        found = provenance | {"tokens": observer.tokens}
-        tensor_file.write(out, _statistics(observer), {"format": "pt", KEY: json.dumps(found)})
-        partial_file.unlink(missing_ok=True)
+        with _alone(out):
+            with noted(SIGINT, SIGTERM, twice_stops=True) as came:
+                for number, start in enumerate(range(done, len(order), asked.batch_size), start=1):
+                    places = order[start : start + asked.batch_size]
+                    _batch(model, observer, dense, rows, places, gradient="gradient" in asked.collect)
+                    done = start + len(places)
+                    if max(observer.tokens.values()) > MOST:
+                        raise UpcycleError(f"more than {MOST} tokens; lower --limit {len(order)}")
+                    stop = bool(came) and done < len(order)
+                    if stop or number % save_every == 0:
+                        _refuse_nonfinite(observer, dense)
+                        save(partial_file, observer, provenance, done)
+                    advance(len(places))
+                    if stop:
+                        raise KeyboardInterrupt
+            _refuse_nonfinite(observer, dense)
+            found = provenance | {"tokens": observer.tokens}
+            tensor_file.write(out, _statistics(observer), {"format": "pt", KEY: json.dumps(found)})
+            partial_file.unlink(missing_ok=True)
     return Statistics.open(out)
 
 
@@ -169,10 +171,16 @@ def calibrate(
 def _refuse_target(out: Path) -> None:
     if out.suffix != ENDING:
         raise UpcycleError(f"--out {out} must end in {ENDING}, which is what is written")
-    if out.exists():
-        raise UpcycleError(f"{out} exists already; nothing is overwritten. Choose another name or delete it")
-    if not out.parent.is_dir() and any(p.exists() and not p.is_dir() for p in out.parents):
-        raise UpcycleError(f"{out} lies in something that is no folder; choose another name")
+    claim.may_create(out)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second pass from the same file: one that ended meanwhile is seen, and not written over."""
+    busy = f"another pass is writing {out}; wait for it or stop it"
+    with lock.held(out.with_name(out.name + ".lock"), busy):
+        _refuse_target(out)
+        yield
 
 
 def _there(dense: Dense, asked: Asked) -> Asked:

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle import kernels, memory, provenance
+from upcycle import kernels, memory, provenance, selection
 from upcycle.blueprints import Blueprint, blueprint
-from upcycle.checkpoint import Checkpoint, TensorInfo
+from upcycle.checkpoint import CONFIG, INDEX, Checkpoint, TensorInfo, TwoSetsError, file_hash
 from upcycle.errors import UpcycleError, listed
+from upcycle.evaluate import results, routing_file
 from upcycle.families import Config
-from upcycle.hub import open_checkpoint
+from upcycle.hub import CARRIED, carriable, open_checkpoint
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, refuse_two_heads
 
@@ -50,10 +53,19 @@ class Difference:
     scale: float
     tokens: int
     images: int | None = None  # where the input is images
+    source_difference: float | None = None  # to the source as it is stored, where the MoE is rounded
 
     @property
     def relative(self) -> float:
-        return self.max_difference / self.scale
+        """The difference in parts of the scale."""
+        return _share(self.max_difference, self.scale)
+
+
+def _share(difference: float, scale: float) -> float:
+    """In parts of the scale; of one that is zero, nothing or everything."""
+    if scale:
+        return difference / scale
+    return math.inf if difference else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,37 +103,50 @@ def verify(
     nothing to check; what does not hold is in the result.
     """
     out = Path(out)
-    with (
-        open_checkpoint(source, allow_nonfinite=True) as dense,
-        Checkpoint.open(out, allow_nonfinite=True) as moe,
-    ):
-        record = provenance.read(out)
-        if record.get("training"):
-            steps = record["training"][-1]["step"]
-            raise UpcycleError(
-                f"{out} was trained for {steps} steps since it was built, so its bytes are no recipe's; "
-                f"verify checks what `upcycle convert` wrote"
-            )
-        built = blueprint(dense, Recipe.of(record["recipe"]), allow_nonfinite=True)
-        refuse_two_heads(built.dense)
-        coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]
-        settings = _config(built, moe)
-        checks = [*coverage, settings]
-        same = _bytes(built, moe) if coverage[1].holds else _skipped("bytes", "the names differ already")
-        checks += [same, _hashes(built, record)]
-        found: dict[str, Difference] = {}
-        if logits and settings.holds and coverage[1].holds and coverage[2].holds:
-            found = compare_logits(built, out, text, images)
-            checks += [_logits(built, name, difference) for name, difference in found.items()]
-        for donor in built.donors:
-            donor.checkpoint.close()
-        return Proof(
-            coverage=all(bool(c.holds) for c in coverage),
-            bit_identical=bool(same.holds),
-            preserves_function=built.preserves_function,
-            logits=found,
-            checks=checks,
+    shown = Shown(text=None if text is None else Path(text), images=None if images is None else Path(images))
+    with open_checkpoint(source, allow_nonfinite=True) as dense:
+        try:
+            moe = Checkpoint.open(out, allow_nonfinite=True)
+        except TwoSetsError as error:
+            return _unfit(str(error))
+        with moe:
+            return _verify(dense, moe, out, shown if logits else None)
+
+
+def _unfit(why: str) -> Proof:
+    """The proof of a folder that readers do not agree on."""
+    check = Check(name="files", holds=False, detail=why)
+    return Proof(coverage=False, bit_identical=False, preserves_function=False, logits={}, checks=[check])
+
+
+def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, shown: Shown | None) -> Proof:
+    record = provenance.read(out)
+    if record.get("training"):
+        steps = record["training"][-1]["step"]
+        raise UpcycleError(
+            f"{out} was trained for {steps} steps since it was built, so its bytes are no recipe's; "
+            f"verify checks what `upcycle convert` wrote"
         )
+    built = blueprint(dense, Recipe.of(record["recipe"]), allow_nonfinite=True)
+    refuse_two_heads(built.dense)
+    coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]
+    settings = _config(built, moe)
+    checks = [*coverage, settings]
+    same = _bytes(built, moe) if coverage[1].holds else _skipped("bytes", "the names differ already")
+    checks += [same, _hashes(built, record), _files(built, moe, record)]
+    found: dict[str, Difference] = {}
+    if shown is not None and settings.holds and coverage[1].holds and coverage[2].holds:
+        found = compare_logits(built, out, shown)
+        checks += [_logits(built, name, difference) for name, difference in found.items()]
+    for donor in built.donors:
+        donor.checkpoint.close()
+    return Proof(
+        coverage=all(bool(c.holds) for c in coverage),
+        bit_identical=bool(same.holds),
+        preserves_function=built.preserves_function,
+        logits=found,
+        checks=checks,
+    )
 
 
 def _skipped(name: str, why: str) -> Check:
@@ -245,11 +270,66 @@ def _bytes(built: Blueprint, moe: Checkpoint) -> Check:
     )
 
 
+_SAID = {
+    "preserves_function": "preserves_function",
+    "moe_layers": "moe_layers",
+    "left_out_tensors": "left_out",
+}
+"""What upcycle.json says of a blueprint, and what a blueprint calls it."""
+_EDITED = ("README.md", CONFIG)  # a card is for people to go on with; the config is compared key by key
+_READ = (
+    "*.safetensors*", "*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf",
+    "*.onnx", "*.py", "*.jinja", "adapter_*",
+)  # fmt: skip
+_RESULTS = (results.FILE, routing_file.FILE)
+
+
+def _files(built: Blueprint, moe: Checkpoint, record: dict[str, Any]) -> Check:
+    """Whether the files beside the weights are what `convert` wrote, and what else lies there."""
+    out, source = moe.folder, built.source.folder
+    written: dict[str, str] = record.get("files", {})
+    wanted = written | {name: file_hash(source / name) for name in carriable(source)}
+    there = {path.name: path for path in out.iterdir()}
+    missing = [name for name in wanted if name not in there]
+    changed = [name for name in wanted if name in there and not _has(there[name], wanted[name])]
+    changed += [name for name in written if written[name] != wanted[name] and name not in changed]
+    known = {*wanted, *(file.name for file in moe.files), provenance.FILE}
+    if not written:  # of a version that kept no hashes
+        known |= {CONFIG, INDEX, "README.md", selection.FILE, *record.get("carried_files", ())}
+    others = sorted(there.keys() - known)
+    faults = {
+        "missing": missing,
+        "changed": [name for name in changed if name not in _EDITED],
+        "not written by convert, and read by those who load it": [n for n in others if _is_read(there[n])],
+    }
+    notes = {
+        "edited": [name for name in changed if name in _EDITED],
+        "not written by convert": [name for name in others if not _is_read(there[name])],
+    }
+    fine = f"{len(wanted)} files beside the weights as they were written"
+    said = [_faults(faults) or fine, _faults(notes)]
+    return Check(name="files", holds=not any(faults.values()), detail="; ".join(filter(None, said)))
+
+
+def _has(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_hash(path) == sha256
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a loader may take notice of a file or folder."""
+    if path.name.startswith(".") or path.name in _RESULTS:
+        return False
+    return path.is_dir() or any(fnmatch(path.name, pattern) for pattern in (*_READ, *CARRIED))
+
+
 def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
     recorded = {"source": record["source"]["sha256"]}
     recorded |= {label: donor["sha256"] for label, donor in record["source"]["donors"].items()}
     found = {opened.label: opened.hashes() for opened in built.checkpoints}
-    same = record["blueprint_hash"] == built.hash and recorded == found
+    said = {key: record[key] for key in ("target", *_SAID) if key in record}
+    true = {"target": built.native.model_type, **{key: getattr(built, name) for key, name in _SAID.items()}}
+    claims = said == json.loads(json.dumps({key: true[key] for key in said}))
+    same = record["blueprint_hash"] == built.hash and recorded == found and claims
     return Check(
         name="provenance",
         holds=same,
@@ -268,15 +348,28 @@ def _logits(built: Blueprint, name: str, difference: Difference) -> Check:
         f"largest difference {difference.max_difference:.2g} of a scale of {difference.scale:.3g} "
         f"({difference.relative:.1g}) on {_count_of(difference)}"
     )
+    if not difference.scale:
+        said += "; the dense model gives zeros alone, which tells little"
+    if (far := difference.source_difference) is not None:
+        said += (
+            f", to the dense model rounded to {built.narrowed}; {far:.2g} "
+            f"({_share(far, difference.scale):.1g}) to the dense model as it is stored"
+        )
     if not built.preserves_function:
         return Check(name=f"logits, {name}", holds=None, detail=said + "; none promised by this recipe")
     return Check(name=f"logits, {name}", holds=difference.relative <= TOLERANCE, detail=said)
 
 
-def compare_logits(
-    built: Blueprint, out: Path, text: str | Path | None = None, images: str | Path | None = None
-) -> dict[str, Difference]:
-    """Outputs of the dense model and of the folder `out`, in float32, on random input, a text and images.
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What both models are shown besides random input."""
+
+    text: Path | None = None
+    images: Path | None = None
+
+
+def compare_logits(built: Blueprint, out: Path, shown: Shown | None = None) -> dict[str, Difference]:
+    """Outputs of the dense model and of the folder `out`, in float32, on random input and on what is shown.
 
     Outputs are logits, or the last hidden states of a model without a head.
     """
@@ -284,23 +377,27 @@ def compare_logits(
 
     from upcycle.nn import models, opening
 
+    shown = shown or Shown()
     source, dense = built.source.folder, built.dense
     _check_memory(built)
     inputs = {"random": _random(dense.family.inputs(dense.config, TOKENS), dense.config)}
-    if text is not None:
-        ids = _tokens(source, Path(text), dense.family.length(dense.config))
+    if shown.text is not None:
+        ids = _tokens(source, shown.text, dense.family.length(dense.config))
         names = [n for n, (kind, _) in dense.family.inputs(dense.config, TOKENS).items() if kind == "tokens"]
         if not names:
             raise UpcycleError(f"--text is for models that read text, and {dense.family.model_type} does not")
         inputs["text"] = dict.fromkeys(names, ids)
-    if images is not None:
-        inputs["images"] = _pixels(dense, Path(images))
+    if shown.images is not None:
+        inputs["images"] = _pixels(dense, shown.images)
     stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
-    outputs = []
-    for folder, name, dtype in (
+    runs: list[tuple[Path, str, torch.dtype | None]] = [
         (source, dense.architecture, stored),
         (out, built.native.architecture, None),
-    ):
+    ]
+    if built.narrowed:
+        runs.append((source, dense.architecture, None))
+    outputs = []
+    for folder, name, dtype in runs:
         # `eager` runs the experts one by one: no kernel with demands of its own on widths.
         options = {} if folder is source else {"experts_implementation": "eager"}
         with quiet():
@@ -310,13 +407,14 @@ def compare_logits(
         with torch.inference_mode():
             outputs.append({name: model(**given)[0] for name, given in inputs.items()})
         del model
-    ours, theirs = outputs
+    ours, theirs, *unrounded = outputs
     return {
         name: Difference(
             max_difference=float((ours[name] - theirs[name]).abs().max()),
             scale=float(ours[name].abs().max()),
             tokens=theirs[name].shape[:-1].numel(),
             images=len(theirs[name]) if "pixel_values" in inputs[name] else None,
+            source_difference=float((unrounded[0][name] - theirs[name]).abs().max()) if unrounded else None,
         )
         for name in inputs
     }
@@ -340,13 +438,14 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     try:
-        content = text.read_text()[: 64 * TOKENS]
+        content = text.read_text(encoding="utf-8")[: 64 * TOKENS]
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"--text {text} cannot be read as text: {error}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UpcycleError(f"{source} has no tokenizer for --text: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file raises whatever its reader has
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpcycleError(f"{source} has no tokenizer for --text: {reason}") from None
     ids = tokenizer(content, return_tensors="pt").input_ids[:, : min(TOKENS, limit)]
     if not ids.numel():
         raise UpcycleError(f"--text {text} holds no text")

@@ -1,13 +1,14 @@
 """The command line: `upcycle plan | advise | convert | verify | calibrate | train | ...`.
 
 Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: verify found
-that a promise does not hold; 2: a mistake in what was given; 130: interrupted. Nothing heavy is imported
-before a command runs.
+that a promise does not hold; 2: a mistake in what was given; 3: a fault of this program; 130: interrupted.
+Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
 
 from tyro.conf import FlagCreatePairsOff
 
@@ -42,3 +43,7 @@ def main(args: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except Exception:  # never 1, which says that a promise does not hold
+        traceback.print_exc()
+        print("upcycle: error: this is a fault of upcycle; please report what is above", file=sys.stderr)
+        sys.exit(3)

@@ -73,7 +73,7 @@ def export(
             _write_moments(model, adam, begun, partial / OPTIMIZER, int(state["step"]))
         _write_model(model, begun, partial, wanted)
         carried, left = carry(begun.dense.checkpoint.folder, partial)
-        trained = _provenance(begun, record, state, carried, left)
+        trained = _provenance(begun, record, state, carried, left, out)
         saving.write_text(partial / provenance.FILE, json.dumps(trained, indent=2) + "\n")
         if begun.built:
             selection.write(begun.built, partial)
@@ -137,15 +137,20 @@ def _write_moments(
 
 
 def _provenance(
-    begun: Start, record: dict[str, Any], state: dict[str, Any], carried: list[str], left: list[str]
+    begun: Start,
+    record: dict[str, Any],
+    state: dict[str, Any],
+    carried: list[str],
+    left: list[str],
+    out: Path,
 ) -> dict[str, Any]:
     """upcycle.json of the conversion, and what happened to it since."""
     opened = begun.built.checkpoints if begun.built else [begun.dense.checkpoint]
     hashes = {c.label: {file.name: file_hash(file) for file in c.files} for c in opened}
     if begun.built:
-        made = provenance.record(begun.built, hashes, carried=carried, left_behind=left)
+        made = provenance.record(begun.built, hashes, carried=carried, left_behind=left, out=out)
     else:
-        made = provenance.of_dense(begun.dense.checkpoint, hashes, carried=carried, left_behind=left)
+        made = provenance.of_dense(begun.dense.checkpoint, hashes, carried=carried, left_behind=left, out=out)
     keys = (
         "upcycle_version", "versions", "precision", "task", "training_flops_per_token", "from_scratch", "run",
     )  # fmt: skip
