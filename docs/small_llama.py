@@ -1,9 +1,13 @@
 """Makes what the guides about text start from, in a few seconds and without a download.
 
 `dense/` is a Llama of 0.15 M parameters with a tokenizer of bytes, trained a little on Python's manual.
-`train.txt` is that text, and `held_out.txt` is a part of it that the model has not seen.
+`train.txt` is that text, and `held_out.txt` is a part of it that the model has not seen. `code.txt` and
+`code_held_out.txt` are another domain: sources of Python's library.
 """
 
+import argparse
+import ast
+import tarfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -20,6 +24,8 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=of_bytes, bos_token="</s>",
 text = "\n".join(topics.values())
 Path("train.txt").write_text(text[:-40_000])
 Path("held_out.txt").write_text(text[-40_000:])
+Path("code.txt").write_text(Path(argparse.__file__).read_text() + Path(tarfile.__file__).read_text())
+Path("code_held_out.txt").write_text(Path(ast.__file__).read_text()[:20_000])
 
 torch.manual_seed(0)
 config = LlamaConfig(

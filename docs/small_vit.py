@@ -20,7 +20,7 @@ def image(kind: str) -> np.ndarray:
     """32 x 32 pixels of noise, with stripes of a random shift over it."""
     lines = np.roll(stripes, random.integers(8))
     base = {"across": lines[:, None], "down": lines[None], "plain": 128}[kind]
-    noise = random.normal(0, 64, (32, 32, 3)) + np.broadcast_to(base, (32, 32))[..., None]
+    noise = random.normal(0, 136, (32, 32, 3)) + np.broadcast_to(base, (32, 32))[..., None]
     return noise.clip(0, 255).astype(np.uint8)
 
 

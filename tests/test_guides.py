@@ -1,6 +1,7 @@
 """README and the guides are run, block by block and from top to bottom, each in a folder of its own.
 
 - ```console: every line that begins with `$ ` is a command; the lines below it are what it prints.
+- ```sh: each line is a command; what it prints is not shown. Lines that begin with `#` are comments.
 - ```toml title="NAME" and ```python title="NAME": the file NAME. ```python without a title is run.
 - A block that cannot run here has `<!-- not run: REASON -->` before it.
 
@@ -25,12 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import gloo
-from upcycle import cli
+from upcycle import cli, families
 
 ROOT = Path(__file__).parents[1]
-GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REFERENCE = ("architecture.md", "keys.md")
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in REFERENCE)
+GUIDES = [ROOT / "README.md", *PAGES]
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n+)?"
     r"^```(?P<kind>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$",
@@ -50,9 +55,12 @@ class Block:
 
     @property
     def commands(self) -> list[tuple[str, list[str]]]:
-        """Each command of a console block, with the lines that it should print."""
+        """Each command of a block, with the lines that it should print."""
+        lines = self.body.replace("\\\n", "").splitlines()
+        if self.kind == "sh":
+            return [(line, ["..."]) for line in lines if line and not line.startswith("#")]
         found: list[tuple[str, list[str]]] = []
-        for line in self.body.replace("\\\n", "").splitlines():
+        for line in lines:
             if line.startswith("$ "):
                 found.append((line[2:], []))
             else:
@@ -139,6 +147,8 @@ def script(file: Path, arguments: list[str]) -> None:
             runpy.run_path(str(ours), run_name="__main__")
         MADE[file.name] = folder
     shutil.copytree(MADE[file.name], Path.cwd(), dirs_exist_ok=True)
+    if not file.is_file():
+        shutil.copy(ours, file)
 
 
 def ranks(world: int, arguments: list[str]) -> int:
@@ -166,6 +176,8 @@ def ranks(world: int, arguments: list[str]) -> int:
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder to work in, whose `src/upcycle/` adds to the package."""
     monkeypatch.chdir(tmp_path)
+    for folder in ("docs", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     packages = [importlib.import_module(name) for name in EXTENDED]
     before = set(sys.modules)
@@ -178,6 +190,15 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
+def see_new_files() -> None:
+    """Let this process find the files of the package that a guide added, as a new process would."""
+    importlib.invalidate_caches()
+    for name in families.names():
+        if f"upcycled_{name}" not in CONFIG_MAPPING and name in CONFIG_MAPPING:
+            CONFIG_MAPPING._mapping[f"upcycled_{name}"] = f"Upcycled{CONFIG_MAPPING_NAMES[name]}"
+            CONFIG_MAPPING._modules[f"upcycled_{name}"] = CONFIG_MAPPING._modules["upcycled_llama"]
+
+
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda g: g.name)
 def test_what_a_guide_says_is_what_happens(guide, room, capfd):
     for block in blocks(guide):
@@ -187,8 +208,8 @@ def test_what_a_guide_says_is_what_happens(guide, room, capfd):
             file = room / block.title
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.body)
-            importlib.invalidate_caches()
-        elif block.kind == "console":
+            see_new_files()
+        elif block.kind in ("console", "sh"):
             for command, wanted in block.commands:
                 capfd.readouterr()
                 code = run(command)
@@ -216,7 +237,7 @@ def test_every_command_is_in_a_block_that_is_run(guide):
     """No command hides in a block of another kind, and a reason is a sentence."""
     for block in blocks(guide):
         starts = re.search(r"^\s*(?:\$ )?(?:upcycle|torchrun|python|make|pip) ", block.body, re.MULTILINE)
-        assert block.kind == "console" or not starts or block.title, block.body
+        assert block.kind in ("console", "sh") or not starts or block.title, block.body
         assert not block.reason or len(block.reason.split()) > 3
     assert not re.search(
         r"^ {4,}(?:\$ )?(?:upcycle|torchrun) ", BLOCK.sub("", guide.read_text()), re.MULTILINE
