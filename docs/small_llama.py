@@ -21,11 +21,11 @@ of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 of_bytes.decoder = decoders.ByteLevel()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=of_bytes, bos_token="</s>", eos_token="</s>")
 
-text = "\n".join(topics.values())
-Path("train.txt").write_text(text[:-40_000])
-Path("held_out.txt").write_text(text[-40_000:])
+text = "\n".join(topics.values())[:250_000]
+Path("train.txt").write_text(text[:-10_000])
+Path("held_out.txt").write_text(text[-10_000:])
 Path("code.txt").write_text(Path(argparse.__file__).read_text() + Path(tarfile.__file__).read_text())
-Path("code_held_out.txt").write_text(Path(ast.__file__).read_text()[:20_000])
+Path("code_held_out.txt").write_text(Path(ast.__file__).read_text()[:10_000])
 
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -34,7 +34,7 @@ config = LlamaConfig(
 )  # fmt: skip
 model = LlamaForCausalLM(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-tokens = tokenizer(text[:-40_000], return_tensors="pt")["input_ids"][0]
+tokens = tokenizer(text[:-10_000], return_tensors="pt")["input_ids"][0]
 for _ in range(120):
     starts = torch.randint(len(tokens) - 128, (8,))
     rows = torch.stack([tokens[start : start + 128] for start in starts])
