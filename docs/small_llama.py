@@ -35,7 +35,7 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 tokens = tokenizer(text[:-10_000], return_tensors="pt")["input_ids"][0]
-for _ in range(120):
+for _ in range(80):
     starts = torch.randint(len(tokens) - 128, (8,))
     rows = torch.stack([tokens[start : start + 128] for start in starts])
     model(input_ids=rows, labels=rows).loss.backward()
