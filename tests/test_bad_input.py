@@ -429,6 +429,58 @@ def test_float16_overflow_names_the_tensor(source, fails, tmp_path):
     assert "65504" in message
 
 
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype"),
+    [
+        (torch.float64, 1e300, "float32"),
+        (torch.float64, 1e300, "bfloat16"),
+        (torch.float64, 1e300, "float16"),
+        (torch.float32, 3.4028e38, "bfloat16"),
+        (torch.bfloat16, 1e6, "float16"),
+    ],
+)
+@pytest.mark.parametrize("init", ["copy", "drop", "noise"])
+@pytest.mark.filterwarnings("error")
+def test_an_overflow_of_any_cast_names_the_tensor(stored, value, dtype, init, source, fails, tmp_path):
+    def enlarge(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].to(stored)
+        tensors[GATE][7, 3] = value
+
+    edit_tensors(source, enlarge)
+    message = fails("convert", source, tmp_path / "out", "--dtype", dtype, "--init", init)
+    assert GATE in message
+    # Noise is worked out in float32, whose limit comes first.
+    assert f"beyond {'float32' if value > 1e38 and init == 'noise' else dtype}'s" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["init.sigma=1e38", "init.relative=false"], "experts."),
+        (["init.sigma=1e300", "init.relative=false"], "experts."),
+        (["router.std=1e38"], "gate.weight"),
+        (["router.std=1e300"], "gate.weight"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["source", "bfloat16"])
+@pytest.mark.filterwarnings("error")
+def test_an_overflow_that_a_recipe_makes(settings, named, dtype, source, fails, tmp_path):
+    words = [word for setting in settings for word in ("--set", setting)]
+    message = fails("convert", source, tmp_path / "out", "--init", "noise", "--dtype", dtype, *words)
+    assert named in message
+    assert "holds values beyond float32's" in message
+
+
+def test_infinities_that_are_allowed_stay_through_a_cast(source, tmp_path):
+    edit_tensors(source, lambda t: t[GATE].__setitem__((7, 3), float("inf")))
+    cli.main(["convert", str(source), str(tmp_path / "out"), "--allow-nonfinite", "--dtype", "float16"])
+    expert = load_file(tmp_path / "out" / "model.safetensors")[
+        "model.layers.1.block_sparse_moe.experts.0.w1.weight"
+    ]
+    assert torch.isinf(expert[7, 3])
+
+
 def test_donor_of_another_shape(source, dense, fails, tmp_path):
     other = dense("llama", intermediate_size=64)
     message = fails("convert", source, tmp_path / "out", "--init", "branch_train_mix",
@@ -653,3 +705,92 @@ def test_verify_of_a_damaged_config(changes, source, tmp_path, capsys):
     assert "config" in [
         c["name"] for c in json.loads(capsys.readouterr().out)["checks"] if c["holds"] is False
     ]
+
+
+def test_a_link_out_of_the_source_is_not_copied(source, fails, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (source / "LICENSE").symlink_to(tmp_path / "secret")
+    message = fails("convert", source, tmp_path / "out")
+    assert "LICENSE is a link to" in message
+    assert "outside the folder" in message
+
+
+def test_a_link_inside_the_source_is_copied(source, tmp_path):
+    (source / "texts").mkdir()
+    (source / "texts" / "licence").write_text("free")
+    (source / "LICENSE").symlink_to("texts/licence")
+    (source / "NOTICE").symlink_to("nowhere")
+    cli.main(["convert", str(source), str(tmp_path / "out")])
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+    assert not (tmp_path / "out" / "NOTICE").exists()
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(dense, fails, tmp_path, capsys):
+    cache = tmp_path / "models--a--b"
+    snapshot, blobs = cache / "snapshots" / "0123", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for place, file in enumerate(sorted(dense("llama").iterdir())):
+        shutil.copyfile(file, blobs / str(place))
+        (snapshot / file.name).symlink_to(f"../../blobs/{place}")
+    cli.main(["convert", str(snapshot), str(tmp_path / "whole")])
+    capsys.readouterr()
+    assert (tmp_path / "whole" / "generation_config.json").read_bytes() == (
+        dense("llama") / "generation_config.json"
+    ).read_bytes()
+    (tmp_path / "secret").write_text("secret")
+    (blobs / "x").symlink_to(tmp_path / "secret")
+    (snapshot / "LICENSE").symlink_to("../../blobs/x")
+    assert "outside the folder" in fails("convert", snapshot, tmp_path / "out")
+
+
+@pytest.mark.parametrize("revision", ["../../../t", "/etc/passwd", "a/../b", "a//b", "./a", ".."])
+def test_a_revision_that_leaves_the_cache(revision, fails, tmp_path):
+    for words in (["plan"], ["convert"]):
+        out = [tmp_path / "out"] if words == ["convert"] else []
+        assert "is no revision" in fails(*words, f"a/b@{revision}", *out)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"model.gguf": ""}, "a GGUF file"),
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "merge_and_unload"),
+        ({".metadata": "", "__0_0.distcp": ""}, "a distributed checkpoint of torch"),
+        ({"run.json": "{}"}, "upcycle export RUN OUT"),
+        ({"consolidated.safetensors": ""}, "in Hugging Face form"),
+        ({"model-00001-of-00002.safetensors": ""}, "download the index, too"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_folders_that_are_another_thing(made, said, config, fails, source, tmp_path):
+    for name in ("model.safetensors", *(() if config else ("config.json",))):
+        (source / name).unlink()
+    for name, text in made.items():
+        (source / name).write_text(text)
+    assert said in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model."])
+def test_names_that_a_training_program_wrapped(prefix, fails, source, tmp_path):
+    def wrap(tensors):
+        for name in [*tensors]:
+            tensors[prefix + name] = tensors.pop(name)
+
+    edit_tensors(source, wrap)
+    assert f"called {prefix}..." in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\xef\xbb\xbf{}", "byte order mark; save it without one"),
+        (b"\xff\xfe{}", "no UTF-8 text"),
+        (b"5", "holds 5, not a JSON object"),
+        (b'"text"', "holds 'text', not a JSON object"),
+        (b"9" * 5000, "not valid JSON"),
+    ],
+)
+def test_odd_json(data, said, fails, source, tmp_path):
+    (source / "config.json").write_bytes(data)
+    assert said in fails("convert", source, tmp_path / "out")

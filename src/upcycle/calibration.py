@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import upcycle
-from upcycle import memory, rng, tensor_file
+from upcycle import claim, lock, memory, rng, scratch, tensor_file
 from upcycle.console import err, size
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
@@ -30,7 +30,8 @@ from upcycle.evaluate.observer import MOST, Observer, means
 from upcycle.evaluate.rows import Rows
 from upcycle.evaluate.stopped import begun, restore, save
 from upcycle.hub import open_checkpoint
-from upcycle.nn import models
+from upcycle.nn import models, opening
+from upcycle.paths import as_paths
 from upcycle.proof import quiet
 from upcycle.signals import noted
 from upcycle.source import Dense, admit
@@ -68,6 +69,7 @@ class Asked:
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "cache")
         if (self.text is None) == (self.images is None):
             raise UpcycleError("give either --images PATH or --text PATH to calibrate on")
         refuse_unknown("--collect", self.collect, NAMES)
@@ -117,12 +119,12 @@ def calibrate(
     _refuse_target(out)
     with (
         open_checkpoint(source, allow_nonfinite=asked.allow_nonfinite) as opened,
-        TemporaryDirectory() as scratch,
+        scratch.folder() as made_here,
     ):
         dense, device = admit(opened), _device(asked.device)
         asked = _there(dense, asked)
         _check_memory(dense, asked, device)
-        rows = _rows(dense, asked, asked.cache or Path(scratch))
+        rows = _rows(dense, asked, asked.cache or made_here)
         order = asked.order(rows.count)
         provenance = _provenance(dense, asked, rows, device, len(order))
         partial_file = out.with_name(out.name + PARTIAL)
@@ -142,24 +144,25 @@ def calibrate(
         advance = progress or (lambda _: None)
         advance(done)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with noted(SIGINT, SIGTERM, twice_stops=True) as came:
-            for number, start in enumerate(range(done, len(order), asked.batch_size), start=1):
-                places = order[start : start + asked.batch_size]
-                _batch(model, observer, dense, rows, places, gradient="gradient" in asked.collect)
-                done = start + len(places)
-                if max(observer.tokens.values()) > MOST:
-                    raise UpcycleError(f"more than {MOST} tokens; lower --limit {len(order)}")
-                stop = bool(came) and done < len(order)
-                if stop or number % save_every == 0:
-                    _refuse_nonfinite(observer, dense)
-                    save(partial_file, observer, provenance, done)
-                advance(len(places))
-                if stop:
-                    raise KeyboardInterrupt
-        _refuse_nonfinite(observer, dense)
-        found = provenance | {"tokens": observer.tokens}
-        tensor_file.write(out, _statistics(observer), {"format": "pt", KEY: json.dumps(found)})
-        partial_file.unlink(missing_ok=True)
+        with _alone(out):
+            with noted(SIGINT, SIGTERM, twice_stops=True) as came:
+                for number, start in enumerate(range(done, len(order), asked.batch_size), start=1):
+                    places = order[start : start + asked.batch_size]
+                    _batch(model, observer, dense, rows, places, gradient="gradient" in asked.collect)
+                    done = start + len(places)
+                    if max(observer.tokens.values()) > MOST:
+                        raise UpcycleError(f"more than {MOST} tokens; lower --limit {len(order)}")
+                    stop = bool(came) and done < len(order)
+                    if stop or number % save_every == 0:
+                        _refuse_nonfinite(observer, dense)
+                        save(partial_file, observer, provenance, done)
+                    advance(len(places))
+                    if stop:
+                        raise KeyboardInterrupt
+            _refuse_nonfinite(observer, dense)
+            found = provenance | {"tokens": observer.tokens}
+            tensor_file.write(out, _statistics(observer), {"format": "pt", KEY: json.dumps(found)})
+            partial_file.unlink(missing_ok=True)
     return Statistics.open(out)
 
 
@@ -169,10 +172,16 @@ def calibrate(
 def _refuse_target(out: Path) -> None:
     if out.suffix != ENDING:
         raise UpcycleError(f"--out {out} must end in {ENDING}, which is what is written")
-    if out.exists():
-        raise UpcycleError(f"{out} exists already; nothing is overwritten. Choose another name or delete it")
-    if not out.parent.is_dir() and any(p.exists() and not p.is_dir() for p in out.parents):
-        raise UpcycleError(f"{out} lies in something that is no folder; choose another name")
+    claim.may_create(out)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second pass from the same file: one that ended meanwhile is seen, and not written over."""
+    busy = f"another pass is writing {out}; wait for it or stop it"
+    with lock.held(out.with_name(out.name + ".lock"), busy):
+        _refuse_target(out)
+        yield
 
 
 def _there(dense: Dense, asked: Asked) -> Asked:
@@ -273,7 +282,7 @@ def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, co
 def _model(dense: Dense, device: torch.device) -> PreTrainedModel:
     with quiet():
         cls = models.architecture(dense.architecture)
-        model: PreTrainedModel = cls.from_pretrained(dense.checkpoint.folder, dtype=torch.float32)
+        model = opening.fill(cls, dense.checkpoint.folder, dtype=torch.float32)
     model.requires_grad_(False)
     return model.to(device).eval()
 

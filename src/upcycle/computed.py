@@ -15,7 +15,8 @@ import numpy as np
 
 from upcycle import rng
 from upcycle.checkpoint import TensorInfo
-from upcycle.dtypes import FLOATS, cast
+from upcycle.dtypes import FLOATS, cast, computing, refuse_infinite
+from upcycle.errors import listed
 from upcycle.lazy import Changed, Index, Joined, Lazy, blocks
 from upcycle.once import once
 from upcycle.positions import Order
@@ -29,8 +30,10 @@ class Affine(Changed):
     shift: float = 0.0
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
-        values = self.base.read(index, "F32") * np.float32(self.scale) + np.float32(self.shift)
-        return cast(values, dtype, str(self.describe()))
+        base, name = self.base.read(index, "F32"), f"{_named(self)}, scaled,"
+        with computing(name):
+            values = base * np.float32(self.scale) + np.float32(self.shift)
+        return cast(values, dtype, name)
 
     def describe(self) -> Any:
         return ["affine", self.scale, self.shift, self.base.describe()]
@@ -41,10 +44,12 @@ class Mean(Joined):
     """The mean of `parts`, in float32."""
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
-        total = self.parts[0].read(index, "F32")
+        total, name = self.parts[0].read(index, "F32"), f"the mean of {_named(self)}"
         for part in self.parts[1:]:
-            total += part.read(index, "F32")
-        return cast(total / np.float32(len(self.parts)), dtype, str(self.describe()))
+            more = part.read(index, "F32")
+            with computing(name):
+                total += more
+        return cast(total / np.float32(len(self.parts)), dtype, name)
 
     def describe(self) -> Any:
         return ["mean", *(p.describe() for p in self.parts)]
@@ -79,9 +84,13 @@ class Redraw(Changed):
 
     def _drawn(self, start: int, stop: int, columns: int, mean: float, std: float, dtype: str) -> np.ndarray:
         """Rows `start` to `stop` of the new values, which have `columns` columns."""
-        drawn = rng.normals(
-            self.key, start * columns, stop * columns, mean=mean, std=std, dtype=FLOATS[dtype]
-        )
+        name = f"{_named(self)}, drawn anew,"
+        with computing(name):
+            drawn = rng.normals(
+                self.key, start * columns, stop * columns, mean=mean, std=std, dtype=FLOATS[dtype]
+            )
+        if math.isfinite(mean) and math.isfinite(std):
+            refuse_infinite(drawn, np.zeros(()), dtype, name)
         return drawn.reshape(stop - start, columns)
 
     def _statistics(self) -> tuple[float, float]:
@@ -104,6 +113,11 @@ def neuron_sums(matrix: Lazy, axis: int) -> tuple[np.ndarray, np.ndarray]:
         totals[place] += values.sum(axis=1 - axis)
         squares[place] += np.square(values, out=values).sum(axis=1 - axis)
     return totals, squares
+
+
+def _named(lazy: Lazy) -> str:
+    """The stored tensors that it is made of, in few words."""
+    return listed(list(dict.fromkeys(info.name for info in lazy.sources())))
 
 
 def _mean_std(total: float, squares: float, n: int) -> tuple[float, float]:
@@ -131,9 +145,11 @@ class Noise(Changed):
         noisy = np.zeros(self.shape[self.axis], bool)
         noisy[self.positions.values] = True
         mask = noisy[r0:r1, None] if self.axis == 0 else noisy[None, c0:c1]
-        drawn = rng.normals(self.key, r0 * columns, r1 * columns, std=self._sigma())
-        np.add(values, drawn.reshape(-1, columns)[:, c0:c1], out=values, where=mask)
-        return cast(values, dtype, "a value with noise")
+        name, sigma = f"{_named(self)}, with noise,", self._sigma()
+        with computing(name):
+            drawn = rng.normals(self.key, r0 * columns, r1 * columns, std=sigma)
+            np.add(values, drawn.reshape(-1, columns)[:, c0:c1], out=values, where=mask)
+        return cast(values, dtype, name)
 
     def _sigma(self) -> float:
         if not self.relative:
@@ -155,6 +171,7 @@ class Fill(Lazy):
     value: float
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
+        cast(np.array(self.value), dtype, "a constant")
         return np.full(tuple(b - a for a, b in index), self.value, FLOATS[dtype])
 
     def describe(self) -> Any:
@@ -191,11 +208,10 @@ class Drawn(Lazy):
             values = rng.uniforms(self.key, r0 * columns, r1 * columns, low=-half, high=half)
         else:
             values = rng.normals(self.key, r0 * columns, r1 * columns)
-        return cast(
-            (values.reshape(r1 - r0, columns)[:, c0:c1] * self.std).astype(np.float32),
-            dtype,
-            "a router weight",
-        )
+        name = f"a matrix drawn with a standard deviation of {self.std:g}"
+        with computing(name):
+            scaled = (values.reshape(r1 - r0, columns)[:, c0:c1] * self.std).astype(np.float32)
+        return cast(scaled, dtype, name)
 
     def describe(self) -> Any:
         return ["drawn", self.kind, list(self.shape), self.std, list(self.key)]

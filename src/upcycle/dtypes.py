@@ -1,5 +1,8 @@
 """The floating-point types of a checkpoint, by their safetensors names."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import ml_dtypes
 import numpy as np
 
@@ -32,13 +35,55 @@ def is_finite(raw: np.ndarray, dtype: str) -> bool:
     return all((words[i : i + _SCAN] & limit).max(initial=0) != limit for i in range(0, words.size, _SCAN))
 
 
+class TooLargeError(UpcycleError):
+    """A value that the type it is stored in cannot hold."""
+
+
+_LARGEST = {name: float(ml_dtypes.finfo(dtype).max) for name, dtype in FLOATS.items()}
+_MANTISSA = {name: int(ml_dtypes.finfo(dtype).nmant) for name, dtype in FLOATS.items()}
+_WIDER = {
+    "F16": "use dtype bfloat16 or float32",
+    "BF16": "use dtype float32, or leave dtype at source",
+    "F32": "leave dtype at source, or look for what made them so large",
+    "F64": "look for what made them so large",
+}
+
+
+def _overflow(name: str, dtype: str) -> TooLargeError:
+    limit = f"{_LARGEST[dtype]:.6g}"
+    return TooLargeError(f"{name} holds values beyond {TORCH_NAMES[dtype]}'s {limit}; {_WIDER[dtype]}")
+
+
+def holds(wide: str, narrow: str) -> bool:
+    """Whether type `wide` has every value that type `narrow` has."""
+    return _LARGEST[wide] >= _LARGEST[narrow] and _MANTISSA[wide] >= _MANTISSA[narrow]
+
+
 def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """`values` in `dtype`, rounded to nearest even; a float16 overflow is an error that names the tensor."""
+    """`values` in `dtype`, rounded to nearest even; an overflow is an error that names the tensor."""
     target = FLOATS[dtype]
     if values.dtype == target:
         return values
     with np.errstate(over="ignore"):
         out = values.astype(target)
-    if dtype == "F16" and not is_finite(np.ascontiguousarray(out).view(np.uint8).reshape(-1), dtype):
-        raise UpcycleError(f"{name} holds values beyond float16's 65504; use dtype bfloat16 or float32")
+    if _LARGEST[dtype] < float(ml_dtypes.finfo(values.dtype).max):
+        refuse_infinite(out, values, dtype, name)
     return out
+
+
+def refuse_infinite(out: np.ndarray, values: np.ndarray, dtype: str, name: str) -> None:
+    """Refuse a cast `out` of `values` that holds NaN or inf where they are finite."""
+    if not is_finite(np.ascontiguousarray(out).view(np.uint8).reshape(-1), dtype) and bool(
+        (np.isfinite(values) & ~np.isfinite(out)).any()
+    ):
+        raise _overflow(name, dtype)
+
+
+@contextmanager
+def computing(name: str) -> Iterator[None]:
+    """Arithmetic in float32 in which an overflow is an error that names the tensor."""
+    try:
+        with np.errstate(over="raise"):
+            yield
+    except FloatingPointError:
+        raise _overflow(name, "F32") from None

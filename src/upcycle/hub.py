@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,14 +41,22 @@ def local(source: str | Path) -> Path:
     return _download(str(source)) if is_id(source) else Path(source)
 
 
+def _parts(source: str) -> tuple[str, str | None]:
+    """Repository and revision of a hub id. The hub's client takes the latter for a path in its cache."""
+    repo, _, revision = source.partition("@")
+    if revision and {"", ".", ".."} & {*revision.split("/")}:
+        raise UpcycleError(f"{source}: {revision} is no revision; give a branch, a tag or a commit")
+    return repo, revision or None
+
+
 def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    repo, _, revision = source.partition("@")
+    repo, revision = _parts(source)
     wanted = ["config.json", "*.safetensors", INDEX, *CARRIED]
     with _hub_errors(source):
         folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
+            repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
         )
     return Path(folder)
 
@@ -59,11 +68,11 @@ def peek(source: str | Path) -> Checkpoint:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
 
-    repo, _, revision = str(source).partition("@")
+    repo, revision = _parts(str(source))
     with _hub_errors(source):
-        config = json.loads(Path(hf_hub_download(repo, "config.json", revision=revision or None)).read_text())
+        config = json.loads(Path(hf_hub_download(repo, "config.json", revision=revision)).read_text())
         try:
-            files = HfApi().get_safetensors_metadata(repo, revision=revision or None).files_metadata
+            files = HfApi().get_safetensors_metadata(repo, revision=revision).files_metadata
         except NotASafetensorsRepoError:
             raise UpcycleError(f"{source} has no safetensors weights; convert it with transformers") from None
     tensors = {
@@ -79,6 +88,33 @@ def peek(source: str | Path) -> Checkpoint:
         for name, info in header.tensors.items()
     }
     return Checkpoint(Path(source), config, tensors)
+
+
+def carriable(folder: Path) -> list[str]:
+    """The names of the files that go along with a model: tokenizer, generation config, template, licence."""
+    return sorted({p.name for pattern in CARRIED for p in folder.glob(pattern) if p.is_file()})
+
+
+def carried(folder: Path) -> list[str]:
+    """Those that may be copied: a link is followed only inside the folder, or from a snapshot of the hub's
+    cache to its own blobs, and refused elsewhere.
+    """
+    names = carriable(folder)
+    if outside := [name for name in names if not _stays(folder / name)]:
+        raise UpcycleError(
+            f"{folder / outside[0]} is a link to {os.readlink(folder / outside[0])}, outside the folder, and "
+            f"would be copied; put the file itself there, or take the link away"
+        )
+    return names
+
+
+def _stays(file: Path) -> bool:
+    """Whether `file`, links followed, lies in its folder or where the hub's cache keeps its files."""
+    if not file.is_symlink():
+        return True
+    home, target = file.parent.resolve(), file.resolve()
+    blobs = home.parent.parent / "blobs"
+    return home in target.parents or (home.parent.name == "snapshots" and blobs == target.parent)
 
 
 @contextmanager

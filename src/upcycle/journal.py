@@ -1,63 +1,116 @@
-"""The journal of a conversion: what it was begun with, and which tensors are safely on disk."""
+"""The journal of a conversion: what it was begun with, and which tensors are safely on disk.
+
+Each line is a JSON object that ends with a checksum over itself and the line before. The first line that is
+not as it was written ends the journal: what comes after is written again.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UpcycleError
 
 JOURNAL = "journal.jsonl"
+_CHECK = "check"
 
 
 class Journal:
-    """Which tensors are safely on disk: one JSON line each time they are synced."""
+    """Which tensors are safely on disk: one line each time they are synced. Lines are added by any thread.
+
+    `done` and `notes` are what it held when it was opened.
+    """
 
     def __init__(self, path: Path, begun: dict[str, Any]) -> None:
         """Open the journal of a run, or begin it; `begun` is what the run must have been begun with."""
+        self.folder, self._path = path.parent, path
+        self._lock, self._last = threading.Lock(), ""
+        self.done: set[str] = set()
+        self.notes: dict[str, Any] = {}
         self._file = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._open(begun)
         except BlockingIOError:
             self._file.close()
-            raise UpcycleError(f"another run is writing {path.parent}; wait for it or stop it") from None
-        self.done: set[str] = set()
-        lines = self._read()
-        if not lines:
-            self._append(begun)
-        elif lines[0] != begun:
-            different = ", ".join(k for k in begun if lines[0].get(k) != begun[k])
+            raise UpcycleError(f"another run is writing {self.folder}; wait for it or stop it") from None
+        except BaseException:
             self._file.close()
-            raise UpcycleError(
-                f"{path.parent} was begun with another {different}; resume with what it was begun with, "
-                f"or delete it"
-            )
-        for line in lines[1:]:
-            self.done.update(line["done"])
+            raise
 
-    def _read(self) -> list[dict[str, Any]]:
-        """The whole lines; a line that a crash cut short is cut off."""
+    def _open(self, begun: dict[str, Any]) -> None:
         self._file.seek(0)
         raw = self._file.read()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) != len(raw):
-            self._file.truncate(len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+        if b"\n" not in raw and _written(begun, "").startswith(raw):
+            self._file.truncate(0)
+            self._append(begun)
+            return
+        lines, length = _whole(raw)
+        if not lines:
+            raise UpcycleError(
+                f"{self._path} is damaged, or of another version of upcycle; delete {self.folder} and "
+                f"convert again"
+            )
+        if lines[0] != begun:
+            different = ", ".join(k for k in begun if lines[0].get(k) != begun[k]) or "version of upcycle"
+            raise UpcycleError(
+                f"{self.folder} was begun with another {different}; resume with what it was begun with, or "
+                f"delete it"
+            )
+        self._file.truncate(length)
+        self._last = _check(raw[:length].splitlines()[-1])
+        for line in lines[1:]:
+            self.done.update(line.pop("done"))
+            self.notes |= line
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._lock:
+            written = _written(line, self._last)
+            self._file.write(written)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._last = _check(written)
 
-    def record(self, names: list[str]) -> None:
-        """Note that these tensors are on disk."""
-        self._append({"done": names})
+    def record(self, names: list[str], **notes: Any) -> None:
+        """Note that these tensors are on disk, and what else is to be remembered."""
+        self._append({"done": names, **notes})
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _written(line: dict[str, Any], before: str) -> bytes:
+    """A line of the journal, as it comes after a line with the checksum `before`."""
+    check = hashlib.sha256((before + json.dumps(line)).encode()).hexdigest()
+    return json.dumps({**line, _CHECK: check}).encode() + b"\n"
+
+
+def _check(written: bytes) -> str:
+    """The checksum that ends a line which is whole."""
+    return str(json.loads(written)[_CHECK])
+
+
+def _whole(raw: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines up to the first that is not as it was written, and the bytes that they take."""
+    lines: list[dict[str, Any]] = []
+    length, before = 0, ""
+    for written in raw.splitlines(keepends=True):
+        try:
+            line = json.loads(written)
+            del line[_CHECK]
+            same = _written(line, before) == written
+        except (ValueError, TypeError, KeyError, RecursionError):
+            break
+        if not same:
+            break
+        lines.append(line)
+        length, before = length + len(written), _check(written)
+    return lines, length

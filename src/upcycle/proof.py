@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle import memory, provenance
+from upcycle import kernels, memory, provenance, selection
 from upcycle.blueprints import Blueprint, blueprint
-from upcycle.checkpoint import Checkpoint, TensorInfo
+from upcycle.checkpoint import CONFIG, INDEX, Checkpoint, TensorInfo, TwoSetsError, file_hash
 from upcycle.errors import UpcycleError, listed
+from upcycle.evaluate import results, routing_file
 from upcycle.families import Config
-from upcycle.hub import open_checkpoint
+from upcycle.hub import CARRIED, carriable, open_checkpoint
 from upcycle.recipe import Recipe
 from upcycle.source import refuse_two_heads
 
@@ -48,10 +51,19 @@ class Difference:
     max_difference: float
     scale: float
     tokens: int
+    source_difference: float | None = None  # to the source as it is stored, where the MoE is rounded
 
     @property
     def relative(self) -> float:
-        return self.max_difference / self.scale
+        """The difference in parts of the scale."""
+        return _share(self.max_difference, self.scale)
+
+
+def _share(difference: float, scale: float) -> float:
+    """In parts of the scale; of one that is zero, nothing or everything."""
+    if scale:
+        return difference / scale
+    return math.inf if difference else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,37 +95,49 @@ def verify(
     nothing to check; what does not hold is in the result.
     """
     out = Path(out)
-    with (
-        open_checkpoint(source, allow_nonfinite=True) as dense,
-        Checkpoint.open(out, allow_nonfinite=True) as moe,
-    ):
-        record = provenance.read(out)
-        if record.get("training"):
-            steps = record["training"][-1]["step"]
-            raise UpcycleError(
-                f"{out} was trained for {steps} steps since it was built, so its bytes are no recipe's; "
-                f"verify checks what `upcycle convert` wrote"
-            )
-        built = blueprint(dense, Recipe.of(record["recipe"]), allow_nonfinite=True)
-        refuse_two_heads(built.dense)
-        coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]
-        settings = _config(built, moe)
-        checks = [*coverage, settings]
-        same = _bytes(built, moe) if coverage[1].holds else _skipped("bytes", "the names differ already")
-        checks += [same, _hashes(built, record)]
-        found: dict[str, Difference] = {}
-        if logits and settings.holds and coverage[1].holds and coverage[2].holds:
-            found = compare_logits(built, out, text)
-            checks += [_logits(built, name, difference) for name, difference in found.items()]
-        for donor in built.donors:
-            donor.checkpoint.close()
-        return Proof(
-            coverage=all(bool(c.holds) for c in coverage),
-            bit_identical=bool(same.holds),
-            preserves_function=built.preserves_function,
-            logits=found,
-            checks=checks,
+    with open_checkpoint(source, allow_nonfinite=True) as dense:
+        try:
+            moe = Checkpoint.open(out, allow_nonfinite=True)
+        except TwoSetsError as error:
+            return _unfit(str(error))
+        with moe:
+            return _verify(dense, moe, out, text, logits)
+
+
+def _unfit(why: str) -> Proof:
+    """The proof of a folder that readers do not agree on."""
+    check = Check(name="files", holds=False, detail=why)
+    return Proof(coverage=False, bit_identical=False, preserves_function=False, logits={}, checks=[check])
+
+
+def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, text: str | Path | None, logits: bool) -> Proof:
+    record = provenance.read(out)
+    if record.get("training"):
+        steps = record["training"][-1]["step"]
+        raise UpcycleError(
+            f"{out} was trained for {steps} steps since it was built, so its bytes are no recipe's; "
+            f"verify checks what `upcycle convert` wrote"
         )
+    built = blueprint(dense, Recipe.of(record["recipe"]), allow_nonfinite=True)
+    refuse_two_heads(built.dense)
+    coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]
+    settings = _config(built, moe)
+    checks = [*coverage, settings]
+    same = _bytes(built, moe) if coverage[1].holds else _skipped("bytes", "the names differ already")
+    checks += [same, _hashes(built, record), _files(built, moe, record)]
+    found: dict[str, Difference] = {}
+    if logits and settings.holds and coverage[1].holds and coverage[2].holds:
+        found = compare_logits(built, out, text)
+        checks += [_logits(built, name, difference) for name, difference in found.items()]
+    for donor in built.donors:
+        donor.checkpoint.close()
+    return Proof(
+        coverage=all(bool(c.holds) for c in coverage),
+        bit_identical=bool(same.holds),
+        preserves_function=built.preserves_function,
+        logits=found,
+        checks=checks,
+    )
 
 
 def _skipped(name: str, why: str) -> Check:
@@ -161,10 +185,10 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
 
     name = "target coverage, transformers"
     with quiet():
-        architecture = models.architecture(built.native.architecture)
+        architecture = models.architecture(built.target.architecture)
         state = {n: _Header(info) for n, info in moe.tensors.items()}
         try:
-            config = transformers.AutoConfig.from_pretrained(moe.folder)
+            config = transformers.AutoConfig.from_pretrained(moe.folder, trust_remote_code=False)
             model, report = architecture.from_pretrained(
                 None, config=config, state_dict=state, dtype="float32", output_loading_info=True
             )
@@ -176,7 +200,7 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
     return Check(
         name=name,
         holds=not any(faults.values()),
-        detail=_faults(faults) or f"all {count} parameters of {built.native.architecture} are given",
+        detail=_faults(faults) or f"all {count} parameters of {built.target.architecture} are given",
     )
 
 
@@ -206,7 +230,9 @@ def _faults(faults: dict[str, list[str]]) -> str:
 
 
 def _config(built: Blueprint, moe: Checkpoint) -> Check:
-    wanted = json.loads(json.dumps(built.config))
+    wanted = json.loads(json.dumps(built.stored_config()))
+    if kernels.KEY not in moe.config:  # of a version that did not write it
+        wanted.pop(kernels.KEY, None)
     different = sorted(k for k in {*wanted, *moe.config} if wanted.get(k, ...) != moe.config.get(k, ...))
     return Check(
         name="config",
@@ -235,11 +261,66 @@ def _bytes(built: Blueprint, moe: Checkpoint) -> Check:
     )
 
 
+_SAID = {
+    "preserves_function": "preserves_function",
+    "moe_layers": "moe_layers",
+    "left_out_tensors": "left_out",
+}
+"""What upcycle.json says of a blueprint, and what a blueprint calls it."""
+_EDITED = ("README.md", CONFIG)  # a card is for people to go on with; the config is compared key by key
+_READ = (
+    "*.safetensors*", "*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf",
+    "*.onnx", "*.py", "*.jinja", "adapter_*",
+)  # fmt: skip
+_RESULTS = (results.FILE, routing_file.FILE)
+
+
+def _files(built: Blueprint, moe: Checkpoint, record: dict[str, Any]) -> Check:
+    """Whether the files beside the weights are what `convert` wrote, and what else lies there."""
+    out, source = moe.folder, built.source.folder
+    written: dict[str, str] = record.get("files", {})
+    wanted = written | {name: file_hash(source / name) for name in carriable(source)}
+    there = {path.name: path for path in out.iterdir()}
+    missing = [name for name in wanted if name not in there]
+    changed = [name for name in wanted if name in there and not _has(there[name], wanted[name])]
+    changed += [name for name in written if written[name] != wanted[name] and name not in changed]
+    known = {*wanted, *(file.name for file in moe.files), provenance.FILE}
+    if not written:  # of a version that kept no hashes
+        known |= {CONFIG, INDEX, "README.md", selection.FILE, *record.get("carried_files", ())}
+    others = sorted(there.keys() - known)
+    faults = {
+        "missing": missing,
+        "changed": [name for name in changed if name not in _EDITED],
+        "not written by convert, and read by those who load it": [n for n in others if _is_read(there[n])],
+    }
+    notes = {
+        "edited": [name for name in changed if name in _EDITED],
+        "not written by convert": [name for name in others if not _is_read(there[name])],
+    }
+    fine = f"{len(wanted)} files beside the weights as they were written"
+    said = [_faults(faults) or fine, _faults(notes)]
+    return Check(name="files", holds=not any(faults.values()), detail="; ".join(filter(None, said)))
+
+
+def _has(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_hash(path) == sha256
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a loader may take notice of a file or folder."""
+    if path.name.startswith(".") or path.name in _RESULTS:
+        return False
+    return path.is_dir() or any(fnmatch(path.name, pattern) for pattern in (*_READ, *CARRIED))
+
+
 def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
     recorded = {"source": record["source"]["sha256"]}
     recorded |= {label: donor["sha256"] for label, donor in record["source"]["donors"].items()}
     found = {opened.label: opened.hashes() for opened in built.checkpoints}
-    same = record["blueprint_hash"] == built.hash and recorded == found
+    said = {key: record[key] for key in ("target", *_SAID) if key in record}
+    true = {"target": built.target.model_type, **{key: getattr(built, name) for key, name in _SAID.items()}}
+    claims = said == json.loads(json.dumps({key: true[key] for key in said}))
+    same = record["blueprint_hash"] == built.hash and recorded == found and claims
     return Check(
         name="provenance",
         holds=same,
@@ -254,6 +335,13 @@ def _logits(built: Blueprint, name: str, difference: Difference) -> Check:
         f"largest difference {difference.max_difference:.2g} of a scale of {difference.scale:.3g} "
         f"({difference.relative:.1g}) on {difference.tokens} tokens"
     )
+    if not difference.scale:
+        said += "; the dense model gives zeros alone, which tells little"
+    if (far := difference.source_difference) is not None:
+        said += (
+            f", to the dense model rounded to {built.narrowed}; {far:.2g} "
+            f"({_share(far, difference.scale):.1g}) to the dense model as it is stored"
+        )
     if not built.preserves_function:
         return Check(name=f"logits, {name}", holds=None, detail=said + "; none promised by this recipe")
     return Check(name=f"logits, {name}", holds=difference.relative <= TOLERANCE, detail=said)
@@ -266,7 +354,7 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
     """
     import torch
 
-    from upcycle.nn import models
+    from upcycle.nn import models, opening
 
     source, dense = built.source.folder, built.dense
     _check_memory(built)
@@ -278,26 +366,30 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
             raise UpcycleError(f"--text is for models that read text, and {dense.family.model_type} does not")
         inputs["text"] = dict.fromkeys(names, ids)
     stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
-    outputs = []
-    for folder, name, dtype in (
+    runs: list[tuple[Path, str, torch.dtype | None]] = [
         (source, dense.architecture, stored),
-        (out, built.native.architecture, None),
-    ):
+        (out, built.target.architecture, None),
+    ]
+    if built.narrowed:
+        runs.append((source, dense.architecture, None))
+    outputs = []
+    for folder, name, dtype in runs:
         # `eager` runs the experts one by one: no kernel with demands of its own on widths.
         options = {} if folder is source else {"experts_implementation": "eager"}
         with quiet():
             cls = models.architecture(name)
-            model = cls.from_pretrained(folder, dtype=dtype or torch.float32, **options)
+            model = opening.fill(cls, folder, dtype=dtype or torch.float32, **options)
         model = model.float().eval()
         with torch.inference_mode():
             outputs.append({name: model(**given)[0] for name, given in inputs.items()})
         del model
-    ours, theirs = outputs
+    ours, theirs, *unrounded = outputs
     return {
         name: Difference(
             max_difference=float((ours[name] - theirs[name]).abs().max()),
             scale=float(ours[name].abs().max()),
             tokens=theirs[name].shape[:-1].numel(),
+            source_difference=float((unrounded[0][name] - theirs[name]).abs().max()) if unrounded else None,
         )
         for name in inputs
     }
@@ -325,9 +417,10 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"--text {text} cannot be read as text: {error}") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UpcycleError(f"{source} has no tokenizer for --text: {str(error).splitlines()[0]}") from None
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged file raises whatever its reader has
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpcycleError(f"{source} has no tokenizer for --text: {reason}") from None
     ids = tokenizer(content, return_tensors="pt").input_ids[:, : min(TOKENS, limit)]
     if not ids.numel():
         raise UpcycleError(f"--text {text} holds no text")

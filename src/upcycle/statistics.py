@@ -63,7 +63,7 @@ class Statistics:
                 else f"{path} does not exist; {make}"
             )
         if not path.is_file():
-            raise UpcycleError(f"{path} is a folder, not a file of statistics; {make}")
+            raise UpcycleError(f"{path} is a folder or a pipe, not a file of statistics; {make}")
         tensors, raw = read_header(path), read_metadata(path).get(KEY)
         if raw is None:
             raise UpcycleError(f"{path} holds no statistics of activations; {make}")
@@ -71,7 +71,7 @@ class Statistics:
             provenance = json.loads(raw)
             version, about = provenance["format"], provenance["source"]["fingerprint"]
             whole = isinstance(about, dict) and all(_sound(name, t) for name, t in tensors.items())
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             version, whole = FORMAT, False
         if version != FORMAT:
             raise UpcycleError(f"{path} has format {version}; this version reads {FORMAT}. Calibrate again")
@@ -149,7 +149,7 @@ class Statistics:
 def _sound(name: str, info: TensorInfo) -> bool:
     position, _, layer, kind = name.split(".")
     dimensions = 2 if kind == "co_activation" else 1
-    known = position in POSITIONS and kind in NAMES and layer.isdigit()
+    known = position in POSITIONS and kind in NAMES and layer.isascii() and layer.isdigit()
     return known and info.dtype == "F32" and len(info.shape) == dimensions
 
 

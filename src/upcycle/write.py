@@ -19,17 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import card, provenance, selection
+from upcycle import card, claim, lock, provenance, selection
 from upcycle.blueprints import Blueprint, Entry, blueprint
-from upcycle.checkpoint import INDEX, Checkpoint, file_hash
+from upcycle.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
+from upcycle.dtypes import TooLargeError
 from upcycle.errors import UpcycleError
-from upcycle.hub import CARRIED
+from upcycle.hub import carried
 from upcycle.journal import JOURNAL, Journal
-from upcycle.recipe import Recipe
+from upcycle.open_files import OpenFiles
+from upcycle.recipe import RecipeLike
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.source import refuse_two_heads
 
-CONFIG = "config.json"
 UNNAMED_CONFIG = "config.json.partial"
 SYNC_EVERY = 1 << 28  # bytes written between two points that a resumed run can start from
 HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
@@ -48,7 +49,7 @@ class Task:
 def convert(
     source: str | Path | Checkpoint,
     out: str | Path,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     resume: bool = False,
     jobs: int = 2,
@@ -65,17 +66,29 @@ def convert(
     """
     built = blueprint(source, recipe, allow_nonfinite=allow_nonfinite)
     out = Path(out)
-    if resume and _lacks_its_config(out):
-        _commit(built, out)
-        return built
     partial = _check_paths(built, out, resume)
     shards = lay_out(built.entries, shard_size)
     if jobs < 1:
         raise UpcycleError(f"jobs = {jobs}; it must be 1 or more")
-    _check_space(partial, shards)
-    for model in (built.dense, *built.donors):
-        refuse_two_heads(model)
-    planned(built)
+    if not _lacks_its_config(out):
+        _check_space(partial, shards)
+        carried(built.source.folder)  # refused now rather than when all is written
+        for model in (built.dense, *built.donors):
+            refuse_two_heads(model)
+        planned(built)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"another run is writing {partial}; wait for it or stop it"
+    with lock.held(partial.with_suffix(".lock"), busy):
+        _check_paths(built, out, resume)  # again: what another run did until now is seen
+        if _lacks_its_config(out):
+            _commit(built, out)
+        else:
+            _write(built, shards, partial, out, jobs, progress)
+    return built
+
+
+def _write(built: Blueprint, shards: Shards, partial: Path, out: Path, jobs: int, progress: Progress) -> None:
+    """All of the folder, by the one run that holds the lock."""
     fresh = _make_folder(partial)
     try:
         with Journal(partial / JOURNAL, _begun(built, shards)) as journal:
@@ -95,38 +108,26 @@ def convert(
     finally:
         for opened in built.checkpoints:
             opened.close()  # whoever reads on opens them anew
-    return built
 
 
 def _check_paths(built: Blueprint, out: Path, resume: bool) -> Path:
     """Refuse an OUT that would overwrite or nest; the partial folder's path."""
-    target = out.resolve()
-    partial = target.parent / f"{target.name}.partial"
+    partial = claim.partial_of(out)
     for opened in built.checkpoints:
-        source = opened.folder.resolve()
-        for taken in (target, partial):
-            if taken == source or source in taken.parents or taken in source.parents:
-                raise UpcycleError(
-                    f"{out}, or {partial.name}, lies in or around the source {opened.folder}; choose another "
-                    f"folder"
-                )
+        claim.refuse_near((out, partial), opened.folder)
     if _lacks_its_config(out):
-        raise UpcycleError(f"{out} is left from a run that was broken; finish it with --resume, or delete it")
-    if out.exists():
-        raise UpcycleError(f"{out} exists already; nothing is overwritten. Choose another name or delete it")
-    if not target.parent.is_dir() and any(p.exists() and not p.is_dir() for p in target.parents):
-        raise UpcycleError(f"{out}: a part of the path is a file")
-    if (
-        partial.exists()
-        and not (partial / JOURNAL).exists()
-        and (not partial.is_dir() or any(partial.iterdir()))
-    ):
-        raise UpcycleError(f"{partial} is in the way, and it was not left by upcycle; choose another OUT")
+        if not resume:
+            raise _left_behind(out)
+        return partial
+    claim.may_create(out)
+    claim.refuse_foreign(partial, JOURNAL)
     if partial.exists() and not resume:
-        raise UpcycleError(
-            f"{partial} is left from a run that was broken; finish it with --resume, or delete it"
-        )
+        raise _left_behind(partial)
     return partial
+
+
+def _left_behind(folder: Path) -> UpcycleError:
+    return UpcycleError(f"{folder} is left from a run that was broken; finish it with --resume, or delete it")
 
 
 def _make_folder(partial: Path) -> bool:
@@ -158,12 +159,56 @@ def _check_space(partial: Path, shards: Shards) -> None:
 
 def _begun(built: Blueprint, shards: Shards) -> dict[str, Any]:
     """What a run must have in common with the one it goes on with."""
-    files = {
-        f"{c.label}/{f.name}": [f.stat().st_size, f.stat().st_mtime_ns]
-        for c in built.checkpoints
-        for f in c.files
-    }
+    files = {key: [c.stamps[f][2], c.stamps[f][3]] for key, (c, f) in _sources(built).items()}
     return {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
+
+
+def _sources(built: Blueprint) -> dict[str, tuple[Checkpoint, Path]]:
+    """Every file that tensors come from, by its name in the journal."""
+    return {f"{c.label}/{f.name}": (c, f) for c in built.checkpoints for f in c.files}
+
+
+class _SourceHashes:
+    """The hashes of the source files: taken while tensors are written, kept in the journal, compared at the
+    end.
+
+    A file that was not touched since its header was read is what was read of it, and is not read for that
+    again. One that was touched is hashed once more, at the end or when a run goes on.
+    """
+
+    def __init__(self, built: Blueprint, journal: Journal, stop: threading.Event) -> None:
+        self._sources, self._journal, self._stop = _sources(built), journal, stop
+        self._known: dict[str, str] = journal.notes.get("sha256", {})
+        stamps = {key: list(c.stamps[file]) for key, (c, file) in self._sources.items()}
+        before = journal.notes.get("stamps", stamps)
+        for key in [key for key in stamps if stamps[key] != before.get(key)]:
+            checkpoint, file = self._sources[key]
+            if checkpoint.hash_read(file, stop) != self._known.get(key):
+                raise UpcycleError(
+                    f"{file} has changed since {journal.folder} was begun; put back what it was, or delete "
+                    f"that folder and convert again"
+                )
+        if journal.notes.get("stamps") != stamps:
+            journal.record([], stamps=stamps)
+
+    def take(self) -> dict[str, str]:
+        """The hashes by name in the journal, which keeps them."""
+        if not self._known:
+            with ThreadPoolExecutor(2) as pool:
+                taken = [pool.submit(c.hash_read, file, self._stop) for c, file in self._sources.values()]
+                known = {key: one.result() for key, one in zip(self._sources, taken, strict=True)}
+            if not self._stop.is_set():
+                self._journal.record([], sha256=known)
+                self._known = known
+        return self._known
+
+    def at_the_end(self) -> dict[str, dict[str, str]]:
+        """The hashes by checkpoint and file name, of files that are still what was read."""
+        hashes: dict[str, dict[str, str]] = {}
+        for key, (checkpoint, file) in self._sources.items():
+            checkpoint.refuse_changed(file, self._known[key])
+            hashes.setdefault(checkpoint.label, {})[file.name] = self._known[key]
+        return hashes
 
 
 def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
@@ -188,29 +233,33 @@ class _Files:
             if not path.exists() or path.stat().st_size != size
         }
         self.locks = [threading.Lock() for _ in self.paths]
-        self.descriptors = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self.paths]
-        for descriptor, size in zip(self.descriptors, shards.sizes, strict=True):
-            os.ftruncate(descriptor, size)
+        self.opened = OpenFiles(os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        for path, size in zip(self.paths, shards.sizes, strict=True):
+            with self.opened.use(path) as descriptor:
+                os.ftruncate(descriptor, size)
         _sync_folder(partial)
         _sync_folder(partial.parent)
 
     def write(self, place: Place, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
         view, position = data.data, place.offset + start
-        with self.locks[place.shard]:  # the kernel would let one write at a time too, and the others spin
+        path = self.paths[place.shard]
+        # The kernel would let one write at a time too, and the others spin.
+        with self.locks[place.shard], self.opened.use(path) as descriptor:
             while view:
-                count = os.pwrite(self.descriptors[place.shard], view, position)
+                count = os.pwrite(descriptor, view, position)
                 view, position = view[count:], position + count
 
     def sync(self, shards: set[int]) -> None:
         """Bring the data of these shards to disk."""
         datasync = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
         for shard in sorted(shards):
-            datasync(self.descriptors[shard])
+            with self.opened.use(self.paths[shard]) as descriptor:
+                datasync(descriptor)
 
     def close(self) -> None:
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+        """Close what is open."""
+        self.opened.close()
 
 
 def _write_tensors(
@@ -219,15 +268,16 @@ def _write_tensors(
     """Write what the journal does not have yet; the hashes of the source files, by checkpoint and name.
 
     Tensors are written by `jobs` threads. One more brings them to disk as they come, so that the disk works
-    while they compute. The sources are hashed last, while the rest of the output is on its way to disk.
+    while they compute, and two more hash the sources.
     """
+    stop = threading.Event()
+    sources = _SourceHashes(built, journal, stop)
     files = _Files(partial, shards)
     done = {name for name in journal.done if shards.places[name].shard not in files.new}
     tasks = _tasks(built, done)
     progress(sum(shards.places[name].nbytes for name in done))
-    stop = threading.Event()
     written: list[str] = []
-    syncs: list[Future[None]] = []
+    syncs: list[Future[Any]] = []
 
     def sync(names: list[str]) -> None:
         files.sync({shards.places[n].shard for n in names})
@@ -239,11 +289,12 @@ def _write_tensors(
         if sum(shards.places[n].nbytes for n in written) >= at_least:
             syncs.append(syncer.submit(sync, written.copy()))
             written.clear()
-        for earlier in syncs:
+        for earlier in [*syncs, hashed]:
             if earlier.done():
-                earlier.result()  # a disk that is full may say so here first
+                earlier.result()  # a disk that is full may say so here first, or a source that changes
 
-    writers, syncer = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1)
+    writers, syncer, hasher = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    hashed: Future[Any] = hasher.submit(sources.take)
     try:
         running: set[Future[Task]] = set()
         for task in tasks:
@@ -251,34 +302,32 @@ def _write_tensors(
             if len(running) > 2 * jobs:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 collect(finished, SYNC_EVERY)
-        digests = {
-            (c.label, file): writers.submit(file_hash, file) for c in built.checkpoints for file in c.files
-        }
         collect(running, at_least=0)
         for last in syncs:
             last.result()
         for number, header in enumerate(shards.headers):
             files.write(Place(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
         files.sync(set(range(len(shards.names))))
-        hashes: dict[str, dict[str, str]] = {c.label: {} for c in built.checkpoints}
-        for (label, file), digest in digests.items():
-            hashes[label][file.name] = digest.result()
-        return hashes
+        hashed.result()
+        return sources.at_the_end()
     finally:
         stop.set()
-        for pool in (writers, syncer):
+        for pool in (writers, syncer, hasher):
             pool.shutdown(cancel_futures=True)
         files.close()
 
 
 def _write_task(task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Progress) -> Task:
     places = [shards.places[name] for name in task.names]
-    for start, data in task.entry.pieces():
-        if stop.is_set():
-            break
-        for place in places:
-            files.write(place, start, data)
-            progress(data.size)
+    try:
+        for start, data in task.entry.pieces():
+            if stop.is_set():
+                break
+            for place in places:
+                files.write(place, start, data)
+                progress(data.size)
+    except TooLargeError as error:
+        raise UpcycleError(f"{task.names[0]} cannot be made: {error}") from None
     return task
 
 
@@ -286,14 +335,22 @@ def _finish(
     built: Blueprint, shards: Shards, partial: Path, out: Path, hashes: dict[str, dict[str, str]]
 ) -> None:
     """What makes a folder of tensors a model, and the rename that shows it."""
-    carried, left = carry(built.source.folder, partial)
-    record = provenance.record(built, hashes, carried=carried, left_behind=left)
+    names, left = carry(built.source.folder, partial)
     if shards.index is not None:
         _write_json(partial / INDEX, shards.index)
-    _write_json(partial / provenance.FILE, record)
     selection.write(built, partial)
-    (partial / "README.md").write_text(card.render(built, record))
-    _write_json(partial / UNNAMED_CONFIG, built.config)
+    (partial / "README.md").write_bytes(card.render(built).encode())
+    _write_json(partial / UNNAMED_CONFIG, built.stored_config())
+    weights = {JOURNAL, provenance.FILE, *shards.names}
+    files = {
+        CONFIG if path.name == UNNAMED_CONFIG else path.name: file_hash(path)
+        for path in sorted(partial.iterdir())
+        if path.name not in weights
+    }
+    _write_json(
+        partial / provenance.FILE,
+        provenance.record(built, hashes, carried=names, left_behind=left, out=out, files=files),
+    )
     for path in partial.iterdir():
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -319,16 +376,16 @@ def _commit(built: Blueprint, out: Path) -> None:
 
 def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
     """Copy tokenizer, generation config, chat template and licence; the names copied, and those left."""
-    carried = sorted({p.name for pattern in CARRIED for p in source.glob(pattern) if p.is_file()})
-    for name in carried:
+    names = carried(source)
+    for name in names:
         shutil.copyfile(source / name, partial / name)
     weights = {"config.json", INDEX}
     left = sorted(
         p.name
         for p in source.iterdir()
-        if p.name not in weights and p.name not in carried and p.suffix != ".safetensors"
+        if p.name not in weights and p.name not in names and p.suffix != ".safetensors"
     )
-    return carried, left
+    return names, left
 
 
 def _write_json(path: Path, value: object) -> None:

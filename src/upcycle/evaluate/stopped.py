@@ -47,8 +47,10 @@ def begun(path: Path, provenance: Mapping[str, Any]) -> tuple[int, dict[str, int
     try:
         read_header(path)
         state = json.loads(read_metadata(path)[_STATE])
-        before, done, tokens = dict(state["begun"]), int(state["done"]), dict(state["tokens"])
-    except (UpcycleError, OSError, ValueError, KeyError, TypeError):
+        before, done, tokens = dict(state["begun"]), state["done"], dict(state["tokens"])
+        if any(type(count) is not int or count < 0 for count in (done, *tokens.values())):
+            raise ValueError
+    except (UpcycleError, OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UpcycleError(
             f"{path} is not what a stopped calibration leaves; delete it to start anew"
         ) from None

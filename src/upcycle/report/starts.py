@@ -61,7 +61,7 @@ def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
         flops = sum(float(t["tokens"]) * float(t["training_flops_per_token"]) for t in trainings)
         tokens = sum(float(t["tokens"]) for t in trainings)
         whole = any(t.get("from_scratch") for t in trainings)
-        source = Path(str(made["source"]["path"]))
+        source = provenance.source_of(folder, made)
         donors = list(made["source"]["donors"])
         if not math.isfinite(flops + tokens):
             raise ValueError

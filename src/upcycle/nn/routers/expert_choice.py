@@ -27,7 +27,9 @@ class ExpertChoice(Router):
     looks_ahead = "an expert chooses among all tokens of a sequence, later ones included"
     balanced = True
 
+    # experts that a token gets on average; num_experts gives every expert all tokens
     capacity_factor: float = 2.0
+    # of the places of an expert, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
 
     def __post_init__(self) -> None:

@@ -1,0 +1,52 @@
+"""Descriptors of many files, of which few are open at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+MOST = 64
+
+
+@dataclass
+class _Opened:
+    descriptor: int
+    users: int = 0
+
+
+class OpenFiles:
+    """Files opened with `flags` when they are asked for; of those that nobody uses, the oldest are closed."""
+
+    def __init__(self, flags: int, most: int = MOST) -> None:
+        self._flags, self._most = flags, most
+        self._opened: dict[Path, _Opened] = {}  # the one used last is last
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, path: Path) -> Iterator[int]:
+        """A descriptor of `path` that stays open for as long as this does."""
+        with self._lock:
+            file = self._opened.pop(path, None) or _Opened(os.open(path, self._flags, 0o644))
+            self._opened[path] = file
+            file.users += 1
+            self._close_idle()
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.users -= 1
+
+    def _close_idle(self) -> None:
+        for path, file in list(self._opened.items())[: max(0, len(self._opened) - self._most)]:
+            if not file.users:
+                os.close(self._opened.pop(path).descriptor)
+
+    def close(self) -> None:
+        """Close all that are open."""
+        with self._lock:
+            while self._opened:
+                os.close(self._opened.popitem()[1].descriptor)
