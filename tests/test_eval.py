@@ -435,6 +435,9 @@ def test_results_lie_beside_the_checkpoint_and_are_replaced(byte_model, story, t
     assert [c["checkpoint"] for c in shown["checkpoints"]] == [str(folder), str(other)]
     assert {row["difference"] for row in shown["differences"]} == {0.0}
     assert json.loads(out.read_text()) == {"format": 1, **shown}
+    assert not (folder / "eval.json").exists()
+    main([*command[:-2], "--json"])
+    assert json.loads(capsys.readouterr().out) == shown
     first = results.read(folder / "eval.json")
     (entry,) = first
     assert (entry["kind"], entry["name"]) == ("text", "story.txt")
@@ -443,6 +446,10 @@ def test_results_lie_beside_the_checkpoint_and_are_replaced(byte_model, story, t
     assert set(entry["metrics"]) == {"loss", "perplexity", "bits_per_byte", "accuracy"}
     assert entry["metrics"]["loss"]["value"] == shown["checkpoints"][0]["loss"]
     assert {"torch", "transformers", "upcycle"} == set(entry["versions"])
+    assert set(entry["paired"]) == {"bits_per_byte"}  # what a report pairs with another checkpoint's
+    sums = results.read_sums(entry["paired"]["bits_per_byte"])
+    assert sums.value == pytest.approx(entry["metrics"]["bits_per_byte"]["value"])
+    assert sums.standard_error == pytest.approx(entry["metrics"]["bits_per_byte"]["standard_error"])
     second = tmp_path / "second.txt"
     second.write_text("another text")
     main(["eval", str(folder), "--text", str(second), "--text", str(story)])
@@ -488,6 +495,52 @@ def test_a_foreign_file_of_that_name_stays(byte_model, story, tmp_path, capsys):
         main(["eval", str(folder), "--text", str(story)])
     assert "is not what `upcycle eval` writes" in capsys.readouterr().err
     assert (folder / "eval.json").read_text() == '{"mine": 1}'
+
+
+def test_out_replaces_nothing_but_results(byte_model, story, tmp_path, capsys):
+    """Not the weights of the model that is scored, and no JSON of anything else."""
+    folder = shutil.copytree(byte_model, tmp_path / "dense")
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    command = ["eval", str(folder), "--text", str(story), "--limit", "1", "--out"]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        before = (folder / name).read_bytes()
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, str(folder / name)])
+        assert stopped.value.code == 2
+        assert "exists already and is not what `upcycle eval` writes" in capsys.readouterr().err
+        assert (folder / name).read_bytes() == before
+    for other in (deep, tmp_path):
+        with pytest.raises(SystemExit):
+            main([*command, str(other)])
+        assert "is not what" in capsys.readouterr().err
+    out = tmp_path / "new" / "all.json"
+    main([*command, str(out)])
+    first = out.read_bytes()
+    main([*command, str(out)])
+    assert out.read_bytes() == first
+    assert not (folder / "eval.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format": 1, "results": [{"kind": [], "name": "a"}]}',
+        '{"format": 1, "results": [{"kind": "text", "name": "\\ud800"}]}',
+        '{"format": 1, "results": ' + "[" * 100_000,
+        '{"format": 1, "results": 5}',
+        "[]",
+        "\xff",
+    ],
+)
+def test_a_damaged_record_is_said_and_stays(byte_model, story, tmp_path, capsys, text):
+    folder = shutil.copytree(byte_model, tmp_path / "dense")
+    (folder / "eval.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", str(folder), "--text", str(story), "--limit", "1"])
+    assert stopped.value.code == 2
+    assert "is not what `upcycle eval` writes" in capsys.readouterr().err
+    assert (folder / "eval.json").read_bytes() == text.encode("latin-1")
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,70 @@ def test_missing_files_and_unknown_tasks(dense_model, folders, tmp_path):
         refused(message, tasks=("piqa",), task_files=tmp_path)
 
 
+HUB_ROW = {task: rows[0] for task, rows in HUB.items() if not task.startswith("blimp")}
+
+
+@pytest.mark.parametrize("task", HUB_ROW)
+@pytest.mark.parametrize("odd", ["missing", None, [], 2**70, "common"])
+def test_a_row_with_a_field_missing_or_of_another_kind_is_a_sentence(task, odd, dense_model, tmp_path):
+    """Of every field; with the task, and the line or example."""
+    good = HUB_ROW[task] if odd != "common" else common(task, HUB_ROW[task])
+    path = tmp_path / f"{task}.jsonl"
+    for field in good:
+        row = {k: v for k, v in good.items() if k != field}
+        if odd not in ("missing", "common"):
+            row[field] = odd
+        path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+        with pytest.raises(UpcycleError) as said:
+            evaluate(dense_model, Asked(tasks=(task,), task_files=tmp_path))
+        assert "line 2" in str(said.value) or f"task {task}, example 2" in str(said.value)
+
+
+def test_rows_of_a_task_that_is_not_known_here(dense_model, tmp_path):
+    """The harness's own templates fail on them in ways of their own."""
+    (tmp_path / "winogrande.jsonl").write_text('{"query": "a"}\n')
+    with pytest.raises(UpcycleError, match="winogrande"):
+        evaluate(dense_model, Asked(tasks=("winogrande",), task_files=tmp_path))
+    (tmp_path / "piqa.jsonl").write_text(json.dumps({**HUB["piqa"][0], "label": 9}) + "\n")
+    with pytest.raises(UpcycleError, match=r"line 1: 'label' is 9; in a row of piqa it is 0 to 1"):
+        evaluate(dense_model, Asked(tasks=("piqa",), task_files=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"goal": ' + "[" * 100_000, "nested too deep|is not JSON"), ('{"goal": "\\ud800"}', "lone surrogate")],
+    ids=["deep", "surrogate"],
+)
+def test_json_that_is_no_row(line, said, dense_model, tmp_path):
+    (tmp_path / "piqa.jsonl").write_text(line)
+    with pytest.raises(UpcycleError, match=f"line 1 .*({said})"):
+        evaluate(dense_model, Asked(tasks=("piqa",), task_files=tmp_path))
+
+
+def test_a_continuation_longer_than_the_model_reads_loses_its_first_tokens(tmp_path, capsys):
+    """It is scored by the rest of it, counted and named."""
+    folder = make_dense(tmp_path / "dense", "llama", vocab_size=300, max_position_embeddings=24)
+    make_bytes_tokenizer(folder)
+    rows = [
+        {"goal": "Go", "sol1": "Yes.", "sol2": "No.", "label": 0},
+        {"goal": "Go", "sol1": "x" * 40, "sol2": "No.", "label": 1},
+    ]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result,) = evaluate(folder, Asked(tasks=("piqa",), task_files=tmp_path))["results"]
+    assert (result["examples"], result["continuations_shortened"]) == (2, 1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "piqa: in 1 of 2 examples a continuation is longer than the 24 tokens" in said
+    model = language(folder)
+    ids = list(range(10, 50))
+    (cut,) = model.likelihoods([Pair([1, 5], ids)])
+    (rest,) = model.likelihoods([Pair(ids[15:16], ids[16:])])
+    assert len(cut.nats) == 24
+    assert np.array_equal(cut.nats, rest.nats)
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (result,) = evaluate(folder, Asked(tasks=("piqa",), task_files=tmp_path))["results"]
+    assert "continuations_shortened" not in result
+
+
 def test_without_the_harness_a_sentence_says_how_to_get_it(dense_model, folders, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)

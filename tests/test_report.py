@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
 from upcycle import UpcycleError, cli
 from upcycle.report import drawing, figures, report, sections
 from upcycle.report.comparison import Comparison, Group, compare
-from upcycle.report.crossing import crossing
+from upcycle.report.crossing import crossing, told
 from upcycle.report.document import Document, Picture, Sentence, Table
 from upcycle.report.inks import DARK, LIGHT, VARIABLES, Inks
 from upcycle.report.markdown import render as render_markdown
@@ -364,6 +365,93 @@ def test_losing_and_nothing_shown_are_called_that(tmp_path):
     assert "No run that continues the dense model" in sentences(document(moe))[0]
 
 
+def test_what_was_measured_tells_the_same_however_often(tmp_path):
+    """Curves that fall: with fewer evaluations the answer is the same one, or that it cannot be told."""
+
+    def runs(every: int, shift: float) -> list[Path]:
+        folder = tmp_path / f"{every}{shift}"
+        curves = {
+            "d": (None, lambda t: 2 + math.exp(-t / 700)),
+            "m": ({}, lambda t: 2 - shift + 1.1 * math.exp(-t / 400)),
+        }
+        return [
+            write_run(
+                folder / f"{name}{i}", lambda t, f=curve, i=i: f(t) + i / 1000, moe=moe, seed=i, steps=60,
+                every=every, train={"eval_every": 10},
+            )
+            for name, (moe, curve) in curves.items() for i in (0, 1)
+        ]  # fmt: skip
+
+    for shift, start, paid in ((0.05, "Yes. ", "yes"), (-0.4, "No. ", "no")):
+        (exact,) = compared(*runs(1, shift)).pairs
+        assert exact.paid == paid
+        for every in (2, 5, 12, 20, 60):
+            folders = runs(every, shift)
+            (found,) = compared(*folders).pairs
+            assert found.told.low <= exact.told.low <= exact.told.high <= found.told.high
+            assert found.paid in (paid, "cannot be told")
+            said = sentences(document(*folders))[0]
+            assert said.startswith(start if found.paid == paid else "That cannot be told. ")
+            if paid == "yes" and found.told.since is not None:
+                after, by = found.told.since
+                assert (after or 0) <= exact.told.since[0] <= exact.told.since[1] <= by
+    # At its start and its end alone.
+    assert "FLOPs one of them was not evaluated, but at 0 and 5.76e06" in said
+    assert found.paid == "no"
+    folders = sorted((tmp_path / "600.05").iterdir())
+    assert "ahead of and" in sentences(document(*folders))[0]
+    (row,) = tables(document(*folders))["Held-out loss at equal training FLOPs"].rows
+    assert row[2] == "cannot be told"
+
+
+def test_points_that_differ_by_rounding_are_one():
+    x = np.array([0.0, 0.1 + 0.2, 1.0])
+    found = told(x, np.array([3.0, 2.0, 1.0]), np.array([0.0, 0.3]), np.array([4.0, 2.5]))
+    assert (found.low, found.high, found.between) == (-0.5, -0.5, None)
+    apart = told(np.array([5.0, 6.0]), np.ones(2), np.array([0.0, 1.0]), np.ones(2))
+    assert apart.sign == told(np.array([]), np.array([]), x, x).sign == "apart"
+    again = told(x, np.array([3.0, 2.0, 3.0]), x, np.array([2.5, 2.5, 2.5]))
+    assert (again.sign, again.lost_again, again.since) == ("above", True, None)
+
+
+def test_one_seed_tells_neither_yes_nor_no(tmp_path, monkeypatch):
+    """Where both were scored on the same documents, what that says stands there, with its error."""
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    dense, moe = pair_of_runs(tmp_path)
+    made = document(dense, moe)
+    said = sentences(made)[0]
+    assert said.startswith("One seed cannot tell. At equal training FLOPs")
+    assert "score them on the same held-out text" in said
+    assert tables(made)["Held-out loss at equal training FLOPs"].rows[0][2] == "one seed"
+
+    def scored(name: str, run: Path, nats: list[float], units: str = "a", **more) -> Path:
+        paired = {"units": "documents", "units_sha256": units, "top": nats, "bottom": [10.0] * len(nats)}
+        metric = {"value": sum(nats) / (10 * len(nats)), "standard_error": 0.1, "higher_is_better": False}
+        result = {"kind": "text", "name": "held.txt", "data": {"sha256": "x"}, "metrics": {"loss": metric}}
+        return write_checkpoint(
+            tmp_path / name, run, step=60 if run == dense else 40,
+            eval={"format": 1, "results": [{**result, "paired": {"loss": paired}, **more}]},
+        )  # fmt: skip
+
+    ours, theirs = [20.0, 21.0, 19.0, 30.0], [22.0, 22.9, 21.1, 32.0]
+    ends = [scored("moe-end", moe, ours), scored("dense-end", dense, theirs)]
+    said = sentences(document(dense, moe, *ends))[0]
+    assert said.startswith("One seed cannot tell. ")
+    error = np.std(np.array(ours) - np.array(theirs), ddof=1) / 2 / 10
+    assert (
+        f"On the same 4 documents of held.txt it is ahead, by −0.2000 ± {error:.4f} loss (after 3.84e06 "
+        f"FLOPs, the dense model after 3.84e06)"
+    ) in said
+    for name, more in {
+        "other-units": {"units": "b"},
+        "other-data": {"data": {"sha256": "y"}},
+        "damaged": {"paired": {"loss": {"units_sha256": "a", "top": [1], "bottom": "x"}}},
+        "no-list": {"paired": 5},
+    }.items():
+        other = scored(name, dense, theirs, **more)
+        assert "On the same" not in sentences(document(dense, moe, ends[0], other))[0]
+
+
 def test_images_are_compared_on_accuracy_too(tmp_path):
     task = {"task": {"name": "image_classification", "test": "test.parquet"}}
 
@@ -517,7 +605,11 @@ def spoil(drawn: random.Random, value):
         key = drawn.choice([*value] if isinstance(value, dict) else range(len(value)))
         value[key] = spoil(drawn, value[key])
         return value
-    return drawn.choice([None, -1, 0, 1e400, "x", [], {}, [1], {"a": 1}, True, 2**70, math.nan])
+    deep: list = []
+    for _ in range(drawn.choice([80, 900])):
+        deep = [deep]
+    odd = ["\x00", "\x1b[31m", "\ud800", "\uffff", 10**400, deep]
+    return drawn.choice([None, -1, 0, 1e400, "x", [], {}, [1], {"a": 1}, True, 2**70, math.nan, *odd])
 
 
 def spoil_file(drawn: random.Random, path: Path, text: str) -> None:
@@ -540,10 +632,32 @@ def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, mo
         text = path.read_text()
         spoil_file(drawn, path, text)
         made = document(*folders)
-        for picture in pictures(made) if turn % 10 == 0 else ():
-            picture.draw(LIGHT)
+        if turn % 10 == 0:
+            render(made).encode()
+            render_markdown(made, "r")[0].encode()
         path.write_text(text)
     assert len(study(folders, Given()).runs) == 6
+
+
+def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path, monkeypatch):
+    """In labels, in figures, and in names of folders; the page and its figures stay readable XML."""
+    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    nasty = "a\x00b\x1b[31mc\ud800d\ufffee"
+    dense, moe = pair_of_runs(tmp_path)
+    about = json.loads((moe / "run.json").read_text())
+    about["run"]["init"]["name"] = nasty
+    (moe / "run.json").write_text(json.dumps(about))
+    routing = json.loads(json.dumps(left_behind.ROUTING).replace("stories", nasty.replace("\x00", "\\u0000")
+        .replace("\x1b", "\\u001b").replace("\ud800", "\\ud800").replace("\ufffe", "\\ufffe")))  # fmt: skip
+    end = write_checkpoint(tmp_path / "end\x1b", moe, routing=routing)
+    report([dense, moe, end], tmp_path / "r.html", markdown=tmp_path / "r.md", title=nasty)
+    page, text = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    for character in ("\x00", "\x1b", "\ufffe"):
+        assert character not in page
+        assert character not in text
+    assert "a\ufffdb\ufffd[31mc\ufffdd\ufffde" in page
+    for drawn in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(drawn)
 
 
 def test_nothing_is_overwritten_but_a_report(tmp_path):

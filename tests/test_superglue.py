@@ -132,6 +132,31 @@ def test_prompts_are_those_of_the_harness(kind):
         assert TASKS[kind].labels == tuple(labels)
 
 
+@pytest.mark.parametrize("kind", TASKS)
+def test_rows_with_a_field_missing_or_of_another_kind_are_a_sentence(kind):
+    """Of every field, with the row; what holds other things than texts, or names no question, too."""
+    good = ROWS[kind][0]
+    assert superglue.rows_to_examples(kind, [good], "x.jsonl")
+    inner = {
+        "idx": [{}, {"passage": [], "query": [], "paragraph": [], "question": []}],
+        "answers": [[5], []],
+        "entities": [[None]],
+    }
+    for field in TASKS[kind].fields:
+        for odd in (
+            "missing",
+            None,
+            [] if not isinstance(good[field], list) else 5,
+            2.5,
+            *inner.get(field, []),
+        ):
+            row = {k: v for k, v in good.items() if k != field}
+            if odd != "missing":
+                row[field] = odd
+            with pytest.raises(UpcycleError, match=r"x\.jsonl, row 2"):
+                superglue.rows_to_examples(kind, [good, row], "x.jsonl")
+
+
 def test_pronouns_that_stand_beside_their_index_are_found():
     """Two rows of WSC: the index is one off, and punctuation is stuck to the pronoun."""
     base = {"span1_text": "the pebble", "label": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import families, natives, provenance, upcycled
+from upcycle import families, provenance
 from upcycle.blueprints import blueprint
 from upcycle.checkpoint import Checkpoint
+from upcycle.console import place_of
 from upcycle.dtypes import TORCH_NAMES
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, listed
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored, blocks
+from upcycle.nn import upcycled_config
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit
+from upcycle.targets import natives
+from upcycle.targets._layouts import Stacked
+from upcycle.targets.native import Native
 
 
 def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
@@ -31,15 +37,18 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         made = provenance.read(opened.folder) if (opened.folder / provenance.FILE).exists() else None
         model_type = opened.config.get("model_type")
         notes: list[str] = []
-        upcycled_from = upcycled.dense_type(opened.config)
+        upcycled_from = upcycled_config.dense_type(opened.config)
         if model_type in natives.names() or upcycled_from:
             dense = _dense_source(source, made, notes)
             try:
                 tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
+                _refuse_empty(opened)
                 parts = _parts(opened, tensors)
+                for part in parts:
+                    _refuse_odd_shapes(part)
                 if dense is not None:
                     _refuse_other_depth(dense, parts)
-                    if made is not None and dense.family.model_type != made["source"]["model_type"]:
+                    if made is not None and dense.family.model_type != made["source"].get("model_type"):
                         notes.append(
                             f"compared with a {dense.family.model_type}, which is not what it was made from"
                         )
@@ -48,6 +57,11 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
                     _add_start(layers, opened, made, dense, notes)
             except KeyError as error:
                 raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
+            except (AttributeError, IndexError, TypeError, ValueError) as error:
+                # Of tensors and a config of any kind, readers of layouts make errors of any kind.
+                raise UpcycleError(
+                    f"{opened.folder} does not hold the tensors of a {model_type}: {error}"
+                ) from error
             finally:
                 if dense is not None:
                     dense.checkpoint.close()
@@ -57,11 +71,32 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
             "checkpoint": str(opened.folder),
             "model_type": model_type,
             "num_layers": len(layers),
-            "parameters": sum(int(np.prod(t.shape)) for t in opened.tensors.values()),
+            "parameters": sum(math.prod(t.shape) for t in opened.tensors.values()),
             "layers": layers,
             "provenance": made,
             "notes": notes,
         }
+
+
+def _refuse_empty(opened: Checkpoint) -> None:
+    """Refuse tensors that say that they have rows and hold nothing."""
+    if empty := sorted(name for name, info in opened.tensors.items() if not math.prod(info.shape)):
+        raise UpcycleError(f"{opened.folder} holds {listed(empty)} without a single number")
+
+
+def _refuse_odd_shapes(part: _Part) -> None:
+    """Refuse experts that are no networks of one shape."""
+    where = place_of(part.stack, part.layer)
+    for group in (part.experts, part.universal):
+        shapes = [{name: matrix.shape for name, matrix in x.matrices().items()} for x in group]
+        for shape in shapes:
+            up, down = shape["up"], shape["down"]
+            if len(up) != 2 or down != up[::-1] or shape.get("gate", up) != up:
+                raise UpcycleError(f"layer {where}: the matrices of an expert do not fit: {shape}")
+            if shape != shapes[0]:
+                raise UpcycleError(f"layer {where}: experts are of different shapes, {shapes[0]} and {shape}")
+    if part.router is not None and len(part.router.shape) != 2:
+        raise UpcycleError(f"layer {where}: its router has shape {list(part.router.shape)}, and is no matrix")
 
 
 def _refuse_other_depth(dense: Dense, parts: list[_Part]) -> None:
@@ -125,17 +160,19 @@ class _Part:
 
 def _parts(opened: Checkpoint, tensors: Mapping[str, Lazy]) -> list[_Part]:
     """The blocks of the model that `opened` is, with these tensors."""
-    upcycled_from = upcycled.dense_type(opened.config)
+    upcycled_from = upcycled_config.dense_type(opened.config)
     if upcycled_from:
         return _upcycled_parts(opened, upcycled_from, tensors)
     return _native_parts(opened, natives.find(str(opened.config.get("model_type"))), tensors)
 
 
-def _native_parts(opened: Checkpoint, native: natives.Native, stored: Mapping[str, Lazy]) -> list[_Part]:
+def _native_parts(opened: Checkpoint, native: Native, stored: Mapping[str, Lazy]) -> list[_Part]:
     by_layer: dict[int, dict[str, Lazy]] = {}
     for name, tensor in stored.items():
         if name.startswith("model.layers."):
             layer, _, rest = name.removeprefix("model.layers.").partition(".")
+            if not (layer.isascii() and layer.isdecimal()):
+                raise UpcycleError(f"{opened.folder} holds {name!r}: {layer!r} is no number of a layer")
             by_layer.setdefault(int(layer), {})[rest] = tensor
     if not by_layer:
         raise UpcycleError(f"{opened.folder} has no tensors of layers (model.layers.N. ...)")
@@ -150,8 +187,8 @@ def _native_parts(opened: Checkpoint, native: natives.Native, stored: Mapping[st
 
 def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, Lazy]) -> list[_Part]:
     family = families.find(model_type)
-    config = family.config(upcycled.dense_config(opened.config))
-    moe = {(e["stack"], i) for e in opened.config["moe"] for i in e["layers"]}
+    config = family.config(upcycled_config.dense_config(opened.config))
+    moe = _moe_layers(opened)
     parts = []
     for stack in family.stacks(config):
         for i in range(stack.count):
@@ -161,7 +198,7 @@ def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, L
                 continue
             prefix = stack.path.format(i=i) + "."
             below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            experts = upcycled.Layout().read(below)
+            experts = Stacked().read(below)
             if not experts:
                 raise KeyError(prefix + "experts.down_proj")
             others = {
@@ -176,10 +213,25 @@ def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, L
                     experts=experts,
                     router=below["router.weight"],
                     up=experts[0].up,
-                    universal=upcycled.Layout().read(others) if others else (),
+                    universal=Stacked().read(others) if others else (),
                 )
             )
     return parts
+
+
+def _moe_layers(opened: Checkpoint) -> set[tuple[str, int]]:
+    """The blocks with experts, by stack and number, as config.json has them."""
+    entries = opened.config["moe"]
+    whole = isinstance(entries, list) and all(
+        isinstance(e, dict)
+        and isinstance(e.get("stack"), str)
+        and isinstance(e.get("layers"), list)
+        and all(type(i) is int for i in e["layers"])
+        for e in entries
+    )
+    if not whole:
+        raise UpcycleError(f"{opened.folder}/config.json: `moe` is not the list that upcycle writes")
+    return {(e["stack"], i) for e in entries for i in e["layers"]}
 
 
 def _row(part: _Part, dense: Dense | None, notes: list[str]) -> dict[str, Any]:

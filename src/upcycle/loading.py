@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from upcycle.blueprints import Entry, blueprint
+from upcycle.blueprints import blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.dtypes import TORCH_NAMES
+from upcycle.entries import Entry
 from upcycle.errors import UpcycleError
-from upcycle.natives import Native
+from upcycle.nn.upcycled_config import CLASS_PREFIX
 from upcycle.proof import quiet
-from upcycle.recipe import Recipe
+from upcycle.recipe import RecipeLike
 from upcycle.source import refuse_two_heads
-from upcycle.upcycled import CLASS_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def load(
     source: str | Path | Checkpoint,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     distributed_config: DistributedConfig | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -48,9 +48,9 @@ def load(
     try:
         refuse_two_heads(built.dense)
         return build(
-            built.native.architecture,
+            built.target.architecture,
             built.config,
-            in_memory(built.native, built.entries),
+            built.target.in_memory(built.entries),
             distributed_config=distributed_config,
             dtype=dtype,
             experts_implementation=experts_implementation,
@@ -59,30 +59,6 @@ def load(
     finally:
         for opened in built.checkpoints:
             opened.close()
-
-
-def in_memory(native: Native, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """`entries` with the experts of each layer in the two tensors that transformers holds them in.
-
-    Under the names on disk the loader would read every expert on every rank and stack them afterwards.
-    """
-    if native.upcycled:
-        return dict(entries)  # held as they are stored
-    layers: dict[str, dict[str, Entry]] = {}
-    out: dict[str, Entry] = {}
-    for name, entry in entries.items():
-        if name.startswith("model.layers."):
-            number, _, rest = name.removeprefix("model.layers.").partition(".")
-            layers.setdefault(f"model.layers.{number}", {})[rest] = entry
-        else:
-            out[name] = entry
-    for prefix, layer in layers.items():
-        lazies = native.layout.fuse({name: entry.lazy for name, entry in layer.items()})
-        dtypes = {entry.dtype for name, entry in layer.items() if name not in lazies}
-        for name, lazy in lazies.items():
-            dtype = layer[name].dtype if name in layer else next(iter(dtypes))
-            out[f"{prefix}.{name}"] = Entry(lazy, dtype)
-    return out
 
 
 def build(
@@ -99,7 +75,7 @@ def build(
 
     Raises `UpcycleError` where the layout does not fit; a parameter that nothing defines is an error of ours.
     """
-    from upcycle.nn import models
+    from upcycle.nn import models, opening
 
     options: dict[str, Any] = {}
     if distributed_config is not None:
@@ -116,6 +92,7 @@ def build(
             "them, and expert parallelism does not say which those are; set it to 1: fsdp_size shares "
             "parameters out"
         )
+    opening.refuse_unknown(experts_implementation)
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
     kept = {k: v for k, v in config.items() if k != "torch_dtype"}
@@ -131,6 +108,7 @@ def build(
         )
     if faults := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
         raise AssertionError(f"{architecture} and its blueprint do not agree: {faults}")
+    opening.choose_experts(model, experts_implementation)
     model.name_or_path = model.config.name_or_path = ""
     model._weight_conversions = None  # or save_pretrained would write the names of memory
     loaded: PreTrainedModel = model

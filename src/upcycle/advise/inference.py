@@ -5,6 +5,7 @@ from __future__ import annotations
 from upcycle.advise.situation import Situation
 from upcycle.advise.statements import Statement, number, size
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS
+from upcycle.errors import UpcycleError
 from upcycle.source import Dense
 
 SLOWDOWN = 0.4
@@ -25,8 +26,12 @@ def cache_bytes(dense: Dense, length: int, itemsize: int) -> int:
         return 2 * token * length * int(config["num_decoder_layers"])
     if not names:
         return 0
-    window = config.get("sliding_window")
-    kinds = config.get("layer_types") or [
+    window, given = config.get("sliding_window"), config.get("layer_types")
+    if window is not None and (type(window) is not int or window < 1):
+        raise UpcycleError(f"config.json: sliding_window = {window!r}; it must be a whole number, or null")
+    if given is not None and not (isinstance(given, list) and all(isinstance(kind, str) for kind in given)):
+        raise UpcycleError(f"config.json: layer_types = {given!r}; it must be a list of names")
+    kinds = given or [
         "sliding_attention" if window else "full_attention"
     ] * int(config["num_hidden_layers"])  # fmt: skip
     kept = {"full_attention": length, "sliding_attention": min(length, window or length)}

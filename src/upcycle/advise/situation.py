@@ -87,7 +87,13 @@ class Situation:
 
     @property
     def _positions(self) -> int:
-        return self.built.dense.family.length(self.built.dense.config)
+        config = self.built.dense.config
+        given = config.get("max_position_embeddings")
+        if given is not None and (type(given) is not int or given < 1):
+            raise UpcycleError(
+                f"config.json: max_position_embeddings = {given!r}; it must be a whole number of 1 or more"
+            )
+        return self.built.dense.family.length(config)
 
     @cached_property
     def plan(self) -> Plan:

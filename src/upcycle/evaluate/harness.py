@@ -17,11 +17,12 @@ from typing import Any
 
 import lm_eval.api.task
 import numpy as np
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from upcycle.console import examples_bar
+from upcycle.console import err, examples_bar
 from upcycle.errors import UpcycleError, listed
 from upcycle.evaluate import task_files
 from upcycle.evaluate.differences import Sums
@@ -47,6 +48,8 @@ class HarnessModel(TemplateLM):
         self._language = language
         self.tokenizer = language.tokenizer
         self.backend = "seq2seq" if language.encoder_decoder else "causal"
+        self.shortened: dict[str, set[int]] = {}  # by task, the examples whose continuation was too long
+        self._asked: list[Instance] = []
 
     @property
     def eot_token_id(self) -> int:
@@ -64,6 +67,7 @@ class HarnessModel(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._asked = requests
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
@@ -71,6 +75,12 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [Pair(context, continuation) for _, context, continuation in requests]
+        for request, pair in zip(self._asked, pairs, strict=True):
+            if not pair.context or not pair.continuation:
+                part = "continuation" if pair.context else "context"
+                raise UpcycleError(f"{_place(request)} has an empty {part}, which has no likelihood")
+            if self._language.too_long(pair):
+                self.shortened.setdefault(str(request.task_name), set()).add(int(request.doc_id or 0))
         with _bar(len(pairs), "continuations") as advance:
             found = self._language.likelihoods(pairs, advance)
         return [(-float(likelihood.nats.sum()), bool(likelihood.likeliest.all())) for likelihood in found]
@@ -97,7 +107,7 @@ class HarnessModel(TemplateLM):
         for most, until in {_how(request) for request in requests}:
             places = [i for i, request in enumerate(requests) if _how(request) == (most, until)]
             prompts = [self.tok_encode(requests[i].args[0]) for i in places]
-            with _bar(len(prompts), "answers") as advance:
+            with _bar(len(prompts), "answers") as advance, _named(requests[places[0]]):
                 texts = self._language.generate(prompts, most=most, until=until, advance=advance)
             for place, text in zip(places, texts, strict=True):
                 out[place] = text
@@ -109,11 +119,26 @@ def _how(request: Instance) -> tuple[int, tuple[str, ...]]:
     options = request.args[1]
     if options.get("do_sample") and options.get("temperature", 1.0) > 0:
         raise UpcycleError(
-            "a task wants sampled text, and texts are generated greedily here; leave the task out"
+            f"the task {request.task_name} wants sampled text, and texts are generated greedily here; leave "
+            f"it out"
         )
     until = options.get("until") or ()
     most = options.get("max_gen_toks") or options.get("max_new_tokens") or _GENERATED
     return int(most), (until,) if isinstance(until, str) else tuple(until)
+
+
+def _place(request: Instance) -> str:
+    """Which example of which task it is of."""
+    return f"task {request.task_name}, example {int(request.doc_id or 0) + 1}"
+
+
+@contextlib.contextmanager
+def _named(request: Instance) -> Iterator[None]:
+    """Say of which task a fault is."""
+    try:
+        yield
+    except UpcycleError as error:
+        raise UpcycleError(f"task {request.task_name}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -134,15 +159,26 @@ def score(
     files = task_files.find(folder, names) if folder else []
     tasks = _local(files) if folder else _fetched(names)
     with _quiet():
-        for task in tasks.values():
+        for name, task in tasks.items():
             _set_shots(task, shots)
+            _refuse_odd(name, task, limit)
         model = HarnessModel(language)
-        found = lm_eval.evaluate(model, {"tasks": tasks}, limit=limit or None, bootstrap_iters=0)
+        with _said(f"the tasks {listed(sorted(tasks))} cannot be scored"):
+            found = lm_eval.evaluate(model, {"tasks": tasks}, limit=limit or None, bootstrap_iters=0)
+    for name, examples in model.shortened.items():
+        err.print(
+            f"{name}: in {len(examples)} of {found['n-samples'][name]['effective']} examples a continuation "
+            f"is longer than the {language.length} tokens that the model reads at once; its first tokens are "
+            f"left out, as the harness leaves out those of a context"
+        )
     paths = {file.task: file.path for file in files}
     settings = {"limit": limit}
     results = [
         _result(
-            name, found, {**(data_of(paths[name]) if folder else {"dataset": _dataset(task)}), **settings}
+            name,
+            found,
+            {**(data_of(paths[name]) if folder else {"dataset": _dataset(task)}), **settings},
+            len(model.shortened.get(name, ())),
         )
         for name, task in tasks.items()
     ]
@@ -170,8 +206,9 @@ def _local(files: Sequence[TaskFile]) -> dict[str, Any]:
     manager = _manager([file.task for file in files])
     for file in files:
         _refuse_unknown(file.task, manager)
-    members = [
-        {
+    tasks: dict[str, Any] = {}
+    for file in files:
+        member = {
             "task": file.task,
             "custom_dataset": _reader(file),
             "training_split": None,
@@ -179,10 +216,8 @@ def _local(files: Sequence[TaskFile]) -> dict[str, Any]:
             "test_split": _SPLIT,
             "fewshot_split": _SPLIT,
         }
-        for file in files
-    ]
-    with _quiet():
-        tasks: dict[str, Any] = manager.load({"group": "local", "task": members})["tasks"]
+        with _quiet(), _said(f"{file.path} does not hold rows as the task {file.task} has them on the hub"):
+            tasks |= manager.load({"group": "local", "task": [member]})["tasks"]
     return tasks
 
 
@@ -195,6 +230,35 @@ def _reader(file: TaskFile) -> Callable[..., Any]:
         )
 
     return read
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Turn whatever the harness makes of a row into a sentence: its prompts are templates and code."""
+    try:
+        yield
+    except (UpcycleError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UpcycleError(f"{what} ({type(error).__name__}: {reason[:200]})") from error
+
+
+def _refuse_odd(name: str, task: Any, limit: int) -> None:
+    """Refuse an example that the task cannot ask, with its number, before any is scored."""
+    for number, doc in task.doc_iterator(rank=0, limit=limit or None, world_size=1):
+        with _said(
+            f"task {name}, example {number + 1}: its fields are not those of the hub's data set, each "
+            f"with a value"
+        ):
+            asked = [task.doc_to_text(doc), task.doc_to_target(doc)]
+            if task.OUTPUT_TYPE == "multiple_choice":
+                choices = task.doc_to_choice(doc)
+                asked += choices
+                if isinstance(asked[1], int) and not 0 <= asked[1] < len(choices):
+                    raise ValueError(f"the right one is number {asked[1]} of {len(choices)}")
+            if any(each is None for each in asked):
+                raise ValueError("a field is empty")
 
 
 def _fetched(names: tuple[str, ...]) -> dict[str, Any]:
@@ -237,7 +301,7 @@ def _dataset(task: Any) -> list[str | None]:
     return [task.get_config("dataset_path"), task.get_config("dataset_name")]
 
 
-def _result(name: str, found: dict[str, Any], data: dict[str, Any]) -> Result:
+def _result(name: str, found: dict[str, Any], data: dict[str, Any], shortened: int) -> Result:
     """One task's metrics; those that are means over examples can be paired with another model's."""
     samples = found["samples"][name]
     several = len({sample["filter"] for sample in samples}) > 1
@@ -256,7 +320,10 @@ def _result(name: str, found: dict[str, Any], data: dict[str, Any]) -> Result:
     data = {**data, "num_fewshot": found["n-shot"][name], "task_version": found["versions"][name]}
     return Result(
         kind="tasks", name=name, data=data, metrics=metrics, units=hashes,
-        more={"examples": found["n-samples"][name]["effective"]},
+        more={
+            "examples": found["n-samples"][name]["effective"],
+            **({"continuations_shortened": shortened} if shortened else {}),
+        },
     )  # fmt: skip
 
 

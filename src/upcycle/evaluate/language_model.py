@@ -93,13 +93,9 @@ class LanguageModel:
 
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[Pair], advance: Advance = lambda n: None) -> list[Likelihood]:
-        """Of the continuation of each pair. A context too long for the model loses its first tokens."""
-        for pair in pairs:
-            if self.length is not None and len(pair.continuation) > self.length:
-                raise UpcycleError(
-                    f"a continuation of {len(pair.continuation)} tokens and the model reads "
-                    f"{self.length} at once; leave that example out"
-                )
+        """Of the continuation of each pair. What is too long for the model loses its first tokens: the
+        context, and then the continuation, of which the likelihood is then that of the rest."""
+        pairs = [self._kept(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -_length(pairs[i]))
         work = self._encoder_decoder if self.encoder_decoder else self._decoder
         found = self.size.over([pairs[i] for i in order], work, length=_length, advance=advance)
@@ -107,6 +103,16 @@ class LanguageModel:
         for place, likelihood in zip(order, found, strict=True):
             out[place] = likelihood
         return out
+
+    def too_long(self, pair: Pair) -> bool:
+        """Whether a continuation alone is longer than what the model reads at once."""
+        return self.length is not None and len(pair.continuation) > self.length
+
+    def _kept(self, pair: Pair) -> Pair:
+        if self.length is None or not self.too_long(pair):
+            return pair
+        kept = len(pair.continuation) - self.length
+        return Pair(pair.continuation[kept - 1 : kept], pair.continuation[kept:])
 
     def _decoder(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         rows = [[*pair.context, *pair.continuation] for pair in pairs]

@@ -1,7 +1,9 @@
 """What an evaluation found, as JSON beside the checkpoint: `eval.json`, one entry for each thing scored.
 
     {"format": 1, "results": [{"kind", "name", "data", "metrics": {name: {"value", "standard_error",
-     "higher_is_better"}}, "versions", "date"}]}
+     "higher_is_better"}}, "paired": {name: {"units", "units_sha256", "top", "bottom"}}, "versions", "date"}]}
+
+`paired` are the sums of one metric, unit by unit (`differences.Sums`), where a report can pair them.
 
 The same kind and name scored again replaces its entry.
 """
@@ -17,13 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from upcycle import whole_file
+import numpy as np
+
+from upcycle import claim, whole_file
 from upcycle.checkpoint import file_hash
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.differences import Sums
 
 FILE = "eval.json"
 FORMAT = 1
+MOST = 1 << 28  # bytes of a file that is looked at
 
 Kind = Literal["text", "images", "few_shot", "tasks", "superglue"]
 
@@ -72,6 +77,38 @@ class Result:
         }
 
 
+# The metric of each kind that a report pairs: one that says the same under any tokenizer, where there is one.
+_PAIRED: Mapping[str, tuple[str, ...]] = {"text": ("bits_per_byte", "loss"), "images": ("accuracy",)}
+_MOST_UNITS = 100_000
+
+
+def _paired(result: Result) -> dict[str, Any]:
+    """What a metric is made of, unit by unit, so that another checkpoint's can be paired with it later."""
+    found = next((n for n in _PAIRED.get(result.kind, ()) if n in result.metrics), None)
+    sums = None if found is None else result.metrics[found].sums
+    if found is None or sums is None or sums.strata is not None or len(sums.top) > _MOST_UNITS:
+        return {}
+    units = hashlib.sha256(json.dumps(result.units, default=str).encode()).hexdigest()
+    made = {
+        "units": sums.units, "units_sha256": units, "top": sums.top.tolist(), "bottom": sums.bottom.tolist(),
+    }  # fmt: skip
+    return {"paired": {found: made}}
+
+
+def read_sums(paired: Any) -> Sums | None:
+    """What `eval.json` says that a metric is made of; None where it does not."""
+    if not isinstance(paired, dict) or not isinstance(paired.get("units_sha256"), str):
+        return None
+    try:
+        top, bottom = (np.array(paired[key], np.float64) for key in ("top", "bottom"))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    whole = top.ndim == 1 and top.shape == bottom.shape and top.size and bool((bottom > 0).all())
+    if not whole or not np.isfinite([top, bottom]).all():
+        return None
+    return Sums(top=top, bottom=bottom, units=str(paired.get("units")))
+
+
 def data_of(path: Path) -> dict[str, Any]:
     """Which file was scored; of a folder, its files by name and size."""
     if path.is_file():
@@ -93,8 +130,23 @@ def stamped(results: Sequence[Result]) -> list[dict[str, Any]]:
     entries = []
     for result in results:
         of_tasks = {"lm_eval": importlib.metadata.version("lm_eval")} if result.kind == "tasks" else {}
-        entries.append({**result.as_json(), "versions": versions | of_tasks, "date": now})
+        entries.append({**result.as_json(), **_paired(result), "versions": versions | of_tasks, "date": now})
     return entries
+
+
+def refuse_target(path: Path) -> None:
+    """Refuse a file for results that is anything but results."""
+    claim.may_replace(path, _is_ours, "what `upcycle eval` writes")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        found = _parsed(path)
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        return False
+    return any(isinstance(found.get(key), list) for key in ("checkpoints", "results"))
 
 
 def record(folder: Path, results: Sequence[Result]) -> Path:
@@ -121,17 +173,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text())
+        found = _parsed(path)
         if found["format"] != FORMAT or not all(
-            {"kind", "name"} <= entry.keys() for entry in found["results"]
+            isinstance(entry[key], str) for entry in found["results"] for key in ("kind", "name")
         ):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+        json.dumps(found, ensure_ascii=False).encode()  # no lone surrogates, which cannot be written again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UpcycleError(
             f"{path} is not what `upcycle eval` writes (format {FORMAT}); move it away"
         ) from None
     entries: list[dict[str, Any]] = found["results"]
     return entries
+
+
+def _parsed(path: Path) -> Any:
+    if path.stat().st_size > MOST:
+        raise ValueError
+    return json.loads(path.read_bytes())
 
 
 def write(path: Path, value: object) -> None:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import rng
+from upcycle import claim, rng, scratch
+from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
 from upcycle.evaluate.batch_size import BatchSize
@@ -26,6 +26,7 @@ from upcycle.evaluate.results import write
 from upcycle.evaluate.routing_file import FILE, FORMAT
 from upcycle.evaluate.rows import Rows
 from upcycle.nn import models
+from upcycle.paths import as_paths
 from upcycle.proof import quiet
 from upcycle.subject import Subject
 from upcycle.training.corpus import read_tokenizer
@@ -48,6 +49,7 @@ class Asked:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "cache")
         if bool(self.text) == bool(self.images):
             raise UpcycleError("give either --text [NAME=]FILE or --images [NAME=]SET, once for each domain")
         if self.limit < 0:
@@ -123,6 +125,7 @@ class Specialisation:
     def save(self) -> Path:
         """Write routing.json into the model's folder."""
         path = self.folder / FILE
+        claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
         try:
             write(path, self.as_dict())
         except OSError as error:
@@ -130,6 +133,14 @@ class Specialisation:
                 f"{path} cannot be written ({error.strerror or error}); what was seen is above"
             ) from None
         return path
+
+
+def _is_routing(path: Path) -> bool:
+    try:
+        found = read_json(path, "")
+    except (UpcycleError, OSError):
+        return False
+    return found.get("format") == FORMAT and isinstance(found.get("layers"), list)
 
 
 def specialisation(
@@ -148,8 +159,8 @@ def specialisation(
     """
     folder = Path(folder)
     subject = Subject.of(folder)
-    with TemporaryDirectory() as scratch:
-        cache = asked.cache or Path(scratch)
+    with scratch.folder() as made_here:
+        cache = asked.cache or made_here
         sets = {
             name: _rows(path, subject, asked, cache)
             for name, path in (asked.text or asked.images or {}).items()

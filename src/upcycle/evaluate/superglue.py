@@ -15,6 +15,10 @@ from typing import Any
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.task_files import Row
 
+_KINDS: Mapping[str, type] = {
+    "label": int, "idx": dict, "entities": list, "answers": list, "span2_index": int,
+}  # fmt: skip
+"""What a field of a row is; text where it does not stand here."""
 _TRUTH = ("False", "True")
 
 
@@ -46,6 +50,10 @@ class SuperGlueTask:
                 f"{', '.join(self.fields)}"
             )
         try:
+            for name in self.fields:
+                kind = _KINDS.get(name, str)
+                if not isinstance(row[name], kind):
+                    raise TypeError(f"{name!r} is {type(row[name]).__name__} and no {kind.__name__}")
             return self.ask(row)
         except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise UpcycleError(
@@ -77,6 +85,7 @@ def _multirc(row: Row) -> Example:
     shown = f"multirc question: {row['question']} answer: {row['answer']} paragraph: {row['paragraph']}"
     label = _label(row, 2)
     question = (row["idx"]["paragraph"], row["idx"]["question"])
+    hash(question)  # a TypeError where it names no question
     return Example(re.sub("</?b>", "", shown.replace("<br>", " ")), (_TRUTH[label],), label, question)
 
 
@@ -88,6 +97,9 @@ def _record(row: Row) -> Example:
     if not row["answers"]:
         raise ValueError("it has no answers (rows of a test set have none)")
     question = (row["idx"]["passage"], row["idx"]["query"])
+    hash(question)  # a TypeError where it names no question
+    if not all(isinstance(text, str) for text in (*row["answers"], *row["entities"])):
+        raise ValueError("its answers and entities should be texts")
     return Example(shown, tuple(row["answers"]), question=question)
 
 

@@ -7,6 +7,7 @@ turned back into the hub's fields, so that prompts and metrics stay the harness'
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,21 @@ def rows(path: Path, task: str) -> list[Row]:
     out = []
     for number, line in enumerate(_lines(path), start=1):
         where = f"{path}, line {number}"
-        out.append(_as_on_the_hub(json_row(line, where), task, where))
+        out.append(_as_on_the_hub(_row(line, where), task, where))
     if not out:
         raise UpcycleError(f"{path} holds no rows")
     return out
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        row = json_row(line, where)
+        json.dumps(row, ensure_ascii=False).encode()
+    except RecursionError:
+        raise UpcycleError(f"{where} is nested too deep to be a row") from None
+    except UnicodeEncodeError:
+        raise UpcycleError(f"{where} holds half of a character (a lone surrogate)") from None
+    return row
 
 
 def _lines(path: Path) -> list[str]:
@@ -79,14 +91,31 @@ def _as_on_the_hub(row: Row, task: str, where: str) -> Row:
     if turn is None or not (
         {"query", "choices", "gold"} <= row.keys() or {"context", "continuation"} <= row.keys()
     ):
-        return row
+        return _checked(row, task, where)
     try:
-        return turn(row)
+        return _checked(turn(row), task, where)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UpcycleError(
             f"{where} is not a row of {task} in the form of query, choices and gold ({error}); give the "
             "fields of the hub's data set"
         ) from None
+
+
+def _checked(row: Row, task: str, where: str) -> Row:
+    """The row, if it has the fields that the hub's data set of a task known here has."""
+    kinds = _KINDS.get(BLIMP if task.startswith(f"{BLIMP}_") else task, {})
+    for name, kind in kinds.items():
+        if name not in row:
+            raise UpcycleError(
+                f"{where} has no {name!r}; a row of {task} has {', '.join(kinds)}, as the hub's data set"
+            )
+        if not isinstance(row[name], kind):
+            found = type(row[name]).__name__
+            raise UpcycleError(f"{where}: {name!r} is {found}; in a row of {task} it is {kind.__name__}")
+    classes = _CLASSES.get(task)
+    if classes is not None and not 0 <= row["label"] < classes:
+        raise UpcycleError(f"{where}: 'label' is {row['label']}; in a row of {task} it is 0 to {classes - 1}")
+    return row
 
 
 def _between(text: str, start: str, end: str = "") -> str:
@@ -148,6 +177,16 @@ def _lambada(row: Row) -> Row:
     return {"text": f"{row['context']} {row['continuation']}"}
 
 
+_KINDS: Mapping[str, Mapping[str, type]] = {
+    "arc_easy": {"question": str, "choices": dict, "answerKey": str},
+    "arc_challenge": {"question": str, "choices": dict, "answerKey": str},
+    "piqa": {"goal": str, "sol1": str, "sol2": str, "label": int},
+    "copa": {"premise": str, "question": str, "choice1": str, "choice2": str, "label": int},
+    "boolq": {"passage": str, "question": str, "label": int},
+    "lambada_openai": {"text": str},
+    BLIMP: {"sentence_good": str, "sentence_bad": str},
+}
+_CLASSES = {"piqa": 2, "copa": 2, "boolq": 2}
 _TURNS: Mapping[str, Callable[[Row], Row]] = {
     "arc_easy": _arc,
     "arc_challenge": _arc,

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from upcycle import kernels
 from upcycle.nn.response_norm import normalise
 
 
@@ -27,7 +28,8 @@ class Experts(nn.Module):
     well (`response_norm.py`); such experts run in the plain loop, and are told of which group each row is.
     `set_dropout` changes it for a training run, and adds one on what experts give: on each expert's output by
     itself where a row has one (slots, expert choice, top_k with places), else on their weighted sum.
-    `config._experts_implementation` chooses the implementation; `eager` is the loop.
+    `config._experts_implementation` chooses the implementation; `eager` is the loop, which is also taken for
+    rows that grouped products refuse (`kernels.py`).
     """
 
     is_transposed = False
@@ -97,10 +99,18 @@ class Experts(nn.Module):
         if self.has_response_norm:
             made: Tensor = self.output_dropout(self.loop(hidden, index, weights, groups))
             return made
-        implementation = getattr(self.config, "_experts_implementation", None) or "eager"
-        run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, Experts.loop)
-        out: Tensor = self.output_dropout(run(self._cast(hidden), hidden, index, weights))
+        experts = self._cast(hidden)
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(experts._implementation, Experts.loop)
+        out: Tensor = self.output_dropout(run(experts, hidden, index, weights))
         return out
+
+    @property
+    def _implementation(self) -> str:
+        """What the config chooses; the loop in place of grouped products that do not take these rows."""
+        chosen = getattr(self.config, "_experts_implementation", None) or kernels.ONE_BY_ONE
+        matrices = (getattr(self, self.up_name), self.down_proj)
+        fits = all(kernels.take_groups(m.shape[-1:], m.element_size()) for m in matrices)
+        return chosen if fits or chosen != kernels.GROUPED else kernels.ONE_BY_ONE
 
     def _cast(self, hidden: Tensor) -> Experts:
         """The experts in the type of autocast, which grouped products do not follow by themselves."""

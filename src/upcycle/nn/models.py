@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -23,9 +23,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from upcycle.errors import UpcycleError
+from upcycle.nn import opening
 from upcycle.nn.configs import config_class
 from upcycle.nn.moe import MoE
-from upcycle.upcycled import CLASS_PREFIX, PREFIX
+from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
 
 class UpcycledModel:
@@ -139,13 +140,14 @@ def register_models(model_type: str) -> None:
 
 
 def open(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The model in `folder`, of the class that its config names; `options` go to `from_pretrained`."""
-    config = AutoConfig.from_pretrained(folder)
-    names = config.architectures
+    """The model in `folder`, of the class that its config names; `options` go to `from_pretrained`.
+
+    Raises `UpcycleError` where the folder does not hold exactly the tensors of that class.
+    """
+    names = opening.read_config(folder).architectures
     if not names:
         raise UpcycleError(f"{folder}/config.json names no architecture; open it with an AutoModel class")
-    model: PreTrainedModel = architecture(names[0]).from_pretrained(folder, **options)
-    return model
+    return opening.fill(architecture(names[0]), folder, **options)
 
 
 def __getattr__(name: str) -> Any:

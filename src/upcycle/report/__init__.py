@@ -45,11 +45,13 @@ def report(
         _refuse_foreign(text, twin.SIGN.encode())
     about = study(folders, Given(flops=dense_flops, tokens=dense_tokens))
     document = sections.document(about, title)
-    files = {out: page.render(document).encode()}
+    files = {out: page.render(document).encode("utf-8", "replace")}
     if text is not None:
         written, figures = twin.render(document, text.stem)
         files = (
-            {text.parent / name: data for name, data in figures.items()} | files | {text: written.encode()}
+            {text.parent / name: data for name, data in figures.items()}
+            | files
+            | {text: written.encode("utf-8", "replace")}
         )
         for path in files.keys() - {out, text}:
             _refuse_foreign(path, drawing.MADE_BY.encode())

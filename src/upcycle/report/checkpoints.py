@@ -16,7 +16,8 @@ from upcycle import provenance
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import results, routing_file
-from upcycle.report.records import is_number
+from upcycle.evaluate.differences import Sums
+from upcycle.report.records import fit, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Score:
     value: float
     standard_error: float | None
     higher_is_better: bool
+    sums: Sums | None = None  # of its units, where they can be paired with another model's
+    units: str = ""  # a hash of what those are
 
     @property
     def question(self) -> tuple[str, str, str, str]:
@@ -69,11 +72,18 @@ def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:
     def attempt(read: Any) -> Any:
         try:
             return read()
-        except UpcycleError as error:
+        except (UpcycleError, OSError) as error:
             damage.append(str(error))
-            return None
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # What a damaged file does to its reader must not end the report on the others.
+            damage.append(f"something beside its weights is damaged ({type(error).__name__}: {error})")
+        return None
 
-    made = attempt(lambda: provenance.read(folder)) if (folder / provenance.FILE).exists() else None
+    made = (
+        attempt(lambda: fit(provenance.read(folder), provenance.FILE))
+        if (folder / provenance.FILE).exists()
+        else None
+    )
     return CheckpointRecord(
         name=name,
         folder=folder,
@@ -89,7 +99,7 @@ def _anatomy(folder: Path) -> dict[str, Any] | None:
     """Similarity of the experts; None where there are none."""
     from upcycle.anatomy import inspect
 
-    found = inspect(folder)
+    found = fit(inspect(folder), provenance.FILE)
     return found if any(layer["num_experts"] for layer in found["layers"]) else None
 
 
@@ -97,7 +107,7 @@ def _formatted(path: Path, wanted: int) -> dict[str, Any] | None:
     """A JSON file of ours; None where it is not there."""
     if not path.exists():
         return None
-    found = read_json(path, "")
+    found = fit(read_json(path, ""), path.name)
     if found.get("format") != wanted:
         raise UpcycleError(f"{path.name} has format {found.get('format')}; this version reads {wanted}")
     return found
@@ -111,6 +121,7 @@ def _scores(folder: Path) -> tuple[Score, ...]:
         for result in found["results"]:
             for metric, of in result["metrics"].items():
                 value, error = float(of["value"]), of.get("standard_error")
+                paired = (result.get("paired") or {}).get(metric) or {}
                 if not math.isfinite(value):
                     continue
                 out.append(
@@ -122,6 +133,8 @@ def _scores(folder: Path) -> tuple[Score, ...]:
                         value=value,
                         standard_error=float(error) if is_number(error) else None,
                         higher_is_better=bool(of["higher_is_better"]),
+                        sums=results.read_sums(paired),
+                        units=str(paired.get("units_sha256")),
                     )
                 )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):

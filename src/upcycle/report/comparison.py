@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from upcycle import deeper
+from upcycle.report import formats
 from upcycle.report.checkpoints import CheckpointRecord
-from upcycle.report.crossing import Crossing, crossing
+from upcycle.report.crossing import Crossing, Told, bounds, crossing, told
 from upcycle.report.records import RunRecord
 from upcycle.report.starts import Given, StartCost, start_cost
 
+Paid = Literal["yes", "no", "within two standard errors", "one seed", "cannot be told"]
 Kind = Literal["dense, continued", "dense, from scratch", "dense, rebuilt", "upcycled", "MoE, from scratch"]
 ORDER: tuple[Kind, ...] = (
     "dense, continued", "dense, rebuilt", "dense, from scratch", "upcycled", "MoE, from scratch",
@@ -68,14 +69,37 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A Mixture of Experts against another group, on held-out loss."""
+    """A Mixture of Experts against another group, on held-out loss.
+
+    Crossings are of the curves as they are drawn; what is said of them rests on `told`, measurements alone.
+    """
 
     group: Group
     against: Group
+    told: Told  # over FLOPs
+    told_tokens: Told
+    told_with_start: Told | None
     tokens: Crossing
     flops: Crossing
     with_start: Crossing | None  # FLOPs, those of the starts included; None where one is not known
-    error: float | None  # standard error of the gap at the end of the common FLOPs
+    error: float | None  # standard error of the gap at the end of the common FLOPs, over seeds
+
+    @property
+    def paid(self) -> Paid:
+        """Whether the Mixture of Experts is ahead at the end: by what was measured, and by two standard
+        errors over seeds; one seed can tell nothing."""
+        found, error = self.told, self.error
+        if found.low is None or found.high is None:
+            return "cannot be told"
+        if error is None:
+            return "one seed"
+        if found.high < -2 * error:
+            return "yes"
+        if found.low > 2 * error:
+            return "no"
+        if -2 * error <= found.low and found.high <= 2 * error:
+            return "within two standard errors"
+        return "cannot be told"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +215,7 @@ def _kind(run: RunRecord) -> Kind:
 
 
 def _is_dense(moe: Mapping[str, Any]) -> bool:
-    return moe.get("target") in (deeper.TARGET, "dense")
+    return moe.get("target") in ("depth_tiled", "dense")
 
 
 def _labels(runs: Sequence[RunRecord]) -> list[str]:
@@ -239,7 +263,7 @@ def _label(run: RunRecord) -> str:
     short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
     init = (run.table.get("init") or {}).get("name", "copy")
     if kind == "dense, rebuilt":
-        deep = moe.get("target") == deeper.TARGET
+        deep = moe.get("target") == "depth_tiled"
         return (f"every block {moe.get('depth')} times" if deep else f"narrower dense, {init}") + short
     if kind.startswith("dense"):
         return kind + short
@@ -273,19 +297,19 @@ def _pairs(groups: Sequence[Group]) -> Iterable[Pair]:
 def _pair(group: Group, against: Group) -> Pair:
     flops = crossing(group.flops, group.loss.value, against.flops, against.loss.value)
     starts = (group.start.flops, against.start.flops)
-    with_start = None
+    with_start = told_with_start = None
     if starts[0] is not None and starts[1] is not None:
-        with_start = crossing(
-            group.flops + starts[0], group.loss.value, against.flops + starts[1], against.loss.value
-        )
+        curves = (group.flops + starts[0], group.loss.value, against.flops + starts[1], against.loss.value)
+        with_start, told_with_start = crossing(*curves), told(*curves)
     error = None
     if flops.end is not None and group.loss.error is not None and against.loss.error is not None:
-        ours = np.interp(flops.end, group.flops, group.loss.error)
-        theirs = np.interp(flops.end, against.flops, against.loss.error)
-        error = math.hypot(float(ours), float(theirs))
+        error = math.hypot(*(_error_at(flops.end, each) for each in (group, against)))
     return Pair(
         group=group,
         against=against,
+        told=told(group.flops, group.loss.value, against.flops, against.loss.value),
+        told_tokens=told(group.tokens, group.loss.value, against.tokens, against.loss.value),
+        told_with_start=told_with_start,
         tokens=crossing(group.tokens, group.loss.value, against.tokens, against.loss.value),
         flops=flops,
         with_start=with_start,
@@ -293,6 +317,23 @@ def _pair(group: Group, against: Group) -> Pair:
     )
 
 
-def at(group: Group, curve: Mean, flops: float) -> float:
-    """A curve of a group after so many FLOPs."""
-    return float(np.interp(flops, group.flops, curve.value))
+def difference_of(pair: Pair) -> str:
+    """How far the Mixture of Experts is above the other at the end, from where to where."""
+    low, high = pair.told.low, pair.told.high
+    if low is None or high is None:
+        return formats.MISSING
+    one, two = formats.signed(low), formats.signed(high)
+    error = "" if pair.error is None else f" ± {pair.error:.4f}"
+    return (one if one == two else f"{one} to {two}") + error
+
+
+def _error_at(flops: float, group: Group) -> float:
+    """The standard error of a loss after so many FLOPs: the larger of those on either side."""
+    assert group.loss.error is not None
+    return measured(group, group.loss.error, flops)[1]
+
+
+def measured(group: Group, values: np.ndarray, flops: float) -> tuple[float, float]:
+    """The least and the most that a curve of a group can be after so many FLOPs, by what was measured."""
+    low, high = bounds(np.array([flops]), group.flops, values)
+    return float(low[0]), float(high[0])

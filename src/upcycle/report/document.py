@@ -5,6 +5,7 @@ Every string in it is plain text; whoever renders it escapes it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from upcycle.report.inks import Inks
+
+
+# Control characters but for blanks of all kinds, halves of characters, and what XML has no place for.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def clean(text: str) -> str:
+    """Text that a page, a drawing and a file can hold: names and labels come from files, with anything in
+    them."""
+    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from upcycle.errors import UpcycleError
-from upcycle.report.document import Picture
+from upcycle.report.document import Picture, clean
 from upcycle.report.inks import LIGHT, VARIABLES, with_variables
 
 MADE_BY = "upcycle report"
@@ -73,7 +73,7 @@ def svg(picture: Picture) -> str:
             element.attrib[key] = _within(key, value, picture.name)
     root.attrib |= {"role": "img", "aria-labelledby": f"{picture.name}-title", "focusable": "false"}
     title = ElementTree.Element(f"{{{_SVG}}}title", {"id": f"{picture.name}-title"})
-    title.text = picture.title
+    title.text = clean(picture.title)
     root.insert(0, title)
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")

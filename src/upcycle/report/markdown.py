@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from upcycle.report import drawing
-from upcycle.report.document import Block, Document, Picture, Sentence, Table
+from upcycle.report.document import Block, Document, Picture, Sentence, Table, clean
 
 SIGN = f"<!-- {drawing.MADE_BY} -->"
 FOLDER = "figures"
@@ -49,4 +49,4 @@ def _row(cells: tuple[str, ...], raw: bool) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    return _SPECIAL.sub(r"\\\1", " ".join(clean(text).split()))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Iterator
-from html import escape
+from html import escape as escaped
 from importlib import resources
 from itertools import groupby
 
 from upcycle.report import drawing
-from upcycle.report.document import Block, Document, Picture, Section, Sentence, Table
+from upcycle.report.document import Block, Document, Picture, Section, Sentence, Table, clean
 from upcycle.report.inks import DARK, LIGHT, Inks
 
 SIGN = f'<meta name="generator" content="{drawing.MADE_BY}">'
@@ -119,3 +119,8 @@ def _table(table: Table) -> str:
 
 def _kind(place: int, left: int) -> str:
     return ' class="number"' if place >= left else ' class="text"'
+
+
+def escape(text: str) -> str:
+    """Text as it stands in a page, whatever is in it."""
+    return escaped(clean(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ import numpy as np
 from upcycle import console, recipe
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
+from upcycle.report.document import clean
 from upcycle.training.run import Train
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 FORMAT = 1
+DEPTH = 64  # levels of a JSON file
 TAIL = 50  # last steps that the load of experts is averaged over
+_LARGEST = 1 << 60  # steps, tokens, FLOPs of a row
 _SPEEDS = ("seconds", "tokens_per_s", "active_flops_per_s", "mfu", "peak_memory")
 _HEALTH = ("entropy", "dead", "collapsed", "left_behind")
 
@@ -147,7 +151,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 def _about(folder: Path) -> dict[str, Any]:
     """run.json, with the keys that a report needs."""
-    about = read_json(folder / RUN, f"it has no {RUN}")
+    about = fit(read_json(folder / RUN, f"it has no {RUN}"), RUN)
     if about.get("format") != FORMAT:
         raise UpcycleError(f"its {RUN} has format {about.get('format')}; this version reads {FORMAT}")
     needed = {
@@ -156,7 +160,7 @@ def _about(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     wrong = [key for key, kind in needed.items() if type(about.get(key)) is not kind]
     counted = ("tokens_per_row", "training_flops_per_row")
-    wrong = wrong or [key for key in counted if about[key] < 1]
+    wrong = wrong or [key for key in counted if not 1 <= about[key] <= _LARGEST]
     if not wrong:
         wrong = [f"source.{key}" for key in ("name", "path", "model_type") if key not in about["source"]]
         table = about["run"]
@@ -166,6 +170,24 @@ def _about(folder: Path) -> dict[str, Any]:
     if wrong:
         raise UpcycleError(f"its {RUN} is damaged: {', '.join(wrong)}")
     return about
+
+
+def fit(value: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a JSON file holds, with texts that can be shown; refused if it is nested deeper than ours are."""
+    found: dict[str, Any] = _fit(value, name, DEPTH)
+    return found
+
+
+def _fit(value: Any, name: str, room: int) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if not isinstance(value, (dict, list)):
+        return value
+    if not room:
+        raise UpcycleError(f"its {name} is nested deeper than {DEPTH} levels, which no file of upcycle is")
+    if isinstance(value, list):
+        return [_fit(inner, name, room - 1) for inner in value]
+    return {clean(key): _fit(inner, name, room - 1) for key, inner in value.items()}
 
 
 def _lines(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
@@ -179,7 +201,7 @@ def _lines(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
                 numbers = [record[key] for key in ("step", "tokens", "loss")]
-                if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+                if not all(is_number(n) for n in numbers) or max(map(abs, numbers[:2])) > _LARGEST:
                     raise ValueError
                 if record["step"] <= before:
                     raise ValueError
@@ -195,7 +217,7 @@ def _lines(path: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
 def _column(records: list[dict[str, Any]], key: str) -> np.ndarray:
     """One number of every record, [n]; NaN where it is not there or no number."""
     found: list[Any] = [r.get(key) for r in records]
-    return np.array([float(v) if type(v) in (int, float) else math.nan for v in found])
+    return np.array([float(v) if type(v) is float or is_number(v) else math.nan for v in found])
 
 
 def _held_out(records: list[dict[str, Any]]) -> Curve:
@@ -234,7 +256,7 @@ def _health(places: tuple[str, ...], rows: list[Any], tail: deque[list[list[floa
 
 def place_of(layer: Mapping[str, Any]) -> str:
     """A layer of a file as people name it."""
-    return console.place_of(layer.get("stack") or "layers", layer["layer"])
+    return clean(console.place_of(layer.get("stack") or "layers", layer["layer"]))
 
 
 def shares(load: Any) -> list[float]:
@@ -246,4 +268,4 @@ def shares(load: Any) -> list[float]:
 
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -9,6 +9,7 @@ from pathlib import Path
 from upcycle.errors import UpcycleError
 from upcycle.report.checkpoints import CheckpointRecord, is_checkpoint, read_checkpoint
 from upcycle.report.comparison import Comparison, Group, compare
+from upcycle.report.document import clean
 from upcycle.report.records import RUN, RunRecord, is_run, read_run
 from upcycle.report.starts import Given
 
@@ -79,7 +80,7 @@ def study(folders: Sequence[str | Path], given: Given) -> Study:
     """Read and compare `folders`. What cannot be used is named in `refused`; an error where nothing can."""
     runs, checkpoints, refused = [], [], []
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
-    for path, name in zip(paths, _names(paths), strict=True):
+    for path, name in zip(paths, map(clean, _names(paths)), strict=True):
         try:
             if is_run(path):
                 runs.append(read_run(path, name))
@@ -91,7 +92,7 @@ def study(folders: Sequence[str | Path], given: Given) -> Study:
                 raise UpcycleError(
                     f"it has neither {RUN}, as a run of `upcycle train`, nor config.json, as a checkpoint"
                 )
-        except UpcycleError as error:
+        except (UpcycleError, OSError) as error:
             refused.append((name, str(error)))
     if not runs and not checkpoints:
         raise UpcycleError(

@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 
 from upcycle.report import figures, formats
-from upcycle.report.comparison import Group, Mean, Pair
-from upcycle.report.crossing import Crossing
+from upcycle.report.comparison import Group, Mean, Pair, difference_of
+from upcycle.report.crossing import Crossing, Told
 from upcycle.report.document import Block, Picture, Section, Sentence, Table
 from upcycle.report.figures import Axis, Line, Mark
 from upcycle.report.study import Study
@@ -177,10 +177,10 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
         (
             pair.group.label,
             pair.against.label,
-            _where(pair.tokens, formats.count),
-            _where(pair.flops, formats.flops),
-            "not known" if pair.with_start is None else _where(pair.with_start, formats.flops),
-            formats.MISSING if pair.flops.gap is None else formats.signed(pair.flops.gap, pair.error),
+            _where(pair.told_tokens, formats.count),
+            _where(pair.told, formats.flops),
+            "not known" if pair.told_with_start is None else _where(pair.told_with_start, formats.flops),
+            difference_of(pair),
         )
         for pair in pairs
     ]
@@ -192,19 +192,24 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
         ),
         rows=tuple(rows),
         left=2,
-        note="Straight lines between the points that were evaluated, on means over seeds. None: no crossing "
-        "within the runs. None that lasts: below for a while, above at the end. The difference is that of "
+        note="By the evaluations alone, on means over seeds: not before the first number, and by the second "
+        "at the latest; figures draw straight lines and mark where those cross. None: not below at the end. "
+        "None that lasts: below for a while, above at the end. Cannot be told: evaluations beside the end "
+        "lie too far apart. The difference is that of "
         f"held-out losses ({unit}) at the most FLOPs, start excluded, that both have spent; negative: the "
         "Mixture of Experts is ahead.",
     )  # fmt: skip
 
 
-def _where(found: Crossing, number: Callable[[float], str]) -> str:
-    if found.verdict == "crosses" and found.x is not None:
-        return number(found.x)
-    return {"none": "none", "back above": "none that lasts", "from the start": "never above"}.get(
-        found.verdict, "no overlap"
-    )
+def _where(found: Told, number: Callable[[float], str]) -> str:
+    if found.since is None:
+        return {"above": "none that lasts" if found.lost_again else "none", "apart": "no overlap"}.get(
+            found.sign, found.sign
+        )
+    after, by = found.since
+    if after is None:
+        return f"never above; by {number(by)}"
+    return f"{number(after)} to {number(by)}"
 
 
 def _starts(groups: Sequence[Group]) -> list[Block]:
