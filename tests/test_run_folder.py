@@ -404,10 +404,10 @@ def test_rows_beyond_the_context_are_refused(table: Table, tmp_path: Path) -> No
 
 
 BAD = {
-    "task": ({"task": {"name": 5}}, r"task\.name = 5; allowed: causal_lm"),
+    "task": ({"task": {"name": 5}}, r"task 5 is no name; give one of causal_lm"),
     "peak": ({"log": {"peak_flops": 0}}, r"log\.peak_flops = 0\.0; it must be a number above 0"),
-    "out": ({"out": "a\0b"}, r"out = 'a\\x00b' has a NUL character"),
-    "cache": ({"data": {"cache": "a\0b"}}, r"data\.cache = 'a\\x00b' has a NUL character"),
+    "out": ({"out": "a\0b"}, r"out = 'a\\x00b' holds a NUL character"),
+    "cache": ({"data": {"cache": "a\0b"}}, r"data\.cache = 'a\\x00b' holds a NUL character"),
 }
 
 

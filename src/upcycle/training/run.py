@@ -207,11 +207,6 @@ class Run:
     checkpoint: Saving = Saving()
 
     def __post_init__(self) -> None:
-        paths = {"source": self.source, "out": self.out, "data.cache": self.data.cache}
-        paths |= {"data.tokenizer": self.data.tokenizer}
-        paths |= {f"data.sources[{i}].path": source.path for i, source in enumerate(self.data.sources)}
-        if bad := next((key for key, path in paths.items() if "\0" in (path or "")), None):
-            raise UpcycleError(f"{bad} = {paths[bad]!r} has a NUL character in it, which no path has")
         if self.optimizer.carry_state and self.from_scratch:
             raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
         if self.optimizer.carry_state and self.task is not None and self.task.classes:
