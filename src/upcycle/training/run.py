@@ -35,7 +35,7 @@ class Train:
     examples: int | None = None  # instead of steps, where rows are not tokens: images, pairs of texts
     batch_tokens: int = 65_536  # of the global batch: all ranks, all accumulation steps
     batch_size: int | None = None  # rows of the global batch, instead of batch_tokens
-    micro_batch: int | None = None  # rows of one forward pass on one rank; None: its whole share
+    micro_batch: int | None = None  # rows of one forward pass on one rank; None: as many as fit
     sequence_length: int = 1024  # tokens of a row of text
     weight_decay: float = 0.1  # of matrices; see `optimizer.decays`
     layer_decay: float = 1.0  # of the rate, from block to block towards the input; see `layer_decay.py`
