@@ -140,7 +140,18 @@ def test_a_damaged_record_without_checkpoints_begins(table: Table) -> None:
     assert train(Run.of(table()), resume=True).finished
 
 
-@pytest.mark.parametrize("content_", [b"{}", b"[]", b"5", b"\xff", b'{"step": 2}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content_",
+    [
+        b"{}",
+        b"[]",
+        b"5",
+        b"\xff",
+        b'{"step": 2}',
+        b"[" * 100_000,
+        b'{"step": 2, "batches": {}, "identity": {}, "loss": "x"}',
+    ],
+)
 def test_a_damaged_state_is_said(content_: bytes, table: Table, tmp_path: Path) -> None:
     out = begun(table)
     (out / "checkpoints" / "step-2" / "state.json").write_bytes(content_)
