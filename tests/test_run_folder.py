@@ -140,7 +140,18 @@ def test_a_damaged_record_without_checkpoints_begins(table: Table) -> None:
     assert train(Run.of(table()), resume=True).finished
 
 
-@pytest.mark.parametrize("content_", [b"{}", b"[]", b"5", b"\xff", b'{"step": 2}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content_",
+    [
+        b"{}",
+        b"[]",
+        b"5",
+        b"\xff",
+        b'{"step": 2}',
+        b"[" * 100_000,
+        b'{"step": 2, "batches": {}, "identity": {}, "loss": "x"}',
+    ],
+)
 def test_a_damaged_state_is_said(content_: bytes, table: Table, tmp_path: Path) -> None:
     out = begun(table)
     (out / "checkpoints" / "step-2" / "state.json").write_bytes(content_)
@@ -404,10 +415,10 @@ def test_rows_beyond_the_context_are_refused(table: Table, tmp_path: Path) -> No
 
 
 BAD = {
-    "task": ({"task": {"name": 5}}, r"task\.name = 5; allowed: causal_lm"),
+    "task": ({"task": {"name": 5}}, r"task 5 is no name; give one of causal_lm"),
     "peak": ({"log": {"peak_flops": 0}}, r"log\.peak_flops = 0\.0; it must be a number above 0"),
-    "out": ({"out": "a\0b"}, r"out = 'a\\x00b' has a NUL character"),
-    "cache": ({"data": {"cache": "a\0b"}}, r"data\.cache = 'a\\x00b' has a NUL character"),
+    "out": ({"out": "a\0b"}, r"out = 'a\\x00b' holds a NUL character"),
+    "cache": ({"data": {"cache": "a\0b"}}, r"data\.cache = 'a\\x00b' holds a NUL character"),
 }
 
 

@@ -146,5 +146,6 @@ def _refuse_damaged(state: dict[str, Any]) -> None:
     )
     if not whole or len(state["consumed"]) != len(state["tokens"]):
         raise UpcycleError("what the checkpoint says of its place in the data is damaged; delete its folder")
-    if len(state.get("sha256", state["tokens"])) != len(state["tokens"]):
+    hashes = state.get("sha256", state["tokens"])
+    if not isinstance(hashes, list) or len(hashes) != len(state["tokens"]):
         raise UpcycleError("what the checkpoint says of its data is damaged; delete its folder")

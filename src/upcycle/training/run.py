@@ -35,7 +35,7 @@ class Train:
     examples: int | None = None  # instead of steps, where rows are not tokens: images, pairs of texts
     batch_tokens: int = 65_536  # of the global batch: all ranks, all accumulation steps
     batch_size: int | None = None  # rows of the global batch, instead of batch_tokens
-    micro_batch: int | None = None  # rows of one forward pass on one rank; None: its whole share
+    micro_batch: int | None = None  # rows of one forward pass on one rank; None: as many as fit
     sequence_length: int = 1024  # tokens of a row of text
     weight_decay: float = 0.1  # of matrices; see `optimizer.decays`
     layer_decay: float = 1.0  # of the rate, from block to block towards the input; see `layer_decay.py`
@@ -207,11 +207,6 @@ class Run:
     checkpoint: Saving = Saving()
 
     def __post_init__(self) -> None:
-        paths = {"source": self.source, "out": self.out, "data.cache": self.data.cache}
-        paths |= {"data.tokenizer": self.data.tokenizer}
-        paths |= {f"data.sources[{i}].path": source.path for i, source in enumerate(self.data.sources)}
-        if bad := next((key for key, path in paths.items() if "\0" in (path or "")), None):
-            raise UpcycleError(f"{bad} = {paths[bad]!r} has a NUL character in it, which no path has")
         if self.optimizer.carry_state and self.from_scratch:
             raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
         if self.optimizer.carry_state and self.task is not None and self.task.classes:

@@ -75,6 +75,12 @@ def _refuse_damaged(state: Any) -> None:
         raise ValueError(f"it holds {type(state).__name__}, not a JSON object")
     if wrong := [key for key, kind in kinds.items() if type(state.get(key)) is not kind]:
         raise ValueError(f"{', '.join(wrong)} is missing in it, or damaged")
+    numbers = ("loss", "held_out_loss", "held_out_start", "held_out_accuracy", "held_out_accuracy_start")
+    if wrong := [key for key in numbers if type(state.get(key)) not in (int, float, type(None))]:
+        raise ValueError(f"{', '.join(wrong)} is no number in it")
+    rows = state.get("micro_batch")
+    if state["step"] < 0 or (rows is not None and (type(rows) is not int or rows < 1)):
+        raise ValueError("its step, or its micro_batch, is no count")
     hashes = state.get("sha256", {})
     if not isinstance(hashes, dict) or state.get("state_sha256", _hash_of(state)) != _hash_of(state):
         raise ValueError("it is not as it was written")

@@ -119,8 +119,6 @@ def read(table: Mapping[str, Any]) -> Task:
     name = options.pop("name", None)
     if name is None:
         raise UpcycleError(f"[task] has no name; allowed: {', '.join(names())}")
-    if not isinstance(name, str):
-        raise UpcycleError(f"task.name = {name!r}; allowed: {', '.join(names())}")
     made: Task = recipe.read(find(name), options, f"task ({name})")
     return made
 
