@@ -749,3 +749,48 @@ def test_a_revision_that_leaves_the_cache(revision, fails, tmp_path):
     for words in (["plan"], ["convert"]):
         out = [tmp_path / "out"] if words == ["convert"] else []
         assert "is no revision" in fails(*words, f"a/b@{revision}", *out)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"model.gguf": ""}, "a GGUF file"),
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "merge_and_unload"),
+        ({".metadata": "", "__0_0.distcp": ""}, "a distributed checkpoint of torch"),
+        ({"run.json": "{}"}, "upcycle export RUN OUT"),
+        ({"consolidated.safetensors": ""}, "in Hugging Face form"),
+        ({"model-00001-of-00002.safetensors": ""}, "download the index, too"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_folders_that_are_another_thing(made, said, config, fails, source, tmp_path):
+    for name in ("model.safetensors", *(() if config else ("config.json",))):
+        (source / name).unlink()
+    for name, text in made.items():
+        (source / name).write_text(text)
+    assert said in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model."])
+def test_names_that_a_training_program_wrapped(prefix, fails, source, tmp_path):
+    def wrap(tensors):
+        for name in [*tensors]:
+            tensors[prefix + name] = tensors.pop(name)
+
+    edit_tensors(source, wrap)
+    assert f"called {prefix}..." in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\xef\xbb\xbf{}", "byte order mark; save it without one"),
+        (b"\xff\xfe{}", "no UTF-8 text"),
+        (b"5", "holds 5, not a JSON object"),
+        (b'"text"', "holds 'text', not a JSON object"),
+        (b"9" * 5000, "not valid JSON"),
+    ],
+)
+def test_odd_json(data, said, fails, source, tmp_path):
+    (source / "config.json").write_bytes(data)
+    assert said in fails("convert", source, tmp_path / "out")

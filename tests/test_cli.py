@@ -255,3 +255,97 @@ def test_demo(tmp_path, capsys):
     for name in ("copy", "drop", "recycle"):
         trained = tmp_path / "demo" / "trained" / name
         assert {"eval.json", "routing.json", "upcycle.json"} <= {path.name for path in trained.iterdir()}
+
+
+def test_split_and_the_router_that_keeps_its_function(dense, capsys):
+    """README, warnings and what is planned name the same setting."""
+    source = str(dense("llama", intermediate_size=64, head_dim=8))
+    split = ["plan", source, "--json", "--init", "split", "--experts", "4", "--set", "moe.granularity=4"]
+    found = {}
+    for top_k in (2, 4):
+        for router in ("zeros", "uniform", "normal"):
+            cli.main([*split, "--top-k", str(top_k), "--set", f"router.init={router}"])
+            plan = json.loads(capsys.readouterr().out)
+            found[top_k, router] = plan["preserves_function"], " ".join(plan["warnings"])
+    assert found[4, "zeros"] == (True, "")
+    for router in ("uniform", "normal"):
+        kept, said = found[4, router]
+        assert not kept
+        assert "router.init = zeros keeps the function" in said
+    assert "same experts" in found[2, "zeros"][1]
+    assert found[2, "uniform"] == (False, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "nowhere.toml"], "no run file at nowhere.toml"),
+        (["train", "RUN", "--set", "source=nowhere"], "nowhere does not exist"),
+        (["train", "RUN", "--set", "moe.num_experts=many"], "allowed: whole number"),
+        (["train", "RUN", "--set", "moe.target=olmoe"], "does not compute the same"),
+        (["train", "RUN", "--set", 'data.sources=[{path="nowhere.txt"}]'], "no data at nowhere.txt"),
+        (["eval", "nowhere", "--text", "RUN"], "nowhere does not exist"),
+        (["eval", "SOURCE", "--text", "nowhere.txt"], "no data at nowhere.txt"),
+        (["eval", "SOURCE", "--images", "nowhere"], "no data at nowhere"),
+        (["eval", "SOURCE"], "give either --text FILE or --images SET"),
+        (["eval", "--text", "RUN"], "give at least one CHECKPOINT"),
+        (["demo", "--seconds", "nan", "--out", "nowhere"], "--seconds nan; it must be a number above zero"),
+    ],
+)
+def test_trivial_mistakes_do_not_wait_for_torch(command, said, dense, tmp_path, monkeypatch, capsys):
+    source, slow = (
+        dense("llama"),
+        ("upcycle.training.loop", "upcycle.evaluate.scores", "upcycle.training.tasks"),
+    )
+    for module in slow:  # those that import torch
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(
+        f'source = "{source}"\nout = "out"\ntrain.steps = 1\nschedule.peak = 1e-3\nmoe.num_experts = 2\n'
+        'data.sources = [{path = "run.toml"}]\n'
+    )
+    named = {"RUN": "run.toml", "SOURCE": str(source)}
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([named.get(word, word) for word in command])
+    assert exit_.value.code == 2
+    assert said in capsys.readouterr().err
+    assert command[0] == "demo" or not set(slow) & set(sys.modules)
+
+
+def test_version(capsys):
+    import upcycle
+
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"upcycle {upcycle.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [c[0] for c in COMMANDS if c] + ["eval", "keys"])
+def test_help_says_what_options_do(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for odd in (
+        "(default: )",
+        "(default: None)",
+        "(default: False)",
+        "(default: '')",
+        "{None}",
+        "repeatable (",
+    ):
+        assert odd not in said
+    if command == "verify":
+        assert "--no-logits leave out the comparison of logits" in said
+
+
+def test_texts_of_eval_may_have_names(trainable, tmp_path, capsys):
+    import shutil
+
+    source, text = trainable
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text.read_text()[:2000])
+    model = shutil.copytree(source, tmp_path / "model")
+    cli.main(["eval", str(model), "--json", "--text", f"first={tmp_path / 'one' / 'text.txt'}",
+              "--text", str(tmp_path / "two" / "text.txt")])  # fmt: skip
+    found = json.loads(capsys.readouterr().out)["checkpoints"][0]["results"]
+    assert [result["name"] for result in found] == ["first", "text.txt"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upcycle.errors import UpcycleError
-from upcycle.training import corpus
+from upcycle.training import corpus, documents
 from upcycle.training.batches import Batches
 from upcycle.training.corpus import Data, Source, Tokens, prepare
 
@@ -638,3 +640,130 @@ def test_a_position_among_other_data(batches: Any) -> None:
         batches(200, 101).restore(state)
     with pytest.raises(UpcycleError, match="of 2 data sources and the run has 1"):
         batches(200).restore(state)
+
+
+# --- files are known by content
+
+
+def test_a_flipped_bit_of_a_token_file_is_seen(tmp_path: Path, tokenised: Any, capsys: Any) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    first = tokenised(path)
+    whole = first.path.read_bytes()
+    first.path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert tokenised(path) == first
+    assert first.path.read_bytes() == whole
+    assert "is damaged; it is made anew" in " ".join(capsys.readouterr().err.split())
+
+
+def test_token_files_of_older_versions_are_read(tmp_path: Path, tokenised: Any) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    first = tokenised(path)
+    about = first.path.with_suffix(".json")
+    known = json.loads(about.read_text())
+    old = {key: value for key, value in known.items() if key not in ("sha256", "files")}
+    about.write_text(json.dumps(old))
+    assert tokenised(path) == first
+    assert json.loads(about.read_text()) == old  # found, not made
+    first.path.write_bytes(b"\xff" * first.path.stat().st_size)
+    assert tokenised(path).ids().max() == first.ids().max()
+
+
+def test_a_text_with_another_content_and_the_same_size_and_time(tmp_path: Path, tokenised: Any) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    first = tokenised(path).ids().tolist()
+    before = path.stat()
+    path.write_text("cba")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tokenised(path).ids().tolist() == [first[0], *first[3:0:-1], *first[4:]]
+    # Touched and no more, it is not tokenised again.
+    about = tokenised(path).path.with_suffix(".json").read_text()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tokenised(path).path.with_suffix(".json").read_text() == about
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": "x"}, {"count": -1}, {"dtype": "O"}, {"dtype": 5}, {"largest_id": None}, {"files": 5},
+        {"files": {"a": 1}}, {"documents": []}, {"count": 1 << 70}, {"sha256": 5},
+    ],
+)  # fmt: skip
+def test_a_damaged_description_is_made_again(change: dict[str, Any], tmp_path: Path, tokenised: Any) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    first = tokenised(path)
+    about = first.path.with_suffix(".json")
+    whole = about.read_text()
+    about.write_text(json.dumps(json.loads(whole) | change))
+    assert tokenised(path) == first
+    assert about.read_text() == whole
+
+
+def test_the_same_number_of_other_tokens(tmp_path: Path, tokenised: Any) -> None:
+    path = tmp_path / "a.txt"
+    states, made = [], []
+    for text in ("abcd" * 20, "dcba" * 20):
+        path.write_text(text)
+        rows = Batches([tokenised(path)], [1.0], length=4, held_out=0.0, seed=0)
+        rows.next(3)
+        states.append(rows.state())
+        made.append(rows)
+    with pytest.raises(UpcycleError, match="has other tokens than it had when the checkpoint was saved"):
+        made[1].restore(states[0])
+    old = {key: value for key, value in states[0].items() if key != "sha256"}
+    made[1].restore(old)  # a checkpoint of an older version does not say
+    for broken in ({}, {**old, "tokens": 5}, {**old, "sample": "x"}, {**old, "consumed": []}):
+        with pytest.raises(UpcycleError, match="place in the data is damaged"):
+            made[1].restore(broken)
+
+
+# --- a few bytes that stand for many
+
+
+def test_a_parquet_bomb_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    """Rows of 64 KB, which a dictionary makes a few bytes of."""
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.array(["x" * (1 << 16)]).dictionary_encode()
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(20_000, np.int32)), text.dictionary)
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    before = pyarrow.default_memory_pool().max_memory()
+    stream = corpus.documents(Source(path=str(tmp_path / "a.parquet")))
+    assert sum(len(text) for text, _ in stream) == 20_000 << 16
+    assert pyarrow.default_memory_pool().max_memory() - before < 200 << 20
+
+
+def test_a_line_without_end(tmp_path: Path, tokenised: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_LINE", 1000)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('{"text": "fine"}\n{"text": "' + "x" * 100_000)
+    assert "a.jsonl.gz, line 2 is longer than 1,000 characters" in _error(tokenised, tmp_path / "a.jsonl.gz")
+    (tmp_path / "b.jsonl").write_text("[" * 100_000 + "\n")
+    monkeypatch.undo()
+    assert "b.jsonl, line 1 is not JSON" in _error(tokenised, tmp_path / "b.jsonl")
+
+
+def test_an_id_near_the_end_of_the_numbers(bytes_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(bytes_folder, tmp_path / "huge")
+    described = json.loads((tmp_path / "huge" / "tokenizer.json").read_text())
+    described["model"]["vocab"]["far"] = 2147483647
+    (tmp_path / "huge" / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UpcycleError, match=r"'far' has the id 2147483647; ids must be less than 16,777,216"):
+        corpus.read_tokenizer(tmp_path / "huge")
+
+
+def test_a_tokenizer_with_code_of_its_own_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    named = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "EvilTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(UpcycleError, match="has no tokenizer that can be read"):
+        corpus.read_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()

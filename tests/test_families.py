@@ -9,7 +9,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import tiny
-from upcycle import Recipe, blueprint, convert, families, natives
+from upcycle import Recipe, blueprint, convert, families
+from upcycle.targets import natives
 
 # Fields whose default the family works out from others, as the class does after it is built.
 DERIVED = {"head_dim", "num_key_value_heads", "layer_types", "no_rope_layers", "sliding_window"}

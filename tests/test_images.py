@@ -525,6 +525,29 @@ def test_a_position_among_other_images() -> None:
         other.restore(state)
 
 
+def test_other_images_with_the_same_labels(tmp_path: Path) -> None:
+    """Pixels are known by their content, and damage is seen."""
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    options: dict[str, Any] = {"size": (4, 4), "channels": 3, "cache": tmp_path / "cache"}
+
+    def made(shade: int) -> Examples:
+        for name in ("a", "b"):
+            Image.new("RGB", (4, 4), (shade, 0, 0)).save(tmp_path / "images" / name / "1.png")
+        return Examples(ImageSet.open(tmp_path / "images", **options), None, held_out_share=0.0, seed=0)
+
+    first = made(1)
+    (pixels,) = (tmp_path / "cache").glob("*.pixels")
+    whole = pixels.read_bytes()
+    with pytest.raises(UpcycleError, match="has other images than it had when the checkpoint was saved"):
+        made(200).restore(first.state())
+    made(1).restore(first.state())
+    for path in (tmp_path / "cache").glob("*.pixels"):
+        if path.read_bytes() == whole:
+            path.write_bytes(b"\1" + whole[1:])
+    made(1).restore(first.state())
+
+
 # --- augmentation
 
 OFF: dict[str, Any] = {"flip": 0.0, "mean": (0.0,), "std": (1.0,)}

@@ -386,7 +386,7 @@ def test_shared_expert_is_the_dense_network(model_type, combine, dense):
     """By halves where the architecture sums; the gate of a gated one has no zero (NaN in llama.cpp)."""
     source = dense(model_type)
     built = blueprint(source, Recipe.of(moe={"shared_experts": 1}))
-    shared = built.native.shared
+    shared = built.target.shared
     original = by_neuron(dense_ffn(source, 1))
     made = by_neuron(
         {m: built.entries[f"model.layers.1.{shared.path}.{m}_proj.weight"].lazy.all("F32") for m in original}

@@ -169,3 +169,141 @@ def test_not_toml(tmp_path):
 def test_the_order_of_settings_does_not_matter():
     for settings in (["init.ratio=0.25", "init.name=drop"], ["init.name=drop", "init.ratio=0.25"]):
         assert Recipe.of(override({}, settings)).init.ratio == 0.25
+
+
+@pytest.mark.parametrize("section", ["init", "router"])
+@pytest.mark.parametrize("name", [5, 0.5, True, ["copy"], {"a": 1}])
+def test_a_name_that_is_no_text(section, name):
+    for table in ({section: {"name": name}}, override({}, [f"{section}.name={str(name).lower()}"])):
+        with pytest.raises(UpcycleError, match=r"is no name; give one of|unknown|must be a section"):
+            Recipe.of(table)
+
+
+def test_a_task_that_is_no_text():
+    from upcycle.training.run import Run
+
+    with pytest.raises(UpcycleError, match=r"is no name|allowed:"):
+        Run.of({"source": "a", "task": {"name": 5}})
+
+
+@pytest.mark.parametrize("depth", [20, 300, 990, 5_000, 100_000])
+def test_deep_nesting(depth, tmp_path):
+    lists, tables = "[" * depth + "]" * depth, "{a = " * depth + "1" + "}" * depth
+    for value in (lists, tables):
+        for key in ("seed", "moe", "init.name", "moe.layers"):
+            with pytest.raises(UpcycleError):
+                Recipe.of(override({}, [f"{key}={value}"]))
+            (tmp_path / "r.toml").write_text(f"{key} = {value}")
+            with pytest.raises(UpcycleError, match=r"is not TOML|is no name"):
+                Recipe.load(tmp_path / "r.toml")
+    with pytest.raises(UpcycleError, match="expected KEY=VALUE"):
+        override({}, [".".join(["a"] * depth) + "=1"])
+    (tmp_path / "r.toml").write_text(".".join(["a"] * depth) + " = 1")
+    with pytest.raises(UpcycleError):
+        Recipe.load(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000, "-0x" + "f" * 5000, str(10**400)])
+def test_whole_numbers_without_end(number, tmp_path):
+    for key in ("seed", "router.std", "moe.num_experts", "init.name", "moe.layers", "moe.pooling"):
+        with pytest.raises(UpcycleError) as error:
+            Recipe.of(override({}, [f"{key}={number}"]))
+        assert len(str(error.value)) < 400
+        (tmp_path / "r.toml").write_text(f"{key} = {number}")
+        with pytest.raises(UpcycleError):
+            Recipe.load(tmp_path / "r.toml")
+
+
+def test_nul_characters(tmp_path):
+    with pytest.raises(UpcycleError, match="NUL"):
+        Recipe.load("a\0b")
+    (tmp_path / "r.toml").write_text('base = "a\\u0000b"')
+    with pytest.raises(UpcycleError, match="NUL"):
+        Recipe.load(tmp_path / "r.toml")
+    with pytest.raises(UpcycleError, match="NUL"):
+        Recipe.of(override({}, ['moe.target="a\\u0000b"']))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert Recipe.load(tmp_path / "r.toml").seed == 3
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UpcycleError, match="not UTF-8"):
+        Recipe.load(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("num_experts", "did you mean moe.num_experts? Known: base, decoder, dtype, init, moe, router, seed, "
+                        "stage_1, stage_2, stage_3, stage_4, successor"),
+        ("std", "did you mean router.std?"),
+        ("hidden_size", "did you mean successor.hidden_size?"),
+        ("parts", "unknown key parts"),
+    ],
+)  # fmt: skip
+def test_unknown_keys_are_told_where_they_belong(key, said):
+    with pytest.raises(UpcycleError) as error:
+        Recipe.of({key: 1})
+    assert said in str(error.value)
+    assert ", parts" not in str(error.value)
+
+
+def test_unknown_keys_of_a_run_file():
+    from upcycle.training.run import Run
+
+    for key, said in (("num_experts", "moe.num_experts"), ("batch_size", "train.batch_size"), ("mo", "moe?")):
+        with pytest.raises(UpcycleError) as error:
+            Run.of({"source": "a", key: 1})
+        assert f"did you mean {said}" in str(error.value)
+        for known in ("base", "moe", "init", "successor", "task", "router"):
+            assert f"{known}," in str(error.value)
+
+
+def test_the_experts_of_a_base_can_be_taken_away(tmp_path):
+    from upcycle.training.run import Run
+
+    (tmp_path / "base.toml").write_text(
+        'source = "a"\nout = "b"\ndtype = "bfloat16"\ntrain.steps = 1\ndata.sources = [{path = "t.txt"}]\n'
+        'schedule = {name = "constant", peak = 1e-3}\nmoe.num_experts = 4\ninit.name = "drop"\n'
+        "router = {std = 0.1, z_loss_coef = 0.5}\n"
+    )
+    (tmp_path / "dense.toml").write_text('base = "base.toml"\nmoe = false\n')
+    dense = Run.load(tmp_path / "dense.toml")
+    assert dense.recipe is None
+    assert dense.router.z_loss_coef == 0.5
+    assert Run.load(tmp_path / "base.toml").recipe is not None
+    assert Run.load(tmp_path / "base.toml", ["moe=false"]) == dense
+    assert Run.load(tmp_path / "base.toml", ["train.steps=1", "moe=false"]) == dense
+    (tmp_path / "dense.toml").write_text('base = "base.toml"\nmoe = false\ninit.name = "copy"\n')
+    with pytest.raises(UpcycleError, match="init is for a Mixture of Experts"):
+        Run.load(tmp_path / "dense.toml")
+    with pytest.raises(UpcycleError, match="a recipe is of experts"):
+        Recipe.of({"moe": False})
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"moe": {"num_experts": 65536}}, "makes 262,144 experts in all layers together"),
+        (
+            {"moe": {"num_experts": 10**12, "top_k": 1, "target": "upcycled"}},
+            "experts in all layers together",
+        ),
+        ({"moe": {"target": "depth_tiled", "depth": 100_000}}, "400,000 blocks of 4"),
+    ],
+)
+def test_enormous_numbers_are_refused_before_anything_is_built(table, said, dense):
+    from upcycle import blueprint
+
+    with pytest.raises(UpcycleError) as error:
+        blueprint(dense("llama"), Recipe.of(table))
+    assert said in str(error.value)
+
+
+def test_enormous_batches():
+    from upcycle.training.run import Train
+
+    for wrong in ({"batch_tokens": 1024 * 10**9}, {"batch_size": 10**12}):
+        with pytest.raises(UpcycleError, match="a global batch has"):
+            Train(steps=1, **wrong)

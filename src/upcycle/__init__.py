@@ -37,6 +37,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     # Nothing heavy is imported before it is used: `upcycle --help` must not wait for numpy.
     if name not in _HOMES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from upcycle import kernels
 from upcycle.blueprints import Blueprint
 from upcycle.dtypes import BY_TORCH_NAME, FLOATS
-from upcycle.errors import listed
 from upcycle.recipe import Recipe
 
 
@@ -21,19 +20,11 @@ def _adapters(built: Blueprint) -> list[str]:
 
 def warnings(built: Blueprint) -> list[str]:
     """Everything that may cost training time, or that another program will compute otherwise."""
-    if built.native.dense:
-        reasons = {"deeper": "every block stands several times", "narrower": "weights are left out"}
-        said = f"{reasons[built.native.dense]}: the function is not kept, and the model has to be trained"
-        return [said, *_adapters(built)]
+    if not built.sites:
+        return [*built.target.warnings(built), *_adapters(built)]
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
     out = [*built.recipe.init.warnings(site), *_adapters(built)]
-    begin = {stack.name for stack in built.dense.stacks if not stack.first}
-    if built.native.upcycled and any(s.layer == 0 and s.stack in begin for s in built.sites):
-        out.append(
-            "the first block is among those that become MoE, which was found to train badly (Sparse "
-            "Upcycling, B.4); leave it dense, as every_other and last_half do"
-        )
     if moe.pooling == "mean":
         out.append(
             "the head sees the mean of the patches and not the class token it was trained on: the function "
@@ -44,10 +35,12 @@ def warnings(built: Blueprint) -> list[str]:
             "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "
             "task; use top_k = 2 or more, or router.normalize = false where the target allows it"
         )
-    if site.uniform_router:
+    row = built.dense.family.lengths(built.dense.config)[site.stack]
+    meets_all = router.experts_per_token(site.num_experts, site.top_k, row) >= site.num_experts
+    if site.uniform_router and not meets_all:
         out.append(
             "an all-zero router gives every expert the same score, and ties send every token to the same "
-            "experts; use another init, or a small std"
+            "experts; use another router.init, or a small router.std"
         )
     out += [note for part in built.parts.values() if (note := _not_renormalised(part)) is not None]
     if any(getattr(part.router, "capacity_factor", None) for part in _causal(built)):
@@ -70,25 +63,14 @@ def warnings(built: Blueprint) -> list[str]:
             f"over those that come to it: the function is kept only where every expert has all of them "
             f"(top_k = num_experts)"
         )
-    if moe.shared_experts == 0 and built.shared_width:
-        out.append(
-            f"{built.native.model_type} cannot be without a shared expert: one of {built.shared_width} "
-            f"neurons is there with a zero down projection, and training may use it"
-        )
     if odd := _misaligned(built):
         out.append(
             f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
             f'which is slower (experts_implementation="eager")'
         )
-    for client, why in built.native.clients(built.config).items():
-        out.append(f"{client} {why}: it will not reproduce this model's function")
-    if (unknown := built.dense.unknown_keys) and not built.native.upcycled:
-        out.append(
-            f"config.json has keys that a {built.dense.family.model_type} of transformers does not read; "
-            f"left out: {listed(list(unknown), 5)}"
-        )
+    out += built.target.warnings(built)
     # Stacks that are alike say the same.
-    return [*dict.fromkeys(out + built.dense.family.warnings(built.native.model_type))]
+    return [*dict.fromkeys(out + built.dense.family.warnings(built.target.model_type))]
 
 
 def _causal(built: Blueprint) -> list[Recipe]:
@@ -110,7 +92,8 @@ def _not_renormalised(part: Recipe) -> str | None:
         )
     return (
         f"the router's weights are not renormalised: experts are scaled by {factor:g} and the "
-        f"function is kept only as far as the router is uniform (std {part.router.std:g})"
+        f"function is kept only as far as the router scores all experts alike (router.std = "
+        f"{part.router.std:g}; router.init = zeros does)"
     )
 
 

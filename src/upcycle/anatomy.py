@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import families, natives, provenance, upcycled
+from upcycle import families, provenance
 from upcycle.blueprints import blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.console import place_of
@@ -19,8 +19,12 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored, blocks
+from upcycle.nn import upcycled_config
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit
+from upcycle.targets import natives
+from upcycle.targets._layouts import Stacked
+from upcycle.targets.native import Native
 
 
 def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
@@ -33,7 +37,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         made = provenance.read(opened.folder) if (opened.folder / provenance.FILE).exists() else None
         model_type = opened.config.get("model_type")
         notes: list[str] = []
-        upcycled_from = upcycled.dense_type(opened.config)
+        upcycled_from = upcycled_config.dense_type(opened.config)
         if model_type in natives.names() or upcycled_from:
             dense = _dense_source(source, opened.folder, made, notes)
             try:
@@ -158,13 +162,13 @@ class _Part:
 
 def _parts(opened: Checkpoint, tensors: Mapping[str, Lazy]) -> list[_Part]:
     """The blocks of the model that `opened` is, with these tensors."""
-    upcycled_from = upcycled.dense_type(opened.config)
+    upcycled_from = upcycled_config.dense_type(opened.config)
     if upcycled_from:
         return _upcycled_parts(opened, upcycled_from, tensors)
     return _native_parts(opened, natives.find(str(opened.config.get("model_type"))), tensors)
 
 
-def _native_parts(opened: Checkpoint, native: natives.Native, stored: Mapping[str, Lazy]) -> list[_Part]:
+def _native_parts(opened: Checkpoint, native: Native, stored: Mapping[str, Lazy]) -> list[_Part]:
     by_layer: dict[int, dict[str, Lazy]] = {}
     for name, tensor in stored.items():
         if name.startswith("model.layers."):
@@ -185,7 +189,7 @@ def _native_parts(opened: Checkpoint, native: natives.Native, stored: Mapping[st
 
 def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, Lazy]) -> list[_Part]:
     family = families.find(model_type)
-    config = family.config(upcycled.dense_config(opened.config))
+    config = family.config(upcycled_config.dense_config(opened.config))
     moe = _moe_layers(opened)
     parts = []
     for stack in family.stacks(config):
@@ -196,7 +200,7 @@ def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, L
                 continue
             prefix = stack.path.format(i=i) + "."
             below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            experts = upcycled.Layout().read(below)
+            experts = Stacked().read(below)
             if not experts:
                 raise KeyError(prefix + "experts.down_proj")
             others = {
@@ -211,7 +215,7 @@ def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, L
                     experts=experts,
                     router=below["router.weight"],
                     up=experts[0].up,
-                    universal=upcycled.Layout().read(others) if others else (),
+                    universal=Stacked().read(others) if others else (),
                 )
             )
     return parts

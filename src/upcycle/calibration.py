@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import upcycle
-from upcycle import claim, lock, memory, rng, tensor_file
+from upcycle import claim, lock, memory, rng, scratch, tensor_file
 from upcycle.console import err, size
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
@@ -32,6 +31,7 @@ from upcycle.evaluate.rows import Rows
 from upcycle.evaluate.stopped import begun, restore, save
 from upcycle.hub import open_checkpoint
 from upcycle.nn import models, opening
+from upcycle.paths import as_paths
 from upcycle.proof import quiet
 from upcycle.signals import noted
 from upcycle.source import Dense, admit
@@ -69,6 +69,7 @@ class Asked:
     allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "cache")
         if (self.text is None) == (self.images is None):
             raise UpcycleError("give either --images PATH or --text PATH to calibrate on")
         refuse_unknown("--collect", self.collect, NAMES)
@@ -118,12 +119,12 @@ def calibrate(
     _refuse_target(out)
     with (
         open_checkpoint(source, allow_nonfinite=asked.allow_nonfinite) as opened,
-        TemporaryDirectory() as scratch,
+        scratch.folder() as made_here,
     ):
         dense, device = admit(opened), _device(asked.device)
         asked = _there(dense, asked)
         _check_memory(dense, asked, device)
-        rows = _rows(dense, asked, asked.cache or Path(scratch))
+        rows = _rows(dense, asked, asked.cache or made_here)
         order = asked.order(rows.count)
         provenance = _provenance(dense, asked, rows, device, len(order))
         partial_file = out.with_name(out.name + PARTIAL)

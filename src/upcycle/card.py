@@ -8,32 +8,13 @@ import upcycle
 from upcycle.blueprints import Blueprint
 from upcycle.cost import Plan, flops_per_token, plan_of
 from upcycle.plain import code, plain
-
-_DENSE = """```python
-from transformers import {name}
-
-model = {name}.from_pretrained("path/to/this/folder")
-```
-"""
-_NATIVE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-"""
-_UPCYCLED = """```python
-import upcycle  # makes the architecture known to transformers' Auto classes
-
-model = upcycle.open("path/to/this/folder")
-```
-"""
+from upcycle.targets import dense_snippet
 
 
-def _how_to_load(built: Blueprint) -> str:
-    if not built.sites:
-        return _DENSE.format(name=built.native.architecture)
-    return _UPCYCLED if built.native.upcycled else _NATIVE
+def how_to_load(built: Blueprint | None, architecture: str) -> str:
+    """Python code that opens a model, in a fence: of what was built, or of the dense class `architecture`."""
+    code = built.target.snippet() if built else dense_snippet(architecture)
+    return f"```python\n{code}```\n"
 
 
 def _state(built: Blueprint) -> str:
@@ -61,7 +42,7 @@ def _counts(built: Blueprint, plan: Plan) -> str:
     parameters, active = [plan.dense_parameters, plan.total_parameters], plan.active_parameters
     flops = [plan.dense_flops_per_token, plan.flops_per_token]
     whole = built.dense.whole
-    if whole is not built.dense and not built.native.dense:
+    if whole is not built.dense and built.sites:
         heads = ["dense", "dense, narrower", plan.kind]
         parameters.insert(0, sum(t.size for t in whole.tensors.values()))
         flops.insert(0, flops_per_token(whole))
@@ -79,9 +60,6 @@ def render(built: Blueprint) -> str:
     """Markdown that says what the folder is, what it was made from, and how to load it."""
     plan = plan_of(built)
     moe = plan.num_moe_layers > 0
-    how = f"initialisation `{built.recipe.init.name}`"
-    if built.native.dense == "deeper":
-        how = f"every block {built.recipe.moe.depth} times"
     warnings = "".join(f"- {plain(w)}\n" for w in plan.warnings) or "- none\n"
     return f"""---
 library_name: transformers
@@ -91,7 +69,7 @@ tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 # {plain(built.source.name)}, {"upcycled" if moe else plan.kind}
 
 A `{plan.target}` made from the dense `{plan.family}` {_made_from(built)} with
-`upcycle` {upcycle.__version__}, {how}.
+`upcycle` {upcycle.__version__}, {built.target.origin(built.recipe)}.
 {_state(built)}
 
 {_counts(built, plan)}
@@ -100,7 +78,7 @@ It is {plain(plan.made)}.
 
 ## Load
 
-{_how_to_load(built)}
+{how_to_load(built, built.target.architecture)}
 ## What to know
 
 {warnings}

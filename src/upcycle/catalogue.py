@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from upcycle import deeper, families, init, natives, successors, upcycled
+from upcycle import families, init, targets
 from upcycle.nn import routers
+from upcycle.targets import natives
 
 Row = dict[str, str]
 
 ROUTER_INITS: list[Row] = [
     {"name": "normal", "summary": "N(0, std^2)", "needs": "nothing"},
     {"name": "uniform", "summary": "uniform with mean 0 and standard deviation std", "needs": "nothing"},
-    {"name": "zeros", "summary": "all zero; ties send every token to the same experts", "needs": "nothing"},
+    {
+        "name": "zeros",
+        "summary": "all zero: every expert scores alike; ties send all tokens to the same ones",
+        "needs": "nothing",
+    },
     {"name": "orthogonal", "summary": "orthogonal rows of norm std x sqrt(H)", "needs": "nothing"},
     {
         "name": "grouped",
@@ -31,7 +36,7 @@ def everything() -> dict[str, list[Row]]:
             {
                 "name": f.model_type,
                 "summary": f.summary,
-                "needs": "target " + " or ".join([*f.natives, upcycled.TARGET]),
+                "needs": "target " + " or ".join([*f.natives, "upcycled"]),
             }
             for f in dense
         ],
@@ -44,21 +49,9 @@ def everything() -> dict[str, list[Row]]:
             for n in moe
         ]
         + [
-            {
-                "name": deeper.TARGET,
-                "summary": "the dense class, every block repeated: a dense baseline of more FLOPs",
-                "needs": "moe.depth = how often",
-            },
-            {
-                "name": successors.TARGET,
-                "summary": "the dense class, narrower: weights chosen out of the source (Weight Selection)",
-                "needs": "[successor], an initialisation that chooses",
-            },
-            {
-                "name": upcycled.TARGET,
-                "summary": "the dense class itself with MoE layers in it; any family, any router",
-                "needs": "import upcycle, to open it",
-            },
+            {"name": name, "summary": kind.summary, "needs": kind.needs}
+            for name in targets.names()
+            if name != "native" and (kind := targets.kind(name))
         ],
         "initialisations": [{"name": n, "summary": i.summary, "needs": i.needs} for n, i in inits],
         "routers": [{"name": n, "summary": r.summary, "needs": r.needs} for n, r in ways],

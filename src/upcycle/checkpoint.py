@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from upcycle import mistaken
 from upcycle.dtypes import FLOATS, is_finite
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError, listed, shown
 from upcycle.open_files import OpenFiles
 
 MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
@@ -183,7 +184,9 @@ class Checkpoint:
         if not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "does not exist"
             raise UpcycleError(f"{folder} {what}; give a checkpoint folder or a hub id (owner/name)")
-        config = read_json(folder / "config.json", f"{folder} has no config.json; it is not a checkpoint")
+        other = None if (folder / WEIGHTS).exists() or (folder / INDEX).exists() else mistaken.folder(folder)
+        no_config = f"{folder} {other}" if other else f"{folder} has no config.json; it is not a checkpoint"
+        config = read_json(folder / "config.json", no_config)
         stamps = {file: stamp(file) for file in folder.iterdir() if file.is_file()}
         tensors = _headers(folder)
         return cls(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, stamps=stamps)
@@ -261,13 +264,15 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UpcycleError(missing) from None
-    except UnicodeDecodeError:
-        raise UpcycleError(f"{path} is not UTF-8 text; JSON has to be") from None
+    except UnicodeDecodeError as error:
+        raise UpcycleError(
+            f"{path} is no UTF-8 text ({error.reason}), which JSON is; save it as UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
-        said = str(error).replace("Unexpected UTF-8 BOM (decode using utf-8-sig)", "it has a byte order mark")
-        raise UpcycleError(f"{path} is not valid JSON: {said}") from None
+        why = "it begins with a byte order mark; save it without one" if "BOM" in str(error) else error
+        raise UpcycleError(f"{path} is not valid JSON: {why}") from None
     if not isinstance(value, dict):
-        raise UpcycleError(f"{path} holds {type(value).__name__}, not a JSON object")
+        raise UpcycleError(f"{path} holds {shown(value)}, not a JSON object; give the file as it was made")
     return value
 
 
@@ -288,7 +293,8 @@ def _headers(folder: Path) -> dict[str, TensorInfo]:
             f"{folder} has its weights in {listed(pickles)}, a format that can run code when opened; "
             f"load it once with transformers and save_pretrained, which writes safetensors"
         )
-    raise UpcycleError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+    other = mistaken.folder(folder)
+    raise UpcycleError(f"{folder} {other}" if other else f"{folder} has neither {WEIGHTS} nor {INDEX}")
 
 
 def _refuse_two_sets(folder: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,18 +24,49 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from upcycle.errors import printable
 
 if TYPE_CHECKING:
     from upcycle.advise.gather import Advice
     from upcycle.cost import Plan
+    from upcycle.keys import Key
     from upcycle.proof import Proof
     from upcycle.statistics import Statistics
     from upcycle.training.export import Exported
     from upcycle.training.loop import Result
 
+EVERY = 10.0  # seconds between lines about progress, where no bar can be shown
+
+
+class Screen(Console):
+    """A console that shows texts of other people's files and never obeys them."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        own = len(text) - len(text.lstrip("\n"))  # lines left free before a sentence are ours
+        return super().render_str(text[:own] + printable(text[own:]), **options)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+_SEEN = sys.stdout is not None and sys.stdout.isatty()
 # Sentences are left to the terminal to wrap, and whole where the output is a file.
-out = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False, markup=False)
+out = Screen(highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if _SEEN else 120)
+err = Screen(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def quoted(*words: object) -> str:
+    """The words of a command as a shell takes them back."""
+    return " ".join(map(_quoted, map(str, words)))
+
+
+def _quoted(word: str) -> str:
+    if not word.isprintable():
+        text = word.replace("\\", "\\\\").replace("'", "\\'")
+        return f"$'{printable(text)}'"
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 def show_json(value: object) -> None:
@@ -114,7 +147,7 @@ def show_converted(plan: Plan, folder: Path) -> None:
         f"{size(plan.output_bytes)}"
     )
     show_warnings(plan.warnings)
-    out.print(f"check it: upcycle verify {plan.source} {folder}")
+    out.print(f"check it: upcycle verify {quoted(plan.source, folder)}")
 
 
 def show_calibrated(found: Statistics) -> None:
@@ -145,7 +178,7 @@ def show_trained(result: Result) -> None:
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     out.print(f"{result.out}: {result.steps} steps{loss}{held_out}")
     if result.finished:
-        out.print(f"use it: upcycle export {result.out} OUT")
+        out.print(f"use it: upcycle export {quoted(result.out)} OUT")
 
 
 def show_exported(exported: Exported) -> None:
@@ -288,10 +321,8 @@ def _began(found: dict[str, float] | None) -> str:
 
 
 def _how(recipe: dict[str, Any]) -> str:
-    from upcycle import deeper
-
     moe = recipe["moe"]
-    if moe.get("target") == deeper.TARGET:
+    if moe.get("target") == "depth_tiled":
         return f", every block {moe['depth']} times"
     return f" by init {recipe['init']['name']}"
 
@@ -312,23 +343,59 @@ def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:
         out.print()
 
 
+def show_keys(keys: dict[str, list[Key]]) -> None:
+    """One table a section."""
+    for section, rows in keys.items():
+        shown = Table(title=section, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for column in ("key", "takes", "default", ""):
+            shown.add_column(column, overflow="fold")
+        for row in rows:
+            shown.add_row(row.name, row.takes, row.default, row.sentence)
+        out.print(shown, soft_wrap=False)
+        out.print()
+
+
 _Moves = tuple[Callable[[int], None], Callable[[int], None]]
 Bar = AbstractContextManager[_Moves]
 
 
 def bytes_bar(what: str) -> Bar:
     """A progress bar over bytes: a function that advances it, and one that sets its end."""
-    return _bar(what, DownloadColumn(), TransferSpeedColumn())
+    return _bar(what, DownloadColumn(), TransferSpeedColumn(), said=size)
 
 
 def examples_bar(what: str) -> Bar:
     """A progress bar over examples: a function that advances it, and one that sets its end."""
-    return _bar(what, MofNCompleteColumn())
+    return _bar(what, MofNCompleteColumn(), said=lambda n: f"{n:,}")
+
+
+def _bar(what: str, *counted: ProgressColumn, said: Callable[[float], str]) -> Bar:
+    return _drawn(what, *counted) if err.is_terminal else _told(what, said)
 
 
 @contextmanager
-def _bar(what: str, *counted: ProgressColumn) -> Iterator[_Moves]:
+def _told(what: str, said: Callable[[float], str]) -> Iterator[_Moves]:
+    """Progress in a file or a pipe: a line now and then, none about what is soon done."""
+    done, total, last = 0, 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            of = f" of {said(total)}, {done / total:.0%}" if total else ""
+            err.print(f"{what}: {said(done)}{of}", soft_wrap=True)
+
+    def set_total(n: int) -> None:
+        nonlocal total
+        total = n
+
+    yield advance, set_total
+
+
+@contextmanager
+def _drawn(what: str, *counted: ProgressColumn) -> Iterator[_Moves]:
     columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield (lambda n: progress.advance(task, n)), (lambda n: progress.update(task, total=n))

@@ -12,7 +12,7 @@ from upcycle import advice
 from upcycle.blueprints import Blueprint, blueprint
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.hub import peek
-from upcycle.recipe import Recipe
+from upcycle.recipe import RecipeLike
 from upcycle.shards import DEFAULT_SHARD, lay_out
 from upcycle.source import Dense
 
@@ -83,7 +83,7 @@ class Plan:
 
 def plan(
     source: str | Path | Checkpoint,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     jobs: int = 2,
     shard_size: int = DEFAULT_SHARD,
@@ -95,7 +95,7 @@ def plan(
 
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
     """The plan of a blueprint."""
-    dense = built.dense.whole if built.native.dense else built.dense
+    dense = built.dense if built.sites else built.dense.whole
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
     shapes = {n: e.shape for n, e in built.entries.items()}
@@ -103,8 +103,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     return Plan(
         source=str(built.source.folder),
         family=built.dense.family.model_type,
-        target=built.native.model_type,
-        kind=built.native.dense or "MoE",
+        target=built.target.model_type,
+        kind=built.target.kind,
         num_layers=built.family_config["num_hidden_layers"],
         moe_layers=built.moe_layers,
         num_experts=built.sites[0].num_experts if built.sites else 0,

@@ -1,5 +1,9 @@
 """The one exception that a user's mistake raises: its text is the whole message."""
 
+import unicodedata
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogates, line and paragraph separators
+
 
 class UpcycleError(Exception):
     """What was given, what is allowed, what to do. The command line prints it and exits with 2."""
@@ -9,3 +13,25 @@ def listed(names: list[str], most: int = 3) -> str:
     """`a, b, c and 5 more`: enough names to find the fault, never a screenful."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as an error shows it: as Python writes it, and cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of more digits than Python writes; deep nesting
+        return f"a {type(value).__name__} that is too long to show"
+    return cut(text, most)
+
+
+def cut(text: str, most: int = 80) -> str:
+    """A text as an error shows it: as it is, and its beginning where it is long."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def printable(text: str) -> str:
+    """A text from somewhere else as a terminal may have it: what moves its cursor, or cannot be seen, is
+    written as Python escapes it."""
+    if text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNSEEN else c for c in text)

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from upcycle.blueprints import Entry, blueprint
+from upcycle.blueprints import blueprint
 from upcycle.checkpoint import Checkpoint
 from upcycle.dtypes import TORCH_NAMES
+from upcycle.entries import Entry
 from upcycle.errors import UpcycleError
-from upcycle.natives import Native
+from upcycle.nn.upcycled_config import CLASS_PREFIX
 from upcycle.proof import quiet
-from upcycle.recipe import Recipe
+from upcycle.recipe import RecipeLike
 from upcycle.source import refuse_two_heads
-from upcycle.upcycled import CLASS_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def load(
     source: str | Path | Checkpoint,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     distributed_config: DistributedConfig | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -48,9 +48,9 @@ def load(
     try:
         refuse_two_heads(built.dense)
         return build(
-            built.native.architecture,
+            built.target.architecture,
             built.config,
-            in_memory(built.native, built.entries),
+            built.target.in_memory(built.entries),
             distributed_config=distributed_config,
             dtype=dtype,
             experts_implementation=experts_implementation,
@@ -59,30 +59,6 @@ def load(
     finally:
         for opened in built.checkpoints:
             opened.close()
-
-
-def in_memory(native: Native, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """`entries` with the experts of each layer in the two tensors that transformers holds them in.
-
-    Under the names on disk the loader would read every expert on every rank and stack them afterwards.
-    """
-    if native.upcycled:
-        return dict(entries)  # held as they are stored
-    layers: dict[str, dict[str, Entry]] = {}
-    out: dict[str, Entry] = {}
-    for name, entry in entries.items():
-        if name.startswith("model.layers."):
-            number, _, rest = name.removeprefix("model.layers.").partition(".")
-            layers.setdefault(f"model.layers.{number}", {})[rest] = entry
-        else:
-            out[name] = entry
-    for prefix, layer in layers.items():
-        lazies = native.layout.fuse({name: entry.lazy for name, entry in layer.items()})
-        dtypes = {entry.dtype for name, entry in layer.items() if name not in lazies}
-        for name, lazy in lazies.items():
-            dtype = layer[name].dtype if name in layer else next(iter(dtypes))
-            out[f"{prefix}.{name}"] = Entry(lazy, dtype)
-    return out
 
 
 def build(

@@ -5,27 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upcycle import upcycled
+from upcycle import memory
 from upcycle.computed import Drawn, Fill
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
 from upcycle.feed_forward import FeedForward
 from upcycle.init import Site
 from upcycle.lazy import Lazy, Take
-from upcycle.natives import Native
 from upcycle.positions import Given
 from upcycle.recipe import Recipe
-from upcycle.source import Dense
+from upcycle.targets._layouts import MoeNames
+
+if TYPE_CHECKING:
+    from upcycle.source import Dense
 
 NARROW = 128  # neurons of a shared expert that must exist and was not asked for
+MOST_EXPERTS = 1 << 17  # in all layers together; the largest published models have some 25,000
+EXPERT_BYTES = 8 << 10  # that the names and the making of an expert take, measured
 SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exactly 0 (NaN in llama.cpp)
 
 
-def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
+def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     """The blocks that become MoE, stack by stack, checked for what the initialisation and the router need."""
+    _refuse_too_many_experts(recipe, dense)
     out = []
     for stack in dense.stacks:
         part = recipe.at(stack.name)
@@ -36,6 +42,7 @@ def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
                 f"{moe.num_experts} is no multiple of {moe.granularity}"
             )
         for layer in chosen_layers(part, stack):
+            shared = _shared_width(part, names, stack.width)
             width, origin = (
                 moe.expert_width or stack.width // moe.granularity,
                 dense.origin(layer, stack.name),
@@ -53,6 +60,7 @@ def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
                 expert_width=0 if moe.granularity > 1 else width,
                 universal_experts=moe.universal_experts,
                 universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,
+                shared_width=shared,
                 seed=recipe.seed,
                 grouped_router=router.init == "grouped",
                 uniform_router=router.init == "zeros" or router.std == 0,
@@ -63,6 +71,22 @@ def sites(recipe: Recipe, dense: Dense) -> tuple[Site, ...]:
     if not out:
         raise UpcycleError("moe.layers chooses no layer; the result would be the dense model")
     return tuple(out)
+
+
+def _refuse_too_many_experts(recipe: Recipe, dense: Dense) -> None:
+    """Refuse numbers of experts that would only fill the memory, before the first of them is made."""
+    total = 0
+    for stack in dense.stacks:
+        part = recipe.at(stack.name)
+        each = part.moe.num_experts + part.moe.universal_experts
+        total += each * len(chosen_layers(part, stack))
+    room = memory.available()
+    most = MOST_EXPERTS if room is None else min(MOST_EXPERTS, room // EXPERT_BYTES)
+    if total > most:
+        raise UpcycleError(
+            f"moe.num_experts = {recipe.moe.num_experts} makes {total:,} experts in all layers together; "
+            f"{most:,} are taken at most here, so take fewer experts or fewer layers"
+        )
 
 
 def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
@@ -83,12 +107,12 @@ def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
     return [i - stack.first for i in chosen if stack.first <= i < stack.first + stack.count]
 
 
-def shared_width(recipe: Recipe, native: Native, full: int) -> int:
+def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
     """The number of neurons of the shared expert, 0 where there is none; the dense network has `full`."""
-    asked, shared, granularity = recipe.moe.shared_experts, native.shared, recipe.moe.granularity
+    asked, shared, granularity = recipe.moe.shared_experts, names.shared, recipe.moe.granularity
     if shared is None:
         if asked:
-            raise UpcycleError(f"{native.model_type} has no shared expert; set moe.shared_experts = 0")
+            raise UpcycleError(f"{names.model_type} has no shared expert; set moe.shared_experts = 0")
         return 0
     if not asked:
         if shared.mandatory == "narrow":
@@ -101,44 +125,51 @@ def shared_width(recipe: Recipe, native: Native, full: int) -> int:
         )
     if shared.mandatory == "full" and granularity > 1:
         raise UpcycleError(
-            f"the shared network of {native.model_type} is as wide as one expert, 1/{granularity} of the "
+            f"the shared network of {names.model_type} is as wide as one expert, 1/{granularity} of the "
             f"dense network; set moe.shared_experts = 0"
         )
     return full
 
 
+def averaged(models: list[Dense], recipe: Recipe) -> dict[str, Lazy]:
+    """Every tensor of the dense models, combined as the initialisation combines all that is no expert."""
+    return {
+        name: recipe.init.backbone([model.tensors[name] for model in models]) for name in models[0].tensors
+    }
+
+
+def add(out: dict[str, Lazy], prefix: str, made: Mapping[str, Lazy]) -> None:
+    """Add the tensors of a layer to `out`; a name that is there already is an error of ours."""
+    for name, tensor in made.items():
+        if (full := f"{prefix}.{name}") in out:
+            raise AssertionError(f"{full} is defined twice")
+        out[full] = tensor
+
+
 def tensors(
-    networks: list[FeedForward],
-    site: Site,
-    recipe: Recipe,
-    native: Native,
-    shared_width: int,
-    norm: Mapping[str, Lazy],
+    models: list[Dense], site: Site, recipe: Recipe, names: MoeNames, every: Mapping[str, Lazy]
 ) -> dict[str, Lazy]:
     """The tensors of one MoE layer by their names below the layer's prefix.
 
-    `networks` are the layer's feed-forward networks in the dense checkpoints, the source first; `norm` has
-    the parts of the norm before the network.
+    `models` are the dense models, the source first; `recipe` is that of the layer's stack; `every` has the
+    tensors of the dense model, combined.
     """
+    networks = [model.origin(site.layer, site.stack) for model in models]
     hidden, dtype = site.hidden, networks[0].down.dtype
-    asked = recipe.moe.shared_experts > 0
-    halved = asked and native.shared is not None and native.shared.combine in ("gated", "sum")
+    asked, shared = recipe.moe.shared_experts > 0, names.shared
+    halved = asked and shared is not None and shared.combine in ("gated", "sum")
     half = 0.5 if halved else 1.0
     experts = _experts(networks, range(site.num_experts), site, recipe, half)
-    out = {native.router: router(recipe, site, dtype), **native.layout.write(experts)}
+    out = {names.router: router(recipe, site, dtype), **names.layout.write(experts)}
     if site.universal_experts:
         others = _experts(networks, range(site.num_experts, site.all_experts), site.universal, recipe, half)
-        written = native.layout.write(others).items()
+        written = names.layout.write(others).items()
         out |= {f"universal.{name.removeprefix('experts.')}": tensor for name, tensor in written}
-    if native.upcycled:
-        out |= upcycled.router_tensors(recipe, site, norm, dtype)
-    if native.extra:
-        out |= native.extra(site.num_experts, dtype)
-    if native.shared and shared_width:
-        shared = native.shared
-        network = combined(networks, recipe).neurons(0, shared_width)
+    out |= names.beside_router(recipe, site, _norm(models[0], site, every), dtype)
+    if shared and site.shared_width:
+        network = combined(networks, recipe).neurons(0, site.shared_width)
         if not asked:
-            idle = Fill((hidden, shared_width), dtype, 0.0)
+            idle = Fill((hidden, site.shared_width), dtype, 0.0)
             network = replace(network, down=idle)
         elif shared.combine == "sum":
             network = network.scaled(down=0.5, down_bias=0.5)
@@ -147,6 +178,13 @@ def tensors(
             std = SHARED_GATE_STD if asked else 0.02
             out[shared.gate] = Drawn((1, hidden), dtype, "normal", std, site.key("shared gate"))
     return out
+
+
+def _norm(dense: Dense, site: Site, every: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Weight and bias of the norm before the network, if there is one."""
+    stack = next(stack for stack in dense.stacks if stack.name == site.stack)
+    before = stack.norm_path.format(i=site.layer)
+    return {part: every[f"{before}.{part}"] for part in ("weight", "bias") if f"{before}.{part}" in every}
 
 
 def _experts(

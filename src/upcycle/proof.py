@@ -194,7 +194,7 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
 
     name = "target coverage, transformers"
     with quiet():
-        architecture = models.architecture(built.native.architecture)
+        architecture = models.architecture(built.target.architecture)
         state = {n: _Header(info) for n, info in moe.tensors.items()}
         try:
             config = transformers.AutoConfig.from_pretrained(moe.folder, trust_remote_code=False)
@@ -209,7 +209,7 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
     return Check(
         name=name,
         holds=not any(faults.values()),
-        detail=_faults(faults) or f"all {count} parameters of {built.native.architecture} are given",
+        detail=_faults(faults) or f"all {count} parameters of {built.target.architecture} are given",
     )
 
 
@@ -327,7 +327,7 @@ def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
     recorded |= {label: donor["sha256"] for label, donor in record["source"]["donors"].items()}
     found = {opened.label: opened.hashes() for opened in built.checkpoints}
     said = {key: record[key] for key in ("target", *_SAID) if key in record}
-    true = {"target": built.native.model_type, **{key: getattr(built, name) for key, name in _SAID.items()}}
+    true = {"target": built.target.model_type, **{key: getattr(built, name) for key, name in _SAID.items()}}
     claims = said == json.loads(json.dumps({key: true[key] for key in said}))
     same = record["blueprint_hash"] == built.hash and recorded == found and claims
     return Check(
@@ -392,7 +392,7 @@ def compare_logits(built: Blueprint, out: Path, shown: Shown | None = None) -> d
     stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
     runs: list[tuple[Path, str, torch.dtype | None]] = [
         (source, dense.architecture, stored),
-        (out, built.native.architecture, None),
+        (out, built.target.architecture, None),
     ]
     if built.narrowed:
         runs.append((source, dense.architecture, None))

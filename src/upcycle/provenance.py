@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def record(
                 for c in built.checkpoints[1:]
             },
         },
-        "target": built.native.model_type,
+        "target": built.target.model_type,
         "recipe": built.recipe.as_table(),
         "blueprint_hash": built.hash,
         "preserves_function": built.preserves_function,
@@ -139,7 +140,10 @@ def _is_recipe(value: Any) -> bool:
 
 
 def _is_training(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(value.get(key)) in (int, float) for key in ("step", "tokens"))
+    counts = ("step", "tokens")
+    return isinstance(value, dict) and all(
+        type(value.get(key)) in (int, float) and math.isfinite(value[key]) for key in counts
+    )
 
 
 def _is_names(value: Any) -> bool:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, cut, shown
 
 if TYPE_CHECKING:
     from upcycle.init import Init
     from upcycle.nn.routers import Router
 
+DEEPEST = 16  # tables and lists in one another; no key lies so deep
+MOST_PARTS = 200  # of a dotted key, before it is looked at
 Layers = Literal["all", "every_other", "last_half"]
 
 # Stacks of blocks that may have a table of their own.
@@ -32,6 +35,9 @@ OF_TRAINING = (
     "importance_loss_coef", "load_loss_coef", "layers",
 )  # fmt: skip
 
+# Sections and keys of a run file that are about experts alone, besides part of [router].
+OF_EXPERTS = ("moe", "init", "dtype", "successor", *STACKS)
+
 # Settings that name what the other keys of their section belong to.
 _NAMES = ("init.name", "router.name", *(f"{stack}.router.name" for stack in STACKS))
 
@@ -40,15 +46,17 @@ _NAMES = ("init.name", "router.name", *(f"{stack}.router.name" for stack in STAC
 class Moe:
     """The shape of the Mixture of Experts."""
 
-    num_experts: int = 8
-    top_k: int = 2
+    num_experts: int = 8  # in each layer
+    top_k: int = 2  # experts that a token uses, of a router that lets tokens choose
+    # which blocks get experts: a name, or their numbers from 0; every_other is 1, 3, 5, ...
     layers: Layers | tuple[int, ...] = "all"
+    # native (the family's MoE class of transformers), one by name, upcycled, depth_tiled or dense
     target: str = "native"
-    granularity: int = 1
+    granularity: int = 1  # G: an expert is 1 / G of the dense network wide
     expert_width: int = 0  # neurons of an expert; 0: those of the dense network / granularity
     universal_experts: int = 0  # narrower experts beside them, for routers of slots (MoE Jetpack)
     universal_width: int = 0  # neurons of those; 0: a quarter of the others'
-    shared_experts: int = 0
+    shared_experts: int = 0  # 0, or G: the dense network itself stands beside the experts
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT sees
     depth: int = 2  # how often each block stands, for the target depth_tiled
 
@@ -80,8 +88,10 @@ class Successor:
     successor's size.
     """
 
+    # channels of the narrower model; a list, one a stage, in a ConvNeXt; 0 keeps the source's
     hidden_size: int | tuple[int, ...] = 0
-    intermediate_size: int = 0
+    intermediate_size: int = 0  # neurons of its networks; 0 keeps the ratio
+    # where all but the experts comes from: predecessor (the source), or a checkpoint of that size
     rest: str = "predecessor"
 
     def __post_init__(self) -> None:
@@ -107,8 +117,8 @@ class Recipe:
     `[decoder.router]` with the keys that differ, and likewise `[stage_1]` to `[stage_4]` in a ConvNeXt.
     """
 
-    seed: int = 0
-    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    seed: int = 0  # of every random number
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights that are written
     moe: Moe = Moe()
     init: Init
     router: Router
@@ -116,17 +126,21 @@ class Recipe:
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, table: Mapping[str, Any] | None = None, /, **sections: Any) -> Recipe:
-        """A recipe from a nested table as TOML has it: `Recipe.of(moe={"num_experts": 4})`."""
+    def of(cls, given: Recipe | Mapping[str, Any] | str | Path | None = None, /, **sections: Any) -> Recipe:
+        """A recipe from what there is: a nested table as TOML has it, `Recipe.of(moe={"num_experts": 4})`, a
+        TOML file by its path, or a recipe. `sections` go over it."""
         from upcycle import init
         from upcycle.nn import routers
 
-        data = {**(table or {}), **sections}
+        if isinstance(given, Recipe) and not sections:
+            return given
+        data = {**_given(given), **sections}
         options = dict(_table(data.pop("init", {}), "init"))
         router = _table(data.pop("router", {}), "router")
         name = options.pop("name", "copy")
+        found = init.find(name)
         made: dict[str, Any] = {
-            "init": read(init.find(name), options, f"init ({name})"),
+            "init": read(found, options, f"init ({name})"),
             "router": routers.read(router),
             "parts": {
                 name: _part(name, data.pop(name), _table(data.get("moe", {}), "moe"), router)
@@ -137,12 +151,17 @@ class Recipe:
         made["successor"] = None
         if "successor" in data:
             made["successor"] = read(Successor, _table(data.pop("successor"), "successor"), "successor")
-        return read(cls, data, "", made)
+        if data.get("moe") is False:
+            raise UpcycleError(
+                "moe = false trains the dense model itself, and a recipe is of experts; take it out"
+            )
+        beside = {"init": type(made["init"]), "router": type(made["router"]), "successor": Successor}
+        return read(cls, data, "", made, {**beside, **dict.fromkeys(("base", *STACKS))})
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         """The recipe in the TOML file `path`, a recipe or a run file, with `KEY=VALUE` overrides."""
-        return cls.of(override(of_run_file(read_toml(Path(path))), overrides))
+        return cls.of(override(of_run_file(read_toml(path)), overrides))
 
     def at(self, stack: str) -> Recipe:
         """The recipe for one stack of blocks."""
@@ -159,6 +178,9 @@ class Recipe:
         for name, part in self.parts.items():
             table[name] = {"moe": dataclasses.asdict(part.moe), "router": part.router.as_table()}
         return table
+
+
+RecipeLike = Recipe | Mapping[str, Any] | str | Path | None  # what functions take for a recipe: `Recipe.of`
 
 
 def _part(name: str, value: Any, moe: Mapping[str, Any], router: Mapping[str, Any]) -> Part:
@@ -184,33 +206,57 @@ def _part(name: str, value: Any, moe: Mapping[str, Any], router: Mapping[str, An
     )
 
 
-def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
+def _given(given: Any) -> dict[str, Any]:
+    """What a caller has of a recipe, as a table."""
+    if given is None:
+        return {}
+    if isinstance(given, Recipe):
+        return given.as_table()
+    if isinstance(given, (str, Path)):
+        return of_run_file(read_toml(given))
+    if isinstance(given, Mapping):
+        return dict(given)
+    raise UpcycleError(
+        f"{shown(given)} is no recipe; give a Recipe, a table such as {{'moe': {{'num_experts': 8}}}}, or "
+        f"the path of a TOML file"
+    )
+
+
+def read_toml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     """The table in a TOML file. With `base = FILE` (from the file's own folder) it goes over that one's:
-    tables key by key, everything else whole."""
-    return _read_toml(path, what, ())
+    tables key by key, everything else whole. `KEY = false` takes a table of the base away."""
+    return _read_toml(Path(path), what, ())
 
 
 def _read_toml(path: Path, what: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text())
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UpcycleError(f"no {what} at {path}") from None
     except IsADirectoryError:
         raise UpcycleError(f"{path} is a folder; a {what} is a TOML file") from None
     except OSError as error:
         raise UpcycleError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{path} is not TOML: it is not UTF-8 text ({error.reason})") from None
+    except ValueError:  # of the path
+        raise UpcycleError(f"{shown(str(path))} is no path of a {what}: it holds a NUL character") from None
+    try:
+        table = _parsed(text)
+    except ValueError as error:
         raise UpcycleError(f"{path} is not TOML: {error}") from None
     if "base" not in table:
         return table
     base = table.pop("base")
-    if not isinstance(base, str):
-        raise UpcycleError(f"base = {base!r} in {path}; it must be the name of a TOML file")
+    if not isinstance(base, str) or not _sane(base, "base"):
+        raise UpcycleError(f"base = {shown(base)} in {path}; it must be the name of a TOML file")
     seen = (*seen, path.resolve())
     under = path.parent / base
     if under.resolve() in seen:
         raise UpcycleError(f"{path} is based on {base}, which is based on it")
     below = _read_toml(under, f"{what} (the base of {path.name})", seen)
+    if table.get("moe") is False:
+        below = _without_experts(below)
     for dotted in _NAMES:
         *sections, last = dotted.split(".")
         own, found = _section(table, sections), _section(below, sections)
@@ -218,6 +264,35 @@ def _read_toml(path: Path, what: str, seen: tuple[Path, ...]) -> dict[str, Any]:
         if own is not None and found is not None and own.get(last, name) != name:
             _clear(found, sections)
     return _over(below, table)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The table that TOML says; ValueError, with the reason, where it says none that can be used."""
+    # tomllib takes memory by the square of a key's parts.
+    if any(key.count(".") > MOST_PARTS for key in re.split(r"[=,\n]", text)):
+        raise ValueError("it has a key of too many parts")
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if _too_deep(table):
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+    return table
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether tables and lists lie in one another deeper than any key does."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _section(table: Any, sections: list[str]) -> dict[str, Any] | None:
@@ -233,6 +308,14 @@ def _clear(section: dict[str, Any], sections: list[str]) -> None:
     kept = () if sections == ["init"] else (*_of_every_router(), *OF_TRAINING)
     for key in [key for key in section if key not in kept]:
         del section[key]
+
+
+def _without_experts(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` without what only a Mixture of Experts has: what `moe = false` takes away."""
+    out = {k: v for k, v in table.items() if k not in OF_EXPERTS}
+    if isinstance(router := out.get("router"), dict):
+        out["router"] = {k: v for k, v in router.items() if k in OF_TRAINING}
+    return out
 
 
 def _over(under: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,17 +345,19 @@ def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any
     for setting in sorted(settings, key=_place):
         dotted, equals, text = setting.partition("=")
         *sections, last = dotted.strip().split(".")
-        if not equals or not all([*sections, last]):
-            raise UpcycleError(f"--set {setting}: expected KEY=VALUE, such as moe.top_k=2")
+        if not equals or not all([*sections, last]) or len(sections) > DEEPEST:
+            raise UpcycleError(f"--set {cut(setting)}: expected KEY=VALUE, such as moe.top_k=2")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            value = _parsed(f"value = {text}")["value"]
+        except ValueError:
             value = text.strip()
+        if dotted.strip() == "moe" and value is False:
+            out = _without_experts(out)
         target = out
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise UpcycleError(f"--set {setting}: {section} is a single value, not a section")
+                raise UpcycleError(f"--set {cut(setting)}: {section} is a single value, not a section")
         if ".".join([*sections, last]) in _NAMES and _named(out, sections) != value:
             _clear(target, sections)
         target[last] = value
@@ -280,8 +365,10 @@ def override(table: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any
 
 
 def _place(setting: str) -> int:
-    """Where a setting stands among the others: names as in `_NAMES`, then the rest."""
+    """Where a setting stands among the others: whole sections, names as in `_NAMES`, then the rest."""
     key = setting.partition("=")[0].replace(" ", "")
+    if key == "moe":
+        return -1
     return _NAMES.index(key) if key in _NAMES else len(_NAMES)
 
 
@@ -303,19 +390,32 @@ def _of_every_router() -> set[str]:
 
 def _table(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise UpcycleError(f"[{where}] must be a section with keys, not {value!r}")
+        raise UpcycleError(f"[{where}] must be a section with keys, not {shown(value)}")
     return value
 
 
-def read(cls: type, table: Mapping[str, Any], where: str, made: Mapping[str, Any] | None = None) -> Any:
-    """An instance of the dataclass `cls` from `table`; `made` holds fields that are ready."""
-    made = made or {}
+def read(
+    cls: type,
+    table: Mapping[str, Any],
+    where: str,
+    made: Mapping[str, Any] | None = None,
+    beside: Mapping[str, type | None] | None = None,
+) -> Any:
+    """An instance of the dataclass `cls` from `table`.
+
+    `made` holds fields that are ready; `beside` names the sections that they were read from, with their
+    dataclasses.
+    """
+    made, beside = made or {}, beside or {}
     hints = get_type_hints(cls, localns={"Init": object, "Router": object, "Task": object})
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in made}
     prefix = f"{where}." if where else ""
     for key in table:
         if key not in fields:
-            raise UpcycleError(f"unknown key {prefix}{key}{nearest(key, [*fields, *made])}")
+            sections = {n: hints[n] for n in fields if dataclasses.is_dataclass(hints[n])} | dict(beside)
+            raise UpcycleError(
+                f"unknown key {cut(prefix + str(key))}{_known(key, [*fields, *beside], sections)}"
+            )
     values = dict(made)
     for name, field in fields.items():
         if name not in table:
@@ -333,10 +433,20 @@ def read(cls: type, table: Mapping[str, Any], where: str, made: Mapping[str, Any
     return cls(**values)
 
 
+def _known(key: object, known: list[str], sections: Mapping[str, Any]) -> str:
+    """The end of an error about an unknown key: where it belongs, and what there is."""
+    for name, section in sections.items():
+        if section is not None and key in {f.name for f in dataclasses.fields(section)}:
+            return f"; did you mean {name}.{key}? Known: {', '.join(sorted(known))}"
+    if key == "base":
+        return "; a file names its base itself, at its top"
+    return nearest(key, known)
+
+
 def _tables(cls: type, value: Any, where: str) -> tuple[Any, ...]:
     """A list of tables, as `[[data.sources]]` makes it."""
     if not isinstance(value, (list, tuple)):
-        raise UpcycleError(f"[[{where}]] must be a list of sections, not {value!r}")
+        raise UpcycleError(f"[[{where}]] must be a list of sections, not {shown(value)}")
     return tuple(read(cls, _table(t, where), f"{where}[{i}]") for i, t in enumerate(value))
 
 
@@ -346,18 +456,29 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     for option in options:
         if get_origin(option) is Literal and value in get_args(option) and not isinstance(value, bool):
             return value
-        if option in (int, str, bool) and type(value) is option:
+        if option in (int, str, bool) and type(value) is option and _sane(value, where):
             return value
-        if option is float and type(value) in (int, float):
+        if option is float and type(value) in (int, float) and _sane(value, where):
             return float(value)
+        if option is str and isinstance(value, Path):
+            return str(value)
         if get_origin(option) is tuple and isinstance(value, (list, tuple)):
             item = get_args(option)[0]
-            if item is float and all(type(v) in (int, float) for v in value):
+            if item is float and all(type(v) in (int, float) and _sane(v, where) for v in value):
                 return tuple(map(float, value))
-            if all(type(v) is item for v in value):
+            if all(type(v) is item and _sane(v, where) for v in value):
                 return tuple(value)
     allowed = " or ".join(_allowed(option) for option in options if option is not type(None))
-    raise UpcycleError(f"{where} = {value!r}; allowed: {allowed}")
+    raise UpcycleError(f"{where} = {shown(value)}; allowed: {allowed}")
+
+
+def _sane(value: Any, where: str) -> bool:
+    """True; an error for a whole number of more than 64 bits, and for a NUL in a path or a name."""
+    if isinstance(value, str) and "\0" in value and not where.endswith("separator"):
+        raise UpcycleError(f"{where} = {shown(value)} holds a NUL character, which no path and no name has")
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        raise UpcycleError(f"{where} is a whole number of more than 64 bits; give a smaller one")
+    return True
 
 
 def _allowed(option: Any) -> str:
@@ -368,9 +489,9 @@ def _allowed(option: Any) -> str:
     return {int: "whole number", float: "a number", str: "string", bool: "true or false"}[option]
 
 
-def nearest(given: str, known: Iterable[str]) -> str:
+def nearest(given: object, known: Iterable[str]) -> str:
     """`; did you mean ...? Known: ...`, the end of an error about an unknown name."""
     known = sorted(known)
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ";"
     return f"{hint} Known: {', '.join(known) or 'none'}"

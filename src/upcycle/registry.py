@@ -5,7 +5,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, cut, shown
 from upcycle.recipe import nearest
 
 
@@ -17,6 +17,8 @@ def names(package: ModuleType) -> list[str]:
 def find(package: ModuleType, name: str, attribute: str, what: str) -> Any:
     """`attribute` of the file `name` in `package`; an unknown name is an error that lists the known."""
     known = names(package)
+    if not isinstance(name, str):
+        raise UpcycleError(f"{what} {shown(name)} is no name; give one of {', '.join(known)}")
     if name not in known:
-        raise UpcycleError(f"unknown {what} {name}{nearest(name, known)}")
+        raise UpcycleError(f"unknown {what} {cut(name)}{nearest(name, known)}")
     return getattr(importlib.import_module(f"{package.__name__}.{name}"), attribute)

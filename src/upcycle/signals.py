@@ -23,6 +23,8 @@ def noted(*numbers: signal.Signals, twice_stops: bool = False) -> Iterator[list[
     before = {}
     try:
         for number in numbers:
+            if signal.getsignal(number) is signal.SIG_IGN:  # whoever started us wants it so
+                continue
             before[number] = signal.signal(number, note)
     except ValueError:
         yield came
@@ -32,3 +34,13 @@ def noted(*numbers: signal.Signals, twice_stops: bool = False) -> Iterator[list[
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held(number: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """Let a piece of work that should be whole come to its end: a signal that comes meanwhile raises
+    KeyboardInterrupt after it, a second one at once."""
+    with noted(number, twice_stops=True) as came:
+        yield
+    if came:
+        raise KeyboardInterrupt

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import families, natives
+from upcycle import families, mistaken
 from upcycle.checkpoint import CHUNK, Checkpoint
 from upcycle.dtypes import FLOATS
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families import Config, Family, Stack
 from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Lazy, Stored
+from upcycle.targets import natives
 
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
@@ -113,9 +114,22 @@ def admit(checkpoint: Checkpoint) -> Dense:
             f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
             f"{', '.join(FLOATS)}"
         )
+    _refuse_more_blocks_than_tensors(checkpoint)
     config = family.config(raw)
     left_out = _check_tensors(checkpoint, family, config)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out)
+
+
+def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint) -> None:
+    """A block has tensors of its own; a number of blocks beyond all tensors is refused before it is counted
+    out."""
+    for key in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+        count = checkpoint.config.get(key)
+        if isinstance(count, int) and count > len(checkpoint.tensors):
+            raise UpcycleError(
+                f"{checkpoint.folder}/config.json: {key} = {shown(count)}, and its files hold only "
+                f"{len(checkpoint.tensors)} tensors; give the config that belongs to these weights"
+            )
 
 
 def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> dict[str, str]:
@@ -124,6 +138,8 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> di
     where = checkpoint.folder
     expected |= {n: shape for n, shape in family.optional(config).items() if n in found}
     if missing := [n for n in expected if n not in found]:
+        if wrapped := mistaken.names(found):
+            raise UpcycleError(f"{where}: {wrapped}")
         raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
     for name, shape in expected.items():
         if found[name].shape != shape:

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from upcycle import families, upcycled
+from upcycle import families
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
+from upcycle.nn import upcycled_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,16 @@ class Subject:
             raise UpcycleError(f"{self.folder}/config.json names no architecture")
         if not isinstance(named, list) or not isinstance(named[0], str):
             raise self._odd("architectures", "a list with the name of a class")
-        return named[0].removeprefix(upcycled.CLASS_PREFIX)
+        return named[0].removeprefix(upcycled_config.CLASS_PREFIX)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """The config with the defaults of its dense family in place, where it has one."""
-        dense = upcycled.dense_config(self.config) if upcycled.dense_type(self.config) else self.config
+        dense = (
+            upcycled_config.dense_config(self.config)
+            if upcycled_config.dense_type(self.config)
+            else self.config
+        )
         model_type = dense.get("model_type")
         if model_type not in families.names():
             return self.config
@@ -52,7 +57,7 @@ class Subject:
     @property
     def length(self) -> int:
         """Tokens of a row: those of an image, or as many as there are positions."""
-        model_type = upcycled.dense_type(self.config) or str(self.config.get("model_type"))
+        model_type = upcycled_config.dense_type(self.config) or str(self.config.get("model_type"))
         if model_type not in families.names():  # a native MoE class
             return self._count("max_position_embeddings", self.config)
         return families.find(model_type).length(dict(self.settings))
@@ -60,7 +65,7 @@ class Subject:
     @property
     def lengths(self) -> dict[str, int]:
         """Tokens of a row in each stack of blocks."""
-        dense_type = upcycled.dense_type(self.config) or str(self.config.get("model_type"))
+        dense_type = upcycled_config.dense_type(self.config) or str(self.config.get("model_type"))
         return families.find(dense_type).lengths(dict(self.settings))
 
     @property

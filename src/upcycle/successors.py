@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from upcycle import upcycled
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Axes, Axis, Config
@@ -20,12 +19,9 @@ from upcycle.feed_forward import FeedForward
 from upcycle.hub import open_checkpoint
 from upcycle.init._selecting import Choice, Selecting
 from upcycle.lazy import Lazy, Take
-from upcycle.natives import Native
 from upcycle.positions import Positions, Units
 from upcycle.recipe import Recipe, Successor
 from upcycle.source import Dense, admit
-
-TARGET = "dense"  # the successor without experts: Weight Selection (Xu et al., ICLR 2024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +174,3 @@ def _widths(predecessor: Dense, wanted: Successor) -> tuple[dict[str, int], dict
             )
         hidden[stack.name], width[stack.name] = channels, neurons
     return hidden, width
-
-
-def target(dense: Dense, recipe: Recipe) -> Native:
-    """The dense class itself, narrower. Refuses a recipe that asks for experts."""
-    upcycled.refuse_experts(recipe, ("moe", "router"))
-    return upcycled.dense_class(dense.family.model_type, dense.architecture, "narrower")

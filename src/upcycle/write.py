@@ -27,7 +27,7 @@ from upcycle.errors import UpcycleError
 from upcycle.hub import carried
 from upcycle.journal import JOURNAL, Journal
 from upcycle.open_files import OpenFiles
-from upcycle.recipe import Recipe
+from upcycle.recipe import RecipeLike
 from upcycle.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.source import refuse_two_heads
 
@@ -49,7 +49,7 @@ class Task:
 def convert(
     source: str | Path | Checkpoint,
     out: str | Path,
-    recipe: Recipe,
+    recipe: RecipeLike = None,
     *,
     resume: bool = False,
     jobs: int = 2,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
-from upcycle.cli.options import Jobs, Out, RecipeOptions, Source, app
+from upcycle.cli.options import File, Flag, Jobs, Out, RecipeOptions, Source, Text, Whole, app
 
 
 @app.command
 def plan(
-    source: Source, recipe: OmitArgPrefixes[RecipeOptions], *, json: bool = False, jobs: Jobs = 2
+    source: Source, recipe: OmitArgPrefixes[RecipeOptions], *, json: Flag = False, jobs: Jobs = 2
 ) -> None:
     """Show what a recipe makes of SOURCE and what it costs, reading headers only.
 
@@ -31,11 +30,11 @@ def advise(
     recipe: OmitArgPrefixes[RecipeOptions],
     *,
     tokens: str,
-    dense_tokens: str | None = None,
-    gpus: int | None = None,
+    dense_tokens: Text = None,
+    gpus: Whole = None,
     gpu: str = "H100",
-    context: int | None = None,
-    json: bool = False,
+    context: Whole = None,
+    json: Flag = False,
 ) -> None:
     """Say what is known before spending: dense continuation, upcycling or from scratch? Reads headers only.
 
@@ -67,10 +66,10 @@ def convert(
     out: Out,
     recipe: OmitArgPrefixes[RecipeOptions],
     *,
-    resume: bool = False,
+    resume: Flag = False,
     jobs: Jobs = 2,
     shard_size: str = "5GB",
-    allow_nonfinite: bool = False,
+    allow_nonfinite: Flag = False,
 ) -> None:
     """Write the Mixture of Experts that a recipe makes of SOURCE to the new folder OUT.
 
@@ -106,10 +105,10 @@ def verify(
     source: Source,
     out: Out,
     *,
-    json: bool = False,
-    text: Path | None = None,
-    images: Path | None = None,
-    logits: bool = True,
+    json: Flag = False,
+    text: File = None,
+    images: File = None,
+    no_logits: Flag = False,
 ) -> None:
     """Prove that OUT is what its recipe makes of SOURCE: coverage, bytes, logits. Exit 1 if it is not.
 
@@ -118,18 +117,35 @@ def verify(
         json: print JSON
         text: a text file to compare logits on, besides random tokens
         images: a folder of images, or a parquet file, to compare logits on, besides random pixels
-        logits: compare the logits of both models in float32, which loads both
+        no_logits: leave out the comparison of logits, which loads both models in float32
     """
     from upcycle import console
     from upcycle.proof import verify as check
 
-    result = check(source, out, text=text, images=images, logits=logits)
+    result = check(source, out, text=text, images=images, logits=not no_logits)
     console.show_json(result.as_dict()) if json else console.show_proof(result)
     sys.exit(0 if result.holds else 1)
 
 
+@app.command
+def keys(*, markdown: Flag = False, json: Flag = False) -> None:
+    """List every key of a recipe and of a run file: what it takes, its default, one sentence.
+
+    Args:
+        markdown: print the page docs/keys.md
+        json: print JSON
+    """
+    from upcycle import console
+    from upcycle import keys as known
+
+    if markdown:
+        sys.stdout.write(known.markdown())
+        return
+    console.show_json(known.as_dict()) if json else console.show_keys(known.everything())
+
+
 @app.command(name="list")
-def list_(*, json: bool = False) -> None:
+def list_(*, json: Flag = False) -> None:
     """List families, targets, initialisations and router initialisations: name, one line, what it needs.
 
     Args:

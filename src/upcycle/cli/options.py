@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 
 app = tyro.extras.SubcommandApp()
 
+
+def _plain(metavar: str | None = None, help: str | None = None) -> Any:
+    """An option whose sentence says what holds where it is left out; tyro would add `(default: None)`."""
+    return arg(metavar=metavar, help=help, help_behavior_hint="")
+
+
+Flag = Annotated[bool, _plain()]
+File = Annotated[Path | None, _plain("PATH")]
+Text = Annotated[str | None, _plain("TEXT")]
+Whole = Annotated[int | None, _plain("N")]
+Number = Annotated[float | None, _plain("X")]
+Count = Annotated[int, arg(metavar="N")]
+Names = Annotated[str, _plain("NAMES")]
 Source = Annotated[
     Positional[str],
     arg(metavar="SOURCE", help="dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)"),
@@ -26,24 +39,23 @@ Jobs = Annotated[int, arg(metavar="N", help="threads that read, compute and writ
 class RecipeOptions:
     """What to build."""
 
-    recipe: Annotated[
-        Path | None, arg(metavar="FILE.toml", help="a recipe; the options below go over it")
-    ] = None
+    recipe: Annotated[Path | None, _plain("FILE.toml", "a recipe; the options below go over it")] = None
     set: Annotated[
         UseAppendAction[tuple[str, ...]],
-        arg(metavar="KEY=VALUE", help="any key of a recipe, such as init.ratio=0.25; repeatable"),
+        arg(
+            metavar="KEY=VALUE",
+            help="any key of a recipe, such as init.ratio=0.25; `upcycle keys` lists them",
+        ),
     ] = ()
-    experts: Annotated[int | None, arg(metavar="N", help="moe.num_experts (8)")] = None
-    top_k: Annotated[int | None, arg(metavar="K", help="moe.top_k (2)")] = None
-    init: Annotated[str | None, arg(metavar="NAME", help="init.name (copy); see `upcycle list`")] = None
+    experts: Annotated[int | None, _plain("N", "moe.num_experts (8)")] = None
+    top_k: Annotated[int | None, _plain("K", "moe.top_k (2)")] = None
+    init: Annotated[str | None, _plain("NAME", "init.name (copy); see `upcycle list`")] = None
     layers: Annotated[
-        str | None, arg(metavar="SPEC", help="moe.layers: all, every_other, last_half or 1,3,5 (all)")
+        str | None, _plain("SPEC", "moe.layers: all, every_other, last_half or 1,3,5 (all)")
     ] = None
-    target: Annotated[str | None, arg(metavar="NAME", help="moe.target (native); see `upcycle list`")] = None
-    dtype: Annotated[str | None, arg(metavar="D", help="source, float32, bfloat16 or float16 (source)")] = (
-        None
-    )
-    seed: Annotated[int | None, arg(metavar="N", help="seed of every random number (0)")] = None
+    target: Annotated[str | None, _plain("NAME", "moe.target (native); see `upcycle list`")] = None
+    dtype: Annotated[str | None, _plain("D", "source, float32, bfloat16 or float16 (source)")] = None
+    seed: Annotated[int | None, _plain("N", "seed of every random number (0)")] = None
 
     def read(self) -> Recipe:
         """The recipe these options describe."""

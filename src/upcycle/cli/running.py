@@ -7,7 +7,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from upcycle.cli.options import Out, Source, app, names
+from upcycle.cli import ready
+from upcycle.cli.options import Count, File, Flag, Out, Source, Text, Whole, app, names
 
 
 @app.command
@@ -15,20 +16,20 @@ def calibrate(
     source: Source,
     *,
     out: Path,
-    images: Path | None = None,
-    text: Path | None = None,
+    images: File = None,
+    text: File = None,
     collect: str = "l1,l2,count",
     positions: str = "neurons,channels,heads",
-    limit: int | None = None,
-    length: int | None = None,
-    batch_size: int = 32,
+    limit: Whole = None,
+    length: Whole = None,
+    batch_size: Count = 32,
     threshold: float = 0.0,
-    seed: int = 0,
-    in_order: bool = False,
-    device: str | None = None,
-    cache: Path | None = None,
-    allow_nonfinite: bool = False,
-    json: bool = False,
+    seed: Count = 0,
+    in_order: Flag = False,
+    device: Text = None,
+    cache: File = None,
+    allow_nonfinite: Flag = False,
+    json: Flag = False,
 ) -> None:
     """Collect statistics of SOURCE's activations on images or a text, for initialisations that ask for them.
 
@@ -71,9 +72,9 @@ def train(
     *,
     set: Annotated[
         UseAppendAction[tuple[str, ...]],
-        arg(metavar="KEY=VALUE", help="any key of a run file, such as train.steps=100; repeatable"),
+        arg(metavar="KEY=VALUE", help="any key of a run file, such as train.steps=100"),
     ] = (),
-    resume: bool = False,
+    resume: Flag = False,
 ) -> None:
     """Train as a run file says: upcycle and go on, continue the dense model, or start from scratch.
 
@@ -85,11 +86,14 @@ def train(
     """
     import os
 
-    from upcycle import console
-    from upcycle.training.loop import train as go
     from upcycle.training.run import Run
 
-    result = go(Run.load(run, set), resume=resume)
+    asked = Run.load(run, set)
+    ready.to_train(asked)  # before torch is imported, which takes seconds
+    from upcycle import console
+    from upcycle.training.loop import train as go
+
+    result = go(asked, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         console.show_trained(result)
 
@@ -99,9 +103,9 @@ def export(
     run: Annotated[Positional[Path], arg(metavar="RUN")],
     out: Out,
     *,
-    step: int | None = None,
+    step: Whole = None,
     dtype: str = "source",
-    optimizer: bool = False,
+    optimizer: Flag = False,
 ) -> None:
     """Write a checkpoint of a training run as a model folder, in the layout of `upcycle convert`.
 

@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from upcycle.cli.options import app, names
-from upcycle.errors import UpcycleError
+from upcycle.cli import ready
+from upcycle.cli.options import Count, File, Flag, Names, Number, Text, Whole, app, names
+from upcycle.errors import UpcycleError, printable
 
 Domains = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[NAME=]PATH")]
 
 
 @app.command(name="eval")
 def eval_(
-    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT")],
+    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT...", help_behavior_hint="")],
     *,
     text: Annotated[
-        UseAppendAction[tuple[Path, ...]],
+        UseAppendAction[tuple[str, ...]],
         arg(
-            metavar="FILE",
+            metavar="[NAME=]PATH",
             help="score on a text what the model is made for: the next token (loss, perplexity, "
-            "bits per byte), spans cut out (T5), masked tokens; repeatable",
+            "bits per byte), spans cut out (T5), masked tokens",
         ),
     ] = (),
-    images: Path | None = None,
-    few_shot: Path | None = None,
-    tasks: Annotated[str, arg(metavar="NAMES")] = "",
-    task_files: Path | None = None,
-    num_fewshot: int | None = None,
-    superglue: Path | None = None,
-    per_class: int = 10,
-    length: int | None = None,
-    stride: int | None = None,
-    separator: str | None = None,
-    batch_size: int = 0,
-    limit: int = 0,
-    cache: Path | None = None,
-    out: Path | None = None,
-    json: bool = False,
+    images: File = None,
+    few_shot: File = None,
+    tasks: Names = "",
+    task_files: File = None,
+    num_fewshot: Whole = None,
+    superglue: File = None,
+    per_class: Count = 10,
+    length: Whole = None,
+    stride: Whole = None,
+    separator: Text = None,
+    batch_size: Count = 0,
+    limit: Count = 0,
+    cache: File = None,
+    out: File = None,
+    json: Flag = False,
 ) -> None:
     """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
 
@@ -65,18 +67,21 @@ def eval_(
         out: write everything, comparison included, to this JSON file, and nothing beside the checkpoints
         json: print JSON
     """
-    from upcycle import console, hub
-    from upcycle.evaluate import results
-    from upcycle.evaluate.comparison import compare
-    from upcycle.evaluate.scores import Asked, refuse, score
+    from upcycle.evaluate.asked import Asked
 
     asked = Asked(
-        text=text, images=images, shots=few_shot, tasks=names(tasks), task_files=task_files,
-        num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,
-        separator=separator, batch_size=batch_size, limit=limit, cache=cache,
+        text=_domains(text, lambda path: path.name), images=images, shots=few_shot, tasks=names(tasks),
+        task_files=task_files, num_fewshot=num_fewshot, superglue=superglue, per_class=per_class,
+        length=length, stride=stride, separator=separator, batch_size=batch_size, limit=limit, cache=cache,
     )  # fmt: skip
     if not checkpoints:
         raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
+    ready.to_eval(checkpoints, asked)  # before torch is imported, which takes seconds
+    from upcycle import console, hub
+    from upcycle.evaluate import results
+    from upcycle.evaluate.comparison import compare
+    from upcycle.evaluate.scores import refuse, score
+
     if out is not None:
         results.refuse_target(out)
     refuse(checkpoints, asked)
@@ -98,7 +103,7 @@ def eval_(
         except UpcycleError as error:
             lost.append(error)
     for unwritten in lost[1:]:
-        print(f"upcycle: {unwritten}", file=sys.stderr)
+        print(f"upcycle: {printable(str(unwritten))}", file=sys.stderr)
     if lost:
         raise lost[0]
 
@@ -107,16 +112,16 @@ def eval_(
 def inspect(
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
     *,
-    source: str | None = None,
+    source: Text = None,
     text: Domains = (),
     images: Domains = (),
-    limit: int = 256,
-    length: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    cache: Path | None = None,
-    plot: Path | None = None,
-    json: bool = False,
+    limit: Count = 256,
+    length: Whole = None,
+    batch_size: Count = 16,
+    seed: Count = 0,
+    cache: File = None,
+    plot: File = None,
+    json: Flag = False,
 ) -> None:
     """Show the experts of a checkpoint: width, similarity to each other and to the dense network, routers.
 
@@ -127,7 +132,7 @@ def inspect(
     Args:
         checkpoint: an MoE or a dense checkpoint, folder or hub id
         source: the dense checkpoint it was made from (what its provenance names, if absent)
-        text: a text to watch the routers on, and the name of its domain; repeatable
+        text: a text to watch the routers on, and the name of its domain
         images: likewise a set of images
         limit: rows or images of each domain at most; 0: all
         length: tokens of a row of text (512, or as many as the model takes, if absent)
@@ -163,13 +168,15 @@ def inspect(
         seen.save()
 
 
-def _domains(given: tuple[str, ...]) -> dict[str, Path]:
-    """`NAME=PATH`, or a path whose name is the domain's, as paths by name."""
+def _domains(
+    given: tuple[str, ...], name_of: Callable[[Path], str] = lambda path: path.stem
+) -> dict[str, Path]:
+    """`NAME=PATH`, or a path that `name_of` finds a name for, as paths by name."""
     out: dict[str, Path] = {}
     for domain in given:
         name, equals, path = domain.partition("=")
         if not equals or Path(domain).exists():
-            name, path = Path(domain).stem, domain
+            name, path = name_of(Path(domain)), domain
         if not name or not path:
             raise UpcycleError(f"{domain!r} names no set; give PATH or NAME=PATH")
         if name in out:
@@ -180,13 +187,13 @@ def _domains(given: tuple[str, ...]) -> dict[str, Path]:
 
 @app.command
 def report(
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")],
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN...", help_behavior_hint="")],
     *,
     out: Path,
-    markdown: Path | None = None,
-    title: str | None = None,
-    dense_flops: float | None = None,
-    dense_tokens: float | None = None,
+    markdown: File = None,
+    title: Text = None,
+    dense_flops: Number = None,
+    dense_tokens: Number = None,
 ) -> None:
     """Write one page about runs and checkpoints: did it pay, curves, tasks, routers, similarity, speed.
 
@@ -211,7 +218,7 @@ def report(
 
 
 @app.command
-def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: int = 0) -> None:
+def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: Count = 0) -> None:
     """Train a small dense model on Python's own sources, upcycle it three ways, train on, and report.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ def run(folder: Path, *, seconds: float, seed: int) -> list[Continued]:
     """The story below `folder`, which must not exist yet; `seconds` go into the dense model's training."""
     if folder.exists():
         raise UpcycleError(f"{folder} exists already; delete it, or choose another with --out")
-    if seconds <= 0:
-        raise UpcycleError(f"--seconds {seconds:g}; it must be above zero")
+    if not 0 < seconds < math.inf:
+        raise UpcycleError(f"--seconds {seconds:g}; it must be a number above zero")
     drawing.need_matplotlib()
     try:
         corpus = Corpus.write(folder)

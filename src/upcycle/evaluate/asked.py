@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
+from upcycle.paths import as_paths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """What to evaluate on. `limit` is the number of images, rows, windows or examples at most; 0: all."""
 
-    text: Path | Sequence[Path] | None = None
+    text: Path | Sequence[Path] | Mapping[str, Path] | None = None  # by name, or called as their files are
     images: Path | None = None
     shots: Path | None = None  # images that the probe is fitted on; it is tested on `images`
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
@@ -29,6 +30,7 @@ class Asked:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "shots", "task_files", "superglue", "cache")
         by_text = bool(self.texts or self.by_harness or self.superglue)
         if by_text == (self.images is not None) and self.shots is None:
             raise UpcycleError(
@@ -46,15 +48,24 @@ class Asked:
                 raise UpcycleError(f"--{name.replace('_', '-')} {given}; it must be {least} or more")
         if self.separator == "":
             raise UpcycleError('--separator ""; leave it out where a file is one document')
-        if len({path.name for path in self.texts}) < len(self.texts):
-            raise UpcycleError("two texts have one file name, and results are called by it; rename one")
+        if len(self.named) < len(self.texts):
+            raise UpcycleError(
+                "two texts have one file name, and results are called by it; give them names: NAME=PATH"
+            )
 
     @property
     def texts(self) -> tuple[Path, ...]:
         """The texts, each by itself."""
         if self.text is None:
             return ()
+        if isinstance(self.text, Mapping):
+            return tuple(self.text.values())
         return (self.text,) if isinstance(self.text, Path) else tuple(self.text)
+
+    @property
+    def named(self) -> dict[str, Path]:
+        """The texts by what their results are called."""
+        return dict(self.text) if isinstance(self.text, Mapping) else {path.name: path for path in self.texts}
 
     @property
     def by_harness(self) -> bool:

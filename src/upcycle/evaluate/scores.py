@@ -6,18 +6,18 @@ text."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import hub
+from upcycle import hub, scratch
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows_scored, task_files, text, text_to_text
@@ -76,8 +76,8 @@ def score(source: str | Path, asked: Asked) -> Scored:
         model = models.open(folder)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    with TemporaryDirectory() as scratch:
-        cache = asked.cache or Path(scratch)
+    with scratch.folder() as made_here:
+        cache = asked.cache or made_here
         if asked.images is not None:
             results = [_on_images(model, subject, asked.images, asked, cache)]
             tokenizer = None
@@ -159,16 +159,15 @@ def _on_texts(
     task = tasks.of(subject.architecture)
     speaks = subject.architecture.endswith((DECODER, ENCODER_DECODER))
     language = LanguageModel.of(model, words, subject, batch_size=asked.batch_size) if speaks else None
-    for path in asked.texts:
+    for name, path in asked.named.items():
         if language is not None and isinstance(task, CausalLM):
-            results.append(
-                text.score(
-                    language, path, length=asked.length, stride=asked.stride, limit=asked.limit,
-                    separator=asked.separator,
-                )
+            scored = text.score(
+                language, path, length=asked.length, stride=asked.stride, limit=asked.limit,
+                separator=asked.separator,
             )  # fmt: skip
         else:
-            results.append(rows_scored.of_text(model, subject, path, task, asked, cache))
+            scored = rows_scored.of_text(model, subject, path, task, asked, cache)
+        results.append(dataclasses.replace(scored, name=name))
     if asked.by_harness:
         assert language is not None
         results += _harness().score(

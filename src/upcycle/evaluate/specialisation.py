@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import claim, rng
+from upcycle import claim, rng, scratch
 from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
@@ -27,6 +26,7 @@ from upcycle.evaluate.results import write
 from upcycle.evaluate.routing_file import FILE, FORMAT
 from upcycle.evaluate.rows import Rows
 from upcycle.nn import models
+from upcycle.paths import as_paths
 from upcycle.proof import quiet
 from upcycle.subject import Subject
 from upcycle.training.corpus import read_tokenizer
@@ -49,6 +49,7 @@ class Asked:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "cache")
         if bool(self.text) == bool(self.images):
             raise UpcycleError("give either --text [NAME=]FILE or --images [NAME=]SET, once for each domain")
         if self.limit < 0:
@@ -158,8 +159,8 @@ def specialisation(
     """
     folder = Path(folder)
     subject = Subject.of(folder)
-    with TemporaryDirectory() as scratch:
-        cache = asked.cache or Path(scratch)
+    with scratch.folder() as made_here:
+        cache = asked.cache or made_here
         sets = {
             name: _rows(path, subject, asked, cache)
             for name, path in (asked.text or asked.images or {}).items()

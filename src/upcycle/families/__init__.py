@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from upcycle import registry
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy
 
@@ -234,7 +234,7 @@ def find(model_type: str) -> Family:
         return registry.find(package, model_type, "family", "family")
     if model_type in REFUSED:
         raise UpcycleError(f"{model_type} has no exact native MoE: {REFUSED[model_type]}")
-    raise UpcycleError(f"unknown model_type {model_type!r}; known: {', '.join(names())}")
+    raise UpcycleError(f"unknown model_type {shown(model_type)}; known: {', '.join(names())}")
 
 
 def names() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Axes, Axis, Config, Shapes, Stack
@@ -26,18 +25,6 @@ class ConvNeXt(Encoder):
 
     sizes = ("num_channels",)
     block_paths = tuple(f"encoder.stages.{s}.layers.*" for s in range(STAGES))
-
-    def config(self, raw: Mapping[str, Any]) -> Config:
-        merged = {**self.defaults, **raw}
-        for key in ("hidden_sizes", "depths"):
-            given = merged[key]
-            sound = isinstance(given, (list, tuple)) and all(type(n) is int and n > 0 for n in given)
-            if not sound or len(given) != STAGES:
-                raise UpcycleError(
-                    f"config.json of a {self.model_type} model: {key} = {given!r}; it must be {STAGES} whole "
-                    f"numbers of 1 or more, one a stage"
-                )
-        return super().config(raw)
 
     def finish(self, config: Config) -> Config:
         hidden = max(config["hidden_sizes"])

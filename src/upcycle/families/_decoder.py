@@ -7,14 +7,10 @@ from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.families import PER_BLOCK, SIZES, Axes, Axis, Config, Family, Shapes, Stack, rope_parameters
+from upcycle.families._checked import check
 from upcycle.feed_forward import FeedForward
 from upcycle.lazy import Lazy, Slice
 
-POSITIVE = (
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "full_attention_interval",
-    "no_rope_layer_interval", "sliding_window_pattern", "linear_conv_kernel_dim", "linear_key_head_dim",
-    "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
-)  # fmt: skip
 LONGEST = 1024  # tokens of a sliding window that a comparison of two models reaches beyond
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -29,12 +25,13 @@ class Decoder(Family):
     branches: tuple[str, ...] = ("self_attn", "mlp")  # modules of a block that give to the residual stream
 
     def config(self, raw: Mapping[str, Any]) -> Config:
-        if missing := [key for key in REQUIRED if not isinstance(raw.get(key), int)]:
+        check(self.model_type, raw)
+        if missing := [key for key in REQUIRED if key not in raw]:
             raise UpcycleError(f"config.json of a {self.model_type} model lacks {', '.join(missing)}")
         # Only what this family reads: a stray key must not reach a target that would heed it.
         read = {k: v for k, v in raw.items() if k in self.defaults or k in SIZES}
         config: Config = {**self.defaults, **read}
-        _check(config)
+        _check_lengths(config)
         config["use_cache"] = raw.get("use_cache", True)
         if config.get("num_key_value_heads") is None:
             config["num_key_value_heads"] = config["num_attention_heads"]
@@ -210,16 +207,12 @@ class FusedGate(Decoder):
         )
 
 
-def _check(config: Config) -> None:
-    """Refuse sizes that are none, and lists that do not have one entry a layer."""
-    for key in (*REQUIRED, *POSITIVE):
-        value = config.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise UpcycleError(f"config.json: {key} = {value!r}; it must be a whole number of 1 or more")
+def _check_lengths(config: Config) -> None:
+    """Refuse lists that do not have one entry a layer."""
     layers = config["num_hidden_layers"]
     for key in PER_BLOCK:
         value = config.get(key)
-        if value is not None and (not isinstance(value, list) or len(value) != layers):
+        if value is not None and len(value) != layers:
             raise UpcycleError(f"config.json: {key} must be a list of {layers}, one entry a layer")
 
 

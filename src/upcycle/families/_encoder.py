@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Shapes
+from upcycle.families._checked import check
 
 
 def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> Shapes:
@@ -31,13 +32,10 @@ class Encoder(Family):
     sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
     def config(self, raw: Mapping[str, Any]) -> Config:
+        check(self.model_type, raw)
         config: Config = {**self.defaults, **raw}
-        for key in self.sizes:
-            if type(config.get(key)) is not int or config[key] < 1:
-                raise UpcycleError(
-                    f"config.json of a {self.model_type} model: {key} = {config.get(key)!r}; it must be a "
-                    f"whole number of 1 or more"
-                )
+        if missing := [key for key in self.sizes if key not in config]:
+            raise UpcycleError(f"config.json of a {self.model_type} model lacks {', '.join(missing)}")
         named = raw.get("architectures") or [self.architectures[0]]
         if named[0] not in self.architectures:
             raise UpcycleError(

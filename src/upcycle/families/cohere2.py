@@ -35,7 +35,7 @@ class Cohere2(Decoder):
         config = super().config(raw)
         # transformers computes the head size and ignores what config.json says of it.
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-        pattern = config.pop("sliding_window_pattern", 4)
+        pattern = config.pop("sliding_window_pattern", None) or 4
         return {**config, "layer_types": every_nth_full(config, pattern)}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from upcycle.errors import UpcycleError
 from upcycle.families import Config
 from upcycle.families._decoder import Decoder, every_nth_full
 
@@ -42,6 +43,11 @@ class Gemma2(Decoder):
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         config = super().config(raw)
+        if config["hidden_activation"] is None:
+            raise UpcycleError(
+                f"config.json of a {self.model_type} model: hidden_activation is null; name the "
+                f"activation, such as gelu_pytorch_tanh"
+            )
         kinds = every_nth_full(config, self.interval(config))
         return {**config, "hidden_act": config["hidden_activation"], "layer_types": kinds}
 

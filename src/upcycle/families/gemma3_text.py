@@ -18,7 +18,7 @@ class Gemma3(Gemma2):
     }
 
     def interval(self, config: Config) -> int:
-        return int(config.get("sliding_window_pattern", 6))
+        return int(config.get("sliding_window_pattern") or 6)
 
     def attention(self, config: Config, layer: int) -> Shapes:
         norm = (config["head_dim"],)

@@ -43,6 +43,7 @@ class Site:
     universal_experts: int = 0
     universal_width: int = 0
     core_width: int = 0  # neurons of the other experts, where this is the place of the universal ones
+    shared_width: int = 0  # neurons of the shared expert beside them; 0: there is none
     seed: int
     grouped_router: bool
     uniform_router: bool  # all zero: every expert has the same score for every token

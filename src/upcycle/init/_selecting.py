@@ -65,9 +65,13 @@ class Selecting(Init):
     selects = True
     fine_grained = True
 
+    # sets what is not given: MoE Jetpack's text (paper) or its released code (repo)
     preset: Literal["paper", "repo"] = "paper"
+    # one set of channels everywhere (shared), or one drawn for each expert (per_expert)
     channels: Literal["shared", "per_expert"] | None = None
+    # neurons of universal experts: chosen like the others, or evenly spaced ones of those (thinned)
     universal: Literal["chosen", "thinned"] | None = None
+    # raw keeps the weights; expected multiplies an expert's output by the dense width over its own
     output: Literal["raw", "expected"] = "raw"
 
     def __post_init__(self) -> None:

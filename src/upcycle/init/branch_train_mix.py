@@ -19,8 +19,8 @@ class BranchTrainMix(Init):
     summary = "experts from several dense checkpoints, the rest averaged (Branch-Train-MiX)"
     needs = "init.sources = [checkpoints of the same shape]"
 
-    sources: tuple[str, ...]
-    include_source: bool = True
+    sources: tuple[str, ...]  # more dense checkpoints, of the same shapes; experts take turns among them
+    include_source: bool = True  # whether the source is one of those that experts are made from
 
     def __post_init__(self) -> None:
         if not self.sources:

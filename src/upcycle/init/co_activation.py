@@ -32,8 +32,10 @@ class CoActivation(Measured):
     summary = "groups of neurons that fire together, from a larger network (MoE Jetpack)"
     needs = "init.statistics = FILE, from upcycle calibrate --collect l2,co_activation"
 
-    parts: int = 32
+    parts: int = 32  # groups of equal size that the neurons are cut into
+    # by pymetis (metis), by eigenvectors (spectral), or the first where it is installed (auto)
     partition: Literal["auto", "metis", "spectral"] = "auto"
+    # whether metis sees how often neurons fire together (paper), or only which do (repo)
     weighted: bool | None = None
 
     def __post_init__(self) -> None:

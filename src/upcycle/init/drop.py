@@ -20,7 +20,9 @@ class Drop(Init):
 
     summary = "a share of each expert's neurons redrawn (Drop-Upcycling)"
 
-    ratio: float = 0.5
+    ratio: float = 0.5  # share of the neurons of each expert that is drawn anew
+    # shared redraws the same neurons in gate, up and down (the paper's text), independent others in each (its
+    # code)
     indices: Literal["shared", "independent"] = "shared"
 
     def __post_init__(self) -> None:

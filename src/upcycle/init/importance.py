@@ -32,8 +32,8 @@ class Measured(Selecting):
 
     needs = "init.statistics = FILE, from upcycle calibrate"
 
-    statistics: str = ""
-    statistic: Literal["l2", "l1", "count", "gradient"] = "l2"
+    statistics: str = ""  # the file of `upcycle calibrate`
+    statistic: Literal["l2", "l1", "count", "gradient"] = "l2"  # what counts as important
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,9 +18,9 @@ class NoisyCopy(Init):
 
     summary = "copies + Gaussian noise on a fraction of the neurons"
 
-    sigma: float = 0.01
-    relative: bool = True
-    fraction: float = 1.0
+    sigma: float = 0.01  # standard deviation of the noise
+    relative: bool = True  # whether sigma counts in standard deviations of each matrix
+    fraction: float = 1.0  # share of the neurons that get it
 
     def __post_init__(self) -> None:
         share("fraction", self.fraction)

@@ -23,7 +23,8 @@ class ShuffleSlice(Init):
     needs = "moe.granularity = G"
     fine_grained = True
 
-    redraw: float = 0.0
+    redraw: float = 0.0  # share of each expert's neurons that is drawn anew afterwards
+    # as_is leaves the outputs alone; expected multiplies them by G
     output: Literal["as_is", "expected"] = "as_is"
 
     def __post_init__(self) -> None:

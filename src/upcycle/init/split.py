@@ -38,8 +38,10 @@ class Split(Init):
     needs = "moe.granularity = moe.num_experts"
     fine_grained = True
 
+    # who deals the neurons out: chance, balanced k-means on the gate, or the file in labels
     by: Literal["random", "kmeans", "file"] = "random"
-    labels: str = ""
+    labels: str = ""  # JSON: for each layer number, the expert of each neuron
+    # what outputs are multiplied by: K (selected), N (expected), N / K (llama_moe)
     output: Literal["selected", "expected", "llama_moe"] = "selected"
 
     def __post_init__(self) -> None:
@@ -82,6 +84,14 @@ class Split(Init):
     def preserves(self, site: Site) -> bool:
         whole = site.top_k == site.num_experts == self.scale(site)
         return whole and (site.uniform_router or site.num_experts == 1)
+
+    def warnings(self, site: Site) -> list[str]:
+        if self.preserves(site) or site.top_k != site.num_experts or self.scale(site) != site.top_k:
+            return []
+        return [
+            "all parts are chosen, and they add up to the dense network where the router scores all of them "
+            "alike: router.init = zeros keeps the function"
+        ]
 
 
 @once(maxsize=1)

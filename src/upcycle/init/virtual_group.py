@@ -22,6 +22,7 @@ class VirtualGroup(Init):
     needs = "moe.granularity = G, router.init = grouped"
     fine_grained = True
 
+    # which matrices carry the scale: down alone, up and down (sqrt), or all three (cube_root)
     scale_mode: Spread = "down"
 
     def check(self, site: Site) -> None:

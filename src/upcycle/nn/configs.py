@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from upcycle import families
 from upcycle.errors import UpcycleError
-from upcycle.upcycled import CLASS_PREFIX, PREFIX
+from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
 
 @dataclass(frozen=True, kw_only=True)

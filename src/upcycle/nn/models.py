@@ -26,7 +26,7 @@ from upcycle.errors import UpcycleError
 from upcycle.nn import opening
 from upcycle.nn.configs import config_class
 from upcycle.nn.moe import MoE
-from upcycle.upcycled import CLASS_PREFIX, PREFIX
+from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
 
 class UpcycledModel:

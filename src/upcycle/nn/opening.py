@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from upcycle import families, kernels, upcycled
+from upcycle import families, kernels
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError, listed
+from upcycle.nn import upcycled_config
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer, as transformers holds them
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
@@ -123,10 +124,10 @@ def _faults(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
 def _family(model: PreTrainedModel) -> tuple[families.Family | None, dict[str, Any]]:
     """The dense family of a model, where it has one, with its config in full."""
     raw = model.config.to_dict()
-    dense_type = upcycled.dense_type(raw) or str(raw.get("model_type"))
+    dense_type = upcycled_config.dense_type(raw) or str(raw.get("model_type"))
     if dense_type not in families.names():
         return None, {}
-    dense = upcycled.dense_config(raw) if upcycled.dense_type(raw) else raw
+    dense = upcycled_config.dense_config(raw) if upcycled_config.dense_type(raw) else raw
     family = families.find(dense_type)
     try:
         return family, dict(family.config(dense))

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from upcycle import deeper
 from upcycle.report import formats
 from upcycle.report.checkpoints import CheckpointRecord
 from upcycle.report.crossing import Crossing, Told, bounds, crossing, told
@@ -216,7 +215,7 @@ def _kind(run: RunRecord) -> Kind:
 
 
 def _is_dense(moe: Mapping[str, Any]) -> bool:
-    return moe.get("target") in (deeper.TARGET, "dense")
+    return moe.get("target") in ("depth_tiled", "dense")
 
 
 def _labels(runs: Sequence[RunRecord]) -> list[str]:
@@ -264,7 +263,7 @@ def _label(run: RunRecord) -> str:
     short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
     init = (run.table.get("init") or {}).get("name", "copy")
     if kind == "dense, rebuilt":
-        deep = moe.get("target") == deeper.TARGET
+        deep = moe.get("target") == "depth_tiled"
         return (f"every block {moe.get('depth')} times" if deep else f"narrower dense, {init}") + short
     if kind.startswith("dense"):
         return kind + short

@@ -23,7 +23,7 @@ from upcycle.errors import UpcycleError
 class Augment:
     """The `[augment]` table. What is 0 is off."""
 
-    flip: float = 0.5  # probability of a horizontal flip
+    flip: float = 0.5  # probability of a horizontal flip; set it to 0 for digits and letters
     crop_padding: int = 0  # pixels of zeros on every side, out of which the old size is cropped
     resized_crop: float = 0.0  # smallest share of the area that is cropped and resized
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of resized crops and of RandAugment's moves
@@ -41,9 +41,9 @@ class Augment:
     erasing_fill: Literal["mean", "noise"] = (
         "mean"  # its colour, or N(0, 1) for each pixel (`rand` of others)
     )
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of the target that all classes get alike
     mean: tuple[float, ...] = ()  # of a channel; none: those of preprocessor_config.json, or 0.5
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()  # of a channel, likewise
 
     def __post_init__(self) -> None:
         for name in ("flip", "erasing", "resized_crop", "rand_augment_probability"):

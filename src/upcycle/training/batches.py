@@ -58,12 +58,16 @@ class Batches:
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON has it."""
-        counts = [t.count for t in self._tokens]
-        return {"sample": self._sample, "consumed": list(self._consumed), "tokens": counts}
+        state = {"sample": self._sample, "consumed": list(self._consumed)}
+        state["tokens"] = [t.count for t in self._tokens]
+        hashes = [t.sha256 for t in self._tokens]
+        return state if None in hashes else {**state, "sha256": hashes}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a position. Raises `UpcycleError` where the sources have changed since."""
         names, counts = [t.name for t in self._tokens], [t.count for t in self._tokens]
+        hashes = [t.sha256 for t in self._tokens]
+        _refuse_damaged(state)
         if len(state["tokens"]) != len(counts):
             raise UpcycleError(
                 f"the checkpoint is of {len(state['tokens'])} data sources and the run has {len(counts)}; "
@@ -74,6 +78,12 @@ class Batches:
                 raise UpcycleError(
                     f"{name} has {now} tokens and had {before} when the checkpoint was saved; put the data "
                     f"back as it was, or start a new run"
+                )
+        for name, before, digest in zip(names, state.get("sha256", hashes), hashes, strict=True):
+            if None not in (before, digest) and before != digest:
+                raise UpcycleError(
+                    f"{name} has other tokens than it had when the checkpoint was saved, though as many; put "
+                    f"the data back as it was, or start a new run"
                 )
         self._sample, self._consumed = state["sample"], list(state["consumed"])
 
@@ -126,3 +136,15 @@ class Batches:
             start = row * self._length
             out[place] = self._ids[source][start : start + self._length + 1]
         return out
+
+
+def _refuse_damaged(state: dict[str, Any]) -> None:
+    """Refuse a position that is none."""
+    lists = [state.get("tokens"), state.get("consumed")]
+    whole = type(state.get("sample")) is int and all(
+        isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in lists
+    )
+    if not whole or len(state["consumed"]) != len(state["tokens"]):
+        raise UpcycleError("what the checkpoint says of its place in the data is damaged; delete its folder")
+    if len(state.get("sha256", state["tokens"])) != len(state["tokens"]):
+        raise UpcycleError("what the checkpoint says of its data is damaged; delete its folder")

@@ -1,7 +1,9 @@
 """Token files: each source tokenised once into a file that is mapped into memory and never parsed again.
 
 `KEY.bin` holds the ids, little endian; `KEY.json`, written last, says what they are. The key is made of
-all that the ids depend on. A long document is tokenised in pieces, cut where the ids come out as those of
+all that the ids depend on, the text by name, size and time. What is found is checked: the ids by their hash,
+which costs a thousandth of what tokenising does; the text by stamp, and where that differs by its hash
+(`stamps.py`). A long document is tokenised in pieces, cut where the ids come out as those of
 the whole.
 """
 
@@ -13,19 +15,23 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upcycle.console import bytes_bar
+from upcycle import whole_file
+from upcycle.checkpoint import file_hash
+from upcycle.console import bytes_bar, err
 from upcycle.errors import UpcycleError
 from upcycle.training.documents import Source, documents, files
+from upcycle.training.stamps import is_as_it_was, stamps
 
 FORMAT = 2
 _PIECE = 1 << 18  # characters of a document tokenised as one string
 _BATCH = 1 << 20  # characters given to the tokenizer at once
+_MOST_IDS = 1 << 24  # of a tokenizer: no vocabulary comes near it
 _NEAR = 256  # characters on either side of a cut that are looked at
 
 Progress = Callable[[int], None]  # called with the number of bytes of text done since the last call
@@ -58,6 +64,7 @@ class Tokens:
     documents: int
     bytes: int
     name: str  # of the source, for messages
+    sha256: str | None = None  # of the file
 
     def ids(self) -> np.memmap:
         """All ids, mapped into memory, [count]."""
@@ -110,6 +117,9 @@ def read_tokenizer(where: str | Path) -> Any:
         # Some classes make a tokenizer of special tokens alone where there are no files.
         if found.get_vocab().keys() <= {*found.get_added_vocab(), *found.all_special_tokens}:
             raise ValueError("its vocabulary is empty")
+        word, largest = max(found.get_vocab().items(), key=lambda item: item[1])
+        if largest >= _MOST_IDS:  # the tokenizers library makes a list as long as that
+            raise ValueError(f"{word!r} has the id {largest}; ids must be less than {_MOST_IDS:,}")
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
         raise UpcycleError(
@@ -138,14 +148,40 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
     """The token file as it was made before; None where it is not there or not whole."""
     try:
         known = json.loads(path.with_suffix(".json").read_text())
-        counted = {k: known[k] for k in ("count", "dtype", "documents", "bytes")}
-        tokens, largest = Tokens(path=path, name=source.path, **counted), int(known["largest_id"])
+        count, number, size = (int(known[key]) for key in ("count", "documents", "bytes"))
+        tokens = Tokens(
+            path=path,
+            name=source.path,
+            count=count,
+            dtype=_dtype(vocab_size),
+            documents=number,
+            bytes=size,
+        )
+        largest = int(known["largest_id"])
+        if known["dtype"] != tokens.dtype:
+            return None
         if path.stat().st_size != tokens.count * np.dtype(tokens.dtype).itemsize:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+        if not _is_of(known.get("files", {}), source):
+            return None
+        digest = file_hash(path)
+        # Files of older versions have no hash: their largest id tells of the worst.
+        whole = digest == known["sha256"] if "sha256" in known else int(tokens.ids().max()) == largest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    if not whole:
+        err.print(f"{path} is damaged; it is made anew")
         return None
     _refuse(largest, vocab_size, source)
-    return tokens
+    return replace(tokens, sha256=digest)
+
+
+def _is_of(made_from: dict[str, Any], source: Source) -> bool:
+    """Whether a token file was made from the text that is there now."""
+    known = {name: (stamp, digest) for name, (stamp, digest) in made_from.items()}
+    return all(
+        is_as_it_was(path, *known[name]) for path in files(source) if (name := str(path.resolve())) in known
+    )
 
 
 def _make(
@@ -156,13 +192,17 @@ def _make(
     partial = path.with_suffix(f".{os.getpid()}.partial")
     dtype = _dtype(vocab_size)
     count = number = size = largest = 0
+    read = [p.resolve() for p in files(source)]
+    before, digest = stamps(read), hashlib.sha256()
     try:
-        with partial.open("wb") as file, _bar(source, progress) as advance:
+        with whole_file.named(path), partial.open("wb") as file, _bar(source, progress) as advance:
             for batch in _batches(pieces(documents(source), tokenizer, source)):
                 for ids in _encode(batch, tokenizer, data.append_eos):
                     largest = max(largest, int(ids.max(initial=0)))
                     _refuse(largest, vocab_size, source)
-                    file.write(ids.astype(dtype).tobytes())
+                    raw = ids.astype(dtype).tobytes()
+                    file.write(raw)
+                    digest.update(raw)
                     count += len(ids)
                 number += sum(piece.ends for piece in batch)
                 done = sum(piece.bytes for piece in batch)
@@ -173,16 +213,28 @@ def _make(
             raise UpcycleError(
                 f"{source.path} holds no text; give one that does, or take it out of data.sources"
             )
+        text = {str(p): [before[str(p)], file_hash(p)] for p in read}
+        if stamps(read) != before:
+            raise UpcycleError(f"{source.path} changed while it was read; begin again")
         partial.rename(path)
-        known = {"count": count, "dtype": dtype, "documents": number, "bytes": size}
+        known: dict[str, Any] = {"count": count, "dtype": dtype, "documents": number, "bytes": size}
+        known |= {"sha256": digest.hexdigest(), "files": text}
         made_from = {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos}
-        with partial.open("w") as about:
+        with whole_file.named(path), partial.open("w") as about:
             about.write(json.dumps({**known, "largest_id": largest, "made_from": made_from}, indent=1))
             _sync(about)
         partial.rename(path.with_suffix(".json"))
     finally:
         partial.unlink(missing_ok=True)
-    return Tokens(path=path, name=source.path, count=count, dtype=dtype, documents=number, bytes=size)
+    return Tokens(
+        path=path,
+        name=source.path,
+        count=count,
+        dtype=dtype,
+        documents=number,
+        bytes=size,
+        sha256=digest.hexdigest(),
+    )
 
 
 def _sync(file: Any) -> None:

@@ -12,14 +12,16 @@ from typing import Any
 from upcycle.errors import UpcycleError, listed
 
 _PIECE = 1 << 20  # characters of a text file read at once
+_LINE = 1 << 28  # characters of a line of JSON, at most
+_ROWS = 256  # of a parquet file in memory at a time: a few bytes may stand for rows of any length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One `[[data.sources]]`: a file, a folder of files, or a Hugging Face dataset (`hf:owner/name`)."""
 
-    path: str
-    weight: float = 1.0
+    path: str  # a file or a folder of text, JSON lines or parquet (or images), or hf:owner/name
+    weight: float = 1.0  # how often it is drawn from, beside the others
     field: str = "text"  # of JSON lines, parquet and datasets
     separator: str | None = None  # between the documents of a text file; None: a file is one document
     split: str = "train"  # of a Hugging Face dataset
@@ -104,9 +106,14 @@ def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
     opened = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8") as file:
         try:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_LINE), ""), start=1):
+                where = f"{path}, line {number}"
+                if len(line) == _LINE:
+                    raise UpcycleError(
+                        f"{where} is longer than {_LINE:,} characters; one document of that length cannot be "
+                        f"read, cut it"
+                    )
                 if line.strip():
-                    where = f"{path}, line {number}"
                     yield _field(json_row(line, where), source, where), True
         except (UnicodeDecodeError, OSError, EOFError) as error:
             raise UpcycleError(f"{path} cannot be read: {error}") from None
@@ -116,7 +123,7 @@ def json_row(line: str, where: str) -> dict[str, Any]:
     """The object on a line of JSON; `where` is told where there is none."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UpcycleError(f"{where} is not a JSON object")
@@ -133,6 +140,12 @@ def _field(row: dict[str, Any], source: Source, where: str) -> str:
 
 
 def _parquet(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
+    for row in parquet_rows(path, source.field):
+        yield _field(row, source, str(path)), True
+
+
+def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, a few in memory at a time; of one column, or of all."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -140,12 +153,15 @@ def _parquet(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
         raise UpcycleError(f"{path}: parquet needs pyarrow: pip install 'upcycle[data]'") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if source.field not in file.schema_arrow.names:
+            if column is not None and column not in file.schema_arrow.names:
                 names = listed(file.schema_arrow.names)
-                raise UpcycleError(f"{path} has no column {source.field!r}; it has {names}: set `field`")
-            for batch in file.iter_batches(columns=[source.field]):
-                for row in batch.to_pylist():
-                    yield _field(row, source, str(path)), True
+                raise UpcycleError(f"{path} has no column {column!r}; it has {names}: set `field`")
+            for batch in file.iter_batches(_ROWS, columns=None if column is None else [column]):
+                yield from batch.to_pylist()
+    except (MemoryError, pyarrow.ArrowMemoryError):
+        raise UpcycleError(
+            f"{path} has rows that do not fit into memory, {_ROWS} at a time; cut its texts into shorter ones"
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
 

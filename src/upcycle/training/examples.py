@@ -37,6 +37,10 @@ class Labelled(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """Their names; empty where the data does not say."""
 
+    @property
+    def digest(self) -> str | None:
+        """What tells their content from another; None where that is not known."""
+
     def __len__(self) -> int:
         """How many there are."""
 
@@ -86,17 +90,27 @@ class Examples:
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON has it."""
-        return {"consumed": self._consumed, "examples": len(self._train), "labels": self._digest}
+        known = {} if self._train.digest is None else {"sha256": self._train.digest}
+        return {"consumed": self._consumed, "examples": len(self._train), "labels": self._digest, **known}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a position. Raises `UpcycleError` where the examples have changed since."""
-        if (count := len(self._train)) != state["examples"] or self._digest != state["labels"]:
-            before = state["examples"]
+        before = state.get("examples")
+        if type(before) is not int or type(state.get("consumed")) is not int or state["consumed"] < 0:
+            raise UpcycleError(
+                "what the checkpoint says of its place in the data is damaged; delete its folder"
+            )
+        if (count := len(self._train)) != before or self._digest != state.get("labels"):
             counts = f"has {count} {self._train.kind} and had {before}"
             what = counts if count != before else "has other labels than it had"
             raise UpcycleError(
                 f"{self._train.name} {what} when the checkpoint was saved; put the data back as it was, or "
                 f"start a new run"
+            )
+        if None not in (was := state.get("sha256"), self._train.digest) and was != self._train.digest:
+            raise UpcycleError(
+                f"{self._train.name} has other {self._train.kind} than it had when the checkpoint was saved; "
+                f"put the data back as it was, or start a new run"
             )
         self._consumed = int(state["consumed"])
 

@@ -22,7 +22,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from upcycle.console import bytes_bar
+from upcycle import whole_file
+from upcycle.checkpoint import file_hash
+from upcycle.console import bytes_bar, err
 from upcycle.errors import UpcycleError
 from upcycle.training.examples import refuse_other_classes
 from upcycle.training.image_files import ImageFiles, ImageFolder, ImageParquet, images_at, read_bytes
@@ -48,6 +50,7 @@ class ImageSet:
     num_labels: int
     bad: tuple[str, ...]  # images that cannot be decoded and are left out: FILE, or FILE, row N
     _read: Read = field(repr=False)
+    digest: str | None = None  # of the images, as they are kept; None where an older version kept them
 
     @classmethod
     def open(
@@ -84,6 +87,7 @@ class ImageSet:
             num_labels=len(names) or int(labels.max()) + 1,
             bad=tuple(source.where(i) for i in known["left_out"]),
             _read=read,
+            digest=known.get("sha256"),
         )
 
     kind: ClassVar[str] = "images"
@@ -207,7 +211,11 @@ def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) ->
             return None
         if (whole or isinstance(source, ImageParquet)) and path.stat().st_size != size:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+        damaged = whole and "sha256" in known and file_hash(path) != known["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if damaged:
+        err.print(f"{path} is damaged; it is made anew")
         return None
     return dict(known)
 
@@ -218,15 +226,16 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
     started = path.with_suffix(f".{os.getpid()}.partial")
     left_out: list[int] = []
     lengths: list[int] = []
-    count = 0
+    count, digest = 0, hashlib.sha256()
     try:
-        with started.open("wb") as file, _bar(source) as advance:
+        with whole_file.named(path), started.open("wb") as file, _bar(source) as advance:
             for number, (data, pixels) in enumerate(_all_decoded(source.encoded(), shape)):
                 advance(len(data))
                 if pixels is None:
                     left_out.append(number)
                     continue
                 count += 1
+                digest.update(pixels.tobytes() if whole else data)
                 if whole:
                     file.write(pixels.tobytes())
                 elif isinstance(source, ImageParquet):
@@ -240,9 +249,10 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
             )
         if whole or lengths:
             started.rename(path)
-        known = {"count": count, "left_out": left_out, "lengths": lengths}
+        known: dict[str, Any] = {"count": count, "left_out": left_out, "lengths": lengths}
+        known["sha256"] = digest.hexdigest()
         made_from = {"format": FORMAT, "shape": list(shape), "first": source.where(0)}
-        with started.open("w") as about:
+        with whole_file.named(path), started.open("w") as about:
             about.write(json.dumps({**known, "made_from": made_from}))
             _sync(about)
         started.rename(path.with_suffix(".json"))

@@ -6,6 +6,8 @@ import json
 import platform
 import signal
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,22 @@ import torch
 
 import upcycle
 from upcycle import memory
-from upcycle.console import count, err
+from upcycle.console import count
 from upcycle.errors import UpcycleError, listed
-from upcycle.signals import noted
-from upcycle.training import fit, metrics, optimizer, routing, saving, start, step, tasks
+from upcycle.signals import held, noted
+from upcycle.training import (
+    fit,
+    metrics,
+    micro_batch,
+    optimizer,
+    routing,
+    run_folder,
+    saving,
+    stamps,
+    start,
+    step,
+    tasks,
+)
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
@@ -27,8 +41,8 @@ from upcycle.training.start import Start
 from upcycle.training.step import Outcome, Trainee
 from upcycle.training.tasks import Batch, Feed, Task
 
-RECORD = "run.json"
-FORMAT = 1
+RECORD = run_folder.RECORD
+SOURCES = "source_sha256"  # in run.json and the state of a checkpoint: hashes of the files a run began from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +56,29 @@ class Result:
     held_out_loss: float | None
 
 
-def train(run: Run, *, resume: bool = False) -> Result:
-    """Train as `run` says, on this process or as one of those that torchrun started.
+def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
+    """Train as `run` (a run, its table, or its file) says, on this process or as one of torchrun's.
 
     `resume` goes on from the newest checkpoint of `run.out`, bit for bit on one process; where there is none
     it begins. SIGTERM saves and gives an unfinished result. Raises `UpcycleError` for a mistake.
     """
+    run = Run.of(run)
     precision = _precision(run)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)
     fit.refuse_pooling(run, begun.built)
     experts = begun.built.expert_counts if begun.built else set()
+    folders = [opened.folder for opened in begun.checkpoints]
     with (
         ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
         noted(signal.SIGTERM) as stop,
+        run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
     ):
+        before = {} if checkpoint is None else saving.read_state(checkpoint)
+        _warn(run, begun, task, here, begins=checkpoint is None)
+        lengths = task.lengths(run, begun.subject)
+        run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
-        checkpoint = _claim(run, out, here, resume)
         if here.first:
             feed = task.feed(run, begun.subject, out)  # the others wait, and find the files
         here.barrier()
@@ -69,8 +89,9 @@ def train(run: Run, *, resume: bool = False) -> Result:
                 f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
                 f"evenly; change train.batch_tokens or train.batch_size"
             )
-        fit.refuse_broken_groups(run, begun.built, task.lengths(run, begun.subject), here.dp_size)
-        model = start.model_of(begun, run, here, precision)
+        fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
+        with _sources_kept(begun, here, before) as known:
+            model = start.model_of(begun, run, here, precision)
         routers = Routers.of(model)
         trainee = Trainee(
             model=model,
@@ -84,11 +105,37 @@ def train(run: Run, *, resume: bool = False) -> Result:
         )
         if run.router.bias_update_rate and trainee.routers:
             trainee.routers.biases()
-        state = _begin(trainee, begun, feed, checkpoint)
+        state = known | _begin(trainee, begun, feed, checkpoint)
         begun.dense.checkpoint.close()
-        if here.first and checkpoint is None:
-            _record(run, begun, task, out, precision)
+        if here.first:
+            _write_record(trainee, out, state)
         return _loop(trainee, feed, state, out, stop)
+
+
+def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
+    """What a person should know before a run costs time; rows that the model was not made for are refused,
+    but where a run has trained on such rows before."""
+    long = task.beyond_positions(run, begun.subject)
+    if long is not None and begins:
+        raise UpcycleError(long)
+    if here.first:
+        found = fit.warnings(run, begun.built) if begins else []
+        for sentence in [*found, *filter(None, [long])]:
+            metrics.warn(sentence)
+
+
+@contextmanager
+def _sources_kept(begun: Start, here: Ranks, state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the state of a run says of the files that it starts from, which must not change while they are
+    read. A run that goes on keeps what it said when it began; it reads them, and no more."""
+    if state or not here.first:
+        yield {}
+        return
+    files = [file for opened in begun.checkpoints for file in opened.files]
+    before = stamps.stamps(files)
+    yield {SOURCES: {opened.label: opened.hashes() for opened in begun.checkpoints}}
+    if changed := [path for path in before if stamps.stamp(Path(path)) != before[path]]:
+        raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")
 
 
 def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: list[int]) -> Result:
@@ -109,6 +156,8 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
+            for note in trainee.task.notes():
+                log.say(note)
         if state["step"] == 0 and held_out is not None:
             score = step.evaluate(trainee, held_out)
             state |= {"held_out_loss": score.loss, "held_out_start": score.loss}
@@ -206,8 +255,9 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
 def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | None, *, must: bool) -> None:
     """Save; a full disk stops a run only where nothing comes after it."""
     keep = trainee.run.checkpoint.keep
-    saved = {**state, "identity": trainee.run.identity()}
-    reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
+    saved = {**state, "identity": trainee.run.identity(), micro_batch.KEY: trainee.run.train.micro_batch}
+    with held():
+        reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
     if reason is None:
         return
     kept = saving.latest(out)
@@ -233,78 +283,43 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     feed.restore(state["batches"])
-    return {k: v for k, v in state.items() if k != "identity"}
+    return {k: v for k, v in state.items() if k not in saving.ADDED}
 
 
 def _warn_of_other_step(stopped: int, start_step: int) -> None:
     """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
     if stopped != start_step:
-        err.print(
-            f"[yellow]![/] the moments are of step {stopped} and schedule.start_step = {start_step}; "
-            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}",
-            markup=True,
+        metrics.warn(
+            f"the moments are of step {stopped} and schedule.start_step = {start_step}; "
+            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}"
         )
 
 
-def _claim(run: Run, out: Path, here: Ranks, resume: bool) -> Path | None:
-    """The checkpoint to go on from, None to begin; an error where the folder is another's."""
-    checkpoint = saving.latest(out)
-    record = out / RECORD
-    here.barrier()
-    if not resume:
-        if checkpoint is not None or record.exists():
-            raise UpcycleError(
-                f"{out} holds a run already; go on with it with --resume, or choose another `out`"
-            )
-    elif checkpoint is not None:
-        theirs, mine = saving.read_state(checkpoint)["identity"], json.loads(json.dumps(run.identity()))
-        if different := _differences(theirs, mine):
-            raise UpcycleError(
-                f"{checkpoint} is of another run: it differs in {listed(different)}; put them back, or "
-                f"choose another `out`"
-            )
-    elif record.exists():
-        before = json.loads(record.read_text())["identity"]
-        if different := _differences(before, json.loads(json.dumps(run.identity()))):
-            raise UpcycleError(
-                f"{out} is of another run: it differs in {listed(different)}; put them back, or choose "
-                f"another `out`"
-            )
-    here.barrier()
-    if here.first:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UpcycleError(f"{out} is a file; `out` must be a folder to make") from None
-        saving.discard_partial(out)
-    here.barrier()
-    return checkpoint
+def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:
+    """Write run.json, but where one of this run is there already."""
+    known = {key: state[key] for key in (SOURCES,) if key in state}
+    try:
+        before = run_folder.read_record(out)
+    except UpcycleError:
+        before = {}
+    if not state["step"] or before.get("identity") != json.loads(json.dumps(trainee.run.identity())):
+        run_folder.write_record(out, _record(trainee) | known)
 
 
-def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
-    """The keys in which two nested tables differ, with both values."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        return [
-            line
-            for key in sorted({*theirs, *mine})
-            for line in _differences(theirs.get(key), mine.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if theirs == mine else [f"{path} ({theirs!r} there, {mine!r} here)"]
-
-
-def _record(run: Run, begun: Start, task: Task, out: Path, precision: str) -> None:
+def _record(trainee: Trainee) -> dict[str, Any]:
     """run.json: what this run is, for whoever reads its folder later."""
+    run, begun, task = trainee.run, trainee.start, trainee.task
     lengths = task.lengths(run, begun.subject)
     flops = begun.training_flops_per_row(lengths)
-    record = {
-        "format": FORMAT,
+    return {
+        "format": run_folder.FORMAT,
         "upcycle_version": upcycle.__version__,
         "versions": {
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "precision": precision,
+        "precision": trainee.precision,
         "task": task.name,
         "tokens_per_row": sum(lengths.values()),
         "training_flops_per_row": flops,
@@ -313,7 +328,6 @@ def _record(run: Run, begun: Start, task: Task, out: Path, precision: str) -> No
         "run": run.as_table(),
         "identity": run.identity(),
     }
-    saving.write_text(out / RECORD, json.dumps(record, indent=2))
 
 
 def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:

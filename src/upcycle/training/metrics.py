@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from upcycle import gpus
+from upcycle import gpus, whole_file
 from upcycle.console import count, err
 from upcycle.errors import UpcycleError
 from upcycle.training.run import Log
@@ -28,15 +28,23 @@ def peak_flops(log: Log, device: torch.device) -> float | None:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a last line that was cut off by a kill is left out."""
-    records = []
-    path = out / FILE
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    """The records of a run, in order; a line that is damaged, or was cut off by a kill, is left out."""
+    return _read(out / FILE)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records in a file, and how many lines are damaged; the last may be cut off, as a kill leaves it."""
+    records, damaged = [], 0
+    *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for line in (*lines, last):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+            record = json.loads(line)
+            if type(record["step"]) is not int:
+                raise ValueError
+            records.append(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += bool(line.strip()) and line is not last
+    return records, damaged
 
 
 class Metrics:
@@ -45,11 +53,13 @@ class Metrics:
     def __init__(self, out: Path, log: Log, total: int, start: int, settings: dict[str, Any]) -> None:
         self.log, self.total, self.start = log, total, start
         # Steps after the checkpoint that is gone on from are done again, and stand in the file once.
-        kept = [r for r in read(out) if r["step"] <= start]
         path = out / FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        partial.rename(path)
+        before, damaged = _read(path)
+        if damaged:
+            lines = "1 line" if damaged == 1 else f"{damaged} lines"
+            warn(f"{lines} of {FILE} {'is' if damaged == 1 else 'are'} damaged and left out")
+        kept = [r for r in before if r["step"] <= start]
+        whole_file.write(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         self.file: IO[str] = path.open("a")
         self.sinks = [_sink(name, log, out, settings) for name in log.sinks]
         self.warned: set[str] = set()
@@ -106,7 +116,7 @@ class Metrics:
 
     def warn(self, sentence: str) -> None:
         """What should not be overlooked, above the progress bar."""
-        err.print(f"[yellow]![/] {escape(sentence)}", markup=True)
+        warn(sentence)
 
     def close(self) -> None:
         """Flush and finish everything."""
@@ -114,6 +124,11 @@ class Metrics:
         self.file.close()
         for sink in self.sinks:
             sink.finish()
+
+
+def warn(sentence: str) -> None:
+    """What should not be overlooked."""
+    err.print(f"[yellow]![/] {escape(sentence)}", markup=True)
 
 
 def score(record: dict[str, Any]) -> str:

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, listed
 from upcycle.training.run import Parallel
+
+_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what processes find each other by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,14 @@ class Ranks:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen)
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order."""
+        if self.world == 1:
+            return [value]
+        box = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
     def share(self, value: Any) -> Any:
         """The value that the first rank has."""
         if self.world == 1:
@@ -72,10 +82,10 @@ class Ranks:
 @contextmanager
 def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] = ()) -> Iterator[Ranks]:
     """The ranks that torchrun started, or a world of one. `experts` are the numbers of them in a layer."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _of_environment("WORLD_SIZE", 1)
     fsdp = _sizes(parallel, world, experts)
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _of_environment("LOCAL_RANK", 0)
     device = torch.device(kind, local) if kind != "cpu" else torch.device("cpu")
     if world == 1:
         yield Ranks(device=device)
@@ -84,6 +94,13 @@ def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] =
         torch.accelerator.set_device_index(local)
     mine = not dist.is_initialized()
     if mine:
+        if lacking := [name for name in _RENDEZVOUS if not os.environ.get(name)]:
+            raise UpcycleError(
+                f"WORLD_SIZE = {world} and there is no {listed(lacking)} in the environment; start with "
+                f"torchrun, which sets them, or unset WORLD_SIZE"
+            )
+        if _of_environment("RANK", 0) >= world:
+            raise UpcycleError(f"RANK = {os.environ['RANK']} and WORLD_SIZE = {world}; start with torchrun")
         backend = dist.get_default_backend_for_device(kind)
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
@@ -105,6 +122,17 @@ def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] =
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _of_environment(name: str, default: int) -> int:
+    """A number that torchrun sets."""
+    given = os.environ.get(name) or str(default)
+    if not given.isdecimal() or (name == "WORLD_SIZE" and int(given) < 1):
+        raise UpcycleError(
+            f"{name} = {given!r} in the environment is no number of a process; start with torchrun, or unset "
+            f"it"
+        )
+    return int(given)
 
 
 def _sizes(parallel: Parallel, world: int, experts: Collection[int]) -> int:

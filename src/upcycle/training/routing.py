@@ -20,6 +20,7 @@ from upcycle.errors import UpcycleError
 from upcycle.nn.moe import Router
 from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Routing
+from upcycle.training.seeds import torch_seed
 
 COLLAPSED = 0.9  # share of a layer's slots in its K busiest experts
 
@@ -123,7 +124,7 @@ class Routers:
             hidden, *rest = args
             width, seed = self._noise
             # A generator of its own: recomputing the layer in the backward pass draws the same noise.
-            generator = torch.Generator(hidden.device).manual_seed(seed * 4099 + place)
+            generator = torch.Generator(hidden.device).manual_seed(torch_seed(seed * 4099 + place))
             noise = torch.empty(hidden.shape, device=hidden.device).uniform_(
                 1 - width, 1 + width, generator=generator
             )

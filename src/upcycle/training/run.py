@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle import recipe as recipes
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.recipe import Recipe
 from upcycle.training.corpus import Data
 from upcycle.training.schedule import Schedule
@@ -22,29 +22,35 @@ if TYPE_CHECKING:
     from upcycle.training.tasks import Task
 
 
+MOST_ROWS = 1 << 20  # of a global batch; no published run comes near them
+MOST_TOKENS = 1 << 30
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     """How long, in which portions, with which arithmetic. A step is one update of the weights."""
 
-    steps: int | None = None
+    steps: int | None = None  # updates of the weights
     tokens: int | None = None  # instead of steps: as many whole steps as cover them
     examples: int | None = None  # instead of steps, where rows are not tokens: images, pairs of texts
     batch_tokens: int = 65_536  # of the global batch: all ranks, all accumulation steps
     batch_size: int | None = None  # rows of the global batch, instead of batch_tokens
     micro_batch: int | None = None  # rows of one forward pass on one rank; None: its whole share
-    sequence_length: int = 1024
+    sequence_length: int = 1024  # tokens of a row of text
     weight_decay: float = 0.1  # of matrices; see `optimizer.decays`
     layer_decay: float = 1.0  # of the rate, from block to block towards the input; see `layer_decay.py`
     drop_path: float | None = None  # rate of the last block, see `drop_path.py`; None: what config.json says
     expert_dropout: float | None = None  # after the experts' activation; None: what config.json says
     expert_output_dropout: float = 0.0  # of what experts give
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    eps: float = 1e-8  # of AdamW
     clip_grad_norm: float = 1.0  # 0: no clipping
+    # of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
+    # whether blocks are computed again in the backward pass, to save memory
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool = False  # whether torch.compile is used
     experts_implementation: str | None = None  # None: what benchmarks/train_step.py found fastest
     seed: int | None = None  # None: the seed of the run
     eval_every: int = 100  # steps between losses on the held-out part; 0: none
@@ -62,6 +68,12 @@ class Train:
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UpcycleError(f"train.{name} = {value}; it must be 1 or more")
+        if self.rows > MOST_ROWS or (self.batch_size is None and self.batch_tokens > MOST_TOKENS):
+            raise UpcycleError(
+                f"train.batch_size = {self.batch_size or self.rows} and train.batch_tokens = "
+                f"{self.batch_tokens}: a global batch has {MOST_ROWS:,} rows and "
+                f"{MOST_TOKENS:,} tokens at most"
+            )
         if self.batch_size is None and self.batch_tokens % self.sequence_length:
             raise UpcycleError(
                 f"train.batch_tokens = {self.batch_tokens} is no multiple of train.sequence_length = "
@@ -102,14 +114,18 @@ class Train:
 class Balance:
     """What keeps the experts in use: the losses on the router, its bias, and noise. See `routing.py`."""
 
+    # each layer by itself, or all layers pooled as in transformers
     balance_loss: Literal["per_layer", "pooled"] = "per_layer"
-    balance_loss_coef: float = 0.01
+    balance_loss_coef: float = 0.01  # of the loss that keeps experts equally busy
+    # shares of the whole batch (exact, one more forward pass with accumulation), or of what went before
+    # (buffered)
     balance_counts: Literal["exact", "buffered"] = "exact"
-    z_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0  # of the loss on the size of the logits
+    # of the bias on the choice of experts, which takes the place of a loss; 0: no bias
     bias_update_rate: float = 0.0
-    jitter: float = 0.0
-    importance_loss_coef: float = 0.0
-    load_loss_coef: float = 0.0
+    jitter: float = 0.0  # tokens are multiplied by 1 +- this before the router, in training
+    importance_loss_coef: float = 0.0  # of V-MoE's loss on the weights of experts
+    load_loss_coef: float = 0.0  # of V-MoE's loss on the load of experts
     layers: Literal["mean", "sum"] = "mean"  # how the layers' losses are put together
 
     def __post_init__(self) -> None:
@@ -136,8 +152,8 @@ class Parallel:
     """How many ranks share what; fsdp x tp is the world, ep divides it."""
 
     fsdp: int | None = None  # None: what tp leaves of the world
-    tp: int = 1
-    ep: int = 1
+    tp: int = 1  # ranks that share the matrices of a layer
+    ep: int = 1  # ranks that share the experts of a layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,8 +161,8 @@ class Log:
     """Where numbers go besides metrics.jsonl."""
 
     every: int = 10  # steps between lines, where no progress bar can be shown
-    sinks: tuple[str, ...] = ()
-    project: str = "upcycle"
+    sinks: tuple[str, ...] = ()  # wandb and trackio, if they are installed
+    project: str = "upcycle"  # that sinks file the run under
     name: str | None = None  # None: the name of the run's folder
     peak_flops: float | None = None  # of one device, for MFU; None: known for some GPUs
 
@@ -155,6 +171,8 @@ class Log:
             raise UpcycleError(f"log.every = {self.every}; it must be 1 or more")
         if wrong := [s for s in self.sinks if s not in ("wandb", "trackio")]:
             raise UpcycleError(f"log.sinks has {wrong[0]!r}; allowed: wandb, trackio")
+        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
+            raise UpcycleError(f"log.peak_flops = {self.peak_flops}; it must be a number above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,10 +191,10 @@ class Saving:
 class Run:
     """One training run. `recipe` is None where the dense model itself is trained on."""
 
-    source: str
-    out: str
-    from_scratch: bool = False
-    seed: int = 0
+    source: str  # the dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)
+    out: str  # folder of the run: run.json, metrics.jsonl, checkpoints; it must hold no run yet
+    from_scratch: bool = False  # whether to take the source's shape alone, with random weights
+    seed: int = 0  # of every random number
     recipe: Recipe | None = None
     task: Task | None = None  # None: what the source's class is made for
     data: Data
@@ -189,6 +207,11 @@ class Run:
     checkpoint: Saving = Saving()
 
     def __post_init__(self) -> None:
+        paths = {"source": self.source, "out": self.out, "data.cache": self.data.cache}
+        paths |= {"data.tokenizer": self.data.tokenizer}
+        paths |= {f"data.sources[{i}].path": source.path for i, source in enumerate(self.data.sources)}
+        if bad := next((key for key, path in paths.items() if "\0" in (path or "")), None):
+            raise UpcycleError(f"{bad} = {paths[bad]!r} has a NUL character in it, which no path has")
         if self.optimizer.carry_state and self.from_scratch:
             raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
         if self.optimizer.carry_state and self.task is not None and self.task.classes:
@@ -202,9 +225,19 @@ class Run:
             )
 
     @classmethod
-    def of(cls, table: Mapping[str, Any], /) -> Run:
-        """A run from a nested table as TOML has it."""
-        data = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    def of(cls, given: Run | Mapping[str, Any] | str | Path, /) -> Run:
+        """A run from what there is: a nested table as TOML has it, a run file by its path, or a run."""
+        if isinstance(given, Run):
+            return given
+        if isinstance(given, (str, Path)):
+            return cls.load(given)
+        if not isinstance(given, Mapping):
+            raise UpcycleError(
+                f"{shown(given)} is no run; give a Run, a table as a run file has it, or the path of one"
+            )
+        data = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+        if data.get("moe") is False:
+            del data["moe"]
         router = data.pop("router", {})
         if not isinstance(router, dict):
             raise UpcycleError(f"[router] must be a section with keys, not {router!r}")
@@ -217,20 +250,19 @@ class Run:
                 raise UpcycleError(f"[task] must be a section with keys, not {data['task']!r}")
             made["task"] = tasks.read(data.pop("task"))
         if "moe" in data:
-            keys = ("moe", "init", "dtype", "successor", *recipes.STACKS)
-            sections: dict[str, Any] = {k: data.pop(k) for k in keys if k in data}
+            sections: dict[str, Any] = {k: data.pop(k) for k in recipes.OF_EXPERTS if k in data}
             made["recipe"] = Recipe.of(sections, router=for_recipe, seed=data.get("seed", 0))
-        elif stray := [k for k in ("init", "dtype", "successor", *recipes.STACKS) if k in data] + [
-            f"router.{k}" for k in for_recipe
-        ]:
+        elif stray := [k for k in recipes.OF_EXPERTS if k in data] + [f"router.{k}" for k in for_recipe]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
-        run: Run = recipes.read(cls, {**data, "router": router}, "", made)
+        beside = {"moe": recipes.Moe, "successor": recipes.Successor}
+        others = dict.fromkeys(("task", "init", "dtype", "base", *recipes.STACKS))
+        run: Run = recipes.read(cls, {**data, "router": router}, "", made, {**beside, **others})
         return run
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Run:
         """The run in the TOML file `path`, with `KEY=VALUE` overrides."""
-        return cls.of(recipes.override(recipes.read_toml(Path(path), "run file"), overrides))
+        return cls.of(recipes.override(recipes.read_toml(path, "run file"), overrides))
 
     @property
     def train_seed(self) -> int:

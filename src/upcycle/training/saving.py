@@ -1,11 +1,12 @@
 """Checkpoints of a run: model, optimizer and position, whole or not there, for any number of ranks.
 
-`RUN/checkpoints/step-N/` holds what torch.distributed.checkpoint writes, and `state.json` written last. It is
-made as `step-N.partial` and renamed when all of it is on disk.
+`RUN/checkpoints/step-N/` holds what torch.distributed.checkpoint writes, and `state.json` written last, with
+the SHA-256 of all that. It is made as `step-N.partial` and renamed when all of it is on disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -29,11 +30,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map
 
+from upcycle.checkpoint import file_hash
 from upcycle.errors import UpcycleError
 from upcycle.training.optimizer import fill
 from upcycle.training.parallel import Ranks
+from upcycle.training.untrusted import Planner, Reader
 
 # Names instead of positions: another topology makes other groups of parameters.
+ADDED = ("identity", "micro_batch", "sha256", "state_sha256")  # of a state: what only its file has
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -55,11 +59,31 @@ def latest(out: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself beside its tensors."""
+    path = checkpoint / "state.json"
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UpcycleError(f"{checkpoint}/state.json cannot be read: {error}; delete that folder") from None
-    return state
+        state = json.loads(path.read_text())
+        _refuse_damaged(state)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UpcycleError(f"{path} cannot be read: {error}; delete that folder") from None
+    return dict(state)
+
+
+def _refuse_damaged(state: Any) -> None:
+    """A `ValueError` where a state is not one that `save` wrote."""
+    kinds = {"step": int, "batches": dict, "identity": dict}
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds {type(state).__name__}, not a JSON object")
+    if wrong := [key for key, kind in kinds.items() if type(state.get(key)) is not kind]:
+        raise ValueError(f"{', '.join(wrong)} is missing in it, or damaged")
+    hashes = state.get("sha256", {})
+    if not isinstance(hashes, dict) or state.get("state_sha256", _hash_of(state)) != _hash_of(state):
+        raise ValueError("it is not as it was written")
+
+
+def _hash_of(state: dict[str, Any]) -> str:
+    """The SHA-256 of a state, but for the place where it stands."""
+    told = {key: value for key, value in state.items() if key != "state_sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def save(
@@ -80,6 +104,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
     ranks.barrier()
     reason = None
+    hashes: dict[str, str] = {}
     try:
         partial.mkdir(parents=True, exist_ok=True)
         fill(optimizer)
@@ -89,10 +114,21 @@ def save(
         }
         with _alone():
             dcp.save(_contiguous(tensors), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
-        if ranks.first:
-            write_text(partial / "state.json", json.dumps(state, indent=1))
+        hashes = _hashes(partial, ranks)
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        if _interrupted(error):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise KeyboardInterrupt from None
         reason = _root(error)
+    told = ranks.gathered((reason, hashes))
+    reason = next((why for why, _ in told if why is not None), None)
+    if ranks.first and reason is None:
+        whole = {**state, "sha256": {name: digest for _, part in told for name, digest in part.items()}}
+        try:
+            text = json.dumps(whole | {"state_sha256": _hash_of(whole)}, indent=1)
+            write_text(partial / "state.json", text)
+        except OSError as error:
+            reason = _root(error)
     if ranks.any(reason is not None):
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +143,32 @@ def save(
     return None
 
 
+def _hashes(partial: Path, ranks: Ranks) -> dict[str, str]:
+    """The SHA-256 of the files that this rank wrote, read while the system still has them in memory."""
+    mine = [*partial.glob(f"__{ranks.rank}_*"), *([partial / ".metadata"] if ranks.first else [])]
+    return {path.name: file_hash(path) for path in mine}
+
+
+def refuse_changed(checkpoint: Path, ranks: Ranks) -> None:
+    """Refuse a checkpoint whose files are not as they were saved; each rank looks at some of them.
+
+    Checkpoints of versions that wrote no hashes are taken as they are.
+    """
+    known = sorted(read_state(checkpoint).get("sha256", {}).items())
+    changed = None
+    for name, digest in known[ranks.rank :: ranks.world]:
+        path = checkpoint / Path(name).name
+        try:
+            if file_hash(path) != digest:
+                changed = f"{path.name} is not as it was saved (its SHA-256 differs)"
+        except OSError as error:
+            changed = f"{path.name}: {error.strerror}"
+    if (said := next(filter(None, ranks.gathered(changed)), None)) is not None:
+        raise UpcycleError(
+            f"{checkpoint} cannot be read: {said}; delete that folder to go on from an older one"
+        )
+
+
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Fill model and optimizer from a checkpoint, each rank its own part, whatever the topology was."""
     live: dict[str, Any] = {"model": get_model_state_dict(model)}
@@ -115,8 +177,10 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     read = _contiguous(live)
     try:
         with _alone():
-            dcp.load(read, storage_reader=dcp.FileSystemReader(checkpoint))
+            dcp.load(read, storage_reader=Reader(checkpoint), planner=Planner())
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from None
         raise UpcycleError(
             f"{checkpoint} cannot be read: {_root(error)}; delete that folder to go on from an older one"
         ) from None
@@ -156,14 +220,27 @@ def _as(value: Any, like: Any) -> Any:
     return value.redistribute(placements=like.placements) if isinstance(value, DTensor) else value
 
 
-def _root(error: BaseException) -> str:
-    """The first line of what went wrong, without the wrapping that DCP puts around it."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        error = first[0] if isinstance(first, tuple) else first
+def _failures(error: BaseException) -> list[BaseException]:
+    """What went wrong on each rank, without the wrapping that DCP puts around it."""
+    wrapped = getattr(error, "failures", None) or {}
+    found = [each[0] if isinstance(each, tuple) else each for each in wrapped.values()] or [error]
+    return [_first_cause(each) for each in found]
+
+
+def _first_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether a person asked for the end: DCP takes that for a failure of its own."""
+    return any(isinstance(each, KeyboardInterrupt) for each in _failures(error))
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what went wrong."""
+    error = _failures(error)[0]
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

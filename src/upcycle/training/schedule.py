@@ -20,12 +20,13 @@ class Schedule:
     - `constant`: peak.
     """
 
+    # the shape of the rate after the warm-up
     name: Literal["cosine", "warmup_stable_decay", "inverse_sqrt", "constant"] = "cosine"
-    peak: float
-    floor: float = 0.0
+    peak: float  # the largest rate
+    floor: float = 0.0  # the rate at the end
     warmup: int = 0  # steps
     decay: int = 0  # steps
-    start_step: int = 0
+    start_step: int = 0  # the dense run's last step, where an inverse square root goes on
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= self.peak < math.inf:

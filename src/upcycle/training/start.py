@@ -6,7 +6,6 @@ weights are the same at every topology.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,11 +16,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle import deeper, kernels, loading, moe_layer, rng
-from upcycle.blueprints import Blueprint, Entry, blueprint
-from upcycle.checkpoint import Checkpoint
+from upcycle import kernels, loading, moe_layer, rng
+from upcycle.blueprints import Blueprint, blueprint
+from upcycle.checkpoint import Checkpoint, read_json
 from upcycle.computed import Drawn, Fill
 from upcycle.cost import flops_per_row, plan_of
+from upcycle.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.hub import open_checkpoint
 from upcycle.lazy import Folded, Lazy, Stack
@@ -29,7 +29,8 @@ from upcycle.nn.experts import Experts
 from upcycle.recipe import Recipe
 from upcycle.source import Dense, admit, refuse_two_heads
 from upcycle.subject import Subject
-from upcycle.training import drop_path, layer_decay
+from upcycle.targets import Target
+from upcycle.training import drop_path, layer_decay, weightless
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -66,6 +67,11 @@ class Start:
         """The model as its task sees it."""
         return Subject(folder=self.dense.checkpoint.folder, config=self.config)
 
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The source and whatever else tensors come from."""
+        return self.built.checkpoints if self.built else [self.dense.checkpoint]
+
     def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
         """FLOPs of training on a row of so many tokens in each stack: three forward passes' worth."""
         return 3 * flops_per_row(self.dense, self.built, lengths)
@@ -92,11 +98,12 @@ class Start:
 
 def start_of(run: Run) -> Start:
     """The start of a run, from headers alone."""
-    built = blueprint(run.source, run.recipe) if run.recipe else None
-    dense = built.dense if built else admit(open_checkpoint(run.source))
+    source = weightless.opened(run.source) if run.from_scratch else None
+    built = blueprint(source or run.source, run.recipe) if run.recipe else None
+    dense = built.dense if built else admit(source or open_checkpoint(run.source))
     refuse_two_heads(dense)
     if built:
-        architecture, config, entries = built.native.architecture, built.config, built.entries
+        architecture, config, entries = built.target.architecture, built.config, built.entries
     else:
         config = dict(dense.checkpoint.config)
         architecture = dense.architecture
@@ -107,8 +114,8 @@ def start_of(run: Run) -> Start:
                 f"from_scratch = true does not know how {dense.family.model_type} starts its linear "
                 f"attention; it is offered for the other families"
             )
-        own = built is None or built.native.upcycled
-        entries = {n: _scratch(n, e, run.seed, dense, own) for n, e in entries.items()}
+        target = built.target if built else None
+        entries = {n: _scratch(n, e, run.seed, dense, target) for n, e in entries.items()}
     if run.task is not None and run.task.classes:
         config, entries = renewed(dense, config, entries, run.task.classes, run.seed)
     return Start(
@@ -121,14 +128,14 @@ def start_of(run: Run) -> Start:
     )
 
 
-def _scratch(name: str, entry: Entry, seed: int, dense: Dense, own: bool) -> Entry:
+def _scratch(name: str, entry: Entry, seed: int, dense: Dense, target: Target | None) -> Entry:
     """The tensor as transformers starts it: matrices N(0, deviation^2), norms identity, biases 0.
 
-    A truncated normal of transformers' is a whole one here. `own` says that the class is the dense one, with
-    or without MoE layers in it, and no native MoE.
+    A truncated normal of transformers' is a whole one here. `target` is what the dense model becomes; None is
+    the dense model itself.
     """
     constant = isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias"))
-    routes = own and ".router." in name
+    routes = target is not None and target.draws(name)
     if routes and any(True for _ in entry.lazy.sources()):  # a norm of the dense model
         return Entry(Fill(entry.shape, "F32", float(name.endswith("weight"))), "F32")
     if constant or routes:
@@ -137,7 +144,8 @@ def _scratch(name: str, entry: Entry, seed: int, dense: Dense, own: bool) -> Ent
         return Entry(Fill(entry.shape, "F32", value), "F32")
     if len(entry.shape) > 1 and not name.endswith("_bias"):
         return Entry(_drawn(entry.shape, dense.family.deviation(dense.config, name), name, seed), "F32")
-    identity = 0.0 if dense.family.centred_norms and own else 1.0
+    own_identity = 0.0 if dense.family.centred_norms else 1.0
+    identity = target.norm_identity(dense.family) if target else own_identity
     scale = float(dense.config.get("layerscale_value", 1.0)) if "lambda" in name else identity
     is_norm = ("norm" in name.lower() and name.endswith("weight")) or "lambda" in name
     return Entry(Fill(entry.shape, "F32", scale if is_norm else 0.0), "F32")
@@ -220,7 +228,7 @@ def _recompute(model: PreTrainedModel) -> None:
 def _build(
     start: Start, entries: Mapping[str, Entry], run: Run, ranks: Ranks, dtype: torch.dtype
 ) -> PreTrainedModel:
-    tensors = loading.in_memory(start.built.native, entries) if start.built else entries
+    tensors = start.built.target.in_memory(entries) if start.built else entries
     return loading.build(
         start.architecture,
         start.config,
@@ -238,18 +246,14 @@ def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
     if run.train.experts_implementation is not None:
         return run.train.experts_implementation
     assert start.built is not None
-    widths = [
-        e.shape[-1]
-        for e in loading.in_memory(start.built.native, start.entries).values()
-        if len(e.shape) == 3
-    ]
+    widths = [e.shape[-1] for e in start.built.target.in_memory(start.entries).values() if len(e.shape) == 3]
     itemsize = 2 if run.train.precision != "float32" else dtype.itemsize
     return kernels.implementation(widths, itemsize)
 
 
 def plain_model(start: Start) -> PreTrainedModel:
     """The model on one process, with the weights it starts from: what an export fills."""
-    tensors = loading.in_memory(start.built.native, start.entries) if start.built else start.entries
+    tensors = start.built.target.in_memory(start.entries) if start.built else start.entries
     return loading.build(start.architecture, start.config, tensors, dtype=torch.float32)
 
 
@@ -267,10 +271,10 @@ def carry_state(
             f"optimizer.carry_state = true, and {start.dense.checkpoint.folder} has no {OPTIMIZER}/; make it "
             f"with `upcycle export RUN OUT --optimizer`, or set it to false"
         )
-    if not start.dense.family.exact_when_narrow and start.built and not start.built.native.upcycled:
+    if start.built and not start.built.target.keeps_narrow_bits(start.dense.family):
         raise UpcycleError(
             f"optimizer.carry_state = true: {start.dense.family.model_type} changes weights on their way to "
-            f"{start.built.native.model_type}, and moments do not change with them; set it to false"
+            f"{start.built.target.model_type}, and moments do not change with them; set it to false"
         )
     sites = start.built.sites if start.built else ()
     if run.recipe and any(moe_layer.factors(run.recipe.at(s.stack), s) != (1.0, 1.0, 1.0) for s in sites):
@@ -278,7 +282,9 @@ def carry_state(
             "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
             "moments would have to be; set one of the two, or router.rescale = false"
         )
-    step = int(json.loads((folder / "state.json").read_text())["step"])
+    step = read_json(folder / "state.json", f"{folder} has no state.json").get("step")
+    if type(step) is not int or step < 0:
+        raise UpcycleError(f"{folder / 'state.json'} is damaged: step = {step!r}; export the run again")
     for moment in MOMENTS:
         with Checkpoint.open(folder / moment) as stored:
             entries = _moments(stored, run)
@@ -296,7 +302,7 @@ def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
     if run.recipe is None:
         return {n: Entry(t, t.dtype) for n, t in admit(stored).tensors.items()}
     table = run.recipe.as_table() | {"init": {"name": "copy"}, "dtype": "source"}
-    if run.recipe.moe.target != deeper.TARGET:
+    if run.recipe.moe.target != "depth_tiled":
         table["router"] |= {"init": "zeros"}
     copied = Recipe.of(table)
     entries = blueprint(stored, copied).entries

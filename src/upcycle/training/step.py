@@ -21,6 +21,7 @@ from upcycle.training import optimizer as optim
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers, Tally
 from upcycle.training.run import Run
+from upcycle.training.seeds import torch_seed
 from upcycle.training.start import Start
 from upcycle.training.tasks import Batch, Question, Task
 
@@ -67,7 +68,7 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
     """Update the model on this rank's part of the global batch."""
     run, ranks, routers = trainee.run, trainee.ranks, trainee.routers
     # One seed a step and rank: dropout, jitter and augmentation need no state in a checkpoint.
-    torch.manual_seed(run.train_seed * 1_000_003 + step * 997 + ranks.dp_rank)
+    torch.manual_seed(torch_seed(run.train_seed * 1_000_003 + step * 997 + ranks.dp_rank))
     micros = _split(batch, run.train.micro_batch)
     questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
     targets = ranks.total(trainee.task.targets(batch))

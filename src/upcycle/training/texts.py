@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from upcycle.errors import UpcycleError, listed
-from upcycle.training.documents import json_row
+from upcycle.training.documents import json_row, parquet_rows
 from upcycle.training.examples import refuse_other_classes
 
 
@@ -25,6 +26,7 @@ class TextSet:
     labels: np.ndarray
     class_names: tuple[str, ...]
     num_labels: int
+    digest: str | None = None  # of the ids
     kind: ClassVar[str] = "texts"
 
     @classmethod
@@ -53,9 +55,11 @@ class TextSet:
         made = tokenizer(
             *columns, truncation=True, max_length=length, padding="max_length", return_token_type_ids=True
         )
+        ids = np.array(made["input_ids"], np.int64)
         return cls(
             name=str(path),
-            ids=np.array(made["input_ids"], np.int64),
+            digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+            ids=ids,
             mask=np.array(made["attention_mask"], np.int64),
             types=np.array(made["token_type_ids"], np.int64),
             labels=numbers,
@@ -81,14 +85,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise UpcycleError(f"no data at {path}; give a JSON lines or parquet file")
     if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(table))
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path)))
         return
     try:
         lines = path.read_text().splitlines()

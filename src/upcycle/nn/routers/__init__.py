@@ -54,11 +54,12 @@ class Router(abc.ABC):
     has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, as many each
     untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that no gradient reaches
 
+    # of the weight; zeros scores all experts alike
     init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
-    std: float = 0.02
-    normalize: bool = True
-    rescale: bool = True
-    group: int = 0
+    std: float = 0.02  # standard deviation of the weight
+    normalize: bool = True  # whether a token's weights are made to sum to one
+    rescale: bool = True  # where they are not, whether experts are multiplied by what makes up for it
+    group: int = 0  # tokens that compete with each other for places; 0: those of a row (an image, a text)
 
     def __post_init__(self) -> None:
         if not 0 <= self.std < math.inf:

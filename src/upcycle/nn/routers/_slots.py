@@ -23,7 +23,7 @@ class SlotRouter(Router):
     balanced = True
     has_slots = True
 
-    slots: int = 1
+    slots: int = 1  # of each expert
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,20 +67,25 @@ class Spherical(SlotRouter):
 
     summary = "experts see mixtures of tokens, chosen on a sphere (SpheroMoE)"
 
+    # sets what is not given: MoE Jetpack's text (paper) or its released code (repo)
     preset: Literal["paper", "repo"] = "paper"
+    # of the queries
     init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] | None = None  # type: ignore[assignment]
+    # of the queries
     std: float | None = None  # type: ignore[assignment]
+    # a linear map of the tokens (projected), or the tokens (plain)
     keys: Literal["projected", "plain"] | None = None
-    key_norm: bool | None = None
+    key_norm: bool | None = None  # whether keys have length one
+    # whether the queries' LayerNorm starts as that of the block before the network, or as the identity
     query_norm: Literal["inherited", "fresh"] | None = None
-    temperatures: int | None = None
-    temperature: float | None = None
-    combine: Literal["softmax", "entmax15"] | None = None
-    noise: float | None = None
-    noise_after: bool | None = None
-    noise_in_eval: bool | None = None
-    expert_dropout: float = 0.0
-    branch_dropout: float = 0.0
+    temperatures: int | None = None  # one for both directions, or one each
+    temperature: float | None = None  # that they start at
+    combine: Literal["softmax", "entmax15"] | None = None  # what makes weights for slots
+    noise: float | None = None  # of N(0, 1) on the products; none: 1 / E
+    noise_after: bool | None = None  # whether noise comes after the division by temperature
+    noise_in_eval: bool | None = None  # whether there is noise outside training
+    expert_dropout: float = 0.0  # chance that an expert's outputs are left out of a group in training
+    branch_dropout: float = 0.0  # chance that all outputs of a group are
 
     def __post_init__(self) -> None:
         for name, value in PRESETS[self.preset].items():

@@ -30,10 +30,12 @@ class TopK(Router):
     summary = "each token takes its K best experts"
     needs = "nothing; its own keys moe.target = upcycled"
 
+    # places of an expert over its fair share; none, or num_experts: capacity for all tokens
     capacity_factor: float | None = None
+    # of those places, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
-    batch_priority: bool = False
-    noise_std: float = 0.0
+    batch_priority: bool = False  # whether the surer token takes a place first, not the earlier one
+    noise_std: float = 0.0  # of the noise on logits in training, divided by the number of experts (V-MoE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -63,6 +63,7 @@ class Task(abc.ABC):
     classes: int | tuple[str, ...] = (
         0  # of a head made anew: their names, or how many; 0: the checkpoint's head
     )
+    unit: ClassVar[str] = "token"  # what a loss is the mean over
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
     counting: ClassVar[Mapping[str, Any]] = {}  # what spares work where only routers are watched
 
@@ -75,6 +76,10 @@ class Task(abc.ABC):
     def name(self) -> str:
         """The name in the run file: that of the file."""
         return type(self).__module__.rpartition(".")[2]
+
+    def notes(self) -> list[str]:
+        """What a person should know of a run that does it, a sentence each."""
+        return []
 
     @abc.abstractmethod
     def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
@@ -91,6 +96,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
         """Tokens of a row in each stack of blocks."""
+
+    def beyond_positions(self, run: Run, subject: Subject) -> str | None:
+        """What is wrong with rows that are longer than the model was made for, in a sentence."""
+        return None
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over targets, in float32 at least."""
@@ -110,6 +119,8 @@ def read(table: Mapping[str, Any]) -> Task:
     name = options.pop("name", None)
     if name is None:
         raise UpcycleError(f"[task] has no name; allowed: {', '.join(names())}")
+    if not isinstance(name, str):
+        raise UpcycleError(f"task.name = {name!r}; allowed: {', '.join(names())}")
     made: Task = recipe.read(find(name), options, f"task ({name})")
     return made
 

@@ -25,13 +25,21 @@ def tokenizer_of(run: Run, subject: Subject) -> Any:
     return corpus.tokenizer(run.data, subject.folder)
 
 
+def beyond_positions(run: Run, subject: Subject) -> str | None:
+    """What is wrong with rows longer than the positions that a model has, in a sentence."""
+    most, length = subject.settings.get("max_position_embeddings"), run.train.sequence_length
+    if most is None or length <= most:
+        return None
+    return (
+        f"train.sequence_length = {length} and the model has {most} positions "
+        f"(max_position_embeddings in its config.json); shorten the rows"
+    )
+
+
 def refuse_beyond_positions(run: Run, subject: Subject) -> None:
     """Refuse rows longer than the positions that a model has learned."""
-    most, length = subject.settings.get("max_position_embeddings"), run.train.sequence_length
-    if most is not None and length > most:
-        raise UpcycleError(
-            f"train.sequence_length = {length} and the model has {most} positions; shorten the rows"
-        )
+    if (said := beyond_positions(run, subject)) is not None:
+        raise UpcycleError(said)
 
 
 class TokenFeed:

@@ -11,7 +11,7 @@ import numpy as np
 
 from upcycle import rng
 from upcycle.training.tasks import Batch, Feed, Question, Task
-from upcycle.training.tasks._tokens import TokenFeed
+from upcycle.training.tasks._tokens import TokenFeed, beyond_positions
 
 if TYPE_CHECKING:
     from upcycle.subject import Subject
@@ -36,6 +36,9 @@ class CausalLM(Task):
     def targets(self, batch: Batch) -> int:
         rows, length = batch["rows"].shape
         return rows * (length - 1)
+
+    def beyond_positions(self, run: Run, subject: Subject) -> str | None:
+        return beyond_positions(run, subject)
 
     def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
         return {"layers": run.train.sequence_length}

@@ -29,13 +29,22 @@ class ImageClassification(Task):
     """
 
     by_example = True
+    unit = "image"
     summary = "the class of an image"
     heads = ("ForImageClassification", "ForImageClassificationWithTeacher")
 
-    test: str | None = None
-    image_field: str = "image"
-    label_field: str = "label"
-    augment: Augment = field(default_factory=Augment)
+    test: str | None = None  # the set that is scored on; none: data.held_out of the images
+    image_field: str = "image"  # column of the images in parquet
+    label_field: str = "label"  # column of the labels in parquet
+    augment: Augment = field(default_factory=Augment)  # how images are changed on the way: [task.augment]
+
+    def notes(self) -> list[str]:
+        if not self.augment.flip:
+            return []
+        return [
+            f"images are mirrored left to right with a chance of {self.augment.flip:g} (task.augment.flip); "
+            f"set it to 0 where that makes another thing of them, as of digits and letters"
+        ]
 
     def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
         source = only_source(run, self)

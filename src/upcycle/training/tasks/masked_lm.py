@@ -29,7 +29,7 @@ class MaskedLM(Task):
     summary = "the masked tokens of a text (BERT)"
     heads = ("ForMaskedLM",)
 
-    probability: float = 0.15
+    probability: float = 0.15  # share of the tokens that is asked for
 
     def __post_init__(self) -> None:
         if not 0 < self.probability < 1:

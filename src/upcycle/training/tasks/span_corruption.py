@@ -30,8 +30,8 @@ class SpanCorruption(Task):
     summary = "the spans cut out of a text (T5)"
     heads = ("ForConditionalGeneration",)
 
-    noise_density: float = 0.15
-    mean_span: float = 3.0
+    noise_density: float = 0.15  # share of the tokens that is cut out
+    mean_span: float = 3.0  # tokens of a span, on average
 
     def __post_init__(self) -> None:
         if not 0 < self.noise_density < 1 or self.mean_span < 1:

@@ -27,12 +27,13 @@ class TextClassification(Task):
     """
 
     by_example = True
+    unit = "text"
     summary = "the class of a text or a pair of texts"
     heads = ("ForSequenceClassification",)
 
-    test: str | None = None
-    fields: tuple[str, ...] = ("text",)
-    label_field: str = "label"
+    test: str | None = None  # the set that is scored on; none: data.held_out of the texts
+    fields: tuple[str, ...] = ("text",)  # one column of text, or the two of a pair
+    label_field: str = "label"  # column of the labels
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """FlexOlmo: the MoE that OLMo 2 becomes."""
 
-from upcycle.natives import Native
-from upcycle.natives._qwen import LAYOUT
+from upcycle.targets.native import Native
+from upcycle.targets.natives._qwen import LAYOUT
 
 native = Native(
     model_type="flex_olmo",

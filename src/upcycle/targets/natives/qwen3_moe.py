@@ -1,7 +1,7 @@
 """Qwen3-MoE: the MoE that Qwen3 becomes."""
 
-from upcycle.natives import Config, Native, client_limits
-from upcycle.natives._qwen import LAYOUT, dense_layers
+from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets.natives._qwen import LAYOUT, dense_layers
 
 
 def _clients(config: Config) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Hunyuan V1 MoE: the MoE that Hunyuan V1 dense becomes; it always has a full-size shared network."""
 
-from upcycle.natives import Config, Native, Shared, client_limits
-from upcycle.natives._qwen import LAYOUT
+from upcycle.targets._layouts import Shared
+from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets.natives._qwen import LAYOUT
 
 
 def _per_layer(config: Config) -> Config:

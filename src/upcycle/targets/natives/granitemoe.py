@@ -1,6 +1,7 @@
 """GraniteMoE: the MoE that Granite becomes, and what else fits (Gemma 1, biased attention)."""
 
-from upcycle.natives import Fused, Native, client_limits
+from upcycle.targets._layouts import Fused
+from upcycle.targets.native import Native, client_limits
 
 native = Native(
     model_type="granitemoe",

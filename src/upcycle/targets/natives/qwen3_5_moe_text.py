@@ -1,7 +1,7 @@
 """Qwen3.5-MoE, text: the MoE that Qwen3.5 becomes; always renormalised, always with a shared expert."""
 
-from upcycle.natives import Native, client_limits
-from upcycle.natives._qwen import LAYOUT, SHARED
+from upcycle.targets.native import Native, client_limits
+from upcycle.targets.natives._qwen import LAYOUT, SHARED
 
 native = Native(
     model_type="qwen3_5_moe_text",

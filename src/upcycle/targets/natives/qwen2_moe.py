@@ -1,7 +1,7 @@
 """Qwen2-MoE: the MoE that Qwen2 becomes; it cannot be without a shared expert."""
 
-from upcycle.natives import Config, Native, client_limits
-from upcycle.natives._qwen import LAYOUT, SHARED, dense_layers
+from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets.natives._qwen import LAYOUT, SHARED, dense_layers
 
 
 def _clients(config: Config) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Cohere2-MoE: the MoE that Cohere 2 becomes."""
 
-from upcycle.natives import Config, Native, Shared, client_limits
-from upcycle.natives._qwen import LAYOUT
+from upcycle.targets._layouts import Shared
+from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets.natives._qwen import LAYOUT
 
 
 def _dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config:

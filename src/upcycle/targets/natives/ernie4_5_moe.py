@@ -2,8 +2,9 @@
 
 from upcycle.computed import Fill
 from upcycle.lazy import Lazy
-from upcycle.natives import Config, Native, Shared, client_limits
-from upcycle.natives._qwen import LAYOUT
+from upcycle.targets._layouts import Shared
+from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets.natives._qwen import LAYOUT
 
 
 def _dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config | str:

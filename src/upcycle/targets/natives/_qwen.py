@@ -1,6 +1,7 @@
 """What the Qwen MoE architectures share: per-expert names, a list of dense layers, the shared expert."""
 
-from upcycle.natives import Config, PerExpert, Shared
+from upcycle.targets._layouts import PerExpert, Shared
+from upcycle.targets.native import Config
 
 LAYOUT = PerExpert(path="mlp.experts.{e}", gate="gate_proj", up="up_proj", down="down_proj")
 

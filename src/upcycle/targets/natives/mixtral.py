@@ -1,6 +1,7 @@
 """Mixtral: the MoE that Llama, Mistral and Phi-3 become."""
 
-from upcycle.natives import Config, Native, PerExpert, client_limits
+from upcycle.targets._layouts import PerExpert
+from upcycle.targets.native import Config, Native, client_limits
 
 
 def _clients(config: Config) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """GraniteMoE-SWA: rotation and window per layer, attention sinks; the MoE that SmolLM3 becomes."""
 
-from upcycle.natives import Fused, Native
+from upcycle.targets._layouts import Fused
+from upcycle.targets.native import Native
 
 native = Native(
     model_type="granitemoe_swa",

@@ -1,0 +1,140 @@
+"""A corpus that every machine with our pinned requirements has: the Python sources of the installed packages.
+
+Files are taken once each (SHA-256 of their bytes). Whole packages are held out: no model here has seen a line
+of them. `write` puts three files into a folder, which is never committed: `code.jsonl` (one document a line,
+held-out packages last), `tokenizer/` (byte-level BPE of the part that is trained on), and `about.json` (the
+packages with their versions, counts and hashes; and the share that `data.held_out` must be).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle.demo.corpus import tokenizer_of
+
+HELD_OUT = ("anyio", "attrs", "click", "hypothesis", "networkx", "pydantic", "requests", "rich", "tqdm")
+LEFT_OUT = ("chardet", "upcycle")  # tables of numbers; ourselves
+SEQUENCE_LENGTH = 256
+LARGEST = 200_000  # bytes of a file; larger ones are generated tables
+LONGEST = 200  # mean characters of a line, likewise
+FOR_TOKENIZER = 50  # one file in so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """An installed package and what was taken of it."""
+
+    name: str
+    version: str
+    files: int
+    bytes: int
+    sha256: str  # of the hashes of its files, in order
+    held_out: bool
+
+
+def packages() -> Iterator[tuple[str, str, list[str]]]:
+    """Name, version and texts of each installed package, once each: training packages first, by name."""
+    seen: set[bytes] = set()
+    found = {normalised(d.metadata["Name"]): d for d in importlib.metadata.distributions()}
+    for name in sorted(found, key=lambda name: (name in HELD_OUT, name)):
+        if name not in LEFT_OUT:
+            texts = list(_texts(found[name], seen))
+            if texts:
+                yield name, found[name].version, texts
+
+
+def normalised(name: str) -> str:
+    """A package's name as the package index compares names."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _texts(distribution: importlib.metadata.Distribution, seen: set[bytes]) -> Iterator[str]:
+    for file in sorted(distribution.files or (), key=str):
+        path = Path(str(file.locate()))
+        if file.suffix != ".py" or not path.is_file():
+            continue
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).digest()
+        if not data or len(data) > LARGEST or digest in seen:
+            continue
+        seen.add(digest)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            continue
+        if len(text) <= LONGEST * (text.count("\n") + 1):
+            yield text
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write the corpus to `folder`, if it is not there, and return what `about.json` says of it."""
+    about = folder / "about.json"
+    if about.exists():
+        known: dict[str, Any] = json.loads(about.read_text())
+        return known
+    folder.mkdir(parents=True, exist_ok=True)
+    taken, sample = [], []
+    with (folder / "code.jsonl").open("w") as file:
+        for name, version, texts in packages():
+            hashes = hashlib.sha256()
+            for number, text in enumerate(texts):
+                file.write(json.dumps({"text": text}) + "\n")
+                hashes.update(hashlib.sha256(text.encode()).digest())
+                if number % FOR_TOKENIZER == 0 and name not in HELD_OUT:
+                    sample.append(text)
+            size = sum(len(text.encode()) for text in texts)
+            taken.append(
+                Package(
+                    name=name, version=version, files=len(texts), bytes=size,
+                    sha256=hashes.hexdigest(), held_out=name in HELD_OUT,
+                )
+            )  # fmt: skip
+    tokenizer_of("".join(sample)).save_pretrained(folder / "tokenizer")
+    out = {
+        "packages": [asdict(p) for p in taken],
+        **_shares(folder, sum(p.files for p in taken if not p.held_out)),
+    }
+    about.write_text(json.dumps(out, indent=1) + "\n")
+    return out
+
+
+def _shares(folder: Path, trained_on: int) -> dict[str, Any]:
+    """Tokens of the first `trained_on` documents and of all, and the share of rows that must be held out for
+    the boundary to lie between them. Every document ends with one more token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    counts: list[int] = []
+    with (folder / "code.jsonl").open() as file:
+        batch: list[str] = []
+        for line in file:
+            batch.append(json.loads(line)["text"])
+            if len(batch) == 256:
+                counts += [len(ids) + 1 for ids in tokenizer(batch, return_attention_mask=False).input_ids]
+                batch = []
+        if batch:
+            counts += [len(ids) + 1 for ids in tokenizer(batch, return_attention_mask=False).input_ids]
+    seen, total = sum(counts[:trained_on]), sum(counts)
+    rows, kept = (total - 1) // SEQUENCE_LENGTH, (seen - 1) // SEQUENCE_LENGTH
+    return {"tokens": total, "training_tokens": seen, "held_out": 1 - kept / rows}
+
+
+def main() -> None:
+    """Write the corpus and print what is in it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    about = write(parser.parse_args().folder)
+    for key in ("tokens", "training_tokens", "held_out"):
+        print(f"{key}: {about[key]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The dense model that the experiments on code start from, at the end of its training.
+
+A Llama of 312 thousand parameters, trained at a constant rate on the corpus of `corpus.py` to 320 tokens a
+parameter. The checkpoints after 10, 40, 80, 160 and 320 tokens a parameter are the starts of everything else.
+
+    python experiments/code/dense.py FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import corpus  # noqa: E402
+
+import common  # noqa: E402
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "vocab_size": 1024, "max_position_embeddings": 512, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": True,
+    "bos_token_id": 0, "eos_token_id": 0,
+    "initializer_range": 0.02, "attention_bias": False, "mlp_bias": False, "dtype": "float32",
+}  # fmt: skip
+BATCH = 4096  # tokens of a step
+UNIT = 762  # steps: 10 tokens a parameter
+STARTS = {10: UNIT, 40: 4 * UNIT, 80: 8 * UNIT, 160: 16 * UNIT, 320: 32 * UNIT}  # tokens a parameter: steps
+
+
+def data(folder: Path) -> dict[str, Any]:
+    """The [data] table of every run on the corpus in `folder`."""
+    return {
+        "sources": [{"path": str(folder / "corpus" / "code.jsonl")}],
+        "held_out": corpus.write(folder / "corpus")["held_out"],
+        "tokenizer": str(folder / "corpus" / "tokenizer"),
+        "cache": str(folder / "tokens"),
+    }
+
+
+def table(folder: Path) -> dict[str, Any]:
+    """The run file."""
+    return {
+        "source": str(folder / "shape"),
+        "out": str(folder / "dense-run"),
+        "from_scratch": True,
+        "seed": 0,
+        "data": data(folder),
+        "train": {
+            "steps": STARTS[320], "batch_tokens": BATCH, "sequence_length": corpus.SEQUENCE_LENGTH,
+            "precision": "float32", "eval_every": UNIT // 2, "eval_tokens": 131_072,
+        },
+        "schedule": {"name": "constant", "peak": 2e-3, "warmup": 200},
+        "checkpoint": {"every": UNIT, "keep": 32},
+    }  # fmt: skip
+
+
+def write_shape(folder: Path) -> None:
+    """A folder with the model's config, and weights that nobody reads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not folder.exists():
+        LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder)
+
+
+def main() -> None:
+    """Train the model, or go on with it, and export every start."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "folder", type=Path, help="where the corpus, the run and the models go; not committed"
+    )
+    folder = parser.parse_args().folder
+    run = table(folder)
+    write_shape(folder / "shape")
+    common.train(run, threads=1)
+    for tokens, step in STARTS.items():
+        out = folder / f"dense-{tokens}"
+        if not out.exists():
+            common.upcycle("export", run["out"], str(out), "--step", str(step), "--dtype", "float32")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The program with all its commands."""
+
+from __future__ import annotations
+
+import sys
+
+from tyro.conf import FlagCreatePairsOff
+
+import upcycle
+from upcycle.cli import building, running, showing  # noqa: F401, which add their commands
+from upcycle.cli.options import app
+
+
+def run(args: list[str] | None) -> None:
+    """Run the command that `args`, or those of the process, name."""
+    if (sys.argv[1:] if args is None else args) == ["--version"]:
+        print(f"upcycle {upcycle.__version__}")
+        return
+    app.cli(
+        prog="upcycle",
+        description="Turn a trained dense checkpoint into a Mixture of Experts, and prove it. "
+        "`upcycle --version` says which upcycle this is.",
+        args=args,
+        config=(FlagCreatePairsOff,),
+    )

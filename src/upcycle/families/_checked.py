@@ -1,0 +1,212 @@
+"""What the values of config.json may be: one kind for each key, looked at before any family reads them.
+
+A key that is not listed here decides nothing that upcycle works out; of those, only NaN and inf are refused,
+because JSON has none and config.json of the result would carry them on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle.errors import UpcycleError, shown
+
+MOST = 1 << 40  # no size of a model comes near it
+MOST_BLOCKS = 10_000  # blocks one after the other; the deepest published models have a few hundred
+
+# Names of transformers (ACT2FN), which upcycle knows without importing it; a test compares them.
+ACTIVATIONS = frozenset(
+    "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh hardswish "
+    "laplace leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus swish tanh "
+    "xielu".split()
+)
+# Likewise (ROPE_INIT_FUNCTIONS), and names that longrope had before.
+ROPE_TYPES = frozenset("default dynamic linear llama3 longrope proportional yarn su".split())
+LAYER_TYPES = frozenset("full_attention sliding_attention chunked_attention linear_attention".split())
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of value: how an error names it, and whether a value is of it."""
+
+    said: str
+    fits: Callable[[Any], bool]
+
+    def or_null(self) -> Kind:
+        """The same, or null."""
+        return Kind(f"{self.said}, or null", lambda value: value is None or self.fits(value))
+
+    def listed(self) -> Kind:
+        """A list of them."""
+        return Kind(f"a list, each entry {self.said}", lambda v: _is_list(v) and all(map(self.fits, v)))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _whole(least: int, most: int = MOST) -> Kind:
+    said = f"a whole number of {least} or more" + (f", {most:,} at most" if most != MOST else "")
+    return Kind(said, lambda value: type(value) is int and least <= value <= most)
+
+
+def _number(least: float, said: str, *, most: float = 1e30, open_: bool = False) -> Kind:
+    # NaN compares as false; whole numbers of any length compare without becoming a float.
+    return Kind(
+        said,
+        lambda v: type(v) in (int, float) and least <= v <= most and not (open_ and v == least),
+    )
+
+
+def _one_of(names: frozenset[str]) -> Kind:
+    return Kind(f"one of {', '.join(sorted(names))}", lambda v: isinstance(v, str) and v in names)
+
+
+_SIZE = _whole(1)
+_BLOCKS = _whole(1, MOST_BLOCKS)
+_COUNT = _whole(0)
+_FLAG = Kind("true or false", lambda value: value is None or isinstance(value, bool))
+_TEXT = Kind("text", lambda value: isinstance(value, str))
+_ANY_NUMBER = _number(-1e30, "a number")
+_POSITIVE = _number(0.0, "a number above 0", open_=True)
+_NOT_NEGATIVE = _number(0.0, "a number of 0 or more")
+_SHARE = _number(0.0, "a number from 0 to 1", most=1.0)
+_ID = Kind("a whole number", lambda value: type(value) is int and abs(value) < 1 << 31)
+_IDS = Kind(
+    "a whole number, a list of them, or null",
+    lambda v: v is None or _ID.fits(v) or (_is_list(v) and all(map(_ID.fits, v))),
+)
+_SIDES = Kind(
+    "a whole number of 1 or more, or two of them",
+    lambda v: _SIZE.fits(v) or (_is_list(v) and len(v) == 2 and all(map(_SIZE.fits, v))),
+)
+_ACT = _one_of(ACTIVATIONS)
+_TABLE = Kind("a table, or null", lambda value: value is None or isinstance(value, Mapping))
+_GATED_ACT = Kind(
+    f"an activation or gated-ACTIVATION, of {', '.join(sorted(ACTIVATIONS))}",
+    lambda value: isinstance(value, str) and re.sub("^gated-", "", value) in ACTIVATIONS,
+)
+_FLAG_OR_COUNT = Kind("0, 1, true or false", lambda value: type(value) in (int, bool) and value in (0, 1))
+
+
+def _a_stage(kind: Kind) -> Kind:
+    """One of them for each stage of a ConvNeXt."""
+    return Kind(
+        "4 whole numbers of 1 or more, one a stage",
+        lambda v: _is_list(v) and len(v) == 4 and all(map(kind.fits, v)),
+    )
+
+
+def _each(kind: Kind, keys: str) -> dict[str, Kind]:
+    return dict.fromkeys(keys.split(), kind)
+
+
+KINDS: Mapping[str, Kind] = {
+    **_each(
+        _SIZE,
+        "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings "
+        "original_max_position_embeddings full_attention_interval no_rope_layer_interval "
+        "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
+        "linear_num_value_heads num_channels num_stages type_vocab_size d_model d_ff d_kv num_heads "
+        "relative_attention_num_buckets relative_attention_max_distance",
+    ),
+    **_each(
+        _SIZE.or_null(),
+        "num_key_value_heads head_dim sliding_window_pattern pooler_output_size attention_chunk_size",
+    ),
+    **_each(_BLOCKS, "num_hidden_layers num_layers"),
+    "num_decoder_layers": _BLOCKS.or_null(),
+    "sliding_window": _COUNT.or_null(),
+    **_each(_COUNT, "max_window_layers"),
+    **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels"),
+    **_each(_IDS, "pad_token_id bos_token_id eos_token_id eod_token_id sep_token_id cls_token_id "
+                  "decoder_start_token_id image_token_id"),
+    **_each(
+        _FLAG,
+        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
+        "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
+        "is_encoder_decoder",
+    ),
+    "hidden_act": _ACT,
+    "hidden_activation": _ACT.or_null(),
+    "feed_forward_proj": _GATED_ACT,
+    **_each(_NOT_NEGATIVE, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps initializer_range "
+                           "initializer_factor layerscale_value"),
+    "layer_scale_init_value": _ANY_NUMBER,
+    **_each(
+        _SHARE,
+        "attention_dropout embd_pdrop resid_pdrop dropout_rate drop_path_rate hidden_dropout_prob "
+        "attention_probs_dropout_prob",
+    ),
+    **_each(_SHARE.or_null(), "partial_rotary_factor classifier_dropout"),
+    **_each(_ANY_NUMBER, "logit_scale embedding_multiplier residual_multiplier attention_multiplier"),
+    **_each(_POSITIVE, "logits_scaling query_pre_attn_scalar mlp_ratio"),
+    **_each(_POSITIVE.or_null(), "attn_logit_softcapping final_logit_softcapping clip_qkv rope_theta"),
+    **_each(_SIDES, "image_size patch_size"),
+    "hidden_sizes": _a_stage(_SIZE),
+    "depths": _a_stage(_BLOCKS),
+    "architectures": _TEXT.listed().or_null(),
+    "layer_types": _one_of(LAYER_TYPES).listed().or_null(),
+    "no_rope_layers": _FLAG_OR_COUNT.listed().or_null(),
+    **_each(_TABLE, "rope_scaling rope_parameters label2id id2label"),
+}  # fmt: skip
+
+# What stands in rope_scaling or rope_parameters.
+_ROPE: Mapping[str, Kind] = {
+    "rope_type": _one_of(ROPE_TYPES),
+    "type": _one_of(ROPE_TYPES),
+    "rope_theta": _POSITIVE,
+    **_each(
+        _POSITIVE.or_null(),
+        "factor original_max_position_embeddings low_freq_factor high_freq_factor attention_factor beta_fast "
+        "beta_slow short_mscale long_mscale",
+    ),
+    **_each(_NOT_NEGATIVE.or_null(), "mscale mscale_all_dim"),
+    **_each(_POSITIVE.listed().or_null(), "short_factor long_factor"),
+    "partial_rotary_factor": _SHARE.or_null(),
+}
+
+
+def check(model_type: str, raw: Mapping[str, Any]) -> None:
+    """Raise, with key and value, where a value of config.json is none of its kind."""
+    for key, value in raw.items():
+        if key in KINDS and not KINDS[key].fits(value):
+            raise _refusal(model_type, key, value, KINDS[key])
+        if (odd := _not_finite(value)) is not None:
+            raise UpcycleError(
+                f"config.json of a {model_type} model: {key} holds {odd}, which JSON does not have; "
+                f"give a number"
+            )
+    for section in ("rope_scaling", "rope_parameters"):
+        given = raw.get(section) or {}
+        inner = [
+            (section, given),
+            *((f"{section}.{k}", v) for k, v in given.items() if isinstance(v, Mapping)),
+        ]
+        for where, table in inner:
+            for key, kind in _ROPE.items():
+                if key in table and not kind.fits(table[key]):
+                    raise _refusal(model_type, f"{where}.{key}", table[key], kind)
+
+
+def _refusal(model_type: str, key: str, value: Any, kind: Kind) -> UpcycleError:
+    return UpcycleError(
+        f"config.json of a {model_type} model: {key} = {shown(value)}; it must be {kind.said}"
+    )
+
+
+def _not_finite(value: Any) -> float | None:
+    """A NaN or inf anywhere in a value, if there is one."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return value
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif _is_list(value):
+            left += value
+    return None

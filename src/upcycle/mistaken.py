@@ -1,0 +1,50 @@
+"""Folders and names that look like a checkpoint and are another thing: what they are, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from upcycle.errors import listed
+
+_DCP = "is a distributed checkpoint of torch; write it as a model first (upcycle export, if upcycle made it)"
+_KINDS = {
+    "run.json": "is the folder of a training run; write its checkpoint as a model first: upcycle export RUN "
+    "OUT",
+    "adapter_config.json": "is an adapter (LoRA) without the model it belongs to; merge the two first, with "
+    "merge_and_unload of peft, and save the result",
+    ".metadata": _DCP,
+    "*.distcp": _DCP,
+    "*.gguf": "holds a GGUF file, which is for llama.cpp; give the safetensors checkpoint that it came from",
+    "consolidated*.safetensors": "holds consolidated.safetensors, the names of its maker's code; give the "
+    "same model in Hugging Face form",
+    "*.safetensors": "holds files of weights and no model.safetensors or model.safetensors.index.json; "
+    "download the index, too, or give the one file that name",
+}
+
+# What training programs put before every name, and how the model without it is reached.
+_WRAPPERS = {
+    "module.": "save model.module",
+    "_orig_mod.": "save model._orig_mod",
+    "module._orig_mod.": "save model.module._orig_mod",
+    "_orig_mod.module.": "save model._orig_mod.module",
+    "_fsdp_wrapped_module.": "save the full state dict of the model inside",
+    "base_model.model.": "merge the adapter first, with merge_and_unload of peft",
+}
+
+
+def folder(path: Path) -> str | None:
+    """What a folder without a model in it is, if that can be told."""
+    return next((said for pattern, said in _KINDS.items() if any(path.glob(pattern))), None)
+
+
+def names(stored: Iterable[str]) -> str | None:
+    """What stands before all names of tensors, and what to do about it, if it is what a program put there."""
+    all_ = list(stored)
+    for prefix in sorted(_WRAPPERS, key=len, reverse=True):
+        if all_ and all(name.startswith(prefix) for name in all_):
+            return (
+                f"its tensors are called {prefix}..., as {listed(sorted(all_), 1)}: a training program "
+                f"wrapped the model; {_WRAPPERS[prefix]}, and not what is around it"
+            )
+    return None

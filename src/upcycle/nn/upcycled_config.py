@@ -1,0 +1,70 @@
+"""config.json of an upcycled model: the dense class's, and what its MoE layers are. Read without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upcycle.families import Config, Stack
+    from upcycle.feed_forward import FeedForward
+    from upcycle.init import Site
+    from upcycle.recipe import Recipe
+
+PREFIX = "upcycled_"  # of model_type
+CLASS_PREFIX = "Upcycled"
+
+
+def entry(stack: Stack, sites: list[Site], recipe: Recipe, network: FeedForward) -> dict[str, Any]:
+    """What config.json says of the MoE layers of a stack: `nn.configs.Shape`."""
+    return {
+        "stack": stack.name,
+        "layers": [site.layer for site in sites],
+        "module": stack.module,
+        "replaced": list(stack.replaced),
+        "num_experts": recipe.moe.num_experts,
+        "top_k": recipe.moe.top_k,
+        "hidden_size": network.hidden,
+        "intermediate_size": sites[0].width,
+        "universal_experts": sites[0].universal_experts,
+        "universal_size": sites[0].universal_width,
+        "shared_size": sites[0].shared_width,
+        "activation": stack.activation,
+        "gated": network.gate is not None,
+        "bias": network.up_bias is not None,
+        "dropout": stack.dropout,
+        "causal": stack.causal,
+        "router": recipe.router.as_table(),
+        **({"response_norm": True} if network.response() else {}),
+    }
+
+
+def config(
+    raw: Mapping[str, Any], model_type: str, architecture: str, entries: list[dict[str, Any]], pooled: int
+) -> Config:
+    """config.json of the upcycled model: the dense one's and what its MoE layers are.
+
+    `pooled` is the number of tokens before the patches where their mean takes the place of the class token.
+    """
+    pooling = {"mean_pooling_after": pooled} if pooled else {}
+    return {
+        **raw,
+        "architectures": [CLASS_PREFIX + architecture],
+        "model_type": PREFIX + model_type,
+        "moe": entries,
+        **pooling,
+    }
+
+
+def dense_type(config: Mapping[str, Any]) -> str | None:
+    """The dense model_type that an upcycled config was made from; None where it is no such config."""
+    model_type = config.get("model_type")
+    upcycled = isinstance(model_type, str) and model_type.startswith(PREFIX) and "moe" in config
+    return model_type.removeprefix(PREFIX) if upcycled and isinstance(model_type, str) else None
+
+
+def dense_config(config: Mapping[str, Any]) -> Config:
+    """The config of the dense model in that of the upcycled one."""
+    out = {k: v for k, v in config.items() if k not in ("moe", "mean_pooling_after")}
+    named = [str(name).removeprefix(CLASS_PREFIX) for name in out.get("architectures") or ()]
+    return {**out, "model_type": dense_type(config), "architectures": named}

@@ -1,0 +1,134 @@
+"""What a dense model becomes. One file here is one kind of target, and its name is what `moe.target` says.
+
+A file `NAME.py` binds a function `of(dense, recipe)` that returns a `Target`, and `target`, its class.
+Everything else (blueprint, load, plan, card, export, inspect) asks the target, and never which one it is.
+`natives/` has one file for each MoE architecture of transformers; `native.py` finds the one that `moe.target`
+names.
+"""
+
+from __future__ import annotations
+
+import abc
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from upcycle import registry
+from upcycle.entries import Entry
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Family
+from upcycle.init import Site
+from upcycle.lazy import Lazy
+
+if TYPE_CHECKING:
+    from upcycle.blueprints import Blueprint
+    from upcycle.recipe import Recipe
+    from upcycle.source import Dense
+
+
+class Target(abc.ABC):
+    """What a dense model becomes: its class, its config, its tensors, and how to open it."""
+
+    model_type: str  # of config.json
+    architecture: str  # the class that opens it
+    summary: str  # for `upcycle list`
+    needs: ClassVar[str] = "nothing"
+    kind: ClassVar[str]  # what was made, at the head of a column: MoE, deeper or narrower
+
+    @abc.abstractmethod
+    def admit(self, dense: Dense, recipe: Recipe) -> None:
+        """Raise `UpcycleError` if this target cannot keep what the source or the recipe asks for."""
+
+    @abc.abstractmethod
+    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
+        """The blocks that become MoE layers, stack by stack."""
+
+    @abc.abstractmethod
+    def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
+        """config.json of the result, but for its dtype."""
+
+    @abc.abstractmethod
+    def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
+        """Every tensor of the result by its name on disk. `models` are the dense models, the source first."""
+
+    def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The tensors under the names and in the shapes that the class holds them in."""
+        return dict(entries)
+
+    def keeps_narrow_bits(self, family: Family) -> bool:
+        """Whether the tensors that are no experts keep their bits in bfloat16 and float16."""
+        return True
+
+    def norm_identity(self, family: Family) -> float:
+        """The weight of a norm that only normalises."""
+        return 0.0 if family.centred_norms else 1.0
+
+    def draws(self, name: str) -> bool:
+        """Whether the recipe gives the tensor called `name`, and not the dense class, its first values."""
+        return False
+
+    def kernel(self, lengths: Iterable[int], itemsize: int) -> Config:
+        """What config.json must say for experts to run that have rows of these lengths, of `itemsize` bytes a
+        number."""
+        return {}
+
+    def warnings(self, built: Blueprint) -> list[str]:
+        """What a person should know about this target, one sentence each."""
+        return []
+
+    @abc.abstractmethod
+    def origin(self, recipe: Recipe) -> str:
+        """How the weights were made, in a few words."""
+
+    @abc.abstractmethod
+    def snippet(self) -> str:
+        """Python code that opens the folder."""
+
+
+def of(dense: Dense, recipe: Recipe) -> Target:
+    """The target that the recipe names, if it can keep what source and recipe ask for.
+
+    Raises `UpcycleError` with what is allowed.
+    """
+    package, name = sys.modules[__name__], recipe.moe.target
+    target: Target = registry.find(package, name if name in names() else "native", "of", "target")(
+        dense, recipe
+    )
+    target.admit(dense, recipe)
+    return target
+
+
+def names() -> list[str]:
+    """The kinds of target that have a file here."""
+    return [name for name in registry.names(sys.modules[__name__]) if name != "natives"]
+
+
+def kind(name: str) -> type[Target]:
+    """The class of the targets of one kind."""
+    found: type[Target] = registry.find(sys.modules[__name__], name, "target", "target")
+    return found
+
+
+def refuse_experts(recipe: Recipe, sections: tuple[str, ...]) -> None:
+    """Raise `UpcycleError` if a recipe for a dense target asks for experts: nothing would heed it."""
+    given, default, target = recipe.as_table(), type(recipe).of().as_table(), recipe.moe.target
+    if recipe.parts:
+        raise UpcycleError(
+            f"moe.target = {target} makes no experts, and [{next(iter(recipe.parts))}] is about them; take "
+            f"it out"
+        )
+    for section in sections:
+        for key, value in given[section].items():
+            if value != default[section].get(key) and key not in ("target", "depth"):
+                raise UpcycleError(
+                    f"moe.target = {target} makes no experts, and {section}.{key} = {value} is about them; "
+                    f"take it out"
+                )
+
+
+def dense_snippet(architecture: str) -> str:
+    """Python code that opens a folder of a dense class of transformers."""
+    return (
+        f"from transformers import {architecture}\n\n"
+        f'model = {architecture}.from_pretrained("path/to/this/folder")\n'
+    )

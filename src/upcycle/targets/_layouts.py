@@ -1,0 +1,201 @@
+"""Where the experts of a layer go: their names on disk, and how they are stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from upcycle.families import Config
+from upcycle.feed_forward import FeedForward
+from upcycle.lazy import Concat, Lazy, Pick, Slice, Stack
+
+if TYPE_CHECKING:
+    from upcycle.init import Site
+    from upcycle.recipe import Recipe
+
+
+class Layout(Protocol):
+    """Where the experts of a layer go."""
+
+    def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
+        """The experts by their names on disk, below the layer's prefix."""
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """The experts among the tensors of a layer, by their names below its prefix."""
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """The tensors of a layer with its experts as transformers holds them in memory."""
+
+
+class MoeNames(Protocol):
+    """What a target with experts says of one MoE layer: where its tensors go."""
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of config.json."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where the experts go."""
+
+    @property
+    def router(self) -> str:
+        """The name of the router weight [E, H] below the layer's prefix."""
+
+    @property
+    def shared(self) -> Shared | None:
+        """The shared expert, if the architecture has one."""
+
+    def beside_router(
+        self, recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str
+    ) -> dict[str, Lazy]:
+        """What a layer has besides router weight and experts, by name below the layer's prefix. `norm` has
+        weight and bias of the norm before the network, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerExpert:
+    """One tensor a matrix and expert, below the layer's prefix."""
+
+    path: str  # with {e}
+    gate: str
+    up: str
+    down: str
+
+    def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
+        """The experts by their names on disk."""
+        return {
+            f"{self.path.format(e=e)}.{getattr(self, name)}.weight": matrix
+            for e, expert in enumerate(experts)
+            for name, matrix in expert.matrices().items()
+        }
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """The experts among the tensors of a layer, by their names below its prefix."""
+        out: list[FeedForward] = []
+        while f"{self.path.format(e=len(out))}.{self.gate}.weight" in tensors:
+            path = self.path.format(e=len(out))
+            out.append(
+                FeedForward(
+                    gate=tensors[f"{path}.{self.gate}.weight"],
+                    up=tensors[f"{path}.{self.up}.weight"],
+                    down=tensors[f"{path}.{self.down}.weight"],
+                )
+            )
+        return out
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """The tensors of a layer with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
+        experts = self.read(tensors)
+        if not experts:
+            return dict(tensors)
+        head = self.path.partition("{e}")[0]
+        rest = {name: t for name, t in tensors.items() if not name.startswith(head)}
+        fused = Fused(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj")
+        return rest | fused.write(experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """All experts in two tensors: gate over up [E, 2I, H], and down [E, H, I]."""
+
+    gate_up: str
+    down: str
+
+    def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
+        """The experts by their names on disk."""
+        return {
+            self.gate_up: Stack(tuple(Concat(_gated(x), 0) for x in experts)),
+            self.down: Stack(tuple(x.down for x in experts)),
+        }
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """The experts among the tensors of a layer, by their names below its prefix."""
+        if self.gate_up not in tensors:
+            return []
+        both, down = tensors[self.gate_up], tensors[self.down]
+        count, rows, _ = both.shape
+        return [
+            FeedForward(
+                gate=Slice(Pick(both, e), 0, 0, rows // 2),
+                up=Slice(Pick(both, e), 0, rows // 2, rows),
+                down=Pick(down, e),
+            )
+            for e in range(count)
+        ]
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """The tensors of a layer as they are: they are stored as transformers holds them."""
+        return dict(tensors)
+
+
+def _gated(network: FeedForward) -> tuple[Lazy, Lazy]:
+    """Gate and up of a network, which every native MoE has."""
+    assert network.gate is not None
+    return network.gate, network.up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """The shared expert of an architecture that has one."""
+
+    path: str  # below the layer's prefix
+    combine: Literal["gated", "sum", "average"]  # with the routed output
+    config: Callable[[int, int], Config]  # (width, number of shared experts) -> its config fields
+    gate: str | None = None  # the sigmoid gate [1, H] of `gated`
+    mandatory: Literal["narrow", "full"] | None = None  # built whether or not one is asked for
+
+    def write(self, network: FeedForward) -> dict[str, Lazy]:
+        """The shared expert by its names on disk."""
+        return {f"{self.path}.{name}_proj.weight": m for name, m in network.matrices().items()}
+
+
+_GATED = Fused(gate_up="experts.gate_up_proj", down="experts.down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """Experts in three-dimensional tensors, as `nn.Experts` holds them: disk and memory are the same."""
+
+    def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
+        """The experts by their names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and vectors."""
+        first = experts[0]
+        up = "gate_up_proj" if first.gate is not None else "up_proj"
+        out: dict[str, Lazy] = {
+            f"experts.{up}": Stack(tuple(_over(x.gate, x.up) for x in experts)),
+            "experts.down_proj": Stack(tuple(x.down for x in experts)),
+        }
+        biases = [(x.gate_bias, x.up_bias, x.down_bias) for x in experts]
+        if first.up_bias is not None:
+            out[f"experts.{up}_bias"] = Stack(tuple(_over(gate, b) for gate, b, _ in biases if b is not None))
+            out["experts.down_proj_bias"] = Stack(tuple(b for _, _, b in biases if b is not None))
+        for name in first.response():
+            out[f"experts.{name}"] = Stack(tuple(x.response()[name] for x in experts))
+        return out
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """The experts among the tensors of a layer, by their names below it; biases are left aside."""
+        if (up := tensors.get("experts.up_proj")) is None:
+            return _GATED.read(tensors)
+        down = tensors["experts.down_proj"]
+        return [FeedForward(up=Pick(up, e), down=Pick(down, e)) for e in range(down.shape[0])]
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """The tensors of a layer as they are: they are stored as they are held."""
+        return dict(tensors)
+
+
+def _over(gate: Lazy | None, up: Lazy) -> Lazy:
+    """Gate over up, or up alone in a network without a gate."""
+    return up if gate is None else Concat((gate, up), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpert(Shared):
+    """The dense network beside the experts, kept like a single expert."""
+
+    def write(self, network: FeedForward) -> dict[str, Lazy]:
+        """The shared expert by its names below the layer."""
+        names = Stacked().write([network])
+        return {f"{self.path}.one.{name.removeprefix('experts.')}": t for name, t in names.items()}

@@ -1,0 +1,70 @@
+"""The dense class itself, narrower: the successor of a larger model without experts.
+
+Weight Selection (Xu et al., ICLR 2024): the weights are chosen out of the source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config
+from upcycle.init import Site
+from upcycle.lazy import Lazy
+from upcycle.targets import Target, dense_snippet, refuse_experts
+
+if TYPE_CHECKING:
+    from upcycle.blueprints import Blueprint
+    from upcycle.recipe import Recipe
+    from upcycle.source import Dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrower(Target):
+    """The dense class with fewer channels."""
+
+    kind: ClassVar[str] = "narrower"
+    summary: str = "the dense class, narrower: weights chosen out of the source (Weight Selection)"
+    needs: ClassVar[str] = "[successor], an initialisation that chooses"
+
+    model_type: str
+    architecture: str
+
+    def admit(self, dense: Dense, recipe: Recipe) -> None:
+        """Raise `UpcycleError` if the recipe names no successor, or asks for experts."""
+        if recipe.successor is None:
+            raise UpcycleError("moe.target = dense is the smaller model of [successor]; add that section")
+        refuse_experts(recipe, ("moe", "router"))
+
+    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
+        """No block becomes MoE."""
+        return ()
+
+    def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
+        """config.json of the successor."""
+        return dict(dense.raw)
+
+    def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
+        """Every tensor of the successor by its name on disk."""
+        return models[0].tensors
+
+    def warnings(self, built: Blueprint) -> list[str]:
+        """The function is not kept."""
+        return ["weights are left out: the function is not kept, and the model has to be trained"]
+
+    def origin(self, recipe: Recipe) -> str:
+        """The initialisation that chose the weights."""
+        return f"initialisation `{recipe.init.name}`"
+
+    def snippet(self) -> str:
+        """Python code that opens the folder."""
+        return dense_snippet(self.architecture)
+
+
+target = Narrower
+
+
+def of(dense: Dense, recipe: Recipe) -> Narrower:
+    """The narrower twin of the dense class."""
+    return Narrower(model_type=dense.family.model_type, architecture=dense.architecture)

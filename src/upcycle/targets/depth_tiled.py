@@ -1,0 +1,117 @@
+"""Depth tiling: the dense model with every block repeated, the dense baseline of Sparse Upcycling (figure 5).
+
+Each block of a stack stands several times in a row, as Rae et al. (2021) grow models; the result is a dense
+model of the same class, deeper, that has to be trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from upcycle.errors import UpcycleError
+from upcycle.families import PER_BLOCK, Config
+from upcycle.families._checked import MOST_BLOCKS
+from upcycle.init import Site
+from upcycle.lazy import Lazy
+from upcycle.targets import Target, dense_snippet, refuse_experts
+
+if TYPE_CHECKING:
+    from upcycle.blueprints import Blueprint
+    from upcycle.recipe import Recipe
+    from upcycle.source import Dense
+
+_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_layers", "depths")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthTiled(Target):
+    """The dense class with every block several times in a row."""
+
+    kind: ClassVar[str] = "deeper"
+    summary: str = "the dense class, every block repeated: a dense baseline of more FLOPs"
+    needs: ClassVar[str] = "moe.depth = how often"
+
+    model_type: str
+    architecture: str
+
+    def admit(self, dense: Dense, recipe: Recipe) -> None:
+        """Raise `UpcycleError` if the recipe asks for experts: nothing would heed it."""
+        refuse_experts(recipe, ("moe", "init", "router"))
+
+    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
+        """No block becomes MoE."""
+        return ()
+
+    def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
+        """config.json of the deeper model."""
+        return _config(dense, recipe.moe.depth)
+
+    def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
+        """Every tensor of the deeper model by its name on disk."""
+        return _tensors(models[0], recipe.moe.depth)
+
+    def warnings(self, built: Blueprint) -> list[str]:
+        """The function is not kept."""
+        return ["every block stands several times: the function is not kept, and the model has to be trained"]
+
+    def origin(self, recipe: Recipe) -> str:
+        """How often each block stands."""
+        return f"every block {recipe.moe.depth} times"
+
+    def snippet(self) -> str:
+        """Python code that opens the folder."""
+        return dense_snippet(self.architecture)
+
+
+target = DepthTiled
+
+
+def of(dense: Dense, recipe: Recipe) -> DepthTiled:
+    """The deeper twin of the dense class."""
+    return DepthTiled(model_type=dense.family.model_type, architecture=dense.architecture)
+
+
+def _config(dense: Dense, times: int) -> Config:
+    """config.json of the deeper model: counts of blocks times `times`, entries of blocks repeated."""
+    if times < 2:
+        raise UpcycleError(f"moe.depth = {times}; a deeper model repeats its blocks 2 times or more")
+    if (blocks := sum(stack.count for stack in dense.stacks)) * times > MOST_BLOCKS:
+        raise UpcycleError(
+            f"moe.depth = {times} makes {blocks * times:,} blocks of {blocks}; {MOST_BLOCKS:,} are taken at "
+            f"most"
+        )
+    out = dict(dense.checkpoint.config)
+    for key in _COUNTS:
+        count = out.get(key)
+        if count is None and key in dense.family.defaults:
+            count = dense.config[key]
+        if isinstance(count, int):
+            out[key] = count * times
+        elif isinstance(count, (list, tuple)):  # one a stage
+            out[key] = [n * times for n in count]
+    for key in PER_BLOCK:
+        # Written out where config.json gives an interval: of the deeper model it would mean other blocks.
+        if (kinds := dense.config.get(key)) is not None:
+            out[key] = [kind for kind in kinds for _ in range(times)]
+    return out
+
+
+def _tensors(dense: Dense, times: int) -> dict[str, Lazy]:
+    """Every tensor of the deeper model: block j is block j // `times` of the dense one."""
+    wanted = dense.family.shapes(dense.family.config(_config(dense, times)))
+    out = dict(dense.tensors)
+    for stack in dense.stacks:
+        prefix = stack.path.partition("{i}")[0]
+        blocks: dict[int, dict[str, Lazy]] = {}
+        for name in [name for name in out if name.startswith(prefix)]:
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if number.isdigit():
+                blocks.setdefault(int(number), {})[rest] = out.pop(name)
+        for j in range(stack.count * times):
+            for rest, tensor in blocks[j // times].items():
+                if (name := f"{prefix}{j}.{rest}") in wanted:  # T5 has its position biases in block 0 alone
+                    out[name] = tensor
+    if missing := wanted.keys() - out.keys():
+        raise AssertionError(f"a deeper {dense.family.model_type} lacks {sorted(missing)[:3]}")
+    return out

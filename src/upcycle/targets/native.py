@@ -1,0 +1,238 @@
+"""A native target: an MoE architecture that transformers has. `natives/` has one file for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from upcycle import families, kernels, moe_layer
+from upcycle.entries import Entry
+from upcycle.errors import UpcycleError, listed
+from upcycle.families import Config, Family
+from upcycle.init import Site
+from upcycle.lazy import Lazy
+from upcycle.targets import Target, natives
+from upcycle.targets._layouts import Layout, Shared
+
+if TYPE_CHECKING:
+    from upcycle.blueprints import Blueprint
+    from upcycle.recipe import Recipe
+    from upcycle.source import Dense
+
+COMMON = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "max_position_embeddings", "initializer_range", "tie_word_embeddings",
+    "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
+)  # fmt: skip
+
+_LAYERS = "model.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Native(Target):
+    """An MoE architecture: where its tensors and its settings go."""
+
+    kind: ClassVar[str] = "MoE"
+
+    model_type: str
+    architecture: str  # the transformers class
+    summary: str
+    layout: Layout
+    router: str  # name of the router weight [E, H] below the layer's prefix
+    fields: tuple[str, ...]  # config fields beyond COMMON that the dense config gives
+    num_experts_field: str = "num_experts"
+    top_k_field: str = "num_experts_per_tok"
+    width_field: str = "intermediate_size"
+    renormalizes: Literal["always", "optional"]  # optional: `norm_topk_prob`
+    shared: Shared | None = None
+    dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of a MoE layer
+    finish: Callable[[Config], Config] = lambda config: config  # what the hub's configs spell otherwise
+    clients: Callable[[Config], Mapping[str, str]] = lambda _: {}  # who will not compute the same, and why
+
+    def admit(self, dense: Dense, recipe: Recipe) -> None:
+        """Raise `UpcycleError` if the architecture computes another function than the dense model, or cannot
+        route as the recipe asks."""
+        family, name = dense.family, self.model_type
+        if reason := family.refusal(dense.config, name):
+            raise UpcycleError(
+                f"this {family.model_type} checkpoint cannot become {name} exactly: {reason}; "
+                f"moe.target = upcycled takes it"
+            )
+        if recipe.moe.universal_experts:
+            raise UpcycleError(f"moe.universal_experts is for moe.target = upcycled; {name} has none")
+        if recipe.moe.pooling != "class_token":
+            raise UpcycleError(f"moe.pooling is for moe.target = upcycled; {name} has no images")
+        if recipe.parts:
+            table = next(iter(recipe.parts))
+            raise UpcycleError(f"[{table}] is for moe.target = upcycled; {name} has one stack of blocks")
+        if own := recipe.router.beyond_native():
+            raise UpcycleError(
+                f"{name} routes as transformers does and cannot keep {', '.join(own)}; use moe.target = "
+                f"upcycled"
+            )
+        if self.renormalizes == "always" and not recipe.router.normalize:
+            raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
+
+    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
+        """The layers that become MoE."""
+        return moe_layer.sites(recipe, dense, self)
+
+    def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
+        """config.json in this architecture's spelling, but for its dtype."""
+        given = dense.family.native_config(dense.config, self.model_type)
+        out: Config = {"architectures": [self.architecture], "model_type": self.model_type}
+        out |= {name: given[name] for name in (*COMMON, *self.fields) if name in given}
+        out |= {
+            self.num_experts_field: recipe.moe.num_experts,
+            self.top_k_field: recipe.moe.top_k,
+            self.width_field: sites[0].width,
+            "router_aux_loss_coef": 0.001,
+            "output_router_logits": False,
+        }
+        if self.renormalizes == "optional":
+            out["norm_topk_prob"] = recipe.router.normalize
+        if self.shared:
+            out |= self.shared.config(sites[0].shared_width, recipe.moe.shared_experts)
+        out = self.finish(out | _rope(given["rope_parameters"]) | dict(self.constants))
+        return out | self._which_layers(dense, recipe, frozenset(site.layer for site in sites))
+
+    def _which_layers(self, dense: Dense, recipe: Recipe, layers: frozenset[int]) -> Config:
+        """The keys of config.json that say which layers have experts."""
+        if self.dense_layers is not None:
+            chosen = self.dense_layers(dense.config, layers)
+            if isinstance(chosen, str):
+                raise UpcycleError(f"moe.layers = {recipe.moe.layers}: {chosen}")
+            return chosen
+        if len(layers) != dense.config["num_hidden_layers"]:
+            raise UpcycleError(
+                f"{self.model_type} has experts in every layer and cannot keep dense ones; use moe.layers = "
+                f"all, moe.target = upcycled, or a family whose target can (qwen2, qwen3, ernie4_5, cohere2)"
+            )
+        return {}
+
+    def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
+        """Every tensor by its name on disk; a name that two rules define is an error of ours."""
+        family, config = models[0].family, models[0].config
+        every = moe_layer.averaged(models, recipe)
+        out = family.backbone(config, self.model_type, every)
+        moe = {site.layer: site for site in sites}
+        for layer in range(config["num_hidden_layers"]):
+            if layer in moe:
+                made = moe_layer.tensors(models, moe[layer], recipe, self, every)
+            else:
+                network = family.feed_forward(config, layer, every)
+                made = {f"mlp.{name}_proj.weight": m for name, m in network.matrices().items()}
+            moe_layer.add(out, f"{_LAYERS}{layer}", made)
+        return out
+
+    def beside_router(
+        self, recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str
+    ) -> dict[str, Lazy]:
+        """What a layer has besides router weight and experts."""
+        return self.extra(site.num_experts, dtype) if self.extra else {}
+
+    def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """`entries` with the experts of each layer in the two tensors that transformers holds them in.
+
+        Under the names on disk the loader would read every expert on every rank and stack them afterwards.
+        """
+        layers: dict[str, dict[str, Entry]] = {}
+        out: dict[str, Entry] = {}
+        for name, entry in entries.items():
+            if name.startswith(_LAYERS):
+                number, _, rest = name.removeprefix(_LAYERS).partition(".")
+                layers.setdefault(f"{_LAYERS}{number}", {})[rest] = entry
+            else:
+                out[name] = entry
+        for prefix, layer in layers.items():
+            lazies = self.layout.fuse({name: entry.lazy for name, entry in layer.items()})
+            dtypes = {entry.dtype for name, entry in layer.items() if name not in lazies}
+            for name, lazy in lazies.items():
+                dtype = layer[name].dtype if name in layer else next(iter(dtypes))
+                out[f"{prefix}.{name}"] = Entry(lazy, dtype)
+        return out
+
+    def keeps_narrow_bits(self, family: Family) -> bool:
+        """Whether no weight is rescaled on its way into this architecture."""
+        return family.exact_when_narrow
+
+    def norm_identity(self, family: Family) -> float:
+        """One: norms of native MoE classes multiply by their weight."""
+        return 1.0
+
+    def kernel(self, lengths: Iterable[int], itemsize: int) -> Config:
+        """Experts one by one, if grouped products, transformers' own choice, do not take their rows."""
+        if kernels.take_groups(lengths, itemsize):
+            return {}
+        return {kernels.KEY: kernels.ONE_BY_ONE}
+
+    def warnings(self, built: Blueprint) -> list[str]:
+        """Shared experts that nobody asked for, clients that compute something else, keys left out."""
+        out = []
+        if built.recipe.moe.shared_experts == 0 and built.shared_width:
+            out.append(
+                f"{self.model_type} cannot be without a shared expert: one of {built.shared_width} "
+                f"neurons is there with a zero down projection, and training may use it"
+            )
+        for client, why in self.clients(built.config).items():
+            out.append(f"{client} {why}: it will not reproduce this model's function")
+        if unknown := built.dense.unknown_keys:
+            out.append(
+                f"config.json has keys that a {built.dense.family.model_type} of transformers does not read; "
+                f"left out: {listed(list(unknown), 5)}"
+            )
+        return out
+
+    def origin(self, recipe: Recipe) -> str:
+        """The initialisation of the experts."""
+        return f"initialisation `{recipe.init.name}`"
+
+    def snippet(self) -> str:
+        """Python code that opens the folder."""
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        )
+
+
+def of(dense: Dense, recipe: Recipe) -> Native:
+    """The architecture that `moe.target` names; `native` is the family's first."""
+    family, asked = dense.family, recipe.moe.target
+    if not family.natives:
+        raise UpcycleError(
+            f"{family.model_type} has no exact native MoE: {family.no_native}; use moe.target = upcycled"
+        )
+    name = family.natives[0] if asked == "native" else asked
+    if name not in family.natives:
+        if (reason := families.INEXACT.get((family.model_type, name))) is not None:
+            raise UpcycleError(f"{family.model_type} -> {name} does not compute the same: {reason}")
+        allowed = ", ".join([*family.natives, "upcycled"])
+        raise UpcycleError(f"{family.model_type} cannot become {name!r} exactly; moe.target can be {allowed}")
+    return natives.find(name)
+
+
+def client_limits(
+    config: Config, *, mlx_scales_rope: bool = False, mlx_head_dim: bool = True
+) -> dict[str, str]:
+    """What llama.cpp and mlx-lm are known to ignore in the config of an architecture they load."""
+    name, out = config["model_type"], {}
+    if not mlx_head_dim and config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        out["mlx-lm"] = f"ignores head_dim in {name}"
+    if not mlx_scales_rope and config["rope_parameters"]["rope_type"] != "default":
+        out["mlx-lm"] = f"ignores the scaling of rotary positions in {name}"
+    if config["hidden_act"] != "silu":
+        out |= dict.fromkeys(("llama.cpp", "mlx-lm"), f"hard-codes SiLU in {name}")
+    return out
+
+
+def _rope(rope: Mapping[str, Any]) -> Config:
+    """Rotary settings in both spellings: transformers 5 reads the first, everything older the others."""
+    out: Config = {"rope_parameters": dict(rope), "rope_theta": rope["rope_theta"]}
+    if (share := rope.get("partial_rotary_factor")) is not None:
+        out["partial_rotary_factor"] = share
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    return out if rope["rope_type"] == "default" else {**out, "rope_scaling": scaling}

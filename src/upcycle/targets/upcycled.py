@@ -1,0 +1,172 @@
+"""The upcycled target: a dense class of transformers with `nn.MoE` in some of its blocks.
+
+It is for routers and models that no MoE class of transformers has. Names on disk are the dense model's, but
+for the networks that become MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from upcycle import moe_layer
+from upcycle.computed import Drawn, Fill
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Stack
+from upcycle.init import Site
+from upcycle.lazy import Lazy
+from upcycle.nn import upcycled_config
+from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
+from upcycle.targets import Target
+from upcycle.targets._layouts import Shared, SharedExpert, Stacked
+
+if TYPE_CHECKING:
+    from upcycle.blueprints import Blueprint
+    from upcycle.recipe import Recipe
+    from upcycle.source import Dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upcycled(Target):
+    """A dense class with MoE layers in it."""
+
+    kind: ClassVar[str] = "MoE"
+    summary: str = "the dense class itself with MoE layers in it; any family, any router"
+    needs: ClassVar[str] = "import upcycle, to open it"
+    layout: ClassVar[Stacked] = Stacked()
+    router: ClassVar[str] = "router.weight"
+    shared: ClassVar[Shared] = SharedExpert(path="shared", combine="sum", config=lambda width, count: {})
+
+    model_type: str
+    architecture: str
+
+    def admit(self, dense: Dense, recipe: Recipe) -> None:
+        """Raise `UpcycleError` if the routers cannot stand in the stacks of the dense model."""
+        family, lengths = dense.family, dense.family.lengths(dense.config)
+        for stack in dense.stacks:
+            part = recipe.at(stack.name)
+            _refuse_look_ahead(stack, part)
+            if part.moe.universal_experts and not part.router.has_slots:
+                raise UpcycleError(
+                    f"moe.universal_experts needs a router that fills slots, spherical or soft; "
+                    f"{part.router.name} sends tokens to experts of one width"
+                )
+            if moe_layer.chosen_layers(part, stack):
+                part.router.check(part.moe.num_experts, part.moe.top_k, lengths[stack.name])
+            elif stack.name in recipe.parts and stack.total > stack.count:
+                raise UpcycleError(
+                    f"[{stack.name}] has keys for experts, and moe.layers chooses no block of that stage; "
+                    f"take it out, or choose other layers"
+                )
+        if recipe.moe.pooling == "mean" and not family.class_tokens:
+            raise UpcycleError(
+                f"moe.pooling = mean is for heads on a class token, in vit and deit; {family.model_type} "
+                f"has none"
+            )
+        if unknown := [name for name in recipe.parts if name not in {s.name for s in dense.stacks}]:
+            named = ", ".join(s.name for s in dense.stacks)
+            raise UpcycleError(
+                f"[{unknown[0]}] is a stack of blocks that {family.model_type} does not have; it has {named}"
+            )
+
+    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
+        """The blocks that become MoE, stack by stack."""
+        return moe_layer.sites(recipe, dense, self)
+
+    def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
+        """The dense config, and an entry in `moe` for each stack that has MoE layers."""
+        entries = []
+        for stack in dense.stacks:
+            if mine := [site for site in sites if site.stack == stack.name]:
+                network = dense.feed_forward(mine[0].layer, stack.name)
+                entries.append(upcycled_config.entry(stack, mine, recipe.at(stack.name), network))
+        pooled = dense.family.class_tokens if recipe.moe.pooling == "mean" else 0
+        return upcycled_config.config(dense.raw, dense.family.model_type, dense.architecture, entries, pooled)
+
+    def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
+        """Every tensor by its name on disk; a name that two rules define is an error of ours."""
+        every = moe_layer.averaged(models, recipe)
+        stacks = {stack.name: stack for stack in models[0].stacks}
+        out = {
+            name: tensor
+            for name, tensor in every.items()
+            if not any(stacks[site.stack].owns(name, site.layer) for site in sites)
+        }
+        for site in sites:
+            made = moe_layer.tensors(models, site, recipe.at(site.stack), self, every)
+            moe_layer.add(out, stacks[site.stack].path.format(i=site.layer), made)
+        return out
+
+    def beside_router(
+        self, recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str
+    ) -> dict[str, Lazy]:
+        """The router's own tensors beside its weight."""
+        return _router_tensors(recipe, site, norm, dtype)
+
+    def draws(self, name: str) -> bool:
+        """Whether the tensor belongs to a router."""
+        return ".router." in name
+
+    def warnings(self, built: Blueprint) -> list[str]:
+        """The first block of a stack among those that become MoE."""
+        begin = {stack.name for stack in built.dense.stacks if not stack.first}
+        if not any(site.layer == 0 and site.stack in begin for site in built.sites):
+            return []
+        return [
+            "the first block is among those that become MoE, which was found to train badly (Sparse "
+            "Upcycling, B.4); leave it dense, as every_other and last_half do"
+        ]
+
+    def origin(self, recipe: Recipe) -> str:
+        """The initialisation of the experts."""
+        return f"initialisation `{recipe.init.name}`"
+
+    def snippet(self) -> str:
+        """Python code that opens the folder."""
+        return (
+            "import upcycle  # makes the architecture known to transformers' Auto classes\n\n"
+            'model = upcycle.open("path/to/this/folder")\n'
+        )
+
+
+target = Upcycled
+
+
+def of(dense: Dense, recipe: Recipe) -> Upcycled:
+    """The upcycled twin of the dense class."""
+    return Upcycled(
+        model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.architecture
+    )
+
+
+def _router_tensors(recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:
+    """The tensors of a router beside its weight, by their names below the layer. `norm` has weight and bias
+    of the norm before the network, if there is one."""
+    out: dict[str, Lazy] = {}
+    for name, extra in recipe.router.extra(site.all_experts, site.hidden).items():
+        if extra.inherited is not None:
+            if extra.inherited not in norm:
+                raise UpcycleError(
+                    "router.query_norm = inherited needs a LayerNorm with weight and bias before the "
+                    "network, and this model has none; set router.query_norm = fresh"
+                )
+            out[f"router.{name}"] = norm[extra.inherited]
+        elif extra.std:
+            rows, columns = extra.shape
+            out[f"router.{name}"] = Drawn(
+                (rows, columns), dtype, "normal", extra.std, site.key("router", name)
+            )
+        else:
+            out[f"router.{name}"] = Fill(extra.shape, dtype, extra.value)
+    return out
+
+
+def _refuse_look_ahead(stack: Stack, recipe: Recipe) -> None:
+    """Refuse a router that reads later tokens in a stack that must not."""
+    if stack.causal and not recipe.router.causal:
+        where = "a decoder" if stack.name == "layers" else "the decoder"
+        why = recipe.router.not_in_a_decoder
+        raise UpcycleError(
+            f"router {recipe.router.name} cannot stand in {where}: {why} (in a T5, under [decoder.router])"
+        )

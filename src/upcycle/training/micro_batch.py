@@ -1,0 +1,113 @@
+"""How many rows of a batch go through the model at once, where the run file does not say: as many as fit.
+
+A batch that fits is one part, as it always was. One that does not is cut into equal parts, whose gradients
+add up to the same; the number is kept in the checkpoints, so that a run is gone on with as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from upcycle import memory
+from upcycle.training import fit
+from upcycle.training.parallel import Ranks
+from upcycle.training.run import Run
+from upcycle.training.start import Start
+
+KEY = "micro_batch"  # in the state of a checkpoint
+_SHARE = 0.7  # of the free memory: the rest is for what is not counted
+_PER_PARAMETER = 16  # bytes of a weight, its gradient and its two moments, in float32
+_LOGITS = 16  # bytes a logit: itself, in float32, its log-softmax, the gradient
+_KEPT = {"float32": 8, "mixed": 6, "bfloat16": 5}
+"""Bytes of a number that goes into a matrix or comes out of it: kept for the backward pass, and more."""
+
+
+def chosen(
+    run: Run,
+    begun: Start,
+    lengths: Mapping[str, int],
+    here: Ranks,
+    state: Mapping[str, Any],
+    *,
+    precision: str = "float32",
+) -> Run:
+    """`run` with the rows of a forward pass: those it asks for, those that it had when it was stopped, or as
+    many as fit. Where all of them fit nothing is changed."""
+    if run.train.micro_batch is not None:
+        return run
+    if state:
+        before = state.get(KEY)
+        return run if before is None else _with(run, before)
+    share = run.train.rows // here.dp_size
+    most = here.share(_rows_that_fit(run, begun, lengths, here, precision))
+    if most is None or share <= most or not _may_be_cut(run, begun):
+        return run
+    whole = fit.rows_of_groups(begun.built, lengths)
+    sizes = [n for n in range(whole, share + 1, whole) if share % n == 0]
+    return _with(run, max([n for n in sizes if n <= most] or sizes[:1], default=share))
+
+
+def _with(run: Run, rows: int) -> Run:
+    return replace(run, train=replace(run.train, micro_batch=rows))
+
+
+def _may_be_cut(run: Run, begun: Start) -> bool:
+    """Whether the losses of parts add up to those of the batch."""
+    routed = begun.built is not None and bool(begun.built.sites)
+    return not routed or (run.router.balance_loss, run.router.balance_counts) == ("per_layer", "exact")
+
+
+def _rows_that_fit(
+    run: Run, begun: Start, lengths: Mapping[str, int], here: Ranks, precision: str
+) -> int | None:
+    """Rows of a forward and a backward pass; None where the machine does not say what is free."""
+    free = _free(here)
+    if free is None:
+        return None
+    free -= _PER_PARAMETER * begun.parameters // here.dp_size
+    return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
+
+
+def _free(here: Ranks) -> int | None:
+    if here.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(here.device)[0])
+    free = memory.available() if here.device.type == "cpu" else None
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return free // max(1, int(beside) if beside.isdecimal() else here.world) if free else None
+
+
+def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: str) -> int:
+    """About what a row takes until its backward pass: what goes in and out of every matrix that its tokens
+    meet, and the logits. Where layers are computed again, one block of each stack and what goes into all."""
+    family = begun.dense.family
+    total, recomputed = 0, run.train.activation_checkpointing
+    for stack in begun.dense.stacks:
+        inner = sum(
+            _numbers(name, entry.shape, begun)
+            for name, entry in begun.entries.items()
+            if len(entry.shape) > 1 and family.stack_of(name) == stack.name and "embed" not in name
+        )
+        if recomputed and stack.count:
+            inner = inner // stack.count + stack.hidden * stack.count
+        total += _KEPT[precision] * inner * lengths[stack.name]
+    outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
+    return total + _LOGITS * outputs * lengths[begun.dense.stacks[-1].name]
+
+
+def _numbers(name: str, shape: tuple[int, ...], begun: Start) -> int:
+    """Numbers of a token that go into a matrix and come out of it; of an expert, as often as it is met."""
+    if begun.config.get("vocab_size") in shape:
+        return 0
+    ends = shape[-1] + shape[-2] if len(shape) < 4 else shape[0] + math.prod(shape[1:])
+    if ".experts." not in name or begun.built is None or not begun.built.sites:
+        return ends
+    site = begun.built.sites[0]
+    count = shape[0] if len(shape) == 3 else 1
+    met = begun.built.recipe.at(site.stack).router.experts_per_token(site.num_experts, site.top_k, 1 << 10)
+    return math.ceil(ends * count * met / max(1, site.num_experts))

@@ -1,0 +1,565 @@
+"""The folder of a run: whose it may be, what is in it that can be trusted, what is left after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import forked
+import tiny
+from test_training import toml
+from upcycle import Recipe, UpcycleError, cli, lock, plan
+from upcycle.signals import held
+from upcycle.training import export as exporting
+from upcycle.training import loop, metrics, micro_batch, run_folder, saving, start
+from upcycle.training.export import export
+from upcycle.training.loop import train
+from upcycle.training.metrics import read
+from upcycle.training.run import Run
+
+MOE = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "copy"}}
+WORDS = "One day a small cat saw a big red ball and ran to it. "
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    made = tiny.make_dense(folder / "dense", "llama", vocab_size=300, max_position_embeddings=64)
+    tiny.make_bytes_tokenizer(made)
+    return made
+
+
+Table = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def table(source: Path, tmp_path: Path) -> Table:
+    """A function that gives a run file of a few small steps, as a table."""
+    (tmp_path / "text.txt").write_text(WORDS * 40)
+
+    def make(**changes: Any) -> dict[str, Any]:
+        made: dict[str, Any] = {
+            "source": str(source),
+            "out": str(tmp_path / "run"),
+            "data": {"sources": [{"path": str(tmp_path / "text.txt")}], "held_out": 0.1},
+            "train": {"steps": 2, "batch_tokens": 64, "sequence_length": 16, "eval_every": 0},
+            "schedule": {"name": "constant", "peak": 1e-3},
+            "checkpoint": {"every": 1, "keep": 9},
+        }
+        for key, value in changes.items():
+            made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
+        return made
+
+    return make
+
+
+def begun(table: Table, **changes: Any) -> Path:
+    """The folder of a run that is done."""
+    run = Run.of(table(**changes))
+    train(run)
+    return Path(run.out)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- whose it may be
+
+
+@pytest.mark.parametrize("where", ["", " ", ".", "inside", "around"])
+def test_a_run_in_or_around_its_source_is_refused(where: str, table: Table, source: Path) -> None:
+    before = content(source.parent)
+    places = {".": source, "inside": source / "run", "around": source.parent}
+    with pytest.raises(UpcycleError, match=r"it must be the name of a folder|in or around the source"):
+        train(Run.of(table(out=str(places.get(where, where)))))
+    assert content(source.parent) == before
+
+
+def test_the_second_training_is_refused_and_deletes_nothing(table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    (out / "checkpoints" / "step-9.partial").mkdir()  # what the first is writing
+    before = content(out)
+    with lock.held(out / run_folder.LOCK, "busy"):
+        with pytest.raises(UpcycleError, match=r"another training is at work in .*run; wait for its end"):
+            train(Run.of(table(train={"steps": 4})), resume=True)
+        assert (out / "checkpoints" / "step-9.partial").exists()
+    assert content(out) == before
+    assert train(Run.of(table(train={"steps": 3})), resume=True).finished
+    assert not (out / run_folder.LOCK).exists()
+
+
+def test_what_a_kill_left_is_cleared_away(table: Table) -> None:
+    out = begun(table)
+    left = [out / "tokens" / "0123.77.partial", out / "run.json.77.partial", out / "metrics.partial"]
+    for path in left:
+        path.write_bytes(b"half")
+    (out / "tokens" / "mine.partial").write_text("not of this program")
+    train(Run.of(table(train={"steps": 3})), resume=True)
+    assert not [path for path in left if path.exists()]
+    assert (out / "tokens" / "mine.partial").exists()
+
+
+@pytest.mark.parametrize("content_", [b"", b"5", b"[]", b"{}", b'{"run": {}}', b"\xff", b"[" * 100_000])
+def test_a_damaged_record_is_said_and_mended(content_: bytes, table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    whole = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_bytes(content_)
+    with pytest.raises(UpcycleError, match=r"run\.json is damaged: .*--resume` writes it anew"):
+        export(out, tmp_path / "out")
+    assert train(Run.of(table()), resume=True).finished
+    assert json.loads((out / "run.json").read_text()) == whole
+    (out / "run.json").unlink()
+    with pytest.raises(UpcycleError, match=r"has no run\.json.*--resume` writes it anew"):
+        export(out, tmp_path / "out")
+    train(Run.of(table()), resume=True)
+    assert json.loads((out / "run.json").read_text()) == whole
+
+
+def test_a_damaged_record_without_checkpoints_begins(table: Table) -> None:
+    out = begun(table)
+    for _, path in saving.found(out):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    (out / "run.json").write_bytes(b"")
+    with pytest.raises(UpcycleError, match="holds a run already"):
+        train(Run.of(table()))
+    assert train(Run.of(table()), resume=True).finished
+
+
+@pytest.mark.parametrize("content_", [b"{}", b"[]", b"5", b"\xff", b'{"step": 2}', b"[" * 100_000])
+def test_a_damaged_state_is_said(content_: bytes, table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    (out / "checkpoints" / "step-2" / "state.json").write_bytes(content_)
+    for work in (lambda: export(out, tmp_path / "out"), lambda: train(Run.of(table()), resume=True)):
+        with pytest.raises(UpcycleError, match=r"step-2/state\.json cannot be read: .*delete that folder"):
+            work()
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\n", b"5\n", b"{}\n", b'{"step": "x"}\n', b"\0\0\0\n", b"[" * 100_000 + b"\n"]
+)
+def test_damaged_metrics_lose_no_other_line(line: bytes, table: Table, capsys: Any) -> None:
+    out = begun(table)
+    path = out / metrics.FILE
+    before = path.read_bytes()
+    path.write_bytes(line + before)
+    train(Run.of(table(train={"steps": 3})), resume=True)
+    assert path.read_bytes().startswith(before)
+    assert "1 line of metrics.jsonl is damaged" in " ".join(capsys.readouterr().err.split())
+    assert [record["step"] for record in read(out)] == [1, 2, 3]
+
+
+# --- what can be trusted
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def without_hashes(checkpoint: Path) -> None:
+    """As a version left it that wrote none."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    for key in ("sha256", "state_sha256"):
+        del state[key]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def test_a_pickle_in_a_checkpoint_runs_nothing(table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    checkpoint = out / "checkpoints" / "step-2"
+    without_hashes(checkpoint)
+    assert train(Run.of(table()), resume=True).finished  # an old checkpoint is read
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    for work in (lambda: export(out, tmp_path / "out"), lambda: train(Run.of(table()), resume=True)):
+        with pytest.raises(UpcycleError, match=r"cannot be read: \.metadata: it names posix\.mkdir"):
+            work()
+    assert not (tmp_path / "ran").exists()
+    # Nor does a value that is no tensor, which DCP unpickles by itself.
+    state = {"optimizer": {"param_groups.x.lr": Evil(tmp_path / "ran")}}
+    torch.distributed.checkpoint.save(state, checkpoint_id=checkpoint, no_dist=True)
+    live = {"optimizer": {"param_groups.x.lr": 0.5}}
+    from upcycle.training.untrusted import Planner, Reader
+
+    with pytest.raises(torch.distributed.checkpoint.CheckpointException):
+        torch.distributed.checkpoint.load(
+            live, storage_reader=Reader(checkpoint), planner=Planner(), no_dist=True
+        )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_flipped_bit_is_refused(table: Table, tmp_path: Path) -> None:
+    out = begun(table, **MOE)
+    checkpoint = out / "checkpoints" / "step-2"
+    for name in ("__0_0.distcp", ".metadata", "state.json"):
+        whole = (checkpoint / name).read_bytes()
+        place = whole.index(b'"consumed": [') + 17 if name == "state.json" else len(whole) // 2
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        (checkpoint / name).write_bytes(damaged)
+        for work in (
+            lambda: export(out, tmp_path / "out"),
+            lambda: train(Run.of(table(**MOE)), resume=True),
+        ):
+            with pytest.raises(UpcycleError, match=rf"{name}.*delete that folder"):
+                work()
+        (checkpoint / name).write_bytes(whole)
+    assert export(out, tmp_path / "out").step == 2
+
+
+def test_export_tells_of_the_source_that_was_trained(table: Table, source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(source, mine)
+    out = begun(table, source=str(mine), **MOE)
+    other = tiny.make_dense(tmp_path / "other", "llama", seed=5, vocab_size=300, max_position_embeddings=64)
+    shutil.copyfile(other / "model.safetensors", mine / "model.safetensors")
+    with pytest.raises(UpcycleError, match=r"model\.safetensors in .*mine changed since .*run was trained"):
+        export(out, tmp_path / "out")
+    shutil.copyfile(source / "model.safetensors", mine / "model.safetensors")
+    export(out, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    assert told["source"]["sha256"] == json.loads((out / "run.json").read_text())[loop.SOURCES]["source"]
+    assert told["training"][0]["source_hashed"] == "at the start"
+
+
+# --- export
+
+
+def test_export_deletes_no_folder_of_another(table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial" / "notes").write_text("keep")
+    with pytest.raises(UpcycleError, match=r"x\.partial is in the way"):
+        export(out, tmp_path / "x")
+    assert content(tmp_path / "x.partial") == {"notes": b"keep"}
+
+
+def test_export_writes_what_the_umask_says(table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    before = os.umask(0o027)
+    try:
+        export(out, tmp_path / "out", with_optimizer=True)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert modes - {0o644, 0o664} == {0o640}  # carried files have the mode of the copy
+
+
+def test_export_on_a_full_disk(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = begun(table)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting.selection, "write", full)
+    monkeypatch.setattr(exporting, "carry", full)
+    with pytest.raises(UpcycleError, match=r"out\.partial could not be written: No space left on device"):
+        export(out, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_card_says_how_to_load(table: Table, tmp_path: Path) -> None:
+    begun(table, **MOE)
+    export(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Load" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "nats per token" in card
+
+
+# --- Ctrl-C
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Ctrl-C as a terminal has it, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+
+
+def test_ctrl_c_while_a_checkpoint_is_saved_is_heeded(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = saving.save
+
+    def slow(*args: Any) -> str | None:
+        if args[3]["step"] == 1:
+            interrupt()
+        return real(*args)
+
+    monkeypatch.setattr(saving, "save", slow)
+    with pytest.raises(KeyboardInterrupt):
+        train(Run.of(table()))
+    out = tmp_path / "run"
+    assert [step for step, _ in saving.found(out)] == [1]  # it is whole
+    assert train(Run.of(table()), resume=True).finished
+    assert not list((out / "checkpoints").glob("*.partial"))
+
+
+def test_a_second_ctrl_c_does_not_wait(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = saving.dcp.FileSystemWriter
+
+    class Impatient(real):  # type: ignore[misc,valid-type]
+        def write_data(self, *args: Any) -> Any:
+            interrupt()
+            interrupt()
+            return super().write_data(*args)
+
+    monkeypatch.setattr(saving.dcp, "FileSystemWriter", Impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train(Run.of(table()))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_held_signals() -> None:
+    done = []
+
+    def work() -> None:
+        with held():
+            interrupt()
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- longer
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in read(out)]
+
+
+def test_a_finished_run_is_extended(table: Table, tmp_path: Path) -> None:
+    whole = begun(table, out=str(tmp_path / "whole"), train={"steps": 4})
+    out = begun(table)
+    result = train(Run.of(table(train={"steps": 4})), resume=True)
+    assert (result.finished, result.steps) == (True, 4)
+    assert losses(out) == losses(whole)
+    assert json.loads((out / "run.json").read_text())["run"]["train"]["steps"] == 4
+    with pytest.raises(UpcycleError, match="is of step 4, and the run file ends it at 3"):
+        train(Run.of(table(train={"steps": 3})), resume=True)
+    with pytest.raises(UpcycleError, match=r"another run: it differs in train\.weight_decay"):
+        train(Run.of(table(train={"steps": 8, "weight_decay": 0.3})), resume=True)
+
+
+@pytest.mark.parametrize("schedule", [{"name": "cosine"}, {"name": "warmup_stable_decay", "decay": 2}])
+def test_a_schedule_that_has_come_down_is_not_extended(schedule: Any, table: Table, tmp_path: Path) -> None:
+    out = begun(table, schedule=schedule)
+    longer = table(schedule=schedule, train={"steps": 4})
+    with pytest.raises(UpcycleError, match=r"cannot go on to 4 steps instead of 2.*before its decay"):
+        train(Run.of(longer), resume=True)
+    if schedule["name"] != "cosine":
+        (out / "checkpoints" / "step-2").rename(tmp_path / "decayed")
+        assert train(Run.of(longer), resume=True).steps == 4
+
+
+# --- seeds, warnings, bad settings
+
+
+@pytest.mark.parametrize("seed", [20240131123456, -(1 << 63), (1 << 63) - 1, (1 << 64) - 1, -1])
+def test_any_seed_trains(seed: int, table: Table) -> None:
+    assert train(Run.of(table(seed=seed, train={"steps": 1}, **MOE, router={"jitter": 0.1}))).finished
+
+
+def test_train_says_what_plan_says(table: Table, tmp_path: Path, capsys: Any) -> None:
+    begun(table, **MOE, schedule={"warmup": 2})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the run ends after 2 steps, inside its warm-up of 2" in said
+    begun(table, out=str(tmp_path / "b"), schedule={"name": "warmup_stable_decay", "warmup": 1, "decay": 2})
+    assert "comes down before it has reached schedule.peak" in " ".join(capsys.readouterr().err.split())
+    warned = plan(table()["source"], Recipe.of(MOE)).warnings
+    assert warned
+    assert all(sentence in said for sentence in warned)
+
+
+def test_rows_beyond_the_context_are_refused(table: Table, tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"sequence_length = 65 and the model has 64 positions"):
+        train(Run.of(table(train={"sequence_length": 65, "batch_tokens": 130})))
+
+
+BAD = {
+    "task": ({"task": {"name": 5}}, r"task\.name = 5; allowed: causal_lm"),
+    "peak": ({"log": {"peak_flops": 0}}, r"log\.peak_flops = 0\.0; it must be a number above 0"),
+    "out": ({"out": "a\0b"}, r"out = 'a\\x00b' has a NUL character"),
+    "cache": ({"data": {"cache": "a\0b"}}, r"data\.cache = 'a\\x00b' has a NUL character"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings(name: str, table: Table) -> None:
+    changes, message = BAD[name]
+    with pytest.raises(UpcycleError, match=message):
+        Run.of(table(**changes))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE = 'x' in the environment is no number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 and there is no RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK = '-1'"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make(
+    given: dict[str, str], message: str, table: Table, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UpcycleError, match=message):
+        train(Run.of(table()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_ends_with_130(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "run.toml").write_text(f"source = {json.dumps(table()['source'])}\n")
+    monkeypatch.setattr(Run, "load", stopped)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(tmp_path / "run.toml")])
+    assert ended.value.code == 130
+
+
+# --- a batch that does not fit
+
+
+def test_a_batch_that_does_not_fit_is_cut(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = begun(table, out=str(tmp_path / "whole"), **MOE)
+    assert json.loads((whole / "run.json").read_text())["run"]["train"].get("micro_batch") is None
+    free = 16 * json.loads((whole / "run.json").read_text())["parameters"] + 1_500_000
+    monkeypatch.setattr(micro_batch.memory, "available", lambda: free)
+    cut = begun(table, **MOE, train={"steps": 1})
+    assert json.loads((cut / "run.json").read_text())["run"]["train"]["micro_batch"] in (1, 2)
+    monkeypatch.undo()  # on a machine with more memory it goes on as it began
+    train(Run.of(table(**MOE)), resume=True)
+    state = saving.read_state(cut / "checkpoints" / "step-2")
+    assert state[micro_batch.KEY] in (1, 2)
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "most", "wanted"), [(8, 100, None), (8, 3, 2), (7, 3, 1), (6, 3, 3)])
+def test_the_parts_are_equal(
+    rows: int, most: int, wanted: int | None, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE))
+    start_ = start.start_of(run)
+    monkeypatch.setattr(micro_batch, "_rows_that_fit", lambda *_: most)
+    here = loop.Ranks(device=torch.device("cpu"))
+    found = micro_batch.chosen(run, start_, {"layers": 16}, here, {})
+    assert found.train.micro_batch == wanted
+    pooled = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE, router={"balance_loss": "pooled"}))
+    assert micro_batch.chosen(pooled, start_, {"layers": 16}, here, {}).train.micro_batch is None
+    assert micro_batch.chosen(run, start_, {"layers": 16}, here, {"step": 3}).train.micro_batch is None
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_from_scratch_needs_no_weights(moe: bool, table: Table, source: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    changes = MOE if moe else {}
+    with pytest.raises(UpcycleError, match=r"has neither model\.safetensors nor"):
+        train(Run.of(table(source=str(bare), **changes)))
+    made = begun(table, source=str(bare), from_scratch=True, **changes)
+    whole = begun(table, out=str(tmp_path / "whole"), from_scratch=True, **changes)
+    assert losses(made) == losses(whole)
+    export(made, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    assert [*told["source"]["sha256"]] == ["config.json"]
+
+
+# --- a full disk
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "tokens"])
+def test_a_full_disk_names_the_file(
+    file: str, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Nothing of it is left half-written, and the run begins where there is room."""
+    monkeypatch.setattr(Run, "load", lambda *_: Run.of(table()))
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if file in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", "run.toml"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "upcycle: error: " in said
+    assert f"{tmp_path}/run/{file}" in said
+    assert "No space left on device" in said
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    assert train(Run.of(table()), resume=True).finished
+
+
+@pytest.mark.parametrize("damaged", ["{}", "[]", '{"step": "x"}', "5"])
+def test_damaged_moments_are_said(damaged: str, table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    export(out, tmp_path / "dense", with_optimizer=True)
+    (tmp_path / "dense" / "optimizer" / "state.json").write_text(damaged)
+    changes = {"source": str(tmp_path / "dense"), "optimizer": {"carry_state": True}, **MOE}
+    with pytest.raises(UpcycleError, match=r"state\.json"):
+        train(Run.of(table(out=str(tmp_path / "moe"), **changes)))
+
+
+# --- the whole command, interrupted
+
+
+def test_ctrl_c_at_any_moment(table: Table, tmp_path: Path) -> None:
+    """Each ends with 130 and a sentence, and a run that was interrupted five times has the losses of one that
+    was not."""
+    steps = {"train": {"steps": 60}, "checkpoint": {"keep": 2}}
+    calm = losses(begun(table, out=str(tmp_path / "calm"), **steps))
+    (tmp_path / "run.toml").write_text(toml(table(**steps)))
+    server, drawn, codes = forked.Server(), random.Random(0), []
+    try:
+        for goal in (3, 12, 20, 31, 45):
+            said = tmp_path / "said"
+            process = server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)
+            assert server.wait(process, lambda goal=goal: len(read(tmp_path / "run")) >= goal) is None
+            time.sleep(drawn.random() * 0.05)
+            os.kill(process, signal.SIGINT)
+            codes.append(server.wait(process))
+            assert "interrupted" in said.read_text()
+            assert "Make room" not in said.read_text()
+            assert "Traceback" not in said.read_text()
+        assert server.wait(server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)) == 0
+    finally:
+        server.close()
+    assert codes == [130] * 5
+    assert losses(tmp_path / "run") == calm
+    assert not list((tmp_path / "run").rglob("*.partial"))
