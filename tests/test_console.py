@@ -22,6 +22,14 @@ from upcycle.errors import UpcycleError, printable
 EVIL = "a\n\x1b[31mb\x1b]0;title\x07 :bug: [red]c[/red] ‮\u200bé"
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """A shell starts what runs in the background with SIGINT ignored, and Python leaves it at that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def upcycle(*args: object, shell: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own, or a line of a shell in which $UPCYCLE is it."""
     line = [sys.executable, "-m", "upcycle", *map(str, args)]

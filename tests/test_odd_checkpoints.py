@@ -15,6 +15,7 @@ from test_report import spoil
 from tiny import make, make_dense
 from upcycle import Recipe, UpcycleError, cli, convert
 from upcycle.anatomy import inspect
+from upcycle.subject import Subject
 
 MOE = {"num_experts": 4, "top_k": 2}
 
@@ -107,3 +108,19 @@ def test_advise_on_a_config_with_odd_numbers(key, value, tmp_path, capsys):
     except SystemExit as ended:
         code = ended.code
     assert code in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "ask", "said"),
+    [
+        ({"architectures": 5}, "architecture", "architectures = 5; it must be a list"),
+        ({"architectures": [None]}, "architecture", "must be a list with the name of a class"),
+        ({"model_type": "mixtral"}, "length", "max_position_embeddings = None; it must be a whole number"),
+        ({"model_type": "mixtral", "max_position_embeddings": "x"}, "length", "it must be a whole number"),
+        ({"model_type": "mixtral", "vocab_size": 2.5}, "vocab_size", "vocab_size = 2.5; it must be"),
+        ({"id2label": 7}, "num_labels", "id2label = 7; it must be a table of names"),
+    ],
+)
+def test_what_a_task_asks_of_an_odd_config(config, ask, said, tmp_path):
+    with pytest.raises(UpcycleError, match=said):
+        getattr(Subject(folder=tmp_path, config=config), ask)

@@ -132,7 +132,7 @@ def _sentence(cls: type[Any], name: str) -> str:
     """What is said beside the field, by the nearest class that says something."""
     for owner in cls.__mro__:
         if name in inspect.get_annotations(owner) and (said := _comments(owner).get(name)):
-            return said.replace("None:", "none:")
+            return said.replace("None", "none")
     return ""
 
 

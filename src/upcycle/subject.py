@@ -37,7 +37,9 @@ class Subject:
         named = self.config.get("architectures")
         if not named:
             raise UpcycleError(f"{self.folder}/config.json names no architecture")
-        return str(named[0]).removeprefix(upcycled_config.CLASS_PREFIX)
+        if not isinstance(named, list) or not isinstance(named[0], str):
+            raise self._odd("architectures", "a list with the name of a class")
+        return named[0].removeprefix(upcycled_config.CLASS_PREFIX)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -57,7 +59,7 @@ class Subject:
         """Tokens of a row: those of an image, or as many as there are positions."""
         model_type = upcycled_config.dense_type(self.config) or str(self.config.get("model_type"))
         if model_type not in families.names():  # a native MoE class
-            return int(self.config["max_position_embeddings"])
+            return self._count("max_position_embeddings", self.config)
         return families.find(model_type).length(dict(self.settings))
 
     @property
@@ -69,7 +71,7 @@ class Subject:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
-        return int(self.settings["vocab_size"])
+        return self._count("vocab_size", self.settings)
 
     @cached_property
     def _preprocessor(self) -> Mapping[str, Any]:
@@ -79,13 +81,30 @@ class Subject:
     def image_statistics(self, name: str) -> tuple[float, ...]:
         """`image_mean` or `image_std` of preprocessor_config.json; none where it does not say."""
         found = self._preprocessor.get(name)
-        return tuple(map(float, found)) if isinstance(found, list) else ()
+        if not isinstance(found, list):
+            return ()
+        if not all(type(value) in (int, float) for value in found):
+            raise UpcycleError(f"{self.folder}/preprocessor_config.json: {name} must be a list of numbers")
+        return tuple(map(float, found))
 
     @property
     def num_labels(self) -> int:
         """Classes of the head."""
         labels = self.config.get("id2label")
+        if labels is not None and not isinstance(labels, (list, Mapping)):
+            raise self._odd("id2label", "a table of names")
         return len(labels) if labels else 2
+
+    def _count(self, key: str, config: Mapping[str, Any]) -> int:
+        found = config.get(key)
+        if type(found) is not int or found < 1:
+            raise self._odd(key, "a whole number of 1 or more")
+        return found
+
+    def _odd(self, key: str, allowed: str) -> UpcycleError:
+        return UpcycleError(
+            f"{self.folder}/config.json: {key} = {self.config.get(key)!r}; it must be {allowed}"
+        )
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class ExpertChoice(Router):
     capacity_factor: float = 2.0
     # of the places of an expert, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
-    noise: float | None = None  # None, as 0: none
+    noise: float | None = None  # on logits in training, divided by the number of experts; None, 0: no noise
 
     def __post_init__(self) -> None:
         super().__post_init__()
