@@ -201,7 +201,7 @@ def see_new_files() -> None:
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda g: g.name)
 def test_what_a_guide_says_is_what_happens(guide, room, capfd):
-    others = []
+    stale = []
     for block in blocks(guide):
         if block.reason:
             continue
@@ -218,12 +218,12 @@ def test_what_a_guide_says_is_what_happens(guide, room, capfd):
                 print_for_a_reader(command, printed)
                 assert code == 0, f"$ {command}\n{printed}{said}"
                 if not matches(wanted, printed):
-                    others.append(f"$ {command}\nsays\n{printed}\nand not\n" + "\n".join(wanted))
+                    stale.append(f"$ {command}\nsays\n{printed}\nand not\n" + "\n".join(wanted))
         elif block.kind == "python":
             exec(compile(block.body, f"{guide.name}: {block.body.splitlines()[0]}", "exec"), {})
         elif block.kind == "toml":
             tomllib.loads(block.body)
-    assert not others, "\n\n".join(others)
+    assert not stale, "\n\n".join(stale)
 
 
 def print_for_a_reader(command: str, printed: str) -> None:
