@@ -88,6 +88,7 @@ def _become(arguments: list[str], said: str) -> None:
         os.dup2(handle, stream)
     os.close(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     code: Any = 1
     try:
         cli.main(arguments)

@@ -132,3 +132,13 @@ def test_out_as_a_link_that_leads_nowhere(target, dense, tmp_path):
     with pytest.raises(UpcycleError, match=r"nothing is|leads nowhere"):
         convert(dense("llama"), tmp_path / "out", Recipe.of())
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_with_links_in_it_is_not_written_through(dense, tmp_path):
+    (tmp_path / "theirs").write_text("keep")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal.jsonl").touch()
+    (tmp_path / "out.partial" / "README.md").symlink_to(tmp_path / "theirs")
+    with pytest.raises(UpcycleError, match="it was not left by upcycle"):
+        convert(dense("llama"), tmp_path / "out", Recipe.of(), resume=True)
+    assert (tmp_path / "theirs").read_text() == "keep"

@@ -107,6 +107,7 @@ def test_a_console_that_cannot_print_a_character(encoding, dense, tmp_path, monk
         (MemoryError(), 2, "the memory does not reach"),
         (OSError(errno.ENOSPC, "No space left", "x.bin"), 2, "error: x.bin: No space left; make room"),
         (OSError(errno.EXDEV, "Invalid link", "a", None, "b"), 2, "error: a to b: Invalid link"),
+        (ValueError("embedded null byte"), 2, "a path holds a NUL character"),
         (ValueError("odd"), 3, "internal error: ValueError: odd"),
         (ZeroDivisionError(), 3, "UPCYCLE_TRACEBACK=1"),
     ],
@@ -217,3 +218,50 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
 def test_json_of_odd_texts_is_json(capsys):
     console.show_json({"a": EVIL + "\udcff"})
     assert json.loads(capsys.readouterr().out)["a"].startswith("a\n")
+
+
+@pytest.mark.parametrize("command", ["plan", "convert", "verify", "inspect", "calibrate", "eval", "train"])
+def test_ctrl_c_in_the_middle_of_a_command(command, trainable, tmp_path, capsys):
+    """At any moment: 130 and one sentence, or the command was done before."""
+    source, text = trainable
+    source = shutil.copytree(source, tmp_path / "source")
+    cli.main(["convert", str(source), str(tmp_path / "moe"), "--experts", "2"])
+    (tmp_path / "run.toml").write_text(
+        f'source = "{source}"\nout = "OUT"\ntrain = {{steps = 3, batch_tokens = 256, sequence_length = 64}}\n'
+        f'schedule.peak = 1e-3\ndata.sources = [{{path = "{text}"}}]\nmoe.num_experts = 2\n'
+    )
+    seen = set()
+    # Once to its end: libraries must not be stopped while they are imported, and imported again.
+    for number, moment in enumerate((60, 0.002, 0.02, 0.1, 0.2, 0.4, 0.8)):
+        out = tmp_path / f"out-{number}"
+        arguments = {
+            "plan": [source],
+            "convert": [source, out, "--experts", "4"],
+            "verify": [source, tmp_path / "moe"],
+            "inspect": [tmp_path / "moe"],
+            "calibrate": [source, "--text", text, "--limit", 64, "--out", out.with_suffix(".safetensors")],
+            "eval": [source, "--text", text, "--limit", 8],
+            "train": [tmp_path / "run.toml", "--set", f"out={out}"],
+        }[command]
+        seen.add(_stopped(moment, command, *arguments))
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        assert "internal error" not in err
+    assert seen <= {0, 130}
+    assert 130 in seen
+
+
+def _stopped(moment: float, *command: object) -> int | str | None:
+    """The exit code of a command that Ctrl-C stops after so many seconds."""
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, moment)
+        cli.main([str(word) for word in command])
+    except SystemExit as exit_:
+        return exit_.code
+    except KeyboardInterrupt:  # it came when the command was done
+        return 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return 0

@@ -2,12 +2,15 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -253,3 +256,35 @@ def test_no_code_of_a_folder_is_run(llama, mixtral, tmp_path, monkeypatch, capsy
         upcycle.open(folder)
     assert answered(["eval", str(folder), *text]) == 2
     assert not ran.exists()
+
+
+# Images
+
+
+def test_verify_compares_on_images_and_calls_them_so(llama, mixtral, tmp_path, capsys):
+    """Random ones, and those of a folder as eval takes them."""
+    source = make(tmp_path / "vit", "ViTForImageClassification")
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 4, "top_k": 4, "target": "upcycled"}))
+    random = np.random.default_rng(0)
+    for label in range(3):
+        (tmp_path / "set" / str(label)).mkdir(parents=True)
+        for i in range(7):
+            image = Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8))
+            image.save(tmp_path / "set" / str(label) / f"{i}.png")
+    images = tmp_path / "set"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["verify", str(source), str(tmp_path / "moe"), "--images", str(images)])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert re.search(r"logits, random: .* on \d+ images", shown)
+    assert re.search(r"logits, images: .* on 16 images", shown)
+    found = upcycle.verify(source, tmp_path / "moe", images=images)
+    assert found.logits["images"].images == 16
+    assert found.logits["images"].scale > 0
+    assert found.logits["images"].relative < 1e-5
+    text = upcycle.verify(llama, mixtral)
+    assert text.logits["random"].images is None
+    with pytest.raises(UpcycleError, match="--images is for models that read images, and llama does not"):
+        upcycle.verify(llama, mixtral, images=images)
+    with pytest.raises(UpcycleError):
+        upcycle.verify(source, tmp_path / "moe", images=tmp_path / "nowhere")

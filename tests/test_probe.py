@@ -264,3 +264,10 @@ def test_what_nothing_can_be_fitted_to() -> None:
         with pytest.raises(UpcycleError, match="NaN or inf"):
             made.predict(broken)
     assert probe.BIAS == 100.0
+
+
+def test_a_label_of_an_enormous_class_is_a_sentence():
+    labels = np.array([0, 1, 1 << 40])
+    for call in (lambda: shots(labels, 1, 0), lambda: shots(labels, 1, 0, num_classes=(1 << 40) + 1)):
+        with pytest.raises(UpcycleError, match="1,099,511,627,777 classes, and 1,048,576 are allowed"):
+            call()

@@ -353,6 +353,29 @@ def test_noise_is_there_in_training_alone():
     assert not torch.equal(noisy(hidden), quiet(hidden))
 
 
+def test_noise_of_expert_choice_is_vmoes():
+    """N(0, (noise / E)^2) on every logit, in training alone; choices and weights are those of the noisy
+    scores. Off, nothing is in the table of a router that was not there before."""
+    quiet, noisy = (layer({"name": "expert_choice", **more}) for more in ({}, {"noise": 1.0}))
+    hidden = tokens(20, 50)
+    assert torch.equal(noisy(hidden), quiet(hidden))
+    noisy.train()
+    torch.manual_seed(0)
+    routing, clean = noisy.router(hidden, None), quiet.router(hidden, None)
+    noise = (routing.logits - clean.logits).detach()
+    assert float(noise.std()) == pytest.approx(1 / E, rel=0.05)
+    assert abs(float(noise.mean())) < 0.02
+    scores = routing.logits.view(20, 50, E).softmax(-1).transpose(1, 2)  # [G, E, N]
+    taken = scores.topk(25, dim=-1).indices  # capacity_factor 2: 2 x 50 / 4
+    wanted = torch.zeros(20, E, 50).scatter(2, taken, 1.0).transpose(1, 2).reshape(-1, E)
+    found = torch.zeros(1000, E)
+    found[routing.dispatch.tokens, routing.dispatch.experts] = 1.0
+    assert torch.equal(found, wanted)
+    assert not torch.equal(noisy(hidden), quiet(hidden))
+    assert "noise" not in routers.read({"name": "expert_choice"}).as_table()
+    assert routers.read({"name": "expert_choice", "noise": 0.5}).as_table()["noise"] == 0.5
+
+
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["no padding", "padding"])
 def test_importance_and_load_losses(padding):
     """V-MoE's formulas, group by group: squared coefficients of variation, summed over groups."""
@@ -506,6 +529,7 @@ def test_a_causal_layer_does_not_look_ahead(name):
         ({"name": "top_k", "std": -1.0}, "std = -1.0"),
         ({"name": "top_k", "rounding": "up"}, "allowed: vmoe, flaxformer, exact"),
         ({"name": "expert_choice", "noise_std": 1.0}, "unknown key router .expert_choice..noise_std"),
+        ({"name": "expert_choice", "noise": -1.0}, "router.noise = -1.0; it must be a number of 0 or more"),
         ({"name": "experts_choose"}, "expert_choice"),
     ],
 )

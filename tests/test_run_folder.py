@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import forked
 import tiny
+from test_training import toml
 from upcycle import Recipe, UpcycleError, cli, lock, plan
 from upcycle.signals import held
 from upcycle.training import export as exporting
@@ -284,6 +287,14 @@ def test_the_card_says_how_to_load(table: Table, tmp_path: Path) -> None:
 # --- Ctrl-C
 
 
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Ctrl-C as a terminal has it, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.01)
@@ -523,3 +534,32 @@ def test_damaged_moments_are_said(damaged: str, table: Table, tmp_path: Path) ->
     changes = {"source": str(tmp_path / "dense"), "optimizer": {"carry_state": True}, **MOE}
     with pytest.raises(UpcycleError, match=r"state\.json"):
         train(Run.of(table(out=str(tmp_path / "moe"), **changes)))
+
+
+# --- the whole command, interrupted
+
+
+def test_ctrl_c_at_any_moment(table: Table, tmp_path: Path) -> None:
+    """Each ends with 130 and a sentence, and a run that was interrupted five times has the losses of one that
+    was not."""
+    steps = {"train": {"steps": 60}, "checkpoint": {"keep": 2}}
+    calm = losses(begun(table, out=str(tmp_path / "calm"), **steps))
+    (tmp_path / "run.toml").write_text(toml(table(**steps)))
+    server, drawn, codes = forked.Server(), random.Random(0), []
+    try:
+        for goal in (3, 12, 20, 31, 45):
+            said = tmp_path / "said"
+            process = server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)
+            assert server.wait(process, lambda goal=goal: len(read(tmp_path / "run")) >= goal) is None
+            time.sleep(drawn.random() * 0.05)
+            os.kill(process, signal.SIGINT)
+            codes.append(server.wait(process))
+            assert "interrupted" in said.read_text()
+            assert "Make room" not in said.read_text()
+            assert "Traceback" not in said.read_text()
+        assert server.wait(server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)) == 0
+    finally:
+        server.close()
+    assert codes == [130] * 5
+    assert losses(tmp_path / "run") == calm
+    assert not list((tmp_path / "run").rglob("*.partial"))

@@ -331,4 +331,4 @@ def test_a_crash_is_not_taken_for_a_promise_that_does_not_hold(converted, monkey
     with pytest.raises(SystemExit) as exit_:
         cli.main(["verify", str(converted[0]), str(converted[1])])
     assert exit_.value.code == 3
-    assert "this is a fault of upcycle" in capsys.readouterr().err
+    assert "This is a fault of upcycle" in capsys.readouterr().err

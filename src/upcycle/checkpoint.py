@@ -184,7 +184,7 @@ class Checkpoint:
         if not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "does not exist"
             raise UpcycleError(f"{folder} {what}; give a checkpoint folder or a hub id (owner/name)")
-        other = mistaken.folder(folder)
+        other = None if (folder / WEIGHTS).exists() or (folder / INDEX).exists() else mistaken.folder(folder)
         no_config = f"{folder} {other}" if other else f"{folder} has no config.json; it is not a checkpoint"
         config = read_json(folder / "config.json", no_config)
         stamps = {file: stamp(file) for file in folder.iterdir() if file.is_file()}

@@ -74,15 +74,23 @@ def partial_of(out: Path) -> Path:
 
 
 def is_ours(folder: Path, marker: str = MARKER) -> bool:
-    """Whether a folder was begun by this program, or has nothing in it that could be lost."""
+    """Whether a folder was begun by this program, or has nothing in it that could be lost.
+
+    A link is none, nor is a folder with links in it, which would be written through.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return (folder / marker).is_file() or not any(folder.iterdir())
+    try:
+        there = list(folder.iterdir())
+    except FileNotFoundError:  # whoever wrote it has just given it its name
+        return True
+    return not any(path.is_symlink() for path in there) and ((folder / marker).is_file() or not there)
 
 
 def refuse_foreign(folder: Path, marker: str = MARKER) -> None:
     """Refuse a folder to work in that is there and was not begun by this program."""
-    if os.path.lexists(folder) and not is_ours(folder, marker):
+    # Asked again: whoever wrote it may just have given it its name.
+    if os.path.lexists(folder) and not is_ours(folder, marker) and os.path.lexists(folder):
         raise UpcycleError(f"{folder} is in the way, and it was not left by upcycle; choose another OUT")
 
 

@@ -4,38 +4,53 @@ import resource
 import sys
 from pathlib import Path
 
-_GROUPS = Path("/sys/fs/cgroup")
-_FILES = (  # limit, use, statistics, and their key of file cache: of version 2, and of version 1
-    ("memory.max", "memory.current", "memory.stat", "file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_cache"),
-)
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_SECOND = ("memory.max", "memory.current", "file", "shmem")  # of version 2 of control groups
+_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")  # of version 1
 
 
 def available() -> int | None:
-    """Bytes that can be had without swapping, of the machine and of the container; None where the system does
-    not say."""
-    return min((n for n in (_of_machine(), _of_container()) if n is not None), default=None)
-
-
-def _of_container() -> int | None:
-    """What the limit on this process's group leaves; None where there is none. File cache gives way."""
-    for folder in (_GROUPS, _GROUPS / "memory"):
-        for limit, used, statistics, cache in _FILES:
-            try:
-                most, now = (int((folder / name).read_text()) for name in (limit, used))
-                lines = (line.split() for line in (folder / statistics).read_text().splitlines())
-                return max(0, most - now + next(int(n) for key, n in lines if key == cache))
-            except (OSError, ValueError, StopIteration):
-                continue
-    return None
+    """Bytes that can be had without swapping, of the machine and of the control groups that this process is
+    in, as a container has them; None where the system does not say."""
+    return min((n for n in (_of_machine(), _of_groups()) if n is not None), default=None)
 
 
 def _of_machine() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (_PROC / "meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
+    except (OSError, StopIteration, ValueError, IndexError):
         return None
+
+
+def _of_groups() -> int | None:
+    """What the limits of the groups of this process, and of all above them, leave; None without a limit."""
+    try:
+        lines = [line.split(":", 2) for line in (_PROC / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        lines = []
+    second = next((path for _, controllers, path in lines if not controllers), "/")
+    first = next((path for _, controllers, path in lines if "memory" in controllers.split(",")), "/")
+    folders = [(folder, _SECOND) for folder in _upwards(_GROUPS, second)]
+    folders += [(folder, _FIRST) for folder in _upwards(_GROUPS / "memory", first)]
+    return min((n for folder, files in folders if (n := _left(folder, *files)) is not None), default=None)
+
+
+def _upwards(root: Path, path: str) -> list[Path]:
+    """The folders from `path` in `root` up to it. In a container the root is the group, without `path`."""
+    own = root / path.lstrip("/")
+    return [folder for folder in (own, *own.parents) if folder == root or root in folder.parents]
+
+
+def _left(folder: Path, limit: str, used: str, cache: str, shared: str) -> int | None:
+    """Bytes under the limit of one group; cached files give way, and memory that is shared does not."""
+    try:
+        most, now = (int((folder / name).read_text()) for name in (limit, used))
+        lines = (folder / "memory.stat").read_text().splitlines()
+        stat = {name: int(value) for name, value in (line.split() for line in lines)}
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return None
+    return max(0, most - now + stat.get(cache, 0) - stat.get(shared, 0))
 
 
 def peak() -> int:

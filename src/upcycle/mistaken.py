@@ -16,8 +16,8 @@ _KINDS = {
     ".metadata": _DCP,
     "*.distcp": _DCP,
     "*.gguf": "holds a GGUF file, which is for llama.cpp; give the safetensors checkpoint that it came from",
-    "consolidated*.safetensors": "holds consolidated.safetensors, the names of its maker's own code; give "
-    "the same model in Hugging Face form",
+    "consolidated*.safetensors": "holds consolidated.safetensors, the names of its maker's code; give the "
+    "same model in Hugging Face form",
     "*.safetensors": "holds files of weights and no model.safetensors or model.safetensors.index.json; "
     "download the index, too, or give the one file that name",
 }

@@ -26,12 +26,13 @@ from upcycle.evaluate import results, routing_file
 from upcycle.families import Config
 from upcycle.hub import CARRIED, carriable, open_checkpoint
 from upcycle.recipe import Recipe
-from upcycle.source import refuse_two_heads
+from upcycle.source import Dense, refuse_two_heads
 
 if TYPE_CHECKING:
     import torch
 
 TOLERANCE = 1e-5  # of the logit scale, in float32
+IMAGES = 16  # of a set
 TOKENS = 256  # of a text, and of random input
 
 
@@ -51,6 +52,7 @@ class Difference:
     max_difference: float
     scale: float
     tokens: int
+    images: int | None = None  # where the input is images
     source_difference: float | None = None  # to the source as it is stored, where the MoE is rounded
 
     @property
@@ -87,21 +89,28 @@ class Proof:
 
 
 def verify(
-    source: str | Path, out: str | Path, *, text: str | Path | None = None, logits: bool = True
+    source: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path | None = None,
+    images: str | Path | None = None,
+    logits: bool = True,
 ) -> Proof:
     """Check the folder `out` against the dense checkpoint `source` and the recipe that `out` records.
 
-    `text` names a file to compare logits on besides random tokens. Raises `UpcycleError` where there is
+    `text` names a file to compare logits on besides random tokens, `images` a folder or a parquet file to
+    compare them on besides random pixels. Raises `UpcycleError` where there is
     nothing to check; what does not hold is in the result.
     """
     out = Path(out)
+    shown = Shown(text=None if text is None else Path(text), images=None if images is None else Path(images))
     with open_checkpoint(source, allow_nonfinite=True) as dense:
         try:
             moe = Checkpoint.open(out, allow_nonfinite=True)
         except TwoSetsError as error:
             return _unfit(str(error))
         with moe:
-            return _verify(dense, moe, out, text, logits)
+            return _verify(dense, moe, out, shown if logits else None)
 
 
 def _unfit(why: str) -> Proof:
@@ -110,7 +119,7 @@ def _unfit(why: str) -> Proof:
     return Proof(coverage=False, bit_identical=False, preserves_function=False, logits={}, checks=[check])
 
 
-def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, text: str | Path | None, logits: bool) -> Proof:
+def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, shown: Shown | None) -> Proof:
     record = provenance.read(out)
     if record.get("training"):
         steps = record["training"][-1]["step"]
@@ -126,8 +135,8 @@ def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, text: str | Path | No
     same = _bytes(built, moe) if coverage[1].holds else _skipped("bytes", "the names differ already")
     checks += [same, _hashes(built, record), _files(built, moe, record)]
     found: dict[str, Difference] = {}
-    if logits and settings.holds and coverage[1].holds and coverage[2].holds:
-        found = compare_logits(built, out, text)
+    if shown is not None and settings.holds and coverage[1].holds and coverage[2].holds:
+        found = compare_logits(built, out, shown)
         checks += [_logits(built, name, difference) for name, difference in found.items()]
     for donor in built.donors:
         donor.checkpoint.close()
@@ -330,10 +339,14 @@ def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
     )
 
 
+def _count_of(difference: Difference) -> str:
+    return f"{difference.tokens} tokens" if difference.images is None else f"{difference.images} images"
+
+
 def _logits(built: Blueprint, name: str, difference: Difference) -> Check:
     said = (
         f"largest difference {difference.max_difference:.2g} of a scale of {difference.scale:.3g} "
-        f"({difference.relative:.1g}) on {difference.tokens} tokens"
+        f"({difference.relative:.1g}) on {_count_of(difference)}"
     )
     if not difference.scale:
         said += "; the dense model gives zeros alone, which tells little"
@@ -347,8 +360,16 @@ def _logits(built: Blueprint, name: str, difference: Difference) -> Check:
     return Check(name=f"logits, {name}", holds=difference.relative <= TOLERANCE, detail=said)
 
 
-def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) -> dict[str, Difference]:
-    """Outputs of the dense model and of the folder `out`, in float32, on random input and on a text.
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What both models are shown besides random input."""
+
+    text: Path | None = None
+    images: Path | None = None
+
+
+def compare_logits(built: Blueprint, out: Path, shown: Shown | None = None) -> dict[str, Difference]:
+    """Outputs of the dense model and of the folder `out`, in float32, on random input and on what is shown.
 
     Outputs are logits, or the last hidden states of a model without a head.
     """
@@ -356,15 +377,18 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
 
     from upcycle.nn import models, opening
 
+    shown = shown or Shown()
     source, dense = built.source.folder, built.dense
     _check_memory(built)
     inputs = {"random": _random(dense.family.inputs(dense.config, TOKENS), dense.config)}
-    if text is not None:
-        ids = _tokens(source, Path(text), dense.family.length(dense.config))
+    if shown.text is not None:
+        ids = _tokens(source, shown.text, dense.family.length(dense.config))
         names = [n for n, (kind, _) in dense.family.inputs(dense.config, TOKENS).items() if kind == "tokens"]
         if not names:
             raise UpcycleError(f"--text is for models that read text, and {dense.family.model_type} does not")
         inputs["text"] = dict.fromkeys(names, ids)
+    if shown.images is not None:
+        inputs["images"] = _pixels(dense, shown.images)
     stored = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
     runs: list[tuple[Path, str, torch.dtype | None]] = [
         (source, dense.architecture, stored),
@@ -389,6 +413,7 @@ def compare_logits(built: Blueprint, out: Path, text: str | Path | None = None) 
             max_difference=float((ours[name] - theirs[name]).abs().max()),
             scale=float(ours[name].abs().max()),
             tokens=theirs[name].shape[:-1].numel(),
+            images=len(theirs[name]) if "pixel_values" in inputs[name] else None,
             source_difference=float((unrounded[0][name] - theirs[name]).abs().max()) if unrounded else None,
         )
         for name in inputs
@@ -413,7 +438,7 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     try:
-        content = text.read_text()[: 64 * TOKENS]
+        content = text.read_text(encoding="utf-8")[: 64 * TOKENS]
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"--text {text} cannot be read as text: {error}") from None
     try:
@@ -425,6 +450,26 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
     if not ids.numel():
         raise UpcycleError(f"--text {text} holds no text")
     return ids
+
+
+def _pixels(dense: Dense, images: Path) -> dict[str, torch.Tensor]:
+    """The first images of a set, as the model sees them in an evaluation."""
+    import torch
+
+    from upcycle import scratch
+    from upcycle.evaluate import rows
+    from upcycle.subject import Subject
+
+    if not any(kind != "tokens" for kind, _ in dense.family.inputs(dense.config, TOKENS).values()):
+        raise UpcycleError(f"--images is for models that read images, and {dense.family.model_type} does not")
+    config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
+    subject = Subject(folder=dense.checkpoint.folder, config=config)
+    with scratch.folder() as cache:
+        found = rows.of_images(images, subject, cache, gradient=False, seed=0)
+        read = found.read(np.arange(min(IMAGES, found.count)))
+        batch = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in read.items()}
+        inputs: dict[str, torch.Tensor] = dict(found.ask(batch).inputs)
+    return inputs
 
 
 def _check_memory(built: Blueprint) -> None:

@@ -139,11 +139,19 @@ def _make_folder(partial: Path) -> bool:
     return True
 
 
+def _on_disk(file: Path) -> int:
+    """Bytes that a file takes; none where another run has just finished with it."""
+    try:
+        return file.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
 def _check_space(partial: Path, shards: Shards) -> None:
     """Refuse before the first byte where the disk cannot hold the output."""
     home = next(p for p in partial.parents if p.exists())
     try:
-        there = sum(f.stat().st_blocks * 512 for f in partial.glob("*")) if partial.exists() else 0
+        there = sum(map(_on_disk, partial.glob("*")))
         free = shutil.disk_usage(home).free + there
     except PermissionError:
         raise UpcycleError(f"{home} cannot be read; check its permissions") from None

@@ -90,6 +90,13 @@ def _(error: BrokenPipeError) -> tuple[int, str]:
 
 
 @_outcome.register
+def _(error: ValueError) -> tuple[int, str]:
+    if "embedded null" in str(error):  # what Python says where a path holds one
+        return MISTAKE, "error: a path holds a NUL character, and no path can; give another one"
+    return _outcome.dispatch(BaseException)(error)
+
+
+@_outcome.register
 def _(error: MemoryError) -> tuple[int, str]:
     return MISTAKE, "error: the memory does not reach; give less at a time, or use a machine that has more"
 

@@ -107,6 +107,7 @@ def verify(
     *,
     json: Flag = False,
     text: File = None,
+    images: File = None,
     no_logits: Flag = False,
 ) -> None:
     """Prove that OUT is what its recipe makes of SOURCE: coverage, bytes, logits. Exit 1 if it is not.
@@ -115,12 +116,13 @@ def verify(
         out: a folder made by `upcycle convert`
         json: print JSON
         text: a text file to compare logits on, besides random tokens
+        images: a folder of images, or a parquet file, to compare logits on, besides random pixels
         no_logits: leave out the comparison of logits, which loads both models in float32
     """
     from upcycle import console
     from upcycle.proof import verify as check
 
-    result = check(source, out, text=text, logits=not no_logits)
+    result = check(source, out, text=text, images=images, logits=not no_logits)
     console.show_json(result.as_dict()) if json else console.show_proof(result)
     sys.exit(0 if result.holds else 1)
 

@@ -16,6 +16,7 @@ from upcycle import rng
 from upcycle.errors import UpcycleError
 
 BIAS = 100.0  # the constant feature, regularised like the others but so large that it hardly matters
+MOST = 1 << 20  # classes
 EPSILON = 1e-5  # added to a standard deviation
 
 Solver = Literal["auto", "primal", "dual"]
@@ -143,6 +144,9 @@ def _labels(labels: np.ndarray, num_classes: int | None) -> np.ndarray:
         raise UpcycleError(
             f"the labels go from {labels.min()} to {labels.max()} and must be {allowed}; renumber the classes"
         )
+    classes = num_classes or (int(labels.max()) + 1 if labels.size else 0)
+    if classes > MOST:
+        raise UpcycleError(f"the labels name {classes:,} classes, and {MOST:,} are allowed; renumber them")
     return labels
 
 

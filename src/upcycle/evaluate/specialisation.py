@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import rng, scratch
+from upcycle import claim, rng, scratch
+from upcycle.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.evaluate import rows as examples
 from upcycle.evaluate.batch_size import BatchSize
@@ -124,6 +125,7 @@ class Specialisation:
     def save(self) -> Path:
         """Write routing.json into the model's folder."""
         path = self.folder / FILE
+        claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
         try:
             write(path, self.as_dict())
         except OSError as error:
@@ -131,6 +133,14 @@ class Specialisation:
                 f"{path} cannot be written ({error.strerror or error}); what was seen is above"
             ) from None
         return path
+
+
+def _is_routing(path: Path) -> bool:
+    try:
+        found = read_json(path, "")
+    except (UpcycleError, OSError):
+        return False
+    return found.get("format") == FORMAT and isinstance(found.get("layers"), list)
 
 
 def specialisation(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from upcycle import whole_file
+from upcycle import claim, whole_file
 from upcycle.console import place_of
 from upcycle.errors import UpcycleError
 from upcycle.evaluate.specialisation import Layer, Specialisation
@@ -36,12 +36,20 @@ def plot(name: str, anatomy: dict[str, Any], seen: Specialisation | None, out: P
         name=Path(name).resolve().name, folder=out, made=None, scores=(), damage=(), anatomy=anatomy,
         routing=None if seen is None else seen.as_dict(),
     )  # fmt: skip
+    pictures = [*_pictures(record, seen)]
+    for picture in pictures:
+        claim.may_replace(out / f"{picture.name}.png", _is_figure, "a figure of ours")
     paths = []
-    for picture in _pictures(record, seen):
+    for picture in pictures:
         path = out / f"{picture.name}.png"
         whole_file.write(path, drawing.png(picture))
         paths.append(path)
     return paths
+
+
+def _is_figure(path: Path) -> bool:
+    with path.open("rb") as file:
+        return drawing.MADE_BY.encode() in file.read(4096)
 
 
 def _pictures(record: CheckpointRecord, seen: Specialisation | None) -> Iterable[Picture]:

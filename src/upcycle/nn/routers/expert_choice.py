@@ -20,7 +20,8 @@ class ExpertChoice(Router):
     """Softmax over experts, then every expert takes its C N / E best tokens of a group of N, rounded as in
     `capacity`; padding is never taken and does not count. `normalize` divides a token's weights by their sum
     (Sparse Upcycling, B.7), so that a token that some expert took keeps the dense function; a token that none
-    took has zero.
+    took has zero. `noise` adds N(0, (noise / E)^2) to the logits in training, for choices and weights alike;
+    1 is what vmoe's configurations have.
     """
 
     summary = "each expert takes its best tokens of a sequence or an image"
@@ -31,11 +32,14 @@ class ExpertChoice(Router):
     capacity_factor: float = 2.0
     # of the places of an expert, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
+    noise: float | None = None  # None, as 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.capacity_factor < float("inf"):
             raise UpcycleError(f"router.capacity_factor = {self.capacity_factor}; it must be above 0")
+        if self.noise is not None and not 0 <= self.noise < float("inf"):
+            raise UpcycleError(f"router.noise = {self.noise}; it must be a number of 0 or more")
 
     def share(self, num_experts: int, top_k: int) -> float:
         return self.capacity_factor / num_experts
@@ -70,6 +74,9 @@ class ExpertChoice(Router):
 
         groups, length, _ = hidden.shape
         logits = torch.nn.functional.linear(hidden, tensors["weight"])
+        if training and self.noise:
+            # From torch's own generator, which a layer that is recomputed finds as it was.
+            logits = logits + self.noise / num_experts * torch.randn_like(logits)
         probabilities = logits.softmax(-1)
         scores = probabilities.transpose(1, 2)  # [G, E, N]
         if padding is not None:
