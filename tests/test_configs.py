@@ -8,10 +8,11 @@ import random
 import pytest
 
 import tiny
-from upcycle import Recipe, UpcycleError, blueprint, families, natives
+from upcycle import Recipe, UpcycleError, blueprint, families
 from upcycle.checkpoint import Checkpoint
 from upcycle.cost import plan_of
 from upcycle.families import _checked
+from upcycle.targets import natives
 
 ENCODERS = {
     "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "dinov2": "Dinov2Model",
@@ -132,6 +133,16 @@ def test_what_is_said(model_type, changes, said, opened):
     with pytest.raises(UpcycleError) as error:
         planned(checkpoint, {**checkpoint.config, **changes})
     assert said in str(error.value)
+
+
+def test_a_pattern_of_layers_in_letters():
+    """EXAONE 4 writes LLLG, beside the kinds of its layers or without them."""
+    config = small_config("exaone4") | {"sliding_window_pattern": "LLLG", "layer_types": None}
+    four = ["sliding_attention"] * 3 + ["full_attention"]
+    assert families.find("exaone4").config(config)["layer_types"] == four
+    assert families.find("exaone4").config(config | {"layer_types": four[::-1]})["layer_types"] == four[::-1]
+    with pytest.raises(UpcycleError, match="L and G for each layer"):
+        families.find("exaone4").config(config | {"sliding_window_pattern": "LX"})
 
 
 def test_every_key_with_a_default_has_a_kind_that_takes_it():

@@ -62,5 +62,14 @@ def test_paths_as_text():
             ToScore(images=wrong)
 
 
+def test_tokens_as_people_say_them():
+    from upcycle.advise.situation import Asked as ToAdvise
+
+    assert ToAdvise(tokens="100B", dense_tokens="15T") == ToAdvise(tokens=10**11, dense_tokens=15 * 10**12)
+    for wrong in ({"tokens": 1e9}, {"tokens": "many"}, {"tokens": 1, "gpus": "8"}):
+        with pytest.raises(UpcycleError, match=r"--(tokens|gpus)"):
+            ToAdvise(**wrong)
+
+
 def test_dir_shows_what_there_is():
     assert set(upcycle.__all__) <= set(dir(upcycle))

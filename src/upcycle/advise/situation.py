@@ -49,11 +49,14 @@ class Asked:
     context: int | None = None  # tokens of a row of text
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "dense_tokens"):  # people say 100B
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, parse_tokens(given, f"--{name.replace('_', '-')}"))
         for option, value in (
             ("tokens", self.tokens), ("dense-tokens", self.dense_tokens), ("gpus", self.gpus),
             ("context", self.context),
         ):  # fmt: skip
-            if value is not None and value < 1:
+            if value is not None and (type(value) is not int or value < 1):
                 raise UpcycleError(f"--{option} {value}; it must be a whole number of 1 or more")
         gpus.find(self.gpu)
 

@@ -89,6 +89,10 @@ _GATED_ACT = Kind(
     f"an activation or gated-ACTIVATION, of {', '.join(sorted(ACTIVATIONS))}",
     lambda value: isinstance(value, str) and re.sub("^gated-", "", value) in ACTIVATIONS,
 )
+_PATTERN = Kind(
+    f"a whole number of 1 to {MOST_BLOCKS:,}, or L and G for each layer",
+    lambda v: _BLOCKS.fits(v) or (isinstance(v, str) and re.fullmatch("[LG]+", v) is not None),
+)
 _FLAG_OR_COUNT = Kind("0, 1, true or false", lambda value: type(value) in (int, bool) and value in (0, 1))
 
 
@@ -108,18 +112,19 @@ KINDS: Mapping[str, Kind] = {
     **_each(
         _SIZE,
         "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings "
-        "original_max_position_embeddings full_attention_interval no_rope_layer_interval "
+        "original_max_position_embeddings no_rope_layer_interval "
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
         "linear_num_value_heads num_channels num_stages type_vocab_size d_model d_ff d_kv num_heads "
         "relative_attention_num_buckets relative_attention_max_distance",
     ),
     **_each(
         _SIZE.or_null(),
-        "num_key_value_heads head_dim sliding_window_pattern pooler_output_size attention_chunk_size",
+        "num_key_value_heads head_dim pooler_output_size attention_chunk_size",
     ),
-    **_each(_BLOCKS, "num_hidden_layers num_layers"),
+    **_each(_BLOCKS, "num_hidden_layers num_layers full_attention_interval"),
     "num_decoder_layers": _BLOCKS.or_null(),
     "sliding_window": _COUNT.or_null(),
+    "sliding_window_pattern": _PATTERN.or_null(),
     **_each(_COUNT, "max_window_layers"),
     **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels"),
     **_each(_IDS, "pad_token_id bos_token_id eos_token_id eod_token_id sep_token_id cls_token_id "

@@ -216,10 +216,16 @@ def _check_lengths(config: Config) -> None:
             raise UpcycleError(f"config.json: {key} must be a list of {layers}, one entry a layer")
 
 
-def every_nth_full(config: Config, n: int, others: str = "sliding_attention") -> list[str]:
-    """The kinds of the layers as config.json has them; where it is silent, each `n`th has full attention."""
-    kinds = [others if (i + 1) % n else "full_attention" for i in range(config["num_hidden_layers"])]
-    return kinds if config["layer_types"] is None else list(config["layer_types"])
+def every_nth_full(config: Config, n: int | str, others: str = "sliding_attention") -> list[str]:
+    """The kinds of the layers as config.json has them; where it is silent, each `n`th has full attention, or
+    those that a pattern such as LLLG calls global (EXAONE 4)."""
+    if config["layer_types"] is not None:
+        return list(config["layer_types"])
+    pattern = n if isinstance(n, str) else "L" * (n - 1) + "G"
+    return [
+        others if pattern[i % len(pattern)] == "L" else "full_attention"
+        for i in range(config["num_hidden_layers"])
+    ]
 
 
 def attention_bias_refusal(config: Config, native: str) -> str | None:

@@ -51,7 +51,7 @@ class Gemma2(Decoder):
         kinds = every_nth_full(config, self.interval(config))
         return {**config, "hidden_act": config["hidden_activation"], "layer_types": kinds}
 
-    def interval(self, config: Config) -> int:
+    def interval(self, config: Config) -> int | str:
         """From one layer of full attention to the next, where config.json does not list their kinds."""
         return 2
 

@@ -17,8 +17,8 @@ class Gemma3(Gemma2):
         "attn_logit_softcapping": None,
     }
 
-    def interval(self, config: Config) -> int:
-        return int(config.get("sliding_window_pattern") or 6)
+    def interval(self, config: Config) -> int | str:
+        return config.get("sliding_window_pattern") or 6
 
     def attention(self, config: Config, layer: int) -> Shapes:
         norm = (config["head_dim"],)
