@@ -50,8 +50,7 @@ def test_json_with_anything_in_it(name, file, models, tmp_path, capsys):
     folder = Path(shutil.copytree(models[name], tmp_path / "model"))
     text = (folder / file).read_text()
     for _ in range(25):
-        odd = json.dumps(spoil(drawn, json.loads(text)))
-        (folder / file).write_text(odd.replace("\\ud800", "?"))  # a console has its own tests
+        (folder / file).write_text(json.dumps(spoil(drawn, json.loads(text))))
         looked_at(folder, capsys)
 
 
