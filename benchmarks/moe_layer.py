@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import machine
-from upcycle.nn.configs import Shape
+from upcycle.hf.configs import Shape
 from upcycle.nn.moe import MoE
 
 EXPERTS, TOP_K = 8, 2

@@ -23,12 +23,13 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import machine
-from upcycle import gpus
-from upcycle.training import optimizer, start, step, tasks
+from upcycle import tasks
+from upcycle.conversion.write import convert
+from upcycle.system import gpus
+from upcycle.training import optimizer, start, step
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
-from upcycle.write import convert
 
 EXPERTS, TOP_K = 8, 2
 SIZES: dict[str, dict[str, int]] = {

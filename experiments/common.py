@@ -41,7 +41,7 @@ def lines_of(out: str | Path) -> list[dict[str, Any]]:
 
 def flops_per_row(table: dict[str, Any]) -> int:
     """Active FLOPs of training on a row."""
-    from upcycle.training import tasks
+    from upcycle import tasks
     from upcycle.training.run import Run
     from upcycle.training.start import start_of
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from upcycle.report import drawing, figures
-from upcycle.report.document import Picture
-from upcycle.report.figures import Axis, Line
+from upcycle.reporting import drawing, figures
+from upcycle.reporting.document import Picture
+from upcycle.reporting.figures import Axis, Line
 
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]  # by label: a curve of (x, y) for each seed
 

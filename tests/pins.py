@@ -18,9 +18,9 @@ import numpy as np
 
 from tiny import DECODERS, OTHERS, SPECIAL, config_of, make_statistics
 from upcycle import families
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.conversion.write import convert
 from upcycle.recipe import Recipe
-from upcycle.write import convert
 
 FILE = Path(__file__).parent / "pins.json"
 Table = dict[str, Any]

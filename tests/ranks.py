@@ -12,8 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import upcycle
-from upcycle import Recipe, loading
-from upcycle.training import optimizer, saving, start, step, tasks
+from upcycle import Recipe, loading, tasks
+from upcycle.training import optimizer, saving, start, step
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers

@@ -24,14 +24,15 @@ from transformers import (
 )
 
 import tiny
-from upcycle import Recipe, UpcycleError, blueprint, cli, gpus, plan
-from upcycle.advise import drop_ratio, duration, inference, layout, published, scaling_law
-from upcycle.advise.gather import advise
-from upcycle.advise.situation import Asked, Situation, parse_tokens
-from upcycle.advise.verdict import verdict
-from upcycle.checkpoint import Checkpoint
-from upcycle.cost import flops_per_row
-from upcycle.source import admit
+from upcycle import Recipe, UpcycleError, blueprint, cli, plan
+from upcycle.advice import drop_ratio, duration, inference, layout, published, scaling_law
+from upcycle.advice.gather import advise
+from upcycle.advice.situation import Asked, Situation, parse_tokens
+from upcycle.advice.verdict import verdict
+from upcycle.blueprints.cost import flops_per_row
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.source import admit
+from upcycle.system import gpus
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 LLAMA_3_8B = {

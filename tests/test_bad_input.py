@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from upcycle import cli, write
+from upcycle import cli
+from upcycle.conversion import write
 
 
 @pytest.fixture
@@ -562,7 +563,7 @@ def test_unknown_config_keys_are_left_out_and_said(source, tmp_path, capsys):
 
 
 def test_scan_sees_every_position():
-    from upcycle.dtypes import FLOATS, is_finite
+    from upcycle.checkpoints.dtypes import FLOATS, is_finite
 
     for name, dtype in FLOATS.items():
         values = np.ones(70_000, dtype)

@@ -23,13 +23,14 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from tiny import make
-from upcycle import calibration, cli, families
-from upcycle.calibration import Asked, calibrate
-from upcycle.checkpoint import Checkpoint, read_header
+from upcycle import cli, families
+from upcycle.calibration import calibration
+from upcycle.calibration.calibration import Asked, calibrate
+from upcycle.calibration.observer import Observer
+from upcycle.checkpoints.checkpoint import Checkpoint, read_header
+from upcycle.dense.source import admit
+from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
-from upcycle.evaluate.observer import Observer
-from upcycle.source import admit
-from upcycle.statistics import Statistics
 
 EVERYTHING = ("l1", "l2", "count", "co_activation")
 ROWS, LENGTH = 13, 16

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from upcycle import Recipe, claim, convert, lock
+from upcycle import Recipe, convert
 from upcycle.errors import UpcycleError
+from upcycle.system import claim, lock
 
 
 def test_what_may_be_made(tmp_path):

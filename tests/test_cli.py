@@ -223,7 +223,7 @@ def test_inspect_numbers(dense, tmp_path, capsys):
 
 
 def test_interrupt(dense, tmp_path, capsys, monkeypatch):
-    from upcycle import write
+    from upcycle.conversion import write
 
     monkeypatch.setattr(write, "_write_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as exit_:
@@ -295,7 +295,7 @@ def test_split_and_the_router_that_keeps_its_function(dense, capsys):
 def test_trivial_mistakes_do_not_wait_for_torch(command, said, dense, tmp_path, monkeypatch, capsys):
     source, slow = (
         dense("llama"),
-        ("upcycle.training.loop", "upcycle.evaluate.scores", "upcycle.training.tasks"),
+        ("upcycle.training.loop", "upcycle.evaluation.scores", "upcycle.tasks"),
     )
     for module in slow:  # those that import torch
         monkeypatch.delitem(sys.modules, module, raising=False)

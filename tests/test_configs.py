@@ -9,8 +9,8 @@ import pytest
 
 import tiny
 from upcycle import Recipe, UpcycleError, blueprint, families
-from upcycle.checkpoint import Checkpoint
-from upcycle.cost import plan_of
+from upcycle.blueprints.cost import plan_of
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.families import _checked
 from upcycle.targets import natives
 

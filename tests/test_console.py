@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from upcycle import cli, console
+from upcycle import cli
+from upcycle.cli import console
 from upcycle.errors import UpcycleError, printable
 
 EVIL = "a\n\x1b[31mb\x1b]0;title\x07 :bug: [red]c[/red] ‮\u200bé"
@@ -41,7 +42,7 @@ def upcycle(*args: object, shell: str = "", **environment: str) -> subprocess.Co
 
 def fails_with(error: BaseException, monkeypatch, capsys) -> tuple[int, str]:
     """The exit code and the message of a command in which an error comes up."""
-    from upcycle import catalogue
+    from upcycle.cli import catalogue
 
     def raises():
         raise error
@@ -129,7 +130,7 @@ def test_exit_codes(error, code, said, monkeypatch, capsys):
 
 
 def test_a_full_disk_names_the_file_that_was_open(tmp_path, monkeypatch, capsys):
-    from upcycle import catalogue
+    from upcycle.cli import catalogue
 
     def writes():
         with (tmp_path / "big.bin").open("w") as file:
@@ -148,16 +149,16 @@ def test_a_fault_shows_where_it_comes_from_if_asked(monkeypatch, capsys):
 
 
 def test_verify_that_breaks_is_no_verdict(monkeypatch, capsys, dense, tmp_path):
-    from upcycle import proof
+    from upcycle import verification
 
-    monkeypatch.setattr(proof, "verify", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(verification, "verify", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["verify", "a", "b"])
     assert exit_.value.code == 3
 
 
 def test_ctrl_c_is_ctrl_c_whatever_a_library_makes_of_it(monkeypatch, capsys):
-    from upcycle import catalogue
+    from upcycle.cli import catalogue
 
     def interrupted():
         try:

@@ -20,11 +20,11 @@ from ranks import trainee_of
 from test_recycling import made, stored
 from test_upcycled import claims
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
-from upcycle.calibration import Asked, calibrate
-from upcycle.cost import flops_per_row
-from upcycle.evaluate import scores
+from upcycle.blueprints.cost import flops_per_row
+from upcycle.calibration.calibration import Asked, calibrate
+from upcycle.evaluation import scores
+from upcycle.hf.models import architecture
 from upcycle.nn import MoE
-from upcycle.nn.models import architecture
 from upcycle.nn.response_norm import normalise
 from upcycle.training import drop_path, start
 from upcycle.training.export import export

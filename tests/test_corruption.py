@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle import rng
+from upcycle.data.corruption import SpanLengths, corrupt_spans, mask_tokens, span_lengths
 from upcycle.errors import UpcycleError
-from upcycle.training.corruption import SpanLengths, corrupt_spans, mask_tokens, span_lengths
+from upcycle.tensors import rng
 
 EOS, MASK, VOCABULARY = 1, 103, 30_000
 SENTINELS = list(range(32_099, 31_999, -1))  # as T5 numbers <extra_id_0> to <extra_id_99>

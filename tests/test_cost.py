@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from upcycle import Recipe, convert, plan
-from upcycle.shards import parse_size
+from upcycle.conversion.shards import parse_size
 
 
 def recipe_for(model_type: str) -> Recipe:
@@ -57,7 +57,7 @@ def test_flops_against_torch(dense, tmp_path):
 
 
 def test_the_plan_reads_headers_only(dense, monkeypatch):
-    from upcycle.checkpoint import Checkpoint
+    from upcycle.checkpoints.checkpoint import Checkpoint
 
     monkeypatch.setattr(Checkpoint, "pread", lambda *_: pytest.fail("a tensor was read"))
     for name in ("copy", "drop", "noise"):

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upcycle.data import corpus, documents
+from upcycle.data.batches import Batches
+from upcycle.data.corpus import Data, Source, Tokens, prepare
 from upcycle.errors import UpcycleError
-from upcycle.training import corpus, documents
-from upcycle.training.batches import Batches
-from upcycle.training.corpus import Data, Source, Tokens, prepare
 
 BOS, EOS = 256, 257
 
@@ -473,7 +473,7 @@ def batches(tmp_path: Path) -> Callable[..., Batches]:
 
 def test_rows_are_those_of_a_plain_count(batches: Any) -> None:
     """Without the class: places from sorting raw draws, sources from the stream of uniforms."""
-    from upcycle import rng
+    from upcycle.tensors import rng
 
     made = batches(8 * 20 + 3, 8 * 7 + 1, weights=[3.0, 1.0], held_out=0.2)
     assert made.trainable == [16, 6]

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiny import make, make_bytes_tokenizer, make_dense
 from upcycle import Recipe, UpcycleError, convert, verify
 from upcycle.cli import main
-from upcycle.evaluate import results, text
-from upcycle.evaluate.batch_size import BatchSize
-from upcycle.evaluate.comparison import compare
-from upcycle.evaluate.differences import Sums, difference
-from upcycle.evaluate.scores import Asked, evaluate, score
+from upcycle.evaluation import results, text
+from upcycle.evaluation.batch_size import BatchSize
+from upcycle.evaluation.comparison import compare
+from upcycle.evaluation.differences import Sums, difference
+from upcycle.evaluation.scores import Asked, evaluate, score
 
 STORY = (
     "Once upon a time there was a café called “Zoë’s” 🙂.\nIt sold tea, naïve cakes and 日本 sweets.",
@@ -151,7 +151,7 @@ def test_a_long_document_is_scored_like_the_whole(byte_model, tmp_path, monkeypa
     path.write_text(words)
     asked = Asked(text=path, length=48)
     whole = evaluate(byte_model, asked)
-    monkeypatch.setattr("upcycle.training.corpus._PIECE", 1000)
+    monkeypatch.setattr("upcycle.data.corpus._PIECE", 1000)
     pieces = evaluate(byte_model, asked)
     assert pieces["bytes"] == whole["bytes"] == len(words)
     assert pieces["loss"] == pytest.approx(whole["loss"], rel=1e-4)
@@ -237,7 +237,7 @@ def test_other_tokenizers_are_compared_by_bits_per_byte_alone(trainable, byte_mo
 def test_images_are_paired(tmp_path):
     from PIL import Image
 
-    from upcycle.nn import models
+    from upcycle.hf import models
 
     random = np.random.default_rng(0)
     for label in range(3):
@@ -390,7 +390,7 @@ def test_rows_come_again_where_memory_ran_out(tmp_path, monkeypatch):
     """Images, spans of T5, features: none is left out or counted twice when a batch is halved."""
     from PIL import Image
 
-    from upcycle.nn import models
+    from upcycle.hf import models
 
     random = np.random.default_rng(0)
     for label in range(3):

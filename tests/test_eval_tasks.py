@@ -15,14 +15,14 @@ from conftest import SHARED
 from tiny import make, make_bytes_tokenizer, make_dense
 from upcycle import Recipe, UpcycleError, convert
 from upcycle.cli import main
-from upcycle.evaluate import task_files
-from upcycle.evaluate.comparison import compare
-from upcycle.evaluate.language_model import LanguageModel, Pair
-from upcycle.evaluate.results import read
-from upcycle.evaluate.scores import Asked, evaluate, score
-from upcycle.nn import models
-from upcycle.subject import Subject
-from upcycle.training import corpus
+from upcycle.data import corpus
+from upcycle.dense.subject import Subject
+from upcycle.evaluation import task_files
+from upcycle.evaluation.comparison import compare
+from upcycle.evaluation.language_model import LanguageModel, Pair
+from upcycle.evaluation.results import read
+from upcycle.evaluation.scores import Asked, evaluate, score
+from upcycle.hf import models
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'upcycle[eval]'")
 
@@ -126,7 +126,7 @@ def theirs(folder: Path, **options: Any) -> Any:
 
 
 def loaded(task: str, folder: Path) -> Any:
-    from upcycle.evaluate import harness
+    from upcycle.evaluation import harness
 
     made = harness._local(task_files.find(folder, (task,)))
     return made[task]
@@ -189,7 +189,7 @@ def test_configs_are_those_of_the_installed_package(name, prompt, target, folder
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    from upcycle.evaluate import harness
+    from upcycle.evaluation import harness
 
     manager: TaskManager = harness._manager([name])
     stored = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
@@ -222,7 +222,7 @@ def test_few_shot_examples_are_others_of_the_file(folders):
 
 def test_numbers_are_those_of_the_harness_own_model(dense_model, folders):
     """Values and standard errors of every task, from its model of transformers in batches of two."""
-    from upcycle.evaluate import harness
+    from upcycle.evaluation import harness
 
     found = {r.name: r for r in harness.score(language(dense_model), (), folders[1], shots=1, limit=0)}
     tasks = harness._local(task_files.find(folders[1], ()))
@@ -259,7 +259,7 @@ def test_blimp_is_the_mean_of_its_paradigms(dense_model, folders):
 
 @pytest.mark.parametrize("name", ["arc_easy", "piqa", "copa", "boolq", "lambada_openai", "blimp_wh_island"])
 def test_real_numbers_are_those_of_the_harness_own_model(name, stories):
-    from upcycle.evaluate import harness
+    from upcycle.evaluation import harness
 
     if not REAL.is_dir():
         pytest.skip(f"the files of the tasks are not at {REAL}")
@@ -276,7 +276,7 @@ def test_real_numbers_are_those_of_the_harness_own_model(name, stories):
 def test_likelihoods_and_texts_are_those_of_the_harness_own_model(dense_model):
     from lm_eval.api.instance import Instance
 
-    from upcycle.evaluate.harness import HarnessModel
+    from upcycle.evaluation.harness import HarnessModel
 
     ours, other = HarnessModel(language(dense_model)), theirs(dense_model)
     asked = [
@@ -307,7 +307,7 @@ def test_likelihoods_and_texts_are_those_of_the_harness_own_model(dense_model):
 def test_an_encoder_decoder_is_scored_as_the_harness_own_model_scores_it(tmp_path):
     from lm_eval.api.instance import Instance
 
-    from upcycle.evaluate.harness import HarnessModel
+    from upcycle.evaluation.harness import HarnessModel
 
     folder = make(tmp_path / "t5", "T5ForConditionalGeneration", vocab_size=300, eos_token_id=2)
     make_bytes_tokenizer(folder)
@@ -471,8 +471,8 @@ def test_a_continuation_longer_than_the_model_reads_loses_its_first_tokens(tmp_p
 def test_without_the_harness_a_sentence_says_how_to_get_it(dense_model, folders, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "upcycle.evaluate.harness", raising=False)
-    monkeypatch.delattr("upcycle.evaluate.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "upcycle.evaluation.harness", raising=False)
+    monkeypatch.delattr("upcycle.evaluation.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UpcycleError, match=r"pip install 'upcycle\[eval\]'"):
         evaluate(dense_model, Asked(tasks=("piqa",), task_files=folders[0]))

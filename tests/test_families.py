@@ -86,7 +86,7 @@ def test_every_source_tensor_is_used_and_every_target_defined_once(model_type, d
 @pytest.mark.parametrize("model_type", tiny.DECODERS)
 def test_names_and_config_are_those_that_transformers_saves(model_type, dense, tmp_path):
     """Loaded and saved again by transformers, the tensors have our names, shapes and values."""
-    from upcycle.checkpoint import Checkpoint
+    from upcycle.checkpoints.checkpoint import Checkpoint
 
     convert(dense(model_type), tmp_path / "ours", Recipe.of(moe={"num_experts": 4}))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -205,4 +205,4 @@ def test_imports_have_no_cycle():
     for name in imports:
         visit(name, ())
     assert not imports["upcycle.errors"]
-    assert imports["upcycle.dtypes"] == {"upcycle.errors"}
+    assert imports["upcycle.checkpoints.dtypes"] == {"upcycle.errors"}

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from upcycle import Recipe, UpcycleError, blueprint, cli, convert, init, plan
-from upcycle.proof import verify
+from upcycle.verification import verify
 
 
 def logits(folder, ids, mask=None):

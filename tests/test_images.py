@@ -21,11 +21,11 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from conftest import SHARED
 from upcycle import recipe
+from upcycle.data import augment, images
+from upcycle.data.augment import Augment
+from upcycle.data.examples import Examples
+from upcycle.data.images import ImageSet
 from upcycle.errors import UpcycleError
-from upcycle.training import augment, images
-from upcycle.training.augment import Augment
-from upcycle.training.examples import Examples
-from upcycle.training.images import ImageSet
 
 Open = Callable[..., ImageSet]
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import tiny
 from upcycle import Recipe, blueprint, convert, init
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.init.split import balanced_kmeans
-from upcycle.lazy import Lazy
+from upcycle.tensors.lazy import Lazy
 
 WIDTH = 48
 
@@ -103,8 +103,8 @@ def test_drop_statistics(indices, dense):
 
 def test_drop_statistics_are_those_of_the_dropped_part(dense):
     """Not those of the whole matrix: a part of another scale keeps that scale."""
-    from upcycle.computed import Redraw
-    from upcycle.positions import Order
+    from upcycle.tensors.computed import Redraw
+    from upcycle.tensors.positions import Order
 
     class Array(Lazy):
         def __init__(self, values):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from upcycle import cli, keys
+from upcycle import cli
+from upcycle.cli import keys
 
 
 def test_every_key_has_a_sentence():

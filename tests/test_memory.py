@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle import memory
+from upcycle.system import memory
 
 GIGABYTE = 1 << 30
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_report import spoil
 from tiny import make, make_dense
 from upcycle import Recipe, UpcycleError, cli, convert
-from upcycle.anatomy import inspect
-from upcycle.subject import Subject
+from upcycle.dense.subject import Subject
+from upcycle.inspection import inspect
 
 MOE = {"num_experts": 4, "top_k": 2}
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 import upcycle
 from tiny import make, make_bytes_tokenizer, make_dense
 from upcycle import Recipe, UpcycleError, cli, convert
-from upcycle.checkpoint import Checkpoint
-from upcycle.evaluate.asked import Asked
-from upcycle.evaluate.scores import evaluate
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.evaluation.asked import Asked
+from upcycle.evaluation.scores import evaluate
 
 NATIVE = Recipe.of(moe={"num_experts": 4, "top_k": 2})
 IDS = torch.arange(24).view(2, 12) % 90
@@ -123,8 +123,8 @@ def test_tied_weights_are_not_missing_and_what_a_family_never_reads_is_not_in_th
 
 def test_calibrate_and_verify_open_through_the_same_door(llama, tmp_path, monkeypatch):
     """They look at headers first, so what they would miss is what only transformers sees."""
-    from upcycle import calibration
-    from upcycle.nn import opening
+    from upcycle.calibration import calibration
+    from upcycle.hf import opening
 
     opened = []
     fill = opening.fill

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UpcycleError
-from upcycle.evaluate import probe
-from upcycle.evaluate.probe import FewShot, few_shot, fit, shots
+from upcycle.evaluation import probe
+from upcycle.evaluation.probe import FewShot, few_shot, fit, shots
 
 SHAPES = {"more examples": (60, 12, 4), "more features": (20, 50, 4), "square": (13, 12, 3)}
 

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 
 import tiny
 import upcycle
-from upcycle import Recipe, blueprint, console, convert, plan, rng, verify
-from upcycle.calibration import Asked, calibrate
-from upcycle.checkpoint import Checkpoint
+from upcycle import Recipe, blueprint, convert, plan, verify
+from upcycle.calibration.calibration import Asked, calibrate
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.cli import console
 from upcycle.errors import UpcycleError
 from upcycle.init import Site, _selecting, co_activation
 from upcycle.init._selecting import Choice
 from upcycle.init.importance import Importance
 from upcycle.init.random import Random
+from upcycle.tensors import rng
 from upcycle.training import start
 from upcycle.training.run import Run
 

@@ -18,16 +18,16 @@ import pytest
 import left_behind
 from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
 from upcycle import UpcycleError, cli
-from upcycle.report import drawing, figures, report, sections
-from upcycle.report.comparison import Comparison, Group, compare
-from upcycle.report.crossing import crossing, told
-from upcycle.report.document import Document, Picture, Sentence, Table
-from upcycle.report.inks import DARK, LIGHT, VARIABLES, Inks
-from upcycle.report.markdown import render as render_markdown
-from upcycle.report.page import render
-from upcycle.report.records import read_run
-from upcycle.report.starts import Given, start_cost
-from upcycle.report.study import study
+from upcycle.reporting import drawing, figures, report, sections
+from upcycle.reporting.comparison import Comparison, Group, compare
+from upcycle.reporting.crossing import crossing, told
+from upcycle.reporting.document import Document, Picture, Sentence, Table
+from upcycle.reporting.inks import DARK, LIGHT, VARIABLES, Inks
+from upcycle.reporting.markdown import render as render_markdown
+from upcycle.reporting.page import render
+from upcycle.reporting.records import read_run
+from upcycle.reporting.starts import Given, start_cost
+from upcycle.reporting.study import study
 
 BATCH = ROWS * LENGTH
 
@@ -295,7 +295,7 @@ def whole_study(folder: Path) -> list[Path]:
 @pytest.fixture
 def given_folders(tmp_path, monkeypatch):
     """The folders of `whole_study`; they have no weights, so nothing is said of experts."""
-    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     return whole_study(tmp_path / "given")
 
 
@@ -324,7 +324,7 @@ def test_the_answer_and_the_numbers_of_the_tables(given_folders):
 
 def test_scores_on_other_data_stand_in_rows_of_their_own(tmp_path, monkeypatch):
     """And of one checkpoint's entries for the same question the last counts, once."""
-    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
 
     def scored(name: str, *found: tuple[float, int]) -> Path:
         parts = [left_behind.scores(piqa=(value, None))["results"][0] | {"data": {"limit": limit}}
@@ -416,7 +416,7 @@ def test_points_that_differ_by_rounding_are_one():
 
 def test_one_seed_tells_neither_yes_nor_no(tmp_path, monkeypatch):
     """Where both were scored on the same documents, what that says stands there, with its error."""
-    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     dense, moe = pair_of_runs(tmp_path)
     made = document(dense, moe)
     said = sentences(made)[0]
@@ -622,7 +622,7 @@ def spoil_file(drawn: random.Random, path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     folders = whole_study(tmp_path)
     folders.append(write_run(tmp_path / "from-end", lambda t: 2.0, source=str(tmp_path / "moe-end0"), moe={}))
     files = [path for folder in folders for path in folder.iterdir() if path.name != "config.json"]
@@ -641,7 +641,7 @@ def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, mo
 
 def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path, monkeypatch):
     """In labels, in figures, and in names of folders; the page and its figures stay readable XML."""
-    monkeypatch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     nasty = "a\x00b\x1b[31mc\ud800d\ufffee"
     dense, moe = pair_of_runs(tmp_path)
     about = json.loads((moe / "run.json").read_text())
@@ -897,7 +897,7 @@ def test_a_report_on_real_runs(trainable, tmp_path):
         loop.train(Run.of(table))
         return tmp_path / name
 
-    from upcycle.report import records
+    from upcycle.reporting import records
 
     assert (records.RUN, records.METRICS) == (loop.RECORD, metrics.FILE)
     first = run("first", from_scratch=True)

@@ -11,8 +11,8 @@ import browser
 import left_behind
 from browser import Browser
 from left_behind import write_checkpoint, write_run
-from upcycle.report import report
-from upcycle.report.inks import DARK, LIGHT, Inks
+from upcycle.reporting import report
+from upcycle.reporting.inks import DARK, LIGHT, Inks
 
 pytestmark = pytest.mark.skipif(
     browser.found() is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
@@ -43,7 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("upcycle.report.checkpoints._anatomy", lambda folder: None)
+        patch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
         report([*dense, *moe, cut, *ends], folder / "r.html", dense_flops=1e6, title="<b>Report</b>")
     return folder / "r.html"
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from upcycle import Recipe, convert, open_files, write
-from upcycle.checkpoint import Checkpoint
+from upcycle import Recipe, convert
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.conversion import write
+from upcycle.conversion.journal import JOURNAL, Journal
 from upcycle.errors import UpcycleError
-from upcycle.journal import JOURNAL, Journal
+from upcycle.system import open_files
 
 RECIPE = Recipe.of(init={"name": "drop"})
 
@@ -186,7 +188,7 @@ def test_a_source_that_was_copied_before_the_run_goes_on(source, tmp_path, monke
 
 
 def test_the_source_is_hashed_once(source, tmp_path, monkeypatch):
-    from upcycle import checkpoint
+    from upcycle.checkpoints import checkpoint
 
     hashed = []
     real = checkpoint.file_hash

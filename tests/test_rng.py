@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle import rng
+from upcycle.tensors import rng
 
 KEY = rng.key(0, "layers.3.mlp", "gate", "redrawn", 5)
 

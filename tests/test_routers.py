@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from upcycle import UpcycleError
+from upcycle.hf.configs import Shape
 from upcycle.nn import MoE, routers
-from upcycle.nn.configs import Shape
 from upcycle.nn.experts import Experts
 from upcycle.nn.moe import Router
 from upcycle.training.routing import load_balancing_loss

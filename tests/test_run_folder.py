@@ -20,8 +20,9 @@ import torch
 import forked
 import tiny
 from test_training import toml
-from upcycle import Recipe, UpcycleError, cli, lock, plan
-from upcycle.signals import held
+from upcycle import Recipe, UpcycleError, cli, plan
+from upcycle.system import lock
+from upcycle.system.signals import held
 from upcycle.training import export as exporting
 from upcycle.training import loop, metrics, micro_batch, run_folder, saving, start
 from upcycle.training.export import export

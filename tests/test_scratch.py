@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle import memory, scratch
+from upcycle.system import memory, scratch
 
 
 def test_what_a_kill_left_goes_and_what_is_held_stays(

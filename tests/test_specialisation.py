@@ -15,13 +15,13 @@ import torch
 import tiny
 import upcycle
 from upcycle import Recipe, cli, convert
-from upcycle.anatomy import inspect
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.evaluate.patches import Grid, Patches
-from upcycle.evaluate.rows import of_images, of_text
-from upcycle.evaluate.specialisation import Asked, divergence, specialisation
-from upcycle.report.plots import plot
-from upcycle.subject import Subject
+from upcycle.evaluation.patches import Grid, Patches
+from upcycle.evaluation.rows import of_images, of_text
+from upcycle.evaluation.specialisation import Asked, divergence, specialisation
+from upcycle.inspection import inspect
+from upcycle.reporting.plots import plot
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.run import Run
@@ -115,7 +115,7 @@ def upcycle_tokenizer(folder):
 
 
 def upcycle_order(count):
-    from upcycle import rng
+    from upcycle.tensors import rng
 
     return rng.permutation(rng.key(0, "specialisation"), count)
 
@@ -290,7 +290,7 @@ def test_a_convnext_is_watched(pictures, tmp_path):
 
 def test_words_in_brackets_are_words(capsys):
     """Tokens and paths are shown as they are: `[/` is a token of many vocabularies."""
-    from upcycle import console
+    from upcycle.cli import console
 
     row = {
         "stack": "encoder", "layer": 0, "load": [1.0], "divergence": [[0.0]], "confidence": 1.0,

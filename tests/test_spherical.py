@@ -14,14 +14,14 @@ from safetensors.numpy import load_file
 import tiny
 import upcycle
 from upcycle import Recipe, blueprint, cli, convert, plan, verify
-from upcycle.anatomy import inspect
-from upcycle.cost import flops_per_row
+from upcycle.blueprints.cost import flops_per_row
+from upcycle.checkpoints.hub import peek
+from upcycle.dense.source import admit
 from upcycle.errors import UpcycleError
-from upcycle.hub import peek
+from upcycle.hf.configs import Shape
+from upcycle.inspection import inspect
 from upcycle.nn import MoE, routers
-from upcycle.nn.configs import Shape
 from upcycle.nn.entmax import entmax15
-from upcycle.source import admit
 from upcycle.training.run import Run
 
 G, N, H, CORE, UNIVERSAL = 2, 7, 8, 3, 5

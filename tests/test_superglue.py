@@ -14,10 +14,10 @@ from sklearn.metrics import f1_score
 
 from conftest import SHARED
 from upcycle import Recipe, UpcycleError, convert
-from upcycle.evaluate import superglue, text_to_text
-from upcycle.evaluate.comparison import compare
-from upcycle.evaluate.scores import Asked, evaluate, score
-from upcycle.evaluate.superglue import TASKS, Example
+from upcycle.evaluation import superglue, text_to_text
+from upcycle.evaluation.comparison import compare
+from upcycle.evaluation.scores import Asked, evaluate, score
+from upcycle.evaluation.superglue import TASKS, Example
 
 REAL = SHARED / "real" / "tasks"
 
@@ -408,7 +408,7 @@ def test_real_boolq_and_copa(tmp_path):
     for kind in ("boolq", "copa"):
         lines = (REAL / f"{kind}.jsonl").read_text().splitlines()[:6]
         (tmp_path / "data" / f"{kind}.jsonl").write_text("\n".join(lines))
-        from upcycle.evaluate import task_files
+        from upcycle.evaluation import task_files
 
         rows = task_files.rows(tmp_path / "data" / f"{kind}.jsonl", kind)
         examples[kind] = superglue.rows_to_examples(kind, rows, kind)

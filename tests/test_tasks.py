@@ -26,12 +26,12 @@ from transformers import (
 
 import upcycle
 from ranks import trainee_of
-from upcycle import Recipe, UpcycleError, families
-from upcycle.checkpoint import Checkpoint
-from upcycle.evaluate.scores import Asked, evaluate
+from upcycle import Recipe, UpcycleError, families, tasks
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.subject import Subject
+from upcycle.evaluation.scores import Asked, evaluate
 from upcycle.nn.moe import MoE
-from upcycle.subject import Subject
-from upcycle.training import saving, start, tasks
+from upcycle.training import saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read

@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import forked
 import ranks
 import tiny
-from upcycle import Recipe, UpcycleError, cli, convert, load, memory, verify
-from upcycle.checkpoint import Checkpoint
+from upcycle import Recipe, UpcycleError, cli, convert, load, verify
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.data.batches import Batches
+from upcycle.data.corpus import prepare
+from upcycle.system import memory
 from upcycle.training import routing, saving, start
-from upcycle.training.batches import Batches
-from upcycle.training.corpus import prepare
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read

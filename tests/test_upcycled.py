@@ -21,8 +21,8 @@ from torch import nn
 import tiny
 import upcycle
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, init, plan, verify
-from upcycle.anatomy import inspect
 from upcycle.families._encoder import Encoder
+from upcycle.inspection import inspect
 from upcycle.nn import MoE, routers
 from upcycle.training.start import _recompute
 

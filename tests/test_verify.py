@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from upcycle import Recipe, cli, convert, plan, verify
-from upcycle.anatomy import inspect
-from upcycle.checkpoint import Checkpoint, read_header
+from upcycle.checkpoints.checkpoint import Checkpoint, read_header
 from upcycle.errors import UpcycleError
-from upcycle.proof import Proof
+from upcycle.inspection import inspect
+from upcycle.verification import Proof
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_changed_with_its_hash(converted, moe):
     """The source has another one, whatever upcycle.json says."""
     (moe / "tokenizer.json").write_text("{}")
     record = json.loads((moe / "upcycle.json").read_text())
-    from upcycle.checkpoint import file_hash
+    from upcycle.checkpoints.checkpoint import file_hash
 
     record["files"]["tokenizer.json"] = file_hash(moe / "tokenizer.json")
     (moe / "upcycle.json").write_text(json.dumps(record))
@@ -328,9 +328,9 @@ def test_a_damaged_upcycle_json(change, converted, moe, capsys):
 
 
 def test_a_crash_is_not_taken_for_a_promise_that_does_not_hold(converted, monkeypatch, capsys):
-    from upcycle import proof
+    from upcycle import verification
 
-    monkeypatch.setattr(proof, "verify", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(verification, "verify", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["verify", str(converted[0]), str(converted[1])])
     assert exit_.value.code == 3

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from upcycle import Recipe, blueprint, cli, convert, plan
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.conversion.shards import parse_size
 from upcycle.errors import UpcycleError
-from upcycle.shards import parse_size
 
 INITS = [
     {"name": "copy"},
@@ -219,7 +219,7 @@ def test_resume_does_not_write_what_is_there(dense, tmp_path, monkeypatch):
     done = {name for line in journal[1:] for name in json.loads(line)["done"]}
     assert len(done) > 10
     written = []
-    from upcycle import write
+    from upcycle.conversion import write
 
     real = write._Files.write
     monkeypatch.setattr(
@@ -263,7 +263,7 @@ def test_a_really_full_disk(dense, tmp_path, capsys):
     if mounted.returncode:
         pytest.skip("no right to mount a small file system")
     try:
-        from upcycle import write
+        from upcycle.conversion import write
 
         source = dense("llama", intermediate_size=192)
         with pytest.raises(UpcycleError, match="free; make room"):

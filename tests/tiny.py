@@ -230,9 +230,9 @@ def make_statistics(file: Path, folder: Path, seed: int = 0) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from upcycle.checkpoint import Checkpoint
-    from upcycle.source import admit
-    from upcycle.statistics import FORMAT, KEY, fingerprint
+    from upcycle.checkpoints.checkpoint import Checkpoint
+    from upcycle.dense.source import admit
+    from upcycle.dense.statistics import FORMAT, KEY, fingerprint
 
     dense, random = admit(Checkpoint.open(folder)), np.random.default_rng(seed)
     tensors = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from upcycle.nn import models
+from upcycle.hf import models
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

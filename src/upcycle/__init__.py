@@ -4,19 +4,19 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from upcycle.announce import announce
+from upcycle.hf.announce import announce
 
 if TYPE_CHECKING:
-    from upcycle.blueprints import blueprint
-    from upcycle.cost import plan
+    from upcycle.blueprints.blueprint import blueprint
+    from upcycle.blueprints.cost import plan
+    from upcycle.conversion.write import convert
     from upcycle.errors import UpcycleError
+    from upcycle.hf.models import open
     from upcycle.loading import load
-    from upcycle.nn.models import open
-    from upcycle.proof import verify
     from upcycle.recipe import Recipe
     from upcycle.training.export import export
     from upcycle.training.loop import train
-    from upcycle.write import convert
+    from upcycle.verification import verify
 
 __version__ = version("upcycle")
 __all__ = [
@@ -26,14 +26,14 @@ __all__ = [
 _HOMES = {
     "Recipe": "recipe",
     "UpcycleError": "errors",
-    "blueprint": "blueprints",
-    "convert": "write",
+    "blueprint": "blueprints.blueprint",
+    "convert": "conversion.write",
     "export": "training.export",
     "load": "loading",
-    "open": "nn.models",
-    "plan": "cost",
+    "open": "hf.models",
+    "plan": "blueprints.cost",
     "train": "training.loop",
-    "verify": "proof",
+    "verify": "verification",
 }
 
 

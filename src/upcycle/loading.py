@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from upcycle.blueprints import blueprint
-from upcycle.checkpoint import Checkpoint
-from upcycle.dtypes import TORCH_NAMES
-from upcycle.entries import Entry
+from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.entries import Entry
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.dtypes import TORCH_NAMES
+from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.nn.upcycled_config import CLASS_PREFIX
-from upcycle.proof import quiet
 from upcycle.recipe import RecipeLike
-from upcycle.source import refuse_two_heads
+from upcycle.verification import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ def build(
 
     Raises `UpcycleError` where the layout does not fit; a parameter that nothing defines is an error of ours.
     """
-    from upcycle.nn import models, opening
+    from upcycle.hf import models, opening
 
     options: dict[str, Any] = {}
     if distributed_config is not None:

@@ -18,7 +18,8 @@ def plan(
     Args:
         json: print JSON
     """
-    from upcycle import console, cost
+    from upcycle.blueprints import cost
+    from upcycle.cli import console
 
     result = cost.plan(source, recipe.read(), jobs=jobs)
     console.show_json(result.as_dict()) if json else console.show_plan(result)
@@ -47,9 +48,9 @@ def advise(
         context: tokens of a row of text (4096, or as many as the model takes, if absent)
         json: print JSON
     """
-    from upcycle import console
-    from upcycle.advise.gather import advise as ask
-    from upcycle.advise.situation import Asked, parse_tokens
+    from upcycle.advice.gather import advise as ask
+    from upcycle.advice.situation import Asked, parse_tokens
+    from upcycle.cli import console
 
     asked = Asked(
         tokens=parse_tokens(tokens, "--tokens"),
@@ -79,10 +80,10 @@ def convert(
         shard_size: size of a weight file at most, such as 5GB or 500MB
         allow_nonfinite: take NaN and inf in the weights as they are
     """
-    from upcycle import console
-    from upcycle.cost import plan_of
-    from upcycle.shards import parse_size
-    from upcycle.write import convert as write
+    from upcycle.blueprints.cost import plan_of
+    from upcycle.cli import console
+    from upcycle.conversion.shards import parse_size
+    from upcycle.conversion.write import convert as write
 
     built_from, size = recipe.read(), parse_size(shard_size)
     with console.bytes_bar("writing") as (progress, set_total):
@@ -119,8 +120,8 @@ def verify(
         images: a folder of images, or a parquet file, to compare logits on, besides random pixels
         no_logits: leave out the comparison of logits, which loads both models in float32
     """
-    from upcycle import console
-    from upcycle.proof import verify as check
+    from upcycle.cli import console
+    from upcycle.verification import verify as check
 
     result = check(source, out, text=text, images=images, logits=not no_logits)
     console.show_json(result.as_dict()) if json else console.show_proof(result)
@@ -135,8 +136,8 @@ def keys(*, markdown: Flag = False, json: Flag = False) -> None:
         markdown: print the page docs/keys.md
         json: print JSON
     """
-    from upcycle import console
-    from upcycle import keys as known
+    from upcycle.cli import console
+    from upcycle.cli import keys as known
 
     if markdown:
         sys.stdout.write(known.markdown())
@@ -151,7 +152,7 @@ def list_(*, json: Flag = False) -> None:
     Args:
         json: print JSON
     """
-    from upcycle import catalogue, console
+    from upcycle.cli import catalogue, console
 
     table = catalogue.everything()
     console.show_json(table) if json else console.show_catalogue(table)

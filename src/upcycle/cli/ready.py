@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from upcycle.errors import UpcycleError
 
 if TYPE_CHECKING:
-    from upcycle.evaluate.asked import Asked
+    from upcycle.evaluation.asked import Asked
     from upcycle.training.run import Run
 
 
 def to_train(run: Run) -> None:
     """Raise where a run cannot begin: its source, what is made of it, and its data."""
-    from upcycle import hub
-    from upcycle.blueprints import blueprint
-    from upcycle.source import admit
+    from upcycle.blueprints.blueprint import blueprint
+    from upcycle.checkpoints import hub
+    from upcycle.dense.source import admit
 
     if not hub.is_id(run.source):
         _folder(run.source)
@@ -34,7 +34,7 @@ def to_train(run: Run) -> None:
 
 def to_eval(checkpoints: Sequence[str], asked: Asked) -> None:
     """Raise where checkpoints or data are not there."""
-    from upcycle import hub
+    from upcycle.checkpoints import hub
 
     for checkpoint in checkpoints:
         if not hub.is_id(checkpoint):

@@ -52,9 +52,9 @@ def calibrate(
         allow_nonfinite: take NaN and inf in the weights as they are
         json: print JSON
     """
-    from upcycle import console
-    from upcycle.calibration import Asked
-    from upcycle.calibration import calibrate as go
+    from upcycle.calibration.calibration import Asked
+    from upcycle.calibration.calibration import calibrate as go
+    from upcycle.cli import console
 
     asked = Asked(
         images=images, text=text, collect=names(collect), positions=names(positions), limit=limit,
@@ -90,7 +90,7 @@ def train(
 
     asked = Run.load(run, set)
     ready.to_train(asked)  # before torch is imported, which takes seconds
-    from upcycle import console
+    from upcycle.cli import console
     from upcycle.training.loop import train as go
 
     result = go(asked, resume=resume)
@@ -116,7 +116,7 @@ def export(
         dtype: source, float32, bfloat16 or float16
         optimizer: add the Adam moments, for optimizer.carry_state of a later run
     """
-    from upcycle import console
+    from upcycle.cli import console
     from upcycle.training.export import export as write
 
     console.show_exported(write(run, out, step=step, dtype=dtype, with_optimizer=optimizer))

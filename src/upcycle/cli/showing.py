@@ -67,7 +67,7 @@ def eval_(
         out: write everything, comparison included, to this JSON file, and nothing beside the checkpoints
         json: print JSON
     """
-    from upcycle.evaluate.asked import Asked
+    from upcycle.evaluation.asked import Asked
 
     asked = Asked(
         text=_domains(text, lambda path: path.name), images=images, shots=few_shot, tasks=names(tasks),
@@ -77,10 +77,11 @@ def eval_(
     if not checkpoints:
         raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
     ready.to_eval(checkpoints, asked)  # before torch is imported, which takes seconds
-    from upcycle import console, hub
-    from upcycle.evaluate import results
-    from upcycle.evaluate.comparison import compare
-    from upcycle.evaluate.scores import refuse, score
+    from upcycle.checkpoints import hub
+    from upcycle.cli import console
+    from upcycle.evaluation import results
+    from upcycle.evaluation.comparison import compare
+    from upcycle.evaluation.scores import refuse, score
 
     if out is not None:
         results.refuse_target(out)
@@ -142,16 +143,17 @@ def inspect(
         plot: folder for the figures, as PNG
         json: print JSON
     """
-    from upcycle import console, hub
-    from upcycle.anatomy import inspect as look
+    from upcycle.checkpoints import hub
+    from upcycle.cli import console
+    from upcycle.inspection import inspect as look
 
     if plot is not None:
-        from upcycle.report import plots
+        from upcycle.reporting import plots
 
         plots.refuse(plot)
     result, seen = look(checkpoint, source), None
     if text or images:
-        from upcycle.evaluate.specialisation import Asked, specialisation
+        from upcycle.evaluation.specialisation import Asked, specialisation
 
         asked = Asked(
             text=_domains(text), images=_domains(images), limit=limit, length=length,
@@ -205,9 +207,9 @@ def report(
         dense_flops: training FLOPs that the dense checkpoint had cost, where no provenance says so
         dense_tokens: the same in tokens
     """
-    from upcycle import console
-    from upcycle.report import TITLE
-    from upcycle.report import report as write
+    from upcycle.cli import console
+    from upcycle.reporting import TITLE
+    from upcycle.reporting import report as write
 
     if not runs:
         raise UpcycleError("give at least one RUN, a folder of `upcycle train` or `upcycle export`")

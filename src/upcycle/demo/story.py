@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.calibration import Asked as Measure
-from upcycle.calibration import calibrate
-from upcycle.console import count, out, show_scores, size
-from upcycle.cost import Plan, plan_of
+from upcycle.blueprints.cost import Plan, plan_of
+from upcycle.calibration.calibration import Asked as Measure
+from upcycle.calibration.calibration import calibrate
+from upcycle.cli.console import count, out, show_scores, size
+from upcycle.conversion.write import convert
 from upcycle.demo import tables
 from upcycle.demo.corpus import HELD_OUT, Corpus, tokenizer_of
 from upcycle.errors import UpcycleError
-from upcycle.proof import Proof, quiet, verify
 from upcycle.recipe import Recipe
-from upcycle.report import drawing, report
-from upcycle.write import convert
+from upcycle.reporting import drawing, report
+from upcycle.verification import Proof, quiet, verify
 
 if TYPE_CHECKING:
     from upcycle.training.run import Run
@@ -201,11 +201,11 @@ def _flops_per_token(wanted: Run) -> int:
 
 def _evaluate(folder: Path, corpus: Corpus, names: list[str]) -> None:
     """Bits per byte of all models on what none has seen, and who goes where in those with experts."""
-    from upcycle.evaluate import results
-    from upcycle.evaluate.comparison import compare
-    from upcycle.evaluate.scores import Asked, score
-    from upcycle.evaluate.specialisation import Asked as Shown
-    from upcycle.evaluate.specialisation import specialisation
+    from upcycle.evaluation import results
+    from upcycle.evaluation.comparison import compare
+    from upcycle.evaluation.scores import Asked, score
+    from upcycle.evaluation.specialisation import Asked as Shown
+    from upcycle.evaluation.specialisation import specialisation
 
     asked = Asked(text=corpus.held_out, length=LENGTH)
     scored = [score(folder / "trained" / name, asked) for name in names]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle.console import count, grid, out
+from upcycle.cli.console import count, grid, out
 
 if TYPE_CHECKING:
     from upcycle.demo.story import Continued, Made

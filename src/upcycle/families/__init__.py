@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from upcycle import registry
 from upcycle.errors import UpcycleError, shown
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]

@@ -8,8 +8,8 @@ from itertools import accumulate
 from upcycle.errors import UpcycleError
 from upcycle.families import Axes, Axis, Config, Shapes, Stack
 from upcycle.families._encoder import Encoder, linear, norm, num_labels, pair
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy
 
 STAGES = 4  # of every ConvNeXt that was published
 RATIO = 4  # neurons of a network for each of its channels

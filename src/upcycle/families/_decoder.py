@@ -8,8 +8,8 @@ from typing import Any
 from upcycle.errors import UpcycleError
 from upcycle.families import PER_BLOCK, SIZES, Axes, Axis, Config, Family, Shapes, Stack, rope_parameters
 from upcycle.families._checked import check
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy, Slice
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy, Slice
 
 LONGEST = 1024  # tokens of a sliding window that a comparison of two models reaches beyond
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from upcycle.families import Config, Shapes, Stack
 from upcycle.families._encoder import Encoder, linear
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy
 
 # The number of the layer in a block that is the feed-forward network.
 NETWORK = {"encoder": 1, "decoder": 2}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from upcycle.families import Axes, Axis, Config, Shapes, Stack
 from upcycle.families._encoder import Encoder, linear, norm, num_labels, pair
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy
 
 
 class VisionTransformer(Encoder):

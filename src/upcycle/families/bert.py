@@ -6,8 +6,8 @@ from typing import Any
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Shapes, Stack
 from upcycle.families._encoder import Encoder, linear, norm, num_labels
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy
 
 _POOLED = ("BertModel", "BertForPreTraining", "BertForSequenceClassification")
 

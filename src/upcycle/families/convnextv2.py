@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from upcycle.families import Axes, Axis, Config, Shapes
 from upcycle.families._convnext import DEFAULTS, RATIO, ConvNeXt
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy, Pick
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy, Pick
 
 
 class ConvNextV2(ConvNeXt):

@@ -6,8 +6,8 @@ from dataclasses import replace
 from upcycle.families import Axes, Config, Shapes, Stack
 from upcycle.families._encoder import linear, num_labels
 from upcycle.families._vision import DEFAULTS, Encoder, VisionTransformer
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy, Slice
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy, Slice
 
 
 class DINOv2(VisionTransformer):

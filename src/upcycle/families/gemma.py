@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping
 
-from upcycle.computed import Affine
 from upcycle.families import Config
 from upcycle.families._decoder import Decoder, as_granite
-from upcycle.lazy import Lazy
+from upcycle.tensors.computed import Affine
+from upcycle.tensors.lazy import Lazy
 
 
 class Gemma(Decoder):

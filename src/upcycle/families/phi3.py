@@ -5,7 +5,7 @@ from typing import Any
 
 from upcycle.families import Config, Shapes
 from upcycle.families._decoder import FusedGate
-from upcycle.lazy import Lazy, Slice
+from upcycle.tensors.lazy import Lazy, Slice
 
 
 class Phi3(FusedGate):

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.computed import Fill
 from upcycle.families import Config
 from upcycle.families._decoder import Decoder, as_granite
-from upcycle.lazy import Lazy
+from upcycle.tensors.computed import Fill
+from upcycle.tensors.lazy import Lazy
 
 
 def layer_types(config: Config) -> list[str]:

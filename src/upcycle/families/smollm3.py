@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.computed import Fill
 from upcycle.families import Config
 from upcycle.families._decoder import Decoder, as_granite
-from upcycle.lazy import Lazy
+from upcycle.tensors.computed import Fill
+from upcycle.tensors.lazy import Lazy
 
 NO_SINK = -1e4  # an attention sink that weighs nothing; finite, for exp(-inf) is NaN in some kernels
 

@@ -12,15 +12,16 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from upcycle import registry, rng
-from upcycle.computed import Mean
+from upcycle import registry
 from upcycle.errors import UpcycleError
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Lazy
-from upcycle.positions import Order
+from upcycle.tensors import rng
+from upcycle.tensors.computed import Mean
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.positions import Order
 
 if TYPE_CHECKING:
-    from upcycle.source import Dense
+    from upcycle.dense.source import Dense
 
 Spread = Literal["down", "sqrt", "cube_root"]
 

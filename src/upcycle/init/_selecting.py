@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from upcycle import rng
-from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site
-from upcycle.positions import Computed, Given, Positions
+from upcycle.tensors import rng
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.positions import Computed, Given, Positions
 
 Kind = Literal["channels", "heads", "neurons"]
 

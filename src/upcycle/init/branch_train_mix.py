@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
-from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site
+from upcycle.tensors.feed_forward import FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from upcycle import rng
+from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
 from upcycle.init._selecting import Choice, drawn
 from upcycle.init.importance import Measured
 from upcycle.init.split import balanced_kmeans
-from upcycle.once import once
-from upcycle.statistics import Statistics
+from upcycle.system.once import once
+from upcycle.tensors import rng
 
 
 @dataclass(frozen=True, kw_only=True)

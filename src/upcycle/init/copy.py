@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site
+from upcycle.tensors.feed_forward import FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from upcycle.computed import Redraw
-from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site, share
+from upcycle.tensors.computed import Redraw
+from upcycle.tensors.feed_forward import FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)

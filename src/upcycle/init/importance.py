@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from upcycle import rng
+from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
 from upcycle.init._selecting import Choice, Selecting, drawn
-from upcycle.once import once
-from upcycle.positions import Computed, Positions
-from upcycle.statistics import Statistics
+from upcycle.system.once import once
+from upcycle.tensors import rng
+from upcycle.tensors.positions import Computed, Positions
 
 if TYPE_CHECKING:
-    from upcycle.source import Dense
+    from upcycle.dense.source import Dense
 
 
 @dataclass(frozen=True, kw_only=True)

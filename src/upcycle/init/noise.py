@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from upcycle.computed import Noise
 from upcycle.errors import UpcycleError
-from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site, share
+from upcycle.tensors.computed import Noise
+from upcycle.tensors.feed_forward import FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from upcycle.init._selecting import Choice, Selecting
-from upcycle.positions import Order, Positions
+from upcycle.tensors.positions import Order, Positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site, share
 from upcycle.init.drop import redraw
-from upcycle.positions import Order
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.positions import Order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from upcycle import rng
 from upcycle.errors import UpcycleError
-from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site
-from upcycle.lazy import Lazy
-from upcycle.once import once
-from upcycle.positions import Computed, Given, Order
+from upcycle.system.once import once
+from upcycle.tensors import rng
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.positions import Computed, Given, Order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from upcycle.init import Site
 from upcycle.init._selecting import Choice, Selecting, given, spread
-from upcycle.positions import Positions
+from upcycle.tensors.positions import Positions
 
 
 @dataclass(frozen=True, kw_only=True)

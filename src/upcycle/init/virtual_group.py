@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from upcycle.errors import UpcycleError
-from upcycle.feed_forward import FeedForward
 from upcycle.init import Init, Site, Spread
+from upcycle.tensors.feed_forward import FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from upcycle import kernels
+from upcycle.nn import kernels
 from upcycle.nn.response_norm import normalise
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upcycle.families import Config, Stack
-    from upcycle.feed_forward import FeedForward
     from upcycle.init import Site
     from upcycle.recipe import Recipe
+    from upcycle.tensors.feed_forward import FeedForward
 
 PREFIX = "upcycled_"  # of model_type
 CLASS_PREFIX = "Upcycled"

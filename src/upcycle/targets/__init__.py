@@ -14,16 +14,16 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from upcycle import registry
-from upcycle.entries import Entry
+from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family
 from upcycle.init import Site
-from upcycle.lazy import Lazy
+from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
-    from upcycle.blueprints import Blueprint
+    from upcycle.blueprints.blueprint import Blueprint
+    from upcycle.dense.source import Dense
     from upcycle.recipe import Recipe
-    from upcycle.source import Dense
 
 
 class Target(abc.ABC):

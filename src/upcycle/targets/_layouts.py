@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from upcycle.families import Config
-from upcycle.feed_forward import FeedForward
-from upcycle.lazy import Concat, Lazy, Pick, Slice, Stack
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Concat, Lazy, Pick, Slice, Stack
 
 if TYPE_CHECKING:
     from upcycle.init import Site

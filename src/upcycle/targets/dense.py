@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, ClassVar
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
 from upcycle.init import Site
-from upcycle.lazy import Lazy
 from upcycle.targets import Target, dense_snippet, refuse_experts
+from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
-    from upcycle.blueprints import Blueprint
+    from upcycle.blueprints.blueprint import Blueprint
+    from upcycle.dense.source import Dense
     from upcycle.recipe import Recipe
-    from upcycle.source import Dense
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ from upcycle.errors import UpcycleError
 from upcycle.families import PER_BLOCK, Config
 from upcycle.families._checked import MOST_BLOCKS
 from upcycle.init import Site
-from upcycle.lazy import Lazy
 from upcycle.targets import Target, dense_snippet, refuse_experts
+from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
-    from upcycle.blueprints import Blueprint
+    from upcycle.blueprints.blueprint import Blueprint
+    from upcycle.dense.source import Dense
     from upcycle.recipe import Recipe
-    from upcycle.source import Dense
 
 _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_layers", "depths")
 

@@ -6,19 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from upcycle import families, kernels, moe_layer
-from upcycle.entries import Entry
+from upcycle import families
+from upcycle.blueprints import moe_layer
+from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
 from upcycle.init import Site
-from upcycle.lazy import Lazy
+from upcycle.nn import kernels
 from upcycle.targets import Target, natives
 from upcycle.targets._layouts import Layout, Shared
+from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
-    from upcycle.blueprints import Blueprint
+    from upcycle.blueprints.blueprint import Blueprint
+    from upcycle.dense.source import Dense
     from upcycle.recipe import Recipe
-    from upcycle.source import Dense
 
 COMMON = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

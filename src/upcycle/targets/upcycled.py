@@ -10,21 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from upcycle import moe_layer
-from upcycle.computed import Drawn, Fill
+from upcycle.blueprints import moe_layer
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
 from upcycle.init import Site
-from upcycle.lazy import Lazy
 from upcycle.nn import upcycled_config
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 from upcycle.targets import Target
 from upcycle.targets._layouts import Shared, SharedExpert, Stacked
+from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
-    from upcycle.blueprints import Blueprint
+    from upcycle.blueprints.blueprint import Blueprint
+    from upcycle.dense.source import Dense
     from upcycle.recipe import Recipe
-    from upcycle.source import Dense
 
 
 @dataclass(frozen=True, kw_only=True)

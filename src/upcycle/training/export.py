@@ -13,18 +13,21 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from upcycle import card, claim, kernels, lock, provenance, selection, whole_file
-from upcycle.dtypes import BY_TORCH_NAME
+from upcycle import tasks
+from upcycle.checkpoints.dtypes import BY_TORCH_NAME
+from upcycle.conversion import card, provenance, selection
+from upcycle.conversion.write import carry
 from upcycle.errors import UpcycleError, listed
-from upcycle.proof import quiet
-from upcycle.training import optimizer, saving, tasks
+from upcycle.nn import kernels
+from upcycle.system import claim, lock, whole_file
+from upcycle.training import optimizer, saving
 from upcycle.training.loop import SOURCES
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.run_folder import read_record
 from upcycle.training.start import MOMENTS, OPTIMIZER, Start, plain_model, scales, start_of
-from upcycle.write import carry
+from upcycle.verification import quiet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from upcycle import advice
-from upcycle.blueprints import Blueprint
+from upcycle.blueprints import caveats
+from upcycle.blueprints.blueprint import Blueprint
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
 from upcycle.training.run import Run
@@ -15,7 +15,7 @@ from upcycle.training.run import Run
 def warnings(run: Run, built: Blueprint | None) -> list[str]:
     """What a person should know about a run before it costs time: of the model as `plan` says it, and of the
     run itself."""
-    out = [] if built is None else advice.warnings(built)
+    out = [] if built is None else caveats.warnings(built)
     total, schedule = run.train.total_steps, run.schedule
     if total > schedule.warmup and schedule.warmup + schedule.decay > total:
         out.append(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle import rng
-from upcycle.blueprints import Entry
-from upcycle.computed import Drawn, Fill
+from upcycle.blueprints.blueprint import Entry
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
-from upcycle.source import Dense
+from upcycle.tensors import rng
+from upcycle.tensors.computed import Drawn, Fill
 
 Classes = int | tuple[str, ...]
 

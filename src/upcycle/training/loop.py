@@ -16,30 +16,20 @@ import numpy as np
 import torch
 
 import upcycle
-from upcycle import memory
-from upcycle.console import count
+from upcycle import tasks
+from upcycle.cli.console import count
+from upcycle.data import stamps
 from upcycle.errors import UpcycleError, listed
-from upcycle.signals import held, noted
-from upcycle.training import (
-    fit,
-    metrics,
-    micro_batch,
-    optimizer,
-    routing,
-    run_folder,
-    saving,
-    stamps,
-    start,
-    step,
-    tasks,
-)
+from upcycle.system import memory
+from upcycle.system.signals import held, noted
+from upcycle.tasks import Batch, Feed, Task
+from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 from upcycle.training.step import Outcome, Trainee
-from upcycle.training.tasks import Batch, Feed, Task
 
 RECORD = run_folder.RECORD
 SOURCES = "source_sha256"  # in run.json and the state of a checkpoint: hashes of the files a run began from

@@ -11,9 +11,9 @@ import torch
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from upcycle import gpus, whole_file
-from upcycle.console import count, err
+from upcycle.cli.console import count, err
 from upcycle.errors import UpcycleError
+from upcycle.system import gpus, whole_file
 from upcycle.training.run import Log
 
 FILE = "metrics.jsonl"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from upcycle import memory
+from upcycle.system import memory
 from upcycle.training import fit
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run

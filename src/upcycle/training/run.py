@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle import recipe as recipes
+from upcycle.data.corpus import Data
 from upcycle.errors import UpcycleError, shown
 from upcycle.recipe import Recipe
-from upcycle.training.corpus import Data
 from upcycle.training.schedule import Schedule
 
 if TYPE_CHECKING:
-    from upcycle.training.tasks import Task
+    from upcycle.tasks import Task
 
 
 MOST_ROWS = 1 << 20  # of a global batch; no published run comes near them
@@ -239,7 +239,7 @@ class Run:
         for_recipe = {k: router.pop(k) for k in [*router] if k not in recipes.OF_TRAINING}
         made: dict[str, Any] = {"recipe": None, "task": None}
         if "task" in data:
-            from upcycle.training import tasks
+            from upcycle import tasks
 
             if not isinstance(data["task"], dict):
                 raise UpcycleError(f"[task] must be a section with keys, not {data['task']!r}")
@@ -269,7 +269,7 @@ class Run:
         table = dataclasses.asdict(self)
         table |= {"recipe": None, "task": None}
         if self.task is not None:
-            from upcycle.training import tasks
+            from upcycle import tasks
 
             table["task"] = tasks.as_table(self.task)
         if self.recipe is not None:

@@ -8,8 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from upcycle import claim, lock, recipe, whole_file
+from upcycle import recipe
 from upcycle.errors import UpcycleError, listed
+from upcycle.system import claim, lock, whole_file
 from upcycle.training import saving
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, Train

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map
 
-from upcycle.checkpoint import file_hash
+from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.errors import UpcycleError
 from upcycle.training.optimizer import fill
 from upcycle.training.parallel import Ranks

@@ -16,20 +16,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle import kernels, loading, moe_layer, rng
-from upcycle.blueprints import Blueprint, blueprint
-from upcycle.checkpoint import Checkpoint, read_json
-from upcycle.computed import Drawn, Fill
-from upcycle.cost import flops_per_row, plan_of
-from upcycle.entries import Entry
+from upcycle import loading
+from upcycle.blueprints import moe_layer
+from upcycle.blueprints.blueprint import Blueprint, blueprint
+from upcycle.blueprints.cost import flops_per_row, plan_of
+from upcycle.blueprints.entries import Entry
+from upcycle.checkpoints.checkpoint import Checkpoint, read_json
+from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.dense.source import Dense, admit, refuse_two_heads
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.hub import open_checkpoint
-from upcycle.lazy import Folded, Lazy, Stack
+from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.recipe import Recipe
-from upcycle.source import Dense, admit, refuse_two_heads
-from upcycle.subject import Subject
 from upcycle.targets import Target
+from upcycle.tensors import rng
+from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.lazy import Folded, Lazy, Stack
 from upcycle.training import drop_path, layer_decay, weightless
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
+from upcycle.tasks import Batch, Question, Task
 from upcycle.training import fit, routing
 from upcycle.training import optimizer as optim
 from upcycle.training.parallel import Ranks
@@ -23,7 +24,6 @@ from upcycle.training.routing import Routers, Tally
 from upcycle.training.run import Run
 from upcycle.training.seeds import torch_seed
 from upcycle.training.start import Start
-from upcycle.training.tasks import Batch, Question, Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from upcycle import families
-from upcycle.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, read_json
+from upcycle.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, read_json
+from upcycle.checkpoints.hub import is_id
 from upcycle.errors import UpcycleError
-from upcycle.hub import is_id
 
 _CONFIG = "config.json"
 

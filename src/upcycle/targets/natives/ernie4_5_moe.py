@@ -1,10 +1,10 @@
 """ERNIE 4.5 MoE: the MoE that ERNIE 4.5 becomes; a bias corrects which experts are chosen."""
 
-from upcycle.computed import Fill
-from upcycle.lazy import Lazy
 from upcycle.targets._layouts import Shared
 from upcycle.targets.native import Config, Native, client_limits
 from upcycle.targets.natives._qwen import LAYOUT
+from upcycle.tensors.computed import Fill
+from upcycle.tensors.lazy import Lazy
 
 
 def _dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config | str:

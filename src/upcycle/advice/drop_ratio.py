@@ -1,0 +1,76 @@
+"""How much of an expert to draw anew, for a budget (Drop-Upcycling's r)."""
+
+from __future__ import annotations
+
+from upcycle.advice.situation import Situation
+from upcycle.advice.statements import Statement, number
+
+SHORT = 100e9  # tokens up to which nothing should be drawn anew
+LONG = 200e9  # tokens from which r = 0.5 was best: "hundreds of billions of tokens or more"
+BEST = 0.5
+
+PAPER = "Drop-Upcycling (arXiv 2502.19261)"
+COMPARED = (0.152e9, 1.56e9)  # dense parameters of its models that more than one r was tried on
+COMPARED_AT = 500e9  # tokens of all of them
+AGAINST = "FineRMoE (arXiv 2603.13364), Table 1"
+REFUTED = (0.49e9, 1.54e9)  # dense parameters of the models that drop was too much for
+REFUTED_AT = 50e9  # tokens of all of them
+SAME = 1.1  # times more or fewer tokens: still the same budget
+
+
+def advised(tokens: float) -> float | None:
+    """The share of neurons to draw anew for a budget; 0 is a plain copy, None where nothing is known."""
+    if tokens <= SHORT:
+        return 0.0
+    return BEST if tokens >= LONG else None
+
+
+def intact(ratio: float, indices: str) -> float:
+    """The share of neurons of an expert that is whole: of those drawn once for all three matrices (`shared`,
+    the paper's text) or for each by itself (`independent`, its code)."""
+    return 1 - ratio if indices == "shared" else (1 - ratio) ** 3
+
+
+def statements(situation: Situation) -> list[Statement]:
+    """The ratio for the budget, and what the recipe's own leaves of an expert where it drops."""
+    tokens, size = situation.asked.tokens, situation.plan.dense_parameters
+    ratio = advised(tokens)
+    inside: bool | None
+    if situation.kind != "decoder":
+        said, source, inside = "no ratio is published for this kind of model", PAPER, False
+        why, ratio = f"found on decoder language models, this is {situation.kind}", None
+    elif ratio is None:
+        said, source, inside = "which ratio is best is not known for this budget", PAPER, False
+        why = f"nothing is published between {number(SHORT)} and {number(LONG)} tokens"
+    elif ratio:
+        said = f"r = {ratio:g} was best of those tried, with independent indices"
+        source, (inside, why) = PAPER, _covered(size, COMPARED, tokens, COMPARED_AT)
+    else:
+        said = f"r = 0, a copy: drop ended far below the dense model after {number(REFUTED_AT)} tokens"
+        source, (covered, why) = AGAINST, _covered(size, REFUTED, tokens, REFUTED_AT)
+        inside = None if covered else False
+        why += "; its r and indices are not in what was read" if covered else ""
+    out = [
+        Statement(topic="drop ratio", said=said, value=ratio, unit="r", source=source, inside=inside, why=why)
+    ]
+    init = situation.built.recipe.init
+    asked, indices = getattr(init, "ratio", None), getattr(init, "indices", None)
+    if init.name == "drop" and asked is not None and indices is not None:
+        left = intact(asked, indices)
+        out.append(
+            Statement(
+                topic="drop ratio",
+                said=f"r = {asked:g} with {indices} indices leaves {left:.1%} of an expert's neurons whole",
+                value=left, unit="of the neurons", source="1 - r shared, (1 - r)^3 independent", inside=True,
+                why="counted",
+            )
+        )  # fmt: skip
+    return out
+
+
+def _covered(size: float, sizes: tuple[float, float], tokens: float, run_at: float) -> tuple[bool, str]:
+    if not sizes[0] <= size <= sizes[1]:
+        return False, f"{number(size)} dense parameters, found on {number(sizes[0])} and {number(sizes[1])}"
+    if not run_at / SAME <= tokens <= run_at * SAME:
+        return False, f"{number(tokens)} tokens, found at {number(run_at)}"
+    return True, f"{number(size)} dense parameters, {number(tokens)} tokens"

@@ -1,0 +1,64 @@
+"""The experts that something was found with, and whether those asked for are like them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from upcycle.advice.situation import Situation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A setting; what is None was any, or is not in what was read: `complete` tells which.
+
+    `routers`: one a stack. `top_k`: of token choice; of expert choice it is the capacity factor, which is how
+    many experts a token has on average.
+    """
+
+    count: int | None = None
+    top_k: int | None = None
+    granularity: int | None = None
+    layers: Literal["all", "half"] | None = None
+    routers: tuple[str, ...] | None = None
+    complete: bool = True
+
+    def unlike(self, situation: Situation) -> list[str]:
+        """In what the experts asked for differ, each as a reason."""
+        built = situation.built
+        recipes = {site.stack: built.recipe.at(site.stack) for site in built.sites}
+        counts = {site.num_experts for site in built.sites}
+        chosen = {_chosen(site.top_k, recipes[site.stack].router) for site in built.sites}
+        cut = {site.dense_width / site.width for site in built.sites}
+        found = []
+        if self.count is not None and counts != {self.count}:
+            found.append(f"found with {self.count} experts, not {_listed(counts)}")
+        if self.top_k is not None and chosen != {self.top_k}:
+            found.append(f"found with {self.top_k} experts a token, not {_listed(chosen)}")
+        if self.granularity is not None and cut != {self.granularity}:
+            what = "whole experts" if self.granularity == 1 else f"granularity {self.granularity}"
+            found.append(f"found with {what}, not with 1/{_listed(cut)} of the dense width")
+        if any(site.universal_experts for site in built.sites) or built.shared_width:
+            found.append("found without shared or universal experts")
+        share = situation.plan.num_moe_layers / situation.plan.num_layers
+        if self.layers is not None and abs(share - (1 if self.layers == "all" else 0.5)) > 0.05:
+            found.append(f"found with experts in {self.layers} of the layers, not in {share:.0%}")
+        routers = tuple(built.recipe.at(stack.name).router.name for stack in built.dense.stacks)
+        if self.routers is not None and routers != self.routers:
+            named = (" and ".join(dict.fromkeys(names)) for names in (self.routers, routers))
+            found.append("found with router.name = {}, not {}".format(*named))
+        return found
+
+
+def _chosen(top_k: int, router: object) -> float | None:
+    """Experts of a token: those it chooses, or on average those that choose it; None where slots do."""
+    name, factor = getattr(router, "name", ""), getattr(router, "capacity_factor", None)
+    if name in ("top_k", "sigmoid"):
+        return top_k
+    return factor if name == "expert_choice" else None
+
+
+def _listed(values: Iterable[float | None]) -> str:
+    shown = sorted("slots" if v is None else f"{v:g}" for v in values)
+    return " or ".join(shown)

@@ -1,0 +1,83 @@
+"""What the MoE costs when it is used: parameters, memory for keys and values, speed."""
+
+from __future__ import annotations
+
+from upcycle.advice.situation import Situation
+from upcycle.advice.statements import Statement, number, size
+from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
+from upcycle.dense.source import Dense
+from upcycle.errors import UpcycleError
+
+SLOWDOWN = 0.4
+SLOWDOWN_SOURCE = "Doubov et al. (arXiv 2411.08968)"
+
+
+def cache_bytes(dense: Dense, length: int, itemsize: int) -> int:
+    """Bytes of keys and values of one sequence of `length` tokens: what a decoder keeps while it generates.
+
+    Layers with a sliding window keep that many tokens, linear attention none. T5's decoder keeps keys and
+    values of `length` tokens of the encoder as well. Upcycling does not change any of it.
+    """
+    config = dense.config
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    token = 2 * heads * config["head_dim"] * itemsize
+    names = [stack.name for stack in dense.stacks if stack.causal]
+    if names == ["decoder"]:
+        return 2 * token * length * int(config["num_decoder_layers"])
+    if not names:
+        return 0
+    window, given = config.get("sliding_window"), config.get("layer_types")
+    if window is not None and (type(window) is not int or window < 1):
+        raise UpcycleError(f"config.json: sliding_window = {window!r}; it must be a whole number, or null")
+    if given is not None and not (isinstance(given, list) and all(isinstance(kind, str) for kind in given)):
+        raise UpcycleError(f"config.json: layer_types = {given!r}; it must be a list of names")
+    kinds = given or [
+        "sliding_attention" if window else "full_attention"
+    ] * int(config["num_hidden_layers"])  # fmt: skip
+    kept = {"full_attention": length, "sliding_attention": min(length, window or length)}
+    return token * sum(kept.get(kind, 0) for kind in kinds)
+
+
+def statements(situation: Situation) -> list[Statement]:
+    """Parameters, cache and speed of the MoE beside the dense model."""
+    plan, built = situation.plan, situation.built
+    itemsize = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
+    total, active, dense = plan.total_parameters, plan.active_parameters, plan.dense_parameters
+    counted, exact = "counted", "counted on the blueprint"
+    out = [
+        Statement(
+            topic="inference",
+            said=f"{number(total)} parameters ({size(total * itemsize)} in {built.config['dtype']}), "
+            f"{number(active)} active for a token; the dense model has {number(dense)}",
+            value=active / dense, unit="times the dense model", source=counted, inside=True, why=exact,
+        )
+    ]  # fmt: skip
+    length = max(situation.lengths.values())
+    if cache := cache_bytes(built.dense, length, itemsize):
+        out.append(
+            Statement(
+                topic="inference",
+                said=f"keys and values take {size(cache)} for {length:,} tokens, as in the dense model",
+                value=cache / length, unit="bytes a token", source=counted, inside=True, why=exact,
+            )
+        )  # fmt: skip
+    flops = plan.flops_per_token / plan.dense_flops_per_token
+    out.append(
+        Statement(
+            topic="inference",
+            said=f"a token takes {flops:.2f} times the dense FLOPs; a batch that meets all experts reads "
+            f"{total / dense:.2f} times the weights",
+            value=flops, unit="times the dense FLOPs", source="counted: bounds, not a measurement",
+            inside=True, why="where arithmetic, and where reading weights is the limit",
+        )
+    )  # fmt: skip
+    text = situation.kind == "decoder"
+    out.append(
+        Statement(
+            topic="inference", said="about 40 % slower at high demand, for larger models", value=SLOWDOWN,
+            unit="slower", source=SLOWDOWN_SOURCE, inside=None if text else False,
+            why="which sizes it was measured on is not in what was read" if text
+            else f"measured on language models that generate, this is {situation.kind}",
+        )
+    )  # fmt: skip
+    return out

@@ -1,0 +1,190 @@
+"""Memory of a GPU in training, for the layout of `upcycle train`: FSDP2 over all, experts shared out.
+
+Weights, gradients and moments are counted. What is gathered of a block and what activations take is an
+estimate: bf16 arithmetic, one row at a time, layers recomputed in the backward pass
+(`train.activation_checkpointing`) where the model can.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from upcycle.advice.situation import Situation
+from upcycle.advice.statements import Statement, size
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.families import Stack
+from upcycle.system import gpus
+from upcycle.system.gpus import Gpu
+
+WEIGHT, GRADIENT, MOMENTS = 4, 4, 8  # bytes a parameter, float32 and AdamW
+GATHERED = 2  # bytes a parameter of a gathered bf16 copy
+REDUCED = 2 + 4  # bytes a parameter of a bf16 gradient on its way to float32 shards
+LOGITS = 2 + 4 + 4 + 4  # bytes a logit: bf16, float32, its log-softmax, the gradient
+USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, buffers of collectives, fragments
+MOST_EXPERT_PARALLEL = 8  # ranks of one machine, where all-to-all is cheap
+MOST_GPUS = 1 << 16
+UNMEASURED = "the estimates were not compared with a GPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: float
+    gradients: float
+    moments: float
+    gathered: float  # blocks that are whole for a moment, and their gradients
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return self.weights + self.gradients + self.moments + self.gathered + self.activations
+
+
+def expert_parallel(count: int, built: Blueprint) -> int:
+    """How many of `count` GPUs share the experts of a layer: as many as divide both, on one machine.
+    One where experts have a response norm: those look at all tokens of an image and are not shared out."""
+    if any(built.dense.feed_forward(site.layer, site.stack).response() for site in built.sites):
+        return 1
+    common = math.gcd(count, *built.expert_counts)
+    return max(n for n in range(1, MOST_EXPERT_PARALLEL + 1) if common % n == 0)
+
+
+def per_gpu(situation: Situation, count: int) -> Memory:
+    """The memory of one of `count` GPUs."""
+    total, ep = situation.plan.total_parameters, expert_parallel(count, situation.built)
+    block = max(b.own + b.experts / ep for b in situation.blocks)
+    rest = total - sum(b.own + b.experts for b in situation.blocks)
+    if count > 1:  # one block is used and the next under way; embedding and head stay until the step ends
+        gathered = (2 * GATHERED + REDUCED) * block + (GATHERED + REDUCED) * rest
+    else:  # nothing is sharded; autocast keeps a copy of every weight
+        gathered = float(GATHERED * total)
+    return Memory(
+        weights=WEIGHT * total / count,
+        gradients=GRADIENT * total / count,
+        moments=MOMENTS * total / count,
+        gathered=gathered,
+        activations=activations(situation),
+    )
+
+
+def recomputed(situation: Situation) -> bool:
+    """Whether blocks can be recomputed in the backward pass: transformers does not for ConvNeXt."""
+    return situation.kind != "convolutional network"
+
+
+def activations(situation: Situation) -> float:
+    """Bytes of activations for one row: what goes into each block, the largest block recomputed, the logits;
+    of models that cannot recompute, all blocks and the logits."""
+    built, config = situation.built, situation.built.dense.config
+    last = built.dense.stacks[-1]
+    outputs = config["vocab_size"] if built.dense.has_language_head else 0
+    logits = LOGITS * outputs * situation.lengths[last.name]
+    blocks = [
+        block_bytes(built, stack, layer) * situation.lengths[stack.name]
+        for stack in built.dense.stacks
+        for layer in range(stack.count)
+    ]
+    if not recomputed(situation):
+        return logits + sum(blocks)
+    entering = sum(
+        2 * stack.count * stack.hidden * situation.lengths[stack.name] for stack in built.dense.stacks
+    )
+    return entering + logits + max(blocks)
+
+
+def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
+    """Bytes that one block keeps of a token for its backward pass, in bf16 with flash attention.
+
+    Beside its network 16 H + 4 q + 2 kv + 4 heads. A dense network keeps 8 I + 8 if it is gated, 4 I + 8 if
+    not, experts K (4 H + 8 I + 40) + 4 E + 12: what torch saves in a block of transformers' Llama and of
+    Mixtral, counted tensor by tensor. A block of ConvNeXt keeps 8 H beside its network, of V2, with a
+    response norm, 6 H and 8 I in the network.
+    """
+    config, network = built.dense.config, built.dense.feed_forward(layer, stack.name)
+    neuron = 8 if network.gate is not None or network.response() else 4
+    beside = float(_beside_network(built, stack, convnet_scales=not network.response()))
+    site = next((s for s in built.sites if (s.stack, s.layer) == (stack.name, layer)), None)
+    if site is None:
+        return beside + neuron * stack.width + 8
+    router = built.recipe.at(site.stack).router
+    row = router.group or built.dense.family.lengths(config)[site.stack]
+    for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
+        if count:
+            chosen = router.experts_per_token(count, site.top_k, row)
+            beside += chosen * (4 * site.hidden + neuron * width + 40) + 4 * count
+    return beside + 12
+
+
+def _beside_network(built: Blueprint, stack: Stack, *, convnet_scales: bool) -> int:
+    """Bytes a token that a block keeps beside those of its network: norms, sums, attention or convolution."""
+    config = built.dense.config
+    heads, width = config["num_attention_heads"], config["head_dim"]
+    if not heads:
+        return (8 if convnet_scales else 6) * stack.hidden
+    keys = 2 * (config.get("num_key_value_heads") or heads) * width
+    return 16 * stack.hidden + 4 * heads * width + 2 * keys + 4 * heads
+
+
+def fits(situation: Situation, count: int, gpu: Gpu) -> bool:
+    """Whether `count` GPUs hold the training."""
+    return per_gpu(situation, count).total <= USABLE * gpu.memory
+
+
+def least(situation: Situation, gpu: Gpu) -> int | None:
+    """The smallest power of two of GPUs that hold the training; None where no number does."""
+    count = 1
+    while count <= MOST_GPUS:
+        if fits(situation, count, gpu):
+            return count
+        count *= 2
+    return None
+
+
+def statements(situation: Situation) -> list[Statement]:
+    """What a GPU has to hold, and whether it does; without a number of GPUs, how many it takes."""
+    gpu, count, topic = situation.gpu, situation.asked.gpus, "memory"
+    again = "layers recomputed" if recomputed(situation) else "no layer recomputed"
+    source = "counted; gathered blocks and activations estimated"
+    needed = least(situation, gpu)
+    enough = f"the least power of two is {needed} {gpu.name}" if needed else f"no number of {gpu.name} does"
+    if count is None:
+        said = f"training in mixed precision: {enough}"
+        why = f"the layout of upcycle train, one row at a time ({situation.row_said}), {again}; {UNMEASURED}"
+        return [
+            Statement(topic=topic, said=said, value=needed, unit="GPUs", source=source, inside=None, why=why)
+        ]
+    found, ep = per_gpu(situation, count), expert_parallel(count, situation.built)
+    parts = ", ".join(
+        f"{name} {size(part)}"
+        for name, part in (
+            ("weights", found.weights), ("gradients", found.gradients), ("moments", found.moments),
+            ("gathered blocks", found.gathered), ("activations", found.activations),
+        )
+    )  # fmt: skip
+    why = (
+        f"parallel.fsdp = {count}, ep = {ep}; one row at a time ({situation.row_said}), {again}; {UNMEASURED}"
+    )
+    out = [
+        Statement(
+            topic=topic, said=f"each GPU holds {size(found.total)}: {parts}", value=found.total,
+            unit="bytes", source=source, inside=None, why=why,
+        )
+    ]  # fmt: skip
+    room = f"{USABLE:.0%} of the {size(gpu.memory)} of {gpu.name}"
+    if found.total <= USABLE * gpu.memory:
+        said = f"it fits into {room}"
+    else:
+        larger = [g for g in gpus.KNOWN if g.memory > gpu.memory and fits(situation, count, g)]
+        said = f"it does not fit into {room}: {enough}"
+        said += f"; {count} {larger[0].name} would" if larger else ""
+        said += "; or shorter rows" if needed is None and not larger else ""
+    out.append(
+        Statement(
+            topic=topic, said=said, value=needed, unit="GPUs at least", source="data sheet of the maker",
+            inside=None, why=why,
+        )
+    )  # fmt: skip
+    return out

@@ -1,0 +1,249 @@
+"""What papers found: where training from scratch overtook upcycling, and upcycling beside dense continuation.
+
+Both are data, with the models they were found on. Whether one says anything about an input is a question of
+its kind, its size and its budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from upcycle.advice.experts import Experts
+from upcycle.advice.situation import Kind, Situation
+from upcycle.advice.statements import Statement, number, share
+
+NEAR = 2.0  # times larger or smaller than the models of a paper: still taken for covered by it
+NEAR_BUDGET = 4.0  # the same for tokens
+UNREAD = "how many experts of a token and which layers it was found with is not in what was read"
+
+MIXTRAL = Experts(count=8, top_k=2, granularity=1, layers="all", routers=("top_k",))
+SPARSE_T5 = Experts(count=32, top_k=2, granularity=1, layers="half", routers=("expert_choice", "top_k"))
+SPARSE_VIT = Experts(count=32, top_k=2, granularity=1, layers="half", routers=("expert_choice",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossover:
+    """A budget, as a share of the dense model's training, from which an MoE from scratch is better."""
+
+    paper: str
+    kind: Kind
+    at: float
+    unit: Literal["tokens", "cost"]
+    sizes: tuple[float, float]  # parameters of the dense models, smallest and largest
+    exact: bool  # whether `sizes` are those of the experiment; otherwise those the rule was stated for
+    experts: Experts
+    found: str
+
+
+CROSSOVERS = (
+    Crossover(
+        paper="OLMoE (arXiv 2409.02060)",
+        kind="decoder",
+        at=0.25,
+        unit="tokens",
+        sizes=(1.2e9, 1.2e9),
+        exact=True,
+        experts=Experts(count=8, granularity=1, routers=("top_k",), complete=False),
+        found="OLMo-1B after 2 T tokens, 8 experts: from scratch caught up after 500 B",
+    ),
+    Crossover(
+        paper="Sparse Upcycling (arXiv 2212.05055), Fig. 4",
+        kind="encoder-decoder",
+        at=1.2,
+        unit="cost",
+        sizes=(0.248e9, 2.85e9),
+        exact=True,
+        experts=SPARSE_T5,
+        found="T5: from scratch needed about 120 % of the dense budget to catch up",
+    ),
+    Crossover(
+        paper="Skywork-MoE (arXiv 2406.06563)",
+        kind="decoder",
+        at=2.0,
+        unit="cost",
+        sizes=(0.1e9, 13e9),
+        exact=False,
+        experts=Experts(complete=False),
+        found="rule: train from scratch where the MoE's budget is twice the dense model's cost or more",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Upcycling and dense continuation on one budget, in `tokens` or as a `share` of the dense cost."""
+
+    paper: str
+    kind: Kind
+    inits: tuple[str, ...]
+    sizes: tuple[float, float]
+    better: Literal["upcycling", "dense continuation"]
+    found: str
+    experts: Experts
+    tokens: float | None = None
+    share: tuple[float, float] | None = None
+
+
+COMPARISONS = (
+    Comparison(
+        paper="Llama 3 Meets MoE (arXiv 2412.09952), Table 4",
+        kind="decoder",
+        inits=("copy",),
+        sizes=(8.03e9, 8.03e9),
+        experts=MIXTRAL,
+        tokens=27e9,
+        better="upcycling",
+        found="Llama 3 8B, 8 experts top-2, 27 B tokens each: 5-shot MMLU 63.3 to 64.0 against 62.4; the "
+        "dense model was not run at equal FLOPs",
+    ),
+    Comparison(
+        paper="He et al. (arXiv 2410.07524)",
+        kind="decoder",
+        inits=("copy",),
+        sizes=(15e9, 15e9),
+        experts=MIXTRAL,
+        tokens=1e12,
+        better="upcycling",
+        found="Nemotron-4 15B, 8 experts top-2, 1 T tokens each: MMLU 67.6 against 65.3",
+    ),
+    Comparison(
+        paper="FineRMoE (arXiv 2603.13364), Table 1",
+        kind="decoder",
+        inits=("drop",),
+        sizes=(0.49e9, 1.54e9),
+        experts=Experts(complete=False),
+        tokens=50e9,
+        better="dense continuation",
+        found="Qwen2.5 0.5B and 1.5B, 50 B tokens each: drop 22.6 and 23.5 on average over ten tasks against "
+        "41.3 and 55.2",
+    ),
+    Comparison(
+        paper="FineRMoE (arXiv 2603.13364), Table 1",
+        kind="decoder",
+        inits=("virtual_group",),
+        sizes=(0.49e9, 1.54e9),
+        experts=Experts(complete=False),
+        tokens=50e9,
+        better="dense continuation",
+        found="Qwen2.5 0.5B and 1.5B, 50 B tokens each: virtual groups 37.1 and 52.1 on average over ten "
+        "tasks against 41.3 and 55.2",
+    ),
+    Comparison(
+        paper="Sparse Upcycling (arXiv 2212.05055)",
+        kind="encoder-decoder",
+        inits=("copy",),
+        sizes=(0.248e9, 0.783e9),
+        experts=SPARSE_T5,
+        share=(0.1, 0.6),
+        better="upcycling",
+        found="T5 Base and Large, 32 experts in every other layer: 1.5 to 2 points of SuperGLUE more, for 55 "
+        "and 46 % of the dense cost",
+    ),
+    Comparison(
+        paper="Sparse Upcycling (arXiv 2212.05055)",
+        kind="vision transformer",
+        inits=("copy",),
+        sizes=(86e6, 86e6),
+        experts=SPARSE_VIT,
+        share=(0.1, 0.6),
+        better="upcycling",
+        found="ViT-B/16, 32 experts in the last half: one point of 10-shot ImageNet took 13 % of the dense "
+        "cost upcycled, 58 % dense",
+    ),
+)
+
+
+def distance(situation: Situation, crossover: Crossover) -> float | None:
+    """The budget over that of the crossover: 1 is at it, 2 twice as much. None where the dense
+    training is not known."""
+    taken = situation.share_of_tokens if crossover.unit == "tokens" else situation.share_of_cost
+    return None if taken is None else taken / crossover.at
+
+
+def crossover_inside(situation: Situation, crossover: Crossover) -> tuple[bool | None, str]:
+    """Whether a crossover covers a situation, and why."""
+    if situation.kind != crossover.kind:
+        return False, f"found on models of the kind {crossover.kind}, this is {situation.kind}"
+    if not situation.copies:
+        return False, f"found on copied experts, and init.name = {situation.built.recipe.init.name}"
+    if reasons := crossover.experts.unlike(situation):
+        return False, "; ".join(reasons)
+    if not _near(situation.plan.dense_parameters, crossover.sizes, NEAR):
+        return False, _sizes(situation, crossover.sizes)
+    if not crossover.exact:
+        return None, "stated as a rule; the sizes and budgets behind it are not in what was read"
+    if not crossover.experts.complete:
+        return None, f"{number(situation.plan.dense_parameters)} parameters is near; {UNREAD}"
+    return True, f"{number(situation.plan.dense_parameters)} parameters is near"
+
+
+def comparison_inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, str]:
+    """Whether a comparison covers a situation, and why."""
+    if not _of_its_init(situation, comparison):
+        name = situation.built.recipe.init.name
+        return False, f"found with init {' or '.join(comparison.inits)}, and init.name = {name}"
+    if reasons := comparison.experts.unlike(situation):
+        return False, "; ".join(reasons)
+    if not _near(situation.plan.dense_parameters, comparison.sizes, NEAR):
+        return False, _sizes(situation, comparison.sizes)
+    if comparison.tokens is not None:
+        tokens = situation.asked.tokens
+        if not _near(tokens, (comparison.tokens, comparison.tokens), NEAR_BUDGET):
+            return False, f"{number(tokens)} tokens, found at {number(comparison.tokens)}"
+        if not comparison.experts.complete:
+            return None, f"{UNREAD}, nor are the settings of init.name = {situation.built.recipe.init.name}"
+        return True, f"{number(situation.plan.dense_parameters)} parameters, {number(tokens)} tokens are near"
+    assert comparison.share is not None
+    taken, (low, high) = situation.share_of_cost, comparison.share
+    if taken is None:
+        return None, "it needs --dense-tokens, what the dense model was trained on"
+    if not low <= taken <= high:
+        return False, f"{share(taken)} of the dense cost, found at {share(low)} to {share(high)}"
+    return True, f"{number(situation.plan.dense_parameters)} parameters, {share(taken)} of the dense cost"
+
+
+def statements(situation: Situation) -> list[Statement]:
+    """All crossovers, and the comparisons of this kind of model with this initialisation."""
+    out = []
+    for crossover in CROSSOVERS:
+        inside, why = crossover_inside(situation, crossover)
+        far = distance(situation, crossover)
+        if far is None:
+            place = "where this budget lies cannot be said without --dense-tokens"
+        else:
+            place = f"this budget is {share(far * crossover.at)} of the dense {crossover.unit}"
+        out.append(
+            Statement(
+                topic="from scratch", said=f"{crossover.found}; {place}", value=far, unit="of the crossover",
+                source=crossover.paper, inside=inside, why=why,
+            )
+        )  # fmt: skip
+    for comparison in COMPARISONS:
+        if comparison.kind != situation.kind or not _of_its_init(situation, comparison):
+            continue
+        inside, why = comparison_inside(situation, comparison)
+        out.append(
+            Statement(
+                topic="dense continuation",
+                said=comparison.found,
+                source=comparison.paper,
+                inside=inside,
+                why=why,
+            )
+        )
+    return out
+
+
+def _of_its_init(situation: Situation, comparison: Comparison) -> bool:
+    named = situation.built.recipe.init.name in comparison.inits
+    return named or (situation.copies and "copy" in comparison.inits)
+
+
+def _near(value: float, between: tuple[float, float], factor: float) -> bool:
+    return between[0] / factor <= value <= between[1] * factor
+
+
+def _sizes(situation: Situation, sizes: tuple[float, float]) -> str:
+    found = " to ".join(number(n) for n in dict.fromkeys(sizes))
+    return f"{number(situation.plan.dense_parameters)} dense parameters, found on {found}"

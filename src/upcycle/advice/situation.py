@@ -1,0 +1,191 @@
+"""What is asked, and what is known of it: the model, the MoE, the budget. Read from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from typing import Literal
+
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.blueprints.cost import Plan, flops_per_row, plan_of
+from upcycle.errors import UpcycleError
+from upcycle.init.drop import Drop
+from upcycle.init.noise import NoisyCopy
+from upcycle.system import gpus
+from upcycle.system.gpus import Gpu
+
+Kind = Literal["decoder", "encoder-decoder", "encoder", "vision transformer", "convolutional network"]
+CONTEXT = 4096  # tokens of a row where nothing is asked, if the model has as many positions
+MOST_TOKENS = 10**18
+SMALL_NOISE = 0.05  # standard deviations of a matrix: "small: negligible; large: hurts" (Sparse Upcycling)
+
+
+def parse_tokens(text: str, option: str) -> int:
+    """`100B`, `1.5T`, `37_000_000`, `1e9` as a number."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)(?:[eE]\+?(\d{1,2})|\s*([kMBT]?))", text.strip())
+    size = {"": 0, "k": 3, "M": 6, "B": 9, "T": 12}
+    exponent = 0 if found is None else int(found[2]) if found[2] else size[found[3]]
+    number = None if found is None else Decimal(found[1].replace("_", "")).scaleb(exponent)
+    if number is None or number >= MOST_TOKENS:
+        raise UpcycleError(
+            f"{option} {text!r}; give a number of tokens below {MOST_TOKENS:.0e}, such as 100B, 1.5T, 1e9 or "
+            f"2_000_000"
+        )
+    return round(number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The budget and the machines. Tokens are those of the training that would come now, counted as
+    `train.tokens` counts them: those of a row in all its stacks, encoder and decoder, or stages, together."""
+
+    tokens: int
+    dense_tokens: int | None = None  # that the dense model was trained on; None: not known
+    gpus: int | None = None
+    gpu: str = "H100"
+    context: int | None = None  # tokens of a row of text
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "dense_tokens"):  # people say 100B
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, parse_tokens(given, f"--{name.replace('_', '-')}"))
+        for option, value in (
+            ("tokens", self.tokens), ("dense-tokens", self.dense_tokens), ("gpus", self.gpus),
+            ("context", self.context),
+        ):  # fmt: skip
+            if value is not None and (type(value) is not int or value < 1):
+                raise UpcycleError(f"--{option} {value}; it must be a whole number of 1 or more")
+        gpus.find(self.gpu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Parameters of one block of the MoE."""
+
+    own: int
+    experts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """Everything that statements are made from."""
+
+    asked: Asked
+    built: Blueprint
+
+    def __post_init__(self) -> None:
+        if not self.built.sites:
+            raise UpcycleError(
+                f"moe.target = {self.built.recipe.moe.target} makes a dense model; advise is about a Mixture "
+                f"of Experts, so choose another target"
+            )
+        context, most = self.asked.context, self._positions
+        if context is not None and self.of_images:
+            raise UpcycleError(f"--context is for text; an image is {self.row} tokens here, leave it out")
+        if context is not None and context > most and self.kind != "encoder-decoder":
+            raise UpcycleError(f"--context {context}; the model has {most} positions")
+
+    @property
+    def _positions(self) -> int:
+        config = self.built.dense.config
+        given = config.get("max_position_embeddings")
+        if given is not None and (type(given) is not int or given < 1):
+            raise UpcycleError(
+                f"config.json: max_position_embeddings = {given!r}; it must be a whole number of 1 or more"
+            )
+        return self.built.dense.family.length(config)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the MoE costs."""
+        return plan_of(self.built)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Parameters of every block of the MoE."""
+        sizes: dict[tuple[str, str], list[int]] = {}
+        starts = [(stack.name, stack.path.partition("{i}")[0]) for stack in self.built.dense.stacks]
+        for name, entry in self.built.entries.items():
+            for stack, start in starts:
+                if name.startswith(start):
+                    block = sizes.setdefault((stack, name.removeprefix(start).partition(".")[0]), [0, 0])
+                    block[".experts." in name or ".universal." in name] += entry.lazy.size
+        return tuple(Block(own=own, experts=experts) for own, experts in sizes.values())
+
+    @property
+    def gpu(self) -> Gpu:
+        """The kind of GPU."""
+        return gpus.find(self.asked.gpu)
+
+    @property
+    def of_images(self) -> bool:
+        """Whether a row is an image, of as many tokens as the model cuts it into."""
+        return "image_size" in self.built.dense.config
+
+    @property
+    def kind(self) -> Kind:
+        """What sort of model it is, as far as published results are concerned."""
+        causal = {stack.causal for stack in self.built.dense.stacks}
+        if self.of_images:
+            attends = self.built.dense.config["num_attention_heads"] > 0
+            return "vision transformer" if attends else "convolutional network"
+        if len(causal) == 2:
+            return "encoder-decoder"
+        return "decoder" if causal == {True} else "encoder"
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """Tokens of a row in each stack of blocks."""
+        if self.of_images:
+            return self.built.dense.family.lengths(self.built.dense.config)
+        length = self.asked.context or min(CONTEXT, self._positions)
+        return {stack.name: length for stack in self.built.dense.stacks}
+
+    @property
+    def row(self) -> int:
+        """Tokens of a row, all stacks together: what `--tokens` and a run of `upcycle train` count."""
+        return sum(self.lengths.values())
+
+    @property
+    def row_said(self) -> str:
+        """How many tokens a row, or an image, counts as."""
+        parts = ", ".join(f"{length:,} in {stack}" for stack, length in self.lengths.items())
+        what = "an image counts as" if self.of_images else "rows of"
+        return f"{what} {self.row:,} tokens" + (f" ({parts})" if len(self.lengths) > 1 else "")
+
+    @cached_property
+    def dense_flops(self) -> float:
+        """FLOPs of training the dense model on a token."""
+        return 3 * flops_per_row(self.built.dense, None, self.lengths) / self.row
+
+    @cached_property
+    def moe_flops(self) -> float:
+        """FLOPs of training the MoE on a token."""
+        return 3 * flops_per_row(self.built.dense, self.built, self.lengths) / self.row
+
+    @property
+    def dense_tokens_for_the_same(self) -> float:
+        """Tokens that the dense model can be trained on with the FLOPs of the MoE's budget."""
+        return self.asked.tokens * self.moe_flops / self.dense_flops
+
+    @property
+    def share_of_tokens(self) -> float | None:
+        """The budget as a share of the dense model's training, in tokens."""
+        return self.asked.tokens / self.asked.dense_tokens if self.asked.dense_tokens else None
+
+    @property
+    def share_of_cost(self) -> float | None:
+        """The same in FLOPs."""
+        return self.dense_tokens_for_the_same / self.asked.dense_tokens if self.asked.dense_tokens else None
+
+    @property
+    def copies(self) -> bool:
+        """Whether experts are whole copies of the dense network, up to noise of `SMALL_NOISE`."""
+        init = self.built.recipe.init
+        if isinstance(init, NoisyCopy):
+            still = not init.sigma or not init.fraction
+            return still or (init.relative and init.sigma <= SMALL_NOISE)
+        return init.name == "copy" or (isinstance(init, Drop) and init.ratio == 0)

@@ -1,0 +1,158 @@
+"""One sentence: dense continuation, upcycling or from scratch, and how sure that is.
+
+The fitted law decides where it reaches. Elsewhere published results of models like this one do; where there
+are none, that is what is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from upcycle.advice import drop_ratio, published, scaling_law
+from upcycle.advice.situation import Situation
+from upcycle.advice.statements import Choice, share
+
+Sure = Literal["fitted law", "published runs", "rule of thumb", "not known"]
+CLOSE = 0.01  # nats between two losses of the law that are not told apart
+MEASURE = "measure it: two short runs of upcycle train, with and without [moe]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`choice` is None where the sources do not say."""
+
+    choice: Choice | None
+    sure: Sure
+    sentence: str
+
+
+def verdict(situation: Situation) -> Verdict:
+    """What follows from the statements."""
+    if found := scaling_law.losses(situation):
+        return _by_law(situation, found)
+    return _by_results(situation)
+
+
+def _by_law(situation: Situation, found: dict[Choice, float]) -> Verdict:
+    best, second, *_ = ordered = sorted(found, key=found.__getitem__)
+    told = ", ".join(f"{what} {found[what]:.3f}" for what in ordered)
+    given = f"the fitted law gives {told} nats per token"
+    init = f", {initialisation(situation)}," if best == "upcycling" else ""
+    if "dense continuation" not in found:
+        given += "; how dense continuation compares is not known, as the law does not reach so many tokens"
+    sure = "sure as far as one fit on one corpus is"
+    choice: Choice | None = None
+    if found[second] - found[best] < CLOSE:
+        said = f"Too close to call between {best} and {second}: {given}; {MEASURE}."
+    elif "dense continuation" not in found:
+        said = f"Rather {best}{init} than {second}: {given} ({sure})."
+    else:
+        choice, said = best, f"{best[0].upper()}{best[1:]}{init} is best: {given} ({sure})."
+    return Verdict(choice=choice, sure="fitted law", sentence=said)
+
+
+def _by_results(situation: Situation) -> Verdict:
+    scratch, why = _against_scratch(situation)
+    beyond = "the fitted law does not reach this input"
+    runs = [
+        comparison
+        for comparison in published.COMPARISONS
+        if comparison.kind == situation.kind and published.comparison_inside(situation, comparison)[0]
+    ]
+    if scratch == "above":
+        return Verdict(
+            choice="from scratch",
+            sure="rule of thumb",
+            sentence=f"Probably from scratch: {why}; a rule of thumb, as {beyond}.",
+        )
+    if runs and scratch != "disagree":
+        first, better = runs[0], runs[0].better
+        same = "at equal tokens, not equal FLOPs" if first.tokens else "at equal cost"
+        rest = f"not from scratch, as {why}" if scratch == "below" else f"against from scratch, {why}"
+        said = f"upcycling, {initialisation(situation)}," if better == "upcycling" else better
+        return Verdict(
+            choice=better,
+            sure="published runs",
+            sentence=f"Probably {said} as found on models like this one {same} ({first.paper}); {rest}; "
+            f"{beyond}.",
+        )
+    if scratch == "below":
+        return Verdict(
+            choice=None,
+            sure="rule of thumb",
+            sentence=f"Not from scratch, as {why}; whether upcycling is worth more than dense continuation "
+            f"is not known for this input ({beyond}): {MEASURE}.",
+        )
+    if scratch == "disagree":
+        return Verdict(
+            choice=None,
+            sure="rule of thumb",
+            sentence=f"Not settled: {why}, and {beyond}: {MEASURE}.",
+        )
+    if _dense_tokens_would_help(situation):
+        return Verdict(
+            choice=None,
+            sure="not known",
+            sentence="This cannot be said without --dense-tokens, what the dense model was trained on: what "
+            f"covers this input asks for it; else {MEASURE}.",
+        )
+    return Verdict(
+        choice=None,
+        sure="not known",
+        sentence=f"Nothing is known about this input: {beyond} and {why}; {MEASURE}.",
+    )
+
+
+def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "disagree", "unknown"], str]:
+    """On which side of the published crossovers the budget lies, of those that may cover it."""
+    covering = [
+        crossover
+        for crossover in published.CROSSOVERS
+        if published.crossover_inside(situation, crossover)[0] is not False
+    ]
+    if not covering:
+        return "unknown", "no published crossover is of a model like it"
+    distances = {c: d for c in covering if (d := published.distance(situation, c)) is not None}
+    if not distances:
+        return "unknown", "without --dense-tokens no published crossover can be compared with"
+    places = ", and ".join(_place(crossover, far) for crossover, far in distances.items())
+    said = f"this budget is {places}"
+    sides = {far >= 1 for far in distances.values()}
+    if len(sides) == 2:
+        return "disagree", said
+    return ("above" if True in sides else "below"), said
+
+
+def _place(crossover: published.Crossover, far: float) -> str:
+    """Where a budget lies beside a crossover, in the crossover's own unit."""
+    name, side = crossover.paper.partition(" (")[0], "past" if far >= 1 else "short of"
+    here, there = share(far * crossover.at), share(crossover.at)
+    return f"{here} of the dense {crossover.unit}, {side} the {there} of {name}"
+
+
+def _dense_tokens_would_help(situation: Situation) -> bool:
+    """Whether something published would say more if the dense model's training were known."""
+    if situation.asked.dense_tokens is not None:
+        return False
+    if scaling_law.outside(situation) == [scaling_law.NEEDS_DENSE_TOKENS]:
+        return True
+    if any(published.crossover_inside(situation, c)[0] is not False for c in published.CROSSOVERS):
+        return True
+    return any(
+        comparison.kind == situation.kind
+        and comparison.share is not None
+        and published.comparison_inside(situation, comparison)[0] is not False
+        for comparison in published.COMPARISONS
+    )
+
+
+def initialisation(situation: Situation) -> str:
+    """How to make the experts, for the budget, as an option of the recipe."""
+    ratio = drop_ratio.advised(situation.asked.tokens) if situation.kind == "decoder" else 0.0
+    if ratio is None:
+        return "init copy or drop, which of them is not known at this budget"
+    asked = f"init {situation.built.recipe.init.name}"
+    if ratio and situation.copies:
+        return f"init drop at r = {ratio:g} (which its paper advises from hundreds of billions of tokens on)"
+    return "init copy" if not ratio and situation.copies else asked

@@ -1,0 +1,226 @@
+"""The blueprint: what every tensor of the MoE is, worked out from headers alone.
+
+Takes a dense checkpoint and a recipe; gives names to lazy tensors, the MoE's config, and what is lost or
+kept. Written to disk it is `convert`, compared with a folder `verify`, counted `plan`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from upcycle import targets
+from upcycle.blueprints import moe_layer
+from upcycle.blueprints.entries import Entry
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
+from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.dense import successors
+from upcycle.dense.source import Dense, admit, admit_donors
+from upcycle.families import Config
+from upcycle.init import Site
+from upcycle.recipe import Recipe, RecipeLike
+from upcycle.targets import Target
+from upcycle.tensors.lazy import Lazy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """Every tensor of the MoE, by its name on disk."""
+
+    dense: Dense
+    donors: tuple[Dense, ...]  # more dense models that experts are made from
+    recipe: Recipe
+    target: Target
+    config: Config  # config.json of the MoE
+    entries: Mapping[str, Entry]
+    sites: tuple[Site, ...]  # the blocks that became MoE, stack by stack
+
+    @property
+    def shared_width(self) -> int:
+        """Neurons of the shared expert; 0 if there is none."""
+        return self.sites[0].shared_width if self.sites else 0
+
+    @property
+    def source(self) -> Checkpoint:
+        return self.dense.checkpoint
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The source and whatever else tensors come from."""
+        donors = (donor.checkpoint for donor in self.donors)
+        return [self.dense.checkpoint, *self.dense.others, *donors]
+
+    @property
+    def family_config(self) -> Config:
+        """The dense config, or that of the deeper model where blocks are repeated."""
+        return self.dense.config if self.sites else self.dense.family.config(self.config)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Source tensors that are in nothing, and why; those of a second checkpoint with its label before."""
+        if not self.recipe.init.uses_source:
+            return dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
+        return dict(self.dense.left_out) | self.dense.left_aside({(s.stack, s.layer) for s in self.sites})
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of what is built: names, shapes, types, the making of each, config, source headers."""
+        headers = [sorted((t.name, t.dtype, t.shape) for t in c.tensors.values()) for c in self.checkpoints]
+        made = {name: [e.shape, e.dtype, e.lazy.describe()] for name, e in sorted(self.entries.items())}
+        text = json.dumps([headers, self.config, made], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def stored_config(self, dtype: str | None = None) -> Config:
+        """config.json as it is written, with weights in `dtype` (None: as planned).
+
+        It says how experts run if transformers by itself would run them in a way that does not take their
+        rows.
+        """
+        stored = dtype or str(self.config["dtype"])
+        config = {**self.config, "dtype": stored, "torch_dtype": stored}
+        lengths = [length for site in self.sites for length in (site.width, site.hidden)]
+        itemsize = FLOATS[BY_TORCH_NAME[stored]].itemsize
+        return config | self.target.kernel(lengths, itemsize)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(e.nbytes for e in self.entries.values())
+
+    @property
+    def narrowed(self) -> str | None:
+        """The type that stored values were rounded to, by its torch name; None where they keep theirs."""
+        rounded = [
+            e.dtype
+            for e in self.entries.values()
+            if any(not holds(e.dtype, info.dtype) for info in e.lazy.sources())
+        ]
+        return TORCH_NAMES[rounded[0]] if rounded else None
+
+    @property
+    def preserves_function(self) -> bool:
+        """Whether the MoE computes what the dense model computes, up to rounding."""
+        return (
+            bool(self.sites)
+            and self.recipe.moe.pooling == "class_token"
+            and all(self._preserves(site) for site in self.sites)
+            and (self._wide or self.target.keeps_narrow_bits(self.dense.family))
+        )
+
+    def _preserves(self, site: Site) -> bool:
+        router = self.recipe.at(site.stack).router
+        count, top_k = site.num_experts, site.top_k
+        gate, up, _ = moe_layer.factors(self.recipe, site)
+        network = self.dense.feed_forward(site.layer, site.stack)
+        gated = network.gate is not None
+        return (
+            (not network.response() or self._all_meet_all(site))
+            and self.recipe.init.preserves(site)
+            # No activation that is not linear may see a factor.
+            and gate == 1.0
+            and (gated or up == 1.0)
+            and router.reaches_all(count, top_k)
+            and (router.sums_to_one(count, top_k) or (site.uniform_router and router.rescale))
+            and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))
+        )
+
+    def _all_meet_all(self, site: Site) -> bool:
+        """Whether every expert has every token of a row, and all neurons of the dense network: what the
+        statistics of a response norm are over."""
+        router, length = self.recipe.at(site.stack).router, self.dense.family.lengths(self.dense.config)
+        row = length[site.stack]
+        met = router.experts_per_token(site.num_experts, site.top_k, row)
+        whole = site.width == site.dense_width and router.group in (0, row)
+        return whole and not router.has_slots and met >= site.num_experts
+
+    @property
+    def parts(self) -> dict[str, Recipe]:
+        """The recipe of each stack that has MoE layers, by its name."""
+        return {site.stack: self.recipe.at(site.stack) for site in self.sites}
+
+    @property
+    def expert_counts(self) -> set[int]:
+        """How many experts of one width stand in a layer: what expert parallelism must divide."""
+        counts = {n for site in self.sites for n in (site.num_experts, site.universal_experts)}
+        return counts - {0}
+
+    @property
+    def moe_layers(self) -> list[int] | dict[str, list[int]]:
+        """The numbers of the blocks that became MoE, by stack where there are several."""
+        by_stack: dict[str, list[int]] = {}
+        for site in self.sites:
+            by_stack.setdefault(site.stack, []).append(site.layer)
+        return by_stack.get("layers", []) if set(by_stack) <= {"layers"} else by_stack
+
+    @property
+    def _wide(self) -> bool:
+        """Whether weights are stored wide enough for rounding to stay below what is promised."""
+        return all(e.dtype in ("F32", "F64") for e in self.entries.values())
+
+
+def blueprint(
+    source: str | Path | Checkpoint, recipe: RecipeLike = None, *, allow_nonfinite: bool = False
+) -> Blueprint:
+    """The blueprint of the MoE that `recipe` (or its table, or its file) makes of the dense checkpoint
+    `source` (folder or hub id).
+
+    Raises `UpcycleError` where source and recipe do not fit; reads headers only.
+    """
+    recipe = Recipe.of(recipe)
+    if not isinstance(source, Checkpoint):
+        source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
+    dense = admit(source)
+    recipe.init.admit(dense)
+    if recipe.successor is not None:
+        dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)
+    target = targets.of(dense, recipe)
+    any_dtype = recipe.dtype != "source"
+    donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
+    sites = target.sites(dense, recipe)
+    config = target.config(dense, recipe, sites)
+    lazies = target.tensors([dense, *donors], recipe, sites)
+    dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
+    entries = {
+        name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)
+        for name, lazy in _in_order(lazies).items()
+    }
+    stored = TORCH_NAMES[Counter(e.dtype for e in entries.values()).most_common(1)[0][0]]
+    return Blueprint(
+        dense=dense,
+        donors=tuple(donors),
+        recipe=recipe,
+        target=target,
+        config={**config, "dtype": stored, "torch_dtype": stored},
+        entries=entries,
+        sites=sites,
+    )
+
+
+def _keeps_bits(factor: float) -> bool:
+    """Whether multiplying by it rounds nothing: a power of two."""
+    return math.frexp(factor)[0] == 0.5
+
+
+def _keeps_dtype(name: str) -> bool:
+    """Whether no recipe may narrow this tensor: a correction bias accumulates tiny steps."""
+    return name.endswith("e_score_correction_bias")
+
+
+def _in_order(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Embeddings, then layer by layer, then the rest: what belongs together lies together."""
+
+    def place(name: str) -> tuple[int, list[tuple[int, str]]]:
+        parts = [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
+        number = next((n for n, _ in parts if n >= 0), None)
+        if number is not None:
+            return number + (1 << 20) * name.startswith("decoder."), parts
+        return (-1 if "embed" in name or name == "shared.weight" else 1 << 30), parts
+
+    return {name: tensors[name] for name in sorted(tensors, key=place)}

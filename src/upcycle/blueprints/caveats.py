@@ -1,0 +1,107 @@
+"""What a person should know about a blueprint before spending money on it, one sentence each."""
+
+from __future__ import annotations
+
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
+from upcycle.nn import kernels
+from upcycle.recipe import Recipe
+
+
+def _adapters(built: Blueprint) -> list[str]:
+    """Adapters beside the weights, which transformers loads on top of them where peft is installed."""
+    return [
+        f"{opened.name} has an adapter beside its weights (adapter_config.json), which is not in the result; "
+        f"to keep it, merge it into the weights first"
+        for opened in built.checkpoints
+        if (opened.folder / "adapter_config.json").exists()
+    ]
+
+
+def warnings(built: Blueprint) -> list[str]:
+    """Everything that may cost training time, or that another program will compute otherwise."""
+    if not built.sites:
+        return [*built.target.warnings(built), *_adapters(built)]
+    moe, router = built.recipe.moe, built.recipe.router
+    site = built.sites[0]
+    out = [*built.recipe.init.warnings(site), *_adapters(built)]
+    if moe.pooling == "mean":
+        out.append(
+            "the head sees the mean of the patches and not the class token it was trained on: the function "
+            "is not kept, and the head has to learn anew"
+        )
+    if router.name == "top_k" and moe.top_k == 1 and router.normalize:
+        out.append(
+            "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "
+            "task; use top_k = 2 or more, or router.normalize = false where the target allows it"
+        )
+    row = built.dense.family.lengths(built.dense.config)[site.stack]
+    meets_all = router.experts_per_token(site.num_experts, site.top_k, row) >= site.num_experts
+    if site.uniform_router and not meets_all:
+        out.append(
+            "an all-zero router gives every expert the same score, and ties send every token to the same "
+            "experts; use another router.init, or a small router.std"
+        )
+    out += [note for part in built.parts.values() if (note := _not_renormalised(part)) is not None]
+    if any(getattr(part.router, "capacity_factor", None) for part in _causal(built)):
+        out.append(
+            "capacity in a causal stack: places are counted over the tokens at hand, so that generation with "
+            "a cache, which sees one token at a time, drops none and differs from training"
+        )
+    for part in built.parts.values():
+        if part.router.has_slots:
+            out.append(f"a slot of {part.router.name} mixes tokens: the function is not kept")
+        elif not part.router.reaches_all(part.moe.num_experts, part.moe.top_k):
+            out.append(
+                f"{part.router.name} with this capacity leaves some tokens without an expert: the layer adds "
+                f"nothing to them, and the function is not kept"
+            )
+    network = built.dense.feed_forward(site.layer, site.stack)
+    if network.response() and not built.preserves_function:
+        out.append(
+            f"{built.dense.family.model_type} normalises responses over all places of an image, an expert "
+            f"over those that come to it: the function is kept only where every expert has all of them "
+            f"(top_k = num_experts)"
+        )
+    if odd := _misaligned(built):
+        out.append(
+            f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
+            f'which is slower (experts_implementation="eager")'
+        )
+    out += built.target.warnings(built)
+    # Stacks that are alike say the same.
+    return [*dict.fromkeys(out + built.dense.family.warnings(built.target.model_type))]
+
+
+def _causal(built: Blueprint) -> list[Recipe]:
+    """The recipes of the stacks that predict their own next token."""
+    causal = {stack.name for stack in built.dense.stacks if stack.causal}
+    return [part for name, part in built.parts.items() if name in causal]
+
+
+def _not_renormalised(part: Recipe) -> str | None:
+    """What follows where the weights of a token's experts do not sum to one."""
+    count, top_k = part.moe.num_experts, part.moe.top_k
+    if part.router.sums_to_one(count, top_k):
+        return None
+    factor = 1 / part.router.gate_sum(count, top_k)
+    if not part.router.rescale:
+        return (
+            f"the router's weights are not renormalised and experts are not rescaled: a layer starts "
+            f"with a fraction of the dense network's output, 1 / {factor:g} or somewhat more"
+        )
+    return (
+        f"the router's weights are not renormalised: experts are scaled by {factor:g} and the "
+        f"function is kept only as far as the router scores all experts alike (router.std = "
+        f"{part.router.std:g}; router.init = zeros does)"
+    )
+
+
+def _misaligned(built: Blueprint) -> str | None:
+    """Which rows of the experts do not begin at a multiple of 16 bytes, as torch's grouped_mm wants."""
+    item = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
+    for site in built.sites:
+        for name, length in (("neurons", site.width), ("hidden units", site.hidden)):
+            if not kernels.take_groups([length], item):
+                return f"rows of {length} {name} take {length * item} bytes, no multiple of 16"
+    return None

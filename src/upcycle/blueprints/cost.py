@@ -1,0 +1,276 @@
+"""The plan: what a blueprint costs in parameters, FLOPs, bytes and memory, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle.blueprints import caveats
+from upcycle.blueprints.blueprint import Blueprint, blueprint
+from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
+from upcycle.checkpoints.hub import peek
+from upcycle.conversion.shards import DEFAULT_SHARD, lay_out
+from upcycle.dense.source import Dense
+from upcycle.recipe import RecipeLike
+
+BASE_MEMORY = 90_000_000  # bytes of an interpreter with numpy and what a conversion imports
+BLOCK_MEMORY = 32 << 20  # bytes that computing one block of a tensor takes at most, beside whole tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be built. FLOPs are those of a forward pass per token in matrix products (2 a weight).
+
+    Attention scores, which grow with the context, and norms are not counted; the embedding is a look-up. In a
+    model of stages a token is one of the first stage, a patch of the image, and has its part of the others.
+    """
+
+    source: str
+    family: str
+    target: str
+    kind: str  # what was made, at the head of a column: MoE, deeper or narrower
+    num_layers: int
+    moe_layers: list[int] | dict[str, list[int]]
+    num_experts: int
+    top_k: int
+    routing: str
+    expert_width: int
+    universal_experts: int
+    universal_width: int
+    by_stack: dict[str, dict[str, int]]  # the same of each stack that has MoE layers; above, of the first
+    shared_width: int
+    dense_parameters: int
+    total_parameters: int
+    active_parameters: int
+    dense_flops_per_token: int
+    flops_per_token: int
+    output_bytes: int
+    peak_memory_bytes: int
+    blueprint_hash: str
+    preserves_function: bool
+    warnings: list[str]
+
+    @property
+    def made(self) -> str:
+        """What was made of the dense model, in a sentence without a stop."""
+        if not self.num_moe_layers:
+            return f"a dense model of {self.num_layers} layers, no experts"
+        shared = f", shared expert of {self.shared_width}" if self.shared_width else ""
+        where: dict[str, list[str]] = {}
+        for stack, found in self.by_stack.items():
+            others = f" and {found['universal_experts']} universal ones of {found['universal_width']}"
+            said = f"{found['num_experts']} experts of {found['expert_width']} neurons"
+            where.setdefault(said + (others if found["universal_experts"] else ""), []).append(stack)
+        experts = [f"{said} in {' and '.join(stacks)}" for said, stacks in where.items()]
+        return (
+            f"{', '.join(experts) if len(where) > 1 else next(iter(where))}, {self.routing}, in "
+            f"{self.num_moe_layers} of {self.num_layers} layers{shared}"
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many blocks became MoE, in all stacks together."""
+        layers = self.moe_layers
+        return len(layers) if isinstance(layers, list) else sum(map(len, layers.values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        return asdict(self)
+
+
+def plan(
+    source: str | Path | Checkpoint,
+    recipe: RecipeLike = None,
+    *,
+    jobs: int = 2,
+    shard_size: int = DEFAULT_SHARD,
+) -> Plan:
+    """The plan of `convert(source, ..., recipe)`, from headers alone."""
+    opened = source if isinstance(source, Checkpoint) else peek(source)
+    return plan_of(blueprint(opened, recipe), jobs=jobs, shard_size=shard_size)
+
+
+def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
+    """The plan of a blueprint."""
+    dense = built.dense if built.sites else built.dense.whole
+    idle = idle_weights(built)
+    total = sum(e.lazy.size for e in built.entries.values())
+    shapes = {n: e.shape for n, e in built.entries.items()}
+    products = _per_token(built.dense, shapes) + _tied_head(built.dense) - idle.in_products
+    return Plan(
+        source=str(built.source.folder),
+        family=built.dense.family.model_type,
+        target=built.target.model_type,
+        kind=built.target.kind,
+        num_layers=built.family_config["num_hidden_layers"],
+        moe_layers=built.moe_layers,
+        num_experts=built.sites[0].num_experts if built.sites else 0,
+        top_k=built.sites[0].top_k if built.sites else 0,
+        routing=_routing(built),
+        expert_width=built.sites[0].width if built.sites else 0,
+        universal_experts=built.sites[0].universal_experts if built.sites else 0,
+        universal_width=built.sites[0].universal_width if built.sites else 0,
+        by_stack={
+            site.stack: {
+                "num_experts": site.num_experts,
+                "expert_width": site.width,
+                "universal_experts": site.universal_experts,
+                "universal_width": site.universal_width,
+            }
+            for site in built.sites
+        },
+        shared_width=built.shared_width,
+        dense_parameters=sum(t.size for t in dense.tensors.values()),
+        total_parameters=total,
+        active_parameters=total - idle.parameters,
+        dense_flops_per_token=flops_per_token(dense),
+        flops_per_token=2 * (products + mixing(built)),
+        output_bytes=lay_out(built.entries, shard_size).nbytes,
+        peak_memory_bytes=peak_memory(built, jobs),
+        blueprint_hash=built.hash,
+        preserves_function=built.preserves_function,
+        warnings=caveats.warnings(built),
+    )
+
+
+def _routing(built: Blueprint) -> str:
+    """How tokens meet experts, in a word or two for each stack that differs."""
+    said = []
+    for part in built.parts.values():
+        factor = getattr(part.router, "capacity_factor", None)
+        way = f"top-{part.moe.top_k}" if part.router.name == "top_k" else part.router.name.replace("_", " ")
+        said.append(way if factor is None else f"{way} with capacity factor {factor:g}")
+    if not said:
+        return "no routing"
+    return said[0] if len(set(said)) == 1 else " and ".join(said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle:
+    """What a token does not meet of the experts, on average: weights, and those in matrix products, of which
+    a stage of fewer tokens counts for its part."""
+
+    parameters: int
+    in_products: int
+
+
+def idle_weights(built: Blueprint, stack: str | None = None, length: int | None = None) -> Idle:
+    """Weights of the experts that a token does not use, in all layers together; or in those of one stack, in
+    rows of `length` tokens."""
+    family, config = built.dense.family, built.dense.config
+    lengths, parts = family.lengths(config), _parts(built.dense)
+    parameters, products = 0.0, 0.0
+    for site in built.sites:
+        if stack not in (None, site.stack):
+            continue
+        row = length or lengths[site.stack]
+        part = 1.0 if stack else parts[site.stack]
+        router = built.recipe.at(site.stack).router
+        network = built.dense.feed_forward(site.layer, site.stack)
+        for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
+            if not count:
+                continue
+            unused = count - router.experts_per_token(count, site.top_k, router.group or row)
+            matrices = len(network.matrices()) * network.hidden * width
+            biases = dict.fromkeys(network.biases() | network.response(), width)
+            if "down_bias" in biases:
+                biases["down_bias"] = network.hidden
+            products += part * unused * matrices
+            if not router.has_slots:  # every token has a part in every slot
+                parameters += unused * (matrices + sum(biases.values()))
+    return Idle(parameters=round(parameters), in_products=round(products))
+
+
+def mixing(built: Blueprint, stack: str | None = None) -> int:
+    """What a token takes part in beside weights where a router has slots, counted in weights: its share of
+    every slot and every slot's share of it, 2 E S H a layer, in all layers (of one stack) together."""
+    parts = _parts(built.dense)
+    total = 0.0
+    for site in built.sites:
+        router = built.recipe.at(site.stack).router
+        if router.has_slots and stack in (None, site.stack):
+            rows = router.rows(site.num_experts + site.universal_experts)
+            total += (1.0 if stack else parts[site.stack]) * 2 * rows * site.hidden
+    return round(total)
+
+
+def flops_per_token(dense: Dense) -> int:
+    """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
+    return 2 * (_per_token(dense, {n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
+
+
+def _per_token(dense: Dense, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Weights that a token meets in a matrix product, in all stacks."""
+    products = 0.0
+    for name, part in _parts(dense).items():
+        own = {n: s for n, s in shapes.items() if dense.family.stack_of(n) == name}
+        products += part * _in_products(own)
+    return round(products)
+
+
+def _parts(dense: Dense) -> dict[str, float]:
+    """Tokens of a row in each stack, for each one that it begins with."""
+    family, config = dense.family, dense.config
+    return {name: length / family.length(config) for name, length in family.lengths(config).items()}
+
+
+def flops_per_row(
+    dense: Dense, built: Blueprint | None, lengths: Mapping[str, int], *, all_scores: bool = False
+) -> int:
+    """FLOPs of a forward pass of a row of so many tokens in each stack: matrix products, attention scores.
+
+    Causal attention needs half of the scores, on average; `all_scores` counts both halves, as papers do that
+    state FLOPs or MFU. `built` is None for the dense model itself.
+    """
+    family, c = dense.family, dense.config
+    stacks = family.stacks(built.family_config) if built else dense.stacks
+    shapes = {n: e.shape for n, e in built.entries.items()} if built else {}
+    shapes = shapes or {n: t.shape for n, t in dense.tensors.items()}
+    total, last = 0, stacks[-1].name
+    for stack in stacks:
+        products = _in_products({n: s for n, s in shapes.items() if family.stack_of(n) == stack.name})
+        products += _tied_head(dense) if stack.name == last else 0
+        length, width = lengths[stack.name], c["num_attention_heads"] * c["head_dim"]
+        if built:
+            products += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
+        scores = stack.count * 4 * width * length * length
+        total += 2 * products * length + (scores // 2 if stack.causal and not all_scores else scores)
+        if stack.name == "decoder":
+            total += stack.count * 4 * width * length * lengths["encoder"]
+    return total
+
+
+def _tied_head(dense: Dense) -> int:
+    """Weights of a head over the vocabulary that is the embedding, and so not among the tensors."""
+    c = dense.config
+    tied = c["tie_word_embeddings"] and "lm_head.weight" not in dense.tensors
+    return int(c["vocab_size"] * c["hidden_size"]) if tied and dense.has_language_head else 0
+
+
+# Looked up, or used once for a whole row.
+_NOT_BY_TOKEN = (
+    "embed_tokens", "word_embeddings", "position_embeddings", "token_type_embeddings", "shared.weight",
+    "relative_attention_bias", "cls_token", "distillation_token", "mask_token", "pooler.", "classifier.",
+    "seq_relationship.", "_bias", ".grn.", ".grn_weight",
+)  # fmt: skip
+
+
+def _in_products(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Weights that a token meets in a matrix product."""
+    return sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if len(shape) > 1 and not any(part in name for part in _NOT_BY_TOKEN)
+    )
+
+
+def peak_memory(built: Blueprint, jobs: int) -> int:
+    """Bytes of memory that writing the blueprint takes at most."""
+    config = built.dense.whole.config  # experts are chosen from its networks
+    whole = built.recipe.init.working_memory(config["intermediate_size"], config["hidden_size"])
+    computed = any(e.extents is None for e in built.entries.values())
+    block = BLOCK_MEMORY + built.recipe.moe.granularity * (4 << 20) if computed else 0
+    return BASE_MEMORY + jobs * (2 * CHUNK + block + whole)

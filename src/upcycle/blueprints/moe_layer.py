@@ -1,0 +1,226 @@
+"""One MoE layer: which layers become one, its experts brought to scale, its router, its shared expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Stack
+from upcycle.init import Site
+from upcycle.recipe import Recipe
+from upcycle.system import memory
+from upcycle.targets._layouts import MoeNames
+from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy, Take
+from upcycle.tensors.positions import Given
+
+if TYPE_CHECKING:
+    from upcycle.dense.source import Dense
+
+NARROW = 128  # neurons of a shared expert that must exist and was not asked for
+MOST_EXPERTS = 1 << 17  # in all layers together; the largest published models have some 25,000
+EXPERT_BYTES = 8 << 10  # that the names and the making of an expert take, measured
+SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exactly 0 (NaN in llama.cpp)
+
+
+def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
+    """The blocks that become MoE, stack by stack, checked for what the initialisation and the router need."""
+    _refuse_too_many_experts(recipe, dense)
+    out = []
+    for stack in dense.stacks:
+        part = recipe.at(stack.name)
+        moe, router = part.moe, part.router
+        if router.init == "grouped" and moe.num_experts % moe.granularity:
+            raise UpcycleError(
+                f"router.init = grouped needs moe.num_experts to be a multiple of moe.granularity; "
+                f"{moe.num_experts} is no multiple of {moe.granularity}"
+            )
+        for layer in chosen_layers(part, stack):
+            shared = _shared_width(part, names, stack.width)
+            width, origin = (
+                moe.expert_width or stack.width // moe.granularity,
+                dense.origin(layer, stack.name),
+            )
+            site = Site(
+                stack=stack.name,
+                layer=layer,
+                blocks=stack.count,
+                num_experts=moe.num_experts,
+                top_k=moe.top_k,
+                granularity=moe.granularity,
+                dense_width=origin.width,
+                hidden=stack.hidden,
+                dense_hidden=origin.hidden,
+                expert_width=0 if moe.granularity > 1 else width,
+                universal_experts=moe.universal_experts,
+                universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,
+                shared_width=shared,
+                seed=recipe.seed,
+                grouped_router=router.init == "grouped",
+                uniform_router=router.init == "zeros" or router.std == 0,
+                gate_sum=router.gate_sum(moe.num_experts, moe.top_k) if router.rescale else 1.0,
+            )
+            recipe.init.check(site)
+            out.append(site)
+    if not out:
+        raise UpcycleError("moe.layers chooses no layer; the result would be the dense model")
+    return tuple(out)
+
+
+def _refuse_too_many_experts(recipe: Recipe, dense: Dense) -> None:
+    """Refuse numbers of experts that would only fill the memory, before the first of them is made."""
+    total = 0
+    for stack in dense.stacks:
+        part = recipe.at(stack.name)
+        each = part.moe.num_experts + part.moe.universal_experts
+        total += each * len(chosen_layers(part, stack))
+    room = memory.available()
+    most = MOST_EXPERTS if room is None else min(MOST_EXPERTS, room // EXPERT_BYTES)
+    if total > most:
+        raise UpcycleError(
+            f"moe.num_experts = {recipe.moe.num_experts} makes {total:,} experts in all layers together; "
+            f"{most:,} are taken at most here, so take fewer experts or fewer layers"
+        )
+
+
+def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
+    """The blocks of `moe.layers`, by their numbers in the stack: every_other is 1, 3, 5, ...; last_half those
+    from count // 2 on. In a model of stages the numbers go on from stage to stage."""
+    layers, count = recipe.moe.layers, stack.total or stack.count
+    if layers == "all":
+        chosen = list(range(count))
+    elif layers == "every_other":
+        chosen = list(range(1, count, 2))
+    elif layers == "last_half":
+        chosen = list(range(count // 2, count))
+    else:
+        chosen = sorted(set(layers))
+        if wrong := [i for i in chosen if not 0 <= i < count]:
+            where = "model" if stack.name == "layers" or stack.total else stack.name
+            raise UpcycleError(f"moe.layers has {wrong}; the {where} has layers 0 to {count - 1}")
+    return [i - stack.first for i in chosen if stack.first <= i < stack.first + stack.count]
+
+
+def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
+    """The number of neurons of the shared expert, 0 where there is none; the dense network has `full`."""
+    asked, shared, granularity = recipe.moe.shared_experts, names.shared, recipe.moe.granularity
+    if shared is None:
+        if asked:
+            raise UpcycleError(f"{names.model_type} has no shared expert; set moe.shared_experts = 0")
+        return 0
+    if not asked:
+        if shared.mandatory == "narrow":
+            return min(NARROW, full)
+        return full // granularity if shared.mandatory == "full" else 0
+    if asked != granularity:
+        raise UpcycleError(
+            f"moe.shared_experts = {asked} of 1/{granularity} of the dense width; the shared expert is the "
+            f"dense network itself, so it must be 0 or moe.granularity ({granularity})"
+        )
+    if shared.mandatory == "full" and granularity > 1:
+        raise UpcycleError(
+            f"the shared network of {names.model_type} is as wide as one expert, 1/{granularity} of the "
+            f"dense network; set moe.shared_experts = 0"
+        )
+    return full
+
+
+def averaged(models: list[Dense], recipe: Recipe) -> dict[str, Lazy]:
+    """Every tensor of the dense models, combined as the initialisation combines all that is no expert."""
+    return {
+        name: recipe.init.backbone([model.tensors[name] for model in models]) for name in models[0].tensors
+    }
+
+
+def add(out: dict[str, Lazy], prefix: str, made: Mapping[str, Lazy]) -> None:
+    """Add the tensors of a layer to `out`; a name that is there already is an error of ours."""
+    for name, tensor in made.items():
+        if (full := f"{prefix}.{name}") in out:
+            raise AssertionError(f"{full} is defined twice")
+        out[full] = tensor
+
+
+def tensors(
+    models: list[Dense], site: Site, recipe: Recipe, names: MoeNames, every: Mapping[str, Lazy]
+) -> dict[str, Lazy]:
+    """The tensors of one MoE layer by their names below the layer's prefix.
+
+    `models` are the dense models, the source first; `recipe` is that of the layer's stack; `every` has the
+    tensors of the dense model, combined.
+    """
+    networks = [model.origin(site.layer, site.stack) for model in models]
+    hidden, dtype = site.hidden, networks[0].down.dtype
+    asked, shared = recipe.moe.shared_experts > 0, names.shared
+    halved = asked and shared is not None and shared.combine in ("gated", "sum")
+    half = 0.5 if halved else 1.0
+    experts = _experts(networks, range(site.num_experts), site, recipe, half)
+    out = {names.router: router(recipe, site, dtype), **names.layout.write(experts)}
+    if site.universal_experts:
+        others = _experts(networks, range(site.num_experts, site.all_experts), site.universal, recipe, half)
+        written = names.layout.write(others).items()
+        out |= {f"universal.{name.removeprefix('experts.')}": tensor for name, tensor in written}
+    out |= names.beside_router(recipe, site, _norm(models[0], site, every), dtype)
+    if shared and site.shared_width:
+        network = combined(networks, recipe).neurons(0, site.shared_width)
+        if not asked:
+            idle = Fill((hidden, site.shared_width), dtype, 0.0)
+            network = replace(network, down=idle)
+        elif shared.combine == "sum":
+            network = network.scaled(down=0.5, down_bias=0.5)
+        out |= shared.write(network)
+        if shared.gate:
+            std = SHARED_GATE_STD if asked else 0.02
+            out[shared.gate] = Drawn((1, hidden), dtype, "normal", std, site.key("shared gate"))
+    return out
+
+
+def _norm(dense: Dense, site: Site, every: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Weight and bias of the norm before the network, if there is one."""
+    stack = next(stack for stack in dense.stacks if stack.name == site.stack)
+    before = stack.norm_path.format(i=site.layer)
+    return {part: every[f"{before}.{part}"] for part in ("weight", "bias") if f"{before}.{part}" in every}
+
+
+def _experts(
+    networks: list[FeedForward], numbers: range, site: Site, recipe: Recipe, half: float
+) -> list[FeedForward]:
+    """Experts by their numbers, brought to scale."""
+    gate, up, down = factors(recipe, site)
+    # What a token's experts add up to has the bias once, whatever share of the network each of them is.
+    scales = {"gate": gate, "up": up, "down": down * half, "down_bias": half / site.gate_sum}
+    return [recipe.init.expert(networks, e, site).scaled(**scales) for e in numbers]
+
+
+def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
+    """One network from those of the dense checkpoints, combined as everything that is no expert."""
+    return FeedForward.merged(networks, recipe.init.backbone)
+
+
+def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
+    """What gate, up and down of an expert are multiplied by, for the weights that its router gives."""
+    factor = recipe.init.scale(site) / site.gate_sum
+    if recipe.init.spread == "down":
+        return 1.0, 1.0, factor
+    if recipe.init.spread == "sqrt":
+        return 1.0, math.sqrt(factor), math.sqrt(factor)
+    root = factor ** (1 / 3)
+    return root, root, root
+
+
+def router(recipe: Recipe, site: Site, dtype: str) -> Lazy:
+    """The router weight [E, H], or a row a slot. `grouped`: G rows in turn are the same, a shard each."""
+    kind, std, key = recipe.router.init, recipe.router.std, site.key("router")
+    count, hidden = recipe.router.rows(site.all_experts), site.hidden
+    if kind == "zeros":
+        return Fill((count, hidden), dtype, 0.0)
+    if kind == "grouped":
+        groups = count // site.granularity
+        rows = Given(tuple(np.repeat(np.arange(groups), site.granularity).tolist()))
+        return Take(Drawn((groups, hidden), dtype, "normal", std, key), 0, rows)
+    return Drawn((count, hidden), dtype, kind, std, key)

@@ -1,0 +1,1 @@
+"""What activations of the dense model tell: `upcycle calibrate`."""

@@ -1,0 +1,349 @@
+"""`upcycle calibrate`: examples streamed through a dense model, and statistics of its activations.
+
+Takes a dense checkpoint and images or text; gives a file that `statistics.py` reads. Sums are saved beside it
+every so many batches, so that a pass that was stopped goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import upcycle
+from upcycle.calibration.observer import MOST, Observer, means
+from upcycle.calibration.stopped import begun, restore, save
+from upcycle.checkpoints import tensor_file
+from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.checkpoints.tensor_file import Tensor
+from upcycle.cli.console import err, size
+from upcycle.dense.source import Dense, admit
+from upcycle.dense.statistics import (
+    FORMAT,
+    KEY,
+    NAMES,
+    PARTIAL,
+    POSITIONS,
+    Statistics,
+    fingerprint,
+    refuse_unknown,
+)
+from upcycle.dense.subject import Subject
+from upcycle.errors import UpcycleError
+from upcycle.evaluation import rows as examples
+from upcycle.evaluation.rows import Rows
+from upcycle.hf import models, opening
+from upcycle.system import claim, lock, memory, scratch
+from upcycle.system.paths import as_paths
+from upcycle.system.signals import noted
+from upcycle.tensors import rng
+from upcycle.verification import quiet
+
+IMAGES = 30_000  # taken of a set of images at most; about what MoE Jetpack takes of ImageNet
+ROWS = 2_048  # taken of a text at most: 2^20 tokens in rows of 512
+SAVE_EVERY = 50  # batches
+ENDING = ".safetensors"
+
+Progress = Callable[[int], None]  # called with the examples done since the last call
+Planned = Callable[[int], None]  # called once with all there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What to collect, and on what. `limit` is the number of images or rows at most; 0: all, None: `IMAGES`
+    or `ROWS`.
+    """
+
+    images: Path | None = None
+    text: Path | None = None
+    collect: tuple[str, ...] = ("l1", "l2", "count")
+    positions: tuple[str, ...] = tuple(POSITIONS)
+    limit: int | None = None
+    length: int | None = None  # tokens of a row of text; None: 512, or as many as the model takes
+    batch_size: int = 32
+    threshold: float = 0.0  # above which a number counts as active
+    seed: int = 0  # of the order of examples
+    in_order: bool = False  # the first examples, as the released code of MoE Jetpack takes
+    device: str | None = None  # None: an accelerator, where there is one
+    cache: Path | None = None  # folder for decoded images and token files
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "cache")
+        if (self.text is None) == (self.images is None):
+            raise UpcycleError("give either --images PATH or --text PATH to calibrate on")
+        refuse_unknown("--collect", self.collect, NAMES)
+        refuse_unknown("--positions", self.positions, POSITIONS)
+        if "co_activation" in self.collect and "neurons" not in self.positions:
+            raise UpcycleError(
+                f"--collect co_activation is of neurons, and --positions is {','.join(self.positions)}; add "
+                f"neurons, or leave it out"
+            )
+        if self.batch_size < 1:
+            raise UpcycleError(f"--batch-size {self.batch_size}; it must be 1 or more")
+        if self.limit is not None and self.limit < 0:
+            raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
+        if self.length is not None and (self.length < 1 or self.text is None):
+            raise UpcycleError(f"--length {self.length}; it must be 1 or more tokens, and goes with --text")
+        if not math.isfinite(self.threshold):
+            raise UpcycleError(f"--threshold {self.threshold}; it must be a number")
+
+    def examples(self, there: int) -> int:
+        """How many of the examples that are there are taken."""
+        default = IMAGES if self.images is not None else ROWS
+        return min(there, (default if self.limit is None else self.limit) or there)
+
+    def order(self, there: int) -> np.ndarray:
+        """The numbers of the examples that are taken, in order, int64 [N]."""
+        order = (
+            np.arange(there) if self.in_order else rng.permutation(rng.key(self.seed, "calibration"), there)
+        )
+        return order[: self.examples(there)]
+
+
+def calibrate(
+    source: str | Path,
+    out: str | Path,
+    asked: Asked,
+    *,
+    progress: Progress | None = None,
+    planned: Planned | None = None,
+    save_every: int = SAVE_EVERY,
+) -> Statistics:
+    """Collect the statistics of the dense checkpoint `source` to the file `out`.
+
+    Where a pass with the same arguments was stopped, it goes on from the sums that it left in OUT.partial.
+    Raises `UpcycleError` for input that cannot be used, and for a partial file of other arguments.
+    """
+    out = Path(out)
+    _refuse_target(out)
+    with (
+        open_checkpoint(source, allow_nonfinite=asked.allow_nonfinite) as opened,
+        scratch.folder() as made_here,
+    ):
+        dense, device = admit(opened), _device(asked.device)
+        asked = _there(dense, asked)
+        _check_memory(dense, asked, device)
+        rows = _rows(dense, asked, asked.cache or made_here)
+        order = asked.order(rows.count)
+        provenance = _provenance(dense, asked, rows, device, len(order))
+        partial_file = out.with_name(out.name + PARTIAL)
+        done, tokens = begun(partial_file, provenance)
+        model = _model(dense, device)
+        observer = Observer(
+            model,
+            dense.stacks,
+            positions=asked.positions,
+            names=asked.collect,
+            threshold=asked.threshold,
+        )
+        if done:
+            restore(partial_file, observer, tokens)
+        if planned is not None:
+            planned(len(order))
+        advance = progress or (lambda _: None)
+        advance(done)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            with noted(SIGINT, SIGTERM, twice_stops=True) as came:
+                for number, start in enumerate(range(done, len(order), asked.batch_size), start=1):
+                    places = order[start : start + asked.batch_size]
+                    _batch(model, observer, dense, rows, places, gradient="gradient" in asked.collect)
+                    done = start + len(places)
+                    if max(observer.tokens.values()) > MOST:
+                        raise UpcycleError(f"more than {MOST} tokens; lower --limit {len(order)}")
+                    stop = bool(came) and done < len(order)
+                    if stop or number % save_every == 0:
+                        _refuse_nonfinite(observer, dense)
+                        save(partial_file, observer, provenance, done)
+                    advance(len(places))
+                    if stop:
+                        raise KeyboardInterrupt
+            _refuse_nonfinite(observer, dense)
+            found = provenance | {"tokens": observer.tokens}
+            tensor_file.write(out, _statistics(observer), {"format": "pt", KEY: json.dumps(found)})
+            partial_file.unlink(missing_ok=True)
+    return Statistics.open(out)
+
+
+# --- before the first batch
+
+
+def _refuse_target(out: Path) -> None:
+    if out.suffix != ENDING:
+        raise UpcycleError(f"--out {out} must end in {ENDING}, which is what is written")
+    claim.may_create(out)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second pass from the same file: one that ended meanwhile is seen, and not written over."""
+    busy = f"another pass is writing {out}; wait for it or stop it"
+    with lock.held(out.with_name(out.name + ".lock"), busy):
+        _refuse_target(out)
+        yield
+
+
+def _there(dense: Dense, asked: Asked) -> Asked:
+    """What is asked for of a model that may have no attention; said where something is left out."""
+    if "heads" not in asked.positions or any(stack.heads for stack in dense.stacks):
+        return asked
+    rest = tuple(position for position in asked.positions if position != "heads")
+    why = f"{dense.family.model_type} has no attention heads"
+    if not rest:
+        raise UpcycleError(f"--positions heads: {why}; ask for neurons or channels")
+    err.print(f"{why}: --positions heads is left out")
+    return replace(asked, positions=rest)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpcycleError(
+            f"--device {name} cannot be used here ({reason}); leave it out, or give cpu"
+        ) from None
+    if device.type == "meta":
+        raise UpcycleError("--device meta computes nothing; leave it out, or give cpu")
+    return device
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes of memory that are free; None where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return memory.available()
+
+
+def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
+    """Say what pairs of neurons take, and refuse what cannot fit: 4 bytes a parameter and a pair."""
+    model = 4 * sum(t.size for t in dense.tensors.values())
+    pairs = 0
+    if "co_activation" in asked.collect:
+        pairs = 4 * sum(stack.count * stack.width**2 for stack in dense.stacks)
+        layers = sum(stack.count for stack in dense.stacks)
+        err.print(f"co_activation of {layers} layers takes {size(pairs)} of memory, and of the file")
+    free = _free(device)
+    if free is not None and model + pairs > free:
+        raise UpcycleError(
+            f"{dense.checkpoint.folder} in float32 takes {size(model)}"
+            + (f" and co_activation {size(pairs)}" if pairs else "")
+            + f", and {size(free)} of the memory of {device} are free; "
+            + ("leave co_activation out of --collect, or " if pairs and model <= free else "")
+            + "use a machine or a --device with more"
+        )
+
+
+def _rows(dense: Dense, asked: Asked, cache: Path) -> Rows:
+    config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
+    subject = Subject(folder=dense.checkpoint.folder, config=config)
+    gradient = "gradient" in asked.collect
+    if asked.images is not None:
+        return examples.of_images(asked.images, subject, cache, gradient=gradient, seed=asked.seed)
+    assert asked.text is not None
+    return examples.of_text(
+        asked.text, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length
+    )
+
+
+def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, count: int) -> dict[str, Any]:
+    """What the statistics depend on, as JSON has it. It holds no time and no path."""
+    found = {
+        "format": FORMAT,
+        "upcycle_version": upcycle.__version__,
+        "torch_version": torch.__version__,
+        "transformers_version": transformers.__version__,
+        "source": {
+            "name": dense.checkpoint.name,
+            "model_type": dense.family.model_type,
+            "architecture": dense.architecture,
+            "fingerprint": fingerprint(dense),
+        },
+        "data": dict(rows.about),
+        "examples": count,
+        "collect": sorted(asked.collect),
+        "positions": sorted(asked.positions),
+        "threshold": asked.threshold,
+        "seed": asked.seed,
+        "in_order": asked.in_order,
+        "length": asked.length,
+        "batch_size": asked.batch_size,
+        "device": str(device),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _model(dense: Dense, device: torch.device) -> PreTrainedModel:
+    with quiet():
+        cls = models.architecture(dense.architecture)
+        model = opening.fill(cls, dense.checkpoint.folder, dtype=torch.float32)
+    model.requires_grad_(False)
+    return model.to(device).eval()
+
+
+# --- a batch
+
+
+def _batch(
+    model: PreTrainedModel,
+    observer: Observer,
+    dense: Dense,
+    rows: Rows,
+    places: np.ndarray,
+    *,
+    gradient: bool,
+) -> None:
+    """Show the model the examples numbered `places`. Without gradients its head is left out."""
+    read = rows.read(places)
+    batch = {name: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for name, a in read.items()}
+    question = rows.ask(batch)
+    real = rows.real(question.inputs, [stack.name for stack in dense.stacks])
+    try:
+        with observer.watching(real), torch.set_grad_enabled(gradient):
+            if not gradient:
+                model.base_model(**question.inputs)
+                return
+            assert rows.task is not None
+            logits = model(**question.inputs).logits
+            rows.task.loss(logits, question.labels).backward()
+    except torch.OutOfMemoryError:
+        raise UpcycleError(
+            f"a batch of {len(places)} does not fit in the memory of {model.device}; lower --batch-size"
+        ) from None
+
+
+def _refuse_nonfinite(observer: Observer, dense: Dense) -> None:
+    for name, total in observer.sums.items():
+        if total.is_floating_point() and not bool(total.isfinite().all()):
+            raise UpcycleError(
+                f"{name} of {dense.checkpoint.folder} is NaN or inf on these examples; look for them in the "
+                f"model (upcycle inspect) and in the data"
+            )
+
+
+def _statistics(observer: Observer) -> dict[str, Tensor]:
+    def made(name: str) -> np.ndarray:
+        _, stack, _, kind = name.split(".")
+        out: np.ndarray = means(kind, observer.sums[name], observer.tokens[stack]).cpu().numpy()
+        return out
+
+    return {
+        name: Tensor("F32", tuple(total.shape), partial(made, name)) for name, total in observer.sums.items()
+    }

@@ -1,0 +1,155 @@
+"""SOURCE as a person gives it: a local folder, or a hub id with an optional revision (owner/name@rev)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upcycle.checkpoints.checkpoint import INDEX, Checkpoint, TensorInfo
+from upcycle.errors import UpcycleError
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+CARRIED = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
+    "*.tiktoken", "chat_template*", "generation_config.json", "preprocessor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def open_checkpoint(
+    source: str | Path, *, allow_nonfinite: bool = False, label: str = "source"
+) -> Checkpoint:
+    """The checkpoint `source`, downloaded to the hub's cache if it is a hub id."""
+    folder = local(source)
+    opened = Checkpoint.open(folder, allow_nonfinite=allow_nonfinite, label=label)
+    if is_id(source):
+        opened.name = str(source)
+    return opened
+
+
+def is_id(source: str | Path) -> bool:
+    """Whether SOURCE is a hub id and no folder."""
+    return not Path(source).exists() and _ID.fullmatch(str(source)) is not None
+
+
+def local(source: str | Path) -> Path:
+    """The folder of SOURCE, downloaded to the hub's cache if it is a hub id."""
+    return _download(str(source)) if is_id(source) else Path(source)
+
+
+def _parts(source: str) -> tuple[str, str | None]:
+    """Repository and revision of a hub id. The hub's client takes the latter for a path in its cache."""
+    repo, _, revision = source.partition("@")
+    if revision and {"", ".", ".."} & {*revision.split("/")}:
+        raise UpcycleError(f"{source}: {revision} is no revision; give a branch, a tag or a commit")
+    return repo, revision or None
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repo, revision = _parts(source)
+    wanted = ["config.json", "*.safetensors", INDEX, *CARRIED]
+    with _hub_errors(source):
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
+        )
+    return Path(folder)
+
+
+def peek(source: str | Path) -> Checkpoint:
+    """Config and headers of `source`; of a hub id, a few kilobytes are fetched and no weights."""
+    if not is_id(source):
+        return Checkpoint.open(source)
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    repo, revision = _parts(str(source))
+    with _hub_errors(source):
+        config = json.loads(Path(hf_hub_download(repo, "config.json", revision=revision)).read_text())
+        try:
+            files = HfApi().get_safetensors_metadata(repo, revision=revision).files_metadata
+        except NotASafetensorsRepoError:
+            raise UpcycleError(f"{source} has no safetensors weights; convert it with transformers") from None
+    tensors = {
+        name: TensorInfo(
+            name=name,
+            dtype=info.dtype,
+            shape=tuple(info.shape),
+            file=Path(file),
+            offset=info.data_offsets[0],
+            nbytes=info.data_offsets[1] - info.data_offsets[0],
+        )
+        for file, header in files.items()
+        for name, info in header.tensors.items()
+    }
+    return Checkpoint(Path(source), config, tensors)
+
+
+def carriable(folder: Path) -> list[str]:
+    """The names of the files that go along with a model: tokenizer, generation config, template, licence."""
+    return sorted({p.name for pattern in CARRIED for p in folder.glob(pattern) if p.is_file()})
+
+
+def carried(folder: Path) -> list[str]:
+    """Those that may be copied: a link is followed only inside the folder, or from a snapshot of the hub's
+    cache to its own blobs, and refused elsewhere.
+    """
+    names = carriable(folder)
+    if outside := [name for name in names if not _stays(folder / name)]:
+        raise UpcycleError(
+            f"{folder / outside[0]} is a link to {os.readlink(folder / outside[0])}, outside the folder, and "
+            f"would be copied; put the file itself there, or take the link away"
+        )
+    return names
+
+
+def _stays(file: Path) -> bool:
+    """Whether `file`, links followed, lies in its folder or where the hub's cache keeps its files."""
+    if not file.is_symlink():
+        return True
+    home, target = file.parent.resolve(), file.resolve()
+    blobs = home.parent.parent / "blobs"
+    return home in target.parents or (home.parent.name == "snapshots" and blobs == target.parent)
+
+
+@contextmanager
+def _hub_errors(source: str | Path) -> Iterator[None]:
+    """What can go wrong on the way to the hub, in a sentence."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        SafetensorsParsingError,
+    )
+
+    def said(error: Exception) -> str:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+    try:
+        yield
+    except RepositoryNotFoundError:
+        raise UpcycleError(
+            f"{source}: no such folder, and no such model on the hub (or it is gated: accept its terms "
+            f"and run `hf auth login`)"
+        ) from None
+    except HFValidationError as error:
+        raise UpcycleError(f"{source}: no such folder, and no hub id either ({said(error)})") from None
+    except LocalEntryNotFoundError as error:
+        raise UpcycleError(
+            f"{source}: no such folder, and the hub cannot be reached ({said(error)})"
+        ) from None
+    except EntryNotFoundError as error:
+        raise UpcycleError(f"{source}: the hub has no config.json of it ({said(error)})") from None
+    except (SafetensorsParsingError, ValueError) as error:
+        raise UpcycleError(f"{source}: what the hub has of it is damaged ({said(error)})") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise UpcycleError(
+            f"{source}: no such folder, and the hub cannot be reached ({said(error)})"
+        ) from None

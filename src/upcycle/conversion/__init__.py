@@ -1,0 +1,1 @@
+"""A blueprint written to a folder."""

@@ -1,0 +1,92 @@
+"""The model card: README.md of an upcycled checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import upcycle
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.blueprints.cost import Plan, flops_per_token, plan_of
+from upcycle.conversion.plain import code, plain
+from upcycle.targets import dense_snippet
+
+
+def how_to_load(built: Blueprint | None, architecture: str) -> str:
+    """Python code that opens a model, in a fence: of what was built, or of the dense class `architecture`."""
+    code = built.target.snippet() if built else dense_snippet(architecture)
+    return f"```python\n{code}```\n"
+
+
+def _state(built: Blueprint) -> str:
+    """Whether it computes what the dense model computes, and what a narrower type does to that."""
+    if not built.preserves_function:
+        return "Untrained since, and it does not compute what the dense model computes: train it before use."
+    said = "Untrained since: it computes what the dense model computes"
+    if not (narrowed := built.narrowed):
+        return f"{said}."
+    return (
+        f"{said}, once that is rounded to {narrowed} as this checkpoint is. The rounding itself changes the "
+        f"output: `upcycle verify` measures how far it is from the dense model as it was stored."
+    )
+
+
+def _made_from(built: Blueprint) -> str:
+    """The checkpoints that its tensors come from, in a row."""
+    *rest, last = [code(opened.name) for opened in built.checkpoints]
+    return f"checkpoints {', '.join(rest)} and {last}" if rest else f"checkpoint {last}"
+
+
+def _counts(built: Blueprint, plan: Plan) -> str:
+    """Parameters and FLOPs: of the source, of the narrower dense model where there is one, of the result."""
+    heads = ["dense", plan.kind]
+    parameters, active = [plan.dense_parameters, plan.total_parameters], plan.active_parameters
+    flops = [plan.dense_flops_per_token, plan.flops_per_token]
+    whole = built.dense.whole
+    if whole is not built.dense and built.sites:
+        heads = ["dense", "dense, narrower", plan.kind]
+        parameters.insert(0, sum(t.size for t in whole.tensors.values()))
+        flops.insert(0, flops_per_token(whole))
+    rows = [
+        ["", *heads],
+        ["---"] * (len(heads) + 1),
+        ["parameters", *(f"{n:,}" for n in parameters)],
+        ["active parameters per token", *(f"{n:,}" for n in [*parameters[:-1], active])],
+        ["FLOPs per token (forward, matrix products)", *(f"{n:,}" for n in flops)],
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("|  |", "| |")
+
+
+def render(built: Blueprint) -> str:
+    """Markdown that says what the folder is, what it was made from, and how to load it."""
+    plan = plan_of(built)
+    moe = plan.num_moe_layers > 0
+    warnings = "".join(f"- {plain(w)}\n" for w in plan.warnings) or "- none\n"
+    return f"""---
+library_name: transformers
+tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
+---
+
+# {plain(built.source.name)}, {"upcycled" if moe else plan.kind}
+
+A `{plan.target}` made from the dense `{plan.family}` {_made_from(built)} with
+`upcycle` {upcycle.__version__}, {built.target.origin(built.recipe)}.
+{_state(built)}
+
+{_counts(built, plan)}
+
+It is {plain(plan.made)}.
+
+## Load
+
+{how_to_load(built, built.target.architecture)}
+## What to know
+
+{warnings}
+## Recipe
+
+```json
+{json.dumps(built.recipe.as_table(), indent=2)}
+```
+
+Blueprint `{plan.blueprint_hash}`; the hashes of the source files are in `upcycle.json`.
+"""

@@ -1,0 +1,85 @@
+"""Which bytes of which file: the output's tensors laid out in safetensors shards, before any is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from upcycle.blueprints.blueprint import Entry
+from upcycle.checkpoints import tensor_file
+from upcycle.checkpoints.checkpoint import WEIGHTS
+from upcycle.errors import UpcycleError
+
+DEFAULT_SHARD = 5_000_000_000  # bytes, as the hub has it
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor goes: `nbytes` from byte `offset` of shard number `shard`."""
+
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The files of the output: their names, headers and sizes, and the place of every tensor."""
+
+    names: tuple[str, ...]
+    headers: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+    places: Mapping[str, Place]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files, headers included."""
+        return sum(self.sizes)
+
+    @property
+    def index(self) -> dict[str, object] | None:
+        """The content of the index file, or None where one file holds everything."""
+        if len(self.names) == 1:
+            return None
+        total = sum(p.nbytes for p in self.places.values())
+        where = {name: self.names[p.shard] for name, p in self.places.items()}
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+
+
+def lay_out(entries: Mapping[str, Entry], shard_size: int = DEFAULT_SHARD) -> Shards:
+    """Fill shards of at most `shard_size` bytes of tensors in order; a larger tensor has one to itself."""
+    groups: list[dict[str, Entry]] = [{}]
+    filled = 0
+    for name, entry in entries.items():
+        if groups[-1] and filled + entry.nbytes > shard_size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = entry
+        filled += entry.nbytes
+    headers, sizes, places = [], [], {}
+    for number, group in enumerate(groups):
+        header, ends = tensor_file.header(group, {"format": "pt"})
+        start = len(header)
+        for (name, entry), end in zip(group.items(), ends, strict=True):
+            places[name] = Place(number, start + end - entry.nbytes, entry.nbytes)
+        headers.append(header)
+        sizes.append(start + (ends[-1] if ends else 0))
+    count = len(groups)
+    names = (
+        [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    )
+    return Shards(names=tuple(names), headers=tuple(headers), sizes=tuple(sizes), places=places)
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB`, `1GiB` or a number of bytes."""
+    digits = text.strip().rstrip("BKMGiIbkmg")
+    unit = text.strip()[len(digits) :].upper()
+    try:
+        size = int(float(digits) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise UpcycleError(f"shard size {text!r} is not understood; write 5GB, 500MB or 1GiB") from None
+    if size < 1:
+        raise UpcycleError(f"shard size {text!r} must be above zero")
+    return size

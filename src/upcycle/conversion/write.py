@@ -1,0 +1,409 @@
+"""Offline upcycling: a blueprint written to a folder, streamed, resumable, never looking finished early.
+
+Everything is written to `OUT.partial`. A shard's header is written after its data; the folder is renamed
+when all is on disk, and its config gets its name last of all; so nothing unfinished opens as a model.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upcycle.blueprints.blueprint import Blueprint, Entry, blueprint
+from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
+from upcycle.checkpoints.dtypes import TooLargeError
+from upcycle.checkpoints.hub import carried
+from upcycle.conversion import card, provenance, selection
+from upcycle.conversion.journal import JOURNAL, Journal
+from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
+from upcycle.dense.source import refuse_two_heads
+from upcycle.errors import UpcycleError
+from upcycle.recipe import RecipeLike
+from upcycle.system import claim, lock
+from upcycle.system.open_files import OpenFiles
+
+UNNAMED_CONFIG = "config.json.partial"
+SYNC_EVERY = 1 << 28  # bytes written between two points that a resumed run can start from
+HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
+
+Progress = Callable[[int], None]  # called with the number of bytes written since the last call
+
+
+@dataclass(frozen=True)
+class Task:
+    """Tensors that are written together: one that is computed, or all that are the same stored bytes."""
+
+    entry: Entry
+    names: list[str]
+
+
+def convert(
+    source: str | Path | Checkpoint,
+    out: str | Path,
+    recipe: RecipeLike = None,
+    *,
+    resume: bool = False,
+    jobs: int = 2,
+    shard_size: int = DEFAULT_SHARD,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda n: None,
+    planned: Callable[[Blueprint], None] = lambda built: None,
+) -> Blueprint:
+    """Write the MoE that `recipe` makes of `source` (folder or hub id) to the new folder `out`.
+
+    Gives the blueprint, which `planned` is called with before the first byte. The bytes do not depend on
+    `jobs`, nor on whether the run was broken and resumed. Raises `UpcycleError` for a mistake; a run that
+    is broken leaves `out.partial` for `resume=True`.
+    """
+    built = blueprint(source, recipe, allow_nonfinite=allow_nonfinite)
+    out = Path(out)
+    partial = _check_paths(built, out, resume)
+    shards = lay_out(built.entries, shard_size)
+    if jobs < 1:
+        raise UpcycleError(f"jobs = {jobs}; it must be 1 or more")
+    if not _lacks_its_config(out):
+        _check_space(partial, shards)
+        carried(built.source.folder)  # refused now rather than when all is written
+        for model in (built.dense, *built.donors):
+            refuse_two_heads(model)
+        planned(built)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"another run is writing {partial}; wait for it or stop it"
+    with lock.held(partial.with_suffix(".lock"), busy):
+        _check_paths(built, out, resume)  # again: what another run did until now is seen
+        if _lacks_its_config(out):
+            _commit(built, out)
+        else:
+            _write(built, shards, partial, out, jobs, progress)
+    return built
+
+
+def _write(built: Blueprint, shards: Shards, partial: Path, out: Path, jobs: int, progress: Progress) -> None:
+    """All of the folder, by the one run that holds the lock."""
+    fresh = _make_folder(partial)
+    try:
+        with Journal(partial / JOURNAL, _begun(built, shards)) as journal:
+            hashes = _write_tensors(built, shards, partial, journal, jobs, progress)
+            _finish(built, shards, partial, out, hashes)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UpcycleError(
+                f"the disk of {partial} is full; what is written is kept. Make room and run the same "
+                f"command with --resume"
+            ) from None
+        raise
+    except UpcycleError:
+        if fresh:
+            shutil.rmtree(partial)
+        raise
+    finally:
+        for opened in built.checkpoints:
+            opened.close()  # whoever reads on opens them anew
+
+
+def _check_paths(built: Blueprint, out: Path, resume: bool) -> Path:
+    """Refuse an OUT that would overwrite or nest; the partial folder's path."""
+    partial = claim.partial_of(out)
+    for opened in built.checkpoints:
+        claim.refuse_near((out, partial), opened.folder)
+    if _lacks_its_config(out):
+        if not resume:
+            raise _left_behind(out)
+        return partial
+    claim.may_create(out)
+    claim.refuse_foreign(partial, JOURNAL)
+    if partial.exists() and not resume:
+        raise _left_behind(partial)
+    return partial
+
+
+def _left_behind(folder: Path) -> UpcycleError:
+    return UpcycleError(f"{folder} is left from a run that was broken; finish it with --resume, or delete it")
+
+
+def _make_folder(partial: Path) -> bool:
+    """Whether the folder was made here, and not found."""
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _on_disk(file: Path) -> int:
+    """Bytes that a file takes; none where another run has just finished with it."""
+    try:
+        return file.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _check_space(partial: Path, shards: Shards) -> None:
+    """Refuse before the first byte where the disk cannot hold the output."""
+    home = next(p for p in partial.parents if p.exists())
+    try:
+        there = sum(map(_on_disk, partial.glob("*")))
+        free = shutil.disk_usage(home).free + there
+    except PermissionError:
+        raise UpcycleError(f"{home} cannot be read; check its permissions") from None
+    if not os.access(home, os.W_OK):
+        raise UpcycleError(f"{home} cannot be written to; check its permissions")
+    needed = shards.nbytes + HEADROOM
+    if free < needed:
+        raise UpcycleError(
+            f"the output takes {needed / 1e9:.2f} GB and {home} has {free / 1e9:.2f} GB free; make room "
+            f"or write elsewhere"
+        )
+
+
+def _begun(built: Blueprint, shards: Shards) -> dict[str, Any]:
+    """What a run must have in common with the one it goes on with."""
+    files = {key: [c.stamps[f][2], c.stamps[f][3]] for key, (c, f) in _sources(built).items()}
+    return {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
+
+
+def _sources(built: Blueprint) -> dict[str, tuple[Checkpoint, Path]]:
+    """Every file that tensors come from, by its name in the journal."""
+    return {f"{c.label}/{f.name}": (c, f) for c in built.checkpoints for f in c.files}
+
+
+class _SourceHashes:
+    """The hashes of the source files: taken while tensors are written, kept in the journal, compared at the
+    end.
+
+    A file that was not touched since its header was read is what was read of it, and is not read for that
+    again. One that was touched is hashed once more, at the end or when a run goes on.
+    """
+
+    def __init__(self, built: Blueprint, journal: Journal, stop: threading.Event) -> None:
+        self._sources, self._journal, self._stop = _sources(built), journal, stop
+        self._known: dict[str, str] = journal.notes.get("sha256", {})
+        stamps = {key: list(c.stamps[file]) for key, (c, file) in self._sources.items()}
+        before = journal.notes.get("stamps", stamps)
+        for key in [key for key in stamps if stamps[key] != before.get(key)]:
+            checkpoint, file = self._sources[key]
+            if checkpoint.hash_read(file, stop) != self._known.get(key):
+                raise UpcycleError(
+                    f"{file} has changed since {journal.folder} was begun; put back what it was, or delete "
+                    f"that folder and convert again"
+                )
+        if journal.notes.get("stamps") != stamps:
+            journal.record([], stamps=stamps)
+
+    def take(self) -> dict[str, str]:
+        """The hashes by name in the journal, which keeps them."""
+        if not self._known:
+            with ThreadPoolExecutor(2) as pool:
+                taken = [pool.submit(c.hash_read, file, self._stop) for c, file in self._sources.values()]
+                known = {key: one.result() for key, one in zip(self._sources, taken, strict=True)}
+            if not self._stop.is_set():
+                self._journal.record([], sha256=known)
+                self._known = known
+        return self._known
+
+    def at_the_end(self) -> dict[str, dict[str, str]]:
+        """The hashes by checkpoint and file name, of files that are still what was read."""
+        hashes: dict[str, dict[str, str]] = {}
+        for key, (checkpoint, file) in self._sources.items():
+            checkpoint.refuse_changed(file, self._known[key])
+            hashes.setdefault(checkpoint.label, {})[file.name] = self._known[key]
+        return hashes
+
+
+def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
+    """What is left to write, in the order of the output."""
+    tasks: dict[Any, Task] = {}
+    for name, entry in built.entries.items():
+        if name not in done:
+            extents = entry.extents
+            same = name if extents is None else tuple((e.info, e.start, e.stop) for e in extents)
+            tasks.setdefault(same, Task(entry, [])).names.append(name)
+    return list(tasks.values())
+
+
+class _Files:
+    """The shard files, open for writing at any place."""
+
+    def __init__(self, partial: Path, shards: Shards) -> None:
+        self.paths = [partial / name for name in shards.names]
+        self.new = {  # shards of which nothing is there, whatever a journal says
+            number
+            for number, (path, size) in enumerate(zip(self.paths, shards.sizes, strict=True))
+            if not path.exists() or path.stat().st_size != size
+        }
+        self.locks = [threading.Lock() for _ in self.paths]
+        self.opened = OpenFiles(os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        for path, size in zip(self.paths, shards.sizes, strict=True):
+            with self.opened.use(path) as descriptor:
+                os.ftruncate(descriptor, size)
+        _sync_folder(partial)
+        _sync_folder(partial.parent)
+
+    def write(self, place: Place, start: int, data: np.ndarray) -> None:
+        """Write `data` (uint8) at byte `start` of the tensor at `place`."""
+        view, position = data.data, place.offset + start
+        path = self.paths[place.shard]
+        # The kernel would let one write at a time too, and the others spin.
+        with self.locks[place.shard], self.opened.use(path) as descriptor:
+            while view:
+                count = os.pwrite(descriptor, view, position)
+                view, position = view[count:], position + count
+
+    def sync(self, shards: set[int]) -> None:
+        """Bring the data of these shards to disk."""
+        datasync = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
+        for shard in sorted(shards):
+            with self.opened.use(self.paths[shard]) as descriptor:
+                datasync(descriptor)
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.opened.close()
+
+
+def _write_tensors(
+    built: Blueprint, shards: Shards, partial: Path, journal: Journal, jobs: int, progress: Progress
+) -> dict[str, dict[str, str]]:
+    """Write what the journal does not have yet; the hashes of the source files, by checkpoint and name.
+
+    Tensors are written by `jobs` threads. One more brings them to disk as they come, so that the disk works
+    while they compute, and two more hash the sources.
+    """
+    stop = threading.Event()
+    sources = _SourceHashes(built, journal, stop)
+    files = _Files(partial, shards)
+    done = {name for name in journal.done if shards.places[name].shard not in files.new}
+    tasks = _tasks(built, done)
+    progress(sum(shards.places[name].nbytes for name in done))
+    written: list[str] = []
+    syncs: list[Future[Any]] = []
+
+    def sync(names: list[str]) -> None:
+        files.sync({shards.places[n].shard for n in names})
+        journal.record(names)
+
+    def collect(finished: set[Future[Task]], at_least: int) -> None:
+        for future in finished:
+            written.extend(future.result().names)
+        if sum(shards.places[n].nbytes for n in written) >= at_least:
+            syncs.append(syncer.submit(sync, written.copy()))
+            written.clear()
+        for earlier in [*syncs, hashed]:
+            if earlier.done():
+                earlier.result()  # a disk that is full may say so here first, or a source that changes
+
+    writers, syncer, hasher = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    hashed: Future[Any] = hasher.submit(sources.take)
+    try:
+        running: set[Future[Task]] = set()
+        for task in tasks:
+            running.add(writers.submit(_write_task, task, shards, files, stop, progress))
+            if len(running) > 2 * jobs:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                collect(finished, SYNC_EVERY)
+        collect(running, at_least=0)
+        for last in syncs:
+            last.result()
+        for number, header in enumerate(shards.headers):
+            files.write(Place(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
+        files.sync(set(range(len(shards.names))))
+        hashed.result()
+        return sources.at_the_end()
+    finally:
+        stop.set()
+        for pool in (writers, syncer, hasher):
+            pool.shutdown(cancel_futures=True)
+        files.close()
+
+
+def _write_task(task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Progress) -> Task:
+    places = [shards.places[name] for name in task.names]
+    try:
+        for start, data in task.entry.pieces():
+            if stop.is_set():
+                break
+            for place in places:
+                files.write(place, start, data)
+                progress(data.size)
+    except TooLargeError as error:
+        raise UpcycleError(f"{task.names[0]} cannot be made: {error}") from None
+    return task
+
+
+def _finish(
+    built: Blueprint, shards: Shards, partial: Path, out: Path, hashes: dict[str, dict[str, str]]
+) -> None:
+    """What makes a folder of tensors a model, and the rename that shows it."""
+    names, left = carry(built.source.folder, partial)
+    if shards.index is not None:
+        _write_json(partial / INDEX, shards.index)
+    selection.write(built, partial)
+    (partial / "README.md").write_bytes(card.render(built).encode())
+    _write_json(partial / UNNAMED_CONFIG, built.stored_config())
+    weights = {JOURNAL, provenance.FILE, *shards.names}
+    files = {
+        CONFIG if path.name == UNNAMED_CONFIG else path.name: file_hash(path)
+        for path in sorted(partial.iterdir())
+        if path.name not in weights
+    }
+    _write_json(
+        partial / provenance.FILE,
+        provenance.record(built, hashes, carried=names, left_behind=left, files=files),
+    )
+    for path in partial.iterdir():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    _sync_folder(partial)
+    partial.rename(out)
+    _commit(built, out)
+
+
+def _lacks_its_config(out: Path) -> bool:
+    """Whether `out` is finished but for the last step."""
+    return (out / UNNAMED_CONFIG).exists() and not (out / CONFIG).exists()
+
+
+def _commit(built: Blueprint, out: Path) -> None:
+    """The step that makes a folder a model: its config gets its name."""
+    if provenance.read(out)["blueprint_hash"] != built.hash:
+        raise UpcycleError(f"{out} was begun with another recipe; resume with that one, or delete it")
+    (out / JOURNAL).unlink(missing_ok=True)
+    (out / UNNAMED_CONFIG).rename(out / CONFIG)
+    _sync_folder(out)
+    _sync_folder(out.resolve().parent)
+
+
+def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
+    """Copy tokenizer, generation config, chat template and licence; the names copied, and those left."""
+    names = carried(source)
+    for name in names:
+        shutil.copyfile(source / name, partial / name)
+    weights = {"config.json", INDEX}
+    left = sorted(
+        p.name
+        for p in source.iterdir()
+        if p.name not in weights and p.name not in names and p.suffix != ".safetensors"
+    )
+    return names, left
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Data: documents, tokens, images, and rows of them in order."""

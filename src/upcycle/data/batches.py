@@ -1,0 +1,151 @@
+"""Rows of tokens in an order that depends on the seed alone: resumed exactly, the same on any ranks.
+
+A row is L + 1 ids that follow each other in a source: L predictions, which no other row makes. The last
+rows of each source are held out. An epoch of a source is a permutation keyed by (seed, source, epoch); which
+source row number n of the run comes from is drawn by weight, keyed by (seed, n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from upcycle.data.corpus import Tokens
+from upcycle.errors import UpcycleError
+from upcycle.tensors import rng
+
+
+class Batches:
+    """Rows from several token files, and a position among them.
+
+    Raises `UpcycleError` for a source too short for one row, or for one to train on and one held out.
+    """
+
+    def __init__(
+        self, tokens: Sequence[Tokens], weights: Sequence[float], *, length: int, held_out: float, seed: int
+    ) -> None:
+        self._tokens, self._ids = tokens, [t.ids() for t in tokens]
+        self._length, self._seed = length, seed
+        self._shares = np.asarray(weights, np.float64) / sum(weights)
+        self._rows = [(t.count - 1) // length for t in tokens]
+        self.trainable = [n - round(n * held_out) for n in self._rows]
+        """Rows of each source that are trained on."""
+        for source, n, trained in zip(tokens, self._rows, self.trainable, strict=True):
+            if n < 1:
+                raise UpcycleError(
+                    f"{source.name} has {source.count} tokens, fewer than a row of train.sequence_length + 1 "
+                    f"= {length + 1}; shorten the rows, or give more text"
+                )
+            if not trained or (held_out and trained == n):
+                raise UpcycleError(
+                    f"{source.name} has {n} rows of {length} tokens, of which data.held_out = {held_out} "
+                    f"leaves none {'held out' if trained else 'to train on'}; change it, shorten the rows, "
+                    f"or give more text"
+                )
+        self._sample, self._consumed = 0, [0] * len(tokens)
+
+    @property
+    def position(self) -> int:
+        """How many rows were given out."""
+        return self._sample
+
+    @property
+    def epochs(self) -> list[float]:
+        """How often each source has been gone through."""
+        return [used / rows for used, rows in zip(self._consumed, self.trainable, strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON has it."""
+        state = {"sample": self._sample, "consumed": list(self._consumed)}
+        state["tokens"] = [t.count for t in self._tokens]
+        hashes = [t.sha256 for t in self._tokens]
+        return state if None in hashes else {**state, "sha256": hashes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to a position. Raises `UpcycleError` where the sources have changed since."""
+        names, counts = [t.name for t in self._tokens], [t.count for t in self._tokens]
+        hashes = [t.sha256 for t in self._tokens]
+        _refuse_damaged(state)
+        if len(state["tokens"]) != len(counts):
+            raise UpcycleError(
+                f"the checkpoint is of {len(state['tokens'])} data sources and the run has {len(counts)}; "
+                f"put them back, or start a new run"
+            )
+        for name, before, now in zip(names, state["tokens"], counts, strict=True):
+            if before != now:
+                raise UpcycleError(
+                    f"{name} has {now} tokens and had {before} when the checkpoint was saved; put the data "
+                    f"back as it was, or start a new run"
+                )
+        for name, before, digest in zip(names, state.get("sha256", hashes), hashes, strict=True):
+            if None not in (before, digest) and before != digest:
+                raise UpcycleError(
+                    f"{name} has other tokens than it had when the checkpoint was saved, though as many; put "
+                    f"the data back as it was, or start a new run"
+                )
+        self._sample, self._consumed = state["sample"], list(state["consumed"])
+
+    def next(self, rows: int, part: slice = slice(None)) -> np.ndarray:
+        """The next `rows` rows, of which those of `part` are read: int64 [N, L + 1]."""
+        chosen = []
+        for source in self._sources(rows):
+            epoch, place = divmod(self._consumed[source], self.trainable[source])
+            order = rng.permutation(rng.key(self._seed, "rows", source, epoch), self.trainable[source])
+            chosen.append((source, int(order[place])))
+            self._consumed[source] += 1
+        self._sample += rows
+        return self._read(chosen[part])
+
+    def at(self, places: Sequence[int]) -> np.ndarray:
+        """The rows numbered `places` of the first source, held out or not: int64 [N, L + 1]."""
+        return self._read([(0, int(place)) for place in places])
+
+    def held_out(self, rows: int | None = None) -> np.ndarray:
+        """Held-out rows, always the same: all, or at most `rows`, shared by weight, int64 [N, L + 1].
+
+        Where `rows` allows, every source has one.
+        """
+        there = [n - trained for n, trained in zip(self._rows, self.trainable, strict=True)]
+        wanted = there if rows is None else self._shared(rows)
+        chosen = []
+        for source, (n, most) in enumerate(zip(there, wanted, strict=True)):
+            taken = min(n, most)
+            chosen += [(source, self.trainable[source] + i * n // taken) for i in range(taken)]
+        return self._read(chosen)
+
+    def _shared(self, rows: int) -> list[int]:
+        """`rows` divided by weight, after one for each source."""
+        n = len(self._shares)
+        if rows < n:
+            return [1] * rows + [0] * (n - rows)
+        ends = np.round(np.cumsum(self._shares) * (rows - n)).astype(int)
+        return [1 + int(more) for more in np.diff(ends, prepend=0)]
+
+    def _sources(self, rows: int) -> list[int]:
+        """The sources of the next rows."""
+        drawn = rng.uniforms(rng.key(self._seed, "sources"), self._sample, self._sample + rows)
+        places = np.searchsorted(np.cumsum(self._shares), drawn, side="right")
+        found: list[int] = np.minimum(places, len(self._shares) - 1).tolist()  # the shares may end below 1
+        return found
+
+    def _read(self, chosen: Sequence[tuple[int, int]]) -> np.ndarray:
+        out = np.empty((len(chosen), self._length + 1), np.int64)
+        for place, (source, row) in enumerate(chosen):
+            start = row * self._length
+            out[place] = self._ids[source][start : start + self._length + 1]
+        return out
+
+
+def _refuse_damaged(state: dict[str, Any]) -> None:
+    """Refuse a position that is none."""
+    lists = [state.get("tokens"), state.get("consumed")]
+    whole = type(state.get("sample")) is int and all(
+        isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in lists
+    )
+    if not whole or len(state["consumed"]) != len(state["tokens"]):
+        raise UpcycleError("what the checkpoint says of its place in the data is damaged; delete its folder")
+    hashes = state.get("sha256", state["tokens"])
+    if not isinstance(hashes, list) or len(hashes) != len(state["tokens"]):
+        raise UpcycleError("what the checkpoint says of its data is damaged; delete its folder")

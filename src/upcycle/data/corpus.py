@@ -1,0 +1,351 @@
+"""Token files: each source tokenised once into a file that is mapped into memory and never parsed again.
+
+`KEY.bin` holds the ids, little endian; `KEY.json`, written last, says what they are. The key is made of
+all that the ids depend on, the text by name, size and time. What is found is checked: the ids by their hash,
+which costs a thousandth of what tokenising does; the text by stamp, and where that differs by its hash
+(`stamps.py`). A long document is tokenised in pieces, cut where the ids come out as those of
+the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upcycle.checkpoints.checkpoint import file_hash
+from upcycle.cli.console import bytes_bar, err
+from upcycle.data.documents import Source, documents, files
+from upcycle.data.stamps import is_as_it_was, stamps
+from upcycle.errors import UpcycleError
+from upcycle.system import whole_file
+
+FORMAT = 2
+_PIECE = 1 << 18  # characters of a document tokenised as one string
+_BATCH = 1 << 20  # characters given to the tokenizer at once
+_MOST_IDS = 1 << 24  # of a tokenizer: no vocabulary comes near it
+_NEAR = 256  # characters on either side of a cut that are looked at
+
+Progress = Callable[[int], None]  # called with the number of bytes of text done since the last call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The `[data]` table."""
+
+    sources: tuple[Source, ...]
+    held_out: float = 0.0  # share of each source, its last part
+    tokenizer: str | None = None  # None: that of the run's source
+    append_eos: bool = True  # end a document with EOS, if there is one and the tokenizer did not put it there
+    cache: str | None = None  # folder of token files; None: RUN/tokens
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UpcycleError("data.sources is empty; name at least one [[data.sources]] with a path")
+        if not 0 <= self.held_out < 1:
+            raise UpcycleError(f"data.held_out = {self.held_out}; it must be 0 or more and less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A token file: `count` ids of `dtype`, little endian, of `documents` documents and `bytes` of text."""
+
+    path: Path
+    count: int
+    dtype: str
+    documents: int
+    bytes: int
+    name: str  # of the source, for messages
+    sha256: str | None = None  # of the file
+
+    def ids(self) -> np.memmap:
+        """All ids, mapped into memory, [count]."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document, and the bytes of text it stands for (a cut may swallow a blank)."""
+
+    text: str
+    begins: bool
+    ends: bool
+    bytes: int
+
+
+def prepare(
+    data: Data, source_folder: Path, cache: Path, *, vocab_size: int, progress: Progress | None = None
+) -> list[Tokens]:
+    """The token file of each source, made in the folder `cache` where it is not there yet.
+
+    One process calls it first; the others find the files afterwards. Without `progress`, a terminal shows a
+    bar. Raises `UpcycleError` for data or a tokenizer that cannot be used.
+    """
+    words = tokenizer(data, source_folder)
+    if len(words) > vocab_size:
+        raise UpcycleError(
+            f"the tokenizer has {len(words)} tokens and the embedding {vocab_size} rows, which do not "
+            f"belong together; set data.tokenizer to that of the model"
+        )
+    made = []
+    for source in data.sources:
+        path = cache / f"{_key(source, data, words, vocab_size)}.bin"
+        tokens = _found(path, source, vocab_size)
+        made.append(tokens or _make(source, data, words, path, vocab_size, progress))
+    return made
+
+
+def tokenizer(data: Data, source_folder: Path) -> Any:
+    """The tokenizer that the data is read with. Raises `UpcycleError` where there is none."""
+    return read_tokenizer(data.tokenizer or source_folder)
+
+
+def read_tokenizer(where: str | Path) -> Any:
+    """The tokenizer in a folder. Raises `UpcycleError` where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        # Some classes make a tokenizer of special tokens alone where there are no files.
+        if found.get_vocab().keys() <= {*found.get_added_vocab(), *found.all_special_tokens}:
+            raise ValueError("its vocabulary is empty")
+        word, largest = max(found.get_vocab().items(), key=lambda item: item[1])
+        if largest >= _MOST_IDS:  # the tokenizers library makes a list as long as that
+            raise ValueError(f"{word!r} has the id {largest}; ids must be less than {_MOST_IDS:,}")
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
+        raise UpcycleError(
+            f"{where} has no tokenizer that can be read ({reason}); put its files there or set data.tokenizer"
+        ) from None
+    found.model_max_length = 1 << 60  # rows are packed: no document is too long
+    return found
+
+
+def _key(source: Source, data: Data, tokenizer: Any, vocab_size: int) -> str:
+    """What the ids depend on: the tokenizer, how it is used, and the files by name, size and time."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer.get_vocab())
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files(source)]
+    where = source.path if not stats else str(Path(source.path).resolve())
+    how = [where, source.field, source.separator, source.split, data.append_eos, _dtype(vocab_size)]
+    digest = hashlib.sha256(backend.encode()).hexdigest()
+    text = json.dumps([FORMAT, digest, tokenizer.eos_token_id, stats, how])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
+    """The token file as it was made before; None where it is not there or not whole."""
+    try:
+        known = json.loads(path.with_suffix(".json").read_text())
+        count, number, size = (int(known[key]) for key in ("count", "documents", "bytes"))
+        tokens = Tokens(
+            path=path,
+            name=source.path,
+            count=count,
+            dtype=_dtype(vocab_size),
+            documents=number,
+            bytes=size,
+        )
+        largest = int(known["largest_id"])
+        if known["dtype"] != tokens.dtype:
+            return None
+        if path.stat().st_size != tokens.count * np.dtype(tokens.dtype).itemsize:
+            return None
+        if not _is_of(known.get("files", {}), source):
+            return None
+        digest = file_hash(path)
+        # Files of older versions have no hash: their largest id tells of the worst.
+        whole = digest == known["sha256"] if "sha256" in known else int(tokens.ids().max()) == largest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    if not whole:
+        err.print(f"{path} is damaged; it is made anew")
+        return None
+    _refuse(largest, vocab_size, source)
+    return replace(tokens, sha256=digest)
+
+
+def _is_of(made_from: dict[str, Any], source: Source) -> bool:
+    """Whether a token file was made from the text that is there now."""
+    known = {name: (stamp, digest) for name, (stamp, digest) in made_from.items()}
+    return all(
+        is_as_it_was(path, *known[name]) for path in files(source) if (name := str(path.resolve())) in known
+    )
+
+
+def _make(
+    source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: int, progress: Progress | None
+) -> Tokens:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs that share a cache may make the same file at the same time: each its own, the last one stays.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    dtype = _dtype(vocab_size)
+    count = number = size = largest = 0
+    read = [p.resolve() for p in files(source)]
+    before, digest = stamps(read), hashlib.sha256()
+    try:
+        with whole_file.named(path), partial.open("wb") as file, _bar(source, progress) as advance:
+            for batch in _batches(pieces(documents(source), tokenizer, source)):
+                for ids in _encode(batch, tokenizer, data.append_eos):
+                    largest = max(largest, int(ids.max(initial=0)))
+                    _refuse(largest, vocab_size, source)
+                    raw = ids.astype(dtype).tobytes()
+                    file.write(raw)
+                    digest.update(raw)
+                    count += len(ids)
+                number += sum(piece.ends for piece in batch)
+                done = sum(piece.bytes for piece in batch)
+                size += done
+                advance(done)
+            _sync(file)
+        if not count:
+            raise UpcycleError(
+                f"{source.path} holds no text; give one that does, or take it out of data.sources"
+            )
+        text = {str(p): [before[str(p)], file_hash(p)] for p in read}
+        if stamps(read) != before:
+            raise UpcycleError(f"{source.path} changed while it was read; begin again")
+        partial.rename(path)
+        known: dict[str, Any] = {"count": count, "dtype": dtype, "documents": number, "bytes": size}
+        known |= {"sha256": digest.hexdigest(), "files": text}
+        made_from = {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos}
+        with whole_file.named(path), partial.open("w") as about:
+            about.write(json.dumps({**known, "largest_id": largest, "made_from": made_from}, indent=1))
+            _sync(about)
+        partial.rename(path.with_suffix(".json"))
+    finally:
+        partial.unlink(missing_ok=True)
+    return Tokens(
+        path=path,
+        name=source.path,
+        count=count,
+        dtype=dtype,
+        documents=number,
+        bytes=size,
+        sha256=digest.hexdigest(),
+    )
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _refuse(largest: int, vocab_size: int, source: Source) -> None:
+    if largest >= vocab_size:
+        raise UpcycleError(
+            f"the tokenizer gives id {largest} in {source.path} and the embedding has {vocab_size} rows; "
+            f"set data.tokenizer to that of the model"
+        )
+
+
+@contextmanager
+def _bar(source: Source, progress: Progress | None) -> Iterator[Progress]:
+    if progress is not None:
+        yield progress
+        return
+    with bytes_bar(f"tokenising {Path(source.path).name}") as (advance, set_end):
+        found = files(source)
+        if found and all(p.suffix in (".txt", ".text", ".jsonl") for p in found):  # the others are compressed
+            set_end(sum(p.stat().st_size for p in found))
+        yield advance
+
+
+def pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
+    """The documents of `stream` (text, whether it begins one), in pieces of about 262,144 characters.
+
+    A document without text is left out.
+    """
+    rest, begins = "", True
+    for text, begins_document in stream:
+        if begins_document:
+            if rest or not begins:
+                yield Piece(rest, begins, True, _bytes(rest, source))
+            rest, begins = "", True
+        rest, start = rest + text, 0
+        while len(rest) - start > _PIECE:
+            stop, after = _cut(rest, start + _PIECE, tokenizer)
+            yield Piece(rest[start:stop], begins, False, _bytes(rest[start:after], source))
+            start, begins = after, False
+        rest = rest[start:]
+    if rest or not begins:
+        yield Piece(rest, begins, True, _bytes(rest, source))
+
+
+def _bytes(text: str, source: Source) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UpcycleError(
+            f"{source.path} has a document that is no Unicode text ({error.reason}); take it out"
+        ) from None
+
+
+def _cut(text: str, end: int, tokenizer: Any) -> tuple[int, int]:
+    """Where the piece before about `end` stops and the next one starts.
+
+    Chosen so that the two give the ids of the whole, as far as `_NEAR` characters around tell: a tokenizer
+    that puts a blank before a text needs the blank between the two swallowed, another needs it kept.
+    """
+    first = max(1, end - _PIECE // 2)
+    between_words = re.finditer(r"(?<=\S)\s(?=\S)", text[first - 1 : end + 1])
+    blanks = [first - 1 + m.start() for m in between_words][:-33:-1]
+    tried = [cut for p in blanks for cut in ((p, p + 1), (p, p), (p + 1, p + 1))]
+    tried += [(p, p) for p in range(end, max(first, end - 32), -1)]
+    for stop, start in tried:
+        a, b = max(0, stop - _NEAR), start + _NEAR
+        apart = [*_ids(text[a:stop], tokenizer), *_ids(text[start:b], tokenizer)]
+        if apart == _ids(text[a:b], tokenizer):
+            return stop, start
+    place = blanks[0] if blanks else end
+    return place, place
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return found
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """About `_BATCH` characters at a time."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(pieces: list[Piece], tokenizer: Any, append_eos: bool) -> Iterator[np.ndarray]:
+    """The ids of each piece, int64 [N], with what the tokenizer puts before and after a document."""
+    bare = tokenizer(
+        [p.text for p in pieces], add_special_tokens=False, return_attention_mask=False
+    ).input_ids
+    before, after = _special(tokenizer)
+    for piece, ids in zip(pieces, bare, strict=True):
+        whole = [*(before if piece.begins else []), *ids, *(after if piece.ends else [])]
+        if append_eos and piece.ends and tokenizer.eos_token_id not in (None, *whole[-1:]):
+            whole.append(tokenizer.eos_token_id)
+        yield np.array(whole, np.int64)
+
+
+def _special(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    full, bare = tokenizer("a").input_ids, _ids("a", tokenizer)
+    start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+    return full[:start], full[start + len(bare) :]

@@ -1,0 +1,154 @@
+"""Labelled examples in an order that depends on the seed alone: resumed exactly, the same on any ranks.
+
+An epoch is a permutation of the examples that are trained on, keyed by (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+import numpy as np
+
+from upcycle.errors import UpcycleError, listed
+from upcycle.tensors import rng
+
+
+class Labelled(Protocol):
+    """A set of examples with a label each."""
+
+    @property
+    def name(self) -> str:
+        """Where it is from."""
+
+    @property
+    def kind(self) -> str:
+        """What its examples are, in the plural."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N]."""
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes there are."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Their names; empty where the data does not say."""
+
+    @property
+    def digest(self) -> str | None:
+        """What tells their content from another; None where that is not known."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples numbered `indices`, by what a task calls their parts."""
+
+    def refuse(self, held_out: Any) -> None:
+        """Refuse a set to score on that does not go with this one."""
+
+
+class Examples:
+    """The examples of a set, and a position among them.
+
+    Without a set to hold out, `held_out_share` of the examples are: the last ones of a permutation, so that
+    their classes are mixed; with one, the share means nothing. Raises `UpcycleError` where that leaves none
+    on either side, or the sets differ in kind.
+    """
+
+    def __init__(
+        self, train: Labelled, held_out: Labelled | None, *, held_out_share: float, seed: int
+    ) -> None:
+        self._train, self._seed, self._consumed = train, seed, 0
+        self._digest = hashlib.sha256(train.labels.astype("<i8").tobytes()).hexdigest()[:16]
+        share = held_out_share if held_out is None else 0.0
+        kept = len(train) - round(len(train) * share)
+        if not kept or (share and kept == len(train)):
+            raise UpcycleError(
+                f"{train.name} has {len(train)} {train.kind}, of which data.held_out = {share} leaves none "
+                f"{'held out' if kept else 'to train on'}; change it, or give more {train.kind}"
+            )
+        order = rng.permutation(rng.key(seed, "held-out examples"), len(train))
+        self._trained = np.sort(order[:kept]) if share else np.arange(len(train))
+        self._kept_set = train if held_out is None else held_out
+        self._kept = np.sort(order[kept:]) if held_out is None else np.arange(len(held_out))
+        if held_out is not None:
+            train.refuse(held_out)
+
+    @property
+    def trainable(self) -> list[int]:
+        """Examples that are trained on."""
+        return [len(self._trained)]
+
+    @property
+    def epochs(self) -> list[float]:
+        """How often the examples have been gone through."""
+        return [self._consumed / len(self._trained)]
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON has it."""
+        known = {} if self._train.digest is None else {"sha256": self._train.digest}
+        return {"consumed": self._consumed, "examples": len(self._train), "labels": self._digest, **known}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to a position. Raises `UpcycleError` where the examples have changed since."""
+        before = state.get("examples")
+        if type(before) is not int or type(state.get("consumed")) is not int or state["consumed"] < 0:
+            raise UpcycleError(
+                "what the checkpoint says of its place in the data is damaged; delete its folder"
+            )
+        if (count := len(self._train)) != before or self._digest != state.get("labels"):
+            counts = f"has {count} {self._train.kind} and had {before}"
+            what = counts if count != before else "has other labels than it had"
+            raise UpcycleError(
+                f"{self._train.name} {what} when the checkpoint was saved; put the data back as it was, or "
+                f"start a new run"
+            )
+        if None not in (was := state.get("sha256"), self._train.digest) and was != self._train.digest:
+            raise UpcycleError(
+                f"{self._train.name} has other {self._train.kind} than it had when the checkpoint was saved; "
+                f"put the data back as it was, or start a new run"
+            )
+        self._consumed = int(state["consumed"])
+
+    def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
+        """The next `rows` examples, of which those of `part` are read."""
+        chosen, wanted = [], rows
+        while wanted:
+            epoch, place = divmod(self._consumed, len(self._trained))
+            order = rng.permutation(rng.key(self._seed, "examples", epoch), len(self._trained))
+            chosen.append(order[place : place + wanted])
+            self._consumed += len(chosen[-1])
+            wanted -= len(chosen[-1])
+        places = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
+        return self._train.rows(self._trained[places[part]])
+
+    def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples numbered `places` of those that are trained on."""
+        return self._train.rows(self._trained[places])
+
+    def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
+        """Held-out examples, always the same: all, or at most `rows`, evenly spaced over them."""
+        n = len(self._kept)
+        taken = n if rows is None else min(n, rows)
+        places = np.arange(taken) * n // max(taken, 1)
+        return self._kept_set.rows(self._kept[places])
+
+
+def refuse_other_classes(train: Labelled, held_out: Labelled) -> None:
+    """Refuse a set to score on whose classes are not those of the set that is trained on."""
+    if train.class_names and held_out.class_names and train.class_names != held_out.class_names:
+        here, there = set(train.class_names), set(held_out.class_names)
+        differs = sorted(here ^ there)
+        what = f"only one of them has {listed(differs)}" if differs else "their order differs"
+        raise UpcycleError(
+            f"{train.name} and {held_out.name} name other classes: {what}; give two parts of one data set"
+        )
+    if held_out.num_labels > train.num_labels:
+        raise UpcycleError(
+            f"{held_out.name} has labels up to {held_out.num_labels - 1} and {train.name} up to "
+            f"{train.num_labels - 1}; give two parts of one data set"
+        )

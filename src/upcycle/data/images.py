@@ -1,0 +1,275 @@
+"""Images with labels, decoded once.
+
+`KEY.pixels` holds the decoded images, mapped into memory; `KEY.json`, written last, says what they are. Where
+they would take more than `CACHE_LIMIT`, images are decoded when they are read, and the first pass only finds
+those that cannot be; it leaves `KEY.images`, the encoded images of a parquet file one after another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from upcycle.checkpoints.checkpoint import file_hash
+from upcycle.cli.console import bytes_bar, err
+from upcycle.data.examples import refuse_other_classes
+from upcycle.data.image_files import ImageFiles, ImageFolder, ImageParquet, images_at, read_bytes
+from upcycle.errors import UpcycleError
+from upcycle.system import whole_file
+
+FORMAT = 1
+CACHE_LIMIT = 8 << 30  # bytes of decoded images that are kept
+_CHUNK = 64  # images in flight
+_THREADS = 8
+
+Size = tuple[int, int]  # height, width
+Read = Callable[[np.ndarray], np.ndarray]  # int64 [B] -> uint8 [B, H, W, C]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """Images of one size and their labels."""
+
+    name: str
+    size: Size
+    channels: int
+    labels: np.ndarray  # int64 [N]
+    class_names: tuple[str, ...]  # empty where the data does not say
+    num_labels: int
+    bad: tuple[str, ...]  # images that cannot be decoded and are left out: FILE, or FILE, row N
+    _read: Read = field(repr=False)
+    digest: str | None = None  # of the images, as they are kept; None where an older version kept them
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        size: Size,
+        channels: int,
+        image_field: str = "image",
+        label_field: str = "label",
+        cache: Path,
+    ) -> ImageSet:
+        """The images at `path`: the shorter side resized to `size` [H, W], the centre cut out.
+
+        One process calls it first; the others find its work in the folder `cache`. Raises `UpcycleError` for
+        data that cannot be used.
+        """
+        if channels not in (1, 3) or min(size) < 1:
+            raise UpcycleError(
+                f"images of {size[0]} x {size[1]} pixels and {channels} channels; a side must be 1 or more, "
+                f"and there are 1 channel (grey) or 3 (red, green, blue)"
+            )
+        _pillow()
+        source = images_at(Path(path), image_field, label_field)
+        shape = (*size, channels)
+        names, labels = source.class_names, source.labels
+        known, read = _prepared(source, shape, cache)
+        return cls(
+            name=str(path),
+            size=size,
+            channels=channels,
+            labels=np.delete(labels, known["left_out"]),
+            class_names=names,
+            num_labels=len(names) or int(labels.max()) + 1,
+            bad=tuple(source.where(i) for i in known["left_out"]),
+            _read=read,
+            digest=known.get("sha256"),
+        )
+
+    kind: ClassVar[str] = "images"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The images numbered `indices`: pixels uint8 [B, H, W, C], labels int64 [B]."""
+        return {"pixels": self.read(indices), "labels": self.labels[indices]}
+
+    def refuse(self, held_out: ImageSet) -> None:
+        """Refuse a set to score on that does not go with this one."""
+        a, b = ((*s.size, s.channels) for s in (self, held_out))
+        if a != b:
+            raise UpcycleError(
+                f"{self.name} is of images {a} and {held_out.name} of images {b}; open both with one size"
+            )
+        refuse_other_classes(self, held_out)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """The pixels of the images numbered `indices`: uint8 [B, H, W, C]."""
+        return self._read(np.asarray(indices, np.int64))
+
+
+# --- from bytes to pixels
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise UpcycleError("images need pillow: pip install 'upcycle[vision]'") from None
+    return Image
+
+
+def decoded(data: bytes, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """An encoded image as uint8 [H, W, C]; None where it cannot be decoded."""
+    image_module = _pillow()
+    try:
+        with image_module.open(io.BytesIO(data)) as opened:
+            image = opened
+            if image.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255
+                image = image_module.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("L" if shape[2] == 1 else "RGB")
+    except MemoryError:
+        raise
+    except Exception:  # the decoders of Pillow raise whatever a broken file leads them to
+        return None
+    height, width = shape[:2]
+    if image.width * height <= image.height * width:
+        resized = width, max(height, image.height * width // image.width)
+    else:
+        resized = max(width, image.width * height // image.height), height
+    if resized != image.size:
+        image = image.resize(resized, image_module.Resampling.BICUBIC)
+    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
+    return np.asarray(image).reshape(*image.size[::-1], shape[2])[top : top + height, left : left + width]
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "images")
+
+
+def _all_decoded(
+    encoded: Iterable[bytes], shape: tuple[int, int, int]
+) -> Iterator[tuple[bytes, np.ndarray | None]]:
+    """Every image of `encoded` and its pixels, in order, by several threads."""
+    stream = iter(encoded)
+    while chunk := list(islice(stream, _CHUNK)):
+        yield from zip(chunk, _pool().map(partial(decoded, shape=shape), chunk), strict=True)
+
+
+# --- what is kept
+
+
+def _prepared(source: ImageFiles, shape: tuple[int, int, int], cache: Path) -> tuple[dict[str, Any], Read]:
+    """What is known of the images, from the cache or put there; and what reads them."""
+    whole = len(source.labels) * int(np.prod(shape)) <= CACHE_LIMIT
+    path = cache / f"{_key(source, shape, whole)}.{'pixels' if whole else 'images'}"
+    known = _found(path, source, shape, whole) or _make(path, source, shape, whole)
+    if whole:
+        pixels = np.memmap(path, np.uint8, "r", shape=(known["count"], *shape))
+        return known, lambda indices: np.asarray(pixels[indices])
+    if isinstance(source, ImageFolder):
+        files = np.delete(np.array(source.files, object), known["left_out"])
+        return known, lambda indices: _stacked((read_bytes(p) for p in files[indices]), indices, shape)
+    images = np.memmap(path, np.uint8, "r")
+    ends = [0, *accumulate(known["lengths"])]
+    return known, lambda indices: _stacked(
+        (images[ends[i] : ends[i + 1]].tobytes() for i in indices), indices, shape
+    )
+
+
+def _stacked(encoded: Iterable[bytes], indices: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    out = np.empty((len(indices), *shape), np.uint8)
+    for place, (_, pixels) in enumerate(_all_decoded(encoded, shape)):
+        if pixels is None:
+            raise UpcycleError(
+                f"image {indices[place]} can no longer be decoded; the data changed while it was in use: "
+                f"put it back as it was, or start again"
+            )
+        out[place] = pixels
+    return out
+
+
+def _key(source: ImageFiles, shape: Sequence[int], whole: bool) -> str:
+    """What the pixels depend on: the files by name, size and time, and how they are decoded."""
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in source.files]
+    text = json.dumps([FORMAT, stats, list(shape), source.columns[:1], whole])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) -> dict[str, Any] | None:
+    """What is known of images as they were prepared before; None where that is not there or not whole."""
+    try:
+        known = json.loads(path.with_suffix(".json").read_text())
+        size = known["count"] * int(np.prod(shape)) if whole else sum(known["lengths"])
+        if known["count"] + len(known["left_out"]) != len(source.labels):
+            return None
+        if (whole or isinstance(source, ImageParquet)) and path.stat().st_size != size:
+            return None
+        damaged = whole and "sha256" in known and file_hash(path) != known["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if damaged:
+        err.print(f"{path} is damaged; it is made anew")
+        return None
+    return dict(known)
+
+
+def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bool) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs that share a cache may make the same file at the same time: each its own, the last one stays.
+    started = path.with_suffix(f".{os.getpid()}.partial")
+    left_out: list[int] = []
+    lengths: list[int] = []
+    count, digest = 0, hashlib.sha256()
+    try:
+        with whole_file.named(path), started.open("wb") as file, _bar(source) as advance:
+            for number, (data, pixels) in enumerate(_all_decoded(source.encoded(), shape)):
+                advance(len(data))
+                if pixels is None:
+                    left_out.append(number)
+                    continue
+                count += 1
+                digest.update(pixels.tobytes() if whole else data)
+                if whole:
+                    file.write(pixels.tobytes())
+                elif isinstance(source, ImageParquet):
+                    file.write(data)
+                    lengths.append(len(data))
+            _sync(file)
+        if not count:
+            raise UpcycleError(
+                f"none of the {len(left_out)} images can be decoded, the first being {source.where(0)}; "
+                f"give images that Pillow opens"
+            )
+        if whole or lengths:
+            started.rename(path)
+        known: dict[str, Any] = {"count": count, "left_out": left_out, "lengths": lengths}
+        known["sha256"] = digest.hexdigest()
+        made_from = {"format": FORMAT, "shape": list(shape), "first": source.where(0)}
+        with whole_file.named(path), started.open("w") as about:
+            about.write(json.dumps({**known, "made_from": made_from}))
+            _sync(about)
+        started.rename(path.with_suffix(".json"))
+    finally:
+        started.unlink(missing_ok=True)
+    return known
+
+
+@contextmanager
+def _bar(source: ImageFiles) -> Iterator[Callable[[int], None]]:
+    first = source.files[0]
+    name = first.name if isinstance(source, ImageParquet) else source.root.name
+    with bytes_bar(f"decoding {name}") as (advance, set_end):
+        set_end(sum(p.stat().st_size for p in source.files))
+        yield advance
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,111 @@
+"""Texts with labels as training data: JSON lines or parquet, tokenised once, one row a text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from upcycle.data.documents import json_row, parquet_rows
+from upcycle.data.examples import refuse_other_classes
+from upcycle.errors import UpcycleError, listed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextSet:
+    """Texts, or pairs of them, as ids [N, L] with a mask [N, L], and their labels [N]."""
+
+    name: str
+    ids: np.ndarray
+    mask: np.ndarray
+    types: np.ndarray  # 1 for the tokens of a second text
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    num_labels: int
+    digest: str | None = None  # of the ids
+    kind: ClassVar[str] = "texts"
+
+    @classmethod
+    def open(
+        cls, path: str | Path, tokenizer: Any, *, length: int, fields: tuple[str, ...], label_field: str
+    ) -> TextSet:
+        """The texts of a JSON lines or parquet file, cut and padded to `length` tokens.
+
+        `fields` names one text or two. Labels are whole numbers, or names, which are numbered in alphabetical
+        order. Raises `UpcycleError` for data that cannot be used.
+        """
+        texts, labels = [], []
+        for where, row in _rows(Path(path)):
+            for field in (*fields, label_field):
+                if field not in row:
+                    raise UpcycleError(f"{where} has no {field!r}; it has {listed(sorted(row))}")
+            given = [row[field] for field in fields]
+            if not all(isinstance(text, str) for text in given):
+                raise UpcycleError(f"{where}: {', '.join(fields)} must be text")
+            texts.append(given)
+            labels.append(row[label_field])
+        if not texts:
+            raise UpcycleError(f"{path} holds no examples")
+        numbers, names = _numbered(labels, str(path))
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        made = tokenizer(
+            *columns, truncation=True, max_length=length, padding="max_length", return_token_type_ids=True
+        )
+        ids = np.array(made["input_ids"], np.int64)
+        return cls(
+            name=str(path),
+            digest=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+            ids=ids,
+            mask=np.array(made["attention_mask"], np.int64),
+            types=np.array(made["token_type_ids"], np.int64),
+            labels=numbers,
+            class_names=names,
+            num_labels=len(names) or int(numbers.max()) + 1,
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The texts numbered `indices`: ids, mask and types [B, L], labels [B]."""
+        parts = {"ids": self.ids, "mask": self.mask, "types": self.types, "labels": self.labels}
+        return {name: part[indices] for name, part in parts.items()}
+
+    def refuse(self, held_out: TextSet) -> None:
+        """Refuse a set to score on that does not go with this one."""
+        refuse_other_classes(self, held_out)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each example, and where it is."""
+    if not path.is_file():
+        raise UpcycleError(f"no data at {path}; give a JSON lines or parquet file")
+    if path.suffix == ".parquet":
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path)))
+        return
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpcycleError(f"{path} cannot be read as text: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        yield where, json_row(line, where)
+
+
+def _numbered(labels: list[Any], path: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as numbers, and the names of the classes where there are names."""
+    if all(type(label) is bool for label in labels):
+        return np.array(labels, np.int64), ("false", "true")
+    if all(type(label) is int and label >= 0 for label in labels):
+        return np.array(labels, np.int64), ()
+    if all(isinstance(label, str) for label in labels):
+        names = sorted(set(labels))
+        return np.array([names.index(label) for label in labels], np.int64), tuple(names)
+    odd = next(x for x in labels if type(x) not in (int, str) or (type(x) is int and x < 0))
+    raise UpcycleError(f"{path}: label {odd!r}; labels must all be whole numbers of 0 or more, or all names")

@@ -1,0 +1,1 @@
+"""The dense model: admitted from a checkpoint, made smaller, measured."""

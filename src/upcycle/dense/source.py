@@ -1,0 +1,206 @@
+"""The dense side: a checkpoint found to be a plain dense model of a known family, whole and sound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from upcycle import families
+from upcycle.checkpoints import mistaken
+from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
+from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.errors import UpcycleError, listed, shown
+from upcycle.families import Config, Family, Stack
+from upcycle.targets import natives
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy, Stored
+
+_MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A dense checkpoint, its family, and its config with every default in place."""
+
+    checkpoint: Checkpoint
+    family: Family
+    config: Config
+    left_out: Mapping[str, str]  # stored tensors that the model does not have, and why that is well
+
+    @cached_property
+    def tensors(self) -> dict[str, Lazy]:
+        """The model's tensors by their names on disk."""
+        stored = self.checkpoint.tensors.items()
+        return {name: Stored(self.checkpoint, info) for name, info in stored if name not in self.left_out}
+
+    @property
+    def raw(self) -> Mapping[str, Any]:
+        """config.json as it is written."""
+        return self.checkpoint.config
+
+    @property
+    def others(self) -> tuple[Checkpoint, ...]:
+        """More checkpoints that its tensors come from."""
+        return ()
+
+    def left_aside(self, experts: set[tuple[str, int]]) -> dict[str, str]:
+        """Stored tensors that are in nothing because another checkpoint has them, and why; `experts` are the
+        blocks, by stack and number, whose networks become experts."""
+        return {}
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers that it is a checkpoint of."""
+        named = self.config.get("architectures") or self.family.architectures
+        return str(named[0])
+
+    @property
+    def has_language_head(self) -> bool:
+        """Whether it predicts tokens of a vocabulary."""
+        return self.architecture.endswith(
+            ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+        )
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Where its feed-forward networks are."""
+        return self.family.stacks(self.config)
+
+    def feed_forward(self, layer: int, stack: str = "layers") -> FeedForward:
+        """The feed-forward network of a block."""
+        return self.family.feed_forward(self.config, layer, self.tensors, stack)
+
+    def origin(self, layer: int, stack: str = "layers") -> FeedForward:
+        """The network that the experts of a block are made from."""
+        return self.feed_forward(layer, stack)
+
+    @property
+    def whole(self) -> Dense:
+        """The model as its checkpoint has it."""
+        return self
+
+    @property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """Keys of config.json that the family knows nothing of."""
+        known = {*self.family.defaults, *families.SILENT, *families.SIZES}
+        return tuple(sorted(key for key in self.checkpoint.config if key not in known))
+
+
+def admit(checkpoint: Checkpoint) -> Dense:
+    """The dense model in a checkpoint; whatever is not exactly that is refused with the reason."""
+    raw, where = checkpoint.config, checkpoint.folder
+    model_type = raw.get("model_type")
+    if (
+        model_type in natives.names()
+        or "moe" in raw
+        or any(isinstance(raw.get(k), int) and raw[k] > 1 for k in _MOE_KEYS)
+    ):
+        raise UpcycleError(f"{where} is already a Mixture of Experts ({model_type}); give a dense checkpoint")
+    if "quantization_config" in raw:
+        method = raw["quantization_config"]
+        name = method.get("quant_method", "?") if isinstance(method, dict) else "?"
+        raise UpcycleError(f"{where} is quantised ({name}); give the checkpoint it was made from")
+    if not isinstance(model_type, str):
+        raise UpcycleError(f"{where}/config.json has no model_type; known: {', '.join(families.names())}")
+    family = families.find(model_type)
+    stored = checkpoint.tensors.values()
+    if odd := sorted(t.name for t in stored if t.dtype not in FLOATS and family.ignored(t.name) is None):
+        dtype = checkpoint.tensors[odd[0]].dtype
+        raise UpcycleError(
+            f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
+            f"{', '.join(FLOATS)}"
+        )
+    _refuse_more_blocks_than_tensors(checkpoint)
+    config = family.config(raw)
+    left_out = _check_tensors(checkpoint, family, config)
+    return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out)
+
+
+def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint) -> None:
+    """A block has tensors of its own; a number of blocks beyond all tensors is refused before it is counted
+    out."""
+    for key in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+        count = checkpoint.config.get(key)
+        if isinstance(count, int) and count > len(checkpoint.tensors):
+            raise UpcycleError(
+                f"{checkpoint.folder}/config.json: {key} = {shown(count)}, and its files hold only "
+                f"{len(checkpoint.tensors)} tensors; give the config that belongs to these weights"
+            )
+
+
+def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> dict[str, str]:
+    """Compare the headers with what the config promises; what may be left out, with the reason."""
+    expected, found = family.shapes(config), checkpoint.tensors
+    where = checkpoint.folder
+    expected |= {n: shape for n, shape in family.optional(config).items() if n in found}
+    if missing := [n for n in expected if n not in found]:
+        if wrapped := mistaken.names(found):
+            raise UpcycleError(f"{where}: {wrapped}")
+        raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise UpcycleError(
+                f"{where}: {name} has shape {list(found[name].shape)} and config.json says {list(shape)}"
+            )
+    extra = [n for n in found if n not in expected]
+    left_out = {n: reason for n in extra if (reason := family.ignored(n)) is not None}
+    if config["tie_word_embeddings"] and "lm_head.weight" in extra:
+        left_out["lm_head.weight"] = "tied to model.embed_tokens.weight by the config"
+    if surplus := [n for n in extra if n not in left_out]:
+        raise UpcycleError(
+            f"{where} holds {listed(surplus)}, which a {family.model_type} of this config does not have; "
+            f"nothing is dropped in silence"
+        )
+    return left_out
+
+
+def refuse_two_heads(dense: Dense) -> None:
+    """Refuse a config that ties a head which is stored all the same, with other values: which is meant?
+
+    transformers 5 keeps the two apart where they differ. Reads both tensors.
+    """
+    opened = dense.checkpoint
+    if "lm_head.weight" not in dense.left_out:
+        return
+    head, embedding = opened.tensors["lm_head.weight"], opened.tensors["model.embed_tokens.weight"]
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+        np.array_equal(opened.pread(head, i, j), opened.pread(embedding, i, j))
+        for i in range(0, head.nbytes, CHUNK)
+        for j in (min(head.nbytes, i + CHUNK),)
+    )
+    if not same:
+        raise UpcycleError(
+            f"{opened.folder} stores an lm_head.weight that differs from the embedding its config ties it "
+            f"to; set tie_word_embeddings to false in config.json, or take lm_head.weight out"
+        )
+
+
+def admit_donors(
+    first: Dense, names: tuple[str, ...], *, any_dtype: bool, allow_nonfinite: bool
+) -> list[Dense]:
+    """The dense models called `names`, of the same type and shapes as `first`, and of the same dtypes."""
+    out = []
+    for place, name in enumerate(names, start=1):
+        opened = open_checkpoint(name, allow_nonfinite=allow_nonfinite, label=f"donor {place}")
+        donor = admit(opened)
+        mine, theirs = ({n: t.shape for n, t in m.tensors.items()} for m in (first, donor))
+        different = sorted(n for n in {*mine, *theirs} if mine.get(n) != theirs.get(n))
+        if donor.family is not first.family or different:
+            raise UpcycleError(
+                f"{opened.folder} is not of the same shape as {first.checkpoint.folder}"
+                + (f" ({listed(different)})" if different else "")
+                + "; init.sources must share model_type and every tensor shape"
+            )
+        narrow = [n for n, t in first.tensors.items() if t.dtype != donor.tensors[n].dtype]
+        if narrow and not any_dtype:
+            raise UpcycleError(
+                f"{opened.folder} stores {listed(narrow)} in another type than {first.checkpoint.folder}; "
+                f"set dtype to the one to write"
+            )
+        out.append(donor)
+    return out

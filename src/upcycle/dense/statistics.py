@@ -1,0 +1,186 @@
+"""What `upcycle calibrate` found: statistics of a dense model's activations, layer by layer.
+
+A safetensors file of float32 tensors called POSITION.STACK.LAYER.NAME, with its provenance in the metadata.
+It is read tensor by tensor, and says which checkpoint it is of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from upcycle import families
+from upcycle.checkpoints import tensor_file
+from upcycle.checkpoints.checkpoint import TensorInfo, read_header, read_metadata
+from upcycle.errors import UpcycleError, listed
+
+if TYPE_CHECKING:
+    from upcycle.dense.source import Dense
+
+FORMAT = 1
+KEY = "upcycle_statistics"  # of the metadata
+PARTIAL = ".partial"  # at the end of the name while it is being collected
+POSITIONS = {
+    "neurons": "what goes into the last matrix of the feed-forward network [I]",
+    "channels": "what goes into the feed-forward network [H]",
+    "heads": "what goes into the output projection of self-attention [heads x head_dim]",
+}
+NAMES = {
+    "l1": "mean over tokens of |x| [n]",
+    "l2": "root mean square over tokens of x [n]",
+    "count": "share of tokens with x above the threshold [n]",
+    "co_activation": "share of tokens with both above the threshold, neurons only [n, n]",
+    "gradient": "mean over tokens of |x dL/dx|, L the loss summed over targets [n]",
+}
+_EDGE = 4096  # bytes at either end of a tensor that a fingerprint looks at
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics:
+    """A file of statistics, opened."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    provenance: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Statistics:
+        """Open the file, reading its header. Raises `UpcycleError` where it is not one, or not whole."""
+        path = Path(path)
+        make = f"`upcycle calibrate SOURCE --out {path}` makes it"
+        if not path.exists():
+            begun = path.with_name(path.name + PARTIAL).exists()
+            raise UpcycleError(
+                f"{path} is not finished; start `upcycle calibrate` again as it was, and it goes on"
+                if begun
+                else f"{path} does not exist; {make}"
+            )
+        if not path.is_file():
+            raise UpcycleError(f"{path} is a folder or a pipe, not a file of statistics; {make}")
+        tensors, raw = read_header(path), read_metadata(path).get(KEY)
+        if raw is None:
+            raise UpcycleError(f"{path} holds no statistics of activations; {make}")
+        try:
+            provenance = json.loads(raw)
+            version, about = provenance["format"], provenance["source"]["fingerprint"]
+            whole = isinstance(about, dict) and all(_sound(name, t) for name, t in tensors.items())
+        except (ValueError, TypeError, KeyError, RecursionError):
+            version, whole = FORMAT, False
+        if version != FORMAT:
+            raise UpcycleError(f"{path} has format {version}; this version reads {FORMAT}. Calibrate again")
+        if not whole or not tensors:
+            raise UpcycleError(f"{path} is damaged: its provenance or its tensors are not as written; {make}")
+        return cls(path=path, tensors=tensors, provenance=provenance)
+
+    def of(self, position: str, stack: str, layer: int, name: str) -> np.ndarray:
+        """A statistic of a layer, float32 [n], or [n, n] for co_activation.
+
+        Raises `UpcycleError` where it was not collected.
+        """
+        info = self.tensors.get(f"{position}.{stack}.{layer}.{name}")
+        if info is not None:
+            return tensor_file.read(self.path, info.dtype, info.shape, info.offset)
+        if position not in POSITIONS or name not in NAMES:
+            raise UpcycleError(
+                f"there are no statistics {name} of {position}; positions: {', '.join(POSITIONS)}, "
+                f"statistics: {', '.join(NAMES)}"
+            )
+        keys = [key.split(".") for key in self.tensors]
+        positions, names = (sorted({key[i] for key in keys}) for i in (0, 3))
+        if position not in positions:
+            raise UpcycleError(
+                f"{self.path} holds nothing of {position}, only of {', '.join(positions)}; calibrate with "
+                f"--positions {','.join([*positions, position])}"
+            )
+        if not any(key[0] == position and key[3] == name for key in keys):
+            raise UpcycleError(
+                f"{self.path} holds no {name} of {position}; calibrate with --collect "
+                f"{','.join(n for n in NAMES if n in {*names, name})}"
+            )
+        stacks = {key[1]: max(int(k[2]) for k in keys if k[1] == key[1]) + 1 for key in keys}
+        raise UpcycleError(
+            f"{self.path} holds no {position} of layer {layer} of {stack}; it has "
+            f"{', '.join(f'{count} layers of {n}' for n, count in stacks.items())}: calibrate the checkpoint "
+            f"that they are wanted for"
+        )
+
+    def blocks(self, position: str, name: str) -> list[tuple[str, int]]:
+        """The blocks, by stack and number, that a statistic was collected of."""
+        keys = [key.split(".") for key in self.tensors]
+        return [(stack, int(layer)) for p, stack, layer, n in keys if (p, n) == (position, name)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file is, as JSON has it."""
+        return {"path": str(self.path), "digest": self.digest, **self.provenance}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of names, shapes and values; where the file came from does not count."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            for name, info in sorted(self.tensors.items()):
+                digest.update(json.dumps([name, list(info.shape)]).encode())
+                file.seek(info.offset)
+                for start in range(0, info.nbytes, _CHUNK):
+                    digest.update(file.read(min(_CHUNK, info.nbytes - start)))
+        return digest.hexdigest()
+
+    def refuse_other(self, dense: Dense) -> None:
+        """Refuse statistics of another checkpoint than `dense`, whatever either is called.
+
+        Of a checkpoint on the hub that was only peeked at, config and headers are compared.
+        """
+        here, there = fingerprint(dense), self.provenance["source"]["fingerprint"]
+        parts = {"tensors": "names, shapes or types of tensors", "config": "config", "content": "weights"}
+        if different := [what for key, what in parts.items() if key in here and here[key] != there.get(key)]:
+            raise UpcycleError(
+                f"{self.path} was calibrated on {self.provenance['source'].get('name')}, which has other "
+                f"{different[0]} than {dense.checkpoint.folder}; run `upcycle calibrate` on that"
+            )
+
+
+def _sound(name: str, info: TensorInfo) -> bool:
+    position, _, layer, kind = name.split(".")
+    dimensions = 2 if kind == "co_activation" else 1
+    known = position in POSITIONS and kind in NAMES and layer.isascii() and layer.isdigit()
+    return known and info.dtype == "F32" and len(info.shape) == dimensions
+
+
+def fingerprint(dense: Dense) -> dict[str, str]:
+    """What tells a checkpoint from others, whatever it is called: SHA-256 of its config, of its tensors'
+    names, shapes and dtypes, and of the bytes at both ends of each. Of one without files, not the last.
+    """
+    infos = [t for name, t in sorted(dense.checkpoint.tensors.items()) if name not in dense.left_out]
+    silent = families.SILENT - {"rope_parameters"}
+    config = {key: value for key, value in dense.config.items() if key not in silent}
+    found = {
+        "config": _hash(json.dumps(config, sort_keys=True, default=str).encode()),
+        "tensors": _hash(json.dumps([[t.name, list(t.shape), t.dtype] for t in infos]).encode()),
+    }
+    if all(file.is_file() for file in dense.checkpoint.files):
+        content = hashlib.sha256()
+        for info in infos:
+            for start in (0, max(0, info.nbytes - _EDGE)):
+                content.update(dense.checkpoint.pread(info, start, min(info.nbytes, start + _EDGE)).data)
+        found["content"] = content.hexdigest()
+    return found
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def refuse_unknown(what: str, given: tuple[str, ...], known: Mapping[str, str]) -> None:
+    """Refuse a list of names that is empty, repeats one or has one that is not known."""
+    wrong = [name for name in given if name not in known]
+    if wrong or not given or len({*given}) < len(given):
+        said = f"has {listed([repr(n) for n in wrong])}" if wrong else "names none, or one twice"
+        raise UpcycleError(f"{what} {','.join(given)} {said}; allowed: {', '.join(known)}")

@@ -1,0 +1,115 @@
+"""A model as a task sees it: a folder and what its config says, dense or Mixture of Experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from upcycle import families
+from upcycle.checkpoints.checkpoint import read_json
+from upcycle.errors import UpcycleError
+from upcycle.nn import upcycled_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a task asks of a model before it has one. `config` is config.json."""
+
+    folder: Path  # tokenizer files
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> Subject:
+        """The model in a folder."""
+        return cls(
+            folder=folder,
+            config=read_json(
+                folder / "config.json", f"{folder} has no config.json; give a folder of a model"
+            ),
+        )
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers, without what upcycling adds to its name."""
+        named = self.config.get("architectures")
+        if not named:
+            raise UpcycleError(f"{self.folder}/config.json names no architecture")
+        if not isinstance(named, list) or not isinstance(named[0], str):
+            raise self._odd("architectures", "a list with the name of a class")
+        return named[0].removeprefix(upcycled_config.CLASS_PREFIX)
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """The config with the defaults of its dense family in place, where it has one."""
+        dense = (
+            upcycled_config.dense_config(self.config)
+            if upcycled_config.dense_type(self.config)
+            else self.config
+        )
+        model_type = dense.get("model_type")
+        if model_type not in families.names():
+            return self.config
+        return families.find(str(model_type)).config(dense)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row: those of an image, or as many as there are positions."""
+        model_type = upcycled_config.dense_type(self.config) or str(self.config.get("model_type"))
+        if model_type not in families.names():  # a native MoE class
+            return self._count("max_position_embeddings", self.config)
+        return families.find(model_type).length(dict(self.settings))
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of a row in each stack of blocks."""
+        dense_type = upcycled_config.dense_type(self.config) or str(self.config.get("model_type"))
+        return families.find(dense_type).lengths(dict(self.settings))
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self._count("vocab_size", self.settings)
+
+    @cached_property
+    def _preprocessor(self) -> Mapping[str, Any]:
+        path = self.folder / "preprocessor_config.json"
+        return read_json(path, "") if path.is_file() else {}
+
+    def image_statistics(self, name: str) -> tuple[float, ...]:
+        """`image_mean` or `image_std` of preprocessor_config.json; none where it does not say."""
+        found = self._preprocessor.get(name)
+        if not isinstance(found, list):
+            return ()
+        if not all(type(value) in (int, float) for value in found):
+            raise UpcycleError(f"{self.folder}/preprocessor_config.json: {name} must be a list of numbers")
+        return tuple(map(float, found))
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the head."""
+        labels = self.config.get("id2label")
+        if labels is not None and not isinstance(labels, (list, Mapping)):
+            raise self._odd("id2label", "a table of names")
+        return len(labels) if labels else 2
+
+    def _count(self, key: str, config: Mapping[str, Any]) -> int:
+        found = config.get(key)
+        if type(found) is not int or found < 1:
+            raise self._odd(key, "a whole number of 1 or more")
+        return found
+
+    def _odd(self, key: str, allowed: str) -> UpcycleError:
+        return UpcycleError(
+            f"{self.folder}/config.json: {key} = {self.config.get(key)!r}; it must be {allowed}"
+        )
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """What config.json calls the classes of the head, in their order; empty where it does not say."""
+        labels = self.config.get("id2label")
+        if not isinstance(labels, Mapping) or {*map(str, labels)} != {*map(str, range(len(labels)))}:
+            return ()
+        return tuple(str(labels[key]) for key in sorted(labels, key=int))

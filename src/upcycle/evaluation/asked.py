@@ -1,0 +1,73 @@
+"""What is asked of the checkpoints that `upcycle eval` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle.errors import UpcycleError
+from upcycle.system.paths import as_paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What to evaluate on. `limit` is the number of images, rows, windows or examples at most; 0: all."""
+
+    text: Path | Sequence[Path] | Mapping[str, Path] | None = None  # by name, or called as their files are
+    images: Path | None = None
+    shots: Path | None = None  # images that the probe is fitted on; it is tested on `images`
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
+    task_files: Path | None = None
+    num_fewshot: int | None = None
+    superglue: Path | None = None
+    per_class: int = 10
+    length: int | None = None  # None: 512, or what the model takes
+    stride: int | None = None  # None: the length
+    separator: str | None = None
+    batch_size: int = 0  # 0: found by itself
+    limit: int = 0
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "shots", "task_files", "superglue", "cache")
+        by_text = bool(self.texts or self.by_harness or self.superglue)
+        if by_text == (self.images is not None) and self.shots is None:
+            raise UpcycleError(
+                "give either --text FILE or --images SET to evaluate on, or tasks of text: --tasks NAMES, "
+                "--task-files FOLDER, --superglue FOLDER"
+            )
+        if self.shots is not None and (self.images is None or by_text):
+            raise UpcycleError(
+                "--few-shot SET is fitted on that set and tested on --images SET; give both, and nothing else"
+            )
+        at_least = {"limit": 0, "batch_size": 0, "num_fewshot": 0, "per_class": 1, "length": 1, "stride": 1}
+        for name, least in at_least.items():
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise UpcycleError(f"--{name.replace('_', '-')} {given}; it must be {least} or more")
+        if self.separator == "":
+            raise UpcycleError('--separator ""; leave it out where a file is one document')
+        if len(self.named) < len(self.texts):
+            raise UpcycleError(
+                "two texts have one file name, and results are called by it; give them names: NAME=PATH"
+            )
+
+    @property
+    def texts(self) -> tuple[Path, ...]:
+        """The texts, each by itself."""
+        if self.text is None:
+            return ()
+        if isinstance(self.text, Mapping):
+            return tuple(self.text.values())
+        return (self.text,) if isinstance(self.text, Path) else tuple(self.text)
+
+    @property
+    def named(self) -> dict[str, Path]:
+        """The texts by what their results are called."""
+        return dict(self.text) if isinstance(self.text, Mapping) else {path.name: path for path in self.texts}
+
+    @property
+    def by_harness(self) -> bool:
+        """Whether tasks of lm-evaluation-harness are asked for."""
+        return bool(self.tasks or self.task_files)

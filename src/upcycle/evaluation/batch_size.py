@@ -1,0 +1,98 @@
+"""How much goes through a model at once: found by itself, from what memory there is, and halved when it runs
+out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.system import memory
+
+MOST = 64  # rows: beyond it nothing gets faster on a CPU, and padding costs more
+_SHARE = 0.25  # of the free memory that a forward pass may take
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+@dataclass
+class BatchSize:
+    """The most rows of a forward pass, and the most tokens, padding included; fewer after memory ran out."""
+
+    rows: int
+    tokens: int | None = None  # None: any number
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], device: torch.device, *, fixed: int = 0) -> BatchSize:
+        """`fixed` rows, or where it is 0 what the free memory of the device allows.
+
+        Counted are, for each token, logits in float32, twice, and 16 vectors as wide as the model.
+        """
+        width = int(settings.get("hidden_size") or settings.get("d_model") or 0)
+        token = 4 * (2 * int(settings.get("vocab_size") or 0) + 16 * width)
+        free = _free(device)
+        if fixed or free is None or not token:
+            return cls(fixed or MOST)
+        return cls(MOST, max(1, int(_SHARE * free) // token))
+
+    def over(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Sequence[Item]], Sequence[Found]],
+        *,
+        length: Callable[[Item], int] = lambda item: 1,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> list[Found]:
+        """What `work` finds of `items`, some at a time: one of `Found` for each item, in order.
+
+        `length` is the tokens of an item; `advance` is told of items that are done. Raises `UpcycleError`
+        where memory is too small for one.
+        """
+        out: list[Found] = []
+        while len(out) < len(items):
+            part = self._next(items[len(out) : len(out) + self.rows], length)
+            try:
+                found = work(part)
+            except (RuntimeError, MemoryError) as error:
+                if not _ran_out(error):
+                    raise
+                if len(part) == 1:
+                    raise UpcycleError(
+                        f"memory ran out on a single row, of {length(part[0])} tokens; take a machine "
+                        "with more, or shorten the rows"
+                    ) from None
+                self.rows = len(part) // 2
+                if torch.accelerator.is_available():
+                    torch.accelerator.empty_cache()
+                continue
+            assert len(found) == len(part)
+            out.extend(found)
+            advance(len(part))
+        return out
+
+    def _next(self, items: Sequence[Item], length: Callable[[Item], int]) -> Sequence[Item]:
+        """The first of `items`, as many as fit, and at least one."""
+        if self.tokens is None:
+            return items
+        longest = 0
+        for count, item in enumerate(items):
+            longest = max(longest, length(item))
+            if count and longest * (count + 1) > self.tokens:
+                return items[:count]
+        return items
+
+
+def _free(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return memory.available() if device.type == "cpu" else None
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether an error is for want of memory; torch's allocator on a CPU raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

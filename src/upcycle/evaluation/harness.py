@@ -1,0 +1,369 @@
+"""Tasks of lm-evaluation-harness, through its Python API, on any decoder or encoder-decoder that opens here.
+
+The tasks are the harness's own (prompts, metrics, few-shot examples); their data come from the hub, or from
+local files in its place. The model is ours, so that upcycled ones serve as well. Importing this module needs
+`lm_eval`: see `tasks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.task
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+
+from upcycle.cli.console import err, examples_bar
+from upcycle.errors import UpcycleError, listed
+from upcycle.evaluation import task_files
+from upcycle.evaluation.differences import Sums
+from upcycle.evaluation.language_model import Advance, LanguageModel, Pair
+from upcycle.evaluation.results import Metric, Result, data_of
+from upcycle.evaluation.task_files import BLIMP, TaskFile
+from upcycle.evaluation.text import windows
+
+FEW_SHOT_SEED = 1234  # the harness's own
+_GENERATED = 256  # tokens, where a task does not say
+_SPLIT = "file"  # what the only split of a local file is called
+_FOLDERS = {  # where the harness keeps tasks that need not be looked for among all
+    "arc_easy": "arc", "arc_challenge": "arc", "piqa": "piqa", "copa": "super_glue/copa",
+    "boolq": "super_glue/boolq", "lambada_openai": "lambada",
+}  # fmt: skip
+
+
+class HarnessModel(TemplateLM):
+    """A `LanguageModel` as the harness asks it."""
+
+    def __init__(self, language: LanguageModel) -> None:
+        super().__init__()
+        self._language = language
+        self.tokenizer = language.tokenizer
+        self.backend = "seq2seq" if language.encoder_decoder else "causal"
+        self.shortened: dict[str, set[int]] = {}  # by task, the examples whose continuation was too long
+        self._asked: list[Instance] = []
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._language.begin
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        begun = self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token)
+        if add_special_tokens is None:
+            add_special_tokens = not (begun and self.backend == "causal")
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return ids
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._asked = requests
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [Pair(context, continuation) for _, context, continuation in requests]
+        for request, pair in zip(self._asked, pairs, strict=True):
+            if not pair.context or not pair.continuation:
+                part = "continuation" if pair.context else "context"
+                raise UpcycleError(f"{_place(request)} has an empty {part}, which has no likelihood")
+            if self._language.too_long(pair):
+                self.shortened.setdefault(str(request.task_name), set()).add(int(request.doc_id or 0))
+        with _bar(len(pairs), "continuations") as advance:
+            found = self._language.likelihoods(pairs, advance)
+        return [(-float(likelihood.nats.sum()), bool(likelihood.likeliest.all())) for likelihood in found]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Of the text alone: what the tokenizer puts before it is read and not scored."""
+        length = self._language.length or 2048
+        pairs, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in windows(len(ids), length, length):
+                before = ids[max(0, window.begin) : window.first]
+                context = [self.prefix_token_id, *before] if window.begin < 0 else before
+                pairs.append(Pair(context, ids[window.first : window.end]))
+                owners.append(owner)
+        out = np.zeros(len(requests))
+        with _bar(len(pairs), "windows") as advance:
+            for owner, likelihood in zip(owners, self._language.likelihoods(pairs, advance), strict=True):
+                out[owner] -= likelihood.nats.sum()
+        return list(map(float, out))
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        out = [""] * len(requests)
+        for most, until in {_how(request) for request in requests}:
+            places = [i for i, request in enumerate(requests) if _how(request) == (most, until)]
+            prompts = [self.tok_encode(requests[i].args[0]) for i in places]
+            with _bar(len(prompts), "answers") as advance, _named(requests[places[0]]):
+                texts = self._language.generate(prompts, most=most, until=until, advance=advance)
+            for place, text in zip(places, texts, strict=True):
+                out[place] = text
+        return out
+
+
+def _how(request: Instance) -> tuple[int, tuple[str, ...]]:
+    """Most tokens and stops of a request to generate. Raises `UpcycleError` where it wants to draw."""
+    options = request.args[1]
+    if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+        raise UpcycleError(
+            f"the task {request.task_name} wants sampled text, and texts are generated greedily here; leave "
+            f"it out"
+        )
+    until = options.get("until") or ()
+    most = options.get("max_gen_toks") or options.get("max_new_tokens") or _GENERATED
+    return int(most), (until,) if isinstance(until, str) else tuple(until)
+
+
+def _place(request: Instance) -> str:
+    """Which example of which task it is of."""
+    return f"task {request.task_name}, example {int(request.doc_id or 0) + 1}"
+
+
+@contextlib.contextmanager
+def _named(request: Instance) -> Iterator[None]:
+    """Say of which task a fault is."""
+    try:
+        yield
+    except UpcycleError as error:
+        raise UpcycleError(f"task {request.task_name}: {error}") from None
+
+
+@contextlib.contextmanager
+def _bar(count: int, what: str) -> Iterator[Advance]:
+    with examples_bar(what) as (advance, set_end):
+        set_end(count)
+        yield advance
+
+
+def score(
+    language: LanguageModel, names: tuple[str, ...], folder: Path | None, *, shots: int | None, limit: int
+) -> list[Result]:
+    """The harness's tasks called `names`, on local files of `folder`, or on the hub's data without one.
+
+    `shots` examples stand before each question (None: as many as the task says); `limit` is the number of
+    examples of a task, 0: all. Where BLiMP is asked for as a whole, the mean of its paradigms follows them.
+    """
+    files = task_files.find(folder, names) if folder else []
+    tasks = _local(files) if folder else _fetched(names)
+    with _quiet():
+        for name, task in tasks.items():
+            _set_shots(task, shots)
+            _refuse_odd(name, task, limit)
+        model = HarnessModel(language)
+        with _said(f"the tasks {listed(sorted(tasks))} cannot be scored"):
+            found = lm_eval.evaluate(model, {"tasks": tasks}, limit=limit or None, bootstrap_iters=0)
+    for name, examples in model.shortened.items():
+        err.print(
+            f"{name}: in {len(examples)} of {found['n-samples'][name]['effective']} examples a continuation "
+            f"is longer than the {language.length} tokens that the model reads at once; its first tokens are "
+            f"left out, as the harness leaves out those of a context"
+        )
+    paths = {file.task: file.path for file in files}
+    settings = {"limit": limit}
+    results = [
+        _result(
+            name,
+            found,
+            {**(data_of(paths[name]) if folder else {"dataset": _dataset(task)}), **settings},
+            len(model.shortened.get(name, ())),
+        )
+        for name, task in tasks.items()
+    ]
+    paradigms = [result for result in results if result.name.startswith(f"{BLIMP}_")]
+    if not paradigms or (names and BLIMP not in names):
+        return results
+    shown = [replace(r, more={**r.more, "part_of": BLIMP}) if r in paradigms else r for r in results]
+    return [*shown, _mean(BLIMP, paradigms, settings)]
+
+
+def _manager(names: Sequence[str]) -> TaskManager:
+    """What knows the tasks called `names`; it reads the harness's 14,000 task files only where it has to."""
+    blimp = {name: BLIMP for name in names if name == BLIMP or name.startswith(f"{BLIMP}_")}
+    folders = {(blimp | _FOLDERS).get(name) for name in names}
+    if None in folders:
+        return TaskManager()
+    root = Path(lm_eval.__file__).parent / "tasks"
+    return TaskManager(
+        include_defaults=False, include_path=[root / name for name in sorted(map(str, folders))]
+    )
+
+
+def _local(files: Sequence[TaskFile]) -> dict[str, Any]:
+    """Tasks whose data are files."""
+    manager = _manager([file.task for file in files])
+    for file in files:
+        _refuse_unknown(file.task, manager)
+    tasks: dict[str, Any] = {}
+    for file in files:
+        member = {
+            "task": file.task,
+            "custom_dataset": _reader(file),
+            "training_split": None,
+            "validation_split": None,
+            "test_split": _SPLIT,
+            "fewshot_split": _SPLIT,
+        }
+        with _quiet(), _said(f"{file.path} does not hold rows as the task {file.task} has them on the hub"):
+            tasks |= manager.load({"group": "local", "task": [member]})["tasks"]
+    return tasks
+
+
+def _reader(file: TaskFile) -> Callable[..., Any]:
+    def read(**metadata: Any) -> Any:
+        import datasets
+
+        return datasets.DatasetDict(
+            {_SPLIT: datasets.Dataset.from_list(task_files.rows(file.path, file.task))}
+        )
+
+    return read
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Turn whatever the harness makes of a row into a sentence: its prompts are templates and code."""
+    try:
+        yield
+    except (UpcycleError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UpcycleError(f"{what} ({type(error).__name__}: {reason[:200]})") from error
+
+
+def _refuse_odd(name: str, task: Any, limit: int) -> None:
+    """Refuse an example that the task cannot ask, with its number, before any is scored."""
+    for number, doc in task.doc_iterator(rank=0, limit=limit or None, world_size=1):
+        with _said(
+            f"task {name}, example {number + 1}: its fields are not those of the hub's data set, each "
+            f"with a value"
+        ):
+            asked = [task.doc_to_text(doc), task.doc_to_target(doc)]
+            if task.OUTPUT_TYPE == "multiple_choice":
+                choices = task.doc_to_choice(doc)
+                asked += choices
+                if isinstance(asked[1], int) and not 0 <= asked[1] < len(choices):
+                    raise ValueError(f"the right one is number {asked[1]} of {len(choices)}")
+            if any(each is None for each in asked):
+                raise ValueError("a field is empty")
+
+
+def _fetched(names: tuple[str, ...]) -> dict[str, Any]:
+    """Tasks with their data from the hub."""
+    manager = _manager(names)
+    tasks: dict[str, Any] = {}
+    for name in names:
+        _refuse_unknown(name, manager)
+        try:
+            with _quiet():
+                tasks |= manager.load(name)["tasks"]
+        except Exception as error:  # whatever the hub has against it, it is what there is to say
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UpcycleError(
+                f"the data set of the task {name} cannot be fetched ({reason}); with a network it comes "
+                f"by itself, without one put {name}.jsonl into a folder and give --task-files FOLDER"
+            ) from None
+    return tasks
+
+
+def _refuse_unknown(name: str, manager: TaskManager) -> None:
+    if name in manager.all_tasks:
+        return
+    near = difflib.get_close_matches(name, manager.all_tasks, 3)
+    raise UpcycleError(
+        f"lm-evaluation-harness {lm_eval.__version__} has no task {name}"
+        + (f"; near it are {listed(near)}" if near else "; `lm-eval ls tasks` lists them")
+    )
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    if shots is not None and task.get_config("num_fewshot") != 0:  # a task whose file says 0 takes none
+        task.set_config(key="num_fewshot", value=shots)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEW_SHOT_SEED)
+
+
+def _dataset(task: Any) -> list[str | None]:
+    return [task.get_config("dataset_path"), task.get_config("dataset_name")]
+
+
+def _result(name: str, found: dict[str, Any], data: dict[str, Any], shortened: int) -> Result:
+    """One task's metrics; those that are means over examples can be paired with another model's."""
+    samples = found["samples"][name]
+    several = len({sample["filter"] for sample in samples}) > 1
+    metrics = {}
+    for key, value in found["results"][name].items():
+        metric, _, chosen = key.partition(",")
+        if not chosen or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        mine = [
+            s for s in sorted(samples, key=lambda s: s["doc_id"]) if s["filter"] == chosen and metric in s
+        ]
+        better = bool(found["higher_is_better"][name].get(metric, True))
+        label = f"{metric},{chosen}" if several else metric
+        metrics[label] = _metric(metric, float(value), [sample[metric] for sample in mine], better)
+    hashes = tuple(sample["doc_hash"] for sample in samples)
+    data = {**data, "num_fewshot": found["n-shot"][name], "task_version": found["versions"][name]}
+    return Result(
+        kind="tasks", name=name, data=data, metrics=metrics, units=hashes,
+        more={
+            "examples": found["n-samples"][name]["effective"],
+            **({"continuations_shortened": shortened} if shortened else {}),
+        },
+    )  # fmt: skip
+
+
+def _metric(name: str, value: float, values: list[Any], better: bool) -> Metric:
+    if all(isinstance(v, (int, float)) for v in values):
+        sums = Sums.mean(np.array(values), "examples")
+        if np.isclose(sums.value, value, rtol=1e-9):
+            return Metric.of(sums, higher_is_better=better)
+        if name == "perplexity":  # exp of minus the mean of log-likelihoods: the delta method
+            error = sums.standard_error
+            spread = None if error is None else value * error
+            return Metric(value=value, standard_error=spread, higher_is_better=better)
+    return Metric(value=value, standard_error=None, higher_is_better=better)
+
+
+def _mean(name: str, parts: list[Result], settings: dict[str, Any]) -> Result:
+    """The plain mean of the accuracies of some tasks, as the harness's group of them has it."""
+    sums = [part.metrics["acc"].sums for part in parts]
+    values = [s.top for s in sums if s is not None]
+    strata = np.repeat(np.arange(len(values)), [len(v) for v in values])
+    made = Sums.mean(np.concatenate(values), "examples", strata)
+    return Result(
+        kind="tasks",
+        name=name,
+        data={"tasks": len(parts), **settings},
+        metrics={"acc": Metric.of(made, higher_is_better=True)},
+        units=tuple(unit for part in parts for unit in part.units),
+        more={"examples": len(strata)},
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's remarks off the screen, and its bars, for which it has no switch."""
+    logger = logging.getLogger("lm_eval")
+    level, bar = logger.level, lm_eval.api.task.tqdm
+    logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = lambda items, **options: items
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        lm_eval.api.task.tqdm = bar

@@ -1,0 +1,200 @@
+"""`upcycle eval`: how well checkpoints do on data they were not trained on, dense or Mixture of Experts.
+
+Images: top-1 accuracy, or the few-shot probe on frozen features. Texts: bits per byte of a decoder, or what
+the model's task asks (spans, masked tokens). Tasks: those of lm-evaluation-harness, and SuperGLUE text to
+text."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from upcycle import tasks
+from upcycle.checkpoints import hub
+from upcycle.checkpoints.checkpoint import read_json
+from upcycle.data import corpus
+from upcycle.dense.subject import Subject
+from upcycle.errors import UpcycleError
+from upcycle.evaluation import rows_scored, task_files, text, text_to_text
+from upcycle.evaluation.asked import Asked
+from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER, LanguageModel
+from upcycle.evaluation.results import Result
+from upcycle.hf import models
+from upcycle.system import scratch
+from upcycle.tasks.causal_lm import CausalLM
+from upcycle.tasks.image_classification import ImageClassification
+from upcycle.tasks.text_classification import TextClassification
+from upcycle.training.loop import RECORD
+from upcycle.verification import quiet
+
+__all__ = ["Asked", "Scored", "evaluate", "refuse", "score"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A checkpoint and what it scores."""
+
+    checkpoint: str
+    folder: Path
+    architecture: str
+    results: tuple[Result, ...]
+    tokenizer: str | None  # a hash that tells tokenizers apart; None: none was used
+
+    def as_json(self) -> dict[str, Any]:
+        """As `--json` has it: every result, and the only one of a kind at the top as well."""
+        found: dict[str, Any] = {"checkpoint": self.checkpoint, "architecture": self.architecture}
+        by_kind: dict[str, list[Result]] = {}
+        for result in self.results:
+            by_kind.setdefault(result.kind, []).append(result)
+        for kind, results in by_kind.items():
+            if kind in ("text", "images", "few_shot") and len(results) == 1:
+                (result,) = results
+                flat = {name: metric.value for name, metric in result.metrics.items()} | dict(result.more)
+                error = result.metrics["accuracy"].standard_error
+                if kind == "few_shot":
+                    found["few_shot"] = {**flat, "standard_error": error}
+                else:
+                    found |= {**flat, "accuracy_error": error}
+        return {**found, "results": [{**r.as_json(), **r.more} for r in self.results]}
+
+
+def evaluate(source: str | Path, asked: Asked) -> dict[str, Any]:
+    """The scores of the checkpoint `source` (a folder, or a hub id), as JSON has them."""
+    return score(source, asked).as_json()
+
+
+def score(source: str | Path, asked: Asked) -> Scored:
+    """The scores of the checkpoint `source`, a folder or a hub id."""
+    folder, subject = _admit(source, asked)
+    with quiet():
+        model = models.open(folder)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    with scratch.folder() as made_here:
+        cache = asked.cache or made_here
+        if asked.images is not None:
+            results = [_on_images(model, subject, asked.images, asked, cache)]
+            tokenizer = None
+        else:
+            words = corpus.read_tokenizer(folder)
+            results = _on_texts(model, words, subject, asked, cache)
+            tokenizer = _fingerprint(words)
+    return Scored(
+        checkpoint=str(source), folder=folder, architecture=str(subject.config["architectures"][0]),
+        results=tuple(results), tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def refuse(sources: Sequence[str | Path], asked: Asked) -> None:
+    """Refuse what cannot be asked of one of several checkpoints, before the first of them is scored."""
+    for source in sources:
+        _admit(source, asked)
+
+
+def _admit(source: str | Path, asked: Asked) -> tuple[Path, Subject]:
+    folder = hub.local(source)
+    if not (folder / "config.json").exists() and (folder / RECORD).exists():
+        raise UpcycleError(
+            f"{folder} is the folder of a training run and no model; write its checkpoint as one first: "
+            f"upcycle export {folder} OUT"
+        )
+    config = read_json(folder / "config.json", f"{folder} has no config.json; give a folder of a model")
+    subject = Subject(folder=folder, config=config)
+    _refuse_unfit(subject, asked)
+    _refuse_missing(asked)
+    return folder, subject
+
+
+def _refuse_unfit(subject: Subject, asked: Asked) -> None:
+    """Refuse what a class cannot be asked, before its weights are read."""
+    architecture = subject.architecture
+    task = None if asked.shots else tasks.of(architecture)
+    classifies = isinstance(task, ImageClassification)
+    if asked.images and asked.shots is None and not classifies:
+        raise UpcycleError(f"{architecture} does not classify images; give --text, or --few-shot")
+    if asked.shots and "image_size" not in subject.settings:
+        raise UpcycleError(f"{architecture} reads no images; --few-shot is for models that do")
+    if not asked.images and isinstance(task, TextClassification):
+        raise UpcycleError(f"{architecture} classifies texts; score it in a run, with task.test")
+    if not asked.images and classifies:
+        raise UpcycleError(f"{architecture} reads images and no text; give --images")
+    if (asked.by_harness or asked.superglue) and not architecture.endswith((DECODER, ENCODER_DECODER)):
+        raise UpcycleError(
+            f"{architecture} gives no text a likelihood, and tasks ask for one; give --text, or a "
+            f"checkpoint of a class that ends in {DECODER} or {ENCODER_DECODER}"
+        )
+    if asked.superglue and not architecture.endswith(ENCODER_DECODER):
+        raise UpcycleError(
+            f"{architecture} is no encoder-decoder, and --superglue asks text to text, as T5; give "
+            f"--tasks boolq,copa,... instead"
+        )
+
+
+def _refuse_missing(asked: Asked) -> None:
+    """Refuse tasks without their files, or without the harness, before anything is scored."""
+    if asked.by_harness:
+        _harness()
+    if asked.task_files:
+        task_files.find(asked.task_files, asked.tasks)
+    if asked.superglue:
+        text_to_text.files(asked.superglue)
+
+
+def _on_images(model: PreTrainedModel, subject: Subject, images: Path, asked: Asked, cache: Path) -> Result:
+    if asked.shots is not None:
+        return rows_scored.of_probe(model, subject, asked.shots, images, asked, cache)
+    return rows_scored.of_images(model, subject, images, asked, cache)
+
+
+def _on_texts(
+    model: PreTrainedModel, words: Any, subject: Subject, asked: Asked, cache: Path
+) -> list[Result]:
+    results = []
+    task = tasks.of(subject.architecture)
+    speaks = subject.architecture.endswith((DECODER, ENCODER_DECODER))
+    language = LanguageModel.of(model, words, subject, batch_size=asked.batch_size) if speaks else None
+    for name, path in asked.named.items():
+        if language is not None and isinstance(task, CausalLM):
+            scored = text.score(
+                language, path, length=asked.length, stride=asked.stride, limit=asked.limit,
+                separator=asked.separator,
+            )  # fmt: skip
+        else:
+            scored = rows_scored.of_text(model, subject, path, task, asked, cache)
+        results.append(dataclasses.replace(scored, name=name))
+    if asked.by_harness:
+        assert language is not None
+        results += _harness().score(
+            language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
+        )
+    if asked.superglue:
+        assert language is not None
+        results += text_to_text.score(language, asked.superglue, limit=asked.limit)
+    return results
+
+
+def _harness() -> ModuleType:
+    """The module that needs lm-evaluation-harness."""
+    try:
+        from upcycle.evaluation import harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise UpcycleError(
+            "tasks are those of lm-evaluation-harness, which is not installed: pip install 'upcycle[eval]'"
+        ) from None
+    return harness
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    fast = tokenizer.is_fast
+    said = tokenizer.backend_tokenizer.to_str() if fast else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(said.encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""Configs of upcycled models: those of the dense classes of transformers, and `moe`.
+
+`moe` is a list with one entry a stack of blocks. No torch here: whoever imports `upcycle` and reads a config
+must not wait for it. Importing this makes every upcycled model_type known to transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+from upcycle import families
+from upcycle.errors import UpcycleError
+from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The MoE layers of one stack of blocks: an entry of `moe` in config.json."""
+
+    stack: str
+    layers: tuple[int, ...]
+    module: str  # path of the feed-forward module in the base model, with {i}
+    replaced: tuple[str, ...] = ()  # modules that become the identity, because the layer does their work
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    universal_experts: int = 0  # narrower experts beside the num_experts, after them in the router's order
+    universal_size: int = 0
+    shared_size: int = 0
+    activation: str
+    gated: bool
+    bias: bool
+    response_norm: bool = False  # between the activation and the last matrix of an expert
+    dropout: float = 0.0
+    causal: bool
+    router: dict[str, Any]
+
+    @property
+    def all_experts(self) -> int:
+        """How many experts the router knows."""
+        return self.num_experts + self.universal_experts
+
+    @classmethod
+    def of(cls, table: dict[str, Any]) -> Shape:
+        """An entry as JSON has it."""
+        lists = {k: tuple(table.get(k, ())) for k in ("layers", "replaced")}
+        try:
+            return cls(**{**table, **lists})
+        except TypeError as error:
+            raise UpcycleError(
+                f"config.json: an entry of `moe` is not as this version writes it: {error}"
+            ) from None
+
+
+class UpcycledConfig:
+    """What every config of an upcycled model has beside the fields of its dense class."""
+
+    moe: list[dict[str, Any]]
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The MoE layers, stack by stack."""
+        return [Shape.of(entry) for entry in self.moe]
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """How transformers shares experts out under expert parallelism."""
+        plan = {}
+        for shape in self.shapes:
+            up = "gate_up_proj" if shape.gated else "up_proj"
+            names = [up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if shape.bias else [])]
+            for kind in ("experts", *(["universal"] if shape.universal_experts else [])):
+                experts = f"{shape.module.replace('{i}', '*')}.{kind}"
+                plan[experts] = "ep_dispatch_experts"
+                plan |= {f"{experts}.{name}": "grouped_gemm" for name in names}
+        return plan
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """Blocks are gathered one at a time."""
+        return dict.fromkeys(self.block_paths, "free_full_weight")
+
+    block_paths: tuple[str, ...] = ()
+
+
+@functools.cache
+def config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The config class of the upcycled `model_type` (a dense one of transformers)."""
+    dense = CONFIG_MAPPING[model_type]
+    paths = families.find(model_type).block_paths
+
+    def init(self: Any, moe: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
+        dense.__init__(self, **kwargs)
+        self.moe = [] if moe is None else moe
+        from upcycle.hf.models import register_models
+
+        register_models(model_type)
+
+    members = {
+        "model_type": PREFIX + model_type,
+        "__init__": init,
+        "block_paths": paths,
+        "__module__": __name__,
+    }
+    made: type[PreTrainedConfig] = type(CLASS_PREFIX + dense.__name__, (UpcycledConfig, dense), members)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    # Classes are made when asked for; pickling asks by name.
+    for model_type in families.names():
+        if CLASS_PREFIX + CONFIG_MAPPING_NAMES.get(model_type, "?") == name:
+            return config_class(model_type)
+    raise AttributeError(name)
+
+
+# Names and no classes: this runs while transformers is being imported, when its configs cannot be.
+for _model_type in families.names():
+    if _model_type in CONFIG_MAPPING_NAMES:
+        CONFIG_MAPPING._mapping[PREFIX + _model_type] = CLASS_PREFIX + CONFIG_MAPPING_NAMES[_model_type]
+        CONFIG_MAPPING._modules[PREFIX + _model_type] = sys.modules[__name__]

@@ -1,0 +1,157 @@
+"""The dense classes of transformers with MoE layers in them, known to its Auto classes.
+
+`config.json` of such a model has `model_type = "upcycled_X"` and a list `moe`, one entry a stack of blocks
+(`nn.configs.Shape`). Importing `upcycle` is enough for `AutoModel*.from_pretrained` to open one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from upcycle.errors import UpcycleError
+from upcycle.hf import opening
+from upcycle.hf.configs import config_class
+from upcycle.nn.moe import MoE
+from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
+
+
+class UpcycledModel:
+    """What every upcycled model does beside its dense class: it has MoE layers where `config.moe` says so."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def replace(self) -> None:
+        """Put an MoE layer where `config.moe` says that one is."""
+        base: nn.Module = self.base_model  # type: ignore[attr-defined]
+        config: Any = self.config  # type: ignore[attr-defined]
+        for shape in config.shapes:
+            if shape.stack == "decoder" and not hasattr(base, "decoder"):
+                continue  # the encoder of an encoder-decoder alone
+            layers = []
+            for i in shape.layers:
+                parent, _, name = shape.module.format(i=i).rpartition(".")
+                layer = MoE(config, shape)
+                if not layer.experts.down_proj.is_meta:
+                    layer.reset_parameters(getattr(config, "initializer_range", 0.02))
+                setattr(base.get_submodule(parent), name, layer)
+                layers.append(layer)
+                for path in shape.replaced:
+                    owner, _, name = path.format(i=i).rpartition(".")
+                    setattr(base.get_submodule(owner), name, nn.Identity())
+            # On the stack and not on the whole model: generation runs an encoder alone. A partial and no
+            # closure, so that a copy of the model tells its own layers.
+            stack = base.get_submodule(shape.stack) if shape.stack in ("encoder", "decoder") else base
+            stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
+        if after := getattr(config, "mean_pooling_after", 0):
+            base.register_forward_hook(functools.partial(_pool, after))
+
+
+def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward pass of a stack of blocks: give its MoE layers the attention mask."""
+    given = dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | kwargs
+    mask = given.get("attention_mask")
+    padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
+    for layer in layers:
+        layer.padding = padding
+
+
+def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Global average pooling: the mean of the patches where a head looks for the class token (Sparse
+    Upcycling's vision models have no other)."""
+    states = output[0]
+    pooled = torch.cat([states[:, after:].mean(1, keepdim=True), states[:, 1:]], dim=1)
+    if isinstance(output, tuple):  # return_dict = False
+        return (pooled, *output[1:])
+    output.last_hidden_state = pooled
+    return output
+
+
+@functools.cache
+def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class `dense` of transformers with MoE layers in it."""
+
+    def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        # The parts of a dense class know no experts and would refuse to choose how they run.
+        wanted, config._experts_implementation = config._experts_implementation, "eager"
+        dense.__init__(self, config, *args, **kwargs)
+        self.config._experts_implementation = self.get_correct_experts_implementation(wanted)
+        self.replace()
+
+    members = {
+        "__init__": init,
+        "__module__": __name__,
+        "config_class": config_class(dense.config_class.model_type),
+        "base_model_prefix": dense.base_model_prefix,
+    }
+    made: type[PreTrainedModel] = type(CLASS_PREFIX + dense.__name__, (UpcycledModel, dense), members)
+    model_type = dense.config_class.model_type
+    for ours, theirs in ((made.__name__, dense.__name__), (PREFIX + model_type, model_type)):
+        # Names on disk are the dense model's, and so is the renaming on their way to memory.
+        if (renaming := get_checkpoint_conversion_mapping(theirs)) is not None:
+            register_checkpoint_conversion_mapping(ours, renaming, overwrite=True)
+    return made
+
+
+def architecture(name: str) -> type[PreTrainedModel]:
+    """The class called `name`: one of transformers, or an upcycled one of it."""
+    dense = name.removeprefix(CLASS_PREFIX)
+    found = getattr(transformers, dense, None)
+    if found is None:
+        raise UpcycleError(f"transformers {transformers.__version__} has no class {dense}")
+    made: type[PreTrainedModel] = found if dense == name else model_class(found)
+    return made
+
+
+@functools.cache
+def register_models(model_type: str) -> None:
+    """Make the classes of one model_type known to every Auto class that knows the dense one.
+
+    Done when its first config is read: importing the code of every architecture would take seconds.
+    """
+    dense, made = CONFIG_MAPPING[model_type], config_class(model_type)
+    autos: list[Any] = list(vars(modeling_auto).values())
+    for auto in autos:
+        known = inspect.isclass(auto) and issubclass(auto, _BaseAutoModelClass)
+        mapping = getattr(auto, "_model_mapping", None) if known else None
+        if mapping is None or dense not in mapping:
+            continue
+        found = mapping[dense]
+        several = found if isinstance(found, (list, tuple)) else (found,)
+        # Not those that only share a config: AutoModelForDecision has one class for many model types.
+        own = tuple(model_class(cls) for cls in several if cls.config_class is dense)
+        if own:
+            auto.register(made, own if len(own) > 1 else own[0], exist_ok=True)
+
+
+def open(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """The model in `folder`, of the class that its config names; `options` go to `from_pretrained`.
+
+    Raises `UpcycleError` where the folder does not hold exactly the tensors of that class.
+    """
+    names = opening.read_config(folder).architectures
+    if not names:
+        raise UpcycleError(f"{folder}/config.json names no architecture; open it with an AutoModel class")
+    return opening.fill(architecture(names[0]), folder, **options)
+
+
+def __getattr__(name: str) -> Any:
+    # Classes are made when asked for; pickling asks by name.
+    if name.startswith(CLASS_PREFIX) and hasattr(transformers, name.removeprefix(CLASS_PREFIX)):
+        return architecture(name)
+    raise AttributeError(name)

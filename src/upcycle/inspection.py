@@ -1,0 +1,309 @@
+"""`upcycle inspect`: the experts of a checkpoint, layer by layer, read from its weights alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upcycle import families
+from upcycle.blueprints.blueprint import blueprint
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.dtypes import TORCH_NAMES
+from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.cli.console import place_of
+from upcycle.conversion import provenance
+from upcycle.dense.source import Dense, admit
+from upcycle.errors import UpcycleError, listed
+from upcycle.nn import upcycled_config
+from upcycle.recipe import Recipe
+from upcycle.targets import natives
+from upcycle.targets._layouts import Stacked
+from upcycle.targets.native import Native
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy, Stored, blocks
+
+
+def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
+    """Width, dtype, similarity and router norms of every layer, as a table that JSON can hold.
+
+    `source` is the dense checkpoint to compare experts with; without it, the one that the provenance
+    names, if it is still there. Cosine similarities are over all matrices together.
+    """
+    with open_checkpoint(checkpoint, allow_nonfinite=True) as opened:
+        made = provenance.read(opened.folder) if (opened.folder / provenance.FILE).exists() else None
+        model_type = opened.config.get("model_type")
+        notes: list[str] = []
+        upcycled_from = upcycled_config.dense_type(opened.config)
+        if model_type in natives.names() or upcycled_from:
+            dense = _dense_source(source, made, notes)
+            try:
+                tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
+                _refuse_empty(opened)
+                parts = _parts(opened, tensors)
+                for part in parts:
+                    _refuse_odd_shapes(part)
+                if dense is not None:
+                    _refuse_other_depth(dense, parts)
+                    if made is not None and dense.family.model_type != made["source"].get("model_type"):
+                        notes.append(
+                            f"compared with a {dense.family.model_type}, which is not what it was made from"
+                        )
+                layers = [_row(part, dense, notes) for part in parts]
+                if made is not None and dense is not None and made.get("training"):
+                    _add_start(layers, opened, made, dense, notes)
+            except KeyError as error:
+                raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
+            except (AttributeError, IndexError, TypeError, ValueError) as error:
+                # Of tensors and a config of any kind, readers of layouts make errors of any kind.
+                raise UpcycleError(
+                    f"{opened.folder} does not hold the tensors of a {model_type}: {error}"
+                ) from error
+            finally:
+                if dense is not None:
+                    dense.checkpoint.close()
+        else:
+            layers = _dense_layers(admit(opened))
+        return {
+            "checkpoint": str(opened.folder),
+            "model_type": model_type,
+            "num_layers": len(layers),
+            "parameters": sum(math.prod(t.shape) for t in opened.tensors.values()),
+            "layers": layers,
+            "provenance": made,
+            "notes": notes,
+        }
+
+
+def _refuse_empty(opened: Checkpoint) -> None:
+    """Refuse tensors that say that they have rows and hold nothing."""
+    if empty := sorted(name for name, info in opened.tensors.items() if not math.prod(info.shape)):
+        raise UpcycleError(f"{opened.folder} holds {listed(empty)} without a single number")
+
+
+def _refuse_odd_shapes(part: _Part) -> None:
+    """Refuse experts that are no networks of one shape."""
+    where = place_of(part.stack, part.layer)
+    for group in (part.experts, part.universal):
+        shapes = [{name: matrix.shape for name, matrix in x.matrices().items()} for x in group]
+        for shape in shapes:
+            up, down = shape["up"], shape["down"]
+            if len(up) != 2 or down != up[::-1] or shape.get("gate", up) != up:
+                raise UpcycleError(f"layer {where}: the matrices of an expert do not fit: {shape}")
+            if shape != shapes[0]:
+                raise UpcycleError(f"layer {where}: experts are of different shapes, {shapes[0]} and {shape}")
+    if part.router is not None and len(part.router.shape) != 2:
+        raise UpcycleError(f"layer {where}: its router has shape {list(part.router.shape)}, and is no matrix")
+
+
+def _refuse_other_depth(dense: Dense, parts: list[_Part]) -> None:
+    """A dense model of fewer blocks is not what the experts came from."""
+    blocks = {(stack.name, i) for stack in dense.stacks for i in range(stack.count)}
+    if missing := sorted({(part.stack, part.layer) for part in parts if part.experts} - blocks):
+        raise UpcycleError(
+            f"{dense.checkpoint.folder} has no layer {missing[0][1]} to compare experts with; it is not the "
+            f"source of this checkpoint. Name another with --source"
+        )
+
+
+def _add_start(
+    layers: list[dict[str, Any]], opened: Checkpoint, made: dict[str, Any], dense: Dense, notes: list[str]
+) -> None:
+    """How alike the experts of a trained model were when its training began."""
+    try:
+        built = blueprint(dense.checkpoint, Recipe.of(made["recipe"]))
+    except UpcycleError as error:
+        notes.append(f"what the experts began as cannot be made again: {error}")
+        return
+    if built.hash != made["blueprint_hash"] or made["training"][0].get("from_scratch"):
+        notes.append("what the experts began as cannot be made again: it was from other weights")
+        return
+    begun = _parts(opened, {name: entry.lazy for name, entry in built.entries.items()})
+    for row, part in zip(layers, begun, strict=True):
+        if part.router is not None:
+            row["cosine_between_at_start"] = _between(_cosines(part.experts))
+
+
+def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes: list[str]) -> Dense | None:
+    """The dense model that experts are compared with, if it can be found."""
+    if source is not None:
+        return admit(open_checkpoint(str(source), allow_nonfinite=True))
+    if made is None:
+        notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
+        return None
+    recorded = provenance.source_of(made)
+    if not recorded.is_dir():
+        notes.append(f"its source {recorded} is not there; name it with --source to compare experts with it")
+        return None
+    try:
+        return admit(open_checkpoint(str(recorded), allow_nonfinite=True))
+    except UpcycleError as error:
+        notes.append(f"its source cannot be compared with: {error}")
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One block: its experts, the universal ones beside them, and its router; or the network that stayed
+    dense."""
+
+    stack: str
+    layer: int
+    experts: list[FeedForward]
+    router: Lazy | None
+    up: Lazy
+    universal: Sequence[FeedForward] = ()
+
+
+def _parts(opened: Checkpoint, tensors: Mapping[str, Lazy]) -> list[_Part]:
+    """The blocks of the model that `opened` is, with these tensors."""
+    upcycled_from = upcycled_config.dense_type(opened.config)
+    if upcycled_from:
+        return _upcycled_parts(opened, upcycled_from, tensors)
+    return _native_parts(opened, natives.find(str(opened.config.get("model_type"))), tensors)
+
+
+def _native_parts(opened: Checkpoint, native: Native, stored: Mapping[str, Lazy]) -> list[_Part]:
+    by_layer: dict[int, dict[str, Lazy]] = {}
+    for name, tensor in stored.items():
+        if name.startswith("model.layers."):
+            layer, _, rest = name.removeprefix("model.layers.").partition(".")
+            if not (layer.isascii() and layer.isdecimal()):
+                raise UpcycleError(f"{opened.folder} holds {name!r}: {layer!r} is no number of a layer")
+            by_layer.setdefault(int(layer), {})[rest] = tensor
+    if not by_layer:
+        raise UpcycleError(f"{opened.folder} has no tensors of layers (model.layers.N. ...)")
+    parts = []
+    for number, tensors in sorted(by_layer.items()):
+        experts = native.layout.read(tensors)
+        router = tensors[native.router] if experts else None
+        up = experts[0].up if experts else tensors["mlp.gate_proj.weight"]
+        parts.append(_Part(stack="layers", layer=number, experts=experts, router=router, up=up))
+    return parts
+
+
+def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, Lazy]) -> list[_Part]:
+    family = families.find(model_type)
+    config = family.config(upcycled_config.dense_config(opened.config))
+    moe = _moe_layers(opened)
+    parts = []
+    for stack in family.stacks(config):
+        for i in range(stack.count):
+            if (stack.name, i) not in moe:
+                up = family.feed_forward(config, i, tensors, stack.name).up
+                parts.append(_Part(stack=stack.name, layer=i, experts=[], router=None, up=up))
+                continue
+            prefix = stack.path.format(i=i) + "."
+            below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            experts = Stacked().read(below)
+            if not experts:
+                raise KeyError(prefix + "experts.down_proj")
+            others = {
+                f"experts{n.removeprefix('universal')}": t
+                for n, t in below.items()
+                if n.startswith("universal.")
+            }
+            parts.append(
+                _Part(
+                    stack=stack.name,
+                    layer=i,
+                    experts=experts,
+                    router=below["router.weight"],
+                    up=experts[0].up,
+                    universal=Stacked().read(others) if others else (),
+                )
+            )
+    return parts
+
+
+def _moe_layers(opened: Checkpoint) -> set[tuple[str, int]]:
+    """The blocks with experts, by stack and number, as config.json has them."""
+    entries = opened.config["moe"]
+    whole = isinstance(entries, list) and all(
+        isinstance(e, dict)
+        and isinstance(e.get("stack"), str)
+        and isinstance(e.get("layers"), list)
+        and all(type(i) is int for i in e["layers"])
+        for e in entries
+    )
+    if not whole:
+        raise UpcycleError(f"{opened.folder}/config.json: `moe` is not the list that upcycle writes")
+    return {(e["stack"], i) for e in entries for i in e["layers"]}
+
+
+def _row(part: _Part, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
+    place: dict[str, Any] = {"layer": part.layer}
+    if part.stack != "layers":
+        place["stack"] = part.stack
+    dtype = TORCH_NAMES[part.up.dtype]
+    if part.router is None:
+        return {**place, "num_experts": 0, "width": part.up.shape[0], "dtype": dtype}
+    experts = part.experts
+    original = None if dense is None else dense.feed_forward(part.layer, part.stack)
+    comparable = original is not None and original.up.shape == experts[0].up.shape
+    if original is not None and not comparable and not notes:
+        notes.append("experts are not of the shape of the dense networks: no similarity to them")
+    everyone = [*experts, original] if comparable and original is not None else experts
+    cosine = _cosines(everyone)
+    count = len(experts)
+    row = {
+        **place,
+        "num_experts": count,
+        "width": experts[0].width,
+        "dtype": dtype,
+        "cosine": cosine[:count, :count].round(6).tolist(),
+        "cosine_between": _between(cosine[:count, :count]),
+        "cosine_to_dense": cosine[:count, count].round(6).tolist() if comparable else None,
+        "router_norms": np.linalg.norm(part.router.all("F32"), axis=1).round(6).tolist(),
+    }
+    if part.universal:
+        among = _cosines(part.universal)
+        row["universal"] = {
+            "num_experts": len(part.universal),
+            "width": part.universal[0].width,
+            "cosine": among.round(6).tolist(),
+            "cosine_between": _between(among),
+        }
+    return row
+
+
+def _between(cosine: np.ndarray) -> dict[str, float] | None:
+    """Of the pairs of different experts."""
+    values = cosine[np.triu_indices(len(cosine), 1)]
+    if not values.size:
+        return None
+    return {"mean": float(values.mean()), "min": float(values.min()), "max": float(values.max())}
+
+
+def _cosines(networks: Sequence[FeedForward]) -> np.ndarray:
+    """Cosine similarity of all pairs over all matrices together; [n, n], float64."""
+    gram = np.zeros((len(networks), len(networks)))
+    for name in networks[0].matrices():
+        matrices = [getattr(network, name) for network in networks]
+        for index in blocks(tuple((0, n) for n in matrices[0].shape)):
+            values = np.stack([m.read(index, "F32").ravel() for m in matrices])
+            gram += values.astype(np.float64) @ values.T.astype(np.float64)
+    norms = np.sqrt(np.diag(gram))
+    return gram / np.maximum(np.outer(norms, norms), 1e-300)
+
+
+def _dense_layers(dense: Dense) -> list[dict[str, Any]]:
+    return [
+        _row(
+            _Part(
+                stack=stack.name,
+                layer=i,
+                experts=[],
+                router=None,
+                up=dense.feed_forward(i, stack.name).up,
+            ),
+            None,
+            [],
+        )
+        for stack in dense.stacks
+        for i in range(stack.count)
+    ]

@@ -1,0 +1,74 @@
+"""`upcycle report`: what runs and checkpoints left behind, as one page, and its twin in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from upcycle.errors import UpcycleError
+from upcycle.system import whole_file
+
+TITLE = "Upcycling report"
+
+
+def report(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    markdown: str | Path | None = None,
+    title: str = TITLE,
+    dense_flops: float | None = None,
+    dense_tokens: float | None = None,
+) -> list[str]:
+    """Write the page `out` about runs and checkpoints, and with `markdown` the same as Markdown with PNGs in
+    `figures` beside it. Gives what is wrong with what was given, a sentence each.
+
+    `dense_flops` and `dense_tokens` tell the training cost of the dense checkpoint that runs start from,
+    where no provenance does. A report that was made before is replaced, any other file refused. Raises
+    `UpcycleError` where nothing can be shown.
+    """
+    from upcycle.reporting import drawing, page, sections
+    from upcycle.reporting import markdown as twin
+    from upcycle.reporting.starts import Given
+    from upcycle.reporting.study import study
+
+    out = Path(out)
+    text = None if markdown is None else Path(markdown)
+    for name, value in (("--dense-flops", dense_flops), ("--dense-tokens", dense_tokens)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise UpcycleError(f"{name} = {value}; it must be a number of 0 or more")
+    if text is not None and text.resolve() == out.resolve():
+        raise UpcycleError(f"the page and its Markdown twin are both {out}; give them two names")
+    drawing.need_matplotlib()
+    _refuse_foreign(out, page.SIGN.encode())
+    if text is not None:
+        _refuse_foreign(text, twin.SIGN.encode())
+    about = study(folders, Given(flops=dense_flops, tokens=dense_tokens))
+    document = sections.document(about, title)
+    files = {out: page.render(document).encode("utf-8", "replace")}
+    if text is not None:
+        written, figures = twin.render(document, text.stem)
+        files = (
+            {text.parent / name: data for name, data in figures.items()}
+            | files
+            | {text: written.encode("utf-8", "replace")}
+        )
+        for path in files.keys() - {out, text}:
+            _refuse_foreign(path, drawing.MADE_BY.encode())
+    for path, data in files.items():
+        whole_file.write(path, data)
+    return about.troubles()
+
+
+def _refuse_foreign(path: Path, sign: bytes) -> None:
+    """Only a report may be replaced by a report."""
+    if path.is_dir():
+        raise UpcycleError(f"{path} is a folder; name the file to make")
+    if path.exists():
+        with path.open("rb") as file:
+            head = file.read(4096)
+        if sign not in head:
+            raise UpcycleError(
+                f"{path} exists and is no report; nothing else is overwritten. Choose another name or "
+                f"delete it"
+            )

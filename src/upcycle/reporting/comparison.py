@@ -1,0 +1,339 @@
+"""Which runs can be compared, which of them are one thing with several seeds, and who is ahead where.
+
+Takes runs; gives groups with means and standard errors, pairs of groups, and who is foreign and why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from upcycle.reporting import formats
+from upcycle.reporting.checkpoints import CheckpointRecord
+from upcycle.reporting.crossing import Crossing, Told, bounds, crossing, told
+from upcycle.reporting.records import RunRecord
+from upcycle.reporting.starts import Given, StartCost, start_cost
+
+Paid = Literal["yes", "no", "within two standard errors", "one seed", "cannot be told"]
+Kind = Literal["dense, continued", "dense, from scratch", "dense, rebuilt", "upcycled", "MoE, from scratch"]
+ORDER: tuple[Kind, ...] = (
+    "dense, continued", "dense, rebuilt", "dense, from scratch", "upcycled", "MoE, from scratch",
+)  # fmt: skip
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+# Keys of a run file in which runs of one group may differ: the seed, and what does not change numbers.
+_FREE = ("seed", "out", "log", "checkpoint", "parallel")
+_FREE_BELOW = {"train": ("seed", "micro_batch", "compile", "activation_checkpointing"), "data": ("cache",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A curve: the mean over runs [n], and its standard error [n] where there is more than one."""
+
+    value: np.ndarray
+    error: np.ndarray | None
+
+    @classmethod
+    def of(cls, curves: Sequence[np.ndarray]) -> Mean:
+        """The mean of curves over the same points."""
+        stacked = np.stack(curves)
+        one = len(stacked) < 2
+        error = None if one else stacked.std(axis=0, ddof=1) / math.sqrt(len(stacked))
+        return cls(value=stacked.mean(axis=0), error=error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs that differ in their seed alone, and were evaluated at the same points."""
+
+    label: str
+    kind: Kind
+    runs: tuple[RunRecord, ...]
+    tokens: np.ndarray  # [n] of the held-out numbers
+    flops: np.ndarray  # [n], of training
+    loss: Mean
+    accuracy: Mean
+    start: StartCost
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a Mixture of Experts."""
+        return self.kind in ("upcycled", "MoE, from scratch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A Mixture of Experts against another group, on held-out loss.
+
+    Crossings are of the curves as they are drawn; what is said of them rests on `told`, measurements alone.
+    """
+
+    group: Group
+    against: Group
+    told: Told  # over FLOPs
+    told_tokens: Told
+    told_with_start: Told | None
+    tokens: Crossing
+    flops: Crossing
+    with_start: Crossing | None  # FLOPs, those of the starts included; None where one is not known
+    error: float | None  # standard error of the gap at the end of the common FLOPs, over seeds
+
+    @property
+    def paid(self) -> Paid:
+        """Whether the Mixture of Experts is ahead at the end: by what was measured, and by two standard
+        errors over seeds; one seed can tell nothing."""
+        found, error = self.told, self.error
+        if found.low is None or found.high is None:
+            return "cannot be told"
+        if error is None:
+            return "one seed"
+        if found.high < -2 * error:
+            return "yes"
+        if found.low > 2 * error:
+            return "no"
+        if -2 * error <= found.low and found.high <= 2 * error:
+            return "within two standard errors"
+        return "cannot be told"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that was found out about the runs together."""
+
+    groups: tuple[Group, ...]
+    pairs: tuple[Pair, ...]
+    foreign: tuple[tuple[RunRecord, str], ...]  # with the reason
+
+    def owner(self, checkpoint: CheckpointRecord) -> tuple[Group, RunRecord] | None:
+        """The run that a checkpoint was exported from, if it was given."""
+        training = checkpoint.training
+        if training is None:
+            return None
+        found = [(g, r) for g in self.groups for r in g.runs if r.table == training["run"]]
+        return found[0] if found else None
+
+
+def compare(runs: Sequence[RunRecord], given: Given) -> Comparison:
+    """Compare those that can be compared; what most runs have in common decides which those are."""
+    terms = [_terms(run) for run in runs]
+    keys = [json.dumps(t, sort_keys=True, default=str) for t in terms]
+    reference = terms[keys.index(max(keys, key=keys.count))] if runs else {}
+    foreign, kept = [], []
+    for run, own in zip(runs, terms, strict=True):
+        differs = [name for name in reference if own[name] != reference[name]]
+        if differs:
+            foreign.append((run, _reason(differs[0], own, reference)))
+        else:
+            kept.append(run)
+    groups = _groups(kept, given)
+    return Comparison(groups=groups, pairs=tuple(_pairs(groups)), foreign=tuple(foreign))
+
+
+def _terms(run: RunRecord) -> dict[str, Any]:
+    """What runs must share for their held-out numbers to mean the same."""
+    data, train = run.table["data"], run.table["train"]
+    task = {k: v for k, v in (run.table.get("task") or {}).items() if v and k not in ("augment", "name")}
+    length = train.get("sequence_length", 1024)
+    by_example = run.about["task"].startswith("image")
+    rows = train.get("eval_examples") or (None if by_example else train.get("eval_tokens", 0) // length)
+    return {
+        "task": run.about["task"],
+        "family of models": run.about["source"]["model_type"],
+        "held-out data": {"sources": data.get("sources"), "share": data.get("held_out", 0.0)},
+        "settings of the task": task,
+        "rows that are held out": {"length": None if by_example else length, "rows": rows},
+        "tokenizer": None
+        if by_example
+        else _tokenizer(str(data.get("tokenizer") or run.about["source"]["path"])),
+    }
+
+
+def _tokenizer(folder: str) -> str:
+    """A tokenizer by its bytes, or by the name of its folder where that is gone."""
+    for name in _TOKENIZERS:
+        if (path := Path(folder) / name).is_file():
+            return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    return folder
+
+
+def _reason(name: str, own: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    theirs, ours = (dict(flat(t[name], name)) for t in (own, reference))
+    key = next(k for k in [*ours, *theirs] if theirs.get(k) != ours.get(k))
+    found, wanted = (_short(str(leaves.get(key, "not set")), 80) for leaves in (theirs, ours))
+    return f"other {name}: {found}, where the runs compared have {wanted} ({key})"
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _groups(runs: Sequence[RunRecord], given: Given) -> tuple[Group, ...]:
+    together: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        key = json.dumps([_settings(run), run.held_out.tokens.tolist()], sort_keys=True, default=str)
+        together.setdefault(key, []).append(run)
+    found = sorted(together.values(), key=lambda runs: ORDER.index(_kind(runs[0])))
+    labels = _labels([runs[0] for runs in found])
+    return tuple(_group(label, members, given) for label, members in zip(labels, found, strict=True))
+
+
+def _group(label: str, runs: list[RunRecord], given: Given) -> Group:
+    tokens = runs[0].held_out.tokens
+    return Group(
+        label=label,
+        kind=_kind(runs[0]),
+        runs=tuple(runs),
+        tokens=tokens,
+        flops=runs[0].flops(tokens),
+        loss=Mean.of([r.held_out.loss for r in runs]),
+        accuracy=Mean.of([r.held_out.accuracy for r in runs]),
+        start=start_cost(runs[0], given),
+    )
+
+
+def _settings(run: RunRecord) -> dict[str, Any]:
+    """The run file without what may differ between seeds."""
+    table = {k: v for k, v in run.table.items() if k not in _FREE}
+    for section, free in _FREE_BELOW.items():
+        table[section] = {k: v for k, v in table[section].items() if k not in free}
+    return table
+
+
+def _kind(run: RunRecord) -> Kind:
+    moe = run.table.get("moe")
+    if run.about["from_scratch"]:
+        return "dense, from scratch" if moe is None or _is_dense(moe) else "MoE, from scratch"
+    if moe is None:
+        return "dense, continued"
+    return "dense, rebuilt" if _is_dense(moe) else "upcycled"
+
+
+def _is_dense(moe: Mapping[str, Any]) -> bool:
+    return moe.get("target") in ("depth_tiled", "dense")
+
+
+def _labels(runs: Sequence[RunRecord]) -> list[str]:
+    """A name for each, from what it is; where two are alike, with the settings in which they differ."""
+    plain = [_label(run) for run in runs]
+    leaves = [dict(flat(_settings(run))) for run in runs]
+    out = []
+    for label, own in zip(plain, leaves, strict=True):
+        alike = [other for other, same in zip(leaves, plain, strict=True) if same == label]
+        out.append(_short(", ".join([label, *(_said(key, own.get(key)) for key in _telling(alike))]), 70))
+    return [
+        label if out.count(label) == 1 else f"{label} ({_short(run.name, 30)})"
+        for label, run in zip(out, runs, strict=True)
+    ]
+
+
+def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
+    """The settings that tell the most of `alike` apart, the source before others."""
+    keys = sorted(
+        {key for leaves in alike for key in leaves}, key=lambda key: (key != "source", len(key), key)
+    )
+    chosen: list[str] = []
+
+    def kinds(more: str | None) -> int:
+        return len({tuple(repr(one.get(k)) for k in (*chosen, *([more] if more else ()))) for one in alike})
+
+    while keys and len(chosen) < most and kinds(None) < len(alike):
+        best = max(keys, key=kinds)
+        if kinds(best) == kinds(None):
+            break
+        chosen.append(best)
+    return chosen
+
+
+def _said(key: str, value: Any) -> str:
+    """A setting in a label: `peak 0.001`, `schedule cosine`, `source small`."""
+    if key == "source":
+        return f"source {_short(Path(str(value)).name, 24)}"
+    parts = [part for part in key.split(".") if part != "name"]
+    return f"{parts[-1]} {_short(str(value), 24)}"
+
+
+def _label(run: RunRecord) -> str:
+    kind, moe = _kind(run), run.table.get("moe") or {}
+    short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
+    init = (run.table.get("init") or {}).get("name", "copy")
+    if kind == "dense, rebuilt":
+        deep = moe.get("target") == "depth_tiled"
+        return (f"every block {moe.get('depth')} times" if deep else f"narrower dense, {init}") + short
+    if kind.startswith("dense"):
+        return kind + short
+    router = (run.table.get("router") or {}).get("name", "top_k")
+    way = f"top-{moe.get('top_k')}" if router == "top_k" else str(router).replace("_", " ")
+    how = init if kind == "upcycled" else "from scratch"
+    return f"{moe.get('num_experts')} experts, {way}, {how}{short}"
+
+
+def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """Every leaf of a nested table with its dotted key."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for place, inner in enumerate(value):
+            yield from flat(inner, f"{path}.{place}")
+    else:
+        yield path, value
+
+
+def _pairs(groups: Sequence[Group]) -> Iterable[Pair]:
+    """Every Mixture of Experts against every dense group, upcycled ones against those from scratch too."""
+    for against in groups:
+        for group in groups:
+            scratch = group.kind == "upcycled" and against.kind == "MoE, from scratch"
+            if group.has_experts and (scratch or not against.has_experts):
+                yield _pair(group, against)
+
+
+def _pair(group: Group, against: Group) -> Pair:
+    flops = crossing(group.flops, group.loss.value, against.flops, against.loss.value)
+    starts = (group.start.flops, against.start.flops)
+    with_start = told_with_start = None
+    if starts[0] is not None and starts[1] is not None:
+        curves = (group.flops + starts[0], group.loss.value, against.flops + starts[1], against.loss.value)
+        with_start, told_with_start = crossing(*curves), told(*curves)
+    error = None
+    if flops.end is not None and group.loss.error is not None and against.loss.error is not None:
+        error = math.hypot(*(_error_at(flops.end, each) for each in (group, against)))
+    return Pair(
+        group=group,
+        against=against,
+        told=told(group.flops, group.loss.value, against.flops, against.loss.value),
+        told_tokens=told(group.tokens, group.loss.value, against.tokens, against.loss.value),
+        told_with_start=told_with_start,
+        tokens=crossing(group.tokens, group.loss.value, against.tokens, against.loss.value),
+        flops=flops,
+        with_start=with_start,
+        error=error,
+    )
+
+
+def difference_of(pair: Pair) -> str:
+    """How far the Mixture of Experts is above the other at the end, from where to where."""
+    low, high = pair.told.low, pair.told.high
+    if low is None or high is None:
+        return formats.MISSING
+    one, two = formats.signed(low), formats.signed(high)
+    error = "" if pair.error is None else f" ± {pair.error:.4f}"
+    return (one if one == two else f"{one} to {two}") + error
+
+
+def _error_at(flops: float, group: Group) -> float:
+    """The standard error of a loss after so many FLOPs: the larger of those on either side."""
+    assert group.loss.error is not None
+    return measured(group, group.loss.error, flops)[1]
+
+
+def measured(group: Group, values: np.ndarray, flops: float) -> tuple[float, float]:
+    """The least and the most that a curve of a group can be after so many FLOPs, by what was measured."""
+    low, high = bounds(np.array([flops]), group.flops, values)
+    return float(low[0]), float(high[0])

@@ -1,0 +1,121 @@
+"""What was built from what: provenance, parameters, FLOPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from upcycle.errors import listed
+from upcycle.reporting import formats
+from upcycle.reporting.checkpoints import CheckpointRecord
+from upcycle.reporting.comparison import flat
+from upcycle.reporting.document import Block, Section, Table
+from upcycle.reporting.records import RunRecord
+from upcycle.reporting.study import Study
+
+
+def section(study: Study) -> Section:
+    """Models, runs and checkpoints."""
+    blocks: list[Block] = []
+    if study.groups:
+        blocks.append(_models(study))
+    if study.runs:
+        blocks.append(_runs(study))
+    if study.checkpoints:
+        blocks.append(_checkpoints(study))
+    return Section(name="built", title="What was built from what", blocks=tuple(blocks))
+
+
+def _models(study: Study) -> Table:
+    rows = []
+    for group in study.groups:
+        about = group.runs[0].about
+        rows.append(
+            (
+                group.label,
+                str(about["source"]["name"]),
+                str(about["architecture"]),
+                formats.count(about["parameters"]),
+                formats.count(about["active_parameters"]),
+                formats.flops(about["training_flops_per_row"] / about["tokens_per_row"]),
+                str(len(group.runs)),
+            )
+        )
+    return Table(
+        caption="Models",
+        head=(
+            "model", "made from", "class", "parameters", "active per token", "training FLOPs per token",
+            "seeds",
+        ),
+        rows=tuple(rows),
+        left=3,
+        note="FLOPs are three forward passes' worth: matrix products of the weights that a token meets, and "
+        "attention scores.",
+    )  # fmt: skip
+
+
+def _runs(study: Study) -> Table:
+    group_of = {id(run): group.label for group in study.groups for run in group.runs}
+    rows = [
+        (
+            run.name,
+            group_of.get(id(run), "not compared"),
+            str(run.about.get("blueprint_hash") or formats.MISSING)[:12],
+            str(run.table.get("train", {}).get("seed", run.table.get("seed", 0))),
+            f"{run.done:,} of {run.total_steps:,}",
+            formats.count(run.done * run.tokens_per_step),
+            formats.flops(float(run.flops(run.done * run.tokens_per_step))),  # type: ignore[arg-type]
+        )
+        for run in study.runs
+    ]
+    return Table(
+        caption="Runs",
+        head=("run", "model", "blueprint", "seed", "steps", "tokens", "training FLOPs"),
+        rows=tuple(rows),
+        left=3,
+        note="Made with "
+        + "; ".join(f"{how} ({names})" for how, names in _versions(study.runs).items())
+        + ".",
+    )
+
+
+def _versions(runs: tuple[RunRecord, ...]) -> dict[str, str]:
+    """Programs and arithmetic, and the names of the runs that were made with them."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        versions: Any = run.about.get("versions")
+        torch = versions.get("torch", "?") if isinstance(versions, dict) else "?"
+        version, precision = run.about.get("upcycle_version", "?"), run.about.get("precision", "?")
+        how = f"upcycle {version}, torch {torch}, {precision}"
+        found.setdefault(how, []).append(run.name)
+    return {how: "all runs" if len(found) == 1 else listed(names, 8) for how, names in found.items()}
+
+
+def _checkpoints(study: Study) -> Table:
+    label_of = {c.name: column.label for column in study.columns() for c in column.checkpoints}
+    return Table(
+        caption="Checkpoints",
+        head=("checkpoint", "model", "made from", "recipe", "blueprint", "step", "trained on, tokens"),
+        rows=tuple((c.name, label_of[c.name], *_origin(c)) for c in study.checkpoints),
+        left=5,
+    )
+
+
+def _origin(checkpoint: CheckpointRecord) -> tuple[str, ...]:
+    made = checkpoint.made
+    if made is None:
+        return ("not known: no upcycle.json", *[formats.MISSING] * 4)
+    recipe: Any = made.get("recipe")
+    how = formats.MISSING
+    if isinstance(recipe, dict):
+        known = dict(flat(recipe))
+        experts, top_k, init = (known.get(k, "?") for k in ("moe.num_experts", "moe.top_k", "init.name"))
+        how = f"{experts} experts, top-{top_k}, init {init}"
+    training = checkpoint.training or {}
+    tokens = training.get("tokens")
+    return (
+        str(made["source"].get("name", "?")),
+        how,
+        str(made.get("blueprint_hash") or formats.MISSING)[:12],
+        str(training.get("step", 0)),
+        formats.count(tokens) if isinstance(tokens, (int, float)) else "0",
+    )

@@ -1,0 +1,246 @@
+"""What routers did: in training, from metrics of runs, and on what `upcycle inspect` showed them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from upcycle.reporting import figures, formats
+from upcycle.reporting.checkpoints import CheckpointRecord
+from upcycle.reporting.comparison import Group
+from upcycle.reporting.document import Block, Picture, Section, Table
+from upcycle.reporting.figures import Axis, Line
+from upcycle.reporting.records import Health, is_number, place_of, shares
+from upcycle.reporting.study import Study
+
+_POINTS = 200  # of a line at most; more are averaged in windows
+_LABELS = ("expert", "layer", "load / even share")
+
+
+def section(study: Study) -> Section | None:
+    """Nothing where nothing has routers."""
+    groups = [
+        (place, group, health)
+        for place, group in enumerate(study.groups)
+        if (health := group.runs[0].health) is not None
+    ]
+    looked_at = [c for c in study.checkpoints if _layers(c)]
+    if not groups and not looked_at:
+        return None
+    blocks: list[Block] = []
+    if groups:
+        blocks.append(_entropy(groups))
+        blocks += [_load(place, group, health) for place, group, health in groups]
+        blocks.append(_table([(group, health) for _, group, health in groups]))
+    for number, checkpoint in enumerate(looked_at):
+        blocks += on_shown(number, checkpoint)
+    return Section(name="routers", title="Router health", blocks=tuple(blocks))
+
+
+def _entropy(groups: Iterable[tuple[int, Group, Health]]) -> Picture:
+    lines = []
+    for place, group, health in groups:
+        windows = np.array_split(np.arange(len(health.tokens)), min(_POINTS, len(health.tokens)))
+        entropy = np.stack([health.entropy[w].mean(axis=0) for w in windows])  # [points, L]
+        lines.append(
+            Line(
+                label=group.label,
+                place=place,
+                x=np.array([health.tokens[w].mean() for w in windows]),
+                y=entropy.mean(axis=1),
+                low=entropy.min(axis=1),
+                high=entropy.max(axis=1),
+                marked=False,
+            )
+        )
+    title = "Evenness of the experts' load"
+    return Picture(
+        name="entropy",
+        title=title,
+        caption="Entropy of the load over that of an even one: 1 is even, 0 is one expert for all. Mean over "
+        "layers; the band is from the lowest to the highest layer. Of the first run of each model.",
+        draw=partial(
+            figures.curves,
+            title=title,
+            lines=lines,
+            x=Axis(label="tokens trained on", counted="named"),
+            y=Axis(label="entropy of load / log E", most=1.01),
+        ),
+    )
+
+
+def _load(place: int, group: Group, health: Health) -> Picture:
+    title = "Load of each expert"
+    return Picture(
+        name=f"load-{place + 1}",
+        title=title,
+        caption=f"{group.label}: {group.runs[0].name}, mean over its last {health.steps} steps of training.",
+        draw=partial(
+            figures.heat_map, title=title, rows=health.places, values=_even(health.load), labels=_LABELS
+        ),
+    )
+
+
+def _even(load: Iterable[Any]) -> np.ndarray:
+    """Shares of the slots as multiples of an even share, [L, E]; NaN beyond the experts of a layer."""
+    rows = [np.asarray(row, np.float64) for row in load]
+    out = np.full((len(rows), max(map(len, rows))), math.nan)
+    for row, into in zip(rows, out, strict=True):
+        into[: len(row)] = row / row.sum() * len(row)
+    return out
+
+
+def _table(groups: list[tuple[Group, Health]]) -> Table:
+    rows = []
+    for group, _ in groups:
+        healths = [run.health for run in group.runs if run.health is not None]
+        last = [(h, slice(-h.steps, None)) for h in healths]
+        entropy = np.array([h.entropy[s].mean(axis=0) for h, s in last])  # [runs, L]
+        experts = sum(map(len, healths[0].load))
+        dead = np.mean([h.dead[-1].sum() for h in healths])
+        collapsed = np.mean([h.collapsed[-1].sum() for h in healths])
+        left = np.mean([h.left_behind[s].mean() for h, s in last])
+        busiest = np.mean([np.nanmax(_even(h.load)) for h in healths])
+        rows.append(
+            (
+                group.label,
+                str(len(healths[0].places)),
+                f"{entropy.mean():.3f}",
+                f"{entropy.mean(axis=0).min():.3f}",
+                f"{busiest:.2f}",
+                f"{dead:g} of {experts}",
+                f"{collapsed:g}",
+                formats.share(float(left)),
+            )
+        )
+    return Table(
+        caption="Routers at the end of training",
+        head=(
+            "model", "MoE layers", "entropy, mean", "entropy, lowest layer", "busiest expert / even share",
+            "dead experts", "collapsed layers", "tokens left behind",
+        ),
+        rows=tuple(rows),
+        note="Means over the seeds of a model; dead and collapsed at the last step, the others over the last "
+        "steps that the heat maps are of.",
+    )  # fmt: skip
+
+
+def _layers(checkpoint: CheckpointRecord) -> list[Mapping[str, Any]]:
+    """The layers of routing.json that say which they are."""
+    listed = (checkpoint.routing or {}).get("layers")
+    rows = listed if isinstance(listed, list) else []
+    return [row for row in rows if isinstance(row, dict) and "layer" in row]
+
+
+def on_shown(number: int, checkpoint: CheckpointRecord) -> list[Block]:
+    """What the routers of a checkpoint did on the domains that it was inspected on."""
+    layers = _layers(checkpoint)
+    blocks: list[Block] = []
+    loads = [
+        (f"{place_of(layer)}, {domain}", load)
+        for layer in layers
+        for domain, load in _by_domain(layer).items()
+        if _is_load(load)
+    ]
+    if loads:
+        title = "Use of the experts by domain"
+        blocks.append(
+            Picture(
+                name=f"routing-{number + 1}",
+                title=title,
+                caption=f"{checkpoint.name}: on what it was inspected on; weights where a router gives every "
+                "expert as many tokens.",
+                draw=partial(
+                    figures.heat_map,
+                    title=title,
+                    rows=[place for place, _ in loads],
+                    values=_even(load for _, load in loads),
+                    labels=_LABELS,
+                ),
+            )
+        )
+    columns = [
+        (head, key)
+        for head, key in (
+            ("confidence", "confidence"), ("tokens left behind", "left_behind"),
+            ("divergence of domains, bits", "divergence"),
+        )
+        if any(_number(layer.get(key)) is not None for layer in layers)
+    ]  # fmt: skip
+    if columns:
+        rows = [
+            (
+                place_of(layer),
+                *(
+                    formats.loss(math.nan if (v := _number(layer.get(key))) is None else v)
+                    for _, key in columns
+                ),
+            )
+            for layer in layers
+        ]
+        blocks.append(
+            Table(
+                caption=f"Routers of {checkpoint.name} on what it was shown",
+                head=("layer", *(head for head, _ in columns)),
+                rows=tuple(rows),
+                note=_domains(checkpoint),
+            )
+        )
+    if liked := _favourites(checkpoint, layers):
+        blocks.append(
+            Table(
+                caption=f"Tokens that the experts of {checkpoint.name} like best",
+                head=("layer", "expert", "tokens"),
+                rows=tuple(liked),
+                left=3,
+                note="Largest mean probability of tokens that came five times or more; the last MoE layer.",
+            )
+        )
+    return blocks
+
+
+def _by_domain(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What each domain used: loads, or weights where every expert has as much by construction."""
+    found = layer.get("weight_by_domain" if layer.get("divergence_of") == "weights" else "load_by_domain")
+    return found if isinstance(found, dict) else {}
+
+
+def _favourites(checkpoint: CheckpointRecord, layers: list[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row an expert of the last layer, of a text."""
+    found = layers[-1].get("favourites") if layers else None
+    if (checkpoint.routing or {}).get("kind") != "text" or not isinstance(found, list):
+        return []
+    rows: list[tuple[str, ...]] = []
+    for expert, favourites in enumerate(found):
+        pairs = favourites if isinstance(favourites, list) else []
+        tokens = [str(pair[0]) for pair in pairs if isinstance(pair, list) and pair]
+        rows.append((place_of(layers[-1]), str(expert), "  ".join(tokens)))
+    return rows
+
+
+def _domains(checkpoint: CheckpointRecord) -> str:
+    listed = (checkpoint.routing or {}).get("domains")
+    rows = listed if isinstance(listed, list) else []
+    names = [str(d.get("name", "?") if isinstance(d, dict) else d) for d in rows]
+    return f"Domains: {', '.join(names)}." if names else ""
+
+
+def _is_load(load: Any) -> bool:
+    try:
+        return bool(shares(load))
+    except ValueError:
+        return False
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the mean of what is off the diagonal of a matrix of them; None for anything else."""
+    if is_number(value):
+        return float(value)
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        return None
+    apart = [x for i, row in enumerate(value) for j, x in enumerate(row) if i != j]
+    return sum(apart) / len(apart) if apart and all(map(is_number, apart)) else None

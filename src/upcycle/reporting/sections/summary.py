@@ -1,0 +1,166 @@
+"""What came out: one sentence and a table, and what is wrong with what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+
+from upcycle.evaluation.differences import difference
+from upcycle.reporting import formats
+from upcycle.reporting.checkpoints import CheckpointRecord
+from upcycle.reporting.comparison import Group, Pair, difference_of, measured
+from upcycle.reporting.document import Block, Section, Sentence, Table
+from upcycle.reporting.records import is_number
+from upcycle.reporting.study import Study
+
+
+def section(study: Study) -> Section:
+    """The head of the report."""
+    # The dense continuation is the question; the other pairs stand in the table of crossings.
+    pairs = [
+        pair
+        for pair in study.comparison.pairs
+        if pair.group.kind == "upcycled"
+        and pair.against.kind == "dense, continued"
+        and pair.told.end is not None
+    ]
+    blocks: list[Block] = [Sentence(text=_answer(study, pairs) if pairs else _nothing(study))]
+    if pairs:
+        blocks.append(_table(pairs))
+    blocks += [Sentence(text=trouble, tone="warning") for trouble in study.troubles()]
+    return Section(name="summary", title="Did it pay?", blocks=tuple(blocks))
+
+
+_STARTS = {
+    "yes": "Yes.",
+    "no": "No.",
+    "within two standard errors": "That was not shown.",
+    "one seed": "One seed cannot tell.",
+    "cannot be told": "That cannot be told.",
+}
+
+
+def _answer(study: Study, pairs: Sequence[Pair]) -> str:
+    """The best of them in a sentence or two: yes and no rest on several seeds alone."""
+    whole = [pair for pair in pairs if not any(run.unfinished for run in pair.group.runs)]
+    best = min(whole or pairs, key=lambda pair: (pair.told.high or 0.0) + (pair.told.low or 0.0))
+    unit = formats.unit(best.group.runs[0].about["task"])
+    seeds = min(len(best.group.runs), len(best.against.runs))
+    counted = "one seed" if seeds == 1 else f"{seeds} seeds"
+    which = "the Mixture of Experts" if len(pairs) == 1 else "the best of the Mixtures of Experts"
+    said = (
+        f"{_STARTS[best.paid]} At equal training FLOPs {which} ({best.group.label}) is "
+        f"{_how_far(best, unit)} the dense model that was trained on ({counted}{_between(best)})."
+    )
+    if best.paid != "one seed":
+        return said
+    paired = _on_documents(study, best)
+    return f"{said} {paired}" if paired else f"{said} {_HINT}"
+
+
+_HINT = (
+    "Train more seeds, or export both and score them on the same held-out text with `upcycle eval`: paired "
+    "differences come with a standard error."
+)
+
+
+def _how_far(pair: Pair, unit: str) -> str:
+    """`0.0100 ± 0.0020 nats per token ahead of`, or from where to where that is."""
+    low, high = pair.told.low or 0.0, pair.told.high or 0.0
+    error = "" if pair.error is None else f" ± {pair.error:.4f}"
+    least, most = sorted((abs(low), abs(high)))
+    where = "behind" if low > 0 else "ahead of"
+    if low <= 0 <= high and f"{low:.4f}" != f"{high:.4f}":
+        return f"between {abs(low):.4f} {unit} ahead of and {high:.4f} behind"
+    near = f"{least:.4f}" == f"{most:.4f}"
+    return f"{f'{most:.4f}' if near else f'{least:.4f} to {most:.4f}'}{error} {unit} {where}"
+
+
+def _between(pair: Pair) -> str:
+    """Which evaluations stand for the end, where one of the two has none there."""
+    if pair.told.between is None:
+        return ""
+    first, last = map(formats.flops, pair.told.between)
+    return (
+        f"; at {formats.flops(pair.told.end)} FLOPs one of them was not evaluated, but at {first} and {last}"
+    )
+
+
+def _on_documents(study: Study, pair: Pair) -> str:
+    """What `upcycle eval` found on the same documents, of exports of both; empty where it did not look."""
+    ours, theirs = (_exports(study, group) for group in (pair.group, pair.against))
+    for (spent, mine), (theirs_spent, other) in product(ours, theirs):
+        matching = {score.question: score for score in other.scores if score.sums is not None}
+        for score in mine.scores:
+            match = matching.get(score.question)
+            if score.sums is None or match is None or match.sums is None or score.units != match.units:
+                continue
+            found = difference(score.sums, match.sums)
+            if found.standard_error is None:
+                continue
+            better = (found.value > 0) == score.higher_is_better
+            shown = abs(found.value) > 2 * found.standard_error
+            where = ("ahead" if better else "behind") if shown else "not to be told apart"
+            return (
+                f"On the same {found.count:,} {found.units} of {score.name} it is {where}, by "
+                f"{formats.signed(found.value, found.standard_error)} {score.metric.replace('_', ' ')} "
+                f"(after {formats.flops(spent)} FLOPs, the dense model after {formats.flops(theirs_spent)}); "
+                f"other seeds may differ."
+            )
+    return ""
+
+
+def _exports(study: Study, group: Group) -> list[tuple[float, CheckpointRecord]]:
+    """The checkpoints that were exported from runs of a group, the longest trained first, with the FLOPs of
+    their own training."""
+    out = []
+    for checkpoint in study.checkpoints:
+        owner = study.comparison.owner(checkpoint)
+        tokens = (checkpoint.training or {}).get("tokens")
+        if owner is not None and owner[0] is group and is_number(tokens):
+            out.append((float(owner[1].flops(np.array(float(tokens or 0)))), checkpoint))
+    return sorted(out, key=lambda found: -found[0])
+
+
+def _table(pairs: Sequence[Pair]) -> Table:
+    rows = []
+    for pair in pairs:
+        end = pair.told.end or 0.0
+        losses = (_range(*measured(group, group.loss.value, end)) for group in (pair.group, pair.against))
+        rows.append(
+            (
+                pair.group.label,
+                pair.against.label,
+                pair.paid,
+                formats.flops(end),
+                *losses,
+                difference_of(pair),
+            )
+        )
+    return Table(
+        caption="Held-out loss at equal training FLOPs",
+        head=("model", "against", "paid", "at FLOPs", "its loss", "loss of the other", "difference"),
+        rows=tuple(rows),
+        left=3,
+        note="At the most FLOPs of their own training that both have spent. A loss that was not evaluated "
+        "there lies between those of the evaluations on either side, and is shown from one to the other. One "
+        "standard error over seeds; what is called paid is ahead by two of them wherever it lies.",
+    )
+
+
+def _range(low: float, high: float) -> str:
+    one, two = formats.loss(low), formats.loss(high)
+    return one if one == two else f"{one} to {two}"
+
+
+def _nothing(study: Study) -> str:
+    if not any(group.kind == "upcycled" and group.tokens.size for group in study.groups):
+        return "No run of an upcycled model with a held-out loss was given, so there is nothing to answer."
+    if not any(group.kind == "dense, continued" and group.tokens.size for group in study.groups):
+        return (
+            "No run that continues the dense model was given: train one without [moe] from the same source "
+            "to see whether upcycling paid."
+        )
+    return "The runs have no training FLOPs in common at which they could be compared."

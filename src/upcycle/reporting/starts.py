@@ -1,0 +1,86 @@
+"""What the model that a run starts from had cost before: training FLOPs and tokens, where files say so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle.conversion import provenance
+from upcycle.errors import UpcycleError
+from upcycle.reporting.records import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a person says the dense checkpoint had cost; used where no file says it."""
+
+    flops: float | None = None
+    tokens: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartCost:
+    """Training FLOPs and tokens that went into a start; None where not known. `why` says it in words."""
+
+    flops: float | None
+    tokens: float | None
+    why: str
+
+
+def start_cost(run: RunRecord, given: Given) -> StartCost:
+    """The cost of what `run` starts from: nothing from scratch, else what the provenance of its source says,
+    and of that one's source, back to random weights."""
+    if run.about["from_scratch"]:
+        return StartCost(flops=0.0, tokens=0.0, why="starts from random weights")
+    others = _others(run.table)
+    if others:
+        return _told(given, f"it is made of more than one checkpoint ({', '.join(others)})")
+    return _of_folder(Path(str(run.about["source"]["path"])), given, seen=())
+
+
+def _others(table: Mapping[str, Any]) -> list[str]:
+    """Keys of a run file that name checkpoints beside the source."""
+    sources = (table.get("init") or {}).get("sources")
+    rest = (table.get("successor") or {}).get("rest", "predecessor")
+    return ["init.sources"] * bool(sources) + ["successor.rest"] * (rest != "predecessor")
+
+
+def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
+    if not folder.is_dir():
+        return _told(given, f"{folder.name} is not there any more")
+    if folder in seen:
+        return _told(given, f"the provenance of {folder.name} names itself")
+    if not (folder / provenance.FILE).exists():
+        return _told(given, f"{folder.name} does not say how it was trained")
+    try:
+        made = provenance.read(folder)
+        trainings = made.get("training") or []
+        flops = sum(float(t["tokens"]) * float(t["training_flops_per_token"]) for t in trainings)
+        tokens = sum(float(t["tokens"]) for t in trainings)
+        whole = any(t.get("from_scratch") for t in trainings)
+        source = provenance.source_of(made)
+        donors = list(made["source"]["donors"])
+        if not math.isfinite(flops + tokens):
+            raise ValueError
+    except (UpcycleError, KeyError, TypeError, ValueError, AttributeError):
+        return _told(given, f"the provenance of {folder.name} is damaged")
+    if whole:
+        return StartCost(flops=flops, tokens=tokens, why=f"{folder.name} was trained from random weights")
+    if donors:
+        return _told(given, f"{folder.name} is made of more than one checkpoint")
+    before = _of_folder(source, given, (*seen, folder))
+    return StartCost(
+        flops=None if before.flops is None else before.flops + flops,
+        tokens=None if before.tokens is None else before.tokens + tokens,
+        why=f"{folder.name} goes on from {source.name}: {before.why}",
+    )
+
+
+def _told(given: Given, why: str) -> StartCost:
+    """What a person said in place of the files, or nothing."""
+    if given.flops is None and given.tokens is None:
+        return StartCost(flops=None, tokens=None, why=why)
+    return StartCost(flops=given.flops, tokens=given.tokens, why=f"{why}; the cost is the one given")

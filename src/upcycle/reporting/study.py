@@ -1,0 +1,118 @@
+"""Everything that a report is about, read from the folders that were given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle.errors import UpcycleError
+from upcycle.reporting.checkpoints import CheckpointRecord, is_checkpoint, read_checkpoint
+from upcycle.reporting.comparison import Comparison, Group, compare
+from upcycle.reporting.document import clean
+from upcycle.reporting.records import RUN, RunRecord, is_run, read_run
+from upcycle.reporting.starts import Given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Checkpoints that are one thing: exports of the runs of a group at one step, or one on its own.
+
+    `place` is its number among the series of the report.
+    """
+
+    label: str
+    place: int
+    checkpoints: tuple[CheckpointRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Runs and checkpoints, compared; `refused` are folders that are neither, with the reason."""
+
+    runs: tuple[RunRecord, ...]
+    checkpoints: tuple[CheckpointRecord, ...]
+    comparison: Comparison
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups that are compared."""
+        return self.comparison.groups
+
+    def columns(self) -> tuple[Column, ...]:
+        """The checkpoints, those of one group and step together, in the order of the groups."""
+        together: dict[tuple[int, str], list[CheckpointRecord]] = {}
+        for number, checkpoint in enumerate(self.checkpoints):
+            owner = self.comparison.owner(checkpoint)
+            if owner is None:
+                together[len(self.groups) + number, checkpoint.name] = [checkpoint]
+                continue
+            group, run = owner
+            step = (checkpoint.training or {}).get("step")
+            label = group.label if step == run.done else f"{group.label}, step {step}"
+            together.setdefault((self.groups.index(group), label), []).append(checkpoint)
+        return tuple(
+            Column(label=label, place=place, checkpoints=tuple(members))
+            for (place, label), members in sorted(together.items(), key=lambda item: item[0])
+        )
+
+    def troubles(self) -> list[str]:
+        """What is wrong with what was given: one sentence each, and what was done about it."""
+        said = [f"{name} is left out: {why}" for name, why in self.refused]
+        said += [f"{run.name} is not compared: {why}" for run, why in self.comparison.foreign]
+        said += [
+            f"{run.name} is unfinished: {run.done:,} of {run.total_steps:,} steps; shown as far as it goes"
+            for run in self.runs
+            if run.unfinished
+        ]
+        said += [f"{run.name}: {damage}" for run in self.runs for damage in run.damage]
+        said += [f"{found.name}: {damage}" for found in self.checkpoints for damage in found.damage]
+        said += [
+            f"{run.name} has no held-out loss (train.eval_every, data.held_out); it is in no curve of it"
+            for run in self.runs
+            if not run.held_out.tokens.size
+        ]
+        return said
+
+
+def study(folders: Sequence[str | Path], given: Given) -> Study:
+    """Read and compare `folders`. What cannot be used is named in `refused`; an error where nothing can."""
+    runs, checkpoints, refused = [], [], []
+    paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    for path, name in zip(paths, map(clean, _names(paths)), strict=True):
+        try:
+            if is_run(path):
+                runs.append(read_run(path, name))
+            elif is_checkpoint(path):
+                checkpoints.append(read_checkpoint(path, name))
+            elif not path.is_dir():
+                raise UpcycleError("there is no such folder")
+            else:
+                raise UpcycleError(
+                    f"it has neither {RUN}, as a run of `upcycle train`, nor config.json, as a checkpoint"
+                )
+        except (UpcycleError, OSError) as error:
+            refused.append((name, str(error)))
+    if not runs and not checkpoints:
+        raise UpcycleError(
+            "there is nothing to report on; give folders of `upcycle train` or `upcycle export`. "
+            + "; ".join(f"{name}: {why}" for name, why in refused)
+        )
+    return Study(
+        runs=tuple(runs),
+        checkpoints=tuple(checkpoints),
+        comparison=compare(runs, given),
+        refused=tuple(refused),
+    )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart."""
+    depth = 1
+    while depth < 8:
+        ends = ["/".join(path.parts[-depth:]) for path in paths]
+        if len({*ends}) == len(ends):
+            return ends
+        depth += 1
+    return [str(path) for path in paths]

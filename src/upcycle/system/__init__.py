@@ -1,0 +1,1 @@
+"""Files, locks, signals and memory of the machine."""

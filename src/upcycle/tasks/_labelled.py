@@ -1,0 +1,76 @@
+"""What tasks over labelled examples ask of a run and its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from upcycle.errors import UpcycleError, listed
+from upcycle.tasks import Task
+
+if TYPE_CHECKING:
+    from upcycle.data.images import ImageSet
+    from upcycle.data.texts import TextSet
+    from upcycle.dense.subject import Subject
+    from upcycle.training.run import Run
+
+Set = TypeVar("Set", "ImageSet", "TextSet")
+
+
+def only_source(run: Run, task: Task) -> str:
+    """The path of the run's one source of examples."""
+    if len(run.data.sources) != 1:
+        what = task.name.replace("_", " ")
+        raise UpcycleError(f"{what} takes one [[data.sources]]; there are {len(run.data.sources)}")
+    return run.data.sources[0].path
+
+
+def as_the_head(found: Set, subject: Subject) -> Set:
+    """The examples with the numbers that the model's head has for their classes.
+
+    Where both have names, those decide; else the numbers are taken as they are. Refuses more classes than the
+    head has, and a class that it does not know.
+    """
+    if found.num_labels > subject.num_labels:
+        raise UpcycleError(
+            f"{found.name} has {found.num_labels} classes and the model's head {subject.num_labels} "
+            f"(id2label in config.json); give data of its classes, or set task.classes for a new head"
+        )
+    names, known = found.class_names, subject.class_names
+    if not names or not known or names == known:
+        return found
+    odd = next((name for name in names if known.count(name) != 1), None)
+    if odd is None:
+        places = np.array([known.index(name) for name in names])
+        return replace(found, labels=places[found.labels], class_names=known, num_labels=len(known))
+    if _only_numbers(names) or _only_numbers(known):
+        return found
+    raise UpcycleError(
+        f"{found.name} has the class {odd!r}, and the model's head {_instead(odd, known)} (id2label in its "
+        f"config.json); call the classes what it calls them, or set task.classes for a new head"
+    )
+
+
+def _only_numbers(names: Sequence[str]) -> bool:
+    """Whether names say no more than that classes have numbers."""
+    numbers = all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(names))
+    return numbers or names == ("false", "true")
+
+
+def _instead(odd: str, known: Sequence[str]) -> str:
+    """What a head has in place of a class that it does not know."""
+    if odd in known:
+        return f"has {known.count(odd)} of that name"
+    alike = next((name for name in known if _letters(name) == _letters(odd)), None)
+    return (
+        f"has {listed(list(known))}"
+        if alike is None
+        else f"has {alike!r}, which is not the same to the letter"
+    )
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))

@@ -1,0 +1,77 @@
+"""Rows of packed tokens as the feed of a task, each with a key for whatever is drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from upcycle.data import corpus
+from upcycle.data.batches import Batches
+from upcycle.errors import UpcycleError
+from upcycle.tensors import rng
+
+if TYPE_CHECKING:
+    from upcycle.dense.subject import Subject
+    from upcycle.training.run import Run
+
+Make = Callable[[np.ndarray, Sequence[rng.Key]], dict[str, np.ndarray]]
+
+
+def tokenizer_of(run: Run, subject: Subject) -> Any:
+    """The tokenizer of a run."""
+    return corpus.tokenizer(run.data, subject.folder)
+
+
+def beyond_positions(run: Run, subject: Subject) -> str | None:
+    """What is wrong with rows longer than the positions that a model has, in a sentence."""
+    most, length = subject.settings.get("max_position_embeddings"), run.train.sequence_length
+    if most is None or length <= most:
+        return None
+    return (
+        f"train.sequence_length = {length} and the model has {most} positions "
+        f"(max_position_embeddings in its config.json); shorten the rows"
+    )
+
+
+def refuse_beyond_positions(run: Run, subject: Subject) -> None:
+    """Refuse rows longer than the positions that a model has learned."""
+    if (said := beyond_positions(run, subject)) is not None:
+        raise UpcycleError(said)
+
+
+class TokenFeed:
+    """`make(rows [N, L + 1], keys)` of rows whose last token is the next row's first."""
+
+    def __init__(self, run: Run, subject: Subject, out: Path, length: int, make: Make) -> None:
+        cache = Path(run.data.cache) if run.data.cache else out / "tokens"
+        folder = subject.folder
+        tokens = corpus.prepare(run.data, folder, cache, vocab_size=subject.vocab_size)
+        weights = [s.weight for s in run.data.sources]
+        self._batches = Batches(
+            tokens, weights, length=length, held_out=run.data.held_out, seed=run.train_seed
+        )
+        self._make, self._seed = make, run.train_seed
+        self.trainable = self._batches.trainable
+
+    def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
+        first = self._batches.position
+        keys = [rng.key(self._seed, "drawn", first + i) for i in range(rows)]
+        return self._make(self._batches.next(rows, part), keys[part])
+
+    def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows numbered `places` of the first source; what is drawn for a row depends on its number."""
+        keys = [rng.key(self._seed, "drawn", "at", int(place)) for place in places]
+        return self._make(self._batches.at(places.tolist()), keys)
+
+    def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
+        read = self._batches.held_out(rows)
+        return self._make(read, [rng.key(self._seed, "drawn", "held out", i) for i in range(len(read))])
+
+    def state(self) -> dict[str, Any]:
+        return self._batches.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._batches.restore(state)

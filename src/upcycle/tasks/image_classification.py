@@ -1,0 +1,94 @@
+"""Image classification: which class an image shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upcycle.cli.console import err
+from upcycle.data.augment import Augment
+from upcycle.data.examples import Examples
+from upcycle.data.images import ImageSet
+from upcycle.errors import listed
+from upcycle.families._encoder import pair
+from upcycle.tasks import Batch, Feed, Question, Task
+from upcycle.tasks._labelled import as_the_head, only_source
+
+if TYPE_CHECKING:
+    from upcycle.dense.subject import Subject
+    from upcycle.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassification(Task):
+    """Images of one source, a parquet file or folder of them, or a folder with one folder a class.
+
+    `test` is the set that the model is scored on; without it, `data.held_out` of the images are.
+    `[task.augment]` has the augmentation; sizes and channels are the model's.
+    """
+
+    by_example = True
+    unit = "image"
+    summary = "the class of an image"
+    heads = ("ForImageClassification", "ForImageClassificationWithTeacher")
+
+    test: str | None = None  # the set that is scored on; none: data.held_out of the images
+    image_field: str = "image"  # column of the images in parquet
+    label_field: str = "label"  # column of the labels in parquet
+    augment: Augment = field(default_factory=Augment)  # how images are changed on the way: [task.augment]
+
+    def notes(self) -> list[str]:
+        if not self.augment.flip:
+            return []
+        return [
+            f"images are mirrored left to right with a chance of {self.augment.flip:g} (task.augment.flip); "
+            f"set it to 0 where that makes another thing of them, as of digits and letters"
+        ]
+
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
+        source = only_source(run, self)
+        cache = Path(run.data.cache) if run.data.cache else out / "images"
+        train = self.images(source, subject, cache)
+        test = None if self.test is None else self.images(self.test, subject, cache)
+        return Examples(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
+
+    def images(self, path: str, subject: Subject, cache: Path, *, any_classes: bool = False) -> ImageSet:
+        """A set of images of the model's size, of its classes unless `any_classes`."""
+        config = subject.settings
+        found = ImageSet.open(
+            path,
+            size=pair(config["image_size"]),
+            channels=config["num_channels"],
+            image_field=self.image_field,
+            label_field=self.label_field,
+            cache=cache,
+        )
+        if found.bad:
+            err.print(
+                f"{path}: {len(found.bad)} images cannot be read and are left out: {listed(list(found.bad))}"
+            )
+        return found if any_classes else as_the_head(found, subject)
+
+    def augmentation(self, subject: Subject) -> Augment:
+        """The augmentation, with the mean and the deviation that the model was made with."""
+        mean = self.augment.mean or subject.image_statistics("image_mean")
+        std = self.augment.std or subject.image_statistics("image_std")
+        return replace(self.augment, mean=mean, std=std)
+
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
+        augment = self.augmentation(subject)
+        images, labels = augment.pixels(batch["pixels"]), batch["labels"]
+        if not training:
+            return Question({"pixel_values": augment.evaluate(images)}, labels)
+        images, soft = augment.train(images, labels, subject.num_labels)
+        return Question({"pixel_values": images}, soft)
+
+    def targets(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
+        return subject.lengths
+
+
+task = ImageClassification

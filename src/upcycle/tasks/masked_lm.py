@@ -1,0 +1,68 @@
+"""BERT's pretraining: tokens of a text are masked and asked for (Devlin et al. 2019, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from upcycle.data.corruption import IGNORED, mask_tokens
+from upcycle.errors import UpcycleError
+from upcycle.tasks import Batch, Feed, Question, Task
+from upcycle.tasks._tokens import TokenFeed, refuse_beyond_positions, tokenizer_of
+from upcycle.tensors import rng
+
+if TYPE_CHECKING:
+    from upcycle.dense.subject import Subject
+    from upcycle.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLM(Task):
+    """A share `probability` of the tokens of a packed row is asked for: 80 % of them are masked, 10 % are
+    other tokens, 10 % are left as they are.
+    """
+
+    summary = "the masked tokens of a text (BERT)"
+    heads = ("ForMaskedLM",)
+
+    probability: float = 0.15  # share of the tokens that is asked for
+
+    def __post_init__(self) -> None:
+        if not 0 < self.probability < 1:
+            raise UpcycleError(f"task.probability = {self.probability}; it must be between 0 and 1")
+
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
+        refuse_beyond_positions(run, subject)
+        tokenizer = tokenizer_of(run, subject)
+        if tokenizer.mask_token_id is None:
+            raise UpcycleError("masked language modelling wants a tokenizer with a mask; set data.tokenizer")
+        special = frozenset(tokenizer.all_special_ids)
+
+        def make(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
+            made = mask_tokens(
+                rows[:, :-1],
+                keys,
+                probability=self.probability,
+                mask_id=tokenizer.mask_token_id,
+                vocab_size=subject.vocab_size,
+                special_ids=special,
+            )
+            return {"inputs": made.inputs, "labels": made.labels}
+
+        return TokenFeed(run, subject, out, run.train.sequence_length, make)
+
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
+        return Question({"input_ids": batch["inputs"]}, batch["labels"])
+
+    def targets(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
+        return {"layers": run.train.sequence_length}
+
+
+task = MaskedLM

@@ -1,0 +1,93 @@
+"""T5's pretraining: spans of a text are cut out and asked for (Raffel et al. 2020, section 3.1.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from upcycle.data.corruption import SpanLengths, corrupt_spans, span_lengths
+from upcycle.errors import UpcycleError
+from upcycle.tasks import Batch, Feed, Question, Task
+from upcycle.tasks._tokens import TokenFeed, tokenizer_of
+from upcycle.tensors import rng
+
+if TYPE_CHECKING:
+    from upcycle.dense.subject import Subject
+    from upcycle.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanCorruption(Task):
+    """`train.sequence_length` is what the encoder reads; rows are packed, and all of one length. A share
+    `noise_density` of the tokens is cut out, in spans of `mean_span` on average.
+    """
+
+    summary = "the spans cut out of a text (T5)"
+    heads = ("ForConditionalGeneration",)
+
+    noise_density: float = 0.15  # share of the tokens that is cut out
+    mean_span: float = 3.0  # tokens of a span, on average
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise_density < 1 or self.mean_span < 1:
+            raise UpcycleError(
+                f"task.noise_density = {self.noise_density} and task.mean_span = {self.mean_span}; they must "
+                f"be between 0 and 1, and 1 or more"
+            )
+
+    def spans(self, run: Run) -> SpanLengths:
+        """How long texts, inputs and targets are."""
+        return span_lengths(
+            run.train.sequence_length, noise_density=self.noise_density, mean_span=self.mean_span
+        )
+
+    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
+        lengths = self.spans(run)
+        tokenizer = tokenizer_of(run, subject)
+        sentinels, eos = _sentinels(tokenizer), tokenizer.eos_token_id
+        if eos is None or len(sentinels) < lengths.spans:
+            raise UpcycleError(
+                f"span corruption of {run.train.sequence_length} tokens wants EOS and {lengths.spans} "
+                f"sentinels (<extra_id_0>, ...), and the tokenizer has {len(sentinels)}; shorten "
+                f"train.sequence_length, or set data.tokenizer"
+            )
+
+        def make(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
+            made = corrupt_spans(rows[:, :-1], keys, lengths=lengths, sentinels=sentinels, eos=eos)
+            return {"inputs": made.inputs, "targets": made.targets}
+
+        return TokenFeed(run, subject, out, lengths.raw, make)
+
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
+        targets = batch["targets"]
+        config = subject.config
+        first = config.get("decoder_start_token_id")
+        first = config.get("pad_token_id", 0) if first is None else first
+        begun = torch.full_like(targets[:, :1], first)
+        shifted = torch.cat([begun, targets[:, :-1]], dim=1)
+        given = {"input_ids": batch["inputs"], "decoder_input_ids": shifted, "use_cache": False}
+        return Question(given, targets)
+
+    def targets(self, batch: Batch) -> int:
+        return batch["targets"].numel()
+
+    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
+        lengths = self.spans(run)
+        return {"encoder": lengths.inputs, "decoder": lengths.targets}
+
+
+def _sentinels(tokenizer: Any) -> list[int]:
+    """The ids of <extra_id_0>, <extra_id_1>, ..., as far as there are any."""
+    vocabulary = tokenizer.get_vocab()
+    out: list[int] = []
+    while (name := f"<extra_id_{len(out)}>") in vocabulary:
+        out.append(int(vocabulary[name]))
+    return out
+
+
+task = SpanCorruption
