@@ -360,7 +360,7 @@ def test_multiplications_of_an_image(model, experts, billions, tmp_path):
 
 def test_the_recipe_is_the_papers_model(tmp_path):
     """A ViT-S becomes V-JetMoE-T: 265.4 million parameters and a projection of keys; 300 epochs."""
-    path = Path(__file__).parents[1] / "recipes" / "moe_jetpack_vit.toml"
+    path = Path(__file__).parents[2] / "recipes" / "moe_jetpack_vit.toml"
     source = headers(tmp_path / "vit", *SMALL)
     measured = tiny.make_statistics(tmp_path / "found.safetensors", source)
     settings = [f"init.statistics={measured}", f"source={source}", f"out={tmp_path}"]

@@ -20,7 +20,8 @@ from torch import nn
 
 import tiny
 import upcycle
-from upcycle import Recipe, UpcycleError, blueprint, convert, families, init, plan, verify
+from promises import MOE, claims
+from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
 from upcycle.families._encoder import Encoder
 from upcycle.inspection import inspect
 from upcycle.nn import MoE, routers
@@ -60,7 +61,6 @@ SOME = [
     "qwen3_5",
 ]
 CAUSAL = [case for case in CASES if CASES[case][2] == "AutoModelForCausalLM"]
-MOE = {"num_experts": 4, "top_k": 2, "target": "upcycled"}
 TOP_K = {"router": {"std": 0.5}}
 ALL_CHOOSE = {"router": {"name": "expert_choice", "capacity_factor": 4.0, "std": 0.5}}
 
@@ -172,55 +172,6 @@ def test_the_head_of_t5_1_1_is_its_own(made):
     model = dense_model(made("t5-1.1"))
     assert not torch.equal(model.lm_head.weight, model.shared.weight)
     assert not model.config.scale_decoder_outputs
-
-
-GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
-SHAPES = [
-    ({}, {}),
-    ({"top_k": 1}, {}),
-    ({"shared_experts": 1}, {}),
-    (GRANULAR, {"init": "grouped"}),
-    ({**GRANULAR, "shared_experts": 2}, {"init": "grouped"}),
-    ({"num_experts": 4, "top_k": 4, "granularity": 4}, {"init": "zeros"}),
-]
-OPTIONS = [
-    {},
-    {"ratio": 0.0},
-    {"sigma": 0.0},
-    {"scale_mode": "sqrt"},
-    {"scale_mode": "cube_root"},
-    {"output": "expected"},
-]
-RAW = {"normalize": False, "init": "zeros"}
-WAYS = [
-    {},
-    RAW,
-    {**RAW, "rescale": False},
-    {"capacity_factor": 4.0},
-    {"name": "sigmoid"},
-    {"name": "sigmoid", **RAW},
-    {"name": "expert_choice", "capacity_factor": 8.0},
-    {"name": "expert_choice", "capacity_factor": 8.0, "normalize": False},
-    {"name": "expert_choice", "capacity_factor": 1.0, **RAW},
-    {"name": "soft"},
-]
-
-
-def claims() -> list[dict]:
-    """Recipes of every initialisation, shape and router that are worth trying; most claim nothing."""
-    tables = []
-    for name in init.names():
-        for moe, start in SHAPES:
-            for option in OPTIONS:
-                for way in WAYS if name == "copy" else [{}, RAW]:
-                    router = {"std": 0.5, **start, **way}
-                    table = {"moe": MOE | moe, "init": {"name": name, **option}, "router": router}
-                    try:
-                        Recipe.of(table)
-                    except UpcycleError:
-                        continue  # this initialisation has no such option
-                    tables.append(table)
-    return tables
 
 
 @pytest.mark.parametrize("case", ["vit", "dinov2-swiglu", "convnext", "bert", "t5", "llama"])

@@ -32,7 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import gloo
 from upcycle import cli, families
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REFERENCE = ("architecture.md", "keys.md")
 PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in REFERENCE)
 GUIDES = [ROOT / "README.md", *PAGES]

@@ -17,7 +17,7 @@ def test_every_key_has_a_sentence():
 
 
 def test_the_page_is_what_the_code_says():
-    page = Path(__file__).parents[1] / "docs" / "keys.md"
+    page = Path(__file__).parents[2] / "docs" / "keys.md"
     assert page.read_text() == keys.markdown(), "make it anew: upcycle keys --markdown > docs/keys.md"
 
 

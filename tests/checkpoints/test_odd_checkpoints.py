@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from test_report import spoil
+from damage import spoil
 from tiny import make, make_dense
 from upcycle import Recipe, UpcycleError, cli, convert
 from upcycle.dense.subject import Subject

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import left_behind
+from damage import spoil
 from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
 from upcycle import UpcycleError, cli
 from upcycle.reporting import drawing, figures, report, sections
@@ -597,19 +598,6 @@ def test_nothing_to_report_on_is_an_error(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "gone: there is no such folder" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
-
-
-def spoil(drawn: random.Random, value):
-    """`value` with one of its leaves or branches replaced by something else."""
-    if isinstance(value, (dict, list)) and value and drawn.random() < 0.85:
-        key = drawn.choice([*value] if isinstance(value, dict) else range(len(value)))
-        value[key] = spoil(drawn, value[key])
-        return value
-    deep: list = []
-    for _ in range(drawn.choice([80, 900])):
-        deep = [deep]
-    odd = ["\x00", "\x1b[31m", "\ud800", "\uffff", 10**400, deep]
-    return drawn.choice([None, -1, 0, 1e400, "x", [], {}, [1], {"a": 1}, True, 2**70, math.nan, *odd])
 
 
 def spoil_file(drawn: random.Random, path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from upcycle.recipe import read_toml
 from upcycle.training.loop import train
 from upcycle.training.run import Run
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 SETS = {  # images, classes, epochs of warm-up and in all, drop path: table 7, and the sets' own sizes
     "cifar10": (50_000, 10, 50, 300, 0.1),
     "cifar100": (50_000, 100, 50, 300, 0.1),

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import tiny
 import upcycle
+from arrays import made, stored
 from upcycle import Recipe, blueprint, convert, plan, verify
 from upcycle.calibration.calibration import Asked, calibrate
-from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.cli import console
 from upcycle.errors import UpcycleError
 from upcycle.init import Site, _selecting, co_activation
@@ -38,18 +38,6 @@ def big(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return tiny.make(tmp_path_factory.mktemp("small"), "ViTForImageClassification", seed=1, **SMALL)
-
-
-def stored(folder) -> dict[str, np.ndarray]:
-    opened = Checkpoint.open(folder)
-    return {
-        name: opened.pread(info, 0, info.nbytes).view(np.float32).reshape(info.shape).copy()
-        for name, info in opened.tensors.items()
-    }
-
-
-def made(built) -> dict[str, np.ndarray]:
-    return {name: entry.lazy.all("F32") for name, entry in built.entries.items()}
 
 
 def narrowed(arrays: dict[str, np.ndarray], channels, heads, neurons) -> dict[str, np.ndarray]:

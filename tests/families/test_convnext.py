@@ -15,10 +15,10 @@ from torch import nn
 
 import tiny
 import upcycle
+from arrays import made, stored
 from conftest import SHARED
+from promises import claims
 from ranks import trainee_of
-from test_recycling import made, stored
-from test_upcycled import claims
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.calibration.calibration import Asked, calibrate
@@ -361,7 +361,7 @@ def test_flops_of_an_image_are_those_of_its_stages(headers):
 
 
 def test_the_recipe_is_the_papers_model(headers, tmp_path):
-    path = Path(__file__).parents[1] / "recipes" / "moe_jetpack_convnext.toml"
+    path = Path(__file__).parents[2] / "recipes" / "moe_jetpack_convnext.toml"
     measured = tiny.make_statistics(tmp_path / "found.safetensors", headers)
     settings = [f"init.statistics={measured}", f"source={headers}", f"out={tmp_path}"]
     recipe = Recipe.load(path, settings[:1])
