@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,12 +14,15 @@ from transformers import PreTrainedModel
 from upcycle import tasks
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion import card, provenance, selection
+from upcycle.conversion.provenance import Hashes
 from upcycle.conversion.write import carry
 from upcycle.errors import UpcycleError, listed
 from upcycle.nn import kernels
+from upcycle.records.provenance import Provenance, Training
+from upcycle.records.run import RunRecord
+from upcycle.records.state import RunState
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import optimizer, saving
-from upcycle.training.loop import SOURCES
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -64,14 +65,15 @@ def export(
     partial = claim.partial_of(out)
     claim.refuse_foreign(partial)
     saving.refuse_changed(checkpoint, here)
-    run = Run.of(record["run"])
+    run = Run.of(record.run)
     begun = start_of(run)
     for opened in begun.checkpoints:
         claim.refuse_near([out, partial], opened.folder)
-    if (begun.built.hash if begun.built else None) != record["blueprint_hash"]:
+    if (begun.built.hash if begun.built else None) != record.blueprint_hash:
         raise UpcycleError(f"the source {run.source} is not the one that {run_folder} was trained from")
     state = saving.read_state(checkpoint)
-    hashes = _hashes_of_sources(begun, {**record, **state}, run_folder)
+    known = state.source_sha256 or record.source_sha256
+    hashes = _hashes_of_sources(begun, known, run_folder)
     stored = begun.config.get("dtype") or begun.config.get("torch_dtype") or "float32"
     wanted = stored if dtype == "source" else dtype
     model = plain_model(begun)
@@ -83,18 +85,19 @@ def export(
         with lock.held(partial.with_name(partial.name + ".lock"), busy), _whole_or_nothing(partial):
             claim.begin(partial)
             if with_optimizer:
-                _write_moments(model, adam, begun, partial / OPTIMIZER, int(state["step"]))
+                _write_moments(model, adam, begun, partial / OPTIMIZER, state.step)
             _write_model(model, begun, partial, wanted)
             carried, left = carry(begun.dense.checkpoint.folder, partial)
-            trained = _provenance(begun, record, state, hashes, carried, left)
-            whole_file.write(partial / provenance.FILE, (json.dumps(trained, indent=2) + "\n").encode())
+            trained = (_training(record, state, run, hashed_at_start=known is not None),)
+            made = _provenance(begun, hashes, trained, carried, left)
+            whole_file.write_json(partial / Provenance.FILE, made.as_table())
             if begun.built:
                 selection.write(begun.built, partial)
-            whole_file.write(partial / "README.md", _card(begun, state, record, run).encode())
+            whole_file.write_text(partial / "README.md", _card(begun, state, record, run))
             claim.finish(partial, out)
     finally:
         begun.dense.checkpoint.close()
-    return Exported(out=out, step=int(state["step"]), parameters=begun.parameters, dtype=wanted)
+    return Exported(out=out, step=state.step, parameters=begun.parameters, dtype=wanted)
 
 
 @contextmanager
@@ -113,12 +116,12 @@ def _whole_or_nothing(partial: Path) -> Iterator[None]:
         raise
 
 
-def _hashes_of_sources(begun: Start, known: Mapping[str, Any], run_folder: Path) -> dict[str, dict[str, str]]:
+def _hashes_of_sources(begun: Start, known: Hashes | None, run_folder: Path) -> Hashes:
     """The hashes of the files that the run began from; of a run of an older version, which recorded none,
     those of the files that are there now. Refuses files that are no longer those."""
     now = {opened.label: opened.hashes() for opened in begun.checkpoints}
-    before = known.get(SOURCES, now)
-    if not isinstance(before, dict) or before.keys() != now.keys():
+    before = now if known is None else known
+    if before.keys() != now.keys():
         raise UpcycleError(f"{run_folder} was trained from other checkpoints than its run file names")
     for opened in begun.checkpoints:
         then, here = before[opened.label], now[opened.label]
@@ -157,7 +160,7 @@ def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str)
     config = begun.config | {"dtype": dtype, "torch_dtype": dtype}
     if begun.built is not None:
         config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
-    whole_file.write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    whole_file.write_json(folder / "config.json", config)
     mode = (folder / "config.json").stat().st_mode  # of a new file, by the umask; safetensors' own is 0600
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
@@ -174,34 +177,42 @@ def _write_moments(
         _write_model(model, begun, folder / moment, "float32")
     for name, parameter in model.named_parameters():
         parameter.data = weights[name]
-    whole_file.write(folder / "state.json", json.dumps({"step": step}).encode())
+    whole_file.write_json(folder / "state.json", {"step": step})
 
 
 def _provenance(
-    begun: Start,
-    record: dict[str, Any],
-    state: dict[str, Any],
-    hashes: dict[str, dict[str, str]],
-    carried: list[str],
-    left: list[str],
-) -> dict[str, Any]:
+    begun: Start, hashes: Hashes, training: tuple[Training, ...], carried: list[str], left: list[str]
+) -> Provenance:
     """upcycle.json of the conversion, and what happened to it since."""
     if begun.built:
-        made = provenance.record(begun.built, hashes, carried=carried, left_behind=left)
-    else:
-        made = provenance.of_dense(begun.dense.checkpoint, hashes, carried=carried, left_behind=left)
-    keys = (
-        "upcycle_version", "versions", "precision", "task", "training_flops_per_token", "from_scratch", "run",
-    )  # fmt: skip
-    training = {key: record[key] for key in keys}
-    training["source_hashed"] = "at the start" if SOURCES in {**record, **state} else "at the export"
-    names = ("step", "loss", "held_out_start", "held_out_loss", "held_out_accuracy")
-    done = {key: state[key] for key in names if key in state}
-    tokens = state["step"] * Run.of(record["run"]).train.rows * record["tokens_per_row"]
-    return made | {"training": [training | done | {"tokens": tokens}]}
+        return provenance.of_blueprint(
+            begun.built, hashes, carried=carried, left_behind=left, training=training
+        )
+    source = begun.dense.checkpoint
+    return provenance.of_dense(source, hashes, carried=carried, left_behind=left, training=training)
 
 
-def _card(begun: Start, state: dict[str, Any], record: dict[str, Any], run: Run) -> str:
+def _training(record: RunRecord, state: RunState, run: Run, *, hashed_at_start: bool) -> Training:
+    """What upcycle.json says of the run, up to a state."""
+    return Training(
+        upcycle_version=record.upcycle_version,
+        versions=record.versions,
+        precision=record.precision,
+        task=record.task,
+        training_flops_per_token=record.training_flops_per_token,
+        from_scratch=record.from_scratch,
+        run=record.run,
+        source_hashed="at the start" if hashed_at_start else "at the export",
+        step=state.step,
+        loss=state.loss,
+        held_out_start=state.held_out_start,
+        held_out_loss=state.held_out_loss,
+        held_out_accuracy=state.held_out_accuracy,
+        tokens=state.step * run.train.rows * record.tokens_per_row,
+    )
+
+
+def _card(begun: Start, state: RunState, record: RunRecord, run: Run) -> str:
     """A short model card; upcycle.json has the rest."""
     moe = begun.built is not None and bool(begun.built.sites)
     kind = "dense model that continues"
@@ -211,9 +222,9 @@ def _card(begun: Start, state: dict[str, Any], record: dict[str, Any], run: Run)
     what = f"random weights of the shape of `{begun.dense.checkpoint.name}`"
     source = what if begun.from_scratch else f"`{begun.dense.checkpoint.name}`"
     losses = "".join(
-        f"| {name} | {state[key]:.4f} |\n"
-        for name, key in (("last training loss", "loss"), ("held-out loss", "held_out_loss"))
-        if state.get(key) is not None
+        f"| {name} | {loss:.4f} |\n"
+        for name, loss in (("last training loss", state.loss), ("held-out loss", state.held_out_loss))
+        if loss is not None
     )
     return f"""---
 library_name: transformers
@@ -222,10 +233,10 @@ tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 
 # {run.out.rstrip("/").rpartition("/")[2]}
 
-A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state["step"]} steps of
+A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state.step} steps of
 {run.train.rows:,} rows. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
 
-| | nats per {tasks.find(record["task"]).unit} |
+| | nats per {tasks.find(record.task).unit} |
 |---|---|
 {losses}
 ## Load
