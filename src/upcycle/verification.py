@@ -31,6 +31,7 @@ from upcycle.records.evaluation import EvaluationRecord
 from upcycle.records.provenance import Provenance
 from upcycle.records.routing import RoutingRecord
 from upcycle.system import memory
+from upcycle.system.wording import size
 
 if TYPE_CHECKING:
     import torch
@@ -483,7 +484,7 @@ def _check_memory(built: Blueprint) -> None:
     free = memory.available()
     if free is not None and needed > free:
         raise UpcycleError(
-            f"comparing logits loads the MoE in float32, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
+            f"comparing logits loads the MoE in float32, {size(needed)}, and {size(free)} of "
             f"memory are free; verify the rest with --no-logits"
         )
 

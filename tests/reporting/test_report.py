@@ -653,12 +653,16 @@ def test_nothing_is_overwritten_but_a_report(tmp_path):
     given = [*pair_of_runs(tmp_path / "given")]
     mine = tmp_path / "mine.html"
     mine.write_text("precious")
-    with pytest.raises(UpcycleError, match="exists and is no report"):
+    with pytest.raises(
+        UpcycleError, match="exists already and is not a file of a report; nothing is overwritten"
+    ):
         report(given, mine)
     (tmp_path / "figures").mkdir()
     picture = tmp_path / "figures" / "r-loss-tokens.png"
     picture.write_bytes(b"precious")
-    with pytest.raises(UpcycleError, match=r"r-loss-tokens\.png exists and is no report"):
+    with pytest.raises(
+        UpcycleError, match=r"r-loss-tokens\.png exists already and is not a file of a report"
+    ):
         report(given, tmp_path / "r.html", markdown=tmp_path / "r.md")
     assert (mine.read_text(), picture.read_bytes()) == ("precious", b"precious")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures", "given", "mine.html"]
@@ -675,7 +679,7 @@ def test_mistakes_in_what_is_asked(tmp_path, given_folders, monkeypatch):
         report(given_folders, tmp_path / "r.html", dense_flops=-1)
     with pytest.raises(UpcycleError, match="give them two names"):
         report(given_folders, tmp_path / "r.html", markdown=tmp_path / "r.html")
-    with pytest.raises(UpcycleError, match="is a folder"):
+    with pytest.raises(UpcycleError, match="exists already and is not a file of a report"):
         report(given_folders, tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UpcycleError, match=r'pip install "upcycle\[report\]"'):

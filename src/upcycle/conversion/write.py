@@ -29,7 +29,7 @@ from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
 from upcycle.records.provenance import Provenance
-from upcycle.system import claim, lock, whole_file
+from upcycle.system import claim, lock, whole_file, wording
 from upcycle.system.open_files import OpenFiles
 
 UNNAMED_CONFIG = "config.json.partial"
@@ -161,8 +161,8 @@ def _check_space(partial: Path, shards: Shards) -> None:
     needed = shards.nbytes + HEADROOM
     if free < needed:
         raise UpcycleError(
-            f"the output takes {needed / 1e9:.2f} GB and {home} has {free / 1e9:.2f} GB free; make room "
-            f"or write elsewhere"
+            f"the output takes {wording.size(needed)} and {home} has {wording.size(free)} free; "
+            f"make room or write elsewhere"
         )
 
 

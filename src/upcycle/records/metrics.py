@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -39,6 +40,7 @@ class StepMetrics(Document):
     grad_norm: float | None = None
     balance_loss: float | None = sometimes()
     z_loss: float | None = sometimes()
+    router_losses: Mapping[str, float] | None = sometimes()  # by name, of losses that a router brings
     layers: tuple[LayerMetrics, ...] = sometimes(())
     seconds: float | None = None
     tokens_per_s: float | None = None

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from upcycle import recipe
-from upcycle.cli import console
 from upcycle.errors import UpcycleError
 from upcycle.records.metrics import StepMetrics
 from upcycle.records.reader import DamagedError, Table, load
 from upcycle.records.run import RunRecord
 from upcycle.reporting.document import clean
+from upcycle.system import wording
 from upcycle.training.run import Train
 
 DEPTH = 64  # levels of a JSON file
@@ -238,7 +238,7 @@ class _Routed:
 
 def place_of(stack: str, layer: int) -> str:
     """A layer of a file as people name it."""
-    return clean(console.place_of(stack, layer))
+    return clean(wording.place_of(stack, layer))
 
 
 def is_load(load: Sequence[float]) -> bool:

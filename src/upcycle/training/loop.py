@@ -17,7 +17,6 @@ import torch
 
 import upcycle
 from upcycle import tasks
-from upcycle.cli.console import count
 from upcycle.conversion.provenance import Hashes
 from upcycle.data import stamps
 from upcycle.errors import UpcycleError, listed
@@ -26,6 +25,7 @@ from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
 from upcycle.system import memory
 from upcycle.system.signals import held, noted
+from upcycle.system.wording import count
 from upcycle.tasks import Batch, Feed, Task
 from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
 from upcycle.training.metrics import Metrics

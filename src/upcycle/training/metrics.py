@@ -11,10 +11,11 @@ import torch
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from upcycle.cli.console import count, err
+from upcycle.cli.console import err
 from upcycle.errors import UpcycleError
 from upcycle.records.metrics import LayerMetrics, StepMetrics
 from upcycle.system import gpus, whole_file
+from upcycle.system.wording import count
 from upcycle.training.run import Log
 
 
