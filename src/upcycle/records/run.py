@@ -46,7 +46,7 @@ class RunRecord(Document):
     source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # by checkpoint and file
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_row", "training_flops_per_row"):
+        for name in ("tokens_per_row", "training_flops_per_row", "parameters", "active_parameters"):
             if getattr(self, name) < 1:
                 raise WrongError(f"is {getattr(self, name)}, not 1 or more", name)
         refuse_other_sections(self.run)
