@@ -926,7 +926,7 @@ def test_reading_needs_no_torch(tmp_path):
 
     run = write_run(tmp_path / "run", lambda t: 2.0, moe={})
     script = (
-        "import sys\nfrom pathlib import Path\nfrom upcycle.report import report\n"
+        "import sys\nfrom pathlib import Path\nfrom upcycle.reporting import report\n"
         f"report([{str(run)!r}], {str(tmp_path / 'r.html')!r})\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib.pyplot') if m in sys.modules])"
     )
