@@ -15,8 +15,8 @@ from upcycle.records.reader import Document, Record, Table, WrongError, load, so
 class Donor(Record):
     """A checkpoint that tensors come from, with the SHA-256 of its files by name."""
 
-    name: str | None = sometimes()
-    path: str | None = sometimes()
+    name: str
+    path: str
     sha256: Mapping[str, str]
 
 
@@ -24,16 +24,16 @@ class Donor(Record):
 class MadeFrom(Record):
     """The dense checkpoint that a folder was made from, and the donors beside it by label."""
 
-    name: str | None = sometimes()
-    path: str | None = sometimes()
-    model_type: str | None = sometimes()
+    name: str
+    path: str
+    model_type: str = sometimes("")
     sha256: Mapping[str, str]
     donors: Mapping[str, Donor]
 
     @property
     def folder(self) -> Path:
         """Where it was."""
-        path = Path(str(self.path))
+        path = Path(self.path)
         try:
             return path.expanduser()
         except RuntimeError:

@@ -108,7 +108,7 @@ def _origin(checkpoint: CheckpointRecord) -> tuple[str, ...]:
         how = f"{experts} experts, top-{top_k}, init {init}"
     training = checkpoint.training
     return (
-        made.source.name or "?",
+        made.source.name,
         how,
         (made.blueprint_hash or formats.MISSING)[:12],
         str(training.step if training else 0),
