@@ -220,8 +220,8 @@ def test_a_run_trains_is_resumed_to_the_bit_and_exported(case, data, tmp_path):
         == json.loads((tmp_path / "whole" / "run.json").read_text())["parameters"]
     )
     for line in lines if changes else ():
-        assert len(line["layers"]) == (4 if kind == "t5" else 2)
-        assert all(0 <= layer["left_behind"] < 1 for layer in line["layers"])
+        assert len(line.layers) == (4 if kind == "t5" else 2)
+        assert all(0 <= layer.left_behind < 1 for layer in line.layers)
 
 
 def test_the_loss_is_that_of_transformers(data, tmp_path):
