@@ -230,7 +230,7 @@ def test_the_loss_is_that_of_transformers(data, tmp_path):
         run = Run.of(table(kind, data, tmp_path / kind, train={"steps": 1, "eval_every": 0}))
         begun = start.start_of(run)
         task = tasks.of(begun.dense.architecture)
-        batch = task.feed(run, begun.subject, tmp_path / kind).next(8)
+        batch = task.feed(run.feeding(task), begun.subject).next(8)
         train(Run.of(table(kind, data, tmp_path / f"{kind}-run", train={"steps": 1, "eval_every": 0})))
         model = upcycle.open(data / kind).train()
         model.config.decoder_start_token_id = 0
@@ -266,13 +266,7 @@ def test_texts_are_scored_as_transformers_scores_them(data, tmp_path):
     assert found["loss"] == pytest.approx(np.log(len(SPECIAL) + len(WORDS) + 1), rel=0.05)  # untrained
     found = evaluate(data / "t5", Asked(text=data / "text.txt", length=24, limit=8))
     assert found["task"] == "span_corruption"
-    assert (
-        found["targets"]
-        == 8
-        * tasks.find("span_corruption")()
-        .spans(Run.of(table("t5", data, tmp_path, train={"sequence_length": 24})))
-        .targets
-    )
+    assert found["targets"] == 8 * tasks.find("span_corruption")().spans(24).targets
 
 
 def test_moments_of_a_vit_are_tiled(data, tmp_path):
@@ -518,7 +512,8 @@ def test_classes_are_those_that_the_head_has_by_name(data, tmp_path):
     source = named(tmp_path / "classifier", data / "classifier", {"0": "none", "1": "dog"})
     subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
     run = Run.of(table("classifier", data, tmp_path / "texts"))
-    rows = tasks.of("BertForSequenceClassification").feed(run, subject, tmp_path / "texts").next(48)
+    task = tasks.of("BertForSequenceClassification")
+    rows = task.feed(run.feeding(task), subject).next(48)
     dog = len(SPECIAL) + WORDS.index("dog")
     assert (rows["labels"] == (rows["ids"] == dog).any(1)).all()
     assert 0 < rows["labels"].sum() < 48

@@ -41,12 +41,11 @@ from upcycle.dense.statistics import (
 )
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import rows as examples
-from upcycle.evaluation.rows import Rows
 from upcycle.hf import models, opening
 from upcycle.system import claim, lock, memory, scratch
 from upcycle.system.paths import as_paths
 from upcycle.system.signals import noted
+from upcycle.tasks._rows import Rows, of_images, of_text
 from upcycle.tensors import rng
 from upcycle.verification import quiet
 
@@ -255,11 +254,9 @@ def _rows(dense: Dense, asked: Asked, cache: Path) -> Rows:
     subject = Subject(folder=dense.checkpoint.folder, config=config)
     gradient = "gradient" in asked.collect
     if asked.images is not None:
-        return examples.of_images(asked.images, subject, cache, gradient=gradient, seed=asked.seed)
+        return of_images(asked.images, subject, cache, gradient=gradient, seed=asked.seed)
     assert asked.text is not None
-    return examples.of_text(
-        asked.text, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length
-    )
+    return of_text(asked.text, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length)
 
 
 def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, count: int) -> dict[str, Any]:
