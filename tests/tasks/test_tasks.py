@@ -17,7 +17,6 @@ from transformers import (
     BertForSequenceClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -38,30 +37,9 @@ from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.step import _parts
+from words import SPECIAL, WORDS, make_tokenizer, sentence
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *[f"<extra_id_{i}>" for i in range(20)]]
-WORDS = "the a cat dog bird sees likes fears red blue old new and".split()
-
-
-def make_tokenizer(folder: Path) -> int:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, "."])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A", pair="$A [SEP]:0 $B:1", special_tokens=[("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]", eos_token="</s>", additional_special_tokens=SPECIAL[6:],
-    ).save_pretrained(folder)  # fmt: skip
-    return len(vocabulary)
-
-
-def sentence(rng: np.random.Generator) -> str:
-    return " ".join(rng.choice(WORDS, 12)) + " ."
 
 
 @pytest.fixture(scope="session")

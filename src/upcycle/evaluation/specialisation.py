@@ -125,9 +125,11 @@ class Specialisation:
     def save(self) -> Path:
         """Write routing.json into the model's folder."""
         path = self.folder / FILE
-        claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
         try:
+            claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
             write(path, self.as_dict())
+        except UpcycleError as error:
+            raise UpcycleError(f"{error}; what was seen is above") from None
         except OSError as error:
             raise UpcycleError(
                 f"{path} cannot be written ({error.strerror or error}); what was seen is above"
