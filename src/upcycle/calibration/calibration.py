@@ -192,8 +192,7 @@ def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
 
 
 def _rows(dense: Dense, asked: Asked, cache: Path) -> Rows:
-    config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
-    subject = Subject(folder=dense.checkpoint.folder, config=config)
+    subject = Subject.of_dense(dense)
     gradient = "gradient" in asked.collect
     if asked.images is not None:
         return of_images(asked.images, subject, cache, gradient=gradient, seed=asked.seed)

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from torch import Tensor
 
 from upcycle import tasks
 from upcycle.data.feeding import Feeding
@@ -22,6 +21,9 @@ from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._plain import Plain
 from upcycle.tasks.image_classification import ImageClassification
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LENGTH = 512  # tokens of a row of text, if the model takes as many
 
