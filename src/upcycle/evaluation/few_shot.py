@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -29,22 +28,8 @@ def score(
     task = ImageClassification()
     sets = [task.images(str(path), subject, cache, any_classes=True) for path in (shots, images)]
     size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
-    made, labels = [], []
-    for found in sets:
-        chosen = _chosen(found, asked.limit)
-        augment = task.augmentation(subject)
-
-        def work(places: Sequence[int], found: ImageSet = found, augment: Augment = augment) -> Any:
-            return features(model, found, np.array(places), augment, batch_size=len(places))
-
-        with examples_bar(f"features of {Path(found.name).name}") as (advance, set_end):
-            set_end(len(chosen))
-            made.append(np.stack(size.over(chosen.tolist(), work, advance=advance)))
-        labels.append(found.labels[chosen])
-    fitted = few_shot(
-        made[0], labels[0], made[1], labels[1],
-        num_classes=max(s.num_labels for s in sets), per_class=asked.per_class,
-    )  # fmt: skip
+    fit, test = (_seen(model, found, task.augmentation(subject), size, asked.limit) for found in sets)
+    fitted = few_shot(*fit, *test, num_classes=max(s.num_labels for s in sets), per_class=asked.per_class)
     sums = Sums.mean(np.array(fitted.accuracies), "seeds")
     return Result(
         kind="few_shot",
@@ -56,13 +41,28 @@ def score(
             "limit": asked.limit,
         },
         metrics={"accuracy": Metric.of(sums, higher_is_better=True)},
-        units=(asked.per_class, *labels[1].tolist()),
+        units=(asked.per_class, *test[1].tolist()),
         more={
             "accuracies": list(fitted.accuracies),
             "per_class": asked.per_class,
-            "examples": len(made[1]),
+            "examples": len(test[0]),
         },
     )
+
+
+def _seen(
+    model: PreTrainedModel, images: ImageSet, augment: Augment, size: BatchSize, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frozen features, float32 [N, D], and labels, int64 [N], of at most `limit` images; 0: of all."""
+    chosen = _chosen(images, limit)
+
+    def work(places: Sequence[int]) -> Any:
+        return features(model, images, np.array(places), augment, batch_size=len(places))
+
+    with examples_bar(f"features of {Path(images.name).name}") as (advance, set_end):
+        set_end(len(chosen))
+        found: np.ndarray = np.stack(size.over(chosen.tolist(), work, advance=advance))
+    return found, images.labels[chosen]
 
 
 def _chosen(images: ImageSet, limit: int) -> np.ndarray:
