@@ -128,6 +128,23 @@ def test_a_task_in_one_file(parity, tmp_path):
     assert "divisor" in {key.name for key in keys.everything()['[task] name = "parity"']}
 
 
+class Named:
+    """A judge that says by which of its ways it was asked to score."""
+
+    def rows(self, task: tasks.Task, path: Path) -> str:
+        return f"rows of {task.name}"
+
+    def windows(self, path: Path) -> str:
+        return "windows"
+
+
+def test_a_task_chooses_how_it_is_scored(parity):
+    chosen = {name: tasks.find(name)().score(Named(), Path("text.txt")) for name in tasks.names()}
+    assert chosen.pop("causal_lm") == "windows"
+    assert chosen == {name: f"rows of {name}" for name in chosen}
+    assert "parity" in chosen
+
+
 def rows_of(folder: Path, text: Path, length: int) -> torch.Tensor:
     """All whole rows of a text, [N, length]. The last token of the text is in none of them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
