@@ -20,14 +20,13 @@ from upcycle.checkpoints.checkpoint import read_json
 from upcycle.data.corpus import read_tokenizer
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import rows as examples
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.patches import FAVOURITES, Grid, Patches
-from upcycle.evaluation.rows import Rows
 from upcycle.hf import models
 from upcycle.records.routing import RoutingDomain, RoutingLayer, RoutingRecord
 from upcycle.system import claim, scratch, whole_file
 from upcycle.system.paths import as_paths
+from upcycle.tasks._rows import Rows, of_images, of_text
 from upcycle.tensors import rng
 from upcycle.training.routing import Routers, Said
 from upcycle.verification import quiet
@@ -210,8 +209,8 @@ def _names(subject: Subject, layers: list[Layer]) -> dict[int, str]:
 
 def _rows(path: Path, subject: Subject, asked: Asked, cache: Path) -> Rows:
     if asked.images:
-        return examples.of_images(path, subject, cache, gradient=False, seed=asked.seed)
-    return examples.of_text(
+        return of_images(path, subject, cache, gradient=False, seed=asked.seed)
+    return of_text(
         path, subject, cache, gradient=False, seed=asked.seed, length=asked.length
     )  # fmt: skip
 
