@@ -69,11 +69,19 @@ class Within(Range):
 
 
 @dataclass(frozen=True)
+class Finite(Range):
+    """All numbers."""
+
+    def holds(self, value: float) -> bool:
+        return math.isfinite(value)
+
+    def text(self, number: str = "") -> str:
+        return f"{number} that is finite" if number else "finite"
+
+
+@dataclass(frozen=True)
 class Verbatim:
     """Marks a text that may hold any character; a path or a name holds no NUL."""
-
-
-FINITE = Within("(-inf, inf)")
 
 
 def alternatives(hint: Any) -> Iterator[tuple[Any, tuple[Range, ...]]]:
