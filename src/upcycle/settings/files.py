@@ -56,10 +56,10 @@ class Layout:
 
 def families(cls: type, at: str = "") -> dict[str, type[Named]]:
     """The families among the fields of a dataclass, by the places of their tables in a table at `at`."""
-    found = {name: option for name, hint in hints(cls).items() for option in options(hint)}
     return {
         f"{at}.{name}" if at else name: option
-        for name, option in found.items()
+        for name, hint in hints(cls).items()
+        for option in options(hint)
         if isinstance(option, type) and issubclass(option, Named)
     }
 

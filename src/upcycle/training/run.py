@@ -243,8 +243,7 @@ class Run(Settings):
         return table | {"train": train}
 
 
-_OF_A_RUN = {name: family for name, family in families(Run).items() if name not in recipes.LAYOUT.named}
-LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **_OF_A_RUN})
+LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **families(Run)})
 
 
 def _without_none(value: Any) -> Any:
