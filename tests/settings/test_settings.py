@@ -81,7 +81,7 @@ def test_the_bounds_of_an_interval():
         ({"stages": [{}, {"dept": 1}]}, "unknown key outer.stages[1].dept; did you mean depth?"),
         ({"stages": {"depth": 1}}, "[[outer.stages]] must be a list of sections"),
         ({"depth": 1}, "unknown key outer.depth; did you mean inner.depth?"),
-        ({"sinks": ["c"]}, "outer.sinks = ['c']; allowed: a list of a, b"),
+        ({"sinks": ["c"]}, "outer.sinks = ['c']; allowed: a, b, in a list"),
         ({"count": 1.5}, "outer.count = 1.5; allowed: whole number or a list of strings"),
     ],
 )

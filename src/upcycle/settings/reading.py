@@ -127,8 +127,9 @@ def _allowed(option: Any) -> str:
         return ", ".join(get_args(option))
     if get_origin(option) is tuple:
         (item,) = options(get_args(option)[0])
-        many = "" if get_origin(item) is Literal else "s"
-        return f"a list of {_allowed(item).removeprefix('a ')}{many}"
+        if get_origin(item) is Literal:
+            return f"{_allowed(item)}, in a list"
+        return f"a list of {_allowed(item).removeprefix('a ')}s"
     return _PLAIN[option]
 
 
