@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from upcycle import recipe
+from upcycle import settings
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import saving
@@ -143,7 +143,7 @@ def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int
     if before == now or theirs.get("schedule") != mine["schedule"]:
         return
     try:
-        old, new = recipe.read(Train, before, "train").total_steps, run.train.total_steps
+        old, new = settings.read(Train, before, "train").total_steps, run.train.total_steps
     except (UpcycleError, TypeError, AttributeError):
         return  # the keys that differ are named
     if new < done:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from upcycle.errors import UpcycleError
+from upcycle.settings import AtLeast, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class Schedule(Settings):
     """Warm-up to `peak`, then a shape that ends at `floor`.
 
     - `cosine`: half a cosine from peak to floor.
@@ -20,23 +21,24 @@ class Schedule:
     - `constant`: peak.
     """
 
+    section: ClassVar[str] = "schedule"
+
     # the shape of the rate after the warm-up
     name: Literal["cosine", "warmup_stable_decay", "inverse_sqrt", "constant"] = "cosine"
     peak: float  # the largest rate
     floor: float = 0.0  # the rate at the end
-    warmup: int = 0  # steps
-    decay: int = 0  # steps
-    start_step: int = 0  # the dense run's last step, where an inverse square root goes on
+    warmup: Annotated[int, AtLeast(0)] = 0  # steps
+    decay: Annotated[int, AtLeast(0)] = 0  # steps
+    # the dense run's last step, where an inverse square root goes on
+    start_step: Annotated[int, AtLeast(0)] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.floor <= self.peak < math.inf:
             raise UpcycleError(
                 f"schedule.peak = {self.peak:g} and schedule.floor = {self.floor:g}; it must be that "
                 f"0 <= floor <= peak"
             )
-        for key in ("warmup", "decay", "start_step"):
-            if getattr(self, key) < 0:
-                raise UpcycleError(f"schedule.{key} = {getattr(self, key)}; it must be 0 or more")
         if self.name == "warmup_stable_decay" and not self.decay:
             raise UpcycleError("schedule.name = warmup_stable_decay needs schedule.decay, in steps")
         if self.name == "inverse_sqrt" and not self.warmup:
