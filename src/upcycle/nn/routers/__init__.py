@@ -21,7 +21,7 @@ from upcycle.errors import UpcycleError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 Rounding = Literal["vmoe", "flaxformer", "exact"]
 
@@ -121,18 +121,8 @@ class Router(abc.ABC):
         """How many experts a token is worth in arithmetic, on average, in groups of `length` tokens."""
 
     @abc.abstractmethod
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
-        """Route tokens [G, N, H] in float32; `padding` [G, N] is True where there is no token."""
+    def route(self, tokens: Tokens) -> Routing:
+        """Say which tokens go to which experts; arithmetic in the type of the tokens, float32 at least."""
 
     def beyond_native(self) -> list[str]:
         """The keys set here that no MoE class of transformers heeds, besides a router of another name."""
