@@ -16,7 +16,7 @@ from upcycle.nn import MoE, routers
 from upcycle.nn.experts import Experts
 from upcycle.nn.moe import Router
 from upcycle.nn.routing import Tokens
-from upcycle.training.routing import load_balancing_loss
+from upcycle.training.router_losses import load_balancing_loss
 
 E, H = 4, 6  # experts and hidden units, where nothing else is said
 

@@ -25,7 +25,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import prepare
 from upcycle.system import memory
-from upcycle.training import routing, saving, start
+from upcycle.training import router_losses, routing, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -111,12 +111,14 @@ def tally(counts: torch.Tensor, tokens: int) -> routing.Tally:
 def balance(logits: list[torch.Tensor], counts: torch.Tensor, tokens: int) -> torch.Tensor:
     """The loss of each layer."""
     rows = zip(logits, counts, strict=True)
-    return torch.stack([routing.load_balancing_loss(x.softmax(-1), row, tokens) for x, row in rows])
+    return torch.stack([router_losses.load_balancing_loss(x.softmax(-1), row, tokens) for x, row in rows])
 
 
 def test_the_collapse_that_the_pooled_loss_cannot_see():
     logits, counts = collapsed(layers=4, experts=8, tokens=64)
-    assert float(routing.pooled_loss(logits, 2)) == pytest.approx(2.0, abs=1e-6)  # its value for balance
+    assert float(router_losses.pooled_loss(logits, 2)) == pytest.approx(
+        2.0, abs=1e-6
+    )  # its value for balance
     per_layer = balance(logits, counts, 64)
     assert per_layer.tolist() == pytest.approx([8.0] * 4, abs=1e-4)  # E / K times the value for balance
     health = [routing.health(tally(row, 64)) for row in counts]
@@ -146,7 +148,7 @@ def test_the_loss_is_that_of_switch_token_by_token():
             p = sum(float(row.detach().softmax(-1)[e]) for row in layer) / 40
             naive += 6 * float(f) * p
         assert float(value) == pytest.approx(naive, rel=1e-5)
-        assert float(value) == pytest.approx(float(routing.pooled_loss([layer], 2)), rel=1e-5)
+        assert float(value) == pytest.approx(float(router_losses.pooled_loss([layer], 2)), rel=1e-5)
     # Parts of the batch add up, and so do their gradients, when the counts are those of the whole.
     (whole,) = torch.autograd.grad(found.mean(), logits[0], retain_graph=True)
     halves = [balance([x[part] for x in logits], counts, 40) for part in (slice(25), slice(25, 40))]
@@ -158,7 +160,7 @@ def test_the_loss_is_that_of_switch_token_by_token():
 def test_z_loss_is_its_formula():
     logits = [torch.randn(10, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     naive = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for x in logits for row in x.tolist()) / 20
-    found = sum(float(routing.z_loss(x, 10)) for x in logits) / 2
+    found = sum(float(router_losses.z_loss(x, 10)) for x in logits) / 2
     assert found == pytest.approx(naive, rel=1e-5)
 
 

@@ -232,6 +232,8 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
     if not outcome.tallies or routers is None:
         return record
     record |= {"balance_loss": outcome.balance_loss, "z_loss": outcome.z_loss}
+    if outcome.own_losses:
+        record["router_losses"] = dict(outcome.own_losses)
     record["layers"] = [
         {"layer": layer, **({} if stack == "layers" else {"stack": stack}), **routing.health(tally)}
         | {"router_grad_norm": norm}

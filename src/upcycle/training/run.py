@@ -137,6 +137,11 @@ class Balance:
         if not 0 <= self.jitter < 1:
             raise UpcycleError(f"router.jitter = {self.jitter}; it must be in [0, 1)")
 
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """What a run multiplies losses by that some routers give, by their names in `Routing.losses`."""
+        return {"importance": self.importance_loss_coef, "load": self.load_loss_coef}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:

@@ -124,6 +124,13 @@ class Router(abc.ABC):
     def route(self, tokens: Tokens) -> Routing:
         """Say which tokens go to which experts; arithmetic in the type of the tokens, float32 at least."""
 
+    def loss_coefs(self) -> dict[str, float]:
+        """What a run multiplies this router's own losses by, by their names in `Routing.losses`.
+
+        A run weighs `importance` and `load` itself, by keys of its own.
+        """
+        return {}
+
     def beyond_native(self) -> list[str]:
         """The keys set here that no MoE class of transformers heeds, besides a router of another name."""
         if self.name != "top_k":
