@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from upcycle import registry
 from upcycle.errors import UpcycleError
+from upcycle.nn import router_starts
+from upcycle.nn.router_starts import RouterStart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,14 +56,15 @@ class Router(abc.ABC):
     has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, as many each
     untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that no gradient reaches
 
-    # of the weight; zeros scores all experts alike
-    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
+    # how the weight starts: normal, uniform, orthogonal, grouped, or zeros, which scores all experts alike
+    init: str = "normal"
     std: float = 0.02  # standard deviation of the weight
     normalize: bool = True  # whether a token's weights are made to sum to one
     rescale: bool = True  # where they are not, whether experts are multiplied by what makes up for it
     group: int = 0  # tokens that compete with each other for places; 0: those of a row (an image, a text)
 
     def __post_init__(self) -> None:
+        router_starts.find(self.init)
         if not 0 <= self.std < math.inf:
             raise UpcycleError(f"router.std = {self.std}; it must be a number of 0 or more")
         if self.group < 0:
@@ -71,6 +74,11 @@ class Router(abc.ABC):
     def name(self) -> str:
         """The name in the recipe: that of the file."""
         return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def start(self) -> RouterStart:
+        """How the weight starts."""
+        return router_starts.find(self.init)
 
     @property
     def causal(self) -> bool:

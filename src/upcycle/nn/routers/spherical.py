@@ -68,8 +68,8 @@ class Spherical(SlotRouter):
 
     # sets what is not given: MoE Jetpack's text (paper) or its released code (repo)
     preset: Literal["paper", "repo"] = "paper"
-    # of the queries
-    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] | None = None  # type: ignore[assignment]
+    # how the queries start, as the weight of other routers does
+    init: str | None = None  # type: ignore[assignment]
     # of the queries
     std: float | None = None  # type: ignore[assignment]
     # a linear map of the tokens (projected), or the tokens (plain)
