@@ -31,7 +31,10 @@ from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
-from upcycle.training.schedule import Schedule
+from upcycle.training.schedules.constant import Constant
+from upcycle.training.schedules.cosine import Cosine
+from upcycle.training.schedules.inverse_sqrt import InverseSqrt
+from upcycle.training.schedules.warmup_stable_decay import WarmupStableDecay
 
 HERE = Ranks(device=torch.device("cpu"))
 MOE = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "drop", "ratio": 0.5}}
@@ -70,19 +73,19 @@ def losses(out: Path) -> list[float]:
 
 
 def test_schedules_are_their_formulas():
-    cosine = Schedule(peak=2.0, floor=1.0, warmup=4)
+    cosine = Cosine(peak=2.0, floor=1.0, warmup=4)
     assert [cosine.at(i, 20) for i in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
     for i in range(4, 20):
         assert cosine.at(i, 20) == pytest.approx(1 + (1 + math.cos(math.pi * (i - 4) / 16)) / 2)
-    stable = Schedule(name="warmup_stable_decay", peak=1.0, warmup=2, decay=4)
+    stable = WarmupStableDecay(peak=1.0, warmup=2, decay=4)
     assert [stable.at(i, 10) for i in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    constant = Schedule(name="constant", peak=3.0, warmup=1)
+    constant = Constant(peak=3.0, warmup=1)
     assert {constant.at(i, 9) for i in range(9)} == {3.0}
 
 
 def test_inverse_sqrt_goes_on_where_the_dense_run_stopped():
-    dense = Schedule(name="inverse_sqrt", peak=0.01, warmup=100)
-    upcycled = Schedule(name="inverse_sqrt", peak=0.01, warmup=100, start_step=5000)
+    dense = InverseSqrt(peak=0.01, warmup=100)
+    upcycled = InverseSqrt(peak=0.01, warmup=100, start_step=5000)
     whole = [dense.at(i, 10_000) for i in range(4998, 5010)]
     assert [upcycled.at(i - 5000, 10_000) for i in range(5000, 5010)] == whole[2:]
     assert dense.at(9999, 10_000) == pytest.approx(
@@ -183,10 +186,10 @@ def reference(run: Run, source: Path, folder: Path) -> list[float]:
         convert(source, folder / "moe", run.recipe)
     model = AutoModelForCausalLM.from_pretrained(folder / "moe" if run.recipe else source).train()
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": run.train.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": run.optimizer.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    adam = torch.optim.AdamW(groups, betas=(run.train.beta1, run.train.beta2), eps=run.train.eps)
+    adam = torch.optim.AdamW(groups, betas=(run.optimizer.beta1, run.optimizer.beta2), eps=run.optimizer.eps)
     out = []
     for step in range(run.train.total_steps):
         rows = torch.from_numpy(batches.next(run.train.rows))
@@ -481,7 +484,7 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsy
     trainee = ranks.trainee_of(run, HERE)
     begun = start.start_of(run)
     assert start.carry_state(begun, run, HERE, trainee.model, trainee.optimizer) == 6
-    for moment in start.MOMENTS:
+    for moment in run.optimizer.moments:
         with Checkpoint.open(tmp_path / "trained" / "optimizer" / moment) as opened:
             tensor = {
                 n: torch.frombuffer(

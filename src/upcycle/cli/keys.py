@@ -43,7 +43,7 @@ def everything() -> dict[str, list[Key]]:
     """The keys by section."""
     from upcycle import tasks
     from upcycle.data import augment, corpus, documents
-    from upcycle.training import run, schedule
+    from upcycle.training import optimizers, run, schedules
 
     made = "recipe", "task", "init", "router", "parts", "moe", "successor"
     tables = "data", "train", "schedule", "optimizer", "parallel", "log", "checkpoint"
@@ -60,8 +60,8 @@ def everything() -> dict[str, list[Key]]:
         "[data]": of(corpus.Data, without=("sources",)),
         "[[data.sources]]": of(documents.Source),
         "[train]": of(run.Train),
-        "[schedule]": of(schedule.Schedule),
-        "[optimizer]": of(run.Optimizer),
+        **{f'[schedule] name = "{name}"': of(schedules.find(name)) for name in schedules.names()},
+        **{f'[optimizer] name = "{name}"': of(optimizers.find(name)) for name in optimizers.names()},
         "[parallel]": of(run.Parallel),
         "[log]": of(run.Log),
         "[checkpoint]": of(run.Saving),

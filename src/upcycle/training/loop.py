@@ -87,7 +87,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             model=model,
             task=task,
             start=begun,
-            optimizer=optimizer.make(model, run.train, start.scales(begun, run, model, routers)),
+            optimizer=optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers)),
             routers=routers,
             run=run,
             ranks=here,
@@ -249,6 +249,7 @@ def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | Non
     keep = trainee.run.checkpoint.keep
     saved = {**state, "identity": trainee.run.identity(), micro_batch.KEY: trainee.run.train.micro_batch}
     with held():
+        optimizer.fill(trainee.optimizer, trainee.run.optimizer)
         reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
     if reason is None:
         return
@@ -269,22 +270,14 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
     if checkpoint is None:
         if run.optimizer.carry_state:
             stopped = start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
-            if trainee.ranks.first and run.schedule.name == "inverse_sqrt":
-                _warn_of_other_step(stopped, run.schedule.start_step)
+            if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
+                metrics.warn(wrong)
         return {"step": 0}
+    optimizer.fill(trainee.optimizer, run.optimizer)
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     feed.restore(state["batches"])
     return {k: v for k, v in state.items() if k not in saving.ADDED}
-
-
-def _warn_of_other_step(stopped: int, start_step: int) -> None:
-    """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
-    if stopped != start_step:
-        metrics.warn(
-            f"the moments are of step {stopped} and schedule.start_step = {start_step}; "
-            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}"
-        )
 
 
 def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ from upcycle import recipe as recipes
 from upcycle.data.corpus import Data
 from upcycle.errors import UpcycleError, shown
 from upcycle.recipe import Recipe
-from upcycle.training.schedule import Schedule
+from upcycle.training import optimizers, schedules
+from upcycle.training.optimizers import Optimizer
+from upcycle.training.schedules import Schedule
 
 if TYPE_CHECKING:
     from upcycle.tasks import Task
@@ -37,14 +39,10 @@ class Train:
     batch_size: int | None = None  # rows of the global batch, instead of batch_tokens
     micro_batch: int | None = None  # rows of one forward pass on one rank; None: as many as fit
     sequence_length: int = 1024  # tokens of a row of text
-    weight_decay: float = 0.1  # of matrices; see `optimizer.decays`
     layer_decay: float = 1.0  # of the rate, from block to block towards the input; see `layer_decay.py`
     drop_path: float | None = None  # rate of the last block, see `drop_path.py`; None: what config.json says
     expert_dropout: float | None = None  # after the experts' activation; None: what config.json says
     expert_output_dropout: float = 0.0  # of what experts give
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95  # of AdamW
-    eps: float = 1e-8  # of AdamW
     clip_grad_norm: float = 1.0  # 0: no clipping
     # of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
@@ -79,10 +77,10 @@ class Train:
                 f"train.batch_tokens = {self.batch_tokens} is no multiple of train.sequence_length = "
                 f"{self.sequence_length}; a batch is made of whole rows"
             )
-        for name in ("weight_decay", "eps", "clip_grad_norm", "eval_every"):
+        for name in ("clip_grad_norm", "eval_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UpcycleError(f"train.{name} = {getattr(self, name)}; it must be a number of 0 or more")
-        for name in ("beta1", "beta2", "drop_path", "expert_dropout", "expert_output_dropout"):
+        for name in ("drop_path", "expert_dropout", "expert_output_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise UpcycleError(f"train.{name} = {getattr(self, name)}; it must be in [0, 1)")
         if not 0 < self.layer_decay <= 1:
@@ -144,15 +142,6 @@ class Balance:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """The state that the optimizer starts from."""
-
-    carry_state: bool = (
-        False  # moments that `upcycle export --optimizer` left in the source, tiled to experts
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel:
     """How many ranks share what; fsdp x tp is the world, ep divides it."""
 
@@ -206,7 +195,7 @@ class Run:
     train: Train
     schedule: Schedule
     router: Balance = Balance()
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = dataclasses.field(default_factory=lambda: optimizers.read({}))
     parallel: Parallel = Parallel()
     log: Log = Log()
     checkpoint: Saving = Saving()
@@ -236,25 +225,27 @@ class Run:
                 f"{shown(given)} is no run; give a Run, a table as a run file has it, or the path of one"
             )
         data = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+        data = optimizers.gathered(data)
         if data.get("moe") is False:
             del data["moe"]
-        router = data.pop("router", {})
-        if not isinstance(router, dict):
-            raise UpcycleError(f"[router] must be a section with keys, not {router!r}")
+        router = _section(data.pop("router", {}), "router")
         for_recipe = {k: router.pop(k) for k in [*router] if k not in recipes.OF_TRAINING}
         made: dict[str, Any] = {"recipe": None, "task": None}
         if "task" in data:
             from upcycle import tasks
 
-            if not isinstance(data["task"], dict):
-                raise UpcycleError(f"[task] must be a section with keys, not {data['task']!r}")
-            made["task"] = tasks.read(data.pop("task"))
+            made["task"] = tasks.read(_section(data.pop("task"), "task"))
+        if "schedule" in data:
+            made["schedule"] = schedules.read(_section(data.pop("schedule"), "schedule"))
+        if "optimizer" in data:
+            made["optimizer"] = optimizers.read(_section(data.pop("optimizer"), "optimizer"))
         if "moe" in data:
             sections: dict[str, Any] = {k: data.pop(k) for k in recipes.OF_EXPERTS if k in data}
             made["recipe"] = Recipe.of(sections, router=for_recipe, seed=data.get("seed", 0))
         elif stray := [k for k in recipes.OF_EXPERTS if k in data] + [f"router.{k}" for k in for_recipe]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
         beside = {"moe": recipes.Moe, "successor": recipes.Successor}
+        beside |= {name: type(made[name]) for name in ("optimizer", "schedule") if name in made}
         others = dict.fromkeys(("task", "init", "dtype", "base", *recipes.STACKS))
         run: Run = recipes.read(cls, {**data, "router": router}, "", made, {**beside, **others})
         return run
@@ -272,7 +263,8 @@ class Run:
     def as_table(self) -> dict[str, Any]:
         """The run as a nested table: what `Run.of` takes."""
         table = dataclasses.asdict(self)
-        table |= {"recipe": None, "task": None}
+        table |= {"recipe": None, "task": None, "schedule": schedules.as_table(self.schedule)}
+        table = optimizers.spread(table, self.optimizer)
         if self.task is not None:
             from upcycle import tasks
 
@@ -289,6 +281,19 @@ class Run:
         table = {k: v for k, v in self.as_table().items() if k not in free}
         train = {k: v for k, v in table["train"].items() if k not in ("micro_batch", "compile")}
         return table | {"train": train}
+
+
+def train_of(table: Mapping[str, Any]) -> Train:
+    """[train] of the table that `Run.as_table` made of a run, by this version or an earlier one."""
+    made: Train = recipes.read(Train, optimizers.gathered(table)["train"], "train")
+    return made
+
+
+def _section(value: Any, name: str) -> dict[str, Any]:
+    """A section of a run file; anything else is an error."""
+    if not isinstance(value, dict):
+        raise UpcycleError(f"[{name}] must be a section with keys, not {value!r}")
+    return value
 
 
 def _without_none(value: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
-from upcycle.training import fit, router_losses, routing
+from upcycle.training import fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers, Tally
@@ -94,12 +94,12 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
         (loss * ranks.dp_size).backward()
     assert sums is not None
     entropy_sum, *others = ranks.sum(sums).tolist()
-    gradients = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
-    squares = optim.squared_norms(gradients)
+    grads = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
+    squares = gradients.squared_norms(grads)
     norm = sum(squares.values()) ** 0.5
     _refuse_nonfinite(step, entropy_sum, squares)
     if run.train.clip_grad_norm and norm > run.train.clip_grad_norm:
-        optim.scale(gradients.values(), run.train.clip_grad_norm / norm)
+        gradients.scale(grads.values(), run.train.clip_grad_norm / norm)
     optim.set_rate(trainee.optimizer, lr)
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
