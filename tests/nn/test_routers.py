@@ -520,8 +520,11 @@ def test_a_causal_layer_does_not_look_ahead(name):
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"name": "top_k", "capacity_factor": 0.0}, "capacity_factor = 0.0; it must be above 0"),
-        ({"name": "expert_choice", "capacity_factor": -1.0}, "capacity_factor = -1.0; it must be above 0"),
+        ({"name": "top_k", "capacity_factor": 0.0}, "capacity_factor = 0.0; it must be a number above 0"),
+        (
+            {"name": "expert_choice", "capacity_factor": -1.0},
+            "capacity_factor = -1.0; it must be a number above 0",
+        ),
         ({"name": "top_k", "noise_std": -1.0}, "noise_std = -1.0"),
         ({"name": "top_k", "batch_priority": True}, "set router.capacity_factor"),
         ({"name": "soft", "slots": 0}, "slots = 0; it must be 1 or more"),

@@ -530,7 +530,10 @@ BAD_RUNS = {
     "train.steps": ({"train": {"tokens": 5000}}, "give one of train.steps, train.tokens and train.examples"),
     "batch": ({"train": {"batch_tokens": 500}}, "batch_tokens = 500 is no multiple"),
     "unknown": ({"train": {"stps": 5}}, r"unknown key train\.stps.*did you mean steps"),
-    "schedule": ({"schedule": {"name": "linear"}}, r"schedule\.name = 'linear'; allowed: cosine, warmup"),
+    "schedule": (
+        {"schedule": {"name": "linear"}},
+        r"unknown schedule linear.*Known: constant, cosine, inverse_sqrt, warmup",
+    ),
     "floor": ({"schedule": {"floor": 1.0}}, "0 <= floor <= peak"),
     "wsd": ({"schedule": {"name": "warmup_stable_decay"}}, r"needs schedule\.decay"),
     "start_step": ({"schedule": {"start_step": 5}}, "start_step is for inverse_sqrt"),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upcycle.nn.balance import Balance
 from upcycle.training.routing import Said, Tally
-from upcycle.training.run import Balance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from upcycle.errors import UpcycleError
 from upcycle.nn.routers import Router
+from upcycle.settings import AtLeast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +23,7 @@ class SlotRouter(Router):
     balanced = True
     has_slots = True
 
-    slots: int = 1  # of each expert
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.slots < 1:
-            raise UpcycleError(f"router.slots = {self.slots}; it must be 1 or more")
+    slots: Annotated[int, AtLeast(1)] = 1  # of each expert
 
     def rows(self, num_experts: int) -> int:
         return num_experts * self.slots

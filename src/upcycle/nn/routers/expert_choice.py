@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from upcycle.errors import UpcycleError
 from upcycle.nn.routers import Rounding, Router, capacity, places
+from upcycle.settings import Above, AtLeast
 
 if TYPE_CHECKING:
     from upcycle.nn.routing import Routing, Tokens
@@ -26,17 +26,11 @@ class ExpertChoice(Router):
     balanced = True
 
     # experts that a token gets on average; num_experts gives every expert all tokens
-    capacity_factor: float = 2.0
+    capacity_factor: Annotated[float, Above(0)] = 2.0
     # of the places of an expert, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
-    noise: float | None = None  # on logits in training, divided by the number of experts; None, 0: no noise
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.capacity_factor < float("inf"):
-            raise UpcycleError(f"router.capacity_factor = {self.capacity_factor}; it must be above 0")
-        if self.noise is not None and not 0 <= self.noise < float("inf"):
-            raise UpcycleError(f"router.noise = {self.noise}; it must be a number of 0 or more")
+    # on logits in training, divided by the number of experts; None, 0: no noise
+    noise: Annotated[float, AtLeast(0)] | None = None
 
     def share(self, num_experts: int, top_k: int) -> float:
         return self.capacity_factor / num_experts

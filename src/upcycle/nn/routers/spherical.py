@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from upcycle.errors import UpcycleError
 from upcycle.nn.routers import Extra
 from upcycle.nn.routers._slots import SlotRouter
+from upcycle.settings import Above, AtLeast, Within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,40 +71,27 @@ class Spherical(SlotRouter):
     # how the queries start, as the weight of other routers does
     init: str | None = None  # type: ignore[assignment]
     # of the queries
-    std: float | None = None  # type: ignore[assignment]
+    std: Annotated[float, AtLeast(0)] | None = None  # type: ignore[assignment]
     # a linear map of the tokens (projected), or the tokens (plain)
     keys: Literal["projected", "plain"] | None = None
     key_norm: bool | None = None  # whether keys have length one
     # whether the queries' LayerNorm starts as that of the block before the network, or as the identity
     query_norm: Literal["inherited", "fresh"] | None = None
-    temperatures: int | None = None  # one for both directions, or one each
-    temperature: float | None = None  # that they start at
+    temperatures: Annotated[int, Within("[1, 2]")] | None = None  # one for both directions, or one each
+    temperature: Annotated[float, Above(0)] | None = None  # that they start at
     combine: Literal["softmax", "entmax15"] | None = None  # what makes weights for slots
-    noise: float | None = None  # of N(0, 1) on the products; none: 1 / E
+    noise: Annotated[float, AtLeast(0)] | None = None  # of N(0, 1) on the products; none: 1 / E
     noise_after: bool | None = None  # whether noise comes after the division by temperature
     noise_in_eval: bool | None = None  # whether there is noise outside training
-    expert_dropout: float = 0.0  # chance that an expert's outputs are left out of a group in training
-    branch_dropout: float = 0.0  # chance that all outputs of a group are
+    # chance that an expert's outputs are left out of a group in training
+    expert_dropout: Annotated[float, Within("[0, 1)")] = 0.0
+    branch_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # chance that all outputs of a group are
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        super().__post_init__()
-        if self.temperatures not in (1, 2):
-            raise UpcycleError(
-                f"router.temperatures = {self.temperatures}; it must be 1 for both directions, or 2"
-            )
-        assert self.temperature is not None
-        if not 0 < self.temperature < float("inf"):
-            raise UpcycleError(f"router.temperature = {self.temperature}; it must be above 0")
-        if self.noise is not None and not 0 <= self.noise < float("inf"):
-            raise UpcycleError(f"router.noise = {self.noise}; it must be a number of 0 or more")
-        for name in ("expert_dropout", "branch_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UpcycleError(
-                    f"router.{name} = {getattr(self, name)}; it must be 0 or more, and below 1"
-                )
 
     def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:
         assert self.temperature is not None

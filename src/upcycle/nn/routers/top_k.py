@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from upcycle.errors import UpcycleError
 from upcycle.nn.routers import Rounding, Router, places
+from upcycle.settings import Above, AtLeast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,18 +31,15 @@ class TopK(Router):
     needs = "nothing; its own keys moe.target = upcycled"
 
     # places of an expert over its fair share; none, or num_experts: capacity for all tokens
-    capacity_factor: float | None = None
+    capacity_factor: Annotated[float, Above(0)] | None = None
     # of those places, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
     batch_priority: bool = False  # whether the surer token takes a place first, not the earlier one
-    noise_std: float = 0.0  # of the noise on logits in training, divided by the number of experts (V-MoE)
+    # of the noise on logits in training, divided by the number of experts (V-MoE)
+    noise_std: Annotated[float, AtLeast(0)] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < float("inf"):
-            raise UpcycleError(f"router.capacity_factor = {self.capacity_factor}; it must be above 0")
-        if not 0 <= self.noise_std < float("inf"):
-            raise UpcycleError(f"router.noise_std = {self.noise_std}; it must be a number of 0 or more")
         if self.batch_priority and self.capacity_factor is None:
             raise UpcycleError(
                 "router.batch_priority orders tokens for places that are short; set router.capacity_factor"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from upcycle.errors import UpcycleError
-from upcycle.training.optimizers import Optimizer, at_least_zero
+from upcycle.settings import AtLeast
+from upcycle.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -25,18 +24,11 @@ class Adafactor(Optimizer):
 
     summary = "second moments in rows and columns: a fraction of Adam's memory"
 
-    weight_decay: float = 0.0  # of matrices; see `optimizer.decays`
-    decay: float = -0.8  # c of beta2 = 1 - step^c
-    clip: float = 1.0  # the largest root mean square of an update, before the rate
-    least_scale: float = 1e-3  # of a parameter, for its relative rate
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_zero("least_scale", self.least_scale)
-        if not -math.inf < self.decay <= 0:
-            raise UpcycleError(f"optimizer.decay = {self.decay}; it must be a number of 0 or less")
-        if not 1 <= self.clip < math.inf:
-            raise UpcycleError(f"optimizer.clip = {self.clip}; it must be a number of 1 or more")
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0  # of matrices; see `optimizer.decays`
+    decay: Annotated[float, AtLeast(0)] = 0.8  # c of beta2 = 1 - step^-c
+    # the largest root mean square of an update, before the rate
+    clip: Annotated[float, AtLeast(1)] = 1.0
+    least_scale: Annotated[float, AtLeast(0)] = 1e-3  # of a parameter, for its relative rate
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         import torch
@@ -44,7 +36,7 @@ class Adafactor(Optimizer):
         return torch.optim.Adafactor(
             [dict(group) for group in groups],
             lr=0.0,
-            beta2_decay=self.decay,
+            beta2_decay=-self.decay,
             eps=(None, self.least_scale),
             d=self.clip,
             foreach=False,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from upcycle.training.optimizers import Optimizer, at_least_zero, below_one
+from upcycle.settings import AtLeast, Within
+from upcycle.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -19,15 +20,9 @@ class AdamW(Optimizer):
 
     summary = "Adam with decoupled weight decay"
 
-    beta1: float = 0.9  # of the mean of gradients
-    beta2: float = 0.95  # of the mean of their squares
-    eps: float = 1e-8  # in the denominator
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_zero("eps", self.eps)
-        below_one("beta1", self.beta1)
-        below_one("beta2", self.beta2)
+    beta1: Annotated[float, Within("[0, 1)")] = 0.9  # of the mean of gradients
+    beta2: Annotated[float, Within("[0, 1)")] = 0.95  # of the mean of their squares
+    eps: Annotated[float, AtLeast(0)] = 1e-8  # in the denominator
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from upcycle.errors import UpcycleError
-from upcycle.training.optimizers import Optimizer, below_one
+from upcycle.settings import Within
+from upcycle.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +20,12 @@ class SGD(Optimizer):
 
     summary = "gradient descent with momentum"
 
-    momentum: float = 0.9  # of the running sum of gradients; 0: the gradient alone
+    # of the running sum of gradients; 0: the gradient alone
+    momentum: Annotated[float, Within("[0, 1)")] = 0.9
     nesterov: bool = False  # whether the gradient is taken where the momentum leads
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        below_one("momentum", self.momentum)
         if self.nesterov and not self.momentum:
             raise UpcycleError("optimizer.nesterov = true needs a momentum; set optimizer.momentum above 0")
 

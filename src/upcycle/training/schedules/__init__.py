@@ -7,43 +7,40 @@ fields are the keys of `[schedule] name = "NAME"`. No torch here: a run file is 
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from upcycle import recipe, registry
 from upcycle.errors import UpcycleError
+from upcycle.settings import AtLeast, Named, keys
 
-DEFAULT = "cosine"
-_SHARED_ONCE = ("decay", "start_step")  # keys that every schedule had; 0 stood for none
+_ONCE_SHARED = ("decay", "start_step")  # keys that every schedule had; 0 stood for none
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(abc.ABC):
+class Schedule(Named, abc.ABC):
     """Warm-up to `peak` in a straight line, then a shape. `floor` is the rate that the shape ends at, if it
     comes down."""
+
+    section: ClassVar[str] = "schedule"
+    package: ClassVar[str] = __name__
+    usual: ClassVar[str | None] = "cosine"
+    common: ClassVar[tuple[str, ...]] = ("peak", "floor", "warmup")
 
     summary: ClassVar[str]
 
     peak: float  # the largest rate
     floor: float = 0.0  # the rate at the end
-    warmup: int = 0  # steps
+    warmup: Annotated[int, AtLeast(0)] = 0  # steps
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.floor <= self.peak < math.inf:
             raise UpcycleError(
                 f"schedule.peak = {self.peak:g} and schedule.floor = {self.floor:g}; it must be that "
                 f"0 <= floor <= peak"
             )
-        steps("warmup", self.warmup)
-
-    @property
-    def name(self) -> str:
-        """The name in the run file: that of the file."""
-        return type(self).__module__.rpartition(".")[2]
 
     def at(self, step: int, total: int) -> float:
         """The rate of update `step` (0, 1, ...) of `total`."""
@@ -74,12 +71,6 @@ class Schedule(abc.ABC):
         return None
 
 
-def steps(name: str, value: int) -> None:
-    """Raise `UpcycleError` if the key `name` is no number of steps."""
-    if value < 0:
-        raise UpcycleError(f"schedule.{name} = {value}; it must be 0 or more")
-
-
 def straight_down(rate: float, floor: float, left: int, decay: int) -> float:
     """The rate with `left` steps to go, if the last `decay` steps go straight from `rate` to `floor`."""
     part = left / decay if decay else 1.0
@@ -96,36 +87,40 @@ def early(warmup: int, decay: int, total: int) -> list[str]:
     ]
 
 
-def read(table: Mapping[str, Any]) -> Schedule:
-    """The schedule of a table with `name` and its keys.
+def today(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of a run file without the zeros of [schedule] that its schedule has no key for.
 
-    Raises `UpcycleError` for an unknown name, and for a key that the schedule does not have.
+    Raises `UpcycleError` for other values of keys that are another schedule's.
     """
-    options = dict(table)
-    name = options.pop("name", DEFAULT)
-    found = find(name)
-    own = {f.name for f in dataclasses.fields(found)}
-    for key in [key for key in options if key not in own]:
-        if key in _SHARED_ONCE and options[key] == 0:
-            del options[key]
-        elif others := [n for n in names() if key in {f.name for f in dataclasses.fields(find(n))}]:
-            raise UpcycleError(
-                f"schedule.{key} is for {' and '.join(others)}, and schedule.name = {name}; take it out"
-            )
-    made: Schedule = recipe.read(found, options, "schedule")
-    return made
+    table = run.get("schedule")
+    if not isinstance(table, Mapping):
+        return dict(run)
+    chosen = Schedule.chosen(table.get("name"))
+    kept = {}
+    for key, value in table.items():
+        if key == "name" or key in keys(chosen):
+            kept[key] = value
+        elif others := [name for name in names() if key in keys(find(name))]:
+            if key not in _ONCE_SHARED or value != 0:
+                raise UpcycleError(
+                    f"schedule.{key} is for {' and '.join(others)}, and schedule.name = "
+                    f"{table.get('name', Schedule.usual)}; take it out"
+                )
+        else:
+            kept[key] = value  # an unknown key, which the reader refuses
+    return {**run, "schedule": kept}
 
 
-def as_table(schedule: Schedule) -> dict[str, Any]:
-    """The settings as a table: what `read` takes, with the keys that records have always had."""
-    return {"name": schedule.name, **dict.fromkeys(_SHARED_ONCE, 0), **dataclasses.asdict(schedule)}
+def as_recorded(schedule: Schedule) -> dict[str, Any]:
+    """The table of a schedule with the keys that records have always had."""
+    return {**dict.fromkeys(_ONCE_SHARED, 0), **schedule.as_table()}
 
 
 def find(name: str) -> type[Schedule]:
     """The schedule called `name`."""
-    return registry.find(sys.modules[__name__], name, "schedule", "schedule.name")
+    return Schedule.find(name)
 
 
 def names() -> list[str]:
     """The names of all schedules."""
-    return registry.names(sys.modules[__name__])
+    return Schedule.names()

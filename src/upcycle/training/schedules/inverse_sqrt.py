@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from upcycle.errors import UpcycleError
-from upcycle.training.schedules import Schedule, early, steps, straight_down
+from upcycle.settings import AtLeast
+from upcycle.training.schedules import Schedule, early, straight_down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +21,13 @@ class InverseSqrt(Schedule):
 
     summary = "peak x sqrt(warmup / step)"
 
-    decay: int = 0  # steps at the end, in which the rate comes down; 0: none
-    start_step: int = 0  # the dense run's last step, where the inverse square root goes on
+    # steps at the end, in which the rate comes down; 0: none
+    decay: Annotated[int, AtLeast(0)] = 0
+    # the dense run's last step, where the inverse square root goes on
+    start_step: Annotated[int, AtLeast(0)] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps("decay", self.decay)
-        steps("start_step", self.start_step)
         if not self.warmup:
             raise UpcycleError("schedule.name = inverse_sqrt needs schedule.warmup, in steps: its time scale")
 

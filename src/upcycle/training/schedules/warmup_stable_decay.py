@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from upcycle.errors import UpcycleError
-from upcycle.training.schedules import Schedule, early, steps, straight_down
+from upcycle.settings import AtLeast
+from upcycle.training.schedules import Schedule, early, straight_down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,11 +16,10 @@ class WarmupStableDecay(Schedule):
 
     summary = "peak, then straight down to floor in the last steps"
 
-    decay: int = 0  # steps at the end, in which the rate comes down
+    decay: Annotated[int, AtLeast(0)] = 0  # steps at the end, in which the rate comes down
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps("decay", self.decay)
         if not self.decay:
             raise UpcycleError("schedule.name = warmup_stable_decay needs schedule.decay, in steps")
 
