@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import upcycle
-from upcycle import Recipe, loading, tasks
+from upcycle import Recipe, UpcycleError, loading, tasks
 from upcycle.training import gradients as grads
 from upcycle.training import optimizer, saving, start, step
 from upcycle.training.loop import train
@@ -164,6 +164,20 @@ def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dic
                 for p in group["params"]
             }
             out.append({"rates": rates, "values": {name: whole(p) for p, name in names.items()}})
+    return out
+
+
+def refused(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[str]:
+    """What the errors say for each layout and change of the run."""
+    out = []
+    for layout, changes in cases:
+        run = run_of(source, layout, changes)
+        with ranks(run.parallel, experts={4}) as here:
+            try:
+                trainee_of(run, here)
+                out.append("")
+            except UpcycleError as error:
+                out.append(str(error))
     return out
 
 

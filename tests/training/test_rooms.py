@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import gloo
 import pins
+import ranks
 from tiny import make_bytes_tokenizer
 from upcycle import UpcycleError, cli
 from upcycle.nn import routers
@@ -24,6 +26,7 @@ from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.optimizers.adafactor import Adafactor
 from upcycle.training.optimizers.sgd import SGD
+from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
 
 MOE = {"moe": {"num_experts": 4, "top_k": 2, "target": "upcycled"}}
@@ -332,9 +335,6 @@ def test_momentum_is_tiled_to_experts(table, tmp_path):
     later = table(source=str(tmp_path / "dense"), optimizer={**sgd, "carry_state": True}, **MOE)
     later["out"] = str(tmp_path / "moe")
     run = Run.of(later)
-    import ranks
-    from upcycle.training.parallel import Ranks
-
     here = Ranks(device=torch.device("cpu"))
     trainee = ranks.trainee_of(run, here)
     assert start.carry_state(trainee.start, run, here, trainee.model, trainee.optimizer) == 2
@@ -352,6 +352,23 @@ def test_momentum_is_tiled_to_experts(table, tmp_path):
         other = {**later, "optimizer": {"name": name, "carry_state": True}, "out": str(tmp_path / name)}
         with pytest.raises(UpcycleError, match=message):
             train(Run.of(other))
+
+
+def test_two_ranks_update_as_one_does_or_are_refused(home):
+    source, layouts = str(home / "dense"), [{"fsdp": 2}, {"ep": 2}]
+    sgd = {"optimizer": {"name": "sgd"}, "train": {"weight_decay": 0.3}, **MOE}
+    (alone,) = ranks.updated(source, [({}, sgd)])
+    calls = [
+        ("updated", (source, [(layout, sgd) for layout in layouts])),
+        ("refused", (source, [(layout, {"optimizer": {"name": "adafactor"}, **MOE}) for layout in layouts])),
+    ]
+    for found, refusals in gloo.run(2, "ranks:several", calls):
+        for one in found:
+            for name, value in alone["values"].items():
+                torch.testing.assert_close(one["values"][name], value, rtol=1e-4, atol=1e-6)
+        for said in refusals:
+            assert "optimizer.name = adafactor cannot train" in said
+            assert "which ranks share: its update needs the mean over whole parameters" in said
 
 
 def test_an_optimizer_without_moments_exports_none(table, tmp_path):
