@@ -33,16 +33,13 @@ class Moe(Settings):
     # native (the family's MoE class of transformers), one by name, upcycled, depth_tiled or dense
     target: str = "native"
     granularity: Annotated[int, AtLeast(1)] = 1  # G: an expert is 1 / G of the dense network wide
-    expert_width: Annotated[int, AtLeast(0)] = (
-        0  # neurons of an expert; 0: those of the dense network / granularity
-    )
-    universal_experts: Annotated[int, AtLeast(0)] = (
-        0  # narrower experts beside them, for routers of slots (MoE Jetpack)
-    )
+    # neurons of an expert; 0: those of the dense network / granularity
+    expert_width: Annotated[int, AtLeast(0)] = 0
+    # narrower experts beside them, for routers of slots (MoE Jetpack)
+    universal_experts: Annotated[int, AtLeast(0)] = 0
     universal_width: Annotated[int, AtLeast(0)] = 0  # neurons of those; 0: a quarter of the others'
-    shared_experts: Annotated[int, AtLeast(0)] = (
-        0  # 0, or G: the dense network itself stands beside the experts
-    )
+    # 0, or G: the dense network itself stands beside the experts
+    shared_experts: Annotated[int, AtLeast(0)] = 0
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT sees
     depth: int = 2  # how often each block stands, for the target depth_tiled
 
@@ -134,14 +131,8 @@ class Recipe(Settings):
 
     def as_table(self) -> dict[str, Any]:
         """The recipe as a nested table: what `Recipe.of` takes and the provenance keeps."""
-        table = dataclasses.asdict(self)
-        table |= {"init": self.init.as_table(), "router": self.router.as_table()}
-        del table["parts"]
-        if self.successor is None:
-            del table["successor"]
-        for name, part in self.parts.items():
-            table[name] = {"moe": dataclasses.asdict(part.moe), "router": part.router.as_table()}
-        return table
+        table = super().as_table()
+        return table | table.pop("parts")
 
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None  # what functions take for a recipe: `Recipe.of`

@@ -544,7 +544,7 @@ BAD_RUNS = {
     "jitter": ({"router": {"jitter": 1.0}}, r"router\.jitter = 1\.0"),
     "init": ({"init": {"name": "drop"}}, r"init is for a Mixture of Experts; add a \[moe\]"),
     "router": ({"router": {"std": 0.1}}, r"router\.std is for a Mixture of Experts"),
-    "keep": ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep 1 or more"),
+    "keep": ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep = 0; it must be 1 or more"),
     "sources": ({"data": {"sources": []}}, r"data\.sources is empty"),
     "carry": ({"optimizer": {"carry_state": True}, "from_scratch": True}, "from_scratch has none"),
     "carry drop": ({"optimizer": {"carry_state": True}, **MOE}, r"init\.name = drop makes other neurons"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from upcycle.errors import UpcycleError, cut, shown
 from upcycle.settings.ranges import options
-from upcycle.settings.reading import refuse_insane, table_at
+from upcycle.settings.reading import refuse_extreme, table_at
 from upcycle.settings.tables import Named, hints, keys
 
 DEEPEST = 16  # tables and lists in one another; no key lies so deep
@@ -56,10 +56,10 @@ class Layout:
 
 def families(cls: type, at: str = "") -> dict[str, type[Named]]:
     """The families among the fields of a dataclass, by the places of their tables in a table at `at`."""
-    found = {name: option for name, hint in hints(cls).items() for option in options(hint)}
     return {
         f"{at}.{name}" if at else name: option
-        for name, option in found.items()
+        for name, hint in hints(cls).items()
+        for option in options(hint)
         if isinstance(option, type) and issubclass(option, Named)
     }
 
@@ -117,7 +117,7 @@ def _read_toml(path: Path, what: str, layout: Layout, seen: tuple[Path, ...]) ->
     if "base" not in table:
         return table
     base = table.pop("base")
-    refuse_insane(base, "base")
+    refuse_extreme(base, "base")
     if not isinstance(base, str):
         raise UpcycleError(f"base = {shown(base)} in {path}; it must be the name of a TOML file")
     seen = (*seen, path.resolve())

@@ -36,7 +36,7 @@ def read(
     if _is_family(kind):
         table = dict(table)
         kind = kind.chosen(table.pop("name", None))
-        label = f"{where} ({kind.__module__.rpartition('.')[2]})"
+        label = f"{where} ({kind.file_name()})"
     made, beside = made or {}, beside or {}
     known = {name: hint for name, hint in hints(kind).items() if name not in made}
     for key in table:
@@ -75,7 +75,7 @@ def table_at(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def refuse_insane(value: Any, key: str, *, verbatim: bool = False) -> None:
+def refuse_extreme(value: Any, key: str, *, verbatim: bool = False) -> None:
     """Raise for a whole number of more than 64 bits, and for a NUL in a text that is not `verbatim`."""
     if isinstance(value, str) and "\0" in value and not verbatim:
         raise UpcycleError(f"{key} = {shown(value)} holds a NUL character, which no path and no name has")
@@ -105,7 +105,7 @@ def _as(value: Any, option: Any, key: str, verbatim: bool) -> Any:
         return str(value)
     if type(value) is not option and (option is not float or type(value) is not int):
         return _NOT
-    refuse_insane(value, key, verbatim=verbatim)
+    refuse_extreme(value, key, verbatim=verbatim)
     return option(value)
 
 
@@ -127,8 +127,9 @@ def _allowed(option: Any) -> str:
         return ", ".join(get_args(option))
     if get_origin(option) is tuple:
         (item,) = options(get_args(option)[0])
-        many = "" if get_origin(item) is Literal else "s"
-        return f"a list of {_allowed(item).removeprefix('a ')}{many}"
+        if get_origin(item) is Literal:
+            return f"{_allowed(item)}, in a list"
+        return f"a list of {_allowed(item).removeprefix('a ')}s"
     return _PLAIN[option]
 
 

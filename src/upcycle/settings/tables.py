@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from types import ModuleType
 from typing import Any, ClassVar, Self, cast, get_type_hints
 
@@ -45,6 +45,20 @@ class Settings:
         for name, hint in hints(type(self)).items():
             refuse_outside(getattr(self, name), hint, prefix + name)
 
+    def as_table(self) -> dict[str, Any]:
+        """The settings as a nested table. TOML has no null: a key that is None is left out."""
+        own = {name: _plain(getattr(self, name)) for name in keys(type(self))}
+        return {name: value for name, value in own.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A value as a table has it."""
+    if isinstance(value, Settings):
+        return value.as_table()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Named(Settings):
@@ -63,7 +77,12 @@ class Named(Settings):
     @property
     def name(self) -> str:
         """The name in the table: that of the file."""
-        return type(self).__module__.rpartition(".")[2]
+        return self.file_name()
+
+    @classmethod
+    def file_name(cls) -> str:
+        """The name of the file that defines it."""
+        return cls.__module__.rpartition(".")[2]
 
     @classmethod
     def is_family(cls) -> bool:
@@ -83,7 +102,7 @@ class Named(Settings):
 
     @classmethod
     def chosen(cls, given: Any) -> type[Self]:
-        """The one that a table with the name `given` means; None if it has no name."""
+        """The one that a table means by the name `given`, or by None if it has no name."""
         name = cls.usual if given is None else given
         if name is None:
             raise UpcycleError(f"[{cls.section}] has no name; allowed: {', '.join(cls.names())}")
@@ -94,5 +113,5 @@ class Named(Settings):
         return importlib.import_module(cls.package)
 
     def as_table(self) -> dict[str, Any]:
-        """The settings as a table with its name. TOML has no null: a key that is None is left out."""
-        return {"name": self.name, **{k: v for k, v in dataclasses.asdict(self).items() if v is not None}}
+        """The settings as a nested table with its name."""
+        return {"name": self.name, **super().as_table()}

@@ -36,26 +36,20 @@ class Train(Settings):
 
     steps: Annotated[int, AtLeast(1)] | None = None  # updates of the weights
     tokens: Annotated[int, AtLeast(1)] | None = None  # instead of steps: as many whole steps as cover them
-    examples: Annotated[int, AtLeast(1)] | None = (
-        None  # instead of steps, where rows are not tokens: images, pairs of texts
-    )
-    batch_tokens: Annotated[int, AtLeast(1)] = (
-        65_536  # of the global batch: all ranks, all accumulation steps
-    )
+    # instead of steps, where rows are not tokens: images, pairs of texts
+    examples: Annotated[int, AtLeast(1)] | None = None
+    # of the global batch: all ranks, all accumulation steps
+    batch_tokens: Annotated[int, AtLeast(1)] = 65_536
     batch_size: Annotated[int, AtLeast(1)] | None = None  # rows of the global batch, instead of batch_tokens
-    micro_batch: Annotated[int, AtLeast(1)] | None = (
-        None  # rows of one forward pass on one rank; None: as many as fit
-    )
+    # rows of one forward pass on one rank; None: as many as fit
+    micro_batch: Annotated[int, AtLeast(1)] | None = None
     sequence_length: Annotated[int, AtLeast(1)] = 1024  # tokens of a row of text
-    layer_decay: Annotated[float, Within("(0, 1]")] = (
-        1.0  # of the rate, from block to block towards the input; see `layer_decay.py`
-    )
-    drop_path: Annotated[float, Within("[0, 1)")] | None = (
-        None  # rate of the last block, see `drop_path.py`; None: what config.json says
-    )
-    expert_dropout: Annotated[float, Within("[0, 1)")] | None = (
-        None  # after the experts' activation; None: what config.json says
-    )
+    # of the rate, from block to block towards the input; see `layer_decay.py`
+    layer_decay: Annotated[float, Within("(0, 1]")] = 1.0
+    # rate of the last block, see `drop_path.py`; None: what config.json says
+    drop_path: Annotated[float, Within("[0, 1)")] | None = None
+    # after the experts' activation; None: what config.json says
+    expert_dropout: Annotated[float, Within("[0, 1)")] | None = None
     expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # of what experts give
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # 0: no clipping
     # of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
@@ -67,9 +61,8 @@ class Train(Settings):
     seed: int | None = None  # None: the seed of the run
     eval_every: Annotated[int, AtLeast(0)] = 100  # steps between losses on the held-out part; 0: none
     eval_tokens: Annotated[int, AtLeast(1)] = 262_144  # of the held-out part, at most
-    eval_examples: Annotated[int, AtLeast(1)] | None = (
-        None  # rows of the held-out part, instead of eval_tokens
-    )
+    # rows of the held-out part, instead of eval_tokens
+    eval_examples: Annotated[int, AtLeast(1)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,16 +206,11 @@ class Run(Settings):
 
     def as_table(self) -> dict[str, Any]:
         """The run as a nested table: what `Run.of` takes."""
-        table = dataclasses.asdict(self)
-        table |= {"recipe": None, "task": None, "schedule": schedules.as_recorded(self.schedule)}
+        table = super().as_table() | {"schedule": schedules.as_recorded(self.schedule)}
         table = optimizers.as_recorded(table, self.optimizer)
-        if self.task is not None:
-            table["task"] = self.task.as_table()
-        if self.recipe is not None:
-            full = self.recipe.as_table()
-            table["router"] |= full.pop("router")
-            table |= {k: v for k, v in full.items() if k != "seed"}
-        return _without_none(table)
+        recipe = table.pop("recipe", {})
+        table["router"] |= recipe.pop("router", {})
+        return _with_lists(table | {key: value for key, value in recipe.items() if key not in table})
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that goes on from it."""
@@ -232,8 +220,7 @@ class Run(Settings):
         return table | {"train": train}
 
 
-_OF_A_RUN = {name: family for name, family in families(Run).items() if name not in recipes.LAYOUT.named}
-LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **_OF_A_RUN})
+LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **families(Run)})
 
 
 def train_of(table: Mapping[str, Any]) -> Train:
@@ -241,8 +228,8 @@ def train_of(table: Mapping[str, Any]) -> Train:
     return settings.read(Train, optimizers.today(table)["train"], "train")
 
 
-def _without_none(value: Any) -> Any:
-    """TOML has no null: a key that is None is left out."""
+def _with_lists(value: Any) -> Any:
+    """A table as JSON gives it back: lists, and no tuples."""
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: _with_lists(v) for k, v in value.items()}
+    return [_with_lists(v) for v in value] if isinstance(value, tuple) else value
