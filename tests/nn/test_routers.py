@@ -15,7 +15,8 @@ from upcycle.hf.configs import Shape
 from upcycle.nn import MoE, routers
 from upcycle.nn.experts import Experts
 from upcycle.nn.moe import Router
-from upcycle.training.routing import load_balancing_loss
+from upcycle.nn.routing import Tokens
+from upcycle.training.router_losses import load_balancing_loss
 
 E, H = 4, 6  # experts and hidden units, where nothing else is said
 
@@ -441,9 +442,8 @@ def test_how_much_of_the_dense_network_is_there_at_step_0(num_experts):
 
     def route(**table):
         settings = routers.read({"normalize": False, **table})
-        return settings.route(
-            {"weight": weight}, hidden, None, num_experts=num_experts, top_k=2, training=False, causal=False
-        )
+        tensors = {"weight": weight}
+        return settings.route(Tokens(hidden=hidden, tensors=tensors, num_experts=num_experts, top_k=2))
 
     for place, factor in enumerate((1.0, 2.0, 3.0, 5.0)):
         routing = route(name="expert_choice", capacity_factor=factor)

@@ -11,7 +11,7 @@ from upcycle.settings import AtLeast, Settings, Within
 @dataclass(frozen=True, kw_only=True)
 class Balance(Settings):
     """The losses on the router, its bias, and noise. They share [router] with the keys of the router itself;
-    `training/routing.py` computes them."""
+    `training/router_losses.py` computes them."""
 
     section: ClassVar[str] = "router"
 
@@ -29,3 +29,8 @@ class Balance(Settings):
     importance_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # of V-MoE's loss on the weights of experts
     load_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # of V-MoE's loss on the load of experts
     layers: Literal["mean", "sum"] = "mean"  # how the layers' losses are put together
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """What a run multiplies losses by that some routers give, by their names in `Routing.losses`."""
+        return {"importance": self.importance_loss_coef, "load": self.load_loss_coef}

@@ -21,7 +21,9 @@ from upcycle.nn.balance import Balance
 from upcycle.recipe import Recipe
 from upcycle.settings import Above, AtLeast, Settings, Within, families, parted, table_at
 from upcycle.tasks import Task
-from upcycle.training.schedule import Schedule
+from upcycle.training import optimizers, schedules
+from upcycle.training.optimizers import Optimizer
+from upcycle.training.schedules import Schedule
 
 MOST_ROWS = 1 << 20  # of a global batch; no published run comes near them
 MOST_TOKENS = 1 << 30
@@ -43,7 +45,6 @@ class Train(Settings):
     # rows of one forward pass on one rank; None: as many as fit
     micro_batch: Annotated[int, AtLeast(1)] | None = None
     sequence_length: Annotated[int, AtLeast(1)] = 1024  # tokens of a row of text
-    weight_decay: Annotated[float, AtLeast(0)] = 0.1  # of matrices; see `optimizer.decays`
     # of the rate, from block to block towards the input; see `layer_decay.py`
     layer_decay: Annotated[float, Within("(0, 1]")] = 1.0
     # rate of the last block, see `drop_path.py`; None: what config.json says
@@ -51,9 +52,6 @@ class Train(Settings):
     # after the experts' activation; None: what config.json says
     expert_dropout: Annotated[float, Within("[0, 1)")] | None = None
     expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # of what experts give
-    beta1: Annotated[float, Within("[0, 1)")] = 0.9  # of AdamW
-    beta2: Annotated[float, Within("[0, 1)")] = 0.95  # of AdamW
-    eps: Annotated[float, AtLeast(0)] = 1e-8  # of AdamW
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # 0: no clipping
     # of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
@@ -106,16 +104,6 @@ class Train(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer(Settings):
-    """The state that the optimizer starts from."""
-
-    section: ClassVar[str] = "optimizer"
-
-    # moments that `upcycle export --optimizer` left in the source, tiled to experts
-    carry_state: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel(Settings):
     """How many ranks share what; fsdp x tp is the world, ep divides it."""
 
@@ -163,7 +151,7 @@ class Run(Settings):
     train: Train
     schedule: Schedule
     router: Balance = dataclasses.field(default_factory=Balance)
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = dataclasses.field(default_factory=optimizers.usual)
     parallel: Parallel = Parallel()
     log: Log = Log()
     checkpoint: Saving = Saving()
@@ -193,7 +181,7 @@ class Run(Settings):
             raise UpcycleError(
                 f"{shown(given)} is no run; give a Run, a table as a run file has it, or the path of one"
             )
-        table = dict(given)
+        table = schedules.today(optimizers.today(given))
         if table.get("moe") is False:
             del table["moe"]
         of_experts = {k: table.pop(k) for k in recipes.OF_EXPERTS if k in table}
@@ -224,7 +212,8 @@ class Run(Settings):
 
     def as_table(self) -> dict[str, Any]:
         """The run as a nested table: what `Run.of` takes."""
-        table = super().as_table()
+        table = super().as_table() | {"schedule": schedules.as_recorded(self.schedule)}
+        table = optimizers.as_recorded(table, self.optimizer)
         recipe = table.pop("recipe", {})
         table["router"] |= recipe.pop("router", {})
         return _with_lists(table | {key: value for key, value in recipe.items() if key not in table})
@@ -238,6 +227,11 @@ class Run(Settings):
 
 
 LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **families(Run)})
+
+
+def train_of(table: Mapping[str, Any]) -> Train:
+    """[train] of the table that `Run.as_table` made of a run, by this version or an earlier one."""
+    return settings.read(Train, optimizers.today(table)["train"], "train")
 
 
 def _with_lists(value: Any) -> Any:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from upcycle import settings
 from upcycle.errors import UpcycleError
+from upcycle.nn import router_starts
+from upcycle.nn.router_starts import RouterStart
 from upcycle.settings import AtLeast, Named
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 Rounding = Literal["vmoe", "flaxformer", "exact"]
 
@@ -59,13 +61,23 @@ class Router(Named, abc.ABC):
     has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, as many each
     untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that no gradient reaches
 
-    # of the weight; zeros scores all experts alike
-    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
+    # how the weight starts: normal, uniform, orthogonal, grouped, or zeros, which scores all experts alike
+    init: str = "normal"
     std: Annotated[float, AtLeast(0)] = 0.02  # standard deviation of the weight
     normalize: bool = True  # whether a token's weights are made to sum to one
     rescale: bool = True  # where they are not, whether experts are multiplied by what makes up for it
     # tokens that compete with each other for places; 0: those of a row (an image, a text)
     group: Annotated[int, AtLeast(0)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init is not None:  # in some routers other keys say it
+            router_starts.find(self.init)
+
+    @property
+    def start(self) -> RouterStart:
+        """How the weight starts."""
+        return router_starts.find(self.init)
 
     @property
     def causal(self) -> bool:
@@ -116,18 +128,15 @@ class Router(Named, abc.ABC):
         """How many experts a token is worth in arithmetic, on average, in groups of `length` tokens."""
 
     @abc.abstractmethod
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
-        """Route tokens [G, N, H] in float32; `padding` [G, N] is True where there is no token."""
+    def route(self, tokens: Tokens) -> Routing:
+        """Say which tokens go to which experts; arithmetic in the type of the tokens, float32 at least."""
+
+    def loss_coefs(self) -> dict[str, float]:
+        """What a run multiplies this router's own losses by, by their names in `Routing.losses`.
+
+        A run weighs `importance` and `load` itself, by keys of its own.
+        """
+        return {}
 
     def beyond_native(self) -> list[str]:
         """The keys set here that no MoE class of transformers heeds, besides a router of another name."""

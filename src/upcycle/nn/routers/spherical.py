@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ from upcycle.settings import Above, AtLeast, Within
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 KEY_STD = 0.02  # of the key projection at its start, as transformers starts a ViT's matrices
 NORM_EPS = 1e-5  # of the queries' LayerNorm
@@ -69,8 +68,8 @@ class Spherical(SlotRouter):
 
     # sets what is not given: MoE Jetpack's text (paper) or its released code (repo)
     preset: Literal["paper", "repo"] = "paper"
-    # of the queries
-    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] | None = None  # type: ignore[assignment]
+    # how the queries start, as the weight of other routers does
+    init: str | None = None  # type: ignore[assignment]
     # of the queries
     std: Annotated[float, AtLeast(0)] | None = None  # type: ignore[assignment]
     # a linear map of the tokens (projected), or the tokens (plain)
@@ -108,33 +107,24 @@ class Spherical(SlotRouter):
             out["key_bias"] = Extra((hidden,))
         return out
 
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
+    def route(self, tokens: Tokens) -> Routing:
         import torch
         import torch.nn.functional as F  # noqa: N812
 
         from upcycle.nn.entmax import entmax15
 
-        keys = hidden
+        tensors, num_experts = tokens.tensors, tokens.num_experts
+        keys = tokens.hidden
         if self.keys == "projected":
-            keys = F.linear(hidden, tensors["key_weight"], tensors["key_bias"])
+            keys = F.linear(keys, tensors["key_weight"], tensors["key_bias"])
         if self.key_norm:
             keys = F.normalize(keys, dim=-1)
         norm = (tensors["query_norm_weight"], tensors["query_norm_bias"])
-        queries = F.layer_norm(tensors["weight"], hidden.shape[-1:], *norm, NORM_EPS)
+        queries = F.layer_norm(tensors["weight"], tokens.hidden.shape[-1:], *norm, NORM_EPS)
         products = F.linear(keys, F.normalize(queries, dim=-1))  # [G, N, E S]
         # From torch's own generator, which a layer that is recomputed finds as it was.
         scale = 1 / num_experts if self.noise is None else self.noise
-        noisy = scale and (training or self.noise_in_eval)
+        noisy = scale and (tokens.training or self.noise_in_eval)
         noise = scale * torch.randn_like(products) if noisy else None
         if noise is not None and not self.noise_after:
             products = products + noise
@@ -143,8 +133,8 @@ class Spherical(SlotRouter):
         if noise is not None and self.noise_after:
             into, back = into + noise, back + noise
         weights = entmax15(back, dim=-1) if self.combine == "entmax15" else back.softmax(-1)
-        kept = self._kept(len(hidden), num_experts, products) if training else None
-        return self.routing(into, weights, back, padding, kept)
+        kept = self._kept(tokens.groups, num_experts, products) if tokens.training else None
+        return self.routing(tokens, into, weights, back, kept)
 
     def _kept(self, groups: int, num_experts: int, like: Tensor) -> Tensor | None:
         """What the outputs of experts are multiplied by in each group, [G, 1, E or 1, 1]."""
