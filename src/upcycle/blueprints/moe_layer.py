@@ -182,8 +182,7 @@ def tensors(
 
 def _norm(dense: Dense, site: Site, every: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Weight and bias of the norm before the network, if there is one."""
-    stack = next(stack for stack in dense.stacks if stack.name == site.stack)
-    before = stack.norm_path.format(i=site.layer)
+    before = dense.stack(site.stack).norm_path.format(i=site.layer)
     return {part: every[f"{before}.{part}"] for part in ("weight", "bias") if f"{before}.{part}" in every}
 
 
