@@ -120,7 +120,7 @@ class Blueprint:
         )
 
     def _preserves(self, site: Site) -> bool:
-        router = self.recipe.at(site.stack).router
+        router = self.parts[site.stack].router
         count, top_k = site.num_experts, site.top_k
         gate, up, _ = moe_layer.factors(self.recipe, site)
         network = self.dense.feed_forward(site.layer, site.stack)
@@ -139,15 +139,15 @@ class Blueprint:
     def _all_meet_all(self, site: Site) -> bool:
         """Whether every expert has every token of a row, and all neurons of the dense network: what the
         statistics of a response norm are over."""
-        router, row = self.recipe.at(site.stack).router, self.dense.lengths[site.stack]
+        router, row = self.parts[site.stack].router, self.dense.lengths[site.stack]
         met = router.experts_per_token(site.num_experts, site.top_k, row)
         whole = site.width == site.dense_width and router.group in (0, row)
         return whole and not router.has_slots and met >= site.num_experts
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, Recipe]:
         """The recipe of each stack that has MoE layers, by its name."""
-        return {site.stack: self.recipe.at(site.stack) for site in self.sites}
+        return {name: self.recipe.at(name) for name in dict.fromkeys(site.stack for site in self.sites)}
 
     @property
     def expert_counts(self) -> set[int]:

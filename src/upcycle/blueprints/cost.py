@@ -166,7 +166,7 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
             continue
         row = length or lengths[site.stack]
         part = 1.0 if stack else parts[site.stack]
-        router = built.recipe.at(site.stack).router
+        router = built.parts[site.stack].router
         network = built.dense.feed_forward(site.layer, site.stack)
         for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
             if not count:
@@ -188,7 +188,7 @@ def mixing(built: Blueprint, stack: str | None = None) -> int:
     parts = _parts(built.dense)
     total = 0.0
     for site in built.sites:
-        router = built.recipe.at(site.stack).router
+        router = built.parts[site.stack].router
         if router.has_slots and stack in (None, site.stack):
             rows = router.rows(site.num_experts + site.universal_experts)
             total += (1.0 if stack else parts[site.stack]) * 2 * rows * site.hidden

@@ -11,7 +11,7 @@ from typing import Any
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import read_json
 from upcycle.errors import UpcycleError
-from upcycle.families import Family
+from upcycle.families import Family, Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,14 @@ class Subject:
         """Tokens of a row in each stack of blocks."""
         family = self._family or families.find(str(self._dense_config.get("model_type")))
         return family.lengths(dict(self.settings))
+
+    def grid(self, stack: str) -> Grid:
+        """The patches of an image that the positions of a stack are. Raises `UpcycleError` for a model of
+        texts."""
+        grid = None if self._family is None else self._family.grid(self.settings, stack)
+        if grid is None:
+            raise UpcycleError(f"{self.folder} reads texts and cuts no image into patches")
+        return grid
 
     @property
     def vocab_size(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from upcycle import registry
 from upcycle.errors import UpcycleError, shown
+from upcycle.families._stacks import Grid as Grid
 from upcycle.families._stacks import Stack as Stack
 from upcycle.families._weights import Shapes as Shapes
 from upcycle.families._weights import Weights as Weights
@@ -88,6 +89,11 @@ class Family(abc.ABC):
     def lengths(self, config: Config) -> dict[str, int]:
         """Tokens of a row in each stack, likewise."""
         return {stack.name: self.length(config) for stack in self.stacks(config)}
+
+    def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
+        """The patches of an image that the positions of a stack are, row by row, behind the class tokens;
+        None: positions are tokens of a text."""
+        return None
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What its forward pass wants, to compare two models on: by name, `tokens` or `pixels`, and a shape

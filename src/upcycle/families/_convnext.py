@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
+from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Stack, Weights
+from upcycle.families import Config, Grid, Stack, Weights
 from upcycle.families._encoder import Encoder, num_labels, pair
 from upcycle.families._weights import Bias, Matrix, below, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
@@ -42,10 +43,8 @@ class ConvNeXt(Encoder):
     def lengths(self, config: Config) -> dict[str, int]:
         """Places of the feature map in each stage: 56^2, 28^2, 14^2 and 7^2 of an image of 224 x 224."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
-        height, width = image[0] // patch[0], image[1] // patch[1]
-        found = {}
-        for s in range(STAGES):
-            found[f"stage_{s + 1}"] = (height // STRIDE**s) * (width // STRIDE**s)
+        grids = {f"stage_{s + 1}": self.grid(config, f"stage_{s + 1}") for s in range(STAGES)}
+        found = {name: grid.rows * grid.columns for name, grid in grids.items()}
         if not all(found.values()):
             raise UpcycleError(
                 f"config.json of a {self.model_type} model: an image of {image[0]} x {image[1]} in patches "
@@ -53,6 +52,17 @@ class ConvNeXt(Encoder):
                 f"{STRIDE ** (STAGES - 1)} patches high and wide"
             )
         return found
+
+    def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
+        """Each later stage merges patches two by two, and what is left over falls away."""
+        image, patch = pair(config["image_size"]), pair(config["patch_size"])
+        merged = STRIDE ** self.number(stack)
+        return Grid(
+            rows=image[0] // patch[0] // merged,
+            columns=image[1] // patch[1] // merged,
+            height=patch[0] * merged,
+            width=patch[1] * merged,
+        )
 
     def length(self, config: Config) -> int:
         """Tokens of an image in the first stage, where there are most."""

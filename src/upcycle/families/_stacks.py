@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How an image is cut into the positions of a stack: how many, and their size in pixels."""
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stack:
     """A run of blocks of one kind, each with a feed-forward network. `{i}` stands for a block's number."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from upcycle.families import Config, Stack, Weights
+from upcycle.families import Config, Grid, Stack, Weights
 from upcycle.families._encoder import Encoder, num_labels, pair
 from upcycle.families._weights import Bias, Matrix, Table, below, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
@@ -22,14 +23,15 @@ class VisionTransformer(Encoder):
     after = ("layernorm.", "pooler.")
     plain = ("intermediate.dense", "output.dense")  # names of up and down in a block
 
-    def patches(self, config: Config) -> int:
-        """Tokens of an image, without those that stand before them."""
+    def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
+        """The patches that the embeddings cut."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
-        return (image[0] // patch[0]) * (image[1] // patch[1])
+        return Grid(rows=image[0] // patch[0], columns=image[1] // patch[1], height=patch[0], width=patch[1])
 
     def length(self, config: Config) -> int:
         """Tokens of an image in the blocks."""
-        return self.patches(config) + len(self.tokens)
+        grid = self.grid(config, "layers")
+        return grid.rows * grid.columns + len(self.tokens)
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         images = max(1, tokens // self.length(config))

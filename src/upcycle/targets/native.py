@@ -244,6 +244,9 @@ class Native(WithExperts):
         )
 
 
+target = Native
+
+
 def of(dense: Dense, recipe: Recipe) -> Native:
     """The architecture that `moe.target` names; `native` is the family's first."""
     family, asked = dense.family, recipe.moe.target

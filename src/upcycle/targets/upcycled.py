@@ -93,13 +93,14 @@ class Upcycled(WithExperts):
         """Every tensor by its name on disk; a name that two rules define is an error of ours."""
         every = moe_layer.averaged(models, recipe)
         stacks = {stack.name: stack for stack in models[0].stacks}
+        parts = {name: recipe.at(name) for name in stacks}
         out = {
             name: tensor
             for name, tensor in every.items()
             if not any(stacks[site.stack].owns(name, site.layer) for site in sites)
         }
         for site in sites:
-            made = moe_layer.tensors(models, site, recipe.at(site.stack), self, every)
+            made = moe_layer.tensors(models, site, parts[site.stack], self, every)
             moe_layer.add(out, stacks[site.stack].path.format(i=site.layer), made)
         return out
 
@@ -117,8 +118,9 @@ class Upcycled(WithExperts):
     def opened(cls, config: Mapping[str, Any]) -> Self | None:
         """The upcycled twin of the class that config.json names."""
         dense = upcycled_config.dense_type(config)
-        named = config.get("architectures") or [""]
-        return None if dense is None else cls(model_type=PREFIX + dense, architecture=str(named[0]))
+        named = config.get("architectures")
+        name = str(named[0]) if isinstance(named, list) and named else ""
+        return None if dense is None else cls(model_type=PREFIX + dense, architecture=name)
 
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
         """The config without what upcycling adds."""
