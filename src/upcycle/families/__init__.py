@@ -68,7 +68,12 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def config(self, raw: Mapping[str, Any]) -> Config:
-        """config.json with every default in place and rotary settings in one form (`rope_parameters`)."""
+        """config.json with every default in place and rotary settings in one form (`rope_parameters`).
+
+        Whatever the names in config.json, it has `vocab_size` (of texts), `hidden_size`, `intermediate_size`,
+        `num_hidden_layers`, `num_attention_heads`, `hidden_act` and `tie_word_embeddings`. Raises
+        `UpcycleError` for a config that does not fit.
+        """
 
     @abc.abstractmethod
     def weights(self, config: Config) -> Weights:

@@ -56,6 +56,11 @@ class Target(abc.ABC):
     has_experts: ClassVar[bool]
 
     @classmethod
+    def listed(cls) -> list[dict[str, str]]:
+        """Its rows in `upcycle list`: name, summary and needs of every target of this kind."""
+        return [{"name": cls.__module__.rpartition(".")[2], "summary": cls.summary, "needs": cls.needs}]
+
+    @classmethod
     def opened(cls, config: Mapping[str, Any]) -> Self | None:
         """The target whose folder has this config.json; None if it is no such folder."""
         return None
@@ -173,6 +178,12 @@ def kind(name: str) -> type[Target]:
     """The class of the targets of one kind."""
     found: type[Target] = registry.find(sys.modules[__name__], name, "target", "target")
     return found
+
+
+def catalogue() -> list[dict[str, str]]:
+    """Every target by name, summary and needs, those that other libraries know first."""
+    first = sorted(names(), key=lambda name: name != "native")
+    return [row for name in first for row in kind(name).listed()]
 
 
 def opened(config: Mapping[str, Any]) -> Target | None:

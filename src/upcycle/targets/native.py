@@ -138,6 +138,19 @@ class Native(WithExperts):
         return self.extra(site.num_experts, dtype) if self.extra else {}
 
     @classmethod
+    def listed(cls) -> list[dict[str, str]]:
+        """Every architecture."""
+        found = (natives.find(name) for name in natives.names())
+        return [
+            {
+                "name": native.model_type,
+                "summary": native.summary,
+                "needs": "experts in every layer" if native.dense_layers is None else "nothing",
+            }
+            for native in found
+        ]
+
+    @classmethod
     def opened(cls, config: Mapping[str, Any]) -> Self | None:
         """The architecture that config.json names."""
         name = config.get("model_type")
