@@ -892,6 +892,6 @@ def test_an_image_size_that_is_none(value, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"image_size": value}))
     with pytest.raises(
-        UpcycleError, match="image_size = .*; it must be a whole number of 1 or more, or two of"
+        UpcycleError, match=r"image_size = .*; it must be a whole number of 1 or more, or two of"
     ):
         plan(folder, Recipe.of(moe={"target": "upcycled", "num_experts": 2}))
