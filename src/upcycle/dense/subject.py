@@ -39,7 +39,7 @@ class Subject:
             raise UpcycleError(f"{self.folder}/config.json names no architecture")
         if not isinstance(named, list) or not isinstance(named[0], str):
             raise self._odd("architectures", "a list with the name of a class")
-        return str(self._dense_config["architectures"][0])
+        return targets.dense_class(named[0])
 
     @cached_property
     def _dense_config(self) -> Mapping[str, Any]:

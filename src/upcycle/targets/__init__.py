@@ -65,6 +65,11 @@ class Target(abc.ABC):
         """The target whose folder has this config.json; None if it is no such folder."""
         return None
 
+    @classmethod
+    def dense_class(cls, architecture: str) -> str:
+        """The name of the dense class in that of a class of this kind; any other name as it is."""
+        return architecture
+
     @abc.abstractmethod
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if this target cannot keep what the source or the recipe asks for."""
@@ -190,6 +195,13 @@ def opened(config: Mapping[str, Any]) -> Target | None:
     """The target whose folder has this config.json; None if it is that of a dense model."""
     found = (kind(name).opened(config) for name in names())
     return next((target for target in found if target is not None), None)
+
+
+def dense_class(architecture: str) -> str:
+    """The name of the dense class of transformers in that of a class of any target, and its own otherwise."""
+    for name in names():
+        architecture = kind(name).dense_class(architecture)
+    return architecture
 
 
 def recorded(moe: Mapping[str, Any]) -> type[Target]:

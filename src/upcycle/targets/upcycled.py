@@ -122,6 +122,11 @@ class Upcycled(WithExperts):
         name = str(named[0]) if isinstance(named, list) and named else ""
         return None if dense is None else cls(model_type=PREFIX + dense, architecture=name)
 
+    @classmethod
+    def dense_class(cls, architecture: str) -> str:
+        """The name without what upcycling adds."""
+        return architecture.removeprefix(CLASS_PREFIX)
+
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
         """The config without what upcycling adds."""
         return upcycled_config.dense_config(config)
