@@ -113,7 +113,8 @@ class Target(abc.ABC):
     ) -> None:
         """Raise `UpcycleError` if a model of this config cannot be shared out over so many processes."""
 
-    def moments(self, recipe: Recipe) -> Recipe:
+    @classmethod
+    def moments(cls, recipe: Recipe) -> Recipe:
         """The recipe that makes the optimizer's moments of the result out of the dense model's."""
         return type(recipe).of(recipe.as_table() | {"init": {"name": "copy"}, "dtype": "source"})
 

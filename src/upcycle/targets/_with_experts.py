@@ -36,7 +36,8 @@ class WithExperts(Target):
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:
         """What a tensor is that the dense model does not have."""
 
-    def moments(self, recipe: Recipe) -> Recipe:
+    @classmethod
+    def moments(cls, recipe: Recipe) -> Recipe:
         """Experts as copies; a router has no moments yet."""
         table = super().moments(recipe).as_table()
         table["router"] |= {"init": "zeros"}

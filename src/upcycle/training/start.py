@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle import loading
+from upcycle import loading, targets
 from upcycle.blueprints import moe_layer
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.blueprints.cost import flops_per_row, plan_of
@@ -297,7 +297,7 @@ def carry_state(
         raise UpcycleError(f"{folder / 'state.json'} is damaged: step = {step!r}; export the run again")
     for moment in MOMENTS:
         with Checkpoint.open(folder / moment) as stored:
-            entries = _moments(stored, run, start.built)
+            entries = _moments(stored, run)
             shaped = _build(start, entries, run, ranks, torch.float32).to(ranks.device)
             given = dict(shaped.named_parameters())
             for name, parameter in model.named_parameters():
@@ -307,16 +307,17 @@ def carry_state(
     return step
 
 
-def _moments(stored: Checkpoint, run: Run, built: Blueprint | None) -> Mapping[str, Entry]:
+def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
     """The moments of every tensor of the model, from those of the dense model."""
-    if run.recipe is None or built is None:
+    if run.recipe is None:
         return {n: Entry(t, t.dtype) for n, t in admit(stored).tensors.items()}
-    entries = blueprint(stored, built.target.moments(run.recipe)).entries
+    kind = targets.recorded({"target": run.recipe.moe.target})
+    copied = blueprint(stored, kind.moments(run.recipe))
     # What no source tensor is in (constants, gates of shared experts) has no moments yet, nor has a router,
     # though a norm of the dense model may be in it.
     return {
         n: e
-        if not built.target.draws(n) and any(True for _ in e.lazy.sources())
+        if not copied.target.draws(n) and any(True for _ in e.lazy.sources())
         else replace(e, lazy=Fill(e.shape, e.lazy.dtype, 0.0))
-        for n, e in entries.items()
+        for n, e in copied.entries.items()
     }
