@@ -28,18 +28,18 @@ SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exact
 
 def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     """The blocks that become MoE, stack by stack, checked for what the initialisation and the router need."""
-    _refuse_too_many_experts(recipe, dense)
+    parts = {stack.name: recipe.at(stack.name) for stack in dense.stacks}
+    chosen = {stack.name: chosen_layers(parts[stack.name], stack) for stack in dense.stacks}
+    _refuse_too_many_experts(recipe, {name: (parts[name], len(layers)) for name, layers in chosen.items()})
     out = []
     for stack in dense.stacks:
-        part = recipe.at(stack.name)
+        part = parts[stack.name]
         moe, router = part.moe, part.router
         router.start.check(moe.num_experts, moe.granularity)
-        for layer in chosen_layers(part, stack):
-            shared = _shared_width(part, names, stack.width)
-            width, origin = (
-                moe.expert_width or stack.width // moe.granularity,
-                dense.origin(layer, stack.name),
-            )
+        shared = _shared_width(part, names, stack.width) if chosen[stack.name] else 0
+        width = moe.expert_width or stack.width // moe.granularity
+        for layer in chosen[stack.name]:
+            origin = dense.origin(layer, stack.name)
             site = Site(
                 stack=stack.name,
                 layer=layer,
@@ -66,13 +66,11 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     return tuple(out)
 
 
-def _refuse_too_many_experts(recipe: Recipe, dense: Dense) -> None:
-    """Refuse numbers of experts that would only fill the memory, before the first of them is made."""
-    total = 0
-    for stack in dense.stacks:
-        part = recipe.at(stack.name)
-        each = part.moe.num_experts + part.moe.universal_experts
-        total += each * len(chosen_layers(part, stack))
+def _refuse_too_many_experts(recipe: Recipe, stacks: Mapping[str, tuple[Recipe, int]]) -> None:
+    """Refuse numbers of experts that would only fill the memory, before the first of them is made. `stacks`
+    has the recipe of each stack, and how many of its blocks become MoE."""
+    each = ((part.moe.num_experts + part.moe.universal_experts, count) for part, count in stacks.values())
+    total = sum(experts * count for experts, count in each)
     room = memory.available()
     most = MOST_EXPERTS if room is None else min(MOST_EXPERTS, room // EXPERT_BYTES)
     if total > most:
@@ -177,8 +175,7 @@ def tensors(
 
 def _norm(dense: Dense, site: Site, every: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Weight and bias of the norm before the network, if there is one."""
-    stack = next(stack for stack in dense.stacks if stack.name == site.stack)
-    before = stack.norm_path.format(i=site.layer)
+    before = dense.stack(site.stack).norm_path.format(i=site.layer)
     return {part: every[f"{before}.{part}"] for part in ("weight", "bias") if f"{before}.{part}" in every}
 
 
