@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from upcycle import targets
 from upcycle.errors import printable
 from upcycle.system.wording import count, place_of, size
 
@@ -304,10 +305,7 @@ def _began(found: dict[str, float] | None) -> str:
 
 
 def _how(recipe: dict[str, Any]) -> str:
-    moe = recipe["moe"]
-    if moe.get("target") == "depth_tiled":
-        return f", every block {moe['depth']} times"
-    return f" by init {recipe['init']['name']}"
+    return targets.recorded(recipe["moe"]).made_by(recipe)
 
 
 def _place(row: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from upcycle.data.corpus import read_tokenizer
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
-from upcycle.evaluation.patches import FAVOURITES, Grid, Patches
+from upcycle.evaluation.patches import FAVOURITES, Patches
 from upcycle.hf import models
 from upcycle.records.routing import RoutingDomain, RoutingLayer, RoutingRecord
 from upcycle.system import claim, scratch, whole_file
@@ -253,7 +253,7 @@ def _watch(
         _add(layer, name, said, _kinds(inputs, layer.stack, said, len(places)))
         if layer.patches is not None:
             given = said.probabilities.cpu().numpy().reshape(len(places), -1, said.probabilities.shape[-1])
-            grid = Grid.of(subject.settings, layer.stack)
+            grid = subject.grid(layer.stack)
             layer.patches.add(inputs["pixel_values"].cpu().numpy(), given, grid)
     return [None] * len(places)
 

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import recipe
 from upcycle.errors import UpcycleError
 from upcycle.records.metrics import StepMetrics
 from upcycle.records.reader import DamagedError, Table, load
 from upcycle.records.run import RunRecord
 from upcycle.reporting.document import clean
 from upcycle.system import wording
-from upcycle.training.run import Train
+from upcycle.training.run import train_of
 
 DEPTH = 64  # levels of a JSON file
 TAIL = 50  # last steps that the load of experts is averaged over
@@ -99,7 +98,7 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path, name: str) -> RunHistory:
     """The run in `folder`. Raises `UpcycleError` if run.json does not say what was run."""
     about = _about(folder)
-    wanted: Train = recipe.read(Train, about.run["train"], "train")
+    wanted = train_of(about.run)
     damage: list[str] = []
     steps: list[StepMetrics] = []
     routed = _Routed(damage)

@@ -89,7 +89,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             model=model,
             task=task,
             start=begun,
-            optimizer=optimizer.make(model, run.train, start.scales(begun, run, model, routers)),
+            optimizer=optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers)),
             routers=routers,
             run=run,
             ranks=here,
@@ -247,7 +247,13 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
         replace(routing.health(tally, stack, layer), router_grad_norm=norm)
         for layer, stack, tally, norm in rows
     )
-    return replace(record, balance_loss=outcome.balance_loss, z_loss=outcome.z_loss, layers=layers)
+    return replace(
+        record,
+        balance_loss=outcome.balance_loss,
+        z_loss=outcome.z_loss,
+        router_losses=dict(outcome.own_losses) or None,
+        layers=layers,
+    )
 
 
 def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, must: bool) -> None:
@@ -255,6 +261,7 @@ def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, 
     keep = trainee.run.checkpoint.keep
     saved = replace(state, identity=trainee.run.identity(), micro_batch=trainee.run.train.micro_batch)
     with held():
+        optimizer.fill(trainee.optimizer, trainee.run.optimizer)
         reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
     if reason is None:
         return
@@ -277,22 +284,14 @@ def _begin(
     if checkpoint is None:
         if run.optimizer.carry_state:
             stopped = start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
-            if trainee.ranks.first and run.schedule.name == "inverse_sqrt":
-                _warn_of_other_step(stopped, run.schedule.start_step)
+            if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
+                metrics.warn(wrong)
         return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
+    optimizer.fill(trainee.optimizer, run.optimizer)
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     feed.restore(dict(state.batches))
     return state
-
-
-def _warn_of_other_step(stopped: int, start_step: int) -> None:
-    """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
-    if stopped != start_step:
-        metrics.warn(
-            f"the moments are of step {stopped} and schedule.start_step = {start_step}; "
-            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}"
-        )
 
 
 def _write_record(trainee: Trainee, out: Path, state: RunState) -> None:

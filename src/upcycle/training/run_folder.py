@@ -8,14 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from upcycle import recipe
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.reader import load
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import saving
 from upcycle.training.parallel import Ranks
-from upcycle.training.run import Run, Train
+from upcycle.training.run import Run, train_of
 
 LOCK = ".upcycle-lock"
 _LENGTH = ("steps", "tokens", "examples")  # how long a run is, of which a run file has one
@@ -124,7 +123,7 @@ def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int
     if before == now or theirs.get("schedule") != mine["schedule"]:
         return
     try:
-        old, new = recipe.read(Train, before, "train").total_steps, run.train.total_steps
+        old, new = train_of(theirs).total_steps, run.train.total_steps
     except (UpcycleError, TypeError, AttributeError):
         return  # the keys that differ are named
     if new < done:

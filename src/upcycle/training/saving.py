@@ -33,7 +33,6 @@ from upcycle.errors import UpcycleError
 from upcycle.records.reader import DamagedError
 from upcycle.records.state import RunState
 from upcycle.system import whole_file
-from upcycle.training.optimizer import fill
 from upcycle.training.parallel import Ranks
 from upcycle.training.untrusted import Planner, Reader
 
@@ -78,7 +77,8 @@ def save(
 ) -> str | None:
     """Write checkpoint `state.step`; the reason where it could not be, and then nothing has changed.
 
-    Every rank calls it. Older checkpoints beyond `keep` go when the new one is in place.
+    Every rank calls it, with an optimizer that has a state for every parameter (`optimizer.fill`). Older
+    checkpoints beyond `keep` go when the new one is in place.
     """
     final = folder_of(out) / f"step-{state.step}"
     partial = final.with_name(final.name + ".partial")
@@ -89,7 +89,6 @@ def save(
     hashes: dict[str, str] = {}
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        fill(optimizer)
         tensors = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=_BY_NAME),

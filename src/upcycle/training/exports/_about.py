@@ -1,0 +1,76 @@
+"""What is said of a trained model beside its weights, in any format: where it comes from, and a card."""
+
+from __future__ import annotations
+
+from upcycle import tasks
+from upcycle.conversion import card, provenance
+from upcycle.records.provenance import Provenance, Training
+from upcycle.training.exports import Trained
+
+
+def provenance_of(trained: Trained, carried: list[str], left: list[str]) -> Provenance:
+    """upcycle.json of the conversion, and what happened to it since."""
+    begun, hashes, training = trained.start, trained.hashes, (_training(trained),)
+    if begun.built:
+        return provenance.of_blueprint(
+            begun.built, hashes, carried=carried, left_behind=left, training=training
+        )
+    source = begun.dense.checkpoint
+    return provenance.of_dense(source, hashes, carried=carried, left_behind=left, training=training)
+
+
+def _training(trained: Trained) -> Training:
+    """What upcycle.json says of the run, up to the state that was exported."""
+    record, state = trained.record, trained.state
+    known = state.source_sha256 or record.source_sha256
+    return Training(
+        upcycle_version=record.upcycle_version,
+        versions=record.versions,
+        precision=record.precision,
+        task=record.task,
+        training_flops_per_token=record.training_flops_per_token,
+        from_scratch=record.from_scratch,
+        run=record.run,
+        source_hashed="at the export" if known is None else "at the start",
+        step=state.step,
+        loss=state.loss,
+        held_out_start=state.held_out_start,
+        held_out_loss=state.held_out_loss,
+        held_out_accuracy=state.held_out_accuracy,
+        tokens=state.step * trained.run.train.rows * record.tokens_per_row,
+    )
+
+
+def card_of(trained: Trained) -> str:
+    """A short model card; upcycle.json has the rest."""
+    begun, record, state = trained.start, trained.record, trained.state
+    moe = begun.built is not None and bool(begun.built.sites)
+    kind = "dense model that continues"
+    if begun.built:
+        kind = f"{begun.built.target.kind} dense model" if not moe else "Mixture of Experts"
+        kind += " made from"
+    what = f"random weights of the shape of `{begun.dense.checkpoint.name}`"
+    source = what if begun.from_scratch else f"`{begun.dense.checkpoint.name}`"
+    losses = "".join(
+        f"| {name} | {loss:.4f} |\n"
+        for name, loss in (("last training loss", state.loss), ("held-out loss", state.held_out_loss))
+        if loss is not None
+    )
+    return f"""---
+library_name: transformers
+tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
+---
+
+# {trained.name}
+
+A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state.step} steps of
+{trained.run.train.rows:,} rows. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
+
+| | nats per {tasks.find(record.task).unit} |
+|---|---|
+{losses}
+## Load
+
+{card.how_to_load(begun.built, begun.architecture)}
+`upcycle.json` beside this file holds the recipe, the run file and the hashes of the source.
+"""
