@@ -400,7 +400,8 @@ def test_a_signal_saves_and_ends(number, data, tmp_path):
     """The command is told to end amid its batches, saves, and goes on when it is given again."""
     out = tmp_path / "out.safetensors"
     (tmp_path / "slow.py").write_text(
-        "import sys, time\nfrom upcycle import calibration, cli\nbatch = calibration._batch\n"
+        "import sys, time\nfrom upcycle import cli\nfrom upcycle.calibration import calibration\n"
+        "batch = calibration._batch\n"
         "def slow(*a, **k):\n    print('batch', flush=True)\n    time.sleep(0.2)\n    batch(*a, **k)\n"
         "calibration._batch = slow\ncli.main(sys.argv[1:])\n"
     )
@@ -617,7 +618,7 @@ def test_the_command(data, tmp_path, capsys):
 def test_opening_a_file_needs_no_torch(collect):
     found = collect("vit")
     script = (
-        "import sys\nfrom upcycle.statistics import Statistics\n"
+        "import sys\nfrom upcycle.dense.statistics import Statistics\n"
         "found = Statistics.open(sys.argv[1])\n"
         "print(found.of('neurons', 'layers', 1, 'l2').shape, found.digest)\n"
         "print(*[m for m in ('torch', 'transformers') if m in sys.modules])"

@@ -18,10 +18,10 @@ from upcycle import Recipe, cli, convert, families
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.patches import Patches
-from upcycle.evaluation.rows import of_images, of_text
 from upcycle.evaluation.specialisation import Asked, divergence, specialisation
 from upcycle.inspection import inspect
 from upcycle.reporting.plots import plot
+from upcycle.tasks._rows import of_images, of_text
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.run import Run

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.families import Family, Grid
+
+if TYPE_CHECKING:
+    from upcycle.dense.source import Dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,12 @@ class Subject:
                 folder / "config.json", f"{folder} has no config.json; give a folder of a model"
             ),
         )
+
+    @classmethod
+    def of_dense(cls, dense: Dense) -> Subject:
+        """A dense checkpoint, as the class that it was admitted as."""
+        config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
+        return cls(folder=dense.checkpoint.folder, config=config)
 
     @property
     def architecture(self) -> str:

@@ -19,10 +19,11 @@ import upcycle
 from upcycle import tasks
 from upcycle.cli.console import count
 from upcycle.data import stamps
+from upcycle.data.feeding import Feed
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import memory
 from upcycle.system.signals import held, noted
-from upcycle.tasks import Batch, Feed, Task
+from upcycle.tasks import Batch, Task
 from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
@@ -66,14 +67,14 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     ):
         before = {} if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
-        lengths = task.lengths(run, begun.subject)
+        lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
         if here.first:
-            feed = task.feed(run, begun.subject, out)  # the others wait, and find the files
+            feed = task.feed(run.feeding(task), begun.subject)  # the others wait, and find the files
         here.barrier()
         if not here.first:
-            feed = task.feed(run, begun.subject, out)
+            feed = task.feed(run.feeding(task), begun.subject)
         if run.train.rows % here.dp_size:
             raise UpcycleError(
                 f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
@@ -105,7 +106,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
     """What a person should know before a run costs time; rows that the model was not made for are refused,
     but where a run has trained on such rows before."""
-    long = task.beyond_positions(run, begun.subject)
+    long = task.beyond_positions(run.train.sequence_length, begun.subject)
     if long is not None and begins:
         raise UpcycleError(long)
     if here.first:
@@ -135,7 +136,7 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
     share = run.train.rows // here.dp_size
     part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
     log = Metrics(out, run.log, total, state["step"], run.as_table()) if here.first else None
-    lengths = trainee.task.lengths(run, begun.subject)
+    lengths = trainee.lengths
     rate = Rate(
         flops=begun.training_flops_per_row(lengths),
         tokens=sum(lengths.values()),
@@ -299,7 +300,7 @@ def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:
 def _record(trainee: Trainee) -> dict[str, Any]:
     """run.json: what this run is, for whoever reads its folder later."""
     run, begun, task = trainee.run, trainee.start, trainee.task
-    lengths = task.lengths(run, begun.subject)
+    lengths = trainee.lengths
     flops = begun.training_flops_per_row(lengths)
     return {
         "format": run_folder.FORMAT,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle import recipe as recipes
 from upcycle.data.corpus import Data
+from upcycle.data.feeding import Feeding
 from upcycle.errors import UpcycleError, shown
 from upcycle.recipe import Recipe
 from upcycle.training.schedule import Schedule
@@ -263,6 +264,11 @@ class Run:
     def train_seed(self) -> int:
         """The seed of data order, jitter and dropout."""
         return self.seed if self.train.seed is None else self.train.seed
+
+    def feeding(self, task: Task) -> Feeding:
+        """What the run feeds a task with."""
+        cache = Path(self.data.cache) if self.data.cache else Path(self.out) / task.cache_name
+        return Feeding(data=self.data, length=self.train.sequence_length, seed=self.train_seed, cache=cache)
 
     def as_table(self) -> dict[str, Any]:
         """The run as a nested table: what `Run.of` takes."""

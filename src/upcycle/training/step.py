@@ -39,6 +39,11 @@ class Trainee:
     ranks: Ranks
     precision: str
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of a row in each stack of blocks."""
+        return self.task.lengths(self.run.train.sequence_length, self.start.subject)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 arithmetic over float32 weights, where FSDP2 does not do it itself."""
         if self.precision != "mixed" or self.ranks.dp_size > 1:
@@ -224,7 +229,7 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
     size = trainee.run.train.micro_batch or max(1, trainee.run.train.rows // ranks.dp_size)
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)
     model.eval()
-    whole = fit.rows_of_groups(trainee.start.built, task.lengths(trainee.run, trainee.start.subject))
+    whole = fit.rows_of_groups(trainee.start.built, trainee.lengths)
     for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size, whole):
         question = task.question(micro, trainee.start.subject, training=False)
         # All ranks run as many passes: the last ones may have rows that another rank counts.
