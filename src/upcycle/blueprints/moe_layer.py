@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
 from upcycle.init import Site
@@ -17,8 +15,7 @@ from upcycle.system import memory
 from upcycle.targets._layouts import MoeNames
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Lazy, Take
-from upcycle.tensors.positions import Given
+from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -38,11 +35,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     for stack in dense.stacks:
         part = parts[stack.name]
         moe, router = part.moe, part.router
-        if router.init == "grouped" and moe.num_experts % moe.granularity:
-            raise UpcycleError(
-                f"router.init = grouped needs moe.num_experts to be a multiple of moe.granularity; "
-                f"{moe.num_experts} is no multiple of {moe.granularity}"
-            )
+        router.start.check(moe.num_experts, moe.granularity)
         shared = _shared_width(part, names, stack.width) if chosen[stack.name] else 0
         width = moe.expert_width or stack.width // moe.granularity
         for layer in chosen[stack.name]:
@@ -62,8 +55,8 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
                 universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,
                 shared_width=shared,
                 seed=recipe.seed,
-                grouped_router=router.init == "grouped",
-                uniform_router=router.init == "zeros" or router.std == 0,
+                grouped_router=router.start.groups,
+                uniform_router=router.start.uniform(router.std),
                 gate_sum=router.gate_sum(moe.num_experts, moe.top_k) if router.rescale else 1.0,
             )
             recipe.init.check(site)
@@ -158,7 +151,9 @@ def tensors(
     halved = asked and shared is not None and shared.combine in ("gated", "sum")
     half = 0.5 if halved else 1.0
     experts = _experts(networks, range(site.num_experts), site, recipe, half)
-    out = {names.router: router(recipe, site, dtype), **names.layout.write(experts)}
+    router, rows = recipe.router, recipe.router.rows(site.all_experts)
+    weight = router.start.weight(site, rows, dtype, router.std)
+    out = {names.router: weight, **names.layout.write(experts)}
     if site.universal_experts:
         others = _experts(networks, range(site.num_experts, site.all_experts), site.universal, recipe, half)
         written = names.layout.write(others).items()
@@ -208,16 +203,3 @@ def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
         return 1.0, math.sqrt(factor), math.sqrt(factor)
     root = factor ** (1 / 3)
     return root, root, root
-
-
-def router(recipe: Recipe, site: Site, dtype: str) -> Lazy:
-    """The router weight [E, H], or a row a slot. `grouped`: G rows in turn are the same, a shard each."""
-    kind, std, key = recipe.router.init, recipe.router.std, site.key("router")
-    count, hidden = recipe.router.rows(site.all_experts), site.hidden
-    if kind == "zeros":
-        return Fill((count, hidden), dtype, 0.0)
-    if kind == "grouped":
-        groups = count // site.granularity
-        rows = Given(tuple(np.repeat(np.arange(groups), site.granularity).tolist()))
-        return Take(Drawn((groups, hidden), dtype, "normal", std, key), 0, rows)
-    return Drawn((count, hidden), dtype, kind, std, key)

@@ -106,17 +106,20 @@ def export(
     step: Whole = None,
     dtype: str = "source",
     optimizer: Flag = False,
+    format: str = "huggingface",
 ) -> None:
-    """Write a checkpoint of a training run as a model folder, in the layout of `upcycle convert`.
+    """Write a checkpoint of a training run as a model folder.
 
     Args:
         run: the folder of a run (its `out`)
         out: the folder to make
         step: the checkpoint to take (the newest, if absent)
         dtype: source, float32, bfloat16 or float16
-        optimizer: add the Adam moments, for optimizer.carry_state of a later run
+        optimizer: add the optimizer's moments, for optimizer.carry_state of a later run
+        format: the layout of the folder; huggingface is that of `upcycle convert`
     """
     from upcycle.cli import console
     from upcycle.training.export import export as write
 
-    console.show_exported(write(run, out, step=step, dtype=dtype, with_optimizer=optimizer))
+    made = write(run, out, step=step, dtype=dtype, with_optimizer=optimizer, format=format)
+    console.show_exported(made)

@@ -7,26 +7,23 @@ are the keys of `[task] name = "NAME"`. Letters: B rows, L tokens of a row, V cl
 from __future__ import annotations
 
 import abc
-import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
-import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
-
-from upcycle import recipe, registry
+from upcycle import settings
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
+from upcycle.settings import AtLeast, Named
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from upcycle.dense.subject import Subject
 
-Batch = dict[str, Tensor]  # tensors of the same rows
+Batch = dict[str, "Tensor"]  # tensors of the same rows
 Found = TypeVar("Found", covariant=True)
 
 
@@ -49,14 +46,16 @@ class Judge(Protocol[Found]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(abc.ABC):
+class Task(Named, abc.ABC):
     """A way to train. Losses and right answers are sums over targets, so that parts of a batch add up."""
+
+    section: ClassVar[str] = "task"
+    package: ClassVar[str] = __name__
 
     summary: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]  # how the names of the classes that can do it end
-    classes: int | tuple[str, ...] = (
-        0  # of a head made anew: their names, or how many; 0: the checkpoint's head
-    )
+    # of a head made anew: their names, or how many; 0: the checkpoint's head
+    classes: Annotated[int, AtLeast(0)] | tuple[str, ...] = 0
     bodies: ClassVar[tuple[str, ...]] = ()  # how the names of classes without a head end that read its rows
     reads: ClassVar[Literal["text", "images"]] = "text"  # the option of `eval` that gives its data
     cache_name: ClassVar[str] = "tokens"  # of the folder of prepared files in that of a run
@@ -65,14 +64,10 @@ class Task(abc.ABC):
     counting: ClassVar[Mapping[str, Any]] = {}  # what spares work where only routers are watched
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.classes if isinstance(self.classes, tuple) else ()
-        if len({*given}) < len(given) or (isinstance(self.classes, int) and self.classes < 0):
+        if len({*given}) < len(given):
             raise UpcycleError("task.classes is a number of classes or a list of different names")
-
-    @property
-    def name(self) -> str:
-        """The name in the run file: that of the file."""
-        return type(self).__module__.rpartition(".")[2]
 
     def notes(self) -> list[str]:
         """What a person should know of a run that does it, a sentence each."""
@@ -119,6 +114,9 @@ class Task(abc.ABC):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over targets, in float32 at least."""
+        import torch
+        import torch.nn.functional as F  # noqa: N812
+
         wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
         soft = labels.is_floating_point()
         flat = labels.flatten(0, -2) if soft else labels.flatten()
@@ -131,12 +129,7 @@ class Task(abc.ABC):
 
 def read(table: Mapping[str, Any]) -> Task:
     """The task of a table with `name` and its keys."""
-    options = dict(table)
-    name = options.pop("name", None)
-    if name is None:
-        raise UpcycleError(f"[task] has no name; allowed: {', '.join(names())}")
-    made: Task = recipe.read(find(name), options, f"task ({name})")
-    return made
+    return settings.read(Task, table, "task")
 
 
 def known(architecture: str) -> Task | None:
@@ -166,14 +159,14 @@ def fitting(task: Task | None, architecture: str) -> Task:
 
 def as_table(task: Task) -> dict[str, Any]:
     """The settings as a table: what `read` takes."""
-    return {"name": task.name, **dataclasses.asdict(task)}
+    return task.as_table()
 
 
 def find(name: str) -> type[Task]:
     """The task called `name`."""
-    return registry.find(sys.modules[__name__], name, "task", "task")
+    return Task.find(name)
 
 
 def names() -> list[str]:
     """The names of all tasks."""
-    return registry.names(sys.modules[__name__])
+    return Task.names()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
 from upcycle.data.corruption import IGNORED, mask_tokens
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
+from upcycle.settings import Within
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._tokens import TokenFeed, refuse_beyond_positions, tokenizer_of
 from upcycle.tensors import rng
@@ -28,11 +29,7 @@ class MaskedLM(Task):
     summary = "the masked tokens of a text (BERT)"
     heads = ("ForMaskedLM",)
 
-    probability: float = 0.15  # share of the tokens that is asked for
-
-    def __post_init__(self) -> None:
-        if not 0 < self.probability < 1:
-            raise UpcycleError(f"task.probability = {self.probability}; it must be between 0 and 1")
+    probability: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that is asked for
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         refuse_beyond_positions(feeding.length, subject)

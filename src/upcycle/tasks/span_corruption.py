@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from upcycle.data.corruption import SpanLengths, corrupt_spans, span_lengths
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
+from upcycle.settings import AtLeast, Within
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._tokens import TokenFeed, tokenizer_of
 from upcycle.tensors import rng
@@ -30,15 +31,8 @@ class SpanCorruption(Task):
     heads = ("ForConditionalGeneration",)
     bodies = ("T5Model",)
 
-    noise_density: float = 0.15  # share of the tokens that is cut out
-    mean_span: float = 3.0  # tokens of a span, on average
-
-    def __post_init__(self) -> None:
-        if not 0 < self.noise_density < 1 or self.mean_span < 1:
-            raise UpcycleError(
-                f"task.noise_density = {self.noise_density} and task.mean_span = {self.mean_span}; they must "
-                f"be between 0 and 1, and 1 or more"
-            )
+    noise_density: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that is cut out
+    mean_span: Annotated[float, AtLeast(1)] = 3.0  # tokens of a span, on average
 
     def spans(self, length: int) -> SpanLengths:
         """How long texts, inputs and targets are if the encoder reads `length` tokens."""

@@ -88,7 +88,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             model=model,
             task=task,
             start=begun,
-            optimizer=optimizer.make(model, run.train, start.scales(begun, run, model, routers)),
+            optimizer=optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers)),
             routers=routers,
             run=run,
             ranks=here,
@@ -233,6 +233,8 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
     if not outcome.tallies or routers is None:
         return record
     record |= {"balance_loss": outcome.balance_loss, "z_loss": outcome.z_loss}
+    if outcome.own_losses:
+        record["router_losses"] = dict(outcome.own_losses)
     record["layers"] = [
         {"layer": layer, **({} if stack == "layers" else {"stack": stack}), **routing.health(tally)}
         | {"router_grad_norm": norm}
@@ -248,6 +250,7 @@ def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | Non
     keep = trainee.run.checkpoint.keep
     saved = {**state, "identity": trainee.run.identity(), micro_batch.KEY: trainee.run.train.micro_batch}
     with held():
+        optimizer.fill(trainee.optimizer, trainee.run.optimizer)
         reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
     if reason is None:
         return
@@ -268,22 +271,14 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
     if checkpoint is None:
         if run.optimizer.carry_state:
             stopped = start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
-            if trainee.ranks.first and run.schedule.name == "inverse_sqrt":
-                _warn_of_other_step(stopped, run.schedule.start_step)
+            if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
+                metrics.warn(wrong)
         return {"step": 0}
+    optimizer.fill(trainee.optimizer, run.optimizer)
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     feed.restore(state["batches"])
     return {k: v for k, v in state.items() if k not in saving.ADDED}
-
-
-def _warn_of_other_step(stopped: int, start_step: int) -> None:
-    """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
-    if stopped != start_step:
-        metrics.warn(
-            f"the moments are of step {stopped} and schedule.start_step = {start_step}; "
-            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}"
-        )
 
 
 def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:

@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upcycle import loading, targets
@@ -25,7 +26,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.source import Dense, admit, refuse_two_heads
 from upcycle.dense.subject import Subject
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, listed
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
 from upcycle.nn import kernels
@@ -40,7 +41,6 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run, Train
 
 OPTIMIZER = "optimizer"  # folder of moments beside an exported model
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,16 +295,35 @@ def carry_state(
     step = read_json(folder / "state.json", f"{folder} has no state.json").get("step")
     if type(step) is not int or step < 0:
         raise UpcycleError(f"{folder / 'state.json'} is damaged: step = {step!r}; export the run again")
-    for moment in MOMENTS:
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name, _ in model.named_parameters()}
+    for moment in _stored_moments(folder, run):
         with Checkpoint.open(folder / moment) as stored:
             entries = _moments(stored, run)
             shaped = _build(start, entries, run, ranks, torch.float32).to(ranks.device)
             given = dict(shaped.named_parameters())
             for name, parameter in model.named_parameters():
-                state = optimizer.state[parameter]
-                state[moment] = given[name].detach().to(parameter.dtype)
-                state["step"] = torch.tensor(float(step), device=parameter.device)
+                moments[name][moment] = given[name].detach().to(parameter.dtype)
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = run.optimizer.state(parameter, step, moments[name])
     return step
+
+
+def _stored_moments(folder: Path, run: Run) -> tuple[str, ...]:
+    """The moments that the optimizer takes, if `folder` has them."""
+    wanted = run.optimizer.moments
+    if not wanted:
+        raise UpcycleError(
+            f"optimizer.carry_state = true: optimizer.name = {run.optimizer.name}, as it is set, has no "
+            f"moments that could be tiled to experts; set it to false"
+        )
+    if any(not (folder / moment).is_dir() for moment in wanted):
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise UpcycleError(
+            f"optimizer.carry_state = true: {folder} has {listed(there)}, and optimizer.name = "
+            f"{run.optimizer.name} takes {listed([*wanted])}; take the optimizer of that run, or set it "
+            f"to false"
+        )
+    return wanted
 
 
 def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
