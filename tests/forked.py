@@ -60,6 +60,9 @@ class Server:
 
 
 def serve() -> None:
+    import upcycle.calibration.calibration
+    import upcycle.evaluation.comparison
+    import upcycle.evaluation.scores
     import upcycle.training.export
     import upcycle.training.loop  # noqa: F401  what a fork should find imported
 

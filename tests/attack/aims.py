@@ -256,10 +256,10 @@ def targets(shop: Workshop) -> dict[str, Callable[[], Target]]:
 
     add("eval.json: eval", mutations.any_json, 1000, scored)
 
-    def of_run(name: str, how: str) -> Callable[[], Start]:
+    def of_run(name: str, how: str, *, hashless: bool = False) -> Callable[[], Start]:
         def start() -> Start:
             def run(data: bytes) -> None:
-                copy = shop.copied(shop.run, "changed/run")
+                copy = shop.copied(shop.unsigned if hashless else shop.run, "changed/run")
                 file = copy / name
                 file.write_bytes(data)
                 if how == "export":
@@ -270,27 +270,31 @@ def targets(shop: Workshop) -> dict[str, Callable[[], Target]]:
                     table = shop.table(copy)
                     train(Run.of({**table, "train": {**table["train"], "steps": 3}}), resume=True)
 
-            return Start((shop.run / name).read_bytes(), run)
+            return Start(((shop.unsigned if hashless else shop.run) / name).read_bytes(), run)
 
         return start
 
     state = "checkpoints/step-2/state.json"
     tokens = lambda: str(next((shop.run / "tokens").glob("*.json")).relative_to(shop.run))  # noqa: E731
-    add("run.json: export", mutations.any_json, 15, of_run("run.json", "export"))
-    add("state.json: export", mutations.any_json, 15, of_run(state, "export"))
-    add("run.json: train --resume", mutations.any_json, 8, of_run("run.json", "train"))
-    add("state.json: train --resume", mutations.any_json, 15, of_run(state, "train"))
-    add("metrics.jsonl: train --resume", mutations.any_lines, 8, of_run("metrics.jsonl", "train"))
-    add("token file: train --resume", mutations.any_json, 8, lambda: of_run(tokens(), "train")())
-    add(".metadata: export", mutations.any_bytes, 15, of_run("checkpoints/step-2/.metadata", "export"))
-    add("weights of a run: export", mutations.any_bytes, 10, of_run("checkpoints/step-2/__0_0.distcp", "export"))
+    add("run.json: export", mutations.any_json, 10, of_run("run.json", "export"))
+    add("state.json: export", mutations.any_json, 15, of_run(state, "export"),
+        of_run(state, "export", hashless=True))  # fmt: skip
+    add("run.json: train --resume", mutations.any_json, 5, of_run("run.json", "train"))
+    add("state.json: train --resume", mutations.any_json, 10, of_run(state, "train"),
+        of_run(state, "train", hashless=True))  # fmt: skip
+    add("metrics.jsonl: train --resume", mutations.any_lines, 5, of_run("metrics.jsonl", "train"))
+    add("token file: train --resume", mutations.any_json, 5, lambda: of_run(tokens(), "train")())
+    for name in (".metadata", "__0_0.distcp"):
+        file = f"checkpoints/step-2/{name}"
+        starts = (of_run(file, "export"), of_run(file, "export", hashless=True))
+        add(f"{name}: export", mutations.any_bytes, 20, *starts)
 
     # --- statistics
 
     def statistics() -> Start:
         path = shop.place("changed/statistics") / "stats.safetensors"
         shutil.copy(shop.statistics, path)
-        recipe = {**MOE, "init": {"name": "importance", "statistics": str(path), "ratio": 0.5}}
+        recipe = {**MOE, "init": {"name": "importance", "statistics": str(path)}}
 
         def read() -> None:
             Statistics.open(path)
@@ -479,7 +483,7 @@ RECIPES = (
     'ratio = 0.5\n[router]\nname = "top_k"\ninit = "normal"\nstd = 0.02\n',
     '[moe]\nnum_experts = 4\ntop_k = 2\ntarget = "upcycled"\ngranularity = 2\n[init]\nname = "split"\n'
     '[router]\nname = "sigmoid"\n',
-    '[moe]\nnum_experts = 4\ntop_k = 2\n[init]\nname = "importance"\nstatistics = "FILE"\nratio = 0.5\n',
+    '[moe]\nnum_experts = 4\ntop_k = 2\n[init]\nname = "importance"\nstatistics = "FILE"\n',
     '[moe]\ntarget = "depth_tiled"\ndepth = 2\n',
     '[moe]\nnum_experts = 4\ntop_k = 1\ntarget = "upcycled"\nlayers = [0]\n[init]\nname = "noise"\nsigma = 0.1\n'
     '[router]\nname = "expert_choice"\ncapacity_factor = 2.0\n',

@@ -11,7 +11,7 @@ with tempfile.TemporaryDirectory() as d:
         t=time.time(); target = make(); built=time.time()-t
         a,e = trial.judged(target.starts[0].run, target.starts[0].data)
         if e or not a: print('!! whole input not accepted:', name, repr(e))
-        t=time.time(); c = trial.attack(target, range(n or target.cases))
+        t=time.time(); c = trial.attack(target, range(n or target.cases), 15)
         took=time.time()-t
         print(f"{name:50s} build {built:5.2f} cases {c.cases} ok {c.accepted} ref {c.refused} crash {len(c.crashes)} {1000*took/c.cases:.1f} ms", flush=True)
         for x in c.crashes:

@@ -400,7 +400,8 @@ def test_a_signal_saves_and_ends(number, data, tmp_path):
     """The command is told to end amid its batches, saves, and goes on when it is given again."""
     out = tmp_path / "out.safetensors"
     (tmp_path / "slow.py").write_text(
-        "import sys, time\nfrom upcycle import calibration, cli\nbatch = calibration._batch\n"
+        "import sys, time\nfrom upcycle import cli\n"
+        "from upcycle.calibration import calibration\nbatch = calibration._batch\n"
         "def slow(*a, **k):\n    print('batch', flush=True)\n    time.sleep(0.2)\n    batch(*a, **k)\n"
         "calibration._batch = slow\ncli.main(sys.argv[1:])\n"
     )
