@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,25 @@ SMALL = {"num_experts": 2, "top_k": 1, "target": "upcycled"}
 Read = Callable[[], object]
 
 
-def targets(shop: Workshop) -> dict[str, Callable[[], Target]]:
-    """How each target is made, by name: none is made before it is asked for."""
-    known: dict[str, Callable[[], Target]] = {}
+@dataclass(frozen=True)
+class Aim:
+    """A target that is made when it is called."""
+
+    name: str
+    mutate: Mutation
+    cases: int
+    starts: tuple[Callable[[], Start], ...]
+
+    def __call__(self) -> Target:
+        return Target(self.name, self.mutate, [start() for start in self.starts], self.cases)
+
+
+def targets(shop: Workshop) -> dict[str, Aim]:
+    """Every target by name: none is made before it is asked for."""
+    known: dict[str, Aim] = {}
 
     def add(name: str, mutate: Mutation, cases: int, *starts: Callable[[], Start]) -> None:
-        known[name] = lambda: Target(name, mutate, [start() for start in starts], cases)
+        known[name] = Aim(name, mutate, cases, starts)
 
     def of(name: str) -> Path:
         """A folder of its own for what a target changes."""

@@ -2,7 +2,7 @@
 
 A target is a function of bytes that runs a command in this process. It may take them, or refuse them with a
 sentence; anything else is a crash: another exception, another exit code, memory that does not reach, or more
-than `SECONDS` of time.
+than `SECONDS` of work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from mutations import Mutation
 
 from upcycle import cli
 
-SECONDS = 60  # of one case, on a machine that may have much else to do
+SECONDS = 30  # of processor time that a case may take
+_AT_ALL = 600  # seconds that it may take on a machine that has much else to do
 _SHORTEN = 20  # seconds spent on making an input shorter
 
 
@@ -134,15 +135,18 @@ def _silence() -> Iterator[None]:
 @contextlib.contextmanager
 def _limit() -> Iterator[None]:
     def late(number: int, frame: Any) -> None:
-        raise TooSlowError(f"more than {SECONDS} s")
+        raise TooSlowError(f"more than {SECONDS} s of work, or {_AT_ALL} s at all")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, _AT_ALL)}
+    before = {number: signal.signal(number, late) for number, _ in timers.values()}
+    for timer, (_, seconds) in timers.items():
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer, (number, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def _kind(error: BaseException) -> str:
