@@ -146,10 +146,11 @@ def targets(shop: Workshop) -> dict[str, Aim]:
 
     add("recipe", mutations.any_toml, 500, *(recipe_of(text, i) for i, text in enumerate(RECIPES)))
 
-    def settings(*keys: str) -> list[Callable[[], Start]]:
-        return [lambda key=key: Start(key.encode(), lambda data: _set(shop.dense, data)) for key in keys]
+    def setting(line: str) -> Callable[[], Start]:
+        *before, last = line.split()
+        return lambda: Start(last.encode(), lambda data: _set(shop.dense, before, data))
 
-    add("--set", mutations.any_setting, 500, *settings(*SETTINGS))
+    add("--set", mutations.any_setting, 500, *map(setting, SETTINGS))
 
     def on_the_line() -> Start:
         def run(data: bytes) -> None:
@@ -432,9 +433,9 @@ def _tokenised(folder: Path, text: Path, cache: Path) -> None:
     corpus.prepare(data, folder, cache, vocab_size=300, progress=lambda n: None)
 
 
-def _set(source: Path, data: bytes) -> None:
+def _set(source: Path, before: list[str], data: bytes) -> None:
     setting = data.decode("utf-8", "surrogateescape")
-    cost.plan(source, RecipeOptions(set=(setting,)).read())
+    cost.plan(source, RecipeOptions(set=(*before, setting)).read())
 
 
 def _told(folders: list[Path]) -> None:
@@ -495,18 +496,20 @@ def _toml(table: dict[str, Any]) -> str:
 RECIPES = (
     'seed = 1\ndtype = "float32"\n[moe]\nnum_experts = 4\ntop_k = 2\nlayers = "all"\n[init]\nname = "drop"\n'
     'ratio = 0.5\n[router]\nname = "top_k"\ninit = "normal"\nstd = 0.02\n',
-    '[moe]\nnum_experts = 4\ntop_k = 2\ntarget = "upcycled"\ngranularity = 2\n[init]\nname = "split"\n'
+    '[moe]\nnum_experts = 4\ntop_k = 2\ntarget = "upcycled"\ngranularity = 4\n[init]\nname = "split"\n'
     '[router]\nname = "sigmoid"\n',
     '[moe]\nnum_experts = 4\ntop_k = 2\n[init]\nname = "importance"\nstatistics = "FILE"\n',
     '[moe]\ntarget = "depth_tiled"\ndepth = 2\n',
     '[moe]\nnum_experts = 4\ntop_k = 1\ntarget = "upcycled"\nlayers = [0]\n[init]\nname = "noise"\nsigma = 0.1\n'
-    '[router]\nname = "expert_choice"\ncapacity_factor = 2.0\n',
+    '[router]\nname = "top_k"\ncapacity_factor = 2.0\n',
 )
 SETTINGS = (
-    "moe.num_experts=4", "moe.top_k=1", "moe.layers=[0]", "moe.target=upcycled", "init.name=drop",
-    "init.ratio=0.5", "router.name=top_k", "router.init=zeros", "router.std=0.1", "dtype=bfloat16", "seed=3",
-    "moe.depth=2", "init.sigma=0.1", "successor.width=8", "router.capacity_factor=2.0", "moe.granularity=2",
+    "moe.num_experts=4", "moe.top_k=1", "moe.target=upcycled moe.layers=[0]", "moe.target=upcycled",
+    "init.name=drop", "init.name=drop init.ratio=0.5", "router.name=top_k", "router.init=zeros",
+    "router.std=0.1", "dtype=bfloat16", "seed=3", "init.name=noise init.sigma=0.1",
+    "moe.target=upcycled router.capacity_factor=2.0", "init.name=split moe.num_experts=4 moe.granularity=4",
 )  # fmt: skip
+"""Settings that are taken, the last of which is damaged."""
 RUNS: tuple[dict[str, Any], ...] = (
     {},
     {"task": {"name": "causal_lm"}, "optimizer": {"carry_state": False}, "log": {"every": 1, "sinks": []}},
