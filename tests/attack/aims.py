@@ -1,4 +1,4 @@
-"""Every file that upcycle reads, as a target: the whole inputs that damage starts from, and what reads them."""
+"""Every file that upcycle reads, as a target: whole inputs that damage starts from, and what reads them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,12 @@ def targets(shop: Workshop) -> dict[str, Aim]:
 
         return start
 
-    add("tokenizer: prepare", mutations.any_json, 200, *map(beside, ("tokenizer.json", "tokenizer_config.json")))
+    add(
+        "tokenizer: prepare",
+        mutations.any_json,
+        200,
+        *map(beside, ("tokenizer.json", "tokenizer_config.json")),
+    )
 
     # --- what a person writes
 
@@ -500,8 +505,8 @@ RECIPES = (
     '[router]\nname = "sigmoid"\n',
     '[moe]\nnum_experts = 4\ntop_k = 2\n[init]\nname = "importance"\nstatistics = "FILE"\n',
     '[moe]\ntarget = "depth_tiled"\ndepth = 2\n',
-    '[moe]\nnum_experts = 4\ntop_k = 1\ntarget = "upcycled"\nlayers = [0]\n[init]\nname = "noise"\nsigma = 0.1\n'
-    '[router]\nname = "top_k"\ncapacity_factor = 2.0\n',
+    '[moe]\nnum_experts = 4\ntop_k = 1\ntarget = "upcycled"\nlayers = [0]\n[init]\nname = "noise"\n'
+    'sigma = 0.1\n[router]\nname = "top_k"\ncapacity_factor = 2.0\n',
 )
 SETTINGS = (
     "moe.num_experts=4", "moe.top_k=1", "moe.target=upcycled moe.layers=[0]", "moe.target=upcycled",

@@ -2,9 +2,9 @@
 
     campaign.py [--cases N] [--minutes M] [--kills K] [--only WORD] [--json FILE]
 
-The cases are shared between the targets as in the suite, and the time evenly. Each target runs in a process of
-its own, so that one that dies is a crash and not the end. Prints a table, and gives 1 where
-anything crashed.
+The cases are shared between the targets as in the suite, and the time evenly. Each target runs in a process
+of its own, so that one that dies is a crash and not the end. Prints a table, and gives 1 where anything
+crashed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def damaged(shop: Workshop, name: str, make: Callable[[], trial.Target], cases: 
         _, status = os.waitpid(child, 0)
     if status:
         row.crashes += 1
-        row.said.append(f"{name}: the process ended with {os.waitstatus_to_exitcode(status)} after case {row.cases}")
+        row.said.append(
+            f"{name}: the process ended with {os.waitstatus_to_exitcode(status)} after case {row.cases}"
+        )
     row.seconds = time.monotonic() - began
     return row
 
@@ -112,7 +114,10 @@ def shares(made: Mapping[str, aims.Aim]) -> dict[str, float]:
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown, with their sum."""
-    total = Row("all", *(sum(getattr(row, key) for row in rows) for key in ("cases", "accepted", "refused", "crashes")))
+    total = Row(
+        "all",
+        *(sum(getattr(row, key) for row in rows) for key in ("cases", "accepted", "refused", "crashes")),
+    )
     lines = ["| target | cases | accepted | refused | crashes |", "|---|--:|--:|--:|--:|"]
     for row in [*rows, total]:
         lines.append(f"| {row.name} | {row.cases:,} | {row.accepted:,} | {row.refused:,} | {row.crashes:,} |")

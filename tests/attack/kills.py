@@ -27,7 +27,6 @@ from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 
 
-
 @dataclass
 class Arena:
     """Where commands are killed. `started` and `killed` count; one that was done before is no kill."""

@@ -13,11 +13,13 @@ from damage import spoil
 Mutation = Callable[[random.Random, bytes], bytes]
 
 ODD_BYTES = (
-    b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\r", b"\n", b"\x1b[31m", b"[", b"{", b'"', b"[" * 2000, b"9" * 5000,
+    b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\r", b"\n", b"\x1b[31m", b"[", b"{", b'"', b"[" * 2000,
+    b"9" * 5000,
     b"NaN", b"1e999", b"\xed\xa0\x80", b"\xff" * 8, b"\0" * 8, b"../", b"/etc/passwd",
 )  # fmt: skip
 ODD_TOML = (
-    "1", "-1", "0", "1e400", "nan", "inf", "-inf", "''", '"x"', "[]", "{}", "true", "false", "[[1]]", "{a = 1}",
+    "1", "-1", "0", "1e400", "nan", "inf", "-inf", "''", '"x"', "[]", "{}", "true", "false", "[[1]]",
+    "{a = 1}",
     "1979-05-27", "07:32:00", "1979-05-27T07:32:00Z", str(2**63), str(2**70), "9" * 5000, '"a\\u0000b"',
     '"\\u001b[31m"', '"all"', "[0]", "[1, 3]", "[-1]", '"../x"', "0.5", "100000", "65536", "1e-320",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A command opens files of its source, its output, its cache, a temporary folder and Python; and no others."""
+"""A command opens files of its source, its output, its cache, a temporary folder and Python, no others."""
 
 from __future__ import annotations
 
@@ -80,11 +80,15 @@ def stray(
         return any(path.is_relative_to(os.path.realpath(root)) for root in roots)
 
     return {
-        (str(path), writes) for path, writes in found if not within(path, [*both, *devices] if writes else readable)
+        (str(path), writes)
+        for path, writes in found
+        if not within(path, [*both, *devices] if writes else readable)
     }
 
 
-def test_no_command_opens_what_is_not_its_own(opened: Opened, shop: Workshop, home: Path, tmp_path: Path) -> None:
+def test_no_command_opens_what_is_not_its_own(
+    opened: Opened, shop: Workshop, home: Path, tmp_path: Path
+) -> None:
     out, run, cache = tmp_path / "out", tmp_path / "run", tmp_path / "cache"
     (tmp_path / "run.toml").write_text(aims._toml(shop.table(run)))
     source, text, run_file = shop.dense, shop.text, tmp_path / "run.toml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import shutil
@@ -174,10 +175,8 @@ class Workshop:
             if len(came) == 3:
                 raise KeyboardInterrupt
 
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             calibrate(self.dense, out, self.calibrating(), progress=interrupt, save_every=1)
-        except KeyboardInterrupt:
-            pass
         return out.with_name(out.name + ".partial")
 
     @cached_property

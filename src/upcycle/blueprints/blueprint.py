@@ -23,7 +23,6 @@ from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import successors
 from upcycle.dense.source import Dense, admit, admit_donors
-from upcycle.errors import UpcycleError
 from upcycle.families import Config
 from upcycle.init import Site
 from upcycle.recipe import Recipe, RecipeLike
@@ -186,7 +185,6 @@ def blueprint(
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
     sites = target.sites(dense, recipe)
     config = target.config(dense, recipe, sites)
-    _refuse_nonfinite(config, source)
     lazies = target.tensors([dense, *donors], recipe, sites)
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
@@ -203,21 +201,6 @@ def blueprint(
         entries=entries,
         sites=sites,
     )
-
-
-def _refuse_nonfinite(config: Any, source: Checkpoint, where: str = "") -> None:
-    """Refuse a number in a config that JSON cannot say."""
-    if isinstance(config, float) and not math.isfinite(config):
-        raise UpcycleError(
-            f"{source.folder}/config.json has {where} = {config}, which is no number of JSON; mend it"
-        )
-    inside = config.items() if isinstance(config, Mapping) else enumerate(config) if _is_list(config) else ()
-    for key, value in inside:
-        _refuse_nonfinite(value, source, f"{where}.{key}" if where else str(key))
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 def _keeps_bits(factor: float) -> bool:

@@ -351,7 +351,7 @@ def _write_task(
         for start, data in task.entry.pieces():
             if stop.is_set():
                 break
-            crc = zlib.crc32(data, crc)
+            crc = zlib.crc32(data.data, crc)
             for place in places:
                 files.write(place, start, data)
                 progress(data.size)

@@ -113,5 +113,6 @@ def _numbered(labels: list[Any], path: str) -> tuple[np.ndarray, tuple[str, ...]
         return np.array([names.index(label) for label in labels], np.int64), tuple(names)
     odd = next((x for x in labels if type(x) is not int or not 0 <= x < MOST_CLASSES), labels[0])
     raise UpcycleError(
-        f"{path}: label {shown(odd)}; labels must all be whole numbers of 0 to {MOST_CLASSES - 1:,}, or all names"
+        f"{path}: label {shown(odd)}; labels must all be whole numbers of 0 to {MOST_CLASSES - 1:,}, or all "
+        f"names"
     )
