@@ -92,7 +92,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
         folder = shop.copied(shop.sharded, "changed/index")
         return _file(folder / "model.safetensors.index.json", lambda: cost.plan(folder, MOE))
 
-    add("index: plan", mutations.any_json, 300, index)
+    add("index: plan", mutations.any_json, 150, index)
 
     def config_of(model_type: str) -> Callable[[], Start]:
         def start() -> Start:
@@ -106,7 +106,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
 
         return start
 
-    add("config.json: plan", mutations.any_json, 1000, *map(config_of, families.names()))
+    add("config.json: plan", mutations.any_json, 500, *map(config_of, families.names()))
 
     def config_advised() -> Start:
         folder = of("config-llama-advised")
@@ -134,7 +134,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
     add(
         "tokenizer: prepare",
         mutations.any_json,
-        200,
+        100,
         *map(beside, ("tokenizer.json", "tokenizer_config.json")),
     )
 
@@ -149,7 +149,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
 
         return start
 
-    add("recipe", mutations.any_toml, 500, *(recipe_of(text, i) for i, text in enumerate(RECIPES)))
+    add("recipe", mutations.any_toml, 300, *(recipe_of(text, i) for i, text in enumerate(RECIPES)))
 
     def setting(line: str) -> Callable[[], Start]:
         *before, last = line.split()
@@ -173,7 +173,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
 
         return start
 
-    add("run file", mutations.any_toml, 500, *map(run_file, range(len(RUNS))))
+    add("run file", mutations.any_toml, 300, *map(run_file, range(len(RUNS))))
 
     # --- what upcycle wrote: a conversion
 
@@ -195,8 +195,8 @@ def targets(shop: Workshop) -> dict[str, Aim]:
 
         add(f"{name} of OUT.partial: convert --resume", mutate, cases, start)
 
-    half_converted(JOURNAL, mutations.any_lines, 40)
-    half_converted("model-00001-*", mutations.any_bytes, 20)
+    half_converted(JOURNAL, mutations.any_lines, 25)
+    half_converted("model-00001-*", mutations.any_bytes, 10)
 
     def made(name: str, read: Callable[[Path], object], folder: str = "out") -> Callable[[], Start]:
         def start() -> Start:
@@ -223,11 +223,11 @@ def targets(shop: Workshop) -> dict[str, Aim]:
     def read_back(folder: Path) -> None:
         provenance.read(folder)
 
-    add("upcycle.json: read", mutations.any_json, 1000, made(provenance.FILE, read_back))
-    add("upcycle.json: inspect", mutations.any_json, 150, made(provenance.FILE, inspected),
+    add("upcycle.json: read", mutations.any_json, 500, made(provenance.FILE, read_back))
+    add("upcycle.json: inspect", mutations.any_json, 80, made(provenance.FILE, inspected),
         made(provenance.FILE, shown), made(provenance.FILE, shown, "exported"))  # fmt: skip
     add("upcycle.json: verify", mutations.any_json, 40, made(provenance.FILE, proved))
-    add("MoE config.json: inspect", mutations.any_json, 300, made("config.json", inspected),
+    add("MoE config.json: inspect", mutations.any_json, 150, made("config.json", inspected),
         made("config.json", inspected, "upcycled"), made("config.json", shown, "upcycled"))  # fmt: skip
     add("MoE config.json: verify", mutations.any_json, 40, made("config.json", proved))
     add("MoE config.json: open", mutations.any_json, 60, made("config.json", opened),
@@ -248,11 +248,11 @@ def targets(shop: Workshop) -> dict[str, Aim]:
         return start
 
     for part, name, mutate, cases in (
-        (0, "run.json", mutations.any_json, 300),
-        (0, "metrics.jsonl", mutations.any_lines, 300),
+        (0, "run.json", mutations.any_json, 150),
+        (0, "metrics.jsonl", mutations.any_lines, 150),
         (1, "upcycle.json", mutations.any_json, 100),
-        (1, "eval.json", mutations.any_json, 200),
-        (1, "routing.json", mutations.any_json, 200),
+        (1, "eval.json", mutations.any_json, 150),
+        (1, "routing.json", mutations.any_json, 100),
     ):
         add(f"{name}: report", mutate, cases, reported(part, name))
 
@@ -274,7 +274,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
         path.write_text(json.dumps(left_scores()))
         return _file(path, lambda: results.record(path.parent, []))
 
-    add("eval.json: eval", mutations.any_json, 1000, scored)
+    add("eval.json: eval", mutations.any_json, 300, scored)
 
     def of_run(name: str, how: str, *, hashless: bool = False) -> Callable[[], Start]:
         def start() -> Start:
@@ -347,10 +347,10 @@ def targets(shop: Workshop) -> dict[str, Aim]:
 
         return start
 
-    add("text: documents", mutations.any_bytes, 1000, data("t.txt", lambda: (WORDS * 4).encode()),
+    add("text: documents", mutations.any_bytes, 500, data("t.txt", lambda: (WORDS * 4).encode()),
         data("s.txt", lambda: (WORDS * 4).encode(), separator="a "))  # fmt: skip
     add("JSON lines: documents", mutations.any_lines, 1000, data("t.jsonl", lambda: shop.lines))
-    add("gzip: documents", mutations.any_bytes, 500, data("t.jsonl.gz", lambda: shop.zipped))
+    add("gzip: documents", mutations.any_bytes, 300, data("t.jsonl.gz", lambda: shop.zipped))
     add("parquet: documents", mutations.any_bytes, 400, data("t.parquet", lambda: shop.parquet))
 
     def labelled() -> Start:

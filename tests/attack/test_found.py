@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_a_folder_of_endlessly_many_blocks(layers: int, shop: Workshop) -> None:
 @pytest.mark.parametrize("names", [[{}], {"a": "b"}, [5], [], "", None, ["nn"], ["UpcycledAutoConfig"]])
 def test_an_architecture_that_is_no_class_of_models(names: Any, shop: Workshop) -> None:
     folder = changed(shop.copied(shop.upcycled, "unnamed"), "config.json", architectures=names)
-    with pytest.raises(UpcycleError, match="names no architecture|has no class of models|cannot be used"):
+    with pytest.raises(UpcycleError, match=r"names no architecture|has no class of models|cannot be used"):
         models.open(folder)
 
 
@@ -96,7 +96,7 @@ def test_a_label_that_no_machine_counts_to(shop: Workshop, tmp_path: Path) -> No
         '{"text": "a", "label": 80591620717411303424}\n{"text": "b", "label": 0}'
     )
     words = read_tokenizer(shop.dense)
-    with pytest.raises(UpcycleError, match="label 80591620717411303424; labels must all be whole numbers"):
+    with pytest.raises(UpcycleError, match=r"label 80591620717411303424; labels must all be whole numbers"):
         TextSet.open(tmp_path / "a.jsonl", words, length=8, fields=("text",), label_field="label")
 
 
@@ -110,10 +110,10 @@ def test_a_data_set_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
     source = Source(path="hf:some/where")
-    found: Callable[[], Any] = lambda stream=documents.documents(source): next(stream)  # noqa: E731
-    assert found() == ("a", True)
-    with pytest.raises(UpcycleError, match="hf:some/where cannot be read to its end: the line is dead$"):
-        found()
+    found = documents.documents(source)
+    assert next(found) == ("a", True)
+    with pytest.raises(UpcycleError, match=r"hf:some/where cannot be read to its end: the line is dead$"):
+        next(found)
 
 
 @pytest.mark.parametrize("key", ["bos_token_id", "initializer_range", "task_specific_params", "x"])

@@ -126,7 +126,7 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """The sentence about a file that is no UTF-8 text."""
     return (
         f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8, or convert it with "
-        f"`iconv -f ENCODING -t UTF-8`"
+        f"`iconv -f ENCODING -t utf-8`"
     )
 
 

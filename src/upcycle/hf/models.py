@@ -111,8 +111,9 @@ def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def architecture(name: str) -> type[PreTrainedModel]:
     """The class called `name`: one of transformers, or an upcycled one of it."""
     dense = name.removeprefix(CLASS_PREFIX)
-    found = getattr(transformers, dense, None)
-    if not (inspect.isclass(found) and issubclass(found, PreTrainedModel)):
+    found: Any = getattr(transformers, dense, None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model:
         raise UpcycleError(f"transformers {transformers.__version__} has no class of models {cut(dense)}")
     made: type[PreTrainedModel] = found if dense == name else model_class(found)
     return made
