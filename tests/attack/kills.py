@@ -41,9 +41,10 @@ class Arena:
 
     def whole(self, line: list[str], name: str = "") -> None:
         """Run a command to its end; under a name, note how long it takes."""
-        began = time.monotonic()
         said = self.folder / "said"
-        code = self.server.wait(self.server.start(line, said))
+        process = self.server.start(line, said)  # which waits until the server is ready
+        began = time.monotonic()
+        code = self.server.wait(process)
         assert code == 0, f"{' '.join(line)} ended with {code}: {said.read_text()[-2000:]}"
         if name:
             self.seconds[name] = time.monotonic() - began
