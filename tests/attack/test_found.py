@@ -100,6 +100,26 @@ def test_a_label_that_no_machine_counts_to(shop: Workshop, tmp_path: Path) -> No
         TextSet.open(tmp_path / "a.jsonl", words, length=8, fields=("text",), label_field="label")
 
 
+def test_a_labelled_text_with_half_of_a_character(shop: Workshop, tmp_path: Path) -> None:
+    from upcycle.data.corpus import read_tokenizer
+
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "\\ud800", "label": 0}')
+    words = read_tokenizer(shop.dense)
+    with pytest.raises(UpcycleError, match=r"line 2 holds half of a character"):
+        TextSet.open(tmp_path / "a.jsonl", words, length=8, fields=("text",), label_field="label")
+
+
+def test_parquet_with_a_text_that_is_none(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a cat"] * 3}), path, compression="NONE")
+    path.write_bytes(path.read_bytes().replace(b"a cat", b"a \xffat"))
+    with pytest.raises(UpcycleError, match=r"a\.parquet has a text that is not UTF-8 .*; write it anew"):
+        read(path)
+
+
 def test_a_data_set_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it raises on the way is said in a sentence, as it is where it cannot be opened."""
     datasets = pytest.importorskip("datasets")

@@ -173,8 +173,11 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, An
         raise UpcycleError(
             f"{path} has rows that do not fit into memory, {_ROWS} at a time; cut its texts into shorter ones"
         ) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{path} has a text that is not UTF-8 ({error.reason}); write it anew") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpcycleError(f"{path} is no whole parquet file: {reason}") from None
 
 
 def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:

@@ -48,6 +48,8 @@ class TextSet:
             given = [row[field] for field in fields]
             if not all(isinstance(text, str) for text in given):
                 raise UpcycleError(f"{where}: {', '.join(fields)} must be text")
+            if not all(map(_is_unicode, given)):
+                raise UpcycleError(f"{where} holds half of a character (a lone surrogate); take it out")
             texts.append(given)
             labels.append(row[label_field])
         if not texts:
@@ -80,6 +82,15 @@ class TextSet:
     def refuse(self, held_out: TextSet) -> None:
         """Refuse a set to score on that does not go with this one."""
         refuse_other_classes(self, held_out)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is whole characters, which a tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
