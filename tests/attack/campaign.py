@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import aims
 import kills
@@ -148,6 +147,8 @@ def main() -> int:
             row = damaged(shop, name, make, cases, given.minutes * 60 / len(parts))
             damage.append(row)
             _show(row)
+        print(table(damage), flush=True)
+        _keep(given.json, damage)
         if given.kills and not given.only:
             server = forked.Server()
             for name in kills.KILLED:
@@ -157,12 +158,15 @@ def main() -> int:
                 deaths.append(killed(Workshop(place / "shop"), server, name, given.kills, place / "arena"))
                 _show(deaths[-1])
             server.close()
-    print("\n".join([table(damage), "", *([table(deaths)] if deaths else [])]))
-    rows = damage + deaths
-    if given.json is not None:
-        kept: list[dict[str, Any]] = [vars(row) for row in rows]
-        given.json.write_text(json.dumps(kept, indent=1) + "\n")
-    return 1 if any(row.crashes for row in rows) else 0
+    if deaths:
+        print(f"\n{table(deaths)}")
+    _keep(given.json, damage + deaths)
+    return 1 if any(row.crashes for row in damage + deaths) else 0
+
+
+def _keep(path: Path | None, rows: list[Row]) -> None:
+    if path is not None:
+        path.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
 
 
 def _show(row: Row) -> None:
