@@ -111,13 +111,13 @@ def shares(made: Mapping[str, aims.Aim]) -> dict[str, float]:
     return {name: aim.cases / every for name, aim in made.items()}
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], *, head: str = "target | cases | accepted | refused | crashes") -> str:
     """The rows as Markdown, with their sum."""
     total = Row(
         "all",
         *(sum(getattr(row, key) for row in rows) for key in ("cases", "accepted", "refused", "crashes")),
     )
-    lines = ["| target | cases | accepted | refused | crashes |", "|---|--:|--:|--:|--:|"]
+    lines = [f"| {head} |", "|---|--:|--:|--:|--:|"]
     for row in [*rows, total]:
         lines.append(f"| {row.name} | {row.cases:,} | {row.accepted:,} | {row.refused:,} | {row.crashes:,} |")
     return "\n".join(lines)
@@ -159,7 +159,7 @@ def main() -> int:
                 _show(deaths[-1])
             server.close()
     if deaths:
-        print(f"\n{table(deaths)}")
+        print(f"\n{table(deaths, head='command | started | killed | ended before | failures')}")
     _keep(given.json, damage + deaths)
     return 1 if any(row.crashes for row in damage + deaths) else 0
 
