@@ -159,7 +159,7 @@ def _about(folder: Path) -> dict[str, Any]:
         "training_flops_per_row": int, "parameters": int, "active_parameters": int, "from_scratch": bool,
     }  # fmt: skip
     wrong = [key for key, kind in needed.items() if type(about.get(key)) is not kind]
-    counted = ("tokens_per_row", "training_flops_per_row")
+    counted = ("tokens_per_row", "training_flops_per_row", "parameters", "active_parameters")
     wrong = wrong or [key for key in counted if not 1 <= about[key] <= _LARGEST]
     if not wrong:
         wrong = [f"source.{key}" for key in ("name", "path", "model_type") if key not in about["source"]]
