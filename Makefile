@@ -1,12 +1,13 @@
 # make demo    the whole story on this machine, no network needed once installed
 # make test    the test suite
+# make attack  a million damaged inputs, a hundred kills of each command; hours, or as UPCYCLE_ATTACK says
 # make check   formatting, linting, types
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 LLAMA_CPP_VERSION = 0.3.36
 
-.PHONY: demo test check format bench test-llama-cpp clean
+.PHONY: demo test attack check format bench test-llama-cpp clean
 
 # torch first and by its exact version: any other spelling may fetch another build of it.
 .venv/.ready: pyproject.toml constraints.txt
@@ -22,6 +23,11 @@ demo: .venv/.ready
 
 test: .venv/.ready
 	.venv/bin/python -m pytest -n 2
+
+# UPCYCLE_ATTACK="--cases 1000000 --minutes 600 --kills 100": how much, and for how long at most.
+attack: .venv/.ready
+	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -W ignore \
+	    tests/attack/campaign.py --json attack.json $(UPCYCLE_ATTACK)
 
 check: .venv/.ready
 	.venv/bin/ruff format --check .

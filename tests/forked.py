@@ -28,9 +28,10 @@ class Server:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, arguments: list[str], said: Path) -> int:
-        """The process of `upcycle ARGUMENTS`; what it prints goes to the file `said`."""
-        return int(self._ask({"start": arguments, "said": str(said)}))
+    def start(self, arguments: list[str], said: Path, opened: Path | None = None) -> int:
+        """The process of `upcycle ARGUMENTS`; what it prints goes to the file `said`, and with `opened` what
+        it opens goes there: a JSON list of a path and whether it is written to, line by line."""
+        return int(self._ask({"start": arguments, "said": str(said), "opened": opened and str(opened)}))
 
     def ended(self, process: int) -> int | None:
         """How a process ended: its exit code, or minus the signal; None while it runs."""
@@ -60,6 +61,10 @@ class Server:
 
 
 def serve() -> None:
+    import upcycle.calibration.calibration
+    import upcycle.cli.program
+    import upcycle.evaluation.comparison
+    import upcycle.evaluation.scores
     import upcycle.training.export
     import upcycle.training.loop  # noqa: F401  what a fork should find imported
 
@@ -69,7 +74,7 @@ def serve() -> None:
         if "start" in question:
             answer: int | None = os.fork()
             if not answer:
-                _become(question["start"], question["said"])
+                _become(**question)
         else:
             process = question["ended"]
             found, status = (0, 0) if process in ended else os.waitpid(process, os.WNOHANG)
@@ -79,7 +84,22 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _become(arguments: list[str], said: str) -> None:
+def _watch(path: str) -> None:
+    """Note every file, and no folder, that this process opens from now on."""
+    notes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            mode, flags = str(arguments[1] or ""), int(arguments[2] or 0)
+            writes = bool(set("wax+") & set(mode)) or bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            where = os.path.join(os.getcwd(), os.fsdecode(arguments[0]))
+            if not os.path.isdir(where):
+                os.write(notes, (json.dumps([where, writes]) + "\n").encode())
+
+    sys.addaudithook(note)
+
+
+def _become(start: list[str], said: str, opened: str | None) -> None:
     """Run the command line in this fork and end it."""
     from upcycle import cli
 
@@ -91,7 +111,9 @@ def _become(arguments: list[str], said: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     code: Any = 1
     try:
-        cli.main(arguments)
+        if opened:
+            _watch(opened)
+        cli.main(start)
         code = 0
     except SystemExit as end:
         code = end.code or 0

@@ -195,13 +195,14 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
     """Whether transformers' own loader fills every parameter of its class from these names and shapes."""
     import transformers
 
-    from upcycle.hf import models
+    from upcycle.hf import models, opening
 
     name = "target coverage, transformers"
     with quiet():
         architecture = models.architecture(built.target.architecture)
         state = {n: _Header(info) for n, info in moe.tensors.items()}
         try:
+            opening.refuse_depth(moe.folder)
             config = transformers.AutoConfig.from_pretrained(moe.folder, trust_remote_code=False)
             model, report = architecture.from_pretrained(
                 None, config=config, state_dict=state, dtype="float32", output_loading_info=True

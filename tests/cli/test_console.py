@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -230,7 +232,7 @@ def test_json_of_odd_texts_is_json(capsys):
 
 
 @pytest.mark.parametrize("command", ["plan", "convert", "verify", "inspect", "calibrate", "eval", "train"])
-def test_ctrl_c_in_the_middle_of_a_command(command, trainable, tmp_path, capsys):
+def test_ctrl_c_in_the_middle_of_a_command(command, trainable, tmp_path):
     """At any moment: 130 and one sentence, or the command was done before."""
     source, text = trainable
     source = shutil.copytree(source, tmp_path / "source")
@@ -241,7 +243,7 @@ def test_ctrl_c_in_the_middle_of_a_command(command, trainable, tmp_path, capsys)
     )
     seen = set()
     # Once to its end: libraries must not be stopped while they are imported, and imported again.
-    for number, moment in enumerate((60, 0.002, 0.02, 0.1, 0.2, 0.4, 0.8)):
+    for number, moment in enumerate((0, 0.002, 0.02, 0.1, 0.2, 0.4, 0.8)):
         out = tmp_path / f"out-{number}"
         arguments = {
             "plan": [source],
@@ -252,25 +254,40 @@ def test_ctrl_c_in_the_middle_of_a_command(command, trainable, tmp_path, capsys)
             "eval": [source, "--text", text, "--limit", 8],
             "train": [tmp_path / "run.toml", "--set", f"out={out}"],
         }[command]
-        seen.add(_stopped(moment, command, *arguments))
-        err = capsys.readouterr().err
+        if not number:
+            with suppress(SystemExit):  # `verify` ends with its verdict
+                cli.main([command, *map(str, arguments)])
+            continue
+        seen.add(_stopped(moment, tmp_path / "said", command, *arguments))
+        err = (tmp_path / "said").read_text()
         assert "Traceback" not in err
         assert "internal error" not in err
     assert seen <= {0, 130}
     assert 130 in seen
 
 
-def _stopped(moment: float, *command: object) -> int | str | None:
-    """The exit code of a command that Ctrl-C stops after so many seconds."""
-    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, moment)
-        cli.main([str(word) for word in command])
-    except SystemExit as exit_:
-        return exit_.code
-    except KeyboardInterrupt:  # it came when the command was done
-        return 0
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    return 0
+def _stopped(moment: float, said: Path, *command: object) -> int:
+    """The exit code of a command that Ctrl-C stops after so many seconds; what it prints goes to `said`.
+
+    It runs in a process of its own: an interrupt may come between the entry of a context and its body, and
+    leave torch without gradients.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code: object = 0
+    with said.open("w") as file:
+        sys.stdout = sys.stderr = file
+        try:
+            signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+            signal.setitimer(signal.ITIMER_REAL, moment)
+            cli.main([str(word) for word in command])
+        except SystemExit as exit_:
+            code = exit_.code
+        except KeyboardInterrupt:  # it came when the command was done
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        file.flush()
+    os._exit(code if isinstance(code, int) else 0)

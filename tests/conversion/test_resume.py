@@ -221,3 +221,28 @@ def test_few_of_many_files_are_open(dense, tmp_path, monkeypatch):
             (a.pread(t, 0, t.nbytes) == b.pread(b.tensors[n], 0, t.nbytes)).all()
             for n, t in a.tensors.items()
         )
+
+
+def test_bytes_that_changed_in_a_partial_folder(source, tmp_path, monkeypatch):
+    """Tensors whose bytes are no longer what was written are written again."""
+    partial = broken(source, tmp_path / "out", monkeypatch)
+    convert(source, tmp_path / "whole", RECIPE, shard_size=120_000)
+    draw = random.Random(0)
+    for shard in partial.glob("*.safetensors"):
+        raw = bytearray(shard.read_bytes())
+        for _ in range(20):
+            raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+        shard.write_bytes(raw)
+    convert(source, tmp_path / "out", RECIPE, shard_size=120_000, resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_partial_folder_of_a_version_without_checksums(source, tmp_path, monkeypatch):
+    """What it has is written again."""
+    real = Journal.record
+    monkeypatch.setattr(Journal, "record", lambda self, done, **notes: real(self, [*done], **notes))
+    broken(source, tmp_path / "out", monkeypatch)
+    monkeypatch.undo()
+    convert(source, tmp_path / "out", RECIPE, shard_size=120_000, resume=True)
+    convert(source, tmp_path / "whole", RECIPE, shard_size=120_000)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -136,7 +136,8 @@ def test_model_card(dense, tmp_path):
 
 KILLER = """
 import os, signal, sys
-from upcycle import write, Recipe
+from upcycle import Recipe
+from upcycle.conversion import write
 write.SYNC_EVERY = 60_000
 count = 0
 def killing(function):

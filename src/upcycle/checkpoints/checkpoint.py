@@ -70,6 +70,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise UpcycleError(f"{file}: the header of {length} bytes is no list of tensors")
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
+        if b"\\u" in raw:  # half of a character, which other readers refuse
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{file}: the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):

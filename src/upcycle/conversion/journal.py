@@ -23,14 +23,14 @@ _CHECK = "check"
 class Journal:
     """Which tensors are safely on disk: one line each time they are synced. Lines are added by any thread.
 
-    `done` and `notes` are what it held when it was opened.
+    `done` (the CRC-32 of each tensor) and `notes` are what it held when it was opened.
     """
 
     def __init__(self, path: Path, begun: dict[str, Any]) -> None:
         """Open the journal of a run, or begin it; `begun` is what the run must have been begun with."""
         self.folder, self._path = path.parent, path
         self._lock, self._last = threading.Lock(), ""
-        self.done: set[str] = set()
+        self.done: dict[str, int] = {}
         self.notes: dict[str, Any] = {}
         self._file = path.open("a+b")
         try:
@@ -65,7 +65,8 @@ class Journal:
         self._file.truncate(length)
         self._last = _check(raw[:length].splitlines()[-1])
         for line in lines[1:]:
-            self.done.update(line.pop("done"))
+            done = line.pop("done")
+            self.done |= done if isinstance(done, dict) else {}  # an older version wrote no checksums
             self.notes |= line
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -76,9 +77,9 @@ class Journal:
             os.fsync(self._file.fileno())
             self._last = _check(written)
 
-    def record(self, names: list[str], **notes: Any) -> None:
-        """Note that these tensors are on disk, and what else is to be remembered."""
-        self._append({"done": names, **notes})
+    def record(self, done: dict[str, int], **notes: Any) -> None:
+        """Note the tensors that are on disk, with the CRC-32 of each, and what else is to be remembered."""
+        self._append({"done": done, **notes})
 
     def __enter__(self) -> Journal:
         return self

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from upcycle.system.open_files import OpenFiles
 
 UNNAMED_CONFIG = "config.json.partial"
 SYNC_EVERY = 1 << 28  # bytes written between two points that a resumed run can start from
+_CHUNK = 8 << 20  # bytes read at a time
 HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
 
 Progress = Callable[[int], None]  # called with the number of bytes written since the last call
@@ -198,7 +200,7 @@ class _SourceHashes:
                     f"that folder and convert again"
                 )
         if journal.notes.get("stamps") != stamps:
-            journal.record([], stamps=stamps)
+            journal.record({}, stamps=stamps)
 
     def take(self) -> dict[str, str]:
         """The hashes by name in the journal, which keeps them."""
@@ -207,7 +209,7 @@ class _SourceHashes:
                 taken = [pool.submit(c.hash_read, file, self._stop) for c, file in self._sources.values()]
                 known = {key: one.result() for key, one in zip(self._sources, taken, strict=True)}
             if not self._stop.is_set():
-                self._journal.record([], sha256=known)
+                self._journal.record({}, sha256=known)
                 self._known = known
         return self._known
 
@@ -259,6 +261,15 @@ class _Files:
                 count = os.pwrite(descriptor, view, position)
                 view, position = view[count:], position + count
 
+    def crc(self, place: Place) -> int:
+        """The CRC-32 of the tensor at `place` as it is on disk."""
+        crc = 0
+        with self.opened.use(self.paths[place.shard]) as descriptor:
+            for start in range(0, place.nbytes, _CHUNK):
+                size = min(_CHUNK, place.nbytes - start)
+                crc = zlib.crc32(os.pread(descriptor, size, place.offset + start), crc)
+        return crc
+
     def sync(self, shards: set[int]) -> None:
         """Bring the data of these shards to disk."""
         datasync = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
@@ -282,19 +293,23 @@ def _write_tensors(
     stop = threading.Event()
     sources = _SourceHashes(built, journal, stop)
     files = _Files(partial, shards)
-    done = {name for name in journal.done if shards.places[name].shard not in files.new}
+    done = {
+        name
+        for name, crc in journal.done.items()
+        if shards.places[name].shard not in files.new and files.crc(shards.places[name]) == crc
+    }
     tasks = _tasks(built, done)
     progress(sum(shards.places[name].nbytes for name in done))
-    written: list[str] = []
+    written: dict[str, int] = {}
     syncs: list[Future[Any]] = []
 
-    def sync(names: list[str]) -> None:
-        files.sync({shards.places[n].shard for n in names})
-        journal.record(names)
+    def sync(crcs: dict[str, int]) -> None:
+        files.sync({shards.places[n].shard for n in crcs})
+        journal.record(crcs)
 
-    def collect(finished: set[Future[Task]], at_least: int) -> None:
+    def collect(finished: set[Future[dict[str, int]]], at_least: int) -> None:
         for future in finished:
-            written.extend(future.result().names)
+            written.update(future.result())
         if sum(shards.places[n].nbytes for n in written) >= at_least:
             syncs.append(syncer.submit(sync, written.copy()))
             written.clear()
@@ -305,7 +320,7 @@ def _write_tensors(
     writers, syncer, hasher = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     hashed: Future[Any] = hasher.submit(sources.take)
     try:
-        running: set[Future[Task]] = set()
+        running: set[Future[dict[str, int]]] = set()
         for task in tasks:
             running.add(writers.submit(_write_task, task, shards, files, stop, progress))
             if len(running) > 2 * jobs:
@@ -326,18 +341,23 @@ def _write_tensors(
         files.close()
 
 
-def _write_task(task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Progress) -> Task:
+def _write_task(
+    task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Progress
+) -> dict[str, int]:
+    """Write the tensors of a task; the CRC-32 of each."""
     places = [shards.places[name] for name in task.names]
+    crc = 0
     try:
         for start, data in task.entry.pieces():
             if stop.is_set():
                 break
+            crc = zlib.crc32(data.data, crc)
             for place in places:
                 files.write(place, start, data)
                 progress(data.size)
     except TooLargeError as error:
         raise UpcycleError(f"{task.names[0]} cannot be made: {error}") from None
-    return task
+    return dict.fromkeys(task.names, crc)
 
 
 def _finish(

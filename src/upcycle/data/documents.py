@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +82,13 @@ def _kind(path: Path) -> str | None:
 
 
 def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rest, begins = "", True
         while True:
             try:
                 more = file.read(_PIECE)
             except UnicodeDecodeError as error:
-                raise UpcycleError(f"{path} is not UTF-8 text: {error.reason}") from None
+                raise UpcycleError(not_utf8(path, error)) from None
             rest += more
             if source.separator:
                 *whole, rest = rest.split(source.separator)
@@ -107,7 +108,7 @@ def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
     opened = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as file:
+    with opened(path, "rt", encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(iter(lambda: file.readline(_LINE), ""), start=1):
                 where = f"{path}, line {number}"
@@ -118,8 +119,18 @@ def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
                     )
                 if line.strip():
                     yield _field(json_row(line, where), source, where), True
-        except (UnicodeDecodeError, OSError, EOFError) as error:
+        except UnicodeDecodeError as error:
+            raise UpcycleError(not_utf8(path, error)) from None
+        except (OSError, EOFError, zlib.error) as error:
             raise UpcycleError(f"{path} cannot be read: {error}") from None
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """The sentence about a file that is no UTF-8 text."""
+    return (
+        f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8, or convert it with "
+        f"`iconv -f ENCODING -t utf-8`"
+    )
 
 
 def json_row(line: str, where: str) -> dict[str, Any]:
@@ -165,8 +176,11 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, An
         raise UpcycleError(
             f"{path} has rows that do not fit into memory, {_ROWS} at a time; cut its texts into shorter ones"
         ) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{path} has a text that is not UTF-8 ({error.reason}); write it anew") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpcycleError(f"{path} is no whole parquet file: {reason}") from None
 
 
 def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
@@ -184,8 +198,24 @@ def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
     except Exception as error:  # whatever the hub or the folder has against it, it is what there is to say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(f"{source.path} cannot be opened: {reason}") from None
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_rows_of(rows, source)):
         yield _field(row, source, f"{source.path}, row {number}"), True
+
+
+def _rows_of(dataset: Any, source: Source) -> Iterator[dict[str, Any]]:
+    """The rows of a data set, which may come over a network."""
+    rows = iter(dataset)
+    while True:
+        try:
+            row = next(rows, None)
+        except (UpcycleError, MemoryError):
+            raise
+        except Exception as error:  # of a network, of damaged files, of code: it is what there is to say
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UpcycleError(f"{source.path} cannot be read to its end: {reason}") from None
+        if row is None:
+            return
+        yield row
 
 
 _READERS: dict[str, Callable[[Path, Source], Iterator[tuple[str, bool]]]] = {

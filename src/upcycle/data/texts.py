@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from upcycle.data.documents import json_row, parquet_rows
+from upcycle.data.documents import json_row, not_utf8, parquet_rows
 from upcycle.data.examples import refuse_other_classes
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError, listed, shown
+
+MOST_CLASSES = 1 << 31  # numbers of classes are below it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +48,8 @@ class TextSet:
             given = [row[field] for field in fields]
             if not all(isinstance(text, str) for text in given):
                 raise UpcycleError(f"{where}: {', '.join(fields)} must be text")
+            if not all(map(_is_unicode, given)):
+                raise UpcycleError(f"{where} holds half of a character (a lone surrogate); take it out")
             texts.append(given)
             labels.append(row[label_field])
         if not texts:
@@ -80,6 +84,15 @@ class TextSet:
         refuse_other_classes(self, held_out)
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text is whole characters, which a tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each example, and where it is."""
     if not path.is_file():
@@ -88,8 +101,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path)))
         return
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UpcycleError(not_utf8(path, error)) from None
+    except OSError as error:
         raise UpcycleError(f"{path} cannot be read as text: {error}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -102,10 +117,13 @@ def _numbered(labels: list[Any], path: str) -> tuple[np.ndarray, tuple[str, ...]
     """Labels as numbers, and the names of the classes where there are names."""
     if all(type(label) is bool for label in labels):
         return np.array(labels, np.int64), ("false", "true")
-    if all(type(label) is int and label >= 0 for label in labels):
+    if all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels):
         return np.array(labels, np.int64), ()
     if all(isinstance(label, str) for label in labels):
         names = sorted(set(labels))
         return np.array([names.index(label) for label in labels], np.int64), tuple(names)
-    odd = next(x for x in labels if type(x) not in (int, str) or (type(x) is int and x < 0))
-    raise UpcycleError(f"{path}: label {odd!r}; labels must all be whole numbers of 0 or more, or all names")
+    odd = next((x for x in labels if type(x) is not int or not 0 <= x < MOST_CLASSES), labels[0])
+    raise UpcycleError(
+        f"{path}: label {shown(odd)}; labels must all be whole numbers of 0 to {MOST_CLASSES - 1:,}, or all "
+        f"names"
+    )

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, cut
 from upcycle.hf import opening
 from upcycle.hf.configs import config_class
 from upcycle.nn.moe import MoE
@@ -111,9 +111,10 @@ def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def architecture(name: str) -> type[PreTrainedModel]:
     """The class called `name`: one of transformers, or an upcycled one of it."""
     dense = name.removeprefix(CLASS_PREFIX)
-    found = getattr(transformers, dense, None)
-    if found is None:
-        raise UpcycleError(f"transformers {transformers.__version__} has no class {dense}")
+    found: Any = getattr(transformers, dense, None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model:
+        raise UpcycleError(f"transformers {transformers.__version__} has no class of models {cut(dense)}")
     made: type[PreTrainedModel] = found if dense == name else model_class(found)
     return made
 
@@ -145,7 +146,7 @@ def open(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises `UpcycleError` where the folder does not hold exactly the tensors of that class.
     """
     names = opening.read_config(folder).architectures
-    if not names:
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise UpcycleError(f"{folder}/config.json names no architecture; open it with an AutoModel class")
     return opening.fill(architecture(names[0]), folder, **options)
 

@@ -13,22 +13,38 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upcycle import families, targets
-from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.errors import UpcycleError, listed
+from upcycle.checkpoints.checkpoint import CONFIG, Checkpoint, read_json
+from upcycle.errors import UpcycleError, listed, shown
+from upcycle.families._checked import MOST_BLOCKS
 from upcycle.nn import kernels
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer, as transformers holds them
-_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:
     """The config of the model in `folder`. Raises `UpcycleError` where transformers cannot read it."""
+    refuse_depth(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UpcycleError:
         raise
     except Exception as error:  # whatever transformers dislikes about a file, it is what there is to say
         raise UpcycleError(f"{folder}: its config.json cannot be used ({_first_line(error)})") from error
+
+
+def refuse_depth(folder: str | Path) -> None:
+    """Refuse a config.json of more blocks than any model has: transformers would make each of them, and a
+    list of them before."""
+    if not (Path(folder) / CONFIG).is_file():
+        return
+    config = read_json(Path(folder) / CONFIG, f"{folder} has no {CONFIG}")
+    for key in ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"):
+        if type(config.get(key)) in (int, float) and config[key] > MOST_BLOCKS:
+            raise UpcycleError(
+                f"{folder}: {key} = {shown(config[key])} in its {CONFIG}; a model has {MOST_BLOCKS:,} blocks "
+                f"at most"
+            )
 
 
 def fill(cls: type[PreTrainedModel], folder: str | Path, **options: Any) -> PreTrainedModel:
@@ -40,6 +56,7 @@ def fill(cls: type[PreTrainedModel], folder: str | Path, **options: Any) -> PreT
     """
     wanted = options.get("experts_implementation")
     refuse_unknown(wanted)
+    refuse_depth(folder)
     ours = {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = cls.from_pretrained(folder, **options, **ours)

@@ -1,0 +1,144 @@
+"""Inputs that once crashed a command, hung it, or went through in silence: one of each kind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workshop import WORDS, Workshop
+
+from upcycle import UpcycleError, convert, verify
+from upcycle.checkpoints.checkpoint import read_header
+from upcycle.data import documents
+from upcycle.data.documents import Source
+from upcycle.data.texts import TextSet
+from upcycle.hf import models
+from upcycle.reporting.starts import Given
+from upcycle.reporting.study import study
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("found"))
+
+
+def changed(folder: Path, name: str, **values: Any) -> Path:
+    """A folder with other values in a JSON file."""
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def test_a_header_with_half_of_a_character(tmp_path: Path) -> None:
+    """Other readers of safetensors refuse it."""
+    text = json.dumps({"__metadata__": {"\ud800": "pt"}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(UpcycleError, match="the header is not valid JSON"):
+        read_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("layers", [10**400, 2**70, 10_001])
+def test_a_folder_of_endlessly_many_blocks(layers: int, shop: Workshop) -> None:
+    folder = changed(shop.copied(shop.out, "deep"), "config.json", num_hidden_layers=layers)
+    with pytest.raises(UpcycleError, match="a model has 10,000 blocks at most"):
+        models.open(folder)
+    assert not verify(shop.dense, folder, logits=False).holds
+
+
+@pytest.mark.parametrize("names", [[{}], {"a": "b"}, [5], [], "", None, ["nn"], ["UpcycledAutoConfig"]])
+def test_an_architecture_that_is_no_class_of_models(names: Any, shop: Workshop) -> None:
+    folder = changed(shop.copied(shop.upcycled, "unnamed"), "config.json", architectures=names)
+    with pytest.raises(UpcycleError, match=r"names no architecture|has no class of models|cannot be used"):
+        models.open(folder)
+
+
+def test_a_run_of_more_parameters_than_there_are_numbers(shop: Workshop) -> None:
+    run, checkpoint = (shop.copied(folder, f"huge {i}") for i, folder in enumerate(shop.reported))
+    changed(run, "run.json", active_parameters=10**400)
+    assert "active_parameters" in " ".join(study([run, checkpoint], Given()).troubles())
+
+
+def read(path: Path, **options: Any) -> list[tuple[str, bool]]:
+    return [*documents.documents(Source(path=str(path), **options))]
+
+
+def test_text_that_begins_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(WORDS, encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": WORDS}), encoding="utf-8-sig")
+    for name in ("a.txt", "a.jsonl"):
+        assert read(tmp_path / name) == [(WORDS, True)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_text_in_another_encoding(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(f'{{"text": "{WORDS}é"}}'.encode("latin-1"))
+    with pytest.raises(UpcycleError, match=f"{re.escape(name)} is not UTF-8 text .*; save it as UTF-8"):
+        read(tmp_path / name)
+
+
+def test_a_compressed_file_whose_inside_is_damaged(tmp_path: Path) -> None:
+    raw = gzip.compress(json.dumps({"text": WORDS * 9}).encode(), mtime=0)
+    (tmp_path / "a.jsonl.gz").write_bytes(raw[:10] + b"\xab9\x89I\xa99" + raw[16:])
+    with pytest.raises(UpcycleError, match="cannot be read"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+def test_a_label_that_no_machine_counts_to(shop: Workshop, tmp_path: Path) -> None:
+    from upcycle.data.corpus import read_tokenizer
+
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a", "label": 80591620717411303424}\n{"text": "b", "label": 0}'
+    )
+    words = read_tokenizer(shop.dense)
+    with pytest.raises(UpcycleError, match=r"label 80591620717411303424; labels must all be whole numbers"):
+        TextSet.open(tmp_path / "a.jsonl", words, length=8, fields=("text",), label_field="label")
+
+
+def test_a_labelled_text_with_half_of_a_character(shop: Workshop, tmp_path: Path) -> None:
+    from upcycle.data.corpus import read_tokenizer
+
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "\\ud800", "label": 0}')
+    words = read_tokenizer(shop.dense)
+    with pytest.raises(UpcycleError, match=r"line 2 holds half of a character"):
+        TextSet.open(tmp_path / "a.jsonl", words, length=8, fields=("text",), label_field="label")
+
+
+def test_parquet_with_a_text_that_is_none(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a cat"] * 3}), path, compression="NONE")
+    path.write_bytes(path.read_bytes().replace(b"a cat", b"a \xffat"))
+    with pytest.raises(UpcycleError, match=r"a\.parquet has a text that is not UTF-8 .*; write it anew"):
+        read(path)
+
+
+def test_a_data_set_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises on the way is said in a sentence, as it is where it cannot be opened."""
+    datasets = pytest.importorskip("datasets")
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise ConnectionError("the line is dead\nTraceback")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    source = Source(path="hf:some/where")
+    found = documents.documents(source)
+    assert next(found) == ("a", True)
+    with pytest.raises(UpcycleError, match=r"hf:some/where cannot be read to its end: the line is dead$"):
+        next(found)
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "initializer_range", "task_specific_params", "x"])
+def test_what_json_cannot_say_is_not_converted(key: str, shop: Workshop, tmp_path: Path) -> None:
+    folder = changed(shop.copied(shop.dense, "no numbers"), "config.json", **{key: float("nan")})
+    with pytest.raises(UpcycleError, match=f"{key} .*nan"):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,35 @@
+"""SIGKILL at random moments, ten for each command. `make attack` does a hundred."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import kills
+import pytest
+from workshop import Workshop
+
+import forked
+
+TIMES = 10
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[forked.Server]:
+    started = forked.Server()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("killed"))
+
+
+@pytest.mark.parametrize("command", kills.KILLED)
+def test_a_kill_at_any_moment(command: str, server: forked.Server, shop: Workshop, tmp_path: Path) -> None:
+    arena = kills.Arena(shop, server, tmp_path, random.Random(command))
+    kills.KILLED[command](arena, TIMES)
+    assert arena.started == TIMES
+    assert arena.killed >= TIMES // 3
