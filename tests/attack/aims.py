@@ -21,7 +21,6 @@ from upcycle.blueprints import cost
 from upcycle.calibration.calibration import calibrate
 from upcycle.cli import ready
 from upcycle.cli.options import RecipeOptions
-from upcycle.conversion import provenance
 from upcycle.conversion.journal import JOURNAL
 from upcycle.conversion.write import convert
 from upcycle.data import corpus
@@ -33,6 +32,8 @@ from upcycle.evaluation import results, superglue, task_files
 from upcycle.hf import models
 from upcycle.inspection import inspect
 from upcycle.recipe import Recipe, of_run_file, read_toml
+from upcycle.records.evaluation import EvaluationRecord
+from upcycle.records.provenance import Provenance
 from upcycle.reporting import report, sections
 from upcycle.reporting.starts import Given
 from upcycle.reporting.study import study
@@ -221,12 +222,12 @@ def targets(shop: Workshop) -> dict[str, Aim]:
         models.open(folder)
 
     def read_back(folder: Path) -> None:
-        provenance.read(folder)
+        Provenance.read(folder)
 
-    add("upcycle.json: read", mutations.any_json, 500, made(provenance.FILE, read_back))
-    add("upcycle.json: inspect", mutations.any_json, 80, made(provenance.FILE, inspected),
-        made(provenance.FILE, shown), made(provenance.FILE, shown, "exported"))  # fmt: skip
-    add("upcycle.json: verify", mutations.any_json, 40, made(provenance.FILE, proved))
+    add("upcycle.json: read", mutations.any_json, 500, made(Provenance.FILE, read_back))
+    add("upcycle.json: inspect", mutations.any_json, 80, made(Provenance.FILE, inspected),
+        made(Provenance.FILE, shown), made(Provenance.FILE, shown, "exported"))  # fmt: skip
+    add("upcycle.json: verify", mutations.any_json, 40, made(Provenance.FILE, proved))
     add("MoE config.json: inspect", mutations.any_json, 150, made("config.json", inspected),
         made("config.json", inspected, "upcycled"), made("config.json", shown, "upcycled"))  # fmt: skip
     add("MoE config.json: verify", mutations.any_json, 40, made("config.json", proved))
@@ -270,7 +271,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
     add("the whole page: report", mutations.any_json, 4, *page())
 
     def scored() -> Start:
-        path = shop.place("changed/scored") / results.FILE
+        path = shop.place("changed/scored") / EvaluationRecord.FILE
         path.write_text(json.dumps(left_scores()))
         return _file(path, lambda: results.record(path.parent, []))
 

@@ -22,6 +22,7 @@ import forked
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import results
+from upcycle.records.evaluation import EvaluationRecord
 from upcycle.training import saving
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
@@ -126,8 +127,8 @@ def trains(arena: Arena, times: int) -> None:
             if newest is not None:
                 saving.refuse_changed(newest, Ranks(device=_cpu()))
         arena.whole(line(out))
-        assert [r["loss"] for r in read(out)] == [r["loss"] for r in read(calm)]
-        assert [r.get("held_out_loss") for r in read(out)] == [r.get("held_out_loss") for r in read(calm)]
+        assert [r.loss for r in read(out)] == [r.loss for r in read(calm)]
+        assert [r.held_out_loss for r in read(out)] == [r.held_out_loss for r in read(calm)]
         export(out, arena.path("killed-export"))
         assert weights(arena.folder / "killed-export") == weights(arena.folder / "calm-export")
         assert not arena.leftovers
@@ -182,7 +183,7 @@ def evals(arena: Arena, times: int) -> None:
     arena.whole(line("first"), "eval")
     before = _scores(model)
     for _ in range(times):
-        (model / results.FILE).write_text(json.dumps({"format": 1, "results": before}))
+        (model / EvaluationRecord.FILE).write_text(json.dumps({"format": 1, "results": before}))
         in_time = arena.kill(line("second"), "eval")
         now = _scores(model)
         assert now[:1] == before
@@ -194,7 +195,7 @@ def evals(arena: Arena, times: int) -> None:
 
 
 def _scores(model: Path) -> list[dict[str, Any]]:
-    return results.read(model / results.FILE)
+    return [entry.as_table() for entry in results.read(model / EvaluationRecord.FILE).results]
 
 
 def _cpu() -> Any:
