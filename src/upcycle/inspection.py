@@ -14,11 +14,11 @@ from upcycle.blueprints.blueprint import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.cli.console import place_of
-from upcycle.conversion import provenance
 from upcycle.dense.source import Dense, admit
 from upcycle.errors import UpcycleError, listed
 from upcycle.recipe import Recipe
+from upcycle.records.provenance import Provenance
+from upcycle.system.wording import place_of
 from upcycle.targets import Block, Target
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored, blocks
@@ -31,7 +31,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
     names, if it is still there. Cosine similarities are over all matrices together.
     """
     with open_checkpoint(checkpoint, allow_nonfinite=True) as opened:
-        made = provenance.read(opened.folder) if (opened.folder / provenance.FILE).exists() else None
+        made = Provenance.read(opened.folder) if (opened.folder / Provenance.FILE).exists() else None
         model_type = opened.config.get("model_type")
         notes: list[str] = []
         target = targets.opened(opened.config)
@@ -45,12 +45,12 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
                     _refuse_odd_shapes(part)
                 if dense is not None:
                     _refuse_other_depth(dense, parts)
-                    if made is not None and dense.family.model_type != made["source"].get("model_type"):
+                    if made is not None and dense.family.model_type != made.source.model_type:
                         notes.append(
                             f"compared with a {dense.family.model_type}, which is not what it was made from"
                         )
                 layers = [_row(part, dense, notes) for part in parts]
-                if made is not None and dense is not None and made.get("training"):
+                if made is not None and dense is not None and made.training:
                     _add_start(layers, target, opened, made, dense, notes)
             except KeyError as error:
                 raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
@@ -70,7 +70,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
             "num_layers": len(layers),
             "parameters": sum(math.prod(t.shape) for t in opened.tensors.values()),
             "layers": layers,
-            "provenance": made,
+            "provenance": None if made is None else made.as_table(),
             "notes": notes,
         }
 
@@ -110,17 +110,17 @@ def _add_start(
     layers: list[dict[str, Any]],
     target: Target,
     opened: Checkpoint,
-    made: dict[str, Any],
+    made: Provenance,
     dense: Dense,
     notes: list[str],
 ) -> None:
     """How alike the experts of a trained model were when its training began."""
     try:
-        built = blueprint(dense.checkpoint, Recipe.of(made["recipe"]))
+        built = blueprint(dense.checkpoint, Recipe.of(made.recipe))
     except UpcycleError as error:
         notes.append(f"what the experts began as cannot be made again: {error}")
         return
-    if built.hash != made["blueprint_hash"] or made["training"][0].get("from_scratch"):
+    if built.hash != made.blueprint_hash or (made.training and made.training[0].from_scratch):
         notes.append("what the experts began as cannot be made again: it was from other weights")
         return
     lazies = {name: entry.lazy for name, entry in built.entries.items()}
@@ -130,14 +130,14 @@ def _add_start(
             row["cosine_between_at_start"] = _between(_cosines(part.experts))
 
 
-def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes: list[str]) -> Dense | None:
+def _dense_source(source: str | Path | None, made: Provenance | None, notes: list[str]) -> Dense | None:
     """The dense model that experts are compared with, if it can be found."""
     if source is not None:
         return admit(open_checkpoint(str(source), allow_nonfinite=True))
     if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
         return None
-    recorded = provenance.source_of(made)
+    recorded = made.source.folder
     if not recorded.is_dir():
         notes.append(f"its source {recorded} is not there; name it with --source to compare experts with it")
         return None

@@ -21,14 +21,17 @@ import numpy as np
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, TensorInfo, TwoSetsError, file_hash
 from upcycle.checkpoints.hub import CARRIED, carriable, open_checkpoint
-from upcycle.conversion import provenance, selection
+from upcycle.conversion import selection
 from upcycle.dense.source import Dense, refuse_two_heads
 from upcycle.errors import UpcycleError, listed
-from upcycle.evaluation import results, routing_file
 from upcycle.families import Config
 from upcycle.nn import kernels
 from upcycle.recipe import Recipe
+from upcycle.records.evaluation import EvaluationRecord
+from upcycle.records.provenance import Provenance
+from upcycle.records.routing import RoutingRecord
 from upcycle.system import memory
+from upcycle.system.wording import size
 
 if TYPE_CHECKING:
     import torch
@@ -122,14 +125,14 @@ def _unfit(why: str) -> Proof:
 
 
 def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, shown: Shown | None) -> Proof:
-    record = provenance.read(out)
-    if record.get("training"):
-        steps = record["training"][-1]["step"]
+    record = Provenance.read(out)
+    if record.training:
+        steps = record.training[-1].step
         raise UpcycleError(
             f"{out} was trained for {steps} steps since it was built, so its bytes are no recipe's; "
             f"verify checks what `upcycle convert` wrote"
         )
-    built = blueprint(dense, Recipe.of(record["recipe"]), allow_nonfinite=True)
+    built = blueprint(dense, Recipe.of(record.recipe), allow_nonfinite=True)
     refuse_two_heads(built.dense)
     coverage = [_source_used(built), _names(built, moe), _transformers(built, moe)]
     settings = _config(built, moe)
@@ -284,21 +287,21 @@ _READ = (
     "*.safetensors*", "*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf",
     "*.onnx", "*.py", "*.jinja", "adapter_*",
 )  # fmt: skip
-_RESULTS = (results.FILE, routing_file.FILE)
+_RESULTS = (EvaluationRecord.FILE, RoutingRecord.FILE)
 
 
-def _files(built: Blueprint, moe: Checkpoint, record: dict[str, Any]) -> Check:
+def _files(built: Blueprint, moe: Checkpoint, record: Provenance) -> Check:
     """Whether the files beside the weights are what `convert` wrote, and what else lies there."""
     out, source = moe.folder, built.source.folder
-    written: dict[str, str] = record.get("files", {})
-    wanted = written | {name: file_hash(source / name) for name in carriable(source)}
+    written = record.files or {}
+    wanted = {**written} | {name: file_hash(source / name) for name in carriable(source)}
     there = {path.name: path for path in out.iterdir()}
     missing = [name for name in wanted if name not in there]
     changed = [name for name in wanted if name in there and not _has(there[name], wanted[name])]
     changed += [name for name in written if written[name] != wanted[name] and name not in changed]
-    known = {*wanted, *(file.name for file in moe.files), provenance.FILE}
+    known = {*wanted, *(file.name for file in moe.files), Provenance.FILE}
     if not written:  # of a version that kept no hashes
-        known |= {CONFIG, INDEX, "README.md", selection.FILE, *record.get("carried_files", ())}
+        known |= {CONFIG, INDEX, "README.md", selection.FILE, *(record.carried_files or ())}
     others = sorted(there.keys() - known)
     faults = {
         "missing": missing,
@@ -325,14 +328,15 @@ def _is_read(path: Path) -> bool:
     return path.is_dir() or any(fnmatch(path.name, pattern) for pattern in (*_READ, *CARRIED))
 
 
-def _hashes(built: Blueprint, record: dict[str, Any]) -> Check:
-    recorded = {"source": record["source"]["sha256"]}
-    recorded |= {label: donor["sha256"] for label, donor in record["source"]["donors"].items()}
+def _hashes(built: Blueprint, record: Provenance) -> Check:
+    recorded = {"source": record.source.sha256}
+    recorded |= {label: donor.sha256 for label, donor in record.source.donors.items()}
     found = {opened.label: opened.hashes() for opened in built.checkpoints}
-    said = {key: record[key] for key in ("target", *_SAID) if key in record}
+    table = record.as_table()
+    said = {key: table[key] for key in ("target", *_SAID) if key in table}
     true = {"target": built.target.model_type, **{key: getattr(built, name) for key, name in _SAID.items()}}
     claims = said == json.loads(json.dumps({key: true[key] for key in said}))
-    same = record["blueprint_hash"] == built.hash and recorded == found and claims
+    same = record.blueprint_hash == built.hash and recorded == found and claims
     return Check(
         name="provenance",
         holds=same,
@@ -479,7 +483,7 @@ def _check_memory(built: Blueprint) -> None:
     free = memory.available()
     if free is not None and needed > free:
         raise UpcycleError(
-            f"comparing logits loads the MoE in float32, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of "
+            f"comparing logits loads the MoE in float32, {size(needed)}, and {size(free)} of "
             f"memory are free; verify the rest with --no-logits"
         )
 

@@ -439,24 +439,24 @@ def test_results_lie_beside_the_checkpoint_and_are_replaced(byte_model, story, t
     main([*command[:-2], "--json"])
     assert json.loads(capsys.readouterr().out) == shown
     first = results.read(folder / "eval.json")
-    (entry,) = first
-    assert (entry["kind"], entry["name"]) == ("text", "story.txt")
-    assert entry["data"]["limit"] == 1
-    assert len(entry["data"]["sha256"]) == 64
-    assert set(entry["metrics"]) == {"loss", "perplexity", "bits_per_byte", "accuracy"}
-    assert entry["metrics"]["loss"]["value"] == shown["checkpoints"][0]["loss"]
-    assert {"torch", "transformers", "upcycle"} == set(entry["versions"])
-    assert set(entry["paired"]) == {"bits_per_byte"}  # what a report pairs with another checkpoint's
-    sums = results.read_sums(entry["paired"]["bits_per_byte"])
-    assert sums.value == pytest.approx(entry["metrics"]["bits_per_byte"]["value"])
-    assert sums.standard_error == pytest.approx(entry["metrics"]["bits_per_byte"]["standard_error"])
+    (entry,) = first.results
+    assert (entry.kind, entry.name) == ("text", "story.txt")
+    assert entry.data["limit"] == 1
+    assert len(entry.data["sha256"]) == 64
+    assert set(entry.metrics) == {"loss", "perplexity", "bits_per_byte", "accuracy"}
+    assert entry.metrics["loss"].value == shown["checkpoints"][0]["loss"]
+    assert {"torch", "transformers", "upcycle"} == set(entry.versions)
+    assert set(entry.paired) == {"bits_per_byte"}  # what a report pairs with another checkpoint's
+    sums = results.sums_of(entry.paired["bits_per_byte"])
+    assert sums.value == pytest.approx(entry.metrics["bits_per_byte"].value)
+    assert sums.standard_error == pytest.approx(entry.metrics["bits_per_byte"].standard_error)
     second = tmp_path / "second.txt"
     second.write_text("another text")
     main(["eval", str(folder), "--text", str(second), "--text", str(story)])
     assert "bits_per_byte" in capsys.readouterr().out
-    entries = {entry["name"]: entry for entry in results.read(folder / "eval.json")}
+    entries = {entry.name: entry for entry in results.read(folder / "eval.json").results}
     assert set(entries) == {"story.txt", "second.txt"}
-    assert entries["story.txt"]["data"]["limit"] == 0
+    assert entries["story.txt"].data["limit"] == 0
     assert not list(folder.glob("*.partial"))
 
 

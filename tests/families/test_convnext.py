@@ -627,8 +627,8 @@ def test_it_is_trained_exported_and_scored(wide, images, measured, tmp_path):
     run = recycled(wide, tmp_path / "run", images, measured.path)
     train(run)
     lines = read(tmp_path / "run")
-    assert all(np.isfinite(line["loss"]) for line in lines)
-    assert [(layer["stack"], layer["layer"]) for layer in lines[0]["layers"]] == [
+    assert all(np.isfinite(line.loss) for line in lines)
+    assert [(layer.stack, layer.layer) for layer in lines[0].layers] == [
         ("stage_3", 0),
         ("stage_3", 1),
         ("stage_4", 0),
@@ -660,7 +660,7 @@ def test_dense_and_expert_choice_learn_the_colours(wide, images, tmp_path):
             "schedule": {"peak": 3e-3, "warmup": 2},
         }  # fmt: skip
         train(Run.of(table | changes))
-        assert read(tmp_path / name)[-1]["held_out_accuracy"] == 1.0
+        assert read(tmp_path / name)[-1].held_out_accuracy == 1.0
 
 
 def test_features_without_a_head_are_those_that_a_head_sees(wide, images, tmp_path):
@@ -849,7 +849,7 @@ def test_v2_is_calibrated_recycled_and_trained(images, tmp_path):
         source, tmp_path / "found.safetensors", Asked(images=images, collect=("l2",), device="cpu")
     )
     train(recycled(source, tmp_path / "run", images, found.path))
-    assert all(np.isfinite(line["loss"]) for line in read(tmp_path / "run"))
+    assert all(np.isfinite(line.loss) for line in read(tmp_path / "run"))
     out = export(tmp_path / "run", tmp_path / "out").out
     made_, whole = stored(out), stored(source)
     block = "convnextv2.encoder.stages.2.layers.0."

@@ -26,7 +26,7 @@ from upcycle.reporting.document import Document, Picture, Sentence, Table
 from upcycle.reporting.inks import DARK, LIGHT, VARIABLES, Inks
 from upcycle.reporting.markdown import render as render_markdown
 from upcycle.reporting.page import render
-from upcycle.reporting.records import read_run
+from upcycle.reporting.runs import read_run
 from upcycle.reporting.starts import Given, start_cost
 from upcycle.reporting.study import study
 
@@ -571,7 +571,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_shown(tmp_path, given_fold
         "newer is left out: its run.json has format 2; this version reads 1",
         "mixed is left out: its metrics.jsonl is of another run than its run.json: step 1 says 64 tokens, "
         "where 128",
-        "damaged: line 21 of its metrics.jsonl is damaged; nothing after it is shown",
+        "damaged: line 21 of its metrics.jsonl is damaged: it is not valid JSON (",
+        "line 1 column 2 (char 1)); nothing after it is shown",
         "damaged is unfinished: 20 of 40 steps",
         "scored: eval.json is damaged",
         "gone is left out: there is no such folder",
@@ -652,12 +653,16 @@ def test_nothing_is_overwritten_but_a_report(tmp_path):
     given = [*pair_of_runs(tmp_path / "given")]
     mine = tmp_path / "mine.html"
     mine.write_text("precious")
-    with pytest.raises(UpcycleError, match="exists and is no report"):
+    with pytest.raises(
+        UpcycleError, match="exists already and is not a file of a report; nothing is overwritten"
+    ):
         report(given, mine)
     (tmp_path / "figures").mkdir()
     picture = tmp_path / "figures" / "r-loss-tokens.png"
     picture.write_bytes(b"precious")
-    with pytest.raises(UpcycleError, match=r"r-loss-tokens\.png exists and is no report"):
+    with pytest.raises(
+        UpcycleError, match=r"r-loss-tokens\.png exists already and is not a file of a report"
+    ):
         report(given, tmp_path / "r.html", markdown=tmp_path / "r.md")
     assert (mine.read_text(), picture.read_bytes()) == ("precious", b"precious")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures", "given", "mine.html"]
@@ -674,7 +679,7 @@ def test_mistakes_in_what_is_asked(tmp_path, given_folders, monkeypatch):
         report(given_folders, tmp_path / "r.html", dense_flops=-1)
     with pytest.raises(UpcycleError, match="give them two names"):
         report(given_folders, tmp_path / "r.html", markdown=tmp_path / "r.html")
-    with pytest.raises(UpcycleError, match="is a folder"):
+    with pytest.raises(UpcycleError, match="exists already and is not a file of a report"):
         report(given_folders, tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UpcycleError, match=r'pip install "upcycle\[report\]"'):
@@ -885,9 +890,6 @@ def test_a_report_on_real_runs(trainable, tmp_path):
         loop.train(Run.of(table))
         return tmp_path / name
 
-    from upcycle.reporting import records
-
-    assert (records.RUN, records.METRICS) == (loop.RECORD, metrics.FILE)
     first = run("first", from_scratch=True)
     export(first, tmp_path / "start")
     dense = run("dense", source=str(tmp_path / "start"))
@@ -906,7 +908,7 @@ def test_a_report_on_real_runs(trainable, tmp_path):
     assert upcycled.flops[-1] == 4 * 512 / 64 * record["training_flops_per_row"]
     assert upcycled.start.flops == pytest.approx(group(found.comparison, "dense, from scratch").flops[-1])
     assert upcycled.loss.value.tolist() == [
-        metrics.read(moe)[0]["held_out_start"], *(metrics.read(moe)[i]["held_out_loss"] for i in (1, 3))
+        metrics.read(moe)[0].held_out_start, *(metrics.read(moe)[i].held_out_loss for i in (1, 3))
     ]  # fmt: skip
     (column,) = found.columns()
     assert column.label == upcycled.label
@@ -924,7 +926,7 @@ def test_reading_needs_no_torch(tmp_path):
 
     run = write_run(tmp_path / "run", lambda t: 2.0, moe={})
     script = (
-        "import sys\nfrom pathlib import Path\nfrom upcycle.report import report\n"
+        "import sys\nfrom pathlib import Path\nfrom upcycle.reporting import report\n"
         f"report([{str(run)!r}], {str(tmp_path / 'r.html')!r})\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib.pyplot') if m in sys.modules])"
     )

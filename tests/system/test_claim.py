@@ -69,7 +69,7 @@ def test_a_folder_without_a_marker_is_somebody_elses(tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from upcycle import lock
+from upcycle.system import lock
 with lock.held(Path(sys.argv[1]), "busy"):
     print("held", flush=True)
     sys.stdin.read()

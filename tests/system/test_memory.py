@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from upcycle.system import memory
@@ -26,6 +27,7 @@ def system(tmp_path, monkeypatch):
         (tmp_path / "proc" / "self").mkdir(parents=True, exist_ok=True)
         (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
         monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+        monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
         monkeypatch.setattr(memory, "_GROUPS", tmp_path / "cgroup")
         return tmp_path / "cgroup"
 

@@ -108,8 +108,8 @@ def test_a_task_in_one_file(parity, tmp_path):
         }
     )  # fmt: skip
     lines = read(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2]
-    assert lines[1]["held_out_loss"] < lines[0]["held_out_start"]
+    assert [line.step for line in lines] == [1, 2]
+    assert lines[1].held_out_loss < lines[0].held_out_start
     assert json.loads((tmp_path / "run" / "run.json").read_text())["task"] == "parity"
 
     out = export(tmp_path / "run", tmp_path / "out").out

@@ -176,9 +176,9 @@ def test_a_run_trains_is_resumed_to_the_bit_and_exported(case, data, tmp_path):
     kind, changes, task = CASES[case]
     whole = train(Run.of(table(kind, data, tmp_path / "whole", **changes)))
     lines = read(tmp_path / "whole")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert all(np.isfinite(line["loss"]) for line in lines)
-    assert 0 <= lines[-1]["held_out_accuracy"] <= 1
+    assert [line.step for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(line.loss) for line in lines)
+    assert 0 <= lines[-1].held_out_accuracy <= 1
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["task"] == task
     # Stopped after four steps, and gone on with.
     train(Run.of(table(kind, data, tmp_path / "parts", **changes)))
@@ -198,8 +198,8 @@ def test_a_run_trains_is_resumed_to_the_bit_and_exported(case, data, tmp_path):
         == json.loads((tmp_path / "whole" / "run.json").read_text())["parameters"]
     )
     for line in lines if changes else ():
-        assert len(line["layers"]) == (4 if kind == "t5" else 2)
-        assert all(0 <= layer["left_behind"] < 1 for layer in line["layers"])
+        assert len(line.layers) == (4 if kind == "t5" else 2)
+        assert all(0 <= layer.left_behind < 1 for layer in line.layers)
 
 
 def test_the_loss_is_that_of_transformers(data, tmp_path):
@@ -215,14 +215,14 @@ def test_the_loss_is_that_of_transformers(data, tmp_path):
         torch.manual_seed(run.train_seed * 1_000_003)  # the seed of step 0: dropout
         labels = torch.from_numpy(np.array(batch[names[1]]))
         wanted = model(input_ids=torch.from_numpy(np.array(batch[names[0]])), labels=labels).loss
-        assert read(tmp_path / f"{kind}-run")[0]["loss"] == pytest.approx(float(wanted.detach()), rel=1e-5)
+        assert read(tmp_path / f"{kind}-run")[0].loss == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
 def test_images_are_learned_and_scored(data, tmp_path):
     """Three colours are told apart after a few steps, and every way to score says the same."""
     changes = {"train": {"steps": 40, "batch_size": 16}, "schedule": {"peak": 3e-3}}
     result = train(Run.of(table("vit", data, tmp_path / "run", **CHOICE, **changes)))
-    assert read(result.out)[-1]["held_out_accuracy"] == 1.0
+    assert read(result.out)[-1].held_out_accuracy == 1.0
     out = export(result.out, tmp_path / "out").out
     scores = evaluate(out, Asked(images=data / "images"))
     model = upcycle.open(out).eval()
@@ -276,7 +276,7 @@ def test_the_rate_goes_on_where_the_dense_run_stopped(data, tmp_path):
     export(tmp_path / "dense", tmp_path / "trained")
     later = table("vit", data, tmp_path / "moe", **CHOICE, schedule={**schedule, "start_step": 6})
     train(Run.of(later | {"source": str(tmp_path / "trained")}))
-    rates = [line["lr"] for out in ("dense", "moe") for line in read(tmp_path / out)]
+    rates = [line.lr for out in ("dense", "moe") for line in read(tmp_path / out)]
     assert rates == pytest.approx([1e-3 * min(1, n / 2) * (2 / max(2, n)) ** 0.5 for n in range(1, 13)])
 
 
@@ -685,5 +685,5 @@ def test_examples_are_all_scored(data, tmp_path):
     made = table("vit", data, tmp_path / "run", **changes)
     del made["train"]["eval_examples"]
     train(Run.of(made))
-    shares = read(tmp_path / "run")[0]["held_out_accuracy"] * 12  # a quarter of 48
+    shares = read(tmp_path / "run")[0].held_out_accuracy * 12  # a quarter of 48
     assert shares == pytest.approx(round(shares))

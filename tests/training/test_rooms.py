@@ -83,7 +83,7 @@ def stranger(tmp_path, monkeypatch):
 
 
 def losses(out: Path) -> list[float]:
-    return [record["loss"] for record in read(out)]
+    return [record.loss for record in read(out)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -190,7 +190,7 @@ def test_a_strangers_schedule_sets_the_rate(stranger, table, tmp_path, capsys):
     stranger(schedules, "saw", SCHEDULE)
     run = Run.of(table(schedule={"name": "saw", "teeth": 4}, train={"steps": 5}))
     train(run)
-    assert [r["lr"] for r in read(tmp_path / "run")] == [1e-2 * x for x in (1, 0.75, 0.5, 0.25, 1)]
+    assert [r.lr for r in read(tmp_path / "run")] == [1e-2 * x for x in (1, 0.75, 0.5, 0.25, 1)]
     assert "saws cut" in capsys.readouterr().err
     assert Run.of(run.as_table()) == run
 
@@ -259,7 +259,7 @@ def test_a_strangers_router_brings_its_loss(stranger, table, tmp_path):
         settings = {"name": "alike", "std": 0.5, "balance_loss_coef": 0.0, **changes}
         micro = {"train": {"steps": 3, **({"micro_batch": 1} if name == "parts" else {})}}
         train(Run.of(table(**MOE, router=settings, out=str(tmp_path / name), **micro)))
-        found[name] = [record["router_losses"]["alike"] for record in read(tmp_path / name)]
+        found[name] = [record.router_losses["alike"] for record in read(tmp_path / name)]
     assert found["on"][0] == found["off"][0] > 0
     assert found["on"][2] < 0.9 * found["on"][0]  # it is trained down
     assert found["on"][2] < 0.9 * found["off"][2]
@@ -267,7 +267,7 @@ def test_a_strangers_router_brings_its_loss(stranger, table, tmp_path):
     export(tmp_path / "on", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["moe"][0]["router"]["alike_coef"] == 50
     train(Run.of(table(**MOE, out=str(tmp_path / "plain"))))
-    assert "router_losses" not in read(tmp_path / "plain")[0]
+    assert read(tmp_path / "plain")[0].router_losses is None
 
 
 FORMAT = '''

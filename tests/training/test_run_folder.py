@@ -21,10 +21,11 @@ from test_training import toml
 import forked
 import tiny
 from upcycle import Recipe, UpcycleError, cli, plan
+from upcycle.records.state import RunState
 from upcycle.system import lock
 from upcycle.system.signals import held
 from upcycle.training import export as exporting
-from upcycle.training import loop, metrics, micro_batch, run_folder, saving, start
+from upcycle.training import loop, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -166,13 +167,13 @@ def test_a_damaged_state_is_said(content_: bytes, table: Table, tmp_path: Path) 
 )
 def test_damaged_metrics_lose_no_other_line(line: bytes, table: Table, capsys: Any) -> None:
     out = begun(table)
-    path = out / metrics.FILE
+    path = out / "metrics.jsonl"
     before = path.read_bytes()
     path.write_bytes(line + before)
     train(Run.of(table(train={"steps": 3})), resume=True)
     assert path.read_bytes().startswith(before)
     assert "1 line of metrics.jsonl is damaged" in " ".join(capsys.readouterr().err.split())
-    assert [record["step"] for record in read(out)] == [1, 2, 3]
+    assert [record.step for record in read(out)] == [1, 2, 3]
 
 
 # --- what can be trusted
@@ -247,7 +248,7 @@ def test_export_tells_of_the_source_that_was_trained(table: Table, source: Path,
     shutil.copyfile(source / "model.safetensors", mine / "model.safetensors")
     export(out, tmp_path / "out")
     told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
-    assert told["source"]["sha256"] == json.loads((out / "run.json").read_text())[loop.SOURCES]["source"]
+    assert told["source"]["sha256"] == json.loads((out / "run.json").read_text())["source_sha256"]["source"]
     assert told["training"][0]["source_hashed"] == "at the start"
 
 
@@ -318,7 +319,7 @@ def test_ctrl_c_while_a_checkpoint_is_saved_is_heeded(
     real = saving.save
 
     def slow(*args: Any) -> str | None:
-        if args[3]["step"] == 1:
+        if args[3].step == 1:
             interrupt()
         return real(*args)
 
@@ -364,7 +365,7 @@ def test_held_signals() -> None:
 
 
 def losses(out: Path) -> list[float]:
-    return [record["loss"] for record in read(out)]
+    return [record.loss for record in read(out)]
 
 
 def test_a_finished_run_is_extended(table: Table, tmp_path: Path) -> None:
@@ -475,7 +476,7 @@ def test_a_batch_that_does_not_fit_is_cut(
     monkeypatch.undo()  # on a machine with more memory it goes on as it began
     train(Run.of(table(**MOE)), resume=True)
     state = saving.read_state(cut / "checkpoints" / "step-2")
-    assert state[micro_batch.KEY] in (1, 2)
+    assert state.micro_batch in (1, 2)
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
 
 
@@ -487,11 +488,12 @@ def test_the_parts_are_equal(
     start_ = start.start_of(run)
     monkeypatch.setattr(micro_batch, "_rows_that_fit", lambda *_: most)
     here = loop.Ranks(device=torch.device("cpu"))
-    found = micro_batch.chosen(run, start_, {"layers": 16}, here, {})
+    found = micro_batch.chosen(run, start_, {"layers": 16}, here, None)
     assert found.train.micro_batch == wanted
     pooled = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE, router={"balance_loss": "pooled"}))
-    assert micro_batch.chosen(pooled, start_, {"layers": 16}, here, {}).train.micro_batch is None
-    assert micro_batch.chosen(run, start_, {"layers": 16}, here, {"step": 3}).train.micro_batch is None
+    assert micro_batch.chosen(pooled, start_, {"layers": 16}, here, None).train.micro_batch is None
+    before = RunState(step=3, batches={}, identity={})
+    assert micro_batch.chosen(run, start_, {"layers": 16}, here, before).train.micro_batch is None
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])

@@ -66,7 +66,7 @@ def table(trainable, tmp_path):
 
 
 def losses(out: Path) -> list[float]:
-    return [record["loss"] for record in read(out)]
+    return [record.loss for record in read(out)]
 
 
 # --- the learning rate ---
@@ -124,18 +124,18 @@ def test_the_collapse_that_the_pooled_loss_cannot_see():
     )  # its value for balance
     per_layer = balance(logits, counts, 64)
     assert per_layer.tolist() == pytest.approx([8.0] * 4, abs=1e-4)  # E / K times the value for balance
-    health = [routing.health(tally(row, 64)) for row in counts]
-    assert [h["collapsed"] for h in health] == [True] * 4
-    assert [h["dead"] for h in health] == [6] * 4
+    health = [routing.health(tally(row, 64), "layers", 0) for row in counts]
+    assert [h.collapsed for h in health] == [True] * 4
+    assert [h.dead for h in health] == [6] * 4
 
 
 def test_perfect_balance_is_top_k():
     logits = [torch.zeros(64, 8)] * 3
     counts = torch.full((3, 8), 16)
     assert balance(logits, counts, 64).tolist() == pytest.approx([2.0] * 3)
-    for layer in [routing.health(tally(row, 64)) for row in counts]:
-        assert (layer["entropy"], layer["busiest"], layer["idlest"], layer["dead"]) == (1.0, 0.125, 0.125, 0)
-        assert not layer["collapsed"]
+    for layer in [routing.health(tally(row, 64), "layers", 0) for row in counts]:
+        assert (layer.entropy, layer.busiest, layer.idlest, layer.dead) == (1.0, 0.125, 0.125, 0)
+        assert not layer.collapsed
 
 
 def test_the_loss_is_that_of_switch_token_by_token():
@@ -226,25 +226,23 @@ def test_metrics_say_what_happened(table, tmp_path):
     run = Run.of(table(**MOE, log={"peak_flops": 1e12}))
     result = train(run)
     records = read(tmp_path / "run")
-    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
-    assert [("held_out_loss" in r) for r in records] == [False, False, True, False, False, True]
-    assert result.held_out_loss == records[-1]["held_out_loss"]
+    assert [r.step for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [(r.held_out_loss is not None) for r in records] == [False, False, True, False, False, True]
+    assert result.held_out_loss == records[-1].held_out_loss
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     for r in records:
-        assert r["tokens"] == r["step"] * 512
-        assert 0 < r["peak_memory"] <= memory.peak()
-        assert r["lr"] == run.schedule.at(r["step"] - 1, 6)
-        assert r["tokens_per_s"] == pytest.approx(512 / r["seconds"], rel=1e-3)
-        assert r["mfu"] == pytest.approx(
-            r["tokens_per_s"] * about["training_flops_per_token"] / 1e12, abs=1e-5
-        )
-        assert [layer["layer"] for layer in r["layers"]] == [0, 1, 2, 3, 4]
-        for layer in r["layers"]:
-            assert sum(layer["load"]) == pytest.approx(1.0, abs=1e-4)
-            assert layer["busiest"] == max(layer["load"])
-            assert layer["router_grad_norm"] > 0
-        shares = torch.tensor([layer["load"] for layer in r["layers"]])
-        assert 2.0 - 0.2 < r["balance_loss"] < 2 * 4 / 2 + 0.1
+        assert r.tokens == r.step * 512
+        assert 0 < r.peak_memory <= memory.peak()
+        assert r.lr == run.schedule.at(r.step - 1, 6)
+        assert r.tokens_per_s == pytest.approx(512 / r.seconds, rel=1e-3)
+        assert r.mfu == pytest.approx(r.tokens_per_s * about["training_flops_per_token"] / 1e12, abs=1e-5)
+        assert [layer.layer for layer in r.layers] == [0, 1, 2, 3, 4]
+        for layer in r.layers:
+            assert sum(layer.load) == pytest.approx(1.0, abs=1e-4)
+            assert layer.busiest == max(layer.load)
+            assert layer.router_grad_norm > 0
+        shares = torch.tensor([layer.load for layer in r.layers])
+        assert 2.0 - 0.2 < r.balance_loss < 2 * 4 / 2 + 0.1
         assert shares.shape == (5, 4)
 
 
@@ -336,7 +334,7 @@ def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatc
 
     def limited(out, model, optimizer, state, here, keep):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if state["step"] in full:
+        if state.step in full:
             resource.setrlimit(
                 resource.RLIMIT_FSIZE, (100_000, before[1])
             )  # writing more fails, as on a full disk
@@ -506,7 +504,7 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsy
         assert torch.equal(found[attention][moment], tensor[attention])
         assert {float(s["step"]) for s in found.values()} == {6.0}
     assert train(run).finished
-    assert read(tmp_path / "run")[0]["lr"] == pytest.approx(1e-3 * math.sqrt(3 / 7))
+    assert read(tmp_path / "run")[0].lr == pytest.approx(1e-3 * math.sqrt(3 / 7))
     assert "start_step" not in capsys.readouterr().err
     other = table(out=str(tmp_path / "other"), source=str(tmp_path / "trained"), **changes, **flat)
     assert train(Run.of(other)).finished
@@ -678,7 +676,7 @@ def test_a_collapsed_layer_is_said_once(table, capsys):
             said.count(f"layer {layer} collapsed; its busiest expert takes 50% of the slots, 2 take none")
             == 1
         )
-    assert all(layer["collapsed"] for record in read(Path(run.out)) for layer in record["layers"])
+    assert all(layer.collapsed for record in read(Path(run.out)) for layer in record.layers)
 
 
 BAD_LOADS = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from upcycle.advice.situation import Situation
-from upcycle.advice.statements import Statement, number
+from upcycle.advice.statements import Statement
+from upcycle.system.wording import rounded
 
 SHORT = 100e9  # tokens up to which nothing should be drawn anew
 LONG = 200e9  # tokens from which r = 0.5 was best: "hundreds of billions of tokens or more"
@@ -41,12 +42,12 @@ def statements(situation: Situation) -> list[Statement]:
         why, ratio = f"found on decoder language models, this is {situation.kind}", None
     elif ratio is None:
         said, source, inside = "which ratio is best is not known for this budget", PAPER, False
-        why = f"nothing is published between {number(SHORT)} and {number(LONG)} tokens"
+        why = f"nothing is published between {rounded(SHORT)} and {rounded(LONG)} tokens"
     elif ratio:
         said = f"r = {ratio:g} was best of those tried, with independent indices"
         source, (inside, why) = PAPER, _covered(size, COMPARED, tokens, COMPARED_AT)
     else:
-        said = f"r = 0, a copy: drop ended far below the dense model after {number(REFUTED_AT)} tokens"
+        said = f"r = 0, a copy: drop ended far below the dense model after {rounded(REFUTED_AT)} tokens"
         source, (covered, why) = AGAINST, _covered(size, REFUTED, tokens, REFUTED_AT)
         inside = None if covered else False
         why += "; its r and indices are not in what was read" if covered else ""
@@ -70,7 +71,10 @@ def statements(situation: Situation) -> list[Statement]:
 
 def _covered(size: float, sizes: tuple[float, float], tokens: float, run_at: float) -> tuple[bool, str]:
     if not sizes[0] <= size <= sizes[1]:
-        return False, f"{number(size)} dense parameters, found on {number(sizes[0])} and {number(sizes[1])}"
+        return (
+            False,
+            f"{rounded(size)} dense parameters, found on {rounded(sizes[0])} and {rounded(sizes[1])}",
+        )
     if not run_at / SAME <= tokens <= run_at * SAME:
-        return False, f"{number(tokens)} tokens, found at {number(run_at)}"
-    return True, f"{number(size)} dense parameters, {number(tokens)} tokens"
+        return False, f"{rounded(tokens)} tokens, found at {rounded(run_at)}"
+    return True, f"{rounded(size)} dense parameters, {rounded(tokens)} tokens"

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from upcycle.advice.situation import Situation
-from upcycle.advice.statements import Statement, number
+from upcycle.advice.statements import Statement
 from upcycle.blueprints.cost import flops_per_row
+from upcycle.system.wording import rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +111,13 @@ def statements(situation: Situation) -> list[Statement]:
 
 def _covered(situation: Situation, measured: Utilisation) -> tuple[bool | None, str]:
     count, size = situation.asked.gpus, situation.plan.dense_parameters
-    where = f"measured on {number(measured.size)} dense parameters and {measured.gpus} {MEASURED_ON}"
+    where = f"measured on {rounded(measured.size)} dense parameters and {measured.gpus} {MEASURED_ON}"
     if situation.kind != "decoder":
         return False, f"measured on decoder language models, this is {situation.kind}"
     if situation.gpu.name != MEASURED_ON:
         return False, f"{where}, not on {situation.gpu.name}"
     if not _near(size, measured.size, NEAR):
-        return False, f"{number(size)} dense parameters; {where}"
+        return False, f"{rounded(size)} dense parameters; {where}"
     granularity = _granularity(situation)
     if not _near(granularity, measured.granularity, NEAR):
         cut = f"1/{measured.granularity:.2g} of the dense width, not 1/{granularity:.2g}"
@@ -125,7 +126,7 @@ def _covered(situation: Situation, measured: Utilisation) -> tuple[bool | None, 
         return None, f"{where}; without --gpus it is not known how near that is"
     if not _near(count, measured.gpus, NEAR_GPUS):
         return False, f"{count} GPUs; {where}"
-    return True, f"{number(size)} dense parameters, {count} {situation.gpu.name}; {where}"
+    return True, f"{rounded(size)} dense parameters, {count} {situation.gpu.name}; {where}"
 
 
 def _near(value: float, measured: float, factor: float) -> bool:

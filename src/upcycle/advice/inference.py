@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from upcycle.advice.situation import Situation
-from upcycle.advice.statements import Statement, number, size
+from upcycle.advice.statements import Statement
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
+from upcycle.system.wording import rounded, rounded_size
 
 SLOWDOWN = 0.4
 SLOWDOWN_SOURCE = "Doubov et al. (arXiv 2411.08968)"
@@ -47,8 +48,9 @@ def statements(situation: Situation) -> list[Statement]:
     out = [
         Statement(
             topic="inference",
-            said=f"{number(total)} parameters ({size(total * itemsize)} in {built.config['dtype']}), "
-            f"{number(active)} active for a token; the dense model has {number(dense)}",
+            said=f"{rounded(total)} parameters ({rounded_size(total * itemsize)} in "
+            f"{built.config['dtype']}), {rounded(active)} active for a token; the dense model has "
+            f"{rounded(dense)}",
             value=active / dense, unit="times the dense model", source=counted, inside=True, why=exact,
         )
     ]  # fmt: skip
@@ -57,7 +59,8 @@ def statements(situation: Situation) -> list[Statement]:
         out.append(
             Statement(
                 topic="inference",
-                said=f"keys and values take {size(cache)} for {length:,} tokens, as in the dense model",
+                said=f"keys and values take {rounded_size(cache)} for {length:,} tokens, as in the "
+                f"dense model",
                 value=cache / length, unit="bytes a token", source=counted, inside=True, why=exact,
             )
         )  # fmt: skip

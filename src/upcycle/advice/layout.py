@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass
 
 from upcycle.advice.situation import Situation
-from upcycle.advice.statements import Statement, size
+from upcycle.advice.statements import Statement
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.families import Stack
 from upcycle.system import gpus
 from upcycle.system.gpus import Gpu
+from upcycle.system.wording import rounded_size
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8  # bytes a parameter, float32 and AdamW
 GATHERED = 2  # bytes a parameter of a gathered bf16 copy
@@ -158,7 +159,7 @@ def statements(situation: Situation) -> list[Statement]:
         ]
     found, ep = per_gpu(situation, count), expert_parallel(count, situation.built)
     parts = ", ".join(
-        f"{name} {size(part)}"
+        f"{name} {rounded_size(part)}"
         for name, part in (
             ("weights", found.weights), ("gradients", found.gradients), ("moments", found.moments),
             ("gathered blocks", found.gathered), ("activations", found.activations),
@@ -169,11 +170,11 @@ def statements(situation: Situation) -> list[Statement]:
     )
     out = [
         Statement(
-            topic=topic, said=f"each GPU holds {size(found.total)}: {parts}", value=found.total,
+            topic=topic, said=f"each GPU holds {rounded_size(found.total)}: {parts}", value=found.total,
             unit="bytes", source=source, inside=None, why=why,
         )
     ]  # fmt: skip
-    room = f"{USABLE:.0%} of the {size(gpu.memory)} of {gpu.name}"
+    room = f"{USABLE:.0%} of the {rounded_size(gpu.memory)} of {gpu.name}"
     if found.total <= USABLE * gpu.memory:
         said = f"it fits into {room}"
     else:

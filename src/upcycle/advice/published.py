@@ -11,7 +11,8 @@ from typing import Literal
 
 from upcycle.advice.experts import Experts
 from upcycle.advice.situation import Kind, Situation
-from upcycle.advice.statements import Statement, number, share
+from upcycle.advice.statements import Statement, share
+from upcycle.system.wording import rounded
 
 NEAR = 2.0  # times larger or smaller than the models of a paper: still taken for covered by it
 NEAR_BUDGET = 4.0  # the same for tokens
@@ -174,8 +175,8 @@ def crossover_inside(situation: Situation, crossover: Crossover) -> tuple[bool |
     if not crossover.exact:
         return None, "stated as a rule; the sizes and budgets behind it are not in what was read"
     if not crossover.experts.complete:
-        return None, f"{number(situation.plan.dense_parameters)} parameters is near; {UNREAD}"
-    return True, f"{number(situation.plan.dense_parameters)} parameters is near"
+        return None, f"{rounded(situation.plan.dense_parameters)} parameters is near; {UNREAD}"
+    return True, f"{rounded(situation.plan.dense_parameters)} parameters is near"
 
 
 def comparison_inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, str]:
@@ -190,17 +191,20 @@ def comparison_inside(situation: Situation, comparison: Comparison) -> tuple[boo
     if comparison.tokens is not None:
         tokens = situation.asked.tokens
         if not _near(tokens, (comparison.tokens, comparison.tokens), NEAR_BUDGET):
-            return False, f"{number(tokens)} tokens, found at {number(comparison.tokens)}"
+            return False, f"{rounded(tokens)} tokens, found at {rounded(comparison.tokens)}"
         if not comparison.experts.complete:
             return None, f"{UNREAD}, nor are the settings of init.name = {situation.built.recipe.init.name}"
-        return True, f"{number(situation.plan.dense_parameters)} parameters, {number(tokens)} tokens are near"
+        return (
+            True,
+            f"{rounded(situation.plan.dense_parameters)} parameters, {rounded(tokens)} tokens are near",
+        )
     assert comparison.share is not None
     taken, (low, high) = situation.share_of_cost, comparison.share
     if taken is None:
         return None, "it needs --dense-tokens, what the dense model was trained on"
     if not low <= taken <= high:
         return False, f"{share(taken)} of the dense cost, found at {share(low)} to {share(high)}"
-    return True, f"{number(situation.plan.dense_parameters)} parameters, {share(taken)} of the dense cost"
+    return True, f"{rounded(situation.plan.dense_parameters)} parameters, {share(taken)} of the dense cost"
 
 
 def statements(situation: Situation) -> list[Statement]:
@@ -245,5 +249,5 @@ def _near(value: float, between: tuple[float, float], factor: float) -> bool:
 
 
 def _sizes(situation: Situation, sizes: tuple[float, float]) -> str:
-    found = " to ".join(number(n) for n in dict.fromkeys(sizes))
-    return f"{number(situation.plan.dense_parameters)} dense parameters, found on {found}"
+    found = " to ".join(rounded(n) for n in dict.fromkeys(sizes))
+    return f"{rounded(situation.plan.dense_parameters)} dense parameters, found on {found}"

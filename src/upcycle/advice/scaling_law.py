@@ -12,7 +12,8 @@ import math
 
 from upcycle.advice.experts import Experts
 from upcycle.advice.situation import Situation
-from upcycle.advice.statements import Choice, Statement, number
+from upcycle.advice.statements import Choice, Statement
+from upcycle.system.wording import rounded
 
 SOURCE = "Liew et al. 2025 (arXiv 2502.03009), Table 2"
 IRREDUCIBLE = 0.165
@@ -78,17 +79,17 @@ def outside(situation: Situation) -> list[str]:
     if not situation.copies:
         found.append(f"fitted on copied experts, and init.name = {recipe.init.name} makes others")
     if plan.total_parameters > LARGEST:
-        found.append(f"{number(plan.total_parameters)} parameters, fitted on up to {number(LARGEST)}")
+        found.append(f"{rounded(plan.total_parameters)} parameters, fitted on up to {rounded(LARGEST)}")
     if plan.dense_parameters < SMALLEST:
         found.append(
-            f"a dense model of {number(plan.dense_parameters)} parameters; below {number(SMALLEST)} it is "
+            f"a dense model of {rounded(plan.dense_parameters)} parameters; below {rounded(SMALLEST)} it is "
             f"not trusted here"
         )
     if asked.dense_tokens is None:
         found.append(NEEDS_DENSE_TOKENS)
     for what, tokens in (("training", asked.tokens), ("dense training", asked.dense_tokens)):
         if tokens is not None and not low <= tokens <= high:
-            found.append(f"{what} of {number(tokens)} tokens, taken for {number(low)} to {number(high)}")
+            found.append(f"{what} of {rounded(tokens)} tokens, taken for {rounded(low)} to {rounded(high)}")
     return found
 
 
@@ -113,10 +114,9 @@ def statements(situation: Situation) -> list[Statement]:
         return [Statement(topic=topic, said=said, source=SOURCE, inside=False, why="; ".join(reasons))]
     asked, found, n = situation.asked, losses(situation), situation.plan.dense_parameters
     assert asked.dense_tokens is not None
-    why = (
-        f"{EXPERTS} experts top-{TOP_K}, {number(n)} and {number(situation.plan.total_parameters)} parameters"
-    )
-    tokens, same = number(asked.tokens), number(situation.dense_tokens_for_the_same)
+    sizes = f"{rounded(n)} and {rounded(situation.plan.total_parameters)} parameters"
+    why = f"{EXPERTS} experts top-{TOP_K}, {sizes}"
+    tokens, same = rounded(asked.tokens), rounded(situation.dense_tokens_for_the_same)
     sentences: dict[Choice, str] = {
         "upcycling": f"copied experts end at {{:.3f}} nats per token after {tokens} tokens",
         "from scratch": f"the same MoE from scratch ends at {{:.3f}} after {tokens} tokens",
@@ -134,13 +134,13 @@ def statements(situation: Situation) -> list[Statement]:
         out.append(
             Statement(
                 topic=topic, said="not applied to dense continuation at the same FLOPs", source=SOURCE,
-                inside=False, why=f"{number(total)} tokens in all, taken for up to {number(TOKENS[1])}",
+                inside=False, why=f"{rounded(total)} tokens in all, taken for up to {rounded(TOKENS[1])}",
             )
         )  # fmt: skip
     point = overtaken(n, asked.dense_tokens)
     said = "from scratch does not overtake copied experts inside the fitted range"
     if point is not None:
-        said = f"from scratch overtakes copied experts after {number(point)} tokens"
+        said = f"from scratch overtakes copied experts after {rounded(point)} tokens"
     out.append(
         Statement(topic=topic, said=said, value=point, unit="tokens", source=SOURCE, inside=True, why=why)
     )

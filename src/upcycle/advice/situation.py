@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cached_property
 from typing import Literal
 
@@ -16,6 +14,7 @@ from upcycle.init.drop import Drop
 from upcycle.init.noise import NoisyCopy
 from upcycle.system import gpus
 from upcycle.system.gpus import Gpu
+from upcycle.system.wording import number_in
 
 Kind = Literal["decoder", "encoder-decoder", "encoder", "vision transformer", "convolutional network"]
 CONTEXT = 4096  # tokens of a row where nothing is asked, if the model has as many positions
@@ -25,10 +24,7 @@ SMALL_NOISE = 0.05  # standard deviations of a matrix: "small: negligible; large
 
 def parse_tokens(text: str, option: str) -> int:
     """`100B`, `1.5T`, `37_000_000`, `1e9` as a number."""
-    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)(?:[eE]\+?(\d{1,2})|\s*([kMBT]?))", text.strip())
-    size = {"": 0, "k": 3, "M": 6, "B": 9, "T": 12}
-    exponent = 0 if found is None else int(found[2]) if found[2] else size[found[3]]
-    number = None if found is None else Decimal(found[1].replace("_", "")).scaleb(exponent)
+    number = number_in(text, {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12})
     if number is None or number >= MOST_TOKENS:
         raise UpcycleError(
             f"{option} {text!r}; give a number of tokens below {MOST_TOKENS:.0e}, such as 100B, 1.5T, 1e9 or "

@@ -22,19 +22,6 @@ class Statement:
     unit: str = ""
 
 
-def number(n: float) -> str:
-    """100 B, 1.5 T, 260 k: for sentences."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
-
-
-def size(n: float) -> str:
-    """80 GB and the like, in decimal units."""
-    return number(n).replace(" B", " G").rstrip() + ("B" if n >= 1e3 else " B")
-
-
 def share(x: float) -> str:
     """42 %, 0.67 %, 250 %."""
     return f"{100 * x:.2g} %" if x < 0.1 else f"{100 * x:,.0f} %"

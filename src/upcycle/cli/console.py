@@ -28,6 +28,7 @@ from rich.text import Text
 
 from upcycle import targets
 from upcycle.errors import printable
+from upcycle.system.wording import count, place_of, size
 
 if TYPE_CHECKING:
     from upcycle.advice.gather import Advice
@@ -81,24 +82,6 @@ def grid(title: str, *columns: str) -> Table:
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place == 0 else "right")
     return table
-
-
-def place_of(stack: str, layer: int) -> str:
-    """A layer as people name it: its number, after its stack where a model has several."""
-    return str(layer) if stack == "layers" else f"{stack} {layer}"
-
-
-def count(n: float) -> str:
-    """1.42 M and the like."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(n) >= size:
-            return f"{n / size:.2f}{unit}"
-    return f"{n:g}"
-
-
-def size(n: float) -> str:
-    """1.42 GB and the like, in decimal units."""
-    return count(n).replace(" B", " G").rstrip() + ("B" if n >= 1e3 else " B")
 
 
 def show_warnings(warnings: list[str]) -> None:

@@ -82,6 +82,8 @@ def eval_(
     from upcycle.evaluation import results
     from upcycle.evaluation.comparison import compare
     from upcycle.evaluation.scores import refuse, score
+    from upcycle.records.evaluation import EvaluationRecord
+    from upcycle.system import whole_file
 
     if out is not None:
         results.refuse_target(out)
@@ -92,7 +94,7 @@ def eval_(
     console.show_json({"checkpoints": found, **compared}) if json else console.show_scores(found, compared)
     sys.stdout.flush()
     if out is not None:
-        results.write(out, {"format": results.FORMAT, "checkpoints": found, **compared})
+        whole_file.write_json(out, {"format": EvaluationRecord.FORMAT, "checkpoints": found, **compared})
         console.show_recorded(out)
         return
     lost: list[UpcycleError] = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_SPECIAL = re.compile(r"([\\`*\[\]<>#|~$&])")
+# An underscore inside a word is a letter like any other; elsewhere it begins or ends emphasis.
+_SPECIAL = re.compile(r"([\\`*\[\]<>#|~$&]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def plain(text: str) -> str:

@@ -9,6 +9,7 @@ from upcycle.blueprints.blueprint import Entry
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.checkpoint import WEIGHTS
 from upcycle.errors import UpcycleError
+from upcycle.system.wording import number_in
 
 DEFAULT_SHARD = 5_000_000_000  # bytes, as the hub has it
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -74,12 +75,9 @@ def lay_out(entries: Mapping[str, Entry], shard_size: int = DEFAULT_SHARD) -> Sh
 
 def parse_size(text: str) -> int:
     """`5GB`, `500MB`, `1GiB` or a number of bytes."""
-    digits = text.strip().rstrip("BKMGiIbkmg")
-    unit = text.strip()[len(digits) :].upper()
-    try:
-        size = int(float(digits) * _UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise UpcycleError(f"shard size {text!r} is not understood; write 5GB, 500MB or 1GiB") from None
+    size = number_in(text.upper(), _UNITS)
+    if size is None:
+        raise UpcycleError(f"shard size {text!r} is not understood; write 5GB, 500MB or 1GiB")
     if size < 1:
         raise UpcycleError(f"shard size {text!r} must be above zero")
-    return size
+    return int(size)

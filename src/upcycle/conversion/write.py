@@ -7,7 +7,6 @@ when all is on disk, and its config gets its name last of all; so nothing unfini
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import threading
@@ -30,7 +29,8 @@ from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
-from upcycle.system import claim, lock
+from upcycle.records.provenance import Provenance
+from upcycle.system import claim, lock, whole_file, wording
 from upcycle.system.open_files import OpenFiles
 
 UNNAMED_CONFIG = "config.json.partial"
@@ -163,8 +163,8 @@ def _check_space(partial: Path, shards: Shards) -> None:
     needed = shards.nbytes + HEADROOM
     if free < needed:
         raise UpcycleError(
-            f"the output takes {needed / 1e9:.2f} GB and {home} has {free / 1e9:.2f} GB free; make room "
-            f"or write elsewhere"
+            f"the output takes {wording.size(needed)} and {home} has {wording.size(free)} free; "
+            f"make room or write elsewhere"
         )
 
 
@@ -248,8 +248,8 @@ class _Files:
         for path, size in zip(self.paths, shards.sizes, strict=True):
             with self.opened.use(path) as descriptor:
                 os.ftruncate(descriptor, size)
-        _sync_folder(partial)
-        _sync_folder(partial.parent)
+        whole_file.sync_folder(partial)
+        whole_file.sync_folder(partial.parent)
 
     def write(self, place: Place, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
@@ -366,24 +366,22 @@ def _finish(
     """What makes a folder of tensors a model, and the rename that shows it."""
     names, left = carry(built.source.folder, partial)
     if shards.index is not None:
-        _write_json(partial / INDEX, shards.index)
+        whole_file.write_json(partial / INDEX, shards.index)
     selection.write(built, partial)
-    (partial / "README.md").write_bytes(card.render(built).encode())
-    _write_json(partial / UNNAMED_CONFIG, built.stored_config())
-    weights = {JOURNAL, provenance.FILE, *shards.names}
+    whole_file.write_text(partial / "README.md", card.render(built))
+    whole_file.write_json(partial / UNNAMED_CONFIG, built.stored_config())
+    weights = {JOURNAL, Provenance.FILE, *shards.names}
     files = {
         CONFIG if path.name == UNNAMED_CONFIG else path.name: file_hash(path)
         for path in sorted(partial.iterdir())
         if path.name not in weights
     }
-    _write_json(
-        partial / provenance.FILE,
-        provenance.record(built, hashes, carried=names, left_behind=left, files=files),
-    )
+    made = provenance.of_blueprint(built, hashes, carried=names, left_behind=left, files=files)
+    whole_file.write_json(partial / Provenance.FILE, made.as_table())
     for path in partial.iterdir():
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-    _sync_folder(partial)
+    whole_file.sync_folder(partial)
     partial.rename(out)
     _commit(built, out)
 
@@ -395,12 +393,12 @@ def _lacks_its_config(out: Path) -> bool:
 
 def _commit(built: Blueprint, out: Path) -> None:
     """The step that makes a folder a model: its config gets its name."""
-    if provenance.read(out)["blueprint_hash"] != built.hash:
+    if Provenance.read(out).blueprint_hash != built.hash:
         raise UpcycleError(f"{out} was begun with another recipe; resume with that one, or delete it")
     (out / JOURNAL).unlink(missing_ok=True)
     (out / UNNAMED_CONFIG).rename(out / CONFIG)
-    _sync_folder(out)
-    _sync_folder(out.resolve().parent)
+    whole_file.sync_folder(out)
+    whole_file.sync_folder(out.resolve().parent)
 
 
 def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
@@ -415,15 +413,3 @@ def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
         if p.name not in weights and p.name not in names and p.suffix != ".safetensors"
     )
     return names, left
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -222,10 +222,8 @@ def _make(
         known: dict[str, Any] = {"count": count, "dtype": dtype, "documents": number, "bytes": size}
         known |= {"sha256": digest.hexdigest(), "files": text}
         made_from = {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos}
-        with whole_file.named(path), partial.open("w") as about:
-            about.write(json.dumps({**known, "largest_id": largest, "made_from": made_from}, indent=1))
-            _sync(about)
-        partial.rename(path.with_suffix(".json"))
+        about = {**known, "largest_id": largest, "made_from": made_from}
+        whole_file.write_json(path.with_suffix(".json"), about)
     finally:
         partial.unlink(missing_ok=True)
     return Tokens(

@@ -252,10 +252,7 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
         known: dict[str, Any] = {"count": count, "left_out": left_out, "lengths": lengths}
         known["sha256"] = digest.hexdigest()
         made_from = {"format": FORMAT, "shape": list(shape), "first": source.where(0)}
-        with whole_file.named(path), started.open("w") as about:
-            about.write(json.dumps({**known, "made_from": made_from}))
-            _sync(about)
-        started.rename(path.with_suffix(".json"))
+        whole_file.write_json(path.with_suffix(".json"), {**known, "made_from": made_from})
     finally:
         started.unlink(missing_ok=True)
     return known

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.errors import UpcycleError
+from upcycle.system import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,10 +39,11 @@ class Corpus:
         )
         sources = _sources()
         folder.mkdir(parents=True)
-        made.sources.write_text(sources)
-        made.seen.write_text(sources[: round((1 - HELD_OUT) * len(sources))])
-        made.held_out.write_text(sources[-len(sources) // 25 :])  # well inside the part that is held out
-        made.documentation.write_text(_documentation())
+        whole_file.write_text(made.sources, sources)
+        whole_file.write_text(made.seen, sources[: round((1 - HELD_OUT) * len(sources))])
+        inside = sources[-len(sources) // 25 :]  # of the part that is held out, away from its beginning
+        whole_file.write_text(made.held_out, inside)
+        whole_file.write_text(made.documentation, _documentation())
         return made
 
 

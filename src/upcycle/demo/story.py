@@ -97,7 +97,7 @@ def _train_dense(folder: Path, corpus: Corpus, *, seconds: float, seed: int) -> 
     table = {"source": str(shape), "from_scratch": True}
     probe = _run(folder, corpus, "probe", table, PROBE, seed)
     train(probe)
-    times = sorted(line["seconds"] for line in metrics.read(Path(probe.out)))
+    times = sorted(line.seconds or 0.0 for line in metrics.read(Path(probe.out)))
     shutil.rmtree(probe.out)
     steps = max(2, round(seconds / times[len(times) // 2]))
     dense_run = _run(folder, corpus, "dense-training", table, steps, seed)
@@ -183,9 +183,9 @@ def _go_on(
     assert result.held_out_loss is not None
     return Continued(
         name=name,
-        tokens=records[-1]["tokens"],
+        tokens=records[-1].tokens,
         flops=len(records) * per_step,
-        before=records[0]["held_out_start"],
+        before=records[0].held_out_start or 0.0,
         after=result.held_out_loss,
     )
 

@@ -1,9 +1,4 @@
-"""What an evaluation found, as JSON beside the checkpoint: `eval.json`, one entry for each thing scored.
-
-    {"format": 1, "results": [{"kind", "name", "data", "metrics": {name: {"value", "standard_error",
-     "higher_is_better"}}, "paired": {name: {"units", "units_sha256", "top", "bottom"}}, "versions", "date"}]}
-
-`paired` are the sums of one metric, unit by unit (`differences.Sums`), where a report can pair them.
+"""What an evaluation found, and how it gets into the `eval.json` beside the checkpoint.
 
 The same kind and name scored again replaces its entry.
 """
@@ -15,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +19,10 @@ import numpy as np
 from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
+from upcycle.records.evaluation import EvaluationEntry, EvaluationRecord, MetricRecord, PairedSums
+from upcycle.records.reader import DamagedError
 from upcycle.system import claim, whole_file
 
-FILE = "eval.json"
-FORMAT = 1
 MOST = 1 << 28  # bytes of a file that is looked at
 
 Kind = Literal["text", "images", "few_shot", "tasks", "superglue"]
@@ -54,6 +49,13 @@ class Metric:
             per_token=per_token,
         )
 
+    @property
+    def record(self) -> MetricRecord:
+        """The metric as `eval.json` has it."""
+        return MetricRecord(
+            value=self.value, standard_error=self.standard_error, higher_is_better=self.higher_is_better
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
@@ -66,15 +68,15 @@ class Result:
     units: tuple[Any, ...] = ()  # what tells units from those of other data; equal where they can be paired
     more: Mapping[str, Any] = field(default_factory=dict)  # counts and the like, for the command's own JSON
 
+    @property
+    def entry(self) -> EvaluationEntry:
+        """The entry in `eval.json`, without what it is made of, versions and date."""
+        metrics = {name: metric.record for name, metric in self.metrics.items()}
+        return EvaluationEntry(kind=self.kind, name=self.name, data=dict(self.data), metrics=metrics)
+
     def as_json(self) -> dict[str, Any]:
-        """The entry in `eval.json`, without versions and date."""
-        shown = ("value", "standard_error", "higher_is_better")
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "data": dict(self.data),
-            "metrics": {n: {key: getattr(m, key) for key in shown} for n, m in self.metrics.items()},
-        }
+        """The same as JSON has it."""
+        return self.entry.as_table()
 
 
 # The metric of each kind that a report pairs: one that says the same under any tokenizer, where there is one.
@@ -82,31 +84,26 @@ _PAIRED: Mapping[str, tuple[str, ...]] = {"text": ("bits_per_byte", "loss"), "im
 _MOST_UNITS = 100_000
 
 
-def _paired(result: Result) -> dict[str, Any]:
-    """What a metric is made of, unit by unit, so that another checkpoint's can be paired with it later."""
+def _paired(result: Result) -> dict[str, PairedSums] | None:
+    """What a metric is made of, unit by unit, so that another checkpoint's can be paired with it later; None
+    if no metric of the result can be."""
     found = next((n for n in _PAIRED.get(result.kind, ()) if n in result.metrics), None)
     sums = None if found is None else result.metrics[found].sums
     if found is None or sums is None or sums.strata is not None or len(sums.top) > _MOST_UNITS:
-        return {}
+        return None
     units = hashlib.sha256(json.dumps(result.units, default=str).encode()).hexdigest()
-    made = {
-        "units": sums.units, "units_sha256": units, "top": sums.top.tolist(), "bottom": sums.bottom.tolist(),
-    }  # fmt: skip
-    return {"paired": {found: made}}
+    top, bottom = (tuple(numbers.tolist()) for numbers in (sums.top, sums.bottom))
+    return {found: PairedSums(units=sums.units, units_sha256=units, top=top, bottom=bottom)}
 
 
-def read_sums(paired: Any) -> Sums | None:
-    """What `eval.json` says that a metric is made of; None where it does not."""
-    if not isinstance(paired, dict) or not isinstance(paired.get("units_sha256"), str):
+def sums_of(paired: PairedSums | None) -> Sums | None:
+    """The sums that `eval.json` has of a metric; None if it has none that another's could be paired with."""
+    if paired is None:
         return None
-    try:
-        top, bottom = (np.array(paired[key], np.float64) for key in ("top", "bottom"))
-    except (KeyError, TypeError, ValueError, OverflowError):
+    top, bottom = np.array(paired.top, np.float64), np.array(paired.bottom, np.float64)
+    if not np.isfinite([top, bottom]).all() or not (bottom > 0).all():
         return None
-    whole = top.ndim == 1 and top.shape == bottom.shape and top.size and bool((bottom > 0).all())
-    if not whole or not np.isfinite([top, bottom]).all():
-        return None
-    return Sums(top=top, bottom=bottom, units=str(paired.get("units")))
+    return Sums(top=top, bottom=bottom, units=str(paired.units))
 
 
 def data_of(path: Path) -> dict[str, Any]:
@@ -122,7 +119,7 @@ def data_of(path: Path) -> dict[str, Any]:
     }
 
 
-def stamped(results: Sequence[Result]) -> list[dict[str, Any]]:
+def stamped(results: Sequence[Result]) -> list[EvaluationEntry]:
     """The entries of `eval.json`, with versions and date."""
     names = ("upcycle", "torch", "transformers")
     versions = {name: importlib.metadata.version(name) for name in names}
@@ -130,7 +127,7 @@ def stamped(results: Sequence[Result]) -> list[dict[str, Any]]:
     entries = []
     for result in results:
         of_tasks = {"lm_eval": importlib.metadata.version("lm_eval")} if result.kind == "tasks" else {}
-        entries.append({**result.as_json(), **_paired(result), "versions": versions | of_tasks, "date": now})
+        entries.append(replace(result.entry, paired=_paired(result), versions=versions | of_tasks, date=now))
     return entries
 
 
@@ -144,7 +141,7 @@ def _is_ours(path: Path) -> bool:
         found = _parsed(path)
     except (OSError, ValueError, RecursionError):
         return False
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != EvaluationRecord.FORMAT:
         return False
     return any(isinstance(found.get(key), list) for key in ("checkpoints", "results"))
 
@@ -154,12 +151,12 @@ def record(folder: Path, results: Sequence[Result]) -> Path:
 
     Raises `UpcycleError` where the folder cannot be written to, or holds an `eval.json` of something else.
     """
-    path = folder / FILE
+    path = folder / EvaluationRecord.FILE
     new = stamped(results)
-    again = {(entry["kind"], entry["name"]) for entry in new}
-    kept = [entry for entry in read(path) if (entry["kind"], entry["name"]) not in again]
+    again = {entry.place for entry in new}
+    kept = [entry for entry in read(path).results if entry.place not in again]
     try:
-        write(path, {"format": FORMAT, "results": kept + new})
+        whole_file.write_json(path, EvaluationRecord(results=(*kept, *new)).as_table())
     except OSError as error:
         raise UpcycleError(
             f"{path} cannot be written ({error.strerror or error}); the results are above, and --out FILE "
@@ -168,31 +165,26 @@ def record(folder: Path, results: Sequence[Result]) -> Path:
     return path
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The entries of an `eval.json`; none without a file. Raises `UpcycleError` where it is none."""
+def read(path: Path) -> EvaluationRecord:
+    """The scores in an `eval.json`; none without a file. Raises `UpcycleError` if it is something else."""
     if not path.exists():
-        return []
+        return EvaluationRecord(results=())
     try:
         found = _parsed(path)
-        if found["format"] != FORMAT or not all(
-            isinstance(entry[key], str) for entry in found["results"] for key in ("kind", "name")
-        ):
+        if not isinstance(found, dict) or "format" not in found:
             raise ValueError
         json.dumps(found, ensure_ascii=False).encode()  # no lone surrogates, which cannot be written again
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UpcycleError(
-            f"{path} is not what `upcycle eval` writes (format {FORMAT}); move it away"
-        ) from None
-    entries: list[dict[str, Any]] = found["results"]
-    return entries
+        return EvaluationRecord.of(found, str(path))
+    except DamagedError as error:
+        why = f": {error.why}"
+    except (OSError, ValueError, RecursionError, UpcycleError):
+        why = ""
+    raise UpcycleError(
+        f"{path} is not what `upcycle eval` writes (format {EvaluationRecord.FORMAT}){why}; move it away"
+    )
 
 
 def _parsed(path: Path) -> Any:
     if path.stat().st_size > MOST:
         raise ValueError
     return json.loads(path.read_bytes())
-
-
-def write(path: Path, value: object) -> None:
-    """Write JSON to `path`; what was there stays until the new file is on disk."""
-    whole_file.write(path, (json.dumps(value, indent=2) + "\n").encode())

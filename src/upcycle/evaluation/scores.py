@@ -28,9 +28,9 @@ from upcycle.evaluation.judge import Judge
 from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER
 from upcycle.evaluation.results import Result
 from upcycle.hf import models
+from upcycle.records.run import RunRecord
 from upcycle.system import scratch
 from upcycle.tasks import Task
-from upcycle.training.run_folder import RECORD
 from upcycle.verification import quiet
 
 __all__ = ["Asked", "Scored", "evaluate", "refuse", "score"]
@@ -96,7 +96,7 @@ def refuse(sources: Sequence[str | Path], asked: Asked) -> None:
 
 def _admit(source: str | Path, asked: Asked) -> tuple[Path, Subject]:
     folder = hub.local(source)
-    if not (folder / "config.json").exists() and (folder / RECORD).exists():
+    if not (folder / "config.json").exists() and (folder / RunRecord.FILE).exists():
         raise UpcycleError(
             f"{folder} is the folder of a training run and no model; write its checkpoint as one first: "
             f"upcycle export {folder} OUT"

@@ -22,10 +22,9 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.patches import FAVOURITES, Patches
-from upcycle.evaluation.results import write
-from upcycle.evaluation.routing_file import FILE, FORMAT
 from upcycle.hf import models
-from upcycle.system import claim, scratch
+from upcycle.records.routing import RoutingDomain, RoutingLayer, RoutingRecord
+from upcycle.system import claim, scratch, whole_file
 from upcycle.system.paths import as_paths
 from upcycle.tasks._rows import Rows, of_images, of_text
 from upcycle.tensors import rng
@@ -112,22 +111,27 @@ class Specialisation:
     """What was seen of a model: every MoE layer, in order."""
 
     folder: Path
-    about: list[dict[str, Any]]  # of each domain
+    about: list[RoutingDomain]
     kind: Literal["text", "images"]
     names: Mapping[int, str]  # of the favourite tokens of a text
     layers: list[Layer]
 
+    @property
+    def record(self) -> RoutingRecord:
+        """What routing.json says of it."""
+        layers = tuple(_told(layer, self.names) for layer in self.layers)
+        return RoutingRecord(kind=self.kind, domains=tuple(self.about), layers=layers)
+
     def as_dict(self) -> dict[str, Any]:
         """As routing.json has it."""
-        layers = [_told(layer, self.names) for layer in self.layers]
-        return {"format": FORMAT, "kind": self.kind, "domains": self.about, "layers": layers}
+        return self.record.as_table()
 
     def save(self) -> Path:
         """Write routing.json into the model's folder."""
-        path = self.folder / FILE
+        path = self.folder / RoutingRecord.FILE
         try:
             claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
-            write(path, self.as_dict())
+            whole_file.write_json(path, self.as_dict())
         except UpcycleError as error:
             raise UpcycleError(f"{error}; what was seen is above") from None
         except OSError as error:
@@ -142,7 +146,7 @@ def _is_routing(path: Path) -> bool:
         found = read_json(path, "")
     except (UpcycleError, OSError):
         return False
-    return found.get("format") == FORMAT and isinstance(found.get("layers"), list)
+    return found.get("format") == RoutingRecord.FORMAT and isinstance(found.get("layers"), list)
 
 
 def specialisation(
@@ -190,10 +194,10 @@ def specialisation(
     )
 
 
-def _about(name: str, rows: Rows, count: int) -> dict[str, Any]:
+def _about(name: str, rows: Rows, count: int) -> RoutingDomain:
     """What a domain is."""
     about = dict(rows.about)
-    return {"name": name, "file": about.pop("name"), **about, "rows": count}
+    return RoutingDomain(name=name, file=about.pop("name"), rows=count, unknown=about)
 
 
 def _names(subject: Subject, layers: list[Layer]) -> dict[int, str]:
@@ -285,29 +289,29 @@ def _add(layer: Layer, name: str, said: Said, kinds: np.ndarray) -> None:
     layer.kinds.add(kinds, given.numpy())
 
 
-def _told(layer: Layer, names: Mapping[int, str]) -> dict[str, Any]:
-    """One layer as JSON has it."""
+def _told(layer: Layer, names: Mapping[int, str]) -> RoutingLayer:
+    """One layer as routing.json has it."""
     domains = layer.domains
     used = {n: _share(d.weights if layer.balanced else d.counts) for n, d in domains.items()}
     tokens = sum(d.tokens for d in domains.values())
     experts = len(next(iter(domains.values())).counts)
-    return {
-        "stack": layer.stack,
-        "layer": layer.layer,
-        "load": _rounded(_share(np.sum([d.counts for d in domains.values()], 0))),
-        "load_by_domain": {n: _rounded(_share(d.counts)) for n, d in domains.items()},
-        "weight_by_domain": {n: _rounded(d.weights / d.tokens) for n, d in domains.items()},
-        "confidence": round(sum(d.confidence for d in domains.values()) / tokens, 6),
-        "entropy": round(sum(d.entropy for d in domains.values()) / tokens / math.log(max(2, experts)), 6),
-        "left_behind": round(sum(d.left_behind for d in domains.values()) / tokens, 6),
-        "tokens": tokens,
-        "divergence_of": "weights" if layer.balanced else "loads",
-        "divergence": [[round(divergence(a, b), 6) for b in used.values()] for a in used.values()],
-        "favourites": [
-            [[names.get(kind, kind), round(mean, 6)] for kind, mean in favourites]
+    return RoutingLayer(
+        stack=layer.stack,
+        layer=layer.layer,
+        load=_rounded(_share(np.sum([d.counts for d in domains.values()], 0))),
+        load_by_domain={n: _rounded(_share(d.counts)) for n, d in domains.items()},
+        weight_by_domain={n: _rounded(d.weights / d.tokens) for n, d in domains.items()},
+        confidence=round(sum(d.confidence for d in domains.values()) / tokens, 6),
+        entropy=round(sum(d.entropy for d in domains.values()) / tokens / math.log(max(2, experts)), 6),
+        left_behind=round(sum(d.left_behind for d in domains.values()) / tokens, 6),
+        tokens=tokens,
+        divergence_of="weights" if layer.balanced else "loads",
+        divergence=tuple(tuple(round(divergence(a, b), 6) for b in used.values()) for a in used.values()),
+        favourites=tuple(
+            tuple((names.get(kind, kind), round(mean, 6)) for kind, mean in favourites)
             for favourites in layer.kinds.favourites()
-        ],
-    }
+        ),
+    )
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
@@ -327,6 +331,5 @@ def _share(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    out: list[float] = values.round(6).tolist()
-    return out
+def _rounded(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(values.round(6).tolist())

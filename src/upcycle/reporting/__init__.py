@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
-from upcycle.system import whole_file
+from upcycle.system import claim, whole_file
 
 TITLE = "Upcycling report"
 
@@ -40,9 +40,9 @@ def report(
     if text is not None and text.resolve() == out.resolve():
         raise UpcycleError(f"the page and its Markdown twin are both {out}; give them two names")
     drawing.need_matplotlib()
-    _refuse_foreign(out, page.SIGN.encode())
+    _refuse_foreign(out, page.SIGN)
     if text is not None:
-        _refuse_foreign(text, twin.SIGN.encode())
+        _refuse_foreign(text, twin.SIGN)
     about = study(folders, Given(flops=dense_flops, tokens=dense_tokens))
     document = sections.document(about, title)
     files = {out: page.render(document).encode("utf-8", "replace")}
@@ -54,21 +54,17 @@ def report(
             | {text: written.encode("utf-8", "replace")}
         )
         for path in files.keys() - {out, text}:
-            _refuse_foreign(path, drawing.MADE_BY.encode())
+            _refuse_foreign(path, drawing.MADE_BY)
     for path, data in files.items():
         whole_file.write(path, data)
     return about.troubles()
 
 
-def _refuse_foreign(path: Path, sign: bytes) -> None:
-    """Only a report may be replaced by a report."""
-    if path.is_dir():
-        raise UpcycleError(f"{path} is a folder; name the file to make")
-    if path.exists():
+def _refuse_foreign(path: Path, sign: str) -> None:
+    """Refuse a path where anything but a file of a report is; `sign` stands at its beginning."""
+
+    def ours(path: Path) -> bool:
         with path.open("rb") as file:
-            head = file.read(4096)
-        if sign not in head:
-            raise UpcycleError(
-                f"{path} exists and is no report; nothing else is overwritten. Choose another name or "
-                f"delete it"
-            )
+            return sign.encode() in file.read(4096)
+
+    claim.may_replace(path, ours, "a file of a report")

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from upcycle.checkpoints.checkpoint import read_json
-from upcycle.conversion import provenance
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import results, routing_file
+from upcycle.evaluation import results
 from upcycle.evaluation.differences import Sums
-from upcycle.reporting.records import fit, is_number
+from upcycle.records.evaluation import EvaluationEntry, EvaluationRecord, MetricRecord
+from upcycle.records.provenance import Provenance, Training
+from upcycle.records.reader import DamagedError, Document, Table, load
+from upcycle.records.routing import RoutingRecord
+from upcycle.reporting.runs import fit, is_number
+
+Kind = TypeVar("Kind", bound=Document)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +49,17 @@ class CheckpointRecord:
 
     name: str
     folder: Path
-    made: Mapping[str, Any] | None  # upcycle.json
+    made: Provenance | None
     scores: tuple[Score, ...]
-    routing: Mapping[str, Any] | None  # routing.json
-    anatomy: Mapping[str, Any] | None  # of a Mixture of Experts
+    routing: RoutingRecord | None
+    anatomy: Table | None  # of a Mixture of Experts
     damage: tuple[str, ...]
 
     @property
-    def training(self) -> Mapping[str, Any] | None:
+    def training(self) -> Training | None:
         """What its provenance says of the run it was exported from."""
-        listed = (self.made or {}).get("training")
-        last = listed[-1] if isinstance(listed, list) and listed else None
-        return last if isinstance(last, dict) and isinstance(last.get("run"), dict) else None
+        last = self.made.training[-1] if self.made and self.made.training else None
+        return last if last and last.run is not None else None
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -79,64 +81,58 @@ def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:
             damage.append(f"something beside its weights is damaged ({type(error).__name__}: {error})")
         return None
 
-    made = (
-        attempt(lambda: fit(provenance.read(folder), provenance.FILE))
-        if (folder / provenance.FILE).exists()
-        else None
-    )
     return CheckpointRecord(
         name=name,
         folder=folder,
-        made=made,
+        made=attempt(lambda: _read(Provenance, folder)),
         scores=attempt(lambda: _scores(folder)) or (),
-        routing=attempt(lambda: _formatted(folder / routing_file.FILE, routing_file.FORMAT)),
+        routing=attempt(lambda: _read(RoutingRecord, folder)),
         anatomy=attempt(lambda: _anatomy(folder)),
         damage=tuple(damage),
     )
 
 
-def _anatomy(folder: Path) -> dict[str, Any] | None:
+def _anatomy(folder: Path) -> Table | None:
     """Similarity of the experts; None where there are none."""
     from upcycle.inspection import inspect
 
-    found = fit(inspect(folder), provenance.FILE)
+    found = fit(inspect(folder), Provenance.FILE)
     return found if any(layer["num_experts"] for layer in found["layers"]) else None
 
 
-def _formatted(path: Path, wanted: int) -> dict[str, Any] | None:
-    """A JSON file of ours; None where it is not there."""
+def _read(kind: type[Kind], folder: Path) -> Kind | None:
+    """A document beside the weights, with texts that can be shown; None if it is not there."""
+    path = folder / kind.FILE
     if not path.exists():
         return None
-    found = fit(read_json(path, ""), path.name)
-    if found.get("format") != wanted:
-        raise UpcycleError(f"{path.name} has format {found.get('format')}; this version reads {wanted}")
-    return found
+    return kind.of(fit(load(path, f"it has no {path.name}", path.name), path.name), path.name)
 
 
 def _scores(folder: Path) -> tuple[Score, ...]:
     """The finite numbers in eval.json."""
-    found = _formatted(folder / results.FILE, results.FORMAT) or {"results": []}
-    out = []
     try:
-        for result in found["results"]:
-            for metric, of in result["metrics"].items():
-                value, error = float(of["value"]), of.get("standard_error")
-                paired = (result.get("paired") or {}).get(metric) or {}
-                if not math.isfinite(value):
-                    continue
-                out.append(
-                    Score(
-                        kind=str(result["kind"]),
-                        name=str(result["name"]),
-                        data=json.dumps(result.get("data"), sort_keys=True),
-                        metric=str(metric),
-                        value=value,
-                        standard_error=float(error) if is_number(error) else None,
-                        higher_is_better=bool(of["higher_is_better"]),
-                        sums=results.read_sums(paired),
-                        units=str(paired.get("units_sha256")),
-                    )
-                )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise UpcycleError(f"{results.FILE} is damaged; run `upcycle eval` again") from None
-    return tuple(out)
+        found = _read(EvaluationRecord, folder)
+    except DamagedError as error:
+        raise UpcycleError(f"{error}; run `upcycle eval` again") from None
+    return tuple(
+        _score(entry, name, metric)
+        for entry in (found.results if found else ())
+        for name, metric in entry.metrics.items()
+        if math.isfinite(metric.value)
+    )
+
+
+def _score(entry: EvaluationEntry, name: str, metric: MetricRecord) -> Score:
+    paired = (entry.paired or {}).get(name)
+    error = metric.standard_error
+    return Score(
+        kind=entry.kind,
+        name=entry.name,
+        data=json.dumps(entry.data, sort_keys=True),
+        metric=name,
+        value=metric.value,
+        standard_error=error if is_number(error) else None,
+        higher_is_better=metric.higher_is_better,
+        sums=results.sums_of(paired),
+        units="" if paired is None else paired.units_sha256,
+    )

@@ -19,7 +19,7 @@ from upcycle import targets
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.crossing import Crossing, Told, bounds, crossing, told
-from upcycle.reporting.records import RunRecord
+from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.starts import Given, StartCost, start_cost
 
 Paid = Literal["yes", "no", "within two standard errors", "one seed", "cannot be told"]
@@ -55,7 +55,7 @@ class Group:
 
     label: str
     kind: Kind
-    runs: tuple[RunRecord, ...]
+    runs: tuple[RunHistory, ...]
     tokens: np.ndarray  # [n] of the held-out numbers
     flops: np.ndarray  # [n], of training
     loss: Mean
@@ -109,18 +109,18 @@ class Comparison:
 
     groups: tuple[Group, ...]
     pairs: tuple[Pair, ...]
-    foreign: tuple[tuple[RunRecord, str], ...]  # with the reason
+    foreign: tuple[tuple[RunHistory, str], ...]  # with the reason
 
-    def owner(self, checkpoint: CheckpointRecord) -> tuple[Group, RunRecord] | None:
+    def owner(self, checkpoint: CheckpointRecord) -> tuple[Group, RunHistory] | None:
         """The run that a checkpoint was exported from, if it was given."""
         training = checkpoint.training
         if training is None:
             return None
-        found = [(g, r) for g in self.groups for r in g.runs if r.table == training["run"]]
+        found = [(g, r) for g in self.groups for r in g.runs if r.table == training.run]
         return found[0] if found else None
 
 
-def compare(runs: Sequence[RunRecord], given: Given) -> Comparison:
+def compare(runs: Sequence[RunHistory], given: Given) -> Comparison:
     """Compare those that can be compared; what most runs have in common decides which those are."""
     terms = [_terms(run) for run in runs]
     keys = [json.dumps(t, sort_keys=True, default=str) for t in terms]
@@ -136,22 +136,20 @@ def compare(runs: Sequence[RunRecord], given: Given) -> Comparison:
     return Comparison(groups=groups, pairs=tuple(_pairs(groups)), foreign=tuple(foreign))
 
 
-def _terms(run: RunRecord) -> dict[str, Any]:
+def _terms(run: RunHistory) -> dict[str, Any]:
     """What runs must share for their held-out numbers to mean the same."""
     data, train = run.table["data"], run.table["train"]
     task = {k: v for k, v in (run.table.get("task") or {}).items() if v and k not in ("augment", "name")}
     length = train.get("sequence_length", 1024)
-    by_example = run.about["task"].startswith("image")
+    by_example = run.about.task.startswith("image")
     rows = train.get("eval_examples") or (None if by_example else train.get("eval_tokens", 0) // length)
     return {
-        "task": run.about["task"],
-        "family of models": run.about["source"]["model_type"],
+        "task": run.about.task,
+        "family of models": run.about.source.model_type,
         "held-out data": {"sources": data.get("sources"), "share": data.get("held_out", 0.0)},
         "settings of the task": task,
         "rows that are held out": {"length": None if by_example else length, "rows": rows},
-        "tokenizer": None
-        if by_example
-        else _tokenizer(str(data.get("tokenizer") or run.about["source"]["path"])),
+        "tokenizer": None if by_example else _tokenizer(str(data.get("tokenizer") or run.about.source.path)),
     }
 
 
@@ -174,8 +172,8 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _groups(runs: Sequence[RunRecord], given: Given) -> tuple[Group, ...]:
-    together: dict[str, list[RunRecord]] = {}
+def _groups(runs: Sequence[RunHistory], given: Given) -> tuple[Group, ...]:
+    together: dict[str, list[RunHistory]] = {}
     for run in runs:
         key = json.dumps([_settings(run), run.held_out.tokens.tolist()], sort_keys=True, default=str)
         together.setdefault(key, []).append(run)
@@ -184,7 +182,7 @@ def _groups(runs: Sequence[RunRecord], given: Given) -> tuple[Group, ...]:
     return tuple(_group(label, members, given) for label, members in zip(labels, found, strict=True))
 
 
-def _group(label: str, runs: list[RunRecord], given: Given) -> Group:
+def _group(label: str, runs: list[RunHistory], given: Given) -> Group:
     tokens = runs[0].held_out.tokens
     return Group(
         label=label,
@@ -198,7 +196,7 @@ def _group(label: str, runs: list[RunRecord], given: Given) -> Group:
     )
 
 
-def _settings(run: RunRecord) -> dict[str, Any]:
+def _settings(run: RunHistory) -> dict[str, Any]:
     """The run file without what may differ between seeds."""
     table = {k: v for k, v in run.table.items() if k not in _FREE}
     for section, free in _FREE_BELOW.items():
@@ -206,9 +204,9 @@ def _settings(run: RunRecord) -> dict[str, Any]:
     return table
 
 
-def _kind(run: RunRecord) -> Kind:
+def _kind(run: RunHistory) -> Kind:
     moe = run.table.get("moe")
-    if run.about["from_scratch"]:
+    if run.about.from_scratch:
         return "dense, from scratch" if moe is None or _is_dense(moe) else "MoE, from scratch"
     if moe is None:
         return "dense, continued"
@@ -219,7 +217,7 @@ def _is_dense(moe: Mapping[str, Any]) -> bool:
     return not targets.recorded(moe).has_experts
 
 
-def _labels(runs: Sequence[RunRecord]) -> list[str]:
+def _labels(runs: Sequence[RunHistory]) -> list[str]:
     """A name for each, from what it is; where two are alike, with the settings in which they differ."""
     plain = [_label(run) for run in runs]
     leaves = [dict(flat(_settings(run))) for run in runs]
@@ -259,7 +257,7 @@ def _said(key: str, value: Any) -> str:
     return f"{parts[-1]} {_short(str(value), 24)}"
 
 
-def _label(run: RunRecord) -> str:
+def _label(run: RunHistory) -> str:
     kind = _kind(run)
     short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
     init = (run.table.get("init") or {}).get("name", "copy")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
+from upcycle.conversion.plain import plain
 from upcycle.reporting import drawing
 from upcycle.reporting.document import Block, Document, Picture, Sentence, Table, clean
 
 SIGN = f"<!-- {drawing.MADE_BY} -->"
 FOLDER = "figures"
-# What Markdown or HTML in it would take for its own; a pipe ends a cell.
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 
 
 def render(document: Document, prefix: str) -> tuple[str, dict[str, bytes]]:
@@ -49,4 +46,4 @@ def _row(cells: tuple[str, ...], raw: bool) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(clean(text).split()))
+    return plain(clean(text))

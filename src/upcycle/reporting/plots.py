@@ -3,12 +3,11 @@ patches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from upcycle.cli.console import place_of
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.specialisation import Layer, Specialisation
 from upcycle.reporting import drawing, figures
@@ -16,6 +15,7 @@ from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.document import Picture
 from upcycle.reporting.sections import routers, similarity
 from upcycle.system import claim, whole_file
+from upcycle.system.wording import place_of
 
 
 def refuse(out: Path) -> None:
@@ -25,7 +25,7 @@ def refuse(out: Path) -> None:
         raise UpcycleError(f"--plot {out} is a file; name a folder")
 
 
-def plot(name: str, anatomy: dict[str, Any], seen: Specialisation | None, out: Path) -> list[Path]:
+def plot(name: str, anatomy: Mapping[str, Any], seen: Specialisation | None, out: Path) -> list[Path]:
     """Write the figures of a Mixture of Experts as PNG into the folder `out`: of what `anatomy.inspect` found
     and, if it was `seen` at work, of who went where and the patches that each expert likes best. Figures of
     an earlier time are replaced."""
@@ -34,7 +34,7 @@ def plot(name: str, anatomy: dict[str, Any], seen: Specialisation | None, out: P
         raise UpcycleError(f"{name} is a dense model: there are no experts to plot; leave --plot out")
     record = CheckpointRecord(
         name=Path(name).resolve().name, folder=out, made=None, scores=(), damage=(), anatomy=anatomy,
-        routing=None if seen is None else seen.as_dict(),
+        routing=None if seen is None else seen.record,
     )  # fmt: skip
     pictures = [*_pictures(record, seen)]
     for picture in pictures:
@@ -56,7 +56,9 @@ def _pictures(record: CheckpointRecord, seen: Specialisation | None) -> Iterable
     yield from similarity.pictures([(0, record.name, record)])
     if seen is None:
         return
-    yield from (block for block in routers.on_shown(0, record) if isinstance(block, Picture))
+    yield from (
+        block for block in routers.on_shown(0, record.name, seen.record) if isinstance(block, Picture)
+    )
     for layer in seen.layers:
         if layer.patches is not None:
             yield _favourites(layer)

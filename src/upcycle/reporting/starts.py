@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.conversion import provenance
 from upcycle.errors import UpcycleError
-from upcycle.reporting.records import RunRecord
+from upcycle.records.provenance import Provenance
+from upcycle.reporting.runs import RunHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +30,15 @@ class StartCost:
     why: str
 
 
-def start_cost(run: RunRecord, given: Given) -> StartCost:
+def start_cost(run: RunHistory, given: Given) -> StartCost:
     """The cost of what `run` starts from: nothing from scratch, else what the provenance of its source says,
     and of that one's source, back to random weights."""
-    if run.about["from_scratch"]:
+    if run.about.from_scratch:
         return StartCost(flops=0.0, tokens=0.0, why="starts from random weights")
     others = _others(run.table)
     if others:
         return _told(given, f"it is made of more than one checkpoint ({', '.join(others)})")
-    return _of_folder(Path(str(run.about["source"]["path"])), given, seen=())
+    return _of_folder(Path(run.about.source.path), given, seen=())
 
 
 def _others(table: Mapping[str, Any]) -> list[str]:
@@ -53,23 +53,21 @@ def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
         return _told(given, f"{folder.name} is not there any more")
     if folder in seen:
         return _told(given, f"the provenance of {folder.name} names itself")
-    if not (folder / provenance.FILE).exists():
+    if not (folder / Provenance.FILE).exists():
         return _told(given, f"{folder.name} does not say how it was trained")
     try:
-        made = provenance.read(folder)
-        trainings = made.get("training") or []
-        flops = sum(float(t["tokens"]) * float(t["training_flops_per_token"]) for t in trainings)
-        tokens = sum(float(t["tokens"]) for t in trainings)
-        whole = any(t.get("from_scratch") for t in trainings)
-        source = provenance.source_of(made)
-        donors = list(made["source"]["donors"])
-        if not math.isfinite(flops + tokens):
-            raise ValueError
-    except (UpcycleError, KeyError, TypeError, ValueError, AttributeError):
+        made = Provenance.read(folder)
+    except (UpcycleError, OSError):
         return _told(given, f"the provenance of {folder.name} is damaged")
-    if whole:
+    trainings = made.training or ()
+    tokens = sum(float(t.tokens) for t in trainings)
+    flops = sum(float(t.tokens) * (t.training_flops_per_token or math.nan) for t in trainings)
+    if not math.isfinite(flops + tokens):
+        return _told(given, f"the provenance of {folder.name} is damaged")
+    source = made.source.folder
+    if any(t.from_scratch for t in trainings):
         return StartCost(flops=flops, tokens=tokens, why=f"{folder.name} was trained from random weights")
-    if donors:
+    if made.source.donors:
         return _told(given, f"{folder.name} is made of more than one checkpoint")
     before = _of_folder(source, given, (*seen, folder))
     return StartCost(

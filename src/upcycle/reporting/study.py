@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
+from upcycle.records.run import RunRecord
 from upcycle.reporting.checkpoints import CheckpointRecord, is_checkpoint, read_checkpoint
 from upcycle.reporting.comparison import Comparison, Group, compare
 from upcycle.reporting.document import clean
-from upcycle.reporting.records import RUN, RunRecord, is_run, read_run
+from upcycle.reporting.runs import RunHistory, is_run, read_run
 from upcycle.reporting.starts import Given
 
 
@@ -30,7 +31,7 @@ class Column:
 class Study:
     """Runs and checkpoints, compared; `refused` are folders that are neither, with the reason."""
 
-    runs: tuple[RunRecord, ...]
+    runs: tuple[RunHistory, ...]
     checkpoints: tuple[CheckpointRecord, ...]
     comparison: Comparison
     refused: tuple[tuple[str, str], ...]
@@ -49,7 +50,7 @@ class Study:
                 together[len(self.groups) + number, checkpoint.name] = [checkpoint]
                 continue
             group, run = owner
-            step = (checkpoint.training or {}).get("step")
+            step = checkpoint.training.step if checkpoint.training else None
             label = group.label if step == run.done else f"{group.label}, step {step}"
             together.setdefault((self.groups.index(group), label), []).append(checkpoint)
         return tuple(
@@ -90,7 +91,8 @@ def study(folders: Sequence[str | Path], given: Given) -> Study:
                 raise UpcycleError("there is no such folder")
             else:
                 raise UpcycleError(
-                    f"it has neither {RUN}, as a run of `upcycle train`, nor config.json, as a checkpoint"
+                    f"it has neither {RunRecord.FILE}, as a run of `upcycle train`, nor config.json, as a "
+                    f"checkpoint"
                 )
         except (UpcycleError, OSError) as error:
             refused.append((name, str(error)))

@@ -16,10 +16,11 @@ def available() -> int | None:
 
 
 def _of_machine() -> int | None:
+    import psutil
+
     try:
-        lines = (_PROC / "meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError, IndexError):
+        return int(psutil.virtual_memory().available)
+    except (OSError, psutil.Error):
         return None
 
 

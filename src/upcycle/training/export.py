@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME
+from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import claim, lock
 from upcycle.training import exports, optimizer, saving
 from upcycle.training.exports import Trained
-from upcycle.training.loop import SOURCES
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -64,7 +63,7 @@ def export(
     partial = claim.partial_of(out)
     claim.refuse_foreign(partial)
     saving.refuse_changed(checkpoint, here)
-    run = Run.of(record["run"])
+    run = Run.of(record.run)
     if with_optimizer and not run.optimizer.moments:
         raise UpcycleError(
             f"{run_folder} was trained with optimizer.name = {run.optimizer.name}, whose state "
@@ -73,10 +72,11 @@ def export(
     begun = start_of(run)
     for opened in begun.checkpoints:
         claim.refuse_near([out, partial], opened.folder)
-    if (begun.built.hash if begun.built else None) != record["blueprint_hash"]:
+    if (begun.built.hash if begun.built else None) != record.blueprint_hash:
         raise UpcycleError(f"the source {run.source} is not the one that {run_folder} was trained from")
     state = saving.read_state(checkpoint)
-    hashes = _hashes_of_sources(begun, {**record, **state}, run_folder)
+    known = state.source_sha256 or record.source_sha256
+    hashes = _hashes_of_sources(begun, known, run_folder)
     stored = begun.config.get("dtype") or begun.config.get("torch_dtype") or "float32"
     wanted = stored if dtype == "source" else dtype
     model = plain_model(begun)
@@ -101,7 +101,7 @@ def export(
             claim.finish(partial, out)
     finally:
         begun.dense.checkpoint.close()
-    return Exported(out=out, step=int(state["step"]), parameters=begun.parameters, dtype=wanted)
+    return Exported(out=out, step=state.step, parameters=begun.parameters, dtype=wanted)
 
 
 def _optimizer(begun: Start, run: Run, model: PreTrainedModel) -> torch.optim.Optimizer:
@@ -127,12 +127,12 @@ def _whole_or_nothing(partial: Path) -> Iterator[None]:
         raise
 
 
-def _hashes_of_sources(begun: Start, known: Mapping[str, Any], run_folder: Path) -> dict[str, dict[str, str]]:
+def _hashes_of_sources(begun: Start, known: Hashes | None, run_folder: Path) -> Hashes:
     """The hashes of the files that the run began from; of a run of an older version, which recorded none,
     those of the files that are there now. Refuses files that are no longer those."""
     now = {opened.label: opened.hashes() for opened in begun.checkpoints}
-    before = known.get(SOURCES, now)
-    if not isinstance(before, dict) or before.keys() != now.keys():
+    before = now if known is None else known
+    if before.keys() != now.keys():
         raise UpcycleError(f"{run_folder} was trained from other checkpoints than its run file names")
     for opened in begun.checkpoints:
         then, here = before[opened.label], now[opened.label]

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ import torch
 
 import upcycle
 from upcycle import tasks
-from upcycle.cli.console import count
+from upcycle.conversion.provenance import Hashes
 from upcycle.data import stamps
 from upcycle.data.feeding import Feed
 from upcycle.errors import UpcycleError, listed
+from upcycle.records.metrics import StepMetrics
+from upcycle.records.run import RunRecord, StartedFrom
+from upcycle.records.state import RunState
 from upcycle.system import memory
 from upcycle.system.signals import held, noted
+from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
 from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
 from upcycle.training.metrics import Metrics
@@ -31,9 +35,6 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 from upcycle.training.step import Outcome, Trainee
-
-RECORD = run_folder.RECORD
-SOURCES = "source_sha256"  # in run.json and the state of a checkpoint: hashes of the files a run began from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         noted(signal.SIGTERM) as stop,
         run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
     ):
-        before = {} if checkpoint is None else saving.read_state(checkpoint)
+        before = None if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
@@ -81,7 +82,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
                 f"evenly; change train.batch_tokens or train.batch_size"
             )
         fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
-        with _sources_kept(begun, here, before) as known:
+        with _sources_kept(begun, here, before) as hashes:
             model = start.model_of(begun, run, here, precision)
         routers = Routers.of(model)
         trainee = Trainee(
@@ -96,7 +97,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         )
         if run.router.bias_update_rate and trainee.routers:
             trainee.routers.biases()
-        state = known | _begin(trainee, begun, feed, checkpoint)
+        state = _begin(trainee, begun, feed, checkpoint, hashes)
         begun.dense.checkpoint.close()
         if here.first:
             _write_record(trainee, out, state)
@@ -116,26 +117,26 @@ def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> N
 
 
 @contextmanager
-def _sources_kept(begun: Start, here: Ranks, state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the state of a run says of the files that it starts from, which must not change while they are
-    read. A run that goes on keeps what it said when it began; it reads them, and no more."""
-    if state or not here.first:
-        yield {}
+def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterator[Hashes | None]:
+    """The hashes of the files that a run starts from, which must not change while they are read; None for a
+    run that goes on, which keeps what it said when it began, and for ranks but the first."""
+    if before is not None or not here.first:
+        yield None
         return
     files = [file for opened in begun.checkpoints for file in opened.files]
-    before = stamps.stamps(files)
-    yield {SOURCES: {opened.label: opened.hashes() for opened in begun.checkpoints}}
-    if changed := [path for path in before if stamps.stamp(Path(path)) != before[path]]:
+    stamped = stamps.stamps(files)
+    yield {opened.label: opened.hashes() for opened in begun.checkpoints}
+    if changed := [path for path in stamped if stamps.stamp(Path(path)) != stamped[path]]:
         raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")
 
 
-def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: list[int]) -> Result:
+def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[int]) -> Result:
     run, here, begun = trainee.run, trainee.ranks, trainee.start
     total = run.train.total_steps
     held_out = _held_out(run, trainee.task, feed, here.device)
     share = run.train.rows // here.dp_size
     part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
-    log = Metrics(out, run.log, total, state["step"], run.as_table()) if here.first else None
+    log = Metrics(out, run.log, total, state.step, run.as_table()) if here.first else None
     lengths = trainee.lengths
     rate = Rate(
         flops=begun.training_flops_per_row(lengths),
@@ -149,29 +150,37 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
             for note in trainee.task.notes():
                 log.say(note)
-        if state["step"] == 0 and held_out is not None:
+        if state.step == 0 and held_out is not None:
             score = step.evaluate(trainee, held_out)
-            state |= {"held_out_loss": score.loss, "held_out_start": score.loss}
-            state["held_out_accuracy"] = state["held_out_accuracy_start"] = score.accuracy
+            state = replace(
+                state,
+                held_out_loss=score.loss,
+                held_out_start=score.loss,
+                held_out_accuracy=score.accuracy,
+                held_out_accuracy_start=score.accuracy,
+            )
             if log is not None:
-                log.say(f"step 0: {metrics.score(state)}")
-        while state["step"] < total:
-            now = state["step"]
+                log.say(f"step 0: {metrics.score(score.loss, score.accuracy)}")
+        while state.step < total:
+            now = state.step
             began = time.perf_counter()
             batch = _on(here.device, feed.next(run.train.rows, part))
             lr = run.schedule.at(now, total)
             outcome = step.train_step(trainee, batch, now, lr)
             seconds = time.perf_counter() - began
-            state |= {"step": now + 1, "loss": outcome.loss, "batches": feed.state()}
+            state = replace(state, step=now + 1, loss=outcome.loss, batches=feed.state())
             last = now + 1 == total
-            record = _line(trainee, outcome, now + 1, lr, rate.tokens) | rate.of(run.train.rows, seconds)
+            record = rate.over(_line(trainee, outcome, now + 1, lr, rate.tokens), run.train.rows, seconds)
             if held_out is not None and (last or (now + 1) % run.train.eval_every == 0):
                 score = step.evaluate(trainee, held_out)
-                found = {"held_out_loss": score.loss, "held_out_accuracy": score.accuracy}
-                record |= found
-                state |= found
-            if now == 0 and "held_out_start" in state:
-                record |= {k: state[k] for k in ("held_out_start", "held_out_accuracy_start")}
+                record = replace(record, held_out_loss=score.loss, held_out_accuracy=score.accuracy)
+                state = replace(state, held_out_loss=score.loss, held_out_accuracy=score.accuracy)
+            if now == 0:
+                record = replace(
+                    record,
+                    held_out_start=state.held_out_start,
+                    held_out_accuracy_start=state.held_out_accuracy_start,
+                )
             if log is not None:
                 log.step(record)
             stopping = here.any(bool(stop))
@@ -187,10 +196,10 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
             log.close()
     return Result(
         out=out,
-        steps=state["step"],
-        finished=state["step"] >= total,
-        loss=state.get("loss"),
-        held_out_loss=state.get("held_out_loss"),
+        steps=state.step,
+        finished=state.step >= total,
+        loss=state.loss,
+        held_out_loss=state.held_out_loss,
     )
 
 
@@ -203,16 +212,17 @@ class Rate:
     peak: float | None  # of one device
     ranks: Ranks
 
-    def of(self, rows: int, seconds: float) -> dict[str, Any]:
-        """The rates of a step."""
+    def over(self, record: StepMetrics, rows: int, seconds: float) -> StepMetrics:
+        """The record of a step with its rates."""
         speed = rows * self.flops / seconds
-        return {
-            "seconds": round(seconds, 6),
-            "tokens_per_s": round(rows * self.tokens / seconds, 1),
-            "active_flops_per_s": round(speed),
-            "mfu": None if self.peak is None else round(speed / (self.peak * self.ranks.world), 5),
-            "peak_memory": self._memory(),
-        }
+        return replace(
+            record,
+            seconds=round(seconds, 6),
+            tokens_per_s=round(rows * self.tokens / seconds, 1),
+            active_flops_per_s=round(speed),
+            mfu=None if self.peak is None else round(speed / (self.peak * self.ranks.world), 5),
+            peak_memory=self._memory(),
+        )
 
     def _memory(self) -> int:
         """Bytes at most so far, of this rank's accelerator, or of its process where it has none."""
@@ -220,35 +230,36 @@ class Rate:
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak()
 
 
-def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: int) -> dict[str, Any]:
+def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: int) -> StepMetrics:
     """The record of a step, without its rates."""
-    record: dict[str, Any] = {
-        "step": done,
-        "tokens": done * trainee.run.train.rows * row_tokens,
-        "loss": outcome.loss,
-        "lr": lr,
-        "grad_norm": outcome.grad_norm,
-    }
+    record = StepMetrics(
+        step=done,
+        tokens=done * trainee.run.train.rows * row_tokens,
+        loss=outcome.loss,
+        lr=lr,
+        grad_norm=outcome.grad_norm,
+    )
     routers = trainee.routers
     if not outcome.tallies or routers is None:
         return record
-    record |= {"balance_loss": outcome.balance_loss, "z_loss": outcome.z_loss}
-    if outcome.own_losses:
-        record["router_losses"] = dict(outcome.own_losses)
-    record["layers"] = [
-        {"layer": layer, **({} if stack == "layers" else {"stack": stack}), **routing.health(tally)}
-        | {"router_grad_norm": norm}
-        for layer, stack, tally, norm in zip(
-            routers.layers, routers.stacks, outcome.tallies, outcome.router_grad_norms, strict=True
-        )
-    ]
-    return record
+    rows = zip(routers.layers, routers.stacks, outcome.tallies, outcome.router_grad_norms, strict=True)
+    layers = tuple(
+        replace(routing.health(tally, stack, layer), router_grad_norm=norm)
+        for layer, stack, tally, norm in rows
+    )
+    return replace(
+        record,
+        balance_loss=outcome.balance_loss,
+        z_loss=outcome.z_loss,
+        router_losses=dict(outcome.own_losses) or None,
+        layers=layers,
+    )
 
 
-def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | None, *, must: bool) -> None:
+def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, must: bool) -> None:
     """Save; a full disk stops a run only where nothing comes after it."""
     keep = trainee.run.checkpoint.keep
-    saved = {**state, "identity": trainee.run.identity(), micro_batch.KEY: trainee.run.train.micro_batch}
+    saved = replace(state, identity=trainee.run.identity(), micro_batch=trainee.run.train.micro_batch)
     with held():
         optimizer.fill(trainee.optimizer, trainee.run.optimizer)
         reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
@@ -256,7 +267,7 @@ def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | Non
         return
     kept = saving.latest(out)
     said = (
-        f"step {state['step']} could not be saved ({reason}); "
+        f"step {state.step} could not be saved ({reason}); "
         f"{f'{kept.name} is kept' if kept else 'there is no earlier checkpoint'}"
     )
     if must:
@@ -265,7 +276,9 @@ def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | Non
         log.warn(f"{said}; training goes on")
 
 
-def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) -> dict[str, Any]:
+def _begin(
+    trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None, hashes: Hashes | None
+) -> RunState:
     """The state to go on from: the checkpoint's, or step 0."""
     run = trainee.run
     if checkpoint is None:
@@ -273,47 +286,56 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
             stopped = start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
             if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
                 metrics.warn(wrong)
-        return {"step": 0}
+        return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
     optimizer.fill(trainee.optimizer, run.optimizer)
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
-    feed.restore(state["batches"])
-    return {k: v for k, v in state.items() if k not in saving.ADDED}
+    feed.restore(dict(state.batches))
+    return state
 
 
-def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:
+def _write_record(trainee: Trainee, out: Path, state: RunState) -> None:
     """Write run.json, but where one of this run is there already."""
-    known = {key: state[key] for key in (SOURCES,) if key in state}
+    identity = json.loads(json.dumps(trainee.run.identity()))
     try:
-        before = run_folder.read_record(out)
+        same = run_folder.read_record(out).identity == identity
     except UpcycleError:
-        before = {}
-    if not state["step"] or before.get("identity") != json.loads(json.dumps(trainee.run.identity())):
-        run_folder.write_record(out, _record(trainee) | known)
+        same = False
+    if not state.step or not same:
+        run_folder.write_record(out, _record(trainee, state))
 
 
-def _record(trainee: Trainee) -> dict[str, Any]:
+def _record(trainee: Trainee, state: RunState) -> RunRecord:
     """run.json: what this run is, for whoever reads its folder later."""
     run, begun, task = trainee.run, trainee.start, trainee.task
     lengths = trainee.lengths
     flops = begun.training_flops_per_row(lengths)
-    return {
-        "format": run_folder.FORMAT,
-        "upcycle_version": upcycle.__version__,
-        "versions": {
+    source = begun.dense.checkpoint
+    return RunRecord(
+        format=RunRecord.FORMAT,
+        upcycle_version=upcycle.__version__,
+        versions={
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "precision": trainee.precision,
-        "task": task.name,
-        "tokens_per_row": sum(lengths.values()),
-        "training_flops_per_row": flops,
-        "training_flops_per_token": flops // sum(lengths.values()),
-        **begun.describe(),
-        "run": run.as_table(),
-        "identity": run.identity(),
-    }
+        precision=trainee.precision,
+        task=task.name,
+        tokens_per_row=sum(lengths.values()),
+        training_flops_per_row=flops,
+        training_flops_per_token=flops // sum(lengths.values()),
+        source=StartedFrom(
+            name=source.name, path=str(source.folder.resolve()), model_type=begun.dense.family.model_type
+        ),
+        blueprint_hash=begun.built.hash if begun.built else None,
+        architecture=begun.architecture,
+        parameters=begun.parameters,
+        active_parameters=begun.active_parameters,
+        from_scratch=begun.from_scratch,
+        run=run.as_table(),
+        identity=run.identity(),
+        source_sha256=state.source_sha256,
+    )
 
 
 def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:

@@ -11,12 +11,12 @@ import torch
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from upcycle.cli.console import count, err
+from upcycle.cli.console import err
 from upcycle.errors import UpcycleError
+from upcycle.records.metrics import LayerMetrics, StepMetrics
 from upcycle.system import gpus, whole_file
+from upcycle.system.wording import count
 from upcycle.training.run import Log
-
-FILE = "metrics.jsonl"
 
 
 def peak_flops(log: Log, device: torch.device) -> float | None:
@@ -27,24 +27,22 @@ def peak_flops(log: Log, device: torch.device) -> float | None:
     return None if gpu is None else gpu.peak_flops
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a line that is damaged, or was cut off by a kill, is left out."""
-    return _read(out / FILE)[0]
+def read(out: Path) -> list[StepMetrics]:
+    """The steps of a run, in order; a line that is damaged, or was cut off by a kill, is left out."""
+    return [step for step, _ in _read(out / StepMetrics.FILE)[0]]
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records in a file, and how many lines are damaged; the last may be cut off, as a kill leaves it."""
-    records, damaged = [], 0
+def _read(path: Path) -> tuple[list[tuple[StepMetrics, bytes]], int]:
+    """The steps in a file with their lines, and how many lines are damaged; the last may be cut off, as a
+    kill leaves it."""
+    steps, damaged = [], 0
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for line in (*lines, last):
         try:
-            record = json.loads(line)
-            if type(record["step"]) is not int:
-                raise ValueError
-            records.append(record)
-        except (ValueError, KeyError, TypeError, RecursionError):
+            steps.append((StepMetrics.of_line(line, path.name), line))
+        except UpcycleError:
             damaged += bool(line.strip()) and line is not last
-    return records, damaged
+    return steps, damaged
 
 
 class Metrics:
@@ -53,13 +51,13 @@ class Metrics:
     def __init__(self, out: Path, log: Log, total: int, start: int, settings: dict[str, Any]) -> None:
         self.log, self.total, self.start = log, total, start
         # Steps after the checkpoint that is gone on from are done again, and stand in the file once.
-        path = out / FILE
+        path = out / StepMetrics.FILE
         before, damaged = _read(path)
         if damaged:
             lines = "1 line" if damaged == 1 else f"{damaged} lines"
-            warn(f"{lines} of {FILE} {'is' if damaged == 1 else 'are'} damaged and left out")
-        kept = [r for r in before if r["step"] <= start]
-        whole_file.write(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+            warn(f"{lines} of {path.name} {'is' if damaged == 1 else 'are'} damaged and left out")
+        kept = [line + b"\n" for step, line in before if step.step <= start]
+        whole_file.write(path, b"".join(kept))
         self.file: IO[str] = path.open("a")
         self.sinks = [_sink(name, log, out, settings) for name in log.sinks]
         self.warned: set[str] = set()
@@ -71,43 +69,40 @@ class Metrics:
         self.task = self.bar.add_task("", total=total, completed=start, note="")
         self.bar.start()
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: StepMetrics) -> None:
         """One step is done."""
         try:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(record.as_table()) + "\n")
             self.file.flush()
         except OSError as error:
-            self.warn(f"metrics of step {record['step']} are lost: {error.strerror}")
-        done, loss, speed = record["step"], record["loss"], record["tokens_per_s"]
-        note = f"step {done}/{self.total}  loss {loss:.4f}  {count(speed)} tokens/s"
-        if record.get("mfu") is not None:
-            note += f"  MFU {record['mfu']:.1%}"
+            self.warn(f"metrics of step {record.step} are lost: {error.strerror}")
+        done = record.step
+        note = f"step {done}/{self.total}  loss {record.loss:.4f}  {count(record.tokens_per_s or 0)} tokens/s"
+        if record.mfu is not None:
+            note += f"  MFU {record.mfu:.1%}"
         self.bar.update(self.task, completed=done, note=note)
         if not err.is_terminal and (done % self.log.every == 0 or done == self.total):
-            left = (self.total - done) * record["seconds"]
+            left = (self.total - done) * (record.seconds or 0)
             err.print(f"{note}  {left:.0f} s left")
-        if "held_out_loss" in record:
-            self.say(f"step {done}: {score(record)}")
-        for layer in record.get("layers", ()):
+        if record.held_out_loss is not None:
+            self.say(f"step {done}: {score(record.held_out_loss, record.held_out_accuracy)}")
+        for layer in record.layers:
             self._watch(done, layer)
-        flat = {k: v for k, v in record.items() if isinstance(v, (int, float))}
-        for layer in record.get("layers", ()):
-            place = "_".join(filter(None, [layer.get("stack"), f"layer_{layer['layer']}"]))
-            flat |= {f"{place}/{k}": v for k, v in layer.items() if isinstance(v, float)}
+        flat = _numbers(record)
         for sink in self.sinks:
             sink.log(flat, step=done)
 
-    def _watch(self, step: int, layer: dict[str, Any]) -> None:
+    def _watch(self, step: int, layer: LayerMetrics) -> None:
         """Say it once when a layer collapses, and again only after it recovered."""
-        place = f"{layer.get('stack', '')} {layer['layer']}".strip()
-        if layer["collapsed"] and place not in self.warned:
+        place = f"{'' if layer.stack == 'layers' else layer.stack} {layer.layer}".strip()
+        if layer.collapsed and place not in self.warned:
             self.warned.add(place)
             self.warn(
                 f"step {step}: layer {place} collapsed; its busiest expert takes "
-                f"{layer['busiest']:.0%} of the slots, {layer['dead']} take none; "
+                f"{layer.busiest:.0%} of the slots, {layer.dead} take none; "
                 f"raise router.balance_loss_coef"
             )
-        elif not layer["collapsed"]:
+        elif not layer.collapsed:
             self.warned.discard(place)
 
     def say(self, sentence: str) -> None:
@@ -131,9 +126,18 @@ def warn(sentence: str) -> None:
     err.print(f"[yellow]![/] {escape(sentence)}", markup=True)
 
 
-def score(record: dict[str, Any]) -> str:
-    """How well held-out rows went."""
-    return f"held-out loss {record['held_out_loss']:.4f}, accuracy {record['held_out_accuracy']:.2%}"
+def score(loss: float, accuracy: float | None) -> str:
+    """How well held-out rows went: nats, and the share of right answers."""
+    return f"held-out loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.2%}")
+
+
+def _numbers(record: StepMetrics) -> dict[str, float]:
+    """The numbers of a step by one name each, as dashboards take them."""
+    flat = {k: v for k, v in record.as_table().items() if isinstance(v, (int, float))}
+    for layer in record.layers:
+        place = f"layer_{layer.layer}" if layer.stack == "layers" else f"{layer.stack}_layer_{layer.layer}"
+        flat |= {f"{place}/{k}": v for k, v in layer.as_table().items() if isinstance(v, float)}
+    return flat
 
 
 def _sink(name: str, log: Log, out: Path, settings: dict[str, Any]) -> Any:

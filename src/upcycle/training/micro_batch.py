@@ -10,17 +10,16 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
+from upcycle.records.state import RunState
 from upcycle.system import memory
 from upcycle.training import fit
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 
-KEY = "micro_batch"  # in the state of a checkpoint
 _SHARE = 0.7  # of the free memory: the rest is for what is not counted
 _PER_PARAMETER = 16  # bytes of a weight, its gradient and its two moments, in float32
 _LOGITS = 16  # bytes a logit: itself, in float32, its log-softmax, the gradient
@@ -33,7 +32,7 @@ def chosen(
     begun: Start,
     lengths: Mapping[str, int],
     here: Ranks,
-    state: Mapping[str, Any],
+    state: RunState | None,
     *,
     precision: str = "float32",
 ) -> Run:
@@ -41,9 +40,8 @@ def chosen(
     many as fit. Where all of them fit nothing is changed."""
     if run.train.micro_batch is not None:
         return run
-    if state:
-        before = state.get(KEY)
-        return run if before is None else _with(run, before)
+    if state is not None:
+        return run if state.micro_batch is None else _with(run, state.micro_batch)
     share = run.train.rows // here.dp_size
     most = here.share(_rows_that_fit(run, begun, lengths, here, precision))
     if most is None or share <= most or not _may_be_cut(run, begun):

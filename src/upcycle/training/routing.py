@@ -20,6 +20,7 @@ from upcycle.errors import UpcycleError
 from upcycle.nn.moe import Router
 from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Routing
+from upcycle.records.metrics import LayerMetrics
 from upcycle.training.seeds import torch_seed
 
 COLLAPSED = 0.9  # share of a layer's slots in its K busiest experts
@@ -216,23 +217,20 @@ def _block(name: str, module: nn.Module) -> int:
     return int(found.group(1))
 
 
-def health(tally: Tally) -> dict[str, Any]:
-    """What became of one layer.
-
-    `load` is each expert's share of the slots, `entropy` that of the load over log E (1: even), `dead` the
-    experts that got nothing, `collapsed` whether the K busiest got nearly everything, `left_behind` the share
-    of tokens that reached no expert.
-    """
+def health(tally: Tally, stack: str, layer: int) -> LayerMetrics:
+    """What became of the layer numbered `layer` of a stack in one step."""
     counts = tally.counts.double()
     load = counts / counts.sum()
     entropy = torch.special.entr(load).sum() / math.log(max(2, len(load)))
     busiest = load.topk(min(tally.top_k, len(load))).values.sum()
-    return {
-        "load": [round(x, 6) for x in load.tolist()],
-        "entropy": round(float(entropy), 6),
-        "busiest": round(float(load.max()), 6),
-        "idlest": round(float(load.min()), 6),
-        "dead": int((load == 0).sum()),
-        "collapsed": bool(busiest > COLLAPSED) and len(load) > tally.top_k and not tally.balanced,
-        "left_behind": round(tally.left_behind / max(1, tally.tokens), 6),
-    }
+    return LayerMetrics(
+        layer=layer,
+        stack=stack,
+        load=tuple(round(x, 6) for x in load.tolist()),
+        entropy=round(float(entropy), 6),
+        busiest=round(float(load.max()), 6),
+        idlest=round(float(load.min()), 6),
+        dead=int((load == 0).sum()),
+        collapsed=bool(busiest > COLLAPSED) and len(load) > tally.top_k and not tally.balanced,
+        left_behind=round(tally.left_behind / max(1, tally.tokens), 6),
+    )

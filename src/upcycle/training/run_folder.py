@@ -3,57 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UpcycleError, listed
+from upcycle.records.reader import load
+from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import saving
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
 
-RECORD = "run.json"
 LOCK = ".upcycle-lock"
-FORMAT = 1
 _LENGTH = ("steps", "tokens", "examples")  # how long a run is, of which a run file has one
-_KINDS = {
-    "run": dict, "identity": dict, "source": dict, "precision": str, "task": str, "upcycle_version": str,
-    "versions": dict, "tokens_per_row": int, "training_flops_per_token": int, "from_scratch": bool,
-}  # fmt: skip
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """run.json of a run. Raises `UpcycleError` where there is none, or it is damaged."""
-    path = out / RECORD
+def read_record(out: Path) -> RunRecord:
+    """run.json of a run. Raises `UpcycleError` if there is none, or it is damaged."""
+    path = out / RunRecord.FILE
     try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UpcycleError(
-            f"{out} has no {RECORD}; give a folder that `upcycle train` made" + _how_to_mend(out)
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UpcycleError(f"{path} is damaged: {error}{_how_to_mend(out)}") from None
-    wrong = [
-        key
-        for key, kind in _KINDS.items()
-        if not isinstance(record, dict) or type(record.get(key)) is not kind
-    ]
-    if wrong or not isinstance(record.get("blueprint_hash", 0), (str, type(None))):
-        what = f"{listed(wrong or ['blueprint_hash'])} is missing in it, or is not what it should be"
-        raise UpcycleError(f"{path} is damaged: {what}{_how_to_mend(out)}")
-    return dict(record)
+        missing = f"{out} has no {path.name}; give a folder that `upcycle train` made"
+        return RunRecord.of(load(path, missing), str(path))
+    except UpcycleError as error:
+        if not saving.found(out):
+            raise
+        raise UpcycleError(f"{error}; `upcycle train RUN.toml --resume` writes it anew") from None
 
 
-def _how_to_mend(out: Path) -> str:
-    """What to do where run.json is lost and a checkpoint is not."""
-    return "; `upcycle train RUN.toml --resume` writes it anew" if saving.found(out) else ""
-
-
-def write_record(out: Path, record: Mapping[str, Any]) -> None:
+def write_record(out: Path, record: RunRecord) -> None:
     """Write run.json: what was there stays until the new one is on disk."""
-    whole_file.write(out / RECORD, json.dumps(record, indent=2).encode())
+    whole_file.write_json(out / RunRecord.FILE, record.as_table())
 
 
 @contextmanager
@@ -105,7 +86,7 @@ def _refuse_place(run: Run, sources: Iterable[Path]) -> None:
 def _refuse_content(run: Run, out: Path, resume: bool) -> None:
     if resume:
         _refuse_other(run, out, saving.latest(out))
-    elif saving.latest(out) is not None or (out / RECORD).exists():
+    elif saving.latest(out) is not None or (out / RunRecord.FILE).exists():
         raise UpcycleError(f"{out} holds a run already; go on with it with --resume, or choose another `out`")
 
 
@@ -113,10 +94,10 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
     """Refuse to go on with a run that is not `run`, or that its schedule does not let end elsewhere."""
     if checkpoint is not None:
         where, state = str(checkpoint), saving.read_state(checkpoint)
-        theirs, done = state["identity"], state["step"]
-    elif (out / RECORD).exists():
+        theirs, done = state.identity, state.step
+    elif (out / RunRecord.FILE).exists():
         try:
-            where, theirs, done = str(out), read_record(out)["identity"], 0
+            where, theirs, done = str(out), read_record(out).identity, 0
         except UpcycleError:
             return  # no step was saved, and what it says is written anew
     else:
@@ -170,7 +151,7 @@ def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
 def _clean(out: Path) -> None:
     """Take away what a run that was killed left half-written."""
     saving.discard_partial(out)
-    found = [(out, "metrics.partial"), (out, "metrics.jsonl.*.partial"), (out, f"{RECORD}.*.partial")]
+    found = [(out, "metrics.partial"), (out, "metrics.jsonl.*.partial"), (out, f"{RunRecord.FILE}.*.partial")]
     found += [(out / folder, "*.*.partial") for folder in ("tokens", "images")]
     for folder, pattern in found:
         for left in folder.glob(pattern):

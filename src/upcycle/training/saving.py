@@ -6,14 +6,12 @@ the SHA-256 of all that. It is made as `step-N.partial` and renamed when all of 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,13 @@ from torch.utils._pytree import tree_map
 
 from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.errors import UpcycleError
+from upcycle.records.reader import DamagedError
+from upcycle.records.state import RunState
+from upcycle.system import whole_file
 from upcycle.training.parallel import Ranks
 from upcycle.training.untrusted import Planner, Reader
 
 # Names instead of positions: another topology makes other groups of parameters.
-ADDED = ("identity", "micro_batch", "sha256", "state_sha256")  # of a state: what only its file has
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -48,7 +48,7 @@ def folder_of(out: Path) -> Path:
 def found(out: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints of a run, the oldest first."""
     names = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in folder_of(out).glob("step-*")]
-    return sorted((int(m.group(1)), p) for m, p in names if m and (p / "state.json").is_file())
+    return sorted((int(m.group(1)), p) for m, p in names if m and (p / RunState.FILE).is_file())
 
 
 def latest(out: Path) -> Path | None:
@@ -56,55 +56,31 @@ def latest(out: Path) -> Path | None:
     return checkpoints[-1][1] if (checkpoints := found(out)) else None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> RunState:
     """What a checkpoint says of itself beside its tensors."""
-    path = checkpoint / "state.json"
     try:
-        state = json.loads(path.read_text())
-        _refuse_damaged(state)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UpcycleError(f"{path} cannot be read: {error}; delete that folder") from None
-    return dict(state)
-
-
-def _refuse_damaged(state: Any) -> None:
-    """A `ValueError` where a state is not one that `save` wrote."""
-    kinds = {"step": int, "batches": dict, "identity": dict}
-    if not isinstance(state, dict):
-        raise ValueError(f"it holds {type(state).__name__}, not a JSON object")
-    if wrong := [key for key, kind in kinds.items() if type(state.get(key)) is not kind]:
-        raise ValueError(f"{', '.join(wrong)} is missing in it, or damaged")
-    numbers = ("loss", "held_out_loss", "held_out_start", "held_out_accuracy", "held_out_accuracy_start")
-    if wrong := [key for key in numbers if type(state.get(key)) not in (int, float, type(None))]:
-        raise ValueError(f"{', '.join(wrong)} is no number in it")
-    rows = state.get("micro_batch")
-    if state["step"] < 0 or (rows is not None and (type(rows) is not int or rows < 1)):
-        raise ValueError("its step, or its micro_batch, is no count")
-    hashes = state.get("sha256", {})
-    if not isinstance(hashes, dict) or state.get("state_sha256", _hash_of(state)) != _hash_of(state):
-        raise ValueError("it is not as it was written")
-
-
-def _hash_of(state: dict[str, Any]) -> str:
-    """The SHA-256 of a state, but for the place where it stands."""
-    told = {key: value for key, value in state.items() if key != "state_sha256"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return RunState.read(checkpoint)
+    except DamagedError as error:
+        why = error.why
+    except OSError as error:
+        why = str(error)
+    raise UpcycleError(f"{checkpoint / RunState.FILE} cannot be read: {why}; delete that folder")
 
 
 def save(
     out: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    state: RunState,
     ranks: Ranks,
     keep: int,
 ) -> str | None:
-    """Write checkpoint `state["step"]`; the reason where it could not be, and then nothing has changed.
+    """Write checkpoint `state.step`; the reason where it could not be, and then nothing has changed.
 
     Every rank calls it, with an optimizer that has a state for every parameter (`optimizer.fill`). Older
     checkpoints beyond `keep` go when the new one is in place.
     """
-    final = folder_of(out) / f"step-{state['step']}"
+    final = folder_of(out) / f"step-{state.step}"
     partial = final.with_name(final.name + ".partial")
     if ranks.first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -128,10 +104,9 @@ def save(
     told = ranks.gathered((reason, hashes))
     reason = next((why for why, _ in told if why is not None), None)
     if ranks.first and reason is None:
-        whole = {**state, "sha256": {name: digest for _, part in told for name, digest in part.items()}}
+        whole = replace(state, sha256={name: digest for _, part in told for name, digest in part.items()})
         try:
-            text = json.dumps(whole | {"state_sha256": _hash_of(whole)}, indent=1)
-            write_text(partial / "state.json", text)
+            whole_file.write_json(partial / RunState.FILE, whole.sealed().as_table())
         except OSError as error:
             reason = _root(error)
     if ranks.any(reason is not None):
@@ -141,7 +116,7 @@ def save(
     if ranks.first:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync(final.parent)
+        whole_file.sync_folder(final.parent)
         for _, old in found(out)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     ranks.barrier()
@@ -159,7 +134,7 @@ def refuse_changed(checkpoint: Path, ranks: Ranks) -> None:
 
     Checkpoints of versions that wrote no hashes are taken as they are.
     """
-    known = sorted(read_state(checkpoint).get("sha256", {}).items())
+    known = sorted((read_state(checkpoint).sha256 or {}).items())
     changed = None
     for name, digest in known[ranks.rank :: ranks.world]:
         path = checkpoint / Path(name).name
@@ -247,20 +222,3 @@ def _root(error: BaseException) -> str:
     """The first line of what went wrong."""
     error = _failures(error)[0]
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file that is on disk when this returns."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in `folder` last through a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -82,21 +82,6 @@ class Start:
         """The same for one token of a row of `length`, where there is one stack."""
         return self.training_flops_per_row({"layers": length}) // length
 
-    def describe(self) -> dict[str, Any]:
-        """What the provenance of a run says of it."""
-        return {
-            "source": {
-                "name": self.dense.checkpoint.name,
-                "path": str(self.dense.checkpoint.folder.resolve()),
-                "model_type": self.dense.family.model_type,
-            },
-            "blueprint_hash": self.built.hash if self.built else None,
-            "architecture": self.architecture,
-            "parameters": self.parameters,
-            "active_parameters": self.active_parameters,
-            "from_scratch": self.from_scratch,
-        }
-
 
 def start_of(run: Run) -> Start:
     """The start of a run, from headers alone."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from upcycle.errors import listed
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.comparison import flat
 from upcycle.reporting.document import Block, Section, Table
-from upcycle.reporting.records import RunRecord
+from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.study import Study
 
 
@@ -32,11 +30,11 @@ def _models(study: Study) -> Table:
         rows.append(
             (
                 group.label,
-                str(about["source"]["name"]),
-                str(about["architecture"]),
-                formats.count(about["parameters"]),
-                formats.count(about["active_parameters"]),
-                formats.flops(about["training_flops_per_row"] / about["tokens_per_row"]),
+                about.source.name,
+                about.architecture,
+                formats.count(about.parameters),
+                formats.count(about.active_parameters),
+                formats.flops(about.training_flops_per_row / about.tokens_per_row),
                 str(len(group.runs)),
             )
         )
@@ -59,7 +57,7 @@ def _runs(study: Study) -> Table:
         (
             run.name,
             group_of.get(id(run), "not compared"),
-            str(run.about.get("blueprint_hash") or formats.MISSING)[:12],
+            (run.about.blueprint_hash or formats.MISSING)[:12],
             str(run.table.get("train", {}).get("seed", run.table.get("seed", 0))),
             f"{run.done:,} of {run.total_steps:,}",
             formats.count(run.done * run.tokens_per_step),
@@ -78,14 +76,13 @@ def _runs(study: Study) -> Table:
     )
 
 
-def _versions(runs: tuple[RunRecord, ...]) -> dict[str, str]:
+def _versions(runs: tuple[RunHistory, ...]) -> dict[str, str]:
     """Programs and arithmetic, and the names of the runs that were made with them."""
     found: dict[str, list[str]] = {}
     for run in runs:
-        versions: Any = run.about.get("versions")
-        torch = versions.get("torch", "?") if isinstance(versions, dict) else "?"
-        version, precision = run.about.get("upcycle_version", "?"), run.about.get("precision", "?")
-        how = f"upcycle {version}, torch {torch}, {precision}"
+        about = run.about
+        torch = about.versions.get("torch", "?")
+        how = f"upcycle {about.upcycle_version}, torch {torch}, {about.precision}"
         found.setdefault(how, []).append(run.name)
     return {how: "all runs" if len(found) == 1 else listed(names, 8) for how, names in found.items()}
 
@@ -104,18 +101,16 @@ def _origin(checkpoint: CheckpointRecord) -> tuple[str, ...]:
     made = checkpoint.made
     if made is None:
         return ("not known: no upcycle.json", *[formats.MISSING] * 4)
-    recipe: Any = made.get("recipe")
     how = formats.MISSING
-    if isinstance(recipe, dict):
-        known = dict(flat(recipe))
+    if made.recipe is not None:
+        known = dict(flat(made.recipe))
         experts, top_k, init = (known.get(k, "?") for k in ("moe.num_experts", "moe.top_k", "init.name"))
         how = f"{experts} experts, top-{top_k}, init {init}"
-    training = checkpoint.training or {}
-    tokens = training.get("tokens")
+    training = checkpoint.training
     return (
-        str(made["source"].get("name", "?")),
+        made.source.name,
         how,
-        str(made.get("blueprint_hash") or formats.MISSING)[:12],
-        str(training.get("step", 0)),
-        formats.count(tokens) if isinstance(tokens, (int, float)) else "0",
+        (made.blueprint_hash or formats.MISSING)[:12],
+        str(training.step if training else 0),
+        formats.count(training.tokens) if training else "0",
     )

@@ -38,7 +38,7 @@ def section(study: Study) -> Section | None:
     groups = [g for g in study.groups if g.tokens.size]
     if not groups:
         return None
-    unit = formats.unit(groups[0].runs[0].about["task"])
+    unit = formats.unit(groups[0].runs[0].about.task)
     places = {g.label: i for i, g in enumerate(study.groups)}
     views = [*_with_near(_views(groups, study.comparison.pairs))]
     blocks: list[Block] = []

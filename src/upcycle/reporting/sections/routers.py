@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from upcycle.records.routing import RoutingRecord
 from upcycle.reporting import figures, formats
-from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.comparison import Group
 from upcycle.reporting.document import Block, Picture, Section, Table
 from upcycle.reporting.figures import Axis, Line
-from upcycle.reporting.records import Health, is_number, place_of, shares
+from upcycle.reporting.runs import Health, is_load, is_number, place_of
 from upcycle.reporting.study import Study
 
 _POINTS = 200  # of a line at most; more are averaged in windows
@@ -28,7 +28,7 @@ def section(study: Study) -> Section | None:
         for place, group in enumerate(study.groups)
         if (health := group.runs[0].health) is not None
     ]
-    looked_at = [c for c in study.checkpoints if _layers(c)]
+    looked_at = [(c, c.routing) for c in study.checkpoints if c.routing and c.routing.layers]
     if not groups and not looked_at:
         return None
     blocks: list[Block] = []
@@ -36,8 +36,8 @@ def section(study: Study) -> Section | None:
         blocks.append(_entropy(groups))
         blocks += [_load(place, group, health) for place, group, health in groups]
         blocks.append(_table([(group, health) for _, group, health in groups]))
-    for number, checkpoint in enumerate(looked_at):
-        blocks += on_shown(number, checkpoint)
+    for number, (checkpoint, routing) in enumerate(looked_at):
+        blocks += on_shown(number, checkpoint.name, routing)
     return Section(name="routers", title="Router health", blocks=tuple(blocks))
 
 
@@ -129,22 +129,15 @@ def _table(groups: list[tuple[Group, Health]]) -> Table:
     )  # fmt: skip
 
 
-def _layers(checkpoint: CheckpointRecord) -> list[Mapping[str, Any]]:
-    """The layers of routing.json that say which they are."""
-    listed = (checkpoint.routing or {}).get("layers")
-    rows = listed if isinstance(listed, list) else []
-    return [row for row in rows if isinstance(row, dict) and "layer" in row]
-
-
-def on_shown(number: int, checkpoint: CheckpointRecord) -> list[Block]:
+def on_shown(number: int, name: str, routing: RoutingRecord) -> list[Block]:
     """What the routers of a checkpoint did on the domains that it was inspected on."""
-    layers = _layers(checkpoint)
+    layers = routing.layers
     blocks: list[Block] = []
     loads = [
-        (f"{place_of(layer)}, {domain}", load)
+        (f"{place_of(layer.stack, layer.layer)}, {domain}", load)
         for layer in layers
-        for domain, load in _by_domain(layer).items()
-        if _is_load(load)
+        for domain, load in layer.by_domain.items()
+        if is_load(load)
     ]
     if loads:
         title = "Use of the experts by domain"
@@ -152,7 +145,7 @@ def on_shown(number: int, checkpoint: CheckpointRecord) -> list[Block]:
             Picture(
                 name=f"routing-{number + 1}",
                 title=title,
-                caption=f"{checkpoint.name}: on what it was inspected on; weights where a router gives every "
+                caption=f"{name}: on what it was inspected on; weights where a router gives every "
                 "expert as many tokens.",
                 draw=partial(
                     figures.heat_map,
@@ -164,36 +157,28 @@ def on_shown(number: int, checkpoint: CheckpointRecord) -> list[Block]:
             )
         )
     columns = [
-        (head, key)
-        for head, key in (
-            ("confidence", "confidence"), ("tokens left behind", "left_behind"),
-            ("divergence of domains, bits", "divergence"),
-        )
-        if any(_number(layer.get(key)) is not None for layer in layers)
-    ]  # fmt: skip
+        ("confidence", [layer.confidence for layer in layers]),
+        ("tokens left behind", [layer.left_behind for layer in layers]),
+        ("divergence of domains, bits", [_apart(layer.divergence) for layer in layers]),
+    ]
+    columns = [(head, numbers) for head, numbers in columns if any(map(is_number, numbers))]
     if columns:
-        rows = [
-            (
-                place_of(layer),
-                *(
-                    formats.loss(math.nan if (v := _number(layer.get(key))) is None else v)
-                    for _, key in columns
-                ),
-            )
-            for layer in layers
-        ]
+        rows = zip(layers, *(numbers for _, numbers in columns), strict=True)
         blocks.append(
             Table(
-                caption=f"Routers of {checkpoint.name} on what it was shown",
+                caption=f"Routers of {name} on what it was shown",
                 head=("layer", *(head for head, _ in columns)),
-                rows=tuple(rows),
-                note=_domains(checkpoint),
+                rows=tuple(
+                    (place_of(layer.stack, layer.layer), *(formats.loss(_known(n)) for n in numbers))
+                    for layer, *numbers in rows
+                ),
+                note=f"Domains: {', '.join(domain.name for domain in routing.domains)}.",
             )
         )
-    if liked := _favourites(checkpoint, layers):
+    if liked := _favourites(routing):
         blocks.append(
             Table(
-                caption=f"Tokens that the experts of {checkpoint.name} like best",
+                caption=f"Tokens that the experts of {name} like best",
                 head=("layer", "expert", "tokens"),
                 rows=tuple(liked),
                 left=3,
@@ -203,44 +188,22 @@ def on_shown(number: int, checkpoint: CheckpointRecord) -> list[Block]:
     return blocks
 
 
-def _by_domain(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """What each domain used: loads, or weights where every expert has as much by construction."""
-    found = layer.get("weight_by_domain" if layer.get("divergence_of") == "weights" else "load_by_domain")
-    return found if isinstance(found, dict) else {}
-
-
-def _favourites(checkpoint: CheckpointRecord, layers: list[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def _favourites(routing: RoutingRecord) -> list[tuple[str, ...]]:
     """A row an expert of the last layer, of a text."""
-    found = layers[-1].get("favourites") if layers else None
-    if (checkpoint.routing or {}).get("kind") != "text" or not isinstance(found, list):
+    if routing.kind != "text":
         return []
-    rows: list[tuple[str, ...]] = []
-    for expert, favourites in enumerate(found):
-        pairs = favourites if isinstance(favourites, list) else []
-        tokens = [str(pair[0]) for pair in pairs if isinstance(pair, list) and pair]
-        rows.append((place_of(layers[-1]), str(expert), "  ".join(tokens)))
-    return rows
+    last = routing.layers[-1]
+    return [
+        (place_of(last.stack, last.layer), str(expert), "  ".join(str(pair[0]) for pair in liked if pair))
+        for expert, liked in enumerate(last.favourites)
+    ]
 
 
-def _domains(checkpoint: CheckpointRecord) -> str:
-    listed = (checkpoint.routing or {}).get("domains")
-    rows = listed if isinstance(listed, list) else []
-    names = [str(d.get("name", "?") if isinstance(d, dict) else d) for d in rows]
-    return f"Domains: {', '.join(names)}." if names else ""
+def _known(number: float | None) -> float:
+    return math.nan if number is None else number
 
 
-def _is_load(load: Any) -> bool:
-    try:
-        return bool(shares(load))
-    except ValueError:
-        return False
-
-
-def _number(value: Any) -> float | None:
-    """A number, or the mean of what is off the diagonal of a matrix of them; None for anything else."""
-    if is_number(value):
-        return float(value)
-    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
-        return None
-    apart = [x for i, row in enumerate(value) for j, x in enumerate(row) if i != j]
-    return sum(apart) / len(apart) if apart and all(map(is_number, apart)) else None
+def _apart(matrix: Sequence[Sequence[float]]) -> float | None:
+    """The mean of what is off the diagonal of a matrix; None if there is nothing."""
+    apart = [x for i, row in enumerate(matrix) for j, x in enumerate(row) if i != j]
+    return sum(apart) / len(apart) if apart else None

@@ -13,7 +13,7 @@ from upcycle.reporting import figures, formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.document import Block, Picture, Section, Table
 from upcycle.reporting.figures import Axis, Line
-from upcycle.reporting.records import place_of
+from upcycle.reporting.runs import place_of
 from upcycle.reporting.study import Study
 
 
@@ -84,7 +84,7 @@ def _table(shown: Shown) -> Table:
             rows.append(
                 (
                     label,
-                    place_of(layer),
+                    place_of(layer.get("stack", "layers"), layer["layer"]),
                     str(layer["num_experts"]),
                     str(layer["width"]),
                     formats.MISSING if between is None else f"{between[0]:.4f}",

@@ -8,7 +8,7 @@ import numpy as np
 
 from upcycle.reporting import formats
 from upcycle.reporting.document import Section, Table
-from upcycle.reporting.records import RunRecord
+from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.study import Study
 
 
@@ -33,7 +33,7 @@ def section(study: Study) -> Section | None:
     return Section(name="speed", title="Speed and memory", blocks=(table,))
 
 
-def _row(run: RunRecord, label: str) -> tuple[str, ...]:
+def _row(run: RunHistory, label: str) -> tuple[str, ...]:
     steady = slice(len(run.steps) // 10, None)
     found = {key: _finite(values[steady]) for key, values in run.speeds.items()}
     speed, memory = found["tokens_per_s"], _finite(run.speeds["peak_memory"])

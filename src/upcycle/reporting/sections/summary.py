@@ -12,7 +12,6 @@ from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.comparison import Group, Pair, difference_of, measured
 from upcycle.reporting.document import Block, Section, Sentence, Table
-from upcycle.reporting.records import is_number
 from upcycle.reporting.study import Study
 
 
@@ -46,7 +45,7 @@ def _answer(study: Study, pairs: Sequence[Pair]) -> str:
     """The best of them in a sentence or two: yes and no rest on several seeds alone."""
     whole = [pair for pair in pairs if not any(run.unfinished for run in pair.group.runs)]
     best = min(whole or pairs, key=lambda pair: (pair.told.high or 0.0) + (pair.told.low or 0.0))
-    unit = formats.unit(best.group.runs[0].about["task"])
+    unit = formats.unit(best.group.runs[0].about.task)
     seeds = min(len(best.group.runs), len(best.against.runs))
     counted = "one seed" if seeds == 1 else f"{seeds} seeds"
     which = "the Mixture of Experts" if len(pairs) == 1 else "the best of the Mixtures of Experts"
@@ -118,9 +117,8 @@ def _exports(study: Study, group: Group) -> list[tuple[float, CheckpointRecord]]
     out = []
     for checkpoint in study.checkpoints:
         owner = study.comparison.owner(checkpoint)
-        tokens = (checkpoint.training or {}).get("tokens")
-        if owner is not None and owner[0] is group and is_number(tokens):
-            out.append((float(owner[1].flops(np.array(float(tokens or 0)))), checkpoint))
+        if owner is not None and owner[0] is group and checkpoint.training is not None:
+            out.append((float(owner[1].flops(np.array(float(checkpoint.training.tokens)))), checkpoint))
     return sorted(out, key=lambda found: -found[0])
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from upcycle import registry
 
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from upcycle.conversion.provenance import Hashes
+    from upcycle.records.run import RunRecord
+    from upcycle.records.state import RunState
     from upcycle.training.run import Run
     from upcycle.training.start import Start
 
@@ -34,14 +36,14 @@ class Trained:
     optimizer: torch.optim.Optimizer | None  # with its state, if that is to be exported
     start: Start
     run: Run
-    record: Mapping[str, Any]  # run.json
-    state: Mapping[str, Any]  # what the checkpoint says of itself
-    hashes: dict[str, dict[str, str]]  # of the files that the run began from, by checkpoint and file
+    record: RunRecord
+    state: RunState
+    hashes: Hashes  # of the files that the run began from
 
     @property
     def step(self) -> int:
         """The updates that the weights have had."""
-        return int(self.state["step"])
+        return self.state.step
 
 
 class Format(abc.ABC):

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from upcycle import tasks
 from upcycle.conversion import card, provenance
+from upcycle.records.provenance import Provenance, Training
 from upcycle.training.exports import Trained
-from upcycle.training.loop import SOURCES
 
 
-def provenance_of(trained: Trained, carried: list[str], left: list[str]) -> dict[str, Any]:
+def provenance_of(trained: Trained, carried: list[str], left: list[str]) -> Provenance:
     """upcycle.json of the conversion, and what happened to it since."""
-    begun, record, state = trained.start, trained.record, trained.state
+    begun, hashes, training = trained.start, trained.hashes, (_training(trained),)
     if begun.built:
-        made = provenance.record(begun.built, trained.hashes, carried=carried, left_behind=left)
-    else:
-        made = provenance.of_dense(begun.dense.checkpoint, trained.hashes, carried=carried, left_behind=left)
-    keys = (
-        "upcycle_version", "versions", "precision", "task", "training_flops_per_token", "from_scratch", "run",
-    )  # fmt: skip
-    training: dict[str, Any] = {key: record[key] for key in keys}
-    training["source_hashed"] = "at the start" if SOURCES in {**record, **state} else "at the export"
-    names = ("step", "loss", "held_out_start", "held_out_loss", "held_out_accuracy")
-    done = {key: state[key] for key in names if key in state}
-    tokens = state["step"] * trained.run.train.rows * record["tokens_per_row"]
-    return made | {"training": [training | done | {"tokens": tokens}]}
+        return provenance.of_blueprint(
+            begun.built, hashes, carried=carried, left_behind=left, training=training
+        )
+    source = begun.dense.checkpoint
+    return provenance.of_dense(source, hashes, carried=carried, left_behind=left, training=training)
+
+
+def _training(trained: Trained) -> Training:
+    """What upcycle.json says of the run, up to the state that was exported."""
+    record, state = trained.record, trained.state
+    known = state.source_sha256 or record.source_sha256
+    return Training(
+        upcycle_version=record.upcycle_version,
+        versions=record.versions,
+        precision=record.precision,
+        task=record.task,
+        training_flops_per_token=record.training_flops_per_token,
+        from_scratch=record.from_scratch,
+        run=record.run,
+        source_hashed="at the export" if known is None else "at the start",
+        step=state.step,
+        loss=state.loss,
+        held_out_start=state.held_out_start,
+        held_out_loss=state.held_out_loss,
+        held_out_accuracy=state.held_out_accuracy,
+        tokens=state.step * trained.run.train.rows * record.tokens_per_row,
+    )
 
 
 def card_of(trained: Trained) -> str:
@@ -39,9 +52,9 @@ def card_of(trained: Trained) -> str:
     what = f"random weights of the shape of `{begun.dense.checkpoint.name}`"
     source = what if begun.from_scratch else f"`{begun.dense.checkpoint.name}`"
     losses = "".join(
-        f"| {name} | {state[key]:.4f} |\n"
-        for name, key in (("last training loss", "loss"), ("held-out loss", "held_out_loss"))
-        if state.get(key) is not None
+        f"| {name} | {loss:.4f} |\n"
+        for name, loss in (("last training loss", state.loss), ("held-out loss", state.held_out_loss))
+        if loss is not None
     )
     return f"""---
 library_name: transformers
@@ -50,10 +63,10 @@ tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 
 # {trained.name}
 
-A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state["step"]} steps of
+A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state.step} steps of
 {trained.run.train.rows:,} rows. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
 
-| | nats per {tasks.find(record["task"]).unit} |
+| | nats per {tasks.find(record.task).unit} |
 |---|---|
 {losses}
 ## Load

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from upcycle.conversion import provenance, selection
+from upcycle.conversion import selection
 from upcycle.conversion.write import carry
 from upcycle.errors import UpcycleError
 from upcycle.nn import kernels
@@ -33,10 +32,10 @@ class HuggingFace(Format):
         _write_model(trained.model, begun, folder, dtype)
         carried, left = carry(begun.dense.checkpoint.folder, folder)
         told = provenance_of(trained, carried, left)
-        whole_file.write(folder / provenance.FILE, (json.dumps(told, indent=2) + "\n").encode())
+        whole_file.write_json(folder / told.FILE, told.as_table())
         if begun.built:
             selection.write(begun.built, folder)
-        whole_file.write(folder / "README.md", card_of(trained).encode())
+        whole_file.write_text(folder / "README.md", card_of(trained))
 
 
 def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str) -> None:
@@ -55,7 +54,7 @@ def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str)
     config = begun.config | {"dtype": dtype, "torch_dtype": dtype}
     if begun.built is not None:
         config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
-    whole_file.write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    whole_file.write_json(folder / "config.json", config)
     mode = (folder / "config.json").stat().st_mode  # of a new file, by the umask; safetensors' own is 0600
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
@@ -71,7 +70,7 @@ def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: P
         _write_model(model, trained.start, folder / moment, "float32")
     for name, parameter in model.named_parameters():
         parameter.data = weights[name]
-    whole_file.write(folder / "state.json", json.dumps({"step": trained.step}).encode())
+    whole_file.write_json(folder / "state.json", {"step": trained.step})
 
 
 format = HuggingFace

@@ -1,0 +1,62 @@
+"""`metrics.jsonl`: a line a training step. It lies in the folder of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from upcycle.records.reader import DamagedError, Document, Record, sometimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMetrics(Record):
+    """What the router of one layer of E experts did in a step; shares are 0 to 1."""
+
+    layer: int
+    stack: str = sometimes("layers")
+    load: tuple[float, ...]  # [E], each expert's share of the slots
+    entropy: float  # of the load, over log E
+    busiest: float = 0.0  # the largest load
+    idlest: float = 0.0  # the smallest load
+    dead: int  # experts that got nothing
+    collapsed: bool  # the busiest experts got nearly everything
+    left_behind: float  # share of the tokens that reached no expert
+    router_grad_norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics(Document):
+    """What is known after a step. Losses are in nats; `seconds` and rates are those of this step."""
+
+    FILE: ClassVar[str] = "metrics.jsonl"
+
+    format: int = sometimes(Document.FORMAT)
+    step: int
+    tokens: int  # since the run began
+    loss: float
+    lr: float | None = None
+    grad_norm: float | None = None
+    balance_loss: float | None = sometimes()
+    z_loss: float | None = sometimes()
+    router_losses: Mapping[str, float] | None = sometimes()  # by name, of losses that a router brings
+    layers: tuple[LayerMetrics, ...] = sometimes(())
+    seconds: float | None = None
+    tokens_per_s: float | None = None
+    active_flops_per_s: float | None = None
+    mfu: float | None = None  # model FLOPs utilisation, 0 to 1, if the peak of the device is known
+    peak_memory: int | None = None  # bytes
+    held_out_loss: float | None = sometimes()
+    held_out_accuracy: float | None = sometimes()
+    held_out_start: float | None = sometimes()  # before the first step
+    held_out_accuracy_start: float | None = sometimes()
+
+    @classmethod
+    def of_line(cls, line: bytes, file: str) -> Self:
+        """The step of one line. Raises `DamagedError`, in which `file` is what holds the line."""
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(file, f"it is not valid JSON ({error})") from None
+        return cls.of(found, file)

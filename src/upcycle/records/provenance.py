@@ -1,0 +1,108 @@
+"""`upcycle.json`: what a checkpoint was made from, how, and by what. It lies beside the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from upcycle.records.reader import Document, Record, Table, WrongError, load, sometimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Donor(Record):
+    """A checkpoint that tensors come from, with the SHA-256 of its files by name."""
+
+    name: str
+    path: str
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeFrom(Record):
+    """The dense checkpoint that a folder was made from, and the donors beside it by label."""
+
+    name: str
+    path: str
+    model_type: str = sometimes("")
+    sha256: Mapping[str, str]
+    donors: Mapping[str, Donor]
+
+    @property
+    def folder(self) -> Path:
+        """Where it was."""
+        path = Path(self.path)
+        try:
+            return path.expanduser()
+        except RuntimeError:
+            return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Record):
+    """A run that a checkpoint was exported from, and how far the run was. Losses are in nats."""
+
+    upcycle_version: str | None = sometimes()
+    versions: Mapping[str, str] | None = sometimes()
+    precision: str | None = sometimes()
+    task: str | None = sometimes()
+    training_flops_per_token: float | None = sometimes()
+    from_scratch: bool | None = sometimes()
+    run: Table | None = sometimes()  # the run file
+    source_hashed: str | None = sometimes()  # when the hashes of the source were taken
+    step: int
+    loss: float | None = sometimes()
+    held_out_start: float | None = sometimes()
+    held_out_loss: float | None = sometimes()
+    held_out_accuracy: float | None = sometimes()
+    tokens: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.tokens):
+            raise WrongError(f"is {self.tokens}, not a number of tokens", "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance(Document):
+    """Where a checkpoint comes from. It holds no time, so that a recipe run twice gives equal folders.
+
+    A dense model that was only trained on has neither a recipe nor a hash of a blueprint.
+    """
+
+    FILE: ClassVar[str] = "upcycle.json"
+
+    format: int
+    upcycle_version: str | None = sometimes()
+    numpy_version: str | None = sometimes()
+    python_version: str | None = sometimes()
+    source: MadeFrom
+    target: str | None = sometimes()
+    recipe: Table | None
+    blueprint_hash: str | None
+    preserves_function: bool | None = sometimes()
+    moe_layers: Any = sometimes()
+    left_out_tensors: Mapping[str, str] | None = sometimes()  # with the reason
+    left_out_config_keys: tuple[str, ...] | None = sometimes()
+    carried_files: tuple[str, ...] | None = sometimes()
+    left_behind_files: tuple[str, ...] | None = sometimes()
+    files: Mapping[str, str] | None = sometimes()  # SHA-256 of what was written beside the weights
+    training: tuple[Training, ...] | None = sometimes()  # the runs since, the first one first
+
+    def __post_init__(self) -> None:
+        if (self.recipe is None) != (self.blueprint_hash is None):
+            raise WrongError("and blueprint_hash are not both there", "recipe")
+        if self.recipe is None:
+            return
+        moe, init = self.recipe.get("moe"), self.recipe.get("init")
+        if not isinstance(moe, Mapping):
+            raise WrongError("is missing in it, or is not a table", "recipe", "moe")
+        if not isinstance(init, Mapping) or not isinstance(init.get("name"), str):
+            raise WrongError("is missing in it, or is not a text", "recipe", "init", "name")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The provenance in a folder. Raises `UpcycleError` if there is none, or it is damaged."""
+        missing = f"{folder} has no {cls.FILE}; it was not made by `upcycle convert`, or lost its provenance"
+        return cls.of(load(folder / cls.FILE, missing), str(folder / cls.FILE))

@@ -1,0 +1,215 @@
+"""A reader of records: frozen dataclasses whose annotations say what a JSON document must hold.
+
+A key that a record does not know is kept as it is, so that a file of a newer version loses nothing when it is
+written again. A field without a default must be there; one made by `sometimes` is left out of the file while
+it has its default.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+
+from upcycle.checkpoints.checkpoint import refuse_special
+from upcycle.errors import UpcycleError, shown
+
+Table = Mapping[str, Any]  # a part of a document whose keys are those of a recipe or a run file
+LARGEST = 1 << 63  # whole numbers stay below it, so that arithmetic on them cannot overflow
+
+
+class DamagedError(UpcycleError):
+    """A document is not what its record says; `why` names the key."""
+
+    def __init__(self, file: str, why: str) -> None:
+        super().__init__(f"{file} is damaged: {why}")
+        self.why = why
+
+
+class WrongError(ValueError):
+    """A value is not what its key must hold; `keys` lead to it, the outermost first."""
+
+    def __init__(self, why: str, *keys: str) -> None:
+        super().__init__(why)
+        self.keys = [*keys]
+
+    def __str__(self) -> str:
+        return f"{'.'.join(self.keys)} {self.args[0]}" if self.keys else f"it {self.args[0]}"
+
+
+def sometimes(default: Any = None) -> Any:
+    """A field that a document has only if its value is another one than `default`."""
+    return field(default=default, metadata={"sometimes": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A table of a JSON document."""
+
+    unknown: Table = field(default_factory=dict, repr=False)  # keys of other versions
+
+    def as_table(self) -> dict[str, Any]:
+        """The record as JSON has it, keys in the order of its fields."""
+        return {
+            known.name: _plain(value)
+            for known in _fields(type(self))
+            if (value := getattr(self, known.name)) != known.default or "sometimes" not in known.metadata
+        } | dict(self.unknown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document(Record):
+    """A record that is a file, or a line of one; `format` is the one that this version writes and reads."""
+
+    FILE: ClassVar[str]
+    FORMAT: ClassVar[int] = 1
+
+    @classmethod
+    def of(cls, table: object, file: str) -> Self:
+        """The record that a table is; `file` is what an error calls it.
+
+        Raises `DamagedError` if a key is missing or does not hold what it should, and `UpcycleError` if the
+        table has a format that this version does not read.
+        """
+        found = table.get("format") if isinstance(table, Mapping) else None
+        if found != cls.FORMAT and type(found) is int:
+            raise UpcycleError(f"{file} has format {shown(found)}; this version reads {cls.FORMAT}")
+        try:
+            kind: Any = cls
+            made: Self = _converter(kind)(table)
+        except WrongError as wrong:
+            raise DamagedError(file, str(wrong)) from None
+        return made
+
+
+def load(path: Path, missing: str, file: str | None = None) -> dict[str, Any]:
+    """The JSON object in `path`, not yet looked into; `missing` is the error if there is no such file.
+
+    Raises `DamagedError` if the file holds anything but a JSON object; `file` is what the error calls it.
+    """
+    file = file or str(path)
+    refuse_special(path)
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise UpcycleError(missing) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(file, f"it is not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise DamagedError(file, f"it holds {shown(found)}, not a JSON object")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value of a record as JSON has it."""
+    if isinstance(value, Record):
+        return value.as_table()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _fields(kind: type[Record]) -> Sequence[Field[Any]]:
+    return [known for known in fields(kind) if known.name != "unknown"]
+
+
+@cache
+def _converter(kind: Any) -> Callable[[Any], Any]:
+    """A function from a JSON value to what a field annotated `kind` holds; it raises `WrongError`."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and issubclass(kind, Record):
+        return _record(kind)
+    if origin in (Union, types.UnionType):
+        return _either(inner)
+    if origin is tuple:
+        return _list(_converter(inner[0]))
+    if origin is not None and issubclass(origin, Mapping):
+        return _table(_converter(inner[1]))
+    return {Any: lambda value: value, int: _whole, float: _number, bool: _bool, str: _text}[kind]
+
+
+def _record(kind: type[Record]) -> Callable[[Any], Any]:
+    hints = get_type_hints(kind)
+    known = {each.name: _converter(hints[each.name]) for each in _fields(kind)}
+    needed = [each.name for each in _fields(kind) if each.default is each.default_factory is MISSING]
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise WrongError(f"is {shown(value)}, not a table")
+        made, unknown = {}, {}
+        for key, inner in value.items():
+            if key in known:
+                made[key] = _at(key, known[key], inner)
+            else:
+                unknown[key] = inner
+        for key in needed:
+            if key not in made:
+                raise WrongError("is missing in it", key)
+        return kind(**made, unknown=unknown)
+
+    return convert
+
+
+def _either(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
+    """A value or null."""
+    (kind,) = (each for each in kinds if each is not types.NoneType)
+    convert = _converter(kind)
+    return lambda value: None if value is None else convert(value)
+
+
+def _list(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def all_of(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise WrongError(f"is {shown(value)}, not a list")
+        return tuple(_at(str(place), convert, inner) for place, inner in enumerate(value))
+
+    return all_of
+
+
+def _table(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def all_of(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise WrongError(f"is {shown(value)}, not a table")
+        return {key: _at(key, convert, inner) for key, inner in value.items()}
+
+    return all_of
+
+
+def _at(key: str, convert: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return convert(value)
+    except WrongError as wrong:
+        wrong.keys.insert(0, key)
+        raise
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or abs(value) >= LARGEST:
+        raise WrongError(f"is {shown(value)}, not a whole number below 2^63")
+    return value
+
+
+def _number(value: Any) -> float:
+    """A number as it is written; NaN and infinity are numbers that JSON of ours may hold."""
+    if type(value) is not float and (type(value) is not int or abs(value) >= LARGEST):
+        raise WrongError(f"is {shown(value)}, not a number")
+    number: float = value
+    return number
+
+
+def _bool(value: Any) -> bool:
+    if type(value) is not bool:
+        raise WrongError(f"is {shown(value)}, not true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise WrongError(f"is {shown(value)}, not a text")
+    return value

@@ -1,0 +1,63 @@
+"""`state.json`: how far a run had come. It lies in a checkpoint of the run, beside the tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+from upcycle.records.reader import DamagedError, Document, Table, WrongError, load, sometimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState(Document):
+    """The state of a run after a step. Losses are the last ones, in nats.
+
+    `batches` is the place in the data, `identity` what the run file says of numbers. Files of older versions
+    have no hashes.
+    """
+
+    FILE: ClassVar[str] = "state.json"
+
+    format: int = sometimes(Document.FORMAT)
+    source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # by checkpoint and file
+    step: int
+    held_out_loss: float | None = sometimes()
+    held_out_start: float | None = sometimes()
+    held_out_accuracy: float | None = sometimes()
+    held_out_accuracy_start: float | None = sometimes()
+    loss: float | None = sometimes()
+    batches: Table
+    identity: Table
+    micro_batch: int | None = None  # rows of a forward pass, if they are fewer than a batch has
+    sha256: Mapping[str, str] | None = sometimes()  # of the files of tensors
+    state_sha256: str | None = sometimes()  # of this file, without this line
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise WrongError(f"is {self.step}, not 0 or more", "step")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise WrongError(f"is {self.micro_batch}, not 1 or more", "micro_batch")
+
+    def sealed(self) -> Self:
+        """The same with the hash of itself, by which `read` knows that nothing has changed."""
+        return replace(self, state_sha256=_hash_of(self.as_table()))
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Self:
+        """The state in a checkpoint. Raises `UpcycleError` if it is not as it was written."""
+        path = checkpoint / cls.FILE
+        table = load(path, f"{checkpoint} has no {cls.FILE}")
+        state = cls.of(table, str(path))
+        if state.state_sha256 not in (None, _hash_of(table)):
+            raise DamagedError(str(path), "it is not as it was written")
+        return state
+
+
+def _hash_of(table: Table) -> str:
+    """The SHA-256 of a state, but for the place where it stands."""
+    told = {key: value for key, value in table.items() if key != "state_sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

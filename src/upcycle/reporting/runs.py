@@ -1,0 +1,250 @@
+"""What a run left behind in its folder, read without torch; what is wrong with it is said, not hidden."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upcycle.errors import UpcycleError
+from upcycle.records.metrics import StepMetrics
+from upcycle.records.reader import DamagedError, Table, load
+from upcycle.records.run import RunRecord
+from upcycle.reporting.document import clean
+from upcycle.system import wording
+from upcycle.training.run import train_of
+
+DEPTH = 64  # levels of a JSON file
+TAIL = 50  # last steps that the load of experts is averaged over
+_SPEEDS = ("seconds", "tokens_per_s", "active_flops_per_s", "mfu", "peak_memory")
+_HEALTH = ("entropy", "dead", "collapsed", "left_behind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Numbers on held-out rows, in the order of training; before the first step where it was measured."""
+
+    tokens: np.ndarray  # [n]
+    loss: np.ndarray  # [n], nats
+    accuracy: np.ndarray  # [n], NaN where it was not recorded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What the routers of a run did: n steps, L layers of E experts (E may differ)."""
+
+    places: tuple[str, ...]  # [L]
+    tokens: np.ndarray  # [n]
+    entropy: np.ndarray  # [n, L], over log E
+    dead: np.ndarray  # [n, L], experts that got nothing
+    collapsed: np.ndarray  # [n, L]
+    left_behind: np.ndarray  # [n, L], share of tokens
+    load: tuple[np.ndarray, ...]  # L times [E], shares of the slots, mean over the last steps
+    steps: int  # that the load is of
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHistory:
+    """A run: what it was asked to do, and how far it went."""
+
+    name: str
+    folder: Path
+    about: RunRecord
+    total_steps: int
+    rows: int  # of the global batch
+    steps: np.ndarray  # [n], steps that were recorded
+    loss: np.ndarray  # [n], of training
+    held_out: Curve
+    speeds: Mapping[str, np.ndarray]  # by name, [n], NaN where it was not recorded
+    health: Health | None
+    damage: tuple[str, ...]  # sentences on what could not be read
+
+    @property
+    def table(self) -> Table:
+        """The run file."""
+        return self.about.run
+
+    @property
+    def done(self) -> int:
+        """Steps that were recorded."""
+        return int(self.steps[-1]) if self.steps.size else 0
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its metrics end before its last step."""
+        return self.done < self.total_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of the global batch."""
+        return self.rows * self.about.tokens_per_row
+
+    def flops(self, tokens: np.ndarray) -> np.ndarray:
+        """Training FLOPs of its own after so many tokens (active weights only)."""
+        return tokens / self.about.tokens_per_row * self.about.training_flops_per_row
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder says that it is a run."""
+    return (folder / RunRecord.FILE).is_file()
+
+
+def read_run(folder: Path, name: str) -> RunHistory:
+    """The run in `folder`. Raises `UpcycleError` if run.json does not say what was run."""
+    about = _about(folder)
+    wanted = train_of(about.run)
+    damage: list[str] = []
+    steps: list[StepMetrics] = []
+    routed = _Routed(damage)
+    for step in _steps(folder / StepMetrics.FILE, damage):
+        due = step.step * wanted.rows * about.tokens_per_row
+        if step.tokens != due:
+            raise UpcycleError(
+                f"its {StepMetrics.FILE} is of another run than its {RunRecord.FILE}: step {step.step} says "
+                f"{step.tokens:,} tokens, where {due:,} are due"
+            )
+        routed.add(step)
+        steps.append(replace(step, layers=()))
+    return RunHistory(
+        name=name,
+        folder=folder,
+        about=about,
+        total_steps=wanted.total_steps,
+        rows=wanted.rows,
+        steps=np.array([s.step for s in steps], np.int64),
+        loss=_column(steps, "loss"),
+        held_out=_held_out(steps),
+        speeds={key: _column(steps, key) for key in _SPEEDS},
+        health=routed.health(),
+        damage=tuple(dict.fromkeys(damage)),
+    )
+
+
+def _about(folder: Path) -> RunRecord:
+    """run.json, with texts that can be shown."""
+    file = RunRecord.FILE
+    return RunRecord.of(fit(load(folder / file, f"it has no {file}", f"its {file}"), file), f"its {file}")
+
+
+def fit(value: Table, name: str) -> Table:
+    """What a JSON file holds, with texts that can be shown; refused if it is nested deeper than ours are."""
+    found: Table = _fit(value, name, DEPTH)
+    return found
+
+
+def _fit(value: Any, name: str, room: int) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if not isinstance(value, (dict, list)):
+        return value
+    if not room:
+        raise UpcycleError(f"its {name} is nested deeper than {DEPTH} levels, which no file of upcycle is")
+    if isinstance(value, list):
+        return [_fit(inner, name, room - 1) for inner in value]
+    return {clean(key): _fit(inner, name, room - 1) for key, inner in value.items()}
+
+
+def _steps(path: Path, damage: list[str]) -> Iterator[StepMetrics]:
+    """The steps of a metrics file up to the first one that cannot be used, which is said in `damage`."""
+    if not path.is_file():
+        damage.append(f"it has no {path.name}: no step was recorded")
+        return
+    before = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"line {number} of its {path.name}"
+            try:
+                step = StepMetrics.of_line(line, where)
+                if step.step <= before:
+                    raise DamagedError(where, f"step is {step.step}, after {before}")
+            except DamagedError as error:
+                cut = not line.endswith(b"\n")
+                said = f"{where} was cut off, as a kill leaves it" if cut else str(error)
+                damage.append(said if cut else f"{said}; nothing after it is shown")
+                return
+            before = step.step
+            yield step
+
+
+def _column(steps: list[StepMetrics], key: str) -> np.ndarray:
+    """One number of every step, [n]; NaN where it is not there."""
+    found = [getattr(step, key) for step in steps]
+    return np.array([math.nan if value is None else float(value) for value in found])
+
+
+def _held_out(steps: list[StepMetrics]) -> Curve:
+    points: list[tuple[float, float | None, float | None]] = []
+    if steps:
+        points.append((0.0, steps[0].held_out_start, steps[0].held_out_accuracy_start))
+    points += [(float(s.tokens), s.held_out_loss, s.held_out_accuracy) for s in steps]
+    shown = [point for point in points if is_number(point[1])]
+    return Curve(
+        tokens=np.array([p[0] for p in shown]),
+        loss=np.array([float(p[1] or 0.0) for p in shown]),
+        accuracy=np.array([float(p[2] or 0.0) if is_number(p[2]) else math.nan for p in shown]),
+    )
+
+
+class _Routed:
+    """What routers did, gathered step by step for as long as a run has the same layers."""
+
+    def __init__(self, damage: list[str]) -> None:
+        self._damage, self._places = damage, tuple[str, ...]()
+        self._rows: list[list[list[float]]] = []
+        self._tail: deque[list[tuple[float, ...]]] = deque(maxlen=TAIL)
+
+    def add(self, step: StepMetrics) -> None:
+        """The layers of one more step."""
+        if not step.layers:
+            return
+        here = tuple(place_of(layer.stack, layer.layer) for layer in step.layers)
+        row = [[float(getattr(layer, key)) for layer in step.layers] for key in _HEALTH]
+        loads = [layer.load for layer in step.layers]
+        if not np.isfinite(row).all() or not all(map(is_load, loads)):
+            self._damage.append(f"what its routers did at step {step.step} cannot be read")
+            return
+        if self._places and here != self._places:
+            self._damage.append(f"its layers change at step {step.step}; router health ends before")
+            return
+        self._places = here
+        self._rows.append([[float(step.tokens)] * len(here), *row])
+        self._tail.append(loads)
+
+    def health(self) -> Health | None:
+        """All of it; None of a run without routers."""
+        if not self._rows:
+            return None
+        numbers = np.array(self._rows, np.float64).transpose(1, 0, 2)
+        tokens, entropy, dead, collapsed, left_behind = numbers
+        same = [loads for loads in self._tail if [*map(len, loads)] == [*map(len, self._tail[-1])]]
+        return Health(
+            places=self._places,
+            tokens=tokens[:, 0],
+            entropy=entropy,
+            dead=dead,
+            collapsed=collapsed > 0,
+            left_behind=left_behind,
+            load=tuple(np.mean(layer, axis=0) for layer in zip(*same, strict=True)),
+            steps=len(same),
+        )
+
+
+def place_of(stack: str, layer: int) -> str:
+    """A layer of a file as people name it."""
+    return clean(wording.place_of(stack, layer))
+
+
+def is_load(load: Sequence[float]) -> bool:
+    """Whether numbers are the shares of experts."""
+    return all(is_number(x) and x >= 0 for x in load) and sum(load) > 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
