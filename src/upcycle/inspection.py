@@ -15,12 +15,12 @@ from upcycle.blueprints.blueprint import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.cli.console import place_of
 from upcycle.conversion import provenance
 from upcycle.dense.source import Dense, admit
 from upcycle.errors import UpcycleError, listed
 from upcycle.nn import upcycled_config
 from upcycle.recipe import Recipe
+from upcycle.system.wording import place_of
 from upcycle.targets import natives
 from upcycle.targets._layouts import Stacked
 from upcycle.targets.native import Native

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from upcycle import tasks
-from upcycle.cli.console import examples_bar
 from upcycle.data.augment import Augment
 from upcycle.data.corruption import IGNORED
 from upcycle.data.examples import Examples
@@ -25,6 +24,7 @@ from upcycle.evaluation.features import features
 from upcycle.evaluation.probe import few_shot
 from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.text import LENGTH
+from upcycle.system import progress
 from upcycle.tasks._tokens import TokenFeed
 from upcycle.tasks.image_classification import ImageClassification
 from upcycle.training.run import Run
@@ -92,10 +92,9 @@ def _score(
         return [_row(task, logits[i : i + 1], question.labels[i : i + 1]) for i in range(len(places))]
 
     size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
-    with examples_bar(what) as (advance, set_end):
-        set_end(count)
+    with progress.work(what, "examples", total=count) as scoring:
         length = asked.length or LENGTH
-        found = size.over(range(count), work, length=lambda _: length, advance=advance)
+        found = size.over(range(count), work, length=lambda _: length, advance=scoring.advance)
     return np.array(found, np.float64).T
 
 
@@ -138,9 +137,9 @@ def of_probe(
         def work(places: Sequence[int], found: ImageSet = found, augment: Augment = augment) -> Any:
             return features(model, found, np.array(places), augment, batch_size=len(places))
 
-        with examples_bar(f"features of {Path(found.name).name}") as (advance, set_end):
-            set_end(len(chosen))
-            made.append(np.stack(size.over(chosen.tolist(), work, advance=advance)))
+        what = f"features of {Path(found.name).name}"
+        with progress.work(what, "examples", total=len(chosen)) as reading:
+            made.append(np.stack(size.over(chosen.tolist(), work, advance=reading.advance)))
         labels.append(found.labels[chosen])
     fitted = few_shot(
         made[0], labels[0], made[1], labels[1],

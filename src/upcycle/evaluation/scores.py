@@ -28,12 +28,12 @@ from upcycle.evaluation.asked import Asked
 from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER, LanguageModel
 from upcycle.evaluation.results import Result
 from upcycle.hf import models
+from upcycle.hf.quiet import quiet
 from upcycle.system import scratch
 from upcycle.tasks.causal_lm import CausalLM
 from upcycle.tasks.image_classification import ImageClassification
 from upcycle.tasks.text_classification import TextClassification
 from upcycle.training.loop import RECORD
-from upcycle.verification import quiet
 
 __all__ = ["Asked", "Scored", "evaluate", "refuse", "score"]
 

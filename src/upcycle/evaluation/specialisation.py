@@ -6,7 +6,7 @@ Takes a Mixture of Experts and named sets of rows; gives, for each of its layers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,12 @@ from upcycle.evaluation.results import write
 from upcycle.evaluation.routing_file import FILE, FORMAT
 from upcycle.evaluation.rows import Rows
 from upcycle.hf import models
+from upcycle.hf.quiet import quiet
 from upcycle.system import claim, scratch
 from upcycle.system.paths import as_paths
+from upcycle.system.progress import Progress, reporting_to, work
 from upcycle.tensors import rng
 from upcycle.training.routing import Routers, Said
-from upcycle.verification import quiet
 
 OFTEN = 5  # times that a token must have come to be named
 
@@ -148,8 +149,7 @@ def specialisation(
     folder: str | Path,
     asked: Asked,
     *,
-    progress: Callable[[int], None] = lambda done: None,
-    planned: Callable[[int], None] = lambda total: None,
+    progress: Progress | None = None,
 ) -> Specialisation:
     """Watch the routers of the model in `folder` on the rows asked for: load, confidence, favourites and
     divergence between domains of every layer.
@@ -174,11 +174,12 @@ def specialisation(
         if torch.accelerator.is_available():
             model = model.to(torch.accelerator.current_accelerator())
         chosen = {name: _chosen(rows.count, asked) for name, rows in sets.items()}
-        planned(sum(map(len, chosen.values())))
         layers: list[Layer] = []
-        for name, rows in sets.items():
-            watch = partial(_watch, model, routers, layers, name, rows, subject)
-            BatchSize(asked.batch_size).over(chosen[name].tolist(), watch, advance=progress)
+        total = sum(map(len, chosen.values()))
+        with reporting_to(progress), work("watching", "examples", total=total) as watching:
+            for name, rows in sets.items():
+                watch = partial(_watch, model, routers, layers, name, rows, subject)
+                BatchSize(asked.batch_size).over(chosen[name].tolist(), watch, advance=watching.advance)
         names = _names(subject, layers) if asked.text else {}
     return Specialisation(
         folder=folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from upcycle.cli.console import count, size
+from upcycle.system.wording import count, size
 
 UNITS = {
     "causal_lm": "nats per token",

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from upcycle.cli.console import place_of
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.specialisation import Layer, Specialisation
 from upcycle.reporting import drawing, figures
@@ -16,6 +15,7 @@ from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.document import Picture
 from upcycle.reporting.sections import routers, similarity
 from upcycle.system import claim, whole_file
+from upcycle.system.wording import place_of
 
 
 def refuse(out: Path) -> None:

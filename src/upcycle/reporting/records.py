@@ -15,9 +15,9 @@ import numpy as np
 
 from upcycle import recipe
 from upcycle.checkpoints.checkpoint import read_json
-from upcycle.cli import console
 from upcycle.errors import UpcycleError
 from upcycle.reporting.document import clean
+from upcycle.system import wording
 from upcycle.training.run import Train
 
 RUN = "run.json"
@@ -257,7 +257,7 @@ def _health(places: tuple[str, ...], rows: list[Any], tail: deque[list[list[floa
 
 def place_of(layer: Mapping[str, Any]) -> str:
     """A layer of a file as people name it."""
-    return clean(console.place_of(layer.get("stack") or "layers", layer["layer"]))
+    return clean(wording.place_of(layer.get("stack") or "layers", layer["layer"]))
 
 
 def shares(load: Any) -> list[float]:

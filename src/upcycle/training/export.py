@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion import card, provenance, selection
 from upcycle.conversion.write import carry
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf.quiet import quiet
 from upcycle.nn import kernels
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import optimizer, saving
@@ -27,7 +28,6 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.run_folder import read_record
 from upcycle.training.start import MOMENTS, OPTIMIZER, Start, plain_model, scales, start_of
-from upcycle.verification import quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,10 @@ class Exported:
     step: int
     parameters: int
     dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The export as JSON has it."""
+        return {**asdict(self), "out": str(self.out)}
 
 
 def export(

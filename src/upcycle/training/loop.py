@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 
 import upcycle
 from upcycle import tasks
-from upcycle.cli.console import count
 from upcycle.data import stamps
 from upcycle.errors import UpcycleError, listed
-from upcycle.system import memory
+from upcycle.system import memory, progress
 from upcycle.system.signals import held, noted
+from upcycle.system.wording import count
 from upcycle.tasks import Batch, Feed, Task
 from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
 from upcycle.training.metrics import Metrics
@@ -44,6 +44,10 @@ class Result:
     finished: bool
     loss: float | None
     held_out_loss: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The end of the run as JSON has it."""
+        return {**asdict(self), "out": str(self.out)}
 
 
 def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
@@ -111,7 +115,7 @@ def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> N
     if here.first:
         found = fit.warnings(run, begun.built) if begins else []
         for sentence in [*found, *filter(None, [long])]:
-            metrics.warn(sentence)
+            progress.warn(sentence)
 
 
 @contextmanager
@@ -279,7 +283,7 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
 def _warn_of_other_step(stopped: int, start_step: int) -> None:
     """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
     if stopped != start_step:
-        metrics.warn(
+        progress.warn(
             f"the moments are of step {stopped} and schedule.start_step = {start_step}; "
             f"the rate does not go on where it stopped; set schedule.start_step = {stopped}"
         )
