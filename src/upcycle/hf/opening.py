@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upcycle import families
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import kernels, upcycled_config
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer, as transformers holds them
