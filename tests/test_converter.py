@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -37,7 +38,7 @@ def names(requirements: list[str]) -> set[str]:
 def left_out() -> set[str]:
     """The top modules of everything that is asked for and not in the group `convert`."""
     project = PROJECT["project"]
-    asked = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    asked = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     needless = names(asked) - names(PROJECT["dependency-groups"]["convert"]) - {"upcycle"}
     found = packages_distributions()
     owners = {top: {name.lower().replace("_", "-") for name in owners} for top, owners in found.items()}

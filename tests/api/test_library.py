@@ -1,4 +1,4 @@
-"""The library as it is called from Python: paths as text or Path, typed results, progress that somebody hears."""
+"""The library as Python calls it: paths as text or Path, typed results, progress that somebody hears."""
 
 from __future__ import annotations
 

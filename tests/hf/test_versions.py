@@ -88,7 +88,8 @@ def test_names_are_added_to_the_registry_of_transformers_and_nothing_else():
         "from transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
         "def look(): return set(CONFIG_MAPPING._mapping), len(CONFIG_MAPPING._extra_content)\n"
     )
-    first = f"{look}before, extra = look()\nimport upcycle\nafter, still = look()\nprint(extra, still, *after - before)"
+    first = f"{look}before, extra = look()\nimport upcycle\nafter, still = look()\n"
+    first += "print(extra, still, *after - before)"
     later = f"import upcycle\n{look}after, extra = look()\nprint(extra, extra, *after)"
     one, other = in_a_process(first).split(), in_a_process(later).split()
     assert one[:2] == other[:2] == ["0", "0"]
