@@ -29,6 +29,7 @@ CONFIG = {
     "initializer_range": 0.02, "attention_bias": False, "mlp_bias": False, "dtype": "float32",
 }  # fmt: skip
 BATCH = 4096  # tokens of a step
+RATE = 2e-3
 UNIT = 762  # steps: 10 tokens a parameter
 STARTS = {10: UNIT, 40: 4 * UNIT, 80: 8 * UNIT, 160: 16 * UNIT, 320: 32 * UNIT}  # tokens a parameter: steps
 
@@ -55,7 +56,7 @@ def table(folder: Path) -> dict[str, Any]:
             "steps": STARTS[320], "batch_tokens": BATCH, "sequence_length": corpus.SEQUENCE_LENGTH,
             "precision": "float32", "eval_every": UNIT // 2, "eval_tokens": 131_072,
         },
-        "schedule": {"name": "constant", "peak": 2e-3, "warmup": 200},
+        "schedule": {"name": "constant", "peak": RATE, "warmup": 200},
         "checkpoint": {"every": UNIT, "keep": 32},
     }  # fmt: skip
 

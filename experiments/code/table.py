@@ -1,0 +1,57 @@
+"""What is run on the code corpus: each variant as the keys that the dense continuation's run file lacks.
+
+A variant goes on from a start of `dense.py` (10 to 320 tokens a parameter) for a share of that start's own
+training FLOPs. The rate stays where the start left it, and falls to zero in the last quarter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Changes = dict[str, Any]
+
+EXTRA = 0.3  # training FLOPs of a variant, as a share of its start's
+DECAY = 0.25  # of the steps, at the end
+POINTS = 16  # evaluations of a run
+
+_TOP_2 = {"num_experts": 8, "top_k": 2}
+_HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2}
+_QUARTERS = {"num_experts": 32, "top_k": 4, "granularity": 4}
+
+
+def _drop(ratio: float, indices: str = "shared") -> Changes:
+    return {"moe": _TOP_2, "init": {"name": "drop", "ratio": ratio, "indices": indices}}
+
+
+# The dense continuation, equal FLOPs a token, copies, redrawn copies, and the same MoE from nothing.
+CORE: dict[str, Changes] = {
+    "dense": {},
+    "virtual_group": {"moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"}},
+    "copy": {"moe": _TOP_2},
+    "drop_0.5": _drop(0.5),
+    "scratch": {"moe": _HALVES, "init": {"name": "virtual_group"}, "from_scratch": True},
+}
+
+# One factor at a time around the core.
+FACTORS: dict[str, Changes] = {
+    "noise": {"moe": _TOP_2, "init": {"name": "noise"}},
+    "drop_0.1": _drop(0.1),
+    "drop_0.25": _drop(0.25),
+    "drop_0.5_independent": _drop(0.5, "independent"),
+    "virtual_group_4": {
+        "moe": _QUARTERS, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
+    },
+    "virtual_group_ungrouped": {"moe": _HALVES, "init": {"name": "virtual_group"}},
+    "shuffle_slice": {"moe": _HALVES, "init": {"name": "shuffle_slice"}},
+    "copy_4_experts": {"moe": {"num_experts": 4, "top_k": 2}},
+    "copy_16_experts": {"moe": {"num_experts": 16, "top_k": 2}},
+    "copy_top_1": {
+        "moe": {"num_experts": 8, "top_k": 1, "target": "upcycled"}, "router": {"normalize": False},
+    },
+    "copy_every_other": {"moe": {**_TOP_2, "layers": "every_other", "target": "upcycled"}},
+    "virtual_group_small_router": {
+        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped", "std": 0.002},
+    },
+}  # fmt: skip
+
+VARIANTS = CORE | FACTORS
