@@ -65,6 +65,7 @@ def test_a_conversion_without_torch(dense, tmp_path):
         ["advise", source, "--tokens", "1B", "--json"],
         ["inspect", out, "--json"],
         ["list", "--json"],
+        ["keys", "--json"],
         ["--version"],
     ):
         done = run(*words)

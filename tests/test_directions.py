@@ -58,8 +58,8 @@ CIRCLES = ({"upcycle.init", "upcycle.nn.routers", "upcycle.recipe", "upcycle.reg
 OF_MODELS = {"torch", "transformers", "accelerate", "safetensors", "tokenizers"}
 WITHOUT_MODELS = {
     "__main__", "advice", "api", "blueprints", "checkpoints", "cli", "conversion", "dense", "errors",
-    "families", "init", "inspection", "recipe", "registry", "reporting", "system", "targets", "tensors",
-    "verification",
+    "families", "init", "inspection", "recipe", "registry", "reporting", "system", "targets", "tasks",
+    "tensors", "verification",
 }  # fmt: skip
 # Modules of transformers that any room may import; what lies deeper is for the room `hf`.
 PUBLIC = {"transformers", "transformers.distributed"}

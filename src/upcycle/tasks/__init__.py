@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
 
 from upcycle import recipe, registry
 from upcycle.data.corruption import IGNORED
 from upcycle.errors import UpcycleError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from upcycle.dense.subject import Subject
     from upcycle.training.run import Run
 
-Batch = dict[str, Tensor]  # tensors of the same rows
+Batch = dict[str, "Tensor"]  # tensors of the same rows
 
 
 class Feed(Protocol):
@@ -103,6 +102,9 @@ class Task(abc.ABC):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over targets, in float32 at least."""
+        import torch
+        import torch.nn.functional as F  # noqa: N812
+
         wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
         soft = labels.is_floating_point()
         flat = labels.flatten(0, -2) if soft else labels.flatten()
