@@ -1,4 +1,4 @@
-"""What can be seen to be missing without torch, which takes seconds to import."""
+"""Checkpoints that are not there are refused before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 

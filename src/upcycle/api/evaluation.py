@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What checkpoints score, and how the others differ from the first."""
+    """The scores of checkpoints, and the differences between the first and the others."""
 
     scored: tuple[Scored, ...]
     differences: tuple[Mapping[str, Any], ...]  # a metric of another checkpoint against the first's
@@ -57,7 +57,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """Where scores were written, and why others could not be."""
+    """The files that scores were written to, and the errors for those that could not be written."""
 
     written: tuple[Path, ...]
     lost: tuple[UpcycleError, ...]

@@ -13,7 +13,7 @@ from upcycle.errors import UpcycleError
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Where a report was written."""
+    """A report that was written."""
 
     page: Path
     markdown: Path | None

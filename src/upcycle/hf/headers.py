@@ -1,4 +1,4 @@
-"""What transformers' own loader makes of names and shapes, without a byte of weights."""
+"""transformers' own loader, tried on names and shapes without a byte of weights."""
 
 from __future__ import annotations
 

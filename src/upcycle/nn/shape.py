@@ -1,4 +1,4 @@
-"""What the MoE layers of one stack of blocks are: an entry of `moe` in config.json."""
+"""The MoE layers of one stack of blocks, as an entry of `moe` in config.json describes them."""
 
 from __future__ import annotations
 

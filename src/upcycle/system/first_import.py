@@ -1,4 +1,4 @@
-"""Something that is done when a module is imported for the first time, by whoever imports it."""
+"""Do something when a module is imported for the first time, whoever imports it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a person sees on standard output: one file for each command that has something to show."""
+"""Drawings of results on standard output, one file for each command that has something to show."""

@@ -1,4 +1,4 @@
-"""What `upcycle advise` shows."""
+"""Draws the result of `upcycle advise`."""
 
 from __future__ import annotations
 

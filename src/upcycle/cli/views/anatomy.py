@@ -1,4 +1,4 @@
-"""What `upcycle inspect` shows: the experts of every layer, and who went where."""
+"""Draws the result of `upcycle inspect`: the experts of every layer, and who went where."""
 
 from __future__ import annotations
 

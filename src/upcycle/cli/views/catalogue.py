@@ -1,4 +1,4 @@
-"""What `upcycle list` and `upcycle keys` show."""
+"""Draws the results of `upcycle list` and `upcycle keys`."""
 
 from __future__ import annotations
 

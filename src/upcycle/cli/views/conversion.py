@@ -1,4 +1,4 @@
-"""What `upcycle convert` leaves on the screen."""
+"""Draws the result of `upcycle convert`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_converted(plan: Plan, folder: Path) -> None:
-    """What convert leaves on the screen."""
+    """Draw one line on the folder, the warnings, and the command that checks it."""
     out.print(
         f"{folder}: {plan.target}, {plan.made}, "
         f"{count(plan.total_parameters)} parameters, {count(plan.active_parameters)} active, "

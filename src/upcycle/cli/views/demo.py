@@ -1,4 +1,4 @@
-"""What `upcycle demo` shows."""
+"""Draws the story of `upcycle demo`."""
 
 from __future__ import annotations
 

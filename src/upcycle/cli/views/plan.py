@@ -1,4 +1,4 @@
-"""What `upcycle plan` shows."""
+"""Draws the result of `upcycle plan`."""
 
 from __future__ import annotations
 

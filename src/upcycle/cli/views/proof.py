@@ -1,4 +1,4 @@
-"""What `upcycle verify` shows."""
+"""Draws the result of `upcycle verify`."""
 
 from __future__ import annotations
 

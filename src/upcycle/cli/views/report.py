@@ -1,4 +1,4 @@
-"""What `upcycle report` leaves on the screen."""
+"""Draws the result of `upcycle report`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def show_reported(report: Report) -> None:
-    """What report leaves on the screen."""
+    """Draw the troubles on standard error and the files on standard output."""
     for trouble in report.troubles:
         err.print(f"! {trouble}", soft_wrap=True)
     for file in report.files:

@@ -1,4 +1,4 @@
-"""What `upcycle train` and `upcycle export` leave on the screen."""
+"""Draws the results of `upcycle train` and `upcycle export`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_trained(result: Result) -> None:
-    """What train leaves on the screen."""
+    """Draw how the run ended."""
     held_out = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     out.print(f"{result.out}: {result.steps} steps{loss}{held_out}")
@@ -22,7 +22,7 @@ def show_trained(result: Result) -> None:
 
 
 def show_exported(exported: Exported) -> None:
-    """What export leaves on the screen."""
+    """Draw one line on the folder."""
     out.print(
         f"{exported.out}: step {exported.step}, {count(exported.parameters)} parameters in {exported.dtype}"
     )

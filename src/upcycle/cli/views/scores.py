@@ -1,4 +1,4 @@
-"""What `upcycle eval` shows."""
+"""Draws the result of `upcycle eval`."""
 
 from __future__ import annotations
 

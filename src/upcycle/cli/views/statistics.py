@@ -1,4 +1,4 @@
-"""What `upcycle calibrate` leaves on the screen."""
+"""Draws the result of `upcycle calibrate`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_calibrated(found: Statistics) -> None:
-    """What calibrate leaves on the screen: for each layer, the share of neurons that are active, and how many
-    never were."""
+    """Draw a table of the layers: the share of neurons that are active, and how many never were."""
     table = grid("", "layer", "neurons", "active", "never active")
     for stack, layer in found.blocks("neurons", "count"):
         shares = found.of("neurons", stack, layer, "count")
