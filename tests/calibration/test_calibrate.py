@@ -368,12 +368,12 @@ def test_a_stopped_pass_goes_on_to_the_same_bits(collect, tmp_path):
             raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        collect("llama", "broken", progress=Counted(stop), **options)
+        collect("llama", "broken", progress=Counted("calibrating", stop), **options)
     assert sorted(p.name for p in tmp_path.glob("broken*")) == ["broken.safetensors.partial"]
     with pytest.raises(UpcycleError, match="not finished"):
         Statistics.open(tmp_path / "broken.safetensors")
     rest: list[int] = []
-    again = collect("llama", "broken", progress=Counted(rest.append), **options)
+    again = collect("llama", "broken", progress=Counted("calibrating", rest.append), **options)
     assert rest[0] == 8  # the last sums that were saved
     assert sum(rest) == ROWS
     assert again.path.read_bytes() == whole.path.read_bytes()
@@ -387,7 +387,7 @@ def test_another_pass_does_not_take_what_was_left(collect, tmp_path):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        collect("vit", progress=Counted(stop), save_every=1)
+        collect("vit", progress=Counted("calibrating", stop), save_every=1)
     with pytest.raises(UpcycleError, match=r"begun with another threshold, seed; start again"):
         collect("vit", seed=1, threshold=0.5)
     partial = tmp_path / "out.safetensors.partial"
@@ -401,7 +401,8 @@ def test_a_signal_saves_and_ends(number, data, tmp_path):
     """The command is told to end amid its batches, saves, and goes on when it is given again."""
     out = tmp_path / "out.safetensors"
     (tmp_path / "slow.py").write_text(
-        "import sys, time\nfrom upcycle import calibration, cli\nbatch = calibration._batch\n"
+        "import sys, time\nfrom upcycle import cli\nfrom upcycle.calibration import calibration\n"
+        "batch = calibration._batch\n"
         "def slow(*a, **k):\n    print('batch', flush=True)\n    time.sleep(0.2)\n    batch(*a, **k)\n"
         "calibration._batch = slow\ncli.main(sys.argv[1:])\n"
     )
@@ -619,7 +620,7 @@ def test_the_command(data, tmp_path, capsys):
 def test_opening_a_file_needs_no_torch(collect):
     found = collect("vit")
     script = (
-        "import sys\nfrom upcycle.statistics import Statistics\n"
+        "import sys\nfrom upcycle.dense.statistics import Statistics\n"
         "found = Statistics.open(sys.argv[1])\n"
         "print(found.of('neurons', 'layers', 1, 'l2').shape, found.digest)\n"
         "print(*[m for m in ('torch', 'transformers') if m in sys.modules])"

@@ -192,7 +192,7 @@ def test_pieces_give_the_ids_of_the_whole(
     monkeypatch.setattr(corpus, "_BATCH", 1000)
     calls: list[int] = []
     data = Data(sources=(Source(path=str(tmp_path / "a.txt"), separator="<|endoftext|>"),))
-    with reporting_to(Counted(calls.append)):
+    with reporting_to(Counted("tokenising", calls.append)):
         (tokens,) = prepare(data, folder, tmp_path, vocab_size=512)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = [
