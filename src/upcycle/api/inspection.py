@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle import inspection
-from upcycle.system.progress import Progress
+from upcycle.system.progress import Progress, reporting_to
 
 if TYPE_CHECKING:
     from upcycle.evaluation.specialisation import Specialisation
@@ -154,5 +154,6 @@ def inspect(
             text=text, images=images, limit=limit, length=length, batch_size=batch_size, seed=seed,  # type: ignore[arg-type]
             cache=cache,  # type: ignore[arg-type]
         )  # fmt: skip
-        seen = specialisation(table["checkpoint"], asked, progress=progress)
+        with reporting_to(progress):
+            seen = specialisation(table["checkpoint"], asked)
     return Inspection(name=str(checkpoint), table=table, routing=seen)

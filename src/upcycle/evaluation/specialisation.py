@@ -30,7 +30,7 @@ from upcycle.hf import models
 from upcycle.hf.quiet import quiet
 from upcycle.system import claim, scratch
 from upcycle.system.paths import as_paths
-from upcycle.system.progress import Progress, reporting_to, work
+from upcycle.system.progress import work
 from upcycle.tensors import rng
 from upcycle.training.routing import Routers, Said
 
@@ -148,8 +148,6 @@ def _is_routing(path: Path) -> bool:
 def specialisation(
     folder: str | Path,
     asked: Asked,
-    *,
-    progress: Progress | None = None,
 ) -> Specialisation:
     """Watch the routers of the model in `folder` on the rows asked for: load, confidence, favourites and
     divergence between domains of every layer.
@@ -176,7 +174,7 @@ def specialisation(
         chosen = {name: _chosen(rows.count, asked) for name, rows in sets.items()}
         layers: list[Layer] = []
         total = sum(map(len, chosen.values()))
-        with reporting_to(progress), work("watching", "examples", total=total) as watching:
+        with work("watching", "examples", total=total) as watching:
             for name, rows in sets.items():
                 watch = partial(_watch, model, routers, layers, name, rows, subject)
                 BatchSize(asked.batch_size).over(chosen[name].tolist(), watch, advance=watching.advance)
