@@ -81,7 +81,7 @@ def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> 
             model=model,
             task=tasks.of(begun.dense.architecture),
             start=begun,
-            optimizer=optimizer.make(model, run.train),
+            optimizer=optimizer.make(model, run.optimizer),
             routers=Routers.of(model),
             run=run,
             ranks=here,

@@ -12,8 +12,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import upcycle
-from upcycle import Recipe, tasks
+from upcycle import Recipe, UpcycleError, tasks
 from upcycle.hf import filling
+from upcycle.training import gradients as grads
 from upcycle.training import optimizer, saving, start, step
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
@@ -57,7 +58,7 @@ def loads(cases: list[tuple[str, dict[str, Any]]], layouts: list[Layout]) -> lis
             sizes = {f"{name}_size": size for name, size in layout.items()}
             model = upcycle.load(source, Recipe.of(table), distributed_config=sizes)
             experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
-            held = sum(optimizer.local(p).nbytes for p in model.parameters())
+            held = sum(grads.local(p).nbytes for p in model.parameters())
             total = sum(p.numel() * p.element_size() for p in model.parameters())
             out.append({"digests": digests(model), "held": held / total, "read": read[0], "experts": experts})
     return out
@@ -90,7 +91,7 @@ def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
         model=model,
         task=run.task or tasks.of(begun.dense.architecture),
         start=begun,
-        optimizer=optimizer.make(model, run.train, start.scales(begun, run, model, routers)),
+        optimizer=optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers)),
         routers=routers,
         run=run,
         ranks=here,
@@ -167,6 +168,20 @@ def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dic
     return out
 
 
+def refused(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[str]:
+    """What the errors say for each layout and change of the run."""
+    out = []
+    for layout, changes in cases:
+        run = run_of(source, layout, changes)
+        with ranks(run.parallel, experts={4}) as here:
+            try:
+                trainee_of(run, here)
+                out.append("")
+            except UpcycleError as error:
+                out.append(str(error))
+    return out
+
+
 def trains(jobs: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
     """`upcycle train` of each table, resumed or not: how it ended."""
     results = []
@@ -219,7 +234,7 @@ def peak_of_load(warm: str, source: str, table: dict[str, Any], layout: Layout) 
     model = upcycle.load(source, Recipe.of(table), distributed_config=sizes)
     done.set()
     watcher.join()
-    locals_ = [optimizer.local(p).nbytes for p in model.parameters()]
+    locals_ = [grads.local(p).nbytes for p in model.parameters()]
     whole_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"peak": most[0] - before, "held": sum(locals_), "largest": max(locals_), "whole": whole_bytes}
 

@@ -1,6 +1,8 @@
 """The one exception that a user's mistake raises: its text is the whole message."""
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogates, line and paragraph separators
 
@@ -35,3 +37,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNSEEN else c for c in text)
+
+
+def nearest(given: object, known: Iterable[str]) -> str:
+    """`; did you mean ...? Known: ...`, the end of an error about an unknown name."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else ";"
+    return f"{hint} Known: {', '.join(known) or 'none'}"

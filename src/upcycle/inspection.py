@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upcycle import families
+from upcycle import targets
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
@@ -18,12 +17,9 @@ from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.conversion import provenance
 from upcycle.dense.source import Dense, admit
 from upcycle.errors import UpcycleError, listed
-from upcycle.nn import upcycled_config
 from upcycle.recipe import Recipe
 from upcycle.system.wording import place_of
-from upcycle.targets import natives
-from upcycle.targets._layouts import Stacked
-from upcycle.targets.native import Native
+from upcycle.targets import Block, Target
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored, blocks
 
@@ -38,13 +34,13 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         made = provenance.read(opened.folder) if (opened.folder / provenance.FILE).exists() else None
         model_type = opened.config.get("model_type")
         notes: list[str] = []
-        upcycled_from = upcycled_config.dense_type(opened.config)
-        if model_type in natives.names() or upcycled_from:
+        target = targets.opened(opened.config)
+        if target is not None:
             dense = _dense_source(source, made, notes)
             try:
                 tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
                 _refuse_empty(opened)
-                parts = _parts(opened, tensors)
+                parts = target.layers(opened.config, tensors, opened.folder)
                 for part in parts:
                     _refuse_odd_shapes(part)
                 if dense is not None:
@@ -55,7 +51,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
                         )
                 layers = [_row(part, dense, notes) for part in parts]
                 if made is not None and dense is not None and made.get("training"):
-                    _add_start(layers, opened, made, dense, notes)
+                    _add_start(layers, target, opened, made, dense, notes)
             except KeyError as error:
                 raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
             except (AttributeError, IndexError, TypeError, ValueError) as error:
@@ -85,7 +81,7 @@ def _refuse_empty(opened: Checkpoint) -> None:
         raise UpcycleError(f"{opened.folder} holds {listed(empty)} without a single number")
 
 
-def _refuse_odd_shapes(part: _Part) -> None:
+def _refuse_odd_shapes(part: Block) -> None:
     """Refuse experts that are no networks of one shape."""
     where = place_of(part.stack, part.layer)
     for group in (part.experts, part.universal):
@@ -100,7 +96,7 @@ def _refuse_odd_shapes(part: _Part) -> None:
         raise UpcycleError(f"layer {where}: its router has shape {list(part.router.shape)}, and is no matrix")
 
 
-def _refuse_other_depth(dense: Dense, parts: list[_Part]) -> None:
+def _refuse_other_depth(dense: Dense, parts: list[Block]) -> None:
     """A dense model of fewer blocks is not what the experts came from."""
     blocks = {(stack.name, i) for stack in dense.stacks for i in range(stack.count)}
     if missing := sorted({(part.stack, part.layer) for part in parts if part.experts} - blocks):
@@ -111,7 +107,12 @@ def _refuse_other_depth(dense: Dense, parts: list[_Part]) -> None:
 
 
 def _add_start(
-    layers: list[dict[str, Any]], opened: Checkpoint, made: dict[str, Any], dense: Dense, notes: list[str]
+    layers: list[dict[str, Any]],
+    target: Target,
+    opened: Checkpoint,
+    made: dict[str, Any],
+    dense: Dense,
+    notes: list[str],
 ) -> None:
     """How alike the experts of a trained model were when its training began."""
     try:
@@ -122,7 +123,8 @@ def _add_start(
     if built.hash != made["blueprint_hash"] or made["training"][0].get("from_scratch"):
         notes.append("what the experts began as cannot be made again: it was from other weights")
         return
-    begun = _parts(opened, {name: entry.lazy for name, entry in built.entries.items()})
+    lazies = {name: entry.lazy for name, entry in built.entries.items()}
+    begun = target.layers(opened.config, lazies, opened.folder)
     for row, part in zip(layers, begun, strict=True):
         if part.router is not None:
             row["cosine_between_at_start"] = _between(_cosines(part.experts))
@@ -146,96 +148,7 @@ def _dense_source(source: str | Path | None, made: dict[str, Any] | None, notes:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """One block: its experts, the universal ones beside them, and its router; or the network that stayed
-    dense."""
-
-    stack: str
-    layer: int
-    experts: list[FeedForward]
-    router: Lazy | None
-    up: Lazy
-    universal: Sequence[FeedForward] = ()
-
-
-def _parts(opened: Checkpoint, tensors: Mapping[str, Lazy]) -> list[_Part]:
-    """The blocks of the model that `opened` is, with these tensors."""
-    upcycled_from = upcycled_config.dense_type(opened.config)
-    if upcycled_from:
-        return _upcycled_parts(opened, upcycled_from, tensors)
-    return _native_parts(opened, natives.find(str(opened.config.get("model_type"))), tensors)
-
-
-def _native_parts(opened: Checkpoint, native: Native, stored: Mapping[str, Lazy]) -> list[_Part]:
-    by_layer: dict[int, dict[str, Lazy]] = {}
-    for name, tensor in stored.items():
-        if name.startswith("model.layers."):
-            layer, _, rest = name.removeprefix("model.layers.").partition(".")
-            if not (layer.isascii() and layer.isdecimal()):
-                raise UpcycleError(f"{opened.folder} holds {name!r}: {layer!r} is no number of a layer")
-            by_layer.setdefault(int(layer), {})[rest] = tensor
-    if not by_layer:
-        raise UpcycleError(f"{opened.folder} has no tensors of layers (model.layers.N. ...)")
-    parts = []
-    for number, tensors in sorted(by_layer.items()):
-        experts = native.layout.read(tensors)
-        router = tensors[native.router] if experts else None
-        up = experts[0].up if experts else tensors["mlp.gate_proj.weight"]
-        parts.append(_Part(stack="layers", layer=number, experts=experts, router=router, up=up))
-    return parts
-
-
-def _upcycled_parts(opened: Checkpoint, model_type: str, tensors: Mapping[str, Lazy]) -> list[_Part]:
-    family = families.find(model_type)
-    config = family.config(upcycled_config.dense_config(opened.config))
-    moe = _moe_layers(opened)
-    parts = []
-    for stack in family.stacks(config):
-        for i in range(stack.count):
-            if (stack.name, i) not in moe:
-                up = family.feed_forward(config, i, tensors, stack.name).up
-                parts.append(_Part(stack=stack.name, layer=i, experts=[], router=None, up=up))
-                continue
-            prefix = stack.path.format(i=i) + "."
-            below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            experts = Stacked().read(below)
-            if not experts:
-                raise KeyError(prefix + "experts.down_proj")
-            others = {
-                f"experts{n.removeprefix('universal')}": t
-                for n, t in below.items()
-                if n.startswith("universal.")
-            }
-            parts.append(
-                _Part(
-                    stack=stack.name,
-                    layer=i,
-                    experts=experts,
-                    router=below["router.weight"],
-                    up=experts[0].up,
-                    universal=Stacked().read(others) if others else (),
-                )
-            )
-    return parts
-
-
-def _moe_layers(opened: Checkpoint) -> set[tuple[str, int]]:
-    """The blocks with experts, by stack and number, as config.json has them."""
-    entries = opened.config["moe"]
-    whole = isinstance(entries, list) and all(
-        isinstance(e, dict)
-        and isinstance(e.get("stack"), str)
-        and isinstance(e.get("layers"), list)
-        and all(type(i) is int for i in e["layers"])
-        for e in entries
-    )
-    if not whole:
-        raise UpcycleError(f"{opened.folder}/config.json: `moe` is not the list that upcycle writes")
-    return {(e["stack"], i) for e in entries for i in e["layers"]}
-
-
-def _row(part: _Part, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
+def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
     place: dict[str, Any] = {"layer": part.layer}
     if part.stack != "layers":
         place["stack"] = part.stack
@@ -294,7 +207,7 @@ def _cosines(networks: Sequence[FeedForward]) -> np.ndarray:
 def _dense_layers(dense: Dense) -> list[dict[str, Any]]:
     return [
         _row(
-            _Part(
+            Block(
                 stack=stack.name,
                 layer=i,
                 experts=[],

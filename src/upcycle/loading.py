@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from upcycle import targets
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
-from upcycle.nn.upcycled_config import CLASS_PREFIX
 from upcycle.recipe import RecipeLike
 
 if TYPE_CHECKING:
@@ -81,17 +81,9 @@ def build(
     if distributed_config is not None:
         options["distributed_config"] = _layout(distributed_config, experts)
     cls = models.architecture(architecture)
-    if architecture.startswith(CLASS_PREFIX) and options and options["distributed_config"].tp_size > 1:
-        raise UpcycleError(
-            "tensor parallelism is for native MoE; an upcycled model is shared out by fsdp_size and ep_size"
-        )
-    shared_out = bool(options) and options["distributed_config"].ep_size > 1
-    if shared_out and any(entry.get("response_norm") for entry in config.get("moe") or ()):
-        raise UpcycleError(
-            "ep_size: experts with a response norm (ConvNeXt V2) look at all tokens of an image that come to "
-            "them, and expert parallelism does not say which those are; set it to 1: fsdp_size shares "
-            "parameters out"
-        )
+    if options and (target := targets.opened(config)) is not None:
+        layout = options["distributed_config"]
+        target.refuse_layout(config, tp_size=layout.tp_size, ep_size=layout.ep_size)
     opening.refuse_unknown(experts_implementation)
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation

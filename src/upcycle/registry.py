@@ -5,8 +5,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-from upcycle.errors import UpcycleError, cut, shown
-from upcycle.recipe import nearest
+from upcycle.errors import UpcycleError, cut, nearest, shown
 
 
 def names(package: ModuleType) -> list[str]:

@@ -433,15 +433,13 @@ def _pixels(dense: Dense, images: Path) -> dict[str, torch.Tensor]:
     import torch
 
     from upcycle.dense.subject import Subject
-    from upcycle.evaluation import rows
     from upcycle.system import scratch
+    from upcycle.tasks._rows import of_images
 
     if not any(kind != "tokens" for kind, _ in dense.family.inputs(dense.config, TOKENS).values()):
         raise UpcycleError(f"--images is for models that read images, and {dense.family.model_type} does not")
-    config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
-    subject = Subject(folder=dense.checkpoint.folder, config=config)
     with scratch.folder() as cache:
-        found = rows.of_images(images, subject, cache, gradient=False, seed=0)
+        found = of_images(images, Subject.of_dense(dense), cache, gradient=False, seed=0)
         read = found.read(np.arange(min(IMAGES, found.count)))
         batch = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in read.items()}
         inputs: dict[str, torch.Tensor] = dict(found.ask(batch).inputs)

@@ -429,7 +429,7 @@ def test_weights_gradients_and_moments_are_what_torch_holds(dense, tmp_path):
     )  # fmt: skip
     begun = start.start_of(run)
     model = start.model_of(begun, run, Ranks(device=torch.device("cpu")), "float32")
-    adam = optimizer.make(model, run.train)
+    adam = optimizer.make(model, run.optimizer)
     model(torch.zeros(1, 8, dtype=torch.long)).logits.sum().backward()
     for parameter in model.parameters():  # experts that no token chose
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from conftest import SHARED
-from upcycle import recipe
+from upcycle import settings
 from upcycle.data import augmentation, images
 from upcycle.data.augment import Augment
 from upcycle.data.examples import Examples
@@ -893,10 +893,10 @@ def test_values_that_are_refused(key: str, value: Any) -> None:
 
 def test_read_from_a_table() -> None:
     table = {"flip": 0, "mixup": 0.2, "mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
-    read = recipe.read(Augment, table, "augment")
+    read = settings.read(Augment, table, "augment")
     assert read == Augment(flip=0.0, mixup=0.2, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616))
     with pytest.raises(UpcycleError, match=r"augment.flips.*did you mean flip"):
-        recipe.read(Augment, {"flips": 1.0}, "augment")
+        settings.read(Augment, {"flips": 1.0}, "augment")
 
 
 def test_kornia_missing(batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,14 @@ import torch
 
 import tiny
 import upcycle
-from upcycle import Recipe, cli, convert
+from upcycle import Recipe, cli, convert, families
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.evaluation.patches import Grid, Patches
-from upcycle.evaluation.rows import of_images, of_text
+from upcycle.evaluation.patches import Patches
 from upcycle.evaluation.specialisation import Asked, divergence, specialisation
 from upcycle.inspection import inspect
 from upcycle.reporting.plots import plot
+from upcycle.tasks._rows import of_images, of_text
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.run import Run
@@ -261,7 +261,7 @@ def test_similarity_when_training_began(trainable, tmp_path, capsys):
 def test_patches_are_those_of_the_image(settings, stack, grid):
     """Also where the image is no square, or its side no multiple; cut by hand."""
     rows, columns, height, width = grid
-    found = Grid.of(settings, stack)
+    found = families.find("vit" if stack == "layers" else "convnext").grid(settings, stack)
     assert (found.rows, found.columns, found.height, found.width) == grid
     size = settings["image_size"]
     image = np.random.default_rng(0).random((1, 3, *(size if isinstance(size, list) else (size, size))))
@@ -283,7 +283,7 @@ def test_a_convnext_is_watched(pictures, tmp_path):
     )
     seen = specialisation(tmp_path / "moe", Asked(images=pictures, cache=tmp_path))
     for layer in seen.layers:
-        grid = Grid.of(Subject.of(tmp_path / "moe").settings, layer.stack)
+        grid = Subject.of(tmp_path / "moe").grid(layer.stack)
         assert layer.patches.pixels.shape[-2:] == (grid.height, grid.width)
         assert sum(d.tokens for d in layer.domains.values()) == 12 * grid.rows * grid.columns
 

@@ -14,8 +14,9 @@ from upcycle import UpcycleError
 from upcycle.nn import MoE, routers
 from upcycle.nn.experts import Experts
 from upcycle.nn.moe import Router
+from upcycle.nn.routing import Tokens
 from upcycle.nn.shape import Shape
-from upcycle.training.routing import load_balancing_loss
+from upcycle.training.router_losses import load_balancing_loss
 
 E, H = 4, 6  # experts and hidden units, where nothing else is said
 
@@ -441,9 +442,8 @@ def test_how_much_of_the_dense_network_is_there_at_step_0(num_experts):
 
     def route(**table):
         settings = routers.read({"normalize": False, **table})
-        return settings.route(
-            {"weight": weight}, hidden, None, num_experts=num_experts, top_k=2, training=False, causal=False
-        )
+        tensors = {"weight": weight}
+        return settings.route(Tokens(hidden=hidden, tensors=tensors, num_experts=num_experts, top_k=2))
 
     for place, factor in enumerate((1.0, 2.0, 3.0, 5.0)):
         routing = route(name="expert_choice", capacity_factor=factor)
@@ -520,8 +520,11 @@ def test_a_causal_layer_does_not_look_ahead(name):
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"name": "top_k", "capacity_factor": 0.0}, "capacity_factor = 0.0; it must be above 0"),
-        ({"name": "expert_choice", "capacity_factor": -1.0}, "capacity_factor = -1.0; it must be above 0"),
+        ({"name": "top_k", "capacity_factor": 0.0}, "capacity_factor = 0.0; it must be a number above 0"),
+        (
+            {"name": "expert_choice", "capacity_factor": -1.0},
+            "capacity_factor = -1.0; it must be a number above 0",
+        ),
         ({"name": "top_k", "noise_std": -1.0}, "noise_std = -1.0"),
         ({"name": "top_k", "batch_priority": True}, "set router.capacity_factor"),
         ({"name": "soft", "slots": 0}, "slots = 0; it must be 1 or more"),

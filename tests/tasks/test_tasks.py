@@ -17,7 +17,6 @@ from transformers import (
     BertForSequenceClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -38,30 +37,9 @@ from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.step import _parts
+from words import SPECIAL, WORDS, make_tokenizer, sentence
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *[f"<extra_id_{i}>" for i in range(20)]]
-WORDS = "the a cat dog bird sees likes fears red blue old new and".split()
-
-
-def make_tokenizer(folder: Path) -> int:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, "."])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A", pair="$A [SEP]:0 $B:1", special_tokens=[("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]", eos_token="</s>", additional_special_tokens=SPECIAL[6:],
-    ).save_pretrained(folder)  # fmt: skip
-    return len(vocabulary)
-
-
-def sentence(rng: np.random.Generator) -> str:
-    return " ".join(rng.choice(WORDS, 12)) + " ."
 
 
 @pytest.fixture(scope="session")
@@ -230,7 +208,7 @@ def test_the_loss_is_that_of_transformers(data, tmp_path):
         run = Run.of(table(kind, data, tmp_path / kind, train={"steps": 1, "eval_every": 0}))
         begun = start.start_of(run)
         task = tasks.of(begun.dense.architecture)
-        batch = task.feed(run, begun.subject, tmp_path / kind).next(8)
+        batch = task.feed(run.feeding(task), begun.subject).next(8)
         train(Run.of(table(kind, data, tmp_path / f"{kind}-run", train={"steps": 1, "eval_every": 0})))
         model = upcycle.open(data / kind).train()
         model.config.decoder_start_token_id = 0
@@ -266,13 +244,7 @@ def test_texts_are_scored_as_transformers_scores_them(data, tmp_path):
     assert found["loss"] == pytest.approx(np.log(len(SPECIAL) + len(WORDS) + 1), rel=0.05)  # untrained
     found = evaluate(data / "t5", Asked(text=data / "text.txt", length=24, limit=8))
     assert found["task"] == "span_corruption"
-    assert (
-        found["targets"]
-        == 8
-        * tasks.find("span_corruption")()
-        .spans(Run.of(table("t5", data, tmp_path, train={"sequence_length": 24})))
-        .targets
-    )
+    assert found["targets"] == 8 * tasks.find("span_corruption")().spans(24).targets
 
 
 def test_moments_of_a_vit_are_tiled(data, tmp_path):
@@ -518,7 +490,8 @@ def test_classes_are_those_that_the_head_has_by_name(data, tmp_path):
     source = named(tmp_path / "classifier", data / "classifier", {"0": "none", "1": "dog"})
     subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
     run = Run.of(table("classifier", data, tmp_path / "texts"))
-    rows = tasks.of("BertForSequenceClassification").feed(run, subject, tmp_path / "texts").next(48)
+    task = tasks.of("BertForSequenceClassification")
+    rows = task.feed(run.feeding(task), subject).next(48)
     dog = len(SPECIAL) + WORDS.index("dog")
     assert (rows["labels"] == (rows["ids"] == dog).any(1)).all()
     assert 0 < rows["labels"].sum() < 48

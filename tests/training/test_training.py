@@ -25,13 +25,16 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import prepare
 from upcycle.system import memory
-from upcycle.training import routing, saving, start
+from upcycle.training import router_losses, routing, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
-from upcycle.training.schedule import Schedule
+from upcycle.training.schedules.constant import Constant
+from upcycle.training.schedules.cosine import Cosine
+from upcycle.training.schedules.inverse_sqrt import InverseSqrt
+from upcycle.training.schedules.warmup_stable_decay import WarmupStableDecay
 
 HERE = Ranks(device=torch.device("cpu"))
 MOE = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "drop", "ratio": 0.5}}
@@ -70,19 +73,19 @@ def losses(out: Path) -> list[float]:
 
 
 def test_schedules_are_their_formulas():
-    cosine = Schedule(peak=2.0, floor=1.0, warmup=4)
+    cosine = Cosine(peak=2.0, floor=1.0, warmup=4)
     assert [cosine.at(i, 20) for i in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
     for i in range(4, 20):
         assert cosine.at(i, 20) == pytest.approx(1 + (1 + math.cos(math.pi * (i - 4) / 16)) / 2)
-    stable = Schedule(name="warmup_stable_decay", peak=1.0, warmup=2, decay=4)
+    stable = WarmupStableDecay(peak=1.0, warmup=2, decay=4)
     assert [stable.at(i, 10) for i in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    constant = Schedule(name="constant", peak=3.0, warmup=1)
+    constant = Constant(peak=3.0, warmup=1)
     assert {constant.at(i, 9) for i in range(9)} == {3.0}
 
 
 def test_inverse_sqrt_goes_on_where_the_dense_run_stopped():
-    dense = Schedule(name="inverse_sqrt", peak=0.01, warmup=100)
-    upcycled = Schedule(name="inverse_sqrt", peak=0.01, warmup=100, start_step=5000)
+    dense = InverseSqrt(peak=0.01, warmup=100)
+    upcycled = InverseSqrt(peak=0.01, warmup=100, start_step=5000)
     whole = [dense.at(i, 10_000) for i in range(4998, 5010)]
     assert [upcycled.at(i - 5000, 10_000) for i in range(5000, 5010)] == whole[2:]
     assert dense.at(9999, 10_000) == pytest.approx(
@@ -111,12 +114,14 @@ def tally(counts: torch.Tensor, tokens: int) -> routing.Tally:
 def balance(logits: list[torch.Tensor], counts: torch.Tensor, tokens: int) -> torch.Tensor:
     """The loss of each layer."""
     rows = zip(logits, counts, strict=True)
-    return torch.stack([routing.load_balancing_loss(x.softmax(-1), row, tokens) for x, row in rows])
+    return torch.stack([router_losses.load_balancing_loss(x.softmax(-1), row, tokens) for x, row in rows])
 
 
 def test_the_collapse_that_the_pooled_loss_cannot_see():
     logits, counts = collapsed(layers=4, experts=8, tokens=64)
-    assert float(routing.pooled_loss(logits, 2)) == pytest.approx(2.0, abs=1e-6)  # its value for balance
+    assert float(router_losses.pooled_loss(logits, 2)) == pytest.approx(
+        2.0, abs=1e-6
+    )  # its value for balance
     per_layer = balance(logits, counts, 64)
     assert per_layer.tolist() == pytest.approx([8.0] * 4, abs=1e-4)  # E / K times the value for balance
     health = [routing.health(tally(row, 64)) for row in counts]
@@ -146,7 +151,7 @@ def test_the_loss_is_that_of_switch_token_by_token():
             p = sum(float(row.detach().softmax(-1)[e]) for row in layer) / 40
             naive += 6 * float(f) * p
         assert float(value) == pytest.approx(naive, rel=1e-5)
-        assert float(value) == pytest.approx(float(routing.pooled_loss([layer], 2)), rel=1e-5)
+        assert float(value) == pytest.approx(float(router_losses.pooled_loss([layer], 2)), rel=1e-5)
     # Parts of the batch add up, and so do their gradients, when the counts are those of the whole.
     (whole,) = torch.autograd.grad(found.mean(), logits[0], retain_graph=True)
     halves = [balance([x[part] for x in logits], counts, 40) for part in (slice(25), slice(25, 40))]
@@ -158,7 +163,7 @@ def test_the_loss_is_that_of_switch_token_by_token():
 def test_z_loss_is_its_formula():
     logits = [torch.randn(10, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     naive = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for x in logits for row in x.tolist()) / 20
-    found = sum(float(routing.z_loss(x, 10)) for x in logits) / 2
+    found = sum(float(router_losses.z_loss(x, 10)) for x in logits) / 2
     assert found == pytest.approx(naive, rel=1e-5)
 
 
@@ -181,10 +186,10 @@ def reference(run: Run, source: Path, folder: Path) -> list[float]:
         convert(source, folder / "moe", run.recipe)
     model = AutoModelForCausalLM.from_pretrained(folder / "moe" if run.recipe else source).train()
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": run.train.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": run.optimizer.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    adam = torch.optim.AdamW(groups, betas=(run.train.beta1, run.train.beta2), eps=run.train.eps)
+    adam = torch.optim.AdamW(groups, betas=(run.optimizer.beta1, run.optimizer.beta2), eps=run.optimizer.eps)
     out = []
     for step in range(run.train.total_steps):
         rows = torch.from_numpy(batches.next(run.train.rows))
@@ -481,7 +486,7 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsy
     trainee = ranks.trainee_of(run, HERE)
     begun = start.start_of(run)
     assert start.carry_state(begun, run, HERE, trainee.model, trainee.optimizer) == 6
-    for moment in start.MOMENTS:
+    for moment in run.optimizer.moments:
         with Checkpoint.open(tmp_path / "trained" / "optimizer" / moment) as opened:
             tensor = {
                 n: torch.frombuffer(
@@ -527,7 +532,10 @@ BAD_RUNS = {
     "train.steps": ({"train": {"tokens": 5000}}, "give one of train.steps, train.tokens and train.examples"),
     "batch": ({"train": {"batch_tokens": 500}}, "batch_tokens = 500 is no multiple"),
     "unknown": ({"train": {"stps": 5}}, r"unknown key train\.stps.*did you mean steps"),
-    "schedule": ({"schedule": {"name": "linear"}}, r"schedule\.name = 'linear'; allowed: cosine, warmup"),
+    "schedule": (
+        {"schedule": {"name": "linear"}},
+        r"unknown schedule linear.*Known: constant, cosine, inverse_sqrt, warmup",
+    ),
     "floor": ({"schedule": {"floor": 1.0}}, "0 <= floor <= peak"),
     "wsd": ({"schedule": {"name": "warmup_stable_decay"}}, r"needs schedule\.decay"),
     "start_step": ({"schedule": {"start_step": 5}}, "start_step is for inverse_sqrt"),
@@ -538,7 +546,7 @@ BAD_RUNS = {
     "jitter": ({"router": {"jitter": 1.0}}, r"router\.jitter = 1\.0"),
     "init": ({"init": {"name": "drop"}}, r"init is for a Mixture of Experts; add a \[moe\]"),
     "router": ({"router": {"std": 0.1}}, r"router\.std is for a Mixture of Experts"),
-    "keep": ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep 1 or more"),
+    "keep": ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep = 0; it must be 1 or more"),
     "sources": ({"data": {"sources": []}}, r"data\.sources is empty"),
     "carry": ({"optimizer": {"carry_state": True}, "from_scratch": True}, "from_scratch has none"),
     "carry drop": ({"optimizer": {"carry_state": True}, **MOE}, r"init\.name = drop makes other neurons"),

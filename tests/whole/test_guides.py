@@ -41,7 +41,8 @@ BLOCK = re.compile(
     r"^```(?P<kind>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-EXTENDED = ("upcycle.families", "upcycle.init", "upcycle.nn.routers")  # folders that a guide adds files to
+# folders that a guide adds files to
+EXTENDED = ("upcycle.families", "upcycle.init", "upcycle.nn.routers", "upcycle.tasks")
 
 
 @dataclass(frozen=True, kw_only=True)

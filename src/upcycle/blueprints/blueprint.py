@@ -23,7 +23,7 @@ from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import successors
 from upcycle.dense.source import Dense, admit, admit_donors
-from upcycle.families import Config
+from upcycle.families import Config, Weights
 from upcycle.init import Site
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.targets import Target
@@ -57,7 +57,12 @@ class Blueprint:
         donors = (donor.checkpoint for donor in self.donors)
         return [self.dense.checkpoint, *self.dense.others, *donors]
 
-    @property
+    @cached_property
+    def weights(self) -> Weights:
+        """What every tensor is."""
+        return self.target.weights(self.dense, self.config, self.entries)
+
+    @cached_property
     def family_config(self) -> Config:
         """The dense config, or that of the deeper model where blocks are repeated."""
         return self.dense.config if self.sites else self.dense.family.config(self.config)
@@ -115,7 +120,7 @@ class Blueprint:
         )
 
     def _preserves(self, site: Site) -> bool:
-        router = self.recipe.at(site.stack).router
+        router = self.parts[site.stack].router
         count, top_k = site.num_experts, site.top_k
         gate, up, _ = moe_layer.factors(self.recipe, site)
         network = self.dense.feed_forward(site.layer, site.stack)
@@ -134,16 +139,15 @@ class Blueprint:
     def _all_meet_all(self, site: Site) -> bool:
         """Whether every expert has every token of a row, and all neurons of the dense network: what the
         statistics of a response norm are over."""
-        router, length = self.recipe.at(site.stack).router, self.dense.family.lengths(self.dense.config)
-        row = length[site.stack]
+        router, row = self.parts[site.stack].router, self.dense.lengths[site.stack]
         met = router.experts_per_token(site.num_experts, site.top_k, row)
         whole = site.width == site.dense_width and router.group in (0, row)
         return whole and not router.has_slots and met >= site.num_experts
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, Recipe]:
         """The recipe of each stack that has MoE layers, by its name."""
-        return {site.stack: self.recipe.at(site.stack) for site in self.sites}
+        return {name: self.recipe.at(name) for name in dict.fromkeys(site.stack for site in self.sites)}
 
     @property
     def expert_counts(self) -> set[int]:

@@ -35,7 +35,7 @@ def warnings(built: Blueprint) -> list[str]:
             "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "
             "task; use top_k = 2 or more, or router.normalize = false where the target allows it"
         )
-    row = built.dense.family.lengths(built.dense.config)[site.stack]
+    row = built.dense.lengths[site.stack]
     meets_all = router.experts_per_token(site.num_experts, site.top_k, row) >= site.num_experts
     if site.uniform_router and not meets_all:
         out.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
 from upcycle.checkpoints.hub import peek
 from upcycle.conversion.shards import DEFAULT_SHARD, lay_out
 from upcycle.dense.source import Dense
+from upcycle.families._weights import Weight, products
 from upcycle.recipe import RecipeLike
 
 BASE_MEMORY = 90_000_000  # bytes of an interpreter with numpy and what a conversion imports
@@ -98,8 +98,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     dense = built.dense if built.sites else built.dense.whole
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
-    shapes = {n: e.shape for n, e in built.entries.items()}
-    products = _per_token(built.dense, shapes) + _tied_head(built.dense) - idle.in_products
+    met = _per_token(built.dense, built.weights) + built.dense.tied_head - idle.in_products
     return Plan(
         source=str(built.source.folder),
         family=built.dense.family.model_type,
@@ -127,7 +126,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         total_parameters=total,
         active_parameters=total - idle.parameters,
         dense_flops_per_token=flops_per_token(dense),
-        flops_per_token=2 * (products + mixing(built)),
+        flops_per_token=2 * (met + mixing(built)),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
         peak_memory_bytes=peak_memory(built, jobs),
         blueprint_hash=built.hash,
@@ -160,15 +159,14 @@ class Idle:
 def idle_weights(built: Blueprint, stack: str | None = None, length: int | None = None) -> Idle:
     """Weights of the experts that a token does not use, in all layers together; or in those of one stack, in
     rows of `length` tokens."""
-    family, config = built.dense.family, built.dense.config
-    lengths, parts = family.lengths(config), _parts(built.dense)
-    parameters, products = 0.0, 0.0
+    lengths, parts = built.dense.lengths, _parts(built.dense)
+    parameters, in_products = 0.0, 0.0
     for site in built.sites:
         if stack not in (None, site.stack):
             continue
         row = length or lengths[site.stack]
         part = 1.0 if stack else parts[site.stack]
-        router = built.recipe.at(site.stack).router
+        router = built.parts[site.stack].router
         network = built.dense.feed_forward(site.layer, site.stack)
         for count, width in ((site.num_experts, site.width), (site.universal_experts, site.universal_width)):
             if not count:
@@ -178,10 +176,10 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
             biases = dict.fromkeys(network.biases() | network.response(), width)
             if "down_bias" in biases:
                 biases["down_bias"] = network.hidden
-            products += part * unused * matrices
+            in_products += part * unused * matrices
             if not router.has_slots:  # every token has a part in every slot
                 parameters += unused * (matrices + sum(biases.values()))
-    return Idle(parameters=round(parameters), in_products=round(products))
+    return Idle(parameters=round(parameters), in_products=round(in_products))
 
 
 def mixing(built: Blueprint, stack: str | None = None) -> int:
@@ -190,7 +188,7 @@ def mixing(built: Blueprint, stack: str | None = None) -> int:
     parts = _parts(built.dense)
     total = 0.0
     for site in built.sites:
-        router = built.recipe.at(site.stack).router
+        router = built.parts[site.stack].router
         if router.has_slots and stack in (None, site.stack):
             rows = router.rows(site.num_experts + site.universal_experts)
             total += (1.0 if stack else parts[site.stack]) * 2 * rows * site.hidden
@@ -199,22 +197,23 @@ def mixing(built: Blueprint, stack: str | None = None) -> int:
 
 def flops_per_token(dense: Dense) -> int:
     """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
-    return 2 * (_per_token(dense, {n: t.shape for n, t in dense.tensors.items()}) + _tied_head(dense))
+    return 2 * (_per_token(dense, dense.weights) + dense.tied_head)
 
 
-def _per_token(dense: Dense, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _per_token(dense: Dense, weights: Mapping[str, Weight]) -> int:
     """Weights that a token meets in a matrix product, in all stacks."""
-    products = 0.0
-    for name, part in _parts(dense).items():
-        own = {n: s for n, s in shapes.items() if dense.family.stack_of(n) == name}
-        products += part * _in_products(own)
-    return round(products)
+    return round(sum(part * _of_stack(dense, weights, name) for name, part in _parts(dense).items()))
+
+
+def _of_stack(dense: Dense, weights: Mapping[str, Weight], stack: str) -> int:
+    """Weights that a token of one stack meets in a matrix product."""
+    return products({name: w for name, w in weights.items() if dense.family.stack_of(name) == stack})
 
 
 def _parts(dense: Dense) -> dict[str, float]:
     """Tokens of a row in each stack, for each one that it begins with."""
-    family, config = dense.family, dense.config
-    return {name: length / family.length(config) for name, length in family.lengths(config).items()}
+    begins = dense.family.length(dense.config)
+    return {name: length / begins for name, length in dense.lengths.items()}
 
 
 def flops_per_row(
@@ -225,46 +224,19 @@ def flops_per_row(
     Causal attention needs half of the scores, on average; `all_scores` counts both halves, as papers do that
     state FLOPs or MFU. `built` is None for the dense model itself.
     """
-    family, c = dense.family, dense.config
-    stacks = family.stacks(built.family_config) if built else dense.stacks
-    shapes = {n: e.shape for n, e in built.entries.items()} if built else {}
-    shapes = shapes or {n: t.shape for n, t in dense.tensors.items()}
+    stacks = dense.family.stacks(built.family_config) if built else dense.stacks
+    weights = built.weights if built else dense.weights
     total, last = 0, stacks[-1].name
     for stack in stacks:
-        products = _in_products({n: s for n, s in shapes.items() if family.stack_of(n) == stack.name})
-        products += _tied_head(dense) if stack.name == last else 0
-        length, width = lengths[stack.name], c["num_attention_heads"] * c["head_dim"]
+        length = lengths[stack.name]
+        met = _of_stack(dense, weights, stack.name) + (dense.tied_head if stack.name == last else 0)
         if built:
-            products += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
-        scores = stack.count * 4 * width * length * length
-        total += 2 * products * length + (scores // 2 if stack.causal and not all_scores else scores)
-        if stack.name == "decoder":
-            total += stack.count * 4 * width * length * lengths["encoder"]
+            met += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
+        scores = stack.count * 4 * stack.attention * length * length
+        total += 2 * met * length + (scores // 2 if stack.causal and not all_scores else scores)
+        if stack.across:
+            total += stack.count * 4 * stack.attention * length * lengths[stack.across]
     return total
-
-
-def _tied_head(dense: Dense) -> int:
-    """Weights of a head over the vocabulary that is the embedding, and so not among the tensors."""
-    c = dense.config
-    tied = c["tie_word_embeddings"] and "lm_head.weight" not in dense.tensors
-    return int(c["vocab_size"] * c["hidden_size"]) if tied and dense.has_language_head else 0
-
-
-# Looked up, or used once for a whole row.
-_NOT_BY_TOKEN = (
-    "embed_tokens", "word_embeddings", "position_embeddings", "token_type_embeddings", "shared.weight",
-    "relative_attention_bias", "cls_token", "distillation_token", "mask_token", "pooler.", "classifier.",
-    "seq_relationship.", "_bias", ".grn.", ".grn_weight",
-)  # fmt: skip
-
-
-def _in_products(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Weights that a token meets in a matrix product."""
-    return sum(
-        math.prod(shape)
-        for name, shape in shapes.items()
-        if len(shape) > 1 and not any(part in name for part in _NOT_BY_TOKEN)
-    )
 
 
 def peak_memory(built: Blueprint, jobs: int) -> int:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
 from upcycle.init import Site
@@ -17,8 +15,7 @@ from upcycle.system import memory
 from upcycle.targets._layouts import MoeNames
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Lazy, Take
-from upcycle.tensors.positions import Given
+from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -31,22 +28,18 @@ SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exact
 
 def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     """The blocks that become MoE, stack by stack, checked for what the initialisation and the router need."""
-    _refuse_too_many_experts(recipe, dense)
+    parts = {stack.name: recipe.at(stack.name) for stack in dense.stacks}
+    chosen = {stack.name: chosen_layers(parts[stack.name], stack) for stack in dense.stacks}
+    _refuse_too_many_experts(recipe, {name: (parts[name], len(layers)) for name, layers in chosen.items()})
     out = []
     for stack in dense.stacks:
-        part = recipe.at(stack.name)
+        part = parts[stack.name]
         moe, router = part.moe, part.router
-        if router.init == "grouped" and moe.num_experts % moe.granularity:
-            raise UpcycleError(
-                f"router.init = grouped needs moe.num_experts to be a multiple of moe.granularity; "
-                f"{moe.num_experts} is no multiple of {moe.granularity}"
-            )
-        for layer in chosen_layers(part, stack):
-            shared = _shared_width(part, names, stack.width)
-            width, origin = (
-                moe.expert_width or stack.width // moe.granularity,
-                dense.origin(layer, stack.name),
-            )
+        router.start.check(moe.num_experts, moe.granularity)
+        shared = _shared_width(part, names, stack.width) if chosen[stack.name] else 0
+        width = moe.expert_width or stack.width // moe.granularity
+        for layer in chosen[stack.name]:
+            origin = dense.origin(layer, stack.name)
             site = Site(
                 stack=stack.name,
                 layer=layer,
@@ -62,8 +55,8 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
                 universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,
                 shared_width=shared,
                 seed=recipe.seed,
-                grouped_router=router.init == "grouped",
-                uniform_router=router.init == "zeros" or router.std == 0,
+                grouped_router=router.start.groups,
+                uniform_router=router.start.uniform(router.std),
                 gate_sum=router.gate_sum(moe.num_experts, moe.top_k) if router.rescale else 1.0,
             )
             recipe.init.check(site)
@@ -73,13 +66,11 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     return tuple(out)
 
 
-def _refuse_too_many_experts(recipe: Recipe, dense: Dense) -> None:
-    """Refuse numbers of experts that would only fill the memory, before the first of them is made."""
-    total = 0
-    for stack in dense.stacks:
-        part = recipe.at(stack.name)
-        each = part.moe.num_experts + part.moe.universal_experts
-        total += each * len(chosen_layers(part, stack))
+def _refuse_too_many_experts(recipe: Recipe, stacks: Mapping[str, tuple[Recipe, int]]) -> None:
+    """Refuse numbers of experts that would only fill the memory, before the first of them is made. `stacks`
+    has the recipe of each stack, and how many of its blocks become MoE."""
+    each = ((part.moe.num_experts + part.moe.universal_experts, count) for part, count in stacks.values())
+    total = sum(experts * count for experts, count in each)
     room = memory.available()
     most = MOST_EXPERTS if room is None else min(MOST_EXPERTS, room // EXPERT_BYTES)
     if total > most:
@@ -160,7 +151,9 @@ def tensors(
     halved = asked and shared is not None and shared.combine in ("gated", "sum")
     half = 0.5 if halved else 1.0
     experts = _experts(networks, range(site.num_experts), site, recipe, half)
-    out = {names.router: router(recipe, site, dtype), **names.layout.write(experts)}
+    router, rows = recipe.router, recipe.router.rows(site.all_experts)
+    weight = router.start.weight(site, rows, dtype, router.std)
+    out = {names.router: weight, **names.layout.write(experts)}
     if site.universal_experts:
         others = _experts(networks, range(site.num_experts, site.all_experts), site.universal, recipe, half)
         written = names.layout.write(others).items()
@@ -182,8 +175,7 @@ def tensors(
 
 def _norm(dense: Dense, site: Site, every: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """Weight and bias of the norm before the network, if there is one."""
-    stack = next(stack for stack in dense.stacks if stack.name == site.stack)
-    before = stack.norm_path.format(i=site.layer)
+    before = dense.stack(site.stack).norm_path.format(i=site.layer)
     return {part: every[f"{before}.{part}"] for part in ("weight", "bias") if f"{before}.{part}" in every}
 
 
@@ -211,16 +203,3 @@ def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
         return 1.0, math.sqrt(factor), math.sqrt(factor)
     root = factor ** (1 / 3)
     return root, root, root
-
-
-def router(recipe: Recipe, site: Site, dtype: str) -> Lazy:
-    """The router weight [E, H], or a row a slot. `grouped`: G rows in turn are the same, a shard each."""
-    kind, std, key = recipe.router.init, recipe.router.std, site.key("router")
-    count, hidden = recipe.router.rows(site.all_experts), site.hidden
-    if kind == "zeros":
-        return Fill((count, hidden), dtype, 0.0)
-    if kind == "grouped":
-        groups = count // site.granularity
-        rows = Given(tuple(np.repeat(np.arange(groups), site.granularity).tolist()))
-        return Take(Drawn((groups, hidden), dtype, "normal", std, key), 0, rows)
-    return Drawn((count, hidden), dtype, kind, std, key)

@@ -7,10 +7,9 @@ every so many batches, so that a pass that was stopped goes on to the same bits.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -22,6 +21,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import upcycle
+from upcycle.calibration.asked import Asked
 from upcycle.calibration.observer import MOST, Observer, means
 from upcycle.calibration.stopped import begun, restore, save
 from upcycle.checkpoints import tensor_file
@@ -31,83 +31,24 @@ from upcycle.dense.source import Dense, admit
 from upcycle.dense.statistics import (
     FORMAT,
     KEY,
-    NAMES,
     PARTIAL,
-    POSITIONS,
     Statistics,
     fingerprint,
-    refuse_unknown,
 )
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import rows as examples
-from upcycle.evaluation.rows import Rows
 from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.system import claim, lock, memory, scratch
-from upcycle.system.paths import as_paths
 from upcycle.system.progress import Progress, reporting_to, say, work
 from upcycle.system.signals import noted
 from upcycle.system.wording import size
-from upcycle.tensors import rng
+from upcycle.tasks._rows import Rows, of_images, of_text
 
-IMAGES = 30_000  # taken of a set of images at most; about what MoE Jetpack takes of ImageNet
-ROWS = 2_048  # taken of a text at most: 2^20 tokens in rows of 512
+__all__ = ["Asked", "calibrate"]
+
 SAVE_EVERY = 50  # batches
 ENDING = ".safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What to collect, and on what. `limit` is the number of images or rows at most; 0: all, None: `IMAGES`
-    or `ROWS`.
-    """
-
-    images: Path | None = None
-    text: Path | None = None
-    collect: tuple[str, ...] = ("l1", "l2", "count")
-    positions: tuple[str, ...] = tuple(POSITIONS)
-    limit: int | None = None
-    length: int | None = None  # tokens of a row of text; None: 512, or as many as the model takes
-    batch_size: int = 32
-    threshold: float = 0.0  # above which a number counts as active
-    seed: int = 0  # of the order of examples
-    in_order: bool = False  # the first examples, as the released code of MoE Jetpack takes
-    device: str | None = None  # None: an accelerator, where there is one
-    cache: Path | None = None  # folder for decoded images and token files
-    allow_nonfinite: bool = False
-
-    def __post_init__(self) -> None:
-        as_paths(self, "text", "images", "cache")
-        if (self.text is None) == (self.images is None):
-            raise UpcycleError("give either --images PATH or --text PATH to calibrate on")
-        refuse_unknown("--collect", self.collect, NAMES)
-        refuse_unknown("--positions", self.positions, POSITIONS)
-        if "co_activation" in self.collect and "neurons" not in self.positions:
-            raise UpcycleError(
-                f"--collect co_activation is of neurons, and --positions is {','.join(self.positions)}; add "
-                f"neurons, or leave it out"
-            )
-        if self.batch_size < 1:
-            raise UpcycleError(f"--batch-size {self.batch_size}; it must be 1 or more")
-        if self.limit is not None and self.limit < 0:
-            raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
-        if self.length is not None and (self.length < 1 or self.text is None):
-            raise UpcycleError(f"--length {self.length}; it must be 1 or more tokens, and goes with --text")
-        if not math.isfinite(self.threshold):
-            raise UpcycleError(f"--threshold {self.threshold}; it must be a number")
-
-    def examples(self, there: int) -> int:
-        """How many of the examples that are there are taken."""
-        default = IMAGES if self.images is not None else ROWS
-        return min(there, (default if self.limit is None else self.limit) or there)
-
-    def order(self, there: int) -> np.ndarray:
-        """The numbers of the examples that are taken, in order, int64 [N]."""
-        order = (
-            np.arange(there) if self.in_order else rng.permutation(rng.key(self.seed, "calibration"), there)
-        )
-        return order[: self.examples(there)]
 
 
 def calibrate(
@@ -245,15 +186,12 @@ def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
 
 
 def _rows(dense: Dense, asked: Asked, cache: Path) -> Rows:
-    config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
-    subject = Subject(folder=dense.checkpoint.folder, config=config)
+    subject = Subject.of_dense(dense)
     gradient = "gradient" in asked.collect
     if asked.images is not None:
-        return examples.of_images(asked.images, subject, cache, gradient=gradient, seed=asked.seed)
+        return of_images(asked.images, subject, cache, gradient=gradient, seed=asked.seed)
     assert asked.text is not None
-    return examples.of_text(
-        asked.text, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length
-    )
+    return of_text(asked.text, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length)
 
 
 def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, count: int) -> dict[str, Any]:

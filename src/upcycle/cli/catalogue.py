@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 from upcycle import families, init, targets
-from upcycle.nn import routers
-from upcycle.targets import natives
+from upcycle.nn import router_starts, routers
 
 Row = dict[str, str]
-
-ROUTER_INITS: list[Row] = [
-    {"name": "normal", "summary": "N(0, std^2)", "needs": "nothing"},
-    {"name": "uniform", "summary": "uniform with mean 0 and standard deviation std", "needs": "nothing"},
-    {
-        "name": "zeros",
-        "summary": "all zero: every expert scores alike; ties send all tokens to the same ones",
-        "needs": "nothing",
-    },
-    {"name": "orthogonal", "summary": "orthogonal rows of norm std x sqrt(H)", "needs": "nothing"},
-    {
-        "name": "grouped",
-        "summary": "one normal row for each group of G shards (virtual groups)",
-        "needs": "moe.granularity = G",
-    },
-]
 
 
 def everything() -> dict[str, list[Row]]:
     """Families, targets, initialisations, routers and router initialisations."""
     dense = [families.find(name) for name in families.names()]
-    moe = [natives.find(name) for name in natives.names()]
     ways = [(name, routers.find(name)) for name in routers.names()]
     inits = [(name, init.find(name)) for name in init.names()]
+    starts = [router_starts.find(name) for name in router_starts.names()]
     return {
         "families": [
             {
@@ -40,20 +23,8 @@ def everything() -> dict[str, list[Row]]:
             }
             for f in dense
         ],
-        "targets": [
-            {
-                "name": n.model_type,
-                "summary": n.summary,
-                "needs": "experts in every layer" if n.dense_layers is None else "nothing",
-            }
-            for n in moe
-        ]
-        + [
-            {"name": name, "summary": kind.summary, "needs": kind.needs}
-            for name in targets.names()
-            if name != "native" and (kind := targets.kind(name))
-        ],
+        "targets": targets.catalogue(),
         "initialisations": [{"name": n, "summary": i.summary, "needs": i.needs} for n, i in inits],
         "routers": [{"name": n, "summary": r.summary, "needs": r.needs} for n, r in ways],
-        "router initialisations": ROUTER_INITS,
+        "router initialisations": [{"name": s.name, "summary": s.summary, "needs": s.needs} for s in starts],
     }

@@ -12,11 +12,12 @@ import io
 import re
 import textwrap
 import tokenize
-import types
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-from upcycle import init, recipe
-from upcycle.nn import routers
+from upcycle import settings
+from upcycle.nn.balance import Balance
+from upcycle.recipe import Recipe
+from upcycle.training.run import Run
 
 TITLE = "Keys of recipes and run files"
 ABOUT = """
@@ -40,49 +41,64 @@ class Key:
 
 
 def everything() -> dict[str, list[Key]]:
-    """The keys by section."""
-    from upcycle import tasks
-    from upcycle.data import augment, corpus, documents
-    from upcycle.training import run, schedule
-
-    made = "recipe", "task", "init", "router", "parts", "moe", "successor"
-    tables = "data", "train", "schedule", "optimizer", "parallel", "log", "checkpoint"
+    """The keys by section: those that the types of a run and of a recipe lead to."""
     out = {
-        "of a run file": of(run.Run, without=(*made, *tables)),
-        "of a recipe": of(recipe.Recipe, without=made),
-        "[moe]": of(recipe.Moe),
-        **{f'[init] name = "{name}"': of(init.find(name)) for name in init.names()},
-        **{f'[router] name = "{name}"': of(routers.find(name)) for name in routers.names()},
-        "[router], in a run file": of(run.Balance),
-        "[successor]": of(recipe.Successor),
-        **{f'[task] name = "{name}"': of(tasks.find(name)) for name in tasks.names()},
-        "[task.augment]": of(augment.Augment),
-        "[data]": of(corpus.Data, without=("sources",)),
-        "[[data.sources]]": of(documents.Source),
-        "[train]": of(run.Train),
-        "[schedule]": of(schedule.Schedule),
-        "[optimizer]": of(run.Optimizer),
-        "[parallel]": of(run.Parallel),
-        "[log]": of(run.Log),
-        "[checkpoint]": of(run.Saving),
+        "of a run file": _plain(Run),
+        "of a recipe": _plain(Recipe),
+        **_tables(Recipe, ""),
+        "[router], in a run file": of(Balance),
+        **_tables(Run, "", without=("recipe", "router")),
     }
     return {section: keys for section, keys in out.items() if keys}
 
 
-def of(cls: type[Any], without: tuple[str, ...] = ()) -> list[Key]:
-    """The keys that a dataclass reads."""
-    unread = {"Init": object, "Router": object, "Task": object}
-    hints = get_type_hints(cls, localns=unread)
+def of(cls: type[Any]) -> list[Key]:
+    """The keys of a table, without lists of tables."""
     return [
         Key(
             name=field.name,
-            takes=_takes(hints[field.name]),
+            takes=_takes(hint),
             default=_default(field),
             sentence=_sentence(cls, field.name),
         )
         for field in dataclasses.fields(cls)
-        if field.name not in without
+        if _is_one(hint := settings.hints(cls)[field.name])
     ]
+
+
+def _plain(cls: type[Any]) -> list[Key]:
+    """The keys of a file that are no tables."""
+    return [key for key in of(cls) if key.takes != "a table"]
+
+
+def _is_one(hint: Any) -> bool:
+    """Whether a field is one key or one table, and not many tables."""
+    items = (item for option in settings.options(hint) for item in get_args(option))
+    return not any(dataclasses.is_dataclass(item) for item in items)
+
+
+def _tables(cls: type[Any], at: str, without: tuple[str, ...] = ()) -> dict[str, list[Key]]:
+    """The tables among the fields of a dataclass whose own table is at `at`, and those within them."""
+    out: dict[str, list[Key]] = {}
+    for name, hint in settings.hints(cls).items():
+        place = f"{at}.{name}" if at else name
+        for option in settings.options(hint) if name not in without else ():
+            if get_origin(option) is tuple and dataclasses.is_dataclass(item := get_args(option)[0]):
+                out |= _table(item, f"[[{place}]]", place)
+            elif dataclasses.is_dataclass(option):
+                out |= _table(option, f"[{place}]", place)
+    return out
+
+
+def _table(cls: Any, title: str, place: str) -> dict[str, list[Key]]:
+    """A table and those within it; of a family of tables, each of its kinds."""
+    if not (issubclass(cls, settings.Named) and cls.is_family()):
+        return {title: of(cls), **_tables(cls, place)}
+    found = {name: cls.find(name) for name in cls.names()}
+    out = {f'{title} name = "{name}"': of(kind) for name, kind in found.items()}
+    for kind in found.values():
+        out |= _tables(kind, place)
+    return out
 
 
 def markdown() -> str:
@@ -102,27 +118,31 @@ def as_dict() -> dict[str, list[dict[str, str]]]:
 
 
 def _takes(hint: Any) -> str:
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return " or ".join(_one(option) for option in options if option is not type(None))
+    """The values that a key takes, and their range."""
+    kinds = {_one(o): own for o, own in settings.alternatives(hint) if o is not type(None)}
+    ranges = {kind: " and ".join(one.text() for one in own) for kind, own in kinds.items()}
+    if len(ranges) == 1:
+        return ", ".join(text for kind in ranges.items() for text in kind if text)
+    return " or ".join(f"{kind} ({text})" if text else kind for kind, text in ranges.items())
 
 
 def _one(option: Any) -> str:
     if get_origin(option) is Literal:
         return ", ".join(map(str, get_args(option)))
     if get_origin(option) is tuple:
-        return f"a list: {_one(get_args(option)[0])}"
+        return f"a list: {_takes(get_args(option)[0])}"
     if dataclasses.is_dataclass(option):
         return "a table"
     return {int: "whole number", float: "number", str: "text", bool: "true, false"}[option]
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return "that table's own"
     if field.default is dataclasses.MISSING:
         return "required"
     if field.default is None:
         return "none"
-    if dataclasses.is_dataclass(field.default):
-        return "that table's own"
     if isinstance(field.default, bool):
         return str(field.default).lower()
     if isinstance(field.default, tuple):

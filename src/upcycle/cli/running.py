@@ -99,16 +99,19 @@ def export(
     step: Whole = None,
     dtype: str = "source",
     optimizer: Flag = False,
+    format: str = "huggingface",
 ) -> None:
-    """Write a checkpoint of a training run as a model folder, in the layout of `upcycle convert`.
+    """Write a checkpoint of a training run as a model folder.
 
     Args:
         run: the folder of a run (its `out`)
         out: the folder to make
         step: the checkpoint to take (the newest, if absent)
         dtype: source, float32, bfloat16 or float16
-        optimizer: add the Adam moments, for optimizer.carry_state of a later run
+        optimizer: add the optimizer's moments, for optimizer.carry_state of a later run
+        format: the layout of the folder; huggingface is that of `upcycle convert`
     """
     from upcycle.cli.views.run import show_exported
 
-    show_exported(upcycle.export(run, out, step=step, dtype=dtype, with_optimizer=optimizer))
+    made = upcycle.export(run, out, step=step, dtype=dtype, with_optimizer=optimizer, format=format)
+    show_exported(made)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.data.documents import Source, documents, files
 from upcycle.data.stamps import is_as_it_was, stamps
 from upcycle.errors import UpcycleError
+from upcycle.settings import Settings, Within
 from upcycle.system import progress, whole_file
 from upcycle.system.progress import Work
 
@@ -36,20 +37,21 @@ _NEAR = 256  # characters on either side of a cut that are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Settings):
     """The `[data]` table."""
 
+    section: ClassVar[str] = "data"
+
     sources: tuple[Source, ...]
-    held_out: float = 0.0  # share of each source, its last part
+    held_out: Annotated[float, Within("[0, 1)")] = 0.0  # share of each source, its last part
     tokenizer: str | None = None  # None: that of the run's source
     append_eos: bool = True  # end a document with EOS, if there is one and the tokenizer did not put it there
     cache: str | None = None  # folder of token files; None: RUN/tokens
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sources:
             raise UpcycleError("data.sources is empty; name at least one [[data.sources]] with a path")
-        if not 0 <= self.held_out < 1:
-            raise UpcycleError(f"data.held_out = {self.held_out}; it must be 0 or more and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)

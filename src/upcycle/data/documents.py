@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from upcycle.errors import UpcycleError, listed
+from upcycle.settings import Above, Settings, Verbatim
 
 _PIECE = 1 << 20  # characters of a text file read at once
 _LINE = 1 << 28  # characters of a line of JSON, at most
@@ -17,18 +18,20 @@ _ROWS = 256  # of a parquet file in memory at a time: a few bytes may stand for 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Settings):
     """One `[[data.sources]]`: a file, a folder of files, or a Hugging Face dataset (`hf:owner/name`)."""
 
+    section: ClassVar[str] = "data.sources"
+
     path: str  # a file or a folder of text, JSON lines or parquet (or images), or hf:owner/name
-    weight: float = 1.0  # how often it is drawn from, beside the others
+    weight: Annotated[float, Above(0)] = 1.0  # how often it is drawn from, beside the others
     field: str = "text"  # of JSON lines, parquet and datasets
-    separator: str | None = None  # between the documents of a text file; None: a file is one document
+    # between the documents of a text file; None: a file is one document
+    separator: Annotated[str | None, Verbatim()] = None
     split: str = "train"  # of a Hugging Face dataset
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise UpcycleError(f"data.sources weight = {self.weight} of {self.path}; it must be above 0")
+        super().__post_init__()
         if self.separator == "":
             raise UpcycleError(
                 f'data.sources separator = "" of {self.path}; leave it out for one document a file'

@@ -15,7 +15,7 @@ from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
 from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.errors import UpcycleError, listed, shown
-from upcycle.families import Config, Family, Stack
+from upcycle.families import Config, Family, Stack, Weights
 from upcycle.targets import natives
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
@@ -37,6 +37,12 @@ class Dense:
         """The model's tensors by their names on disk."""
         stored = self.checkpoint.tensors.items()
         return {name: Stored(self.checkpoint, info) for name, info in stored if name not in self.left_out}
+
+    @cached_property
+    def weights(self) -> Weights:
+        """What each of its tensors is."""
+        listed = self.family.weights(self.config) | self.family.optional(self.config)
+        return {name: weight for name, weight in listed.items() if name in self.tensors}
 
     @property
     def raw(self) -> Mapping[str, Any]:
@@ -67,13 +73,37 @@ class Dense:
         )
 
     @property
+    def tied_head(self) -> int:
+        """Weights of a head over the vocabulary that is the embedding, and so not among the tensors."""
+        c, tied = self.config, self.family.tied
+        if not c["tie_word_embeddings"] or not self.has_language_head or (tied and tied[0] in self.tensors):
+            return 0
+        return int(c["vocab_size"] * c["hidden_size"])
+
+    @cached_property
     def stacks(self) -> tuple[Stack, ...]:
         """Where its feed-forward networks are."""
         return self.family.stacks(self.config)
 
+    @cached_property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of a row in each stack, where a number of them has to be assumed."""
+        return self.family.lengths(self.config)
+
+    def stack(self, name: str) -> Stack:
+        """The stack called `name`."""
+        return next(stack for stack in self.stacks if stack.name == name)
+
+    @cached_property
+    def _networks(self) -> dict[tuple[str, int], FeedForward]:
+        return {}
+
     def feed_forward(self, layer: int, stack: str = "layers") -> FeedForward:
         """The feed-forward network of a block."""
-        return self.family.feed_forward(self.config, layer, self.tensors, stack)
+        place = stack, layer
+        if place not in self._networks:
+            self._networks[place] = self.family.feed_forward(self.config, layer, self.tensors, stack)
+        return self._networks[place]
 
     def origin(self, layer: int, stack: str = "layers") -> FeedForward:
         """The network that the experts of a block are made from."""
@@ -87,7 +117,7 @@ class Dense:
     @property
     def unknown_keys(self) -> tuple[str, ...]:
         """Keys of config.json that the family knows nothing of."""
-        known = {*self.family.defaults, *families.SILENT, *families.SIZES}
+        known = {*self.family.defaults, *families.SILENT, *self.family.reads}
         return tuple(sorted(key for key in self.checkpoint.config if key not in known))
 
 
@@ -115,16 +145,16 @@ def admit(checkpoint: Checkpoint) -> Dense:
             f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
             f"{', '.join(FLOATS)}"
         )
-    _refuse_more_blocks_than_tensors(checkpoint)
+    _refuse_more_blocks_than_tensors(checkpoint, family)
     config = family.config(raw)
     left_out = _check_tensors(checkpoint, family, config)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out)
 
 
-def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint) -> None:
+def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family) -> None:
     """A block has tensors of its own; a number of blocks beyond all tensors is refused before it is counted
     out."""
-    for key in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+    for key in family.counts:
         count = checkpoint.config.get(key)
         if isinstance(count, int) and count > len(checkpoint.tensors):
             raise UpcycleError(
@@ -137,7 +167,7 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> di
     """Compare the headers with what the config promises; what may be left out, with the reason."""
     expected, found = family.shapes(config), checkpoint.tensors
     where = checkpoint.folder
-    expected |= {n: shape for n, shape in family.optional(config).items() if n in found}
+    expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
     if missing := [n for n in expected if n not in found]:
         if wrapped := mistaken.names(found):
             raise UpcycleError(f"{where}: {wrapped}")
@@ -149,8 +179,8 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> di
             )
     extra = [n for n in found if n not in expected]
     left_out = {n: reason for n in extra if (reason := family.ignored(n)) is not None}
-    if config["tie_word_embeddings"] and "lm_head.weight" in extra:
-        left_out["lm_head.weight"] = "tied to model.embed_tokens.weight by the config"
+    if family.tied and config["tie_word_embeddings"] and (head := family.tied[0]) in extra:
+        left_out[head] = f"tied to {family.tied[1]} by the config"
     if surplus := [n for n in extra if n not in left_out]:
         raise UpcycleError(
             f"{where} holds {listed(surplus)}, which a {family.model_type} of this config does not have; "
@@ -164,10 +194,10 @@ def refuse_two_heads(dense: Dense) -> None:
 
     transformers 5 keeps the two apart where they differ. Reads both tensors.
     """
-    opened = dense.checkpoint
-    if "lm_head.weight" not in dense.left_out:
+    opened, tied = dense.checkpoint, dense.family.tied
+    if tied is None or tied[0] not in dense.left_out:
         return
-    head, embedding = opened.tensors["lm_head.weight"], opened.tensors["model.embed_tokens.weight"]
+    head, embedding = (opened.tensors[name] for name in tied)
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
         np.array_equal(opened.pread(head, i, j), opened.pread(embedding, i, j))
         for i in range(0, head.nbytes, CHUNK)
@@ -175,8 +205,8 @@ def refuse_two_heads(dense: Dense) -> None:
     )
     if not same:
         raise UpcycleError(
-            f"{opened.folder} stores an lm_head.weight that differs from the embedding its config ties it "
-            f"to; set tie_word_embeddings to false in config.json, or take lm_head.weight out"
+            f"{opened.folder} stores an {tied[0]} that differs from the embedding its config ties it "
+            f"to; set tie_word_embeddings to false in config.json, or take {tied[0]} out"
         )
 
 

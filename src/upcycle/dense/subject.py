@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle import families
+from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import read_json
 from upcycle.errors import UpcycleError
-from upcycle.nn import upcycled_config
+from upcycle.families import Family, Grid
+
+if TYPE_CHECKING:
+    from upcycle.dense.source import Dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,12 @@ class Subject:
             ),
         )
 
+    @classmethod
+    def of_dense(cls, dense: Dense) -> Subject:
+        """A dense checkpoint, as the class that it was admitted as."""
+        config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
+        return cls(folder=dense.checkpoint.folder, config=config)
+
     @property
     def architecture(self) -> str:
         """The class of transformers, without what upcycling adds to its name."""
@@ -39,34 +48,45 @@ class Subject:
             raise UpcycleError(f"{self.folder}/config.json names no architecture")
         if not isinstance(named, list) or not isinstance(named[0], str):
             raise self._odd("architectures", "a list with the name of a class")
-        return named[0].removeprefix(upcycled_config.CLASS_PREFIX)
+        return targets.dense_class(named[0])
+
+    @cached_property
+    def _dense_config(self) -> Mapping[str, Any]:
+        """The config of the dense class in it, if it has one; else the whole of it."""
+        target = targets.opened(self.config)
+        return (target.dense_config(self.config) if target else None) or self.config
+
+    @cached_property
+    def _family(self) -> Family | None:
+        """The dense family; None: it is a class that only MoE has."""
+        model_type = self._dense_config.get("model_type")
+        return families.find(str(model_type)) if model_type in families.names() else None
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """The config with the defaults of its dense family in place, where it has one."""
-        dense = (
-            upcycled_config.dense_config(self.config)
-            if upcycled_config.dense_type(self.config)
-            else self.config
-        )
-        model_type = dense.get("model_type")
-        if model_type not in families.names():
-            return self.config
-        return families.find(str(model_type)).config(dense)
+        return self.config if self._family is None else self._family.config(self._dense_config)
 
     @property
     def length(self) -> int:
         """Tokens of a row: those of an image, or as many as there are positions."""
-        model_type = upcycled_config.dense_type(self.config) or str(self.config.get("model_type"))
-        if model_type not in families.names():  # a native MoE class
+        if self._family is None:
             return self._count("max_position_embeddings", self.config)
-        return families.find(model_type).length(dict(self.settings))
+        return self._family.length(dict(self.settings))
 
     @property
     def lengths(self) -> dict[str, int]:
         """Tokens of a row in each stack of blocks."""
-        dense_type = upcycled_config.dense_type(self.config) or str(self.config.get("model_type"))
-        return families.find(dense_type).lengths(dict(self.settings))
+        family = self._family or families.find(str(self._dense_config.get("model_type")))
+        return family.lengths(dict(self.settings))
+
+    def grid(self, stack: str) -> Grid:
+        """The patches of an image that the positions of a stack are. Raises `UpcycleError` for a model of
+        texts."""
+        grid = None if self._family is None else self._family.grid(self.settings, stack)
+        if grid is None:
+            raise UpcycleError(f"{self.folder} reads texts and cuts no image into patches")
+        return grid
 
     @property
     def vocab_size(self) -> int:

@@ -16,7 +16,8 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.source import Dense, admit
 from upcycle.errors import UpcycleError, listed
-from upcycle.families import Axes, Axis, Config
+from upcycle.families import Config
+from upcycle.families._narrowing import Axes, Axis, narrowable
 from upcycle.init._selecting import Choice, Selecting
 from upcycle.recipe import Recipe, Successor
 from upcycle.tensors.feed_forward import FeedForward
@@ -75,11 +76,13 @@ class Narrowed(Dense):
     @cached_property
     def _axes(self) -> tuple[Axes, Axes, dict[str, tuple[int, ...]]]:
         """What the axes of tensors are made of, before and after, and the shapes after."""
-        shapes = self.family.shapes(self.config) | self.family.optional(self.config)
-        return self.family.axes(self.predecessor.config), self.family.axes(self.config), shapes
+        family = narrowable(self.family)
+        listed = family.weights(self.config) | family.optional(self.config)
+        shapes = {name: weight.shape for name, weight in listed.items()}
+        return family.axes(self.predecessor.config), family.axes(self.config), shapes
 
     def _blocks(self, axis: Axis) -> int:
-        return next(s.count for s in self.predecessor.stacks if s.name == axis.stack)
+        return self.predecessor.stack(axis.stack).count
 
     @property
     def raw(self) -> Mapping[str, Any]:
@@ -94,8 +97,7 @@ class Narrowed(Dense):
             return {}
 
         def become(dense: Dense, name: str) -> bool:
-            stacks = {s.name: s for s in dense.stacks}
-            return any(stacks[stack].owns(name, i) for stack, i in experts)
+            return any(dense.stack(stack).owns(name, i) for stack, i in experts)
 
         mine = [n for n in self.predecessor.tensors if not become(self.predecessor, n)]
         theirs = [f"{self.rest.checkpoint.label}: {n}" for n in self.rest.tensors if become(self.rest, n)]
@@ -114,14 +116,15 @@ class Narrowed(Dense):
 
 def narrowed(predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = False) -> Narrowed:
     """The successor that `recipe` makes of a predecessor; refused where widths or checkpoints do not fit."""
-    wanted, init, family = recipe.successor, recipe.init, predecessor.family
+    wanted, init = recipe.successor, recipe.init
     assert wanted is not None
     if not isinstance(init, Selecting):
         raise UpcycleError(
             f"[successor] needs an initialisation that chooses weights: importance, co_activation, uniform "
             f"or random; init.name = {init.name} does not"
         )
-    family.axes(predecessor.config)  # refuses a family that cannot be narrowed
+    family = narrowable(predecessor.family)
+    family.axes(predecessor.config)  # refuses a config that cannot be narrowed
     hidden, width = _widths(predecessor, wanted)
     changed = family.narrowed(predecessor.config, hidden, width)
     config = family.config({**predecessor.raw, **changed})

@@ -1,35 +1,14 @@
-"""Patches of images: how a stack cuts an image, and the patches that each expert is surest to get."""
+"""Patches of images: the patches that each expert is surest to get."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from upcycle.families._encoder import pair
+from upcycle.families import Grid
 
 FAVOURITES = 8  # tokens or patches that are named for each expert
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """How an image is cut into the patches of a stack: how many, and their size in pixels."""
-
-    rows: int
-    columns: int
-    height: int
-    width: int
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], stack: str) -> Grid:
-        """Of a ViT by its patches; each later stage of a ConvNeXt merges two by two, and what is left over
-        falls away."""
-        image, patch = pair(settings["image_size"]), pair(settings["patch_size"])
-        halved = int(stack.removeprefix("stage_")) - 1 if stack.startswith("stage_") else 0
-        rows, columns = (side // part >> halved for side, part in zip(image, patch, strict=True))
-        return cls(rows=rows, columns=columns, height=patch[0] << halved, width=patch[1] << halved)
 
 
 @dataclass(kw_only=True)

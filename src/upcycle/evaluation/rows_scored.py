@@ -1,9 +1,7 @@
-"""Rows of what a model's task asks, each scored by itself: images and their classes, T5's spans, BERT's
-masks."""
+"""Every row that a task makes of its data, scored by itself: images, T5's spans, BERT's masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +9,45 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from upcycle import tasks
-from upcycle.data.augment import Augment
 from upcycle.data.corruption import IGNORED
-from upcycle.data.examples import Examples
-from upcycle.data.images import ImageSet
+from upcycle.data.feeding import Feed, Feeding
 from upcycle.dense.subject import Subject
 from upcycle.evaluation.asked import Asked
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.differences import Sums
-from upcycle.evaluation.features import features
-from upcycle.evaluation.probe import few_shot
 from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.text import LENGTH
 from upcycle.system import progress
-from upcycle.tasks._tokens import TokenFeed
-from upcycle.tasks.image_classification import ImageClassification
-from upcycle.training.run import Run
+from upcycle.tasks import Task
 
 Numbers = list[tuple[float, int, int]]
 
 
-def of_images(model: PreTrainedModel, subject: Subject, path: Path, asked: Asked, cache: Path) -> Result:
-    """Top-1 accuracy and loss on labelled images, the first `asked.limit` of an order keyed by seed 0."""
-    task = ImageClassification()
-    feed = Examples(task.images(str(path), subject, cache), None, held_out_share=0.0, seed=0)
-    scored = _score(model, subject, task, feed, asked, f"images of {path.name}")
-    return _result("images", path, task, scored, "images", {"limit": asked.limit})
-
-
-def of_text(
-    model: PreTrainedModel, subject: Subject, path: Path, task: tasks.Task, asked: Asked, cache: Path
+def score(
+    model: PreTrainedModel, subject: Subject, task: Task, path: Path, asked: Asked, cache: Path
 ) -> Result:
-    """The loss of a task that hides parts of a text, per part hidden; the rows are packed ones."""
+    """The loss and the right answers on the first `asked.limit` rows of an order keyed by seed 0, each per
+    target. Raises `UpcycleError` for data that the task cannot read.
+    """
     length = asked.length or min(LENGTH, subject.settings.get("max_position_embeddings") or LENGTH)
-    run = Run.of(
-        {
-            "source": str(subject.folder),
-            "out": str(cache),
-            "data": {"sources": [{"path": str(path), **_separated(asked)}], "cache": str(cache)},
-            "train": {"steps": 1, "batch_size": 1, "sequence_length": length},
-            "schedule": {"peak": 0.0},
-        }
+    feeding = Feeding.of_file(path, length=length, cache=cache, separator=asked.separator)
+    scored = _score(
+        model, subject, task, task.feed(feeding, subject), asked, f"{_units(task)} of {path.name}"
     )
-    feed = task.feed(run, subject, cache)
-    assert isinstance(feed, TokenFeed)
-    scored = _score(model, subject, task, feed, asked, f"rows of {path.name}")
-    settings = {"length": length, "limit": asked.limit, "separator": asked.separator}
-    return _result("text", path, task, scored, "rows", settings)
+    settings: dict[str, Any] = {"length": length, "limit": asked.limit, "separator": asked.separator}
+    if task.reads == "images":
+        settings = {"limit": asked.limit}
+    return _result(path, task, scored, settings)
 
 
-def _separated(asked: Asked) -> dict[str, str]:
-    return {} if asked.separator is None else {"separator": asked.separator}
+def _units(task: Task) -> str:
+    """The name of the rows, in the plural."""
+    return f"{task.unit}s" if task.by_example else "rows"
 
 
 @torch.inference_mode()
 def _score(
-    model: PreTrainedModel,
-    subject: Subject,
-    task: tasks.Task,
-    feed: TokenFeed | Examples,
-    asked: Asked,
-    what: str,
+    model: PreTrainedModel, subject: Subject, task: Task, feed: Feed, asked: Asked, what: str
 ) -> np.ndarray:
     """Loss, right answers and targets of each row: float64 [3, N]."""
     count = sum(feed.trainable)
@@ -98,19 +73,17 @@ def _score(
     return np.array(found, np.float64).T
 
 
-def _row(task: tasks.Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int, int]:
+def _row(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int, int]:
     return float(task.loss(logits, labels)), int(task.correct(logits, labels)), int((labels != IGNORED).sum())
 
 
-def _result(
-    kind: Any, path: Path, task: tasks.Task, scored: np.ndarray, units: str, settings: dict[str, Any]
-) -> Result:
+def _result(path: Path, task: Task, scored: np.ndarray, settings: dict[str, Any]) -> Result:
     losses, right, targets = scored
+    units, by_token = _units(task), not task.by_example
     loss = Sums(top=losses, bottom=targets, units=units)
     accuracy = Sums(top=right, bottom=targets, units=units)
-    by_token = kind == "text"
     return Result(
-        kind=kind,
+        kind=task.reads,
         name=path.name,
         data={**data_of(path), **settings},
         metrics={
@@ -120,52 +93,3 @@ def _result(
         units=(units, *targets.tolist()),
         more={"task": task.name, "targets": int(targets.sum()), "examples": len(losses)},
     )
-
-
-def of_probe(
-    model: PreTrainedModel, subject: Subject, shots: Path, images: Path, asked: Asked, cache: Path
-) -> Result:
-    """The few-shot probe on frozen features, fitted on `shots`, tested on `images`; its seeds are units."""
-    task = ImageClassification()
-    sets = [task.images(str(path), subject, cache, any_classes=True) for path in (shots, images)]
-    size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
-    made, labels = [], []
-    for found in sets:
-        chosen = _chosen(found, asked.limit)
-        augment = task.augmentation(subject)
-
-        def work(places: Sequence[int], found: ImageSet = found, augment: Augment = augment) -> Any:
-            return features(model, found, np.array(places), augment, batch_size=len(places))
-
-        what = f"features of {Path(found.name).name}"
-        with progress.work(what, "examples", total=len(chosen)) as reading:
-            made.append(np.stack(size.over(chosen.tolist(), work, advance=reading.advance)))
-        labels.append(found.labels[chosen])
-    fitted = few_shot(
-        made[0], labels[0], made[1], labels[1],
-        num_classes=max(s.num_labels for s in sets), per_class=asked.per_class,
-    )  # fmt: skip
-    sums = Sums.mean(np.array(fitted.accuracies), "seeds")
-    return Result(
-        kind="few_shot",
-        name=images.name,
-        data={
-            "fitted_on": data_of(shots),
-            "tested_on": data_of(images),
-            "per_class": asked.per_class,
-            "limit": asked.limit,
-        },
-        metrics={"accuracy": Metric.of(sums, higher_is_better=True)},
-        units=(asked.per_class, *labels[1].tolist()),
-        more={
-            "accuracies": list(fitted.accuracies),
-            "per_class": asked.per_class,
-            "examples": len(made[1]),
-        },
-    )
-
-
-def _chosen(images: ImageSet, limit: int) -> np.ndarray:
-    """All images, or as many of them, evenly spaced."""
-    count = min(len(images), limit or len(images))
-    return np.arange(count) * len(images) // count

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from upcycle import tasks
 from upcycle.checkpoints import hub
@@ -23,17 +22,16 @@ from upcycle.checkpoints.checkpoint import read_json
 from upcycle.data import corpus
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import rows_scored, task_files, text, text_to_text
+from upcycle.evaluation import few_shot, task_files, text_to_text
 from upcycle.evaluation.asked import Asked
-from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER, LanguageModel
+from upcycle.evaluation.judge import Judge
+from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER
 from upcycle.evaluation.results import Result
 from upcycle.hf import models
 from upcycle.hf.quiet import quiet
 from upcycle.system import scratch
-from upcycle.tasks.causal_lm import CausalLM
-from upcycle.tasks.image_classification import ImageClassification
-from upcycle.tasks.text_classification import TextClassification
-from upcycle.training.loop import RECORD
+from upcycle.tasks import Task
+from upcycle.training.run_folder import RECORD
 
 __all__ = ["Asked", "Scored", "evaluate", "refuse", "score"]
 
@@ -79,17 +77,14 @@ def score(source: str | Path, asked: Asked) -> Scored:
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     with scratch.folder() as made_here:
-        cache = asked.cache or made_here
-        if asked.images is not None:
-            results = [_on_images(model, subject, asked.images, asked, cache)]
-            tokenizer = None
-        else:
-            words = corpus.read_tokenizer(folder)
-            results = _on_texts(model, words, subject, asked, cache)
-            tokenizer = _fingerprint(words)
+        words = corpus.read_tokenizer(folder) if asked.images is None else None
+        judge = Judge(
+            model=model, subject=subject, tokenizer=words, asked=asked, cache=asked.cache or made_here
+        )
+        results = _on_texts(judge) if asked.images is None else [_on_images(judge, asked.images)]
     return Scored(
         checkpoint=str(source), folder=folder, architecture=str(subject.config["architectures"][0]),
-        results=tuple(results), tokenizer=tokenizer,
+        results=tuple(results), tokenizer=None if words is None else _fingerprint(words),
     )  # fmt: skip
 
 
@@ -116,16 +111,10 @@ def _admit(source: str | Path, asked: Asked) -> tuple[Path, Subject]:
 def _refuse_unfit(subject: Subject, asked: Asked) -> None:
     """Refuse what a class cannot be asked, before its weights are read."""
     architecture = subject.architecture
-    task = None if asked.shots else tasks.of(architecture)
-    classifies = isinstance(task, ImageClassification)
-    if asked.images and asked.shots is None and not classifies:
-        raise UpcycleError(f"{architecture} does not classify images; give --text, or --few-shot")
-    if asked.shots and "image_size" not in subject.settings:
+    if asked.shots is None:
+        _refuse_other_data(tasks.of(architecture), architecture, asked)
+    elif "image_size" not in subject.settings:
         raise UpcycleError(f"{architecture} reads no images; --few-shot is for models that do")
-    if not asked.images and isinstance(task, TextClassification):
-        raise UpcycleError(f"{architecture} classifies texts; score it in a run, with task.test")
-    if not asked.images and classifies:
-        raise UpcycleError(f"{architecture} reads images and no text; give --images")
     if (asked.by_harness or asked.superglue) and not architecture.endswith((DECODER, ENCODER_DECODER)):
         raise UpcycleError(
             f"{architecture} gives no text a likelihood, and tasks ask for one; give --text, or a "
@@ -138,6 +127,16 @@ def _refuse_unfit(subject: Subject, asked: Asked) -> None:
         )
 
 
+def _refuse_other_data(task: Task, architecture: str, asked: Asked) -> None:
+    """Refuse what the task of a class does not read, and a task that is not scored here."""
+    if asked.images and task.reads != "images":
+        raise UpcycleError(f"{architecture} does not classify images; give --text, or --few-shot")
+    if (reason := task.unscored(architecture)) is not None:
+        raise UpcycleError(reason)
+    if not asked.images and task.reads != "text":
+        raise UpcycleError(f"{architecture} reads images and no text; give --images")
+
+
 def _refuse_missing(asked: Asked) -> None:
     """Refuse tasks without their files, or without the harness, before anything is scored."""
     if asked.by_harness:
@@ -148,36 +147,21 @@ def _refuse_missing(asked: Asked) -> None:
         text_to_text.files(asked.superglue)
 
 
-def _on_images(model: PreTrainedModel, subject: Subject, images: Path, asked: Asked, cache: Path) -> Result:
-    if asked.shots is not None:
-        return rows_scored.of_probe(model, subject, asked.shots, images, asked, cache)
-    return rows_scored.of_images(model, subject, images, asked, cache)
+def _on_images(judge: Judge, images: Path) -> Result:
+    if judge.asked.shots is not None:
+        return few_shot.score(judge.model, judge.subject, judge.asked.shots, images, judge.asked, judge.cache)
+    return tasks.of(judge.subject.architecture).score(judge, images)
 
 
-def _on_texts(
-    model: PreTrainedModel, words: Any, subject: Subject, asked: Asked, cache: Path
-) -> list[Result]:
-    results = []
-    task = tasks.of(subject.architecture)
-    speaks = subject.architecture.endswith((DECODER, ENCODER_DECODER))
-    language = LanguageModel.of(model, words, subject, batch_size=asked.batch_size) if speaks else None
-    for name, path in asked.named.items():
-        if language is not None and isinstance(task, CausalLM):
-            scored = text.score(
-                language, path, length=asked.length, stride=asked.stride, limit=asked.limit,
-                separator=asked.separator,
-            )  # fmt: skip
-        else:
-            scored = rows_scored.of_text(model, subject, path, task, asked, cache)
-        results.append(dataclasses.replace(scored, name=name))
+def _on_texts(judge: Judge) -> list[Result]:
+    asked, task = judge.asked, tasks.of(judge.subject.architecture)
+    results = [dataclasses.replace(task.score(judge, path), name=name) for name, path in asked.named.items()]
     if asked.by_harness:
-        assert language is not None
         results += _harness().score(
-            language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
+            judge.language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
         )
     if asked.superglue:
-        assert language is not None
-        results += text_to_text.score(language, asked.superglue, limit=asked.limit)
+        results += text_to_text.score(judge.language, asked.superglue, limit=asked.limit)
     return results
 
 

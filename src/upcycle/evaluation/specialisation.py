@@ -20,17 +20,16 @@ from upcycle.checkpoints.checkpoint import read_json
 from upcycle.data.corpus import read_tokenizer
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import rows as examples
 from upcycle.evaluation.batch_size import BatchSize
-from upcycle.evaluation.patches import FAVOURITES, Grid, Patches
+from upcycle.evaluation.patches import FAVOURITES, Patches
 from upcycle.evaluation.results import write
 from upcycle.evaluation.routing_file import FILE, FORMAT
-from upcycle.evaluation.rows import Rows
 from upcycle.hf import models
 from upcycle.hf.quiet import quiet
 from upcycle.system import claim, scratch
 from upcycle.system.paths import as_paths
 from upcycle.system.progress import work
+from upcycle.tasks._rows import Rows, of_images, of_text
 from upcycle.tensors import rng
 from upcycle.training.routing import Routers, Said
 
@@ -127,9 +126,11 @@ class Specialisation:
     def save(self) -> Path:
         """Write routing.json into the model's folder."""
         path = self.folder / FILE
-        claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
         try:
+            claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
             write(path, self.as_dict())
+        except UpcycleError as error:
+            raise UpcycleError(f"{error}; what was seen is above") from None
         except OSError as error:
             raise UpcycleError(
                 f"{path} cannot be written ({error.strerror or error}); what was seen is above"
@@ -203,8 +204,8 @@ def _names(subject: Subject, layers: list[Layer]) -> dict[int, str]:
 
 def _rows(path: Path, subject: Subject, asked: Asked, cache: Path) -> Rows:
     if asked.images:
-        return examples.of_images(path, subject, cache, gradient=False, seed=asked.seed)
-    return examples.of_text(
+        return of_images(path, subject, cache, gradient=False, seed=asked.seed)
+    return of_text(
         path, subject, cache, gradient=False, seed=asked.seed, length=asked.length
     )  # fmt: skip
 
@@ -247,7 +248,7 @@ def _watch(
         _add(layer, name, said, _kinds(inputs, layer.stack, said, len(places)))
         if layer.patches is not None:
             given = said.probabilities.cpu().numpy().reshape(len(places), -1, said.probabilities.shape[-1])
-            grid = Grid.of(subject.settings, layer.stack)
+            grid = subject.grid(layer.stack)
             layer.patches.add(inputs["pixel_values"].cpu().numpy(), given, grid)
     return [None] * len(places)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
+from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import Axes, Axis, Config, Shapes, Stack
-from upcycle.families._encoder import Encoder, linear, norm, num_labels, pair
+from upcycle.families import Config, Grid, Stack, Weights
+from upcycle.families._encoder import Encoder, num_labels, pair
+from upcycle.families._weights import Bias, Matrix, below, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
@@ -24,7 +26,9 @@ class ConvNeXt(Encoder):
     """
 
     sizes = ("num_channels",)
-    block_paths = tuple(f"encoder.stages.{s}.layers.*" for s in range(STAGES))
+    network: tuple[str, ...] = ("pwconv1", "pwconv2")  # modules of a block's network, in memory and on disk
+    counts = ("depths",)
+    after = ("layernorm.",)
 
     def finish(self, config: Config) -> Config:
         hidden = max(config["hidden_sizes"])
@@ -39,10 +43,8 @@ class ConvNeXt(Encoder):
     def lengths(self, config: Config) -> dict[str, int]:
         """Places of the feature map in each stage: 56^2, 28^2, 14^2 and 7^2 of an image of 224 x 224."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
-        height, width = image[0] // patch[0], image[1] // patch[1]
-        found = {}
-        for s in range(STAGES):
-            found[f"stage_{s + 1}"] = (height // STRIDE**s) * (width // STRIDE**s)
+        grids = {f"stage_{s + 1}": self.grid(config, f"stage_{s + 1}") for s in range(STAGES)}
+        found = {name: grid.rows * grid.columns for name, grid in grids.items()}
         if not all(found.values()):
             raise UpcycleError(
                 f"config.json of a {self.model_type} model: an image of {image[0]} x {image[1]} in patches "
@@ -50,6 +52,17 @@ class ConvNeXt(Encoder):
                 f"{STRIDE ** (STAGES - 1)} patches high and wide"
             )
         return found
+
+    def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
+        """Each later stage merges patches two by two, and what is left over falls away."""
+        image, patch = pair(config["image_size"]), pair(config["patch_size"])
+        merged = STRIDE ** self.number(stack)
+        return Grid(
+            rows=image[0] // patch[0] // merged,
+            columns=image[1] // patch[1] // merged,
+            height=patch[0] * merged,
+            width=patch[1] * merged,
+        )
 
     def length(self, config: Config) -> int:
         """Tokens of an image in the first stage, where there are most."""
@@ -59,70 +72,39 @@ class ConvNeXt(Encoder):
         images = max(1, tokens // self.length(config))
         return {"pixel_values": ("pixels", (images, config["num_channels"], *pair(config["image_size"])))}
 
-    def body(self, config: Config) -> Shapes:
+    def body(self, config: Config) -> Weights:
         sizes = config["hidden_sizes"]
         patch = (sizes[0], config["num_channels"], *pair(config["patch_size"]))
-        out: Shapes = {
-            "embeddings.patch_embeddings.weight": patch,
-            "embeddings.patch_embeddings.bias": (sizes[0],),
+        out: Weights = {
+            "embeddings.patch_embeddings.weight": Matrix(patch),
+            "embeddings.patch_embeddings.bias": Bias((sizes[0],)),
             **norm("embeddings.layernorm", sizes[0]),
         }
         for s, (hidden, depth) in enumerate(zip(sizes, config["depths"], strict=True)):
             stage = f"encoder.stages.{s}."
             if s:
                 out |= norm(f"{stage}downsampling_layer.0", sizes[s - 1])
-                out[f"{stage}downsampling_layer.1.weight"] = (hidden, sizes[s - 1], STRIDE, STRIDE)
-                out[f"{stage}downsampling_layer.1.bias"] = (hidden,)
+                out[f"{stage}downsampling_layer.1.weight"] = Matrix((hidden, sizes[s - 1], STRIDE, STRIDE))
+                out[f"{stage}downsampling_layer.1.bias"] = Bias((hidden,))
             for i in range(depth):
-                block = self.block(config, hidden).items()
-                out |= {f"{stage}layers.{i}.{name}": shape for name, shape in block}
+                out |= below(f"{stage}layers.{i}.", self.block(config, hidden))
         return out | norm("layernorm", sizes[-1])
 
-    def block(self, config: Config, hidden: int) -> Shapes:
+    def block(self, config: Config, hidden: int) -> Weights:
         """The tensors of a block of so many channels, by their names in it."""
         width = RATIO * hidden
         return {
-            "dwconv.weight": (hidden, 1, KERNEL, KERNEL),
-            "dwconv.bias": (hidden,),
+            "dwconv.weight": Matrix((hidden, 1, KERNEL, KERNEL)),
+            "dwconv.bias": Bias((hidden,)),
             **norm("layernorm", hidden),
             **linear("pwconv1", width, hidden),
             **linear("pwconv2", hidden, width),
         }
 
-    def head(self, config: Config) -> Shapes:
+    def head(self, config: Config) -> Weights:
         if config["architectures"][0] == self.architectures[0]:
             return {}
-        return linear("classifier", num_labels(config), config["hidden_sizes"][-1])
-
-    def axes(self, config: Config) -> Axes:
-        of = [Axis("channels", f"stage_{s + 1}") for s in range(STAGES)]
-        known: Axes = {"classifier.weight": (None, of[-1]), "classifier.bias": (None,)}
-        base = self.base(config)
-        for s, channels in enumerate(of):
-            stage = f"{base}encoder.stages.{s}."
-            if s:
-                known |= dict.fromkeys(norm(f"{stage}downsampling_layer.0", 0), (of[s - 1],))
-                known[f"{stage}downsampling_layer.1.weight"] = (channels, of[s - 1], None, None)
-            for i in range(config["depths"][s]):
-                neurons = Axis("neurons", f"stage_{s + 1}", i)
-                block = f"{stage}layers.{i}."
-                known[f"{block}pwconv1.weight"] = (neurons, channels)
-                known[f"{block}pwconv1.bias"] = (neurons,)
-                known[f"{block}pwconv2.weight"] = (channels, neurons)
-        rest = {  # kernels, norms, layer scale, and biases of what gives channels
-            name: (of[self._stage(name)], *(None,) * (len(shape) - 1))
-            for name, shape in self.shapes(config).items()
-        }
-        return {name: known.get(name, axes) for name, axes in rest.items()}
-
-    def narrowed(self, config: Config, hidden: Mapping[str, int], width: Mapping[str, int]) -> Config:
-        stages = [f"stage_{s + 1}" for s in range(STAGES)]
-        if any(width[name] != RATIO * hidden[name] for name in stages):
-            raise UpcycleError(
-                f"successor.intermediate_size: the networks of a {self.model_type} have {RATIO} neurons a "
-                f"channel, and config.json has no other; leave it out (moe.expert_width is for experts)"
-            )
-        return {"hidden_sizes": [hidden[name] for name in stages]}
+        return row_linear("classifier", num_labels(config), config["hidden_sizes"][-1])
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         depths = config["depths"]
@@ -146,9 +128,7 @@ class ConvNeXt(Encoder):
                     down=module + "pwconv2",
                     causal=False,
                     activation=config["hidden_act"],
-                    norm=module + "layernorm",
                     norm_path=block + "layernorm",
-                    branches=(module + "drop_path",),  # an identity where config.json has no rate
                 )
             )
         return tuple(out)
@@ -159,12 +139,13 @@ class ConvNeXt(Encoder):
         return super().depth(f"{blocks}.layers.0." if rest else name, counts)
 
     def stack_of(self, name: str) -> str:
-        return f"stage_{self._stage(name) + 1}"
+        return f"stage_{self.stage(name) + 1}"
 
-    def constant(self, config: Config, name: str) -> float | None:
-        if name.endswith("layer_scale_parameter"):
-            return float(config["layer_scale_init_value"])
-        return 1.0 if name.endswith("downsampling_layer.0.weight") else None  # a norm
+    def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
+        return (f"{stack.blocks}.{{i}}.drop_path",)  # an identity where config.json has no rate
+
+    def own_norm(self, config: Config, stack: Stack) -> str:
+        return f"{stack.blocks}.{{i}}.layernorm"
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
@@ -182,13 +163,8 @@ class ConvNeXt(Encoder):
         """The number on disk of the stage that is called so: stage_1 is 0."""
         return int(stack.removeprefix("stage_")) - 1
 
-    network: tuple[str, ...] = (
-        "pwconv1",
-        "pwconv2",
-    )  # what a block's network is made of, in memory and on disk
-
     @staticmethod
-    def _stage(name: str) -> int:
+    def stage(name: str) -> int:
         """The stage, from 0, that gives the channels of a tensor: patches are of the first one."""
         _, _, after = name.partition("encoder.stages.")
         return int(after[0]) if after else 0 if ".embeddings." in f".{name}" else STAGES - 1

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import PER_BLOCK, SIZES, Axes, Axis, Config, Family, Shapes, Stack, rope_parameters
+from upcycle.families import Config, Stack, Weights, rope_parameters
 from upcycle.families._checked import check
+from upcycle.families._decoder_width import DecoderWidth
+from upcycle.families._training import Trained
+from upcycle.families._weights import Bias, Matrix, Norm, Table, below, linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Slice
 
@@ -15,23 +18,29 @@ LONGEST = 1024  # tokens of a sliding window that a comparison of two models rea
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-class Decoder(Family):
+class Decoder(DecoderWidth, Trained):
     """A decoder with `model.layers.N.mlp.{gate,up,down}_proj` and separate q, k, v, o projections."""
 
     theta = 10_000.0
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    embeddings = ("embed_tokens.",)
+    reads = frozenset(REQUIRED) | {
+        "head_dim", "num_key_value_heads", "partial_rotary_factor", "original_max_position_embeddings",
+    }  # fmt: skip
+    per_block: tuple[str, ...] = ("layer_types",)
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    before = ("embed_tokens.",)
+    after = ("norm.",)
     network_norm = "post_attention_layernorm"  # the norm that only the feed-forward network reads, if any
-    branches: tuple[str, ...] = ("self_attn", "mlp")  # modules of a block that give to the residual stream
+    residual: tuple[str, ...] = ("self_attn", "mlp")  # modules of a block that give to the residual stream
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         check(self.model_type, raw)
         if missing := [key for key in REQUIRED if key not in raw]:
             raise UpcycleError(f"config.json of a {self.model_type} model lacks {', '.join(missing)}")
         # Only what this family reads: a stray key must not reach a target that would heed it.
-        read = {k: v for k, v in raw.items() if k in self.defaults or k in SIZES}
+        read = {k: v for k, v in raw.items() if k in self.defaults or k in self.reads}
         config: Config = {**self.defaults, **read}
-        _check_lengths(config)
+        self._check_lengths(config)
         config["use_cache"] = raw.get("use_cache", True)
         if config.get("num_key_value_heads") is None:
             config["num_key_value_heads"] = config["num_attention_heads"]
@@ -40,90 +49,33 @@ class Decoder(Family):
         config["rope_parameters"] = rope_parameters(raw, self.theta)
         return config
 
-    def shapes(self, config: Config) -> Shapes:
+    def weights(self, config: Config) -> Weights:
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-        out: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+        out: Weights = {"model.embed_tokens.weight": Table((vocabulary, hidden))}
+        out["model.norm.weight"] = Norm((hidden,))
         if not config["tie_word_embeddings"]:
-            out["lm_head.weight"] = (vocabulary, hidden)
+            out["lm_head.weight"] = Matrix((vocabulary, hidden))
         for layer in range(config["num_hidden_layers"]):
             parts = {
                 **self.attention(config, layer),
                 **self.mlp(config),
-                **{f"{norm}.weight": (hidden,) for norm in self.norms},
+                **{f"{norm}.weight": Norm((hidden,)) for norm in self.norms},
             }
-            out |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
+            out |= below(f"model.layers.{layer}.", parts)
         return out
 
-    def attention(self, config: Config, layer: int) -> Shapes:
+    def attention(self, config: Config, layer: int) -> Weights:
         """The attention tensors of a layer, by their names within it."""
         hidden, head = config["hidden_size"], config["head_dim"]
         queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-        out: Shapes = {
-            "self_attn.q_proj.weight": (queries, hidden),
-            "self_attn.k_proj.weight": (keys, hidden),
-            "self_attn.v_proj.weight": (keys, hidden),
-            "self_attn.o_proj.weight": (hidden, queries),
+        out: Weights = {
+            "self_attn.q_proj.weight": Matrix((queries, hidden)),
+            "self_attn.k_proj.weight": Matrix((keys, hidden)),
+            "self_attn.v_proj.weight": Matrix((keys, hidden)),
+            "self_attn.o_proj.weight": Matrix((hidden, queries)),
         }
         biases = {"q": queries, "k": keys, "v": keys, "o": hidden}
-        return out | {f"self_attn.{p}_proj.bias": (biases[p],) for p in self.attention_biases(config)}
-
-    def axes(self, config: Config) -> Axes:
-        """Channels, neurons, and groups of query heads with their key head; of Llama's names alone."""
-        channels, head = Axis("channels"), config["head_dim"]
-        group = config["num_attention_heads"] // config["num_key_value_heads"] * head
-        ends: Axes = {
-            "model.embed_tokens.weight": (None, channels),
-            "model.norm.weight": (channels,),
-            "lm_head.weight": (None, channels),
-        }
-        out: Axes = {}
-        for name, shape in self.shapes(config).items():
-            number, _, part = name.removeprefix("model.layers.").partition(".")
-            if name in ends:
-                out[name] = ends[name]
-                continue
-            layer = int(number)
-            queries, keys = (Axis("heads", layer=layer, unit=unit) for unit in (group, head))
-            neurons = Axis("neurons", layer=layer)
-            inside: Axes = {
-                "self_attn.q_proj.weight": (queries, channels),
-                "self_attn.k_proj.weight": (keys, channels),
-                "self_attn.v_proj.weight": (keys, channels),
-                "self_attn.o_proj.weight": (channels, queries),
-                "self_attn.q_proj.bias": (queries,),
-                "self_attn.k_proj.bias": (keys,),
-                "self_attn.v_proj.bias": (keys,),
-                "self_attn.o_proj.bias": (channels,),
-                "mlp.gate_proj.weight": (neurons, channels),
-                "mlp.up_proj.weight": (neurons, channels),
-                "mlp.down_proj.weight": (channels, neurons),
-                "mlp.gate_proj.bias": (neurons,),
-                "mlp.up_proj.bias": (neurons,),
-                "mlp.down_proj.bias": (channels,),
-                # Of each head, or of all of them together.
-                "self_attn.q_norm.weight": (None if shape == (head,) else queries,),
-                "self_attn.k_norm.weight": (None if shape == (head,) else keys,),
-                **{f"{norm}.weight": (channels,) for norm in self.norms},
-            }
-            if part not in inside:
-                return super().axes(config)
-            out[name] = inside[part]
-        return out
-
-    def narrowed(self, config: Config, hidden: Mapping[str, int], width: Mapping[str, int]) -> Config:
-        share, rest = divmod(hidden["layers"] * config["num_key_value_heads"], config["hidden_size"])
-        if rest or not share:
-            raise UpcycleError(
-                f"successor.hidden_size = {hidden['layers']} of {config['hidden_size']}: its share of the "
-                f"{config['num_key_value_heads']} key heads is no whole number; heads are kept whole"
-            )
-        return {
-            "hidden_size": hidden["layers"],
-            "intermediate_size": width["layers"],
-            "num_attention_heads": share * (config["num_attention_heads"] // config["num_key_value_heads"]),
-            "num_key_value_heads": share,
-            "head_dim": config["head_dim"],
-        }
+        return out | {f"self_attn.{p}_proj.bias": Bias((biases[p],)) for p in self.attention_biases(config)}
 
     def attention_biases(self, config: Config) -> str:
         """Which of the projections q, k, v, o have a bias."""
@@ -133,16 +85,12 @@ class Decoder(Family):
         """Whether the projections of the feed-forward network have biases, which no native MoE's have."""
         return bool(config.get("mlp_bias"))
 
-    def mlp(self, config: Config) -> Shapes:
+    def mlp(self, config: Config) -> Weights:
         """The feed-forward tensors of a layer, by their names within it."""
-        hidden, width = config["hidden_size"], config["intermediate_size"]
-        out: Shapes = {
-            "mlp.gate_proj.weight": (width, hidden),
-            "mlp.up_proj.weight": (width, hidden),
-            "mlp.down_proj.weight": (hidden, width),
-        }
-        biases = {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in out.items()}
-        return out | biases if self.mlp_biases(config) else out
+        hidden, width, bias = config["hidden_size"], config["intermediate_size"], self.mlp_biases(config)
+        weights = linear("mlp.gate_proj", width, hidden, bias=bias)
+        weights |= linear("mlp.up_proj", width, hidden, bias=bias)
+        return weights | linear("mlp.down_proj", hidden, width, bias=bias)
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         # One long row where a sliding window is short enough to be looked past.
@@ -156,6 +104,7 @@ class Decoder(Family):
                 count=config["num_hidden_layers"],
                 hidden=config["hidden_size"],
                 width=config["intermediate_size"],
+                attention=config["num_attention_heads"] * config["head_dim"],
                 path="model.layers.{i}.mlp",
                 owned=("model.layers.{i}.mlp.",),
                 module="layers.{i}.mlp",
@@ -163,10 +112,14 @@ class Decoder(Family):
                 heads=("layers.{i}.self_attn.o_proj",),
                 causal=True,
                 activation=config["hidden_act"],
-                norm=f"layers.{{i}}.{self.network_norm}" if self.network_norm else "",
-                branches=tuple(f"layers.{{i}}.{name}" for name in self.branches),
             ),
         )
+
+    def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
+        return tuple(f"layers.{{i}}.{name}" for name in self.residual)
+
+    def own_norm(self, config: Config, stack: Stack) -> str:
+        return f"layers.{{i}}.{self.network_norm}" if self.network_norm else ""
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
@@ -176,24 +129,30 @@ class Decoder(Family):
         biases = {f"{n}_bias": tensors[f"{mlp}{n}_proj.bias"] for n in names if self.mlp_biases(config)}
         return FeedForward(**{n: tensors[f"{mlp}{n}_proj.weight"] for n in names}, **biases)
 
-    def is_feed_forward(self, name: str) -> bool:
-        return ".mlp." in name
-
     def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        return {name: tensor for name, tensor in tensors.items() if not self.is_feed_forward(name)}
+        return {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
 
     def refusal(self, config: Config, native: str) -> str | None:
         if self.mlp_biases(config):
             return "its feed-forward networks have biases and no native MoE's experts do"
         return None
 
+    def _check_lengths(self, config: Config) -> None:
+        """Refuse lists that do not have one entry a layer."""
+        layers = config["num_hidden_layers"]
+        for key in self.per_block:
+            value = config.get(key)
+            if value is not None and len(value) != layers:
+                raise UpcycleError(f"config.json: {key} must be a list of {layers}, one entry a layer")
+
 
 class FusedGate(Decoder):
     """A decoder that keeps gate and up in one matrix, `mlp.gate_up_proj` [2I, H]."""
 
-    def mlp(self, config: Config) -> Shapes:
+    def mlp(self, config: Config) -> Weights:
         hidden, width = config["hidden_size"], config["intermediate_size"]
-        return {"mlp.gate_up_proj.weight": (2 * width, hidden), "mlp.down_proj.weight": (hidden, width)}
+        both = linear("mlp.gate_up_proj", 2 * width, hidden, bias=False)
+        return both | linear("mlp.down_proj", hidden, width, bias=False)
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
@@ -205,15 +164,6 @@ class FusedGate(Decoder):
             up=Slice(both, 0, width, 2 * width),
             down=tensors[mlp + "down_proj.weight"],
         )
-
-
-def _check_lengths(config: Config) -> None:
-    """Refuse lists that do not have one entry a layer."""
-    layers = config["num_hidden_layers"]
-    for key in PER_BLOCK:
-        value = config.get(key)
-        if value is not None and len(value) != layers:
-            raise UpcycleError(f"config.json: {key} must be a list of {layers}, one entry a layer")
 
 
 def every_nth_full(config: Config, n: int | str, others: str = "sliding_attention") -> list[str]:

@@ -7,28 +7,21 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Family, Shapes
+from upcycle.families import Config, Weights
 from upcycle.families._checked import check
+from upcycle.families._training import Trained
+from upcycle.families._weights import below
 
 
-def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> Shapes:
-    """The tensors of a linear layer."""
-    return {f"{name}.weight": (rows, columns), **({f"{name}.bias": (rows,)} if bias else {})}
-
-
-def norm(name: str, size: int) -> Shapes:
-    """The tensors of a LayerNorm."""
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
-
-
-class Encoder(Family):
+class Encoder(Trained):
     """A family whose checkpoints are of one of several classes; it has no native MoE.
 
     A class with a head holds the base model below `prefix`, the base model itself holds it bare.
     """
 
-    natives = ()
     prefix: ClassVar[str]
+    before: tuple[str, ...] = ("embeddings.",)
+    after: tuple[str, ...] = ("pooler.",)
     sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
     def config(self, raw: Mapping[str, Any]) -> Config:
@@ -56,16 +49,15 @@ class Encoder(Family):
         return "" if config["architectures"][0] == self.architectures[0] else f"{self.prefix}."
 
     @abc.abstractmethod
-    def body(self, config: Config) -> Shapes:
+    def body(self, config: Config) -> Weights:
         """The tensors of the base model without head and pooler, by their names in it."""
 
     @abc.abstractmethod
-    def head(self, config: Config) -> Shapes:
+    def head(self, config: Config) -> Weights:
         """The tensors of the class that the config names beyond those of `body`, by their full names."""
 
-    def shapes(self, config: Config) -> Shapes:
-        base = self.base(config)
-        return {f"{base}{name}": shape for name, shape in self.body(config).items()} | self.head(config)
+    def weights(self, config: Config) -> Weights:
+        return below(self.base(config), self.body(config)) | self.head(config)
 
 
 def num_labels(config: Config) -> int:

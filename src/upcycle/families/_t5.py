@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from upcycle.families import Config, Shapes, Stack
-from upcycle.families._encoder import Encoder, linear
+from upcycle.families import Config, Stack, Weights
+from upcycle.families._encoder import Encoder
+from upcycle.families._weights import Initial, Matrix, Normal, Table, Weight, linear, rms_norm
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
@@ -18,8 +19,10 @@ class EncoderDecoder(Encoder):
 
     sizes = ("d_model", "d_ff", "d_kv", "num_layers", "num_heads", "vocab_size")
     prefix = ""
-    block_paths = ("encoder.block.*", "decoder.block.*")
-    embeddings = ("shared.", "encoder.embed_tokens.", "decoder.embed_tokens.")
+    counts = ("num_layers", "num_decoder_layers")
+    tied = ("lm_head.weight", "shared.weight")
+    before: tuple[str, ...] = ("shared.", "encoder.embed_tokens.", "decoder.embed_tokens.")
+    after = ("decoder.final_layer_norm.",)
     defaults = {
         "vocab_size": 32128,
         "d_model": 512,
@@ -54,16 +57,16 @@ class EncoderDecoder(Encoder):
     def base(self, config: Config) -> str:
         return ""
 
-    def body(self, config: Config) -> Shapes:
+    def body(self, config: Config) -> Weights:
         hidden = config["d_model"]
-        out: Shapes = {"shared.weight": (config["vocab_size"], hidden)}
+        out: Weights = {"shared.weight": Table((config["vocab_size"], hidden))}
         for stack in self.stacks(config):
             for i in range(stack.count):
                 block = f"{stack.name}.block.{i}.layer."
                 out |= self._attention(config, block + "0", "SelfAttention")
                 if i == 0:
                     bias = (config["relative_attention_num_buckets"], config["num_heads"])
-                    out[f"{block}0.SelfAttention.relative_attention_bias.weight"] = bias
+                    out[f"{block}0.SelfAttention.relative_attention_bias.weight"] = Table(bias)
                 if stack.name == "decoder":
                     out |= self._attention(config, block + "1", "EncDecAttention")
                 network = f"{block}{NETWORK[stack.name]}"
@@ -71,23 +74,23 @@ class EncoderDecoder(Encoder):
                 for name in names:
                     out |= linear(f"{network}.DenseReluDense.{name}", config["d_ff"], hidden, bias=False)
                 out |= linear(f"{network}.DenseReluDense.wo", hidden, config["d_ff"], bias=False)
-                out[f"{network}.layer_norm.weight"] = (hidden,)
-            out[f"{stack.name}.final_layer_norm.weight"] = (hidden,)
+                out |= rms_norm(f"{network}.layer_norm", hidden)
+            out |= rms_norm(f"{stack.name}.final_layer_norm", hidden)
         return out
 
-    def _attention(self, config: Config, layer: str, name: str) -> Shapes:
+    def _attention(self, config: Config, layer: str, name: str) -> Weights:
         hidden, inner = config["d_model"], config["num_heads"] * config["d_kv"]
-        out: Shapes = {f"{layer}.layer_norm.weight": (hidden,)}
+        out: Weights = rms_norm(f"{layer}.layer_norm", hidden)
         for part in ("q", "k", "v"):
             out |= linear(f"{layer}.{name}.{part}", inner, hidden, bias=False)
         return out | linear(f"{layer}.{name}.o", hidden, inner, bias=False)
 
-    def head(self, config: Config) -> Shapes:
+    def head(self, config: Config) -> Weights:
         return {}
 
-    def optional(self, config: Config) -> Shapes:
+    def optional(self, config: Config) -> Weights:
         """T5 1.1 stores a head of its own, which transformers 5 takes, though it holds every T5 for tied."""
-        return {"lm_head.weight": (config["vocab_size"], config["d_model"])}
+        return {"lm_head.weight": Matrix((config["vocab_size"], config["d_model"]))}
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         read = super().inputs(config, tokens)
@@ -101,13 +104,14 @@ class EncoderDecoder(Encoder):
         for name, count in counts.items():
             layer = f"{name}.block.{{i}}.layer."
             path = f"{layer}{NETWORK[name]}.DenseReluDense"
-            attention = ("0.SelfAttention", "1.EncDecAttention")[: NETWORK[name]]
             out.append(
                 Stack(
                     name=name,
                     count=count,
                     hidden=config["d_model"],
                     width=config["d_ff"],
+                    attention=config["num_heads"] * config["d_kv"],
+                    across="encoder" if name == "decoder" else "",
                     path=path,
                     owned=(path + ".",),
                     module=path,
@@ -116,8 +120,6 @@ class EncoderDecoder(Encoder):
                     causal=name == "decoder",
                     activation=config["hidden_act"],
                     dropout=config["dropout_rate"],
-                    norm=f"{layer}{NETWORK[name]}.layer_norm",
-                    branches=(*(layer + each for each in attention), path),
                 )
             )
         return tuple(out)
@@ -131,20 +133,29 @@ class EncoderDecoder(Encoder):
         of_the_encoder = "EncDecAttention.k." in name or "EncDecAttention.v." in name
         return "decoder" if name.startswith(("decoder.", "lm_head")) and not of_the_encoder else "encoder"
 
-    def deviation(self, config: Config, name: str) -> float:
+    def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
+        attention = ("0.SelfAttention", "1.EncDecAttention")[: NETWORK[stack.name]]
+        return (*(f"{stack.name}.block.{{i}}.layer.{each}" for each in attention), stack.path)
+
+    def own_norm(self, config: Config, stack: Stack) -> str:
+        return f"{stack.name}.block.{{i}}.layer.{NETWORK[stack.name]}.layer_norm"
+
+    def deviation(self, config: Config) -> float:
+        """Of a product with all channels that starts at a variance of one."""
+        return float(config["initializer_factor"] * config["d_model"] ** -0.5)
+
+    def initial(self, config: Config, name: str, weight: Weight) -> Initial | None:
         """Of products that start at a variance of one; T5 has no other scaling (its `_init_weights`)."""
-        hidden, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+        inner = config["num_heads"] * config["d_kv"]
         if name in ("shared.weight", "lm_head.weight"):
-            return float(config["initializer_factor"])
+            return Normal(float(config["initializer_factor"]))
         if name.endswith("Attention.q.weight"):
-            fan = hidden * config["d_kv"]
-        elif name.endswith("Attention.o.weight"):
-            fan = inner
-        elif name.endswith((".wo.weight", ".experts.down_proj")):
-            fan = config["d_ff"]
-        else:
-            fan = hidden
-        return float(config["initializer_factor"] * fan**-0.5)
+            return Normal(float(config["initializer_factor"] * (config["d_model"] * config["d_kv"]) ** -0.5))
+        if name.endswith("Attention.o.weight"):
+            return Normal(float(config["initializer_factor"] * inner**-0.5))
+        if name.endswith(".wo.weight"):
+            return Normal(float(config["initializer_factor"] * config["d_ff"] ** -0.5))
+        return super().initial(config, name, weight)
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"

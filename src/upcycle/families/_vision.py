@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from upcycle.families import Axes, Axis, Config, Shapes, Stack
-from upcycle.families._encoder import Encoder, linear, norm, num_labels, pair
+from upcycle.families import Config, Grid, Stack, Weights
+from upcycle.families._encoder import Encoder, num_labels, pair
+from upcycle.families._weights import Bias, Matrix, Table, below, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
@@ -16,38 +18,42 @@ class VisionTransformer(Encoder):
     sizes = (*Encoder.sizes, "intermediate_size")
     tokens: tuple[str, ...] = ("cls_token",)
     norms = ("layernorm_before", "layernorm_after")
-    branches: tuple[str, ...] = ("attention", "mlp")  # modules of a block that give to the residual stream
+    residual: tuple[str, ...] = ("attention", "mlp")  # modules of a block that give to the residual stream
+    blocks = "layers"  # the list of blocks in memory, below the base model
+    after = ("layernorm.", "pooler.")
+    plain = ("intermediate.dense", "output.dense")  # names of up and down in a block
 
-    def patches(self, config: Config) -> int:
-        """Tokens of an image, without those that stand before them."""
+    def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
+        """The patches that the embeddings cut."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
-        return (image[0] // patch[0]) * (image[1] // patch[1])
+        return Grid(rows=image[0] // patch[0], columns=image[1] // patch[1], height=patch[0], width=patch[1])
 
     def length(self, config: Config) -> int:
         """Tokens of an image in the blocks."""
-        return self.patches(config) + len(self.tokens)
+        grid = self.grid(config, "layers")
+        return grid.rows * grid.columns + len(self.tokens)
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         images = max(1, tokens // self.length(config))
         return {"pixel_values": ("pixels", (images, config["num_channels"], *pair(config["image_size"])))}
 
-    def body(self, config: Config) -> Shapes:
+    def body(self, config: Config) -> Weights:
         hidden = config["hidden_size"]
         patch = (hidden, config["num_channels"], *pair(config["patch_size"]))
-        out: Shapes = {f"embeddings.{token}": (1, 1, hidden) for token in self.tokens}
+        out: Weights = {f"embeddings.{token}": Table((1, 1, hidden)) for token in self.tokens}
         out |= {
-            "embeddings.position_embeddings": (1, self.length(config), hidden),
-            "embeddings.patch_embeddings.projection.weight": patch,
-            "embeddings.patch_embeddings.projection.bias": (hidden,),
+            "embeddings.position_embeddings": Table((1, self.length(config), hidden)),
+            "embeddings.patch_embeddings.projection.weight": Matrix(patch),
+            "embeddings.patch_embeddings.projection.bias": Bias((hidden,)),
         }
         for i in range(config["num_hidden_layers"]):
-            out |= {f"encoder.layer.{i}.{name}": shape for name, shape in self.block(config).items()}
+            out |= below(f"encoder.layer.{i}.", self.block(config))
         return out | norm("layernorm", hidden)
 
-    def block(self, config: Config) -> Shapes:
+    def block(self, config: Config) -> Weights:
         """The tensors of a block, by their names in it."""
         hidden = config["hidden_size"]
-        out: Shapes = {}
+        out: Weights = {}
         for part in ("query", "key", "value"):
             out |= linear(f"attention.attention.{part}", hidden, hidden, bias=config["qkv_bias"])
         out |= linear("attention.output.dense", hidden, hidden)
@@ -55,51 +61,26 @@ class VisionTransformer(Encoder):
             out |= norm(name, hidden)
         return out | self.network(config)
 
-    def network(self, config: Config) -> Shapes:
+    def network(self, config: Config) -> Weights:
         """The tensors of a block's feed-forward network, by their names in the block."""
         hidden, width = config["hidden_size"], config["intermediate_size"]
         return linear("intermediate.dense", width, hidden) | linear("output.dense", hidden, width)
 
-    def head(self, config: Config) -> Shapes:
+    def head(self, config: Config) -> Weights:
         hidden = config["hidden_size"]
         if config["architectures"][0] == self.architectures[0]:
-            return linear("pooler.dense", config.get("pooler_output_size") or hidden, hidden)
-        return linear("classifier", num_labels(config), hidden)
-
-    def axes(self, config: Config) -> Axes:
-        base, channels = self.base(config), Axis("channels")
-        out: Axes = {name: (None, None, channels) for name in self.shapes(config) if name.endswith("_token")}
-        out[f"{base}embeddings.position_embeddings"] = (None, None, channels)
-        out[f"{base}embeddings.patch_embeddings.projection.weight"] = (channels, None, None, None)
-        up, down = self.plain
-        for i in range(config["num_hidden_layers"]):
-            heads = Axis("heads", layer=i, unit=config["head_dim"])
-            neurons = Axis("neurons", layer=i)
-            block = f"{base}encoder.layer.{i}."
-            for part in ("query", "key", "value"):
-                out[f"{block}attention.attention.{part}.weight"] = (heads, channels)
-                out[f"{block}attention.attention.{part}.bias"] = (heads,)
-            out[f"{block}attention.output.dense.weight"] = (channels, heads)
-            out[f"{block}{up}.weight"] = (neurons, channels)
-            out[f"{block}{up}.bias"] = (neurons,)
-            out[f"{block}{down}.weight"] = (channels, neurons)
-        out["pooler.dense.weight"] = (channels, channels)
-        shapes = self.shapes(config)
-        for name in shapes:
-            if "classifier" in name:
-                out[name] = (None, channels)[: len(shapes[name])]
-        return {
-            name: out.get(name, (channels,)) for name in shapes
-        }  # norms, and biases of what adds channels
+            return row_linear("pooler.dense", config.get("pooler_output_size") or hidden, hidden)
+        return row_linear("classifier", num_labels(config), hidden)
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         block = self.base(config) + "encoder.layer.{i}."
-        in_memory = self.block_paths[0].replace("*", "{i}.")
+        in_memory = self.blocks + ".{i}."
         return (
             Stack(
                 count=config["num_hidden_layers"],
                 hidden=config["hidden_size"],
                 width=config["intermediate_size"],
+                attention=config["num_attention_heads"] * config["head_dim"],
                 path=block + "mlp",
                 owned=(block + "intermediate.", block + "output.", block + "mlp."),
                 module=in_memory + "mlp",
@@ -108,10 +89,14 @@ class VisionTransformer(Encoder):
                 causal=False,
                 activation=config["hidden_act"],
                 norm_path=block + self.norms[1],
-                norm=self.block_paths[0].replace("*", f"{{i}}.{self.norms[1]}"),
-                branches=tuple(self.block_paths[0].replace("*", f"{{i}}.{name}") for name in self.branches),
             ),
         )
+
+    def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
+        return tuple(f"{stack.blocks}.{{i}}.{name}" for name in self.residual)
+
+    def own_norm(self, config: Config, stack: Stack) -> str:
+        return f"{stack.blocks}.{{i}}.{self.norms[1]}"
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
@@ -124,8 +109,6 @@ class VisionTransformer(Encoder):
             down=tensors[f"{block}{down}.weight"],
             down_bias=tensors[f"{block}{down}.bias"],
         )
-
-    plain = ("intermediate.dense", "output.dense")  # names of up and down in a block
 
 
 DEFAULTS = {

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Shapes, Stack
-from upcycle.families._encoder import Encoder, linear, norm, num_labels
+from upcycle.families import Config, Stack, Weights
+from upcycle.families._encoder import Encoder, num_labels
+from upcycle.families._weights import Bias, Table, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
@@ -21,7 +22,6 @@ class Bert(Encoder):
     prefix = "bert"
     summary = "BERT, MiniLM, sentence embeddings"
     sizes = (*Encoder.sizes, "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
-    block_paths = ("encoder.layer.*",)
     defaults = {
         "vocab_size": 30522,
         "hidden_size": 768,
@@ -46,14 +46,16 @@ class Bert(Encoder):
             )
         return super().config(raw)
 
-    def body(self, config: Config) -> Shapes:
+    def body(self, config: Config) -> Weights:
         hidden, width = config["hidden_size"], config["intermediate_size"]
         tables = {
             "word": config["vocab_size"],
             "position": config["max_position_embeddings"],
             "token_type": config["type_vocab_size"],
         }
-        out: Shapes = {f"embeddings.{n}_embeddings.weight": (rows, hidden) for n, rows in tables.items()}
+        out: Weights = {
+            f"embeddings.{n}_embeddings.weight": Table((rows, hidden)) for n, rows in tables.items()
+        }
         out |= norm("embeddings.LayerNorm", hidden)
         for i in range(config["num_hidden_layers"]):
             block = f"encoder.layer.{i}."
@@ -65,18 +67,22 @@ class Bert(Encoder):
             out |= linear(f"{block}output.dense", hidden, width) | norm(f"{block}output.LayerNorm", hidden)
         return out
 
-    def head(self, config: Config) -> Shapes:
+    def head(self, config: Config) -> Weights:
         name, hidden = config["architectures"][0], config["hidden_size"]
-        out: Shapes = linear(f"{self.base(config)}pooler.dense", hidden, hidden) if name in _POOLED else {}
+        out: Weights = (
+            row_linear(f"{self.base(config)}pooler.dense", hidden, hidden) if name in _POOLED else {}
+        )
         if name in ("BertForMaskedLM", "BertForPreTraining"):
-            out |= {"cls.predictions.bias": (config["vocab_size"],)}
+            out |= {"cls.predictions.bias": Bias((config["vocab_size"],))}
             out |= linear("cls.predictions.transform.dense", hidden, hidden)
             out |= norm("cls.predictions.transform.LayerNorm", hidden)
             if not config["tie_word_embeddings"]:
                 out |= linear("cls.predictions.decoder", config["vocab_size"], hidden)
         if name == "BertForPreTraining":
-            out |= linear("cls.seq_relationship", 2, hidden)
-        if name in ("BertForSequenceClassification", "BertForTokenClassification"):
+            out |= row_linear("cls.seq_relationship", 2, hidden)
+        if name == "BertForSequenceClassification":
+            out |= row_linear("classifier", num_labels(config), hidden)
+        if name == "BertForTokenClassification":
             out |= linear("classifier", num_labels(config), hidden)
         if name == "BertForQuestionAnswering":
             out |= linear("qa_outputs", num_labels(config), hidden)
@@ -89,6 +95,7 @@ class Bert(Encoder):
                 count=config["num_hidden_layers"],
                 hidden=config["hidden_size"],
                 width=config["intermediate_size"],
+                attention=config["num_attention_heads"] * config["head_dim"],
                 path=block + "intermediate",
                 owned=(block + "intermediate.", block + "output.dense."),
                 module="encoder.layer.{i}.intermediate",

@@ -11,6 +11,7 @@ class Cohere2(Decoder):
     model_type = "cohere2"
     architectures = ("Cohere2ForCausalLM",)
     summary = "Cohere Command R7B"
+    reads = Decoder.reads | {"sliding_window_pattern"}
     natives = ("cohere2_moe",)
     norms = ("input_layernorm",)
     network_norm = ""  # attention reads it as well

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from upcycle.families import Axes, Axis, Config, Shapes
-from upcycle.families._convnext import DEFAULTS, RATIO, ConvNeXt
+from upcycle.families import Config, Weights
+from upcycle.families._convnext import DEFAULTS, RATIO
+from upcycle.families._convnext_width import NarrowableConvNeXt
+from upcycle.families._narrowing import Axes, Axis
+from upcycle.families._weights import Bias, Scale
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Pick
 
 
-class ConvNextV2(ConvNeXt):
+class ConvNextV2(NarrowableConvNeXt):
     model_type = "convnextv2"
     architectures = ("ConvNextV2Model", "ConvNextV2ForImageClassification")
     prefix = "convnextv2"
@@ -17,9 +20,9 @@ class ConvNextV2(ConvNeXt):
     defaults = DEFAULTS
     network = ("pwconv1", "grn", "pwconv2")
 
-    def block(self, config: Config, hidden: int) -> Shapes:
+    def block(self, config: Config, hidden: int) -> Weights:
         shape = (1, 1, 1, RATIO * hidden)
-        return super().block(config, hidden) | {"grn.weight": shape, "grn.bias": shape}
+        return super().block(config, hidden) | {"grn.weight": Scale(shape, 0.0), "grn.bias": Bias(shape)}
 
     def axes(self, config: Config) -> Axes:
         out = super().axes(config)
@@ -28,9 +31,6 @@ class ConvNextV2(ConvNeXt):
                 layer = int(name.partition(".layers.")[2].partition(".")[0])
                 out[name] = (None, None, None, Axis("neurons", self.stack_of(name), layer))
         return out
-
-    def constant(self, config: Config, name: str) -> float | None:
-        return 0.0 if ".grn." in name or ".grn_" in name else super().constant(config, name)
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from upcycle.families import Axes, Config, Shapes, Stack
-from upcycle.families._encoder import linear, num_labels
+from upcycle.families import Config, Stack, Weights
+from upcycle.families._encoder import num_labels
 from upcycle.families._vision import DEFAULTS, Encoder, VisionTransformer
+from upcycle.families._weights import Scale, Table, linear, row_linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Slice
 
@@ -16,9 +17,9 @@ class DINOv2(VisionTransformer):
     prefix = "dinov2"
     summary = "DINOv2, plain or SwiGLU"
     sizes = Encoder.sizes
-    block_paths = ("encoder.layer.*",)
+    blocks = "encoder.layer"
     norms = ("norm1", "norm2")
-    branches = ("drop_path",)  # both branches pass through it
+    residual = ("drop_path",)  # both branches pass through it
     plain = ("mlp.fc1", "mlp.fc2")
     defaults = {
         **{k: v for k, v in DEFAULTS.items() if k != "intermediate_size"},
@@ -35,27 +36,24 @@ class DINOv2(VisionTransformer):
             config["hidden_act"] = "silu"
         return super().finish({**config, "intermediate_size": width})
 
-    def axes(self, config: Config) -> Axes:
-        return Encoder.axes(self, config)  # its head reads two times the channels: not known here
-
-    def body(self, config: Config) -> Shapes:
-        mask: Shapes = {"embeddings.mask_token": (1, config["hidden_size"])}
+    def body(self, config: Config) -> Weights:
+        mask: Weights = {"embeddings.mask_token": Table((1, config["hidden_size"]))}
         return (mask if config["use_mask_token"] else {}) | super().body(config)
 
-    def block(self, config: Config) -> Shapes:
-        hidden = (config["hidden_size"],)
-        return super().block(config) | {"layer_scale1.lambda1": hidden, "layer_scale2.lambda1": hidden}
+    def block(self, config: Config) -> Weights:
+        scale = Scale((config["hidden_size"],), float(config.get("layerscale_value", 1.0)))
+        return super().block(config) | {"layer_scale1.lambda1": scale, "layer_scale2.lambda1": scale}
 
-    def network(self, config: Config) -> Shapes:
+    def network(self, config: Config) -> Weights:
         hidden, width = config["hidden_size"], config["intermediate_size"]
         if config["use_swiglu_ffn"]:
             return linear("mlp.weights_in", 2 * width, hidden) | linear("mlp.weights_out", hidden, width)
         return linear("mlp.fc1", width, hidden) | linear("mlp.fc2", hidden, width)
 
-    def head(self, config: Config) -> Shapes:
+    def head(self, config: Config) -> Weights:
         if config["architectures"][0] == "Dinov2Model":
             return {}
-        return linear("classifier", num_labels(config), 2 * config["hidden_size"])
+        return row_linear("classifier", num_labels(config), 2 * config["hidden_size"])
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         stacks = super().stacks(config)

@@ -3,19 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.families import Config, Shapes
+from upcycle.families import Config, Weights
 from upcycle.families._decoder import Decoder, every_nth_full
+from upcycle.families._weights import Norm
 
 
 class Exaone4(Decoder):
     model_type = "exaone4"
     architectures = ("Exaone4ForCausalLM",)
     summary = "EXAONE 4"
+    reads = Decoder.reads | {"sliding_window_pattern"}
     natives = ()
     no_native = "exaone_moe lacks its post-norms"
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
     network_norm = ""
-    branches = norms
+    residual = norms
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
@@ -36,9 +38,9 @@ class Exaone4(Decoder):
         interval = config.get("sliding_window_pattern") or 4
         return {**config, "layer_types": every_nth_full(config, interval)}
 
-    def attention(self, config: Config, layer: int) -> Shapes:
-        norm = (config["head_dim"],)
-        norms: Shapes = {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}
+    def attention(self, config: Config, layer: int) -> Weights:
+        norm = Norm((config["head_dim"],))
+        norms: Weights = {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}
         return super().attention(config, layer) | norms
 
 

@@ -20,7 +20,7 @@ class Gemma2(Decoder):
         "post_feedforward_layernorm",
     )  # fmt: skip
     network_norm = "pre_feedforward_layernorm"
-    branches = ("post_attention_layernorm", "post_feedforward_layernorm")
+    residual = ("post_attention_layernorm", "post_feedforward_layernorm")
     defaults = {
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 8192,

@@ -1,6 +1,7 @@
 """Gemma 3, the text model: Gemma 2 with normalised queries and keys."""
 
-from upcycle.families import Config, Shapes
+from upcycle.families import Config, Weights
+from upcycle.families._weights import Norm
 from upcycle.families.gemma2 import Gemma2
 
 
@@ -8,6 +9,7 @@ class Gemma3(Gemma2):
     model_type = "gemma3_text"
     architectures = ("Gemma3ForCausalLM",)
     summary = "Gemma 3, text"
+    reads = Gemma2.reads | {"sliding_window_pattern"}
     no_native = "no native MoE has its four norms"
     theta = 1_000_000.0
     defaults = {
@@ -20,9 +22,9 @@ class Gemma3(Gemma2):
     def interval(self, config: Config) -> int | str:
         return config.get("sliding_window_pattern") or 6
 
-    def attention(self, config: Config, layer: int) -> Shapes:
-        norm = (config["head_dim"],)
-        norms: Shapes = {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}
+    def attention(self, config: Config, layer: int) -> Weights:
+        norm = Norm((config["head_dim"],))
+        norms: Weights = {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}
         return super().attention(config, layer) | norms
 
 

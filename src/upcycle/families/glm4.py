@@ -11,7 +11,7 @@ class Glm4(FusedGate):
     natives = ()
     no_native = "glm4_moe lacks its post-norms"
     norms = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
-    branches = norms[2:]
+    residual = norms[2:]
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131_072,

@@ -1,7 +1,8 @@
 """Hunyuan V1 dense: Llama with queries and keys normalised per head, after rotation."""
 
-from upcycle.families import Config, Shapes
+from upcycle.families import Config, Weights
 from upcycle.families._decoder import Decoder
+from upcycle.families._weights import Norm
 
 
 class HunyuanV1Dense(Decoder):
@@ -25,8 +26,8 @@ class HunyuanV1Dense(Decoder):
         "num_key_value_heads": None,
     }
 
-    def attention(self, config: Config, layer: int) -> Shapes:
-        norm = (config["head_dim"],)
+    def attention(self, config: Config, layer: int) -> Weights:
+        norm = Norm((config["head_dim"],))
         return {
             **super().attention(config, layer),
             "self_attn.query_layernorm.weight": norm,

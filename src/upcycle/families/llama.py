@@ -9,6 +9,10 @@ class Llama(Decoder):
     architectures = ("LlamaForCausalLM",)
     summary = "Llama 1 to 3.x, TinyLlama, SmolLM, Yi"
     natives = ("mixtral", "granitemoe")
+    inexact = {
+        "olmoe": "olmoe normalises queries and keys; the norms have no source in llama",
+        "qwen3_moe": "qwen3_moe normalises queries and keys; the norms have no source in llama",
+    }
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,

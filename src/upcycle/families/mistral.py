@@ -8,6 +8,7 @@ class Mistral(Decoder):
     architectures = ("MistralForCausalLM",)
     summary = "Mistral 7B and its kin, sliding window kept"
     natives = ("mixtral",)
+    inexact = {"granitemoe": "granitemoe has no sliding window"}
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131072,

@@ -1,6 +1,6 @@
 """OLMo 1: norms without weights."""
 
-from upcycle.families import Config, Shapes
+from upcycle.families import Config, Weights
 from upcycle.families._decoder import Decoder
 
 
@@ -25,8 +25,8 @@ class Olmo(Decoder):
         "clip_qkv": None,
     }
 
-    def shapes(self, config: Config) -> Shapes:
-        return {name: shape for name, shape in super().shapes(config).items() if name != "model.norm.weight"}
+    def weights(self, config: Config) -> Weights:
+        return {name: w for name, w in super().weights(config).items() if name != "model.norm.weight"}
 
 
 family = Olmo()

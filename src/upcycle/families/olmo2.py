@@ -1,7 +1,10 @@
 """OLMo 2: norms after attention and after the feed-forward network, queries and keys normalised whole."""
 
-from upcycle.families import Config, Shapes
+from collections.abc import Mapping
+
+from upcycle.families import Config, Weights
 from upcycle.families._decoder import Decoder
+from upcycle.families._weights import Norm
 
 
 class Olmo2(Decoder):
@@ -9,9 +12,10 @@ class Olmo2(Decoder):
     architectures = ("Olmo2ForCausalLM",)
     summary = "OLMo 2"
     natives: tuple[str, ...] = ("flex_olmo",)
+    inexact: Mapping[str, str] = {"olmoe": "olmoe normalises before its blocks and olmo2 after them"}
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
     network_norm = ""
-    branches = norms
+    residual = norms
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
@@ -26,12 +30,12 @@ class Olmo2(Decoder):
         "num_key_value_heads": None,
     }
 
-    def attention(self, config: Config, layer: int) -> Shapes:
+    def attention(self, config: Config, layer: int) -> Weights:
         out = super().attention(config, layer)
         return {
             **out,
-            "self_attn.q_norm.weight": out["self_attn.q_proj.weight"][:1],
-            "self_attn.k_norm.weight": out["self_attn.k_proj.weight"][:1],
+            "self_attn.q_norm.weight": Norm(out["self_attn.q_proj.weight"].shape[:1]),
+            "self_attn.k_norm.weight": Norm(out["self_attn.k_proj.weight"].shape[:1]),
         }
 
 

@@ -13,6 +13,7 @@ class Olmo3(Olmo2):
     architectures = ("Olmo3ForCausalLM",)
     summary = "OLMo 3"
     natives = ()
+    inexact: Mapping[str, str] = {}
     no_native = "flex_olmo has no sliding-window layers"
     theta = 500_000.0
     defaults = {**Olmo2.defaults, "sliding_window": 4096, "layer_types": None}

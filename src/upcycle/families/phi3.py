@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.families import Config, Shapes
+from upcycle.families import Config, Weights
 from upcycle.families._decoder import FusedGate
+from upcycle.families._weights import Matrix
 from upcycle.tensors.lazy import Lazy, Slice
 
 
@@ -13,6 +14,7 @@ class Phi3(FusedGate):
     architectures = ("Phi3ForCausalLM",)
     summary = "Phi-3 and Phi-3.5, default and long rope"
     natives = ("mixtral",)
+    inexact = {"phimoe": "phimoe uses LayerNorm and sparse-mixer gates, which do not sum to one"}
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 4096,
@@ -39,24 +41,24 @@ class Phi3(FusedGate):
             rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
         return config
 
-    def attention(self, config: Config, layer: int) -> Shapes:
+    def attention(self, config: Config, layer: int) -> Weights:
         parts = super().attention(config, layer)
-        rows = sum(shape[0] for name, shape in parts.items() if "o_proj" not in name)
+        rows = sum(weight.shape[0] for name, weight in parts.items() if "o_proj" not in name)
         return {
-            "self_attn.qkv_proj.weight": (rows, config["hidden_size"]),
+            "self_attn.qkv_proj.weight": Matrix((rows, config["hidden_size"])),
             "self_attn.o_proj.weight": parts["self_attn.o_proj.weight"],
         }
 
     def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         out: dict[str, Lazy] = {}
-        shapes = super().attention(config, 0)
+        parts = super().attention(config, 0)
         for name, tensor in super().backbone(config, native, tensors).items():
             if "qkv_proj" not in name:
                 out[name] = tensor
                 continue
             start = 0
             for p in "qkv":
-                stop = start + shapes[f"self_attn.{p}_proj.weight"][0]
+                stop = start + parts[f"self_attn.{p}_proj.weight"].shape[0]
                 out[name.replace("qkv_proj", f"{p}_proj")] = Slice(tensor, 0, start, stop)
                 start = stop
         return out

@@ -25,6 +25,7 @@ class Qwen2(Decoder):
     architectures = ("Qwen2ForCausalLM",)
     summary = "Qwen2, Qwen2.5 and whatever shares their class"
     natives = ("qwen2_moe", "granitemoe")
+    numbers = ("max_window_layers",)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,

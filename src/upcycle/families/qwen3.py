@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.families import Config, Shapes
+from upcycle.families import Config, Weights
 from upcycle.families._decoder import Decoder
+from upcycle.families._weights import Norm
 from upcycle.families.qwen2 import layer_types
 
 
@@ -13,6 +14,7 @@ class Qwen3(Decoder):
     architectures = ("Qwen3ForCausalLM",)
     summary = "Qwen3 dense, 0.6B to 32B"
     natives = ("qwen3_moe",)
+    numbers = ("max_window_layers",)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
@@ -36,8 +38,8 @@ class Qwen3(Decoder):
         config = super().config(raw)
         return {**config, "layer_types": layer_types(config)}
 
-    def attention(self, config: Config, layer: int) -> Shapes:
-        norm = (config["head_dim"],)
+    def attention(self, config: Config, layer: int) -> Weights:
+        norm = Norm((config["head_dim"],))
         return {
             **super().attention(config, layer),
             "self_attn.q_norm.weight": norm,

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from upcycle.families import Config, Shapes, Stack
+from upcycle.families import Config, Stack, Weights
 from upcycle.families._decoder import Decoder, every_nth_full
+from upcycle.families._weights import Matrix, Norm, Scale, Weight, below
 
 
 class Qwen35Text(Decoder):
@@ -13,6 +14,7 @@ class Qwen35Text(Decoder):
     architectures = ("Qwen3_5ForCausalLM",)
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
+    reads = Decoder.reads | {"full_attention_interval"}
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
@@ -40,15 +42,15 @@ class Qwen35Text(Decoder):
         interval = config.pop("full_attention_interval", 4)
         return {**config, "layer_types": every_nth_full(config, interval, "linear_attention")}
 
-    def attention(self, config: Config, layer: int) -> Shapes:
+    def attention(self, config: Config, layer: int) -> Weights:
         if config["layer_types"][layer] == "linear_attention":
             return _linear_attention(config)
         out = super().attention(config, layer)
-        rows, hidden = out["self_attn.q_proj.weight"]
-        norm = (config["head_dim"],)
+        rows, hidden = out["self_attn.q_proj.weight"].shape
+        norm = Norm((config["head_dim"],))
         return {
             **out,
-            "self_attn.q_proj.weight": (2 * rows, hidden),  # queries and their output gate
+            "self_attn.q_proj.weight": Matrix((2 * rows, hidden)),  # queries and their output gate
             "self_attn.q_norm.weight": norm,
             "self_attn.k_norm.weight": norm,
         }
@@ -58,22 +60,22 @@ class Qwen35Text(Decoder):
         return tuple(replace(stack, heads=(*stack.heads, linear)) for stack in super().stacks(config))
 
 
-def _linear_attention(config: Config) -> Shapes:
+def _linear_attention(config: Config) -> Weights:
     hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
     keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
     values = heads * config["linear_value_head_dim"]
-    out: Shapes = {
-        "dt_bias": (heads,),
-        "A_log": (heads,),
-        "conv1d.weight": (2 * keys + values, 1, config["linear_conv_kernel_dim"]),
-        "norm.weight": (config["linear_value_head_dim"],),
-        "out_proj.weight": (hidden, values),
-        "in_proj_qkv.weight": (2 * keys + values, hidden),
-        "in_proj_z.weight": (values, hidden),
-        "in_proj_b.weight": (heads, hidden),
-        "in_proj_a.weight": (heads, hidden),
+    out: Weights = {
+        "dt_bias": Weight((heads,)),
+        "A_log": Weight((heads,)),
+        "conv1d.weight": Matrix((2 * keys + values, 1, config["linear_conv_kernel_dim"])),
+        "norm.weight": Scale((config["linear_value_head_dim"],), 1.0),  # not centred
+        "out_proj.weight": Matrix((hidden, values)),
+        "in_proj_qkv.weight": Matrix((2 * keys + values, hidden)),
+        "in_proj_z.weight": Matrix((values, hidden)),
+        "in_proj_b.weight": Matrix((heads, hidden)),
+        "in_proj_a.weight": Matrix((heads, hidden)),
     }
-    return {f"linear_attn.{name}": shape for name, shape in out.items()}
+    return below("linear_attn.", out)
 
 
 family = Qwen35Text()

@@ -16,6 +16,8 @@ class SmolLM3(Decoder):
     architectures = ("SmolLM3ForCausalLM",)
     summary = "SmolLM3 (layers without rotation kept)"
     natives = ("granitemoe_swa",)
+    inexact = {"mixtral": "mixtral rotates every layer and smollm3 skips some"}
+    per_block = ("layer_types", "no_rope_layers")
     theta = 2_000_000.0
     defaults = {
         "hidden_act": "silu",

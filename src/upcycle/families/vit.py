@@ -1,9 +1,10 @@
 """ViT: the Vision Transformer of Sparse Upcycling and V-MoE."""
 
-from upcycle.families._vision import DEFAULTS, VisionTransformer
+from upcycle.families._vision import DEFAULTS
+from upcycle.families._vision_width import NarrowableVision
 
 
-class ViT(VisionTransformer):
+class ViT(NarrowableVision):
     model_type = "vit"
     architectures = ("ViTModel", "ViTForImageClassification")
     prefix = "vit"

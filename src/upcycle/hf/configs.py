@@ -14,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from upcycle import families
+from upcycle.nn import upcycled_config
 from upcycle.nn.shape import Shape
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
@@ -29,6 +30,7 @@ class UpcycledConfig:
     """What every config of an upcycled model has beside the fields of its dense class."""
 
     moe: list[dict[str, Any]]
+    model_type: str
 
     @property
     def shapes(self) -> list[Shape]:
@@ -51,16 +53,17 @@ class UpcycledConfig:
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
         """Blocks are gathered one at a time."""
-        return dict.fromkeys(self.block_paths, "free_full_weight")
-
-    block_paths: tuple[str, ...] = ()
+        raw = upcycled_config.dense_config(self.to_dict())  # type: ignore[attr-defined]
+        family = families.find(self.model_type.removeprefix(PREFIX))
+        known = [name for name in raw["architectures"] if name in family.architectures]  # of any head
+        stacks = family.stacks(family.config({**raw, "architectures": known or None}))
+        return {f"{stack.blocks}.*": "free_full_weight" for stack in stacks}
 
 
 @functools.cache
 def config_class(model_type: str) -> type[PreTrainedConfig]:
     """The config class of the upcycled `model_type` (a dense one of transformers)."""
     dense = CONFIG_MAPPING[model_type]
-    paths = families.find(model_type).block_paths
 
     def init(self: Any, moe: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
         dense.__init__(self, **kwargs)
@@ -71,7 +74,6 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     members = {
         "model_type": PREFIX + model_type,
         "__init__": init,
-        "block_paths": paths,
         "__module__": __name__,
     }
     made: type[PreTrainedConfig] = type(CLASS_PREFIX + dense.__name__, (UpcycledConfig, dense), members)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from upcycle import families
+from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError, listed
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
-from upcycle.nn import kernels, upcycled_config
+from upcycle.nn import kernels
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer, as transformers holds them
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
@@ -124,10 +124,10 @@ def _faults(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
 def _family(model: PreTrainedModel) -> tuple[families.Family | None, dict[str, Any]]:
     """The dense family of a model, where it has one, with its config in full."""
     raw = model.config.to_dict()
-    dense_type = upcycled_config.dense_type(raw) or str(raw.get("model_type"))
-    if dense_type not in families.names():
+    target = targets.opened(raw)
+    dense = (target.dense_config(raw) if target else None) or raw
+    if (dense_type := str(dense.get("model_type"))) not in families.names():
         return None, {}
-    dense = upcycled_config.dense_config(raw) if upcycled_config.dense_type(raw) else raw
     family = families.find(dense_type)
     try:
         return family, dict(family.config(dense))

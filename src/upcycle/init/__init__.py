@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import abc
 import math
-import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from upcycle import registry
 from upcycle.errors import UpcycleError
+from upcycle.settings import Named
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Mean
 from upcycle.tensors.feed_forward import FeedForward
@@ -80,18 +79,18 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Init(abc.ABC):
+class Init(Named, abc.ABC):
     """A way to make experts. It writes experts for gates that sum to one; `scale` does the rest."""
+
+    section: ClassVar[str] = "init"
+    package: ClassVar[str] = __name__
+    noun: ClassVar[str] = "initialisation"
+    usual: ClassVar[str | None] = "copy"
 
     summary: ClassVar[str]
     needs: ClassVar[str] = "nothing"
     fine_grained: ClassVar[bool] = False  # whether experts may be narrower than the dense network
     selects: ClassVar[bool] = False  # whether experts may be of any width, and of fewer channels
-
-    @property
-    def name(self) -> str:
-        """The name in the recipe: that of the file."""
-        return type(self).__module__.rpartition(".")[2]
 
     @abc.abstractmethod
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
@@ -101,7 +100,7 @@ class Init(abc.ABC):
     def preserves(self, site: Site) -> bool:
         """Whether any choice of experts, weighted to sum to one and scaled, gives the dense output."""
 
-    def admit(self, dense: Dense) -> None:  # noqa: B027 - nothing to admit is the rule
+    def admit(self, dense: Dense) -> None:
         """Raise where what this initialisation brings along is not of that dense model."""
 
     def check(self, site: Site) -> None:
@@ -160,17 +159,11 @@ class Init(abc.ABC):
         return 0
 
 
-def share(name: str, value: float) -> None:
-    """Raise unless `value` lies in 0..1."""
-    if not 0 <= value <= 1:
-        raise UpcycleError(f"init.{name} = {value}; it must be between 0 and 1")
-
-
 def find(name: str) -> type[Init]:
     """The initialisation called `name`."""
-    return registry.find(sys.modules[__name__], name, "init", "initialisation")
+    return Init.find(name)
 
 
 def names() -> list[str]:
     """The names of all initialisations."""
-    return registry.names(sys.modules[__name__])
+    return Init.names()

@@ -75,6 +75,7 @@ class Selecting(Init):
     output: Literal["raw", "expected"] = "raw"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         paper = self.preset == "paper"
         self._default("channels", "shared" if paper else "per_expert")
         self._default("universal", "chosen" if paper else "thinned")

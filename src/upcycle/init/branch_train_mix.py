@@ -23,6 +23,7 @@ class BranchTrainMix(Init):
     include_source: bool = True  # whether the source is one of those that experts are made from
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sources:
             raise UpcycleError("init.sources is empty; branch_train_mix needs at least one more checkpoint")
         # The recipe is kept with its result, and read from elsewhere.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from upcycle.errors import UpcycleError
 from upcycle.init._selecting import Choice, drawn
 from upcycle.init.importance import Measured
 from upcycle.init.split import balanced_kmeans
+from upcycle.settings import AtLeast
 from upcycle.system.once import once
 from upcycle.tensors import rng
 
@@ -32,7 +33,7 @@ class CoActivation(Measured):
     summary = "groups of neurons that fire together, from a larger network (MoE Jetpack)"
     needs = "init.statistics = FILE, from upcycle calibrate --collect l2,co_activation"
 
-    parts: int = 32  # groups of equal size that the neurons are cut into
+    parts: Annotated[int, AtLeast(2)] = 32  # groups of equal size that the neurons are cut into
     # by pymetis (metis), by eigenvectors (spectral), or the first where it is installed (auto)
     partition: Literal["auto", "metis", "spectral"] = "auto"
     # whether metis sees how often neurons fire together (paper), or only which do (repo)
@@ -41,8 +42,6 @@ class CoActivation(Measured):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._default("weighted", self.preset == "paper")
-        if self.parts < 2:
-            raise UpcycleError(f"init.parts = {self.parts}; it must be 2 or more")
         found = find_spec("pymetis") is not None
         if self.partition == "metis" and not found:
             raise UpcycleError(

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from upcycle.init import Init, Site, share
+from upcycle.init import Init, Site
+from upcycle.settings import Within
 from upcycle.tensors.computed import Redraw
 from upcycle.tensors.feed_forward import FeedForward
 
@@ -20,13 +21,10 @@ class Drop(Init):
 
     summary = "a share of each expert's neurons redrawn (Drop-Upcycling)"
 
-    ratio: float = 0.5  # share of the neurons of each expert that is drawn anew
+    ratio: Annotated[float, Within("[0, 1]")] = 0.5  # share of the neurons of each expert that is drawn anew
     # shared redraws the same neurons in gate, up and down (the paper's text), independent others in each (its
     # code)
     indices: Literal["shared", "independent"] = "shared"
-
-    def __post_init__(self) -> None:
-        share("ratio", self.ratio)
 
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
         if not math.floor(self.ratio * site.dense_width):

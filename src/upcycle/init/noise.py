@@ -1,9 +1,10 @@
 """Copies with Gaussian noise: the usual symmetry break, and the baseline "random noise upcycling"."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from upcycle.errors import UpcycleError
-from upcycle.init import Init, Site, share
+from upcycle.init import Init, Site
+from upcycle.settings import AtLeast, Within
 from upcycle.tensors.computed import Noise
 from upcycle.tensors.feed_forward import FeedForward
 
@@ -18,14 +19,9 @@ class NoisyCopy(Init):
 
     summary = "copies + Gaussian noise on a fraction of the neurons"
 
-    sigma: float = 0.01  # standard deviation of the noise
+    sigma: Annotated[float, AtLeast(0)] = 0.01  # standard deviation of the noise
     relative: bool = True  # whether sigma counts in standard deviations of each matrix
-    fraction: float = 1.0  # share of the neurons that get it
-
-    def __post_init__(self) -> None:
-        share("fraction", self.fraction)
-        if not 0 <= self.sigma < float("inf"):
-            raise UpcycleError(f"init.sigma = {self.sigma}; it must be a number of 0 or more")
+    fraction: Annotated[float, Within("[0, 1]")] = 1.0  # share of the neurons that get it
 
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
         neurons = site.sample(self.fraction, site.dense_width, "noise neurons", e)

@@ -1,10 +1,11 @@
 """The recipe of Qwen2-57B-A14B: replicate, shuffle along the neurons, cut (arXiv 2407.10671)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from upcycle.init import Init, Site, share
+from upcycle.init import Init, Site
 from upcycle.init.drop import redraw
+from upcycle.settings import Within
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.positions import Order
 
@@ -23,12 +24,10 @@ class ShuffleSlice(Init):
     needs = "moe.granularity = G"
     fine_grained = True
 
-    redraw: float = 0.0  # share of each expert's neurons that is drawn anew afterwards
+    # share of each expert's neurons that is drawn anew afterwards
+    redraw: Annotated[float, Within("[0, 1]")] = 0.0
     # as_is leaves the outputs alone; expected multiplies them by G
     output: Literal["as_is", "expected"] = "as_is"
-
-    def __post_init__(self) -> None:
-        share("redraw", self.redraw)
 
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
         replica, piece = divmod(e, site.granularity)

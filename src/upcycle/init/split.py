@@ -45,6 +45,7 @@ class Split(Init):
     output: Literal["selected", "expected", "llama_moe"] = "selected"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.by == "file") != bool(self.labels):
             raise UpcycleError('init.labels names the file of init.by = "file"; give both or neither')
         if Path(self.labels).is_file():  # the recipe is kept with its result, and read from elsewhere

@@ -14,7 +14,7 @@ from upcycle.errors import UpcycleError
 from upcycle.nn import routers
 from upcycle.nn.dispatch import Groups
 from upcycle.nn.experts import Experts
-from upcycle.nn.routing import Routing
+from upcycle.nn.routing import Routing, Tokens
 from upcycle.nn.shape import Shape
 
 
@@ -35,13 +35,15 @@ class Router(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             wide = torch.promote_types(hidden.dtype, torch.float32)
             return self.settings.route(
-                {name: p.to(wide) for name, p in self.named_parameters()},
-                hidden.to(wide),
-                padding,
-                num_experts=self.shape.all_experts,
-                top_k=self.shape.top_k,
-                training=self.training,
-                causal=self.shape.causal,
+                Tokens(
+                    hidden=hidden.to(wide),
+                    padding=padding,
+                    tensors={name: p.to(wide) for name, p in self.named_parameters()},
+                    num_experts=self.shape.all_experts,
+                    top_k=self.shape.top_k,
+                    training=self.training,
+                    causal=self.shape.causal,
+                )
             )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from upcycle import targets
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.crossing import Crossing, Told, bounds, crossing, told
@@ -215,7 +216,7 @@ def _kind(run: RunRecord) -> Kind:
 
 
 def _is_dense(moe: Mapping[str, Any]) -> bool:
-    return moe.get("target") in ("depth_tiled", "dense")
+    return not targets.recorded(moe).has_experts
 
 
 def _labels(runs: Sequence[RunRecord]) -> list[str]:
@@ -259,18 +260,15 @@ def _said(key: str, value: Any) -> str:
 
 
 def _label(run: RunRecord) -> str:
-    kind, moe = _kind(run), run.table.get("moe") or {}
+    kind = _kind(run)
     short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
     init = (run.table.get("init") or {}).get("name", "copy")
     if kind == "dense, rebuilt":
-        deep = moe.get("target") == "depth_tiled"
-        return (f"every block {moe.get('depth')} times" if deep else f"narrower dense, {init}") + short
+        return targets.recorded(run.table["moe"]).label(run.table) + short
     if kind.startswith("dense"):
         return kind + short
-    router = (run.table.get("router") or {}).get("name", "top_k")
-    way = f"top-{moe.get('top_k')}" if router == "top_k" else str(router).replace("_", " ")
     how = init if kind == "upcycled" else "from scratch"
-    return f"{moe.get('num_experts')} experts, {way}, {how}{short}"
+    return f"{targets.recorded(run.table['moe']).label(run.table)}, {how}{short}"
 
 
 def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:

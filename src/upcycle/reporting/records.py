@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import recipe
 from upcycle.checkpoints.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.reporting.document import clean
 from upcycle.system import wording
-from upcycle.training.run import Train
+from upcycle.training.run import train_of
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -103,7 +102,7 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path, name: str) -> RunRecord:
     """The run in `folder`; an `UpcycleError` where run.json does not say what was run."""
     about = _about(folder)
-    wanted: Train = recipe.read(Train, about["run"]["train"], "train")
+    wanted = train_of(about["run"])
     per_step = wanted.rows * about["tokens_per_row"]
     damage: list[str] = []
     kept: list[dict[str, Any]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from upcycle.families import Config
 from upcycle.tensors.feed_forward import FeedForward
@@ -157,6 +157,9 @@ _GATED = Fused(gate_up="experts.gate_up_proj", down="experts.down_proj")
 @dataclass(frozen=True, kw_only=True)
 class Stacked:
     """Experts in three-dimensional tensors, as `nn.Experts` holds them: disk and memory are the same."""
+
+    path: ClassVar[str] = "experts"  # below the layer
+    matrices: ClassVar[tuple[str, ...]] = ("gate_up_proj", "up_proj", "down_proj")
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
         """The experts by their names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and vectors."""

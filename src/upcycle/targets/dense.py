@@ -5,13 +5,15 @@ Weight Selection (Xu et al., ICLR 2024): the weights are chosen out of the sourc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
 from upcycle.init import Site
-from upcycle.targets import Target, dense_snippet, refuse_experts
+from upcycle.targets import refuse_experts
+from upcycle.targets._dense_class import DenseClass
 from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -21,25 +23,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Narrower(Target):
+class Narrower(DenseClass):
     """The dense class with fewer channels."""
 
     kind: ClassVar[str] = "narrower"
     summary: str = "the dense class, narrower: weights chosen out of the source (Weight Selection)"
     needs: ClassVar[str] = "[successor], an initialisation that chooses"
 
-    model_type: str
-    architecture: str
-
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if the recipe names no successor, or asks for experts."""
         if recipe.successor is None:
             raise UpcycleError("moe.target = dense is the smaller model of [successor]; add that section")
         refuse_experts(recipe, ("moe", "router"))
-
-    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
-        """No block becomes MoE."""
-        return ()
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
         """config.json of the successor."""
@@ -57,9 +52,10 @@ class Narrower(Target):
         """The initialisation that chose the weights."""
         return f"initialisation `{recipe.init.name}`"
 
-    def snippet(self) -> str:
-        """Python code that opens the folder."""
-        return dense_snippet(self.architecture)
+    @classmethod
+    def label(cls, recipe: Mapping[str, Any]) -> str:
+        """The initialisation that chose the weights."""
+        return f"narrower dense, {(recipe.get('init') or {}).get('name', 'copy')}"
 
 
 target = Narrower

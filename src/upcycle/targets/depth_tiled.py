@@ -6,14 +6,16 @@ model of the same class, deeper, that has to be trained on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.errors import UpcycleError
-from upcycle.families import PER_BLOCK, Config
+from upcycle.families import Config
 from upcycle.families._checked import MOST_BLOCKS
 from upcycle.init import Site
-from upcycle.targets import Target, dense_snippet, refuse_experts
+from upcycle.targets import refuse_experts
+from upcycle.targets._dense_class import DenseClass
 from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -21,27 +23,18 @@ if TYPE_CHECKING:
     from upcycle.dense.source import Dense
     from upcycle.recipe import Recipe
 
-_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "max_window_layers", "depths")
-
 
 @dataclass(frozen=True, kw_only=True)
-class DepthTiled(Target):
+class DepthTiled(DenseClass):
     """The dense class with every block several times in a row."""
 
     kind: ClassVar[str] = "deeper"
     summary: str = "the dense class, every block repeated: a dense baseline of more FLOPs"
     needs: ClassVar[str] = "moe.depth = how often"
 
-    model_type: str
-    architecture: str
-
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if the recipe asks for experts: nothing would heed it."""
         refuse_experts(recipe, ("moe", "init", "router"))
-
-    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
-        """No block becomes MoE."""
-        return ()
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
         """config.json of the deeper model."""
@@ -59,9 +52,15 @@ class DepthTiled(Target):
         """How often each block stands."""
         return f"every block {recipe.moe.depth} times"
 
-    def snippet(self) -> str:
-        """Python code that opens the folder."""
-        return dense_snippet(self.architecture)
+    @classmethod
+    def label(cls, recipe: Mapping[str, Any]) -> str:
+        """How often each block stands."""
+        return f"every block {recipe['moe'].get('depth')} times"
+
+    @classmethod
+    def made_by(cls, recipe: Mapping[str, Any]) -> str:
+        """The end of a sentence that says how often each block stands."""
+        return f", every block {recipe['moe']['depth']} times"
 
 
 target = DepthTiled
@@ -81,20 +80,8 @@ def _config(dense: Dense, times: int) -> Config:
             f"moe.depth = {times} makes {blocks * times:,} blocks of {blocks}; {MOST_BLOCKS:,} are taken at "
             f"most"
         )
-    out = dict(dense.checkpoint.config)
-    for key in _COUNTS:
-        count = out.get(key)
-        if count is None and key in dense.family.defaults:
-            count = dense.config[key]
-        if isinstance(count, int):
-            out[key] = count * times
-        elif isinstance(count, (list, tuple)):  # one a stage
-            out[key] = [n * times for n in count]
-    for key in PER_BLOCK:
-        # Written out where config.json gives an interval: of the deeper model it would mean other blocks.
-        if (kinds := dense.config.get(key)) is not None:
-            out[key] = [kind for kind in kinds for _ in range(times)]
-    return out
+    raw = dense.checkpoint.config
+    return {**raw, **dense.family.repeated(dense.config, raw, times)}
 
 
 def _tensors(dense: Dense, times: int) -> dict[str, Lazy]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from upcycle import families
 from upcycle.blueprints import moe_layer
 from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
+from upcycle.families._training import Trained
+from upcycle.families._weights import AsMade, Initial, Matrix, Weight
 from upcycle.init import Site
 from upcycle.nn import kernels
-from upcycle.targets import Target, natives
+from upcycle.targets import Block, natives
 from upcycle.targets._layouts import Layout, Shared
+from upcycle.targets._with_experts import WithExperts
 from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -32,10 +35,8 @@ _LAYERS = "model.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Native(Target):
+class Native(WithExperts):
     """An MoE architecture: where its tensors and its settings go."""
-
-    kind: ClassVar[str] = "MoE"
 
     model_type: str
     architecture: str  # the transformers class
@@ -136,6 +137,65 @@ class Native(Target):
         """What a layer has besides router weight and experts."""
         return self.extra(site.num_experts, dtype) if self.extra else {}
 
+    @classmethod
+    def listed(cls) -> list[dict[str, str]]:
+        """Every architecture."""
+        found = (natives.find(name) for name in natives.names())
+        return [
+            {
+                "name": native.model_type,
+                "summary": native.summary,
+                "needs": "experts in every layer" if native.dense_layers is None else "nothing",
+            }
+            for native in found
+        ]
+
+    @classmethod
+    def opened(cls, config: Mapping[str, Any]) -> Self | None:
+        """The architecture that config.json names."""
+        name = config.get("model_type")
+        found = natives.find(str(name)) if name in natives.names() else None
+        return found if isinstance(found, cls) else None
+
+    def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
+        """The blocks by the numbers in the names of their tensors."""
+        by_layer: dict[int, dict[str, Lazy]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(_LAYERS):
+                layer, _, rest = name.removeprefix(_LAYERS).partition(".")
+                if not (layer.isascii() and layer.isdecimal()):
+                    raise UpcycleError(f"{folder} holds {name!r}: {layer!r} is no number of a layer")
+                by_layer.setdefault(int(layer), {})[rest] = tensor
+        if not by_layer:
+            raise UpcycleError(f"{folder} has no tensors of layers (model.layers.N. ...)")
+        return [self._block(number, layer) for number, layer in sorted(by_layer.items())]
+
+    def _block(self, number: int, tensors: Mapping[str, Lazy]) -> Block:
+        """One block, of its tensors by their names in it."""
+        experts = self.layout.read(tensors)
+        router = tensors[self.router] if experts else None
+        up = experts[0].up if experts else tensors["mlp.gate_proj.weight"]
+        return Block(stack="layers", layer=number, experts=experts, router=router, up=up)
+
+    def made(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """A matrix, or a constant of the architecture."""
+        return Weight(shape) if self._is_constant(name, shape) else Matrix(shape)
+
+    def begins(
+        self, family: Trained, dense: Dense, name: str, weight: Weight, entry: Entry
+    ) -> Initial | None:
+        """Constants of the architecture stay; its matrices start as the family's do."""
+        if name in dense.weights:
+            return family.initial(dense.config, name, weight)
+        if self._is_constant(name, weight.shape):
+            return None if any(True for _ in entry.lazy.sources()) else AsMade()
+        return weight.initial(family.deviation(dense.config))
+
+    def _is_constant(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the architecture gives the tensor, which the dense model does not have."""
+        extra = self.extra(1, "F32") if self.extra else {}
+        return len(shape) == 1 or name.endswith(tuple(extra))
+
     def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """`entries` with the experts of each layer in the two tensors that transformers holds them in.
 
@@ -188,10 +248,6 @@ class Native(Target):
             )
         return out
 
-    def origin(self, recipe: Recipe) -> str:
-        """The initialisation of the experts."""
-        return f"initialisation `{recipe.init.name}`"
-
     def snippet(self) -> str:
         """Python code that opens the folder."""
         return (
@@ -199,6 +255,9 @@ class Native(Target):
             'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
         )
+
+
+target = Native
 
 
 def of(dense: Dense, recipe: Recipe) -> Native:
@@ -210,7 +269,7 @@ def of(dense: Dense, recipe: Recipe) -> Native:
         )
     name = family.natives[0] if asked == "native" else asked
     if name not in family.natives:
-        if (reason := families.INEXACT.get((family.model_type, name))) is not None:
+        if (reason := family.inexact.get(name)) is not None:
             raise UpcycleError(f"{family.model_type} -> {name} does not compute the same: {reason}")
         allowed = ", ".join([*family.natives, "upcycled"])
         raise UpcycleError(f"{family.model_type} cannot become {name!r} exactly; moe.target can be {allowed}")

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from upcycle import families
 from upcycle.blueprints import moe_layer
+from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
+from upcycle.families._training import Trained
+from upcycle.families._weights import AsMade, Bias, Constant, Initial, Matrix, Scale, Weight
 from upcycle.init import Site
 from upcycle.nn import upcycled_config
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
-from upcycle.targets import Target
+from upcycle.targets import Block
 from upcycle.targets._layouts import Shared, SharedExpert, Stacked
+from upcycle.targets._with_experts import WithExperts
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.lazy import Lazy
 
@@ -28,10 +34,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upcycled(Target):
+class Upcycled(WithExperts):
     """A dense class with MoE layers in it."""
 
-    kind: ClassVar[str] = "MoE"
     summary: str = "the dense class itself with MoE layers in it; any family, any router"
     needs: ClassVar[str] = "import upcycle, to open it"
     layout: ClassVar[Stacked] = Stacked()
@@ -88,13 +93,14 @@ class Upcycled(Target):
         """Every tensor by its name on disk; a name that two rules define is an error of ours."""
         every = moe_layer.averaged(models, recipe)
         stacks = {stack.name: stack for stack in models[0].stacks}
+        parts = {name: recipe.at(name) for name in stacks}
         out = {
             name: tensor
             for name, tensor in every.items()
             if not any(stacks[site.stack].owns(name, site.layer) for site in sites)
         }
         for site in sites:
-            made = moe_layer.tensors(models, site, recipe.at(site.stack), self, every)
+            made = moe_layer.tensors(models, site, parts[site.stack], self, every)
             moe_layer.add(out, stacks[site.stack].path.format(i=site.layer), made)
         return out
 
@@ -108,6 +114,75 @@ class Upcycled(Target):
         """Whether the tensor belongs to a router."""
         return ".router." in name
 
+    @classmethod
+    def opened(cls, config: Mapping[str, Any]) -> Self | None:
+        """The upcycled twin of the class that config.json names."""
+        dense = upcycled_config.dense_type(config)
+        named = config.get("architectures")
+        name = str(named[0]) if isinstance(named, list) and named else ""
+        return None if dense is None else cls(model_type=PREFIX + dense, architecture=name)
+
+    @classmethod
+    def dense_class(cls, architecture: str) -> str:
+        """The name without what upcycling adds."""
+        return architecture.removeprefix(CLASS_PREFIX)
+
+    def dense_config(self, config: Mapping[str, Any]) -> Config | None:
+        """The config without what upcycling adds."""
+        return upcycled_config.dense_config(config)
+
+    def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
+        """The blocks of every stack, as the family and the list `moe` of config.json say where they are."""
+        family = families.find(self.model_type.removeprefix(PREFIX))
+        whole = family.config(upcycled_config.dense_config(config))
+        moe = _moe_layers(config, folder)
+        out = []
+        for stack in family.stacks(whole):
+            for i in range(stack.count):
+                if (stack.name, i) in moe:
+                    out.append(_block(stack, i, tensors))
+                else:
+                    up = family.feed_forward(whole, i, tensors, stack.name).up
+                    out.append(Block(stack=stack.name, layer=i, experts=[], router=None, up=up))
+        return out
+
+    def refuse_layout(self, config: Mapping[str, Any], *, tp_size: int, ep_size: int) -> None:
+        """No tensor parallelism; no expert parallelism for experts that look at all tokens of an image."""
+        if tp_size > 1:
+            raise UpcycleError(
+                "tensor parallelism is for native MoE; an upcycled model is shared out by fsdp_size and "
+                "ep_size"
+            )
+        if ep_size > 1 and any(entry.get("response_norm") for entry in config["moe"]):
+            raise UpcycleError(
+                "ep_size: experts with a response norm (ConvNeXt V2) look at all tokens of an image that "
+                "come to them, and expert parallelism does not say which those are; set it to 1: fsdp_size "
+                "shares parameters out"
+            )
+
+    def made(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """Matrices of experts and routers; vectors of experts, which start at 0."""
+        if self.draws(name):
+            return Matrix(shape) if len(shape) > 1 else Weight(shape)
+        leaf = name.rpartition(".")[2]
+        if leaf in self.layout.matrices:
+            return Matrix(shape)
+        return Bias(shape) if leaf.endswith("bias") else Scale(shape, 0.0)
+
+    def begins(
+        self, family: Trained, dense: Dense, name: str, weight: Weight, entry: Entry
+    ) -> Initial | None:
+        """A router starts as the recipe says, an expert as the dense network it is made of."""
+        sources = [info.name for info in entry.lazy.sources()]
+        if self.draws(name):  # a norm of the dense model starts as one that only normalises
+            return Constant(float(name.endswith("weight"))) if sources else AsMade()
+        if name in dense.weights:
+            return family.initial(dense.config, name, weight)
+        own = next((source for source in sources if source in dense.weights), None)
+        if own is not None and f".{self.layout.path}." in name:
+            return family.initial(dense.config, own, dense.weights[own])
+        return weight.initial(family.deviation(dense.config))
+
     def warnings(self, built: Blueprint) -> list[str]:
         """The first block of a stack among those that become MoE."""
         begin = {stack.name for stack in built.dense.stacks if not stack.first}
@@ -117,10 +192,6 @@ class Upcycled(Target):
             "the first block is among those that become MoE, which was found to train badly (Sparse "
             "Upcycling, B.4); leave it dense, as every_other and last_half do"
         ]
-
-    def origin(self, recipe: Recipe) -> str:
-        """The initialisation of the experts."""
-        return f"initialisation `{recipe.init.name}`"
 
     def snippet(self) -> str:
         """Python code that opens the folder."""
@@ -138,6 +209,41 @@ def of(dense: Dense, recipe: Recipe) -> Upcycled:
     return Upcycled(
         model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.architecture
     )
+
+
+def _block(stack: Stack, i: int, tensors: Mapping[str, Lazy]) -> Block:
+    """A block with experts."""
+    prefix = stack.path.format(i=i) + "."
+    below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    experts = Stacked().read(below)
+    if not experts:
+        raise KeyError(prefix + "experts.down_proj")
+    others = {
+        f"experts{n.removeprefix('universal')}": t for n, t in below.items() if n.startswith("universal.")
+    }
+    return Block(
+        stack=stack.name,
+        layer=i,
+        experts=experts,
+        router=below["router.weight"],
+        up=experts[0].up,
+        universal=Stacked().read(others) if others else (),
+    )
+
+
+def _moe_layers(config: Mapping[str, Any], folder: Path) -> set[tuple[str, int]]:
+    """The blocks with experts, by stack and number, as config.json has them."""
+    entries = config["moe"]
+    whole = isinstance(entries, list) and all(
+        isinstance(e, dict)
+        and isinstance(e.get("stack"), str)
+        and isinstance(e.get("layers"), list)
+        and all(type(i) is int for i in e["layers"])
+        for e in entries
+    )
+    if not whole:
+        raise UpcycleError(f"{folder}/config.json: `moe` is not the list that upcycle writes")
+    return {(e["stack"], i) for e in entries for i in e["layers"]}
 
 
 def _router_tensors(recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:

@@ -1,4 +1,4 @@
-"""What a model is trained to do. One file here is one task: its keys, its data, its question and its loss.
+"""What a model is trained to do. One file here is one task: its keys, data, question and loss, and its score.
 
 A file `NAME.py` defines a frozen dataclass deriving from `Task`, bound to the module name `task`; its fields
 are the keys of `[task] name = "NAME"`. Letters: B rows, L tokens of a row, V classes or words.
@@ -7,42 +7,24 @@ are the keys of `[task] name = "NAME"`. Letters: B rows, L tokens of a row, V cl
 from __future__ import annotations
 
 import abc
-import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
-import numpy as np
-
-from upcycle import recipe, registry
+from upcycle import settings
 from upcycle.data.corruption import IGNORED
+from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
+from upcycle.settings import AtLeast, Named
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from upcycle.dense.subject import Subject
-    from upcycle.training.run import Run
 
 Batch = dict[str, "Tensor"]  # tensors of the same rows
-
-
-class Feed(Protocol):
-    """Where the rows of a run come from, in an order that can be gone on with."""
-
-    def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
-        """The next `rows` rows, of which those of `part` are read."""
-
-    def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
-        """Rows that are never trained on, always the same; at most `rows`."""
-
-    def state(self) -> dict[str, Any]:
-        """The position, as JSON has it."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go to a position."""
+Found = TypeVar("Found", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -53,36 +35,58 @@ class Question:
     labels: Tensor
 
 
+class Judge(Protocol[Found]):
+    """One checkpoint that is being scored, and the ways to score it. A task chooses one."""
+
+    def rows(self, task: Task, path: Path) -> Found:
+        """The loss and the right answers of every row that the task makes of the data at `path`."""
+
+    def windows(self, path: Path) -> Found:
+        """The likelihood of every token of the text at `path`, in windows that go over its documents."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Task(abc.ABC):
+class Task(Named, abc.ABC):
     """A way to train. Losses and right answers are sums over targets, so that parts of a batch add up."""
+
+    section: ClassVar[str] = "task"
+    package: ClassVar[str] = __name__
 
     summary: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]  # how the names of the classes that can do it end
-    classes: int | tuple[str, ...] = (
-        0  # of a head made anew: their names, or how many; 0: the checkpoint's head
-    )
+    # of a head made anew: their names, or how many; 0: the checkpoint's head
+    classes: Annotated[int, AtLeast(0)] | tuple[str, ...] = 0
+    bodies: ClassVar[tuple[str, ...]] = ()  # how the names of classes without a head end that read its rows
+    reads: ClassVar[Literal["text", "images"]] = "text"  # the option of `eval` that gives its data
+    cache_name: ClassVar[str] = "tokens"  # of the folder of prepared files in that of a run
     unit: ClassVar[str] = "token"  # what a loss is the mean over
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
     counting: ClassVar[Mapping[str, Any]] = {}  # what spares work where only routers are watched
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.classes if isinstance(self.classes, tuple) else ()
-        if len({*given}) < len(given) or (isinstance(self.classes, int) and self.classes < 0):
+        if len({*given}) < len(given):
             raise UpcycleError("task.classes is a number of classes or a list of different names")
-
-    @property
-    def name(self) -> str:
-        """The name in the run file: that of the file."""
-        return type(self).__module__.rpartition(".")[2]
 
     def notes(self) -> list[str]:
         """What a person should know of a run that does it, a sentence each."""
         return []
 
     @abc.abstractmethod
-    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
-        """The rows of the run; the first process calls it before the others do."""
+    def feed(self, feeding: Feeding, subject: Subject) -> Feed:
+        """The rows of the data. Of several processes, the first one calls it before the others do.
+
+        Raises `UpcycleError` for data that the task or the model cannot read.
+        """
+
+    def shown(self, feeding: Feeding, subject: Subject, *, labels: bool) -> Feed:
+        """The rows for a model that is only watched; their labels must fit its head only if `labels`."""
+        return self.feed(feeding, subject)
+
+    def can_read(self, path: Path) -> bool:
+        """Whether a file may hold what the task reads, going by its name."""
+        return True
 
     @abc.abstractmethod
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
@@ -93,12 +97,20 @@ class Task(abc.ABC):
         """How many predictions a batch is."""
 
     @abc.abstractmethod
-    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
-        """Tokens of a row in each stack of blocks."""
+    def lengths(self, length: int, subject: Subject) -> dict[str, int]:
+        """Tokens of a row in each stack of blocks, if text is cut into rows of `length` tokens."""
 
-    def beyond_positions(self, run: Run, subject: Subject) -> str | None:
-        """What is wrong with rows that are longer than the model was made for, in a sentence."""
+    def beyond_positions(self, length: int, subject: Subject) -> str | None:
+        """A sentence on rows that are longer than the model was made for; None if they are not."""
         return None
+
+    def unscored(self, architecture: str) -> str | None:
+        """A sentence on why `eval` cannot score a model of the class; None if it can."""
+        return None
+
+    def score(self, judge: Judge[Found], path: Path) -> Found:
+        """Score a checkpoint on the data at `path`: row by row, unless a task knows a better way."""
+        return judge.rows(self, path)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over targets, in float32 at least."""
@@ -117,21 +129,18 @@ class Task(abc.ABC):
 
 def read(table: Mapping[str, Any]) -> Task:
     """The task of a table with `name` and its keys."""
-    options = dict(table)
-    name = options.pop("name", None)
-    if name is None:
-        raise UpcycleError(f"[task] has no name; allowed: {', '.join(names())}")
-    made: Task = recipe.read(find(name), options, f"task ({name})")
-    return made
+    return settings.read(Task, table, "task")
+
+
+def known(architecture: str) -> Task | None:
+    """The task that a class of transformers is made for; None for a class without a head that is known."""
+    return next((task() for task in map(find, names()) if architecture.endswith(task.heads)), None)
 
 
 def of(architecture: str) -> Task:
-    """The task that a class of transformers is made for."""
-    for name in names():
-        found = find(name)
-        if architecture.endswith(found.heads):
-            made: Task = found()
-            return made
+    """The task that a class of transformers is made for. Raises `UpcycleError` if there is none."""
+    if (found := known(architecture)) is not None:
+        return found
     raise UpcycleError(
         f"{architecture} has no head to train; take a checkpoint of one of: "
         f"{', '.join(head for name in names() for head in find(name).heads)}"
@@ -150,14 +159,14 @@ def fitting(task: Task | None, architecture: str) -> Task:
 
 def as_table(task: Task) -> dict[str, Any]:
     """The settings as a table: what `read` takes."""
-    return {"name": task.name, **dataclasses.asdict(task)}
+    return task.as_table()
 
 
 def find(name: str) -> type[Task]:
     """The task called `name`."""
-    return registry.find(sys.modules[__name__], name, "task", "task")
+    return Task.find(name)
 
 
 def names() -> list[str]:
     """The names of all tasks."""
-    return registry.names(sys.modules[__name__])
+    return Task.names()

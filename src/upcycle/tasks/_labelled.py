@@ -1,4 +1,4 @@
-"""What tasks over labelled examples ask of a run and its model."""
+"""What tasks over labelled examples ask of their data and of a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from upcycle.data.feeding import Feeding
 from upcycle.errors import UpcycleError, listed
 from upcycle.tasks import Task
 
@@ -15,17 +16,17 @@ if TYPE_CHECKING:
     from upcycle.data.images import ImageSet
     from upcycle.data.texts import TextSet
     from upcycle.dense.subject import Subject
-    from upcycle.training.run import Run
 
 Set = TypeVar("Set", "ImageSet", "TextSet")
 
 
-def only_source(run: Run, task: Task) -> str:
-    """The path of the run's one source of examples."""
-    if len(run.data.sources) != 1:
+def only_source(feeding: Feeding, task: Task) -> str:
+    """The path of the one source of examples."""
+    sources = feeding.data.sources
+    if len(sources) != 1:
         what = task.name.replace("_", " ")
-        raise UpcycleError(f"{what} takes one [[data.sources]]; there are {len(run.data.sources)}")
-    return run.data.sources[0].path
+        raise UpcycleError(f"{what} takes one [[data.sources]]; there are {len(sources)}")
+    return sources[0].path
 
 
 def as_the_head(found: Set, subject: Subject) -> Set:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from upcycle.data import corpus
 from upcycle.data.batches import Batches
+from upcycle.data.feeding import Feeding
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
-    from upcycle.training.run import Run
 
 Make = Callable[[np.ndarray, Sequence[rng.Key]], dict[str, np.ndarray]]
 
 
-def tokenizer_of(run: Run, subject: Subject) -> Any:
-    """The tokenizer of a run."""
-    return corpus.tokenizer(run.data, subject.folder)
+def tokenizer_of(feeding: Feeding, subject: Subject) -> Any:
+    """The tokenizer that the data names, or the model's own."""
+    return corpus.tokenizer(feeding.data, subject.folder)
 
 
-def beyond_positions(run: Run, subject: Subject) -> str | None:
-    """What is wrong with rows longer than the positions that a model has, in a sentence."""
-    most, length = subject.settings.get("max_position_embeddings"), run.train.sequence_length
+def beyond_positions(length: int, subject: Subject) -> str | None:
+    """A sentence on rows that are longer than the positions that a model has; None if they are not."""
+    most = subject.settings.get("max_position_embeddings")
     if most is None or length <= most:
         return None
     return (
@@ -36,25 +35,26 @@ def beyond_positions(run: Run, subject: Subject) -> str | None:
     )
 
 
-def refuse_beyond_positions(run: Run, subject: Subject) -> None:
+def refuse_beyond_positions(length: int, subject: Subject) -> None:
     """Refuse rows longer than the positions that a model has learned."""
-    if (said := beyond_positions(run, subject)) is not None:
+    if (said := beyond_positions(length, subject)) is not None:
         raise UpcycleError(said)
 
 
 class TokenFeed:
     """`make(rows [N, L + 1], keys)` of rows whose last token is the next row's first."""
 
-    def __init__(self, run: Run, subject: Subject, out: Path, length: int, make: Make) -> None:
-        cache = Path(run.data.cache) if run.data.cache else out / "tokens"
-        folder = subject.folder
-        tokens = corpus.prepare(run.data, folder, cache, vocab_size=subject.vocab_size)
-        weights = [s.weight for s in run.data.sources]
-        self._batches = Batches(
-            tokens, weights, length=length, held_out=run.data.held_out, seed=run.train_seed
-        )
-        self._make, self._seed = make, run.train_seed
-        self.trainable = self._batches.trainable
+    def __init__(self, feeding: Feeding, subject: Subject, make: Make) -> None:
+        data, seed = feeding.data, feeding.seed
+        tokens = corpus.prepare(data, subject.folder, feeding.cache, vocab_size=subject.vocab_size)
+        weights = [source.weight for source in data.sources]
+        self._batches = Batches(tokens, weights, length=feeding.length, held_out=data.held_out, seed=seed)
+        self._make, self._seed = make, seed
+
+    @property
+    def trainable(self) -> list[int]:
+        """How many rows of each source are trained on."""
+        return self._batches.trainable
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
         first = self._batches.position

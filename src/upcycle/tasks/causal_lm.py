@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upcycle.tasks import Batch, Feed, Question, Task
+from upcycle.data.feeding import Feed, Feeding
+from upcycle.tasks import Batch, Found, Judge, Question, Task
 from upcycle.tasks._tokens import TokenFeed, beyond_positions
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
-    from upcycle.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class CausalLM(Task):
     heads = ("ForCausalLM",)
     counting = {"logits_to_keep": 1}
 
-    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
-        return TokenFeed(run, subject, out, run.train.sequence_length, _rows)
+    def feed(self, feeding: Feeding, subject: Subject) -> Feed:
+        return TokenFeed(feeding, subject, rows_alone)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         rows = batch["rows"]
@@ -37,14 +37,18 @@ class CausalLM(Task):
         rows, length = batch["rows"].shape
         return rows * (length - 1)
 
-    def beyond_positions(self, run: Run, subject: Subject) -> str | None:
-        return beyond_positions(run, subject)
+    def beyond_positions(self, length: int, subject: Subject) -> str | None:
+        return beyond_positions(length, subject)
 
-    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
-        return {"layers": run.train.sequence_length}
+    def lengths(self, length: int, subject: Subject) -> dict[str, int]:
+        return {"layers": length}
+
+    def score(self, judge: Judge[Found], path: Path) -> Found:
+        return judge.windows(path)
 
 
-def _rows(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
+def rows_alone(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
+    """Rows of tokens [N, L + 1] as they are; nothing is drawn for them."""
     return {"rows": rows}
 
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from upcycle.data.augment import Augment
 from upcycle.data.examples import Examples
+from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.images import ImageSet
 from upcycle.errors import listed
 from upcycle.families._encoder import pair
 from upcycle.system import progress
-from upcycle.tasks import Batch, Feed, Question, Task
+from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._labelled import as_the_head, only_source
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
-    from upcycle.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class ImageClassification(Task):
 
     by_example = True
     unit = "image"
+    reads = "images"
+    cache_name = "images"
     summary = "the class of an image"
     heads = ("ForImageClassification", "ForImageClassificationWithTeacher")
 
@@ -46,12 +48,15 @@ class ImageClassification(Task):
             f"set it to 0 where that makes another thing of them, as of digits and letters"
         ]
 
-    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
-        source = only_source(run, self)
-        cache = Path(run.data.cache) if run.data.cache else out / "images"
-        train = self.images(source, subject, cache)
-        test = None if self.test is None else self.images(self.test, subject, cache)
-        return Examples(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
+    def feed(self, feeding: Feeding, subject: Subject) -> Feed:
+        source = only_source(feeding, self)
+        train = self.images(source, subject, feeding.cache)
+        test = None if self.test is None else self.images(self.test, subject, feeding.cache)
+        return Examples(train, test, held_out_share=feeding.data.held_out, seed=feeding.seed)
+
+    def shown(self, feeding: Feeding, subject: Subject, *, labels: bool) -> Feed:
+        images = self.images(only_source(feeding, self), subject, feeding.cache, any_classes=not labels)
+        return Examples(images, None, held_out_share=0.0, seed=feeding.seed)
 
     def images(self, path: str, subject: Subject, cache: Path, *, any_classes: bool = False) -> ImageSet:
         """A set of images of the model's size, of its classes unless `any_classes`."""
@@ -87,7 +92,7 @@ class ImageClassification(Task):
     def targets(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
+    def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return subject.lengths
 
 

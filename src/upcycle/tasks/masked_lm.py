@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
 from upcycle.data.corruption import IGNORED, mask_tokens
+from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
-from upcycle.tasks import Batch, Feed, Question, Task
+from upcycle.settings import Within
+from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._tokens import TokenFeed, refuse_beyond_positions, tokenizer_of
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
-    from upcycle.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,11 @@ class MaskedLM(Task):
     summary = "the masked tokens of a text (BERT)"
     heads = ("ForMaskedLM",)
 
-    probability: float = 0.15  # share of the tokens that is asked for
+    probability: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that is asked for
 
-    def __post_init__(self) -> None:
-        if not 0 < self.probability < 1:
-            raise UpcycleError(f"task.probability = {self.probability}; it must be between 0 and 1")
-
-    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
-        refuse_beyond_positions(run, subject)
-        tokenizer = tokenizer_of(run, subject)
+    def feed(self, feeding: Feeding, subject: Subject) -> Feed:
+        refuse_beyond_positions(feeding.length, subject)
+        tokenizer = tokenizer_of(feeding, subject)
         if tokenizer.mask_token_id is None:
             raise UpcycleError("masked language modelling wants a tokenizer with a mask; set data.tokenizer")
         special = frozenset(tokenizer.all_special_ids)
@@ -53,7 +49,7 @@ class MaskedLM(Task):
             )
             return {"inputs": made.inputs, "labels": made.labels}
 
-        return TokenFeed(run, subject, out, run.train.sequence_length, make)
+        return TokenFeed(feeding, subject, make)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         return Question({"input_ids": batch["inputs"]}, batch["labels"])
@@ -61,8 +57,8 @@ class MaskedLM(Task):
     def targets(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
-    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
-        return {"layers": run.train.sequence_length}
+    def lengths(self, length: int, subject: Subject) -> dict[str, int]:
+        return {"layers": length}
 
 
 task = MaskedLM

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from upcycle.data.corruption import SpanLengths, corrupt_spans, span_lengths
+from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
-from upcycle.tasks import Batch, Feed, Question, Task
+from upcycle.settings import AtLeast, Within
+from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._tokens import TokenFeed, tokenizer_of
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
-    from upcycle.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,30 +28,22 @@ class SpanCorruption(Task):
 
     summary = "the spans cut out of a text (T5)"
     heads = ("ForConditionalGeneration",)
+    bodies = ("T5Model",)
 
-    noise_density: float = 0.15  # share of the tokens that is cut out
-    mean_span: float = 3.0  # tokens of a span, on average
+    noise_density: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that is cut out
+    mean_span: Annotated[float, AtLeast(1)] = 3.0  # tokens of a span, on average
 
-    def __post_init__(self) -> None:
-        if not 0 < self.noise_density < 1 or self.mean_span < 1:
-            raise UpcycleError(
-                f"task.noise_density = {self.noise_density} and task.mean_span = {self.mean_span}; they must "
-                f"be between 0 and 1, and 1 or more"
-            )
+    def spans(self, length: int) -> SpanLengths:
+        """How long texts, inputs and targets are if the encoder reads `length` tokens."""
+        return span_lengths(length, noise_density=self.noise_density, mean_span=self.mean_span)
 
-    def spans(self, run: Run) -> SpanLengths:
-        """How long texts, inputs and targets are."""
-        return span_lengths(
-            run.train.sequence_length, noise_density=self.noise_density, mean_span=self.mean_span
-        )
-
-    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
-        lengths = self.spans(run)
-        tokenizer = tokenizer_of(run, subject)
+    def feed(self, feeding: Feeding, subject: Subject) -> Feed:
+        lengths = self.spans(feeding.length)
+        tokenizer = tokenizer_of(feeding, subject)
         sentinels, eos = _sentinels(tokenizer), tokenizer.eos_token_id
         if eos is None or len(sentinels) < lengths.spans:
             raise UpcycleError(
-                f"span corruption of {run.train.sequence_length} tokens wants EOS and {lengths.spans} "
+                f"span corruption of {feeding.length} tokens wants EOS and {lengths.spans} "
                 f"sentinels (<extra_id_0>, ...), and the tokenizer has {len(sentinels)}; shorten "
                 f"train.sequence_length, or set data.tokenizer"
             )
@@ -60,7 +52,7 @@ class SpanCorruption(Task):
             made = corrupt_spans(rows[:, :-1], keys, lengths=lengths, sentinels=sentinels, eos=eos)
             return {"inputs": made.inputs, "targets": made.targets}
 
-        return TokenFeed(run, subject, out, lengths.raw, make)
+        return TokenFeed(replace(feeding, length=lengths.raw), subject, make)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         targets = batch["targets"]
@@ -77,8 +69,8 @@ class SpanCorruption(Task):
     def targets(self, batch: Batch) -> int:
         return batch["targets"].numel()
 
-    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
-        lengths = self.spans(run)
+    def lengths(self, length: int, subject: Subject) -> dict[str, int]:
+        lengths = self.spans(length)
         return {"encoder": lengths.inputs, "decoder": lengths.targets}
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.data.examples import Examples
+from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
-from upcycle.tasks import Batch, Feed, Question, Task
+from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._labelled import as_the_head, only_source
 from upcycle.tasks._tokens import refuse_beyond_positions, tokenizer_of
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
-    from upcycle.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +40,21 @@ class TextClassification(Task):
         if len(self.fields) not in (1, 2):
             raise UpcycleError(f"task.fields names {len(self.fields)} texts; give one, or two of a pair")
 
-    def feed(self, run: Run, subject: Subject, out: Path) -> Feed:
-        source = only_source(run, self)
-        train = self._texts(source, run, subject)
-        test = None if self.test is None else self._texts(self.test, run, subject)
-        return Examples(train, test, held_out_share=run.data.held_out, seed=run.train_seed)
+    def feed(self, feeding: Feeding, subject: Subject) -> Feed:
+        source = only_source(feeding, self)
+        train = self._texts(source, feeding, subject)
+        test = None if self.test is None else self._texts(self.test, feeding, subject)
+        return Examples(train, test, held_out_share=feeding.data.held_out, seed=feeding.seed)
 
-    def _texts(self, path: str, run: Run, subject: Subject) -> TextSet:
-        refuse_beyond_positions(run, subject)
-        tokenizer = tokenizer_of(run, subject)
+    def _texts(self, path: str, feeding: Feeding, subject: Subject) -> TextSet:
+        refuse_beyond_positions(feeding.length, subject)
+        tokenizer = tokenizer_of(feeding, subject)
         if tokenizer.pad_token_id is None:
             raise UpcycleError("text classification wants a tokenizer with a pad token; set data.tokenizer")
         found = TextSet.open(
             path,
             tokenizer,
-            length=run.train.sequence_length,
+            length=feeding.length,
             fields=self.fields,
             label_field=self.label_field,
         )
@@ -67,8 +67,14 @@ class TextClassification(Task):
     def targets(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def lengths(self, run: Run, subject: Subject) -> dict[str, int]:
-        return {"layers": run.train.sequence_length}
+    def lengths(self, length: int, subject: Subject) -> dict[str, int]:
+        return {"layers": length}
+
+    def can_read(self, path: Path) -> bool:
+        return path.suffix not in (".txt", ".text")  # without labels
+
+    def unscored(self, architecture: str) -> str | None:
+        return f"{architecture} classifies texts; score it in a run, with task.test"
 
 
 task = TextClassification

@@ -3,9 +3,9 @@
 
 Of N blocks, block i (from 0) leaves out each of its branches with probability rate x i / (N - 1), each sample
 and branch by itself, and divides what stays by the probability to stay. Hooks on the modules whose output is
-added to the residual stream (`Stack.branches`), because few classes of transformers have a place for it; they
-take the place of the rate that config.json of some has. Draws come from torch's own generator, whose state
-activation checkpointing puts back before it computes a block again.
+added to the residual stream (`Trained.branches`), because few classes of transformers have a place for it;
+they take the place of the rate that config.json of some has. Draws come from torch's own generator, whose
+state activation checkpointing puts back before it computes a block again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family
+from upcycle.families._training import trained
 
 
 def install(model: PreTrainedModel, family: Family, config: Config, rate: float) -> None:
     """Let the blocks of `model` drop branches when it trains: the first none, the last with `rate`."""
     base: nn.Module = model.base_model
+    known = trained(family, f"train.drop_path = {rate}")
     blocks = [
-        [path.format(i=i) for path in stack.branches]
-        for stack in family.stacks(config)
+        [path.format(i=i) for path in known.branches(config, stack)]
+        for stack in known.stacks(config)
         for i in range(len(list(base.get_submodule(stack.blocks).children())))
     ]
     present = {name for name, _ in base.named_modules()}

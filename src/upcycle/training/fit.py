@@ -16,20 +16,7 @@ def warnings(run: Run, built: Blueprint | None) -> list[str]:
     """What a person should know about a run before it costs time: of the model as `plan` says it, and of the
     run itself."""
     out = [] if built is None else caveats.warnings(built)
-    total, schedule = run.train.total_steps, run.schedule
-    if total > schedule.warmup and schedule.warmup + schedule.decay > total:
-        out.append(
-            f"schedule.warmup and decay are {schedule.warmup:,} and {schedule.decay:,} steps and the run is "
-            f"{total:,}: the rate comes down before it has reached schedule.peak; shorten them, or train "
-            f"longer"
-        )
-    if 0 < total <= schedule.warmup:
-        out.append(
-            f"the run ends after {total:,} steps, inside its warm-up of "
-            f"{schedule.warmup:,}: the rate never reaches schedule.peak; shorten "
-            f"schedule.warmup, or train longer"
-        )
-    return out
+    return [*out, *run.schedule.warnings(run.train.total_steps)]
 
 
 def _parts(built: Blueprint | None) -> dict[str, Recipe]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.blueprints.blueprint import Entry
+from upcycle.blueprints.entries import Entry
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
+from upcycle.families._training import trained
+from upcycle.families._weights import Constant, Normal
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.lazy import Lazy
 
 Classes = int | tuple[str, ...]
 
@@ -21,21 +24,28 @@ def renewed(
     biases 0, as transformers starts them. Raises `UpcycleError` where the model has no such head."""
     names = classes if isinstance(classes, tuple) else tuple(f"LABEL_{i}" for i in range(classes))
     labels = {str(i): name for i, name in enumerate(names)}
-    shapes, more = (
-        dense.family.shapes(dense.family.config({**dense.raw, "id2label": given}))
+    family = trained(dense.family, "task.classes")
+    weights, more = (
+        family.weights(family.config({**dense.raw, "id2label": given}))
         for given in (labels, {**labels, str(len(labels)): "one more"})
     )
-    head = [name for name, shape in shapes.items() if more[name] != shape]
+    head = [name for name, weight in weights.items() if more[name] != weight]
     if not head:
         raise UpcycleError(f"task.classes is for a head of classes; a {dense.architecture} has none")
     out = dict(entries)
     for name in head:
-        shape = shapes[name]
-        deviation = dense.family.deviation(dense.config, name)
-        if len(shape) == 2:
-            drawn = Drawn((shape[0], shape[1]), "F32", "normal", deviation, rng.key(seed, name, "new head"))
-            out[name] = Entry(drawn, entries[name].dtype)
+        begins = family.initial(dense.config, name, weights[name])
+        shape = weights[name].shape
+        if isinstance(begins, Normal):
+            key = rng.key(seed, name, "new head")
+            made: Lazy = Drawn((shape[0], shape[1]), "F32", "normal", begins.deviation, key)
+        elif isinstance(begins, Constant):
+            made = Fill(shape, "F32", begins.value)
         else:
-            out[name] = Entry(Fill(shape, "F32", 0.0), entries[name].dtype)
-    made = {k: v for k, v in config.items() if k != "num_labels"}
-    return {**made, "id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}, out
+            raise UpcycleError(
+                f"task.classes: the family {family.model_type} does not say what {name} starts as; say so in "
+                f"its `initial`, or take task.classes out"
+            )
+        out[name] = Entry(made, entries[name].dtype)
+    kept = {k: v for k, v in config.items() if k != "num_labels"}
+    return {**kept, "id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}, out

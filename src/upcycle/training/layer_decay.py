@@ -1,6 +1,6 @@
 """Layer-wise decay of the learning rate: blocks near the input learn more slowly than those near the head.
 
-Numbered as in BEiT, timm and mmpretrain (`Family.depth`): of N blocks, embeddings are 0, block i (from 0) is
+Numbered as in BEiT, timm and mmpretrain (`Trained.depth`): of N blocks, embeddings are 0, block i (from 0) is
 i + 1, what comes after the blocks N + 1, and number n has the schedule's rate times decay^(N + 1 - n). What
 an MoE layer is made of (experts, router, shared experts) and the norm that only it reads have the whole rate
 (MoE Jetpack's code, NeurIPS 2024).
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from upcycle.families import Config, Family
+from upcycle.families._training import trained
 
 
 def scales(
@@ -20,21 +21,22 @@ def scales(
 ) -> dict[str, float]:
     """What the rate of every parameter is multiplied by, by name; `routers` are the names of its routers."""
     base = base_of(model)
-    stacks = family.stacks(config)
+    known = trained(family, f"train.layer_decay = {decay}")
+    stacks = known.stacks(config)
     counts = {s.blocks: len(list(model.base_model.get_submodule(s.blocks).children())) for s in stacks}
     last = sum(counts.values()) + 1
     layers = tuple(f"{name.rpartition('.')[0]}." for name in routers)
     norms = tuple(
         f"{base}{norm}."
         for stack in stacks
-        if stack.norm
-        for norm in (stack.norm.format(i=i) for i in range(counts[stack.blocks]))
+        if (own := known.own_norm(config, stack))
+        for norm in (own.format(i=i) for i in range(counts[stack.blocks]))
         if any(layer.startswith(f"{base}{norm.rpartition('.')[0]}.") for layer in layers)
     )
     return {
         name: 1.0
         if name.startswith((*layers, *norms)) or not name.startswith(base)
-        else decay ** (last - family.depth(name.removeprefix(base), counts))
+        else decay ** (last - known.depth(name.removeprefix(base), counts))
         for name, _ in model.named_parameters()
     }
 

@@ -18,11 +18,12 @@ import torch
 import upcycle
 from upcycle import tasks
 from upcycle.data import stamps
+from upcycle.data.feeding import Feed
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import memory, progress
 from upcycle.system.signals import held, noted
 from upcycle.system.wording import count
-from upcycle.tasks import Batch, Feed, Task
+from upcycle.tasks import Batch, Task
 from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
@@ -70,14 +71,14 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     ):
         before = {} if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
-        lengths = task.lengths(run, begun.subject)
+        lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
         if here.first:
-            feed = task.feed(run, begun.subject, out)  # the others wait, and find the files
+            feed = task.feed(run.feeding(task), begun.subject)  # the others wait, and find the files
         here.barrier()
         if not here.first:
-            feed = task.feed(run, begun.subject, out)
+            feed = task.feed(run.feeding(task), begun.subject)
         if run.train.rows % here.dp_size:
             raise UpcycleError(
                 f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
@@ -91,7 +92,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             model=model,
             task=task,
             start=begun,
-            optimizer=optimizer.make(model, run.train, start.scales(begun, run, model, routers)),
+            optimizer=optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers)),
             routers=routers,
             run=run,
             ranks=here,
@@ -109,7 +110,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
     """What a person should know before a run costs time; rows that the model was not made for are refused,
     but where a run has trained on such rows before."""
-    long = task.beyond_positions(run, begun.subject)
+    long = task.beyond_positions(run.train.sequence_length, begun.subject)
     if long is not None and begins:
         raise UpcycleError(long)
     if here.first:
@@ -139,7 +140,7 @@ def _loop(trainee: Trainee, feed: Feed, state: dict[str, Any], out: Path, stop: 
     share = run.train.rows // here.dp_size
     part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
     log = Metrics(out, run.log, total, state["step"], run.as_table()) if here.first else None
-    lengths = trainee.task.lengths(run, begun.subject)
+    lengths = trainee.lengths
     rate = Rate(
         flops=begun.training_flops_per_row(lengths),
         tokens=sum(lengths.values()),
@@ -236,6 +237,8 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
     if not outcome.tallies or routers is None:
         return record
     record |= {"balance_loss": outcome.balance_loss, "z_loss": outcome.z_loss}
+    if outcome.own_losses:
+        record["router_losses"] = dict(outcome.own_losses)
     record["layers"] = [
         {"layer": layer, **({} if stack == "layers" else {"stack": stack}), **routing.health(tally)}
         | {"router_grad_norm": norm}
@@ -251,6 +254,7 @@ def _save(trainee: Trainee, state: dict[str, Any], out: Path, log: Metrics | Non
     keep = trainee.run.checkpoint.keep
     saved = {**state, "identity": trainee.run.identity(), micro_batch.KEY: trainee.run.train.micro_batch}
     with held():
+        optimizer.fill(trainee.optimizer, trainee.run.optimizer)
         reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
     if reason is None:
         return
@@ -271,22 +275,14 @@ def _begin(trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None) 
     if checkpoint is None:
         if run.optimizer.carry_state:
             stopped = start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
-            if trainee.ranks.first and run.schedule.name == "inverse_sqrt":
-                _warn_of_other_step(stopped, run.schedule.start_step)
+            if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
+                progress.warn(wrong)
         return {"step": 0}
+    optimizer.fill(trainee.optimizer, run.optimizer)
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     feed.restore(state["batches"])
     return {k: v for k, v in state.items() if k not in saving.ADDED}
-
-
-def _warn_of_other_step(stopped: int, start_step: int) -> None:
-    """Say so where the rate does not go on where the run that left the optimizer's state stopped."""
-    if stopped != start_step:
-        progress.warn(
-            f"the moments are of step {stopped} and schedule.start_step = {start_step}; "
-            f"the rate does not go on where it stopped; set schedule.start_step = {stopped}"
-        )
 
 
 def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:
@@ -303,7 +299,7 @@ def _write_record(trainee: Trainee, out: Path, state: dict[str, Any]) -> None:
 def _record(trainee: Trainee) -> dict[str, Any]:
     """run.json: what this run is, for whoever reads its folder later."""
     run, begun, task = trainee.run, trainee.start, trainee.task
-    lengths = task.lengths(run, begun.subject)
+    lengths = trainee.lengths
     flops = begun.training_flops_per_row(lengths)
     return {
         "format": run_folder.FORMAT,

@@ -1,46 +1,57 @@
-"""AdamW over tensors that are whole, sharded, or on different meshes; norms and clipping across them."""
+"""Groups of parameters for an optimizer: which decay, at which part of the rate, on which mesh."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from upcycle.training.run import Train
+from upcycle.errors import UpcycleError
+from upcycle.training.gradients import mesh_of
+from upcycle.training.optimizers import Optimizer
 
-_TOKENS = (
-    "_token",
-    "position_embeddings",
-)  # how names of learned tokens end, and of positions that are added
+# How the names of learned tokens end, and those of positions that are added.
+_TOKENS = ("_token", "position_embeddings")
 
 
-def make(model: nn.Module, train: Train, scales: Mapping[str, float] | None = None) -> torch.optim.AdamW:
-    """AdamW with one group for each kind of tensor that must be updated together.
+def make(
+    model: nn.Module, settings: Optimizer, scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer, with one group for each kind of tensor that must be updated together.
 
     `scales` is what the rate of a parameter is multiplied by, by name; `set_rate` heeds it. Tensors of
     different meshes stay apart, because fused kernels take one kind at a time. Made before the first forward
-    pass: FSDP2 shows other tensors after it.
+    pass: FSDP2 shows other tensors after it. Raises `UpcycleError` if the optimizer cannot update what ranks
+    share.
     """
     groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            _refuse_shards(name, parameter, settings)
             scale = 1.0 if scales is None else scales[name]
-            groups[(decays(name, parameter), scale, _kind(parameter))].append(parameter)
-    return torch.optim.AdamW(
+            groups[(decays(name, parameter), scale, mesh_of(parameter))].append(parameter)
+    return settings.make(
         [
-            {"params": members, "weight_decay": train.weight_decay if decayed else 0.0, "scale": scale}
+            {"params": members, "weight_decay": settings.weight_decay if decayed else 0.0, "scale": scale}
             for (decayed, scale, _), members in groups.items()
-        ],
-        lr=0.0,
-        betas=(train.beta1, train.beta2),
-        eps=train.eps,
-        fused=True,
+        ]
     )
+
+
+def _refuse_shards(name: str, parameter: Tensor, settings: Optimizer) -> None:
+    """Refuse a parameter that ranks share in a way that the optimizer cannot update."""
+    if not isinstance(parameter, DTensor):
+        return
+    dims = sorted({placement.dim for placement in parameter.placements if hasattr(placement, "dim")})
+    if dims and (why := settings.cannot_shard(tuple(parameter.shape), dims)) is not None:
+        raise UpcycleError(
+            f"optimizer.name = {settings.name} cannot train {name}, which ranks share: {why}; train on one "
+            f"process, or take another optimizer"
+        )
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -54,62 +65,16 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(("bias", "grn.weight", "grn_weight", *_TOKENS))
 
 
-def set_rate(adam: torch.optim.Optimizer, lr: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group its part of the schedule's rate."""
-    for group in adam.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
 
 
-def fill(adam: torch.optim.Optimizer) -> None:
+def fill(optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
     """Give a state to parameters that no gradient has reached yet (a mask token that is not used), as to the
     others: a checkpoint has one for every parameter."""
-    for group in adam.param_groups:
+    for group in optimizer.param_groups:
         for p in group["params"]:
-            if not adam.state[p]:
-                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-
-
-def _kind(tensor: Tensor) -> Any:
-    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of `tensor` that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def squared_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """The squared 2-norm of each gradient, whole, however it is sharded.
-
-    `torch.nn.utils.clip_grad_norm_` refuses tensors of more than one mesh.
-    """
-    names = list(gradients)
-    parts = torch.stack([_squared(local(gradients[n])) for n in names])
-    kinds: dict[Any, list[int]] = defaultdict(list)
-    for place, name in enumerate(names):
-        kinds[_kind(gradients[name])].append(place)
-    for kind, places in kinds.items():
-        if kind is None:
-            continue
-        mesh, placements = kind
-        mine = parts[places]
-        for dim, placement in enumerate(placements):
-            if placement.is_partial():
-                raise AssertionError(f"the gradient of {names[places[0]]} is not reduced over {mesh}")
-            if not placement.is_replicate():
-                dist.all_reduce(mine, group=mesh.get_group(dim))
-        parts[places] = mine
-    return dict(zip(names, parts.tolist(), strict=True))
-
-
-def _squared(part: Tensor) -> Tensor:
-    wide = torch.promote_types(part.dtype, torch.float32)
-    return torch.linalg.vector_norm(part, dtype=wide).double().square()
-
-
-@torch.no_grad()
-def scale(gradients: Iterable[Tensor], factor: float) -> None:
-    """Multiply every gradient by `factor`, in place."""
-    torch._foreach_mul_([local(g) for g in gradients], factor)
+            if not optimizer.state[p]:
+                optimizer.state[p] = settings.idle(p)

@@ -37,6 +37,7 @@ class Said:
     scores: Tensor | None = None  # [T', E], rows sum to one; None: the softmax of the logits
     balanced: bool = False
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    loss_coefs: Mapping[str, float] = field(default_factory=dict)  # of the router's own among those losses
     groups: int = 1
 
     @property
@@ -130,7 +131,8 @@ class Routers:
             shared = ("logits", "counts", "left_behind", "balanced", "losses", "groups")
             assert isinstance(module, Router)
             given = {name: getattr(output, name) for name in shared}
-            self.said.append(Said(top_k=module.shape.top_k, scores=output.probabilities, **given))
+            given |= {"top_k": module.shape.top_k, "loss_coefs": module.settings.loss_coefs()}
+            self.said.append(Said(scores=output.probabilities, **given))
             return
         raw, _, indices = output
         logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
@@ -181,34 +183,6 @@ class Routers:
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float) -> Tensor:
-    """The load-balancing loss of one layer over the global batch, [].
-
-    `probabilities` are those of the tokens at hand, [T', E]; `counts` [E] and `tokens` are of the whole
-    global batch. E * sum_e f_e P_e with f_e the tokens that chose e over T, P_e the sum of e's probability
-    over the tokens at hand over T (Switch Transformers, eq. 4-6): summed over all parts of the batch it is K
-    at perfect balance, E / K times that where all tokens choose the same K experts for sure. Gradients flow
-    through P alone, so parts add up to the gradient of the whole.
-    """
-    share = counts.to(probabilities.dtype) / tokens
-    return probabilities.shape[-1] * (share * probabilities.sum(0)).sum() / tokens
-
-
-def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
-    """transformers' own loss, which pools the tokens of all layers before it multiplies: blind to the
-    collapse of each layer, kept to reproduce what was trained with it. K at what it takes for balance."""
-    from upcycle.hf.mixtral_loss import load_balancing_loss_func
-
-    loss: Tensor = load_balancing_loss_func(tuple(logits), logits[0].shape[-1], top_k)
-    return loss
-
-
-def z_loss(logits: Tensor, tokens: float) -> Tensor:
-    """The squared log-sum-exp of the logits [T', E] of one layer over the global batch's tokens (ST-MoE,
-    eq. 5), of the tokens at hand."""
-    return logits.logsumexp(-1).square().sum() / tokens
 
 
 @torch.no_grad()

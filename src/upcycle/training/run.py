@@ -10,42 +10,49 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from upcycle import recipe as recipes
+from upcycle import settings
 from upcycle.data.corpus import Data
+from upcycle.data.feeding import Feeding
 from upcycle.errors import UpcycleError, shown
+from upcycle.nn.balance import Balance
 from upcycle.recipe import Recipe
-from upcycle.training.schedule import Schedule
-
-if TYPE_CHECKING:
-    from upcycle.tasks import Task
-
+from upcycle.settings import Above, AtLeast, Settings, Within, families, parted, table_at
+from upcycle.tasks import Task
+from upcycle.training import optimizers, schedules
+from upcycle.training.optimizers import Optimizer
+from upcycle.training.schedules import Schedule
 
 MOST_ROWS = 1 << 20  # of a global batch; no published run comes near them
 MOST_TOKENS = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(Settings):
     """How long, in which portions, with which arithmetic. A step is one update of the weights."""
 
-    steps: int | None = None  # updates of the weights
-    tokens: int | None = None  # instead of steps: as many whole steps as cover them
-    examples: int | None = None  # instead of steps, where rows are not tokens: images, pairs of texts
-    batch_tokens: int = 65_536  # of the global batch: all ranks, all accumulation steps
-    batch_size: int | None = None  # rows of the global batch, instead of batch_tokens
-    micro_batch: int | None = None  # rows of one forward pass on one rank; None: as many as fit
-    sequence_length: int = 1024  # tokens of a row of text
-    weight_decay: float = 0.1  # of matrices; see `optimizer.decays`
-    layer_decay: float = 1.0  # of the rate, from block to block towards the input; see `layer_decay.py`
-    drop_path: float | None = None  # rate of the last block, see `drop_path.py`; None: what config.json says
-    expert_dropout: float | None = None  # after the experts' activation; None: what config.json says
-    expert_output_dropout: float = 0.0  # of what experts give
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95  # of AdamW
-    eps: float = 1e-8  # of AdamW
-    clip_grad_norm: float = 1.0  # 0: no clipping
+    section: ClassVar[str] = "train"
+
+    steps: Annotated[int, AtLeast(1)] | None = None  # updates of the weights
+    tokens: Annotated[int, AtLeast(1)] | None = None  # instead of steps: as many whole steps as cover them
+    # instead of steps, where rows are not tokens: images, pairs of texts
+    examples: Annotated[int, AtLeast(1)] | None = None
+    # of the global batch: all ranks, all accumulation steps
+    batch_tokens: Annotated[int, AtLeast(1)] = 65_536
+    batch_size: Annotated[int, AtLeast(1)] | None = None  # rows of the global batch, instead of batch_tokens
+    # rows of one forward pass on one rank; None: as many as fit
+    micro_batch: Annotated[int, AtLeast(1)] | None = None
+    sequence_length: Annotated[int, AtLeast(1)] = 1024  # tokens of a row of text
+    # of the rate, from block to block towards the input; see `layer_decay.py`
+    layer_decay: Annotated[float, Within("(0, 1]")] = 1.0
+    # rate of the last block, see `drop_path.py`; None: what config.json says
+    drop_path: Annotated[float, Within("[0, 1)")] | None = None
+    # after the experts' activation; None: what config.json says
+    expert_dropout: Annotated[float, Within("[0, 1)")] | None = None
+    expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # of what experts give
+    clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # 0: no clipping
     # of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     # whether blocks are computed again in the backward pass, to save memory
@@ -53,21 +60,17 @@ class Train:
     compile: bool = False  # whether torch.compile is used
     experts_implementation: str | None = None  # None: what benchmarks/train_step.py found fastest
     seed: int | None = None  # None: the seed of the run
-    eval_every: int = 100  # steps between losses on the held-out part; 0: none
-    eval_tokens: int = 262_144  # of the held-out part, at most
-    eval_examples: int | None = None  # rows of the held-out part, instead of eval_tokens
+    eval_every: Annotated[int, AtLeast(0)] = 100  # steps between losses on the held-out part; 0: none
+    eval_tokens: Annotated[int, AtLeast(1)] = 262_144  # of the held-out part, at most
+    # rows of the held-out part, instead of eval_tokens
+    eval_examples: Annotated[int, AtLeast(1)] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if [self.steps, self.tokens, self.examples].count(None) != 2:
             raise UpcycleError("give one of train.steps, train.tokens and train.examples")
         if self.tokens is not None and self.batch_size is not None:
             raise UpcycleError("train.tokens goes with train.batch_tokens; with batch_size, give examples")
-        for name in (
-            "steps", "tokens", "examples", "batch_tokens", "batch_size", "micro_batch", "sequence_length",
-            "eval_tokens", "eval_examples",
-        ):  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UpcycleError(f"train.{name} = {value}; it must be 1 or more")
         if self.rows > MOST_ROWS or (self.batch_size is None and self.batch_tokens > MOST_TOKENS):
             raise UpcycleError(
                 f"train.batch_size = {self.batch_size or self.rows} and train.batch_tokens = "
@@ -78,16 +81,6 @@ class Train:
             raise UpcycleError(
                 f"train.batch_tokens = {self.batch_tokens} is no multiple of train.sequence_length = "
                 f"{self.sequence_length}; a batch is made of whole rows"
-            )
-        for name in ("weight_decay", "eps", "clip_grad_norm", "eval_every"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UpcycleError(f"train.{name} = {getattr(self, name)}; it must be a number of 0 or more")
-        for name in ("beta1", "beta2", "drop_path", "expert_dropout", "expert_output_dropout"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise UpcycleError(f"train.{name} = {getattr(self, name)}; it must be in [0, 1)")
-        if not 0 < self.layer_decay <= 1:
-            raise UpcycleError(
-                f"train.layer_decay = {self.layer_decay}; it must be in (0, 1]; 1 is one rate for all"
             )
 
     @property
@@ -111,45 +104,10 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Balance:
-    """What keeps the experts in use: the losses on the router, its bias, and noise. See `routing.py`."""
-
-    # each layer by itself, or all layers pooled as in transformers
-    balance_loss: Literal["per_layer", "pooled"] = "per_layer"
-    balance_loss_coef: float = 0.01  # of the loss that keeps experts equally busy
-    # shares of the whole batch (exact, one more forward pass with accumulation), or of what went before
-    # (buffered)
-    balance_counts: Literal["exact", "buffered"] = "exact"
-    z_loss_coef: float = 0.0  # of the loss on the size of the logits
-    # of the bias on the choice of experts, which takes the place of a loss; 0: no bias
-    bias_update_rate: float = 0.0
-    jitter: float = 0.0  # tokens are multiplied by 1 +- this before the router, in training
-    importance_loss_coef: float = 0.0  # of V-MoE's loss on the weights of experts
-    load_loss_coef: float = 0.0  # of V-MoE's loss on the load of experts
-    layers: Literal["mean", "sum"] = "mean"  # how the layers' losses are put together
-
-    def __post_init__(self) -> None:
-        for name in (
-            "balance_loss_coef", "z_loss_coef", "bias_update_rate", "importance_loss_coef", "load_loss_coef",
-        ):  # fmt: skip
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UpcycleError(f"router.{name} = {getattr(self, name)}; it must be a number of 0 or more")
-        if not 0 <= self.jitter < 1:
-            raise UpcycleError(f"router.jitter = {self.jitter}; it must be in [0, 1)")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """The state that the optimizer starts from."""
-
-    carry_state: bool = (
-        False  # moments that `upcycle export --optimizer` left in the source, tiled to experts
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Parallel:
+class Parallel(Settings):
     """How many ranks share what; fsdp x tp is the world, ep divides it."""
+
+    section: ClassVar[str] = "parallel"
 
     fsdp: int | None = None  # None: what tp leaves of the world
     tp: int = 1  # ranks that share the matrices of a layer
@@ -157,38 +115,30 @@ class Parallel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Log:
+class Log(Settings):
     """Where numbers go besides metrics.jsonl."""
 
-    every: int = 10  # steps between lines, where no progress bar can be shown
-    sinks: tuple[str, ...] = ()  # wandb and trackio, if they are installed
+    section: ClassVar[str] = "log"
+
+    every: Annotated[int, AtLeast(1)] = 10  # steps between lines, where no progress bar can be shown
+    sinks: tuple[Literal["wandb", "trackio"], ...] = ()  # wandb and trackio, if they are installed
     project: str = "upcycle"  # that sinks file the run under
     name: str | None = None  # None: the name of the run's folder
-    peak_flops: float | None = None  # of one device, for MFU; None: known for some GPUs
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UpcycleError(f"log.every = {self.every}; it must be 1 or more")
-        if wrong := [s for s in self.sinks if s not in ("wandb", "trackio")]:
-            raise UpcycleError(f"log.sinks has {wrong[0]!r}; allowed: wandb, trackio")
-        if self.peak_flops is not None and not 0 < self.peak_flops < math.inf:
-            raise UpcycleError(f"log.peak_flops = {self.peak_flops}; it must be a number above 0")
+    peak_flops: Annotated[float, Above(0)] | None = None  # of one device, for MFU; None: known for some GPUs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Saving:
+class Saving(Settings):
     """When checkpoints are written; the last one of a run always is."""
 
-    every: int = 500  # steps; 0: only the last
-    keep: int = 2  # checkpoints that stay
+    section: ClassVar[str] = "checkpoint"
 
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
-            raise UpcycleError("checkpoint.every must be 0 or more, checkpoint.keep 1 or more")
+    every: Annotated[int, AtLeast(0)] = 500  # steps; 0: only the last
+    keep: Annotated[int, AtLeast(1)] = 2  # checkpoints that stay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Settings):
     """One training run. `recipe` is None where the dense model itself is trained on."""
 
     source: str  # the dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)
@@ -200,13 +150,14 @@ class Run:
     data: Data
     train: Train
     schedule: Schedule
-    router: Balance = Balance()
-    optimizer: Optimizer = Optimizer()
+    router: Balance = dataclasses.field(default_factory=Balance)
+    optimizer: Optimizer = dataclasses.field(default_factory=optimizers.usual)
     parallel: Parallel = Parallel()
     log: Log = Log()
     checkpoint: Saving = Saving()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.optimizer.carry_state and self.from_scratch:
             raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
         if self.optimizer.carry_state and self.task is not None and self.task.classes:
@@ -230,53 +181,42 @@ class Run:
             raise UpcycleError(
                 f"{shown(given)} is no run; give a Run, a table as a run file has it, or the path of one"
             )
-        data = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
-        if data.get("moe") is False:
-            del data["moe"]
-        router = data.pop("router", {})
-        if not isinstance(router, dict):
-            raise UpcycleError(f"[router] must be a section with keys, not {router!r}")
-        for_recipe = {k: router.pop(k) for k in [*router] if k not in recipes.OF_TRAINING}
-        made: dict[str, Any] = {"recipe": None, "task": None}
-        if "task" in data:
-            from upcycle import tasks
-
-            if not isinstance(data["task"], dict):
-                raise UpcycleError(f"[task] must be a section with keys, not {data['task']!r}")
-            made["task"] = tasks.read(data.pop("task"))
-        if "moe" in data:
-            sections: dict[str, Any] = {k: data.pop(k) for k in recipes.OF_EXPERTS if k in data}
-            made["recipe"] = Recipe.of(sections, router=for_recipe, seed=data.get("seed", 0))
-        elif stray := [k for k in recipes.OF_EXPERTS if k in data] + [f"router.{k}" for k in for_recipe]:
+        table = schedules.today(optimizers.today(given))
+        if table.get("moe") is False:
+            del table["moe"]
+        of_experts = {k: table.pop(k) for k in recipes.OF_EXPERTS if k in table}
+        table["router"], router = parted(table_at(table.get("router", {}), "router"), Balance)
+        recipe = None
+        if "moe" in of_experts:
+            seed = {"seed": table["seed"]} if "seed" in table else {}
+            recipe = Recipe.of({**of_experts, **seed}, router=router)
+        elif stray := [*of_experts, *(f"router.{key}" for key in router)]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
-        beside = {"moe": recipes.Moe, "successor": recipes.Successor}
-        others = dict.fromkeys(("task", "init", "dtype", "base", *recipes.STACKS))
-        run: Run = recipes.read(cls, {**data, "router": router}, "", made, {**beside, **others})
-        return run
+        beside = {**dict.fromkeys(recipes.OF_EXPERTS), "moe": recipes.Moe, "successor": recipes.Successor}
+        return settings.read(cls, table, made={"recipe": recipe}, beside=beside)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Run:
         """The run in the TOML file `path`, with `KEY=VALUE` overrides."""
-        return cls.of(recipes.override(recipes.read_toml(path, "run file"), overrides))
+        return cls.of(settings.override(settings.read_toml(path, "run file", LAYOUT), overrides, LAYOUT))
 
     @property
     def train_seed(self) -> int:
         """The seed of data order, jitter and dropout."""
         return self.seed if self.train.seed is None else self.train.seed
 
+    def feeding(self, task: Task) -> Feeding:
+        """What the run feeds a task with."""
+        cache = Path(self.data.cache) if self.data.cache else Path(self.out) / task.cache_name
+        return Feeding(data=self.data, length=self.train.sequence_length, seed=self.train_seed, cache=cache)
+
     def as_table(self) -> dict[str, Any]:
         """The run as a nested table: what `Run.of` takes."""
-        table = dataclasses.asdict(self)
-        table |= {"recipe": None, "task": None}
-        if self.task is not None:
-            from upcycle import tasks
-
-            table["task"] = tasks.as_table(self.task)
-        if self.recipe is not None:
-            full = self.recipe.as_table()
-            table["router"] |= full.pop("router")
-            table |= {k: v for k, v in full.items() if k != "seed"}
-        return _without_none(table)
+        table = super().as_table() | {"schedule": schedules.as_recorded(self.schedule)}
+        table = optimizers.as_recorded(table, self.optimizer)
+        recipe = table.pop("recipe", {})
+        table["router"] |= recipe.pop("router", {})
+        return _with_lists(table | {key: value for key, value in recipe.items() if key not in table})
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that goes on from it."""
@@ -286,8 +226,16 @@ class Run:
         return table | {"train": train}
 
 
-def _without_none(value: Any) -> Any:
-    """TOML has no null: a key that is None is left out."""
+LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **families(Run)})
+
+
+def train_of(table: Mapping[str, Any]) -> Train:
+    """[train] of the table that `Run.as_table` made of a run, by this version or an earlier one."""
+    return settings.read(Train, optimizers.today(table)["train"], "train")
+
+
+def _with_lists(value: Any) -> Any:
+    """A table as JSON gives it back: lists, and no tuples."""
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: _with_lists(v) for k, v in value.items()}
+    return [_with_lists(v) for v in value] if isinstance(value, tuple) else value

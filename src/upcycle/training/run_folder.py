@@ -8,12 +8,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from upcycle import recipe
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import saving
 from upcycle.training.parallel import Ranks
-from upcycle.training.run import Run, Train
+from upcycle.training.run import Run, train_of
 
 RECORD = "run.json"
 LOCK = ".upcycle-lock"
@@ -143,7 +142,7 @@ def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int
     if before == now or theirs.get("schedule") != mine["schedule"]:
         return
     try:
-        old, new = recipe.read(Train, before, "train").total_steps, run.train.total_steps
+        old, new = train_of(theirs).total_steps, run.train.total_steps
     except (UpcycleError, TypeError, AttributeError):
         return  # the keys that differ are named
     if new < done:

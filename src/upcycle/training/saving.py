@@ -32,7 +32,6 @@ from torch.utils._pytree import tree_map
 
 from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.errors import UpcycleError
-from upcycle.training.optimizer import fill
 from upcycle.training.parallel import Ranks
 from upcycle.training.untrusted import Planner, Reader
 
@@ -102,7 +101,8 @@ def save(
 ) -> str | None:
     """Write checkpoint `state["step"]`; the reason where it could not be, and then nothing has changed.
 
-    Every rank calls it. Older checkpoints beyond `keep` go when the new one is in place.
+    Every rank calls it, with an optimizer that has a state for every parameter (`optimizer.fill`). Older
+    checkpoints beyond `keep` go when the new one is in place.
     """
     final = folder_of(out) / f"step-{state['step']}"
     partial = final.with_name(final.name + ".partial")
@@ -113,7 +113,6 @@ def save(
     hashes: dict[str, str] = {}
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        fill(optimizer)
         tensors = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=_BY_NAME),

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from upcycle import loading
+from upcycle import loading, targets
 from upcycle.blueprints import moe_layer
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.blueprints.cost import flops_per_row, plan_of
@@ -25,11 +26,11 @@ from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.source import Dense, admit, refuse_two_heads
 from upcycle.dense.subject import Subject
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, listed
+from upcycle.families._training import trained
+from upcycle.families._weights import Constant, Identity, Initial, Normal
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
-from upcycle.recipe import Recipe
-from upcycle.targets import Target
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.lazy import Folded, Lazy, Stack
@@ -40,8 +41,6 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run, Train
 
 OPTIMIZER = "optimizer"  # folder of moments beside an exported model
-MOMENTS = ("exp_avg", "exp_avg_sq")
-_UNKNOWN_SCRATCH = ("qwen3_5_text",)  # weights that are neither matrices nor norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +111,7 @@ def start_of(run: Run) -> Start:
         architecture = dense.architecture
         entries = {n: Entry(t, t.dtype) for n, t in dense.tensors.items()}
     if run.from_scratch:
-        if dense.family.model_type in _UNKNOWN_SCRATCH:
-            raise UpcycleError(
-                f"from_scratch = true does not know how {dense.family.model_type} starts its linear "
-                f"attention; it is offered for the other families"
-            )
-        target = built.target if built else None
-        entries = {n: _scratch(n, e, run.seed, dense, target) for n, e in entries.items()}
+        entries = _from_scratch(dense, built, entries, run.seed)
     if run.task is not None and run.task.classes:
         config, entries = renewed(dense, config, entries, run.task.classes, run.seed)
     return Start(
@@ -131,27 +124,41 @@ def start_of(run: Run) -> Start:
     )
 
 
-def _scratch(name: str, entry: Entry, seed: int, dense: Dense, target: Target | None) -> Entry:
-    """The tensor as transformers starts it: matrices N(0, deviation^2), norms identity, biases 0.
+def _from_scratch(
+    dense: Dense, built: Blueprint | None, entries: Mapping[str, Entry], seed: int
+) -> dict[str, Entry]:
+    """Every tensor as transformers starts it; a truncated normal of transformers' is a whole one here.
 
-    A truncated normal of transformers' is a whole one here. `target` is what the dense model becomes; None is
-    the dense model itself.
+    Raises `UpcycleError` for a tensor of which family and target do not say what it starts as.
     """
-    constant = isinstance(entry.lazy, Fill) and (len(entry.shape) == 1 or name.endswith("bias"))
-    routes = target is not None and target.draws(name)
-    if routes and any(True for _ in entry.lazy.sources()):  # a norm of the dense model
-        return Entry(Fill(entry.shape, "F32", float(name.endswith("weight"))), "F32")
-    if constant or routes:
-        return entry  # of the architecture, or of the recipe
-    if (value := dense.family.constant(dense.config, name)) is not None:
-        return Entry(Fill(entry.shape, "F32", value), "F32")
-    if len(entry.shape) > 1 and not name.endswith("_bias"):
-        return Entry(_drawn(entry.shape, dense.family.deviation(dense.config, name), name, seed), "F32")
-    own_identity = 0.0 if dense.family.centred_norms else 1.0
-    identity = target.norm_identity(dense.family) if target else own_identity
-    scale = float(dense.config.get("layerscale_value", 1.0)) if "lambda" in name else identity
-    is_norm = ("norm" in name.lower() and name.endswith("weight")) or "lambda" in name
-    return Entry(Fill(entry.shape, "F32", scale if is_norm else 0.0), "F32")
+    family = trained(dense.family, "from_scratch = true")
+    weights = built.weights if built else dense.weights
+    identity = built.target.norm_identity(family) if built else family.norm_identity
+    out = {}
+    for name, entry in entries.items():
+        begins = (
+            built.target.begins(family, dense, name, weights[name], entry)
+            if built
+            else family.initial(dense.config, name, weights[name])
+        )
+        if begins is None:
+            raise UpcycleError(
+                f"from_scratch = true: nothing says what {name} of a {family.model_type} starts as; take "
+                f"from_scratch out, or let `initial` of the family say it"
+            )
+        out[name] = _begun(name, entry, begins, identity, seed)
+    return out
+
+
+def _begun(name: str, entry: Entry, begins: Initial, identity: float, seed: int) -> Entry:
+    """The tensor with the values it starts as, in float32."""
+    if isinstance(begins, Normal):
+        return Entry(_drawn(entry.shape, begins.deviation, name, seed), "F32")
+    if isinstance(begins, Constant):
+        return Entry(Fill(entry.shape, "F32", begins.value), "F32")
+    if isinstance(begins, Identity):
+        return Entry(Fill(entry.shape, "F32", identity), "F32")
+    return entry
 
 
 def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place: int = 0) -> Lazy:
@@ -210,7 +217,7 @@ def _set_expert_dropout(model: PreTrainedModel, train: Train) -> None:
 
 def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
     """The blocks of all stacks."""
-    lists = [path.removesuffix(".*") for path in start.dense.family.block_paths]
+    lists = [stack.blocks for stack in start.dense.stacks]
     return [block for path in lists for block in model.base_model.get_submodule(path).children()]
 
 
@@ -288,32 +295,48 @@ def carry_state(
     step = read_json(folder / "state.json", f"{folder} has no state.json").get("step")
     if type(step) is not int or step < 0:
         raise UpcycleError(f"{folder / 'state.json'} is damaged: step = {step!r}; export the run again")
-    for moment in MOMENTS:
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name, _ in model.named_parameters()}
+    for moment in _stored_moments(folder, run):
         with Checkpoint.open(folder / moment) as stored:
             entries = _moments(stored, run)
             shaped = _build(start, entries, run, ranks, torch.float32).to(ranks.device)
             given = dict(shaped.named_parameters())
             for name, parameter in model.named_parameters():
-                state = optimizer.state[parameter]
-                state[moment] = given[name].detach().to(parameter.dtype)
-                state["step"] = torch.tensor(float(step), device=parameter.device)
+                moments[name][moment] = given[name].detach().to(parameter.dtype)
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = run.optimizer.state(parameter, step, moments[name])
     return step
+
+
+def _stored_moments(folder: Path, run: Run) -> tuple[str, ...]:
+    """The moments that the optimizer takes, if `folder` has them."""
+    wanted = run.optimizer.moments
+    if not wanted:
+        raise UpcycleError(
+            f"optimizer.carry_state = true: optimizer.name = {run.optimizer.name}, as it is set, has no "
+            f"moments that could be tiled to experts; set it to false"
+        )
+    if any(not (folder / moment).is_dir() for moment in wanted):
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise UpcycleError(
+            f"optimizer.carry_state = true: {folder} has {listed(there)}, and optimizer.name = "
+            f"{run.optimizer.name} takes {listed([*wanted])}; take the optimizer of that run, or set it "
+            f"to false"
+        )
+    return wanted
 
 
 def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
     """The moments of every tensor of the model, from those of the dense model."""
     if run.recipe is None:
         return {n: Entry(t, t.dtype) for n, t in admit(stored).tensors.items()}
-    table = run.recipe.as_table() | {"init": {"name": "copy"}, "dtype": "source"}
-    if run.recipe.moe.target != "depth_tiled":
-        table["router"] |= {"init": "zeros"}
-    copied = Recipe.of(table)
-    entries = blueprint(stored, copied).entries
+    kind = targets.recorded({"target": run.recipe.moe.target})
+    copied = blueprint(stored, kind.moments(run.recipe))
     # What no source tensor is in (constants, gates of shared experts) has no moments yet, nor has a router,
     # though a norm of the dense model may be in it.
     return {
         n: e
-        if ".router." not in n and any(True for _ in e.lazy.sources())
+        if not copied.target.draws(n) and any(True for _ in e.lazy.sources())
         else replace(e, lazy=Fill(e.shape, e.lazy.dtype, 0.0))
-        for n, e in entries.items()
+        for n, e in copied.entries.items()
     }

@@ -6,9 +6,9 @@ the ranks that see different rows, so a part is multiplied by their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
-from upcycle.training import fit, routing
+from upcycle.training import fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers, Tally
@@ -38,6 +38,11 @@ class Trainee:
     run: Run
     ranks: Ranks
     precision: str
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of a row in each stack of blocks."""
+        return self.task.lengths(self.run.train.sequence_length, self.start.subject)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 arithmetic over float32 weights, where FSDP2 does not do it itself."""
@@ -61,6 +66,7 @@ class Outcome:
     tallies: Sequence[Tally] = ()  # of each layer, on the CPU
     balance_loss: float | None = None  # mean or sum over layers; top_k at perfect balance of each
     z_loss: float | None = None
+    own_losses: Mapping[str, float] = field(default_factory=dict)  # that routers bring themselves
     router_grad_norms: Sequence[float] = ()
 
 
@@ -73,7 +79,7 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
     questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
     targets = ranks.total(trainee.task.targets(batch))
     known = _count_ahead(trainee, questions, step) if _needs_counts_ahead(run, routers, micros) else None
-    sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)  # cross-entropy, balance, z
+    sums: Tensor | None = None  # cross-entropy, balance, z, and the losses that routers bring themselves
     total: Tensor | None = None
     for place, question in enumerate(questions):
         with _recorded(trainee, step, place):
@@ -85,18 +91,20 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
             seen = ranks.sum(routers.tallies())
             total = seen if total is None else total + seen
             share = 1.0 if known is not None else (place + 1) / len(micros)
-            extra, balance, z = _router_losses(trainee, total if known is None else known, share, len(micros))
-            loss = loss + extra
-            parts += [balance.detach(), z.detach()]
-        sums[: len(parts)] += torch.stack(parts).double()
+            extra = _router_losses(trainee, total if known is None else known, share, len(micros))
+            loss = loss + extra.total
+            parts += extra.values()
+        found = torch.stack(parts).double()
+        sums = found if sums is None else sums + found
         (loss * ranks.dp_size).backward()
-    entropy_sum, balance_sum, z_sum = ranks.sum(sums).tolist()
-    gradients = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
-    squares = optim.squared_norms(gradients)
+    assert sums is not None
+    entropy_sum, *others = ranks.sum(sums).tolist()
+    grads = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
+    squares = gradients.squared_norms(grads)
     norm = sum(squares.values()) ** 0.5
     _refuse_nonfinite(step, entropy_sum, squares)
     if run.train.clip_grad_norm and norm > run.train.clip_grad_norm:
-        optim.scale(gradients.values(), run.train.clip_grad_norm / norm)
+        gradients.scale(grads.values(), run.train.clip_grad_norm / norm)
     optim.set_rate(trainee.optimizer, lr)
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
@@ -105,6 +113,8 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
     if run.router.bias_update_rate:
         routing.update_biases(routers.biases(), routers.read(total), run.router.bias_update_rate)
     tallies = routers.read(total.cpu())
+    own = router_losses.own_names(routers.said)
+    balance_sum, z_sum, *own_sums = others
     routers.said.clear()
     return Outcome(
         loss=entropy_sum,
@@ -112,6 +122,7 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
         tallies=tallies,
         balance_loss=balance_sum,
         z_loss=z_sum,
+        own_losses=dict(zip(own, own_sums, strict=True)),
         router_grad_norms=[
             sum(s for n, s in squares.items() if n.startswith(f"{name}.")) ** 0.5 for name in routers.names
         ],
@@ -156,43 +167,17 @@ def _count_ahead(trainee: Trainee, questions: Sequence[Question], step: int) -> 
     return trainee.ranks.sum(total)
 
 
-def _router_losses(
-    trainee: Trainee, tallies: Tensor, share: float, micros: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This micro batch's part of all losses on routers, of the balance loss and of the z-loss.
-
-    `tallies` are of the part `share` of the global batch; buffered (Qiu et al. 2025), they stand for it all.
-    Layers without a loss of a kind count as zero in a mean over layers, as in t5x.
-    """
-    run, routers = trainee.run.router, trainee.routers
+def _router_losses(trainee: Trainee, tallies: Tensor, share: float, micros: int) -> router_losses.Part:
+    """This micro batch's part of the losses on routers; `tallies` are of the part `share` of the batch."""
+    routers = trainee.routers
     assert routers is not None
-    said, layers = routers.said, routers.read(tallies)
-    zero = said[0].logits.new_zeros(())
-    parts: dict[str, list[Tensor]] = {"balance": [], "z": [], "importance": [], "load": []}
-    for one, tally in zip(said, layers, strict=True):
-        tokens = tally.tokens / share
-        balance = routing.load_balancing_loss(one.probabilities, tally.counts / share, tokens)
-        parts["balance"].append(zero if one.balanced else balance)
-        parts["z"].append(routing.z_loss(one.logits, tokens))
-        for name in ("importance", "load"):
-            parts[name].append(one.losses[name] / (tally.groups / share) if name in one.losses else zero)
-    losses = {
-        name: torch.stack(each).mean() if run.layers == "mean" else torch.stack(each).sum()
-        for name, each in parts.items()
-    }
-    if run.balance_loss == "pooled":
-        losses["balance"] = routing.pooled_loss([s.logits for s in said], said[0].top_k) / (
-            micros * trainee.ranks.dp_size
-        )
-    coefficients = {
-        "balance": run.balance_loss_coef,
-        "z": run.z_loss_coef,
-        "importance": run.importance_loss_coef,
-        "load": run.load_loss_coef,
-    }
-    # A loss that is not asked for may not be finite where it is not used, and 0 x inf is not 0.
-    asked = [factor * losses[name] for name, factor in coefficients.items() if factor]
-    return sum(asked, zero), losses["balance"], losses["z"]
+    return router_losses.part(
+        routers.said,
+        routers.read(tallies),
+        trainee.run.router,
+        share=share,
+        parts=micros * trainee.ranks.dp_size,
+    )
 
 
 def _refuse_nonfinite(step: int, loss: float, squares: dict[str, float]) -> None:
@@ -224,7 +209,7 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
     size = trainee.run.train.micro_batch or max(1, trainee.run.train.rows // ranks.dp_size)
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)
     model.eval()
-    whole = fit.rows_of_groups(trainee.start.built, task.lengths(trainee.run, trainee.start.subject))
+    whole = fit.rows_of_groups(trainee.start.built, trainee.lengths)
     for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size, whole):
         question = task.question(micro, trainee.start.subject, training=False)
         # All ranks run as many passes: the last ones may have rows that another rank counts.

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from upcycle import targets
 from upcycle.cli.screen import grid, out
 from upcycle.system.wording import count, place_of
 
@@ -79,10 +80,7 @@ def _began(found: dict[str, float] | None) -> str:
 
 
 def _how(recipe: dict[str, Any]) -> str:
-    moe = recipe["moe"]
-    if moe.get("target") == "depth_tiled":
-        return f", every block {moe['depth']} times"
-    return f" by init {recipe['init']['name']}"
+    return targets.recorded(recipe["moe"]).made_by(recipe)
 
 
 def _place(row: dict[str, Any]) -> str:

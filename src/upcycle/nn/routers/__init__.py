@@ -10,18 +10,20 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from upcycle import registry
+from upcycle import settings
 from upcycle.errors import UpcycleError
+from upcycle.nn import router_starts
+from upcycle.nn.router_starts import RouterStart
+from upcycle.settings import AtLeast, Named
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 Rounding = Literal["vmoe", "flaxformer", "exact"]
 
@@ -39,13 +41,18 @@ class Extra:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Router(abc.ABC):
+class Router(Named, abc.ABC):
     """How a router starts, and what every router can be asked. Shared keys:
 
     `init` and `std` of the weight; `normalize`: whether a token's weights are made to sum to one;
     `rescale`: where they are not, whether experts are multiplied by what makes up for it; `group`: how many
     tokens compete with each other for places (0: those of a row, that is an image or a text).
     """
+
+    section: ClassVar[str] = "router"
+    package: ClassVar[str] = __name__
+    usual: ClassVar[str | None] = "top_k"
+    common: ClassVar[tuple[str, ...]] = ("init", "std", "normalize", "rescale")
 
     summary: ClassVar[str]
     needs: ClassVar[str] = "moe.target = upcycled"
@@ -54,23 +61,23 @@ class Router(abc.ABC):
     has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, as many each
     untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that no gradient reaches
 
-    # of the weight; zeros scores all experts alike
-    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] = "normal"
-    std: float = 0.02  # standard deviation of the weight
+    # how the weight starts: normal, uniform, orthogonal, grouped, or zeros, which scores all experts alike
+    init: str = "normal"
+    std: Annotated[float, AtLeast(0)] = 0.02  # standard deviation of the weight
     normalize: bool = True  # whether a token's weights are made to sum to one
     rescale: bool = True  # where they are not, whether experts are multiplied by what makes up for it
-    group: int = 0  # tokens that compete with each other for places; 0: those of a row (an image, a text)
+    # tokens that compete with each other for places; 0: those of a row (an image, a text)
+    group: Annotated[int, AtLeast(0)] = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.std < math.inf:
-            raise UpcycleError(f"router.std = {self.std}; it must be a number of 0 or more")
-        if self.group < 0:
-            raise UpcycleError(f"router.group = {self.group}; it must be a number of tokens, or 0 for a row")
+        super().__post_init__()
+        if self.init is not None:  # in some routers other keys say it
+            router_starts.find(self.init)
 
     @property
-    def name(self) -> str:
-        """The name in the recipe: that of the file."""
-        return type(self).__module__.rpartition(".")[2]
+    def start(self) -> RouterStart:
+        """How the weight starts."""
+        return router_starts.find(self.init)
 
     @property
     def causal(self) -> bool:
@@ -121,31 +128,22 @@ class Router(abc.ABC):
         """How many experts a token is worth in arithmetic, on average, in groups of `length` tokens."""
 
     @abc.abstractmethod
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
-        """Route tokens [G, N, H] in float32; `padding` [G, N] is True where there is no token."""
+    def route(self, tokens: Tokens) -> Routing:
+        """Say which tokens go to which experts; arithmetic in the type of the tokens, float32 at least."""
+
+    def loss_coefs(self) -> dict[str, float]:
+        """What a run multiplies this router's own losses by, by their names in `Routing.losses`.
+
+        A run weighs `importance` and `load` itself, by keys of its own.
+        """
+        return {}
 
     def beyond_native(self) -> list[str]:
         """The keys set here that no MoE class of transformers heeds, besides a router of another name."""
         if self.name != "top_k":
             return [f"router.name = {self.name}"]
-        shared = ("init", "std", "normalize", "rescale")
-        fields = [f for f in dataclasses.fields(self) if f.name not in shared]
+        fields = [f for f in dataclasses.fields(self) if f.name not in self.common]
         return [f"router.{f.name}" for f in fields if getattr(self, f.name) != f.default]
-
-    def as_table(self) -> dict[str, Any]:
-        """The settings as a table: what `read` takes. TOML has no null: a key that is None is left out."""
-        set_ = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return {"name": self.name, **set_}
 
 
 def capacity(tokens: int, share: float, rounding: Rounding, *, minimum: int = 1) -> int:
@@ -171,21 +169,16 @@ def places(length: int, padding: Tensor | None, share: float, rounding: Rounding
     return [capacity(tokens, share, rounding) for tokens in real]
 
 
-def read(table: Mapping[str, Any], where: str = "router") -> Router:
+def read(table: Mapping[str, object], where: str = "router") -> Router:
     """The router of a table with `name` and its keys."""
-    from upcycle import recipe
-
-    options = dict(table)
-    name = options.pop("name", "top_k")
-    made: Router = recipe.read(find(name), options, where if name == "top_k" else f"{where} ({name})")
-    return made
+    return settings.read(Router, table, where)
 
 
 def find(name: str) -> type[Router]:
     """The router called `name`."""
-    return registry.find(sys.modules[__name__], name, "router", "router")
+    return Router.find(name)
 
 
 def names() -> list[str]:
     """The names of all routers."""
-    return registry.names(sys.modules[__name__])
+    return Router.names()

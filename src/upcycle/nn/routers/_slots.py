@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from upcycle.errors import UpcycleError
 from upcycle.nn.routers import Router
+from upcycle.settings import AtLeast
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,7 @@ class SlotRouter(Router):
     balanced = True
     has_slots = True
 
-    slots: int = 1  # of each expert
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.slots < 1:
-            raise UpcycleError(f"router.slots = {self.slots}; it must be 1 or more")
+    slots: Annotated[int, AtLeast(1)] = 1  # of each expert
 
     def rows(self, num_experts: int) -> int:
         return num_experts * self.slots
@@ -43,12 +38,7 @@ class SlotRouter(Router):
         return num_experts * self.slots / length
 
     def routing(
-        self,
-        into: Tensor,
-        back: Tensor,
-        logits: Tensor,
-        padding: Tensor | None,
-        kept: Tensor | None = None,
+        self, tokens: Tokens, into: Tensor, back: Tensor, logits: Tensor, kept: Tensor | None = None
     ) -> Routing:
         """What was decided: `into` are the scores that a softmax over tokens makes slots of, `back` each
         token's weights for slots, `logits` the scores before those, [G, N, E S] each. `kept` [G, 1, E or 1,
@@ -58,24 +48,22 @@ class SlotRouter(Router):
         from upcycle.nn.dispatch import Slots
         from upcycle.nn.routing import Routing
 
-        groups, length, columns = into.shape
-        num_experts = columns // self.slots
-        shape = (groups, length, num_experts, self.slots)
+        padding, num_experts = tokens.padding, tokens.num_experts
+        shape = (tokens.groups, tokens.length, num_experts, self.slots)
         # Not -inf: in a row that is all padding the softmax over tokens would be NaN.
         least = torch.finfo(into.dtype).min
         masked = into if padding is None else into.masked_fill(padding[..., None], least)
         if padding is not None:
             back = back.masked_fill(padding[..., None], 0.0)
         combine = back.view(shape)
-        real = slice(None) if padding is None else ~padding.flatten()
         return Routing(
             dispatch=Slots(
                 dispatch=masked.softmax(1).view(shape), combine=combine if kept is None else combine * kept
             ),
-            logits=logits.view(shape).logsumexp(-1).flatten(0, 1)[real],
-            probabilities=combine.sum(-1).flatten(0, 1)[real],
-            counts=torch.full((num_experts,), groups * self.slots, device=into.device),
+            logits=tokens.real_of(logits.view(shape).logsumexp(-1)),
+            probabilities=tokens.real_of(combine.sum(-1)),
+            counts=torch.full((num_experts,), tokens.groups * self.slots, device=into.device),
             left_behind=torch.zeros((), dtype=torch.long, device=into.device),
             balanced=True,
-            groups=groups,
+            groups=tokens.groups,
         )

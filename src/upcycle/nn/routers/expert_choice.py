@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from upcycle.errors import UpcycleError
 from upcycle.nn.routers import Rounding, Router, capacity, places
+from upcycle.settings import Above, AtLeast
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +26,11 @@ class ExpertChoice(Router):
     balanced = True
 
     # experts that a token gets on average; num_experts gives every expert all tokens
-    capacity_factor: float = 2.0
+    capacity_factor: Annotated[float, Above(0)] = 2.0
     # of the places of an expert, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
-    noise: float | None = None  # on logits in training, divided by the number of experts; None, 0: no noise
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.capacity_factor < float("inf"):
-            raise UpcycleError(f"router.capacity_factor = {self.capacity_factor}; it must be above 0")
-        if self.noise is not None and not 0 <= self.noise < float("inf"):
-            raise UpcycleError(f"router.noise = {self.noise}; it must be a number of 0 or more")
+    # on logits in training, divided by the number of experts; None, 0: no noise
+    noise: Annotated[float, AtLeast(0)] | None = None
 
     def share(self, num_experts: int, top_k: int) -> float:
         return self.capacity_factor / num_experts
@@ -56,32 +47,23 @@ class ExpertChoice(Router):
     def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
         return num_experts * capacity(length, self.share(num_experts, top_k), self.rounding) / length
 
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
+    def route(self, tokens: Tokens) -> Routing:
         import torch
 
         from upcycle.nn.dispatch import Rows
         from upcycle.nn.routing import Routing
 
-        groups, length, _ = hidden.shape
-        logits = torch.nn.functional.linear(hidden, tensors["weight"])
-        if training and self.noise:
+        groups, length, num_experts = tokens.groups, tokens.length, tokens.num_experts
+        padding = tokens.padding
+        logits = torch.nn.functional.linear(tokens.hidden, tokens.tensors["weight"])
+        if tokens.training and self.noise:
             # From torch's own generator, which a layer that is recomputed finds as it was.
             logits = logits + self.noise / num_experts * torch.randn_like(logits)
         probabilities = logits.softmax(-1)
         scores = probabilities.transpose(1, 2)  # [G, E, N]
         if padding is not None:
             scores = scores.masked_fill(padding[:, None], -1.0)
-        room = places(length, padding, self.share(num_experts, top_k), self.rounding)
+        room = places(length, padding, self.share(num_experts, tokens.top_k), self.rounding)
         weights, token = scores.topk(max(room), dim=-1)  # [G, E, C]
         flat = token + length * torch.arange(groups, device=token.device)[:, None, None]
         expert = torch.arange(num_experts, device=token.device)[:, None].expand_as(token)
@@ -96,14 +78,13 @@ class ExpertChoice(Router):
         if self.normalize:
             sums = torch.zeros_like(probabilities[..., 0]).flatten().index_add(0, rows, weights)
             weights = weights / sums[rows]
-        real = None if padding is None else ~padding
         nowhere = times.view(groups, length) == 0
         return Routing(
             dispatch=Rows(tokens=rows, experts=index, weights=weights, length=length),
-            logits=logits.flatten(0, 1) if real is None else logits[real],
-            probabilities=probabilities.flatten(0, 1) if real is None else probabilities[real],
+            logits=tokens.real_of(logits),
+            probabilities=tokens.real_of(probabilities),
             counts=torch.bincount(index, minlength=num_experts),
-            left_behind=(nowhere if real is None else nowhere & real).sum(),
+            left_behind=tokens.real_of(nowhere).sum(),
             balanced=True,
             groups=groups,
         )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upcycle.nn.routers import Extra, Router
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 BIAS = "e_score_correction_bias"
 
@@ -38,37 +35,26 @@ class Sigmoid(Router):
     def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
         return float(top_k)
 
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
+    def route(self, tokens: Tokens) -> Routing:
         import torch
 
         from upcycle.nn.dispatch import Choices
         from upcycle.nn.routing import Routing
 
-        logits = torch.nn.functional.linear(hidden, tensors["weight"]).flatten(0, 1)
+        logits = torch.nn.functional.linear(tokens.hidden, tokens.tensors["weight"])  # [G, N, E]
         scores = logits.sigmoid()
-        index = (scores.detach() + tensors[BIAS].detach()).topk(top_k, dim=-1).indices
+        index = (scores.detach() + tokens.tensors[BIAS].detach()).topk(tokens.top_k, dim=-1).indices
         weights = scores.gather(-1, index)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        real = slice(None) if padding is None else ~padding.flatten()
-        counts = torch.bincount(index[real].flatten(), minlength=num_experts)
+        counts = torch.bincount(tokens.real_of(index).flatten(), minlength=tokens.num_experts)
         return Routing(
-            dispatch=Choices(index=index, weights=weights, length=hidden.shape[1]),
-            logits=logits[real],
-            probabilities=(scores / scores.sum(-1, keepdim=True))[real],
+            dispatch=Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1), length=tokens.length),
+            logits=tokens.real_of(logits),
+            probabilities=tokens.real_of(scores / scores.sum(-1, keepdim=True)),
             counts=counts,
             left_behind=counts.new_zeros(()),
-            groups=hidden.shape[0],
+            groups=tokens.groups,
         )
 
 

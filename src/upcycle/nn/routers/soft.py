@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,7 @@ from upcycle.nn.routers import Extra
 from upcycle.nn.routers._slots import SlotRouter
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +24,13 @@ class Soft(SlotRouter):
     def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:
         return {"scale": Extra((1,), value=1.0)}
 
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
+    def route(self, tokens: Tokens) -> Routing:
         import torch
 
         unit = torch.nn.functional.normalize
-        scaled = tensors["scale"] * unit(tensors["weight"], dim=-1)
-        logits = torch.nn.functional.linear(unit(hidden, dim=-1), scaled)  # [G, N, E S]
-        return self.routing(logits, logits.softmax(-1), logits, padding)
+        scaled = tokens.tensors["scale"] * unit(tokens.tensors["weight"], dim=-1)
+        logits = torch.nn.functional.linear(unit(tokens.hidden, dim=-1), scaled)  # [G, N, E S]
+        return self.routing(tokens, logits, logits.softmax(-1), logits)
 
 
 router = Soft

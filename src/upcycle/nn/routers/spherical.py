@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from upcycle.errors import UpcycleError
 from upcycle.nn.routers import Extra
 from upcycle.nn.routers._slots import SlotRouter
+from upcycle.settings import Above, AtLeast, Within
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 KEY_STD = 0.02  # of the key projection at its start, as transformers starts a ViT's matrices
 NORM_EPS = 1e-5  # of the queries' LayerNorm
@@ -69,43 +68,30 @@ class Spherical(SlotRouter):
 
     # sets what is not given: MoE Jetpack's text (paper) or its released code (repo)
     preset: Literal["paper", "repo"] = "paper"
+    # how the queries start, as the weight of other routers does
+    init: str | None = None  # type: ignore[assignment]
     # of the queries
-    init: Literal["normal", "uniform", "zeros", "orthogonal", "grouped"] | None = None  # type: ignore[assignment]
-    # of the queries
-    std: float | None = None  # type: ignore[assignment]
+    std: Annotated[float, AtLeast(0)] | None = None  # type: ignore[assignment]
     # a linear map of the tokens (projected), or the tokens (plain)
     keys: Literal["projected", "plain"] | None = None
     key_norm: bool | None = None  # whether keys have length one
     # whether the queries' LayerNorm starts as that of the block before the network, or as the identity
     query_norm: Literal["inherited", "fresh"] | None = None
-    temperatures: int | None = None  # one for both directions, or one each
-    temperature: float | None = None  # that they start at
+    temperatures: Annotated[int, Within("[1, 2]")] | None = None  # one for both directions, or one each
+    temperature: Annotated[float, Above(0)] | None = None  # that they start at
     combine: Literal["softmax", "entmax15"] | None = None  # what makes weights for slots
-    noise: float | None = None  # of N(0, 1) on the products; none: 1 / E
+    noise: Annotated[float, AtLeast(0)] | None = None  # of N(0, 1) on the products; none: 1 / E
     noise_after: bool | None = None  # whether noise comes after the division by temperature
     noise_in_eval: bool | None = None  # whether there is noise outside training
-    expert_dropout: float = 0.0  # chance that an expert's outputs are left out of a group in training
-    branch_dropout: float = 0.0  # chance that all outputs of a group are
+    # chance that an expert's outputs are left out of a group in training
+    expert_dropout: Annotated[float, Within("[0, 1)")] = 0.0
+    branch_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # chance that all outputs of a group are
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        super().__post_init__()
-        if self.temperatures not in (1, 2):
-            raise UpcycleError(
-                f"router.temperatures = {self.temperatures}; it must be 1 for both directions, or 2"
-            )
-        assert self.temperature is not None
-        if not 0 < self.temperature < float("inf"):
-            raise UpcycleError(f"router.temperature = {self.temperature}; it must be above 0")
-        if self.noise is not None and not 0 <= self.noise < float("inf"):
-            raise UpcycleError(f"router.noise = {self.noise}; it must be a number of 0 or more")
-        for name in ("expert_dropout", "branch_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UpcycleError(
-                    f"router.{name} = {getattr(self, name)}; it must be 0 or more, and below 1"
-                )
 
     def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:
         assert self.temperature is not None
@@ -121,33 +107,24 @@ class Spherical(SlotRouter):
             out["key_bias"] = Extra((hidden,))
         return out
 
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
+    def route(self, tokens: Tokens) -> Routing:
         import torch
         import torch.nn.functional as F  # noqa: N812
 
         from upcycle.nn.entmax import entmax15
 
-        keys = hidden
+        tensors, num_experts = tokens.tensors, tokens.num_experts
+        keys = tokens.hidden
         if self.keys == "projected":
-            keys = F.linear(hidden, tensors["key_weight"], tensors["key_bias"])
+            keys = F.linear(keys, tensors["key_weight"], tensors["key_bias"])
         if self.key_norm:
             keys = F.normalize(keys, dim=-1)
         norm = (tensors["query_norm_weight"], tensors["query_norm_bias"])
-        queries = F.layer_norm(tensors["weight"], hidden.shape[-1:], *norm, NORM_EPS)
+        queries = F.layer_norm(tensors["weight"], tokens.hidden.shape[-1:], *norm, NORM_EPS)
         products = F.linear(keys, F.normalize(queries, dim=-1))  # [G, N, E S]
         # From torch's own generator, which a layer that is recomputed finds as it was.
         scale = 1 / num_experts if self.noise is None else self.noise
-        noisy = scale and (training or self.noise_in_eval)
+        noisy = scale and (tokens.training or self.noise_in_eval)
         noise = scale * torch.randn_like(products) if noisy else None
         if noise is not None and not self.noise_after:
             products = products + noise
@@ -156,8 +133,8 @@ class Spherical(SlotRouter):
         if noise is not None and self.noise_after:
             into, back = into + noise, back + noise
         weights = entmax15(back, dim=-1) if self.combine == "entmax15" else back.softmax(-1)
-        kept = self._kept(len(hidden), num_experts, products) if training else None
-        return self.routing(into, weights, back, padding, kept)
+        kept = self._kept(tokens.groups, num_experts, products) if tokens.training else None
+        return self.routing(tokens, into, weights, back, kept)
 
     def _kept(self, groups: int, num_experts: int, like: Tensor) -> Tensor | None:
         """What the outputs of experts are multiplied by in each group, [G, 1, E or 1, 1]."""

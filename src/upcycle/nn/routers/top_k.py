@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from upcycle.errors import UpcycleError
 from upcycle.nn.routers import Rounding, Router, places
+from upcycle.settings import Above, AtLeast
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upcycle.nn.routing import Routing
+    from upcycle.nn.routing import Routing, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +31,15 @@ class TopK(Router):
     needs = "nothing; its own keys moe.target = upcycled"
 
     # places of an expert over its fair share; none, or num_experts: capacity for all tokens
-    capacity_factor: float | None = None
+    capacity_factor: Annotated[float, Above(0)] | None = None
     # of those places, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
     batch_priority: bool = False  # whether the surer token takes a place first, not the earlier one
-    noise_std: float = 0.0  # of the noise on logits in training, divided by the number of experts (V-MoE)
+    # of the noise on logits in training, divided by the number of experts (V-MoE)
+    noise_std: Annotated[float, AtLeast(0)] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < float("inf"):
-            raise UpcycleError(f"router.capacity_factor = {self.capacity_factor}; it must be above 0")
-        if not 0 <= self.noise_std < float("inf"):
-            raise UpcycleError(f"router.noise_std = {self.noise_std}; it must be a number of 0 or more")
         if self.batch_priority and self.capacity_factor is None:
             raise UpcycleError(
                 "router.batch_priority orders tokens for places that are short; set router.capacity_factor"
@@ -72,25 +69,16 @@ class TopK(Router):
         chosen = 1 if self.rounding == "flaxformer" else top_k
         return chosen * self.capacity_factor / num_experts
 
-    def route(
-        self,
-        tensors: Mapping[str, Tensor],
-        hidden: Tensor,
-        padding: Tensor | None,
-        *,
-        num_experts: int,
-        top_k: int,
-        training: bool,
-        causal: bool,
-    ) -> Routing:
+    def route(self, tokens: Tokens) -> Routing:
         import torch
 
         from upcycle.nn.dispatch import Choices, Dispatch, Rows
         from upcycle.nn.routing import Routing
 
-        clean = torch.nn.functional.linear(hidden, tensors["weight"])
+        num_experts, top_k, real = tokens.num_experts, tokens.top_k, tokens.real
+        clean = torch.nn.functional.linear(tokens.hidden, tokens.tensors["weight"])
         logits = clean
-        noise = self.noise_std / num_experts if training else 0.0
+        noise = self.noise_std / num_experts if tokens.training else 0.0
         if noise:
             logits = clean + noise * torch.randn_like(clean)
         probabilities = logits.softmax(-1)
@@ -98,41 +86,42 @@ class TopK(Router):
         sureness = weights[..., 0]  # before it is renormalised: of a single choice that is always one
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        real = None if padding is None else ~padding
-        chosen = index if real is None else index[real]
-        counts = torch.bincount(chosen.flatten(), minlength=num_experts)
+        counts = torch.bincount(tokens.real_of(index).flatten(), minlength=num_experts)
         losses = {"importance": _importance(clean.softmax(-1), real)}
         if noise:
             losses["load"] = _load(clean, logits, top_k, noise, real)
         if (share := self.share(num_experts, top_k)) is None:
             dispatch: Dispatch = Choices(
-                index=index.flatten(0, 1), weights=weights.flatten(0, 1), length=hidden.shape[1]
+                index=index.flatten(0, 1), weights=weights.flatten(0, 1), length=tokens.length
             )
             left = counts.new_zeros(())
         else:
-            room = places(hidden.shape[1], padding, share, self.rounding)
+            room = places(tokens.length, tokens.padding, share, self.rounding)
             kept = _keep(
-                index, sureness if self.batch_priority else None, real, num_experts, room, causal=causal
+                index,
+                sureness if self.batch_priority else None,
+                real,
+                num_experts,
+                room,
+                causal=tokens.causal,
             )
             if self.normalize:  # after routing: what lost its place leaves its weight to the others
                 sums = (weights * kept).sum(-1, keepdim=True)
                 weights = weights / sums.masked_fill(sums == 0, 1.0)
             group, token, choice = kept.nonzero(as_tuple=True)
-            flat = group * hidden.shape[1] + token
+            flat = group * tokens.length + token
             picked = (group, token, choice)
-            dispatch = Rows(
-                tokens=flat, experts=index[picked], weights=weights[picked], length=hidden.shape[1]
-            )
+            dispatch = Rows(tokens=flat, experts=index[picked], weights=weights[picked], length=tokens.length)
             lost = ~kept.any(-1)
-            left = (lost if real is None else lost & real).sum()
+            left = tokens.real_of(lost).sum()
         return Routing(
             dispatch=dispatch,
-            logits=logits.flatten(0, 1) if real is None else logits[real],
-            probabilities=probabilities.flatten(0, 1) if real is None else probabilities[real],
+            logits=tokens.real_of(logits),
+            probabilities=tokens.real_of(probabilities),
             counts=counts,
             left_behind=left,
             losses=losses,
-            groups=hidden.shape[0],
+            groups=tokens.groups,
         )
 
 

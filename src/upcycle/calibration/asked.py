@@ -1,0 +1,72 @@
+"""What a person asks `upcycle calibrate` for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from upcycle.dense.statistics import NAMES, POSITIONS, refuse_unknown
+from upcycle.errors import UpcycleError
+from upcycle.system.paths import as_paths
+from upcycle.tensors import rng
+
+IMAGES = 30_000  # taken of a set of images at most; about what MoE Jetpack takes of ImageNet
+ROWS = 2_048  # taken of a text at most: 2^20 tokens in rows of 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Which statistics to collect, and on which data.
+
+    `limit` is the number of images or rows at most; 0: all, None: `IMAGES` or `ROWS`. Raises `UpcycleError`
+    for what cannot be collected.
+    """
+
+    images: Path | None = None
+    text: Path | None = None
+    collect: tuple[str, ...] = ("l1", "l2", "count")
+    positions: tuple[str, ...] = tuple(POSITIONS)
+    limit: int | None = None
+    length: int | None = None  # tokens of a row of text; None: 512, or as many as the model takes
+    batch_size: int = 32
+    threshold: float = 0.0  # above which a number counts as active
+    seed: int = 0  # of the order of examples
+    in_order: bool = False  # the first examples, as the released code of MoE Jetpack takes
+    device: str | None = None  # None: an accelerator, where there is one
+    cache: Path | None = None  # folder for decoded images and token files
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        as_paths(self, "text", "images", "cache")
+        if (self.text is None) == (self.images is None):
+            raise UpcycleError("give either --images PATH or --text PATH to calibrate on")
+        refuse_unknown("--collect", self.collect, NAMES)
+        refuse_unknown("--positions", self.positions, POSITIONS)
+        if "co_activation" in self.collect and "neurons" not in self.positions:
+            raise UpcycleError(
+                f"--collect co_activation is of neurons, and --positions is {','.join(self.positions)}; add "
+                f"neurons, or leave it out"
+            )
+        if self.batch_size < 1:
+            raise UpcycleError(f"--batch-size {self.batch_size}; it must be 1 or more")
+        if self.limit is not None and self.limit < 0:
+            raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
+        if self.length is not None and (self.length < 1 or self.text is None):
+            raise UpcycleError(f"--length {self.length}; it must be 1 or more tokens, and goes with --text")
+        if not math.isfinite(self.threshold):
+            raise UpcycleError(f"--threshold {self.threshold}; it must be a number")
+
+    def examples(self, there: int) -> int:
+        """How many of `there` examples are taken."""
+        default = IMAGES if self.images is not None else ROWS
+        return min(there, (default if self.limit is None else self.limit) or there)
+
+    def order(self, there: int) -> np.ndarray:
+        """The numbers of the examples that are taken, in order, int64 [N]."""
+        order = (
+            np.arange(there) if self.in_order else rng.permutation(rng.key(self.seed, "calibration"), there)
+        )
+        return order[: self.examples(there)]

@@ -1,0 +1,72 @@
+"""The few-shot probe on a checkpoint's frozen features, fitted on one set of images and tested on another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from upcycle.data.augment import Augment
+from upcycle.data.images import ImageSet
+from upcycle.dense.subject import Subject
+from upcycle.evaluation.asked import Asked
+from upcycle.evaluation.batch_size import BatchSize
+from upcycle.evaluation.differences import Sums
+from upcycle.evaluation.features import features
+from upcycle.evaluation.probe import few_shot
+from upcycle.evaluation.results import Metric, Result, data_of
+from upcycle.system import progress
+from upcycle.tasks.image_classification import ImageClassification
+
+
+def score(
+    model: PreTrainedModel, subject: Subject, shots: Path, images: Path, asked: Asked, cache: Path
+) -> Result:
+    """The accuracy of probes that are fitted on `shots` and tested on `images`; the seeds are the units."""
+    task = ImageClassification()
+    sets = [task.images(str(path), subject, cache, any_classes=True) for path in (shots, images)]
+    size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
+    fit, test = (_seen(model, found, task.augmentation(subject), size, asked.limit) for found in sets)
+    fitted = few_shot(*fit, *test, num_classes=max(s.num_labels for s in sets), per_class=asked.per_class)
+    sums = Sums.mean(np.array(fitted.accuracies), "seeds")
+    return Result(
+        kind="few_shot",
+        name=images.name,
+        data={
+            "fitted_on": data_of(shots),
+            "tested_on": data_of(images),
+            "per_class": asked.per_class,
+            "limit": asked.limit,
+        },
+        metrics={"accuracy": Metric.of(sums, higher_is_better=True)},
+        units=(asked.per_class, *test[1].tolist()),
+        more={
+            "accuracies": list(fitted.accuracies),
+            "per_class": asked.per_class,
+            "examples": len(test[0]),
+        },
+    )
+
+
+def _seen(
+    model: PreTrainedModel, images: ImageSet, augment: Augment, size: BatchSize, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frozen features, float32 [N, D], and labels, int64 [N], of at most `limit` images; 0: of all."""
+    chosen = _chosen(images, limit)
+
+    def work(places: Sequence[int]) -> Any:
+        return features(model, images, np.array(places), augment, batch_size=len(places))
+
+    with progress.work(f"features of {Path(images.name).name}", "examples") as reading:
+        reading.total(len(chosen))
+        found: np.ndarray = np.stack(size.over(chosen.tolist(), work, advance=reading.advance))
+    return found, images.labels[chosen]
+
+
+def _chosen(images: ImageSet, limit: int) -> np.ndarray:
+    """All images, or as many of them, evenly spaced."""
+    count = min(len(images), limit or len(images))
+    return np.arange(count) * len(images) // count

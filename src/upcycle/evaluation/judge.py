@@ -1,0 +1,44 @@
+"""A checkpoint that is being scored, and the ways to score it that its task chooses from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from upcycle.dense.subject import Subject
+from upcycle.evaluation import rows_scored, text
+from upcycle.evaluation.asked import Asked
+from upcycle.evaluation.language_model import LanguageModel
+from upcycle.evaluation.results import Result
+from upcycle.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A model and what is asked of it. `cache` is the folder of prepared files."""
+
+    model: PreTrainedModel
+    subject: Subject
+    tokenizer: Any  # None: images are asked for
+    asked: Asked
+    cache: Path
+
+    @cached_property
+    def language(self) -> LanguageModel:
+        """The model as one that gives texts a likelihood. Raises `UpcycleError` if its class gives none."""
+        return LanguageModel.of(self.model, self.tokenizer, self.subject, batch_size=self.asked.batch_size)
+
+    def rows(self, task: Task, path: Path) -> Result:
+        """The loss and the right answers of every row that the task makes of the data at `path`."""
+        return rows_scored.score(self.model, self.subject, task, path, self.asked, self.cache)
+
+    def windows(self, path: Path) -> Result:
+        """The likelihood of every token of the text at `path`, in windows that go over its documents."""
+        return text.score(
+            self.language, path, length=self.asked.length, stride=self.asked.stride, limit=self.asked.limit,
+            separator=self.asked.separator,
+        )  # fmt: skip

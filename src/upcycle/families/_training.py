@@ -1,0 +1,64 @@
+"""What only training asks of a family: initial values, how deep a parameter lies, branches of the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Family, Stack
+from upcycle.families._weights import Initial, Weight
+
+
+class Trained(Family):
+    """A family that a run can train from scratch, with rates by depth and with drop path."""
+
+    before: tuple[str, ...]  # how the parameters before the blocks begin, in memory below the base model
+    after: tuple[str, ...]  # likewise, of those behind the blocks
+
+    def deviation(self, config: Config) -> float:
+        """The standard deviation that a matrix starts with."""
+        return float(config.get("initializer_range", 0.02))
+
+    def initial(self, config: Config, name: str, weight: Weight) -> Initial | None:
+        """What the tensor called `name` on disk starts as; None: this family does not know it."""
+        return weight.initial(self.deviation(config))
+
+    def depth(self, name: str, counts: Mapping[str, int]) -> int:
+        """How deep in the model a parameter is, by its name in memory below the base model.
+
+        Of N blocks: 0 before them, i + 1 in block i (from 0), N + 1 after them. `counts` has the lists of
+        blocks (`Stack.blocks`) and how many each holds; they count on from one list to the next. Raises
+        `UpcycleError` for a name that is nowhere.
+        """
+        start = 0
+        for blocks, count in counts.items():
+            if name.startswith(f"{blocks}."):
+                return start + int(name.removeprefix(f"{blocks}.").partition(".")[0]) + 1
+            start += count
+        if name.startswith(self.before):
+            return 0
+        if name.startswith(self.after):
+            return start + 1
+        raise UpcycleError(
+            f"train.layer_decay: the family {self.model_type} does not say how deep {name} lies; name it in "
+            f"`before` or `after` of its file, or take train.layer_decay out"
+        )
+
+    def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
+        """Modules in memory, below the base model, whose output is added to the residual stream."""
+        return ()
+
+    def own_norm(self, config: Config, stack: Stack) -> str:
+        """The norm in memory, below the base model, that only the network reads; empty: there is none."""
+        return ""
+
+
+def trained(family: Family, what: str) -> Trained:
+    """The family as training sees it. `what` is the key of the run file that asks for more than a family has
+    that only converts; such a family is refused."""
+    if isinstance(family, Trained):
+        return family
+    raise UpcycleError(
+        f"{what}: the family {family.model_type} only converts, and does not say what training asks (initial "
+        f"values, depths, branches); take {what.partition(' ')[0]} out"
+    )

@@ -1,0 +1,183 @@
+"""TOML files, one laid over another by `base = FILE`, and `--set KEY=VALUE` over both."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import UpcycleError, cut, shown
+from upcycle.settings.ranges import options
+from upcycle.settings.reading import refuse_extreme, table_at
+from upcycle.settings.tables import Named, hints, keys
+
+DEEPEST = 16  # tables and lists in one another; no key lies so deep
+MOST_PARTS = 200  # of a dotted key, before it is looked at
+
+Without = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What must be known of a file in order to lay another over it. Places are dotted: `decoder.router`."""
+
+    named: Mapping[str, type[Named]] = field(default_factory=dict)  # families by the place of their table
+    shared: Mapping[str, type] = field(default_factory=dict)  # another type that reads keys of such a table
+    follows: Mapping[str, str] = field(default_factory=dict)  # whose name a table has that has none
+    off: Mapping[str, Without] = field(default_factory=dict)  # what `KEY = false` makes of a whole file
+
+    def name_at(self, table: Mapping[str, Any], place: str) -> Any:
+        """The name of the table at `place`, or the one that holds if it has none."""
+        inner: Any = table
+        for section in place.split("."):
+            inner = table_at(inner.get(section, {}), section)
+        if "name" in inner:
+            return inner["name"]
+        return self.name_at(table, self.follows[place]) if place in self.follows else self.named[place].usual
+
+    def rename(self, section: dict[str, Any], place: str) -> None:
+        """Take the keys out of a section that belong to its name, which changes."""
+        kept = {*self.named[place].common, *(keys(self.shared[place]) if place in self.shared else ())}
+        for key in [key for key in section if key not in kept]:
+            del section[key]
+
+    def turn(self, setting: str) -> int:
+        """The turn of a setting among several: whole files, then names from the outside in, then the rest."""
+        key = setting.partition("=")[0].replace(" ", "")
+        place, _, last = key.rpartition(".")
+        if key in self.off:
+            return -1
+        return [*self.named].index(place) if last == "name" and place in self.named else len(self.named)
+
+
+def families(cls: type, at: str = "") -> dict[str, type[Named]]:
+    """The families among the fields of a dataclass, by the places of their tables in a table at `at`."""
+    return {
+        f"{at}.{name}" if at else name: option
+        for name, hint in hints(cls).items()
+        for option in options(hint)
+        if isinstance(option, type) and issubclass(option, Named)
+    }
+
+
+def read_toml(path: str | Path, what: str, layout: Layout) -> dict[str, Any]:
+    """The table in a TOML file. With `base = FILE` (from the file's own folder) it goes over that one's:
+    tables key by key, everything else whole. `what` says in errors what the file should be."""
+    return _read_toml(Path(path), what, layout, ())
+
+
+def override(table: Mapping[str, Any], settings: Iterable[str], layout: Layout) -> dict[str, Any]:
+    """`table` with each `section.key=value` of `settings` put in; a value that is not TOML is a string."""
+    out: dict[str, Any] = copy.deepcopy(dict(table))
+    # Names first: they decide which of the file's keys beside them still apply.
+    for setting in sorted(settings, key=layout.turn):
+        dotted, equals, text = setting.partition("=")
+        *sections, last = dotted.strip().split(".")
+        if not equals or not all([*sections, last]) or len(sections) > DEEPEST:
+            raise UpcycleError(f"--set {cut(setting)}: expected KEY=VALUE, such as moe.top_k=2")
+        try:
+            value = _parsed(f"value = {text}")["value"]
+        except ValueError:
+            value = text.strip()
+        if value is False and dotted.strip() in layout.off:
+            out = layout.off[dotted.strip()](out)
+        target = out
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UpcycleError(f"--set {cut(setting)}: {section} is a single value, not a section")
+        place = ".".join(sections)
+        if last == "name" and place in layout.named and layout.name_at(out, place) != value:
+            layout.rename(target, place)
+        target[last] = value
+    return out
+
+
+def _read_toml(path: Path, what: str, layout: Layout, seen: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UpcycleError(f"no {what} at {path}") from None
+    except IsADirectoryError:
+        raise UpcycleError(f"{path} is a folder; a {what} is a TOML file") from None
+    except OSError as error:
+        raise UpcycleError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{path} is not TOML: it is not UTF-8 text ({error.reason})") from None
+    except ValueError:  # of the path
+        raise UpcycleError(f"{shown(str(path))} is no path of a {what}: it holds a NUL character") from None
+    try:
+        table = _parsed(text)
+    except ValueError as error:
+        raise UpcycleError(f"{path} is not TOML: {error}") from None
+    if "base" not in table:
+        return table
+    base = table.pop("base")
+    refuse_extreme(base, "base")
+    if not isinstance(base, str):
+        raise UpcycleError(f"base = {shown(base)} in {path}; it must be the name of a TOML file")
+    seen = (*seen, path.resolve())
+    under = path.parent / base
+    if under.resolve() in seen:
+        raise UpcycleError(f"{path} is based on {base}, which is based on it")
+    below = _read_toml(under, f"{what} (the base of {path.name})", layout, seen)
+    for key, without in layout.off.items():
+        if table.get(key) is False:
+            below = without(below)
+    for place in layout.named:
+        own, found = _section(table, place), _section(below, place)
+        if own is not None and found is not None:
+            name = layout.name_at(below, place)
+            if own.get("name", name) != name:
+                layout.rename(found, place)
+    return _over(below, table)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The table that TOML says; ValueError, with the reason, if it says none that can be used."""
+    # tomllib takes memory by the square of a key's parts.
+    if any(key.count(".") > MOST_PARTS for key in re.split(r"[=,\n]", text)):
+        raise ValueError("it has a key of too many parts")
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if _too_deep(table):
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+    return table
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether tables and lists lie in one another deeper than any key does."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _section(table: Any, place: str) -> dict[str, Any] | None:
+    """The table at `place`, if there is one."""
+    for section in place.split("."):
+        table = table.get(section) if isinstance(table, dict) else None
+    return table if isinstance(table, dict) else None
+
+
+def _over(under: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` laid over another, tables key by key."""
+    both = {
+        key: _over(under[key], value)
+        for key, value in table.items()
+        if isinstance(value, dict) and isinstance(under.get(key), dict)
+    }
+    return {**under, **table, **both}

@@ -1,0 +1,41 @@
+"""What the targets without experts share: they are dense classes of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from upcycle.blueprints.entries import Entry
+from upcycle.families import Config, Weights
+from upcycle.init import Site
+from upcycle.targets import Target, dense_snippet
+
+if TYPE_CHECKING:
+    from upcycle.dense.source import Dense
+    from upcycle.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseClass(Target):
+    """A dense class of transformers."""
+
+    has_experts: ClassVar[bool] = False
+
+    model_type: str
+    architecture: str
+
+    def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
+        """No block becomes MoE."""
+        return ()
+
+    def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
+        """What the family says of a dense model of that config."""
+        family = dense.family
+        whole = family.config(config)
+        listed = family.weights(whole) | family.optional(whole)
+        return {name: listed[name] for name in entries}
+
+    def snippet(self) -> str:
+        """Python code that opens the folder."""
+        return dense_snippet(self.architecture)

@@ -1,0 +1,55 @@
+"""What the targets with experts share: some of their blocks are MoE layers."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from upcycle.blueprints.entries import Entry
+from upcycle.families import Config, Weights
+from upcycle.families._weights import Weight
+from upcycle.targets import Target
+
+if TYPE_CHECKING:
+    from upcycle.dense.source import Dense
+    from upcycle.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithExperts(Target):
+    """A model with experts in some of its blocks."""
+
+    kind: ClassVar[str] = "MoE"
+    has_experts: ClassVar[bool] = True
+
+    def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
+        """What the family says of the tensors that stay, and this target of those that it makes."""
+        known = dense.weights
+        return {
+            name: known[name] if name in known else self.made(name, entry.shape)
+            for name, entry in entries.items()
+        }
+
+    @abc.abstractmethod
+    def made(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """What a tensor is that the dense model does not have."""
+
+    @classmethod
+    def moments(cls, recipe: Recipe) -> Recipe:
+        """Experts as copies; a router has no moments yet."""
+        table = super().moments(recipe).as_table()
+        table["router"] |= {"init": "zeros"}
+        return type(recipe).of(table)
+
+    def origin(self, recipe: Recipe) -> str:
+        """The initialisation of the experts."""
+        return f"initialisation `{recipe.init.name}`"
+
+    @classmethod
+    def label(cls, recipe: Mapping[str, Any]) -> str:
+        """How many experts a token meets, and how."""
+        moe, router = recipe["moe"], (recipe.get("router") or {}).get("name", "top_k")
+        way = f"top-{moe.get('top_k')}" if router == "top_k" else str(router).replace("_", " ")
+        return f"{moe.get('num_experts')} experts, {way}"

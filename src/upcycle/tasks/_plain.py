@@ -1,0 +1,29 @@
+"""Rows of a text as they are: what a class without a head of a known task is shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from upcycle.data.feeding import Feed, Feeding
+from upcycle.tasks import Batch, Question
+from upcycle.tasks._tokens import TokenFeed, refuse_beyond_positions
+from upcycle.tasks.causal_lm import CausalLM, rows_alone
+
+if TYPE_CHECKING:
+    from upcycle.dense.subject import Subject
+
+
+class Plain(CausalLM):
+    """Packed rows of a text. It trains nothing, and no run file can name it."""
+
+    @property
+    def name(self) -> str:
+        """The name in the provenance of statistics."""
+        return "plain"
+
+    def feed(self, feeding: Feeding, subject: Subject) -> Feed:
+        refuse_beyond_positions(feeding.length, subject)
+        return TokenFeed(feeding, subject, rows_alone)
+
+    def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
+        return Question({"input_ids": batch["rows"][:, :-1]}, batch["rows"][:, 1:])

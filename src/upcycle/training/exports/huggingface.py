@@ -1,0 +1,77 @@
+"""The folder that transformers and every client of the Hugging Face layout opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from upcycle.conversion import provenance, selection
+from upcycle.conversion.write import carry
+from upcycle.errors import UpcycleError
+from upcycle.hf.quiet import quiet
+from upcycle.nn import kernels
+from upcycle.system import whole_file
+from upcycle.training.exports import Format, Trained
+from upcycle.training.exports._about import card_of, provenance_of
+from upcycle.training.start import OPTIMIZER, Start
+
+
+class HuggingFace(Format):
+    """Names, config and tokenizer as `upcycle convert` writes them, with the provenance and a card."""
+
+    summary = "config.json and safetensors, as transformers opens them"
+    holds_moments = True
+
+    def write(self, trained: Trained, folder: Path, dtype: str) -> None:
+        begun = trained.start
+        if trained.optimizer is not None:
+            _write_moments(trained, trained.optimizer, folder / OPTIMIZER)
+        _write_model(trained.model, begun, folder, dtype)
+        carried, left = carry(begun.dense.checkpoint.folder, folder)
+        told = provenance_of(trained, carried, left)
+        whole_file.write(folder / provenance.FILE, (json.dumps(told, indent=2) + "\n").encode())
+        if begun.built:
+            selection.write(begun.built, folder)
+        whole_file.write(folder / "README.md", card_of(trained).encode())
+
+
+def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str) -> None:
+    """Weights in the hub's layout, and the config that the start had."""
+    with torch.no_grad(), quiet():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point() and not name.endswith(("e_score_correction_bias", "inv_freq")):
+                tensor.data = tensor.data.to(getattr(torch, dtype))
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise UpcycleError(
+                f"the weights could not be written to {folder}: {error}; make room, or choose another folder"
+            ) from None
+    (folder / "generation_config.json").unlink(missing_ok=True)  # the source's is carried, if it has one
+    config = begun.config | {"dtype": dtype, "torch_dtype": dtype}
+    if begun.built is not None:
+        config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
+    whole_file.write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    mode = (folder / "config.json").stat().st_mode  # of a new file, by the umask; safetensors' own is 0600
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Each moment as a checkpoint of the model's own names: the weights step aside for it."""
+    model = trained.model
+    weights = {name: p.data for name, p in model.named_parameters()}
+    for moment in trained.run.optimizer.moments:
+        for parameter in model.parameters():
+            parameter.data = optimizer.state[parameter][moment]
+        _write_model(model, trained.start, folder / moment, "float32")
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name]
+    whole_file.write(folder / "state.json", json.dumps({"step": trained.step}).encode())
+
+
+format = HuggingFace

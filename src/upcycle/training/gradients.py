@@ -1,0 +1,58 @@
+"""Norms and clipping of gradients that are whole, sharded, or on different meshes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """The mesh and the placements of a tensor that ranks share; None if it is whole."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def squared_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """The squared 2-norm of each gradient, whole, however it is sharded.
+
+    `torch.nn.utils.clip_grad_norm_` refuses tensors of more than one mesh.
+    """
+    names = list(gradients)
+    parts = torch.stack([_squared(local(gradients[n])) for n in names])
+    kinds: dict[Any, list[int]] = defaultdict(list)
+    for place, name in enumerate(names):
+        kinds[mesh_of(gradients[name])].append(place)
+    for kind, places in kinds.items():
+        if kind is None:
+            continue
+        mesh, placements = kind
+        mine = parts[places]
+        for dim, placement in enumerate(placements):
+            if placement.is_partial():
+                raise AssertionError(f"the gradient of {names[places[0]]} is not reduced over {mesh}")
+            if not placement.is_replicate():
+                dist.all_reduce(mine, group=mesh.get_group(dim))
+        parts[places] = mine
+    return dict(zip(names, parts.tolist(), strict=True))
+
+
+def _squared(part: Tensor) -> Tensor:
+    wide = torch.promote_types(part.dtype, torch.float32)
+    return torch.linalg.vector_norm(part, dtype=wide).double().square()
+
+
+@torch.no_grad()
+def scale(gradients: Iterable[Tensor], factor: float) -> None:
+    """Multiply every gradient by `factor`, in place."""
+    torch._foreach_mul_([local(g) for g in gradients], factor)

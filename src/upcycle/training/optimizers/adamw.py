@@ -1,0 +1,48 @@
+"""AdamW (Loshchilov and Hutter, ICLR 2019), torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from upcycle.settings import AtLeast, Within
+from upcycle.training.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """Adam with weight decay that does not go through the moments."""
+
+    summary = "Adam with decoupled weight decay"
+
+    beta1: Annotated[float, Within("[0, 1)")] = 0.9  # of the mean of gradients
+    beta2: Annotated[float, Within("[0, 1)")] = 0.95  # of the mean of their squares
+    eps: Annotated[float, AtLeast(0)] = 1e-8  # in the denominator
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.AdamW(
+            [dict(group) for group in groups],
+            lr=0.0,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            fused=True,
+        )
+
+    def state(self, parameter: Tensor, step: int, moments: Mapping[str, Tensor]) -> dict[str, Any]:
+        import torch
+
+        return {"step": torch.tensor(float(step), device=parameter.device), **moments}
+
+
+optimizer = AdamW
