@@ -59,8 +59,8 @@ CIRCLES: tuple[set[str], ...] = ()
 OF_MODELS = {"torch", "transformers", "accelerate", "safetensors", "tokenizers"}
 WITHOUT_MODELS = {
     "__main__", "advice", "api", "blueprints", "checkpoints", "cli", "conversion", "dense", "errors",
-    "families", "init", "inspection", "recipe", "registry", "reporting", "settings", "system", "targets", "tasks",
-    "tensors", "verification",
+    "families", "init", "inspection", "recipe", "registry", "reporting", "settings",
+    "system", "targets", "tasks", "tensors", "verification",
 }  # fmt: skip
 # Modules of transformers that any room may import; what lies deeper is for the room `hf`.
 PUBLIC = {"transformers", "transformers.distributed"}
