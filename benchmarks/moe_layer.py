@@ -25,8 +25,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import machine
-from upcycle.hf.configs import Shape
 from upcycle.nn.moe import MoE
+from upcycle.nn.shape import Shape
 
 EXPERTS, TOP_K = 8, 2
 SIZES: dict[str, dict[str, Any]] = {

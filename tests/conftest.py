@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def on_screen() -> Iterator[None]:
+    """Functions of the library report as they do under the command line: on standard error."""
+    from upcycle.cli.bars import Bars
+    from upcycle.system.progress import reporting_to
+
+    with reporting_to(Bars()):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import upcycle
-from upcycle import Recipe, UpcycleError, loading, tasks
+from upcycle import Recipe, UpcycleError, tasks
+from upcycle.hf import filling
 from upcycle.training import gradients as grads
 from upcycle.training import optimizer, saving, start, step
 from upcycle.training.loop import train
@@ -41,15 +42,15 @@ def loads(cases: list[tuple[str, dict[str, Any]]], layouts: list[Layout]) -> lis
     """`upcycle.load` of every case at every layout: digests of the parameters, bytes held, experts' elements
     read and what one rank would read of all of them."""
     read = [0]
-    original = loading._Virtual.__getitem__
+    original = filling.Slices.__getitem__
 
     def counted(self: Any, index: Any) -> torch.Tensor:
         out = original(self, index)
-        if len(self.entry.shape) == 3:
+        if len(self.shape) == 3:
             read[0] += out.numel()
         return out
 
-    loading._Virtual.__getitem__ = counted  # type: ignore[method-assign]
+    filling.Slices.__getitem__ = counted  # type: ignore[method-assign]
     out = []
     for source, table in cases:
         for layout in layouts:

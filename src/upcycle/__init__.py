@@ -4,9 +4,15 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from upcycle.hf.announce import announce
+from upcycle.system.first_import import after_import
 
 if TYPE_CHECKING:
+    from upcycle.api.advice import advise
+    from upcycle.api.calibration import calibrate
+    from upcycle.api.evaluation import evaluate
+    from upcycle.api.inspection import inspect
+    from upcycle.api.reporting import report
+    from upcycle.api.training import train
     from upcycle.blueprints.blueprint import blueprint
     from upcycle.blueprints.cost import plan
     from upcycle.conversion.write import convert
@@ -14,25 +20,32 @@ if TYPE_CHECKING:
     from upcycle.hf.models import open
     from upcycle.loading import load
     from upcycle.recipe import Recipe
+    from upcycle.system.progress import Progress
     from upcycle.training.export import export
-    from upcycle.training.loop import train
     from upcycle.verification import verify
 
 __version__ = version("upcycle")
 __all__ = [
-    "Recipe", "UpcycleError", "blueprint", "convert", "export", "load", "open", "plan", "train", "verify",
+    "Progress", "Recipe", "UpcycleError", "advise", "blueprint", "calibrate", "convert", "evaluate", "export",
+    "inspect", "load", "open", "plan", "report", "train", "verify",
 ]  # fmt: skip
 
 _HOMES = {
+    "Progress": "system.progress",
     "Recipe": "recipe",
     "UpcycleError": "errors",
+    "advise": "api.advice",
     "blueprint": "blueprints.blueprint",
+    "calibrate": "api.calibration",
     "convert": "conversion.write",
+    "evaluate": "api.evaluation",
     "export": "training.export",
+    "inspect": "api.inspection",
     "load": "loading",
     "open": "hf.models",
     "plan": "blueprints.cost",
-    "train": "training.loop",
+    "report": "api.reporting",
+    "train": "api.training",
     "verify": "verification",
 }
 
@@ -45,7 +58,24 @@ def __getattr__(name: str) -> Any:
     # Nothing heavy is imported before it is used: `upcycle --help` must not wait for numpy.
     if name not in _HOMES:
         raise AttributeError(f"module 'upcycle' has no attribute {name!r}")
-    return getattr(import_module(f"upcycle.{_HOMES[name]}"), name)
+    from upcycle.system.needed import said_if_missing
+
+    with said_if_missing():
+        return getattr(import_module(f"upcycle.{_HOMES[name]}"), name)
 
 
-announce()  # AutoModel*.from_pretrained opens what upcycle wrote
+def _register() -> None:
+    """Let AutoModel*.from_pretrained open what upcycle wrote, unless transformers is too old for it."""
+    from upcycle.errors import UpcycleError
+
+    try:
+        from upcycle.hf import registration
+    except UpcycleError as error:
+        from upcycle.system import progress
+
+        progress.warn(str(error))
+    else:
+        registration.register()
+
+
+after_import("transformers.models.auto.configuration_auto", _register)

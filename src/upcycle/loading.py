@@ -7,8 +7,7 @@ than its shard and the tensor in hand ("Llama 3 Meets MoE", online upcycling).
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +22,12 @@ from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
-from upcycle.verification import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.distributed import DistributedConfig
+
+    from upcycle.hf.filling import Slices
 
 
 def load(
@@ -75,7 +75,7 @@ def build(
 
     Raises `UpcycleError` where the layout does not fit; a parameter that nothing defines is an error of ours.
     """
-    from upcycle.hf import models, opening
+    from upcycle.hf import filling, models, opening
 
     options: dict[str, Any] = {}
     if distributed_config is not None:
@@ -87,43 +87,26 @@ def build(
     opening.refuse_unknown(experts_implementation)
     if experts_implementation is not None:
         options["experts_implementation"] = experts_implementation
-    kept = {k: v for k, v in config.items() if k != "torch_dtype"}
-    made = cls.config_class.from_dict(kept)
-    with quiet(), _one_by_one():
-        model, report = cls.from_pretrained(
-            None,
-            config=made,
-            state_dict={name: _Virtual(entry) for name, entry in tensors.items()},
-            dtype=_dtype(dtype if dtype is not None else str(config.get("dtype") or "float32")),
-            output_loading_info=True,
-            **options,
-        )
-    if faults := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
-        raise AssertionError(f"{architecture} and its blueprint do not agree: {faults}")
+    model = filling.fill_from(
+        cls,
+        config,
+        {name: _slices(entry) for name, entry in tensors.items()},
+        dtype=_dtype(dtype if dtype is not None else str(config.get("dtype") or "float32")),
+        **options,
+    )
     opening.choose_experts(model, experts_implementation)
-    model.name_or_path = model.config.name_or_path = ""
-    model._weight_conversions = None  # or save_pretrained would write the names of memory
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
-class _Virtual:
-    """An entry as transformers' loader asks for it: like a slice of a safetensors file."""
+def _slices(entry: Entry) -> Slices:
+    """An entry as transformers' loader asks for it."""
+    from upcycle.hf.filling import Slices
 
-    def __init__(self, entry: Entry) -> None:
-        self.entry = entry
-
-    def get_shape(self) -> list[int]:
-        return list(self.entry.shape)
-
-    def get_dtype(self) -> str:
-        return self.entry.dtype
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        parts = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
-        parts = (*parts, *[slice(None)] * (len(self.entry.shape) - len(parts)))
-        ranges = [part.indices(n)[:2] for part, n in zip(parts, self.entry.shape, strict=True)]
-        return as_tensor(self.entry.lazy.read(tuple((a, max(a, b)) for a, b in ranges), self.entry.dtype))
+    return Slices(
+        shape=tuple(entry.shape),
+        dtype=entry.dtype,
+        read=lambda ranges: as_tensor(entry.lazy.read(ranges, entry.dtype)),
+    )
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
@@ -165,18 +148,3 @@ def _layout(given: DistributedConfig | dict[str, Any], experts: Collection[int] 
     if wrong := [count for count in experts or () if count % layout.ep_size]:
         raise UpcycleError(f"{sizes}: ep_size must divide the {wrong[0]} experts of a layer")
     return layout
-
-
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Tensors are made as they are needed: threads that run ahead would hold several at once."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

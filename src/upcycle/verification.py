@@ -7,10 +7,8 @@ parameters that transformers itself builds, and both models run side by side.
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upcycle.blueprints.blueprint import Blueprint, blueprint
-from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, TensorInfo, TwoSetsError, file_hash
+from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, TwoSetsError, file_hash
 from upcycle.checkpoints.hub import CARRIED, carriable, open_checkpoint
 from upcycle.conversion import selection
 from upcycle.dense.source import Dense, refuse_two_heads
@@ -193,20 +191,16 @@ def _names(built: Blueprint, moe: Checkpoint) -> Check:
 
 def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
     """Whether transformers' own loader fills every parameter of its class from these names and shapes."""
-    import transformers
-
-    from upcycle.hf import models, opening
+    from upcycle.hf import headers, models, opening
+    from upcycle.hf.quiet import quiet
 
     name = "target coverage, transformers"
     with quiet():
         architecture = models.architecture(built.target.architecture)
-        state = {n: _Header(info) for n, info in moe.tensors.items()}
+        state = {n: headers.Header(shape=info.shape, dtype=info.dtype) for n, info in moe.tensors.items()}
         try:
             opening.refuse_depth(moe.folder)
-            config = transformers.AutoConfig.from_pretrained(moe.folder, trust_remote_code=False)
-            model, report = architecture.from_pretrained(
-                None, config=config, state_dict=state, dtype="float32", output_loading_info=True
-            )
+            model, report = headers.loaded(architecture, moe.folder, state)
         except Exception as error:  # whatever it dislikes about a damaged folder, it is the finding
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return Check(name=name, holds=False, detail=f"cannot be loaded: {reason}")
@@ -217,27 +211,6 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
         holds=not any(faults.values()),
         detail=_faults(faults) or f"all {count} parameters of {built.target.architecture} are given",
     )
-
-
-class _Header:
-    """A stored tensor as transformers' loader asks for it, without data: it lands on the meta device."""
-
-    def __init__(self, info: TensorInfo) -> None:
-        self.info = info
-
-    def get_shape(self) -> list[int]:
-        return list(self.info.shape)
-
-    def get_dtype(self) -> str:
-        return self.info.dtype
-
-    def __getitem__(self, _: object) -> _Header:
-        return self
-
-    def to(self, *, device: object, dtype: torch.dtype) -> torch.Tensor:
-        import torch
-
-        return torch.empty(self.info.shape, dtype=dtype, device="meta")
 
 
 def _faults(faults: dict[str, list[str]]) -> str:
@@ -383,6 +356,7 @@ def compare_logits(built: Blueprint, out: Path, shown: Shown | None = None) -> d
     import torch
 
     from upcycle.hf import models, opening
+    from upcycle.hf.quiet import quiet
 
     shown = shown or Shown()
     source, dense = built.source.folder, built.dense
@@ -486,20 +460,3 @@ def _check_memory(built: Blueprint) -> None:
             f"comparing logits loads the MoE in float32, {size(needed)}, and {size(free)} of "
             f"memory are free; verify the rest with --no-logits"
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and remarks off the screen."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()

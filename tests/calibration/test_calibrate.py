@@ -22,6 +22,7 @@ import transformers
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from heard import Counted
 from tiny import make
 from upcycle import cli, families
 from upcycle.calibration import calibration
@@ -367,12 +368,12 @@ def test_a_stopped_pass_goes_on_to_the_same_bits(collect, tmp_path):
             raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        collect("llama", "broken", progress=stop, **options)
+        collect("llama", "broken", progress=Counted("calibrating", stop), **options)
     assert sorted(p.name for p in tmp_path.glob("broken*")) == ["broken.safetensors.partial"]
     with pytest.raises(UpcycleError, match="not finished"):
         Statistics.open(tmp_path / "broken.safetensors")
     rest: list[int] = []
-    again = collect("llama", "broken", progress=rest.append, **options)
+    again = collect("llama", "broken", progress=Counted("calibrating", rest.append), **options)
     assert rest[0] == 8  # the last sums that were saved
     assert sum(rest) == ROWS
     assert again.path.read_bytes() == whole.path.read_bytes()
@@ -386,7 +387,7 @@ def test_another_pass_does_not_take_what_was_left(collect, tmp_path):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        collect("vit", progress=stop, save_every=1)
+        collect("vit", progress=Counted("calibrating", stop), save_every=1)
     with pytest.raises(UpcycleError, match=r"begun with another threshold, seed; start again"):
         collect("vit", seed=1, threshold=0.5)
     partial = tmp_path / "out.safetensors.partial"
@@ -558,6 +559,7 @@ def test_a_file_that_is_there_stays(collect, data, tmp_path):
         calibrate(data / "vit", tmp_path / "out", Asked(images=data / "images"))
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_pairs_that_do_not_fit_are_refused_before_anything_is_read(collect, data, monkeypatch, capsys):
     model = sum(info.nbytes for info in read_header(data / "vit" / "model.safetensors").values())
     monkeypatch.setattr(calibration, "_free", lambda _: model + 9_000)

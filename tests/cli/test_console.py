@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from upcycle import cli
-from upcycle.cli import console
+from upcycle.cli import bars, screen
 from upcycle.errors import UpcycleError, printable
 
 EVIL = "a\n\x1b[31mb\x1b]0;title\x07 :bug: [red]c[/red] ‮\u200bé"
@@ -62,12 +62,12 @@ def test_printable():
 
 def test_nothing_of_a_name_reaches_the_terminal_raw(capsys, monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(console.out, "_file", shown)
-    table = console.grid(EVIL, "a", EVIL)
+    monkeypatch.setattr(screen.out, "_file", shown)
+    table = screen.grid(EVIL, "a", EVIL)
     table.add_row(EVIL, EVIL)
-    console.out.print(table)
-    console.out.print(EVIL)
-    console.show_warnings([EVIL])
+    screen.out.print(table)
+    screen.out.print(EVIL)
+    screen.show_warnings([EVIL])
     got = shown.getvalue()
     assert ":bug:" in got
     assert "[red]c[/red]" in got
@@ -85,7 +85,7 @@ def test_errors_are_printable(monkeypatch, capsys):
     "word", ["plain/path", "a b", ":bug:", "-dash", "it's", "$(x)", "a\nb", "a\\'\tb", "é\x1b"]
 )
 def test_commands_for_copying_are_quoted(word):
-    line = f"printf %s {console.quoted(word)}"
+    line = f"printf %s {screen.quoted(word)}"
     assert line.isprintable()
     got = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
     assert got == (f"./{word}" if word.startswith("-") else word)
@@ -104,7 +104,7 @@ def test_a_console_that_cannot_print_a_character(encoding, dense, tmp_path, monk
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(console.out, "_file", stream)
+    monkeypatch.setattr(screen.out, "_file", stream)
     cli.main(["convert", str(source), str(tmp_path / "moe")])
     stream.flush()
     assert "日本 ±".encode(encoding, "backslashreplace") in raw.getvalue()
@@ -210,24 +210,24 @@ def test_ctrl_c_early_in_a_command(wait):
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
     shown, now = io.StringIO(), [0.0]
-    monkeypatch.setattr(console.err, "_file", shown)
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    with console.examples_bar("decoding") as (advance, set_total):
-        set_total(50_000)
+    monkeypatch.setattr(screen.err, "_file", shown)
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    with bars.Bars().work("decoding", "examples") as work:
+        work.total(50_000)
         for _ in range(50):
             now[0] += 1
-            advance(1000)
+            work.advance(1000)
     assert shown.getvalue().splitlines() == [
         f"decoding: {n:,} of 50,000, {n // 500}%" for n in (10_000, 20_000, 30_000, 40_000, 50_000)
     ]
     shown.truncate(0)
-    with console.bytes_bar("writing") as (advance, set_total):
-        advance(10)
+    with bars.Bars().work("writing", "bytes") as work:
+        work.advance(10)
     assert shown.getvalue() == ""
 
 
 def test_json_of_odd_texts_is_json(capsys):
-    console.show_json({"a": EVIL + "\udcff"})
+    screen.show_json({"a": EVIL + "\udcff"})
     assert json.loads(capsys.readouterr().out)["a"].startswith("a\n")
 
 

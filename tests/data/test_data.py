@@ -19,10 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heard import Counted
 from upcycle.data import corpus, documents
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
 from upcycle.errors import UpcycleError
+from upcycle.system.progress import reporting_to
 
 BOS, EOS = 256, 257
 
@@ -190,7 +192,8 @@ def test_pieces_give_the_ids_of_the_whole(
     monkeypatch.setattr(corpus, "_BATCH", 1000)
     calls: list[int] = []
     data = Data(sources=(Source(path=str(tmp_path / "a.txt"), separator="<|endoftext|>"),))
-    (tokens,) = prepare(data, folder, tmp_path, vocab_size=512, progress=calls.append)
+    with reporting_to(Counted("tokenising", calls.append)):
+        (tokens,) = prepare(data, folder, tmp_path, vocab_size=512)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = [
         i
@@ -645,6 +648,7 @@ def test_a_position_among_other_data(batches: Any) -> None:
 # --- files are known by content
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_a_flipped_bit_of_a_token_file_is_seen(tmp_path: Path, tokenised: Any, capsys: Any) -> None:
     path = tmp_path / "a.txt"
     path.write_text("some text")

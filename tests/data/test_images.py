@@ -21,7 +21,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from conftest import SHARED
 from upcycle import settings
-from upcycle.data import augment, images
+from upcycle.data import augmentation, images
 from upcycle.data.augment import Augment
 from upcycle.data.examples import Examples
 from upcycle.data.images import ImageSet
@@ -770,19 +770,19 @@ PILLOW: list[Callable[[Image.Image, float], Image.Image]] = [
 ]
 
 
-@pytest.mark.parametrize(("number", "name"), enumerate(augment._COLOURS))
+@pytest.mark.parametrize(("number", "name"), enumerate(augmentation._COLOURS))
 @pytest.mark.parametrize("change", [0.55, 1.45])  # of magnitude 15
 def test_colour_operations_are_those_of_pillow(
     number: int, name: str, change: float, batch: torch.Tensor
 ) -> None:
-    enhance = augment._kornia("enhance")
-    found = augment._COLOURS[name](enhance, batch, torch.full((16,), change), torch.full((16,), 0.5))
+    enhance = augmentation._kornia("enhance")
+    found = augmentation._COLOURS[name](enhance, batch, torch.full((16,), change), torch.full((16,), 0.5))
     for i, image in enumerate(found):
         wanted = np.asarray(PILLOW[number](picture(i, (24, 32)), change)).transpose(2, 0, 1)
         assert np.abs(image.numpy() * 255 - wanted).max() < 1.6  # Pillow rounds, twice at times
 
 
-@pytest.mark.parametrize("move", range(augment._MOVES))
+@pytest.mark.parametrize("move", range(augmentation._MOVES))
 @pytest.mark.parametrize("operations", ["paper", "increasing"])
 def test_moves_are_those_of_pillow(move: int, operations: str, batch: torch.Tensor) -> None:
     """An affine map about the centre, from places in the output to places in the input."""
@@ -799,7 +799,7 @@ def test_moves_are_those_of_pillow(move: int, operations: str, batch: torch.Tens
     centre = np.array([12, 16])
     offset = centre + shift - matrix @ centre
     data = (*matrix[0], offset[0], *matrix[1], offset[1])
-    found = augment._moved(batch, levels, augment._TRANSLATIONS[operations])
+    found = augmentation._moved(batch, levels, augmentation._TRANSLATIONS[operations])
     for i, image in enumerate(found):
         wanted = picture(i, (24, 32)).transform(
             (24, 32), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR
@@ -815,14 +815,14 @@ def test_moves_are_those_of_pillow(move: int, operations: str, batch: torch.Tens
 def test_every_image_draws_its_own_operation(batch: torch.Tensor) -> None:
     same = batch[:1].repeat(2000, 1, 1, 1)
     torch.manual_seed(0)
-    found = augment._RandAugment("paper", 0.5).layer(same)
+    found = augmentation._RandAugment("paper", 0.5).layer(same)
     kinds = found.flatten(1).unique(dim=0, return_counts=True)[1]
     # None, 4 without a sign and 9 with two; equal shares of 14.
     assert len(kinds) == 5 + 18
     kept = (found == same).flatten(1).all(1).float().mean()
     assert abs(kept - 1 / 14) < 4 * (13 / 14 / 14 / 2000) ** 0.5
     # Of timm's fifteen, six have no sign and none is none.
-    found = augment._RandAugment("increasing", 0.5, probability=0.5).layer(same)
+    found = augmentation._RandAugment("increasing", 0.5, probability=0.5).layer(same)
     kinds = found.flatten(1).unique(dim=0, return_counts=True)[1]
     assert len(kinds) == 6 + 18 + 1
     kept = (found == same).flatten(1).all(1).float().mean()
@@ -831,8 +831,8 @@ def test_every_image_draws_its_own_operation(batch: torch.Tensor) -> None:
 
 def test_every_image_draws_its_own_magnitude(batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """N(27, 1.5^2) cut at 30, as timm draws N(9, 0.5^2) cut at 10."""
-    monkeypatch.setattr(augment, "_OPERATIONS", {"paper": ("seen",)})
-    monkeypatch.setattr(augment, "_MOVES", 0)
+    monkeypatch.setattr(augmentation, "_OPERATIONS", {"paper": ("seen",)})
+    monkeypatch.setattr(augmentation, "_MOVES", 0)
     seen: list[torch.Tensor] = []
 
     def look(k: Any, x: torch.Tensor, change: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
@@ -840,7 +840,7 @@ def test_every_image_draws_its_own_magnitude(batch: torch.Tensor, monkeypatch: p
         seen.append(30 * strength)
         return x
 
-    monkeypatch.setattr(augment, "_COLOURS", {"seen": look})
+    monkeypatch.setattr(augmentation, "_COLOURS", {"seen": look})
     torch.manual_seed(0)
     options = {"rand_augment_layers": 2, "rand_augment_magnitude": 27.0, "rand_augment_std": 1.5}
     Augment(**OFF, **options).train(batch.repeat(500, 1, 1, 1), LABEL.repeat(500), 10)
@@ -903,7 +903,7 @@ def test_kornia_missing(batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) ->
     def without(name: str) -> Any:
         raise ModuleNotFoundError(name)
 
-    augment._erasing.cache_clear()
+    augmentation._erasing.cache_clear()
     monkeypatch.setattr(importlib, "import_module", without)
     for option in ({"rand_augment_layers": 1}, {"erasing": 0.5}, {"resized_crop": 0.125}):
         with pytest.raises(UpcycleError, match=r"pip install 'upcycle\[vision\]'"):

@@ -15,7 +15,7 @@ import upcycle
 from arrays import made, stored
 from upcycle import Recipe, blueprint, convert, plan, verify
 from upcycle.calibration.calibration import Asked, calibrate
-from upcycle.cli import console
+from upcycle.cli.views.plan import show_plan
 from upcycle.errors import UpcycleError
 from upcycle.init import Site, _selecting, co_activation
 from upcycle.init._selecting import Choice
@@ -125,7 +125,7 @@ def test_a_narrow_dense_model_says_what_it_is(big, tmp_path, capsys):
     sizes = [sum(t.size for t in stored(f).values()) for f in (big, tmp_path / "narrow")]
     assert [found.dense_parameters, found.total_parameters] == sizes
     assert found.flops_per_token < found.dense_flops_per_token
-    console.show_plan(plan(big, recipe))
+    show_plan(plan(big, recipe))
     said = capsys.readouterr().out
     assert "narrower" in said
     for text in (card, said):

@@ -444,6 +444,7 @@ def test_json_that_is_no_row(line, said, dense_model, tmp_path):
         evaluate(dense_model, Asked(tasks=("piqa",), task_files=tmp_path))
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_a_continuation_longer_than_the_model_reads_loses_its_first_tokens(tmp_path, capsys):
     """It is scored by the rest of it, counted and named."""
     folder = make_dense(tmp_path / "dense", "llama", vocab_size=300, max_position_embeddings=24)

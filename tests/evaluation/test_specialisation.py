@@ -290,14 +290,15 @@ def test_a_convnext_is_watched(pictures, tmp_path):
 
 def test_words_in_brackets_are_words(capsys):
     """Tokens and paths are shown as they are: `[/` is a token of many vocabularies."""
-    from upcycle.cli import console
+    from upcycle.cli.screen import show_warnings
+    from upcycle.cli.views.anatomy import show_routing
 
     row = {
         "stack": "encoder", "layer": 0, "load": [1.0], "divergence": [[0.0]], "confidence": 1.0,
         "left_behind": 0.0, "favourites": [[["[/", 1.0], ["[unused1]", 0.5]]],
     }  # fmt: skip
-    console.show_routing({"kind": "text", "domains": [{"name": "[red]"}], "layers": [row]})
-    console.show_warnings(["[/x] is a folder"])
+    show_routing({"kind": "text", "domains": [{"name": "[red]"}], "layers": [row]})
+    show_warnings(["[/x] is a folder"])
     said = capsys.readouterr().out
     for word in ("[/ [unused1]", "on [red]", "[/x] is a folder", "layer encoder 0, expert 0"):
         assert word in said

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from upcycle import UpcycleError
-from upcycle.hf.configs import Shape
 from upcycle.nn import MoE, routers
 from upcycle.nn.experts import Experts
 from upcycle.nn.moe import Router
 from upcycle.nn.routing import Tokens
+from upcycle.nn.shape import Shape
 from upcycle.training.router_losses import load_balancing_loss
 
 E, H = 4, 6  # experts and hidden units, where nothing else is said

@@ -18,10 +18,10 @@ from upcycle.blueprints.cost import flops_per_row
 from upcycle.checkpoints.hub import peek
 from upcycle.dense.source import admit
 from upcycle.errors import UpcycleError
-from upcycle.hf.configs import Shape
 from upcycle.inspection import inspect
 from upcycle.nn import MoE, routers
 from upcycle.nn.entmax import entmax15
+from upcycle.nn.shape import Shape
 from upcycle.training.run import Run
 
 G, N, H, CORE, UNIVERSAL = 2, 7, 8, 3, 5

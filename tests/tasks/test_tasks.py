@@ -530,6 +530,7 @@ def test_classes_that_the_head_does_not_know(head, folders, message, data, tmp_p
         task.images(str(images), subject, tmp_path / "cache")
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_corrupt_images_are_named_and_left_out(data, tmp_path, capsys):
     shutil.copytree(data / "images", tmp_path / "images")
     (tmp_path / "images" / "1" / "3.png").write_bytes(b"no image")

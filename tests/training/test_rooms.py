@@ -186,6 +186,7 @@ schedule = Saw
 '''
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_a_strangers_schedule_sets_the_rate(stranger, table, tmp_path, capsys):
     stranger(schedules, "saw", SCHEDULE)
     run = Run.of(table(schedule={"name": "saw", "teeth": 4}, train={"steps": 5}))

@@ -162,6 +162,7 @@ def test_a_damaged_state_is_said(content_: bytes, table: Table, tmp_path: Path) 
             work()
 
 
+@pytest.mark.usefixtures("on_screen")
 @pytest.mark.parametrize(
     "line", [b"\xff\n", b"5\n", b"{}\n", b'{"step": "x"}\n', b"\0\0\0\n", b"[" * 100_000 + b"\n"]
 )
@@ -400,6 +401,7 @@ def test_any_seed_trains(seed: int, table: Table) -> None:
     assert train(Run.of(table(seed=seed, train={"steps": 1}, **MOE, router={"jitter": 0.1}))).finished
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_train_says_what_plan_says(table: Table, tmp_path: Path, capsys: Any) -> None:
     begun(table, **MOE, schedule={"warmup": 2})
     said = " ".join(capsys.readouterr().err.split())

@@ -329,6 +329,7 @@ def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     assert not list((out / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatch, capsys):
     real = saving.save
 
@@ -470,6 +471,7 @@ def test_export_is_what_convert_writes_and_every_client_opens(table, source, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "earlier").dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsys):
     """A dense run, exported with its optimizer, upcycled: experts have its moments, routers none."""
     flat = {"schedule": {"name": "inverse_sqrt", "peak": 1e-3, "warmup": 3}}
@@ -665,6 +667,7 @@ def test_sinks_get_every_step(table, monkeypatch):
         train(Run.of(table(log={"sinks": ["wandb"]}, out=run.out + "2")))
 
 
+@pytest.mark.usefixtures("on_screen")
 def test_a_collapsed_layer_is_said_once(table, capsys):
     """A router that cannot be moved sends everything to its two favourites in every layer."""
     changes = {"router": {"init": "zeros", "balance_loss_coef": 0.0}, "schedule": {"peak": 0.0}}

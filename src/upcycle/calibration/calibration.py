@@ -7,7 +7,7 @@ every so many batches, so that a pass that was stopped goes on to the same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,6 @@ from upcycle.calibration.stopped import begun, restore, save
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.checkpoints.tensor_file import Tensor
-from upcycle.cli.console import err, size
 from upcycle.dense.source import Dense, admit
 from upcycle.dense.statistics import (
     FORMAT,
@@ -39,18 +38,17 @@ from upcycle.dense.statistics import (
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.hf import models, opening
+from upcycle.hf.quiet import quiet
 from upcycle.system import claim, lock, memory, scratch
+from upcycle.system.progress import Progress, reporting_to, say, work
 from upcycle.system.signals import noted
+from upcycle.system.wording import size
 from upcycle.tasks._rows import Rows, of_images, of_text
-from upcycle.verification import quiet
 
 __all__ = ["Asked", "calibrate"]
 
 SAVE_EVERY = 50  # batches
 ENDING = ".safetensors"
-
-Progress = Callable[[int], None]  # called with the examples done since the last call
-Planned = Callable[[int], None]  # called once with all there are
 
 
 def calibrate(
@@ -59,7 +57,6 @@ def calibrate(
     asked: Asked,
     *,
     progress: Progress | None = None,
-    planned: Planned | None = None,
     save_every: int = SAVE_EVERY,
 ) -> Statistics:
     """Collect the statistics of the dense checkpoint `source` to the file `out`.
@@ -70,6 +67,7 @@ def calibrate(
     out = Path(out)
     _refuse_target(out)
     with (
+        reporting_to(progress),
         open_checkpoint(source, allow_nonfinite=asked.allow_nonfinite) as opened,
         scratch.folder() as made_here,
     ):
@@ -91,12 +89,8 @@ def calibrate(
         )
         if done:
             restore(partial_file, observer, tokens)
-        if planned is not None:
-            planned(len(order))
-        advance = progress or (lambda _: None)
-        advance(done)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
+        with _alone(out), work("calibrating", "examples", total=len(order), done=done) as calibrating:
             with noted(SIGINT, SIGTERM, twice_stops=True) as came:
                 for number, start in enumerate(range(done, len(order), asked.batch_size), start=1):
                     places = order[start : start + asked.batch_size]
@@ -108,7 +102,7 @@ def calibrate(
                     if stop or number % save_every == 0:
                         _refuse_nonfinite(observer, dense)
                         save(partial_file, observer, provenance, done)
-                    advance(len(places))
+                    calibrating.advance(len(places))
                     if stop:
                         raise KeyboardInterrupt
             _refuse_nonfinite(observer, dense)
@@ -144,7 +138,7 @@ def _there(dense: Dense, asked: Asked) -> Asked:
     why = f"{dense.family.model_type} has no attention heads"
     if not rest:
         raise UpcycleError(f"--positions heads: {why}; ask for neurons or channels")
-    err.print(f"{why}: --positions heads is left out")
+    say(f"{why}: --positions heads is left out")
     return replace(asked, positions=rest)
 
 
@@ -179,7 +173,7 @@ def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
     if "co_activation" in asked.collect:
         pairs = 4 * sum(stack.count * stack.width**2 for stack in dense.stacks)
         layers = sum(stack.count for stack in dense.stacks)
-        err.print(f"co_activation of {layers} layers takes {size(pairs)} of memory, and of the file")
+        say(f"co_activation of {layers} layers takes {size(pairs)} of memory, and of the file")
     free = _free(device)
     if free is not None and model + pairs > free:
         raise UpcycleError(

@@ -85,6 +85,14 @@ def _(error: KeyboardInterrupt) -> tuple[int, str]:
 
 
 @_outcome.register
+def _(error: ModuleNotFoundError) -> tuple[int, str]:
+    from upcycle.system.needed import missing
+
+    sentence = missing(error)
+    return _outcome.dispatch(BaseException)(error) if sentence is None else _outcome(sentence)
+
+
+@_outcome.register
 def _(error: BrokenPipeError) -> tuple[int, str]:
     return NOBODY_READS, ""
 

@@ -6,7 +6,9 @@ import sys
 
 from tyro.conf import OmitArgPrefixes
 
+import upcycle
 from upcycle.cli.options import File, Flag, Jobs, Out, RecipeOptions, Source, Text, Whole, app
+from upcycle.cli.screen import show_json
 
 
 @app.command
@@ -18,11 +20,10 @@ def plan(
     Args:
         json: print JSON
     """
-    from upcycle.blueprints import cost
-    from upcycle.cli import console
+    from upcycle.cli.views.plan import show_plan
 
-    result = cost.plan(source, recipe.read(), jobs=jobs)
-    console.show_json(result.as_dict()) if json else console.show_plan(result)
+    result = upcycle.plan(source, recipe.read(), jobs=jobs)
+    show_json(result.as_dict()) if json else show_plan(result)
 
 
 @app.command
@@ -48,17 +49,12 @@ def advise(
         context: tokens of a row of text (4096, or as many as the model takes, if absent)
         json: print JSON
     """
-    from upcycle.advice.gather import advise as ask
-    from upcycle.advice.situation import Asked, parse_tokens
-    from upcycle.cli import console
+    from upcycle.cli.views.advice import show_advice
 
-    asked = Asked(
-        tokens=parse_tokens(tokens, "--tokens"),
-        dense_tokens=None if dense_tokens is None else parse_tokens(dense_tokens, "--dense-tokens"),
-        gpus=gpus, gpu=gpu, context=context,
-    )  # fmt: skip
-    result = ask(source, recipe.read(), asked)
-    console.show_json(result.as_dict()) if json else console.show_advice(result)
+    result = upcycle.advise(
+        source, recipe.read(), tokens=tokens, dense_tokens=dense_tokens, gpus=gpus, gpu=gpu, context=context
+    )
+    show_json(result.as_dict()) if json else show_advice(result)
 
 
 @app.command
@@ -81,24 +77,19 @@ def convert(
         allow_nonfinite: take NaN and inf in the weights as they are
     """
     from upcycle.blueprints.cost import plan_of
-    from upcycle.cli import console
+    from upcycle.cli.views.conversion import show_converted
     from upcycle.conversion.shards import parse_size
-    from upcycle.conversion.write import convert as write
 
-    built_from, size = recipe.read(), parse_size(shard_size)
-    with console.bytes_bar("writing") as (progress, set_total):
-        built = write(
-            source,
-            out,
-            built_from,
-            resume=resume,
-            jobs=jobs,
-            shard_size=size,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-            planned=lambda b: set_total(b.nbytes),
-        )
-    console.show_converted(plan_of(built), out)
+    built = upcycle.convert(
+        source,
+        out,
+        recipe.read(),
+        resume=resume,
+        jobs=jobs,
+        shard_size=parse_size(shard_size),
+        allow_nonfinite=allow_nonfinite,
+    )
+    show_converted(plan_of(built), out)
 
 
 @app.command
@@ -120,11 +111,10 @@ def verify(
         images: a folder of images, or a parquet file, to compare logits on, besides random pixels
         no_logits: leave out the comparison of logits, which loads both models in float32
     """
-    from upcycle.cli import console
-    from upcycle.verification import verify as check
+    from upcycle.cli.views.proof import show_proof
 
-    result = check(source, out, text=text, images=images, logits=not no_logits)
-    console.show_json(result.as_dict()) if json else console.show_proof(result)
+    result = upcycle.verify(source, out, text=text, images=images, logits=not no_logits)
+    show_json(result.as_dict()) if json else show_proof(result)
     sys.exit(0 if result.holds else 1)
 
 
@@ -136,13 +126,13 @@ def keys(*, markdown: Flag = False, json: Flag = False) -> None:
         markdown: print the page docs/keys.md
         json: print JSON
     """
-    from upcycle.cli import console
     from upcycle.cli import keys as known
+    from upcycle.cli.views.catalogue import show_keys
 
     if markdown:
         sys.stdout.write(known.markdown())
         return
-    console.show_json(known.as_dict()) if json else console.show_keys(known.everything())
+    show_json(known.as_dict()) if json else show_keys(known.everything())
 
 
 @app.command(name="list")
@@ -152,7 +142,8 @@ def list_(*, json: Flag = False) -> None:
     Args:
         json: print JSON
     """
-    from upcycle.cli import catalogue, console
+    from upcycle.cli import catalogue
+    from upcycle.cli.views.catalogue import show_catalogue
 
     table = catalogue.everything()
-    console.show_json(table) if json else console.show_catalogue(table)
+    show_json(table) if json else show_catalogue(table)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from upcycle.cli import ready
+import upcycle
 from upcycle.cli.options import Count, File, Flag, Out, Source, Text, Whole, app, names
+from upcycle.cli.screen import show_json
 
 
 @app.command
@@ -52,18 +53,14 @@ def calibrate(
         allow_nonfinite: take NaN and inf in the weights as they are
         json: print JSON
     """
-    from upcycle.calibration.calibration import Asked
-    from upcycle.calibration.calibration import calibrate as go
-    from upcycle.cli import console
+    from upcycle.cli.views.statistics import show_calibrated
 
-    asked = Asked(
-        images=images, text=text, collect=names(collect), positions=names(positions), limit=limit,
-        length=length, batch_size=batch_size, threshold=threshold, seed=seed, in_order=in_order,
-        device=device, cache=cache, allow_nonfinite=allow_nonfinite,
+    found = upcycle.calibrate(
+        source, out, images=images, text=text, collect=names(collect), positions=names(positions),
+        limit=limit, length=length, batch_size=batch_size, threshold=threshold, seed=seed,
+        in_order=in_order, device=device, cache=cache, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    with console.examples_bar("calibrating") as (progress, set_total):
-        found = go(source, out, asked, progress=progress, planned=set_total)
-    console.show_json(found.as_dict()) if json else console.show_calibrated(found)
+    show_json(found.as_dict()) if json else show_calibrated(found)
 
 
 @app.command
@@ -86,16 +83,12 @@ def train(
     """
     import os
 
+    from upcycle.cli.views.run import show_trained
     from upcycle.training.run import Run
 
-    asked = Run.load(run, set)
-    ready.to_train(asked)  # before torch is imported, which takes seconds
-    from upcycle.cli import console
-    from upcycle.training.loop import train as go
-
-    result = go(asked, resume=resume)
+    result = upcycle.train(Run.load(run, set), resume=resume)
     if os.environ.get("RANK", "0") == "0":
-        console.show_trained(result)
+        show_trained(result)
 
 
 @app.command
@@ -118,8 +111,7 @@ def export(
         optimizer: add the optimizer's moments, for optimizer.carry_state of a later run
         format: the layout of the folder; huggingface is that of `upcycle convert`
     """
-    from upcycle.cli import console
-    from upcycle.training.export import export as write
+    from upcycle.cli.views.run import show_exported
 
-    made = write(run, out, step=step, dtype=dtype, with_optimizer=optimizer, format=format)
-    console.show_exported(made)
+    made = upcycle.export(run, out, step=step, dtype=dtype, with_optimizer=optimizer, format=format)
+    show_exported(made)

@@ -9,8 +9,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from upcycle.cli import ready
+import upcycle
 from upcycle.cli.options import Count, File, Flag, Names, Number, Text, Whole, app, names
+from upcycle.cli.screen import show_json
 from upcycle.errors import UpcycleError, printable
 
 Domains = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[NAME=]PATH")]
@@ -67,48 +68,29 @@ def eval_(
         out: write everything, comparison included, to this JSON file, and nothing beside the checkpoints
         json: print JSON
     """
-    from upcycle.evaluation.asked import Asked
-
-    asked = Asked(
-        text=_domains(text, lambda path: path.name), images=images, shots=few_shot, tasks=names(tasks),
-        task_files=task_files, num_fewshot=num_fewshot, superglue=superglue, per_class=per_class,
-        length=length, stride=stride, separator=separator, batch_size=batch_size, limit=limit, cache=cache,
-    )  # fmt: skip
-    if not checkpoints:
-        raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
-    ready.to_eval(checkpoints, asked)  # before torch is imported, which takes seconds
-    from upcycle.checkpoints import hub
-    from upcycle.cli import console
+    from upcycle.cli.views.scores import show_recorded, show_scores
     from upcycle.evaluation import results
-    from upcycle.evaluation.comparison import compare
-    from upcycle.evaluation.scores import refuse, score
-    from upcycle.records.evaluation import EvaluationRecord
-    from upcycle.system import whole_file
 
     if out is not None:
         results.refuse_target(out)
-    refuse(checkpoints, asked)
-    scored = [score(checkpoint, asked) for checkpoint in checkpoints]
-    compared = compare(scored)
-    found = [each.as_json() for each in scored]
-    console.show_json({"checkpoints": found, **compared}) if json else console.show_scores(found, compared)
+    found = upcycle.evaluate(
+        checkpoints, text=_domains(text, lambda path: path.name), images=images, few_shot=few_shot,
+        tasks=names(tasks), task_files=task_files, num_fewshot=num_fewshot, superglue=superglue,
+        per_class=per_class, length=length, stride=stride, separator=separator, batch_size=batch_size,
+        limit=limit, cache=cache,
+    )  # fmt: skip
+    show_json(found.as_dict()) if json else show_scores(found.as_dict())
     sys.stdout.flush()
     if out is not None:
-        whole_file.write_json(out, {"format": EvaluationRecord.FORMAT, "checkpoints": found, **compared})
-        console.show_recorded(out)
+        show_recorded(found.write(out))
         return
-    lost: list[UpcycleError] = []
-    for each in scored:
-        if hub.is_id(each.checkpoint):
-            continue
-        try:
-            console.show_recorded(results.record(each.folder, each.results))
-        except UpcycleError as error:
-            lost.append(error)
-    for unwritten in lost[1:]:
-        print(f"upcycle: {printable(str(unwritten))}", file=sys.stderr)
-    if lost:
-        raise lost[0]
+    recorded = found.record()
+    for path in recorded.written:
+        show_recorded(path)
+    for error in recorded.lost[1:]:
+        print(f"upcycle: {printable(str(error))}", file=sys.stderr)
+    if recorded.lost:
+        raise recorded.lost[0]
 
 
 @app.command
@@ -146,30 +128,22 @@ def inspect(
         json: print JSON
     """
     from upcycle.checkpoints import hub
-    from upcycle.cli import console
-    from upcycle.inspection import inspect as look
+    from upcycle.cli.views.anatomy import show_anatomy
 
     if plot is not None:
         from upcycle.reporting import plots
 
         plots.refuse(plot)
-    result, seen = look(checkpoint, source), None
-    if text or images:
-        from upcycle.evaluation.specialisation import Asked, specialisation
-
-        asked = Asked(
-            text=_domains(text), images=_domains(images), limit=limit, length=length,
-            batch_size=batch_size, seed=seed, cache=cache,
-        )  # fmt: skip
-        with console.examples_bar("watching") as (progress, set_total):
-            seen = specialisation(result["checkpoint"], asked, progress=progress, planned=set_total)
-        result["routing"] = seen.as_dict()
-    console.show_json(result) if json else console.show_anatomy(result)
+    found = upcycle.inspect(
+        checkpoint, source, text=_domains(text), images=_domains(images), limit=limit, length=length,
+        batch_size=batch_size, seed=seed, cache=cache,
+    )  # fmt: skip
+    show_json(found.as_dict()) if json else show_anatomy(found.as_dict())
     if plot is not None:
-        plots.plot(checkpoint, result, seen, plot)
-    if seen is not None and not hub.is_id(checkpoint):
+        found.plot(plot)
+    if not hub.is_id(checkpoint):
         sys.stdout.flush()
-        seen.save()
+        found.save()
 
 
 def _domains(
@@ -209,16 +183,19 @@ def report(
         dense_flops: training FLOPs that the dense checkpoint had cost, where no provenance says so
         dense_tokens: the same in tokens
     """
-    from upcycle.cli import console
+    from upcycle.cli.views.report import show_reported
     from upcycle.reporting import TITLE
-    from upcycle.reporting import report as write
 
-    if not runs:
-        raise UpcycleError("give at least one RUN, a folder of `upcycle train` or `upcycle export`")
-    troubles = write(
-        runs, out, markdown=markdown, title=title or TITLE, dense_flops=dense_flops, dense_tokens=dense_tokens
+    show_reported(
+        upcycle.report(
+            runs,
+            out,
+            markdown=markdown,
+            title=title or TITLE,
+            dense_flops=dense_flops,
+            dense_tokens=dense_tokens,
+        )
     )
-    console.show_reported([p for p in (out, markdown) if p is not None], troubles)
 
 
 @app.command
@@ -230,6 +207,7 @@ def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: Count = 0) -> N
         seconds: how long to train the dense model; training on takes about three times as long
         seed: of the training and the recipes
     """
+    from upcycle.cli.views.demo import Screening
     from upcycle.demo.story import run
 
-    run(out, seconds=seconds, seed=seed)
+    run(out, Screening(), seconds=seconds, seed=seed)

@@ -32,13 +32,14 @@ from upcycle.recipe import RecipeLike
 from upcycle.records.provenance import Provenance
 from upcycle.system import claim, lock, whole_file, wording
 from upcycle.system.open_files import OpenFiles
+from upcycle.system.progress import Progress, reporting_to, work
 
 UNNAMED_CONFIG = "config.json.partial"
 SYNC_EVERY = 1 << 28  # bytes written between two points that a resumed run can start from
 _CHUNK = 8 << 20  # bytes read at a time
 HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
 
-Progress = Callable[[int], None]  # called with the number of bytes written since the last call
+Advance = Callable[[int], None]  # called with the number of bytes written since the last call
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,11 @@ def convert(
     jobs: int = 2,
     shard_size: int = DEFAULT_SHARD,
     allow_nonfinite: bool = False,
-    progress: Progress = lambda n: None,
-    planned: Callable[[Blueprint], None] = lambda built: None,
+    progress: Progress | None = None,
 ) -> Blueprint:
     """Write the MoE that `recipe` makes of `source` (folder or hub id) to the new folder `out`.
 
-    Gives the blueprint, which `planned` is called with before the first byte. The bytes do not depend on
+    Gives the blueprint. `progress` hears how many of its bytes are written. The bytes do not depend on
     `jobs`, nor on whether the run was broken and resumed. Raises `UpcycleError` for a mistake; a run that
     is broken leaves `out.partial` for `resume=True`.
     """
@@ -78,7 +78,6 @@ def convert(
         carried(built.source.folder)  # refused now rather than when all is written
         for model in (built.dense, *built.donors):
             refuse_two_heads(model)
-        planned(built)
     partial.parent.mkdir(parents=True, exist_ok=True)
     busy = f"another run is writing {partial}; wait for it or stop it"
     with lock.held(partial.with_suffix(".lock"), busy):
@@ -86,11 +85,12 @@ def convert(
         if _lacks_its_config(out):
             _commit(built, out)
         else:
-            _write(built, shards, partial, out, jobs, progress)
+            with reporting_to(progress), work("writing", "bytes", total=built.nbytes) as writing:
+                _write(built, shards, partial, out, jobs, writing.advance)
     return built
 
 
-def _write(built: Blueprint, shards: Shards, partial: Path, out: Path, jobs: int, progress: Progress) -> None:
+def _write(built: Blueprint, shards: Shards, partial: Path, out: Path, jobs: int, progress: Advance) -> None:
     """All of the folder, by the one run that holds the lock."""
     fresh = _make_folder(partial)
     try:
@@ -283,7 +283,7 @@ class _Files:
 
 
 def _write_tensors(
-    built: Blueprint, shards: Shards, partial: Path, journal: Journal, jobs: int, progress: Progress
+    built: Blueprint, shards: Shards, partial: Path, journal: Journal, jobs: int, progress: Advance
 ) -> dict[str, dict[str, str]]:
     """Write what the journal does not have yet; the hashes of the source files, by checkpoint and name.
 
@@ -342,7 +342,7 @@ def _write_tensors(
 
 
 def _write_task(
-    task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Progress
+    task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Advance
 ) -> dict[str, int]:
     """Write the tensors of a task; the CRC-32 of each."""
     places = [shards.places[name] for name in task.names]

@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -22,20 +22,18 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import file_hash
-from upcycle.cli.console import bytes_bar, err
 from upcycle.data.documents import Source, documents, files
 from upcycle.data.stamps import is_as_it_was, stamps
 from upcycle.errors import UpcycleError
 from upcycle.settings import Settings, Within
-from upcycle.system import whole_file
+from upcycle.system import progress, whole_file
+from upcycle.system.progress import Work
 
 FORMAT = 2
 _PIECE = 1 << 18  # characters of a document tokenised as one string
 _BATCH = 1 << 20  # characters given to the tokenizer at once
 _MOST_IDS = 1 << 24  # of a tokenizer: no vocabulary comes near it
 _NEAR = 256  # characters on either side of a cut that are looked at
-
-Progress = Callable[[int], None]  # called with the number of bytes of text done since the last call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +81,11 @@ class Piece:
     bytes: int
 
 
-def prepare(
-    data: Data, source_folder: Path, cache: Path, *, vocab_size: int, progress: Progress | None = None
-) -> list[Tokens]:
+def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) -> list[Tokens]:
     """The token file of each source, made in the folder `cache` where it is not there yet.
 
-    One process calls it first; the others find the files afterwards. Without `progress`, a terminal shows a
-    bar. Raises `UpcycleError` for data or a tokenizer that cannot be used.
+    One process calls it first; the others find the files afterwards. Raises `UpcycleError` for data or a
+    tokenizer that cannot be used.
     """
     words = tokenizer(data, source_folder)
     if len(words) > vocab_size:
@@ -101,7 +97,7 @@ def prepare(
     for source in data.sources:
         path = cache / f"{_key(source, data, words, vocab_size)}.bin"
         tokens = _found(path, source, vocab_size)
-        made.append(tokens or _make(source, data, words, path, vocab_size, progress))
+        made.append(tokens or _make(source, data, words, path, vocab_size))
     return made
 
 
@@ -172,7 +168,7 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     if not whole:
-        err.print(f"{path} is damaged; it is made anew")
+        progress.say(f"{path} is damaged; it is made anew")
         return None
     _refuse(largest, vocab_size, source)
     return replace(tokens, sha256=digest)
@@ -186,9 +182,7 @@ def _is_of(made_from: dict[str, Any], source: Source) -> bool:
     )
 
 
-def _make(
-    source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: int, progress: Progress | None
-) -> Tokens:
+def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: int) -> Tokens:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Runs that share a cache may make the same file at the same time: each its own, the last one stays.
     partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -197,7 +191,7 @@ def _make(
     read = [p.resolve() for p in files(source)]
     before, digest = stamps(read), hashlib.sha256()
     try:
-        with whole_file.named(path), partial.open("wb") as file, _bar(source, progress) as advance:
+        with whole_file.named(path), partial.open("wb") as file, _tokenising(source) as work:
             for batch in _batches(pieces(documents(source), tokenizer, source)):
                 for ids in _encode(batch, tokenizer, data.append_eos):
                     largest = max(largest, int(ids.max(initial=0)))
@@ -209,7 +203,7 @@ def _make(
                 number += sum(piece.ends for piece in batch)
                 done = sum(piece.bytes for piece in batch)
                 size += done
-                advance(done)
+                work.advance(done)
             _sync(file)
         if not count:
             raise UpcycleError(
@@ -250,16 +244,12 @@ def _refuse(largest: int, vocab_size: int, source: Source) -> None:
         )
 
 
-@contextmanager
-def _bar(source: Source, progress: Progress | None) -> Iterator[Progress]:
-    if progress is not None:
-        yield progress
-        return
-    with bytes_bar(f"tokenising {Path(source.path).name}") as (advance, set_end):
-        found = files(source)
-        if found and all(p.suffix in (".txt", ".text", ".jsonl") for p in found):  # the others are compressed
-            set_end(sum(p.stat().st_size for p in found))
-        yield advance
+def _tokenising(source: Source) -> AbstractContextManager[Work]:
+    found = files(source)
+    # The size of other files is not that of their text, because they are compressed.
+    plain = bool(found) and all(p.suffix in (".txt", ".text", ".jsonl") for p in found)
+    total = sum(p.stat().st_size for p in found) if plain else None
+    return progress.work(f"tokenising {Path(source.path).name}", "bytes", total=total)
 
 
 def pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import accumulate, islice
@@ -23,11 +23,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import file_hash
-from upcycle.cli.console import bytes_bar, err
 from upcycle.data.examples import refuse_other_classes
 from upcycle.data.image_files import ImageFiles, ImageFolder, ImageParquet, images_at, read_bytes
 from upcycle.errors import UpcycleError
-from upcycle.system import whole_file
+from upcycle.system import progress, whole_file
+from upcycle.system.progress import Work
 
 FORMAT = 1
 CACHE_LIMIT = 8 << 30  # bytes of decoded images that are kept
@@ -215,7 +215,7 @@ def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) ->
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if damaged:
-        err.print(f"{path} is damaged; it is made anew")
+        progress.say(f"{path} is damaged; it is made anew")
         return None
     return dict(known)
 
@@ -228,9 +228,9 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
     lengths: list[int] = []
     count, digest = 0, hashlib.sha256()
     try:
-        with whole_file.named(path), started.open("wb") as file, _bar(source) as advance:
+        with whole_file.named(path), started.open("wb") as file, _decoding(source) as work:
             for number, (data, pixels) in enumerate(_all_decoded(source.encoded(), shape)):
-                advance(len(data))
+                work.advance(len(data))
                 if pixels is None:
                     left_out.append(number)
                     continue
@@ -258,13 +258,10 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
     return known
 
 
-@contextmanager
-def _bar(source: ImageFiles) -> Iterator[Callable[[int], None]]:
+def _decoding(source: ImageFiles) -> AbstractContextManager[Work]:
     first = source.files[0]
     name = first.name if isinstance(source, ImageParquet) else source.root.name
-    with bytes_bar(f"decoding {name}") as (advance, set_end):
-        set_end(sum(p.stat().st_size for p in source.files))
-        yield advance
+    return progress.work(f"decoding {name}", "bytes", total=sum(p.stat().st_size for p in source.files))
 
 
 def _sync(file: Any) -> None:

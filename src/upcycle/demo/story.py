@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from upcycle.api.calibration import calibrate
+from upcycle.api.evaluation import Evaluation, evaluate
+from upcycle.api.inspection import inspect
+from upcycle.api.reporting import report
 from upcycle.blueprints.cost import Plan, plan_of
-from upcycle.calibration.calibration import Asked as Measure
-from upcycle.calibration.calibration import calibrate
-from upcycle.cli.console import count, out, show_scores, size
 from upcycle.conversion.write import convert
-from upcycle.demo import tables
 from upcycle.demo.corpus import HELD_OUT, Corpus, tokenizer_of
 from upcycle.errors import UpcycleError
+from upcycle.hf.quiet import quiet
 from upcycle.recipe import Recipe
-from upcycle.reporting import drawing, report
-from upcycle.verification import Proof, quiet, verify
+from upcycle.reporting import drawing
+from upcycle.system.wording import count, size
+from upcycle.verification import Proof, verify
 
 if TYPE_CHECKING:
     from upcycle.training.run import Run
@@ -49,7 +51,23 @@ class Continued:
     after: float
 
 
-def run(folder: Path, *, seconds: float, seed: int) -> list[Continued]:
+class Audience(Protocol):
+    """Whoever the story is told to."""
+
+    def say(self, sentence: str) -> None:
+        """What happens next, or what came of it."""
+
+    def made(self, mixtures: Mapping[str, Made]) -> None:
+        """The mixtures before they are trained on, by name."""
+
+    def evaluated(self, found: Evaluation) -> None:
+        """What the trained models score."""
+
+    def continued(self, rows: Sequence[Continued], page: Path) -> None:
+        """What continued training gave, and where the report is."""
+
+
+def run(folder: Path, audience: Audience, *, seconds: float, seed: int) -> list[Continued]:
     """The story below `folder`, which must not exist yet; `seconds` go into the dense model's training."""
     if folder.exists():
         raise UpcycleError(f"{folder} exists already; delete it, or choose another with --out")
@@ -59,34 +77,36 @@ def run(folder: Path, *, seconds: float, seed: int) -> list[Continued]:
     try:
         corpus = Corpus.write(folder)
         what = f"the last {HELD_OUT:.0%} held out"
-        out.print(f"corpus: {size(corpus.sources.stat().st_size)} of Python's standard library, {what}")
-        dense, budget = _train_dense(folder, corpus, seconds=seconds, seed=seed)
+        audience.say(f"corpus: {size(corpus.sources.stat().st_size)} of Python's standard library, {what}")
+        dense, budget = _train_dense(folder, corpus, audience, seconds=seconds, seed=seed)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     ways = _ways(folder, corpus)
     made = {name: _upcycle(dense, folder / name, {"seed": seed, **way}) for name, way in ways.items()}
-    tables.show_made(made)
+    audience.made(made)
     continued = [
-        _go_on(folder, corpus, name, way, CONTINUED * budget, seed)
+        _go_on(folder, corpus, audience, name, way, CONTINUED * budget, seed)
         for name, way in {"dense": {}, **ways}.items()
     ]
-    _evaluate(folder, corpus, [row.name for row in continued])
+    _evaluate(folder, corpus, audience, [row.name for row in continued])
     folders = [folder / kind / row.name for row in continued for kind in ("runs", "trained")]
     page = folder / "report.html"
-    troubles = report(
+    written = report(
         [folder / "runs" / "dense-training", *folders],
         page,
         markdown=folder / "report.md",
         title="upcycle demo",
     )
-    for trouble in troubles:
-        out.print(trouble)
-    tables.show_continued(continued, page)
+    for trouble in written.troubles:
+        audience.say(trouble)
+    audience.continued(continued, page)
     return continued
 
 
-def _train_dense(folder: Path, corpus: Corpus, *, seconds: float, seed: int) -> tuple[Path, float]:
+def _train_dense(
+    folder: Path, corpus: Corpus, audience: Audience, *, seconds: float, seed: int
+) -> tuple[Path, float]:
     """The trained dense model, and the FLOPs that went into it."""
     from upcycle.training import metrics
     from upcycle.training.export import export
@@ -101,10 +121,10 @@ def _train_dense(folder: Path, corpus: Corpus, *, seconds: float, seed: int) -> 
     shutil.rmtree(probe.out)
     steps = max(2, round(seconds / times[len(times) // 2]))
     dense_run = _run(folder, corpus, "dense-training", table, steps, seed)
-    out.print(f"training a dense model for {steps} steps")
+    audience.say(f"training a dense model for {steps} steps")
     train(dense_run)
     made = export(dense_run.out, folder / "dense")
-    out.print(f"dense model: {count(made.parameters)} parameters, {count(steps * BATCH * LENGTH)} tokens")
+    audience.say(f"dense model: {count(made.parameters)} parameters, {count(steps * BATCH * LENGTH)} tokens")
     return folder / "dense", steps * BATCH * LENGTH * _flops_per_token(dense_run)
 
 
@@ -126,8 +146,10 @@ def _write_shape(folder: Path, corpus: Corpus) -> None:
 def _ways(folder: Path, corpus: Corpus) -> dict[str, dict[str, Any]]:
     """Three ways to make experts, of equal active FLOPs."""
     statistics = folder / "statistics.safetensors"
-    asked = Measure(text=corpus.seen, collect=("l2",), positions=("neurons",), limit=256, length=LENGTH)
-    calibrate(folder / "dense", statistics, asked)
+    calibrate(
+        folder / "dense", statistics, text=corpus.seen, collect=("l2",), positions=("neurons",), limit=256,
+        length=LENGTH,
+    )  # fmt: skip
     eight = {"moe": {"num_experts": 8, "top_k": 2}}
     recycled = {"name": "importance", "statistics": str(statistics), "output": "expected"}
     return {
@@ -167,7 +189,13 @@ def _run(folder: Path, corpus: Corpus, name: str, table: Mapping[str, Any], step
 
 
 def _go_on(
-    folder: Path, corpus: Corpus, name: str, way: Mapping[str, Any], flops: float, seed: int
+    folder: Path,
+    corpus: Corpus,
+    audience: Audience,
+    name: str,
+    way: Mapping[str, Any],
+    flops: float,
+    seed: int,
 ) -> Continued:
     """Train a model on for so many FLOPs, and export it."""
     from upcycle.training import metrics
@@ -176,7 +204,7 @@ def _go_on(
 
     per_step = _flops_per_token(_run(folder, corpus, name, way, 2, seed)) * BATCH * LENGTH
     wanted = _run(folder, corpus, name, way, max(2, round(flops / per_step)), seed)
-    out.print(f"training on: {name}")
+    audience.say(f"training on: {name}")
     result = train(wanted)
     export(wanted.out, folder / "trained" / name)
     records = metrics.read(result.out)
@@ -199,19 +227,12 @@ def _flops_per_token(wanted: Run) -> int:
     return begun.training_flops(LENGTH)
 
 
-def _evaluate(folder: Path, corpus: Corpus, names: list[str]) -> None:
+def _evaluate(folder: Path, corpus: Corpus, audience: Audience, names: list[str]) -> None:
     """Bits per byte of all models on what none has seen, and who goes where in those with experts."""
-    from upcycle.evaluation import results
-    from upcycle.evaluation.comparison import compare
-    from upcycle.evaluation.scores import Asked, score
-    from upcycle.evaluation.specialisation import Asked as Shown
-    from upcycle.evaluation.specialisation import specialisation
-
-    asked = Asked(text=corpus.held_out, length=LENGTH)
-    scored = [score(folder / "trained" / name, asked) for name in names]
-    for each in scored:
-        results.record(each.folder, each.results)
-    show_scores([each.as_json() for each in scored], compare(scored))
+    found = evaluate([folder / "trained" / name for name in names], text=corpus.held_out, length=LENGTH)
+    audience.evaluated(found)
+    if lost := found.record().lost:
+        raise lost[0]
     domains = {"code": corpus.held_out, "documentation": corpus.documentation}
     for name in names[1:]:
-        specialisation(folder / "trained" / name, Shown(text=domains, limit=64, length=LENGTH)).save()
+        inspect(folder / "trained" / name, text=domains, limit=64, length=LENGTH).save()

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from upcycle.cli.console import examples_bar
 from upcycle.data.augment import Augment
 from upcycle.data.images import ImageSet
 from upcycle.dense.subject import Subject
@@ -19,6 +18,7 @@ from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.features import features
 from upcycle.evaluation.probe import few_shot
 from upcycle.evaluation.results import Metric, Result, data_of
+from upcycle.system import progress
 from upcycle.tasks.image_classification import ImageClassification
 
 
@@ -60,9 +60,9 @@ def _seen(
     def work(places: Sequence[int]) -> Any:
         return features(model, images, np.array(places), augment, batch_size=len(places))
 
-    with examples_bar(f"features of {Path(images.name).name}") as (advance, set_end):
-        set_end(len(chosen))
-        found: np.ndarray = np.stack(size.over(chosen.tolist(), work, advance=advance))
+    with progress.work(f"features of {Path(images.name).name}", "examples") as reading:
+        reading.total(len(chosen))
+        found: np.ndarray = np.stack(size.over(chosen.tolist(), work, advance=reading.advance))
     return found, images.labels[chosen]
 
 

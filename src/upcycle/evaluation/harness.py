@@ -22,14 +22,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from upcycle.cli.console import err, examples_bar
 from upcycle.errors import UpcycleError, listed
 from upcycle.evaluation import task_files
 from upcycle.evaluation.differences import Sums
-from upcycle.evaluation.language_model import Advance, LanguageModel, Pair
+from upcycle.evaluation.language_model import LanguageModel, Pair
 from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.task_files import BLIMP, TaskFile
 from upcycle.evaluation.text import windows
+from upcycle.system import progress
 
 FEW_SHOT_SEED = 1234  # the harness's own
 _GENERATED = 256  # tokens, where a task does not say
@@ -81,8 +81,8 @@ class HarnessModel(TemplateLM):
                 raise UpcycleError(f"{_place(request)} has an empty {part}, which has no likelihood")
             if self._language.too_long(pair):
                 self.shortened.setdefault(str(request.task_name), set()).add(int(request.doc_id or 0))
-        with _bar(len(pairs), "continuations") as advance:
-            found = self._language.likelihoods(pairs, advance)
+        with progress.work("continuations", "examples", total=len(pairs)) as work:
+            found = self._language.likelihoods(pairs, work.advance)
         return [(-float(likelihood.nats.sum()), bool(likelihood.likeliest.all())) for likelihood in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -97,8 +97,9 @@ class HarnessModel(TemplateLM):
                 pairs.append(Pair(context, ids[window.first : window.end]))
                 owners.append(owner)
         out = np.zeros(len(requests))
-        with _bar(len(pairs), "windows") as advance:
-            for owner, likelihood in zip(owners, self._language.likelihoods(pairs, advance), strict=True):
+        with progress.work("windows", "examples", total=len(pairs)) as work:
+            found = self._language.likelihoods(pairs, work.advance)
+            for owner, likelihood in zip(owners, found, strict=True):
                 out[owner] -= likelihood.nats.sum()
         return list(map(float, out))
 
@@ -107,8 +108,9 @@ class HarnessModel(TemplateLM):
         for most, until in {_how(request) for request in requests}:
             places = [i for i, request in enumerate(requests) if _how(request) == (most, until)]
             prompts = [self.tok_encode(requests[i].args[0]) for i in places]
-            with _bar(len(prompts), "answers") as advance, _named(requests[places[0]]):
-                texts = self._language.generate(prompts, most=most, until=until, advance=advance)
+            answering = progress.work("answers", "examples", total=len(prompts))
+            with answering as work, _named(requests[places[0]]):
+                texts = self._language.generate(prompts, most=most, until=until, advance=work.advance)
             for place, text in zip(places, texts, strict=True):
                 out[place] = text
         return out
@@ -141,13 +143,6 @@ def _named(request: Instance) -> Iterator[None]:
         raise UpcycleError(f"task {request.task_name}: {error}") from None
 
 
-@contextlib.contextmanager
-def _bar(count: int, what: str) -> Iterator[Advance]:
-    with examples_bar(what) as (advance, set_end):
-        set_end(count)
-        yield advance
-
-
 def score(
     language: LanguageModel, names: tuple[str, ...], folder: Path | None, *, shots: int | None, limit: int
 ) -> list[Result]:
@@ -166,7 +161,7 @@ def score(
         with _said(f"the tasks {listed(sorted(tasks))} cannot be scored"):
             found = lm_eval.evaluate(model, {"tasks": tasks}, limit=limit or None, bootstrap_iters=0)
     for name, examples in model.shortened.items():
-        err.print(
+        progress.say(
             f"{name}: in {len(examples)} of {found['n-samples'][name]['effective']} examples a continuation "
             f"is longer than the {language.length} tokens that the model reads at once; its first tokens are "
             f"left out, as the harness leaves out those of a context"

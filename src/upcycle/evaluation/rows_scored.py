@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from upcycle.cli.console import examples_bar
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.dense.subject import Subject
@@ -18,6 +17,7 @@ from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.text import LENGTH
+from upcycle.system import progress
 from upcycle.tasks import Task
 
 Numbers = list[tuple[float, int, int]]
@@ -67,10 +67,9 @@ def _score(
         return [_row(task, logits[i : i + 1], question.labels[i : i + 1]) for i in range(len(places))]
 
     size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
-    with examples_bar(what) as (advance, set_end):
-        set_end(count)
+    with progress.work(what, "examples", total=count) as scoring:
         length = asked.length or LENGTH
-        found = size.over(range(count), work, length=lambda _: length, advance=advance)
+        found = size.over(range(count), work, length=lambda _: length, advance=scoring.advance)
     return np.array(found, np.float64).T
 
 

@@ -28,10 +28,10 @@ from upcycle.evaluation.judge import Judge
 from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER
 from upcycle.evaluation.results import Result
 from upcycle.hf import models
+from upcycle.hf.quiet import quiet
 from upcycle.records.run import RunRecord
 from upcycle.system import scratch
 from upcycle.tasks import Task
-from upcycle.verification import quiet
 
 __all__ = ["Asked", "Scored", "evaluate", "refuse", "score"]
 

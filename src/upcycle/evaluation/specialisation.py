@@ -6,7 +6,7 @@ Takes a Mixture of Experts and named sets of rows; gives, for each of its layers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,14 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.patches import FAVOURITES, Patches
 from upcycle.hf import models
+from upcycle.hf.quiet import quiet
 from upcycle.records.routing import RoutingDomain, RoutingLayer, RoutingRecord
 from upcycle.system import claim, scratch, whole_file
 from upcycle.system.paths import as_paths
+from upcycle.system.progress import work
 from upcycle.tasks._rows import Rows, of_images, of_text
 from upcycle.tensors import rng
 from upcycle.training.routing import Routers, Said
-from upcycle.verification import quiet
 
 OFTEN = 5  # times that a token must have come to be named
 
@@ -152,9 +153,6 @@ def _is_routing(path: Path) -> bool:
 def specialisation(
     folder: str | Path,
     asked: Asked,
-    *,
-    progress: Callable[[int], None] = lambda done: None,
-    planned: Callable[[int], None] = lambda total: None,
 ) -> Specialisation:
     """Watch the routers of the model in `folder` on the rows asked for: load, confidence, favourites and
     divergence between domains of every layer.
@@ -179,11 +177,12 @@ def specialisation(
         if torch.accelerator.is_available():
             model = model.to(torch.accelerator.current_accelerator())
         chosen = {name: _chosen(rows.count, asked) for name, rows in sets.items()}
-        planned(sum(map(len, chosen.values())))
         layers: list[Layer] = []
-        for name, rows in sets.items():
-            watch = partial(_watch, model, routers, layers, name, rows, subject)
-            BatchSize(asked.batch_size).over(chosen[name].tolist(), watch, advance=progress)
+        total = sum(map(len, chosen.values()))
+        with work("watching", "examples", total=total) as watching:
+            for name, rows in sets.items():
+                watch = partial(_watch, model, routers, layers, name, rows, subject)
+                BatchSize(asked.batch_size).over(chosen[name].tolist(), watch, advance=watching.advance)
         names = _names(subject, layers) if asked.text else {}
     return Specialisation(
         folder=folder,

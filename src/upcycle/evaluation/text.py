@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.cli.console import bytes_bar
 from upcycle.data import corpus
 from upcycle.data.documents import Source, documents
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.language_model import Advance, LanguageModel, Pair
 from upcycle.evaluation.results import Metric, Result, data_of
+from upcycle.system import progress
+from upcycle.system.progress import Work
 
 PASSAGE = 4096  # characters: the units of a text that is one document
 LENGTH = 512  # tokens of a window, where the model takes as many
@@ -105,9 +106,9 @@ def score(
         )
     totals: Totals = defaultdict(lambda: np.zeros(4))
     done = 0
-    with _bar(path, limit) as advance:
+    with _scoring(path, limit) as work:
         for parts in _parts(source, language, length, stride, limit):
-            _add(totals, parts, language, advance)
+            _add(totals, parts, language, work.advance)
             done += len(parts)
     if not totals:
         raise UpcycleError(f"{path} holds no text")
@@ -130,13 +131,10 @@ def _checked(language: LanguageModel, length: int | None, stride: int | None) ->
     return length, stride
 
 
-@contextmanager
-def _bar(path: Path, limit: int) -> Iterator[Advance]:
-    with bytes_bar(f"scoring {path.name}") as (advance, set_end):
-        # Of other files, the size is not that of their text.
-        if path.suffix in (".txt", ".text") and path.is_file() and not limit:
-            set_end(path.stat().st_size)
-        yield advance
+def _scoring(path: Path, limit: int) -> AbstractContextManager[Work]:
+    # The size of other files is not that of their text.
+    plain = path.suffix in (".txt", ".text") and path.is_file() and not limit
+    return progress.work(f"scoring {path.name}", "bytes", total=path.stat().st_size if plain else None)
 
 
 def _add(totals: Totals, parts: list[Part], language: LanguageModel, advance: Advance) -> None:

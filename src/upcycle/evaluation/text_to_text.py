@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.cli.console import examples_bar
 from upcycle.errors import UpcycleError, listed
 from upcycle.evaluation import superglue, task_files
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.language_model import LanguageModel, Pair
 from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.superglue import TASKS, Example
+from upcycle.system import progress
 
 ALL = "superglue"  # the mean over the eight tasks
 INPUT, TARGET = 512, 62  # tokens, as in Sparse Upcycling, appendix A.2
@@ -57,16 +57,14 @@ def files(folder: Path) -> dict[str, Path]:
 def _result(kind: str, examples: list[Example], data: dict[str, Any], language: LanguageModel) -> Result:
     tokenizer = language.tokenizer
     prompts = [tokenizer(e.prompt, truncation=True, max_length=INPUT).input_ids for e in examples]
-    with examples_bar(f"{kind}: answers") as (advance, set_end):
-        set_end(len(examples))
-        said = language.generate(prompts, most=TARGET, advance=advance)
+    with progress.work(f"{kind}: answers", "examples", total=len(examples)) as work:
+        said = language.generate(prompts, most=TARGET, advance=work.advance)
     metrics = metrics_of(kind, examples, said)
     if labels := TASKS[kind].labels:
         answers = [tokenizer(text_target=label).input_ids for label in labels]
         pairs = [Pair(prompt, answer) for prompt in prompts for answer in answers]
-        with examples_bar(f"{kind}: labels") as (advance, set_end):
-            set_end(len(pairs))
-            found = [likelihood.nats.sum() for likelihood in language.likelihoods(pairs, advance)]
+        with progress.work(f"{kind}: labels", "examples", total=len(pairs)) as work:
+            found = [likelihood.nats.sum() for likelihood in language.likelihoods(pairs, work.advance)]
         best = np.reshape(found, (len(prompts), len(labels))).argmin(1)
         metrics["rank_accuracy"] = _share(best == [e.label for e in examples])
     return Result(

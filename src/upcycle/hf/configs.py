@@ -1,63 +1,29 @@
 """Configs of upcycled models: those of the dense classes of transformers, and `moe`.
 
 `moe` is a list with one entry a stack of blocks. No torch here: whoever imports `upcycle` and reads a config
-must not wait for it. Importing this makes every upcycled model_type known to transformers.
+must not wait for it.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from upcycle import families
-from upcycle.errors import UpcycleError
 from upcycle.nn import upcycled_config
+from upcycle.nn.shape import Shape
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
+_first_read: list[Callable[[str], None]] = []
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The MoE layers of one stack of blocks: an entry of `moe` in config.json."""
 
-    stack: str
-    layers: tuple[int, ...]
-    module: str  # path of the feed-forward module in the base model, with {i}
-    replaced: tuple[str, ...] = ()  # modules that become the identity, because the layer does their work
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    intermediate_size: int
-    universal_experts: int = 0  # narrower experts beside the num_experts, after them in the router's order
-    universal_size: int = 0
-    shared_size: int = 0
-    activation: str
-    gated: bool
-    bias: bool
-    response_norm: bool = False  # between the activation and the last matrix of an expert
-    dropout: float = 0.0
-    causal: bool
-    router: dict[str, Any]
-
-    @property
-    def all_experts(self) -> int:
-        """How many experts the router knows."""
-        return self.num_experts + self.universal_experts
-
-    @classmethod
-    def of(cls, table: dict[str, Any]) -> Shape:
-        """An entry as JSON has it."""
-        lists = {k: tuple(table.get(k, ())) for k in ("layers", "replaced")}
-        try:
-            return cls(**{**table, **lists})
-        except TypeError as error:
-            raise UpcycleError(
-                f"config.json: an entry of `moe` is not as this version writes it: {error}"
-            ) from None
+def when_first_read(do: Callable[[str], None]) -> None:
+    """Call `do` with the dense model_type whenever a config of ours is made."""
+    _first_read.append(do)
 
 
 class UpcycledConfig:
@@ -102,9 +68,8 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     def init(self: Any, moe: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
         dense.__init__(self, **kwargs)
         self.moe = [] if moe is None else moe
-        from upcycle.hf.models import register_models
-
-        register_models(model_type)
+        for do in _first_read:
+            do(model_type)
 
     members = {
         "model_type": PREFIX + model_type,
@@ -121,10 +86,3 @@ def __getattr__(name: str) -> Any:
         if CLASS_PREFIX + CONFIG_MAPPING_NAMES.get(model_type, "?") == name:
             return config_class(model_type)
     raise AttributeError(name)
-
-
-# Names and no classes: this runs while transformers is being imported, when its configs cannot be.
-for _model_type in families.names():
-    if _model_type in CONFIG_MAPPING_NAMES:
-        CONFIG_MAPPING._mapping[PREFIX + _model_type] = CLASS_PREFIX + CONFIG_MAPPING_NAMES[_model_type]
-        CONFIG_MAPPING._modules[PREFIX + _model_type] = sys.modules[__name__]

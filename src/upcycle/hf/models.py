@@ -1,7 +1,7 @@
 """The dense classes of transformers with MoE layers in them, known to its Auto classes.
 
 `config.json` of such a model has `model_type = "upcycled_X"` and a list `moe`, one entry a stack of blocks
-(`nn.configs.Shape`). Importing `upcycle` is enough for `AutoModel*.from_pretrained` to open one.
+(`nn.shape.Shape`). Importing `upcycle` is enough for `AutoModel*.from_pretrained` to open one.
 """
 
 from __future__ import annotations

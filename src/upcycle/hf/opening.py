@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import CONFIG, Checkpoint, read_json
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families._checked import MOST_BLOCKS
+from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import kernels
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer, as transformers holds them

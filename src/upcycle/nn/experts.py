@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from upcycle.hf.parts import ACT2FN, ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import kernels
 from upcycle.nn.response_norm import normalise
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UpcycleError
-from upcycle.hf.configs import Shape
 from upcycle.nn import routers
 from upcycle.nn.dispatch import Groups
 from upcycle.nn.experts import Experts
 from upcycle.nn.routing import Routing, Tokens
+from upcycle.nn.shape import Shape
 
 
 class Router(nn.Module):

@@ -16,7 +16,7 @@ CLASS_PREFIX = "Upcycled"
 
 
 def entry(stack: Stack, sites: list[Site], recipe: Recipe, network: FeedForward) -> dict[str, Any]:
-    """What config.json says of the MoE layers of a stack: `nn.configs.Shape`."""
+    """What config.json says of the MoE layers of a stack: `nn.shape.Shape`."""
     return {
         "stack": stack.name,
         "layers": [site.layer for site in sites],

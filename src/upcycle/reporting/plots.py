@@ -6,16 +6,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle.errors import UpcycleError
-from upcycle.evaluation.specialisation import Layer, Specialisation
 from upcycle.reporting import drawing, figures
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.document import Picture
 from upcycle.reporting.sections import routers, similarity
 from upcycle.system import claim, whole_file
 from upcycle.system.wording import place_of
+
+if TYPE_CHECKING:
+    from upcycle.evaluation.specialisation import Layer, Specialisation
 
 
 def refuse(out: Path) -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle.cli.console import err
 from upcycle.data.augment import Augment
 from upcycle.data.examples import Examples
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.images import ImageSet
 from upcycle.errors import listed
 from upcycle.families._encoder import pair
+from upcycle.system import progress
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._labelled import as_the_head, only_source
 
@@ -70,7 +70,7 @@ class ImageClassification(Task):
             cache=cache,
         )
         if found.bad:
-            err.print(
+            progress.say(
                 f"{path}: {len(found.bad)} images cannot be read and are left out: {listed(list(found.bad))}"
             )
         return found if any_classes else as_the_head(found, subject)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 
 from upcycle.data.corruption import SpanLengths, corrupt_spans, span_lengths
 from upcycle.data.feeding import Feed, Feeding
@@ -60,6 +59,8 @@ class SpanCorruption(Task):
         config = subject.config
         first = config.get("decoder_start_token_id")
         first = config.get("pad_token_id", 0) if first is None else first
+        import torch
+
         begun = torch.full_like(targets[:, :1], first)
         shifted = torch.cat([begun, targets[:, :-1]], dim=1)
         given = {"input_ids": batch["inputs"], "decoder_input_ids": shifted, "use_cache": False}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +32,10 @@ class Exported:
     step: int
     parameters: int
     dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The export as JSON has it."""
+        return {**asdict(self), "out": str(self.out)}
 
 
 def export(

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.records.metrics import StepMetrics
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
-from upcycle.system import memory
+from upcycle.system import memory, progress
 from upcycle.system.signals import held, noted
 from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
@@ -46,6 +46,10 @@ class Result:
     finished: bool
     loss: float | None
     held_out_loss: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The end of the run as JSON has it."""
+        return {**asdict(self), "out": str(self.out)}
 
 
 def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
@@ -113,7 +117,7 @@ def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> N
     if here.first:
         found = fit.warnings(run, begun.built) if begins else []
         for sentence in [*found, *filter(None, [long])]:
-            metrics.warn(sentence)
+            progress.warn(sentence)
 
 
 @contextmanager
@@ -285,7 +289,7 @@ def _begin(
         if run.optimizer.carry_state:
             stopped = start.carry_state(begun, run, trainee.ranks, trainee.model, trainee.optimizer)
             if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
-                metrics.warn(wrong)
+                progress.warn(wrong)
         return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
     optimizer.fill(trainee.optimizer, run.optimizer)
     saving.load(checkpoint, trainee.model, trainee.optimizer)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from upcycle.cli.console import err
 from upcycle.errors import UpcycleError
 from upcycle.records.metrics import LayerMetrics, StepMetrics
-from upcycle.system import gpus, whole_file
+from upcycle.system import gpus, progress, whole_file
 from upcycle.system.wording import count
 from upcycle.training.run import Log
 
@@ -55,19 +53,16 @@ class Metrics:
         before, damaged = _read(path)
         if damaged:
             lines = "1 line" if damaged == 1 else f"{damaged} lines"
-            warn(f"{lines} of {path.name} {'is' if damaged == 1 else 'are'} damaged and left out")
+            progress.warn(f"{lines} of {path.name} {'is' if damaged == 1 else 'are'} damaged and left out")
         kept = [line + b"\n" for step, line in before if step.step <= start]
         whole_file.write(path, b"".join(kept))
         self.file: IO[str] = path.open("a")
         self.sinks = [_sink(name, log, out, settings) for name in log.sinks]
         self.warned: set[str] = set()
-        columns = (
-            TextColumn("training"), BarColumn(), TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
-        )  # fmt: skip
-        self.bar = Progress(*columns, console=err, disable=not err.is_terminal, transient=True)
-        self.task = self.bar.add_task("", total=total, completed=start, note="")
-        self.bar.start()
+        self.shown = ExitStack()
+        self.work = self.shown.enter_context(
+            progress.work("training", "steps", total=total, done=start, every=log.every)
+        )
 
     def step(self, record: StepMetrics) -> None:
         """One step is done."""
@@ -80,10 +75,7 @@ class Metrics:
         note = f"step {done}/{self.total}  loss {record.loss:.4f}  {count(record.tokens_per_s or 0)} tokens/s"
         if record.mfu is not None:
             note += f"  MFU {record.mfu:.1%}"
-        self.bar.update(self.task, completed=done, note=note)
-        if not err.is_terminal and (done % self.log.every == 0 or done == self.total):
-            left = (self.total - done) * (record.seconds or 0)
-            err.print(f"{note}  {left:.0f} s left")
+        self.work.advance(1, note)
         if record.held_out_loss is not None:
             self.say(f"step {done}: {score(record.held_out_loss, record.held_out_accuracy)}")
         for layer in record.layers:
@@ -107,23 +99,18 @@ class Metrics:
 
     def say(self, sentence: str) -> None:
         """A sentence above the progress bar."""
-        err.print(sentence)
+        progress.say(sentence)
 
     def warn(self, sentence: str) -> None:
         """What should not be overlooked, above the progress bar."""
-        warn(sentence)
+        progress.warn(sentence)
 
     def close(self) -> None:
         """Flush and finish everything."""
-        self.bar.stop()
+        self.shown.close()
         self.file.close()
         for sink in self.sinks:
             sink.finish()
-
-
-def warn(sentence: str) -> None:
-    """What should not be overlooked."""
-    err.print(f"[yellow]![/] {escape(sentence)}", markup=True)
 
 
 def score(loss: float, accuracy: float | None) -> str:

@@ -105,7 +105,7 @@ def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float) ->
 def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
     """transformers' own loss, which pools the tokens of all layers before it multiplies: blind to the
     collapse of each layer, kept to reproduce what was trained with it. K at what it takes for balance."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    from upcycle.hf.mixtral_loss import load_balancing_loss_func
 
     loss: Tensor = load_balancing_loss_func(tuple(logits), logits[0].shape[-1], top_k)
     return loss

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from upcycle.errors import UpcycleError
+from upcycle.hf import recorded
 from upcycle.nn.moe import Router
 from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Routing
@@ -83,20 +84,10 @@ class Routers:
     @classmethod
     def of(cls, model: nn.Module) -> Routers | None:
         """The routers of `model`, with hooks in place; None where it is dense."""
-        found = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
+        own = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
+        found: list[tuple[str, nn.Module]] = [*own] or recorded.routers(model)
         if not found:
-            recorded = next(
-                (
-                    recorders["router_logits"]
-                    for module in model.modules()
-                    if (recorders := getattr(module, "_can_record_outputs", None))
-                    and "router_logits" in recorders
-                ),
-                None,
-            )
-            if recorded is None:
-                return None
-            found = [(n, m) for n, m in model.named_modules() if isinstance(m, recorded.target_class)]
+            return None
         routers = cls(
             layers=[_block(name, module) for name, module in found],
             stacks=[m.shape.stack if isinstance(m, Router) else "layers" for _, m in found],

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from upcycle.conversion import selection
 from upcycle.conversion.write import carry
 from upcycle.errors import UpcycleError
+from upcycle.hf.quiet import quiet
 from upcycle.nn import kernels
 from upcycle.system import whole_file
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import card_of, provenance_of
 from upcycle.training.start import OPTIMIZER, Start
-from upcycle.verification import quiet
 
 
 class HuggingFace(Format):

@@ -1,4 +1,4 @@
-"""What the demo leaves on the screen."""
+"""Draws the story of `upcycle demo`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle.cli.console import count, grid, out
+from upcycle.cli.screen import grid, out
+from upcycle.cli.views.scores import show_scores
+from upcycle.system.wording import count
 
 if TYPE_CHECKING:
+    from upcycle.api.evaluation import Evaluation
     from upcycle.demo.story import Continued, Made
+
+
+class Screening:
+    """The audience of the story: a person at a screen."""
+
+    def say(self, sentence: str) -> None:
+        """A line of the story."""
+        out.print(sentence)
+
+    def made(self, mixtures: Mapping[str, Made]) -> None:
+        """A table of the mixtures before they are trained on."""
+        show_made(mixtures)
+
+    def evaluated(self, found: Evaluation) -> None:
+        """The tables of `upcycle eval`."""
+        show_scores(found.as_dict())
+
+    def continued(self, rows: Sequence[Continued], page: Path) -> None:
+        """A table and one sentence."""
+        show_continued(rows, page)
 
 
 def show_made(made: Mapping[str, Made]) -> None:

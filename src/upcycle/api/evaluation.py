@@ -1,0 +1,123 @@
+"""`upcycle.evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.api._missing import refuse_missing
+from upcycle.checkpoints import hub
+from upcycle.errors import UpcycleError
+from upcycle.evaluation import results
+from upcycle.evaluation.asked import Asked
+from upcycle.records.evaluation import EvaluationRecord
+from upcycle.system import whole_file
+from upcycle.system.progress import Progress, reporting_to
+
+if TYPE_CHECKING:
+    from upcycle.evaluation.scores import Scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The scores of checkpoints, and the differences between the first and the others."""
+
+    scored: tuple[Scored, ...]
+    differences: tuple[Mapping[str, Any], ...]  # a metric of another checkpoint against the first's
+    notes: tuple[str, ...]  # why something is not compared
+
+    def as_dict(self) -> dict[str, Any]:
+        """The evaluation as JSON has it."""
+        return {
+            "checkpoints": [each.as_json() for each in self.scored],
+            "differences": [dict(row) for row in self.differences],
+            "notes": list(self.notes),
+        }
+
+    def write(self, path: str | Path) -> Path:
+        """Write everything, the comparison included, to the JSON file `path`."""
+        path = Path(path)
+        results.refuse_target(path)
+        whole_file.write_json(path, {"format": EvaluationRecord.FORMAT, **self.as_dict()})
+        return path
+
+    def record(self) -> Recorded:
+        """Put the scores into eval.json in the folder of each checkpoint; a hub's cache is left alone."""
+        written: list[Path] = []
+        lost: list[UpcycleError] = []
+        for each in self.scored:
+            if hub.is_id(each.checkpoint):
+                continue
+            try:
+                written.append(results.record(each.folder, each.results))
+            except UpcycleError as error:
+                lost.append(error)
+        return Recorded(written=tuple(written), lost=tuple(lost))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The files that scores were written to, and the errors for those that could not be written."""
+
+    written: tuple[Path, ...]
+    lost: tuple[UpcycleError, ...]
+
+
+def evaluate(
+    checkpoints: str | Path | Sequence[str | Path],
+    *,
+    text: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
+    images: str | Path | None = None,
+    few_shot: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    task_files: str | Path | None = None,
+    num_fewshot: int | None = None,
+    superglue: str | Path | None = None,
+    per_class: int = 10,
+    length: int | None = None,
+    stride: int | None = None,
+    separator: str | None = None,
+    batch_size: int = 0,
+    limit: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score checkpoints (folders, or hub ids) on data they were not trained on; compare them with the first.
+
+    `text` is scored by what a model is made for: the next token (nats per token, bits per byte), spans or
+    masked tokens. `images` gives top-1 accuracy, or with `few_shot` that of a linear probe on `per_class`
+    images of each class. `tasks` are those of lm-evaluation-harness, with `num_fewshot` examples before each
+    question and data from `task_files`; `superglue` is a folder of that benchmark. `length` and `stride` are
+    tokens of a window, `limit` is the most rows (0: all), `batch_size` 0 finds one. Nothing is written: see
+    `Evaluation.record`. Raises `UpcycleError` for what cannot be scored, before the first model is loaded.
+    """
+    asked = Asked(
+        text=text, images=images, shots=few_shot, tasks=tuple(tasks), task_files=task_files,  # type: ignore[arg-type]
+        num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,  # type: ignore[arg-type]
+        separator=separator, batch_size=batch_size, limit=limit, cache=cache,  # type: ignore[arg-type]
+    )  # fmt: skip
+    several = [checkpoints] if isinstance(checkpoints, (str, Path)) else [*checkpoints]
+    if not several:
+        raise UpcycleError("give at least one CHECKPOINT, a folder of a model")
+    _refuse_absent(several, asked)  # before torch is imported, which takes seconds
+    from upcycle.evaluation.comparison import compare
+    from upcycle.evaluation.scores import refuse, score
+
+    with reporting_to(progress):
+        refuse(several, asked)
+        scored = [score(checkpoint, asked) for checkpoint in several]
+    compared = compare(scored)
+    return Evaluation(
+        scored=tuple(scored), differences=tuple(compared["differences"]), notes=tuple(compared["notes"])
+    )
+
+
+def _refuse_absent(checkpoints: Sequence[str | Path], asked: Asked) -> None:
+    """Raise if a checkpoint or data is not there."""
+    for checkpoint in checkpoints:
+        refuse_missing(checkpoint)
+    for path in (*asked.texts, asked.images, asked.shots, asked.task_files, asked.superglue):
+        if path is not None and not path.exists():
+            raise UpcycleError(f"no data at {path}")

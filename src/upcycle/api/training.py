@@ -1,0 +1,48 @@
+"""`upcycle.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.api._missing import refuse_missing
+from upcycle.blueprints.blueprint import blueprint
+from upcycle.checkpoints import hub
+from upcycle.dense.source import admit
+from upcycle.errors import UpcycleError
+from upcycle.system.progress import Progress, reporting_to
+from upcycle.training.run import Run
+
+if TYPE_CHECKING:
+    from upcycle.training.loop import Result
+
+
+def train(
+    run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False, progress: Progress | None = None
+) -> Result:
+    """Train as `run` (a run, its table, or its file) says, on this process or as one of torchrun's.
+
+    `resume` goes on from the newest checkpoint of `run.out`, bit for bit on one process; it begins if there
+    is none. SIGTERM saves and gives an unfinished result. Raises `UpcycleError` for a mistake.
+    """
+    asked = Run.of(run)
+    _refuse_missing(asked)  # before torch is imported, which takes seconds
+    from upcycle.training import loop
+
+    with reporting_to(progress):
+        return loop.train(asked, resume=resume)
+
+
+def _refuse_missing(run: Run) -> None:
+    """Raise if a run cannot begin: its source, what is made of it, and its data."""
+    refuse_missing(run.source)
+    if not run.from_scratch and not hub.is_id(run.source):
+        with hub.open_checkpoint(run.source) as opened:
+            if run.recipe is None:
+                admit(opened)
+            else:
+                blueprint(opened, run.recipe)
+    for source in run.data.sources:
+        if not source.path.startswith("hf:") and not Path(source.path).exists():
+            raise UpcycleError(f"no data at {source.path}")

@@ -1,0 +1,25 @@
+"""Draws the result of `upcycle plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from upcycle.cli.screen import grid, out, show_warnings
+from upcycle.system.wording import count, size
+
+if TYPE_CHECKING:
+    from upcycle.blueprints.cost import Plan
+
+
+def show_plan(plan: Plan) -> None:
+    """The plan as a table."""
+    table = grid(f"{plan.family} -> {plan.target}", "", "dense", plan.kind)
+    table.add_row("parameters", count(plan.dense_parameters), count(plan.total_parameters))
+    table.add_row("active per token", count(plan.dense_parameters), count(plan.active_parameters))
+    table.add_row("FLOPs per token (forward)", count(plan.dense_flops_per_token), count(plan.flops_per_token))
+    out.print(table)
+    out.print(plan.made)
+    out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
+    out.print("computes what the dense model computes: " + ("yes" if plan.preserves_function else "no"))
+    out.print(f"blueprint {plan.blueprint_hash}")
+    show_warnings(plan.warnings)

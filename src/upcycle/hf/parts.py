@@ -1,0 +1,8 @@
+"""Parts of transformers that lie inside its package and that our layers are made of."""
+
+from __future__ import annotations
+
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+__all__ = ["ACT2FN", "ALL_EXPERTS_FUNCTIONS"]
