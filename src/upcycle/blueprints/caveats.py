@@ -9,7 +9,7 @@ from upcycle.recipe import Recipe
 
 
 def _adapters(built: Blueprint) -> list[str]:
-    """Warn about adapters beside the weights, which transformers loads on top of them if peft is installed."""
+    """Warn about adapters beside the weights, which transformers loads on top if peft is installed."""
     return [
         f"{opened.name} has an adapter beside its weights (adapter_config.json), which is not in the result; "
         f"to keep it, merge it into the weights first"
@@ -99,7 +99,7 @@ def _not_renormalised(part: Recipe) -> str | None:
 
 
 def _misaligned(built: Blueprint) -> str | None:
-    """Return a warning if rows of the experts do not start at a multiple of 16 bytes, as grouped_mm requires."""
+    """Return a warning if expert rows do not start at a multiple of 16 bytes, which grouped_mm needs."""
     item = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
     for site in built.sites:
         for name, length in (("neurons", site.width), ("hidden units", site.hidden)):

@@ -107,7 +107,7 @@ def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
 
 
 def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
-    """Return the number of neurons of the shared expert, or 0 if there is none; the dense network has `full`."""
+    """Return the neurons of the shared expert, or 0 if there is none; the dense network has `full`."""
     asked, shared, granularity = recipe.moe.shared_experts, names.shared, recipe.moe.granularity
     if shared is None:
         if asked:
@@ -131,7 +131,7 @@ def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
 
 
 def averaged(models: list[Dense], recipe: Recipe) -> dict[str, Lazy]:
-    """Return every tensor of the dense models, combined as the initialisation combines what is not an expert."""
+    """Return every tensor of the dense models, combined as the initialisation combines non-experts."""
     return {
         name: recipe.init.backbone([model.tensors[name] for model in models]) for name in models[0].tensors
     }

@@ -194,7 +194,7 @@ class Checkpoint:
         return cls(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, stamps=stamps)
 
     def pread(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        """Return bytes `start` to `stop` of a tensor as uint8. Raises `UpcycleError` if they hold NaN or inf."""
+        """Return bytes `start` to `stop` of a tensor as uint8. Raises `UpcycleError` for NaN or inf."""
         out = np.empty(stop - start, np.uint8)
         view, position = out.data, info.offset + start
         with self._opened.use(info.file) as descriptor:

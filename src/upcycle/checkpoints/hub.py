@@ -42,7 +42,7 @@ def local(source: str | Path) -> Path:
 
 
 def _parts(source: str) -> tuple[str, str | None]:
-    """Return repository and revision of a hub id. The hub's client uses the revision as a path in its cache."""
+    """Return repository and revision of a hub id. The hub's client uses the latter as a path in its cache."""
     repo, _, revision = source.partition("@")
     if revision and {"", ".", ".."} & {*revision.split("/")}:
         raise UpcycleError(f"{source}: {revision} is no revision; give a branch, a tag or a commit")

@@ -12,13 +12,13 @@ from upcycle.targets import dense_snippet
 
 
 def how_to_load(built: Blueprint | None, architecture: str) -> str:
-    """Return Python code, in a fence, that opens what was built or a model of the dense class `architecture`."""
+    """Return Python code, in a fence, that opens what was built or the dense class `architecture`."""
     code = built.target.snippet() if built else dense_snippet(architecture)
     return f"```python\n{code}```\n"
 
 
 def _state(built: Blueprint) -> str:
-    """Say whether the model computes what the dense model computes, and what a narrower dtype does to that."""
+    """Say whether the model computes what the dense model does, and how a narrower dtype changes that."""
     if not built.preserves_function:
         return "Untrained since, and it does not compute what the dense model computes: train it before use."
     said = "Untrained since: it computes what the dense model computes"

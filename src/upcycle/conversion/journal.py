@@ -27,7 +27,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, begun: dict[str, Any]) -> None:
-        """Open the journal of a run, or start it. A resumed run must have been started with the same `begun`."""
+        """Open the journal of a run, or start it. A resumed run must have the same `begun`."""
         self.folder, self._path = path.parent, path
         self._lock, self._last = threading.Lock(), ""
         self.done: dict[str, int] = {}

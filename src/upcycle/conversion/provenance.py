@@ -85,7 +85,7 @@ def _made_from(source: Checkpoint, model_type: str, hashes: Hashes, donors: Sequ
 
 
 def _place(opened: Checkpoint) -> str:
-    """Return where a checkpoint is, without revealing the user's home directory to whoever gets the folder."""
+    """Return where a checkpoint is, without revealing the user's home directory to others."""
     folder, home = opened.folder.resolve(), _home()
     return f"~/{folder.relative_to(home)}" if home and folder.is_relative_to(home) else str(folder)
 

@@ -404,7 +404,7 @@ def _commit(built: Blueprint, out: Path) -> None:
 
 
 def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
-    """Copy tokenizer, generation config, chat template and licence; return the names copied and those left."""
+    """Copy tokenizer, generation config, chat template and licence; return names copied and names left."""
     names = carried(source)
     for name in names:
         shutil.copyfile(source / name, partial / name)

@@ -53,7 +53,7 @@ class Statistics:
 
     @classmethod
     def open(cls, path: str | Path) -> Statistics:
-        """Open the file and read its header. Raises `UpcycleError` if it is not such a file or is incomplete."""
+        """Open the file and read its header. Raises `UpcycleError` if it is another file or incomplete."""
         path = Path(path)
         make = f"`upcycle calibrate SOURCE --out {path}` makes it"
         if not path.exists():

@@ -47,7 +47,7 @@ class Narrowed(Dense):
 
     @property
     def chosen(self) -> dict[str, Positions]:
-        """The positions chosen for the dense part, by kind, stack and block; empty if it comes from `rest`."""
+        """The positions chosen for the dense part, by kind, stack and block; empty if that is from `rest`."""
         if self.rest is not None:
             return {}
         return {

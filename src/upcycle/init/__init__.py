@@ -83,7 +83,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Init(Named, abc.ABC):
-    """A way to make experts, for gates that sum to one. `scale` is the factor for the output of each expert."""
+    """A way to make experts, for gates that sum to one. `scale` is the factor for each expert's output."""
 
     section: ClassVar[str] = "init"
     package: ClassVar[str] = __name__
@@ -108,7 +108,7 @@ class Init(Named, abc.ABC):
         """Raise `UpcycleError` if a file that this initialisation uses does not belong to the dense model."""
 
     def check(self, site: Site) -> None:
-        """Raise `UpcycleError` if the experts asked for cannot be made. Subclasses extend it with `super()`."""
+        """Raise `UpcycleError` if the experts asked for cannot be made. Subclasses call `super()`."""
         narrow = site.granularity == 1 and site.width != site.dense_width
         if not self.selects and (narrow or site.universal_experts):
             what = "moe.universal_experts" if site.universal_experts else "moe.expert_width"

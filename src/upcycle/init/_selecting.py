@@ -1,4 +1,4 @@
-"""The common part of the initialisations that choose weights of a larger network (MoE Jetpack, section 3.1)."""
+"""The base of the initialisations that choose weights of a larger network (MoE Jetpack, section 3.1)."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def balanced_kmeans(rows: np.ndarray, k: int, key: rng.Key, rounds: int = 20) ->
 
 
 def _spread_out(unit: np.ndarray, k: int, key: rng.Key) -> list[int]:
-    """Return k rows far from one another: a random one, then always the row least like those already chosen."""
+    """Return k rows far from one another: a random one, then always the row least like those chosen."""
     chosen = [int(rng.permutation(key, len(unit))[0])]
     closest = np.round(unit @ unit[chosen[0]], 5)
     while len(chosen) < k:

@@ -70,7 +70,7 @@ class Target(abc.ABC):
 
     @classmethod
     def dense_class(cls, architecture: str) -> str:
-        """Return the name of the dense class within that of a class of this kind; other names are unchanged."""
+        """Return the name of the dense class within that of a class of this kind, or the name itself."""
         return architecture
 
     @abc.abstractmethod
@@ -110,7 +110,7 @@ class Target(abc.ABC):
         return []
 
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
-        """Return the config of the dense class within that of a folder; None if the class has no dense one."""
+        """Return the config of the dense class within that of a folder, or None if there is none."""
         return None
 
     def refuse_layout(  # noqa: B027 - most layouts fit
@@ -136,7 +136,7 @@ class Target(abc.ABC):
         return family.norm_identity
 
     def draws(self, name: str) -> bool:
-        """Return whether the recipe, not the dense class, gives the tensor called `name` its initial values."""
+        """Return whether the recipe, not the dense class, gives the tensor `name` its initial values."""
         return False
 
     def kernel(self, lengths: Iterable[int], itemsize: int) -> Config:
@@ -157,7 +157,7 @@ class Target(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def label(cls, recipe: Mapping[str, Any]) -> str:
-        """Return a short label that tells a model of a recorded recipe from other models by how it was made."""
+        """Return a short label for how a model of a recorded recipe was made, beside other models."""
 
     @classmethod
     def made_by(cls, recipe: Mapping[str, Any]) -> str:
@@ -206,7 +206,7 @@ def opened(config: Mapping[str, Any]) -> Target | None:
 
 
 def dense_class(architecture: str) -> str:
-    """Return the name of the dense transformers class for a class of any target; other names are unchanged."""
+    """Return the dense transformers class within the name of a class of any target, or the name itself."""
     for name in names():
         architecture = kind(name).dense_class(architecture)
     return architecture

@@ -166,7 +166,7 @@ class Stacked:
     matrices: ClassVar[tuple[str, ...]] = ("gate_up_proj", "up_proj", "down_proj")
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
-        """Return the experts by their names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and vectors."""
+        """Return the experts by names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and vectors."""
         first = experts[0]
         up = "gate_up_proj" if first.gate is not None else "up_proj"
         out: dict[str, Lazy] = {
@@ -182,7 +182,7 @@ class Stacked:
         return out
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
-        """Return the experts among the tensors of a layer, given by their names below it; biases are ignored."""
+        """Return the experts among the tensors of a layer, given by names below it; biases are ignored."""
         if (up := tensors.get("experts.up_proj")) is None:
             return _GATED.read(tensors)
         down = tensors["experts.down_proj"]

@@ -25,7 +25,7 @@ class WithExperts(Target):
     has_experts: ClassVar[bool] = True
 
     def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
-        """Return what the family says about the tensors that stay, and this target about those that it makes."""
+        """Return what the family says about the tensors that stay, and this target about those it makes."""
         known = dense.weights
         return {
             name: known[name] if name in known else self.made(name, entry.shape)

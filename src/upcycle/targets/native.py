@@ -288,7 +288,7 @@ def of(dense: Dense, recipe: Recipe) -> Native:
 def client_limits(
     config: Config, *, mlx_scales_rope: bool = False, mlx_head_dim: bool = True
 ) -> dict[str, str]:
-    """Return what llama.cpp and mlx-lm are known to ignore in the config of an architecture that they load."""
+    """Return what llama.cpp and mlx-lm are known to ignore in the config of an architecture they load."""
     name, out = config["model_type"], {}
     if not mlx_head_dim and config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         out["mlx-lm"] = f"ignores head_dim in {name}"
@@ -300,7 +300,7 @@ def client_limits(
 
 
 def _rope(rope: Mapping[str, Any]) -> Config:
-    """Return rotary settings in both spellings; transformers 5 reads the first, everything older the others."""
+    """Return rotary settings in both spellings; transformers 5 reads the first, older ones the others."""
     out: Config = {"rope_parameters": dict(rope), "rope_theta": rope["rope_theta"]}
     if (share := rope.get("partial_rotary_factor")) is not None:
         out["partial_rotary_factor"] = share

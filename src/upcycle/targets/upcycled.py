@@ -147,7 +147,7 @@ class Upcycled(WithExperts):
         return out
 
     def refuse_layout(self, config: Mapping[str, Any], *, tp_size: int, ep_size: int) -> None:
-        """Refuse tensor parallelism, and expert parallelism for experts that look at all tokens of an image."""
+        """Refuse tensor parallelism, and expert parallelism for experts that see all tokens of an image."""
         if tp_size > 1:
             raise UpcycleError(
                 "tensor parallelism is for native MoE; an upcycled model is shared out by fsdp_size and "

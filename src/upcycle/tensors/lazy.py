@@ -139,7 +139,7 @@ class Changed(Lazy):
 
 @dataclass(frozen=True, eq=False)
 class Joined(Lazy):
-    """A tensor made of several others, with the shape of each unless the subclass says otherwise. Abstract."""
+    """A tensor made of several others, with their shape unless the subclass says otherwise. Abstract."""
 
     parts: tuple[Lazy, ...]
 
