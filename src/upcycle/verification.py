@@ -453,7 +453,7 @@ def _pixels(dense: Dense, images: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_memory(built: Blueprint) -> None:
-    """Raise `UpcycleError` if one model in float32 does not fit in memory; models are loaded one at a time."""
+    """Raise `UpcycleError` if one model in float32 does not fit in memory; only one is loaded at a time."""
     needed = 4 * sum(e.lazy.size for e in built.entries.values())
     free = memory.available()
     if free is not None and needed > free:

@@ -283,8 +283,7 @@ class Pick(Changed):
 
 @dataclass(frozen=True, eq=False)
 class Folded(Changed):
-    """A matrix [N, M] viewed as [N, ...], such as a convolution's kernels; a row keeps its number of
-    elements."""
+    """A matrix [N, M] viewed as [N, *inner], for a convolution's kernels."""
 
     inner: tuple[int, ...]
 

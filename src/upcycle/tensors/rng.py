@@ -56,7 +56,7 @@ def normals(
 
 
 def uniforms(key: Key, start: int, stop: int, *, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """Return numbers `start` to `stop` of the uniform stream in [low, high) named by `key`; [stop - start]."""
+    """Return numbers `start` to `stop` of the uniform stream `key` in [low, high); [stop - start]."""
     return _stream(key, start, stop, normal=False, scale=high - low, shift=low, dtype=FLOAT32)
 
 
