@@ -38,12 +38,12 @@ def load(
     dtype: str | torch.dtype | None = None,
     experts_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """Return the native MoE that `recipe` makes of the dense checkpoint `source` (folder or hub id), in
-    memory.
+    """Return the native MoE that `recipe` makes of the dense checkpoint `source`, in memory.
 
-    Parameters are bit-identical to those of `upcycle convert` followed by `from_pretrained`. Under a
-    `DistributedConfig` every rank calls this function and reads its own slices. `dtype` is a torch dtype or
-    its name; None takes that of the blueprint. Raises `UpcycleError` if source, recipe and layout do not fit.
+    `source` is a folder or a hub id. Parameters are bit-identical to those of `upcycle convert` followed by
+    `from_pretrained`. Under a `DistributedConfig` every rank calls this function and reads its own slices.
+    `dtype` is a torch dtype or its name; None takes that of the blueprint. Raises `UpcycleError` if source,
+    recipe and layout do not fit.
     """
     built = blueprint(source, recipe)
     try:

@@ -125,8 +125,7 @@ class Recipe(Settings):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-        """Read the recipe in the TOML file `path` (a recipe or a run file) and apply the `KEY=VALUE`
-        overrides."""
+        """Read the recipe in the TOML file `path` (a recipe or run file) and apply `KEY=VALUE` overrides."""
         return cls.of(override(of_run_file(read_toml(path)), overrides))
 
     def at(self, stack: str) -> Recipe:
@@ -182,8 +181,7 @@ def _given(given: Any) -> dict[str, Any]:
 
 
 def of_run_file(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe in the table of a run file, which holds more than that; a recipe is returned as it
-    is."""
+    """Return the recipe in the table of a run file, which holds more; a recipe is returned as it is."""
     if "source" not in table:
         return dict(table)
     out = {k: v for k, v in table.items() if k in (*keys(Recipe), *STACKS)}

@@ -69,16 +69,14 @@ class Blueprint:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """The source tensors that are not used, with the reason; those of a second checkpoint carry its
-        label."""
+        """The unused source tensors, with the reason; those of a second checkpoint carry its label."""
         if not self.recipe.init.uses_source:
             return dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
         return dict(self.dense.left_out) | self.dense.left_aside({(s.stack, s.layer) for s in self.sites})
 
     @cached_property
     def hash(self) -> str:
-        """The SHA-256 of what is built: names, shapes, dtypes, how each tensor is made, config, source
-        headers."""
+        """The SHA-256 of names, shapes, dtypes, how each tensor is made, config and source headers."""
         headers = [sorted((t.name, t.dtype, t.shape) for t in c.tensors.values()) for c in self.checkpoints]
         made = {name: [e.shape, e.dtype, e.lazy.describe()] for name, e in sorted(self.entries.items())}
         text = json.dumps([headers, self.config, made], sort_keys=True, separators=(",", ":"))

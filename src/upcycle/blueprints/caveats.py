@@ -19,8 +19,7 @@ def _adapters(built: Blueprint) -> list[str]:
 
 
 def warnings(built: Blueprint) -> list[str]:
-    """Return a warning for everything that may cost training time or that another program computes
-    differently."""
+    """Return a warning for each thing that may cost training time or that other programs compute differently."""
     if not built.sites:
         return [*built.target.warnings(built), *_adapters(built)]
     moe, router = built.recipe.moe, built.recipe.router

@@ -198,8 +198,7 @@ def _experts(
 
 
 def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
-    """Combine the networks of the dense checkpoints into one, as everything that is not an expert is
-    combined."""
+    """Combine the networks of the dense checkpoints into one, as everything outside the experts is."""
     return FeedForward.merged(networks, recipe.init.backbone)
 
 

@@ -37,8 +37,7 @@ def _made_from(built: Blueprint) -> str:
 
 
 def _counts(built: Blueprint, plan: Plan) -> str:
-    """Return parameters and FLOPs of the source, of the narrower dense model if there is one, and of the
-    result."""
+    """Return parameters and FLOPs of the source, of the narrower dense model (if any), and of the result."""
     heads = ["dense", plan.kind]
     parameters, active = [plan.dense_parameters, plan.total_parameters], plan.active_parameters
     flops = [plan.dense_flops_per_token, plan.flops_per_token]

@@ -214,8 +214,7 @@ class _SourceHashes:
         return self._known
 
     def at_the_end(self) -> dict[str, dict[str, str]]:
-        """Return the hashes by checkpoint and file name, after checking that the files still hold what was
-        read."""
+        """Check that the files still hold what was read; return the hashes by checkpoint and file name."""
         hashes: dict[str, dict[str, str]] = {}
         for key, (checkpoint, file) in self._sources.items():
             checkpoint.refuse_changed(file, self._known[key])
@@ -286,11 +285,11 @@ class _Files:
 def _write_tensors(
     built: Blueprint, shards: Shards, partial: Path, journal: Journal, jobs: int, progress: Advance
 ) -> dict[str, dict[str, str]]:
-    """Write what the journal does not have yet; return the hashes of the source files, by checkpoint and
-    name.
+    """Write what the journal does not have yet.
 
     Tensors are written by `jobs` threads. One more thread flushes them to disk as they come, so that the disk
-    works while they compute, and two more hash the sources.
+    works while they compute, and two more hash the sources. Returns the hashes of the source files, by
+    checkpoint and name.
     """
     stop = threading.Event()
     sources = _SourceHashes(built, journal, stop)

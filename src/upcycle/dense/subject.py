@@ -101,8 +101,7 @@ class Subject:
         return read_json(path, "") if path.is_file() else {}
 
     def image_statistics(self, name: str) -> tuple[float, ...]:
-        """Return `image_mean` or `image_std` of preprocessor_config.json, or an empty tuple if it is not
-        given."""
+        """Return `image_mean` or `image_std` of preprocessor_config.json, or an empty tuple."""
         found = self._preprocessor.get(name)
         if not isinstance(found, list):
             return ()

@@ -69,12 +69,11 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def config(self, raw: Mapping[str, Any]) -> Config:
-        """Return config.json with every default filled in and rotary settings in one form
-        (`rope_parameters`).
+        """Return config.json with all defaults filled in and rotary settings in one form.
 
-        Whatever config.json calls them, the result has `vocab_size` (for models of text), `hidden_size`,
-        `intermediate_size`, `num_hidden_layers`, `num_attention_heads`, `hidden_act` and
-        `tie_word_embeddings`. Raises `UpcycleError` for a config that does not fit.
+        Rotary settings are in `rope_parameters`. Whatever config.json calls them, the result has `vocab_size`
+        (for models of text), `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`,
+        `hidden_act` and `tie_word_embeddings`. Raises `UpcycleError` for a config that does not fit.
         """
 
     @abc.abstractmethod
@@ -151,7 +150,7 @@ class Family(abc.ABC):
         return None
 
     def native_config(self, config: Config, native: str) -> Config:
-        """Return the dense config in the terms of `native`, with fields that it spells or scales differently."""
+        """Return the dense config in the terms of `native`, which spells or scales some fields differently."""
         return config
 
     def warnings(self, native: str) -> list[str]:
@@ -181,7 +180,7 @@ def names() -> list[str]:
 
 
 def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
-    """Return the rotary settings of a config.json, in the old or the new spelling, as a new dict in the new."""
+    """Return the rotary settings of a config.json, in either spelling, as a new dict in the new spelling."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = raw.get("rope_theta") or default_theta
     if not isinstance(given, Mapping) or not isinstance(theta, (int, float)):

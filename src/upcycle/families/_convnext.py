@@ -20,8 +20,7 @@ STRIDE = 2  # of the convolution between two stages
 
 
 class ConvNeXt(Encoder):
-    """Blocks of a depthwise convolution, a norm, and a network of two matrices on the channels of each
-    place.
+    """Blocks of a depthwise convolution, a norm, and a network of two matrices on the channels.
 
     A place of the feature map is a token, and the places of an image form a row of tokens.
     """
@@ -42,7 +41,7 @@ class ConvNeXt(Encoder):
         }
 
     def lengths(self, config: Config) -> dict[str, int]:
-        """Return the places of the feature map in each stage: 56^2, 28^2, 14^2 and 7^2 for a 224 x 224 image."""
+        """Return the places of the feature map per stage: 56^2, 28^2, 14^2 and 7^2 for a 224 x 224 image."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
         grids = {f"stage_{s + 1}": self.grid(config, f"stage_{s + 1}") for s in range(STAGES)}
         found = {name: grid.rows * grid.columns for name, grid in grids.items()}
@@ -55,8 +54,7 @@ class ConvNeXt(Encoder):
         return found
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
-        """Return the patches of a stage. Each later stage merges patches two by two and drops what is left
-        over."""
+        """Return the patches of a stage; each later stage merges them two by two and drops what is left over."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
         merged = STRIDE ** self.number(stack)
         return Grid(

@@ -35,8 +35,10 @@ class DecoderWidth(Narrowable):
         return out
 
     def _inside(self, config: Config, layer: int, shape: tuple[int, ...]) -> Axes:
-        """Return the axes of the tensors of a block, by their names in it. `shape` is that of the tensor
-        asked for."""
+        """Return the axes of the tensors of a block, by their names in it.
+
+        `shape` is that of the tensor asked for.
+        """
         channels, head = Axis("channels"), config["head_dim"]
         group = config["num_attention_heads"] // config["num_key_value_heads"] * head
         queries, keys = (Axis("heads", layer=layer, unit=unit) for unit in (group, head))

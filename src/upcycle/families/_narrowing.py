@@ -40,7 +40,10 @@ class Narrowable(Family):
 
 
 def narrowable(family: Family) -> Narrowable:
-    """Return the family as [successor] needs it. Raises `UpcycleError` for one that does not know its axes."""
+    """Return the family as [successor] needs it.
+
+    Raises `UpcycleError` for a family that does not know its axes.
+    """
     if isinstance(family, Narrowable):
         return family
     raise unknown_axes(family)

@@ -1,4 +1,4 @@
-"""T5: an encoder and a decoder with relative position biases; the networks have no biases and may be gated."""
+"""T5: an encoder and a decoder with relative position biases, and networks without biases, gated or not."""
 
 from __future__ import annotations
 
@@ -89,8 +89,10 @@ class EncoderDecoder(Encoder):
         return {}
 
     def optional(self, config: Config) -> Weights:
-        """Allow the separate head that T5 1.1 stores; transformers 5 loads it, although it treats all T5 as
-        tied."""
+        """Allow the separate head that T5 1.1 stores.
+
+        transformers 5 loads it, although it treats every T5 as tied.
+        """
         return {"lm_head.weight": Matrix((config["vocab_size"], config["d_model"]))}
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:

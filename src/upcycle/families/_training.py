@@ -20,8 +20,7 @@ class Trained(Family):
         return float(config.get("initializer_range", 0.02))
 
     def initial(self, config: Config, name: str, weight: Weight) -> Initial | None:
-        """Return the initial value of the tensor called `name` on disk, or None if the family does not know
-        it."""
+        """Return the initial value of the tensor called `name` on disk; None if it is unknown."""
         return weight.initial(self.deviation(config))
 
     def depth(self, name: str, counts: Mapping[str, int]) -> int:
@@ -46,12 +45,11 @@ class Trained(Family):
         )
 
     def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
-        """Return the modules in memory, below the base model, whose output is added to the residual stream."""
+        """Return the modules in memory, below the base model, whose output joins the residual stream."""
         return ()
 
     def own_norm(self, config: Config, stack: Stack) -> str:
-        """Return the norm in memory, below the base model, that only the network reads, or "" if there is
-        none."""
+        """Return the norm in memory, below the base model, that only the network reads, or ""."""
         return ""
 
 

@@ -52,8 +52,7 @@ class Gemma2(Decoder):
         return {**config, "hidden_act": config["hidden_activation"], "layer_types": kinds}
 
     def interval(self, config: Config) -> int | str:
-        """Return the distance between layers of full attention, for a config.json that does not list the
-        kinds."""
+        """Return the distance between layers of full attention, for a config.json without their kinds."""
         return 2
 
 

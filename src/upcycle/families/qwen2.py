@@ -10,8 +10,7 @@ from upcycle.tensors.lazy import Lazy
 
 
 def layer_types(config: Config) -> list[str]:
-    """Return the kinds of layers: if sliding is used, layers from `max_window_layers` on have a sliding
-    window."""
+    """Return the kinds of layers; if sliding is used, those from `max_window_layers` on slide."""
     if config.get("layer_types") is not None:
         return list(config["layer_types"])
     slides = config["use_sliding_window"] and config["sliding_window"] is not None

@@ -97,8 +97,7 @@ class Init(Named, abc.ABC):
 
     @abc.abstractmethod
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
-        """Return expert `e`, [I / G] neurons, made from the networks of the dense checkpoints (the source
-        first)."""
+        """Return expert `e`, [I / G] neurons, made from the networks of the dense checkpoints, source first."""
 
     @abc.abstractmethod
     def preserves(self, site: Site) -> bool:
@@ -137,8 +136,7 @@ class Init(Named, abc.ABC):
 
     @property
     def spread(self) -> Spread:
-        """The matrices that carry the scale: `down` alone, `sqrt` in up and down, or `cube_root` in all
-        three."""
+        """The matrices that carry the scale: `down`, `sqrt` for up and down, or `cube_root` for all three."""
         return "down"
 
     @property

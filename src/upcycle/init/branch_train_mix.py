@@ -10,8 +10,7 @@ from upcycle.tensors.feed_forward import FeedForward
 
 @dataclass(frozen=True, kw_only=True)
 class BranchTrainMix(Init):
-    """The experts are the networks of SOURCE and of `sources`, dealt out in equal blocks; the rest is
-    averaged.
+    """Experts are the networks of SOURCE and of `sources`, dealt out in equal blocks; the rest is averaged.
 
     The checkpoints must have the same architecture and shapes. `include_source = false` leaves SOURCE's own
     networks out of the experts and its weights out of the average.

@@ -67,8 +67,7 @@ class Measured(Selecting):
 
     @property
     def settings(self) -> list[object]:
-        """The values, besides the choice and its place, that decide the outcome; the blueprint's hash covers
-        them."""
+        """The values, besides the choice and its place, that decide the outcome, for the blueprint's hash."""
         return []
 
     def _scores(self, choice: Choice) -> np.ndarray:

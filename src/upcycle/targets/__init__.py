@@ -87,8 +87,7 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
-        """Return every tensor of the result by its name on disk. `models` are the dense models, the source
-        first."""
+        """Return every tensor of the result by its name on disk. `models` has the source first."""
 
     @abc.abstractmethod
     def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
@@ -97,8 +96,7 @@ class Target(abc.ABC):
     def begins(
         self, family: Trained, dense: Dense, name: str, weight: Weight, entry: Entry
     ) -> Initial | None:
-        """Return how the tensor called `name` is initialised for training from scratch; None if that is
-        unknown."""
+        """Return how the tensor `name` starts when training from scratch; None if that is unknown."""
         return family.initial(dense.config, name, weight)
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:

@@ -88,8 +88,7 @@ class PerExpert:
         return out
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        """Return the tensors of a layer with its experts as transformers holds them: [E, 2I, H] and [E, H,
-        I]."""
+        """Return a layer's tensors with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
         experts = self.read(tensors)
         if not experts:
             return dict(tensors)

@@ -1,8 +1,8 @@
-"""Depth tiling: the dense model with every block repeated, the dense baseline of Sparse Upcycling (figure
-5).
+"""Depth tiling: the dense model with every block repeated.
 
-Each block of a stack is repeated several times in a row, as Rae et al. (2021) grow models. The result is a
-deeper dense model of the same class, which needs further training.
+It is the dense baseline of Sparse Upcycling (figure 5). Each block of a stack is repeated several times in a
+row, as Rae et al. (2021) grow models. The result is a deeper dense model of the same class, which needs
+further training.
 """
 
 from __future__ import annotations

@@ -201,8 +201,7 @@ class Native(WithExperts):
         return len(shape) == 1 or name.endswith(tuple(extra))
 
     def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Return `entries` with the experts of each layer in the two tensors in which transformers holds
-        them.
+        """Return `entries` with each layer's experts in the two tensors in which transformers holds them.
 
         With the names on disk, the loader would read every expert on every rank and stack them afterwards.
         """
@@ -240,8 +239,7 @@ class Native(WithExperts):
         return {kernels.KEY: kernels.ONE_BY_ONE}
 
     def warnings(self, built: Blueprint) -> list[str]:
-        """Warn about shared experts that nobody asked for, clients that compute something else, and left-out
-        keys."""
+        """Warn about unrequested shared experts, clients that compute something else, and left-out keys."""
         out = []
         if built.recipe.moe.shared_experts == 0 and built.shared_width:
             out.append(

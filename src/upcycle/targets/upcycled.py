@@ -161,8 +161,7 @@ class Upcycled(WithExperts):
             )
 
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:
-        """Return the kind of a new tensor: a matrix of experts or routers, or a vector of experts, which
-        starts at 0."""
+        """Return the kind of a new tensor: a matrix, or a vector of experts, which starts at 0."""
         if self.draws(name):
             return Matrix(shape) if len(shape) > 1 else Weight(shape)
         leaf = name.rpartition(".")[2]

@@ -105,8 +105,10 @@ class Redraw(Changed):
 
 @once(maxsize=12)  # holds the matrices of a few layers, because all experts of a layer ask for them
 def neuron_sums(matrix: Lazy, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return sum and sum of squares of each neuron of a matrix, with neurons along `axis`; two of [I],
-    float64."""
+    """Return sum and sum of squares of each neuron of a matrix; two of [I], float64.
+
+    The neurons lie along `axis`.
+    """
     totals, squares = np.zeros((2, matrix.shape[axis]))
     for index in blocks(tuple((0, n) for n in matrix.shape)):
         values = matrix.read(index, "F32").astype(np.float64)

@@ -81,7 +81,7 @@ class FeedForward:
     def scaled(
         self, *, gate: float = 1.0, up: float = 1.0, down: float = 1.0, down_bias: float = 1.0
     ) -> FeedForward:
-        """Multiply each tensor by its factor; biases of gate and up take theirs, and a factor of one changes
+        """Multiply each tensor by its factor; biases of gate and up take theirs. A factor of one does
         nothing."""
         factors = {"gate": gate, "up": up, "down": down}
         factors |= {"gate_bias": gate, "up_bias": up, "down_bias": down_bias}

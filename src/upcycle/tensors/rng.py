@@ -50,8 +50,7 @@ def _stream(
 def normals(
     key: Key, start: int, stop: int, *, mean: float = 0.0, std: float = 1.0, dtype: np.dtype = FLOAT32
 ) -> np.ndarray:
-    """Return numbers `start` to `stop` of the stream of normals named by `key`; [stop - start], cast to
-    `dtype`."""
+    """Return numbers `start` to `stop` of the normal stream `key`; [stop - start], cast to `dtype`."""
     return _stream(key, start, stop, normal=True, scale=std, shift=mean, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""The common part of the Qwen MoE architectures: per-expert names, a list of dense layers, the shared expert."""
+"""The common part of the Qwen MoE architectures: names per expert, dense layers, the shared expert."""
 
 from upcycle.targets._layouts import PerExpert, Shared
 from upcycle.targets.native import Config
