@@ -36,7 +36,7 @@ class Moe(Settings):
     granularity: Annotated[int, AtLeast(1)] = 1  # G: an expert has 1 / G of the neurons of the dense network
     # neurons of an expert; 0 means the width of the dense network / granularity
     expert_width: Annotated[int, AtLeast(0)] = 0
-    # narrower experts beside the others, for routers with slots (MoE Jetpack)
+    # number of narrower experts beside the others, for routers with slots (MoE Jetpack)
     universal_experts: Annotated[int, AtLeast(0)] = 0
     # neurons of a universal expert; 0 means a quarter of the others' width
     universal_width: Annotated[int, AtLeast(0)] = 0

@@ -1,4 +1,4 @@
-"""What a user should know about a blueprint before spending money on it, one sentence for each point."""
+"""The caveats of a blueprint that a user should know before spending money on it, one sentence each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _adapters(built: Blueprint) -> list[str]:
 
 
 def warnings(built: Blueprint) -> list[str]:
-    """Return a warning for each thing that may cost training time or that other programs compute differently."""
+    """Return a warning for each thing that may cost training time or that other programs do differently."""
     if not built.sites:
         return [*built.target.warnings(built), *_adapters(built)]
     moe, router = built.recipe.moe, built.recipe.router

@@ -22,7 +22,7 @@ BLOCK_MEMORY = 32 << 20  # most bytes that computing one block of a tensor takes
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be built and what it costs.
+    """The costs of what will be built.
 
     FLOPs are those of a forward pass per token in matrix products, 2 per weight. Attention scores, which grow
     with the context, and norms are not counted; the embedding is a look-up. In a model of stages, a token is
@@ -153,8 +153,8 @@ def _routing(built: Blueprint) -> str:
 class Idle:
     """The expert weights that a token does not use, on average.
 
-    Counted are all of them, and those in matrix products, in which a stage of fewer tokens counts in
-    proportion.
+    `parameters` counts all of them, and `in_products` those in matrix products, where a stage of fewer tokens
+    counts in proportion.
     """
 
     parameters: int

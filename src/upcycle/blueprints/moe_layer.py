@@ -131,7 +131,7 @@ def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
 
 
 def averaged(models: list[Dense], recipe: Recipe) -> dict[str, Lazy]:
-    """Return every tensor of the dense models, combined as the initialisation combines non-experts."""
+    """Return every tensor of the dense models, combined by the initialisation's `backbone`."""
     return {
         name: recipe.init.backbone([model.tensors[name] for model in models]) for name in models[0].tensors
     }
@@ -203,7 +203,7 @@ def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
 
 
 def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
-    """Return the factors for gate, up and down of an expert, given the weights of its router."""
+    """Return the factors for gate, up and down of an expert, given what its router weights sum to."""
     factor = recipe.init.scale(site) / site.gate_sum
     if recipe.init.spread == "down":
         return 1.0, 1.0, factor

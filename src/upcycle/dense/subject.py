@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a task needs to know about a model before it is loaded. `config` is config.json."""
+    """The facts about a model that a task needs before it is loaded. `config` is config.json."""
 
     folder: Path  # holds the tokenizer files
     config: Mapping[str, Any]

@@ -150,7 +150,7 @@ class Family(abc.ABC):
         return None
 
     def native_config(self, config: Config, native: str) -> Config:
-        """Return the dense config in the terms of `native`, which spells or scales some fields differently."""
+        """Return the dense config in terms of `native`, which spells or scales some fields differently."""
         return config
 
     def warnings(self, native: str) -> list[str]:

@@ -54,7 +54,7 @@ class ConvNeXt(Encoder):
         return found
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
-        """Return the patches of a stage; each later stage merges them two by two and drops what is left over."""
+        """Return the patches of a stage; each later stage merges them two by two and drops any rest."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
         merged = STRIDE ** self.number(stack)
         return Grid(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How an image is cut into the positions of a stack: how many, and their size in pixels."""
+    """The grid of patches that are the positions of a stack: how many, and their size in pixels."""
 
     rows: int
     columns: int

@@ -97,7 +97,7 @@ class Init(Named, abc.ABC):
 
     @abc.abstractmethod
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
-        """Return expert `e`, [I / G] neurons, made from the networks of the dense checkpoints, source first."""
+        """Return expert `e`, [I / G] neurons, made from the dense checkpoints' networks, source first."""
 
     @abc.abstractmethod
     def preserves(self, site: Site) -> bool:

@@ -105,7 +105,10 @@ def metis(graph: np.ndarray, parts: int, weighted: bool) -> np.ndarray:
 
 
 def spectral(graph: np.ndarray, parts: int) -> np.ndarray:
-    """Return parts of equal size, give or take one, from leading eigenvectors of the normalised graph; [I]."""
+    """Return parts of equal size, give or take one, from leading eigenvectors of the normalised graph.
+
+    The result is [I].
+    """
     degree = np.sqrt(np.maximum(graph.sum(1), 1e-12))
     _, vectors = np.linalg.eigh(graph / degree[:, None] / degree[None])
     return balanced_kmeans(vectors[:, -parts:].astype(np.float32), parts, rng.key(0, "spectral"))

@@ -49,7 +49,7 @@ class Block:
 
 
 class Target(abc.ABC):
-    """What a dense model becomes: its class, its config, its tensors, and how to open it."""
+    """A model that a dense model can become: its class, its config, its tensors, and how to open it."""
 
     model_type: str  # the one in config.json
     architecture: str  # the class that opens it

@@ -38,7 +38,7 @@ class WithExperts(Target):
 
     @classmethod
     def moments(cls, recipe: Recipe) -> Recipe:
-        """Return a recipe with experts as copies, because a router has no moments yet."""
+        """Return a recipe with experts as copies and a zero router, because routers have no moments yet."""
         table = super().moments(recipe).as_table()
         table["router"] |= {"init": "zeros"}
         return type(recipe).of(table)

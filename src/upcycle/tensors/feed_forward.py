@@ -81,8 +81,10 @@ class FeedForward:
     def scaled(
         self, *, gate: float = 1.0, up: float = 1.0, down: float = 1.0, down_bias: float = 1.0
     ) -> FeedForward:
-        """Multiply each tensor by its factor; biases of gate and up take theirs. A factor of one does
-        nothing."""
+        """Multiply each tensor by its factor.
+
+        Biases of gate and up take the factors of their matrices. A factor of one changes nothing.
+        """
         factors = {"gate": gate, "up": up, "down": down}
         factors |= {"gate_bias": gate, "up_bias": up, "down_bias": down_bias}
         tensors = self.matrices() | self.biases()
