@@ -143,7 +143,7 @@ def _make_folder(partial: Path) -> bool:
 
 
 def _on_disk(file: Path) -> int:
-    """Return the bytes that a file takes on disk, or 0 if another run has just removed it."""
+    """Return the bytes that a file takes on disk, or 0 if another run has just moved or removed it."""
     try:
         return file.stat().st_blocks * 512
     except FileNotFoundError:
