@@ -112,18 +112,14 @@ class Experts(nn.Module):
 
     @property
     def _implementation(self) -> str:
-        """The implementation that the config chooses, or the loop if grouped products do not accept these
-        rows.
-        """
+        """The implementation from the config, or the loop if grouped products do not accept these rows."""
         chosen = getattr(self.config, "_experts_implementation", None) or kernels.ONE_BY_ONE
         matrices = (getattr(self, self.up_name), self.down_proj)
         fits = all(kernels.take_groups(m.shape[-1:], m.element_size()) for m in matrices)
         return chosen if fits or chosen != kernels.GROUPED else kernels.ONE_BY_ONE
 
     def _cast(self, hidden: Tensor) -> Experts:
-        """Return the experts in autocast's dtype, because grouped products do not follow autocast by
-        themselves.
-        """
+        """Return the experts in autocast's dtype; grouped products do not follow autocast by themselves."""
         kind = hidden.device.type
         if not torch.is_autocast_enabled(kind):
             return self

@@ -14,8 +14,9 @@ KEY = "experts_implementation"  # the key in config.json
 
 
 def take_groups(lengths: Iterable[int], itemsize: int) -> bool:
-    """Return whether grouped products accept matrices with rows of these lengths and numbers of `itemsize`
-    bytes.
+    """Return whether grouped products accept matrices with rows of these lengths.
+
+    `itemsize` is the size of a number in bytes.
     """
     return all(length * itemsize % ROW == 0 for length in lengths)
 

@@ -38,8 +38,7 @@ class Shape:
 
     @classmethod
     def of(cls, table: dict[str, Any]) -> Shape:
-        """Read an entry from its JSON table. Raise `UpcycleError` if this version does not know its
-        fields."""
+        """Read an entry from its JSON table. Raise `UpcycleError` if its fields are not this version's."""
         lists = {k: tuple(table.get(k, ())) for k in ("layers", "replaced")}
         try:
             return cls(**{**table, **lists})

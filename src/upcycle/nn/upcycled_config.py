@@ -60,9 +60,7 @@ def config(
 
 
 def dense_type(config: Mapping[str, Any]) -> str | None:
-    """Return the dense model_type that an upcycled config was made from, or None if it is not an upcycled
-    one.
-    """
+    """Return the dense model_type that an upcycled config was made from, or None if it is another config."""
     model_type = config.get("model_type")
     upcycled = isinstance(model_type, str) and model_type.startswith(PREFIX) and "moe" in config
     return model_type.removeprefix(PREFIX) if upcycled and isinstance(model_type, str) else None

@@ -48,8 +48,7 @@ class RouterStart(abc.ABC):
 
 
 def find(name: str) -> RouterStart:
-    """Return the start that `router.init` calls `name`. Raise `UpcycleError` with the known names
-    otherwise."""
+    """Return the start that `router.init` calls `name`. Raise `UpcycleError` for an unknown name."""
     found: type[RouterStart] = registry.find(sys.modules[__name__], name, "start", "router.init")
     return found()
 

@@ -118,8 +118,7 @@ class Router(Named, abc.ABC):
         """Return the average sum of a token's weights under a uniform router."""
 
     def sums_to_one(self, num_experts: int, top_k: int) -> bool:
-        """Return whether the weights of every token that reaches an expert sum to one, for any router
-        weight."""
+        """Return whether a token's weights sum to one if it reaches an expert, for any router weight."""
         return self.normalize
 
     @abc.abstractmethod
@@ -142,8 +141,7 @@ class Router(Named, abc.ABC):
         return {}
 
     def beyond_native(self) -> list[str]:
-        """Return the keys set here that no MoE class of transformers supports, or the name of another
-        router."""
+        """Return the keys set here that no MoE class of transformers supports, or another router's name."""
         if self.name != "top_k":
             return [f"router.name = {self.name}"]
         fields = [f for f in dataclasses.fields(self) if f.name not in self.common]
@@ -165,8 +163,7 @@ def capacity(tokens: int, share: float, rounding: Rounding, *, minimum: int = 1)
 
 
 def places(length: int, padding: Tensor | None, share: float, rounding: Rounding) -> list[int]:
-    """Return the `capacity` of each group, computed from its tokens without padding; one number without a
-    mask.
+    """Return the `capacity` of each group from its tokens without padding; one number without a mask.
 
     Padding does not count: otherwise the result for a text would depend on the length of its neighbours.
     """

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoice(Router):
-    """Softmax over experts; then each expert takes its C N / E best tokens of a group of N, rounded as in
-    `capacity`. Padding is never taken and does not count.
+    """Each expert takes its C N / E best tokens of a group of N, by a softmax over experts.
 
-    `normalize` divides a token's weights by their sum (Sparse Upcycling, B.7), so that a token that was taken
-    keeps the dense function. A token that no expert took gets zero. `noise` adds N(0, (noise / E)^2) to the
-    logits in training, for both choices and weights; vmoe's configurations use 1.
+    The number is rounded as in `capacity`. Padding is never taken and does not count. `normalize` divides a
+    token's weights by their sum (Sparse Upcycling, B.7), so that a token that was taken keeps the dense
+    function. A token that no expert took gets zero. `noise` adds N(0, (noise / E)^2) to the logits in
+    training, for both choices and weights; vmoe's configurations use 1.
     """
 
     summary = "each expert takes its best tokens of a sequence or an image"

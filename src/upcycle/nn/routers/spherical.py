@@ -49,10 +49,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spherical(SlotRouter):
-    """Each expert has `slots` queries, the rows of the weight, which a LayerNorm and a division by their
-    length put on a sphere. Their products with the tokens' keys are divided by a learned temperature. A
-    softmax over tokens makes slots from them, and a second function makes each token's weights for all slots
-    (Algorithm 1).
+    """Each expert has `slots` queries, the rows of the weight, normalised onto a sphere.
+
+    A LayerNorm and a division by their length do that. The queries' products with the tokens' keys are
+    divided by a learned temperature. A softmax over tokens makes slots from them, and a second function makes
+    each token's weights for all slots (Algorithm 1).
 
     `preset` sets all keys that are not given: `paper` follows MoE Jetpack's text, `repo` its released code.
     `keys` are a linear map of the tokens (`projected`) or the tokens (`plain`); `key_norm` gives them length

@@ -137,8 +137,7 @@ def _keep(
     *,
     causal: bool,
 ) -> Tensor:
-    """Return which choices [G, N, K] find a place in their expert's buffer; the surest tokens first if
-    asked."""
+    """Return which choices [G, N, K] find a place in their expert's buffer, surest tokens first if asked."""
     import torch
 
     groups, length, top_k = index.shape
@@ -160,8 +159,9 @@ def _keep(
 
 
 def _importance(probabilities: Tensor, real: Tensor | None) -> Tensor:
-    """Return the squared coefficient of variation of each expert's summed weight, summed over groups (V-MoE,
-    equation 7).
+    """Return the squared coefficient of variation of the experts' summed weights, summed over groups.
+
+    Source: V-MoE, equation 7.
     """
     if real is not None:
         probabilities = probabilities * real[..., None]
@@ -169,8 +169,10 @@ def _importance(probabilities: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _load(clean: Tensor, noisy: Tensor, top_k: int, noise: float, real: Tensor | None) -> Tensor:
-    """Return the same for the probability that fresh noise puts each expert above the K-th score (V-MoE,
-    appendix A.2).
+    """Return the same loss on the load: the probability of each expert to score above the K-th under fresh
+    noise.
+
+    Source: V-MoE, appendix A.2.
     """
     import torch
 
