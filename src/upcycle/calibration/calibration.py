@@ -167,8 +167,7 @@ def _free(device: torch.device) -> int | None:
 
 
 def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
-    """Report the memory for pairs of neurons, and refuse what cannot fit: 4 bytes per parameter and per
-    pair."""
+    """Report the memory for pairs of neurons and refuse what cannot fit (4 bytes per number)."""
     model = 4 * sum(t.size for t in dense.tensors.values())
     pairs = 0
     if "co_activation" in asked.collect:

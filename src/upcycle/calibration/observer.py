@@ -37,9 +37,7 @@ class Observer:
         self._base, self._threshold = model.base_model, threshold
         device = torch.device("cpu") if model.device.type == "mps" else model.device  # mps has no float64
         self.sums: dict[str, Tensor] = {}
-        self.tokens = {
-            stack.name: 0 for stack in stacks
-        }  # the number of tokens that a block of each stack has seen
+        self.tokens = {stack.name: 0 for stack in stacks}  # tokens that a block of each stack has seen
         self._stack_of: dict[str, str] = {}
         self._watched: dict[str, nn.Module] = {}
         self._real: Mapping[str, Tensor | None] = {}

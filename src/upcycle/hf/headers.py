@@ -13,8 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A stored tensor without data, with the interface that the loader expects; it loads to the meta
-    device."""
+    """A stored tensor without data, with the interface that the loader expects; loads to meta."""
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it
@@ -38,8 +37,9 @@ class Header:
 def loaded(
     cls: type[PreTrainedModel], folder: Path, headers: Mapping[str, Header]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the model of class `cls` on the meta device, built from `folder`'s config, and the loading
-    report.
+    """Return the model of class `cls` and the loading report, on the meta device.
+
+    The config is the one in `folder`.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model, report = cls.from_pretrained(

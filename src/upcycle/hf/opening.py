@@ -22,7 +22,7 @@ _MATRICES = (
     "gate_up_proj",
     "up_proj",
     "down_proj",
-)  # stacked over all experts of a layer, as in transformers
+)  # stacked over a layer's experts
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
 
 
@@ -164,8 +164,7 @@ def _shape(sizes: Iterable[int]) -> str:
 
 
 def _uneven(folder: str | Path) -> str:
-    """Describe the experts of a layer that lack a tensor or have one of another shape; empty if there are
-    none.
+    """Describe the experts of a layer that lack a tensor or have one of another shape; empty if none do.
 
     transformers stacks the experts of a layer, and its own error names only the stack.
     """

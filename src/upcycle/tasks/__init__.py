@@ -61,9 +61,7 @@ class Task(Named, abc.ABC):
     cache_name: ClassVar[str] = "tokens"  # name of the folder of prepared files in a run's folder
     unit: ClassVar[str] = "token"  # the unit that a loss is averaged over
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
-    counting: ClassVar[
-        Mapping[str, Any]
-    ] = {}  # model arguments that save work if only the routers are watched
+    counting: ClassVar[Mapping[str, Any]] = {}  # model arguments that save work if only routers are watched
 
     def __post_init__(self) -> None:
         super().__post_init__()

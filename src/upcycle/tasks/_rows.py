@@ -52,9 +52,7 @@ def of_images(path: Path, subject: Subject, cache: Path, *, gradient: bool, seed
     """
     if "image_size" not in subject.settings:
         raise UpcycleError(f"{subject.architecture} reads text and no images; give --text PATH")
-    feeding = Feeding.of_file(
-        path, length=LENGTH, cache=cache, seed=seed
-    )  # the length is for text and not used for images
+    feeding = Feeding.of_file(path, length=LENGTH, cache=cache, seed=seed)  # images have no length
     return _rows(feeding, "images", path, subject, gradient=gradient)
 
 

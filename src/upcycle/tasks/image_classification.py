@@ -38,9 +38,7 @@ class ImageClassification(Task):
     test: str | None = None  # the set to score on; none: data.held_out of the images
     image_field: str = "image"  # column of the images in parquet
     label_field: str = "label"  # column of the labels in parquet
-    augment: Augment = field(
-        default_factory=Augment
-    )  # how training images are changed at random: [task.augment]
+    augment: Augment = field(default_factory=Augment)  # random changes of training images: [task.augment]
 
     def notes(self) -> list[str]:
         if not self.augment.flip:

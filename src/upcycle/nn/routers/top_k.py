@@ -169,8 +169,7 @@ def _importance(probabilities: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _load(clean: Tensor, noisy: Tensor, top_k: int, noise: float, real: Tensor | None) -> Tensor:
-    """Return the same loss on the load: the probability of each expert to score above the K-th under fresh
-    noise.
+    """Return the same loss on the load: each expert's probability to score above the K-th under new noise.
 
     Source: V-MoE, appendix A.2.
     """
