@@ -128,9 +128,7 @@ class Batches:
         """Draw the sources of the next rows."""
         drawn = rng.uniforms(rng.key(self._seed, "sources"), self._sample, self._sample + rows)
         places = np.searchsorted(np.cumsum(self._shares), drawn, side="right")
-        found: list[int] = np.minimum(
-            places, len(self._shares) - 1
-        ).tolist()  # rounding may leave the sum of the shares below 1
+        found: list[int] = np.minimum(places, len(self._shares) - 1).tolist()  # shares may sum to less than 1
         return found
 
     def _read(self, chosen: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -42,9 +42,7 @@ class Data(Settings):
     section: ClassVar[str] = "data"
 
     sources: tuple[Source, ...]
-    held_out: Annotated[float, Within("[0, 1)")] = (
-        0.0  # share of each source that is held out, taken from its end
-    )
+    held_out: Annotated[float, Within("[0, 1)")] = 0.0  # share of each source held out, from its end
     tokenizer: str | None = None  # None: the tokenizer of the run's source
     append_eos: bool = True  # end a document with EOS, if there is one and the tokenizer did not add it
     cache: str | None = None  # folder of token files; None: RUN/tokens
@@ -57,8 +55,7 @@ class Data(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A token file: `count` ids of `dtype`, little endian, from `documents` documents with `bytes` of
-    text."""
+    """A token file: `count` ids of `dtype`, little endian; `documents` documents, `bytes` of text."""
 
     path: Path
     count: int
