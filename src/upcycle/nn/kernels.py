@@ -1,4 +1,4 @@
-"""How the experts of a model run: as grouped matrix products, or one after another.
+"""The choice of how experts run: as grouped matrix products, or one after another.
 
 torch's grouped products need rows of a multiple of 16 bytes. This module does not import torch, because a
 conversion uses it too.

@@ -1,6 +1,4 @@
-"""Runs `upcycle train`: reads a run file, writes metrics and checkpoints, and can stop and resume at any
-step.
-"""
+"""Runs `upcycle train`: reads a run file, writes metrics and checkpoints; can stop and resume at any step."""
 
 from __future__ import annotations
 
@@ -216,8 +214,7 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Throughput of training: tokens and active FLOPs per second, model FLOPs utilisation, and peak
-    memory."""
+    """Throughput of training: tokens and active FLOPs per second, MFU, and peak memory."""
 
     flops: int  # of training on one row
     tokens: int  # of one row

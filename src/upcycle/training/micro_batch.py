@@ -24,7 +24,7 @@ _SHARE = 0.7  # usable share of the free memory; the rest is for what is not cou
 _PER_PARAMETER = 16  # bytes for a weight, its gradient and its two moments, in float32
 _LOGITS = 16  # bytes per logit: itself, its float32 copy, its log-softmax, the gradient
 _KEPT = {"float32": 8, "mixed": 6, "bfloat16": 5}
-"""Bytes of a number that goes into a matrix or comes out of it: kept for the backward pass, and more."""
+"""Bytes per number that goes into or comes out of a matrix: what the backward pass keeps, and more."""
 
 
 def chosen(

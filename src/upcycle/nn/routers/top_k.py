@@ -24,10 +24,11 @@ class TopK(Router):
 
     With a `capacity_factor` C, an expert takes at most its share of a group of S tokens, rounded as in
     `capacity`: S K C / E (`vmoe`, `exact`) or S C / E (`flaxformer`, whose share has no K). None takes all
-    tokens. First choices come before second ones; among equals the earlier token comes first or, with
+    tokens. First choices come before second ones. Within each, the earlier token comes first or, with
     `batch_priority`, the token with the higher score (Riquelme et al. 2021). In a causal stack, a token's
-    choices come before those of all later tokens: otherwise a later token could take its place. `noise_std`
-    adds N(0, (noise_std / E)^2) to the logits in training (V-MoE).
+    choices come before those of all later tokens: otherwise a later token could take its place.
+
+    `noise_std` adds N(0, (noise_std / E)^2) to the logits in training (V-MoE).
     """
 
     summary = "each token takes its K best experts"

@@ -28,9 +28,7 @@ class Adafactor(Optimizer):
     decay: Annotated[float, AtLeast(0)] = 0.8  # c of beta2 = 1 - step^-c
     # the largest root mean square of an update, before the learning rate
     clip: Annotated[float, AtLeast(1)] = 1.0
-    least_scale: Annotated[float, AtLeast(0)] = (
-        1e-3  # least root mean square of a parameter for its relative rate
-    )
+    least_scale: Annotated[float, AtLeast(0)] = 1e-3  # least RMS of a parameter for its relative rate
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         import torch

@@ -32,7 +32,7 @@ class Schedule(Named, abc.ABC):
 
     peak: float  # the largest learning rate
     floor: float = 0.0  # the learning rate at the end
-    warmup: Annotated[int, AtLeast(0)] = 0  # number of steps
+    warmup: Annotated[int, AtLeast(0)] = 0  # number of warm-up steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,20 +67,20 @@ class Schedule(Named, abc.ABC):
         ]
 
     def continuing(self, stopped: int) -> str | None:
-        """Return a warning if the optimizer state comes from step `stopped` of another run; None if it
-        fits."""
+        """Return a warning if the optimizer continues from the wrong step of another run, `stopped`; else
+        None.
+        """
         return None
 
 
 def straight_down(rate: float, floor: float, left: int, decay: int) -> float:
-    """Return the rate with `left` steps to go, if the last `decay` steps go linearly from `rate` to
-    `floor`."""
+    """Return the rate with `left` steps to go, if it falls linearly to `floor` in the last `decay`."""
     part = left / decay if decay else 1.0
     return rate if part >= 1 else floor + (rate - floor) * part
 
 
 def early(warmup: int, decay: int, total: int) -> list[str]:
-    """Return a warning if a run of `total` steps decays before it has reached its peak."""
+    """Return warnings if a run of `total` steps decays before it has reached its peak."""
     if total <= warmup or warmup + decay <= total:
         return []
     return [

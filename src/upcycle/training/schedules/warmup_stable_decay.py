@@ -1,4 +1,4 @@
-"""Peak rate, then a linear decay at the end (MiniCPM, Hu et al. 2024, but linear)."""
+"""Peak rate, then a linear decay at the end (MiniCPM, Hu et al. 2024, but with a linear shape)."""
 
 from __future__ import annotations
 
