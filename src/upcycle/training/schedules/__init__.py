@@ -67,9 +67,7 @@ class Schedule(Named, abc.ABC):
         ]
 
     def continuing(self, stopped: int) -> str | None:
-        """Return a warning if the optimizer continues from the wrong step of another run, `stopped`; else
-        None.
-        """
+        """Return a warning if step `stopped` of the earlier run does not fit this schedule; else None."""
         return None
 
 
