@@ -18,11 +18,7 @@ from upcycle.families._checked import MOST_BLOCKS
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import kernels
 
-_MATRICES = (
-    "gate_up_proj",
-    "up_proj",
-    "down_proj",
-)  # stacked over a layer's experts
+_MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # stacked over all experts of a layer
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
 
 
