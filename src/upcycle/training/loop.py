@@ -216,9 +216,9 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
 class Rate:
     """Throughput of training: tokens and active FLOPs per second, MFU, and peak memory."""
 
-    flops: int  # of training on one row
-    tokens: int  # of one row
-    peak: float | None  # of one device, in FLOP/s
+    flops: int  # FLOPs of training on one row
+    tokens: int  # number of tokens in a row
+    peak: float | None  # FLOP/s of one device
     ranks: Ranks
 
     def over(self, record: StepMetrics, rows: int, seconds: float) -> StepMetrics:

@@ -41,7 +41,7 @@ class Said:
     scores: Tensor | None = None  # [T', E], rows sum to one; None: the softmax of the logits
     balanced: bool = False
     losses: Mapping[str, Tensor] = field(default_factory=dict)
-    loss_coefs: Mapping[str, float] = field(default_factory=dict)  # of the router's own losses
+    loss_coefs: Mapping[str, float] = field(default_factory=dict)  # coefficients of the router's own losses
     groups: int = 1
 
     @property

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from upcycle.nn.routing import Routing, Tokens
 
 KEY_STD = 0.02  # initial std of the key projection, the same as for a ViT's matrices in transformers
-NORM_EPS = 1e-5  # for the queries' LayerNorm
+NORM_EPS = 1e-5  # epsilon of the queries' LayerNorm
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {

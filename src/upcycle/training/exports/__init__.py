@@ -38,7 +38,7 @@ class Trained:
     run: Run
     record: RunRecord
     state: RunState
-    hashes: Hashes  # of the files that the run started from
+    hashes: Hashes  # hashes of the files that the run started from
 
     @property
     def step(self) -> int:
