@@ -24,9 +24,8 @@ class Augment(Settings):
     crop_padding: Annotated[int, AtLeast(0)] = 0
     # smallest share of the area to crop and resize
     resized_crop: Annotated[float, Within("[0, 1]")] = 0.0
-    interpolation: Literal["bilinear", "bicubic"] = (
-        "bilinear"  # interpolation in resized crops and RandAugment
-    )
+    # interpolation in resized crops and RandAugment
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     rand_augment_layers: Annotated[int, AtLeast(0)] = 0  # number of operations in a row, drawn for each image
     # magnitude of an operation, out of 30; timm and mmpretrain count to 10: their m9 is 27
     rand_augment_magnitude: Annotated[float, Within("[0, 30]")] = 9.0
