@@ -1,1 +1,1 @@
-"""What activations of the dense model tell: `upcycle calibrate`."""
+"""Collects activation statistics of a dense model: `upcycle calibrate`."""

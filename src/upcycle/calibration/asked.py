@@ -1,4 +1,4 @@
-"""What a person asks `upcycle calibrate` for."""
+"""The options of `upcycle calibrate`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from upcycle.errors import UpcycleError
 from upcycle.system.paths import as_paths
 from upcycle.tensors import rng
 
-IMAGES = 30_000  # taken of a set of images at most; about what MoE Jetpack takes of ImageNet
-ROWS = 2_048  # taken of a text at most: 2^20 tokens in rows of 512
+IMAGES = 30_000  # default limit for a set of images; about what MoE Jetpack uses of ImageNet
+ROWS = 2_048  # default limit for a text: 2^20 tokens in rows of 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Which statistics to collect, and on which data.
+    """The statistics to collect, and the data to collect them on.
 
-    `limit` is the number of images or rows at most; 0: all, None: `IMAGES` or `ROWS`. Raises `UpcycleError`
-    for what cannot be collected.
+    `limit` is the maximum number of images or rows; 0 means all, None means `IMAGES` or `ROWS`. Raises
+    `UpcycleError` for options that are invalid or do not go together.
     """
 
     images: Path | None = None
@@ -30,12 +30,12 @@ class Asked:
     collect: tuple[str, ...] = ("l1", "l2", "count")
     positions: tuple[str, ...] = tuple(POSITIONS)
     limit: int | None = None
-    length: int | None = None  # tokens of a row of text; None: 512, or as many as the model takes
+    length: int | None = None  # tokens per row of text; None: 512, or fewer if the model takes fewer
     batch_size: int = 32
-    threshold: float = 0.0  # above which a number counts as active
-    seed: int = 0  # of the order of examples
-    in_order: bool = False  # the first examples, as the released code of MoE Jetpack takes
-    device: str | None = None  # None: an accelerator, where there is one
+    threshold: float = 0.0  # a number above it counts as active
+    seed: int = 0  # seed of the order of examples
+    in_order: bool = False  # take the first examples, as the released code of MoE Jetpack does
+    device: str | None = None  # None: an accelerator if there is one
     cache: Path | None = None  # folder for decoded images and token files
     allow_nonfinite: bool = False
 
@@ -60,12 +60,12 @@ class Asked:
             raise UpcycleError(f"--threshold {self.threshold}; it must be a number")
 
     def examples(self, there: int) -> int:
-        """How many of `there` examples are taken."""
+        """Return how many of `there` examples are used."""
         default = IMAGES if self.images is not None else ROWS
         return min(there, (default if self.limit is None else self.limit) or there)
 
     def order(self, there: int) -> np.ndarray:
-        """The numbers of the examples that are taken, in order, int64 [N]."""
+        """Return the indices of the examples to use, in order, int64 [N]."""
         order = (
             np.arange(there) if self.in_order else rng.permutation(rng.key(self.seed, "calibration"), there)
         )

@@ -1,7 +1,7 @@
-"""`upcycle calibrate`: examples streamed through a dense model, and statistics of its activations.
+"""Streams examples through a dense model and collects statistics of its activations (`upcycle calibrate`).
 
-Takes a dense checkpoint and images or text; gives a file that `statistics.py` reads. Sums are saved beside it
-every so many batches, so that a pass that was stopped goes on to the same bits.
+Takes a dense checkpoint and images or text; writes a file that `statistics.py` reads. The sums are saved next
+to it every few batches, so that an interrupted pass resumes with bit-identical results.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def calibrate(
     progress: Progress | None = None,
     save_every: int = SAVE_EVERY,
 ) -> Statistics:
-    """Collect the statistics of the dense checkpoint `source` to the file `out`.
+    """Collect the statistics of the dense checkpoint `source` and write them to the file `out`.
 
-    Where a pass with the same arguments was stopped, it goes on from the sums that it left in OUT.partial.
-    Raises `UpcycleError` for input that cannot be used, and for a partial file of other arguments.
+    An interrupted pass with the same arguments resumes from the sums in OUT.partial. Raises `UpcycleError`
+    for unusable input, and for a partial file with other arguments.
     """
     out = Path(out)
     _refuse_target(out)
@@ -123,7 +123,7 @@ def _refuse_target(out: Path) -> None:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Keep a second pass from the same file: one that ended meanwhile is seen, and not written over."""
+    """Keep a second pass away from the same file, and refuse a result that another pass wrote meanwhile."""
     busy = f"another pass is writing {out}; wait for it or stop it"
     with lock.held(out.with_name(out.name + ".lock"), busy):
         _refuse_target(out)
@@ -131,7 +131,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _there(dense: Dense, asked: Asked) -> Asked:
-    """What is asked for of a model that may have no attention; said where something is left out."""
+    """Leave out heads if the model has no attention, and tell the user."""
     if "heads" not in asked.positions or any(stack.heads for stack in dense.stacks):
         return asked
     rest = tuple(position for position in asked.positions if position != "heads")
@@ -160,14 +160,14 @@ def _device(name: str | None) -> torch.device:
 
 
 def _free(device: torch.device) -> int | None:
-    """Bytes of memory that are free; None where nobody says."""
+    """Return the number of free bytes of memory; None if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return memory.available()
 
 
 def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
-    """Say what pairs of neurons take, and refuse what cannot fit: 4 bytes a parameter and a pair."""
+    """Report the memory for pairs of neurons and refuse what cannot fit (4 bytes per number)."""
     model = 4 * sum(t.size for t in dense.tensors.values())
     pairs = 0
     if "co_activation" in asked.collect:
@@ -195,7 +195,7 @@ def _rows(dense: Dense, asked: Asked, cache: Path) -> Rows:
 
 
 def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, count: int) -> dict[str, Any]:
-    """What the statistics depend on, as JSON has it. It holds no time and no path."""
+    """Return everything that the statistics depend on, as JSON; it has no times and no paths."""
     found = {
         "format": FORMAT,
         "upcycle_version": upcycle.__version__,
@@ -242,7 +242,7 @@ def _batch(
     *,
     gradient: bool,
 ) -> None:
-    """Show the model the examples numbered `places`. Without gradients its head is left out."""
+    """Run the model on the examples numbered `places`. Without gradients the head is left out."""
     read = rows.read(places)
     batch = {name: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for name, a in read.items()}
     question = rows.ask(batch)

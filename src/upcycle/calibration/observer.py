@@ -1,7 +1,7 @@
-"""Sums over the activations of a dense model, kept while it runs: what statistics are made of.
+"""Accumulates sums over the activations of a dense model while it runs, from which statistics are made.
 
-Letters: T real tokens of a batch, n numbers a token. Sums are of float64 and counts of whole numbers, so that
-how tokens come in batches shows in nothing but the rounding of the forward pass.
+Letters: T real tokens of a batch, n numbers per token. Sums are float64 and counts are integers, so that
+batching changes nothing but the rounding of the forward pass.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from upcycle.families import Stack
 
-_ELEMENTS = 1 << 22  # summed at once
-MOST = 2**31 - 1  # tokens: what a count of int32 holds
-DTYPES = {"count": torch.int64, "co_activation": torch.int32}  # of sums; the others are float64
+_ELEMENTS = 1 << 22  # the most to sum at once
+MOST = 2**31 - 1  # the maximum number of tokens: what an int32 count holds
+DTYPES = {"count": torch.int64, "co_activation": torch.int32}  # dtypes of the sums; the others are float64
 
 
 class Observer:
-    """Sums of what goes into the watched matrices of `model`, called POSITION.STACK.LAYER.NAME."""
+    """Sums over the inputs of the watched matrices of `model`, named POSITION.STACK.LAYER.NAME."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Observer:
         self._base, self._threshold = model.base_model, threshold
         device = torch.device("cpu") if model.device.type == "mps" else model.device  # mps has no float64
         self.sums: dict[str, Tensor] = {}
-        self.tokens = {stack.name: 0 for stack in stacks}  # seen by a block of each stack
+        self.tokens = {stack.name: 0 for stack in stacks}  # tokens that a block of each stack has seen
         self._stack_of: dict[str, str] = {}
         self._watched: dict[str, nn.Module] = {}
         self._real: Mapping[str, Tensor | None] = {}
@@ -59,7 +59,7 @@ class Observer:
                             self.sums[f"{key}.{name}"] = torch.zeros(shape, dtype=dtype, device=device)
 
     def _place(self, stack: Stack, position: str, i: int) -> tuple[nn.Module, int] | None:
-        """The module whose input is watched, and the size of that; None where blocks have none."""
+        """Return the module whose input is watched and the input's size; None if the blocks have none."""
         if position == "channels":
             return self._base.get_submodule(stack.module.format(i=i)), stack.hidden
         if position == "neurons":
@@ -74,8 +74,10 @@ class Observer:
 
     @contextmanager
     def watching(self, real: Mapping[str, Tensor | None]) -> Iterator[None]:
-        """One forward pass, and the backward pass of gradients. `real` [B, L] says for each stack which
-        tokens count; None: all. An error in between leaves the sums useless.
+        """Watch one forward pass, and the backward pass if gradients are collected.
+
+        `real` [B, L] says for each stack which tokens count; None: all. After an error inside the block, the
+        sums are invalid.
         """
         self._real = {name: None if r is None else r.flatten().bool() for name, r in real.items()}
         hooks = [
@@ -96,14 +98,14 @@ class Observer:
         self._add(key, values)
         if not self._gradients:
             return None
-        # A tensor of its own, so that its gradient is what comes back through this module alone; the first
-        # one that is watched begins the graph.
+        # Use a separate tensor, so that its gradient comes back through this module alone. The first watched
+        # tensor starts the graph.
         own = x.view_as(x) if x.requires_grad else values.requires_grad_()
         own.register_hook(partial(self._add_gradient, key, values.detach()))
         return (own, *rest)
 
     def _rows(self, key: str, x: Tensor) -> Tensor:
-        """Real tokens, [T, n]."""
+        """Return the real tokens, [T, n]."""
         rows, real = x.reshape(-1, x.shape[-1]), self._real.get(self._stack_of[key])
         return rows if real is None else rows[real]
 
@@ -127,7 +129,7 @@ class Observer:
 
 
 def _pairs(piece: Tensor, threshold: float) -> Tensor:
-    """How many tokens have both of two numbers above the threshold: [T, n] to int32 [n, n].
+    """Count the tokens with both of two numbers above the threshold: [T, n] to int32 [n, n].
 
     A piece has at most 2^22 tokens, so that float32 counts exactly.
     """
@@ -144,6 +146,6 @@ _SUMS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def means(name: str, total: Tensor, tokens: int) -> Tensor:
-    """A statistic of its sum over `tokens`, float32."""
+    """Return a statistic from its sum over `tokens`, float32."""
     found = total.double() / tokens
     return (found.sqrt() if name == "l2" else found).float()

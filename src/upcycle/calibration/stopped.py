@@ -1,4 +1,4 @@
-"""A calibration that was stopped: its sums, and what it was begun with, in a file beside the result."""
+"""The partial file of an interrupted calibration: its sums and its arguments, stored next to the result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from upcycle.checkpoints.tensor_file import Tensor
 from upcycle.dense.statistics import KEY, PARTIAL
 from upcycle.errors import UpcycleError, listed
 
-_STATE = KEY + PARTIAL  # of the metadata
+_STATE = KEY + PARTIAL  # its key in the metadata
 _TYPES = {torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
 
 
 def save(path: Path, observer: Observer, provenance: Mapping[str, Any], done: int) -> None:
-    """Write the sums after `done` examples; what was saved before stays until they are on disk."""
+    """Write the sums after `done` examples. The earlier file stays until the new one is on disk."""
     tensors = {
         name: Tensor(_TYPES[total.dtype], tuple(total.shape), partial(_numpy, total))
         for name, total in observer.sums.items()
@@ -38,9 +38,9 @@ def _numpy(total: torch.Tensor) -> np.ndarray:
 
 
 def begun(path: Path, provenance: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-    """How many examples a pass of this provenance had done and the tokens of each stack; none without a file.
+    """Return the number of examples done and the tokens of each stack; 0 and {} without a file.
 
-    Raises `UpcycleError` where the pass was begun with something else.
+    Raises `UpcycleError` if the pass was started with a different provenance.
     """
     if not path.exists():
         return 0, {}
@@ -63,7 +63,7 @@ def begun(path: Path, provenance: Mapping[str, Any]) -> tuple[int, dict[str, int
 
 
 def restore(path: Path, observer: Observer, tokens: Mapping[str, int]) -> None:
-    """Give the observer the sums that were saved."""
+    """Load the saved sums into the observer."""
     saved = read_header(path)
     for name, total in observer.sums.items():
         info = saved.get(name)

@@ -1,1 +1,1 @@
-"""Data: documents, tokens, images, and rows of them in order."""
+"""Data: documents, tokens and images, and rows of them in a reproducible order."""

@@ -1,4 +1,4 @@
-"""How images are augmented: the settings. `augmentation.py` does it, with torch."""
+"""The settings of image augmentation. `augmentation.py` applies them with torch."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment(Settings):
-    """The `[task.augment]` table. What is 0 is off."""
+    """The `[task.augment]` table. A setting of 0 is off."""
 
     section: ClassVar[str] = "task.augment"
 
     # probability of a horizontal flip; set it to 0 for digits and letters
     flip: Annotated[float, Within("[0, 1]")] = 0.5
-    # pixels of zeros on every side, out of which the old size is cropped
+    # pixels of zeros added on every side before a crop of the original size
     crop_padding: Annotated[int, AtLeast(0)] = 0
-    # smallest share of the area that is cropped and resized
+    # smallest share of the area to crop and resize
     resized_crop: Annotated[float, Within("[0, 1]")] = 0.0
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of resized crops and of RandAugment's moves
-    rand_augment_layers: Annotated[int, AtLeast(0)] = 0  # operations in a row, drawn for each image
-    # timm and mmpretrain count to 10: their m9 is 27
+    # interpolation in resized crops and RandAugment
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    rand_augment_layers: Annotated[int, AtLeast(0)] = 0  # number of operations in a row, drawn for each image
+    # magnitude of an operation, out of 30; timm and mmpretrain count to 10: their m9 is 27
     rand_augment_magnitude: Annotated[float, Within("[0, 30]")] = 9.0
-    # of the magnitude, drawn for each image and operation; their mstd0.5 is 1.5
+    # standard deviation of the magnitude, drawn for each image and operation; their mstd0.5 is 1.5
     rand_augment_std: Annotated[float, AtLeast(0)] = 0.0
-    # of an operation to be done at all; theirs is 0.5
+    # probability that an operation is applied at all; theirs is 0.5
     rand_augment_probability: Annotated[float, Within("[0, 1]")] = 1.0
     rand_augment_operations: Literal["paper", "increasing"] = "paper"  # see `_RandAugment`
     mixup: Annotated[float, AtLeast(0)] = 0.0  # alpha of the beta distribution
-    # alpha; where mixup is on as well, each batch takes one of the two
+    # alpha of the beta distribution; if mixup is on as well, each batch takes one of the two
     cutmix: Annotated[float, AtLeast(0)] = 0.0
     erasing: Annotated[float, Within("[0, 1]")] = 0.0  # probability that a rectangle is erased
-    # of the rectangle, smallest and largest share
+    # smallest and largest share of the area for the rectangle
     erasing_area: tuple[Annotated[float, Within("(0, 1]")], ...] = (0.02, 0.33)
-    # its colour, or N(0, 1) for each pixel (`rand` of others)
+    # fill the rectangle with the mean colour, or with N(0, 1) for each pixel (`rand` elsewhere)
     erasing_fill: Literal["mean", "noise"] = "mean"
-    # share of the target that all classes get alike
+    # share of the target that is spread evenly over all classes
     label_smoothing: Annotated[float, Within("[0, 1)")] = 0.0
-    # of a channel; none: those of preprocessor_config.json, or 0.5
+    # mean of each channel; none: that of preprocessor_config.json, or 0.5
     mean: tuple[Annotated[float, Finite()], ...] = ()
-    std: tuple[Annotated[float, Above(0)], ...] = ()  # of a channel, likewise
+    std: tuple[Annotated[float, Above(0)], ...] = ()  # standard deviation of each channel, likewise
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,25 +57,25 @@ class Augment(Settings):
             )
 
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] as float [B, C, H, W] in 0..1."""
+        """Convert uint8 [B, H, W, C] to float [B, C, H, W] in 0..1."""
         from upcycle.data import augmentation
 
         return augmentation.pixels(images)
 
     def normalized(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] less the mean, divided by the standard deviation of each channel."""
+        """Subtract each channel's mean from [B, C, H, W] and divide by its standard deviation."""
         from upcycle.data import augmentation
 
         return augmentation.normalized(self, images)
 
     def evaluate(self, images: Tensor) -> Tensor:
-        """Images in 0..1 as the model takes them, nothing changed at random."""
+        """Return images in 0..1 as the model expects them, without random changes."""
         return self.normalized(images)
 
     def train(self, images: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] in 0..1 and labels [B] as augmented, normalised images and targets [B, N].
+        """Augment and normalise images [B, C, H, W] in 0..1 with labels [B]; return them and targets [B, N].
 
-        A row of the targets sums to one: the shares that the classes have in the image, smoothed.
+        Each row of the targets sums to one: the share of every class in the image, smoothed.
         """
         from upcycle.data import augmentation
 

@@ -1,7 +1,7 @@
-"""Augmentation of batches of images on tensors, and the soft targets that go with it.
+"""Augments batches of images as tensors, and makes the soft targets that go with them.
 
-Every draw comes from torch's global generator on the CPU: `torch.manual_seed` makes a batch repeatable, and
-what is off draws nothing.
+Every draw comes from torch's global generator on the CPU, so that `torch.manual_seed` makes a batch
+reproducible. A setting that is off draws nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, C] as float [B, C, H, W] in 0..1."""
+    """Convert uint8 [B, H, W, C] to float [B, C, H, W] in 0..1."""
     return images.permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 def normalized(settings: Augment, images: Tensor) -> Tensor:
-    """[B, C, H, W] less the mean, divided by the standard deviation of each channel."""
+    """Subtract each channel's mean from [B, C, H, W] and divide by its standard deviation."""
     return (images - _of(settings, images, "mean")) / _of(settings, images, "std")
 
 
@@ -45,13 +45,13 @@ def _of(settings: Augment, images: Tensor, name: str) -> Tensor:
 
 
 def train(settings: Augment, images: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """Images [B, C, H, W] in 0..1 and labels [B] as augmented, normalised images and targets [B, N].
+    """Augment and normalise images [B, C, H, W] in 0..1 with labels [B]; return them and targets [B, N].
 
-    A row of the targets sums to one: the shares that the classes have in the image, smoothed.
+    Each row of the targets sums to one: the share of every class in the image, smoothed.
     """
     if settings.resized_crop:
         crop = _resized_crop(tuple(images.shape[-2:]), settings.resized_crop, settings.interpolation)
-        images = crop(images).clamp(0, 1)  # bicubic goes beyond
+        images = crop(images).clamp(0, 1)  # bicubic interpolation overshoots
     if settings.crop_padding:
         images = _cropped(images, settings.crop_padding)
     if settings.flip:
@@ -76,7 +76,7 @@ def train(settings: Augment, images: Tensor, labels: Tensor, num_labels: int) ->
 
 
 def _erased(settings: Augment, images: Tensor) -> Tensor:
-    """Normalised images with a rectangle of each erased, or not."""
+    """Erase a rectangle of each normalised image, with the probability of the settings."""
     erase = _erasing(settings.erasing, settings.erasing_area)
     if settings.erasing_fill == "mean":
         return erase(images)
@@ -85,7 +85,7 @@ def _erased(settings: Augment, images: Tensor) -> Tensor:
 
 
 def _mixed(settings: Augment, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Every image with another of the batch, by mixup or cutmix, one share for all."""
+    """Mix every image with another of the batch, by mixup or cutmix, with one share for the whole batch."""
     if not (settings.mixup or settings.cutmix):
         return images, targets
     cut = bool(settings.cutmix) and (not settings.mixup or bool(torch.rand(()) < 0.5))
@@ -100,7 +100,7 @@ def _mixed(settings: Augment, images: Tensor, targets: Tensor) -> tuple[Tensor, 
 
 
 def _cropped(images: Tensor, padding: int) -> Tensor:
-    """A crop of each image's own size, out of the image with zeros around it."""
+    """Pad each image with zeros and crop it to its original size at a random place."""
     count, _, height, width = images.shape
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     top, left = torch.randint(2 * padding + 1, (2, count)).to(images.device)
@@ -108,9 +108,9 @@ def _cropped(images: Tensor, padding: int) -> Tensor:
 
 
 def _cut(images: Tensor, other: Tensor, share: float) -> tuple[Tensor, float]:
-    """A rectangle of the other images pasted in, and the share that is left of the first ones.
+    """Paste a rectangle of the other images in; return the images and the share left of the originals.
 
-    The rectangle has 1 - share of the area before it is clipped at the border.
+    Before it is clipped at the border, the rectangle has 1 - share of the area.
     """
     size = images.shape[-2:]
     sides = [round(n * math.sqrt(1 - share)) for n in size]
@@ -124,11 +124,11 @@ def _cut(images: Tensor, other: Tensor, share: float) -> tuple[Tensor, float]:
     return mixed, 1 - area / (size[0] * size[1])
 
 
-# --- what kornia does
+# --- operations from kornia
 
 
 def _kornia(part: str) -> Any:
-    """A part of kornia, which takes a second to import."""
+    """Import a part of kornia on demand; the import takes a second."""
     import importlib
 
     try:
@@ -156,11 +156,12 @@ def _erasing(probability: float, area: tuple[float, ...]) -> Callable[[Tensor], 
 
 
 def _brighter_shadows(images: Tensor, strength: Tensor) -> Tensor:
-    """SolarizeAdd: up to 110 of 255 more, where there is less than half the light."""
+    """Apply SolarizeAdd: add up to 110 of 255 to pixels of less than half the brightness."""
     return torch.where(images < 128 / 255, (images + strength * 110 / 255).clamp(max=1), images)
 
 
-# Kornia's module, images [B, C, H, W], a factor [B] of 1 +- 0.9 strength, and the strength [B] in 0..1.
+# The arguments are kornia's module, images [B, C, H, W], a factor [B] of 1 +- 0.9 strength, and the strength
+# [B] in 0..1.
 _COLOURS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "autocontrast": lambda k, x, change, strength: k.normalize_min_max(x),
     "equalize": lambda k, x, change, strength: k.equalize(x),
@@ -183,17 +184,18 @@ _OPERATIONS = {
 _MOVES = 5  # rotate, shear in x and y, translate in x and y
 _ROTATION = math.radians(30)
 _SHEAR = 0.3
-_TRANSLATIONS = {"paper": 150 / 331, "increasing": 0.45}  # of the side
+_TRANSLATIONS = {"paper": 150 / 331, "increasing": 0.45}  # as a share of the side
 
 
 @dataclasses.dataclass(frozen=True)
 class _RandAugment:
-    """Operations of RandAugment, drawn for each image.
+    """RandAugment with operations drawn for each image.
 
-    `paper`: the paper's fourteen, one being none. `increasing`: timm's fifteen with increasing severity
-    (rand-m9-mstd0.5-inc1), as in mmpretrain; none of them is none. The operations are kornia's, which agree
-    with Pillow's; its RandAugment draws one for the whole batch. A larger magnitude always changes more, in
-    ranges that are torchvision's and timm's. Strengths and their deviation are shares of the largest.
+    `paper` has the paper's fourteen operations, one of which is the identity. `increasing` has timm's fifteen
+    with increasing severity (rand-m9-mstd0.5-inc1), as in mmpretrain, without the identity. The operations
+    are kornia's, which agree with Pillow's; kornia's own RandAugment draws one operation for the whole batch.
+    A larger magnitude always changes more, in the ranges of torchvision and timm. `strength` and `deviation`
+    are shares of the largest magnitude.
     """
 
     operations: str
@@ -203,7 +205,7 @@ class _RandAugment:
     interpolation: str = "bilinear"
 
     def layer(self, images: Tensor) -> Tensor:
-        """One operation on each image."""
+        """Apply one operation to each image."""
         enhance, colours = _kornia("enhance"), _OPERATIONS[self.operations]
         nothing = self.operations == "paper"
         count = len(images)
@@ -231,7 +233,7 @@ class _RandAugment:
 
 
 def _moved(images: Tensor, levels: Tensor, translation: float, interpolation: str = "bilinear") -> Tensor:
-    """Images rotated, sheared and translated by `levels` [B, 5] of the largest change, zeros around them."""
+    """Rotate, shear and translate images by `levels` [B, 5] of the largest change, with zero padding."""
     height, width = images.shape[-2:]
     angle = levels[:, 0] * _ROTATION
     sine, cosine = angle.sin(), angle.cos()

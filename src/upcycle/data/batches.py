@@ -1,8 +1,8 @@
-"""Rows of tokens in an order that depends on the seed alone: resumed exactly, the same on any ranks.
+"""Rows of tokens in an order that depends only on the seed: it resumes exactly, on any number of ranks.
 
-A row is L + 1 ids that follow each other in a source: L predictions, which no other row makes. The last
-rows of each source are held out. An epoch of a source is a permutation keyed by (seed, source, epoch); which
-source row number n of the run comes from is drawn by weight, keyed by (seed, n).
+A row is L + 1 consecutive ids of a source and makes L predictions, which no other row makes. The last rows of
+each source are held out. An epoch of a source is a permutation keyed by (seed, source, epoch). The source of
+row number n of the run is drawn by weight, keyed by (seed, n).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from upcycle.tensors import rng
 
 
 class Batches:
-    """Rows from several token files, and a position among them.
+    """Rows from several token files, with a position that can be saved.
 
-    Raises `UpcycleError` for a source too short for one row, or for one to train on and one held out.
+    Raises `UpcycleError` for a source that is too short for one training row, or for a held-out one if asked.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Batches:
         self._shares = np.asarray(weights, np.float64) / sum(weights)
         self._rows = [(t.count - 1) // length for t in tokens]
         self.trainable = [n - round(n * held_out) for n in self._rows]
-        """Rows of each source that are trained on."""
+        """The number of training rows of each source."""
         for source, n, trained in zip(tokens, self._rows, self.trainable, strict=True):
             if n < 1:
                 raise UpcycleError(
@@ -48,23 +48,23 @@ class Batches:
 
     @property
     def position(self) -> int:
-        """How many rows were given out."""
+        """The number of rows given out so far."""
         return self._sample
 
     @property
     def epochs(self) -> list[float]:
-        """How often each source has been gone through."""
+        """The number of passes over each source."""
         return [used / rows for used, rows in zip(self._consumed, self.trainable, strict=True)]
 
     def state(self) -> dict[str, Any]:
-        """The position, as JSON has it."""
+        """Return the position as JSON."""
         state = {"sample": self._sample, "consumed": list(self._consumed)}
         state["tokens"] = [t.count for t in self._tokens]
         hashes = [t.sha256 for t in self._tokens]
         return state if None in hashes else {**state, "sha256": hashes}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to a position. Raises `UpcycleError` where the sources have changed since."""
+        """Go to a saved position. Raises `UpcycleError` if the sources have changed since."""
         names, counts = [t.name for t in self._tokens], [t.count for t in self._tokens]
         hashes = [t.sha256 for t in self._tokens]
         _refuse_damaged(state)
@@ -88,7 +88,7 @@ class Batches:
         self._sample, self._consumed = state["sample"], list(state["consumed"])
 
     def next(self, rows: int, part: slice = slice(None)) -> np.ndarray:
-        """The next `rows` rows, of which those of `part` are read: int64 [N, L + 1]."""
+        """Advance by `rows` rows and return those in `part`: int64 [N, L + 1]."""
         chosen = []
         for source in self._sources(rows):
             epoch, place = divmod(self._consumed[source], self.trainable[source])
@@ -99,13 +99,14 @@ class Batches:
         return self._read(chosen[part])
 
     def at(self, places: Sequence[int]) -> np.ndarray:
-        """The rows numbered `places` of the first source, held out or not: int64 [N, L + 1]."""
+        """Return the rows numbered `places` of the first source, held out or not: int64 [N, L + 1]."""
         return self._read([(0, int(place)) for place in places])
 
     def held_out(self, rows: int | None = None) -> np.ndarray:
-        """Held-out rows, always the same: all, or at most `rows`, shared by weight, int64 [N, L + 1].
+        """Return held-out rows, always the same ones: int64 [N, L + 1].
 
-        Where `rows` allows, every source has one.
+        These are all of them, or at most `rows`, divided between the sources by weight. If `rows` allows,
+        every source has one.
         """
         there = [n - trained for n, trained in zip(self._rows, self.trainable, strict=True)]
         wanted = there if rows is None else self._shared(rows)
@@ -116,7 +117,7 @@ class Batches:
         return self._read(chosen)
 
     def _shared(self, rows: int) -> list[int]:
-        """`rows` divided by weight, after one for each source."""
+        """Divide `rows` by weight, after one for each source."""
         n = len(self._shares)
         if rows < n:
             return [1] * rows + [0] * (n - rows)
@@ -124,10 +125,10 @@ class Batches:
         return [1 + int(more) for more in np.diff(ends, prepend=0)]
 
     def _sources(self, rows: int) -> list[int]:
-        """The sources of the next rows."""
+        """Draw the sources of the next rows."""
         drawn = rng.uniforms(rng.key(self._seed, "sources"), self._sample, self._sample + rows)
         places = np.searchsorted(np.cumsum(self._shares), drawn, side="right")
-        found: list[int] = np.minimum(places, len(self._shares) - 1).tolist()  # the shares may end below 1
+        found: list[int] = np.minimum(places, len(self._shares) - 1).tolist()  # shares may sum to less than 1
         return found
 
     def _read(self, chosen: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -139,7 +140,7 @@ class Batches:
 
 
 def _refuse_damaged(state: dict[str, Any]) -> None:
-    """Refuse a position that is none."""
+    """Raise `UpcycleError` for a malformed position."""
     lists = [state.get("tokens"), state.get("consumed")]
     whole = type(state.get("sample")) is int and all(
         isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in lists

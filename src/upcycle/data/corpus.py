@@ -1,10 +1,9 @@
-"""Token files: each source tokenised once into a file that is mapped into memory and never parsed again.
+"""Token files: each source is tokenised once, into a file that is memory-mapped and never parsed again.
 
-`KEY.bin` holds the ids, little endian; `KEY.json`, written last, says what they are. The key is made of
-all that the ids depend on, the text by name, size and time. What is found is checked: the ids by their hash,
-which costs a thousandth of what tokenising does; the text by stamp, and where that differs by its hash
-(`stamps.py`). A long document is tokenised in pieces, cut where the ids come out as those of
-the whole.
+`KEY.bin` holds the ids, little endian. `KEY.json`, written last, describes them. The key is a hash of
+everything that the ids depend on, with the text by name, size and time. Existing files are checked: the ids
+by their hash, which costs a thousandth of tokenising; the text by its stamp and, if that differs, by its hash
+(`stamps.py`). A long document is tokenised in pieces, cut where the ids stay the same as for the whole.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from upcycle.system import progress, whole_file
 from upcycle.system.progress import Work
 
 FORMAT = 2
-_PIECE = 1 << 18  # characters of a document tokenised as one string
-_BATCH = 1 << 20  # characters given to the tokenizer at once
-_MOST_IDS = 1 << 24  # of a tokenizer: no vocabulary comes near it
-_NEAR = 256  # characters on either side of a cut that are looked at
+_PIECE = 1 << 18  # maximum number of characters of a document tokenised as one string
+_BATCH = 1 << 20  # number of characters given to the tokenizer at once
+_MOST_IDS = 1 << 24  # upper limit for a tokenizer's ids; no vocabulary comes near it
+_NEAR = 256  # number of characters compared on either side of a cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +42,9 @@ class Data(Settings):
     section: ClassVar[str] = "data"
 
     sources: tuple[Source, ...]
-    held_out: Annotated[float, Within("[0, 1)")] = 0.0  # share of each source, its last part
-    tokenizer: str | None = None  # None: that of the run's source
-    append_eos: bool = True  # end a document with EOS, if there is one and the tokenizer did not put it there
+    held_out: Annotated[float, Within("[0, 1)")] = 0.0  # share of each source held out, from its end
+    tokenizer: str | None = None  # None: the tokenizer of the run's source
+    append_eos: bool = True  # end a document with EOS, if there is one and the tokenizer did not add it
     cache: str | None = None  # folder of token files; None: RUN/tokens
 
     def __post_init__(self) -> None:
@@ -56,24 +55,24 @@ class Data(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A token file: `count` ids of `dtype`, little endian, of `documents` documents and `bytes` of text."""
+    """A token file: `count` ids of `dtype`, little endian; `documents` documents, `bytes` of text."""
 
     path: Path
     count: int
     dtype: str
     documents: int
     bytes: int
-    name: str  # of the source, for messages
-    sha256: str | None = None  # of the file
+    name: str  # name of the source, for messages
+    sha256: str | None = None  # hash of the file
 
     def ids(self) -> np.memmap:
-        """All ids, mapped into memory, [count]."""
+        """Return all ids, memory-mapped, [count]."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document, and the bytes of text it stands for (a cut may swallow a blank)."""
+    """A part of a document, and the bytes of text that it covers (a cut may swallow a blank)."""
 
     text: str
     begins: bool
@@ -82,9 +81,9 @@ class Piece:
 
 
 def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) -> list[Tokens]:
-    """The token file of each source, made in the folder `cache` where it is not there yet.
+    """Return the token file of each source; make it in the folder `cache` if it does not exist.
 
-    One process calls it first; the others find the files afterwards. Raises `UpcycleError` for data or a
+    One process must call this first; the others then find the files. Raises `UpcycleError` for data or a
     tokenizer that cannot be used.
     """
     words = tokenizer(data, source_folder)
@@ -102,33 +101,33 @@ def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) ->
 
 
 def tokenizer(data: Data, source_folder: Path) -> Any:
-    """The tokenizer that the data is read with. Raises `UpcycleError` where there is none."""
+    """Return the tokenizer for the data. Raises `UpcycleError` if there is none."""
     return read_tokenizer(data.tokenizer or source_folder)
 
 
 def read_tokenizer(where: str | Path) -> Any:
-    """The tokenizer in a folder. Raises `UpcycleError` where there is none."""
+    """Return the tokenizer in a folder. Raises `UpcycleError` if there is none."""
     from transformers import AutoTokenizer
 
     try:
         found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        # Some classes make a tokenizer of special tokens alone where there are no files.
+        # Without files, some classes make a tokenizer of special tokens alone.
         if found.get_vocab().keys() <= {*found.get_added_vocab(), *found.all_special_tokens}:
             raise ValueError("its vocabulary is empty")
         word, largest = max(found.get_vocab().items(), key=lambda item: item[1])
-        if largest >= _MOST_IDS:  # the tokenizers library makes a list as long as that
+        if largest >= _MOST_IDS:  # the tokenizers library allocates a list of that length
             raise ValueError(f"{word!r} has the id {largest}; ids must be less than {_MOST_IDS:,}")
-    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
+    except Exception as error:  # tokenizers raises plain Exception for an unreadable file
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
         raise UpcycleError(
             f"{where} has no tokenizer that can be read ({reason}); put its files there or set data.tokenizer"
         ) from None
-    found.model_max_length = 1 << 60  # rows are packed: no document is too long
+    found.model_max_length = 1 << 60  # rows are packed, so that no document is too long
     return found
 
 
 def _key(source: Source, data: Data, tokenizer: Any, vocab_size: int) -> str:
-    """What the ids depend on: the tokenizer, how it is used, and the files by name, size and time."""
+    """Hash what the ids depend on: the tokenizer, its use, and the files by name, size and time."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer.get_vocab())
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files(source)]
     where = source.path if not stats else str(Path(source.path).resolve())
@@ -143,7 +142,7 @@ def _dtype(vocab_size: int) -> str:
 
 
 def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
-    """The token file as it was made before; None where it is not there or not whole."""
+    """Return an existing token file; None if it is missing or damaged."""
     try:
         known = json.loads(path.with_suffix(".json").read_text())
         count, number, size = (int(known[key]) for key in ("count", "documents", "bytes"))
@@ -163,7 +162,7 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
         if not _is_of(known.get("files", {}), source):
             return None
         digest = file_hash(path)
-        # Files of older versions have no hash: their largest id tells of the worst.
+        # Files of older versions have no hash; their largest id detects the worst damage.
         whole = digest == known["sha256"] if "sha256" in known else int(tokens.ids().max()) == largest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
@@ -175,7 +174,7 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
 
 
 def _is_of(made_from: dict[str, Any], source: Source) -> bool:
-    """Whether a token file was made from the text that is there now."""
+    """Return whether a token file was made from the current text."""
     known = {name: (stamp, digest) for name, (stamp, digest) in made_from.items()}
     return all(
         is_as_it_was(path, *known[name]) for path in files(source) if (name := str(path.resolve())) in known
@@ -184,7 +183,8 @@ def _is_of(made_from: dict[str, Any], source: Source) -> bool:
 
 def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: int) -> Tokens:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that share a cache may make the same file at the same time: each its own, the last one stays.
+    # Runs that share a cache may make the same file at the same time: each writes its own, and the last one
+    # stays.
     partial = path.with_suffix(f".{os.getpid()}.partial")
     dtype = _dtype(vocab_size)
     count = number = size = largest = 0
@@ -246,16 +246,16 @@ def _refuse(largest: int, vocab_size: int, source: Source) -> None:
 
 def _tokenising(source: Source) -> AbstractContextManager[Work]:
     found = files(source)
-    # The size of other files is not that of their text, because they are compressed.
+    # Other files are compressed, so their size is not that of their text.
     plain = bool(found) and all(p.suffix in (".txt", ".text", ".jsonl") for p in found)
     total = sum(p.stat().st_size for p in found) if plain else None
     return progress.work(f"tokenising {Path(source.path).name}", "bytes", total=total)
 
 
 def pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
-    """The documents of `stream` (text, whether it begins one), in pieces of about 262,144 characters.
+    """Cut the documents of `stream` into pieces of about 262,144 characters.
 
-    A document without text is left out.
+    `stream` has pairs of a text and whether it begins a document. Documents without text are left out.
     """
     rest, begins = "", True
     for text, begins_document in stream:
@@ -283,10 +283,11 @@ def _bytes(text: str, source: Source) -> int:
 
 
 def _cut(text: str, end: int, tokenizer: Any) -> tuple[int, int]:
-    """Where the piece before about `end` stops and the next one starts.
+    """Return where the piece before about `end` stops and where the next one starts.
 
-    Chosen so that the two give the ids of the whole, as far as `_NEAR` characters around tell: a tokenizer
-    that puts a blank before a text needs the blank between the two swallowed, another needs it kept.
+    The two pieces must give the ids of the whole, compared over `_NEAR` characters on either side. A
+    tokenizer that adds a blank before a text needs the blank between the pieces dropped; another needs it
+    kept.
     """
     first = max(1, end - _PIECE // 2)
     between_words = re.finditer(r"(?<=\S)\s(?=\S)", text[first - 1 : end + 1])
@@ -308,7 +309,7 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """About `_BATCH` characters at a time."""
+    """Group pieces into batches of about `_BATCH` characters."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -322,7 +323,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode(pieces: list[Piece], tokenizer: Any, append_eos: bool) -> Iterator[np.ndarray]:
-    """The ids of each piece, int64 [N], with what the tokenizer puts before and after a document."""
+    """Yield the ids of each piece, int64 [N], with the special tokens before and after a document."""
     bare = tokenizer(
         [p.text for p in pieces], add_special_tokens=False, return_attention_mask=False
     ).input_ids
@@ -335,7 +336,7 @@ def _encode(pieces: list[Piece], tokenizer: Any, append_eos: bool) -> Iterator[n
 
 
 def _special(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text."""
+    """Return the ids that the tokenizer adds before and after a text."""
     full, bare = tokenizer("a").input_ids, _ids("a", tokenizer)
     start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
     return full[:start], full[start + len(bare) :]

@@ -1,7 +1,7 @@
-"""What an encoder is trained to undo: T5's corrupted spans, BERT's masked tokens.
+"""Corruption for denoising objectives: T5's corrupted spans and BERT's masked tokens.
 
-A row is corrupted by numbers from the stream of its own key, so that it comes out the same in any batch, on
-any rank and after any stop.
+Each row is corrupted with random numbers from its own key, so that it is the same in any batch, on any rank
+and after any restart.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
 
-IGNORED = -100  # the label of a place where nothing is predicted
+IGNORED = -100  # the label of positions without a prediction
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanLengths:
-    """A row of `raw` tokens, of which `noise` go to the targets, in `spans` spans."""
+    """The lengths for a row of `raw` tokens, `noise` of which move to the targets in `spans` spans."""
 
     raw: int
     noise: int
@@ -27,23 +27,23 @@ class SpanLengths:
 
     @property
     def kept(self) -> int:
-        """Tokens that stay in the inputs."""
+        """The number of tokens that stay in the inputs."""
         return self.raw - self.noise
 
     @property
     def inputs(self) -> int:
-        """What is kept, one sentinel a span, EOS."""
+        """The length of the inputs: the kept tokens, one sentinel per span, and EOS."""
         return self.kept + self.spans + 1
 
     @property
     def targets(self) -> int:
-        """What is taken out, one sentinel a span, EOS."""
+        """The length of the targets: the removed tokens, one sentinel per span, and EOS."""
         return self.noise + self.spans + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corrupted:
-    """Rows with their spans taken out."""
+    """Rows with their spans removed, and the targets made of the spans."""
 
     inputs: np.ndarray  # int64 [N, I]
     targets: np.ndarray  # int64 [N, T]
@@ -51,16 +51,16 @@ class Corrupted:
 
 @dataclass(frozen=True, kw_only=True)
 class Masked:
-    """Rows with some tokens hidden, and the hidden tokens; `IGNORED` elsewhere."""
+    """Rows with some tokens hidden; the labels are the hidden tokens, and `IGNORED` elsewhere."""
 
     inputs: np.ndarray  # int64 [N, L]
     labels: np.ndarray  # int64 [N, L]
 
 
 def span_lengths(inputs: int, *, noise_density: float = 0.15, mean_span: float = 3.0) -> SpanLengths:
-    """The longest row whose inputs fit into `inputs` tokens; they fill it.
+    """Return the lengths for the longest row whose inputs fit into `inputs` tokens; they fill it.
 
-    Raises `UpcycleError` where there is no such row.
+    Raises `UpcycleError` if there is no such row, or if an argument is out of range.
     """
     if inputs < 3:
         raise UpcycleError(
@@ -70,7 +70,7 @@ def span_lengths(inputs: int, *, noise_density: float = 0.15, mean_span: float =
         raise UpcycleError(f"noise_density = {noise_density}; it must be greater than 0 and less than 1")
     if not 1 <= mean_span < float("inf"):
         raise UpcycleError(f"mean_span = {mean_span}; it must be 1 or more tokens")
-    # One more token in a row is at most one more in its inputs, and none has more than a sentinel a token.
+    # One more token in a row adds at most one to its inputs, and there is at most one sentinel per token.
     raw = inputs - 1
     while _lengths(raw + 1, noise_density, mean_span).inputs <= inputs:
         raw += 1
@@ -91,11 +91,11 @@ def _lengths(raw: int, noise_density: float, mean_span: float) -> SpanLengths:
 def corrupt_spans(
     tokens: np.ndarray, keys: Sequence[rng.Key], *, lengths: SpanLengths, sentinels: Sequence[int], eos: int
 ) -> Corrupted:
-    """Rows `tokens`, int64 [N, raw], of which `keys` has one each, with random spans moved to the targets.
+    """Move random spans of the rows `tokens`, int64 [N, raw], to the targets.
 
-    A row begins with what is kept and ends with a span, and all such ways to cut it are equally likely.
-    `sentinels` are the ids that stand for the first span, the second, and so on. Raises `UpcycleError` where
-    there are fewer than spans.
+    `keys` has one key per row. A row begins with kept tokens and ends with a span, and all such ways to cut
+    it are equally likely. `sentinels` are the ids that replace the first span, the second, and so on. Raises
+    `UpcycleError` if there are fewer sentinels than spans.
     """
     rows = len(tokens)
     assert tokens.shape == (rows, lengths.raw)
@@ -117,7 +117,7 @@ def corrupt_spans(
 
 
 def _uniforms(keys: Sequence[rng.Key], rows: int, n: int) -> np.ndarray:
-    """The first `n` numbers of the stream of each row, float32 [N, n]."""
+    """Return the first `n` random numbers of each row's key, float32 [N, n]."""
     draws = np.empty((rows, n), np.float32)
     for row, key in zip(draws, keys, strict=True):
         row[:] = rng.uniforms(key, 0, n)
@@ -125,13 +125,13 @@ def _uniforms(keys: Sequence[rng.Key], rows: int, n: int) -> np.ndarray:
 
 
 def _segments(draws: np.ndarray, parts: int) -> np.ndarray:
-    """Random lengths of `parts` parts, none empty, that sum to one more than a row has draws; [N, parts]."""
+    """Return random lengths of `parts` non-empty parts, [N, parts]; they sum to the draws of a row + 1."""
     cuts = np.sort(np.argsort(draws, axis=1, kind="stable")[:, : parts - 1], axis=1) + 1
     return np.diff(cuts, axis=1, prepend=0, append=draws.shape[1] + 1)
 
 
 def _joined(tokens: np.ndarray, places: np.ndarray, marks: np.ndarray, eos: int, length: int) -> np.ndarray:
-    """Rows of `length` with `marks` at `places`, EOS at the end and `tokens`, row after row, elsewhere."""
+    """Build rows of `length` with `marks` at `places`, EOS at the end, and `tokens` in order elsewhere."""
     out = np.empty((len(places), length), np.int64)
     free = np.ones(out.shape, bool)
     np.put_along_axis(free, places, False, axis=1)
@@ -150,10 +150,11 @@ def mask_tokens(
     vocab_size: int,
     special_ids: frozenset[int],
 ) -> Masked:
-    """Rows `tokens`, int64 [N, L], of which `keys` has one each, with tokens at random to be predicted.
+    """Choose random tokens of the rows `tokens`, int64 [N, L], for prediction, and mask them.
 
-    Each token that is not special is chosen with `probability`. Of the chosen, 80% become `mask_id`, 10% any
-    id of the vocabulary, and 10% stay. Raises `UpcycleError` for a probability or a `mask_id` that cannot be.
+    `keys` has one key per row. Each token that is not special is chosen with `probability`. Of the chosen
+    tokens, 80% become `mask_id`, 10% a random id of the vocabulary, and 10% stay. Raises `UpcycleError` for
+    an invalid probability or `mask_id`.
     """
     if not 0 < probability <= 1:
         raise UpcycleError(f"probability = {probability}; it must be greater than 0 and at most 1")

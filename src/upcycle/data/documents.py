@@ -1,4 +1,4 @@
-"""Documents of a training source, one after another: text, JSON lines, parquet, Hugging Face datasets."""
+"""Reads the documents of a training source: text, JSON lines, parquet or Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Annotated, Any, ClassVar
 from upcycle.errors import UpcycleError, listed
 from upcycle.settings import Above, Settings, Verbatim
 
-_PIECE = 1 << 20  # characters of a text file read at once
-_LINE = 1 << 28  # characters of a line of JSON, at most
-_ROWS = 256  # of a parquet file in memory at a time: a few bytes may stand for rows of any length
+_PIECE = 1 << 20  # characters to read from a text file at once
+_LINE = 1 << 28  # maximum length of a line of JSON, in characters
+_ROWS = 256  # rows of a parquet file in memory at a time; rows may be of any length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,11 @@ class Source(Settings):
     section: ClassVar[str] = "data.sources"
 
     path: str  # a file or a folder of text, JSON lines or parquet (or images), or hf:owner/name
-    weight: Annotated[float, Above(0)] = 1.0  # how often it is drawn from, beside the others
-    field: str = "text"  # of JSON lines, parquet and datasets
-    # between the documents of a text file; None: a file is one document
+    weight: Annotated[float, Above(0)] = 1.0  # how often it is drawn, relative to the others
+    field: str = "text"  # the text field of JSON lines, parquet and datasets
+    # separates the documents of a text file; None: a file is one document
     separator: Annotated[str | None, Verbatim()] = None
-    split: str = "train"  # of a Hugging Face dataset
+    split: str = "train"  # split of a Hugging Face dataset
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class Source(Settings):
 
 
 def files(source: Source) -> list[Path]:
-    """The files of a source in order; none of a dataset that is not in files."""
+    """Return the files of a source in order; empty for a dataset that has no local files."""
     if _hub_name(source) is not None:
         return []
     path = Path(source.path)
@@ -61,7 +61,7 @@ def files(source: Source) -> list[Path]:
 
 
 def documents(source: Source) -> Iterator[tuple[str, bool]]:
-    """Pieces of text, and whether each begins a document. A long document comes in several pieces."""
+    """Yield pieces of text, and whether each begins a document. Long documents come in several pieces."""
     if (name := _hub_name(source)) is not None or _saved_dataset(Path(source.path)):
         yield from _dataset(name, source)
         return
@@ -98,7 +98,7 @@ def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
             if not more:
                 yield (rest.strip("\n") if source.separator else rest), begins
                 return
-            # Cut at a line break, or at whitespace, so that no word is split between two pieces.
+            # Cut at a line break or at whitespace, so that no word is split.
             cut = max(rest.rfind("\n", 0, -1), rest.rfind(" ", 0, -1) if "\n" not in rest else -1)
             keep = len(source.separator or "")
             if len(rest) > _PIECE and 0 < cut < len(rest) - keep:
@@ -126,7 +126,7 @@ def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    """The sentence about a file that is no UTF-8 text."""
+    """Return the error message for a file that is not UTF-8 text."""
     return (
         f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8, or convert it with "
         f"`iconv -f ENCODING -t utf-8`"
@@ -134,7 +134,7 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
 
 
 def json_row(line: str, where: str) -> dict[str, Any]:
-    """The object on a line of JSON; `where` is told where there is none."""
+    """Parse a line of JSON as an object; `where` is for the error message."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -159,7 +159,7 @@ def _parquet(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 
 def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, a few in memory at a time; of one column, or of all."""
+    """Yield the rows of a parquet file, of one column or of all, with few rows in memory at a time."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -195,7 +195,7 @@ def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
             rows = datasets.load_from_disk(source.path)
             if isinstance(rows, datasets.DatasetDict):
                 rows = rows[source.split]
-    except Exception as error:  # whatever the hub or the folder has against it, it is what there is to say
+    except Exception as error:  # the hub or the folder can raise anything; its message is passed on
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(f"{source.path} cannot be opened: {reason}") from None
     for number, row in enumerate(_rows_of(rows, source)):
@@ -203,14 +203,14 @@ def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
 
 
 def _rows_of(dataset: Any, source: Source) -> Iterator[dict[str, Any]]:
-    """The rows of a data set, which may come over a network."""
+    """Yield the rows of a data set, which may come over a network."""
     rows = iter(dataset)
     while True:
         try:
             row = next(rows, None)
         except (UpcycleError, MemoryError):
             raise
-        except Exception as error:  # of a network, of damaged files, of code: it is what there is to say
+        except Exception as error:  # network, files or dataset code can raise anything; pass it on
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UpcycleError(f"{source.path} cannot be read to its end: {reason}") from None
         if row is None:

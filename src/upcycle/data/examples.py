@@ -1,6 +1,6 @@
-"""Labelled examples in an order that depends on the seed alone: resumed exactly, the same on any ranks.
+"""Labelled examples in an order that depends only on the seed: it resumes exactly, on any number of ranks.
 
-An epoch is a permutation of the examples that are trained on, keyed by (seed, epoch).
+An epoch is a permutation of the training examples, keyed by (seed, epoch).
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ from upcycle.tensors import rng
 
 
 class Labelled(Protocol):
-    """A set of examples with a label each."""
+    """The interface of a set of labelled examples."""
 
     @property
     def name(self) -> str:
-        """Where it is from."""
+        """The source of the set."""
 
     @property
     def kind(self) -> str:
-        """What its examples are, in the plural."""
+        """The noun for its examples, in the plural."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 [N]."""
+        """The labels, int64 [N]."""
 
     @property
     def num_labels(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Their names; empty where the data does not say."""
+        """The names of the classes; empty if the data has none."""
 
     @property
     def digest(self) -> str | None:
-        """What tells their content from another; None where that is not known."""
+        """A hash of the content; None if it is not known."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of examples."""
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples numbered `indices`, by what a task calls their parts."""
+        """Return the examples numbered `indices`, with the names that the task uses."""
 
     def refuse(self, held_out: Any) -> None:
-        """Refuse a set to score on that does not go with this one."""
+        """Raise `UpcycleError` if `held_out` does not fit this training set."""
 
 
 class Examples:
-    """The examples of a set, and a position among them.
+    """The examples of a set, with a position that can be saved.
 
-    Without a set to hold out, `held_out_share` of the examples are: the last ones of a permutation, so that
-    their classes are mixed; with one, the share means nothing. Raises `UpcycleError` where that leaves none
-    on either side, or the sets differ in kind.
+    If `held_out` is None, the share `held_out_share` of the examples is held out: the last ones of a
+    permutation, so that their classes are mixed. With a `held_out` set, the share is ignored. Raises
+    `UpcycleError` if either side would be empty, or if the sets do not fit each other.
     """
 
     def __init__(
@@ -80,21 +80,21 @@ class Examples:
 
     @property
     def trainable(self) -> list[int]:
-        """Examples that are trained on."""
+        """The number of training examples, in a list of one."""
         return [len(self._trained)]
 
     @property
     def epochs(self) -> list[float]:
-        """How often the examples have been gone through."""
+        """The number of passes over the examples, in a list of one."""
         return [self._consumed / len(self._trained)]
 
     def state(self) -> dict[str, Any]:
-        """The position, as JSON has it."""
+        """Return the position as JSON."""
         known = {} if self._train.digest is None else {"sha256": self._train.digest}
         return {"consumed": self._consumed, "examples": len(self._train), "labels": self._digest, **known}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to a position. Raises `UpcycleError` where the examples have changed since."""
+        """Go to a saved position. Raises `UpcycleError` if the examples have changed since."""
         before = state.get("examples")
         if type(before) is not int or type(state.get("consumed")) is not int or state["consumed"] < 0:
             raise UpcycleError(
@@ -115,7 +115,7 @@ class Examples:
         self._consumed = int(state["consumed"])
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
-        """The next `rows` examples, of which those of `part` are read."""
+        """Advance by `rows` examples and return those in `part`."""
         chosen, wanted = [], rows
         while wanted:
             epoch, place = divmod(self._consumed, len(self._trained))
@@ -127,11 +127,11 @@ class Examples:
         return self._train.rows(self._trained[places[part]])
 
     def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples numbered `places` of those that are trained on."""
+        """Return the training examples numbered `places`."""
         return self._train.rows(self._trained[places])
 
     def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
-        """Held-out examples, always the same: all, or at most `rows`, evenly spaced over them."""
+        """Return held-out examples, always the same ones: all, or at most `rows`, evenly spaced."""
         n = len(self._kept)
         taken = n if rows is None else min(n, rows)
         places = np.arange(taken) * n // max(taken, 1)
@@ -139,7 +139,7 @@ class Examples:
 
 
 def refuse_other_classes(train: Labelled, held_out: Labelled) -> None:
-    """Refuse a set to score on whose classes are not those of the set that is trained on."""
+    """Raise `UpcycleError` if the classes of the held-out set are not those of the training set."""
     if train.class_names and held_out.class_names and train.class_names != held_out.class_names:
         here, there = set(train.class_names), set(held_out.class_names)
         differs = sorted(here ^ there)

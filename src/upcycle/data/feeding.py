@@ -1,4 +1,4 @@
-"""What a task is fed with, and the feed that it makes of it: rows in an order that can be gone on with."""
+"""The data given to a task, and the feed that the task makes of it: rows in an order that can be resumed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from upcycle.data.documents import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Feeding:
-    """Which data a task reads, cut into rows of which length, in an order that the seed decides."""
+    """The data that a task reads, the length of its rows, and the seed of their order."""
 
     data: Data
-    length: int  # tokens of a row of text
-    seed: int  # of the order of the rows, and of what is drawn for each
+    length: int  # tokens per row of text
+    seed: int  # seed of the order of the rows and of the draws for each row
     cache: Path  # folder of prepared files: tokens, decoded images
 
     @classmethod
     def of_file(
         cls, path: Path, *, length: int, cache: Path, seed: int = 0, separator: str | None = None
     ) -> Feeding:
-        """All rows of one file or folder; nothing is held out."""
+        """Return a feeding with all rows of one file or folder; nothing is held out."""
         data = Data(sources=(Source(path=str(path), separator=separator),))
         return cls(data=data, length=length, seed=seed, cache=cache)
 
@@ -35,19 +35,19 @@ class Feed(Protocol):
 
     @property
     def trainable(self) -> list[int]:
-        """How many rows of each source are trained on."""
+        """The number of training rows of each source."""
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
-        """The next `rows` rows, of which those of `part` are read."""
+        """Advance by `rows` rows and return those in `part`."""
 
     def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows numbered `places`, int64 [N], of the first source. The position stays."""
+        """Return the rows numbered `places`, int64 [N], of the first source, without moving the position."""
 
     def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
-        """Rows that are never trained on, always the same: all, or at most `rows`."""
+        """Return rows that are never trained on, always the same ones: all, or at most `rows`."""
 
     def state(self) -> dict[str, Any]:
-        """The position, as JSON has it."""
+        """Return the position as JSON."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to a position. Raises `UpcycleError` if the data has changed since."""
+        """Go to a saved position. Raises `UpcycleError` if the data has changed since."""

@@ -1,4 +1,4 @@
-"""Where images and their labels come from: parquet files, or a folder with one folder a class."""
+"""Sources of labelled images: parquet files, or a folder with one subfolder per class."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ import numpy as np
 from upcycle.errors import UpcycleError, listed
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_ROWS = 64  # of a parquet file in memory at a time
+_ROWS = 64  # rows of a parquet file in memory at a time
 _SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """ROOT/CLASS/IMAGE: classes sorted by name, an empty one counts as well."""
+    """A folder ROOT/CLASS/IMAGE. Classes are sorted by name, and an empty one counts too."""
 
     root: Path
-    columns = ()  # of the files, that are read
+    columns = ()  # the columns to read; a folder has none
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, by their numbers; empty where the data does not say."""
+        """The names of the classes in the order of their numbers; empty if the data has none."""
         return tuple(sorted(p.name for p in self.root.iterdir() if p.is_dir() and p.name[0] != "."))
 
     @cached_property
     def _images(self) -> list[tuple[Path, int]]:
-        """Each image and the number of its class."""
+        """All images with the numbers of their classes."""
         return [
             (path, label)
             for label, name in enumerate(self.class_names)
@@ -44,20 +44,20 @@ class ImageFolder:
 
     @property
     def files(self) -> list[Path]:
-        """All files that are read."""
+        """All files to read."""
         return [path for path, _ in self._images]
 
     @property
     def labels(self) -> np.ndarray:
-        """The number of each image's class, int64 [N]."""
+        """The class number of each image, int64 [N]."""
         return np.array([label for _, label in self._images], np.int64)
 
     def where(self, number: int) -> str:
-        """Where an image is, as a person finds it."""
+        """Return the location of an image, for messages."""
         return str(self._images[number][0])
 
     def encoded(self) -> Iterator[bytes]:
-        """Every image as it is stored, in order."""
+        """Yield every image as stored, in order."""
         return map(read_bytes, self.files)
 
 
@@ -88,7 +88,7 @@ class ImageParquet:
 
     @cached_property
     def _counts(self) -> list[int]:
-        """Rows of each file."""
+        """The number of rows in each file."""
         counts = []
         for path in self.files:
             with _rows(path) as file:
@@ -146,7 +146,7 @@ class ImageParquet:
             with _rows(path) as file:
                 for batch in file.iter_batches(batch_size=_ROWS, columns=[self.image]):
                     for value in batch.column(0).to_pylist():
-                        # An image that is not there is one that cannot be decoded.
+                        # A missing image counts as one that cannot be decoded.
                         yield (value.get("bytes") if isinstance(value, dict) else value) or b""
 
 
@@ -154,7 +154,7 @@ ImageFiles = ImageFolder | ImageParquet
 
 
 def images_at(path: Path, image_field: str, label_field: str) -> ImageFiles:
-    """The images at `path`. Raises `UpcycleError` where there are none."""
+    """Return the images at `path`. Raises `UpcycleError` if there are none."""
     if path.is_file() and path.suffix == ".parquet":
         source: ImageFiles = ImageParquet([path], image_field, label_field)
     elif path.is_dir():
@@ -175,7 +175,7 @@ def images_at(path: Path, image_field: str, label_field: str) -> ImageFiles:
 
 
 def _one_split(root: Path, parts: list[Path]) -> None:
-    """Refuse a folder whose files or classes are called train and test."""
+    """Refuse a folder that mixes several splits, such as train and test."""
     words = [set(re.split(r"[^a-z]+", str(p.relative_to(root).with_suffix("")).lower())) for p in parts]
     splits = sorted({" ".join(sorted(found)) for w in words if (found := w & _SPLITS)})
     if len(splits) > 1:
@@ -196,7 +196,7 @@ def _pyarrow() -> Any:
 
 @contextmanager
 def _rows(path: Path) -> Iterator[Any]:
-    """An open parquet file."""
+    """Open a parquet file."""
     pyarrow = _pyarrow()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -206,7 +206,7 @@ def _rows(path: Path) -> Iterator[Any]:
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
-    """The names that `datasets` keeps in a schema for a ClassLabel; empty where there are none."""
+    """Return the names that `datasets` stores in a schema for a ClassLabel; empty if there are none."""
     try:
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][label]
         return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
@@ -215,7 +215,7 @@ def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """An encoded image."""
+    """Read an encoded image. Raises `UpcycleError` if that fails."""
     try:
         return path.read_bytes()
     except OSError as error:

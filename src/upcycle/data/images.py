@@ -1,8 +1,8 @@
-"""Images with labels, decoded once.
+"""Labelled images that are decoded once.
 
-`KEY.pixels` holds the decoded images, mapped into memory; `KEY.json`, written last, says what they are. Where
-they would take more than `CACHE_LIMIT`, images are decoded when they are read, and the first pass only finds
-those that cannot be; it leaves `KEY.images`, the encoded images of a parquet file one after another.
+`KEY.pixels` holds the decoded images, memory-mapped. `KEY.json`, written last, describes them. If the decoded
+images would take more than `CACHE_LIMIT`, they are decoded on every read. The first pass then only finds
+those that cannot be decoded, and leaves `KEY.images`: the encoded images of a parquet file, concatenated.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from upcycle.system import progress, whole_file
 from upcycle.system.progress import Work
 
 FORMAT = 1
-CACHE_LIMIT = 8 << 30  # bytes of decoded images that are kept
-_CHUNK = 64  # images in flight
+CACHE_LIMIT = 8 << 30  # maximum bytes of decoded images to cache
+_CHUNK = 64  # images decoded at a time
 _THREADS = 8
 
 Size = tuple[int, int]  # height, width
@@ -40,17 +40,17 @@ Read = Callable[[np.ndarray], np.ndarray]  # int64 [B] -> uint8 [B, H, W, C]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet:
-    """Images of one size and their labels."""
+    """Images of one size with their labels."""
 
     name: str
     size: Size
     channels: int
     labels: np.ndarray  # int64 [N]
-    class_names: tuple[str, ...]  # empty where the data does not say
+    class_names: tuple[str, ...]  # empty if the data has none
     num_labels: int
-    bad: tuple[str, ...]  # images that cannot be decoded and are left out: FILE, or FILE, row N
+    bad: tuple[str, ...]  # images left out because they cannot be decoded: FILE, or FILE, row N
     _read: Read = field(repr=False)
-    digest: str | None = None  # of the images, as they are kept; None where an older version kept them
+    digest: str | None = None  # hash of the cached images; None for a cache of an older version
 
     @classmethod
     def open(
@@ -63,10 +63,10 @@ class ImageSet:
         label_field: str = "label",
         cache: Path,
     ) -> ImageSet:
-        """The images at `path`: the shorter side resized to `size` [H, W], the centre cut out.
+        """Open the images at `path`: resize the shorter side to fit `size` [H, W] and crop the centre.
 
-        One process calls it first; the others find its work in the folder `cache`. Raises `UpcycleError` for
-        data that cannot be used.
+        One process must call this first; the others then find its work in the folder `cache`. Raises
+        `UpcycleError` for data that cannot be used.
         """
         if channels not in (1, 3) or min(size) < 1:
             raise UpcycleError(
@@ -96,11 +96,11 @@ class ImageSet:
         return len(self.labels)
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The images numbered `indices`: pixels uint8 [B, H, W, C], labels int64 [B]."""
+        """Return the images numbered `indices`: pixels uint8 [B, H, W, C], labels int64 [B]."""
         return {"pixels": self.read(indices), "labels": self.labels[indices]}
 
     def refuse(self, held_out: ImageSet) -> None:
-        """Refuse a set to score on that does not go with this one."""
+        """Raise `UpcycleError` if `held_out` does not fit this training set."""
         a, b = ((*s.size, s.channels) for s in (self, held_out))
         if a != b:
             raise UpcycleError(
@@ -109,7 +109,7 @@ class ImageSet:
         refuse_other_classes(self, held_out)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """The pixels of the images numbered `indices`: uint8 [B, H, W, C]."""
+        """Return the pixels of the images numbered `indices`: uint8 [B, H, W, C]."""
         return self._read(np.asarray(indices, np.int64))
 
 
@@ -125,17 +125,17 @@ def _pillow() -> Any:
 
 
 def decoded(data: bytes, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """An encoded image as uint8 [H, W, C]; None where it cannot be decoded."""
+    """Decode an image to uint8 [H, W, C]; None if it cannot be decoded."""
     image_module = _pillow()
     try:
         with image_module.open(io.BytesIO(data)) as opened:
             image = opened
-            if image.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits at 255
                 image = image_module.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("L" if shape[2] == 1 else "RGB")
     except MemoryError:
         raise
-    except Exception:  # the decoders of Pillow raise whatever a broken file leads them to
+    except Exception:  # Pillow's decoders can raise anything for a broken file
         return None
     height, width = shape[:2]
     if image.width * height <= image.height * width:
@@ -156,17 +156,17 @@ def _pool() -> ThreadPoolExecutor:
 def _all_decoded(
     encoded: Iterable[bytes], shape: tuple[int, int, int]
 ) -> Iterator[tuple[bytes, np.ndarray | None]]:
-    """Every image of `encoded` and its pixels, in order, by several threads."""
+    """Decode every image of `encoded` in several threads; yield its bytes and pixels in order."""
     stream = iter(encoded)
     while chunk := list(islice(stream, _CHUNK)):
         yield from zip(chunk, _pool().map(partial(decoded, shape=shape), chunk), strict=True)
 
 
-# --- what is kept
+# --- the cache
 
 
 def _prepared(source: ImageFiles, shape: tuple[int, int, int], cache: Path) -> tuple[dict[str, Any], Read]:
-    """What is known of the images, from the cache or put there; and what reads them."""
+    """Return the description of the images, from the cache or made now, and the function that reads them."""
     whole = len(source.labels) * int(np.prod(shape)) <= CACHE_LIMIT
     path = cache / f"{_key(source, shape, whole)}.{'pixels' if whole else 'images'}"
     known = _found(path, source, shape, whole) or _make(path, source, shape, whole)
@@ -196,14 +196,14 @@ def _stacked(encoded: Iterable[bytes], indices: np.ndarray, shape: tuple[int, in
 
 
 def _key(source: ImageFiles, shape: Sequence[int], whole: bool) -> str:
-    """What the pixels depend on: the files by name, size and time, and how they are decoded."""
+    """Hash what the pixels depend on: the files by name, size and time, and the way of decoding."""
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in source.files]
     text = json.dumps([FORMAT, stats, list(shape), source.columns[:1], whole])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) -> dict[str, Any] | None:
-    """What is known of images as they were prepared before; None where that is not there or not whole."""
+    """Return the description of images prepared before; None if it is missing or damaged."""
     try:
         known = json.loads(path.with_suffix(".json").read_text())
         size = known["count"] * int(np.prod(shape)) if whole else sum(known["lengths"])
@@ -222,7 +222,8 @@ def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) ->
 
 def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bool) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that share a cache may make the same file at the same time: each its own, the last one stays.
+    # Runs that share a cache may make the same file at the same time: each writes its own, and the last one
+    # stays.
     started = path.with_suffix(f".{os.getpid()}.partial")
     left_out: list[int] = []
     lengths: list[int] = []

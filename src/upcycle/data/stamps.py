@@ -1,8 +1,8 @@
-"""Whether files are still those that were read: cheaply by what the system says, surely by their SHA-256.
+"""Checks that files have not changed since they were read: by their stamp, or by their SHA-256.
 
-The system changes a file's ctime with every write and rename, whatever becomes of its size and mtime, and no
-program can set it. So a file whose stamp is as it was has the bytes it had; one whose stamp differs may have
-been copied, touched or changed, and only its hash tells.
+The system updates a file's ctime with every write and rename, whatever happens to its size and mtime, and no
+program can set it. So a file with the same stamp has the same bytes. A file with another stamp may have been
+copied, touched or changed, and only its hash can tell.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Stamp = list[int]  # size, mtime, ctime, inode
 
 
 def stamp(path: Path) -> Stamp:
-    """What the system says of a file, as JSON has it."""
+    """Return the stamp of a file, as JSON."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
-    """The stamp of each file, by its path."""
+    """Return the stamp of each file, by its path."""
     return {str(path): stamp(path) for path in paths}
 
 
 def is_as_it_was(path: Path, before: Stamp, sha256: str) -> bool:
-    """Whether a file has the bytes it had when it had that stamp and that hash."""
+    """Return whether a file still has the bytes that it had with this stamp and hash."""
     return stamp(path) == before or file_hash(path) == sha256

@@ -1,4 +1,4 @@
-"""Texts with labels as training data: JSON lines or parquet, tokenised once, one row a text."""
+"""Labelled texts as training data, from JSON lines or parquet, tokenised once with one row per text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from upcycle.data.documents import json_row, not_utf8, parquet_rows
 from upcycle.data.examples import refuse_other_classes
 from upcycle.errors import UpcycleError, listed, shown
 
-MOST_CLASSES = 1 << 31  # numbers of classes are below it
+MOST_CLASSES = 1 << 31  # class numbers must be below it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextSet:
-    """Texts, or pairs of them, as ids [N, L] with a mask [N, L], and their labels [N]."""
+    """Texts, or pairs of texts, as ids [N, L] with a mask [N, L] and labels [N]."""
 
     name: str
     ids: np.ndarray
@@ -28,16 +28,16 @@ class TextSet:
     labels: np.ndarray
     class_names: tuple[str, ...]
     num_labels: int
-    digest: str | None = None  # of the ids
+    digest: str | None = None  # hash of the ids
     kind: ClassVar[str] = "texts"
 
     @classmethod
     def open(
         cls, path: str | Path, tokenizer: Any, *, length: int, fields: tuple[str, ...], label_field: str
     ) -> TextSet:
-        """The texts of a JSON lines or parquet file, cut and padded to `length` tokens.
+        """Open a JSON lines or parquet file; its texts are cut and padded to `length` tokens.
 
-        `fields` names one text or two. Labels are whole numbers, or names, which are numbered in alphabetical
+        `fields` names one text or two. Labels are integers, or names, which are numbered in alphabetical
         order. Raises `UpcycleError` for data that cannot be used.
         """
         texts, labels = [], []
@@ -75,17 +75,17 @@ class TextSet:
         return len(self.labels)
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The texts numbered `indices`: ids, mask and types [B, L], labels [B]."""
+        """Return the texts numbered `indices`: ids, mask and types [B, L], labels [B]."""
         parts = {"ids": self.ids, "mask": self.mask, "types": self.types, "labels": self.labels}
         return {name: part[indices] for name, part in parts.items()}
 
     def refuse(self, held_out: TextSet) -> None:
-        """Refuse a set to score on that does not go with this one."""
+        """Raise `UpcycleError` if `held_out` does not fit this training set."""
         refuse_other_classes(self, held_out)
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text is whole characters, which a tokenizer takes."""
+    """Return whether a text has no lone surrogates, which tokenizers do not accept."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -94,7 +94,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each example, and where it is."""
+    """Yield each example and its location, for messages."""
     if not path.is_file():
         raise UpcycleError(f"no data at {path}; give a JSON lines or parquet file")
     if path.suffix == ".parquet":
@@ -114,7 +114,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _numbered(labels: list[Any], path: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as numbers, and the names of the classes where there are names."""
+    """Return the labels as numbers, and the class names if there are any."""
     if all(type(label) is bool for label in labels):
         return np.array(labels, np.int64), ("false", "true")
     if all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels):

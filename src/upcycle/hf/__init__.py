@@ -1,7 +1,7 @@
-"""Everything that reaches into transformers, and the versions that it was tested with.
+"""All code that depends on the internals of transformers, and the versions it was tested with.
 
-Other rooms use transformers' public classes. Whatever reads or writes its registries, its private attributes
-or its environment lies here. The version is looked at when the first module of this room is imported.
+Other packages use only transformers' public classes. Code that touches its registries, private attributes or
+environment is here. The version is checked when the first module of this package is imported.
 """
 
 from upcycle.hf import versions

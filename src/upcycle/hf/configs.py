@@ -1,7 +1,7 @@
-"""Configs of upcycled models: those of the dense classes of transformers, and `moe`.
+"""Configs of upcycled models: the config of a dense class of transformers, plus `moe`.
 
-`moe` is a list with one entry a stack of blocks. No torch here: whoever imports `upcycle` and reads a config
-must not wait for it.
+`moe` is a list with one entry per stack of blocks. This module does not import torch, so that `import
+upcycle` and reading a config stay fast.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _first_read: list[Callable[[str], None]] = []
 
 
 def when_first_read(do: Callable[[str], None]) -> None:
-    """Call `do` with the dense model_type whenever a config of ours is made."""
+    """Register `do` to be called with the dense model_type whenever an upcycled config is made."""
     _first_read.append(do)
 
 
 class UpcycledConfig:
-    """What every config of an upcycled model has beside the fields of its dense class."""
+    """The fields that every config of an upcycled model adds to its dense class."""
 
     moe: list[dict[str, Any]]
     model_type: str
 
     @property
     def shapes(self) -> list[Shape]:
-        """The MoE layers, stack by stack."""
+        """The MoE layers of each stack."""
         return [Shape.of(entry) for entry in self.moe]
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
-        """How transformers shares experts out under expert parallelism."""
+        """The plan by which transformers shards the experts under expert parallelism."""
         plan = {}
         for shape in self.shapes:
             up = "gate_up_proj" if shape.gated else "up_proj"
@@ -52,17 +52,17 @@ class UpcycledConfig:
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:
-        """Blocks are gathered one at a time."""
+        """The plan by which FSDP gathers one block at a time."""
         raw = upcycled_config.dense_config(self.to_dict())  # type: ignore[attr-defined]
         family = families.find(self.model_type.removeprefix(PREFIX))
-        known = [name for name in raw["architectures"] if name in family.architectures]  # of any head
+        known = [name for name in raw["architectures"] if name in family.architectures]  # for any head
         stacks = family.stacks(family.config({**raw, "architectures": known or None}))
         return {f"{stack.blocks}.*": "free_full_weight" for stack in stacks}
 
 
 @functools.cache
 def config_class(model_type: str) -> type[PreTrainedConfig]:
-    """The config class of the upcycled `model_type` (a dense one of transformers)."""
+    """Return the config class of the upcycled `model_type` (a dense model type of transformers)."""
     dense = CONFIG_MAPPING[model_type]
 
     def init(self: Any, moe: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 def __getattr__(name: str) -> Any:
-    # Classes are made when asked for; pickling asks by name.
+    # Make classes on demand; pickling looks them up by name.
     for model_type in families.names():
         if CLASS_PREFIX + CONFIG_MAPPING_NAMES.get(model_type, "?") == name:
             return config_class(model_type)

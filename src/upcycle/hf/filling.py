@@ -1,6 +1,6 @@
-"""A model of transformers out of tensors that are not there yet.
+"""Builds a model of transformers from tensors that are read on demand.
 
-transformers' loader asks each tensor for the slice that its rank holds, and nothing is made before that.
+transformers' loader asks each tensor for the slice that its rank holds; nothing is read before that.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 @dataclass(frozen=True, kw_only=True)
 class Slices:
-    """One tensor as the loader asks for it: like a slice of a safetensors file."""
+    """One tensor with the interface that the loader expects: that of a safetensors slice."""
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it
-    read: Callable[[tuple[tuple[int, int], ...]], torch.Tensor]  # given from and to of each axis
+    read: Callable[[tuple[tuple[int, int], ...]], torch.Tensor]  # takes (start, stop) for each axis
 
     def get_shape(self) -> list[int]:
-        """The whole tensor's."""
+        """Return the shape of the whole tensor."""
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """As safetensors spells it."""
+        """Return the dtype as safetensors spells it."""
         return self.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -50,10 +50,10 @@ def fill_from(
     dtype: torch.dtype,
     **options: Any,
 ) -> PreTrainedModel:
-    """The model of class `cls` and `config`, every parameter of it read from `tensors` by its name.
+    """Return the model of class `cls` and `config`, with every parameter read from `tensors` by name.
 
-    `options` go to `from_pretrained`. A parameter that no tensor fills, or a tensor without a place, is an
-    error of ours and raises `AssertionError`.
+    `options` go to `from_pretrained`. A parameter without a tensor, or a tensor without a parameter, is a bug
+    in upcycle and raises `AssertionError`.
     """
     made: PreTrainedConfig = cls.config_class.from_dict(
         {k: v for k, v in config.items() if k != "torch_dtype"}
@@ -65,14 +65,14 @@ def fill_from(
     if faults := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
         raise AssertionError(f"{cls.__name__} and its tensors do not agree: {faults}")
     model.name_or_path = model.config.name_or_path = ""
-    model._weight_conversions = None  # or save_pretrained would write the names of memory
+    model._weight_conversions = None  # else save_pretrained would write the in-memory names
     filled: PreTrainedModel = model
     return filled
 
 
 @contextmanager
 def _one_by_one() -> Iterator[None]:
-    """Tensors are made as they are needed: threads that run ahead would hold several at once."""
+    """Load tensors one at a time: transformers' loader threads would hold several at once."""
     before = os.environ.get(_ONE_BY_ONE)
     os.environ[_ONE_BY_ONE] = "1"
     try:

@@ -1,4 +1,4 @@
-"""transformers' own loader, tried on names and shapes without a byte of weights."""
+"""Runs transformers' own loader on names and shapes alone, without reading any weights."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from transformers import AutoConfig, PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A stored tensor as the loader asks for it, without data: it lands on the meta device."""
+    """A stored tensor without data, with the interface that the loader expects; loads to meta."""
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it
 
     def get_shape(self) -> list[int]:
-        """The whole tensor's."""
+        """Return the shape of the whole tensor."""
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """As safetensors spells it."""
+        """Return the dtype as safetensors spells it."""
         return self.dtype
 
     def __getitem__(self, _: object) -> Header:
         return self
 
     def to(self, *, device: object, dtype: torch.dtype) -> torch.Tensor:
-        """Where the loader would copy the data."""
+        """Return an empty tensor on the meta device, where the loader would copy the data."""
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
 def loaded(
     cls: type[PreTrainedModel], folder: Path, headers: Mapping[str, Header]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of class `cls` and the config in `folder`, on the meta device, and the loading report."""
+    """Return the model of class `cls` and the loading report, on the meta device.
+
+    The config is the one in `folder`.
+    """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model, report = cls.from_pretrained(
         None, config=config, state_dict=dict(headers), dtype="float32", output_loading_info=True

@@ -1,7 +1,7 @@
-"""The dense classes of transformers with MoE layers in them, known to its Auto classes.
+"""The dense classes of transformers with MoE layers added, registered with its Auto classes.
 
-`config.json` of such a model has `model_type = "upcycled_X"` and a list `moe`, one entry a stack of blocks
-(`nn.shape.Shape`). Importing `upcycle` is enough for `AutoModel*.from_pretrained` to open one.
+`config.json` of such a model has `model_type = "upcycled_X"` and a list `moe` with one entry per stack of
+blocks (`nn.shape.Shape`). After `import upcycle`, `AutoModel*.from_pretrained` opens one.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
 
 class UpcycledModel:
-    """What every upcycled model does beside its dense class: it has MoE layers where `config.moe` says so."""
+    """The methods that every upcycled model adds to its dense class."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
     def replace(self) -> None:
-        """Put an MoE layer where `config.moe` says that one is."""
+        """Replace modules with MoE layers as `config.moe` says."""
         base: nn.Module = self.base_model  # type: ignore[attr-defined]
         config: Any = self.config  # type: ignore[attr-defined]
         for shape in config.shapes:
             if shape.stack == "decoder" and not hasattr(base, "decoder"):
-                continue  # the encoder of an encoder-decoder alone
+                continue  # only the encoder of an encoder-decoder model is here
             layers = []
             for i in shape.layers:
                 parent, _, name = shape.module.format(i=i).rpartition(".")
@@ -54,8 +54,8 @@ class UpcycledModel:
                 for path in shape.replaced:
                     owner, _, name = path.format(i=i).rpartition(".")
                     setattr(base.get_submodule(owner), name, nn.Identity())
-            # On the stack and not on the whole model: generation runs an encoder alone. A partial and no
-            # closure, so that a copy of the model tells its own layers.
+            # Register the hook on the stack, not on the whole model: generation runs an encoder alone. Use a
+            # partial, not a closure, so that a copy of the model calls its own layers.
             stack = base.get_submodule(shape.stack) if shape.stack in ("encoder", "decoder") else base
             stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
         if after := getattr(config, "mean_pooling_after", 0):
@@ -63,7 +63,7 @@ class UpcycledModel:
 
 
 def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward pass of a stack of blocks: give its MoE layers the attention mask."""
+    """Give the attention mask to the MoE layers of a stack before its forward pass."""
     given = dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | kwargs
     mask = given.get("attention_mask")
     padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
@@ -72,8 +72,10 @@ def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kw
 
 
 def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Global average pooling: the mean of the patches where a head looks for the class token (Sparse
-    Upcycling's vision models have no other)."""
+    """Replace the class token's state by the mean of the patches (global average pooling).
+
+    Sparse Upcycling's vision models have no class token.
+    """
     states = output[0]
     pooled = torch.cat([states[:, after:].mean(1, keepdim=True), states[:, 1:]], dim=1)
     if isinstance(output, tuple):  # return_dict = False
@@ -84,10 +86,10 @@ def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> An
 
 @functools.cache
 def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class `dense` of transformers with MoE layers in it."""
+    """Return the class `dense` of transformers with MoE layers added."""
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        # The parts of a dense class know no experts and would refuse to choose how they run.
+        # The submodules of a dense class have no experts and would reject a choice of implementation.
         wanted, config._experts_implementation = config._experts_implementation, "eager"
         dense.__init__(self, config, *args, **kwargs)
         self.config._experts_implementation = self.get_correct_experts_implementation(wanted)
@@ -102,14 +104,17 @@ def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     made: type[PreTrainedModel] = type(CLASS_PREFIX + dense.__name__, (UpcycledModel, dense), members)
     model_type = dense.config_class.model_type
     for ours, theirs in ((made.__name__, dense.__name__), (PREFIX + model_type, model_type)):
-        # Names on disk are the dense model's, and so is the renaming on their way to memory.
+        # The names on disk are those of the dense model, and so is their renaming on loading.
         if (renaming := get_checkpoint_conversion_mapping(theirs)) is not None:
             register_checkpoint_conversion_mapping(ours, renaming, overwrite=True)
     return made
 
 
 def architecture(name: str) -> type[PreTrainedModel]:
-    """The class called `name`: one of transformers, or an upcycled one of it."""
+    """Return the class called `name`: one of transformers, or the upcycled version of one.
+
+    Raises `UpcycleError` if transformers has no such model class.
+    """
     dense = name.removeprefix(CLASS_PREFIX)
     found: Any = getattr(transformers, dense, None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
@@ -121,9 +126,9 @@ def architecture(name: str) -> type[PreTrainedModel]:
 
 @functools.cache
 def register_models(model_type: str) -> None:
-    """Make the classes of one model_type known to every Auto class that knows the dense one.
+    """Register the classes of one model_type with every Auto class that knows the dense one.
 
-    Done when its first config is read: importing the code of every architecture would take seconds.
+    This happens when the first config is read: importing the code of every architecture would take seconds.
     """
     dense, made = CONFIG_MAPPING[model_type], config_class(model_type)
     autos: list[Any] = list(vars(modeling_auto).values())
@@ -134,16 +139,16 @@ def register_models(model_type: str) -> None:
             continue
         found = mapping[dense]
         several = found if isinstance(found, (list, tuple)) else (found,)
-        # Not those that only share a config: AutoModelForDecision has one class for many model types.
+        # Skip classes that only share a config: AutoModelForDecision has one class for many model types.
         own = tuple(model_class(cls) for cls in several if cls.config_class is dense)
         if own:
             auto.register(made, own if len(own) > 1 else own[0], exist_ok=True)
 
 
 def open(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The model in `folder`, of the class that its config names; `options` go to `from_pretrained`.
+    """Open the model in `folder` with the class that its config names; `options` go to `from_pretrained`.
 
-    Raises `UpcycleError` where the folder does not hold exactly the tensors of that class.
+    Raises `UpcycleError` if the folder does not hold exactly the tensors of that class.
     """
     names = opening.read_config(folder).architectures
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -152,7 +157,7 @@ def open(folder: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def __getattr__(name: str) -> Any:
-    # Classes are made when asked for; pickling asks by name.
+    # Make classes on demand; pickling looks them up by name.
     if name.startswith(CLASS_PREFIX) and hasattr(transformers, name.removeprefix(CLASS_PREFIX)):
         return architecture(name)
     raise AttributeError(name)

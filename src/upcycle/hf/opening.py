@@ -1,4 +1,4 @@
-"""A model out of a folder, with every tensor in its place. Whatever opens one for a person opens it here."""
+"""Opens a model from a folder and checks every tensor. All models opened for a user are opened here."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from upcycle.families._checked import MOST_BLOCKS
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import kernels
 
-_MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer, as transformers holds them
+_MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # stacked over all experts of a layer
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:
-    """The config of the model in `folder`. Raises `UpcycleError` where transformers cannot read it."""
+    """Read the config of the model in `folder`. Raises `UpcycleError` if transformers cannot read it."""
     refuse_depth(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UpcycleError:
         raise
-    except Exception as error:  # whatever transformers dislikes about a file, it is what there is to say
+    except Exception as error:  # transformers can raise anything here; its message is passed on
         raise UpcycleError(f"{folder}: its config.json cannot be used ({_first_line(error)})") from error
 
 
 def refuse_depth(folder: str | Path) -> None:
-    """Refuse a config.json of more blocks than any model has: transformers would make each of them, and a
-    list of them before."""
+    """Refuse a config.json with more blocks than any model has; transformers would build all of them."""
     if not (Path(folder) / CONFIG).is_file():
         return
     config = read_json(Path(folder) / CONFIG, f"{folder} has no {CONFIG}")
@@ -48,11 +47,12 @@ def refuse_depth(folder: str | Path) -> None:
 
 
 def fill(cls: type[PreTrainedModel], folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The model of class `cls` in `folder` (or a hub id), every parameter of it read from there.
+    """Open the model of class `cls` in `folder` (or a hub id) and read every parameter from there.
 
-    Raises `UpcycleError`, with names, where a tensor is missing, misshapen, or has no place in the model,
-    but for those that transformers ignores by its own rules and those that the family knows to be needless.
-    `options` go to `from_pretrained`. Experts run as their rows allow, unless `experts_implementation` says.
+    Raises `UpcycleError`, with names, if a tensor is missing, has the wrong shape or has no place in the
+    model. Tensors that transformers ignores by its own rules, or that the family knows to be optional, are
+    exempt. `options` go to `from_pretrained`. Unless `experts_implementation` is given, the row lengths
+    decide it.
     """
     wanted = options.get("experts_implementation")
     refuse_unknown(wanted)
@@ -62,7 +62,7 @@ def fill(cls: type[PreTrainedModel], folder: str | Path, **options: Any) -> PreT
         model, report = cls.from_pretrained(folder, **options, **ours)
     except (UpcycleError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of a damaged folder anything can be raised
+    except Exception as error:  # a damaged folder can raise anything
         if said := _uneven(folder):
             raise UpcycleError(f"{folder}: {said}") from error
         raise UpcycleError(f"{folder} cannot be opened as a {cls.__name__}: {_first_line(error)}") from error
@@ -79,14 +79,17 @@ def fill(cls: type[PreTrainedModel], folder: str | Path, **options: Any) -> PreT
 
 
 def refuse_unknown(implementation: str | None) -> None:
-    """Refuse a name of an experts implementation that transformers does not have."""
+    """Raise `UpcycleError` for an experts implementation that transformers does not have."""
     known = [kernels.ONE_BY_ONE, *sorted(ALL_EXPERTS_FUNCTIONS.keys())]
     if implementation is not None and implementation not in known:
         raise UpcycleError(f"experts_implementation = {implementation!r}; allowed: {', '.join(known)}")
 
 
 def choose_experts(model: PreTrainedModel, wanted: str | None) -> None:
-    """Let the experts of `model` run one after another where grouped products do not take their rows."""
+    """Run the experts of `model` one after another if grouped products do not accept their rows.
+
+    Raises `UpcycleError` if grouped products were asked for.
+    """
     if wanted not in (None, kernels.GROUPED) or model.config._experts_implementation != kernels.GROUPED:
         return
     odd = [t for t in expert_matrices(model) if not kernels.take_groups(t.shape[-1:], t.element_size())]
@@ -102,7 +105,7 @@ def choose_experts(model: PreTrainedModel, wanted: str | None) -> None:
 
 
 def expert_matrices(model: nn.Module) -> list[torch.Tensor]:
-    """The matrices of all experts, [E, rows, columns] each; of a model shared out, this rank's part."""
+    """Return the matrices of all experts, [E, rows, columns] each; of a sharded model, this rank's part."""
     return [
         parameter.to_local() if hasattr(parameter, "to_local") else parameter
         for name, parameter in model.named_parameters()
@@ -110,11 +113,11 @@ def expert_matrices(model: nn.Module) -> list[torch.Tensor]:
     ]
 
 
-# --- what is wrong with what was found
+# --- faults of a loaded folder
 
 
 def _faults(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
-    """What the loading report has against a folder, a part of a sentence each."""
+    """Return the faults in the loading report, each as part of a sentence."""
     family, config = _family(model)
     spared = set() if family is None else set(family.optional(config))
     missing = sorted(name for name in report["missing_keys"] if name not in spared)
@@ -139,7 +142,7 @@ def _faults(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
 
 
 def _family(model: PreTrainedModel) -> tuple[families.Family | None, dict[str, Any]]:
-    """The dense family of a model, where it has one, with its config in full."""
+    """Return the dense family of a model and its full config; None and {} if there is no family."""
     raw = model.config.to_dict()
     target = targets.opened(raw)
     dense = (target.dense_config(raw) if target else None) or raw
@@ -148,7 +151,7 @@ def _family(model: PreTrainedModel) -> tuple[families.Family | None, dict[str, A
     family = families.find(dense_type)
     try:
         return family, dict(family.config(dense))
-    except UpcycleError:  # a model that transformers opens and no conversion takes
+    except UpcycleError:  # transformers can open this model, but upcycle cannot convert it
         return None, {}
 
 
@@ -157,16 +160,16 @@ def _shape(sizes: Iterable[int]) -> str:
 
 
 def _uneven(folder: str | Path) -> str:
-    """Which experts of a layer lack a tensor that others have, or have it in another shape; empty: none.
+    """Describe the experts of a layer that lack a tensor or have one of another shape; empty if none do.
 
-    transformers stacks the experts of a layer, and names the stack where one does not fit.
+    transformers stacks the experts of a layer, and its own error names only the stack.
     """
     try:
         with Checkpoint.open(Path(folder), allow_nonfinite=True) as opened:
             shapes = {name: info.shape for name, info in opened.tensors.items()}
     except (UpcycleError, OSError):
         return ""
-    layers: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by place, then expert, then tensor
+    layers: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by layer, then expert, then tensor
     for name, shape in shapes.items():
         if found := _EXPERT.fullmatch(name):
             layers.setdefault(found[1], {}).setdefault(found[2], {})[found[3]] = shape

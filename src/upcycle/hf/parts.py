@@ -1,4 +1,4 @@
-"""Parts of transformers that lie inside its package and that our layers are made of."""
+"""Internal parts of transformers that upcycle's layers are built from."""
 
 from __future__ import annotations
 

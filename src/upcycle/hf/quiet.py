@@ -1,4 +1,4 @@
-"""transformers without its progress bars and remarks."""
+"""Silences transformers' progress bars and log messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and remarks off the screen."""
+    """Turn transformers' progress bars and log messages off inside the block."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()

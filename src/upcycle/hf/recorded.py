@@ -1,4 +1,4 @@
-"""The routers of a model of transformers: the modules that transformers records `router_logits` of."""
+"""Finds the routers of a transformers model: the modules whose `router_logits` transformers records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The routers of `model` with their names, in the order of its modules; none if it is dense."""
+    """Return the routers of `model` with their names, in module order; empty for a dense model."""
     for module in model.modules():
         recorders = getattr(module, "_can_record_outputs", None) or {}
         if "router_logits" in recorders:

@@ -1,10 +1,10 @@
-"""Upcycled models become known to transformers' Auto classes.
+"""Registers upcycled models with transformers' Auto classes.
 
-`register` adds names to transformers' registry of model types, and no more: no class is made, and no model
-type that was there behaves otherwise. Classes are made when a config of ours is read for the first time.
+`register` only adds names to transformers' registry of model types. It makes no class and does not change
+existing model types. Classes are made when an upcycled config is first read.
 
-`import upcycle` asks for it as soon as transformers' registry is imported (`upcycle/__init__.py`), because
-nothing of ours runs between `AutoModel.from_pretrained` and the look into the registry.
+`upcycle/__init__.py` calls it as soon as transformers' registry is imported, because no code of ours runs
+between `AutoModel.from_pretrained` and the lookup in the registry.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
 
 def register() -> None:
-    """Add the upcycled model types of all families that this transformers knows."""
+    """Register the upcycled model types of all families that the installed transformers knows."""
     configs.when_first_read(_register_models)
-    # Names and no classes: this runs while transformers is being imported, when its configs cannot be.
+    # Register names, not classes: this runs during transformers' import, when its configs cannot be imported.
     for model_type in families.names():
         if model_type in CONFIG_MAPPING_NAMES:
             CONFIG_MAPPING._mapping[PREFIX + model_type] = CLASS_PREFIX + CONFIG_MAPPING_NAMES[model_type]
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def _register_models(model_type: str) -> None:
-    """Make the model classes known as well; only now, because torch takes seconds to import."""
+    """Register the model classes too. This is done late because torch takes seconds to import."""
     from upcycle.hf.models import register_models
 
     register_models(model_type)

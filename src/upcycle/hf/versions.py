@@ -1,9 +1,9 @@
-"""The versions of transformers that this room was tested with.
+"""The versions of transformers that this package was tested with.
 
-An older one than `OLDEST` is refused: names that we import are missing in it. A newer one than `NEWEST` is
-allowed with a warning, once: private parts may have changed, but most releases change none that we use, and a
-person must be able to take a fix of transformers without waiting for us. Whoever has looked sets
-`UPCYCLE_TRANSFORMERS` to that version, and the warning stays away until the next one comes.
+A version older than `OLDEST` is refused, because names that we import are missing in it. A version newer than
+`NEWEST` gives one warning: private parts may have changed, but most releases change none that we use, and a
+user must be able to take a fix of transformers without waiting for us. A user who has checked a version sets
+`UPCYCLE_TRANSFORMERS` to it, which silences the warning for that version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from upcycle.system import progress
 
 OLDEST = (5, 22)
 NEWEST = (5, 23)
-ACCEPTED = "UPCYCLE_TRANSFORMERS"  # an environment variable: a version that a person has accepted
+ACCEPTED = "UPCYCLE_TRANSFORMERS"  # an environment variable: the version that the user has accepted
 
 
 def require() -> None:
@@ -25,7 +25,7 @@ def require() -> None:
     try:
         found = version("transformers")
     except PackageNotFoundError:
-        return  # Python's own error says it when transformers is imported
+        return  # Python's own error appears when transformers is imported
     release = _release(found)
     if release < OLDEST:
         raise UpcycleError(
@@ -41,7 +41,7 @@ def require() -> None:
 
 
 def _release(found: str) -> tuple[int, ...]:
-    """Major and minor number."""
+    """Return the major and minor version."""
     return tuple(int(n) for n in re.findall(r"\d+", found)[:2])
 
 

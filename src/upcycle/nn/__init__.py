@@ -1,4 +1,4 @@
-"""Layers of a Mixture of Experts for the dense models of transformers."""
+"""Mixture-of-Experts layers for the dense models of transformers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ _HOMES = {"Experts": "experts", "MoE": "moe"}
 
 
 def __getattr__(name: str) -> Any:
-    # The settings of routers are read without torch: a conversion does not wait for it.
+    # Import torch only on use: a conversion reads the settings of routers without it.
     if name not in _HOMES:
         raise AttributeError(f"module 'upcycle.nn' has no attribute {name!r}")
     return getattr(import_module(f"upcycle.nn.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The keys of [router] that only a run reads: they keep the experts in use while they are trained."""
+"""The keys of [router] that only a training run reads. They keep the experts evenly used during training."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from upcycle.settings import AtLeast, Settings, Within
 
 @dataclass(frozen=True, kw_only=True)
 class Balance(Settings):
-    """The losses on the router, its bias, and noise. They share [router] with the keys of the router itself;
-    `training/router_losses.py` computes them."""
+    """The router losses, the router bias and the noise of a training run.
+
+    They share [router] with the router's own keys. `training/router_losses.py` computes the losses.
+    """
 
     section: ClassVar[str] = "router"
 
-    # each layer by itself, or all layers pooled as in transformers
+    # compute the loss in each layer separately, or pool all layers as transformers does
     balance_loss: Literal["per_layer", "pooled"] = "per_layer"
-    balance_loss_coef: Annotated[float, AtLeast(0)] = 0.01  # of the loss that keeps experts equally busy
-    # shares of the whole batch (exact, one more forward pass with accumulation), or of what went before
-    # (buffered)
+    balance_loss_coef: Annotated[float, AtLeast(0)] = 0.01  # weight of the load-balancing loss
+    # take the experts' shares from the whole batch (exact; costs one more forward pass with accumulation), or
+    # from the batches before (buffered)
     balance_counts: Literal["exact", "buffered"] = "exact"
-    z_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # of the loss on the size of the logits
-    # of the bias on the choice of experts, which takes the place of a loss; 0: no bias
+    z_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of the loss on the size of the logits
+    # step size of the bias on the choice of experts, which replaces the balance loss; 0: no bias
     bias_update_rate: Annotated[float, AtLeast(0)] = 0.0
-    # tokens are multiplied by 1 +- this before the router, in training
+    # in training, tokens are multiplied by 1 +- this before the router
     jitter: Annotated[float, Within("[0, 1)")] = 0.0
-    importance_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # of V-MoE's loss on the weights of experts
-    load_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # of V-MoE's loss on the load of experts
-    layers: Literal["mean", "sum"] = "mean"  # how the layers' losses are put together
+    importance_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of V-MoE's loss on the experts' weights
+    load_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of V-MoE's loss on the experts' load
+    layers: Literal["mean", "sum"] = "mean"  # how the losses of the layers are combined
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """What a run multiplies losses by that some routers give, by their names in `Routing.losses`."""
+        """The factors for the losses that only some routers return, by their names in `Routing.losses`."""
         return {"importance": self.importance_loss_coef, "load": self.load_loss_coef}

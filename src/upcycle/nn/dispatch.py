@@ -1,8 +1,9 @@
-"""How tokens reach experts and come back: what a router decided, as something that can be run.
+"""Dispatchers: a router's decision as an object that can run the experts.
 
-Every dispatch calls `experts(rows [M, H], index [M, K], weights [M, K], groups)`, which gives [M, H]; the
-first three are the form whose forward pass transformers' expert parallelism replaces, `groups()` says to
-experts that ask of which group each row is, [M]. Letters: T tokens, G groups of N, S slots an expert.
+Every dispatcher calls `experts(rows [M, H], index [M, K], weights [M, K], groups)`, which returns [M, H]. The
+first three arguments match the forward pass that transformers' expert parallelism replaces. `groups()`
+returns the group of each row, [M], for experts that need it. Letters: T tokens, G groups of N, S slots per
+expert.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ Run = Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
 
 
 class Dispatch(abc.ABC):
-    """A decision about tokens [T, H] that can be run."""
+    """A routing decision about tokens [T, H] that can be run."""
 
     @abc.abstractmethod
     def run(self, hidden: Tensor, experts: Run) -> Tensor:
-        """The experts' weighted outputs for tokens [T, H], [T, H]."""
+        """Return the experts' weighted outputs [T, H] for tokens [T, H]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices(Dispatch):
-    """Each token goes to its K experts, none is left out: `index` and `weights` [T, K]; groups of `length`
-    tokens."""
+    """Each token goes to its K experts and none is left out.
+
+    `index` and `weights` are [T, K]; a group has `length` tokens.
+    """
 
     index: Tensor
     weights: Tensor
@@ -44,8 +47,10 @@ class Choices(Dispatch):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(Dispatch):
-    """Pairs of a token and an expert, any number for each: `tokens`, `experts` and `weights` [M]; groups of
-    `length` tokens."""
+    """Pairs of a token and an expert, any number for each.
+
+    `tokens`, `experts` and `weights` are [M]; a group has `length` tokens.
+    """
 
     tokens: Tensor
     experts: Tensor
@@ -54,14 +59,18 @@ class Rows(Dispatch):
 
     def run(self, hidden: Tensor, experts: Run) -> Tensor:
         rows = _each(hidden[self.tokens], self.experts, lambda: self.tokens // self.length, experts)
-        # Sums of many experts' outputs want more bits than the experts have.
+        # Sum in the type of the weights: a sum over many experts needs more precision than the experts' type
+        # has.
         out = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=hidden.device)
         return out.index_add(0, self.tokens, rows * self.weights[:, None]).to(hidden.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slots(Dispatch):
-    """Soft MoE: each slot is a mixture of tokens, each token a mixture of slots; [G, N, E, S] both ways."""
+    """Soft MoE: each slot is a mixture of tokens and each token a mixture of slots.
+
+    Both tensors are [G, N, E, S].
+    """
 
     dispatch: Tensor
     combine: Tensor
@@ -81,5 +90,5 @@ class Slots(Dispatch):
 
 
 def _each(rows: Tensor, index: Tensor, groups: Groups, experts: Run) -> Tensor:
-    """Every row through its own expert, unweighted."""
+    """Run every row through its own expert, unweighted."""
     return experts(rows, index[:, None], torch.ones_like(index, dtype=rows.dtype)[:, None], groups)

@@ -1,4 +1,4 @@
-"""entmax with alpha = 1.5: softmax's sparse sibling (Peters, Niculae and Martins, ACL 2019)."""
+"""entmax with alpha = 1.5, a sparse alternative to softmax (Peters, Niculae and Martins, ACL 2019)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.autograd.function import once_differentiable
 
 
 def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
-    """max(z / 2 - tau, 0)^2 with the tau at which it sums to one along `dim`, exactly, of z = `scores`.
+    """Return max(z / 2 - tau, 0)^2 for z = `scores`, with the exact tau for which it sums to one along `dim`.
 
-    It maximises p z + H(p) over the simplex, H the Tsallis entropy (4 / 3) sum_i (p_i - p_i^1.5).
+    It maximises p z + H(p) over the simplex, where H is the Tsallis entropy (4 / 3) sum_i (p_i - p_i^1.5).
     """
     out: Tensor = _Entmax15.apply(scores, dim)
     return out
 
 
 class _Entmax15(torch.autograd.Function):
-    """The threshold by sorting (their algorithm 2), the gradient in closed form (proposition 2)."""
+    """Finds the threshold by sorting (their algorithm 2) and the gradient in closed form (proposition 2)."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, dim: int) -> Tensor:
         half = scores / 2
-        # Nothing below the largest - 1 has weight, because a square of one is all there is to give.
+        # Anything below the largest - 1 gets weight zero: the largest alone would already give 1^2 = 1.
         half = (half - half.amax(dim, keepdim=True)).clamp_(min=-1.0)
         weights = (half - _threshold(half, dim)).clamp_(min=0.0).square_()
         ctx.dim = dim
@@ -36,16 +36,16 @@ class _Entmax15(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
         roots = weights.sqrt()
-        # The Jacobian is diag(s) - s s^T / sum(s), of s = sqrt(p).
+        # The Jacobian is diag(s) - s s^T / sum(s) with s = sqrt(p).
         mean = (gradient * roots).sum(ctx.dim, keepdim=True) / roots.sum(ctx.dim, keepdim=True)
         return (gradient - mean) * roots, None
 
 
 def _threshold(half: Tensor, dim: int) -> Tensor:
-    """tau along `dim`, kept as an axis of one.
+    """Return tau along `dim`, kept as an axis of length one.
 
-    With the k largest alone it is the smaller root of sum_i (z_i - tau)^2 = 1, which is
-    mean - sqrt((1 - k variance) / k); the right k is the last whose own z reaches it.
+    If the k largest scores have weight, tau is the smaller root of sum_i (z_i - tau)^2 = 1 over them, which
+    is mean - sqrt((1 - k variance) / k). The right k is the last one whose own z reaches tau.
     """
     ordered = half.sort(dim, descending=True).values
     count = torch.arange(1, half.shape[dim] + 1, device=half.device, dtype=half.dtype)

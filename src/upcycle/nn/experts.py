@@ -1,7 +1,7 @@
-"""Experts: E feed-forward networks of one shape in three-dimensional parameters.
+"""Experts: E feed-forward networks of one shape, stacked in three-dimensional parameters.
 
-Takes rows [M, H], the experts of each row [M, K] and their weights [M, K]; gives [M, H]. Products run through
-the experts implementations of transformers (grouped matrix products by default), or in a plain loop.
+Takes rows [M, H], the experts of each row [M, K] and their weights [M, K]; returns [M, H]. The experts run
+through the implementations of transformers (grouped matrix products by default) or in a plain loop.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from upcycle.nn.response_norm import normalise
 
 
 class Experts(nn.Module):
-    """down(act(gate x) * (up x)), or down(act(up x)) where `gated` is false, for each of E experts.
+    """E experts that each compute down(act(gate x) * (up x)), or down(act(up x)) if `gated` is false.
 
-    Parameters: `gate_up_proj` [E, 2I, H] (gate over up) or `up_proj` [E, I, H], `down_proj` [E, H, I], and
-    with `bias` the same names + `_bias`, [E, 2I] or [E, I], and [E, H]. `dropout` acts between act and down.
-    With `response_norm`, `grn_weight` and `grn_bias` [E, I] are those of the norm that acts between them as
-    well (`response_norm.py`); such experts run in the plain loop, and are told of which group each row is.
-    `set_dropout` changes it for a training run, and adds one on what experts give: on each expert's output by
-    itself where a row has one (slots, expert choice, top_k with places), else on their weighted sum.
-    `config._experts_implementation` chooses the implementation; `eager` is the loop, which is also taken for
-    rows that grouped products refuse (`kernels.py`).
+    The parameters are `gate_up_proj` [E, 2I, H] (gate above up) or `up_proj` [E, I, H], and `down_proj`
+    [E, H, I]. `bias` adds `gate_up_proj_bias` [E, 2I] or `up_proj_bias` [E, I], and `down_proj_bias` [E, H].
+    `dropout` acts between act and down.
+
+    `response_norm` adds a norm between act and down (`response_norm.py`) with `grn_weight` and `grn_bias`
+    [E, I]. Such experts run in the plain loop and need to know the group of each row.
+
+    `set_dropout` changes the dropout for a training run and adds one on the output. That one acts on each
+    expert's output if a row has one expert (slots, expert choice, top_k with a capacity), and otherwise on
+    the weighted sum.
+
+    `config._experts_implementation` chooses the implementation. `eager` is the loop, which also takes over
+    for rows that grouped products do not accept (`kernels.py`).
     """
 
     is_transposed = False
@@ -70,7 +75,7 @@ class Experts(nn.Module):
         self.output_dropout = nn.Dropout(0.0)
 
     def set_dropout(self, inner: float | None, output: float) -> None:
-        """Drop between act and down with probability `inner` (None: as it is), and outputs with `output`."""
+        """Set the dropout between act and down (`inner`; None: unchanged) and on the outputs."""
         if inner is not None and self.has_gate:
             self.dropout.p = inner
         elif inner is not None:
@@ -79,7 +84,7 @@ class Experts(nn.Module):
         self.output_dropout.p = output
 
     def reset_parameters(self, std: float) -> None:
-        """Matrices from N(0, std^2), biases zero, and a response norm that does nothing."""
+        """Draw matrices from N(0, std^2) and set biases to zero; a response norm starts as the identity."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith(("bias", "grn_weight")):
                 nn.init.zeros_(parameter)
@@ -87,14 +92,16 @@ class Experts(nn.Module):
                 nn.init.normal_(parameter, std=std)
 
     def _apply_gate(self, both: Tensor) -> Tensor:
-        """What is between the products of a gated expert: [M, 2I] to [M, I]."""
+        """Apply the gate between the two products of a gated expert: [M, 2I] to [M, I]."""
         gate, up = both.chunk(2, dim=-1)
         made: Tensor = self.dropout(self.act_fn(gate) * up)
         return made
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
-        """Rows [M, H] through their experts `index` [M, K], summed with `weights` [M, K]: [M, H]. `groups`
-        [M], of which group each row is, is for experts with a response norm."""
+        """Run rows [M, H] through their experts `index` [M, K] and sum with `weights` [M, K]: [M, H].
+
+        `groups` [M] is the group of each row; only experts with a response norm need it.
+        """
         if self.has_response_norm:
             made: Tensor = self.output_dropout(self.loop(hidden, index, weights, groups))
             return made
@@ -105,14 +112,14 @@ class Experts(nn.Module):
 
     @property
     def _implementation(self) -> str:
-        """What the config chooses; the loop in place of grouped products that do not take these rows."""
+        """The implementation from the config, or the loop if grouped products do not accept these rows."""
         chosen = getattr(self.config, "_experts_implementation", None) or kernels.ONE_BY_ONE
         matrices = (getattr(self, self.up_name), self.down_proj)
         fits = all(kernels.take_groups(m.shape[-1:], m.element_size()) for m in matrices)
         return chosen if fits or chosen != kernels.GROUPED else kernels.ONE_BY_ONE
 
     def _cast(self, hidden: Tensor) -> Experts:
-        """The experts in the type of autocast, which grouped products do not follow by themselves."""
+        """Return the experts in autocast's dtype; grouped products do not follow autocast by themselves."""
         kind = hidden.device.type
         if not torch.is_autocast_enabled(kind):
             return self
@@ -122,7 +129,7 @@ class Experts(nn.Module):
         return view
 
     def loop(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
-        """The reference: one expert after another. An index of E or more is no expert of this rank."""
+        """The reference: run one expert after another. An index of E or more is an expert of another rank."""
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()

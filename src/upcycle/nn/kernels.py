@@ -1,6 +1,7 @@
-"""How the experts of a model run: as grouped matrix products, or one after another.
+"""The choice of how experts run: as grouped matrix products, or one after another.
 
-torch's grouped products want rows that are a multiple of 16 bytes long. No torch here: a conversion asks too.
+torch's grouped products need rows of a multiple of 16 bytes. This module does not import torch, because a
+conversion uses it too.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 ROW = 16  # bytes
-GROUPED, ONE_BY_ONE = "grouped_mm", "eager"  # as transformers calls them
-KEY = "experts_implementation"  # in config.json
+GROUPED, ONE_BY_ONE = "grouped_mm", "eager"  # their names in transformers
+KEY = "experts_implementation"  # the key in config.json
 
 
 def take_groups(lengths: Iterable[int], itemsize: int) -> bool:
-    """Whether grouped products take matrices with rows of these lengths, in numbers of `itemsize` bytes."""
+    """Return whether grouped products accept matrices with rows of these lengths.
+
+    `itemsize` is the size of a number in bytes.
+    """
     return all(length * itemsize % ROW == 0 for length in lengths)
 
 
 def implementation(lengths: Iterable[int], itemsize: int) -> str:
-    """The implementation for such experts where nobody asks for another one."""
+    """Return the implementation for such experts if the user asks for none."""
     return GROUPED if take_groups(lengths, itemsize) else ONE_BY_ONE

@@ -1,7 +1,7 @@
-"""The MoE layer: a router, stacked experts, and a shared expert beside them where there is one.
+"""The MoE layer: a router, stacked experts and, in some models, a shared expert.
 
-It takes the place of a feed-forward network: hidden states [B, ..., H] in, [B, ..., H] out. What lies between
-is one row of tokens, a text or the places of an image.
+It replaces a feed-forward network: hidden states [B, ..., H] in, [B, ..., H] out. The dimensions in between
+are flattened to one row of tokens: a text, or the positions of an image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from upcycle.nn.shape import Shape
 
 
 class Router(nn.Module):
-    """The tensors of a router, and its decision about hidden states, in float32."""
+    """The tensors of a router and its decision about hidden states, computed in float32."""
 
     def __init__(self, settings: routers.Router, shape: Shape) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Router(nn.Module):
             self.register_parameter(name, nn.Parameter(made, requires_grad=trained))
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Routing:
-        """Route groups of tokens [G, N, H]; `padding` [G, N] is True where there is none."""
+        """Route groups of tokens [G, N, H]; `padding` [G, N] is True at positions without a token."""
         with torch.autocast(hidden.device.type, enabled=False):
             wide = torch.promote_types(hidden.dtype, torch.float32)
             return self.settings.route(
@@ -55,7 +55,7 @@ class Shared(nn.Module):
         self.one = _experts(config, shape, 1, shape.shared_size)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Rows of tokens [B, L, H], the same."""
+        """Apply the shared expert to rows of tokens [B, L, H]; returns [B, L, H]."""
         number = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
         out: Tensor = self.one.output_dropout(self.one._one(0, rows.flatten(0, 1), number))
         return out.view(rows.shape)
@@ -76,10 +76,13 @@ def _experts(config: PreTrainedConfig, shape: Shape, count: int, width: int) -> 
 
 
 class MoE(nn.Module):
-    """A sparse layer where a dense one was: `shape` says which, `config` is that of the whole model.
+    """A sparse layer in place of a dense one.
 
-    `padding` [B, L] is True where a row has no token; whoever calls the model sets it (`nn/models.py` does).
-    It stays until the next forward pass, because a recomputed layer must route as it did.
+    `shape` describes it; `config` is the config of the whole model.
+
+    `padding` [B, L] is True at positions without a token. The code that calls the model sets it (see
+    `hf/models.py`). It stays until the next forward pass, because a recomputed layer must route as it did
+    before.
     """
 
     def __init__(self, config: PreTrainedConfig, shape: Shape) -> None:
@@ -99,7 +102,7 @@ class MoE(nn.Module):
         self.padding: Tensor | None = None
 
     def reset_parameters(self, std: float) -> None:
-        """Start as transformers starts matrices, and the router as its settings say."""
+        """Initialise matrices as transformers does, and the router as its settings say."""
         self.experts.reset_parameters(std)
         if self.universal is not None:
             self.universal.reset_parameters(std)
@@ -120,8 +123,11 @@ class MoE(nn.Module):
         return out if self.shared is None else out + self.shared(rows).view(hidden.shape)
 
     def _run(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Groups) -> Tensor:
-        """Rows [M, H] through their experts, as `Experts.forward`; with universal experts, rows of one expert
-        each in the order of the experts, as slots come."""
+        """Run rows [M, H] through their experts, as `Experts.forward` does.
+
+        With universal experts, each row must have one expert and the rows must be in the order of the
+        experts, as slots are.
+        """
         own = (groups(),) if self.shape.response_norm else ()  # expert parallelism's forward takes three
         if self.universal is None:
             out: Tensor = self.experts(hidden, index, weights, *own)
@@ -140,11 +146,11 @@ class MoE(nn.Module):
         )
 
     def _groups(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows [B, L, H] and their padding as groups [G, N, H] and [G, N]."""
+        """Reshape rows [B, L, H] and their padding to groups [G, N, H] and [G, N]."""
         batch, length, size = rows.shape
         padding = self.padding
         if padding is not None:
-            # With a cache of earlier tokens the mask is longer than what is at hand.
+            # With a cache of earlier tokens the mask is longer than the current input.
             fits = padding.shape[0] == batch and padding.shape[1] >= length
             padding = padding[:, padding.shape[1] - length :] if fits else None
         group = self.router.settings.group

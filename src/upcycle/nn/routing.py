@@ -1,4 +1,4 @@
-"""What a router is given, and what it decided: the tokens at hand, and which of them go where."""
+"""The input and output of a router: the tokens of a layer, and the decision which of them go where."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from upcycle.nn.dispatch import Dispatch
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What a router decides about: G groups of N tokens for E experts, in float32 at least.
+    """The input of a router: G groups of N tokens for E experts, in float32 or wider.
 
-    `tensors` are the router's own by name, `top_k` the experts that a token uses where tokens choose;
-    `causal` says that no token may depend on later ones.
+    `tensors` are the router's own tensors by name. `top_k` is the number of experts per token if tokens
+    choose. `causal` says that no token may depend on later ones.
     """
 
     hidden: Tensor  # [G, N, H]
@@ -28,37 +28,37 @@ class Tokens:
 
     @property
     def groups(self) -> int:
-        """G."""
+        """The number of groups, G."""
         return self.hidden.shape[0]
 
     @property
     def length(self) -> int:
-        """N."""
+        """The number of tokens in a group, N."""
         return self.hidden.shape[1]
 
     @property
     def real(self) -> Tensor | None:
-        """Where there are tokens, [G, N]; None if they are everywhere."""
+        """The mask of real tokens, [G, N]; None if there is no padding."""
         return None if self.padding is None else ~self.padding
 
     def real_of(self, values: Tensor) -> Tensor:
-        """The rows of `values` [G, N, ...] that belong to tokens, [T, ...]."""
+        """Return the rows of `values` [G, N, ...] that belong to real tokens, [T, ...]."""
         return values.flatten(0, 1) if self.padding is None else values[~self.padding]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """One layer's decision about T tokens (padding included) and E experts; numbers in float32.
+    """The decision of one layer about T tokens (padding included) and E experts; numbers are float32.
 
-    `balanced` says whether every expert gets its share by construction, so that no balance loss applies.
+    `balanced` says that every expert gets its share by construction, so that no balance loss applies.
     `losses` are sums over the router's groups, [] each; `groups` is the number of groups.
     """
 
     dispatch: Dispatch
-    logits: Tensor  # [T, E], of real tokens alone where there is padding
-    probabilities: Tensor  # [T, E] likewise, rows sum to one
-    counts: Tensor  # [E], how many tokens chose each expert, or were chosen by it
-    left_behind: Tensor  # [], how many tokens reach no expert
+    logits: Tensor  # [T, E], without padding
+    probabilities: Tensor  # [T, E], without padding; rows sum to one
+    counts: Tensor  # [E], the number of tokens that chose each expert, or that it chose
+    left_behind: Tensor  # [], the number of tokens that reach no expert
     balanced: bool = False
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     groups: int = 1

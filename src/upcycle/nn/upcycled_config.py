@@ -1,4 +1,7 @@
-"""config.json of an upcycled model: the dense class's, and what its MoE layers are. Read without torch."""
+"""config.json of an upcycled model: the dense config, plus a description of its MoE layers.
+
+Read without torch.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ if TYPE_CHECKING:
     from upcycle.recipe import Recipe
     from upcycle.tensors.feed_forward import FeedForward
 
-PREFIX = "upcycled_"  # of model_type
+PREFIX = "upcycled_"  # prefix of model_type
 CLASS_PREFIX = "Upcycled"
 
 
 def entry(stack: Stack, sites: list[Site], recipe: Recipe, network: FeedForward) -> dict[str, Any]:
-    """What config.json says of the MoE layers of a stack: `nn.shape.Shape`."""
+    """Return the entry of config.json for the MoE layers of a stack; `nn.shape.Shape` reads it."""
     return {
         "stack": stack.name,
         "layers": [site.layer for site in sites],
@@ -42,9 +45,9 @@ def entry(stack: Stack, sites: list[Site], recipe: Recipe, network: FeedForward)
 def config(
     raw: Mapping[str, Any], model_type: str, architecture: str, entries: list[dict[str, Any]], pooled: int
 ) -> Config:
-    """config.json of the upcycled model: the dense one's and what its MoE layers are.
+    """Return config.json of the upcycled model: the dense config plus its MoE layers.
 
-    `pooled` is the number of tokens before the patches where their mean takes the place of the class token.
+    If the mean of the patches replaces the class token, `pooled` is the number of tokens before the patches.
     """
     pooling = {"mean_pooling_after": pooled} if pooled else {}
     return {
@@ -57,14 +60,14 @@ def config(
 
 
 def dense_type(config: Mapping[str, Any]) -> str | None:
-    """The dense model_type that an upcycled config was made from; None where it is no such config."""
+    """Return the dense model_type that an upcycled config was made from, or None if it is another config."""
     model_type = config.get("model_type")
     upcycled = isinstance(model_type, str) and model_type.startswith(PREFIX) and "moe" in config
     return model_type.removeprefix(PREFIX) if upcycled and isinstance(model_type, str) else None
 
 
 def dense_config(config: Mapping[str, Any]) -> Config:
-    """The config of the dense model in that of the upcycled one."""
+    """Return the config of the dense model that an upcycled config contains."""
     out = {k: v for k, v in config.items() if k not in ("moe", "mean_pooling_after")}
     named = [str(name).removeprefix(CLASS_PREFIX) for name in out.get("architectures") or ()]
     return {**out, "model_type": dense_type(config), "architectures": named}

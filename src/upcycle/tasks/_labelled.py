@@ -1,4 +1,4 @@
-"""What tasks over labelled examples ask of their data and of a model."""
+"""Checks that tasks with labelled examples make on their data and on the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Set = TypeVar("Set", "ImageSet", "TextSet")
 
 
 def only_source(feeding: Feeding, task: Task) -> str:
-    """The path of the one source of examples."""
+    """Return the path of the only data source. Raises `UpcycleError` if there are several."""
     sources = feeding.data.sources
     if len(sources) != 1:
         what = task.name.replace("_", " ")
@@ -30,10 +30,10 @@ def only_source(feeding: Feeding, task: Task) -> str:
 
 
 def as_the_head(found: Set, subject: Subject) -> Set:
-    """The examples with the numbers that the model's head has for their classes.
+    """Return the examples with labels renumbered to the model's head.
 
-    Where both have names, those decide; else the numbers are taken as they are. Refuses more classes than the
-    head has, and a class that it does not know.
+    If both have class names, the names decide; otherwise the numbers stay. Raises `UpcycleError` for more
+    classes than the head has, or for a class that it does not know.
     """
     if found.num_labels > subject.num_labels:
         raise UpcycleError(
@@ -56,13 +56,13 @@ def as_the_head(found: Set, subject: Subject) -> Set:
 
 
 def _only_numbers(names: Sequence[str]) -> bool:
-    """Whether names say no more than that classes have numbers."""
+    """Return whether the names only say that the classes are numbered."""
     numbers = all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(names))
     return numbers or names == ("false", "true")
 
 
 def _instead(odd: str, known: Sequence[str]) -> str:
-    """What a head has in place of a class that it does not know."""
+    """Describe what a head has instead of a class that it does not know."""
     if odd in known:
         return f"has {known.count(odd)} of that name"
     alike = next((name for name in known if _letters(name) == _letters(odd)), None)

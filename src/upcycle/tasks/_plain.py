@@ -1,4 +1,4 @@
-"""Rows of a text as they are: what a class without a head of a known task is shown."""
+"""Plain rows of text, for a model class whose head belongs to no known task."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Plain(CausalLM):
-    """Packed rows of a text. It trains nothing, and no run file can name it."""
+    """Packed rows of a text. It trains nothing, and a run file cannot name it."""
 
     @property
     def name(self) -> str:
-        """The name in the provenance of statistics."""
+        """The task's name in the provenance of statistics."""
         return "plain"
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:

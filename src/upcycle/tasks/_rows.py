@@ -1,8 +1,8 @@
-"""Images or texts as a model's task makes them, by number: what `calibrate`, `inspect` and `verify` show it.
+"""The images or texts that `calibrate`, `inspect` and `verify` show a model, read by number.
 
-A class with a head gets what it is asked in training, without augmentation. T5 gets corrupted spans, BERT
-masked tokens, and a classifier of texts padded ones. A class without one gets whole images or packed rows of
-text, and so does a classifier of texts that is shown a text without labels.
+A class with a head gets the inputs of its training task, without augmentation: T5 gets corrupted spans, BERT
+masked tokens, and a text classifier padded texts. A class without a head gets whole images or packed rows of
+text, and so does a text classifier on a text without labels.
 """
 
 from __future__ import annotations
@@ -25,43 +25,44 @@ from upcycle.tasks.image_classification import ImageClassification
 if TYPE_CHECKING:
     from torch import Tensor
 
-LENGTH = 512  # tokens of a row of text, if the model takes as many
+LENGTH = 512  # tokens per row of text, if the model takes that many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows of a set, of which any can be read."""
+    """The rows of a data set, with random access."""
 
     count: int
-    about: Mapping[str, Any]  # what they are, to tell them from others
-    read: Callable[[np.ndarray], dict[str, np.ndarray]]  # numbers of rows, int64 [B], to arrays [B, ...]
+    about: Mapping[str, Any]  # identifies the rows
+    read: Callable[[np.ndarray], dict[str, np.ndarray]]  # maps row numbers, int64 [B], to arrays [B, ...]
     ask: Callable[[Batch], Question]
-    task: Task | None  # its loss is that of the rows; None: the class has no head
+    task: Task | None  # computes the loss of the rows; None: the class has no head
 
     def real(self, inputs: Mapping[str, Any], stacks: Sequence[str]) -> dict[str, Tensor | None]:
-        """The tokens that are no padding, for each stack, [B, L]; None: all."""
+        """Return the mask of real tokens for each stack, [B, L]; None if there is no padding."""
         names = {"decoder": "decoder_attention_mask"}
         return {stack: inputs.get(names.get(stack, "attention_mask")) for stack in stacks}
 
 
 def of_images(path: Path, subject: Subject, cache: Path, *, gradient: bool, seed: int) -> Rows:
-    """The images at `path`, normalised as the model was made with.
+    """Return the images at `path`, normalised as the model expects.
 
-    `gradient` asks for labels that fit the head. Raises `UpcycleError` for a model that reads no images, and
+    `gradient` requires labels that fit the head. Raises `UpcycleError` for a model that reads no images, and
     for `gradient` without a head.
     """
     if "image_size" not in subject.settings:
         raise UpcycleError(f"{subject.architecture} reads text and no images; give --text PATH")
-    feeding = Feeding.of_file(path, length=LENGTH, cache=cache, seed=seed)  # of text: images have none
+    feeding = Feeding.of_file(path, length=LENGTH, cache=cache, seed=seed)  # images have no length
     return _rows(feeding, "images", path, subject, gradient=gradient)
 
 
 def of_text(
     path: Path, subject: Subject, cache: Path, *, gradient: bool, seed: int, length: int | None
 ) -> Rows:
-    """The text at `path` in rows of `length` tokens; None: as many as the model takes, at most `LENGTH`.
+    """Return the text at `path` in rows of `length` tokens.
 
-    Raises `UpcycleError` for a model that reads images, and for `gradient` without a head or labels.
+    A `length` of None means the model's maximum, up to `LENGTH`. Raises `UpcycleError` for a model that reads
+    images, and for `gradient` without a head or labels.
     """
     if "image_size" in subject.settings:
         raise UpcycleError(f"{subject.architecture} reads images and no text; give --images PATH")
@@ -94,7 +95,7 @@ def _rows(
 
 
 def _of_body(architecture: str) -> Task | None:
-    """The task whose rows a class without a head reads, if a task says that it does."""
+    """Return the task whose rows this class without a head can read; None if there is none."""
     found = map(tasks.find, tasks.names())
     return next((task() for task in found if task.bodies and architecture.endswith(task.bodies)), None)
 

@@ -1,4 +1,4 @@
-"""Rows of packed tokens as the feed of a task, each with a key for whatever is drawn for it."""
+"""The feed of packed token rows, with a random key for each row."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Make = Callable[[np.ndarray, Sequence[rng.Key]], dict[str, np.ndarray]]
 
 
 def tokenizer_of(feeding: Feeding, subject: Subject) -> Any:
-    """The tokenizer that the data names, or the model's own."""
+    """Return the tokenizer that the data names, or the model's own."""
     return corpus.tokenizer(feeding.data, subject.folder)
 
 
 def beyond_positions(length: int, subject: Subject) -> str | None:
-    """A sentence on rows that are longer than the positions that a model has; None if they are not."""
+    """Return a sentence about rows longer than the model's positions; None if they are not."""
     most = subject.settings.get("max_position_embeddings")
     if most is None or length <= most:
         return None
@@ -36,13 +36,13 @@ def beyond_positions(length: int, subject: Subject) -> str | None:
 
 
 def refuse_beyond_positions(length: int, subject: Subject) -> None:
-    """Refuse rows longer than the positions that a model has learned."""
+    """Raise `UpcycleError` for rows longer than the positions that a model has learned."""
     if (said := beyond_positions(length, subject)) is not None:
         raise UpcycleError(said)
 
 
 class TokenFeed:
-    """`make(rows [N, L + 1], keys)` of rows whose last token is the next row's first."""
+    """Feeds `make(rows [N, L + 1], keys)`. The last token of a row is the first of the next."""
 
     def __init__(self, feeding: Feeding, subject: Subject, make: Make) -> None:
         data, seed = feeding.data, feeding.seed
@@ -53,7 +53,7 @@ class TokenFeed:
 
     @property
     def trainable(self) -> list[int]:
-        """How many rows of each source are trained on."""
+        """The number of training rows of each source."""
         return self._batches.trainable
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
@@ -62,7 +62,7 @@ class TokenFeed:
         return self._make(self._batches.next(rows, part), keys[part])
 
     def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows numbered `places` of the first source; what is drawn for a row depends on its number."""
+        """Return the rows numbered `places` of the first source; random draws depend on the row's number."""
         keys = [rng.key(self._seed, "drawn", "at", int(place)) for place in places]
         return self._make(self._batches.at(places.tolist()), keys)
 

@@ -1,4 +1,4 @@
-"""Language modelling: the next token."""
+"""Language modelling: predict the next token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(Task):
-    """Each token of a packed row from those before it."""
+    """Predicts each token of a packed row from those before it."""
 
     summary = "the next token of a text"
     heads = ("ForCausalLM",)
@@ -48,7 +48,7 @@ class CausalLM(Task):
 
 
 def rows_alone(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
-    """Rows of tokens [N, L + 1] as they are; nothing is drawn for them."""
+    """Return rows of tokens [N, L + 1] unchanged; nothing is drawn for them."""
     return {"rows": rows}
 
 

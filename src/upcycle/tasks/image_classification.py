@@ -1,4 +1,4 @@
-"""Image classification: which class an image shows."""
+"""Image classification: predict the class of an image."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageClassification(Task):
-    """Images of one source, a parquet file or folder of them, or a folder with one folder a class.
+    """Images from one source: a parquet file, a folder of them, or a folder with one subfolder per class.
 
-    `test` is the set that the model is scored on; without it, `data.held_out` of the images are.
-    `[task.augment]` has the augmentation; sizes and channels are the model's.
+    The model is scored on the set `test`; without it, on the share `data.held_out` of the images.
+    `[task.augment]` sets the augmentation. The model decides size and channels.
     """
 
     by_example = True
@@ -35,10 +35,10 @@ class ImageClassification(Task):
     summary = "the class of an image"
     heads = ("ForImageClassification", "ForImageClassificationWithTeacher")
 
-    test: str | None = None  # the set that is scored on; none: data.held_out of the images
+    test: str | None = None  # the set to score on; none: data.held_out of the images
     image_field: str = "image"  # column of the images in parquet
     label_field: str = "label"  # column of the labels in parquet
-    augment: Augment = field(default_factory=Augment)  # how images are changed on the way: [task.augment]
+    augment: Augment = field(default_factory=Augment)  # random changes of training images: [task.augment]
 
     def notes(self) -> list[str]:
         if not self.augment.flip:
@@ -59,7 +59,7 @@ class ImageClassification(Task):
         return Examples(images, None, held_out_share=0.0, seed=feeding.seed)
 
     def images(self, path: str, subject: Subject, cache: Path, *, any_classes: bool = False) -> ImageSet:
-        """A set of images of the model's size, of its classes unless `any_classes`."""
+        """Open a set of images at the model's size; its classes must be the model's unless `any_classes`."""
         config = subject.settings
         found = ImageSet.open(
             path,
@@ -76,7 +76,7 @@ class ImageClassification(Task):
         return found if any_classes else as_the_head(found, subject)
 
     def augmentation(self, subject: Subject) -> Augment:
-        """The augmentation, with the mean and the deviation that the model was made with."""
+        """Return the augmentation with the mean and standard deviation that the model expects."""
         mean = self.augment.mean or subject.image_statistics("image_mean")
         std = self.augment.std or subject.image_statistics("image_std")
         return replace(self.augment, mean=mean, std=std)

@@ -1,4 +1,4 @@
-"""BERT's pretraining: tokens of a text are masked and asked for (Devlin et al. 2019, section 3.1)."""
+"""BERT's pretraining: predict masked tokens of a text (Devlin et al. 2019, section 3.1)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLM(Task):
-    """A share `probability` of the tokens of a packed row is asked for: 80 % of them are masked, 10 % are
-    other tokens, 10 % are left as they are.
+    """The model predicts a share `probability` of the tokens of a packed row.
+
+    Of these, 80 % are masked, 10 % are replaced by random tokens, and 10 % are left unchanged.
     """
 
     summary = "the masked tokens of a text (BERT)"
     heads = ("ForMaskedLM",)
 
-    probability: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that is asked for
+    probability: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that the model predicts
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         refuse_beyond_positions(feeding.length, subject)

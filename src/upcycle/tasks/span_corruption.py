@@ -1,4 +1,4 @@
-"""T5's pretraining: spans of a text are cut out and asked for (Raffel et al. 2020, section 3.1.4)."""
+"""T5's pretraining: predict spans removed from a text (Raffel et al. 2020, section 3.1.4)."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SpanCorruption(Task):
-    """`train.sequence_length` is what the encoder reads; rows are packed, and all of one length. A share
-    `noise_density` of the tokens is cut out, in spans of `mean_span` on average.
+    """A share `noise_density` of the tokens is removed, in spans of `mean_span` tokens on average.
+
+    The encoder reads `train.sequence_length` tokens. Rows are packed and all have this length.
     """
 
     summary = "the spans cut out of a text (T5)"
     heads = ("ForConditionalGeneration",)
     bodies = ("T5Model",)
 
-    noise_density: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that is cut out
-    mean_span: Annotated[float, AtLeast(1)] = 3.0  # tokens of a span, on average
+    noise_density: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that is removed
+    mean_span: Annotated[float, AtLeast(1)] = 3.0  # average number of tokens per span
 
     def spans(self, length: int) -> SpanLengths:
-        """How long texts, inputs and targets are if the encoder reads `length` tokens."""
+        """Return the lengths of texts, inputs and targets if the encoder reads `length` tokens."""
         return span_lengths(length, noise_density=self.noise_density, mean_span=self.mean_span)
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
@@ -75,7 +76,7 @@ class SpanCorruption(Task):
 
 
 def _sentinels(tokenizer: Any) -> list[int]:
-    """The ids of <extra_id_0>, <extra_id_1>, ..., as far as there are any."""
+    """Return the ids of <extra_id_0>, <extra_id_1>, ..., as far as they exist."""
     vocabulary = tokenizer.get_vocab()
     out: list[int] = []
     while (name := f"<extra_id_{len(out)}>") in vocabulary:

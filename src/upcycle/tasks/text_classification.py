@@ -1,4 +1,4 @@
-"""Text classification: which class a text, or a pair of texts, is of."""
+"""Text classification: predict the class of a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TextClassification(Task):
-    """Texts of one source, JSON lines or parquet, cut and padded to `train.sequence_length` tokens.
+    """Texts from one JSON lines or parquet source, cut and padded to `train.sequence_length` tokens.
 
-    `fields` names one text or two of a pair. `test` is the set that the model is scored on; without it,
-    `data.held_out` of the texts are.
+    `fields` names one column of text, or the two of a pair. The model is scored on the set `test`; without
+    it, on the share `data.held_out` of the texts.
     """
 
     by_example = True
@@ -31,7 +31,7 @@ class TextClassification(Task):
     summary = "the class of a text or a pair of texts"
     heads = ("ForSequenceClassification",)
 
-    test: str | None = None  # the set that is scored on; none: data.held_out of the texts
+    test: str | None = None  # the set to score on; none: data.held_out of the texts
     fields: tuple[str, ...] = ("text",)  # one column of text, or the two of a pair
     label_field: str = "label"  # column of the labels
 
@@ -71,7 +71,7 @@ class TextClassification(Task):
         return {"layers": length}
 
     def can_read(self, path: Path) -> bool:
-        return path.suffix not in (".txt", ".text")  # without labels
+        return path.suffix not in (".txt", ".text")  # these have no labels
 
     def unscored(self, architecture: str) -> str | None:
         return f"{architecture} classifies texts; score it in a run, with task.test"

@@ -1,1 +1,1 @@
-"""Continued training: a run file in, metrics and checkpoints out, on one process or many."""
+"""Continued training from a run file, on one process or many; writes metrics and checkpoints."""

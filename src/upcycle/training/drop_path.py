@@ -1,11 +1,10 @@
-"""Drop path: a sample passes a block by, the more often the deeper the block (stochastic depth, Huang et al.
-2016; per sample, as in timm).
+"""Drop path (stochastic depth, Huang et al. 2016): samples skip branches, more often in deeper blocks.
 
-Of N blocks, block i (from 0) leaves out each of its branches with probability rate x i / (N - 1), each sample
-and branch by itself, and divides what stays by the probability to stay. Hooks on the modules whose output is
-added to the residual stream (`Trained.branches`), because few classes of transformers have a place for it;
-they take the place of the rate that config.json of some has. Draws come from torch's own generator, whose
-state activation checkpointing puts back before it computes a block again.
+As in timm, each sample and branch is drawn by itself. Of N blocks, block i (from 0) drops each of its
+branches with probability rate x i / (N - 1) and divides what stays by the probability to stay. This is done
+with hooks on the modules whose output is added to the residual stream (`Trained.branches`), because few
+classes of transformers support it. The hooks replace the rate that some models have in config.json. The draws
+come from torch's own generator, whose state activation checkpointing restores before it recomputes a block.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ from upcycle.families._training import trained
 
 
 def install(model: PreTrainedModel, family: Family, config: Config, rate: float) -> None:
-    """Let the blocks of `model` drop branches when it trains: the first none, the last with `rate`."""
+    """Let the blocks of `model` drop branches in training: the first never, the last with `rate`.
+
+    Raises `UpcycleError` if the blocks have no place for it.
+    """
     base: nn.Module = model.base_model
     known = trained(family, f"train.drop_path = {rate}")
     blocks = [
@@ -46,7 +48,7 @@ def install(model: PreTrainedModel, family: Family, config: Config, rate: float)
 
 
 def _drop(rate: float, module: nn.Module, args: Any, output: Any) -> Any:
-    """After a branch's forward pass: its output, or the first of its outputs, with samples left out."""
+    """Drop samples from a branch's output, or from the first of its outputs, after its forward pass."""
     if not module.training:
         return output
     if isinstance(output, tuple):
@@ -55,6 +57,6 @@ def _drop(rate: float, module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def dropped(branch: Tensor, rate: float) -> Tensor:
-    """Samples [B, ...], each zero with probability `rate`, else divided by 1 - rate."""
+    """Set each sample of [B, ...] to zero with probability `rate`, and divide the others by 1 - rate."""
     kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(1 - rate)
     return branch * (kept / (1 - rate))

@@ -1,4 +1,4 @@
-"""`upcycle export`: a checkpoint of a run as a folder in one of the formats of `exports/`."""
+"""Exports a checkpoint of a run to a folder, in one of the formats of `exports/` (`upcycle export`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from upcycle.training.start import Start, plain_model, scales, start_of
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export wrote."""
+    """The result of an export."""
 
     out: Path
     step: int
@@ -34,7 +34,7 @@ class Exported:
     dtype: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The export as JSON has it."""
+        """Return the export as JSON."""
         return {**asdict(self), "out": str(self.out)}
 
 
@@ -49,11 +49,11 @@ def export(
 ) -> Exported:
     """Write the newest checkpoint of a run (or that of `step`) to the new folder `out`.
 
-    `format` is a name of `exports/`: in `huggingface`, names, config and tokenizer are those of `upcycle
-    convert`, and `upcycle.json` tells of the training too. `dtype` is `source` for that of the start, or a
-    torch name. `with_optimizer` adds the optimizer's moments, by the same names, which
-    `optimizer.carry_state` of a later run takes. Holds the whole model in memory. Raises `UpcycleError` for
-    a mistake, and nothing is left of `out`.
+    `format` is a name of `exports/`. In `huggingface`, names, config and tokenizer are those of `upcycle
+    convert`, and `upcycle.json` also describes the training. `dtype` is a torch name, or `source` for the
+    dtype of the start. `with_optimizer` adds the optimizer's moments under the same names, for
+    `optimizer.carry_state` of a later run. The whole model is held in memory. Raises `UpcycleError` for a
+    mistake of the user, and then leaves nothing of `out`.
     """
     way = exports.find(format)
     if with_optimizer and not way.holds_moments:
@@ -110,7 +110,7 @@ def export(
 
 
 def _optimizer(begun: Start, run: Run, model: PreTrainedModel) -> torch.optim.Optimizer:
-    """The optimizer of the run, with a state that a checkpoint can fill."""
+    """Make the run's optimizer with a state that a checkpoint can fill."""
     made = optimizer.make(model, run.optimizer, scales(begun, run, model, Routers.of(model)))
     optimizer.fill(made, run.optimizer)
     return made
@@ -118,7 +118,7 @@ def _optimizer(begun: Start, run: Run, model: PreTrainedModel) -> torch.optim.Op
 
 @contextmanager
 def _whole_or_nothing(partial: Path) -> Iterator[None]:
-    """Take the partial folder away again where it does not come to its end, and say what stopped it."""
+    """Remove the partial folder if the export does not finish, and report the reason."""
     try:
         yield
     except OSError as error:
@@ -133,8 +133,10 @@ def _whole_or_nothing(partial: Path) -> Iterator[None]:
 
 
 def _hashes_of_sources(begun: Start, known: Hashes | None, run_folder: Path) -> Hashes:
-    """The hashes of the files that the run began from; of a run of an older version, which recorded none,
-    those of the files that are there now. Refuses files that are no longer those."""
+    """Return the hashes of the files that the run started from; raise `UpcycleError` if a file changed.
+
+    For a run of an older version, which recorded no hashes, these are the hashes of the current files.
+    """
     now = {opened.label: opened.hashes() for opened in begun.checkpoints}
     before = now if known is None else known
     if before.keys() != now.keys():

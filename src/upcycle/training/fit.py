@@ -1,4 +1,4 @@
-"""Whether a run fits the routers of the model that it trains, asked before there is one."""
+"""Checks that a run fits the routers of its model, before the model is built."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from upcycle.training.run import Run
 
 
 def warnings(run: Run, built: Blueprint | None) -> list[str]:
-    """What a person should know about a run before it costs time: of the model as `plan` says it, and of the
-    run itself."""
+    """Return warnings for the user before a run costs time: those of `plan` and those of the run itself."""
     out = [] if built is None else caveats.warnings(built)
     return [*out, *run.schedule.warnings(run.train.total_steps)]
 
@@ -24,7 +23,7 @@ def _parts(built: Blueprint | None) -> dict[str, Recipe]:
 
 
 def refuse_pooling(run: Run, built: Blueprint | None) -> None:
-    """Refuse the pooled balance loss where the routers' logits cannot be put together."""
+    """Refuse the pooled balance loss if the routers' logits cannot be pooled."""
     if run.router.balance_loss != "pooled":
         return
     of_stack = _parts(built)
@@ -38,13 +37,16 @@ def refuse_pooling(run: Run, built: Blueprint | None) -> None:
 
 
 def rows_of_groups(built: Blueprint | None, lengths: Mapping[str, int]) -> int:
-    """The least number of rows, of so many tokens in each stack, that are whole groups of every router."""
+    """Return the smallest number of rows that is whole groups of every router.
+
+    `lengths` are the tokens of a row in each stack.
+    """
     groups = {name: part.router.group for name, part in _parts(built).items() if part.router.group}
     return math.lcm(*(group // math.gcd(group, lengths[name]) for name, group in groups.items()))
 
 
 def refuse_broken_groups(run: Run, built: Blueprint | None, lengths: Mapping[str, int], dp_size: int) -> None:
-    """Refuse groups that the tokens of a forward pass in training cannot be cut into."""
+    """Refuse router groups that do not divide the tokens of a training forward pass."""
     share = run.train.rows // dp_size
     size = min(run.train.micro_batch or share, share)
     for rows in filter(None, (size, share % size)):

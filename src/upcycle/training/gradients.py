@@ -1,4 +1,4 @@
-"""Norms and clipping of gradients that are whole, sharded, or on different meshes."""
+"""Norms and scaling of gradients that are whole, sharded, or on different meshes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.distributed.tensor import DTensor
 
 
 def mesh_of(tensor: Tensor) -> Any:
-    """The mesh and the placements of a tensor that ranks share; None if it is whole."""
+    """Return the mesh and placements of a sharded tensor; None if it is whole."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of `tensor` that this rank holds."""
+    """Return this rank's part of `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def squared_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """The squared 2-norm of each gradient, whole, however it is sharded.
+    """Return the squared 2-norm of each whole gradient, however it is sharded.
 
-    `torch.nn.utils.clip_grad_norm_` refuses tensors of more than one mesh.
+    `torch.nn.utils.clip_grad_norm_` does not accept tensors on several meshes.
     """
     names = list(gradients)
     parts = torch.stack([_squared(local(gradients[n])) for n in names])

@@ -1,4 +1,4 @@
-"""A head for other classes than the checkpoint's: what fine-tuning on another data set begins with."""
+"""Replaces the classification head, to fine-tune on other classes than the checkpoint's."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ Classes = int | tuple[str, ...]
 def renewed(
     dense: Dense, config: Mapping[str, Any], entries: Mapping[str, Entry], classes: Classes, seed: int
 ) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """config.json and tensors with a head for `classes` (names, or how many): matrices N(0, deviation^2) and
-    biases 0, as transformers starts them. Raises `UpcycleError` where the model has no such head."""
+    """Return config.json and tensors with a new head for `classes` (names, or a number).
+
+    As in transformers, matrices start as N(0, deviation^2) and biases as 0. Raises `UpcycleError` if the
+    model has no classification head.
+    """
     names = classes if isinstance(classes, tuple) else tuple(f"LABEL_{i}" for i in range(classes))
     labels = {str(i): name for i, name in enumerate(names)}
     family = trained(dense.family, "task.classes")

@@ -1,9 +1,9 @@
-"""Layer-wise decay of the learning rate: blocks near the input learn more slowly than those near the head.
+"""Layer-wise learning rate decay: blocks near the input learn more slowly than those near the head.
 
-Numbered as in BEiT, timm and mmpretrain (`Trained.depth`): of N blocks, embeddings are 0, block i (from 0) is
-i + 1, what comes after the blocks N + 1, and number n has the schedule's rate times decay^(N + 1 - n). What
-an MoE layer is made of (experts, router, shared experts) and the norm that only it reads have the whole rate
-(MoE Jetpack's code, NeurIPS 2024).
+Layers are numbered as in BEiT, timm and mmpretrain (`Trained.depth`): of N blocks, the embeddings are 0,
+block i (from 0) is i + 1, and everything after the blocks is N + 1. Number n has the schedule's rate times
+decay^(N + 1 - n). The parts of an MoE layer (experts, router, shared experts) and the norm that only it reads
+have the full rate (MoE Jetpack's code, NeurIPS 2024).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from upcycle.families._training import trained
 def scales(
     model: PreTrainedModel, family: Family, config: Config, decay: float, routers: Sequence[str] = ()
 ) -> dict[str, float]:
-    """What the rate of every parameter is multiplied by, by name; `routers` are the names of its routers."""
+    """Return the factor on the learning rate of every parameter, by name.
+
+    `routers` are the names of the model's routers.
+    """
     base = base_of(model)
     known = trained(family, f"train.layer_decay = {decay}")
     stacks = known.stacks(config)
@@ -42,6 +45,6 @@ def scales(
 
 
 def base_of(model: PreTrainedModel) -> str:
-    """How the names of the base model's parameters begin."""
+    """Return the prefix of the base model's parameter names."""
     path = next(name for name, module in model.named_modules() if module is model.base_model)
     return f"{path}." if path else ""

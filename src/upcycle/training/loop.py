@@ -1,4 +1,4 @@
-"""`upcycle train`: from a run file to metrics and checkpoints, stopped and gone on with anywhere."""
+"""Runs `upcycle train`: reads a run file, writes metrics and checkpoints; can stop and resume at any step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from upcycle.training.step import Outcome, Trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a run ended; losses are the last ones."""
+    """The result of a run; losses are the last ones."""
 
     out: Path
     steps: int
@@ -48,15 +48,16 @@ class Result:
     held_out_loss: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The end of the run as JSON has it."""
+        """Return the result as JSON."""
         return {**asdict(self), "out": str(self.out)}
 
 
 def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
-    """Train as `run` (a run, its table, or its file) says, on this process or as one of torchrun's.
+    """Train as `run` says (a `Run`, its table, or its file), on this process or as one of torchrun's.
 
-    `resume` goes on from the newest checkpoint of `run.out`, bit for bit on one process; where there is none
-    it begins. SIGTERM saves and gives an unfinished result. Raises `UpcycleError` for a mistake.
+    `resume` continues from the newest checkpoint of `run.out`, bit for bit on one process, or begins if there
+    is none. On SIGTERM, it saves and returns an unfinished result. Raises `UpcycleError` for a mistake of the
+    user.
     """
     run = Run.of(run)
     precision = _precision(run)
@@ -76,7 +77,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
         if here.first:
-            feed = task.feed(run.feeding(task), begun.subject)  # the others wait, and find the files
+            feed = task.feed(run.feeding(task), begun.subject)  # the others wait and then find the files
         here.barrier()
         if not here.first:
             feed = task.feed(run.feeding(task), begun.subject)
@@ -109,8 +110,10 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
-    """What a person should know before a run costs time; rows that the model was not made for are refused,
-    but where a run has trained on such rows before."""
+    """Warn the user before a run costs time, and refuse rows that are too long for the model.
+
+    A run that has already trained on such rows only gets a warning.
+    """
     long = task.beyond_positions(run.train.sequence_length, begun.subject)
     if long is not None and begins:
         raise UpcycleError(long)
@@ -122,8 +125,10 @@ def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> N
 
 @contextmanager
 def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterator[Hashes | None]:
-    """The hashes of the files that a run starts from, which must not change while they are read; None for a
-    run that goes on, which keeps what it said when it began, and for ranks but the first."""
+    """Yield the hashes of the files that a run starts from; these must not change while they are read.
+
+    Yields None for a resumed run, which keeps its recorded hashes, and on all ranks but the first.
+    """
     if before is not None or not here.first:
         yield None
         return
@@ -209,15 +214,15 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Tokens and active FLOPs a second, the share of the peak (model FLOPs utilisation), and memory."""
+    """Throughput of training: tokens and active FLOPs per second, MFU, and peak memory."""
 
-    flops: int  # of training on one row
-    tokens: int  # of one row
-    peak: float | None  # of one device
+    flops: int  # FLOPs of training on one row
+    tokens: int  # number of tokens in a row
+    peak: float | None  # FLOP/s of one device
     ranks: Ranks
 
     def over(self, record: StepMetrics, rows: int, seconds: float) -> StepMetrics:
-        """The record of a step with its rates."""
+        """Return the record of a step with its rates."""
         speed = rows * self.flops / seconds
         return replace(
             record,
@@ -229,13 +234,13 @@ class Rate:
         )
 
     def _memory(self) -> int:
-        """Bytes at most so far, of this rank's accelerator, or of its process where it has none."""
+        """Return the peak memory in bytes of this rank's accelerator, or of its process on a CPU."""
         device = self.ranks.device
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak()
 
 
 def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: int) -> StepMetrics:
-    """The record of a step, without its rates."""
+    """Return the record of a step, without its rates."""
     record = StepMetrics(
         step=done,
         tokens=done * trainee.run.train.rows * row_tokens,
@@ -261,7 +266,7 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
 
 
 def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, must: bool) -> None:
-    """Save; a full disk stops a run only where nothing comes after it."""
+    """Save a checkpoint. A failure stops the run only if `must` is set."""
     keep = trainee.run.checkpoint.keep
     saved = replace(state, identity=trainee.run.identity(), micro_batch=trainee.run.train.micro_batch)
     with held():
@@ -283,7 +288,7 @@ def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, 
 def _begin(
     trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None, hashes: Hashes | None
 ) -> RunState:
-    """The state to go on from: the checkpoint's, or step 0."""
+    """Return the state to continue from: the checkpoint's, or step 0."""
     run = trainee.run
     if checkpoint is None:
         if run.optimizer.carry_state:
@@ -299,7 +304,7 @@ def _begin(
 
 
 def _write_record(trainee: Trainee, out: Path, state: RunState) -> None:
-    """Write run.json, but where one of this run is there already."""
+    """Write run.json, unless this run's is already there."""
     identity = json.loads(json.dumps(trainee.run.identity()))
     try:
         same = run_folder.read_record(out).identity == identity
@@ -310,7 +315,7 @@ def _write_record(trainee: Trainee, out: Path, state: RunState) -> None:
 
 
 def _record(trainee: Trainee, state: RunState) -> RunRecord:
-    """run.json: what this run is, for whoever reads its folder later."""
+    """Return the content of run.json: the description of this run for later readers of its folder."""
     run, begun, task = trainee.run, trainee.start, trainee.task
     lengths = trainee.lengths
     flops = begun.training_flops_per_row(lengths)
@@ -347,7 +352,7 @@ def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:
 
 
 def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch | None:
-    """The rows that losses are compared on: of examples all, unless the run asks for fewer."""
+    """Return the held-out rows: for examples all, unless the run asks for fewer."""
     if not run.train.eval_every:
         return None
     everything = task.by_example and run.train.eval_examples is None
@@ -356,7 +361,7 @@ def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch |
 
 
 def _precision(run: Run) -> str:
-    """`auto` is mixed on an accelerator and float32 on a CPU."""
+    """Return the precision; `auto` is mixed on an accelerator and float32 on a CPU."""
     if run.train.precision != "auto":
         return run.train.precision
     return "mixed" if torch.accelerator.is_available() else "float32"

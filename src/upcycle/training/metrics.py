@@ -1,4 +1,4 @@
-"""What a run reports: a line of JSON a step, a line on the screen, and other people's dashboards."""
+"""The outputs of a run: one line of JSON per step, a line on the screen, and external dashboards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from upcycle.training.run import Log
 
 
 def peak_flops(log: Log, device: torch.device) -> float | None:
-    """The FLOP/s that MFU is measured against: what the run states, or that of a known GPU; None on a CPU."""
+    """Return the peak FLOP/s for MFU: the run's setting, or that of a known GPU; None on a CPU."""
     if log.peak_flops is not None or device.type != "cuda":
         return log.peak_flops
     gpu = gpus.of_device(torch.cuda.get_device_name(device))
@@ -26,13 +26,15 @@ def peak_flops(log: Log, device: torch.device) -> float | None:
 
 
 def read(out: Path) -> list[StepMetrics]:
-    """The steps of a run, in order; a line that is damaged, or was cut off by a kill, is left out."""
+    """Return the steps of a run in order, without lines that are damaged or were cut off by a kill."""
     return [step for step, _ in _read(out / StepMetrics.FILE)[0]]
 
 
 def _read(path: Path) -> tuple[list[tuple[StepMetrics, bytes]], int]:
-    """The steps in a file with their lines, and how many lines are damaged; the last may be cut off, as a
-    kill leaves it."""
+    """Return the steps in a file with their lines, and the number of damaged lines.
+
+    The last line does not count as damaged: a kill may have cut it off.
+    """
     steps, damaged = [], 0
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for line in (*lines, last):
@@ -44,11 +46,11 @@ def _read(path: Path) -> tuple[list[tuple[StepMetrics, bytes]], int]:
 
 
 class Metrics:
-    """The sinks of a run. Only the first rank has one that does anything."""
+    """The outputs of a run. Only the first rank has one."""
 
     def __init__(self, out: Path, log: Log, total: int, start: int, settings: dict[str, Any]) -> None:
         self.log, self.total, self.start = log, total, start
-        # Steps after the checkpoint that is gone on from are done again, and stand in the file once.
+        # Steps after the checkpoint are run again, so drop their old lines.
         path = out / StepMetrics.FILE
         before, damaged = _read(path)
         if damaged:
@@ -65,7 +67,7 @@ class Metrics:
         )
 
     def step(self, record: StepMetrics) -> None:
-        """One step is done."""
+        """Record one finished step."""
         try:
             self.file.write(json.dumps(record.as_table()) + "\n")
             self.file.flush()
@@ -85,7 +87,7 @@ class Metrics:
             sink.log(flat, step=done)
 
     def _watch(self, step: int, layer: LayerMetrics) -> None:
-        """Say it once when a layer collapses, and again only after it recovered."""
+        """Warn once when a layer collapses, and again only after it has recovered."""
         place = f"{'' if layer.stack == 'layers' else layer.stack} {layer.layer}".strip()
         if layer.collapsed and place not in self.warned:
             self.warned.add(place)
@@ -98,15 +100,15 @@ class Metrics:
             self.warned.discard(place)
 
     def say(self, sentence: str) -> None:
-        """A sentence above the progress bar."""
+        """Print a sentence above the progress bar."""
         progress.say(sentence)
 
     def warn(self, sentence: str) -> None:
-        """What should not be overlooked, above the progress bar."""
+        """Print a warning above the progress bar."""
         progress.warn(sentence)
 
     def close(self) -> None:
-        """Flush and finish everything."""
+        """Flush and close all outputs."""
         self.shown.close()
         self.file.close()
         for sink in self.sinks:
@@ -114,12 +116,12 @@ class Metrics:
 
 
 def score(loss: float, accuracy: float | None) -> str:
-    """How well held-out rows went: nats, and the share of right answers."""
+    """Return a phrase with the held-out loss in nats and the share of right answers."""
     return f"held-out loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.2%}")
 
 
 def _numbers(record: StepMetrics) -> dict[str, float]:
-    """The numbers of a step by one name each, as dashboards take them."""
+    """Return the numbers of a step in a flat table, for dashboards."""
     flat = {k: v for k, v in record.as_table().items() if isinstance(v, (int, float))}
     for layer in record.layers:
         place = f"layer_{layer.layer}" if layer.stack == "layers" else f"{layer.stack}_layer_{layer.layer}"
@@ -128,7 +130,7 @@ def _numbers(record: StepMetrics) -> dict[str, float]:
 
 
 def _sink(name: str, log: Log, out: Path, settings: dict[str, Any]) -> Any:
-    """A module with `log` and `finish`, started for this run; wandb and trackio share their interface."""
+    """Start a dashboard for this run; wandb and trackio share the interface of `log` and `finish`."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError:

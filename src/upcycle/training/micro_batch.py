@@ -1,7 +1,7 @@
-"""How many rows of a batch go through the model at once, where the run file does not say: as many as fit.
+"""Chooses the number of rows per forward pass if the run file does not: as many as fit in memory.
 
-A batch that fits is one part, as it always was. One that does not is cut into equal parts, whose gradients
-add up to the same; the number is kept in the checkpoints, so that a run is gone on with as it was.
+A batch that fits is one part. Otherwise it is cut into equal parts, whose gradients add up to the same. The
+number is stored in checkpoints, so that a resumed run uses the same one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 
-_SHARE = 0.7  # of the free memory: the rest is for what is not counted
-_PER_PARAMETER = 16  # bytes of a weight, its gradient and its two moments, in float32
-_LOGITS = 16  # bytes a logit: itself, in float32, its log-softmax, the gradient
+_SHARE = 0.7  # usable share of the free memory; the rest is for what is not counted
+_PER_PARAMETER = 16  # bytes for a weight, its gradient and its two moments, in float32
+_LOGITS = 16  # bytes per logit: itself, its float32 copy, its log-softmax, the gradient
 _KEPT = {"float32": 8, "mixed": 6, "bfloat16": 5}
-"""Bytes of a number that goes into a matrix or comes out of it: kept for the backward pass, and more."""
+"""Bytes per number that goes into or comes out of a matrix: what the backward pass keeps, and more."""
 
 
 def chosen(
@@ -36,8 +36,10 @@ def chosen(
     *,
     precision: str = "float32",
 ) -> Run:
-    """`run` with the rows of a forward pass: those it asks for, those that it had when it was stopped, or as
-    many as fit. Where all of them fit nothing is changed."""
+    """Return `run` with the number of rows of a forward pass; unchanged if all rows fit.
+
+    This is the number that the run asks for, the one it had when it stopped, or as many as fit.
+    """
     if run.train.micro_batch is not None:
         return run
     if state is not None:
@@ -56,7 +58,7 @@ def _with(run: Run, rows: int) -> Run:
 
 
 def _may_be_cut(run: Run, begun: Start) -> bool:
-    """Whether the losses of parts add up to those of the batch."""
+    """Return whether the losses of parts add up to those of the batch."""
     routed = begun.built is not None and bool(begun.built.sites)
     return not routed or (run.router.balance_loss, run.router.balance_counts) == ("per_layer", "exact")
 
@@ -64,7 +66,7 @@ def _may_be_cut(run: Run, begun: Start) -> bool:
 def _rows_that_fit(
     run: Run, begun: Start, lengths: Mapping[str, int], here: Ranks, precision: str
 ) -> int | None:
-    """Rows of a forward and a backward pass; None where the machine does not say what is free."""
+    """Return the rows of a forward and backward pass that fit; None if free memory is unknown."""
     free = _free(here)
     if free is None:
         return None
@@ -81,8 +83,11 @@ def _free(here: Ranks) -> int | None:
 
 
 def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: str) -> int:
-    """About what a row takes until its backward pass: what goes in and out of every matrix that its tokens
-    meet, and the logits. Where layers are computed again, one block of each stack and what goes into all."""
+    """Estimate the bytes that a row takes until its backward pass.
+
+    These are the inputs and outputs of every matrix that its tokens pass, and the logits. With activation
+    checkpointing they are those of one block of each stack, and the inputs of all blocks.
+    """
     family = begun.dense.family
     total, recomputed = 0, run.train.activation_checkpointing
     for stack in begun.dense.stacks:
@@ -99,7 +104,7 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
 
 
 def _numbers(name: str, shape: tuple[int, ...], begun: Start) -> int:
-    """Numbers of a token that go into a matrix and come out of it; of an expert, as often as it is met."""
+    """Count a token's numbers at the input and output of a matrix; for experts, times the experts used."""
     if begun.config.get("vocab_size") in shape:
         return 0
     ends = shape[-1] + shape[-2] if len(shape) < 4 else shape[0] + math.prod(shape[1:])

@@ -1,4 +1,4 @@
-"""Groups of parameters for an optimizer: which decay, at which part of the rate, on which mesh."""
+"""Groups a model's parameters for an optimizer by weight decay, learning-rate factor and mesh."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from upcycle.errors import UpcycleError
 from upcycle.training.gradients import mesh_of
 from upcycle.training.optimizers import Optimizer
 
-# How the names of learned tokens end, and those of positions that are added.
+# Name endings of learned tokens, and of added position embeddings.
 _TOKENS = ("_token", "position_embeddings")
 
 
 def make(
     model: nn.Module, settings: Optimizer, scales: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer, with one group for each kind of tensor that must be updated together.
+    """Make the optimizer, with one group for each kind of tensor that must be updated together.
 
-    `scales` is what the rate of a parameter is multiplied by, by name; `set_rate` heeds it. Tensors of
-    different meshes stay apart, because fused kernels take one kind at a time. Made before the first forward
-    pass: FSDP2 shows other tensors after it. Raises `UpcycleError` if the optimizer cannot update what ranks
-    share.
+    `scales` are factors on the learning rate by parameter name, which `set_rate` applies. Tensors on
+    different meshes are in different groups, because fused kernels need one kind at a time. Call it before
+    the first forward pass: after it, FSDP2 exposes other tensors. Raises `UpcycleError` if the optimizer
+    cannot update a sharded parameter.
     """
     groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -43,7 +43,7 @@ def make(
 
 
 def _refuse_shards(name: str, parameter: Tensor, settings: Optimizer) -> None:
-    """Refuse a parameter that ranks share in a way that the optimizer cannot update."""
+    """Refuse a parameter that is sharded in a way that the optimizer cannot update."""
     if not isinstance(parameter, DTensor):
         return
     dims = sorted({placement.dim for placement in parameter.placements if hasattr(placement, "dim")})
@@ -55,25 +55,27 @@ def _refuse_shards(name: str, parameter: Tensor, settings: Optimizer) -> None:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay acts on a parameter: on matrices, those of experts and routers and tables of
-    embeddings among them.
+    """Return whether weight decay acts on a parameter.
 
-    Not on vectors (norms, biases, layer scale, scales and temperatures of routers), nor on what is more than
-    a vector by its shape alone: biases of experts [E, I], response norms, class, distillation and mask tokens
-    and positions of images [1, N, H] (as timm, mmpretrain, MoE Jetpack and ConvNeXt V2 have it).
+    It acts on matrices, including those of experts and routers and embedding tables. It does not act on
+    vectors (norms, biases, layer scale, scales and temperatures of routers), nor on parameters that are
+    vectors but for their shape: biases of experts [E, I], response norms, class, distillation and mask
+    tokens, and positions of images [1, N, H]. timm, mmpretrain, MoE Jetpack and ConvNeXt V2 do the same.
     """
     return parameter.ndim > 1 and not name.endswith(("bias", "grn.weight", "grn_weight", *_TOKENS))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its part of the schedule's rate."""
+    """Set every group's learning rate to its factor times the schedule's rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
 
 
 def fill(optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
-    """Give a state to parameters that no gradient has reached yet (a mask token that is not used), as to the
-    others: a checkpoint has one for every parameter."""
+    """Add a state for parameters without a gradient so far (such as an unused mask token).
+
+    A checkpoint needs a state for every parameter.
+    """
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:

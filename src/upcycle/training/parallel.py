@@ -1,4 +1,4 @@
-"""The ranks of a run: who shares a batch, who holds which expert, and how sums cross them.
+"""The ranks of a run: how they share batches and experts, and sums across them.
 
 A run without torchrun is a world of one, in which every collective is the identity.
 """
@@ -19,12 +19,15 @@ from transformers.distributed import DistributedConfig
 from upcycle.errors import UpcycleError, listed
 from upcycle.training.run import Parallel
 
-_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what processes find each other by
+_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables by which processes find each other
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This rank's place. Ranks with one `dp_rank` see the same rows; `dp_size` of them see different ones."""
+    """This rank's place in the world. Ranks with the same `dp_rank` see the same rows.
+
+    There are `dp_size` groups of ranks, each with different rows.
+    """
 
     rank: int = 0
     world: int = 1
@@ -36,21 +39,21 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Return whether this rank prints and writes for all."""
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed, in place, over the ranks that see different rows."""
+        """Sum `tensor` in place over the ranks that see different rows."""
         if self.dp_size > 1:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
 
     def total(self, count: int) -> int:
-        """The sum of `count` over the ranks that see different rows."""
+        """Return the sum of `count` over the ranks that see different rows."""
         return count if self.dp_size == 1 else int(self.sum(torch.tensor(count, device=self.device)))
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
+        """Return whether `flag` is set on any rank."""
         if self.world == 1:
             return flag
         seen = torch.tensor(int(flag), device=self.device)
@@ -58,7 +61,7 @@ class Ranks:
         return bool(seen)
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order."""
+        """Return the values of all ranks, in rank order."""
         if self.world == 1:
             return [value]
         box = [None] * self.world
@@ -66,7 +69,7 @@ class Ranks:
         return box
 
     def share(self, value: Any) -> Any:
-        """The value that the first rank has."""
+        """Return the first rank's value."""
         if self.world == 1:
             return value
         box = [value]
@@ -81,7 +84,10 @@ class Ranks:
 
 @contextmanager
 def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] = ()) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or a world of one. `experts` are the numbers of them in a layer."""
+    """Yield this process's rank: one of those that torchrun started, or a world of one.
+
+    `experts` are the numbers of experts per layer. Raises `UpcycleError` if the sizes do not fit.
+    """
     world = _of_environment("WORLD_SIZE", 1)
     fsdp = _sizes(parallel, world, experts)
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
@@ -125,7 +131,7 @@ def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] =
 
 
 def _of_environment(name: str, default: int) -> int:
-    """A number that torchrun sets."""
+    """Return a number that torchrun sets. Raises `UpcycleError` for another value."""
     given = os.environ.get(name) or str(default)
     if not given.isdecimal() or (name == "WORLD_SIZE" and int(given) < 1):
         raise UpcycleError(
@@ -136,7 +142,7 @@ def _of_environment(name: str, default: int) -> int:
 
 
 def _sizes(parallel: Parallel, world: int, experts: Collection[int]) -> int:
-    """The size of fsdp, if everything fits."""
+    """Return the size of fsdp. Raises `UpcycleError` if the sizes do not fit."""
     tp, ep = parallel.tp, parallel.ep
     said = f"parallel.fsdp = {parallel.fsdp or 'the rest'}, tp = {tp}, ep = {ep} on {world} process(es)"
     if min(tp, ep, parallel.fsdp or 1) < 1:

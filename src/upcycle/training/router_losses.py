@@ -1,7 +1,7 @@
-"""The losses on routers: what each of them is, how layers are put together, and what a run weighs them by.
+"""The router losses: their formulas, how layers are combined, and their weights in a run.
 
 A loss is a mean over the global batch, computed in parts that add up. Letters: T tokens of the global batch,
-T' tokens at hand, E experts, K experts a token.
+T' tokens of this part, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from upcycle.training.routing import Said, Tally
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one micro batch contributes to the losses on routers, [] each.
+    """The contribution of one micro batch to the router losses, [] each.
 
-    `total` is what the task's loss goes up by; the others are not weighed. `own` are the losses that routers
-    bring themselves, by name.
+    `total` is weighted and added to the task's loss; the others are not weighted. `own` are the routers' own
+    losses, by name.
     """
 
     total: Tensor
@@ -30,23 +30,23 @@ class Part:
     own: Mapping[str, Tensor]
 
     def values(self) -> list[Tensor]:
-        """All but the total, without their graphs: balance, z, and the own ones in their order."""
+        """Return all losses but the total, detached: balance, z, and the routers' own in their order."""
         return [loss.detach() for loss in (self.balance, self.z, *self.own.values())]
 
 
 def own_names(said: Sequence[Said]) -> list[str]:
-    """The losses that the routers bring themselves, in the order of their names."""
+    """Return the names of the routers' own losses, sorted."""
     return sorted({name for one in said for name in one.loss_coefs})
 
 
 def part(
     said: Sequence[Said], tallies: Sequence[Tally], settings: Balance, *, share: float, parts: int
 ) -> Part:
-    """The losses of one micro batch from what every layer's router said in it.
+    """Compute the losses of one micro batch from the recorded outputs of every layer's router.
 
-    `tallies` are of the part `share` of the global batch; buffered (Qiu et al. 2025), they stand for it all.
-    `parts` is the number of micro batches on all ranks. Layers without a loss of a kind count as zero in a
-    mean over layers, as in t5x.
+    `tallies` cover the fraction `share` of the global batch; in buffered mode (Qiu et al. 2025) they are
+    scaled up to all of it. `parts` is the number of micro batches on all ranks. In a mean over layers, layers
+    without a loss count as zero, as in t5x.
     """
     zero = said[0].logits.new_zeros(())
     own = own_names(said)
@@ -66,7 +66,7 @@ def part(
         "z": settings.z_loss_coef,
         **settings.coefficients,
     }
-    # A loss that is not asked for may not be finite where it is not used, and 0 x inf is not 0.
+    # Skip losses with factor 0: an unused loss may be infinite, and 0 x inf is not 0.
     asked = [factor * losses[name] for name, factor in coefficients.items() if factor]
     asked += [_weighed(name, said, each[name], settings) for name in own]
     return Part(
@@ -78,33 +78,36 @@ def part(
 
 
 def _together(layers: Sequence[Tensor], settings: Balance) -> Tensor:
-    """The losses of all layers as one."""
+    """Combine the losses of all layers."""
     return torch.stack([*layers]).mean() if settings.layers == "mean" else torch.stack([*layers]).sum()
 
 
 def _weighed(name: str, said: Sequence[Said], layers: Sequence[Tensor], settings: Balance) -> Tensor:
-    """A loss of the routers' own, each layer's by the coefficient of its router."""
+    """Combine one of the routers' own losses, with each layer weighted by its router's coefficient."""
     factors = [one.loss_coefs.get(name, 0.0) for one in said]
     zero = torch.zeros_like(layers[0])
     return _together([f * loss if f else zero for f, loss in zip(factors, layers, strict=True)], settings)
 
 
 def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float) -> Tensor:
-    """The load-balancing loss of one layer over the global batch, [].
+    """Compute the load-balancing loss of one layer over the global batch, [].
 
-    `probabilities` are those of the tokens at hand, [T', E]; `counts` [E] and `tokens` are of the whole
-    global batch. E * sum_e f_e P_e with f_e the tokens that chose e over T, P_e the sum of e's probability
-    over the tokens at hand over T (Switch Transformers, eq. 4-6): summed over all parts of the batch it is K
-    at perfect balance, E / K times that where all tokens choose the same K experts for sure. Gradients flow
-    through P alone, so parts add up to the gradient of the whole.
+    `probabilities` [T', E] are those of the tokens of this part; `counts` [E] and `tokens` are of the global
+    batch. The loss is E * sum_e f_e P_e, where f_e is the fraction of tokens that chose e, and P_e is e's
+    probability summed over this part, divided by T (Switch Transformers, equations 4 to 6). Summed over all
+    parts it is K at perfect balance, and E / K times that if all tokens choose the same K experts with
+    certainty. Gradients flow through P alone, so that those of the parts add up to that of the whole.
     """
     share = counts.to(probabilities.dtype) / tokens
     return probabilities.shape[-1] * (share * probabilities.sum(0)).sum() / tokens
 
 
 def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
-    """transformers' own loss, which pools the tokens of all layers before it multiplies: blind to the
-    collapse of each layer, kept to reproduce what was trained with it. K at what it takes for balance."""
+    """Compute transformers' own loss, which pools the tokens of all layers before it multiplies.
+
+    It does not see the collapse of a single layer, and is kept to reproduce models trained with it. It is K
+    at what it considers perfect balance.
+    """
     from upcycle.hf.mixtral_loss import load_balancing_loss_func
 
     loss: Tensor = load_balancing_loss_func(tuple(logits), logits[0].shape[-1], top_k)
@@ -112,6 +115,8 @@ def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
 
 
 def z_loss(logits: Tensor, tokens: float) -> Tensor:
-    """The squared log-sum-exp of the logits [T', E] of one layer over the global batch's tokens (ST-MoE,
-    eq. 5), of the tokens at hand."""
+    """Compute the z-loss of one layer for this part: squared log-sum-exp of logits [T', E], over `tokens`.
+
+    `tokens` is the number of tokens of the global batch. Source: ST-MoE, equation 5.
+    """
     return logits.logsumexp(-1).square().sum() / tokens

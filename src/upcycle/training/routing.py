@@ -1,6 +1,6 @@
-"""What routers did in a forward pass, the losses that balance them, and the statistics of it.
+"""Records the decisions of routers in forward passes, and computes statistics of them.
 
-Letters: T tokens of the global batch, E experts, K experts a token, L MoE layers.
+Letters: T tokens of the global batch, E experts, K experts per token, L MoE layers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from upcycle.nn.routing import Routing
 from upcycle.records.metrics import LayerMetrics
 from upcycle.training.seeds import torch_seed
 
-COLLAPSED = 0.9  # share of a layer's slots in its K busiest experts
+COLLAPSED = 0.9  # a layer counts as collapsed if its K busiest experts take a larger share of its slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What one router said in one forward pass; T' tokens, E experts. `balanced` needs no balance loss."""
+    """The output of one router in one forward pass, for T' tokens and E experts.
+
+    A router that is `balanced` needs no balance loss.
+    """
 
     logits: Tensor  # [T', E]
     counts: Tensor  # [E]
@@ -38,24 +41,26 @@ class Said:
     scores: Tensor | None = None  # [T', E], rows sum to one; None: the softmax of the logits
     balanced: bool = False
     losses: Mapping[str, Tensor] = field(default_factory=dict)
-    loss_coefs: Mapping[str, float] = field(default_factory=dict)  # of the router's own among those losses
+    loss_coefs: Mapping[str, float] = field(default_factory=dict)  # coefficients of the router's own losses
     groups: int = 1
 
     @property
     def probabilities(self) -> Tensor:
-        """What the balance loss is about, [T', E]. Not worked out in a hook, which is off where a layer is
-        recomputed in the backward pass."""
+        """The probabilities for the balance loss, [T', E].
+
+        They are not computed in a hook, which is off when a layer is recomputed in the backward pass.
+        """
         return self.logits.softmax(-1) if self.scores is None else self.scores
 
     def tallies(self) -> Tensor:
-        """Everything that is summed over the global batch: counts, tokens, tokens left behind, groups."""
+        """Return the numbers that are summed over the global batch: counts, tokens, left behind, groups."""
         rest = [len(self.logits), int(self.left_behind), self.groups]
         return torch.cat([self.counts, torch.tensor(rest, device=self.counts.device)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """What one layer's router did, summed over a batch."""
+    """The tallies of one layer's router, summed over a batch."""
 
     counts: Tensor  # [E]
     tokens: int
@@ -67,10 +72,10 @@ class Tally:
 
 @dataclass(kw_only=True)
 class Routers:
-    """The routers of a model, and what they said in the forward passes that are recorded.
+    """The routers of a model and their outputs in the recorded forward passes.
 
-    Works through forward hooks: on `nn.moe.Router`, which gives a `Routing`, or on the class that
-    transformers records `router_logits` of, which gives (logits [T, E], weights [T, K], indices [T, K]).
+    They are recorded with forward hooks on `nn.moe.Router`, which returns a `Routing`, or on the class whose
+    `router_logits` transformers records, which returns (logits [T, E], weights [T, K], indices [T, K]).
     """
 
     layers: list[int]
@@ -83,7 +88,7 @@ class Routers:
 
     @classmethod
     def of(cls, model: nn.Module) -> Routers | None:
-        """The routers of `model`, with hooks in place; None where it is dense."""
+        """Return the routers of `model` with hooks installed; None if it is dense."""
         own = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
         found: list[tuple[str, nn.Module]] = [*own] or recorded.routers(model)
         if not found:
@@ -101,8 +106,11 @@ class Routers:
 
     @contextmanager
     def recording(self, *, jitter: float = 0.0, seed: int = 0) -> Iterator[None]:
-        """Keep what the routers say. `jitter` multiplies their input by U(1 - jitter, 1 + jitter), keyed by
-        `seed` and the layer (Switch Transformers, 2.2)."""
+        """Record the routers' outputs inside the block.
+
+        `jitter` multiplies the routers' input by U(1 - jitter, 1 + jitter), keyed by `seed` and the layer
+        (Switch Transformers, section 2.2).
+        """
         self.said = []
         self._on, self._noise = True, (jitter, seed) if jitter else None
         try:
@@ -116,7 +124,7 @@ class Routers:
                 return None
             hidden, *rest = args
             width, seed = self._noise
-            # A generator of its own: recomputing the layer in the backward pass draws the same noise.
+            # Use a separate generator, so that a layer recomputed in the backward pass draws the same noise.
             generator = torch.Generator(hidden.device).manual_seed(torch_seed(seed * 4099 + place))
             noise = torch.empty(hidden.shape, device=hidden.device).uniform_(
                 1 - width, 1 + width, generator=generator
@@ -126,7 +134,7 @@ class Routers:
         return hook
 
     def _record(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._on:  # not asked for, or a layer recomputed in the backward pass
+        if not self._on:  # not recording, or a layer is recomputed in the backward pass
             return
         if isinstance(output, Routing):
             shared = ("logits", "counts", "left_behind", "balanced", "losses", "groups")
@@ -147,11 +155,11 @@ class Routers:
         )
 
     def tallies(self) -> Tensor:
-        """What the recorded forward pass comes to, of all layers one after another, to be summed."""
+        """Return the tallies of the recorded forward pass, concatenated over layers, ready to be summed."""
         return torch.cat([said.tallies() for said in self.said])
 
     def read(self, sums: Tensor) -> list[Tally]:
-        """Sums of `tallies`, layer by layer."""
+        """Split summed `tallies` by layer."""
         out = []
         for said, part in zip(self.said, sums.split([len(s.counts) + 3 for s in self.said]), strict=True):
             tokens, left, groups = part[-3:].tolist()
@@ -168,8 +176,11 @@ class Routers:
         return out
 
     def biases(self) -> list[Tensor | None]:
-        """The correction biases that choose experts and do not weigh them, [E] each; None where a router has
-        none."""
+        """Return the correction biases of the routers, [E] each; None for a router without one.
+
+        They change which experts are chosen, but not the experts' weights. Raises `UpcycleError` if no router
+        has one.
+        """
         found = [
             next((p.detach() for name, p in _tensors(module) if name.endswith(BIAS)), None)
             for module in self.modules
@@ -188,8 +199,10 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: float) -> None:
-    """Raise the bias of experts that got less than their share, lower that of the others, by `rate`
-    (Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, algorithm 1)."""
+    """Raise the bias of experts with less than their share and lower the others' by `rate`.
+
+    Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, algorithm 1.
+    """
     for bias, tally in zip(biases, tallies, strict=True):
         if bias is None:
             continue
@@ -201,7 +214,7 @@ def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: f
 
 
 def _block(name: str, module: nn.Module) -> int:
-    """The number of the block that a router stands in, in its stack."""
+    """Return the number of a router's block in its stack."""
     path = re.escape(module.shape.module if isinstance(module, Router) else ".{i}.")
     found = re.search(path.replace(r"\{i\}", r"(\d+)"), name)
     assert found is not None
@@ -209,7 +222,7 @@ def _block(name: str, module: nn.Module) -> int:
 
 
 def health(tally: Tally, stack: str, layer: int) -> LayerMetrics:
-    """What became of the layer numbered `layer` of a stack in one step."""
+    """Return the metrics of layer number `layer` of a stack for one step."""
     counts = tally.counts.double()
     load = counts / counts.sum()
     entropy = torch.special.entr(load).sum() / math.log(max(2, len(load)))

@@ -1,7 +1,7 @@
-"""The run file of `upcycle train`: what is trained, on what, how long, and where it goes.
+"""The run file of `upcycle train`: the model, the data, the length of training and the output folder.
 
-Frozen dataclasses, one a table of the TOML file, read as a recipe is: an unknown key, a wrong type and a
-choice that does not exist are errors. `[moe]`, `[init]` and part of `[router]` are the recipe's own.
+Each table of the TOML file is a frozen dataclass, and is read like a recipe: an unknown key, a wrong type or
+an unknown choice is an error. `[moe]`, `[init]` and part of `[router]` are those of the recipe.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ from upcycle.training import optimizers, schedules
 from upcycle.training.optimizers import Optimizer
 from upcycle.training.schedules import Schedule
 
-MOST_ROWS = 1 << 20  # of a global batch; no published run comes near them
+MOST_ROWS = 1 << 20  # limit for a global batch; no published run comes near these
 MOST_TOKENS = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(Settings):
-    """How long, in which portions, with which arithmetic. A step is one update of the weights."""
+    """The length of a run, its batches and its precision. A step is one update of the weights."""
 
     section: ClassVar[str] = "train"
 
-    steps: Annotated[int, AtLeast(1)] | None = None  # updates of the weights
+    steps: Annotated[int, AtLeast(1)] | None = None  # number of updates of the weights
     tokens: Annotated[int, AtLeast(1)] | None = None  # instead of steps: as many whole steps as cover them
-    # instead of steps, where rows are not tokens: images, pairs of texts
+    # instead of steps, if rows are not tokens: images, pairs of texts
     examples: Annotated[int, AtLeast(1)] | None = None
-    # of the global batch: all ranks, all accumulation steps
+    # tokens of the global batch: all ranks, all accumulation steps
     batch_tokens: Annotated[int, AtLeast(1)] = 65_536
     batch_size: Annotated[int, AtLeast(1)] | None = None  # rows of the global batch, instead of batch_tokens
     # rows of one forward pass on one rank; None: as many as fit
     micro_batch: Annotated[int, AtLeast(1)] | None = None
-    sequence_length: Annotated[int, AtLeast(1)] = 1024  # tokens of a row of text
-    # of the rate, from block to block towards the input; see `layer_decay.py`
+    sequence_length: Annotated[int, AtLeast(1)] = 1024  # tokens per row of text
+    # factor on the learning rate from block to block towards the input; see `layer_decay.py`
     layer_decay: Annotated[float, Within("(0, 1]")] = 1.0
-    # rate of the last block, see `drop_path.py`; None: what config.json says
+    # drop path rate of the last block, see `drop_path.py`; None: as in config.json
     drop_path: Annotated[float, Within("[0, 1)")] | None = None
-    # after the experts' activation; None: what config.json says
+    # dropout after the experts' activation; None: as in config.json
     expert_dropout: Annotated[float, Within("[0, 1)")] | None = None
-    expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # of what experts give
-    clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # 0: no clipping
-    # of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
+    expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # dropout on the experts' output
+    clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # largest norm of the gradient; 0: no clipping
+    # precision of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
-    # whether blocks are computed again in the backward pass, to save memory
+    # whether to recompute blocks in the backward pass, to save memory
     activation_checkpointing: bool = False
-    compile: bool = False  # whether torch.compile is used
-    experts_implementation: str | None = None  # None: what benchmarks/train_step.py found fastest
+    compile: bool = False  # whether to use torch.compile
+    experts_implementation: str | None = None  # None: the one that benchmarks/train_step.py found fastest
     seed: int | None = None  # None: the seed of the run
-    eval_every: Annotated[int, AtLeast(0)] = 100  # steps between losses on the held-out part; 0: none
-    eval_tokens: Annotated[int, AtLeast(1)] = 262_144  # of the held-out part, at most
-    # rows of the held-out part, instead of eval_tokens
+    eval_every: Annotated[int, AtLeast(0)] = 100  # steps between evaluations on the held-out part; 0: none
+    eval_tokens: Annotated[int, AtLeast(1)] = 262_144  # held-out tokens, at most
+    # held-out rows, instead of eval_tokens
     eval_examples: Annotated[int, AtLeast(1)] | None = None
 
     def __post_init__(self) -> None:
@@ -85,17 +85,17 @@ class Train(Settings):
 
     @property
     def rows(self) -> int:
-        """Rows of the global batch."""
+        """The number of rows in the global batch."""
         return self.batch_size or self.batch_tokens // self.sequence_length
 
     @property
     def eval_rows(self) -> int:
-        """Held-out rows that losses are compared on, at most."""
+        """The maximum number of held-out rows to evaluate on."""
         return self.eval_examples or max(1, self.eval_tokens // self.sequence_length)
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """The number of steps of the whole run."""
         if self.steps is not None:
             return self.steps
         if self.examples is not None:
@@ -105,48 +105,48 @@ class Train(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel(Settings):
-    """How many ranks share what; fsdp x tp is the world, ep divides it."""
+    """The parallel layout: fsdp x tp is the number of ranks, and ep divides it."""
 
     section: ClassVar[str] = "parallel"
 
-    fsdp: int | None = None  # None: what tp leaves of the world
+    fsdp: int | None = None  # None: the number of ranks divided by tp
     tp: int = 1  # ranks that share the matrices of a layer
     ep: int = 1  # ranks that share the experts of a layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log(Settings):
-    """Where numbers go besides metrics.jsonl."""
+    """The outputs for metrics besides metrics.jsonl."""
 
     section: ClassVar[str] = "log"
 
-    every: Annotated[int, AtLeast(1)] = 10  # steps between lines, where no progress bar can be shown
+    every: Annotated[int, AtLeast(1)] = 10  # steps between lines if no progress bar can be shown
     sinks: tuple[Literal["wandb", "trackio"], ...] = ()  # wandb and trackio, if they are installed
-    project: str = "upcycle"  # that sinks file the run under
-    name: str | None = None  # None: the name of the run's folder
-    peak_flops: Annotated[float, Above(0)] | None = None  # of one device, for MFU; None: known for some GPUs
+    project: str = "upcycle"  # project name for the sinks
+    name: str | None = None  # run name for the sinks; None: the name of the run's folder
+    peak_flops: Annotated[float, Above(0)] | None = None  # FLOP/s of a device, for MFU; None: known GPUs'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving(Settings):
-    """When checkpoints are written; the last one of a run always is."""
+    """When checkpoints are written. The last one of a run always is."""
 
     section: ClassVar[str] = "checkpoint"
 
-    every: Annotated[int, AtLeast(0)] = 500  # steps; 0: only the last
-    keep: Annotated[int, AtLeast(1)] = 2  # checkpoints that stay
+    every: Annotated[int, AtLeast(0)] = 500  # steps between checkpoints; 0: only the last
+    keep: Annotated[int, AtLeast(1)] = 2  # number of checkpoints to keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Settings):
-    """One training run. `recipe` is None where the dense model itself is trained on."""
+    """One training run. `recipe` is None if the dense model itself is trained."""
 
     source: str  # the dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)
     out: str  # folder of the run: run.json, metrics.jsonl, checkpoints; it must hold no run yet
-    from_scratch: bool = False  # whether to take the source's shape alone, with random weights
-    seed: int = 0  # of every random number
+    from_scratch: bool = False  # whether to use only the source's shape, with random weights
+    seed: int = 0  # seed of all random numbers
     recipe: Recipe | None = None
-    task: Task | None = None  # None: what the source's class is made for
+    task: Task | None = None  # None: the one that the source's class is made for
     data: Data
     train: Train
     schedule: Schedule
@@ -172,7 +172,10 @@ class Run(Settings):
 
     @classmethod
     def of(cls, given: Run | Mapping[str, Any] | str | Path, /) -> Run:
-        """A run from what there is: a nested table as TOML has it, a run file by its path, or a run."""
+        """Return a run from a `Run`, a nested table as in TOML, or the path of a run file.
+
+        Raises `UpcycleError` for an invalid run.
+        """
         if isinstance(given, Run):
             return given
         if isinstance(given, (str, Path)):
@@ -197,7 +200,7 @@ class Run(Settings):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Run:
-        """The run in the TOML file `path`, with `KEY=VALUE` overrides."""
+        """Read a run from the TOML file `path`, with `KEY=VALUE` overrides."""
         return cls.of(settings.override(settings.read_toml(path, "run file", LAYOUT), overrides, LAYOUT))
 
     @property
@@ -206,12 +209,12 @@ class Run(Settings):
         return self.seed if self.train.seed is None else self.train.seed
 
     def feeding(self, task: Task) -> Feeding:
-        """What the run feeds a task with."""
+        """Return the data settings for a task."""
         cache = Path(self.data.cache) if self.data.cache else Path(self.out) / task.cache_name
         return Feeding(data=self.data, length=self.train.sequence_length, seed=self.train_seed, cache=cache)
 
     def as_table(self) -> dict[str, Any]:
-        """The run as a nested table: what `Run.of` takes."""
+        """Return the run as a nested table that `Run.of` accepts."""
         table = super().as_table() | {"schedule": schedules.as_recorded(self.schedule)}
         table = optimizers.as_recorded(table, self.optimizer)
         recipe = table.pop("recipe", {})
@@ -219,7 +222,7 @@ class Run(Settings):
         return _with_lists(table | {key: value for key, value in recipe.items() if key not in table})
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run that goes on from it."""
+        """Return the settings that must match between a checkpoint and the run that resumes from it."""
         free = ("parallel", "log", "checkpoint", "out")
         table = {k: v for k, v in self.as_table().items() if k not in free}
         train = {k: v for k, v in table["train"].items() if k not in ("micro_batch", "compile")}
@@ -230,12 +233,12 @@ LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **fa
 
 
 def train_of(table: Mapping[str, Any]) -> Train:
-    """[train] of the table that `Run.as_table` made of a run, by this version or an earlier one."""
+    """Return [train] from a table of `Run.as_table`, of this version or an earlier one."""
     return settings.read(Train, optimizers.today(table)["train"], "train")
 
 
 def _with_lists(value: Any) -> Any:
-    """A table as JSON gives it back: lists, and no tuples."""
+    """Return a table with lists in place of tuples, as JSON reads it back."""
     if isinstance(value, dict):
         return {k: _with_lists(v) for k, v in value.items()}
     return [_with_lists(v) for v in value] if isinstance(value, tuple) else value

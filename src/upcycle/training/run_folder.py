@@ -1,4 +1,4 @@
-"""The folder of a run: whether a run may have it, what its run.json says, what a kill left lying in it."""
+"""The folder of a run: claiming it, its run.json, and cleaning up after a killed run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
 
 LOCK = ".upcycle-lock"
-_LENGTH = ("steps", "tokens", "examples")  # how long a run is, of which a run file has one
+_LENGTH = ("steps", "tokens", "examples")  # the keys for the length of a run; a run file has one of them
 
 
 def read_record(out: Path) -> RunRecord:
-    """run.json of a run. Raises `UpcycleError` if there is none, or it is damaged."""
+    """Read run.json of a run. Raises `UpcycleError` if it is missing or damaged."""
     path = out / RunRecord.FILE
     try:
         missing = f"{out} has no {path.name}; give a folder that `upcycle train` made"
@@ -33,22 +33,25 @@ def read_record(out: Path) -> RunRecord:
 
 
 def write_record(out: Path, record: RunRecord) -> None:
-    """Write run.json: what was there stays until the new one is on disk."""
+    """Write run.json. The old file stays until the new one is on disk."""
     whole_file.write_json(out / RunRecord.FILE, record.as_table())
 
 
 @contextmanager
 def claimed(run: Run, sources: Iterable[Path], here: Ranks, *, resume: bool) -> Iterator[Path | None]:
-    """Hold the folder of a run, so that no other training is at it: the checkpoint to go on from, None to
-    begin. Refused, before a byte is written, where it is the source's or another run's."""
+    """Lock the folder of a run; yield the checkpoint to resume from, or None to begin.
+
+    Raises `UpcycleError`, before a byte is written, if the folder is the source's, another run's, or in use
+    by another training.
+    """
     out = Path(run.out)
     _refuse_place(run, sources)
-    _refuse_content(run, out, resume)  # before there is a folder
+    _refuse_content(run, out, resume)  # before the folder is made
     with ExitStack() as stack:
         said = _hold(out, stack) if here.first else None
         if (said := here.share(said)) is not None:
             raise UpcycleError(said)
-        _refuse_content(run, out, resume)  # what another training did meanwhile
+        _refuse_content(run, out, resume)  # again: another training may have written since
         checkpoint = saving.latest(out) if resume else None
         if checkpoint is not None:
             saving.refuse_changed(checkpoint, here)
@@ -60,7 +63,7 @@ def claimed(run: Run, sources: Iterable[Path], here: Ranks, *, resume: bool) -> 
 
 
 def _hold(out: Path, stack: ExitStack) -> str | None:
-    """Make the folder and hold its lock until the stack ends; why not, where that cannot be."""
+    """Make the folder and hold its lock until the stack closes; return the reason if that fails."""
     try:
         claim.refuse_below_a_file(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,7 @@ def _hold(out: Path, stack: ExitStack) -> str | None:
 
 
 def _refuse_place(run: Run, sources: Iterable[Path]) -> None:
-    """Refuse an `out` that is no folder of its own: the source, a folder in it, one around it."""
+    """Refuse an `out` without a name, or one that is the source, inside it, or around it."""
     if not run.out.strip():
         raise UpcycleError(f"out = {run.out!r}; it must be the name of a folder to make")
     for folder in sources:
@@ -91,7 +94,7 @@ def _refuse_content(run: Run, out: Path, resume: bool) -> None:
 
 
 def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
-    """Refuse to go on with a run that is not `run`, or that its schedule does not let end elsewhere."""
+    """Refuse to resume another run, or this run with another length if its schedule does not allow it."""
     if checkpoint is not None:
         where, state = str(checkpoint), saving.read_state(checkpoint)
         theirs, done = state.identity, state.step
@@ -99,7 +102,7 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
         try:
             where, theirs, done = str(out), read_record(out).identity, 0
         except UpcycleError:
-            return  # no step was saved, and what it says is written anew
+            return  # no step was saved, and run.json is written anew
     else:
         return
     mine = json.loads(json.dumps(run.identity()))
@@ -118,14 +121,14 @@ def _of_any_length(identity: Any) -> Any:
 
 
 def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int) -> None:
-    """Refuse another number of steps where those that are done would have had other rates."""
+    """Refuse another number of steps if the steps already done would have had other learning rates."""
     before, now = theirs.get("train"), mine["train"]
     if before == now or theirs.get("schedule") != mine["schedule"]:
         return
     try:
         old, new = train_of(theirs).total_steps, run.train.total_steps
     except (UpcycleError, TypeError, AttributeError):
-        return  # the keys that differ are named
+        return  # the caller names the keys that differ
     if new < done:
         raise UpcycleError(f"{where} is of step {done}, and the run file ends it at {new}; give more steps")
     if all(run.schedule.at(step, old) == run.schedule.at(step, new) for step in range(done)):
@@ -138,7 +141,7 @@ def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int
 
 
 def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
-    """The keys in which two nested tables differ, with both values."""
+    """Return the keys in which two nested tables differ, with both values."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         return [
             line
@@ -149,7 +152,7 @@ def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
 
 
 def _clean(out: Path) -> None:
-    """Take away what a run that was killed left half-written."""
+    """Remove the partial files of a killed run."""
     saving.discard_partial(out)
     found = [(out, "metrics.partial"), (out, "metrics.jsonl.*.partial"), (out, f"{RunRecord.FILE}.*.partial")]
     found += [(out / folder, "*.*.partial") for folder in ("tokens", "images")]

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: model, optimizer and position, whole or not there, for any number of ranks.
+"""Checkpoints of a run: model, optimizer and position, written atomically, for any number of ranks.
 
-`RUN/checkpoints/step-N/` holds what torch.distributed.checkpoint writes, and `state.json` written last, with
-the SHA-256 of all that. It is made as `step-N.partial` and renamed when all of it is on disk.
+`RUN/checkpoints/step-N/` holds the files of torch.distributed.checkpoint and `state.json`, written last, with
+the SHA-256 of the others. It is written as `step-N.partial` and renamed when all of it is on disk.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from upcycle.system import whole_file
 from upcycle.training.parallel import Ranks
 from upcycle.training.untrusted import Planner, Reader
 
-# Names instead of positions: another topology makes other groups of parameters.
+# Use names instead of positions: another topology has other parameter groups.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def folder_of(out: Path) -> Path:
-    """Where the checkpoints of a run are."""
+    """Return the folder of a run's checkpoints."""
     return out / "checkpoints"
 
 
 def found(out: Path) -> list[tuple[int, Path]]:
-    """The whole checkpoints of a run, the oldest first."""
+    """Return the complete checkpoints of a run with their steps, oldest first."""
     names = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in folder_of(out).glob("step-*")]
     return sorted((int(m.group(1)), p) for m, p in names if m and (p / RunState.FILE).is_file())
 
 
 def latest(out: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
+    """Return the newest complete checkpoint of a run; None if there is none."""
     return checkpoints[-1][1] if (checkpoints := found(out)) else None
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """What a checkpoint says of itself beside its tensors."""
+    """Read the state.json of a checkpoint. Raises `UpcycleError` if it is damaged."""
     try:
         return RunState.read(checkpoint)
     except DamagedError as error:
@@ -75,10 +75,10 @@ def save(
     ranks: Ranks,
     keep: int,
 ) -> str | None:
-    """Write checkpoint `state.step`; the reason where it could not be, and then nothing has changed.
+    """Write checkpoint `state.step`; if that fails, change nothing and return the reason.
 
-    Every rank calls it, with an optimizer that has a state for every parameter (`optimizer.fill`). Older
-    checkpoints beyond `keep` go when the new one is in place.
+    Every rank must call it, with an optimizer that has a state for every parameter (`optimizer.fill`). Older
+    checkpoints beyond `keep` are removed once the new one is in place.
     """
     final = folder_of(out) / f"step-{state.step}"
     partial = final.with_name(final.name + ".partial")
@@ -124,15 +124,15 @@ def save(
 
 
 def _hashes(partial: Path, ranks: Ranks) -> dict[str, str]:
-    """The SHA-256 of the files that this rank wrote, read while the system still has them in memory."""
+    """Hash the files that this rank wrote, while the system still has them in memory (SHA-256)."""
     mine = [*partial.glob(f"__{ranks.rank}_*"), *([partial / ".metadata"] if ranks.first else [])]
     return {path.name: file_hash(path) for path in mine}
 
 
 def refuse_changed(checkpoint: Path, ranks: Ranks) -> None:
-    """Refuse a checkpoint whose files are not as they were saved; each rank looks at some of them.
+    """Refuse a checkpoint whose files have changed since they were saved; each rank checks some of them.
 
-    Checkpoints of versions that wrote no hashes are taken as they are.
+    Checkpoints of versions that wrote no hashes are accepted.
     """
     known = sorted((read_state(checkpoint).sha256 or {}).items())
     changed = None
@@ -150,7 +150,10 @@ def refuse_changed(checkpoint: Path, ranks: Ranks) -> None:
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Fill model and optimizer from a checkpoint, each rank its own part, whatever the topology was."""
+    """Fill model and optimizer from a checkpoint of any topology; each rank reads its own part.
+
+    Raises `UpcycleError` if the checkpoint cannot be read.
+    """
     live: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         live["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
@@ -171,21 +174,21 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
 
 
 def discard_partial(out: Path) -> None:
-    """Remove what a killed run was writing."""
+    """Remove the partial checkpoints of a killed run."""
     for path in folder_of(out).glob("step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Keep DCP from remarking that one process is alone."""
+    """Silence DCP's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
 def _contiguous(state: Any) -> Any:
-    """DCP describes a shard as one rectangle, which a strided shard (packed gate and up under TP) is not."""
+    """Redistribute strided shards (packed gate and up under TP): DCP describes a shard as one rectangle."""
 
     def plain(value: Any) -> Any:
         if not isinstance(value, DTensor):
@@ -201,7 +204,7 @@ def _as(value: Any, like: Any) -> Any:
 
 
 def _failures(error: BaseException) -> list[BaseException]:
-    """What went wrong on each rank, without the wrapping that DCP puts around it."""
+    """Return the error of each rank, without DCP's wrapping."""
     wrapped = getattr(error, "failures", None) or {}
     found = [each[0] if isinstance(each, tuple) else each for each in wrapped.values()] or [error]
     return [_first_cause(each) for each in found]
@@ -214,11 +217,11 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _interrupted(error: BaseException) -> bool:
-    """Whether a person asked for the end: DCP takes that for a failure of its own."""
+    """Return whether the user interrupted the run, which DCP reports as a failure of its own."""
     return any(isinstance(each, KeyboardInterrupt) for each in _failures(error))
 
 
 def _root(error: BaseException) -> str:
-    """The first line of what went wrong."""
+    """Return the first line of the original error."""
     error = _failures(error)[0]
     return (str(error).splitlines() or [type(error).__name__])[0]

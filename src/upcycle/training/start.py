@@ -1,7 +1,7 @@
-"""What a run starts from: the dense model, the MoE made of it, or random weights of either's shape.
+"""The starting point of a run: the dense model, the MoE made from it, or random weights of either shape.
 
-All three are names to lazy tensors, so that every rank makes its own part and nothing else, and random
-weights are the same at every topology.
+In all three cases it maps names to lazy tensors, so that every rank makes only its own part, and random
+weights are the same for every topology.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run, Train
 
-OPTIMIZER = "optimizer"  # folder of moments beside an exported model
+OPTIMIZER = "optimizer"  # folder of the moments next to an exported model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The model a run trains, before it is one."""
+    """The model that a run trains, before it is built."""
 
     dense: Dense
     built: Blueprint | None
     architecture: str
-    config: dict[str, Any]  # config.json of the model
-    entries: Mapping[str, Entry]  # by name on disk
+    config: dict[str, Any]  # the model's config.json
+    entries: Mapping[str, Entry]  # by the name on disk
     from_scratch: bool
 
     @property
     def parameters(self) -> int:
-        """Parameters in all."""
+        """The number of parameters."""
         return sum(e.lazy.size for e in self.entries.values())
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that a token meets."""
+        """The number of parameters that a token uses."""
         return plan_of(self.built).active_parameters if self.built else self.parameters
 
     @cached_property
@@ -71,20 +71,20 @@ class Start:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """The source and whatever else tensors come from."""
+        """The checkpoints that tensors come from: the source and any others."""
         return self.built.checkpoints if self.built else [self.dense.checkpoint]
 
     def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
-        """FLOPs of training on a row of so many tokens in each stack: three forward passes' worth."""
+        """Return the FLOPs of training on a row with `lengths` tokens per stack: three forward passes."""
         return 3 * flops_per_row(self.dense, self.built, lengths)
 
     def training_flops(self, length: int) -> int:
-        """The same for one token of a row of `length`, where there is one stack."""
+        """Return the same for one token of a row of `length`, for a model with one stack."""
         return self.training_flops_per_row({"layers": length}) // length
 
 
 def start_of(run: Run) -> Start:
-    """The start of a run, from headers alone."""
+    """Return the start of a run, read from headers alone."""
     source = weightless.opened(run.source) if run.from_scratch else None
     built = blueprint(source or run.source, run.recipe) if run.recipe else None
     dense = built.dense if built else admit(source or open_checkpoint(run.source))
@@ -112,9 +112,9 @@ def start_of(run: Run) -> Start:
 def _from_scratch(
     dense: Dense, built: Blueprint | None, entries: Mapping[str, Entry], seed: int
 ) -> dict[str, Entry]:
-    """Every tensor as transformers starts it; a truncated normal of transformers' is a whole one here.
+    """Return every tensor with transformers' initialisation, but normals are not truncated.
 
-    Raises `UpcycleError` for a tensor of which family and target do not say what it starts as.
+    Raises `UpcycleError` for a tensor whose initial value neither the family nor the target defines.
     """
     family = trained(dense.family, "from_scratch = true")
     weights = built.weights if built else dense.weights
@@ -136,7 +136,7 @@ def _from_scratch(
 
 
 def _begun(name: str, entry: Entry, begins: Initial, identity: float, seed: int) -> Entry:
-    """The tensor with the values it starts as, in float32."""
+    """Return the tensor with its initial values, in float32."""
     if isinstance(begins, Normal):
         return Entry(_drawn(entry.shape, begins.deviation, name, seed), "F32")
     if isinstance(begins, Constant):
@@ -147,7 +147,7 @@ def _begun(name: str, entry: Entry, begins: Initial, identity: float, seed: int)
 
 
 def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place: int = 0) -> Lazy:
-    """A tensor of independent N(0, deviation^2), as matrices with a stream each; kernels are one."""
+    """Draw a tensor from N(0, deviation^2), one stream per matrix; a convolution kernel is one matrix."""
     if len(shape) == 4:
         flat = (shape[0], math.prod(shape[1:]))
         return Folded(_drawn(flat, deviation, name, seed), shape[1:])
@@ -160,7 +160,7 @@ def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place
 
 
 def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
-    """The model in training mode, each rank with its own part. Leaves the source's files open for others."""
+    """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)
     if hasattr(model.config, "use_cache"):
@@ -179,7 +179,7 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
 def scales(
     start: Start, run: Run, model: PreTrainedModel, routers: Routers | None
 ) -> dict[str, float] | None:
-    """What the rate of each parameter is multiplied by; None where all have the same."""
+    """Return the factor on each parameter's learning rate; None if all have the same."""
     if run.train.layer_decay == 1:
         return None
     family, config = start.dense.family, start.dense.config
@@ -187,7 +187,7 @@ def scales(
 
 
 def _set_expert_dropout(model: PreTrainedModel, train: Train) -> None:
-    """Dropout of the run instead of the config's, which stays as it is."""
+    """Set the run's dropout in the experts; the config does not change."""
     if train.expert_dropout is None and not train.expert_output_dropout:
         return
     found = [module for module in model.modules() if isinstance(module, Experts)]
@@ -201,20 +201,20 @@ def _set_expert_dropout(model: PreTrainedModel, train: Train) -> None:
 
 
 def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
-    """The blocks of all stacks."""
+    """Return the blocks of all stacks."""
     lists = [stack.blocks for stack in start.dense.stacks]
     return [block for path in lists for block in model.base_model.get_submodule(path).children()]
 
 
 def _recompute(model: PreTrainedModel) -> None:
-    """Keep a layer's input alone and compute the rest again in the backward pass."""
+    """Keep only a layer's input, and recompute the rest in the backward pass."""
     if not model.supports_gradient_checkpointing:
         raise UpcycleError(
             f"train.activation_checkpointing: transformers has none for {type(model).__name__}; set it to "
             f"false, and lower train.micro_batch where memory is short"
         )
     options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -237,7 +237,7 @@ def _build(
 
 
 def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
-    """What the run asks for; else grouped products, where rows are multiples of the 16 bytes they need."""
+    """Return the run's setting, or grouped products if rows are multiples of the 16 bytes they need."""
     if run.train.experts_implementation is not None:
         return run.train.experts_implementation
     assert start.built is not None
@@ -247,7 +247,7 @@ def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
 
 
 def plain_model(start: Start) -> PreTrainedModel:
-    """The model on one process, with the weights it starts from: what an export fills."""
+    """Build the model on one process with its starting weights, for an export to fill."""
     tensors = start.built.target.in_memory(start.entries) if start.built else start.entries
     return loading.build(start.architecture, start.config, tensors, dtype=torch.float32)
 
@@ -255,10 +255,11 @@ def plain_model(start: Start) -> PreTrainedModel:
 def carry_state(
     start: Start, run: Run, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Give the optimizer the dense run's moments, tiled to experts; those of the router are zero.
+    """Give the optimizer the dense run's moments, tiled to experts, and return the dense run's step.
 
-    The moments are tensors of the dense model's names and shapes, so the blueprint that makes the weights
-    makes them too (Sparse Upcycling, B.6). Gives the dense run's step.
+    The router's moments are zero. The moments have the dense model's names and shapes, so the blueprint that
+    makes the weights makes them too (Sparse Upcycling, B.6). Raises `UpcycleError` if they are missing or do
+    not fit.
     """
     folder = start.dense.checkpoint.folder / OPTIMIZER
     if not (folder / "state.json").is_file():
@@ -294,7 +295,7 @@ def carry_state(
 
 
 def _stored_moments(folder: Path, run: Run) -> tuple[str, ...]:
-    """The moments that the optimizer takes, if `folder` has them."""
+    """Return the names of the optimizer's moments. Raises `UpcycleError` if `folder` lacks one."""
     wanted = run.optimizer.moments
     if not wanted:
         raise UpcycleError(
@@ -312,13 +313,13 @@ def _stored_moments(folder: Path, run: Run) -> tuple[str, ...]:
 
 
 def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
-    """The moments of every tensor of the model, from those of the dense model."""
+    """Return the moments of every tensor of the model, made from those of the dense model."""
     if run.recipe is None:
         return {n: Entry(t, t.dtype) for n, t in admit(stored).tensors.items()}
     kind = targets.recorded({"target": run.recipe.moe.target})
     copied = blueprint(stored, kind.moments(run.recipe))
-    # What no source tensor is in (constants, gates of shared experts) has no moments yet, nor has a router,
-    # though a norm of the dense model may be in it.
+    # Tensors that come from no source tensor (constants, gates of shared experts) have no moments yet. The
+    # same holds for a router, even if it contains a norm of the dense model.
     return {
         n: e
         if not copied.target.draws(n) and any(True for _ in e.lazy.sources())

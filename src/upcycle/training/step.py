@@ -1,7 +1,7 @@
-"""One step of training: forward, the losses, backward, the update; and the score on held-out rows.
+"""One training step (forward, losses, backward, update), and the score on held-out rows.
 
-Every loss is a mean over the global batch. A rank computes its part of the sum; FSDP2 averages gradients over
-the ranks that see different rows, so a part is multiplied by their number.
+Every loss is a mean over the global batch. A rank computes its part of the sum. FSDP2 averages gradients over
+the ranks that see different rows, so each part is multiplied by their number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from upcycle.training.start import Start
 
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
-    """A model that is being trained, and all that takes part in it."""
+    """A model in training, with everything that a step needs."""
 
     model: PreTrainedModel
     task: Task
@@ -41,17 +41,17 @@ class Trainee:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Tokens of a row in each stack of blocks."""
+        """The tokens of a row in each stack of blocks."""
         return self.task.lengths(self.run.train.sequence_length, self.start.subject)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 arithmetic over float32 weights, where FSDP2 does not do it itself."""
+        """Return a context for bfloat16 arithmetic with float32 weights, unless FSDP2 does this itself."""
         if self.precision != "mixed" or self.ranks.dp_size > 1:
             return nullcontext()
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def logits(self, question: Question, **options: Any) -> Tensor:
-        """The model's answer."""
+        """Return the model's logits for a question."""
         with self.autocast():
             out: Tensor = self.model(**question.inputs, **options).logits
         return out
@@ -59,27 +59,30 @@ class Trainee:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a step found, over the global batch."""
+    """The results of a step, over the global batch."""
 
     loss: float  # cross-entropy, nats per target
     grad_norm: float
-    tallies: Sequence[Tally] = ()  # of each layer, on the CPU
-    balance_loss: float | None = None  # mean or sum over layers; top_k at perfect balance of each
+    tallies: Sequence[Tally] = ()  # one per layer, on the CPU
+    balance_loss: float | None = None  # mean or sum over layers; each is top_k at perfect balance
     z_loss: float | None = None
-    own_losses: Mapping[str, float] = field(default_factory=dict)  # that routers bring themselves
+    own_losses: Mapping[str, float] = field(default_factory=dict)  # the routers' own losses
     router_grad_norms: Sequence[float] = ()
 
 
 def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
-    """Update the model on this rank's part of the global batch."""
+    """Update the model on this rank's part of the global batch.
+
+    Raises `UpcycleError` if the loss or a gradient is not finite.
+    """
     run, ranks, routers = trainee.run, trainee.ranks, trainee.routers
-    # One seed a step and rank: dropout, jitter and augmentation need no state in a checkpoint.
+    # Use one seed per step and rank, so that dropout, jitter and augmentation need no state in a checkpoint.
     torch.manual_seed(torch_seed(run.train_seed * 1_000_003 + step * 997 + ranks.dp_rank))
     micros = _split(batch, run.train.micro_batch)
     questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
     targets = ranks.total(trainee.task.targets(batch))
     known = _count_ahead(trainee, questions, step) if _needs_counts_ahead(run, routers, micros) else None
-    sums: Tensor | None = None  # cross-entropy, balance, z, and the losses that routers bring themselves
+    sums: Tensor | None = None  # cross-entropy, balance, z, and the routers' own losses
     total: Tensor | None = None
     for place, question in enumerate(questions):
         with _recorded(trainee, step, place):
@@ -130,14 +133,14 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
 
 
 def _split(batch: Batch, size: int | None) -> list[Batch]:
-    """Parts of a batch of `size` rows each."""
+    """Split a batch into parts of `size` rows."""
     names = list(batch)
     parts = zip(*(batch[name].split(size or len(batch[name])) for name in names), strict=True)
     return [dict(zip(names, part, strict=True)) for part in parts]
 
 
 def _recorded(trainee: Trainee, step: int, place: int) -> AbstractContextManager[Any]:
-    """The forward pass of micro batch `place`, with what its routers say kept."""
+    """Return a context that records the routers in the forward pass of micro batch `place`."""
     if trainee.routers is None:
         return nullcontext()
     seed = (trainee.run.train_seed * 1_000_003 + step) * 4099 + place * 257 + trainee.ranks.dp_rank
@@ -145,7 +148,7 @@ def _recorded(trainee: Trainee, step: int, place: int) -> AbstractContextManager
 
 
 def _needs_counts_ahead(run: Run, routers: Routers | None, micros: Sequence[Batch]) -> bool:
-    """Whether f_e of the global batch is not known when the first micro batch goes backward."""
+    """Return whether the first backward pass needs the global batch's f_e in advance."""
     router = run.router
     exact = router.balance_loss == "per_layer" and router.balance_counts == "exact"
     return bool(routers is not None and len(micros) > 1 and exact and router.balance_loss_coef)
@@ -153,7 +156,7 @@ def _needs_counts_ahead(run: Run, routers: Routers | None, micros: Sequence[Batc
 
 @torch.no_grad()
 def _count_ahead(trainee: Trainee, questions: Sequence[Question], step: int) -> Tensor:
-    """The tallies of the global batch from a forward pass of its own."""
+    """Return the tallies of the global batch from a separate forward pass."""
     routers = trainee.routers
     assert routers is not None
     total: Tensor | None = None
@@ -168,7 +171,7 @@ def _count_ahead(trainee: Trainee, questions: Sequence[Question], step: int) -> 
 
 
 def _router_losses(trainee: Trainee, tallies: Tensor, share: float, micros: int) -> router_losses.Part:
-    """This micro batch's part of the losses on routers; `tallies` are of the part `share` of the batch."""
+    """Compute this micro batch's part of the router losses; `tallies` cover the part `share` of the batch."""
     routers = trainee.routers
     assert routers is not None
     return router_losses.part(
@@ -181,7 +184,7 @@ def _router_losses(trainee: Trainee, tallies: Tensor, share: float, micros: int)
 
 
 def _refuse_nonfinite(step: int, loss: float, squares: dict[str, float]) -> None:
-    """Stop before the weights are touched, and name the first tensor that is not finite."""
+    """Stop before the weights change, and name the first gradient that is not finite."""
     bad = next((name for name, square in squares.items() if not square < float("inf")), None)
     if bad is None and abs(loss) < float("inf"):
         return
@@ -194,7 +197,7 @@ def _refuse_nonfinite(step: int, loss: float, squares: dict[str, float]) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How well a model does on rows it was not trained on: nats and right answers per target."""
+    """The score of a model on held-out rows: nats and right answers per target."""
 
     loss: float
     accuracy: float
@@ -202,7 +205,7 @@ class Score:
 
 @torch.no_grad()
 def evaluate(trainee: Trainee, batch: Batch) -> Score:
-    """The score on held-out rows, the same on every rank, which each have all of them."""
+    """Return the score on held-out rows; every rank gets the same score and has all rows."""
     ranks, model, task = trainee.ranks, trainee.model, trainee.task
     rows = len(next(iter(batch.values())))
     share = -(-rows // ranks.dp_size)
@@ -212,7 +215,7 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
     whole = fit.rows_of_groups(trainee.start.built, trainee.lengths)
     for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size, whole):
         question = task.question(micro, trainee.start.subject, training=False)
-        # All ranks run as many passes: the last ones may have rows that another rank counts.
+        # All ranks run the same number of passes; the last may have rows that another rank counts.
         logits, labels = trainee.logits(question)[:count], question.labels[:count]
         targets = task.targets({name: t[:count] for name, t in micro.items()})
         if count:
@@ -226,8 +229,10 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
 def _parts(
     batch: Batch, rows: int, first: int, share: int, size: int, whole: int
 ) -> Iterator[tuple[Batch, int]]:
-    """Micro batches of this rank's share, and how many of their rows count: all ranks run as many passes, on
-    multiples of `whole` rows."""
+    """Yield micro batches of this rank's share, and the number of their rows that count.
+
+    All ranks run the same number of passes, on multiples of `whole` rows.
+    """
     for start in range(first, first + share, size):
         stop = min(start + size, first + share, rows)
         count = max(0, stop - start)

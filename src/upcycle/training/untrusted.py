@@ -1,7 +1,8 @@
-"""DCP's checkpoints read without running what is in them.
+"""Reads DCP checkpoints without executing code in them.
 
-DCP pickles its `.metadata`, and values that are no tensors as torch does. Both are read here with a list of
-the few classes that they are made of; whatever else a pickle names is refused before it is looked up.
+DCP pickles its `.metadata`, and stores values other than tensors as torch pickles. Both are read with an
+allowlist of the few classes that they consist of; any other name in a pickle is refused before it is looked
+up.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """A reader of a checkpoint folder that anybody may have made.
+    """A reader for a checkpoint folder from an untrusted source.
 
-    Raises `UpcycleError` where its `.metadata` is damaged, or is more than a description of tensors.
+    Raises `UpcycleError` if its `.metadata` is damaged, or contains more than a description of tensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,7 +56,7 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """The usual plan, but that values which are no tensors may be numbers and text alone."""
+    """The default plan, except that values other than tensors may only be numbers and text."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
@@ -72,7 +73,7 @@ def _metadata(path: Path) -> Metadata:
         for place in found.storage_data.values():
             if Path(place.relative_path).name != place.relative_path:
                 raise ValueError(f"it names {place.relative_path!r}, a path outside the folder")
-    except Exception as error:  # a damaged pickle raises whatever it leads to
+    except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(
             f"{path.parent} cannot be read: {path.name}: {reason}; delete that folder to go on from an older "

@@ -1,4 +1,4 @@
-"""A source of a run from scratch: a config without weights, whose tensors have shapes and no values."""
+"""The source of a run from scratch: a config without weights, whose tensors have shapes but no values."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _CONFIG = "config.json"
 
 
 class Weightless(Checkpoint):
-    """A checkpoint of which nothing can be read."""
+    """A checkpoint whose tensors cannot be read."""
 
     def pread(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         raise UpcycleError(f"{self.folder} has a config and no weights, and {info.name} is asked for")
 
 
 def opened(source: str | Path) -> Checkpoint | None:
-    """The folder `source`, where it has a config and no weights; None where it may have some."""
+    """Open the folder `source` if it has a config and no weights; return None otherwise."""
     folder = Path(source)
     if is_id(source) or (folder / INDEX).exists() or (folder / WEIGHTS).exists():
         return None
@@ -39,7 +39,7 @@ def opened(source: str | Path) -> Checkpoint | None:
 
 
 def _described(folder: Path, name: str, shape: Any) -> TensorInfo:
-    """A float32 tensor of that shape; the file is the one that says so."""
+    """Return a float32 tensor of this shape; its file is the config."""
     return TensorInfo(
         name=name,
         dtype="F32",

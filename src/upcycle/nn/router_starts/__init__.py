@@ -1,8 +1,8 @@
-"""How the weight of a router starts. One file here is one way.
+"""Initialisations of a router's weight. Each file here is one.
 
-A file `NAME.py` defines a frozen dataclass deriving from `RouterStart`, bound to the module name `start`;
-NAME is what `router.init` says. No torch here: a conversion makes the weight. Letters: E experts, S slots of
-each, H hidden, G the granularity.
+A file `NAME.py` defines a frozen dataclass derived from `RouterStart` and binds it to the module name
+`start`; NAME is the value of `router.init`. These files do not import torch, because a conversion makes the
+weight. Letters: E experts, S slots per expert, H hidden, G the granularity.
 """
 
 from __future__ import annotations
@@ -21,42 +21,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterStart(abc.ABC):
-    """A way to make the weight of a router, and what initialisations of experts may rely on."""
+    """A way to initialise a router's weight, with the properties that expert initialisations rely on."""
 
     summary: ClassVar[str]
     needs: ClassVar[str] = "nothing"
-    groups: ClassVar[bool] = False  # whether G experts in turn have the same score, whatever the token
+    groups: ClassVar[bool] = False  # whether each run of G experts has equal scores for every token
 
     @property
     def name(self) -> str:
-        """The name in the recipe: that of the file."""
+        """The name in the recipe, which is the file's name."""
         return type(self).__module__.rpartition(".")[2]
 
     @abc.abstractmethod
     def weight(self, site: Site, rows: int, dtype: str, std: float) -> Lazy:
-        """The weight [rows, H] of the router at `site`; rows are E, or E x S.
+        """Return the weight [rows, H] of the router at `site`; `rows` is E or E x S.
 
-        `std` is the standard deviation that the recipe asks for. Random numbers come from
-        `site.key("router")`.
+        `std` is the standard deviation from the recipe. Random numbers must come from `site.key("router")`.
         """
 
     def uniform(self, std: float) -> bool:
-        """Whether all experts have the same score for every token."""
+        """Return whether all experts have the same score for every token."""
         return std == 0
 
     def check(self, num_experts: int, granularity: int) -> None:  # noqa: B027 - nothing to check is the rule
-        """Raise `UpcycleError` if there is no such start for layers of this shape."""
+        """Raise `UpcycleError` if this start does not work for layers of this shape."""
 
 
 def find(name: str) -> RouterStart:
-    """The start that `router.init` calls `name`.
-
-    Raises `UpcycleError` with the names that there are.
-    """
+    """Return the start that `router.init` calls `name`. Raise `UpcycleError` for an unknown name."""
     found: type[RouterStart] = registry.find(sys.modules[__name__], name, "start", "router.init")
     return found()
 
 
 def names() -> list[str]:
-    """The names of all starts."""
+    """Return the names of all starts."""
     return registry.names(sys.modules[__name__])

@@ -1,4 +1,4 @@
-"""One row for each group of shards (virtual groups; He et al., arXiv 2410.07524)."""
+"""One row per group of shards (virtual groups; He et al., arXiv 2410.07524)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Grouped(RouterStart):
-    """N(0, std^2), where G rows in turn are the same: a shard of the dense network each."""
+    """N(0, std^2), with G equal rows in turn: one for each shard of the dense network."""
 
     summary = "one normal row for each group of G shards (virtual groups)"
     needs = "moe.granularity = G"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Orthogonal(RouterStart):
-    """Orthogonal rows of norm std x sqrt(H); columns, if there are more rows than columns."""
+    """Orthogonal rows of norm std x sqrt(H); orthogonal columns if there are more rows than columns."""
 
     summary = "orthogonal rows of norm std x sqrt(H)"
 

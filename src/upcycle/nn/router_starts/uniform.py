@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(RouterStart):
-    """Uniform numbers of mean 0 and standard deviation std."""
+    """Uniform numbers with mean 0 and standard deviation std."""
 
     summary = "uniform with mean 0 and standard deviation std"
 

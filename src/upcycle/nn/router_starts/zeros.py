@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Zeros(RouterStart):
-    """All zero, whatever std is."""
+    """All zeros, whatever std is."""
 
     summary = "all zero: every expert scores alike; ties send all tokens to the same ones"
 

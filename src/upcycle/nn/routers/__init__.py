@@ -1,8 +1,8 @@
-"""Ways to route. One file here is one router: its keys in a recipe, its tensors, its forward pass.
+"""Routers. Each file here is one: its keys in a recipe, its tensors and its forward pass.
 
-A file `NAME.py` defines a frozen dataclass deriving from `Router`, bound to the module name `router`; its
-fields are the keys of `[router] name = "NAME"`. torch is imported where it is used, not at the top: a
-conversion reads the keys and the tensors without it. Letters: G groups of N tokens, H hidden, E experts.
+A file `NAME.py` defines a frozen dataclass derived from `Router` and binds it to the module name `router`;
+its fields are the keys of `[router] name = "NAME"`. torch is imported inside functions, because a conversion
+reads keys and tensors without it. Letters: G groups of N tokens, H hidden, E experts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ Rounding = Literal["vmoe", "flaxformer", "exact"]
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor of a router beside its weight, and what it starts with: `value` everywhere or, of a matrix,
-    N(0, std^2). `inherited`: where there is a dense model, that part of the block's norm before the network.
+    """An extra tensor of a router and its start: `value` everywhere or, for a matrix, N(0, std^2).
+
+    `inherited` names the part of the dense block's norm before the network that it starts from, if there is a
+    dense model.
     """
 
     shape: tuple[int, ...]
@@ -42,11 +44,11 @@ class Extra:
 
 @dataclass(frozen=True, kw_only=True)
 class Router(Named, abc.ABC):
-    """How a router starts, and what every router can be asked. Shared keys:
+    """The base of all routers: how a router starts, and the questions that every router answers.
 
-    `init` and `std` of the weight; `normalize`: whether a token's weights are made to sum to one;
-    `rescale`: where they are not, whether experts are multiplied by what makes up for it; `group`: how many
-    tokens compete with each other for places (0: those of a row, that is an image or a text).
+    Shared keys: `init` and `std` set the weight's start. `normalize` makes a token's weights sum to one.
+    `rescale` multiplies the experts by a compensating factor if the weights do not sum to one. `group` is the
+    number of tokens that compete for places (0: those of a row, which is an image or a text).
     """
 
     section: ClassVar[str] = "router"
@@ -56,46 +58,46 @@ class Router(Named, abc.ABC):
 
     summary: ClassVar[str]
     needs: ClassVar[str] = "moe.target = upcycled"
-    looks_ahead: ClassVar[str] = ""  # why a token's output depends on later ones, where it does
+    looks_ahead: ClassVar[str] = ""  # why a token's output depends on later tokens, if it does
     balanced: ClassVar[bool] = False
-    has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, as many each
-    untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that no gradient reaches
+    has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, equally many each
+    untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that get no gradient
 
     # how the weight starts: normal, uniform, orthogonal, grouped, or zeros, which scores all experts alike
     init: str = "normal"
     std: Annotated[float, AtLeast(0)] = 0.02  # standard deviation of the weight
     normalize: bool = True  # whether a token's weights are made to sum to one
-    rescale: bool = True  # where they are not, whether experts are multiplied by what makes up for it
-    # tokens that compete with each other for places; 0: those of a row (an image, a text)
+    rescale: bool = True  # whether experts are scaled to compensate if weights do not sum to one
+    # number of tokens that compete for places; 0: those of a row (an image, a text)
     group: Annotated[int, AtLeast(0)] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init is not None:  # in some routers other keys say it
+        if self.init is not None:  # None: other keys of the router decide
             router_starts.find(self.init)
 
     @property
     def start(self) -> RouterStart:
-        """How the weight starts."""
+        """The initialisation of the weight."""
         return router_starts.find(self.init)
 
     @property
     def causal(self) -> bool:
-        """Whether no token's output depends on later tokens."""
+        """Return whether no token's output depends on later tokens."""
         return not self.looks_ahead
 
     @property
     def not_in_a_decoder(self) -> str:
-        """Why a router that is not causal may not stand in a causal stack."""
+        """The reason why a router that is not causal cannot be used in a causal stack."""
         why = self.looks_ahead or "with batch_priority a later token can take an earlier one's place"
         return f"{why}, so that a model would read what it should predict; use top_k without batch_priority"
 
     def share(self, num_experts: int, top_k: int) -> float | None:
-        """The part of a group that an expert has places for; None: all of it."""
+        """Return the fraction of a group that an expert has places for; None means all of it."""
         return None
 
     def check(self, num_experts: int, top_k: int, length: int) -> None:
-        """Raise where an expert has no place in a group of `length` tokens."""
+        """Raise `UpcycleError` if an expert has no place in a group of `length` tokens."""
         share, group = self.share(num_experts, top_k), self.group or length
         if share is not None and round(group * share, 9) <= 0.5:
             raise UpcycleError(
@@ -104,42 +106,42 @@ class Router(Named, abc.ABC):
             )
 
     def rows(self, num_experts: int) -> int:
-        """Rows of the weight, one for each expert or slot."""
+        """Return the number of rows of the weight, one for each expert or slot."""
         return num_experts
 
     def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:
-        """More tensors by name."""
+        """Return the extra tensors by name."""
         return {}
 
     @abc.abstractmethod
     def gate_sum(self, num_experts: int, top_k: int) -> float:
-        """What a token's weights sum to under a uniform router, on average."""
+        """Return the average sum of a token's weights under a uniform router."""
 
     def sums_to_one(self, num_experts: int, top_k: int) -> bool:
-        """Whether the weights of a token that reaches an expert sum to one, whatever the router says."""
+        """Return whether a token's weights sum to one if it reaches an expert, for any router weight."""
         return self.normalize
 
     @abc.abstractmethod
     def reaches_all(self, num_experts: int, top_k: int) -> bool:
-        """Whether every token reaches an expert, whatever the router says."""
+        """Return whether every token reaches an expert, for any router weight."""
 
     @abc.abstractmethod
     def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
-        """How many experts a token is worth in arithmetic, on average, in groups of `length` tokens."""
+        """Return a token's average compute, as a number of experts, in groups of `length` tokens."""
 
     @abc.abstractmethod
     def route(self, tokens: Tokens) -> Routing:
-        """Say which tokens go to which experts; arithmetic in the type of the tokens, float32 at least."""
+        """Decide which tokens go to which experts. Computes in the type of the tokens, float32 or wider."""
 
     def loss_coefs(self) -> dict[str, float]:
-        """What a run multiplies this router's own losses by, by their names in `Routing.losses`.
+        """Return the factors for this router's own losses, by their names in `Routing.losses`.
 
-        A run weighs `importance` and `load` itself, by keys of its own.
+        A training run weights `importance` and `load` itself, with its own keys.
         """
         return {}
 
     def beyond_native(self) -> list[str]:
-        """The keys set here that no MoE class of transformers heeds, besides a router of another name."""
+        """Return the keys set here that no MoE class of transformers supports, or another router's name."""
         if self.name != "top_k":
             return [f"router.name = {self.name}"]
         fields = [f for f in dataclasses.fields(self) if f.name not in self.common]
@@ -147,12 +149,12 @@ class Router(Named, abc.ABC):
 
 
 def capacity(tokens: int, share: float, rounding: Rounding, *, minimum: int = 1) -> int:
-    """Tokens that an expert takes of a group of `tokens`, where its fair part is `tokens` x `share`.
+    """Return how many tokens of a group of `tokens` an expert takes; its fair share is `tokens` x `share`.
 
-    `vmoe`: up, then up to a multiple of 4; `flaxformer`: to the nearest, at least 4; `exact`: to the nearest,
-    at least `minimum`. Never more than there are.
+    `vmoe` rounds up, then up to a multiple of 4. `flaxformer` rounds to the nearest, at least 4. `exact`
+    rounds to the nearest, at least `minimum`. The result is never more than `tokens`.
     """
-    fair = round(tokens * share, 9)  # 0.1 x 30 is 3
+    fair = round(tokens * share, 9)  # rounded to 9 digits, so that 0.1 x 30 is 3
     if rounding == "vmoe":
         wanted = -(-math.ceil(fair) // 4) * 4
     else:
@@ -161,24 +163,24 @@ def capacity(tokens: int, share: float, rounding: Rounding, *, minimum: int = 1)
 
 
 def places(length: int, padding: Tensor | None, share: float, rounding: Rounding) -> list[int]:
-    """`capacity` of each group, of its tokens without padding; one number stands for all where none has any.
+    """Return the `capacity` of each group from its tokens without padding; one number without a mask.
 
-    Padding counts for nothing, or what a text computes would depend on how long its neighbours are.
+    Padding does not count: otherwise the result for a text would depend on the length of its neighbours.
     """
     real = [length] if padding is None else (~padding).sum(1).tolist()
     return [capacity(tokens, share, rounding) for tokens in real]
 
 
 def read(table: Mapping[str, object], where: str = "router") -> Router:
-    """The router of a table with `name` and its keys."""
+    """Return the router that a table with `name` and its keys describes."""
     return settings.read(Router, table, where)
 
 
 def find(name: str) -> type[Router]:
-    """The router called `name`."""
+    """Return the router called `name`."""
     return Router.find(name)
 
 
 def names() -> list[str]:
-    """The names of all routers."""
+    """Return the names of all routers."""
     return Router.names()

@@ -1,4 +1,4 @@
-"""What the routers of slots have in common: experts see mixtures of tokens, S for each expert."""
+"""The common part of the slot routers: experts see mixtures of tokens, S for each expert."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotRouter(Router):
-    """Each expert has `slots` rows of the weight. A slot is a weighted mean of all tokens of a sequence, a
-    token a weighted mean of all slots' outputs."""
+    """Each expert has `slots` rows of the weight.
+
+    A slot is a weighted mean of all tokens of a sequence; a token is a weighted mean of all slots' outputs.
+    """
 
     looks_ahead = "a slot mixes all tokens of a sequence, later ones included"
     balanced = True
     has_slots = True
 
-    slots: Annotated[int, AtLeast(1)] = 1  # of each expert
+    slots: Annotated[int, AtLeast(1)] = 1  # slots per expert
 
     def rows(self, num_experts: int) -> int:
         return num_experts * self.slots
@@ -32,7 +34,7 @@ class SlotRouter(Router):
         return 1.0
 
     def reaches_all(self, num_experts: int, top_k: int) -> bool:
-        return False  # every token reaches slots, but a slot is no token
+        return False  # every token reaches slots, but a slot is not a token
 
     def experts_per_token(self, num_experts: int, top_k: int, length: int) -> float:
         return num_experts * self.slots / length
@@ -40,9 +42,11 @@ class SlotRouter(Router):
     def routing(
         self, tokens: Tokens, into: Tensor, back: Tensor, logits: Tensor, kept: Tensor | None = None
     ) -> Routing:
-        """What was decided: `into` are the scores that a softmax over tokens makes slots of, `back` each
-        token's weights for slots, `logits` the scores before those, [G, N, E S] each. `kept` [G, 1, E or 1,
-        1] multiplies what comes back from experts."""
+        """Build the routing from scores, [G, N, E S] each.
+
+        A softmax over tokens makes slots from `into`. `back` is each token's weights for slots, and `logits`
+        the scores that `back` came from. `kept` [G, 1, E or 1, 1] multiplies the experts' outputs.
+        """
         import torch
 
         from upcycle.nn.dispatch import Slots
@@ -50,7 +54,7 @@ class SlotRouter(Router):
 
         padding, num_experts = tokens.padding, tokens.num_experts
         shape = (tokens.groups, tokens.length, num_experts, self.slots)
-        # Not -inf: in a row that is all padding the softmax over tokens would be NaN.
+        # Not -inf: in a row of padding alone, the softmax over tokens would be NaN.
         least = torch.finfo(into.dtype).min
         masked = into if padding is None else into.masked_fill(padding[..., None], least)
         if padding is not None:

@@ -1,4 +1,4 @@
-"""Expert Choice: each expert takes the tokens it scores highest (Zhou et al. 2022; Sparse Upcycling, 2)."""
+"""Expert Choice: each expert takes its best-scored tokens (Zhou et al. 2022; Sparse Upcycling, section 2)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoice(Router):
-    """Softmax over experts, then every expert takes its C N / E best tokens of a group of N, rounded as in
-    `capacity`; padding is never taken and does not count. `normalize` divides a token's weights by their sum
-    (Sparse Upcycling, B.7), so that a token that some expert took keeps the dense function; a token that none
-    took has zero. `noise` adds N(0, (noise / E)^2) to the logits in training, for choices and weights alike;
-    1 is what vmoe's configurations have.
+    """Each expert takes its C N / E best tokens of a group of N, by a softmax over experts.
+
+    The number is rounded as in `capacity`. Padding is never taken and does not count. `normalize` divides a
+    token's weights by their sum (Sparse Upcycling, B.7), so that a token that was taken keeps the dense
+    function. A token that no expert took gets zero. `noise` adds N(0, (noise / E)^2) to the logits in
+    training, for both choices and weights; vmoe's configurations use 1.
     """
 
     summary = "each expert takes its best tokens of a sequence or an image"
     looks_ahead = "an expert chooses among all tokens of a sequence, later ones included"
     balanced = True
 
-    # experts that a token gets on average; num_experts gives every expert all tokens
+    # average number of experts per token; num_experts gives every expert all tokens
     capacity_factor: Annotated[float, Above(0)] = 2.0
-    # of the places of an expert, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
+    # how the places of an expert are rounded: as in the code of V-MoE or Flaxformer, or to the nearest
+    # (exact)
     rounding: Rounding = "exact"
-    # on logits in training, divided by the number of experts; None, 0: no noise
+    # noise on the logits in training, divided by the number of experts; None, 0: no noise
     noise: Annotated[float, AtLeast(0)] | None = None
 
     def share(self, num_experts: int, top_k: int) -> float:
@@ -57,7 +59,7 @@ class ExpertChoice(Router):
         padding = tokens.padding
         logits = torch.nn.functional.linear(tokens.hidden, tokens.tensors["weight"])
         if tokens.training and self.noise:
-            # From torch's own generator, which a layer that is recomputed finds as it was.
+            # Use torch's own generator: its state is restored when a layer is recomputed.
             logits = logits + self.noise / num_experts * torch.randn_like(logits)
         probabilities = logits.softmax(-1)
         scores = probabilities.transpose(1, 2)  # [G, E, N]
@@ -67,7 +69,7 @@ class ExpertChoice(Router):
         weights, token = scores.topk(max(room), dim=-1)  # [G, E, C]
         flat = token + length * torch.arange(groups, device=token.device)[:, None, None]
         expert = torch.arange(num_experts, device=token.device)[:, None].expand_as(token)
-        # Expert by expert, as their matrix products want the rows.
+        # Sort the rows by expert, as the experts' matrix products need them.
         rows, index, weights = (t.transpose(0, 1).flatten() for t in (flat, expert, weights))
         if padding is not None:
             own = torch.tensor(room, device=token.device)[:, None, None]

@@ -15,9 +15,12 @@ BIAS = "e_score_correction_bias"
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Router):
-    """Each expert's score is a sigmoid of its own; a token takes the K experts of the largest score + bias
-    and weighs them by their scores, which `normalize` makes sum to one. `router.bias_update_rate` of a run
-    moves the bias, which has no gradient.
+    """Each expert's score is its own sigmoid.
+
+    A token takes the K experts with the largest score + bias and weights them by their scores, which
+    `normalize` makes sum to one.
+
+    The bias gets no gradient; a training run moves it with `router.bias_update_rate`.
     """
 
     untrained = (BIAS,)

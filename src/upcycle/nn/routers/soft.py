@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Soft(SlotRouter):
-    """Each expert has `slots` rows of the weight. A slot is the softmax-weighted mean of all tokens of a
-    sequence, a token the softmax-weighted mean of all slots' outputs. Tokens and rows are normalised to
-    length one and their products multiplied by a learned scale (section 2.3), which starts at 1.
+    """Each expert has `slots` rows of the weight.
+
+    A slot is the softmax-weighted mean of all tokens of a sequence; a token is the softmax-weighted mean of
+    all slots' outputs. Tokens and rows are normalised to length one, and their products are multiplied by a
+    learned scale (section 2.3) that starts at 1.
     """
 
     summary = "experts see mixtures of tokens (Soft MoE)"

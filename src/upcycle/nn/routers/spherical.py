@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from upcycle.nn.routing import Routing, Tokens
 
-KEY_STD = 0.02  # of the key projection at its start, as transformers starts a ViT's matrices
-NORM_EPS = 1e-5  # of the queries' LayerNorm
+KEY_STD = 0.02  # initial std of the key projection, the same as for a ViT's matrices in transformers
+NORM_EPS = 1e-5  # epsilon of the queries' LayerNorm
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "key_norm": False,
         "query_norm": "inherited",
         "temperatures": 1,
-        # "A large value": keys as they start give products of deviation 0.02 sqrt(H), 0.28 in a ViT-T, so
-        # that at 1 a slot begins as a mean over nearly all tokens.
+        # The paper says "a large value". Initial keys give products of deviation 0.02 sqrt(H), 0.28 in a
+        # ViT-T, so that at 1 a slot starts as a mean over nearly all tokens.
         "temperature": 1.0,
         "combine": "softmax",
         "noise_after": False,
@@ -49,19 +49,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spherical(SlotRouter):
-    """Each expert has `slots` queries, the rows of the weight, which a LayerNorm and a division by their
-    length put on a sphere. Their products with the keys of the tokens, divided by a learned temperature, are
-    softmaxed over tokens to make slots, and turned into each token's weights for all slots (Algorithm 1).
+    """Each expert has `slots` queries, the rows of the weight, normalised onto a sphere.
 
-    `preset` sets what is not given: `paper` is MoE Jetpack's text, `repo` its released code.
-    `keys`: a linear map of the tokens, or `plain` the tokens; `key_norm`: whether they have length one.
-    `query_norm`: the LayerNorm starts as that of the block before the network, or `fresh` as the identity.
-    `temperatures`: one for both directions or one each, starting at `temperature`. `combine`: what makes
-    weights for slots. `noise`: of N(0, 1) on the products, 1 / E where it is not given; `noise_after` the
-    division by temperature or before it; without `noise_in_eval` in training alone.
-    `expert_dropout`: the chance that an expert's outputs are left out of a group in training, those of the
-    others being divided by what is left; `branch_dropout`: that all outputs of a group are (the code's rate
-    grows with the depth, to 0.1).
+    A LayerNorm and a division by their length do that. The queries' products with the tokens' keys are
+    divided by a learned temperature. A softmax over tokens makes slots from them, and a second function makes
+    each token's weights for all slots (Algorithm 1).
+
+    `preset` sets all keys that are not given: `paper` follows MoE Jetpack's text, `repo` its released code.
+    `keys` are a linear map of the tokens (`projected`) or the tokens (`plain`); `key_norm` gives them length
+    one. The LayerNorm of `query_norm` starts as the one of the dense block before the network (`inherited`)
+    or as the identity (`fresh`). `temperatures` is one for both directions or one each, starting at
+    `temperature`. `combine` makes the weights for slots. `noise` scales the N(0, 1) added to the products, by
+    default 1 / E; it is added after the division by temperature with `noise_after`, and only in training
+    without `noise_in_eval`.
+
+    In training, `expert_dropout` is the probability that an expert's outputs are dropped in a group, and
+    `branch_dropout` that all outputs of a group are; the rest is scaled up accordingly. (In the released code
+    that rate grows with depth, to 0.1.)
     """
 
     summary = "experts see mixtures of tokens, chosen on a sphere (SpheroMoE)"
@@ -70,22 +74,22 @@ class Spherical(SlotRouter):
     preset: Literal["paper", "repo"] = "paper"
     # how the queries start, as the weight of other routers does
     init: str | None = None  # type: ignore[assignment]
-    # of the queries
+    # standard deviation of the queries
     std: Annotated[float, AtLeast(0)] | None = None  # type: ignore[assignment]
-    # a linear map of the tokens (projected), or the tokens (plain)
+    # the keys are a linear map of the tokens (projected), or the tokens (plain)
     keys: Literal["projected", "plain"] | None = None
-    key_norm: bool | None = None  # whether keys have length one
+    key_norm: bool | None = None  # whether keys are normalised to length one
     # whether the queries' LayerNorm starts as that of the block before the network, or as the identity
     query_norm: Literal["inherited", "fresh"] | None = None
     temperatures: Annotated[int, Within("[1, 2]")] | None = None  # one for both directions, or one each
-    temperature: Annotated[float, Above(0)] | None = None  # that they start at
-    combine: Literal["softmax", "entmax15"] | None = None  # what makes weights for slots
-    noise: Annotated[float, AtLeast(0)] | None = None  # of N(0, 1) on the products; none: 1 / E
+    temperature: Annotated[float, Above(0)] | None = None  # the initial temperature
+    combine: Literal["softmax", "entmax15"] | None = None  # the function that makes weights for slots
+    noise: Annotated[float, AtLeast(0)] | None = None  # factor of N(0, 1) on the products; none: 1 / E
     noise_after: bool | None = None  # whether noise comes after the division by temperature
     noise_in_eval: bool | None = None  # whether there is noise outside training
-    # chance that an expert's outputs are left out of a group in training
+    # probability that an expert's outputs are dropped in a group in training
     expert_dropout: Annotated[float, Within("[0, 1)")] = 0.0
-    branch_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # chance that all outputs of a group are
+    branch_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # probability of dropping all outputs of a group
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +126,7 @@ class Spherical(SlotRouter):
         norm = (tensors["query_norm_weight"], tensors["query_norm_bias"])
         queries = F.layer_norm(tensors["weight"], tokens.hidden.shape[-1:], *norm, NORM_EPS)
         products = F.linear(keys, F.normalize(queries, dim=-1))  # [G, N, E S]
-        # From torch's own generator, which a layer that is recomputed finds as it was.
+        # Use torch's own generator: its state is restored when a layer is recomputed.
         scale = 1 / num_experts if self.noise is None else self.noise
         noisy = scale and (tokens.training or self.noise_in_eval)
         noise = scale * torch.randn_like(products) if noisy else None
@@ -137,7 +141,7 @@ class Spherical(SlotRouter):
         return self.routing(tokens, into, weights, back, kept)
 
     def _kept(self, groups: int, num_experts: int, like: Tensor) -> Tensor | None:
-        """What the outputs of experts are multiplied by in each group, [G, 1, E or 1, 1]."""
+        """Return the factors for the experts' outputs in each group, [G, 1, E or 1, 1]."""
         kept = None
         for chance, count in ((self.expert_dropout, num_experts), (self.branch_dropout, 1)):
             if chance:

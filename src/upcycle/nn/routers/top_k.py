@@ -1,4 +1,4 @@
-"""Token choice: each token takes the K experts it scores highest (Shazeer 2017; V-MoE; Switch)."""
+"""Token choice: each token takes its K best-scored experts (Shazeer 2017; V-MoE; Switch)."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Router):
-    """Softmax over experts, the K largest of each token. `normalize` makes the K weights sum to one, which is
-    a softmax over the K logits (top-k then softmax); without it they are what the softmax gave.
+    """Softmax over experts; each token takes the K largest.
 
-    `capacity_factor` C: an expert takes at most its share of a group, rounded as in `capacity`: S K C / E
-    tokens (`vmoe`, `exact`) or S C / E (`flaxformer`, whose share has no K); None: all that come. First
-    choices come before second ones, within each the earlier token, or with `batch_priority` the surer one
-    (Riquelme et al. 2021). In a causal stack a token's choices come before those of all later tokens, or a
-    later one could take its place. `noise_std` adds N(0, (noise_std / E)^2) to logits in training (V-MoE).
+    `normalize` makes the K weights sum to one, which equals a softmax over the K logits (top-k then softmax);
+    without it they stay as the softmax gave them.
+
+    With a `capacity_factor` C, an expert takes at most its share of a group of S tokens, rounded as in
+    `capacity`: S K C / E (`vmoe`, `exact`) or S C / E (`flaxformer`, whose share has no K). None takes all
+    tokens. First choices come before second ones. Within each, the earlier token comes first or, with
+    `batch_priority`, the token with the higher score (Riquelme et al. 2021). In a causal stack, a token's
+    choices come before those of all later tokens: otherwise a later token could take its place.
+
+    `noise_std` adds N(0, (noise_std / E)^2) to the logits in training (V-MoE).
     """
 
     summary = "each token takes its K best experts"
     needs = "nothing; its own keys moe.target = upcycled"
 
-    # places of an expert over its fair share; none, or num_experts: capacity for all tokens
+    # places of an expert, relative to its fair share; none, or num_experts: capacity for all tokens
     capacity_factor: Annotated[float, Above(0)] | None = None
-    # of those places, as in the code of V-MoE or of Flaxformer, or to the nearest (exact)
+    # how those places are rounded: as in the code of V-MoE or Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
-    batch_priority: bool = False  # whether the surer token takes a place first, not the earlier one
-    # of the noise on logits in training, divided by the number of experts (V-MoE)
+    batch_priority: bool = False  # whether the surer token gets a place first, not the earlier one
+    # noise on the logits in training, divided by the number of experts (V-MoE)
     noise_std: Annotated[float, AtLeast(0)] = 0.0
 
     def __post_init__(self) -> None:
@@ -83,7 +87,7 @@ class TopK(Router):
             logits = clean + noise * torch.randn_like(clean)
         probabilities = logits.softmax(-1)
         weights, index = probabilities.topk(top_k, dim=-1)  # [G, N, K]
-        sureness = weights[..., 0]  # before it is renormalised: of a single choice that is always one
+        sureness = weights[..., 0]  # before normalisation, which makes a single weight one
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         counts = torch.bincount(tokens.real_of(index).flatten(), minlength=num_experts)
@@ -105,7 +109,7 @@ class TopK(Router):
                 room,
                 causal=tokens.causal,
             )
-            if self.normalize:  # after routing: what lost its place leaves its weight to the others
+            if self.normalize:  # after routing: a choice without a place leaves its weight to the others
                 sums = (weights * kept).sum(-1, keepdim=True)
                 weights = weights / sums.masked_fill(sums == 0, 1.0)
             group, token, choice = kept.nonzero(as_tuple=True)
@@ -134,7 +138,7 @@ def _keep(
     *,
     causal: bool,
 ) -> Tensor:
-    """Which choices [G, N, K] find a place in their expert's buffer, the surer tokens' first if asked."""
+    """Return which choices [G, N, K] find a place in their expert's buffer, surest tokens first if asked."""
     import torch
 
     groups, length, top_k = index.shape
@@ -144,7 +148,7 @@ def _keep(
     queue = index.gather(1, order[..., None].expand_as(index))
     there = torch.ones_like(order, dtype=torch.bool) if real is None else real.gather(1, order)
     hot = torch.nn.functional.one_hot(queue, num_experts) * there[..., None, None]  # [G, N, K, E]
-    if causal:  # token by token, its choices in turn
+    if causal:  # token by token, each with its choices in order
         line = hot.flatten(1, 2)
         before = (line.cumsum(1) - line).view_as(hot)
     else:  # all first choices, then all second ones
@@ -156,14 +160,20 @@ def _keep(
 
 
 def _importance(probabilities: Tensor, real: Tensor | None) -> Tensor:
-    """Squared coefficient of variation of each expert's summed weight, summed over groups (V-MoE, eq. 7)."""
+    """Return the squared coefficient of variation of the experts' summed weights, summed over groups.
+
+    Source: V-MoE, equation 7.
+    """
     if real is not None:
         probabilities = probabilities * real[..., None]
     return _variation(probabilities.sum(1)).sum()
 
 
 def _load(clean: Tensor, noisy: Tensor, top_k: int, noise: float, real: Tensor | None) -> Tensor:
-    """The same of the chance that fresh noise puts each expert above the K-th score (V-MoE, appendix A.2)."""
+    """Return the same loss on the load: each expert's probability to score above the K-th under new noise.
+
+    Source: V-MoE, appendix A.2.
+    """
     import torch
 
     threshold = noisy.topk(top_k, dim=-1).values[..., -1:]

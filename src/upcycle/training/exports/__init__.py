@@ -1,7 +1,7 @@
-"""Formats that a trained model is exported in. One file here is one format.
+"""Formats for exporting a trained model. Each file here is one.
 
-A file `NAME.py` defines a class deriving from `Format`, bound to the module name `format`; NAME is what
-`upcycle export --format` takes.
+A file `NAME.py` defines a class derived from `Format` and binds it to the module name `format`; NAME is the
+value of `upcycle export --format`.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ DEFAULT = "huggingface"
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A checkpoint of a run, whole and in memory, and what is known of it."""
+    """A checkpoint of a run, loaded whole in memory, with the facts known about it."""
 
-    name: str  # of the run's folder
+    name: str  # name of the run's folder
     model: PreTrainedModel
-    optimizer: torch.optim.Optimizer | None  # with its state, if that is to be exported
+    optimizer: torch.optim.Optimizer | None  # with its state, if it is to be exported
     start: Start
     run: Run
     record: RunRecord
     state: RunState
-    hashes: Hashes  # of the files that the run began from
+    hashes: Hashes  # hashes of the files that the run started from
 
     @property
     def step(self) -> int:
-        """The updates that the weights have had."""
+        """The number of updates to the weights."""
         return self.state.step
 
 
 class Format(abc.ABC):
-    """A layout of files for a model."""
+    """A file layout for a model."""
 
     summary: ClassVar[str]
-    holds_moments: ClassVar[bool] = False  # whether there is a place for the optimizer's moments
+    holds_moments: ClassVar[bool] = False  # whether it can store the optimizer's moments
 
     @abc.abstractmethod
     def write(self, trained: Trained, folder: Path, dtype: str) -> None:
-        """Write everything to `folder`, which is there; `dtype` is a torch name, for the weights.
+        """Write everything to the existing `folder`; `dtype` is the torch name of the weights' dtype.
 
-        May change the model's tensors. Whatever it raises, the folder goes.
+        It may change the model's tensors. If it raises, the caller removes the folder.
         """
 
 
 def find(name: str) -> Format:
-    """The format called `name`."""
+    """Return the format called `name`. Raises `UpcycleError` for an unknown name."""
     found: type[Format] = registry.find(sys.modules[__name__], name, "format", "format")
     return found()
 
 
 def names() -> list[str]:
-    """The names of all formats."""
+    """Return the names of all formats."""
     return registry.names(sys.modules[__name__])

@@ -1,4 +1,4 @@
-"""What is said of a trained model beside its weights, in any format: where it comes from, and a card."""
+"""The documents that accompany exported weights in any format: provenance and model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from upcycle.training.exports import Trained
 
 
 def provenance_of(trained: Trained, carried: list[str], left: list[str]) -> Provenance:
-    """upcycle.json of the conversion, and what happened to it since."""
+    """Return the provenance for upcycle.json: that of the conversion, plus the training."""
     begun, hashes, training = trained.start, trained.hashes, (_training(trained),)
     if begun.built:
         return provenance.of_blueprint(
@@ -20,7 +20,7 @@ def provenance_of(trained: Trained, carried: list[str], left: list[str]) -> Prov
 
 
 def _training(trained: Trained) -> Training:
-    """What upcycle.json says of the run, up to the state that was exported."""
+    """Return the run's entry in upcycle.json, up to the exported state."""
     record, state = trained.record, trained.state
     known = state.source_sha256 or record.source_sha256
     return Training(
@@ -42,7 +42,7 @@ def _training(trained: Trained) -> Training:
 
 
 def card_of(trained: Trained) -> str:
-    """A short model card; upcycle.json has the rest."""
+    """Return a short model card; upcycle.json has the details."""
     begun, record, state = trained.start, trained.record, trained.state
     moe = begun.built is not None and bool(begun.built.sites)
     kind = "dense model that continues"

@@ -1,4 +1,4 @@
-"""The folder that transformers and every client of the Hugging Face layout opens."""
+"""The Hugging Face layout, which transformers and other clients of the hub open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from upcycle.training.start import OPTIMIZER, Start
 
 
 class HuggingFace(Format):
-    """Names, config and tokenizer as `upcycle convert` writes them, with the provenance and a card."""
+    """Names, config and tokenizer as `upcycle convert` writes them, with provenance and a model card."""
 
     summary = "config.json and safetensors, as transformers opens them"
     holds_moments = True
@@ -39,7 +39,7 @@ class HuggingFace(Format):
 
 
 def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str) -> None:
-    """Weights in the hub's layout, and the config that the start had."""
+    """Write the weights in the hub's layout, with the config of the run's start."""
     with torch.no_grad(), quiet():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point() and not name.endswith(("e_score_correction_bias", "inv_freq")):
@@ -50,18 +50,18 @@ def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str)
             raise UpcycleError(
                 f"the weights could not be written to {folder}: {error}; make room, or choose another folder"
             ) from None
-    (folder / "generation_config.json").unlink(missing_ok=True)  # the source's is carried, if it has one
+    (folder / "generation_config.json").unlink(missing_ok=True)  # if the source has one, it is copied
     config = begun.config | {"dtype": dtype, "torch_dtype": dtype}
     if begun.built is not None:
         config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
     whole_file.write_json(folder / "config.json", config)
-    mode = (folder / "config.json").stat().st_mode  # of a new file, by the umask; safetensors' own is 0600
+    mode = (folder / "config.json").stat().st_mode  # a new file's mode, from the umask; safetensors uses 0600
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
 
 
 def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Each moment as a checkpoint of the model's own names: the weights step aside for it."""
+    """Write each moment as a checkpoint under the model's own names, in place of the weights."""
     model = trained.model
     weights = {name: p.data for name, p in model.named_parameters()}
     for moment in trained.run.optimizer.moments:

@@ -1,8 +1,8 @@
-"""What updates the weights. One file here is one optimizer: its keys, and how torch makes it.
+"""Optimizers. Each file here is one: its keys, and how torch builds it.
 
-A file `NAME.py` defines a frozen dataclass deriving from `Optimizer`, bound to the module name `optimizer`;
-its fields are the keys of `[optimizer] name = "NAME"`. torch is imported in the methods that need it: a run
-file is read without it.
+A file `NAME.py` defines a frozen dataclass derived from `Optimizer` and binds it to the module name
+`optimizer`; its fields are the keys of `[optimizer] name = "NAME"`. torch is imported in the methods that
+need it, because run files are read without it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_ONCE_OF_TRAIN = ("weight_decay", "beta1", "beta2", "eps")  # keys that run files have in [train]
+_ONCE_OF_TRAIN = ("weight_decay", "beta1", "beta2", "eps")  # keys that run files may have in [train]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Named, abc.ABC):
-    """How weights are updated, and what a run may do with the optimizer's state."""
+    """The base of all optimizers: the settings, and how a run may use the optimizer's state."""
 
     section: ClassVar[str] = "optimizer"
     package: ClassVar[str] = __name__
@@ -34,13 +34,13 @@ class Optimizer(Named, abc.ABC):
 
     summary: ClassVar[str]
 
-    # moments that `upcycle export --optimizer` left in the source, tiled to experts
+    # start from the moments that `upcycle export --optimizer` left in the source, tiled to experts
     carry_state: bool = False
-    weight_decay: Annotated[float, AtLeast(0)] = 0.1  # of matrices; see `optimizer.decays`
+    weight_decay: Annotated[float, AtLeast(0)] = 0.1  # weight decay of matrices; see `optimizer.decays`
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """The parts of the state that have the shape of their parameter and belong to its elements.
+        """The parts of the state that have the shape of their parameter, element by element.
 
         An export writes them, and a later run takes them for weights that are copies.
         """
@@ -48,35 +48,36 @@ class Optimizer(Named, abc.ABC):
 
     @abc.abstractmethod
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
-        """torch's optimizer over `groups`, which have `params` and a `weight_decay` each.
+        """Make torch's optimizer over `groups`, each with `params` and a `weight_decay`.
 
-        Its rate is set before every step; here it is 0.
+        The learning rate is 0 here and is set before every step.
         """
 
     def state(self, parameter: Tensor, step: int, moments: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The state of `parameter` after `step` updates with these moments, as torch's optimizer keeps it."""
+        """Return torch's state of `parameter` after `step` updates with these moments."""
         return dict(moments)
 
     def idle(self, parameter: Tensor) -> dict[str, Any]:
-        """The state of a parameter that no gradient has reached yet."""
+        """Return the state of a parameter that has had no gradient yet."""
         import torch
 
         return self.state(parameter, 0, {name: torch.zeros_like(parameter) for name in self.moments})
 
     def cannot_shard(self, shape: Sequence[int], dims: Sequence[int]) -> str | None:
-        """Why a parameter of `shape` cannot be updated if ranks share its `dims`; None if it can."""
+        """Return why `parameter` of `shape` cannot be updated if sharded over `dims`; None if it can."""
         return None
 
 
 def usual() -> Optimizer:
-    """The optimizer of a run that names none."""
+    """Return the default optimizer."""
     return settings.read(Optimizer, {}, "optimizer")
 
 
 def today(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of a run file with the optimizer's keys in [optimizer]; files may have four in [train].
+    """Move the optimizer keys of a run file's table from [train] to [optimizer].
 
-    Raises `UpcycleError` if both have one, or if the optimizer has no such key.
+    Older run files have four of them in [train]. Raises `UpcycleError` if both sections have one with
+    different values, or if the optimizer has no such key.
     """
     train, own = run.get("train"), run.get("optimizer", {})
     if not isinstance(train, Mapping) or not isinstance(own, Mapping):
@@ -97,7 +98,7 @@ def today(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_recorded(run: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The table of a run with its optimizer where records have always had it: AdamW's keys in [train]."""
+    """Return the run's table with AdamW's keys in [train], where records have always had them."""
     table = optimizer.as_table()
     if optimizer.name != Optimizer.usual:
         return {**run, "optimizer": table}
@@ -107,10 +108,10 @@ def as_recorded(run: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
 
 def find(name: str) -> type[Optimizer]:
-    """The optimizer called `name`."""
+    """Return the optimizer called `name`."""
     return Optimizer.find(name)
 
 
 def names() -> list[str]:
-    """The names of all optimizers."""
+    """Return the names of all optimizers."""
     return Optimizer.names()

@@ -1,4 +1,4 @@
-"""Adafactor (Shazeer and Stern, ICML 2018), torch's own: what T5 and Sparse Upcycling train with."""
+"""Adafactor (Shazeer and Stern, ICML 2018), torch's own. T5 and Sparse Upcycling train with it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor(Optimizer):
-    """A second moment of a matrix is a row of numbers and a column of them. There is no first moment.
+    """Stores a matrix's second moment as one row and one column of numbers, and no first moment.
 
-    The rate of the schedule is relative: a step is as large as the rate, but no larger than 1 / sqrt(step),
-    times the root mean square of the parameter (at least `least_scale`). Weight decay is decoupled.
+    The schedule's rate is relative: a step is as large as the rate, but at most 1 / sqrt(step), times the
+    root mean square of the parameter (at least `least_scale`). Weight decay is decoupled.
     """
 
     summary = "second moments in rows and columns: a fraction of Adam's memory"
 
-    weight_decay: Annotated[float, AtLeast(0)] = 0.0  # of matrices; see `optimizer.decays`
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0  # weight decay of matrices; see `optimizer.decays`
     decay: Annotated[float, AtLeast(0)] = 0.8  # c of beta2 = 1 - step^-c
-    # the largest root mean square of an update, before the rate
+    # the largest root mean square of an update, before the learning rate
     clip: Annotated[float, AtLeast(1)] = 1.0
-    least_scale: Annotated[float, AtLeast(0)] = 1e-3  # of a parameter, for its relative rate
+    least_scale: Annotated[float, AtLeast(0)] = 1e-3  # least RMS of a parameter for its relative rate
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         import torch

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
-    """Adam with weight decay that does not go through the moments."""
+    """Adam with weight decay that does not pass through the moments."""
 
     summary = "Adam with decoupled weight decay"
 
-    beta1: Annotated[float, Within("[0, 1)")] = 0.9  # of the mean of gradients
-    beta2: Annotated[float, Within("[0, 1)")] = 0.95  # of the mean of their squares
-    eps: Annotated[float, AtLeast(0)] = 1e-8  # in the denominator
+    beta1: Annotated[float, Within("[0, 1)")] = 0.9  # decay of the mean of gradients
+    beta2: Annotated[float, Within("[0, 1)")] = 0.95  # decay of the mean of their squares
+    eps: Annotated[float, AtLeast(0)] = 1e-8  # added to the denominator
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(Optimizer):
-    """Weights go down a running sum of gradients. Weight decay is part of the gradient, as in torch."""
+    """Updates weights along a running sum of gradients. Weight decay is part of the gradient, as in torch."""
 
     summary = "gradient descent with momentum"
 
-    # of the running sum of gradients; 0: the gradient alone
+    # decay of the running sum of gradients; 0: the gradient alone
     momentum: Annotated[float, Within("[0, 1)")] = 0.9
-    nesterov: bool = False  # whether the gradient is taken where the momentum leads
+    nesterov: bool = False  # whether to use Nesterov's momentum
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,8 @@
-"""The learning rate at every step. One file here is one schedule: its keys and its formula.
+"""Learning rate schedules. Each file here is one: its keys and its formula.
 
-A file `NAME.py` defines a frozen dataclass deriving from `Schedule`, bound to the module name `schedule`; its
-fields are the keys of `[schedule] name = "NAME"`. No torch here: a run file is read without it.
+A file `NAME.py` defines a frozen dataclass derived from `Schedule` and binds it to the module name
+`schedule`; its fields are the keys of `[schedule] name = "NAME"`. These files do not import torch, because
+run files are read without it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from typing import Annotated, Any, ClassVar
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Named, keys
 
-_ONCE_SHARED = ("decay", "start_step")  # keys that every schedule had; 0 stood for none
+_ONCE_SHARED = ("decay", "start_step")  # keys that every schedule had in older run files; 0 meant unset
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(Named, abc.ABC):
-    """Warm-up to `peak` in a straight line, then a shape. `floor` is the rate that the shape ends at, if it
-    comes down."""
+    """A linear warm-up to `peak`, then the shape of the schedule. `floor` is the final rate if it decays."""
 
     section: ClassVar[str] = "schedule"
     package: ClassVar[str] = __name__
@@ -30,9 +30,9 @@ class Schedule(Named, abc.ABC):
 
     summary: ClassVar[str]
 
-    peak: float  # the largest rate
-    floor: float = 0.0  # the rate at the end
-    warmup: Annotated[int, AtLeast(0)] = 0  # steps
+    peak: float  # the largest learning rate
+    floor: float = 0.0  # the learning rate at the end
+    warmup: Annotated[int, AtLeast(0)] = 0  # number of warm-up steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +43,7 @@ class Schedule(Named, abc.ABC):
             )
 
     def at(self, step: int, total: int) -> float:
-        """The rate of update `step` (0, 1, ...) of `total`."""
+        """Return the learning rate of update `step` (0, 1, ...) of `total`."""
         now = self.count(step)
         if self.warmup and now <= self.warmup:
             return self.peak * now / self.warmup
@@ -51,14 +51,14 @@ class Schedule(Named, abc.ABC):
 
     @abc.abstractmethod
     def after_warmup(self, step: int, total: int) -> float:
-        """The rate of update `step` of `total`, once the warm-up is over."""
+        """Return the learning rate of update `step` of `total` after the warm-up."""
 
     def count(self, step: int) -> int:
-        """How many updates there have been with update `step`, those of an earlier run included."""
+        """Return the number of updates including update `step`, and those of an earlier run."""
         return step + 1
 
     def warnings(self, total: int) -> list[str]:
-        """What a person should know about this schedule in a run of `total` steps, a sentence each."""
+        """Return warnings about this schedule in a run of `total` steps, one sentence each."""
         if not 0 < total <= self.warmup:
             return []
         return [
@@ -67,18 +67,18 @@ class Schedule(Named, abc.ABC):
         ]
 
     def continuing(self, stopped: int) -> str | None:
-        """What is wrong if the optimizer goes on from step `stopped` of another run, in a sentence."""
+        """Return a warning if step `stopped` of the earlier run does not fit this schedule; else None."""
         return None
 
 
 def straight_down(rate: float, floor: float, left: int, decay: int) -> float:
-    """The rate with `left` steps to go, if the last `decay` steps go straight from `rate` to `floor`."""
+    """Return the rate with `left` steps to go, if it falls linearly to `floor` in the last `decay`."""
     part = left / decay if decay else 1.0
     return rate if part >= 1 else floor + (rate - floor) * part
 
 
 def early(warmup: int, decay: int, total: int) -> list[str]:
-    """A warning if a run of `total` steps comes down before it has reached its peak."""
+    """Return warnings if a run of `total` steps decays before it has reached its peak."""
     if total <= warmup or warmup + decay <= total:
         return []
     return [
@@ -88,9 +88,9 @@ def early(warmup: int, decay: int, total: int) -> list[str]:
 
 
 def today(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of a run file without the zeros of [schedule] that its schedule has no key for.
+    """Drop zeros from [schedule] of a run file's table if its schedule has no such key.
 
-    Raises `UpcycleError` for other values of keys that are another schedule's.
+    Raises `UpcycleError` for other values of keys that belong to another schedule.
     """
     table = run.get("schedule")
     if not isinstance(table, Mapping):
@@ -107,20 +107,20 @@ def today(run: Mapping[str, Any]) -> dict[str, Any]:
                     f"{table.get('name', Schedule.usual)}; take it out"
                 )
         else:
-            kept[key] = value  # an unknown key, which the reader refuses
+            kept[key] = value  # the reader refuses this unknown key
     return {**run, "schedule": kept}
 
 
 def as_recorded(schedule: Schedule) -> dict[str, Any]:
-    """The table of a schedule with the keys that records have always had."""
+    """Return a schedule's table with the keys that records have always had."""
     return {**dict.fromkeys(_ONCE_SHARED, 0), **schedule.as_table()}
 
 
 def find(name: str) -> type[Schedule]:
-    """The schedule called `name`."""
+    """Return the schedule called `name`."""
     return Schedule.find(name)
 
 
 def names() -> list[str]:
-    """The names of all schedules."""
+    """Return the names of all schedules."""
     return Schedule.names()

@@ -9,7 +9,7 @@ from upcycle.training.schedules import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
-    """Peak, to the end."""
+    """Keeps the peak rate to the end."""
 
     summary = "peak, to the end"
 

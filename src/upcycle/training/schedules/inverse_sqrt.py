@@ -15,15 +15,15 @@ from upcycle.training.schedules import Schedule, early, straight_down
 class InverseSqrt(Schedule):
     """peak x sqrt(warmup / step) after the warm-up.
 
-    `start_step` is the last step of the dense run, so that the rate goes on where it stopped. With `decay`
-    the rate goes straight down to floor at the end.
+    `start_step` is the last step of the dense run, so that the rate continues where it stopped. With `decay`,
+    the rate goes linearly down to the floor at the end.
     """
 
     summary = "peak x sqrt(warmup / step)"
 
-    # steps at the end, in which the rate comes down; 0: none
+    # number of steps at the end in which the rate decays; 0: none
     decay: Annotated[int, AtLeast(0)] = 0
-    # the dense run's last step, where the inverse square root goes on
+    # the dense run's last step, from which the inverse square root continues
     start_step: Annotated[int, AtLeast(0)] = 0
 
     def __post_init__(self) -> None:

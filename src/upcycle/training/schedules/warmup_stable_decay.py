@@ -1,4 +1,4 @@
-"""Peak, then straight down at the end (MiniCPM, Hu et al. 2024, with a line)."""
+"""Peak rate, then a linear decay at the end (MiniCPM, Hu et al. 2024, but with a linear shape)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from upcycle.training.schedules import Schedule, early, straight_down
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay(Schedule):
-    """Peak, then straight down to floor in the last `decay` steps."""
+    """Peak rate, then linearly down to the floor in the last `decay` steps."""
 
     summary = "peak, then straight down to floor in the last steps"
 
-    decay: Annotated[int, AtLeast(0)] = 0  # steps at the end, in which the rate comes down
+    decay: Annotated[int, AtLeast(0)] = 0  # number of steps at the end in which the rate decays
 
     def __post_init__(self) -> None:
         super().__post_init__()
