@@ -1,4 +1,4 @@
-"""calibrate, train, export: everything that runs a model over much data."""
+"""calibrate, train, export: the commands that run a model over data, or save what a run made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""eval, inspect, report, demo: what came out, and whether it paid."""
+"""eval, inspect, report, demo: the commands that show results."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def inspect(
 def _domains(
     given: tuple[str, ...], name_of: Callable[[Path], str] = lambda path: path.stem
 ) -> dict[str, Path]:
-    """`NAME=PATH`, or a path that `name_of` finds a name for, as paths by name."""
+    """Parse `NAME=PATH` or a path, whose name comes from `name_of`, into paths by name."""
     out: dict[str, Path] = {}
     for domain in given:
         name, equals, path = domain.partition("=")

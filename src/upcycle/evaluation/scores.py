@@ -93,9 +93,7 @@ def score(source: str | Path, asked: Asked) -> Scored:
 
 
 def refuse(sources: Sequence[str | Path], asked: Asked) -> None:
-    """Raise an error, before any checkpoint is scored, for settings that one of several checkpoints cannot
-    meet.
-    """
+    """Raise an error for settings that one of several checkpoints cannot meet, before any is scored."""
     for source in sources:
         _admit(source, asked)
 

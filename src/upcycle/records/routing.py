@@ -26,18 +26,14 @@ class RoutingLayer(Record):
     layer: int
     load: tuple[float, ...]  # [E], each expert's share of the slots
     load_by_domain: Mapping[str, tuple[float, ...]]
-    weight_by_domain: Mapping[str, tuple[float, ...]] | None = (
-        sometimes()
-    )  # mean probabilities [E], by domain
+    weight_by_domain: Mapping[str, tuple[float, ...]] | None = sometimes()  # mean probabilities, [E] each
     confidence: float | None = sometimes()  # mean over tokens of the largest probability
     entropy: float | None = sometimes()  # mean over tokens, divided by log E
     left_behind: float | None = sometimes()  # share of the tokens that reached no expert
     tokens: int | None = sometimes()
     divergence_of: str = "loads"  # or `weights`, if the router gives every expert equally many tokens
     divergence: tuple[tuple[float, ...], ...]  # [D, D], Jensen-Shannon divergence in bits
-    favourites: tuple[
-        tuple[tuple[Any, ...], ...], ...
-    ] = ()  # for each expert: tokens with their mean probability
+    favourites: tuple[tuple[tuple[Any, ...], ...], ...] = ()  # for each expert: tokens, mean probabilities
 
     @property
     def by_domain(self) -> Mapping[str, tuple[float, ...]]:

@@ -26,12 +26,8 @@ class Layout:
     """What is needed to merge one file over another. Places are dotted: `decoder.router`."""
 
     named: Mapping[str, type[Named]] = field(default_factory=dict)  # families of tables, by place
-    shared: Mapping[str, type] = field(
-        default_factory=dict
-    )  # other types that read keys of the same table, by place
-    follows: Mapping[str, str] = field(
-        default_factory=dict
-    )  # the place whose name applies if a table has no name
+    shared: Mapping[str, type] = field(default_factory=dict)  # other types that read keys of a table
+    follows: Mapping[str, str] = field(default_factory=dict)  # the place whose name a nameless table has
     off: Mapping[str, Without] = field(default_factory=dict)  # what `KEY = false` does to the whole file
 
     def name_at(self, table: Mapping[str, Any], place: str) -> Any:
@@ -50,9 +46,7 @@ class Layout:
             del section[key]
 
     def turn(self, setting: str) -> int:
-        """Return the rank of a setting among several: whole files, then names from the outermost in, then
-        others.
-        """
+        """Return the rank of a setting: whole files come first, then names from the outermost in."""
         key = setting.partition("=")[0].replace(" ", "")
         place, _, last = key.rpartition(".")
         if key in self.off:
@@ -80,8 +74,9 @@ def read_toml(path: str | Path, what: str, layout: Layout) -> dict[str, Any]:
 
 
 def override(table: Mapping[str, Any], settings: Iterable[str], layout: Layout) -> dict[str, Any]:
-    """Return `table` with each `section.key=value` of `settings` set; a value that is not TOML is a
-    string.
+    """Return `table` with each `section.key=value` of `settings` set.
+
+    A value that is not TOML is a string.
     """
     out: dict[str, Any] = copy.deepcopy(dict(table))
     # Names come first: they decide which of the file's keys beside them still apply.

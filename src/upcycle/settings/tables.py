@@ -75,9 +75,7 @@ class Named(Settings):
     package: ClassVar[str]  # the package with the files; `__name__` in the package itself
     noun: ClassVar[str] = ""  # the noun for a member in errors; the section, if empty
     usual: ClassVar[str | None] = None  # the name if the table has none; None: a name is required
-    common: ClassVar[
-        tuple[str, ...]
-    ] = ()  # keys that are kept if a file merged over this one changes the name
+    common: ClassVar[tuple[str, ...]] = ()  # keys that stay if a file merged over this one changes the name
 
     @property
     def name(self) -> str:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def show_advice(advice: Advice) -> None:
-    """A row a statement, with its source and whether the input lies where it was found, and the verdict."""
+    """Show each statement with its source and whether the input is in the range it was found for; then the
+    verdict.
+    """
     plan = advice.plan
     shown = Table(title=f"{plan.family} -> {plan.target}: {plan.made}", title_justify="left", box=None,
                   pad_edge=False, header_style="bold", width=out.width)  # fmt: skip
