@@ -28,14 +28,14 @@ CONFIG = {
     "bos_token_id": 0, "eos_token_id": 0,
     "initializer_range": 0.02, "attention_bias": False, "mlp_bias": False, "dtype": "float32",
 }  # fmt: skip
-BATCH = 4096  # tokens of a step
+BATCH = 4096  # tokens per step
 RATE = 2e-3
-UNIT = 762  # steps: 10 tokens a parameter
-STARTS = {10: UNIT, 40: 4 * UNIT, 80: 8 * UNIT, 160: 16 * UNIT, 320: 32 * UNIT}  # tokens a parameter: steps
+UNIT = 762  # steps for 10 tokens per parameter
+STARTS = {10: UNIT, 40: 4 * UNIT, 80: 8 * UNIT, 160: 16 * UNIT, 320: 32 * UNIT}  # tokens per parameter: steps
 
 
 def data(folder: Path) -> dict[str, Any]:
-    """The [data] table of every run on the corpus in `folder`."""
+    """Return the [data] table of every run on the corpus in `folder`."""
     return {
         "sources": [{"path": str(folder / "corpus" / "code.jsonl")}],
         "held_out": corpus.write(folder / "corpus")["held_out"],
@@ -45,7 +45,7 @@ def data(folder: Path) -> dict[str, Any]:
 
 
 def table(folder: Path) -> dict[str, Any]:
-    """The run file."""
+    """Return the run file."""
     return {
         "source": str(folder / "shape"),
         "out": str(folder / "dense-run"),
@@ -62,7 +62,7 @@ def table(folder: Path) -> dict[str, Any]:
 
 
 def write_shape(folder: Path) -> None:
-    """A folder with the model's config, and weights that nobody reads."""
+    """Write a folder with the config of the model, and with weights that are not used."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not folder.exists():
@@ -70,7 +70,7 @@ def write_shape(folder: Path) -> None:
 
 
 def main() -> None:
-    """Train the model, or go on with it, and export every start."""
+    """Train the model, or resume its training, and export every start."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "folder", type=Path, help="where the corpus, the run and the models go; not committed"

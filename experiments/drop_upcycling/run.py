@@ -26,7 +26,7 @@ POOLED = {"router": {"balance_loss": "pooled"}}
 
 
 def drop(ratio: float, indices: str = "shared") -> dict[str, Any]:
-    """Eight experts with a share of their neurons redrawn."""
+    """Return the recipe of eight experts with a share of their neurons redrawn."""
     return {**language.MOE, "init": {"name": "drop", "ratio": ratio, "indices": indices}}
 
 
@@ -39,7 +39,7 @@ VARIANTS = PER_LAYER | {f"{name}_pooled": {**changes, **POOLED} for name, change
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the table."""
+    """Run the missing jobs, gather the results, and print the table."""
     given = language.options(__doc__, HERE)
     language.base(given)
     runs = common.gather(

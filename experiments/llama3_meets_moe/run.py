@@ -26,12 +26,17 @@ CAPACITIES: dict[str, dict[str, Any]] = {
     "dropless": {}, "cf1": {"capacity_factor": 1.0}, "cf2": {"capacity_factor": 2.0},
     "cf4": {"capacity_factor": 4.0},
 }  # fmt: skip
-ORDERS = {"topk_softmax": True, "softmax_topk": False}  # whether the two weights are a softmax of their own
+ORDERS = {
+    "topk_softmax": True,
+    "softmax_topk": False,
+}  # whether the softmax is over the two chosen logits alone
 
 
 def moe(order: str, capacity: str) -> dict[str, Any]:
-    """Eight copies; without renormalisation nothing makes up for weights below one, as in the paper's
-    ablation."""
+    """Return the recipe of eight copies.
+
+    Without renormalisation nothing compensates for weights below one, as in the paper's ablation.
+    """
     router = {"name": "top_k", "normalize": ORDERS[order], "rescale": False, **CAPACITIES[capacity]}
     return {"moe": {**language.MOE["moe"], "target": "upcycled"}, "router": router}
 
@@ -44,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the table."""
+    """Run the missing jobs, gather the results, and print the table."""
     given = language.options(__doc__, HERE)
     language.base(given)
     cost = {name: language.flops_per_step(changes, given) for name, changes in VARIANTS.items()}

@@ -25,9 +25,7 @@ GO_ON = "interrupted; convert and train go on with --resume, calibrate as it was
 
 
 class _Interrupts:
-    """A record of whether Ctrl-C was pressed, because some libraries turn KeyboardInterrupt into other
-    errors.
-    """
+    """A record of Ctrl-C, because some libraries turn KeyboardInterrupt into other errors."""
 
     came = False
 

@@ -78,9 +78,7 @@ def _is_one(hint: Any) -> bool:
 
 
 def _tables(cls: type[Any], at: str, without: tuple[str, ...] = ()) -> dict[str, list[Key]]:
-    """Return the tables among the fields of a dataclass whose own table is at `at`, and their inner
-    tables.
-    """
+    """Return the tables among the fields of a table at `at`, and their inner tables."""
     out: dict[str, list[Key]] = {}
     for name, hint in settings.hints(cls).items():
         place = f"{at}.{name}" if at else name

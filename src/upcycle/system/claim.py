@@ -41,9 +41,7 @@ def may_create(path: Path) -> None:
 
 
 def may_replace(path: Path, ours: Callable[[Path], bool], what: str) -> None:
-    """Raise an error for an existing file, unless `ours` recognises it as `what`, which this program
-    wrote.
-    """
+    """Raise an error for an existing file that `ours` does not recognise as `what`."""
     if not os.path.lexists(path):
         return may_create(path)
     if not path.is_file() or not ours(path):

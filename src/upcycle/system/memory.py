@@ -27,9 +27,7 @@ def _of_machine() -> int | None:
 
 
 def _of_groups() -> int | None:
-    """Return the bytes left by the limits of this process's control groups and their parents; None: no
-    limit.
-    """
+    """Return the bytes that the control groups of this process leave; None: no limit."""
     try:
         lines = [line.split(":", 2) for line in (_PROC / "self/cgroup").read_text().splitlines()]
     except OSError:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 def show_advice(advice: Advice) -> None:
-    """Show each statement with its source and whether the input is in the range it was found for; then the
-    verdict.
+    """Show one row for each statement, then the verdict.
+
+    A row has the source, and whether the input is inside the range for which the source found it.
     """
     plan = advice.plan
     shown = Table(title=f"{plan.family} -> {plan.target}: {plan.made}", title_justify="left", box=None,
