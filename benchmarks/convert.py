@@ -1,10 +1,10 @@
-"""Speed and memory of `upcycle convert` against the floor (cp + sync of the same bytes) and mergekit-moe.
+"""Speed and memory of `upcycle convert`, compared with mergekit-moe and with cp + sync of the same bytes.
 
     python benchmarks/convert.py [--mergekit PATH/mergekit-moe] [--repeats 4] [--out results.json]
 
-Makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB), converts it to
-8 experts and times every contender in turn, `repeats` rounds in rotating order: whole processes, start-up and
-sync included.
+The script makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB) and
+converts it to 8 experts. It times every contender in turn, for `repeats` rounds in rotating order: whole
+processes, with start-up and sync.
 """
 
 from __future__ import annotations

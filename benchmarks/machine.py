@@ -1,6 +1,4 @@
-"""The functions that benchmarks share: the device, its name, and the time of a call until the device is
-done.
-"""
+"""The functions that benchmarks share: the device, its name, and the time of a call."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Forward and backward of one MoE layer: against the dense network of equal active FLOPs, the plain loop,
-transformers' own MoE block, and the time that its matrix products alone would take.
+"""The time of the forward and backward pass of one MoE layer.
 
-All contenders run in the same process, in rotating order; figures are ratios within a round.
+It is compared with the dense network of equal active FLOPs, the plain loop, the MoE block of transformers,
+and the time of the layer's matrix products alone. All contenders run in the same process in rotating order,
+and the figures are ratios within a round.
 
     python benchmarks/moe_layer.py --size small       # CPU
     python benchmarks/moe_layer.py --size large       # a GPU: T = 16,384, H = 1024, I = 4096, bfloat16

@@ -1,10 +1,11 @@
-"""Tokens/s of a training step: MoE against dense of the same active FLOPs and transformers' own step.
+"""Tokens/s of a training step: MoE, dense of the same active FLOPs, and the step of transformers.
 
     python benchmarks/train_step.py [--size small|1b] [--rounds 8] [--out results.json]
 
-All contenders live in one process and take turns, a step each, in rotating order; ratios are of medians.
-`dense` has a feed-forward network top-k times as wide; `transformers` is the class's own loss (with its own
-balance loss), clip_grad_norm_ and torch.optim.AdamW, with the experts implementation it picks by default.
+All contenders are in one process and take turns, one step each, in rotating order; ratios are of medians.
+`dense` has a feed-forward network that is top-k times as wide. `transformers` is the loss of the model class
+(with its own balance loss), clip_grad_norm_ and torch.optim.AdamW, with the default implementation of
+experts.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ def options(description: str | None, here: Path) -> argparse.Namespace:
 
 
 def table(changes: Mapping[str, Any], seed: int, steps: int, given: argparse.Namespace) -> dict[str, Any]:
-    """Return the run file of the dense model's continuation, or of its shape if `changes` has
-    from_scratch.
+    """Return a run file that starts from the trained dense model.
+
+    If `changes` has from_scratch, it starts from random weights of the same shape.
     """
     scratch = changes.get("from_scratch", False)
     out: dict[str, Any] = {

@@ -1,9 +1,9 @@
-"""A corpus that every machine with our pinned requirements has: the Python sources of the installed packages.
+"""A corpus that every machine with our pinned requirements has: the Python sources of installed packages.
 
-Files are taken once each (SHA-256 of their bytes). Whole packages are held out: no model here has seen a line
-of them. `write` puts three files into a folder, which is never committed: `code.jsonl` (one document a line,
-held-out packages last), `tokenizer/` (byte-level BPE of the part that is trained on), and `about.json` (the
-packages with their versions, counts and hashes; and the share that `data.held_out` must be).
+Each file is taken once (by the SHA-256 of its bytes). Whole packages are held out, so that no model here has
+seen a line of them. `write` puts three things into a folder, which is never committed: `code.jsonl` (one
+document per line, held-out packages last), `tokenizer/` (byte-level BPE of the training part), and
+`about.json` (the packages with versions, counts and hashes, and the share for `data.held_out`).
 """
 
 from __future__ import annotations

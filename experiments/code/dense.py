@@ -1,7 +1,8 @@
-"""The dense model that the experiments on code start from, at the end of its training.
+"""The dense model for the experiments on code, trained for long.
 
-A Llama of 312 thousand parameters, trained at a constant rate on the corpus of `corpus.py` to 320 tokens a
-parameter. The checkpoints after 10, 40, 80, 160 and 320 tokens a parameter are the starts of everything else.
+It is a Llama of 312 thousand parameters, trained at a constant rate on the corpus of `corpus.py` to 320
+tokens per parameter. All other runs start from its checkpoints after 10, 40, 80, 160 and 320 tokens per
+parameter.
 
     python experiments/code/dense.py FOLDER
 """

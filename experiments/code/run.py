@@ -1,6 +1,6 @@
-"""Run variants of `table.py` from starts of `dense.py`, and gather `results.json`.
+"""Run the variants of `table.py` from the starts of `dense.py`, and gather `results.json`.
 
-A run that is in `results.json` is not run again, and one that was broken goes on where it stopped.
+A run that is in `results.json` is not repeated, and an interrupted one resumes where it stopped.
 
     python experiments/code/run.py FOLDER --starts 80 320 --variants core --seeds 3
 """

@@ -1,8 +1,8 @@
-"""Drop-Upcycling's claim: where does redrawing a share r of every expert begin to pay?
+"""Drop-Upcycling's claim: when does it begin to pay to redraw a share r of every expert?
 
-r = 0 is a copy. Both ways to choose what is redrawn, both balance losses, against the budget. Trains every
-variant on every seed from one dense model, and gathers `results.json`; what is there already is not run
-again.
+r = 0 is a copy. The script trains variants with both ways to choose the redrawn neurons and both balance
+losses, with every seed, from one dense model, and gathers `results.json`; runs that are already there are not
+repeated.
 
     python experiments/drop_upcycling/run.py --checkpoint stories260k --texts FOLDER
 """

@@ -1,8 +1,8 @@
-"""Sparse Upcycling's claim, in a decoder: what does extra compute buy a trained dense model and an upcycled
-one, and how much does a Mixture of Experts from scratch need to catch up?
+"""Sparse Upcycling's claim in a decoder: what does extra compute buy?
 
-Trains the dense model, then every variant on every seed, and gathers `results.json`; what is there already is
-not run again.
+It compares a trained dense model, its upcycled version, and a Mixture of Experts from scratch, which has to
+catch up. The script trains the dense model, then every variant with every seed, and gathers `results.json`;
+runs that are already there are not repeated.
 
     python experiments/extra_compute/run.py --checkpoint stories260k --texts FOLDER
 """

@@ -1,9 +1,8 @@
-"""Llama 3 Meets MoE's recipe at small scale: eight experts, top-2, with and without capacity, in both orders
-of softmax and top-k, against dense continuation of equal tokens and of equal FLOPs, the control that the
-paper leaves out.
+"""The recipe of Llama 3 Meets MoE at small scale, with the control that the paper leaves out.
 
-Trains every variant on every seed from one dense model, and gathers `results.json`; what is there already is
-not run again.
+The variants have eight experts, top-2, with and without capacity, and with both orders of softmax and top-k.
+The control is dense continuation with equal tokens and with equal FLOPs. The script trains every variant with
+every seed from one dense model, and gathers `results.json`; runs that are already there are not repeated.
 
     python experiments/llama3_meets_moe/run.py --checkpoint stories260k --texts FOLDER
 """
@@ -26,10 +25,7 @@ CAPACITIES: dict[str, dict[str, Any]] = {
     "dropless": {}, "cf1": {"capacity_factor": 1.0}, "cf2": {"capacity_factor": 2.0},
     "cf4": {"capacity_factor": 4.0},
 }  # fmt: skip
-ORDERS = {
-    "topk_softmax": True,
-    "softmax_topk": False,
-}  # whether the softmax is over the two chosen logits alone
+ORDERS = {"topk_softmax": True, "softmax_topk": False}  # whether the softmax is over the top-k alone
 
 
 def moe(order: str, capacity: str) -> dict[str, Any]:

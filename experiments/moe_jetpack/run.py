@@ -1,7 +1,8 @@
-"""MoE Jetpack at small scale: does recycling a larger ViT into small experts pay?
+"""MoE Jetpack at small scale: does it pay to recycle a larger ViT into small experts?
 
-Trains a larger and a smaller predecessor on CIFAR-10, measures the larger one, then trains every variant on
-every seed, on CIFAR-10 and Fashion-MNIST, and gathers `results.json`; what is there already is not run again.
+The script trains a larger and a smaller predecessor on CIFAR-10 and collects statistics of the larger one.
+Then it trains every variant with every seed on CIFAR-10 and Fashion-MNIST, and gathers `results.json`; runs
+that are already there are not repeated.
 
     python experiments/moe_jetpack/run.py --images FOLDER
 """
@@ -27,7 +28,7 @@ SETS = ("cifar10", "fashion_mnist")
 SIZES = {"large": (128, 4), "small": (64, 2)}  # hidden size, heads
 KEYS = ("step", "held_out_loss", "held_out_accuracy")
 
-# 16 patches: half as many core experts and as many universal ones, as in the paper; 16 where all are alike.
+# An image has 16 patches: half as many core experts and as many universal ones, as in the paper; or 16 alike.
 LAYERS: dict[str, Any] = {"target": "upcycled", "layers": "last_half"}
 DUAL = {"moe": {**LAYERS, "num_experts": 8, "universal_experts": 16}}
 ALIKE = {"moe": {**LAYERS, "num_experts": 16}}
@@ -90,9 +91,7 @@ def predecessor(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Prepare the inputs of the variants: statistics of the larger predecessor, and a dense selection from
-    it.
-    """
+    """Prepare the statistics of the larger predecessor and a dense selection from it."""
     large = str(options.runs / "large-trained")
     if not (options.runs / "statistics.safetensors").exists():
         common.upcycle(

@@ -1,6 +1,7 @@
-"""Images a second of what `run.py` trained, forward and in training, beside their FLOPs.
+"""The throughput of the models that `run.py` trained, forward and in training, beside their FLOPs.
 
-The models take turns, so that what else the machine does hits all alike. Writes `throughput.json`.
+The models take turns, so that other load on the machine affects all alike. The script writes
+`throughput.json`.
 
     python experiments/moe_jetpack/throughput.py --rounds 12
 """

@@ -1,7 +1,7 @@
-"""Sparse Upcycling of a small T5 on TinyStories, with the paper's recipe: is it worth its FLOPs?
+"""Sparse Upcycling of a small T5 on TinyStories with the paper's recipe: is it worth its FLOPs?
 
-Trains a tokenizer and the dense model, then every variant on every seed, and gathers `results.json`; what is
-there already is not run again.
+The script trains a tokenizer and the dense model, then every variant with every seed, and gathers
+`results.json`; runs that are already there are not repeated.
 
     python experiments/sparse_upcycling_t5/run.py --text tinystories.txt
 """

@@ -1,7 +1,7 @@
 """Sparse Upcycling of a small ViT on CIFAR-10: is it worth its FLOPs?
 
-Trains the dense model, then every variant on every seed, and gathers `results.json`; what is there already is
-not run again.
+The script trains the dense model, then every variant with every seed, and gathers `results.json`; runs that
+are already there are not repeated.
 
     python experiments/sparse_upcycling_vit/run.py --images FOLDER
 """

@@ -1,6 +1,7 @@
-"""The copy run of seed 0, uninterrupted, and killed with SIGKILL at three random moments and resumed.
+"""The copy run of seed 0, once uninterrupted and once killed with SIGKILL three times and resumed.
 
-Both must end at the same held-out loss, to the last bit. Writes `killed.json`.
+The moments of the kills are random. Both runs must end at the same held-out loss, to the last bit. The script
+writes `killed.json`.
 
     python experiments/stories260k/kill.py --checkpoint stories260k --text tinystories.txt
 """

@@ -1,6 +1,7 @@
-"""Does upcycling pay at this size, and is the weakness of plain copies the balance loss's fault?
+"""Does upcycling pay at this size, and is the balance loss to blame for the weakness of plain copies?
 
-Trains every variant on every seed and gathers `results.json`; what is there already is not run again.
+The script trains every variant with every seed and gathers `results.json`; runs that are already there are
+not repeated.
 
     python experiments/stories260k/run.py --checkpoint stories260k --text tinystories.txt
 """
