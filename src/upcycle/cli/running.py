@@ -37,7 +37,7 @@ def calibrate(
     The same command resumes a pass that was stopped.
 
     Args:
-        out: the file to make, FILE.safetensors; until it is complete, sums are kept in FILE.safetensors.partial
+        out: the file to make, FILE.safetensors; until it is complete, sums are in FILE.safetensors.partial
         images: a parquet file, or a folder with one folder a class
         text: text, JSON lines or parquet, as `upcycle train` reads them
         collect: statistics to collect: l1, l2, count, co_activation, gradient
