@@ -79,7 +79,7 @@ class Result:
         return self.entry.as_table()
 
 
-# The metrics that a report pairs; the first are those that do not depend on the tokenizer.
+# The metrics that a report can pair, by kind; those that do not depend on the tokenizer come first.
 _PAIRED: Mapping[str, tuple[str, ...]] = {"text": ("bits_per_byte", "loss"), "images": ("accuracy",)}
 _MOST_UNITS = 100_000
 

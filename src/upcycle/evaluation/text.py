@@ -134,7 +134,7 @@ def _checked(language: LanguageModel, length: int | None, stride: int | None) ->
 
 
 def _scoring(path: Path, limit: int) -> AbstractContextManager[Work]:
-    # Only for a plain text is the size of the file that of its text.
+    # The size of a file is that of its text only if it is plain text.
     plain = path.suffix in (".txt", ".text") and path.is_file() and not limit
     return progress.work(f"scoring {path.name}", "bytes", total=path.stat().st_size if plain else None)
 
