@@ -1,10 +1,10 @@
-"""Speed and memory of `upcycle convert` against the floor (cp + sync of the same bytes) and mergekit-moe.
+"""Speed and memory of `upcycle convert`, compared with mergekit-moe and with cp + sync of the same bytes.
 
     python benchmarks/convert.py [--mergekit PATH/mergekit-moe] [--repeats 4] [--out results.json]
 
-Makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB), converts it to
-8 experts and times every contender in turn, `repeats` rounds in rotating order: whole processes, start-up and
-sync included.
+The script makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB) and
+converts it to 8 experts. It times every contender in turn, for `repeats` rounds in rotating order: whole
+processes, with start-up and sync.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS, SHARDS = 1024, 4096, 32000, 1
 
 
 def make_llama(folder: Path, layers: int) -> None:
-    """A random Llama in bfloat16, written without holding it in memory."""
+    """Write a random Llama in bfloat16 without holding it in memory."""
     head = HIDDEN // HEADS
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
     for i in range(layers):
@@ -80,7 +80,7 @@ def make_llama(folder: Path, layers: int) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """The smallest tokenizer there is; mergekit will not start without one."""
+    """Write a minimal tokenizer; mergekit does not start without one."""
     tokens = {"<unk>": 0, "<s>": 1, "</s>": 2}
     model = {"type": "WordLevel", "vocab": tokens, "unk_token": "<unk>"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
@@ -90,13 +90,13 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Wall seconds, CPU seconds and peak memory in MB of a command and a sync after it."""
+    """Return wall seconds, CPU seconds and peak memory in MB of a command followed by a sync."""
     os.sync()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
-    while process.poll() is None:  # ru_maxrss would count what this process held when it forked
+    while process.poll() is None:  # ru_maxrss would include the memory of this process at the fork
         peak = max(peak, high_water(process.pid))
         time.sleep(0.01)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -112,7 +112,7 @@ def run(command: list[str]) -> dict[str, float]:
 
 
 def high_water(pid: int) -> int:
-    """The most memory a process has held so far, in bytes; 0 once it is gone."""
+    """Return the peak memory of a process in bytes; 0 once it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -121,7 +121,7 @@ def high_water(pid: int) -> int:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were taken on."""
+    """Describe the machine that was measured."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
@@ -178,7 +178,7 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
         ]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for number in range(repeats):
-        # Each round begins with another: what ran before leaves its mark on the page cache.
+        # Each round begins with another contender, because each one changes the page cache for the next.
         order = list(contenders)[number % len(contenders) :] + list(contenders)[: number % len(contenders)]
         for name in order:
             runs[name].append(run(contenders[name]))
@@ -208,7 +208,7 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
 
 
 def memory_by_layers(work: Path) -> dict[str, dict[str, float]]:
-    """Peak memory in MB of copy and drop at 6, 12 and 24 layers."""
+    """Return the peak memory in MB of copy and drop at 6, 12 and 24 layers."""
     out: dict[str, dict[str, float]] = {"copy": {}, "drop": {}}
     for layers in (6, 12, 24):
         dense, target = work / f"dense-{layers}", work / "out"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device, its name, and the time of one call with all its work done."""
+"""The functions that benchmarks share: the device, its name, and the time of a call."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 
 def device() -> torch.device:
-    """The accelerator, where there is one."""
+    """Return the accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def name() -> str:
-    """What the device is called."""
+    """Return the name of the device."""
     return torch.cuda.get_device_name() if device().type == "cuda" else _processor()
 
 
@@ -33,7 +33,7 @@ def _processor() -> str:
 
 
 def timed(contender: Callable[[], Any]) -> float:
-    """Seconds of one call, the device's work included."""
+    """Return the seconds of one call, including the work on the device."""
     if device().type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -44,7 +44,7 @@ def timed(contender: Callable[[], Any]) -> float:
 
 
 def in_turn(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, in rotating order, after one call each to warm up."""
+    """Return the seconds of each contender in each round, in rotating order, after one warm-up call each."""
     for contender in contenders.values():
         timed(contender)
     names = list(contenders)
@@ -56,7 +56,7 @@ def in_turn(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def ratio(of: list[float], to: list[float]) -> dict[str, float]:
-    """How many times as long `of` takes as `to`, round by round."""
+    """Return the ratio of the times `of` and `to`, round by round."""
     each = sorted(x / y for x, y in zip(of, to, strict=True))
     found = {"median": statistics.median(each), "min": each[0], "max": each[-1]}
     return {key: round(value, 3) for key, value in found.items()}

@@ -1,7 +1,8 @@
-"""Forward and backward of one MoE layer: against the dense network of equal active FLOPs, the plain loop,
-transformers' own MoE block, and the time that its matrix products alone would take.
+"""The time of the forward and backward pass of one MoE layer.
 
-All contenders run in the same process, in rotating order; figures are ratios within a round.
+It is compared with the dense network of equal active FLOPs, the plain loop, the MoE block of transformers,
+and the time of the layer's matrix products alone. All contenders run in the same process in rotating order,
+and the figures are ratios within a round.
 
     python benchmarks/moe_layer.py --size small       # CPU
     python benchmarks/moe_layer.py --size large       # a GPU: T = 16,384, H = 1024, I = 4096, bfloat16
@@ -36,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def config(size: dict[str, Any], width: int, implementation: str) -> MixtralConfig:
-    """Of transformers' blocks, and what ours asks for the experts implementation."""
+    """Return a config for the blocks of transformers, which also names our implementation of experts."""
     made = MixtralConfig(
         hidden_size=size["hidden"], intermediate_size=width, num_local_experts=EXPERTS,
         num_experts_per_tok=TOP_K, hidden_act="silu",
@@ -47,7 +48,7 @@ def config(size: dict[str, Any], width: int, implementation: str) -> MixtralConf
 
 
 def ours(size: dict[str, Any], implementation: str, **router: Any) -> MoE:
-    """`upcycle.nn.MoE` with the given router."""
+    """Make an `upcycle.nn.MoE` with the given router."""
     shape = Shape(
         stack="layers", layers=(0,), module="", num_experts=EXPERTS, top_k=TOP_K, hidden_size=size["hidden"],
         intermediate_size=size["width"], activation="silu", gated=True, bias=False, causal=False,
@@ -59,7 +60,7 @@ def ours(size: dict[str, Any], implementation: str, **router: Any) -> MoE:
 
 
 def theirs(size: dict[str, Any], implementation: str) -> nn.Module:
-    """transformers' block of the same shape."""
+    """Make the block of transformers of the same shape."""
     block = MixtralSparseMoeBlock(config(size, size["width"], implementation))
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -67,7 +68,7 @@ def theirs(size: dict[str, Any], implementation: str) -> nn.Module:
 
 
 def layers(size: dict[str, Any]) -> dict[str, nn.Module]:
-    """Everything that is compared. Each does 2 experts' worth of work a token."""
+    """Make all contenders. Each does the work of 2 experts per token."""
     return {
         "dense": LlamaMLP(config(size, TOP_K * size["width"], "eager")),
         "top_k": ours(size, "grouped_mm", name="top_k"),
@@ -80,7 +81,7 @@ def layers(size: dict[str, Any]) -> dict[str, nn.Module]:
 
 
 def step(layer: nn.Module, hidden: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward, with gradients of input and weights."""
+    """Return a forward and backward pass with gradients of the input and the weights."""
 
     def run() -> None:
         given = hidden.clone().requires_grad_()
@@ -92,8 +93,11 @@ def step(layer: nn.Module, hidden: torch.Tensor) -> Callable[[], None]:
 
 
 def products(size: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
-    """The bound: the layer's matrix products alone, as one dense product each, three times (forward, both
-    gradients). Weights are read once, so the bound is of arithmetic, not of memory."""
+    """Return the lower bound: the matrix products of the layer alone.
+
+    They are done as one dense product each, three times (forward and both gradients). Weights are read once,
+    so that the bound is on arithmetic, not on memory.
+    """
     tokens, hidden, width = size["rows"] * size["length"], size["hidden"], size["width"]
     where = {"device": machine.device(), "dtype": dtype}
     rows = torch.randn(TOP_K * tokens, hidden, **where)
@@ -109,7 +113,7 @@ def products(size: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Measure and write JSON."""
+    """Measure all contenders and write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

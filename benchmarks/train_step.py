@@ -1,10 +1,11 @@
-"""Tokens/s of a training step: MoE against dense of the same active FLOPs and transformers' own step.
+"""Tokens/s of a training step: MoE, dense of the same active FLOPs, and the step of transformers.
 
     python benchmarks/train_step.py [--size small|1b] [--rounds 8] [--out results.json]
 
-All contenders live in one process and take turns, a step each, in rotating order; ratios are of medians.
-`dense` has a feed-forward network top-k times as wide; `transformers` is the class's own loss (with its own
-balance loss), clip_grad_norm_ and torch.optim.AdamW, with the experts implementation it picks by default.
+All contenders are in one process and take turns, one step each, in rotating order; ratios are of medians.
+`dense` has a feed-forward network that is top-k times as wide. `transformers` is the loss of the model class
+(with its own balance loss), clip_grad_norm_ and torch.optim.AdamW, with the default implementation of
+experts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from upcycle.training.run import Run
 
 EXPERTS, TOP_K = 8, 2
 SIZES: dict[str, dict[str, int]] = {
-    # About 1.0 B active parameters as an 8-expert top-2 MoE, and what fills one GPU of 140 GB with Adam.
+    # As an 8-expert top-2 MoE it has about 1.0 B active parameters, and with Adam it fills one GPU of 140 GB.
     "1b": {
         "hidden": 2048, "width": 4096, "layers": 16, "heads": 16, "kv": 8, "vocabulary": 32000,
         "rows": 8, "length": 4096,
@@ -46,7 +47,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def make_dense(folder: Path, size: dict[str, int], width: int) -> Path:
-    """A random Llama, saved as any other."""
+    """Save a random Llama as an ordinary checkpoint."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size["vocabulary"], hidden_size=size["hidden"], intermediate_size=width,
@@ -58,7 +59,7 @@ def make_dense(folder: Path, size: dict[str, int], width: int) -> Path:
 
 
 def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> tuple[Callable[[], Any], int]:
-    """A step of `upcycle train`, and its active FLOPs per token."""
+    """Return a step of `upcycle train`, and its active FLOPs per token."""
     table: dict[str, Any] = {
         "source": str(source),
         "out": "unused",
@@ -92,7 +93,7 @@ def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> 
 
 
 def theirs(folder: Path, size: dict[str, int]) -> Callable[[], None]:
-    """A training step as transformers and torch give it."""
+    """Return a training step as transformers and torch do it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_router_logits=True)
     model = model.to(machine.device()).train()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
@@ -116,7 +117,7 @@ def random_rows(size: dict[str, int]) -> torch.Tensor:
 
 
 def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
-    """Every contender in turn; medians of tokens/s and ratios of the medians of a round."""
+    """Measure every contender in turn; return medians of tokens/s and medians of the ratios within rounds."""
     source = make_dense(work / "dense", size, size["width"])
     wide = make_dense(work / "wide", size, TOP_K * size["width"])
     convert(source, work / "moe", Run.of({**_MINIMAL, "source": str(source)}).recipe)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What experiments share: runs in processes of their own, results that are added to, means with errors."""
+"""The functions that experiments share: training in subprocesses, collecting results, means with errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TRAIN = (
 
 
 def train(table: dict[str, Any], threads: int) -> None:
-    """Train a run, or go on with it, in a process of its own."""
+    """Train a run, or resume it, in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(
         [sys.executable, "-c", _TRAIN], input=json.dumps(table), text=True, check=True, env=environment
@@ -28,19 +28,19 @@ def train(table: dict[str, Any], threads: int) -> None:
 
 
 def upcycle(*arguments: str, threads: int = 1) -> str:
-    """What the command line prints."""
+    """Run the command line and return its output."""
     command = [sys.executable, "-m", "upcycle", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 def lines_of(out: str | Path) -> list[dict[str, Any]]:
-    """The metrics of a run."""
+    """Return the lines of the metrics of a run."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def flops_per_row(table: dict[str, Any]) -> int:
-    """Active FLOPs of training on a row."""
+    """Return the active training FLOPs of a row."""
     from upcycle import tasks
     from upcycle.training.run import Run
     from upcycle.training.start import start_of
@@ -53,7 +53,7 @@ def flops_per_row(table: dict[str, Any]) -> int:
 
 
 def curve(out: str | Path, rows: int, flops: int) -> list[dict[str, Any]]:
-    """The score on held-out rows against steps and FLOPs, from before the first step."""
+    """Return the score on held-out rows over steps and FLOPs; the first is before training."""
     lines = lines_of(out)
     points = [(0, lines[0]["held_out_start"], lines[0]["held_out_accuracy_start"])]
     points += [(x["step"], x["held_out_loss"], x["held_out_accuracy"]) for x in lines if "held_out_loss" in x]
@@ -71,7 +71,7 @@ def gather(
     parallel: int,
     about: dict[str, Any],
 ) -> list[Result]:
-    """Do the jobs (variant, seed) that `results` does not have yet, and add them to it as they end."""
+    """Run the jobs (variant, seed) that `results` does not have yet, and add each result when it ends."""
     known = json.loads(results.read_text())["runs"] if results.exists() else []
     done = {(r["variant"], r["seed"]): r for r in known}
     wanted = [job for job in jobs if job not in done]
@@ -84,7 +84,7 @@ def gather(
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error."""
+    """Return the mean and the standard error."""
     mean = sum(values) / len(values)
     spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
     return mean, math.sqrt(spread / len(values))

@@ -1,4 +1,4 @@
-"""The figure of an experiment: mean curves with bands of one standard error, as PNG."""
+"""The figure of an experiment as PNG: mean curves with bands of one standard error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.reporting import drawing, figures
 from upcycle.reporting.document import Picture
 from upcycle.reporting.figures import Axis, Line
 
-Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]  # by label: a curve of (x, y) for each seed
+Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]  # by label: one curve of (x, y) for each seed
 
 
 def write(path: Path, title: str, curves: Curves, x: str, y: str, *, counted: str | None = None) -> None:

@@ -1,8 +1,8 @@
-"""What the experiments on a small language model share: one dense model trained from nothing on three texts,
-and runs that go on from it in different ways.
+"""The parts that experiments on a small language model share.
 
-The rate stays where it is after its warm-up, in the dense model as in what follows, so that each point of a
-run is the end of a shorter one.
+One dense model is trained from scratch on three texts, and runs continue from it in different ways. After the
+warm-up the learning rate is constant, in the dense model and in the runs, so that each point of a run is the
+end of a shorter run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PATHS = ("source", "out")
 
 
 def options(description: str | None, here: Path) -> argparse.Namespace:
-    """What every such experiment is told."""
+    """Return the command-line options that every such experiment has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="stories260k: its config and its tokenizer"
@@ -43,7 +43,10 @@ def options(description: str | None, here: Path) -> argparse.Namespace:
 
 
 def table(changes: Mapping[str, Any], seed: int, steps: int, given: argparse.Namespace) -> dict[str, Any]:
-    """A run file: of the trained dense model, or of its shape where `changes` say from_scratch."""
+    """Return a run file that starts from the trained dense model.
+
+    If `changes` has from_scratch, it starts from random weights of the same shape.
+    """
     scratch = changes.get("from_scratch", False)
     out: dict[str, Any] = {
         "source": str(given.checkpoint if scratch else base(given)),
@@ -63,7 +66,7 @@ def table(changes: Mapping[str, Any], seed: int, steps: int, given: argparse.Nam
 
 
 def base(given: argparse.Namespace) -> Path:
-    """The dense model, trained if it is not there."""
+    """Return the dense model, which is trained if it does not exist."""
     out: Path = given.base / "dense"
     if not out.exists():
         given.base.mkdir(parents=True, exist_ok=True)
@@ -74,12 +77,12 @@ def base(given: argparse.Namespace) -> Path:
 
 
 def base_curve(given: argparse.Namespace) -> list[list[float]]:
-    """Steps, FLOPs and held-out loss of the dense model's training."""
+    """Return the steps, FLOPs and held-out losses of the dense model's training."""
     return curve(given.base / "dense-run")
 
 
 def curve(folder: Path) -> list[list[float]]:
-    """Steps, FLOPs and held-out loss of a run, from before its first step."""
+    """Return the steps, FLOPs and held-out losses of a run; the first is before training."""
     record, lines = json.loads((folder / "run.json").read_text()), common.lines_of(folder)
     flops = record["training_flops_per_row"] * (
         record["run"]["train"]["batch_tokens"] // record["tokens_per_row"]
@@ -92,7 +95,7 @@ def curve(folder: Path) -> list[list[float]]:
 def go(
     variant: str, changes: Mapping[str, Any], seed: int, steps: int, given: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train one run, and tell what came out."""
+    """Train one run, and return its result."""
     folder = given.runs / f"{variant}-{seed}"
     common.train(table(changes, seed, steps, given) | {"out": str(folder)}, given.threads)
     record, last = json.loads((folder / "run.json").read_text()), common.lines_of(folder)[-1]
@@ -113,11 +116,11 @@ def go(
 
 
 def flops_per_step(changes: Mapping[str, Any], given: argparse.Namespace) -> int:
-    """Active FLOPs of a step of 2,048 tokens."""
+    """Return the active FLOPs of a step of 2,048 tokens."""
     run = table(changes, 0, 8, given) | {"out": str(given.runs / "nothing")}
     return common.flops_per_row(run) * 16
 
 
 def losses(runs: Sequence[Mapping[str, Any]], variant: str, point: int = -1) -> tuple[float, float]:
-    """Mean and standard error of the held-out loss at a point of a variant's curves."""
+    """Return the mean and standard error of the held-out loss at a point of a variant's curves."""
     return common.mean_and_error([r["curve"][point][2] for r in runs if r["variant"] == variant])

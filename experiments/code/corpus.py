@@ -1,9 +1,9 @@
-"""A corpus that every machine with our pinned requirements has: the Python sources of the installed packages.
+"""A corpus that every machine with our pinned requirements has: the Python sources of installed packages.
 
-Files are taken once each (SHA-256 of their bytes). Whole packages are held out: no model here has seen a line
-of them. `write` puts three files into a folder, which is never committed: `code.jsonl` (one document a line,
-held-out packages last), `tokenizer/` (byte-level BPE of the part that is trained on), and `about.json` (the
-packages with their versions, counts and hashes; and the share that `data.held_out` must be).
+Each file is taken once (by the SHA-256 of its bytes). Whole packages are held out, so that no model here has
+seen a line of them. `write` puts three things into a folder, which is never committed: `code.jsonl` (one
+document per line, held-out packages last), `tokenizer/` (byte-level BPE of the training part), and
+`about.json` (the packages with versions, counts and hashes, and the share for `data.held_out`).
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from typing import Any
 from upcycle.demo.corpus import tokenizer_of
 
 HELD_OUT = ("anyio", "attrs", "click", "hypothesis", "networkx", "pydantic", "requests", "rich", "tqdm")
-LEFT_OUT = ("chardet", "upcycle")  # tables of numbers; ourselves
+LEFT_OUT = ("chardet", "upcycle")  # chardet is tables of numbers; upcycle is this package
 SEQUENCE_LENGTH = 256
-LARGEST = 200_000  # bytes of a file; larger ones are generated tables
-LONGEST = 200  # mean characters of a line, likewise
-FOR_TOKENIZER = 50  # one file in so many
+LARGEST = 200_000  # bytes of a file; larger files are generated tables
+LONGEST = 200  # mean characters of a line; longer means generated tables too
+FOR_TOKENIZER = 50  # the tokenizer is trained on one file in so many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """An installed package and what was taken of it."""
+    """An installed package, and its files in the corpus."""
 
     name: str
     version: str
     files: int
     bytes: int
-    sha256: str  # of the hashes of its files, in order
+    sha256: str  # hash of the hashes of its files, in order
     held_out: bool
 
 
 def packages() -> Iterator[tuple[str, str, list[str]]]:
-    """Name, version and texts of each installed package, once each: training packages first, by name."""
+    """Yield name, version and texts of each installed package once: training packages first, by name."""
     seen: set[bytes] = set()
     found = {normalised(d.metadata["Name"]): d for d in importlib.metadata.distributions()}
     for name in sorted(found, key=lambda name: (name in HELD_OUT, name)):
@@ -52,7 +52,7 @@ def packages() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def normalised(name: str) -> str:
-    """A package's name as the package index compares names."""
+    """Normalise the name of a package as the package index does."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -75,7 +75,7 @@ def _texts(distribution: importlib.metadata.Distribution, seen: set[bytes]) -> I
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Write the corpus to `folder`, if it is not there, and return what `about.json` says of it."""
+    """Write the corpus to `folder` if it is not there, and return the contents of `about.json`."""
     about = folder / "about.json"
     if about.exists():
         known: dict[str, Any] = json.loads(about.read_text())
@@ -107,8 +107,11 @@ def write(folder: Path) -> dict[str, Any]:
 
 
 def _shares(folder: Path, trained_on: int) -> dict[str, Any]:
-    """Tokens of the first `trained_on` documents and of all, and the share of rows that must be held out for
-    the boundary to lie between them. Every document ends with one more token."""
+    """Return the token counts and the share of rows to hold out.
+
+    The counts are those of the first `trained_on` documents and of all documents. With that share of rows
+    held out, the boundary is between the two parts. Every document ends with one more token.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -128,7 +131,7 @@ def _shares(folder: Path, trained_on: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the corpus and print what is in it."""
+    """Write the corpus and print its contents."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     about = write(parser.parse_args().folder)

@@ -1,7 +1,8 @@
-"""The dense model that the experiments on code start from, at the end of its training.
+"""The dense model for the experiments on code, trained for long.
 
-A Llama of 312 thousand parameters, trained at a constant rate on the corpus of `corpus.py` to 320 tokens a
-parameter. The checkpoints after 10, 40, 80, 160 and 320 tokens a parameter are the starts of everything else.
+It is a Llama of 312 thousand parameters, trained at a constant rate on the corpus of `corpus.py` to 320
+tokens per parameter. All other runs start from its checkpoints after 10, 40, 80, 160 and 320 tokens per
+parameter.
 
     python experiments/code/dense.py FOLDER
 """
@@ -28,14 +29,14 @@ CONFIG = {
     "bos_token_id": 0, "eos_token_id": 0,
     "initializer_range": 0.02, "attention_bias": False, "mlp_bias": False, "dtype": "float32",
 }  # fmt: skip
-BATCH = 4096  # tokens of a step
+BATCH = 4096  # tokens per step
 RATE = 2e-3
-UNIT = 762  # steps: 10 tokens a parameter
-STARTS = {10: UNIT, 40: 4 * UNIT, 80: 8 * UNIT, 160: 16 * UNIT, 320: 32 * UNIT}  # tokens a parameter: steps
+UNIT = 762  # steps for 10 tokens per parameter
+STARTS = {10: UNIT, 40: 4 * UNIT, 80: 8 * UNIT, 160: 16 * UNIT, 320: 32 * UNIT}  # tokens per parameter: steps
 
 
 def data(folder: Path) -> dict[str, Any]:
-    """The [data] table of every run on the corpus in `folder`."""
+    """Return the [data] table of every run on the corpus in `folder`."""
     return {
         "sources": [{"path": str(folder / "corpus" / "code.jsonl")}],
         "held_out": corpus.write(folder / "corpus")["held_out"],
@@ -45,7 +46,7 @@ def data(folder: Path) -> dict[str, Any]:
 
 
 def table(folder: Path) -> dict[str, Any]:
-    """The run file."""
+    """Return the run file."""
     return {
         "source": str(folder / "shape"),
         "out": str(folder / "dense-run"),
@@ -62,7 +63,7 @@ def table(folder: Path) -> dict[str, Any]:
 
 
 def write_shape(folder: Path) -> None:
-    """A folder with the model's config, and weights that nobody reads."""
+    """Write a folder with the config of the model, and with weights that are not used."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not folder.exists():
@@ -70,7 +71,7 @@ def write_shape(folder: Path) -> None:
 
 
 def main() -> None:
-    """Train the model, or go on with it, and export every start."""
+    """Train the model, or resume its training, and export every start."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "folder", type=Path, help="where the corpus, the run and the models go; not committed"

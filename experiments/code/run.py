@@ -1,6 +1,6 @@
-"""Run variants of `table.py` from starts of `dense.py`, and gather `results.json`.
+"""Run the variants of `table.py` from the starts of `dense.py`, and gather `results.json`.
 
-A run that is in `results.json` is not run again, and one that was broken goes on where it stopped.
+A run that is in `results.json` is not repeated, and an interrupted one resumes where it stopped.
 
     python experiments/code/run.py FOLDER --starts 80 320 --variants core --seeds 3
 """
@@ -29,7 +29,7 @@ RESULTS = HERE / "results.json"
 
 
 def run_file(folder: Path, start: int, variant: str, seed: int, steps: int) -> dict[str, Any]:
-    """The run file of a variant from the dense model after `start` tokens a parameter."""
+    """Return the run file of a variant from the dense model after `start` tokens per parameter."""
     made = dense.table(folder) | {
         "source": str(folder / f"dense-{start}"),
         "out": str(folder / "runs" / f"{start}-{variant}-{seed}"),
@@ -45,13 +45,13 @@ def run_file(folder: Path, start: int, variant: str, seed: int, steps: int) -> d
 
 
 def steps_of(folder: Path, start: int, variant: str) -> int:
-    """Steps that cost `table.EXTRA` of the start's training FLOPs."""
+    """Return the number of steps that cost `table.EXTRA` of the training FLOPs of the start."""
     spent = dense.STARTS[start] * common.flops_per_row(run_file(folder, start, "dense", 0, 8))
     return math.ceil(table.EXTRA * spent / common.flops_per_row(run_file(folder, start, variant, 0, 8)))
 
 
 def go(folder: Path, start: int, variant: str, seed: int) -> dict[str, Any]:
-    """Train one run, and tell what came out: its curve is [step, tokens, FLOPs, seconds, held-out loss]."""
+    """Train one run and return its result; its curve is [step, tokens, FLOPs, seconds, held-out loss]."""
     run = run_file(folder, start, variant, seed, steps_of(folder, start, variant))
     common.train(run, threads=1)
     out = Path(run["out"])
@@ -79,7 +79,7 @@ def go(folder: Path, start: int, variant: str, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing, one thread each, and add every result as it comes."""
+    """Run the missing jobs, one thread each, and add every result when it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder that dense.py filled")
     parser.add_argument("--starts", type=int, nargs="+", choices=[*dense.STARTS], default=[320])

@@ -1,7 +1,7 @@
-"""What is run on the code corpus: each variant as the keys that the dense continuation's run file lacks.
+"""The variants on the code corpus: each as changes to the run file of the dense continuation.
 
-A variant goes on from a start of `dense.py` (10 to 320 tokens a parameter) for a share of that start's own
-training FLOPs. The rate stays where the start left it, and falls to zero in the last quarter.
+A variant continues from a start of `dense.py` (10 to 320 tokens per parameter) for a share of that start's
+own training FLOPs. The learning rate stays at that of the start, and falls to zero in the last quarter.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 
 Changes = dict[str, Any]
 
-EXTRA = 0.3  # training FLOPs of a variant, as a share of its start's
-DECAY = 0.25  # of the steps, at the end
-POINTS = 16  # evaluations of a run
+EXTRA = 0.3  # training FLOPs of a variant, relative to those of its start
+DECAY = 0.25  # the share of the steps at the end with a falling rate
+POINTS = 16  # evaluations per run
 
 _TOP_2 = {"num_experts": 8, "top_k": 2}
 _HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2}
@@ -23,7 +23,7 @@ def _drop(ratio: float, indices: str = "shared") -> Changes:
     return {"moe": _TOP_2, "init": {"name": "drop", "ratio": ratio, "indices": indices}}
 
 
-# The dense continuation, equal FLOPs a token, copies, redrawn copies, and the same MoE from nothing.
+# Dense continuation, equal FLOPs per token, copies, redrawn copies, and the same MoE from scratch.
 CORE: dict[str, Changes] = {
     "dense": {},
     "virtual_group": {"moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"}},
@@ -32,7 +32,7 @@ CORE: dict[str, Changes] = {
     "scratch": {"moe": _HALVES, "init": {"name": "virtual_group"}, "from_scratch": True},
 }
 
-# One factor at a time around the core.
+# Each changes one factor of the core.
 FACTORS: dict[str, Changes] = {
     "noise": {"moe": _TOP_2, "init": {"name": "noise"}},
     "drop_0.1": _drop(0.1),

@@ -1,8 +1,8 @@
-"""Drop-Upcycling's claim: where does redrawing a share r of every expert begin to pay?
+"""Drop-Upcycling's claim: when does it begin to pay to redraw a share r of every expert?
 
-r = 0 is a copy. Both ways to choose what is redrawn, both balance losses, against the budget. Trains every
-variant on every seed from one dense model, and gathers `results.json`; what is there already is not run
-again.
+r = 0 is a copy. The script trains variants with both ways to choose the redrawn neurons and both balance
+losses, with every seed, from one dense model, and gathers `results.json`; runs that are already there are not
+repeated.
 
     python experiments/drop_upcycling/run.py --checkpoint stories260k --texts FOLDER
 """
@@ -26,7 +26,7 @@ POOLED = {"router": {"balance_loss": "pooled"}}
 
 
 def drop(ratio: float, indices: str = "shared") -> dict[str, Any]:
-    """Eight experts with a share of their neurons redrawn."""
+    """Return the recipe of eight experts with a share of their neurons redrawn."""
     return {**language.MOE, "init": {"name": "drop", "ratio": ratio, "indices": indices}}
 
 
@@ -39,7 +39,7 @@ VARIANTS = PER_LAYER | {f"{name}_pooled": {**changes, **POOLED} for name, change
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the table."""
+    """Run the missing jobs, gather the results, and print the table."""
     given = language.options(__doc__, HERE)
     language.base(given)
     runs = common.gather(

@@ -1,8 +1,8 @@
-"""Sparse Upcycling's claim, in a decoder: what does extra compute buy a trained dense model and an upcycled
-one, and how much does a Mixture of Experts from scratch need to catch up?
+"""Sparse Upcycling's claim in a decoder: what does extra compute buy?
 
-Trains the dense model, then every variant on every seed, and gathers `results.json`; what is there already is
-not run again.
+It compares a trained dense model, its upcycled version, and a Mixture of Experts from scratch, which has to
+catch up. The script trains the dense model, then every variant with every seed, and gathers `results.json`;
+runs that are already there are not repeated.
 
     python experiments/extra_compute/run.py --checkpoint stories260k --texts FOLDER
 """
@@ -21,7 +21,7 @@ import common  # noqa: E402
 import figure  # noqa: E402
 import language  # noqa: E402
 
-# What goes on, and for how much of the dense model's own training FLOPs.
+# The variants that continue, and for how much of the dense model's own training FLOPs.
 VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "dense": ({}, 0.64),
     "upcycled": (language.MOE, 0.64),
@@ -30,7 +30,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
 
 
 def reaches(curve: list[list[float]], loss: float) -> float | None:
-    """FLOPs at which a curve comes down to a loss, between its points in a straight line; None: never."""
+    """Return the FLOPs at which a curve first falls to a loss, by linear interpolation; None: never."""
     for (_, before, high), (_, after, low) in pairwise(curve):
         if low <= loss:
             return before + (after - before) * max(0.0, high - loss) / max(1e-12, high - low)
@@ -38,7 +38,7 @@ def reaches(curve: list[list[float]], loss: float) -> float | None:
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the table."""
+    """Run the missing jobs, gather the results, and print the table."""
     given = language.options(__doc__, HERE)
     language.base(given)
     begun = language.base_curve(given)
@@ -73,7 +73,7 @@ def main() -> None:
         ]
         for name in VARIANTS
     }
-    curves["scratch"] = [curve[1:] for curve in curves["scratch"]]  # it begins far above
+    curves["scratch"] = [curve[1:] for curve in curves["scratch"]]  # its first loss is far above
     x = "training FLOPs / those of the dense model"
     figure.write(HERE / "figure.png", "What extra compute buys", curves, x, "held-out loss (nats per token)")
 

@@ -1,9 +1,8 @@
-"""Llama 3 Meets MoE's recipe at small scale: eight experts, top-2, with and without capacity, in both orders
-of softmax and top-k, against dense continuation of equal tokens and of equal FLOPs, the control that the
-paper leaves out.
+"""The recipe of Llama 3 Meets MoE at small scale, with the control that the paper leaves out.
 
-Trains every variant on every seed from one dense model, and gathers `results.json`; what is there already is
-not run again.
+The variants have eight experts, top-2, with and without capacity, and with both orders of softmax and top-k.
+The control is dense continuation with equal tokens and with equal FLOPs. The script trains every variant with
+every seed from one dense model, and gathers `results.json`; runs that are already there are not repeated.
 
     python experiments/llama3_meets_moe/run.py --checkpoint stories260k --texts FOLDER
 """
@@ -26,12 +25,14 @@ CAPACITIES: dict[str, dict[str, Any]] = {
     "dropless": {}, "cf1": {"capacity_factor": 1.0}, "cf2": {"capacity_factor": 2.0},
     "cf4": {"capacity_factor": 4.0},
 }  # fmt: skip
-ORDERS = {"topk_softmax": True, "softmax_topk": False}  # whether the two weights are a softmax of their own
+ORDERS = {"topk_softmax": True, "softmax_topk": False}  # whether the softmax is over the top-k alone
 
 
 def moe(order: str, capacity: str) -> dict[str, Any]:
-    """Eight copies; without renormalisation nothing makes up for weights below one, as in the paper's
-    ablation."""
+    """Return the recipe of eight copies.
+
+    Without renormalisation nothing compensates for weights below one, as in the paper's ablation.
+    """
     router = {"name": "top_k", "normalize": ORDERS[order], "rescale": False, **CAPACITIES[capacity]}
     return {"moe": {**language.MOE["moe"], "target": "upcycled"}, "router": router}
 
@@ -44,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the table."""
+    """Run the missing jobs, gather the results, and print the table."""
     given = language.options(__doc__, HERE)
     language.base(given)
     cost = {name: language.flops_per_step(changes, given) for name, changes in VARIANTS.items()}

@@ -1,7 +1,8 @@
-"""MoE Jetpack at small scale: does recycling a larger ViT into small experts pay?
+"""MoE Jetpack at small scale: does it pay to recycle a larger ViT into small experts?
 
-Trains a larger and a smaller predecessor on CIFAR-10, measures the larger one, then trains every variant on
-every seed, on CIFAR-10 and Fashion-MNIST, and gathers `results.json`; what is there already is not run again.
+The script trains a larger and a smaller predecessor on CIFAR-10 and collects statistics of the larger one.
+Then it trains every variant with every seed on CIFAR-10 and Fashion-MNIST, and gathers `results.json`; runs
+that are already there are not repeated.
 
     python experiments/moe_jetpack/run.py --images FOLDER
 """
@@ -27,7 +28,7 @@ SETS = ("cifar10", "fashion_mnist")
 SIZES = {"large": (128, 4), "small": (64, 2)}  # hidden size, heads
 KEYS = ("step", "held_out_loss", "held_out_accuracy")
 
-# 16 patches: half as many core experts and as many universal ones, as in the paper; 16 where all are alike.
+# An image has 16 patches: half as many core experts and as many universal ones, as in the paper; or 16 alike.
 LAYERS: dict[str, Any] = {"target": "upcycled", "layers": "last_half"}
 DUAL = {"moe": {**LAYERS, "num_experts": 8, "universal_experts": 16}}
 ALIKE = {"moe": {**LAYERS, "num_experts": 16}}
@@ -43,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "large_finetuned": {"source": "large-trained"},
     "soft_scratch": {**SCRATCH, **ALIKE, **SOFT},
     "soft_importance": {**RECYCLED, **ALIKE, **SOFT, "init": {"name": "importance"}},
-    "spherical_scratch": {**SCRATCH, **DUAL, **SPHERICAL, "init": {"name": "random"}},  # for its widths
+    "spherical_scratch": {**SCRATCH, **DUAL, **SPHERICAL, "init": {"name": "random"}},  # for its widths only
     "copies": {**SMALL, **ALIKE, **SPHERICAL},
     "random": {**RECYCLED, **DUAL, **SPHERICAL, "init": {"name": "random"}},
     "uniform": {**RECYCLED, **DUAL, **SPHERICAL, "init": {"name": "uniform"}},
@@ -59,7 +60,7 @@ ORDER = [f"{data}/{variant}" for data in SETS for variant in VARIANTS]
 
 
 def with_images(table: dict[str, Any], data: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The table with a data set on this machine."""
+    """Return the table with a data set on this machine."""
     table["data"] = {
         "sources": [{"path": str(options.images / f"{data}-train.parquet")}],
         "cache": str(options.runs / "images"),
@@ -69,7 +70,7 @@ def with_images(table: dict[str, Any], data: str, options: argparse.Namespace) -
 
 
 def predecessor(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train a dense ViT, if it is not there, and tell its curve."""
+    """Train a dense ViT if it does not exist, and return its curve."""
     shape = options.runs / name
     if not shape.exists():
         from transformers import ViTConfig, ViTForImageClassification
@@ -90,7 +91,7 @@ def predecessor(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """What the variants are made of: statistics of the larger predecessor, and a dense selection from it."""
+    """Prepare the statistics of the larger predecessor and a dense selection from it."""
     large = str(options.runs / "large-trained")
     if not (options.runs / "statistics.safetensors").exists():
         common.upcycle(
@@ -106,7 +107,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def table(data: str, variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The run file of a variant, as a table."""
+    """Return the run file of a variant, as a table."""
     settings = VARIANTS[variant]
     out = with_images(read_toml(HERE / "successor.toml"), data, options)
     out |= {"seed": seed, **settings}
@@ -122,7 +123,7 @@ def table(data: str, variant: str, seed: int, options: argparse.Namespace) -> di
 
 
 def go(job: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one run, and tell what came out."""
+    """Train one run, and return its result."""
     data, variant = job.split("/")
     run = table(data, variant, seed, options)
     common.train(run, options.threads)
@@ -141,7 +142,7 @@ def go(job: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(runs: list[dict[str, Any]]) -> None:
-    """The table of each data set."""
+    """Print the table of each data set."""
     for data in SETS:
         print(
             f"\n{data:20} {'parameters':>10} {'MFLOPs':>7} {'start':>7} {'half':>7} {'end':>7} {'error':>7}"
@@ -160,7 +161,7 @@ def show(runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the tables."""
+    """Run the missing jobs, gather the results, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, required=True, help="folder of cifar10-*.parquet and the like")
     parser.add_argument("--runs", type=Path, default=HERE / "runs")

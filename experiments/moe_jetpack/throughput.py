@@ -1,6 +1,7 @@
-"""Images a second of what `run.py` trained, forward and in training, beside their FLOPs.
+"""The throughput of the models that `run.py` trained, forward and in training, beside their FLOPs.
 
-The models take turns, so that what else the machine does hits all alike. Writes `throughput.json`.
+The models take turns, so that other load on the machine affects all alike. The script writes
+`throughput.json`.
 
     python experiments/moe_jetpack/throughput.py --rounds 12
 """
@@ -26,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
 
 BATCH = 128
-# One of each architecture: the weights do not matter.
+# One model of each architecture: the weights do not matter.
 MODELS = {
     "dense": "small_finetuned", "large": "large_finetuned", "soft, 16 experts": "soft_importance",
     "spherical, 16 experts": "copies", "spherical, 8 + 16 experts": "importance",
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def opened(runs: Path, variant: str) -> PreTrainedModel:
-    """The model that a run ended with."""
+    """Load the model at the end of a run."""
     folder = runs / f"cifar10-{variant}-0-exported"
     if not folder.exists():
         common.upcycle("export", str(runs / f"cifar10-{variant}-0"), str(folder))
@@ -80,20 +81,20 @@ def opened(runs: Path, variant: str) -> PreTrainedModel:
 
 
 def forward(model: PreTrainedModel, pixels: torch.Tensor) -> None:
-    """A batch without gradients."""
+    """Run a batch forward without gradients."""
     with torch.inference_mode():
         model.eval()(pixel_values=pixels)
 
 
 def step(model: PreTrainedModel, pixels: torch.Tensor, labels: torch.Tensor) -> None:
-    """A batch forward and backward, without the update."""
+    """Run a batch forward and backward, without the update."""
     logits = model.train()(pixel_values=pixels).logits
     torch.nn.functional.cross_entropy(logits, labels).backward()
     model.zero_grad()
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Seconds that it takes."""
+    """Return the seconds that `work` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

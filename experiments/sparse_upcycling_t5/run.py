@@ -1,7 +1,7 @@
-"""Sparse Upcycling of a small T5 on TinyStories, with the paper's recipe: is it worth its FLOPs?
+"""Sparse Upcycling of a small T5 on TinyStories with the paper's recipe: is it worth its FLOPs?
 
-Trains a tokenizer and the dense model, then every variant on every seed, and gathers `results.json`; what is
-there already is not run again.
+The script trains a tokenizer and the dense model, then every variant with every seed, and gathers
+`results.json`; runs that are already there are not repeated.
 
     python experiments/sparse_upcycling_t5/run.py --text tinystories.txt
 """
@@ -26,7 +26,7 @@ VOCABULARY, SENTINELS = 512, 16
 
 
 def preset() -> dict[str, Any]:
-    """The paper's recipe at 8 experts."""
+    """Return the recipe of the paper with 8 experts."""
     table = {k: v for k, v in read_toml(PRESET).items() if k in ("moe", "init", "router", "decoder")}
     table["moe"] |= {"num_experts": 8}
     return table
@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make_source(folder: Path, text: Path) -> None:
-    """A T5 1.1 of random weights and a tokenizer of the text's words, with sentinels."""
+    """Write a T5 1.1 with random weights, and a tokenizer of the words of the text with sentinels."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -61,7 +61,7 @@ def make_source(folder: Path, text: Path) -> None:
 
 
 def table(variant: str | None, seed: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The run file of a variant, as a table; that of the dense model for None."""
+    """Return the run file of a variant, or of the dense model for None, as a table."""
     out = read_toml(HERE / "base.toml")
     out["data"]["sources"][0]["path"] = str(options.text)
     out["data"]["cache"] = str(options.runs / "tokens")
@@ -88,7 +88,7 @@ def base(options: argparse.Namespace) -> None:
 
 
 def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one run and tell what came out."""
+    """Train one run and return its result."""
     run = table(variant, seed, steps, options)
     common.train(run, options.threads)
     out = Path(run["out"])
@@ -116,7 +116,7 @@ def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the table."""
+    """Run the missing jobs, gather the results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=HERE / "runs")

@@ -1,7 +1,7 @@
 """Sparse Upcycling of a small ViT on CIFAR-10: is it worth its FLOPs?
 
-Trains the dense model, then every variant on every seed, and gathers `results.json`; what is there already is
-not run again.
+The script trains the dense model, then every variant with every seed, and gathers `results.json`; runs that
+are already there are not repeated.
 
     python experiments/sparse_upcycling_vit/run.py --images FOLDER
 """
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def with_images(table: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """The table with the images of this machine."""
+    """Return the table with the images on this machine."""
     table["data"]["sources"][0]["path"] = str(options.images / "cifar10-train.parquet")
     table["data"]["cache"] = str(options.runs / "images")
     table["task"]["test"] = str(options.images / "cifar10-test.parquet")
@@ -45,7 +45,7 @@ def with_images(table: dict[str, Any], options: argparse.Namespace) -> dict[str,
 
 
 def base(options: argparse.Namespace) -> Path:
-    """The trained dense model, with its optimizer's moments."""
+    """Return the trained dense model, with the moments of its optimizer."""
     out = Path(options.runs / "dense-base")
     if out.exists():
         return out
@@ -67,7 +67,7 @@ def base(options: argparse.Namespace) -> Path:
 
 
 def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The run file of a variant, as a table."""
+    """Return the run file of a variant, as a table."""
     out = with_images(read_toml(HERE / "continue.toml"), options)
     out |= {"seed": seed, **VARIANTS[variant]}
     out |= {"source": str(base(options)), "out": str(options.runs / f"{variant}-{seed}")}
@@ -75,7 +75,7 @@ def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> d
     out["checkpoint"] = {"every": 0}
     out["schedule"]["decay"] = steps // 4
     if variant == "scratch":
-        # The others go on where a warmup of 200 steps lies behind them; this one has a short one of its own.
+        # The others continue after a warm-up of 200 steps; this one has a short warm-up of its own.
         out["schedule"] |= {"name": "warmup_stable_decay", "warmup": steps // 10}
     else:
         out["schedule"]["start_step"] = read_toml(HERE / "base.toml")["train"]["steps"]
@@ -83,7 +83,7 @@ def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> d
 
 
 def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one run, probe it, and tell what came out."""
+    """Train one run, evaluate it with the probe, and return its result."""
     run = table(variant, seed, steps, options)
     common.train(run, options.threads)
     out = Path(run["out"])
@@ -110,7 +110,7 @@ def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict
 
 
 def few_shot(out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The 10-shot probe on Fashion-MNIST, which no model has seen."""
+    """Return the result of the 10-shot probe on Fashion-MNIST, which no model has seen."""
     exported = out / "exported"
     if not exported.exists():
         common.upcycle("export", str(out), str(exported))
@@ -124,7 +124,7 @@ def few_shot(out: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the table."""
+    """Run the missing jobs, gather the results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, required=True, help="folder of cifar10-*.parquet and the like")
     parser.add_argument("--runs", type=Path, default=HERE / "runs")

@@ -1,4 +1,4 @@
-"""The figure of this experiment, from `results.json`: held-out loss against tokens and training FLOPs."""
+"""The figure of this experiment, from `results.json`: held-out loss over tokens and training FLOPs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Write `figure.svg`: means over seeds, bands of one standard error."""
+    """Write `figure.svg`: means over seeds with bands of one standard error."""
     runs = json.loads((HERE / "results.json").read_text())["runs"]
     variants = list(dict.fromkeys(r["variant"] for r in runs))
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "upcycle", "font.size": 8})

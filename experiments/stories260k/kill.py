@@ -1,6 +1,7 @@
-"""The copy run of seed 0, uninterrupted, and killed with SIGKILL at three random moments and resumed.
+"""The copy run of seed 0, once uninterrupted and once killed with SIGKILL three times and resumed.
 
-Both must end at the same held-out loss, to the last bit. Writes `killed.json`.
+The moments of the kills are random. Both runs must end at the same held-out loss, to the last bit. The script
+writes `killed.json`.
 
     python experiments/stories260k/kill.py --checkpoint stories260k --text tinystories.txt
 """
@@ -27,7 +28,7 @@ CODE = (
 
 
 def start(table: dict[str, Any]) -> subprocess.Popen[str]:
-    """The run in a process of its own."""
+    """Start the run in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", CODE], stdin=subprocess.PIPE, text=True, env=environment
@@ -39,13 +40,13 @@ def start(table: dict[str, Any]) -> subprocess.Popen[str]:
 
 
 def records(table: dict[str, Any]) -> list[dict[str, Any]]:
-    """The run's metrics so far."""
+    """Return the metrics of the run so far."""
     path = Path(table["out"]) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:
-    """Run both and compare."""
+    """Run both and compare them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)

@@ -1,6 +1,7 @@
-"""Does upcycling pay at this size, and is the weakness of plain copies the balance loss's fault?
+"""Does upcycling pay at this size, and is the balance loss to blame for the weakness of plain copies?
 
-Trains every variant on every seed and gathers `results.json`; what is there already is not run again.
+The script trains every variant with every seed and gathers `results.json`; runs that are already there are
+not repeated.
 
     python experiments/stories260k/run.py --checkpoint stories260k --text tinystories.txt
 """
@@ -41,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The run file of a variant, as a table."""
+    """Return the run file of a variant, as a table."""
     out = read_toml(HERE / "base.toml")
     out |= {"seed": seed, **VARIANTS[variant]}
     out["source"] = str(options.checkpoint)
@@ -53,7 +54,7 @@ def table(variant: str, seed: int, steps: int, options: argparse.Namespace) -> d
 
 
 def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one run in a process of its own; its curve and what became of its layers."""
+    """Train one run in its own process; return its curve and the load of its layers."""
     run = table(variant, seed, steps, options)
     common.train(run, options.threads)
     folder = Path(run["out"])
@@ -90,7 +91,7 @@ def go(variant: str, seed: int, steps: int, options: argparse.Namespace) -> dict
 
 
 def main() -> None:
-    """Run what is missing, gather, and print the table."""
+    """Run the missing jobs, gather the results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
@@ -103,7 +104,7 @@ def main() -> None:
     results = HERE / "results.json"
     known = json.loads(results.read_text())["runs"] if results.exists() else []
     done = {(r["variant"], r["seed"]): r for r in known}
-    flops = {"dense": 2047488, "moe": 3053568}  # training FLOPs a token, checked against the runs below
+    flops = {"dense": 2047488, "moe": 3053568}  # training FLOPs per token, checked against the runs below
     longer = round(options.steps * flops["moe"] / flops["dense"])
     wanted = [
         (variant, seed, longer if variant == "dense_equal_flops" else options.steps)

@@ -1,7 +1,7 @@
-"""The library that a person calls: `upcycle.advise`, `calibrate`, `evaluate`, `inspect`, `report`, `train`.
+"""The public functions: `upcycle.advise`, `calibrate`, `evaluate`, `inspect`, `report`, `train`.
 
-Each file is one function. It takes paths as text or `Path` and settings as keywords, and gives a frozen
-dataclass with `as_dict()`, which is what `--json` prints. `export`, `plan` and `verify` are such
-functions in their own rooms; `convert` gives the blueprint there, and `load` a model. The command line calls
-these and draws what they give.
+Each file holds one function. It takes paths as text or `Path` and settings as keywords, and returns a frozen
+dataclass whose `as_dict()` is what `--json` prints. `convert`, `export`, `load`, `plan` and `verify` are
+defined in their own packages; `convert` returns the blueprint and `load` a model. The command line calls
+these functions and prints their results.
 """

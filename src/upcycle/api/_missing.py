@@ -1,4 +1,4 @@
-"""Checkpoints that are not there are refused before torch is imported, which takes seconds."""
+"""Missing checkpoints are found before torch is imported, because that import takes seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from upcycle.errors import UpcycleError
 
 
 def refuse_missing(checkpoint: str | Path) -> None:
-    """Raise `UpcycleError` if a checkpoint is no hub id and no folder."""
+    """Raise `UpcycleError` if a checkpoint is neither a hub id nor a folder."""
     if hub.is_id(checkpoint) or Path(checkpoint).is_dir():
         return
     what = "is a file, not a folder" if Path(checkpoint).exists() else "does not exist"

@@ -21,11 +21,12 @@ def advise(
     gpu: str = "H100",
     context: int | None = None,
 ) -> Advice:
-    """Say what is known before spending: dense continuation, upcycling or from scratch?
+    """Compare dense continuation, upcycling and training from scratch, before any compute is spent.
 
-    `tokens` and `dense_tokens` (those that `source` was trained on) are numbers, or texts such as "100B".
-    `gpus` of the kind `gpu` do the training; `context` is the length of a row of text in tokens. Only headers
-    are read. Raises `UpcycleError` if source, recipe and question do not fit.
+    `tokens` are the tokens to train on and `dense_tokens` those that `source` was trained on, as numbers or
+    as texts such as "100B". `gpus` GPUs of the kind `gpu` do the training, and `context` is the length of a
+    row of text in tokens. Only headers are read. Raises `UpcycleError` if source, recipe and settings do not
+    fit together.
     """
     # Asked reads texts such as "100B" itself.
     asked = Asked(tokens=tokens, dense_tokens=dense_tokens, gpus=gpus, gpu=gpu, context=context)  # type: ignore[arg-type]

@@ -31,12 +31,14 @@ def calibrate(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Collect statistics of the activations of the dense checkpoint `source` to the file `out`.
+    """Collect statistics of the activations of a dense checkpoint.
 
-    Give `images` (a parquet file, or a folder with one folder a class) or `text`. `collect` names statistics
-    (l1, l2, count, co_activation, gradient), `positions` what they are of. At most `limit` images or rows are
-    read (None: 30,000 or 2,048; 0: all), `length` is the tokens of a row. A pass that was stopped goes on if
-    it is called again as it was. Raises `UpcycleError` for input that cannot be used.
+    The statistics of `source` are written to the file `out`. Give either `images` (a parquet file, or a
+    folder with one folder per class) or `text`. `collect` names the statistics (l1, l2, count, co_activation,
+    gradient) and `positions` the activations they are taken of (neurons, channels, heads). At most `limit`
+    images or rows are read (None: 30,000 images or 2,048 rows; 0: all). `length` is the number of tokens of a
+    row. A call that was stopped resumes if it is repeated with the same arguments. Raises `UpcycleError` for
+    input that cannot be used.
     """
     from upcycle.calibration import calibration
 

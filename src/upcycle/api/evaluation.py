@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The scores of checkpoints, and the differences between the first and the others."""
+    """The scores of checkpoints, and the differences between the first one and the others."""
 
     scored: tuple[Scored, ...]
-    differences: tuple[Mapping[str, Any], ...]  # a metric of another checkpoint against the first's
-    notes: tuple[str, ...]  # why something is not compared
+    differences: tuple[Mapping[str, Any], ...]  # a metric of another checkpoint minus that of the first
+    notes: tuple[str, ...]  # reasons why results were not compared
 
     def as_dict(self) -> dict[str, Any]:
-        """The evaluation as JSON has it."""
+        """Return the evaluation as JSON."""
         return {
             "checkpoints": [each.as_json() for each in self.scored],
             "differences": [dict(row) for row in self.differences],
@@ -37,14 +37,17 @@ class Evaluation:
         }
 
     def write(self, path: str | Path) -> Path:
-        """Write everything, the comparison included, to the JSON file `path`."""
+        """Write the scores and the comparison to the JSON file `path`."""
         path = Path(path)
         results.refuse_target(path)
         whole_file.write_json(path, {"format": EvaluationRecord.FORMAT, **self.as_dict()})
         return path
 
     def record(self) -> Recorded:
-        """Put the scores into eval.json in the folder of each checkpoint; a hub's cache is left alone."""
+        """Write the scores to eval.json in the folder of each checkpoint.
+
+        Nothing is written into the cache of the hub.
+        """
         written: list[Path] = []
         lost: list[UpcycleError] = []
         for each in self.scored:
@@ -59,7 +62,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The files that scores were written to, and the errors for those that could not be written."""
+    """The files that the scores were written to, and the errors for those that could not be written."""
 
     written: tuple[Path, ...]
     lost: tuple[UpcycleError, ...]
@@ -84,14 +87,15 @@ def evaluate(
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score checkpoints (folders, or hub ids) on data they were not trained on; compare them with the first.
+    """Score checkpoints on data they were not trained on, and compare them with the first one.
 
-    `text` is scored by what a model is made for: the next token (nats per token, bits per byte), spans or
-    masked tokens. `images` gives top-1 accuracy, or with `few_shot` that of a linear probe on `per_class`
-    images of each class. `tasks` are those of lm-evaluation-harness, with `num_fewshot` examples before each
-    question and data from `task_files`; `superglue` is a folder of that benchmark. `length` and `stride` are
-    tokens of a window, `limit` is the most rows (0: all), `batch_size` 0 finds one. Nothing is written: see
-    `Evaluation.record`. Raises `UpcycleError` for what cannot be scored, before the first model is loaded.
+    `checkpoints` are folders or hub ids. `text` is scored by the task that the model is made for: next token
+    (nats per token, bits per byte), spans or masked tokens. `images` gives the top-1 accuracy or, with
+    `few_shot`, that of a linear probe fitted on `per_class` images of each class. `tasks` are tasks of
+    lm-evaluation-harness, with `num_fewshot` examples before each question and data from `task_files`;
+    `superglue` is a folder of that benchmark. `length` and `stride` of a window are in tokens. `limit` is the
+    largest number of rows (0: all), and `batch_size` 0 chooses one automatically. Nothing is written; see
+    `Evaluation.record`. Raises `UpcycleError`, before the first model is loaded, for what cannot be scored.
     """
     asked = Asked(
         text=text, images=images, shots=few_shot, tasks=tuple(tasks), task_files=task_files,  # type: ignore[arg-type]
@@ -115,7 +119,7 @@ def evaluate(
 
 
 def _refuse_absent(checkpoints: Sequence[str | Path], asked: Asked) -> None:
-    """Raise if a checkpoint or data is not there."""
+    """Raise `UpcycleError` if a checkpoint or a data file is missing."""
     for checkpoint in checkpoints:
         refuse_missing(checkpoint)
     for path in (*asked.texts, asked.images, asked.shots, asked.task_files, asked.superglue):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Similarity:
-    """Cosine similarity of the pairs of different experts of a layer."""
+    """The cosine similarity of the pairs of different experts of a layer."""
 
     mean: float
     min: float
@@ -25,16 +25,16 @@ class Similarity:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The experts of one layer, or its universal ones; a block that stayed dense has none."""
+    """The experts of one layer, or its universal experts; a block that stayed dense has no experts."""
 
     count: int
-    width: int  # neurons of one expert
+    width: int  # the number of neurons of one expert
     cosine: tuple[tuple[float, ...], ...]  # [E, E]
     between: Similarity | None  # None: fewer than two experts
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Experts:
-        """The experts that a row of the table tells of."""
+        """Make the experts of a row of the table."""
         between = row.get("cosine_between")
         return cls(
             count=row["num_experts"],
@@ -46,20 +46,20 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One block of a model: its experts and its router."""
+    """One block of a model, with its experts and its router."""
 
     stack: str
     layer: int
     dtype: str
     experts: Experts
-    universal: Experts | None  # narrower experts beside them
-    to_dense: tuple[float, ...] | None  # cosine of each expert to the dense network; None: not known
-    router_norms: tuple[float, ...]  # of the router's rows, [E]
-    at_start: Similarity | None  # of the experts when training began; None: not known
+    universal: Experts | None  # narrower experts beside the others
+    to_dense: tuple[float, ...] | None  # cosine of each expert to the dense network; None: unknown
+    router_norms: tuple[float, ...]  # [E], norms of the rows of the router
+    at_start: Similarity | None  # similarity of the experts when training began; None: unknown
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Block:
-        """The block that a row of the table tells of."""
+        """Make the block of a row of the table."""
         dense, start = row.get("cosine_to_dense"), row.get("cosine_between_at_start")
         return cls(
             stack=row.get("stack", "layers"),
@@ -75,10 +75,10 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """A checkpoint seen block by block, and who goes where in it if rows were shown to it."""
+    """The inspection of a checkpoint: its blocks, and its routing if rows were given."""
 
-    name: str  # as it was given
-    table: Mapping[str, Any]  # what the weights say, as JSON has it
+    name: str  # the name of the checkpoint, as given
+    table: Mapping[str, Any]  # facts about the weights, as JSON
     routing: Specialisation | None
 
     @property
@@ -88,12 +88,12 @@ class Inspection:
 
     @property
     def model_type(self) -> str:
-        """That of config.json."""
+        """The model type in config.json."""
         return str(self.table["model_type"])
 
     @property
     def parameters(self) -> int:
-        """How many numbers the tensors of the checkpoint hold together."""
+        """The total number of elements of the tensors of the checkpoint."""
         return int(self.table["parameters"])
 
     @property
@@ -103,27 +103,27 @@ class Inspection:
 
     @property
     def provenance(self) -> Mapping[str, Any] | None:
-        """What upcycle.json says; None: there is none."""
+        """The provenance in upcycle.json; None if there is none."""
         return self.table["provenance"]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be told, and why."""
+        """Facts that could not be found out, with the reason."""
         return tuple(self.table["notes"])
 
     def as_dict(self) -> dict[str, Any]:
-        """The inspection as JSON has it."""
+        """Return the inspection as JSON."""
         found = dict(self.table)
         return found if self.routing is None else found | {"routing": self.routing.as_dict()}
 
     def plot(self, out: str | Path) -> list[Path]:
-        """Write the figures as PNG into the folder `out`; those of an earlier time are replaced."""
+        """Write the figures as PNG files into the folder `out`; figures of an earlier call are replaced."""
         from upcycle.reporting import plots
 
         return plots.plot(self.name, self.as_dict(), self.routing, Path(out))
 
     def save(self) -> Path | None:
-        """Write who goes where to routing.json in the checkpoint's folder; None if no rows were shown."""
+        """Write the routing to routing.json in the folder of the checkpoint; None if no rows were given."""
         return None if self.routing is None else self.routing.save()
 
 
@@ -140,11 +140,12 @@ def inspect(
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Look at the experts of a checkpoint: width, similarity to each other and to the dense network, routers.
+    """Inspect the experts and routers of a checkpoint: widths, norms and similarities.
 
-    `source` is the dense checkpoint it was made from (None: the one that its provenance names). With `text`
-    or `images`, one set for each domain by name, the model is shown at most `limit` rows of each (0: all) of
-    `length` tokens, and its routers are watched. Raises `UpcycleError` for what it cannot read.
+    Experts are compared with each other and with the dense network. `source` is the dense checkpoint they
+    were made from (None: the one in the provenance). `text` and `images` give one set of rows per domain, by
+    name. The model is then run on at most `limit` rows of each (0: all) of `length` tokens, and its routing
+    is recorded. Raises `UpcycleError` for a file that it cannot read.
     """
     table, seen = inspection.inspect(checkpoint, source), None
     if text or images:

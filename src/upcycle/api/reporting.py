@@ -13,19 +13,19 @@ from upcycle.errors import UpcycleError
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A report that was written."""
+    """A report that has been written."""
 
     page: Path
     markdown: Path | None
-    troubles: tuple[str, ...]  # what is wrong with what was given, a sentence each
+    troubles: tuple[str, ...]  # problems with the given folders, one sentence each
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The page and its Markdown twin, if there is one."""
+        """The HTML page, and the Markdown file if there is one."""
         return (self.page,) if self.markdown is None else (self.page, self.markdown)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON has it."""
+        """Return the report as JSON."""
         markdown = None if self.markdown is None else str(self.markdown)
         return {"page": str(self.page), "markdown": markdown, "troubles": list(self.troubles)}
 
@@ -39,12 +39,13 @@ def report(
     dense_flops: float | None = None,
     dense_tokens: float | None = None,
 ) -> Report:
-    """Write the page `out` about runs and checkpoints: did it pay, curves, tasks, routers, similarity, speed.
+    """Write an HTML page `out` that compares training runs and checkpoints.
 
-    `folders` are those of training runs, and of checkpoints that they were exported to. `markdown` names a
-    file for the same as Markdown, with figures as PNG in a folder beside it. `dense_flops` and `dense_tokens`
-    tell what the training of the dense checkpoint had cost if no provenance does. A report that was made
-    before is replaced. Raises `UpcycleError` if nothing can be shown.
+    The page shows the result, loss curves, task scores, routers, similarity of experts and speed. `folders`
+    are those of training runs and of checkpoints exported from them. `markdown` names a Markdown file with
+    the same content, with figures as PNG files in a folder beside it. `dense_flops` and `dense_tokens` are
+    the training cost of the dense checkpoint, used if no provenance has it. An earlier report is replaced.
+    Raises `UpcycleError` if there is nothing to show.
     """
     several = [folders] if isinstance(folders, (str, Path)) else [*folders]
     if not several:

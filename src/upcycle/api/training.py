@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 def train(
     run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False, progress: Progress | None = None
 ) -> Result:
-    """Train as `run` (a run, its table, or its file) says, on this process or as one of torchrun's.
+    """Train as `run` (a run, its table, or its file) says, in one process or as one process of torchrun.
 
-    `resume` goes on from the newest checkpoint of `run.out`, bit for bit on one process; it begins if there
-    is none. SIGTERM saves and gives an unfinished result. Raises `UpcycleError` for a mistake.
+    `resume` continues from the newest checkpoint in `run.out`, bit for bit in a single process; without a
+    checkpoint, training starts at step 0. SIGTERM saves a checkpoint and returns an unfinished result. Raises
+    `UpcycleError` for settings or data that cannot be used.
     """
     asked = Run.of(run)
     _refuse_missing(asked)  # before torch is imported, which takes seconds
@@ -35,7 +36,7 @@ def train(
 
 
 def _refuse_missing(run: Run) -> None:
-    """Raise if a run cannot begin: its source, what is made of it, and its data."""
+    """Raise `UpcycleError` if a run cannot begin because of its source, its recipe or its data."""
     refuse_missing(run.source)
     if not run.from_scratch and not hub.is_id(run.source):
         with hub.open_checkpoint(run.source) as opened:

@@ -1,8 +1,8 @@
 """The command line: `upcycle plan | advise | convert | verify | calibrate | train | ...`.
 
-Results go to standard output, progress and errors to standard error. Exit code 0: done; 1: verify found
-that a promise does not hold; 2: a mistake in what was given; 3: a fault of upcycle itself; 130: interrupted;
-141: whoever read the output went away. Nothing heavy is imported before a command runs.
+Results go to standard output, progress and errors to standard error. Exit codes: 0: done; 1: verify found a
+violation; 2: a mistake in the input; 3: a bug in upcycle; 130: interrupted; 141: the reader of the output is
+gone. No heavy module is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GO_ON = "interrupted; convert and train go on with --resume, calibrate as it was
 
 
 class _Interrupts:
-    """Whether Ctrl-C came: some libraries turn what it raises into an error of theirs."""
+    """A record of Ctrl-C, because some libraries turn KeyboardInterrupt into other errors."""
 
     came = False
 
@@ -35,9 +35,9 @@ class _Interrupts:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The console script."""
+    """Run the console script."""
     interrupts = _Interrupts()
-    with suppress(ValueError):  # not the main thread: no signals there
+    with suppress(ValueError):  # outside the main thread there are no signals
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, interrupts.note)
     try:
@@ -64,8 +64,8 @@ def main(args: list[str] | None = None) -> None:
 
 @singledispatch
 def _outcome(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error, and what is said about it. Of a kind that is not below, it is our fault."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, of an accelerator
+    """Return the exit code and the message for an error; an unknown kind of error is a bug of ours."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's error on an accelerator
         return _outcome(MemoryError())
     where = traceback.extract_tb(error.__traceback__)[-1]
     return FAULT, (
@@ -99,7 +99,7 @@ def _(error: BrokenPipeError) -> tuple[int, str]:
 
 @_outcome.register
 def _(error: ValueError) -> tuple[int, str]:
-    if "embedded null" in str(error):  # what Python says where a path holds one
+    if "embedded null" in str(error):  # Python's error for a path that holds NUL
         return MISTAKE, "error: a path holds a NUL character, and no path can; give another one"
     return _outcome.dispatch(BaseException)(error)
 
@@ -118,7 +118,7 @@ def _(error: OSError) -> tuple[int, str]:
 
 
 def _file_in_use(error: BaseException) -> str | None:
-    """The file that was open where an error came from; the system names none where a write fails."""
+    """Return the file that was open where an error arose; the system does not name it if a write fails."""
     for frame, _ in [*traceback.walk_tb(error.__traceback__)][::-1]:
         for value in frame.f_locals.values():
             if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), (str, Path)):
@@ -127,8 +127,10 @@ def _file_in_use(error: BaseException) -> str | None:
 
 
 def _open_streams() -> None:
-    """Standard output and error that take any text: closed ones swallow it, and what an encoding lacks is
-    written as Python escapes it."""
+    """Make standard output and error accept any text.
+
+    A closed stream discards it, and characters that the encoding lacks are written as Python's escapes.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, for as long as the process lives
@@ -137,14 +139,14 @@ def _open_streams() -> None:
 
 
 def _say(said: str) -> None:
-    """A line on standard error, if anybody takes it."""
+    """Write a line to standard error, if it is open."""
     with suppress(OSError, ValueError):
         if said:
             print(f"upcycle: {printable(said)}", file=sys.stderr)
 
 
 def _flush() -> None:
-    """Write what a command that chose its own exit code has left; that code is the last word."""
+    """Write the remaining output of a command that chose its own exit code, which is kept."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -155,7 +157,7 @@ def _flush() -> None:
 
 
 def _drop_what_is_unwritten() -> None:
-    """Let Python end without another complaint about an output that nobody takes."""
+    """Discard unwritten output, so that Python does not complain about it at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

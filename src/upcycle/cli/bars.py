@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, a line now and then in a file or a pipe."""
+"""Progress on standard error: bars on a terminal, and occasional lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from upcycle.cli.screen import err
 from upcycle.system.progress import Unit, Work
 from upcycle.system.wording import size
 
-EVERY = 10.0  # seconds between lines about progress, where no bar can be shown
+EVERY = 10.0  # seconds between lines of progress, if no bar can be shown
 
 
 class Bars:
-    """Shows all work and all sentences on standard error."""
+    """A listener that shows all work and all messages on standard error."""
 
     def work(
         self, what: str, unit: Unit, *, total: int | None = None, done: int = 0, every: int | None = None
@@ -54,7 +54,7 @@ _SAID: dict[Unit, Callable[[float], str]] = {
 
 
 def _counted(unit: Unit) -> tuple[ProgressColumn, ...]:
-    """The columns that say how much is done."""
+    """Return the columns that show how much is done."""
     if unit == "bytes":
         return DownloadColumn(), TransferSpeedColumn()
     if unit == "examples":
@@ -95,7 +95,7 @@ def _told(
 
 @dataclass
 class _ToldByTime:
-    """A line each `EVERY` seconds, and none about what is soon done."""
+    """Work shown as a line every `EVERY` seconds; short work shows none."""
 
     what: str
     said: Callable[[float], str]
@@ -116,7 +116,7 @@ class _ToldByTime:
 
 @dataclass
 class _ToldByCount:
-    """A line each so many units and at the end, with the note and the time that is left."""
+    """Work shown as a line every so many units and at the end, with the note and the time left."""
 
     what: str
     end: int

@@ -1,4 +1,4 @@
-"""plan, advise, convert, verify, list: from a dense checkpoint to a Mixture of Experts."""
+"""plan, advise, convert, verify, keys, list: the commands from a dense checkpoint to a Mixture of Experts."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def advise(
     context: Whole = None,
     json: Flag = False,
 ) -> None:
-    """Say what is known before spending: dense continuation, upcycling or from scratch? Reads headers only.
+    """Compare dense continuation, upcycling and training from scratch. It reads headers only.
 
     Args:
-        tokens: what the model would be trained on now, such as 100B; a row counts as the tokens of all its
+        tokens: tokens to train on now, such as 100B; a row counts as the tokens of all its
             stacks (an encoder's and a decoder's), an image as the places of all stages, as in train.tokens
-        dense_tokens: what SOURCE was trained on; much cannot be said without it, and nothing is assumed
-        gpus: how many there are (the least number is worked out, if absent)
-        gpu: of which kind: H100, H200, H800, A100 or A800
+        dense_tokens: tokens that SOURCE was trained on; without it much cannot be said
+        gpus: number of GPUs (the smallest possible number, if absent)
+        gpu: kind of GPU: H100, H200, H800, A100 or A800
         context: tokens of a row of text (4096, or as many as the model takes, if absent)
         json: print JSON
     """
@@ -71,10 +71,10 @@ def convert(
     """Write the Mixture of Experts that a recipe makes of SOURCE to the new folder OUT.
 
     Args:
-        out: the folder to make; until it is whole it is called OUT.partial
-        resume: go on with an OUT.partial that a broken run left
-        shard_size: size of a weight file at most, such as 5GB or 500MB
-        allow_nonfinite: take NaN and inf in the weights as they are
+        out: the folder to make; it is called OUT.partial until it is complete
+        resume: continue an OUT.partial that an interrupted run left
+        shard_size: largest size of a weight file, such as 5GB or 500MB
+        allow_nonfinite: accept NaN and inf in the weights
     """
     from upcycle.blueprints.cost import plan_of
     from upcycle.cli.views.conversion import show_converted
@@ -120,7 +120,7 @@ def verify(
 
 @app.command
 def keys(*, markdown: Flag = False, json: Flag = False) -> None:
-    """List every key of a recipe and of a run file: what it takes, its default, one sentence.
+    """List every key of a recipe and of a run file: its values, its default and one sentence.
 
     Args:
         markdown: print the page docs/keys.md
@@ -137,7 +137,7 @@ def keys(*, markdown: Flag = False, json: Flag = False) -> None:
 
 @app.command(name="list")
 def list_(*, json: Flag = False) -> None:
-    """List families, targets, initialisations and router initialisations: name, one line, what it needs.
+    """List families, targets, initialisations and router initialisations: name, one line, requirements.
 
     Args:
         json: print JSON

@@ -1,4 +1,4 @@
-"""`upcycle list`: everything a recipe can name, with one line on each and what it needs."""
+"""`upcycle list`: every name that a recipe can use, with a one-line description and its requirements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Row = dict[str, str]
 
 
 def everything() -> dict[str, list[Row]]:
-    """Families, targets, initialisations, routers and router initialisations."""
+    """Return the families, targets, initialisations, routers and router initialisations."""
     dense = [families.find(name) for name in families.names()]
     ways = [(name, routers.find(name)) for name in routers.names()]
     inits = [(name, init.find(name)) for name in init.names()]

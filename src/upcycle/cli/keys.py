@@ -1,6 +1,6 @@
-"""`upcycle keys`: every key of a recipe and of a run file, made from the dataclasses that read them.
+"""`upcycle keys`: the reference of all keys of a recipe and a run file, made from their dataclasses.
 
-The sentence of a key is the comment beside its field or above it, so that the page says what the code says.
+The sentence on a key is the comment beside its field or above it, so that it always agrees with the code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ capacity, is `capacity_factor = num_experts`.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key: as it is written, what it takes, what holds where it is left out, and what it is."""
+    """A key: how it is written, its values, its default and its meaning."""
 
     name: str
     takes: str
@@ -41,7 +41,7 @@ class Key:
 
 
 def everything() -> dict[str, list[Key]]:
-    """The keys by section: those that the types of a run and of a recipe lead to."""
+    """Return the keys of runs and recipes by section."""
     out = {
         "of a run file": _plain(Run),
         "of a recipe": _plain(Recipe),
@@ -53,7 +53,7 @@ def everything() -> dict[str, list[Key]]:
 
 
 def of(cls: type[Any]) -> list[Key]:
-    """The keys of a table, without lists of tables."""
+    """Return the keys of a table, without lists of tables."""
     return [
         Key(
             name=field.name,
@@ -67,18 +67,18 @@ def of(cls: type[Any]) -> list[Key]:
 
 
 def _plain(cls: type[Any]) -> list[Key]:
-    """The keys of a file that are no tables."""
+    """Return the keys of a file that are not tables."""
     return [key for key in of(cls) if key.takes != "a table"]
 
 
 def _is_one(hint: Any) -> bool:
-    """Whether a field is one key or one table, and not many tables."""
+    """Return whether a field is a single key or table, not a list of tables."""
     items = (item for option in settings.options(hint) for item in get_args(option))
     return not any(dataclasses.is_dataclass(item) for item in items)
 
 
 def _tables(cls: type[Any], at: str, without: tuple[str, ...] = ()) -> dict[str, list[Key]]:
-    """The tables among the fields of a dataclass whose own table is at `at`, and those within them."""
+    """Return the tables among the fields of a table at `at`, and their inner tables."""
     out: dict[str, list[Key]] = {}
     for name, hint in settings.hints(cls).items():
         place = f"{at}.{name}" if at else name
@@ -91,7 +91,7 @@ def _tables(cls: type[Any], at: str, without: tuple[str, ...] = ()) -> dict[str,
 
 
 def _table(cls: Any, title: str, place: str) -> dict[str, list[Key]]:
-    """A table and those within it; of a family of tables, each of its kinds."""
+    """Return a table and its inner tables; for a family of tables, one entry for each member."""
     if not (issubclass(cls, settings.Named) and cls.is_family()):
         return {title: of(cls), **_tables(cls, place)}
     found = {name: cls.find(name) for name in cls.names()}
@@ -102,7 +102,7 @@ def _table(cls: Any, title: str, place: str) -> dict[str, list[Key]]:
 
 
 def markdown() -> str:
-    """docs/keys.md."""
+    """Return the text of docs/keys.md."""
     parts = [f"# {TITLE}", ABOUT]
     for section, keys in everything().items():
         rows = [(f"`{k.name}`", k.takes, k.default, k.sentence) for k in keys]
@@ -113,12 +113,12 @@ def markdown() -> str:
 
 
 def as_dict() -> dict[str, list[dict[str, str]]]:
-    """The same as JSON has it."""
+    """Return the keys as JSON."""
     return {section: [dataclasses.asdict(key) for key in keys] for section, keys in everything().items()}
 
 
 def _takes(hint: Any) -> str:
-    """The values that a key takes, and their range."""
+    """Describe the values that a key accepts, with their range."""
     kinds = {_one(o): own for o, own in settings.alternatives(hint) if o is not type(None)}
     ranges = {kind: " and ".join(one.text() for one in own) for kind, own in kinds.items()}
     if len(ranges) == 1:
@@ -151,7 +151,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _sentence(cls: type[Any], name: str) -> str:
-    """What is said beside the field, by the nearest class that says something."""
+    """Return the comment on the field from the nearest class that has one."""
     for owner in cls.__mro__:
         if name in inspect.get_annotations(owner) and (said := _comments(owner).get(name)):
             return said.replace("None", "none")
@@ -159,7 +159,7 @@ def _sentence(cls: type[Any], name: str) -> str:
 
 
 def _comments(cls: type[Any]) -> dict[str, str]:
-    """The comments beside the fields of a class and above them, by field."""
+    """Return the comments beside and above the fields of a class, by field."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     comments: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""What commands of the command line share: the program, and options that several have."""
+"""The parts that commands share: the program, and common options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = tyro.extras.SubcommandApp()
 
 
 def _plain(metavar: str | None = None, help: str | None = None) -> Any:
-    """An option whose sentence says what holds where it is left out; tyro would add `(default: None)`."""
+    """Make an option whose help states its default, because tyro would add `(default: None)`."""
     return arg(metavar=metavar, help=help, help_behavior_hint="")
 
 
@@ -58,7 +58,7 @@ class RecipeOptions:
     seed: Annotated[int | None, _plain("N", "seed of every random number (0)")] = None
 
     def read(self) -> Recipe:
-        """The recipe these options describe."""
+        """Return the recipe that these options describe."""
         from upcycle.recipe import Recipe, of_run_file, override, read_toml
 
         shortcuts = {
@@ -76,12 +76,12 @@ class RecipeOptions:
 
 
 def _layers(spec: str | None) -> str | None:
-    """`1,3,5` as TOML has it; names stay names."""
+    """Convert `1,3,5` to TOML; names are kept."""
     if spec is None or not spec.replace(",", "").replace(" ", "").strip("[]").isdigit():
         return spec
     return f"[{spec.strip('[]')}]"
 
 
 def names(listed: str) -> tuple[str, ...]:
-    """`a, b` as names."""
+    """Split `a, b` into names."""
     return tuple(name.strip() for name in listed.split(",") if name.strip())

@@ -14,7 +14,7 @@ from upcycle.system.progress import reporting_to
 
 
 def run(args: list[str] | None) -> None:
-    """Run the command that `args`, or those of the process, name."""
+    """Run the command in `args`, or in the arguments of the process."""
     if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"upcycle {upcycle.__version__}")
         return

@@ -1,4 +1,4 @@
-"""calibrate, train, export: everything that runs a model over much data."""
+"""calibrate, train, export: the commands that run a model over data, or save what a run made."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def calibrate(
     allow_nonfinite: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Collect statistics of SOURCE's activations on images or a text, for initialisations that ask for them.
+    """Collect statistics of SOURCE's activations on images or text, for initialisations that need them.
 
-    Started again as it was, a pass that was stopped goes on.
+    The same command resumes a pass that was stopped.
 
     Args:
-        out: the file to make, FILE.safetensors; until it is whole, sums are kept in FILE.safetensors.partial
+        out: the file to make, FILE.safetensors; until it is complete, sums are in FILE.safetensors.partial
         images: a parquet file, or a folder with one folder a class
         text: text, JSON lines or parquet, as `upcycle train` reads them
-        collect: what: l1, l2, count, co_activation, gradient
-        positions: of what: neurons, channels, heads
-        limit: images or rows at most; 0: all (30000 images, 2048 rows of text, if absent)
+        collect: statistics to collect: l1, l2, count, co_activation, gradient
+        positions: activations to collect them of: neurons, channels, heads
+        limit: largest number of images or rows; 0: all (30000 images, 2048 rows of text, if absent)
         length: tokens of a row of text (512, or as many as the model takes, if absent)
         batch_size: images or rows of a forward pass
-        threshold: above which a number counts as active
-        seed: of the random order that examples are taken in
+        threshold: a number above it counts as active
+        seed: seed of the random order of the examples
         in_order: take the first examples instead
-        device: such as cpu or cuda:1 (an accelerator where there is one, if absent)
+        device: device, such as cpu or cuda:1 (an accelerator if there is one, if absent)
         cache: folder for decoded images and token files
-        allow_nonfinite: take NaN and inf in the weights as they are
+        allow_nonfinite: accept NaN and inf in the weights
         json: print JSON
     """
     from upcycle.cli.views.statistics import show_calibrated
@@ -73,13 +73,13 @@ def train(
     ] = (),
     resume: Flag = False,
 ) -> None:
-    """Train as a run file says: upcycle and go on, continue the dense model, or start from scratch.
+    """Train as a run file says: upcycle and continue, continue the dense model, or start from scratch.
 
     The same command works under torchrun: `torchrun --nproc-per-node 8 -m upcycle train RUN.toml`.
 
     Args:
         run: the run file
-        resume: go on from the run's newest checkpoint, or begin where there is none
+        resume: continue from the newest checkpoint of the run, or begin if there is none
     """
     import os
 
@@ -108,7 +108,7 @@ def export(
         out: the folder to make
         step: the checkpoint to take (the newest, if absent)
         dtype: source, float32, bfloat16 or float16
-        optimizer: add the optimizer's moments, for optimizer.carry_state of a later run
+        optimizer: add the moments of the optimizer, for optimizer.carry_state of a later run
         format: the layout of the folder; huggingface is that of `upcycle convert`
     """
     from upcycle.cli.views.run import show_exported

@@ -1,4 +1,4 @@
-"""Standard output and standard error as a person sees them: texts of files are shown and never obeyed."""
+"""Standard output and error for a person; control characters in texts from files have no effect."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from upcycle.errors import printable
 
 
 class Screen(Console):
-    """A console that shows texts of other people's files and never obeys them."""
+    """A console that shows texts from files without obeying their control characters."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        own = len(text) - len(text.lstrip("\n"))  # lines left free before a sentence are ours
+        own = len(text) - len(text.lstrip("\n"))  # blank lines before a sentence come from our own code
         return super().render_str(text[:own] + printable(text[own:]), **options)
 
     def on_broken_pipe(self) -> None:
@@ -27,13 +27,13 @@ class Screen(Console):
 
 
 _SEEN = sys.stdout is not None and sys.stdout.isatty()
-# Sentences are left to the terminal to wrap, and whole where the output is a file.
+# The terminal wraps sentences; in a file they stay whole.
 out = Screen(highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if _SEEN else 120)
 err = Screen(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def quoted(*words: object) -> str:
-    """The words of a command as a shell takes them back."""
+    """Quote the words of a command for the shell."""
     return " ".join(map(_quoted, map(str, words)))
 
 
@@ -45,12 +45,12 @@ def _quoted(word: str) -> str:
 
 
 def show_json(value: object) -> None:
-    """JSON on standard output."""
+    """Print JSON to standard output."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def grid(title: str, *columns: str) -> Table:
-    """A table with a title; every column but the first is right-aligned."""
+    """Make a table with a title; every column but the first is right-aligned."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place == 0 else "right")
@@ -58,6 +58,6 @@ def grid(title: str, *columns: str) -> Table:
 
 
 def show_warnings(warnings: list[str]) -> None:
-    """One line each."""
+    """Show each warning on its own line."""
     for warning in warnings:
         out.print(f"[yellow]![/] {escape(warning)}", markup=True)

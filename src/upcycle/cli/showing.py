@@ -1,4 +1,4 @@
-"""eval, inspect, report, demo: what came out, and whether it paid."""
+"""eval, inspect, report, demo: the commands that show results."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ def eval_(
     """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
 
     Several checkpoints are compared with the first, with a standard error over the same examples.
-    Results are put into eval.json in each checkpoint's folder, or with --out into that file alone.
+    Results are written to eval.json in each checkpoint's folder, or with --out to that file alone.
 
     Args:
         checkpoints: folders of models, or hub ids
         images: top-1 accuracy on labelled images: a parquet file, or a folder with one folder a class
         few_shot: fit a linear probe on a few of these images, and test it on those of --images
         tasks: tasks of lm-evaluation-harness, such as arc_easy,piqa,blimp (needs the extra `eval`)
-        task_files: folder of their data, NAME.jsonl and blimp/PARADIGM.jsonl; without it, from the hub
-        num_fewshot: examples before each question of a task (what the task says, if absent)
-        superglue: folder of SuperGLUE's tasks, boolq.jsonl and so on, asked text to text as T5 is
+        task_files: folder of their data, NAME.jsonl and blimp/PARADIGM.jsonl (the hub, if absent)
+        num_fewshot: examples before each question of a task (the number in the task, if absent)
+        superglue: folder of SuperGLUE's tasks (boolq.jsonl and so on), asked as text to text as in T5
         per_class: images of each class that the probe is fitted on
-        length: tokens of a row or window of text (512, or what the model takes)
-        stride: tokens of a window that are scored, the others being context (the length)
+        length: tokens of a row or window of text (512, or as many as the model takes, if absent)
+        stride: tokens of a window that are scored; the others are context (the length, if absent)
         separator: what stands between the documents of a text file; without it, a file is one document
-        batch_size: rows of a forward pass; 0: found by itself
-        limit: images, rows, windows or examples of a task at most; 0: all
+        batch_size: rows of a forward pass; 0: automatic
+        limit: largest number of images, rows, windows or examples of a task; 0: all
         cache: folder for decoded images and token files
         out: write everything, comparison included, to this JSON file, and nothing beside the checkpoints
         json: print JSON
@@ -110,19 +110,19 @@ def inspect(
 ) -> None:
     """Show the experts of a checkpoint: width, similarity to each other and to the dense network, routers.
 
-    With texts or images, one set for each domain, it also shows who goes where: load and confidence of every
-    layer, tokens left behind, how differently the domains use the experts, and each expert's favourites. That
-    is kept as routing.json in the folder.
+    With texts or images, one set for each domain, it also shows the routing: load and confidence of every
+    layer, tokens left behind, how differently the domains use the experts, and each expert's favourites. It
+    is written to routing.json in the folder.
 
     Args:
         checkpoint: an MoE or a dense checkpoint, folder or hub id
-        source: the dense checkpoint it was made from (what its provenance names, if absent)
+        source: the dense checkpoint it was made from (the one in its provenance, if absent)
         text: a text to watch the routers on, and the name of its domain
-        images: likewise a set of images
-        limit: rows or images of each domain at most; 0: all
+        images: a set of images to watch the routers on, and the name of its domain
+        limit: largest number of rows or images of each domain; 0: all
         length: tokens of a row of text (512, or as many as the model takes, if absent)
         batch_size: rows or images of a forward pass
-        seed: of the choice of rows
+        seed: seed of the choice of rows
         cache: folder for decoded images and token files
         plot: folder for the figures, as PNG
         json: print JSON
@@ -149,7 +149,7 @@ def inspect(
 def _domains(
     given: tuple[str, ...], name_of: Callable[[Path], str] = lambda path: path.stem
 ) -> dict[str, Path]:
-    """`NAME=PATH`, or a path that `name_of` finds a name for, as paths by name."""
+    """Parse `NAME=PATH` or a path, whose name comes from `name_of`, into paths by name."""
     out: dict[str, Path] = {}
     for domain in given:
         name, equals, path = domain.partition("=")
@@ -177,11 +177,11 @@ def report(
 
     Args:
         runs: folders of training runs, and of checkpoints that they were exported to
-        out: the page to make, REPORT.html; a report that is there is replaced
-        markdown: the same as Markdown, with figures as PNG in a folder beside it
-        title: of the page
-        dense_flops: training FLOPs that the dense checkpoint had cost, where no provenance says so
-        dense_tokens: the same in tokens
+        out: the page to write, REPORT.html; an earlier report is replaced
+        markdown: a Markdown file with the same content, with figures as PNG in a folder beside it
+        title: title of the page
+        dense_flops: training FLOPs of the dense checkpoint, if no provenance has them
+        dense_tokens: training tokens of the dense checkpoint, if no provenance has them
     """
     from upcycle.cli.views.report import show_reported
     from upcycle.reporting import TITLE
@@ -204,8 +204,8 @@ def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: Count = 0) -> N
 
     Args:
         out: folder for runs, checkpoints and report.html
-        seconds: how long to train the dense model; training on takes about three times as long
-        seed: of the training and the recipes
+        seconds: training time of the dense model; continued training takes about three times as long
+        seed: seed of the training and the recipes
     """
     from upcycle.cli.views.demo import Screening
     from upcycle.demo.story import run

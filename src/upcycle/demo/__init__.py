@@ -1,1 +1,1 @@
-"""`upcycle demo`: the whole story on one machine, with nothing but what Python and this package bring."""
+"""`upcycle demo`: upcycling from start to end on one machine, with no data but Python's own files."""

@@ -1,4 +1,4 @@
-"""What the demo trains on: Python's own sources, and a tokenizer of them."""
+"""The corpus of the demo, which is Python's own sources, and a tokenizer for it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BYTES = 4_000_000
-HELD_OUT = 0.1  # of the corpus, at its end
+HELD_OUT = 0.1  # the share of the corpus that is held out, at its end
 VOCABULARY = 1024
 _SKIPPED = ("test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Files that the demo writes: what is trained on, a part of it that no model has seen, and prose."""
+    """The files that the demo writes: training text, held-out text, and prose."""
 
     sources: Path
-    seen: Path  # what is trained on of them
+    seen: Path  # the training text
     held_out: Path
     documentation: Path
 
     @classmethod
     def write(cls, folder: Path) -> Corpus:
-        """The standard library's sources, as far as `BYTES`, and the texts of Python's reference."""
+        """Write the sources of the standard library, up to `BYTES`, and the texts of Python's reference."""
         made = cls(
             sources=folder / "sources.txt",
             seen=folder / "seen.txt",
@@ -41,14 +41,14 @@ class Corpus:
         folder.mkdir(parents=True)
         whole_file.write_text(made.sources, sources)
         whole_file.write_text(made.seen, sources[: round((1 - HELD_OUT) * len(sources))])
-        inside = sources[-len(sources) // 25 :]  # of the part that is held out, away from its beginning
+        inside = sources[-len(sources) // 25 :]  # part of the held-out text, away from its beginning
         whole_file.write_text(made.held_out, inside)
         whole_file.write_text(made.documentation, _documentation())
         return made
 
 
 def tokenizer_of(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of a text."""
+    """Train a byte-level BPE tokenizer on a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""A small dense Llama is trained, upcycled three ways, trained on at equal FLOPs, evaluated, reported on."""
+"""The demo: it trains a small dense Llama, upcycles it three ways, trains all at equal FLOPs, and reports."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from upcycle.verification import Proof, verify
 if TYPE_CHECKING:
     from upcycle.training.run import Run
 
-CONTINUED = 0.55  # FLOPs of the continued training of each model, of those of the dense training
+CONTINUED = 0.55  # FLOPs of the continued training of each model, relative to the dense training
 LENGTH, BATCH = 128, 8
 PEAK = 2e-3
-PROBE = 24  # steps that say how many fit into the time
+PROBE = 24  # steps to measure how many fit into the time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A Mixture of Experts before it is trained on."""
+    """A Mixture of Experts before its training."""
 
     plan: Plan
     proof: Proof
@@ -42,7 +42,7 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True)
 class Continued:
-    """One model trained on."""
+    """A model after continued training."""
 
     name: str
     tokens: int
@@ -52,23 +52,23 @@ class Continued:
 
 
 class Audience(Protocol):
-    """Whoever the story is told to."""
+    """The interface that shows the demo."""
 
     def say(self, sentence: str) -> None:
-        """What happens next, or what came of it."""
+        """Show a sentence about the next step or a result."""
 
     def made(self, mixtures: Mapping[str, Made]) -> None:
-        """The mixtures before they are trained on, by name."""
+        """Show the Mixtures of Experts before their training, by name."""
 
     def evaluated(self, found: Evaluation) -> None:
-        """What the trained models score."""
+        """Show the scores of the trained models."""
 
     def continued(self, rows: Sequence[Continued], page: Path) -> None:
-        """What continued training gave, and where the report is."""
+        """Show the results of continued training, and where the report is."""
 
 
 def run(folder: Path, audience: Audience, *, seconds: float, seed: int) -> list[Continued]:
-    """The story below `folder`, which must not exist yet; `seconds` go into the dense model's training."""
+    """Run the demo in `folder`, which must not exist; `seconds` is the time to train the dense model."""
     if folder.exists():
         raise UpcycleError(f"{folder} exists already; delete it, or choose another with --out")
     if not 0 < seconds < math.inf:
@@ -107,7 +107,7 @@ def run(folder: Path, audience: Audience, *, seconds: float, seed: int) -> list[
 def _train_dense(
     folder: Path, corpus: Corpus, audience: Audience, *, seconds: float, seed: int
 ) -> tuple[Path, float]:
-    """The trained dense model, and the FLOPs that went into it."""
+    """Train the dense model; return its folder and its training FLOPs."""
     from upcycle.training import metrics
     from upcycle.training.export import export
     from upcycle.training.loop import train
@@ -129,7 +129,7 @@ def _train_dense(
 
 
 def _write_shape(folder: Path, corpus: Corpus) -> None:
-    """A Llama that knows nothing, as an ordinary checkpoint with a tokenizer."""
+    """Write a Llama with random weights as an ordinary checkpoint with a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tokenizer_of(corpus.seen.read_text())
@@ -144,7 +144,7 @@ def _write_shape(folder: Path, corpus: Corpus) -> None:
 
 
 def _ways(folder: Path, corpus: Corpus) -> dict[str, dict[str, Any]]:
-    """Three ways to make experts, of equal active FLOPs."""
+    """Return the recipes of three ways to make experts, with equal active FLOPs."""
     statistics = folder / "statistics.safetensors"
     calibrate(
         folder / "dense", statistics, text=corpus.seen, collect=("l2",), positions=("neurons",), limit=256,
@@ -164,7 +164,7 @@ def _upcycle(dense: Path, folder: Path, way: Mapping[str, Any]) -> Made:
 
 
 def _run(folder: Path, corpus: Corpus, name: str, table: Mapping[str, Any], steps: int, seed: int) -> Run:
-    """The run file of `steps` steps."""
+    """Make the run of `steps` steps."""
     from upcycle.training.run import Run
 
     scratch = table.get("from_scratch", False)
@@ -197,7 +197,7 @@ def _go_on(
     flops: float,
     seed: int,
 ) -> Continued:
-    """Train a model on for so many FLOPs, and export it."""
+    """Continue the training of a model for `flops` FLOPs, and export it."""
     from upcycle.training import metrics
     from upcycle.training.export import export
     from upcycle.training.loop import train
@@ -219,7 +219,7 @@ def _go_on(
 
 
 def _flops_per_token(wanted: Run) -> int:
-    """Active FLOPs of training on one token."""
+    """Return the active FLOPs of training on one token."""
     from upcycle.training.start import start_of
 
     begun = start_of(wanted)
@@ -228,7 +228,7 @@ def _flops_per_token(wanted: Run) -> int:
 
 
 def _evaluate(folder: Path, corpus: Corpus, audience: Audience, names: list[str]) -> None:
-    """Bits per byte of all models on what none has seen, and who goes where in those with experts."""
+    """Score all models on held-out text in bits per byte, and record the routing of those with experts."""
     found = evaluate([folder / "trained" / name for name in names], text=corpus.held_out, length=LENGTH)
     audience.evaluated(found)
     if lost := found.record().lost:

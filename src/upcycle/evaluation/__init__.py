@@ -1,1 +1,1 @@
-"""What a model is worth: measures beside the loss it was trained on."""
+"""Evaluation: measures of a model other than the loss it was trained on."""

@@ -1,4 +1,4 @@
-"""What is asked of the checkpoints that `upcycle eval` is given."""
+"""The settings of an evaluation: the data and the limits that `upcycle eval` is given."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from upcycle.system.paths import as_paths
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What to evaluate on. `limit` is the number of images, rows, windows or examples at most; 0: all."""
+    """The data to evaluate on, and how much of it.
 
-    text: Path | Sequence[Path] | Mapping[str, Path] | None = None  # by name, or called as their files are
+    `limit` is the largest number of images, rows, windows or examples; 0 means all. Raises `UpcycleError` for
+    settings that contradict each other or are out of range.
+    """
+
+    text: Path | Sequence[Path] | Mapping[str, Path] | None = None  # a mapping gives names
     images: Path | None = None
-    shots: Path | None = None  # images that the probe is fitted on; it is tested on `images`
-    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
+    shots: Path | None = None  # the probe is fitted on these images and tested on `images`
+    tasks: tuple[str, ...] = ()  # names of tasks of lm-evaluation-harness
     task_files: Path | None = None
     num_fewshot: int | None = None
     superglue: Path | None = None
     per_class: int = 10
-    length: int | None = None  # None: 512, or what the model takes
-    stride: int | None = None  # None: the length
+    length: int | None = None  # tokens of a window; None: 512, or fewer if the model takes fewer
+    stride: int | None = None  # tokens; None: the same as `length`
     separator: str | None = None
-    batch_size: int = 0  # 0: found by itself
+    batch_size: int = 0  # 0: chosen automatically
     limit: int = 0
     cache: Path | None = None
 
@@ -55,7 +59,7 @@ class Asked:
 
     @property
     def texts(self) -> tuple[Path, ...]:
-        """The texts, each by itself."""
+        """The paths of the texts."""
         if self.text is None:
             return ()
         if isinstance(self.text, Mapping):
@@ -64,10 +68,10 @@ class Asked:
 
     @property
     def named(self) -> dict[str, Path]:
-        """The texts by what their results are called."""
+        """The paths of the texts by the names that their results have."""
         return dict(self.text) if isinstance(self.text, Mapping) else {path.name: path for path in self.texts}
 
     @property
     def by_harness(self) -> bool:
-        """Whether tasks of lm-evaluation-harness are asked for."""
+        """Return whether tasks of lm-evaluation-harness are asked for."""
         return bool(self.tasks or self.task_files)

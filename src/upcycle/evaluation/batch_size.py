@@ -1,6 +1,4 @@
-"""How much goes through a model at once: found by itself, from what memory there is, and halved when it runs
-out.
-"""
+"""The batch size of an evaluation: chosen from the free memory, and halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ import torch
 from upcycle.errors import UpcycleError
 from upcycle.system import memory
 
-MOST = 64  # rows: beyond it nothing gets faster on a CPU, and padding costs more
-_SHARE = 0.25  # of the free memory that a forward pass may take
+MOST = 64  # rows; more than this is no faster on a CPU, and costs more padding
+_SHARE = 0.25  # the share of the free memory that a forward pass may take
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -22,16 +20,20 @@ Found = TypeVar("Found")
 
 @dataclass
 class BatchSize:
-    """The most rows of a forward pass, and the most tokens, padding included; fewer after memory ran out."""
+    """The largest number of rows and of tokens (with padding) in a forward pass.
+
+    Both may be lowered after memory ran out.
+    """
 
     rows: int
     tokens: int | None = None  # None: any number
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], device: torch.device, *, fixed: int = 0) -> BatchSize:
-        """`fixed` rows, or where it is 0 what the free memory of the device allows.
+        """Return a batch of `fixed` rows, or one that fits the free memory if `fixed` is 0.
 
-        Counted are, for each token, logits in float32, twice, and 16 vectors as wide as the model.
+        The estimate counts, for each token, the logits in float32 twice and 16 vectors of the width of the
+        model.
         """
         width = int(settings.get("hidden_size") or settings.get("d_model") or 0)
         token = 4 * (2 * int(settings.get("vocab_size") or 0) + 16 * width)
@@ -48,10 +50,10 @@ class BatchSize:
         length: Callable[[Item], int] = lambda item: 1,
         advance: Callable[[int], None] = lambda n: None,
     ) -> list[Found]:
-        """What `work` finds of `items`, some at a time: one of `Found` for each item, in order.
+        """Apply `work` to `items`, a batch at a time, and return one result for each item, in order.
 
-        `length` is the tokens of an item; `advance` is told of items that are done. Raises `UpcycleError`
-        where memory is too small for one.
+        `length` gives the number of tokens of an item. `advance` is called with the number of items just
+        done. Raises `UpcycleError` if the memory is too small for a single item.
         """
         out: list[Found] = []
         while len(out) < len(items):
@@ -76,7 +78,7 @@ class BatchSize:
         return out
 
     def _next(self, items: Sequence[Item], length: Callable[[Item], int]) -> Sequence[Item]:
-        """The first of `items`, as many as fit, and at least one."""
+        """Return the first of `items`, as many as fit, and at least one."""
         if self.tokens is None:
             return items
         longest = 0
@@ -94,5 +96,8 @@ def _free(device: torch.device) -> int | None:
 
 
 def _ran_out(error: BaseException) -> bool:
-    """Whether an error is for want of memory; torch's allocator on a CPU raises a plain RuntimeError."""
+    """Return whether an error means that memory ran out.
+
+    The allocator of torch raises a plain RuntimeError on a CPU.
+    """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Several checkpoints on the same data: each against the first, unit by unit."""
+"""The comparison of several checkpoints on the same data: each with the first one, unit by unit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from upcycle.evaluation.scores import Scored
 
 
 def compare(scored: Sequence[Scored]) -> dict[str, Any]:
-    """The others against the first, metric by metric, as JSON has it.
+    """Compare the other checkpoints with the first, metric by metric, and return JSON.
 
-    `difference` is the other's less the first's, with its standard error over the same units. Metrics that
-    count by token are left out where tokenizers differ, and `notes` says so.
+    `difference` is the value of the other checkpoint minus that of the first, with the standard error over
+    their common units. Metrics per token are left out if the tokenizers differ, and `notes` says so.
     """
     differences, notes = [], []
     first = scored[0]
@@ -49,7 +49,7 @@ def compare(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _paired(result: Result, match: Result, *, alike: bool) -> Iterator[tuple[str, Metric, Metric]]:
-    """The metrics of both that are made of the same units."""
+    """Yield the metrics that both results have and that are computed over the same units."""
     for name, one in result.metrics.items():
         two = match.metrics.get(name)
         if two is None or one.sums is None or two.sums is None or (one.per_token and not alike):
@@ -71,7 +71,7 @@ def _difference(one: Metric, two: Metric) -> dict[str, Any]:
 
 
 def _why_not(result: Result, *, alike: bool) -> str:
-    """Why two results are not compared."""
+    """Return the reason why two results are not compared."""
     if result.kind == "text" and not alike:
         return (
             f"{result.name}: under --limit the two tokenizers end at other places of the text; leave it out "

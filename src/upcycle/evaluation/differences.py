@@ -1,8 +1,8 @@
-"""A metric as a ratio of sums over units, its standard error, and the paired difference of two models.
+"""Metrics as ratios of sums over units, their standard errors, and paired differences of two models.
 
 Letters: N units (documents, passages, images, examples, seeds), in the same order for every model. Standard
-errors are of the first order (the delta method) and treat units as drawn independently; where units are in
-strata (the tasks of a group), the strata are taken as given and only units within them as drawn.
+errors are of first order (the delta method) and treat units as independent draws. If the units are in strata
+(the tasks of a group), the strata are fixed and only the units within them are draws.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sums:
-    """A metric whose value is sum(top) / sum(bottom): right answers over answers, nats over tokens."""
+    """A metric whose value is sum(top) / sum(bottom), such as right answers / answers or nats / tokens."""
 
     top: np.ndarray  # float64 [N]
     bottom: np.ndarray  # float64 [N]
-    units: str  # what they are, in the plural
+    units: str  # a noun in the plural, such as "documents"
     strata: np.ndarray | None = None  # int64 [N]
 
     @classmethod
     def mean(cls, values: np.ndarray, units: str, strata: np.ndarray | None = None) -> Sums:
-        """The plain mean of `values`, [N]; of strata, the mean of their means."""
+        """Return the mean of `values` [N]; with strata, the mean of the means of the strata."""
         values = np.asarray(values, np.float64)
         if strata is not None:
             _, place, count = np.unique(strata, return_inverse=True, return_counts=True)
@@ -32,22 +32,22 @@ class Sums:
 
     @property
     def value(self) -> float:
-        """The metric."""
+        """The value of the metric."""
         return float(self.top.sum() / self.bottom.sum())
 
     @property
     def standard_error(self) -> float | None:
-        """Of the value; None where there are too few units to tell."""
+        """The standard error of the value; None if there are too few units to estimate it."""
         return _standard_error(self._influence(), self.strata)
 
     def _influence(self) -> np.ndarray:
-        """What each unit adds to the value, less what it would have to for the value to stay: [N], mean 0."""
+        """Return the influence of each unit on the value [N]; its mean is 0."""
         return (self.top - self.value * self.bottom) / self.bottom.mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How much larger a metric of one model is than that of another, over the same units."""
+    """The difference of a metric between two models over the same units."""
 
     value: float
     standard_error: float | None
@@ -56,7 +56,7 @@ class Difference:
 
 
 def difference(one: Sums, other: Sums) -> Difference:
-    """`one` - `other`, paired unit by unit; both are over the same units in the same order."""
+    """Return `one` - `other`, paired by unit; both must have the same units in the same order."""
     assert len(one.top) == len(other.top)
     assert one.units == other.units
     error = _standard_error(one._influence() - other._influence(), one.strata)
@@ -66,7 +66,7 @@ def difference(one: Sums, other: Sums) -> Difference:
 
 
 def _standard_error(influence: np.ndarray, strata: np.ndarray | None) -> float | None:
-    """Of the mean of `influence`, [N]."""
+    """Return the standard error of the mean of `influence` [N]; None if a stratum has a single unit."""
     if strata is None:
         strata = np.zeros(len(influence), np.int64)
     variance = 0.0

@@ -1,4 +1,4 @@
-"""Frozen features of images: what a model's head sees (pre-logits)."""
+"""Frozen features of images: the input of a model's head (pre-logits)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ _HEADS = ("classifier", "cls_classifier")
 def features(
     model: PreTrainedModel, images: ImageSet, indices: np.ndarray, augment: Augment, *, batch_size: int = 128
 ) -> np.ndarray:
-    """Features of the images numbered `indices`, float32 [N, D]; without a head, the first token's, or what
-    the model itself makes of a feature map."""
+    """Return the features of the images with the numbers `indices`, float32 [N, D].
+
+    For a model without a head, they are the output of the first token, or the pooled output of a feature map.
+    """
     head = next(
         (getattr(model, name) for name in _HEADS if isinstance(getattr(model, name, None), nn.Linear)), None
     )

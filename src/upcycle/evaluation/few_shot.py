@@ -25,7 +25,7 @@ from upcycle.tasks.image_classification import ImageClassification
 def score(
     model: PreTrainedModel, subject: Subject, shots: Path, images: Path, asked: Asked, cache: Path
 ) -> Result:
-    """The accuracy of probes that are fitted on `shots` and tested on `images`; the seeds are the units."""
+    """Return the accuracy of probes fitted on `shots` and tested on `images`; the units are the seeds."""
     task = ImageClassification()
     sets = [task.images(str(path), subject, cache, any_classes=True) for path in (shots, images)]
     size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
@@ -54,7 +54,7 @@ def score(
 def _seen(
     model: PreTrainedModel, images: ImageSet, augment: Augment, size: BatchSize, limit: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frozen features, float32 [N, D], and labels, int64 [N], of at most `limit` images; 0: of all."""
+    """Return features, float32 [N, D], and labels, int64 [N], of at most `limit` images (0: all)."""
     chosen = _chosen(images, limit)
 
     def work(places: Sequence[int]) -> Any:
@@ -67,6 +67,6 @@ def _seen(
 
 
 def _chosen(images: ImageSet, limit: int) -> np.ndarray:
-    """All images, or as many of them, evenly spaced."""
+    """Return the numbers of all images, or of `limit` evenly spaced ones."""
     count = min(len(images), limit or len(images))
     return np.arange(count) * len(images) // count

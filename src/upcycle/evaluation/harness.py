@@ -1,8 +1,8 @@
-"""Tasks of lm-evaluation-harness, through its Python API, on any decoder or encoder-decoder that opens here.
+"""Tasks of lm-evaluation-harness, run through its Python API on decoders and encoder-decoders.
 
-The tasks are the harness's own (prompts, metrics, few-shot examples); their data come from the hub, or from
-local files in its place. The model is ours, so that upcycled ones serve as well. Importing this module needs
-`lm_eval`: see `tasks`.
+The tasks (prompts, metrics, few-shot examples) are those of the harness. Their data come from the hub or from
+local files. The model is our own class, so that upcycled models work too. Importing this module needs
+`lm_eval`.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from upcycle.evaluation.task_files import BLIMP, TaskFile
 from upcycle.evaluation.text import windows
 from upcycle.system import progress
 
-FEW_SHOT_SEED = 1234  # the harness's own
-_GENERATED = 256  # tokens, where a task does not say
-_SPLIT = "file"  # what the only split of a local file is called
-_FOLDERS = {  # where the harness keeps tasks that need not be looked for among all
+FEW_SHOT_SEED = 1234  # the default of the harness
+_GENERATED = 256  # tokens, if a task does not say how many
+_SPLIT = "file"  # the name of the only split of a local file
+_FOLDERS = {  # folders of the harness for these tasks, so that not all have to be searched
     "arc_easy": "arc", "arc_challenge": "arc", "piqa": "piqa", "copa": "super_glue/copa",
     "boolq": "super_glue/boolq", "lambada_openai": "lambada",
 }  # fmt: skip
 
 
 class HarnessModel(TemplateLM):
-    """A `LanguageModel` as the harness asks it."""
+    """A `LanguageModel` behind the model interface of the harness."""
 
     def __init__(self, language: LanguageModel) -> None:
         super().__init__()
         self._language = language
         self.tokenizer = language.tokenizer
         self.backend = "seq2seq" if language.encoder_decoder else "causal"
-        self.shortened: dict[str, set[int]] = {}  # by task, the examples whose continuation was too long
+        self.shortened: dict[str, set[int]] = {}  # by task: examples whose continuation was too long
         self._asked: list[Instance] = []
 
     @property
@@ -86,7 +86,7 @@ class HarnessModel(TemplateLM):
         return [(-float(likelihood.nats.sum()), bool(likelihood.likeliest.all())) for likelihood in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Of the text alone: what the tokenizer puts before it is read and not scored."""
+        """Return the log-likelihood of each text; the prefix of the tokenizer is read but not scored."""
         length = self._language.length or 2048
         pairs, owners = [], []
         for owner, request in enumerate(requests):
@@ -117,7 +117,10 @@ class HarnessModel(TemplateLM):
 
 
 def _how(request: Instance) -> tuple[int, tuple[str, ...]]:
-    """Most tokens and stops of a request to generate. Raises `UpcycleError` where it wants to draw."""
+    """Return the largest number of tokens and the stop strings of a request.
+
+    Raises `UpcycleError` if the task wants sampled text.
+    """
     options = request.args[1]
     if options.get("do_sample") and options.get("temperature", 1.0) > 0:
         raise UpcycleError(
@@ -130,13 +133,13 @@ def _how(request: Instance) -> tuple[int, tuple[str, ...]]:
 
 
 def _place(request: Instance) -> str:
-    """Which example of which task it is of."""
+    """Return the task and the example of a request, for an error message."""
     return f"task {request.task_name}, example {int(request.doc_id or 0) + 1}"
 
 
 @contextlib.contextmanager
 def _named(request: Instance) -> Iterator[None]:
-    """Say of which task a fault is."""
+    """Add the name of the task to an error."""
     try:
         yield
     except UpcycleError as error:
@@ -146,10 +149,11 @@ def _named(request: Instance) -> Iterator[None]:
 def score(
     language: LanguageModel, names: tuple[str, ...], folder: Path | None, *, shots: int | None, limit: int
 ) -> list[Result]:
-    """The harness's tasks called `names`, on local files of `folder`, or on the hub's data without one.
+    """Score the model on the tasks `names` of the harness.
 
-    `shots` examples stand before each question (None: as many as the task says); `limit` is the number of
-    examples of a task, 0: all. Where BLiMP is asked for as a whole, the mean of its paradigms follows them.
+    The data come from local files in `folder`, or from the hub without a folder. `shots` is the number of
+    examples before each question (None: what the task says). `limit` is the largest number of examples of a
+    task (0: all). If BLiMP is asked for as a whole, the mean over its paradigms comes last.
     """
     files = task_files.find(folder, names) if folder else []
     tasks = _local(files) if folder else _fetched(names)
@@ -185,7 +189,10 @@ def score(
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
-    """What knows the tasks called `names`; it reads the harness's 14,000 task files only where it has to."""
+    """Return a manager that knows the tasks `names`.
+
+    It reads all 14,000 task files of the harness only if it must.
+    """
     blimp = {name: BLIMP for name in names if name == BLIMP or name.startswith(f"{BLIMP}_")}
     folders = {(blimp | _FOLDERS).get(name) for name in names}
     if None in folders:
@@ -197,7 +204,7 @@ def _manager(names: Sequence[str]) -> TaskManager:
 
 
 def _local(files: Sequence[TaskFile]) -> dict[str, Any]:
-    """Tasks whose data are files."""
+    """Return the tasks whose data are local files."""
     manager = _manager([file.task for file in files])
     for file in files:
         _refuse_unknown(file.task, manager)
@@ -229,7 +236,7 @@ def _reader(file: TaskFile) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _said(what: str) -> Iterator[None]:
-    """Turn whatever the harness makes of a row into a sentence: its prompts are templates and code."""
+    """Turn any error of the harness, whose prompts are templates and code, into an `UpcycleError`."""
     try:
         yield
     except (UpcycleError, MemoryError, torch.OutOfMemoryError):
@@ -240,7 +247,7 @@ def _said(what: str) -> Iterator[None]:
 
 
 def _refuse_odd(name: str, task: Any, limit: int) -> None:
-    """Refuse an example that the task cannot ask, with its number, before any is scored."""
+    """Raise an error for an example that the task cannot ask, with its number, before any is scored."""
     for number, doc in task.doc_iterator(rank=0, limit=limit or None, world_size=1):
         with _said(
             f"task {name}, example {number + 1}: its fields are not those of the hub's data set, each "
@@ -257,7 +264,7 @@ def _refuse_odd(name: str, task: Any, limit: int) -> None:
 
 
 def _fetched(names: tuple[str, ...]) -> dict[str, Any]:
-    """Tasks with their data from the hub."""
+    """Return the tasks with their data from the hub."""
     manager = _manager(names)
     tasks: dict[str, Any] = {}
     for name in names:
@@ -265,7 +272,7 @@ def _fetched(names: tuple[str, ...]) -> dict[str, Any]:
         try:
             with _quiet():
                 tasks |= manager.load(name)["tasks"]
-        except Exception as error:  # whatever the hub has against it, it is what there is to say
+        except Exception as error:  # the hub can raise anything, and the user must see it
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UpcycleError(
                 f"the data set of the task {name} cannot be fetched ({reason}); with a network it comes "
@@ -285,7 +292,7 @@ def _refuse_unknown(name: str, manager: TaskManager) -> None:
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
-    if shots is not None and task.get_config("num_fewshot") != 0:  # a task whose file says 0 takes none
+    if shots is not None and task.get_config("num_fewshot") != 0:  # 0 in a task file stays 0
         task.set_config(key="num_fewshot", value=shots)
     elif task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
@@ -297,7 +304,10 @@ def _dataset(task: Any) -> list[str | None]:
 
 
 def _result(name: str, found: dict[str, Any], data: dict[str, Any], shortened: int) -> Result:
-    """One task's metrics; those that are means over examples can be paired with another model's."""
+    """Return the result of one task.
+
+    Metrics that are means over examples can be paired with those of another model.
+    """
     samples = found["samples"][name]
     several = len({sample["filter"] for sample in samples}) > 1
     metrics = {}
@@ -327,7 +337,7 @@ def _metric(name: str, value: float, values: list[Any], better: bool) -> Metric:
         sums = Sums.mean(np.array(values), "examples")
         if np.isclose(sums.value, value, rtol=1e-9):
             return Metric.of(sums, higher_is_better=better)
-        if name == "perplexity":  # exp of minus the mean of log-likelihoods: the delta method
+        if name == "perplexity":  # the exponential of minus the mean log-likelihood: use the delta method
             error = sums.standard_error
             spread = None if error is None else value * error
             return Metric(value=value, standard_error=spread, higher_is_better=better)
@@ -335,7 +345,7 @@ def _metric(name: str, value: float, values: list[Any], better: bool) -> Metric:
 
 
 def _mean(name: str, parts: list[Result], settings: dict[str, Any]) -> Result:
-    """The plain mean of the accuracies of some tasks, as the harness's group of them has it."""
+    """Return the mean of the accuracies of some tasks, as the group in the harness computes it."""
     sums = [part.metrics["acc"].sums for part in parts]
     values = [s.top for s in sums if s is not None]
     strata = np.repeat(np.arange(len(values)), [len(v) for v in values])
@@ -352,7 +362,7 @@ def _mean(name: str, parts: list[Result], settings: dict[str, Any]) -> Result:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's remarks off the screen, and its bars, for which it has no switch."""
+    """Hide the log messages and the progress bars of the harness, which has no option for the bars."""
     logger = logging.getLogger("lm_eval")
     level, bar = logger.level, lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A checkpoint that is being scored, and the ways to score it that its task chooses from."""
+"""A checkpoint to score, with the ways to score it that a task can choose from."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from upcycle.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A model and what is asked of it. `cache` is the folder of prepared files."""
+    """A model, its tokenizer and the settings of the evaluation; `cache` is the folder of prepared files."""
 
     model: PreTrainedModel
     subject: Subject
-    tokenizer: Any  # None: images are asked for
+    tokenizer: Any  # None if images are scored
     asked: Asked
     cache: Path
 
     @cached_property
     def language(self) -> LanguageModel:
-        """The model as one that gives texts a likelihood. Raises `UpcycleError` if its class gives none."""
+        """Return the model as a language model. Raises `UpcycleError` if its class is none."""
         return LanguageModel.of(self.model, self.tokenizer, self.subject, batch_size=self.asked.batch_size)
 
     def rows(self, task: Task, path: Path) -> Result:
-        """The loss and the right answers of every row that the task makes of the data at `path`."""
+        """Score the loss and the accuracy on every row that the task makes of the data at `path`."""
         return rows_scored.score(self.model, self.subject, task, path, self.asked, self.cache)
 
     def windows(self, path: Path) -> Result:
-        """The likelihood of every token of the text at `path`, in windows that go over its documents."""
+        """Score the likelihood of every token of the text at `path`, in windows over its documents."""
         return text.score(
             self.language, path, length=self.asked.length, stride=self.asked.stride, limit=self.asked.limit,
             separator=self.asked.separator,

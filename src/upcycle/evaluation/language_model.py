@@ -1,7 +1,8 @@
-"""A model of text as an evaluation uses it: the likelihood of a continuation, and greedy text.
+"""A language model for evaluation: the likelihood of continuations, and greedy generation.
 
-Decoders and encoder-decoders alike. A pair is a context and a continuation, as ids: a decoder reads them as
-one row, an encoder-decoder the one in its encoder and the other in its decoder.
+It works for decoders and encoder-decoders. A pair is a context and a continuation, as token ids. A decoder
+reads both as one row; an encoder-decoder reads the context in its encoder and the continuation in its
+decoder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DECODER, ENCODER_DECODER = "ForCausalLM", "ForConditionalGeneration"
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Ids of a context, at least one, and of what follows it, at least one."""
+    """The token ids of a context and of its continuation; both must have at least one."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -34,8 +35,11 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """Of each token of a continuation: its nats (minus the logarithm of its probability), float64 [N], and
-    whether it was the likeliest, bool [N]."""
+    """The likelihood of each of N tokens of a continuation.
+
+    `nats` is minus the logarithm of the probability, float64 [N]; `likeliest` tells whether the token had the
+    largest probability, bool [N].
+    """
 
     nats: np.ndarray
     likeliest: np.ndarray
@@ -48,14 +52,14 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: Any
     subject: Subject
-    length: int | None  # tokens it reads at once; None: any number
+    length: int | None  # the most tokens it can read at once; None: no limit
     size: BatchSize
 
     @classmethod
     def of(
         cls, model: PreTrainedModel, tokenizer: Any, subject: Subject, *, batch_size: int = 0
     ) -> LanguageModel:
-        """`batch_size` is the rows of a forward pass; 0: found by itself."""
+        """Make a language model; `batch_size` is the number of rows of a forward pass (0: automatic)."""
         if not subject.architecture.endswith((DECODER, ENCODER_DECODER)):
             raise UpcycleError(
                 f"{subject.architecture} gives no text a likelihood; take a checkpoint of a class that "
@@ -71,12 +75,12 @@ class LanguageModel:
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether contexts go into an encoder of their own."""
+        """Return whether the model has an encoder for the context."""
         return self.subject.architecture.endswith(ENCODER_DECODER)
 
     @property
     def begin(self) -> int:
-        """The id that stands before a text: BOS, or EOS where there is none."""
+        """The id of the token before a text: BOS, or EOS if there is no BOS."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
@@ -87,14 +91,17 @@ class LanguageModel:
 
     @property
     def _filler(self) -> int:
-        """An id for places that nothing looks at."""
+        """The id that fills padded positions."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
 
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[Pair], advance: Advance = lambda n: None) -> list[Likelihood]:
-        """Of the continuation of each pair. What is too long for the model loses its first tokens: the
-        context, and then the continuation, of which the likelihood is then that of the rest."""
+        """Return the likelihood of the continuation of each pair.
+
+        A pair that is too long for the model loses its first tokens: those of the context, then those of the
+        continuation. The likelihood is then that of the remaining tokens.
+        """
         pairs = [self._kept(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -_length(pairs[i]))
         work = self._encoder_decoder if self.encoder_decoder else self._decoder
@@ -105,7 +112,7 @@ class LanguageModel:
         return out
 
     def too_long(self, pair: Pair) -> bool:
-        """Whether a continuation alone is longer than what the model reads at once."""
+        """Return whether a continuation alone is longer than the model can read at once."""
         return self.length is not None and len(pair.continuation) > self.length
 
     def _kept(self, pair: Pair) -> Pair:
@@ -131,7 +138,7 @@ class LanguageModel:
         ids, mask = self._padded([list(pair.context) for pair in pairs])
         start = self.model.config.decoder_start_token_id
         start = self._filler if start is None else start
-        # Fillers stand behind what counts, and the decoder is causal: it needs no mask.
+        # The padding is at the right and the decoder is causal, so that no mask is needed.
         shifted, _ = self._padded([[start, *pair.continuation[:-1]] for pair in pairs])
         found = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
         return [
@@ -148,7 +155,10 @@ class LanguageModel:
         until: Sequence[str] = (),
         advance: Advance = lambda n: None,
     ) -> list[str]:
-        """Greedy text after each prompt: at most `most` tokens, cut before EOS and before any of `until`."""
+        """Return the greedy continuation of each prompt.
+
+        A continuation has at most `most` tokens and is cut before EOS and before any of the strings `until`.
+        """
         room = None if self.length is None or self.encoder_decoder else self.length - most
         if room is not None and room < 1:
             raise UpcycleError(
@@ -170,7 +180,7 @@ class LanguageModel:
         return out
 
     def _generate(self, rows: list[list[int]], most: int, until: Sequence[str]) -> list[str]:
-        # A decoder goes on at the right, so that what fills up its rows stands at the left.
+        # A decoder continues at the right, so that its padding must be at the left.
         ids, mask = self._padded(rows, left=not self.encoder_decoder)
         skip = 1 if self.encoder_decoder else ids.shape[1]
         stop = [_Until(self.tokenizer, until, skip)] if until else []
@@ -182,7 +192,7 @@ class LanguageModel:
         return [_before(text, until) for text in texts]
 
     def _padded(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
-        """Rows of one length, and a mask that is 1 for what they were: int64 [B, L] both."""
+        """Pad the rows to one length; return them and their mask (1 for real tokens), both int64 [B, L]."""
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self._filler)
         mask = torch.zeros((len(rows), width), dtype=torch.int64)
@@ -197,7 +207,7 @@ def _length(pair: Pair) -> int:
 
 
 class _Until(StoppingCriteria):
-    """Stops a row whose new text holds one of some strings."""
+    """A stopping criterion: a row ends when its new text contains one of some strings."""
 
     def __init__(self, tokenizer: Any, until: Sequence[str], skip: int) -> None:
         self._tokenizer, self._until, self._skip = tokenizer, until, skip
@@ -215,7 +225,7 @@ def _before(text: str, ends: Sequence[str]) -> str:
 
 
 def _likelihood(logits: Tensor, ids: Sequence[int]) -> Likelihood:
-    """`logits` [N, V] of the places before `ids` [N]."""
+    """Return the likelihood of `ids` [N] from the `logits` [N, V] of the positions before them."""
     wanted = torch.tensor(ids, device=logits.device)
     nats = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
     likeliest = logits.argmax(-1) == wanted

@@ -1,4 +1,4 @@
-"""Patches of images: the patches that each expert is surest to get."""
+"""The image patches that the router sends to each expert with the highest probability."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import numpy as np
 
 from upcycle.families import Grid
 
-FAVOURITES = 8  # tokens or patches that are named for each expert
+FAVOURITES = 8  # how many tokens or patches are shown for each expert
 
 
 @dataclass(kw_only=True)
 class Patches:
-    """The patches of all images that each of E experts was surest to get; best first."""
+    """The n patches with the highest probability for each of E experts, best first."""
 
-    weights: np.ndarray  # [E, n], their probabilities
-    pixels: np.ndarray  # [E, n, C, height, width], as the model sees them
+    weights: np.ndarray  # [E, n], probabilities
+    pixels: np.ndarray  # [E, n, C, height, width], as given to the model
 
     @classmethod
     def none(cls) -> Patches:
-        """Before the first batch."""
+        """Return an empty collection."""
         return cls(weights=np.zeros((0, 0)), pixels=np.zeros((0, 0)))
 
     def add(self, images: np.ndarray, probabilities: np.ndarray, grid: Grid) -> None:
-        """Images [B, C, H, W] whose tokens got `probabilities` [B, N, E]; the last of N are the patches, row
-        by row."""
+        """Add images [B, C, H, W] whose tokens have `probabilities` [B, N, E].
+
+        The last of the N tokens are the patches, row by row.
+        """
         count, tokens, experts = probabilities.shape
         channels, cells = images.shape[1], grid.rows * grid.columns
         whole = images[:, :, : grid.rows * grid.height, : grid.columns * grid.width]

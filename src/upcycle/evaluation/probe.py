@@ -1,7 +1,7 @@
-"""The few-shot linear probe of Sparse Upcycling: how well a linear map of frozen features tells the classes.
+"""The few-shot linear probe of Sparse Upcycling: how well a linear map of frozen features predicts classes.
 
-As in the code of V-MoE: standardised features and a constant one, targets of -1 and 1, ridge regression in
-closed form.
+It follows the code of V-MoE: standardised features with a constant feature, targets of -1 and 1, and ridge
+regression in closed form.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
 
-BIAS = 100.0  # the constant feature, regularised like the others but so large that it hardly matters
-MOST = 1 << 20  # classes
+BIAS = 100.0  # the value of the constant feature: regularised too, but so large that it hardly matters
+MOST = 1 << 20  # the largest number of classes
 EPSILON = 1e-5  # added to a standard deviation
 
 Solver = Literal["auto", "primal", "dual"]
@@ -31,34 +31,34 @@ class Probe:
     weights: np.ndarray  # float64 [D + 1, C]; the last row is that of the constant feature
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """The class of each row of `features`, [N, D]; int64 [N]."""
+        """Return the class of each row of `features` [N, D], as int64 [N]."""
         scores = _design(_finite(features), self.mean, self.std) @ self.weights
         return np.argmax(scores, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot:
-    """The share of test examples that a probe gets right, for each seed."""
+    """The accuracy of the probe on the test examples, for each seed."""
 
     accuracies: tuple[float, ...]
 
     @property
     def accuracy_mean(self) -> float:
-        """The mean over the seeds."""
+        """The mean accuracy over the seeds."""
         return float(np.mean(self.accuracies))
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean; None for a single seed."""
+        """The standard error of the mean; None for a single seed."""
         n = len(self.accuracies)
         return float(np.std(self.accuracies, ddof=1) / n**0.5) if n > 1 else None
 
 
 def shots(labels: np.ndarray, per_class: int, seed: int, *, num_classes: int | None = None) -> np.ndarray:
-    """Places of `per_class` examples of each class, class after class; int64 [C x per_class].
+    """Return the indices of `per_class` examples of each class, class after class, as int64 [C x per_class].
 
-    With one seed, fewer shots are among more. Without `num_classes` the largest label is the last class.
-    Raises `UpcycleError` where a class has too few examples.
+    With the same seed, a smaller number of shots is a subset of a larger one. Without `num_classes`, the
+    largest label is the last class. Raises `UpcycleError` if a class has too few examples.
     """
     labels = _labels(labels, num_classes)
     if per_class < 1:
@@ -81,10 +81,10 @@ def shots(labels: np.ndarray, per_class: int, seed: int, *, num_classes: int | N
 def fit(
     features: np.ndarray, labels: np.ndarray, num_classes: int, *, l2: float = 1024.0, solver: Solver = "auto"
 ) -> Probe:
-    """The ridge regression of the classes on `features`, [N, D].
+    """Fit the ridge regression of the classes on `features` [N, D].
 
-    `primal` solves a system of D + 1 unknowns and `dual` one of N, for the same weights; `auto` takes the
-    smaller. Raises `UpcycleError` for features or labels that nothing can be fitted to.
+    `primal` solves a system of D + 1 unknowns and `dual` one of N, with the same weights as the result;
+    `auto` takes the smaller system. Raises `UpcycleError` for features or labels that cannot be fitted.
     """
     if not 0 < l2 < float("inf"):
         raise UpcycleError(f"l2 = {l2}; it must be greater than 0 and finite")
@@ -115,9 +115,9 @@ def few_shot(
     l2: float = 1024.0,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
 ) -> FewShot:
-    """What probes fitted to `per_class` training examples of each class get right on the test examples.
+    """Fit a probe to `per_class` training examples of each class for each seed, and test it.
 
-    Raises `UpcycleError` where `fit` or `shots` do.
+    Raises `UpcycleError` for the same reasons as `fit` and `shots`.
     """
     train_labels, test_labels = _labels(train_labels, num_classes), _labels(test_labels, num_classes)
     _refuse_shape(train_features, train_labels)
@@ -131,7 +131,7 @@ def few_shot(
 
 
 def _design(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Standardised features and the constant one, float64 [N, D + 1]."""
+    """Return the standardised features with the constant feature, float64 [N, D + 1]."""
     out = np.full((len(features), len(mean) + 1), BIAS)
     np.divide(np.subtract(features, mean), std, out=out[:, :-1])
     return out

@@ -1,6 +1,6 @@
-"""What an evaluation found, and how it gets into the `eval.json` beside the checkpoint.
+"""The results of an evaluation, and how they are written to `eval.json` beside the checkpoint.
 
-The same kind and name scored again replaces its entry.
+A new result replaces the entry of the same kind and name.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from upcycle.records.evaluation import EvaluationEntry, EvaluationRecord, Metric
 from upcycle.records.reader import DamagedError
 from upcycle.system import claim, whole_file
 
-MOST = 1 << 28  # bytes of a file that is looked at
+MOST = 1 << 28  # the largest size of a file that is read, in bytes
 
 Kind = Literal["text", "images", "few_shot", "tasks", "superglue"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number, and how sure it is."""
+    """The value of a metric with its standard error."""
 
     value: float
     standard_error: float | None
     higher_is_better: bool
-    sums: Sums | None = None  # what it is made of, where another model's can be paired with it
-    per_token: bool = False  # whether it counts by token, and so says nothing across tokenizers
+    sums: Sums | None = None  # the sums it is computed from, if it can be paired with another model's
+    per_token: bool = False  # such a metric cannot be compared across tokenizers
 
     @classmethod
     def of(cls, sums: Sums, *, higher_is_better: bool, per_token: bool = False) -> Metric:
-        """The metric that `sums` make."""
+        """Make the metric of `sums`."""
         return cls(
             value=sums.value,
             standard_error=sums.standard_error,
@@ -51,7 +51,7 @@ class Metric:
 
     @property
     def record(self) -> MetricRecord:
-        """The metric as `eval.json` has it."""
+        """Return the metric as it is written in `eval.json`."""
         return MetricRecord(
             value=self.value, standard_error=self.standard_error, higher_is_better=self.higher_is_better
         )
@@ -59,34 +59,36 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """What a model scores on one thing."""
+    """The metrics of a model on one task or data set."""
 
     kind: Kind
     name: str
-    data: Mapping[str, Any]  # what was scored, as JSON has it
+    data: Mapping[str, Any]  # a description of the data, as JSON
     metrics: Mapping[str, Metric]
-    units: tuple[Any, ...] = ()  # what tells units from those of other data; equal where they can be paired
+    units: tuple[Any, ...] = ()  # identifies the units; two results with equal units can be paired
     more: Mapping[str, Any] = field(default_factory=dict)  # counts and the like, for the command's own JSON
 
     @property
     def entry(self) -> EvaluationEntry:
-        """The entry in `eval.json`, without what it is made of, versions and date."""
+        """The entry for `eval.json`, still without paired sums, versions and date."""
         metrics = {name: metric.record for name, metric in self.metrics.items()}
         return EvaluationEntry(kind=self.kind, name=self.name, data=dict(self.data), metrics=metrics)
 
     def as_json(self) -> dict[str, Any]:
-        """The same as JSON has it."""
+        """Return the result as JSON."""
         return self.entry.as_table()
 
 
-# The metric of each kind that a report pairs: one that says the same under any tokenizer, where there is one.
+# The metrics that a report can pair, by kind; those that do not depend on the tokenizer come first.
 _PAIRED: Mapping[str, tuple[str, ...]] = {"text": ("bits_per_byte", "loss"), "images": ("accuracy",)}
 _MOST_UNITS = 100_000
 
 
 def _paired(result: Result) -> dict[str, PairedSums] | None:
-    """What a metric is made of, unit by unit, so that another checkpoint's can be paired with it later; None
-    if no metric of the result can be."""
+    """Return the sums of a metric, unit by unit, so that another checkpoint can be paired with it later.
+
+    Returns None if no metric of the result can be paired.
+    """
     found = next((n for n in _PAIRED.get(result.kind, ()) if n in result.metrics), None)
     sums = None if found is None else result.metrics[found].sums
     if found is None or sums is None or sums.strata is not None or len(sums.top) > _MOST_UNITS:
@@ -97,7 +99,7 @@ def _paired(result: Result) -> dict[str, PairedSums] | None:
 
 
 def sums_of(paired: PairedSums | None) -> Sums | None:
-    """The sums that `eval.json` has of a metric; None if it has none that another's could be paired with."""
+    """Return the sums of a metric in `eval.json`; None if it has none."""
     if paired is None:
         return None
     top, bottom = np.array(paired.top, np.float64), np.array(paired.bottom, np.float64)
@@ -107,7 +109,7 @@ def sums_of(paired: PairedSums | None) -> Sums | None:
 
 
 def data_of(path: Path) -> dict[str, Any]:
-    """Which file was scored; of a folder, its files by name and size."""
+    """Describe the data that were scored: the file, or the files of a folder with name and size."""
     if path.is_file():
         return {"file": path.name, "sha256": file_hash(path)}
     files = sorted(p for p in path.rglob("*") if p.is_file())
@@ -120,7 +122,7 @@ def data_of(path: Path) -> dict[str, Any]:
 
 
 def stamped(results: Sequence[Result]) -> list[EvaluationEntry]:
-    """The entries of `eval.json`, with versions and date."""
+    """Return the entries for `eval.json`, with versions and date."""
     names = ("upcycle", "torch", "transformers")
     versions = {name: importlib.metadata.version(name) for name in names}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -132,7 +134,7 @@ def stamped(results: Sequence[Result]) -> list[EvaluationEntry]:
 
 
 def refuse_target(path: Path) -> None:
-    """Refuse a file for results that is anything but results."""
+    """Raise an error if a file that results would be written to exists and holds no results."""
     claim.may_replace(path, _is_ours, "what `upcycle eval` writes")
 
 
@@ -147,9 +149,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def record(folder: Path, results: Sequence[Result]) -> Path:
-    """Put `results` into the `eval.json` of a checkpoint's folder, whole or not at all.
+    """Write `results` into the `eval.json` of a checkpoint's folder, in one step.
 
-    Raises `UpcycleError` where the folder cannot be written to, or holds an `eval.json` of something else.
+    Raises `UpcycleError` if the folder cannot be written to, or if its `eval.json` is something else.
     """
     path = folder / EvaluationRecord.FILE
     new = stamped(results)
@@ -166,14 +168,17 @@ def record(folder: Path, results: Sequence[Result]) -> Path:
 
 
 def read(path: Path) -> EvaluationRecord:
-    """The scores in an `eval.json`; none without a file. Raises `UpcycleError` if it is something else."""
+    """Read the scores in an `eval.json`; there are none if there is no file.
+
+    Raises `UpcycleError` if the file is something else.
+    """
     if not path.exists():
         return EvaluationRecord(results=())
     try:
         found = _parsed(path)
         if not isinstance(found, dict) or "format" not in found:
             raise ValueError
-        json.dumps(found, ensure_ascii=False).encode()  # no lone surrogates, which cannot be written again
+        json.dumps(found, ensure_ascii=False).encode()  # fails for lone surrogates, which cannot be rewritten
         return EvaluationRecord.of(found, str(path))
     except DamagedError as error:
         why = f": {error.why}"

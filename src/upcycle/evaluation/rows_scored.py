@@ -1,4 +1,4 @@
-"""Every row that a task makes of its data, scored by itself: images, T5's spans, BERT's masks."""
+"""Scores of every row that a task makes of its data: images, spans of T5, masked tokens of BERT."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ Numbers = list[tuple[float, int, int]]
 def score(
     model: PreTrainedModel, subject: Subject, task: Task, path: Path, asked: Asked, cache: Path
 ) -> Result:
-    """The loss and the right answers on the first `asked.limit` rows of an order keyed by seed 0, each per
-    target. Raises `UpcycleError` for data that the task cannot read.
+    """Score the loss and the accuracy per target on the first `asked.limit` rows.
+
+    The rows are in a random order of seed 0. Raises `UpcycleError` for data that the task cannot read.
     """
     length = asked.length or min(LENGTH, subject.settings.get("max_position_embeddings") or LENGTH)
     feeding = Feeding.of_file(path, length=length, cache=cache, separator=asked.separator)
@@ -41,7 +42,7 @@ def score(
 
 
 def _units(task: Task) -> str:
-    """The name of the rows, in the plural."""
+    """Return the noun for the rows, in the plural."""
     return f"{task.unit}s" if task.by_example else "rows"
 
 
@@ -49,7 +50,7 @@ def _units(task: Task) -> str:
 def _score(
     model: PreTrainedModel, subject: Subject, task: Task, feed: Feed, asked: Asked, what: str
 ) -> np.ndarray:
-    """Loss, right answers and targets of each row: float64 [3, N]."""
+    """Return the loss, the number of right answers and the number of targets of each row, float64 [3, N]."""
     count = sum(feed.trainable)
     count = min(count, asked.limit or count)
     model.eval()
@@ -62,7 +63,7 @@ def _score(
             question = task.question(batch, subject, training=False)
             logits = model(**question.inputs).logits
         except (RuntimeError, MemoryError):
-            feed.restore(begun)  # the same rows come again, fewer at a time
+            feed.restore(begun)  # repeat the same rows with a smaller batch
             raise
         return [_row(task, logits[i : i + 1], question.labels[i : i + 1]) for i in range(len(places))]
 

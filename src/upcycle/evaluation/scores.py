@@ -1,8 +1,9 @@
-"""`upcycle eval`: how well checkpoints do on data they were not trained on, dense or Mixture of Experts.
+"""`upcycle eval`: scores of dense and Mixture-of-Experts checkpoints on data they were not trained on.
 
-Images: top-1 accuracy, or the few-shot probe on frozen features. Texts: bits per byte of a decoder, or what
-the model's task asks (spans, masked tokens). Tasks: those of lm-evaluation-harness, and SuperGLUE text to
-text."""
+For images: top-1 accuracy, or the few-shot probe on frozen features. For texts: bits per byte of a decoder,
+or the loss of the model's task (spans, masked tokens). For tasks: those of lm-evaluation-harness, and
+SuperGLUE as text to text.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +39,19 @@ __all__ = ["Asked", "Scored", "evaluate", "refuse", "score"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A checkpoint and what it scores."""
+    """The results of a checkpoint."""
 
     checkpoint: str
     folder: Path
     architecture: str
     results: tuple[Result, ...]
-    tokenizer: str | None  # a hash that tells tokenizers apart; None: none was used
+    tokenizer: str | None  # a hash that identifies the tokenizer; None: no tokenizer was used
 
     def as_json(self) -> dict[str, Any]:
-        """As `--json` has it: every result, and the only one of a kind at the top as well."""
+        """Return the JSON of `--json`.
+
+        It has every result; a result that is alone of its kind is repeated at the top level.
+        """
         found: dict[str, Any] = {"checkpoint": self.checkpoint, "architecture": self.architecture}
         by_kind: dict[str, list[Result]] = {}
         for result in self.results:
@@ -65,12 +69,12 @@ class Scored:
 
 
 def evaluate(source: str | Path, asked: Asked) -> dict[str, Any]:
-    """The scores of the checkpoint `source` (a folder, or a hub id), as JSON has them."""
+    """Score the checkpoint `source` (a folder or a hub id) and return JSON."""
     return score(source, asked).as_json()
 
 
 def score(source: str | Path, asked: Asked) -> Scored:
-    """The scores of the checkpoint `source`, a folder or a hub id."""
+    """Score the checkpoint `source`, a folder or a hub id."""
     folder, subject = _admit(source, asked)
     with quiet():
         model = models.open(folder)
@@ -89,7 +93,7 @@ def score(source: str | Path, asked: Asked) -> Scored:
 
 
 def refuse(sources: Sequence[str | Path], asked: Asked) -> None:
-    """Refuse what cannot be asked of one of several checkpoints, before the first of them is scored."""
+    """Raise an error for settings that one of several checkpoints cannot meet, before any is scored."""
     for source in sources:
         _admit(source, asked)
 
@@ -109,7 +113,7 @@ def _admit(source: str | Path, asked: Asked) -> tuple[Path, Subject]:
 
 
 def _refuse_unfit(subject: Subject, asked: Asked) -> None:
-    """Refuse what a class cannot be asked, before its weights are read."""
+    """Raise an error for data that a model class cannot be scored on, before weights are read."""
     architecture = subject.architecture
     if asked.shots is None:
         _refuse_other_data(tasks.of(architecture), architecture, asked)
@@ -128,7 +132,7 @@ def _refuse_unfit(subject: Subject, asked: Asked) -> None:
 
 
 def _refuse_other_data(task: Task, architecture: str, asked: Asked) -> None:
-    """Refuse what the task of a class does not read, and a task that is not scored here."""
+    """Raise an error for data that the task does not read, and for a task that cannot be scored."""
     if asked.images and task.reads != "images":
         raise UpcycleError(f"{architecture} does not classify images; give --text, or --few-shot")
     if (reason := task.unscored(architecture)) is not None:
@@ -138,7 +142,7 @@ def _refuse_other_data(task: Task, architecture: str, asked: Asked) -> None:
 
 
 def _refuse_missing(asked: Asked) -> None:
-    """Refuse tasks without their files, or without the harness, before anything is scored."""
+    """Raise an error if files of a task or lm-evaluation-harness are missing, before scoring."""
     if asked.by_harness:
         _harness()
     if asked.task_files:
@@ -166,7 +170,7 @@ def _on_texts(judge: Judge) -> list[Result]:
 
 
 def _harness() -> ModuleType:
-    """The module that needs lm-evaluation-harness."""
+    """Import the module that needs lm-evaluation-harness."""
     try:
         from upcycle.evaluation import harness
     except ModuleNotFoundError as error:

@@ -1,6 +1,6 @@
-"""What the experts of a trained model are for: who goes where on given texts or images, domain by domain.
+"""What the experts of a trained model specialise in: which tokens go to which expert, domain by domain.
 
-Takes a Mixture of Experts and named sets of rows; gives, for each of its layers, sums over the real tokens.
+It takes a Mixture of Experts and named sets of rows, and gives sums over the real tokens for each MoE layer.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from upcycle.tasks._rows import Rows, of_images, of_text
 from upcycle.tensors import rng
 from upcycle.training.routing import Routers, Said
 
-OFTEN = 5  # times that a token must have come to be named
+OFTEN = 5  # a token must have occurred this often to be named
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Which rows to look at: sets by the name of their domain, texts or images. `limit` is the number of rows
-    of each at most; 0: all."""
+    """The rows to look at: texts or images by the name of their domain.
+
+    `limit` is the largest number of rows of each domain; 0 means all.
+    """
 
     text: Mapping[str, Path] | None = None
     images: Mapping[str, Path] | None = None
@@ -61,25 +63,25 @@ class Asked:
 
 @dataclass(kw_only=True)
 class Domain:
-    """What one layer's router did with the rows of one domain; E experts."""
+    """The decisions of one layer's router on the rows of one domain, for E experts."""
 
-    counts: np.ndarray  # [E], how often each was chosen
-    weights: np.ndarray  # [E], probabilities summed over tokens
+    counts: np.ndarray  # [E], how often each expert was chosen
+    weights: np.ndarray  # [E], router probabilities summed over tokens
     tokens: int = 0
     left_behind: int = 0
-    confidence: float = 0.0  # the largest probability of each token, summed
-    entropy: float = 0.0  # nats, summed
+    confidence: float = 0.0  # sum over tokens of the largest probability
+    entropy: float = 0.0  # nats, summed over tokens
 
 
 @dataclass(kw_only=True)
 class Kinds:
-    """For each kind of token (a number of the vocabulary, a place in an image) what a router gave it."""
+    """The router probabilities of each kind of token: an id of the vocabulary, or a place in an image."""
 
-    weights: dict[int, np.ndarray]  # probabilities summed, [E]
+    weights: dict[int, np.ndarray]  # [E], summed probabilities
     counts: dict[int, int]
 
     def add(self, kinds: np.ndarray, probabilities: np.ndarray) -> None:
-        """Tokens of `kinds` [T] with their probabilities [T, E]."""
+        """Add tokens of `kinds` [T] with their probabilities [T, E]."""
         known, places = np.unique(kinds, return_inverse=True)
         sums = np.zeros((len(known), probabilities.shape[1]))
         np.add.at(sums, places, probabilities)
@@ -88,7 +90,7 @@ class Kinds:
             self.counts[kind] = self.counts.get(kind, 0) + count
 
     def favourites(self) -> list[list[tuple[int, float]]]:
-        """The kinds with the largest mean probability of each expert, among those that came often enough."""
+        """Return the kinds with the largest mean probability for each expert, if they occurred often."""
         often = [kind for kind, count in self.counts.items() if count >= OFTEN] or [*self.counts]
         means = np.stack([self.weights[kind] / self.counts[kind] for kind in often])
         best = np.argsort(-means, axis=0, kind="stable")[:FAVOURITES]
@@ -97,38 +99,38 @@ class Kinds:
 
 @dataclass(kw_only=True)
 class Layer:
-    """One MoE layer: what its router did with each domain, and with each kind of token of all of them."""
+    """One MoE layer: what its router did with each domain and with each kind of token."""
 
     stack: str
     layer: int
-    balanced: bool  # every expert gets as much by construction
+    balanced: bool  # True if every expert gets equally many tokens by construction
     domains: dict[str, Domain]
     kinds: Kinds
-    patches: Patches | None  # of images
+    patches: Patches | None  # None for text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Specialisation:
-    """What was seen of a model: every MoE layer, in order."""
+    """The observations of a model: every MoE layer, in order."""
 
     folder: Path
     about: list[RoutingDomain]
     kind: Literal["text", "images"]
-    names: Mapping[int, str]  # of the favourite tokens of a text
+    names: Mapping[int, str]  # the texts of the favourite tokens
     layers: list[Layer]
 
     @property
     def record(self) -> RoutingRecord:
-        """What routing.json says of it."""
+        """Return the record for routing.json."""
         layers = tuple(_told(layer, self.names) for layer in self.layers)
         return RoutingRecord(kind=self.kind, domains=tuple(self.about), layers=layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """As routing.json has it."""
+        """Return the JSON of routing.json."""
         return self.record.as_table()
 
     def save(self) -> Path:
-        """Write routing.json into the model's folder."""
+        """Write routing.json into the folder of the model."""
         path = self.folder / RoutingRecord.FILE
         try:
             claim.may_replace(path, _is_routing, "what `upcycle inspect` writes")
@@ -154,11 +156,11 @@ def specialisation(
     folder: str | Path,
     asked: Asked,
 ) -> Specialisation:
-    """Watch the routers of the model in `folder` on the rows asked for: load, confidence, favourites and
-    divergence between domains of every layer.
+    """Watch the routers of the model in `folder` on the given rows.
 
-    The divergence is Jensen and Shannon's, in bits: 0 where two domains use the experts of a layer alike, 1
-    where they share none. It is that of the loads or, where a router gives every expert as much, of the mean
+    The result holds, for every layer, the load, confidence and favourites of the experts and the divergence
+    between domains. This is the Jensen-Shannon divergence in bits: 0 if two domains use the experts alike, 1
+    if they share none. It compares the loads or, if a router gives every expert equally many tokens, the mean
     probabilities. Raises `UpcycleError` for a dense model and for rows it cannot read.
     """
     folder = Path(folder)
@@ -194,13 +196,13 @@ def specialisation(
 
 
 def _about(name: str, rows: Rows, count: int) -> RoutingDomain:
-    """What a domain is."""
+    """Describe a domain."""
     about = dict(rows.about)
     return RoutingDomain(name=name, file=about.pop("name"), rows=count, unknown=about)
 
 
 def _names(subject: Subject, layers: list[Layer]) -> dict[int, str]:
-    """The tokens of the vocabulary that came."""
+    """Return the text of each token of the vocabulary that occurred."""
     tokenizer = read_tokenizer(subject.folder)
     came = sorted({kind for layer in layers for kind in layer.kinds.counts})
     return dict(zip(came, tokenizer.convert_ids_to_tokens(came), strict=True))
@@ -215,7 +217,7 @@ def _rows(path: Path, subject: Subject, asked: Asked, cache: Path) -> Rows:
 
 
 def _chosen(count: int, asked: Asked) -> np.ndarray:
-    """The numbers of rows that are looked at, in an order that the seed decides."""
+    """Choose the numbers of the rows to look at, in a random order of the seed."""
     order = rng.permutation(rng.key(asked.seed, "specialisation"), count)
     return order[: min(count, asked.limit or count)]
 
@@ -230,7 +232,7 @@ def _watch(
     subject: Subject,
     places: Sequence[int],
 ) -> list[None]:
-    """Show the model the rows numbered `places`, and add what its routers say to the layers."""
+    """Run the model on the rows numbered `places`, and add the decisions of its routers to the layers."""
     read = rows.read(np.array(places))
     batch = {n: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for n, a in read.items()}
     inputs = rows.ask(batch).inputs
@@ -258,7 +260,10 @@ def _watch(
 
 
 def _kinds(inputs: Mapping[str, Any], stack: str, said: Said, rows: int) -> np.ndarray:
-    """What each real token of a stack is, [T']: its number in the vocabulary, or its place in an image."""
+    """Return the kind of each real token of a stack, [T'].
+
+    It is the id in the vocabulary, or the place in an image.
+    """
     if "pixel_values" in inputs:
         return np.tile(np.arange(len(said.logits) // rows), rows)
     ids, mask = (
@@ -289,7 +294,7 @@ def _add(layer: Layer, name: str, said: Said, kinds: np.ndarray) -> None:
 
 
 def _told(layer: Layer, names: Mapping[int, str]) -> RoutingLayer:
-    """One layer as routing.json has it."""
+    """Return the record of one layer for routing.json."""
     domains = layer.domains
     used = {n: _share(d.weights if layer.balanced else d.counts) for n, d in domains.items()}
     tokens = sum(d.tokens for d in domains.values())
@@ -314,7 +319,7 @@ def _told(layer: Layer, names: Mapping[int, str]) -> RoutingLayer:
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """Jensen and Shannon's divergence of two distributions [E], in bits, 0 to 1."""
+    """Return the Jensen-Shannon divergence of two distributions [E] in bits, between 0 and 1."""
     middle = (p + q) / 2
 
     def relative(a: np.ndarray) -> float:
@@ -325,7 +330,7 @@ def divergence(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def _share(values: np.ndarray) -> np.ndarray:
-    """Of their sum."""
+    """Return the values divided by their sum."""
     out: np.ndarray = values / max(values.sum(), 1e-300)
     return out
 

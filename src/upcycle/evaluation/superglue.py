@@ -1,8 +1,8 @@
-"""SuperGLUE as T5 runs it: every task is text in, text out, and the answer is the greedy text.
+"""SuperGLUE as T5 runs it: every task is text to text, and the answer is generated greedily.
 
 Inputs and targets are those of T5's code (Raffel et al. 2020; `preprocessors.py`, `glue_utils.py`): the name
-of the task, then each field after its name; WSC asks for what a marked pronoun stands for, ReCoRD for the
-entity at the placeholder. A row has the fields of the hub's `aps/super_glue`.
+of the task, then the name and the value of each field. WSC asks what a marked pronoun stands for, and ReCoRD
+asks for the entity at the placeholder. A row has the fields of the hub's `aps/super_glue`.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ _TRUTH = ("False", "True")
 
 @dataclass(frozen=True)
 class Example:
-    """What a model reads, what it should say (any of them), and which question it is part of."""
+    """An input, the accepted answers, and the question that the example is part of."""
 
     prompt: str
     answers: tuple[str, ...]
-    label: int = (
-        -1
-    )  # the number of the answer among the task's labels; of WSC, whether it is what the pronoun means
+    label: int = -1  # index of the right label; for WSC, whether the pronoun means the referent
     question: Hashable = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperGlueTask:
-    """How a row of one task is asked. `labels` are the only answers there are, where there are only some."""
+    """How the rows of a task become examples.
+
+    `labels` are the only possible answers, if the task has a fixed set.
+    """
 
     labels: tuple[str, ...]
-    fields: tuple[str, ...]  # that a row must have
+    fields: tuple[str, ...]  # the fields that a row must have
     ask: Callable[[Row], Example]
 
     def example(self, row: Row, where: str) -> Example:
-        """The row as an example. Raises `UpcycleError` where it is none."""
+        """Turn a row into an example. Raises `UpcycleError` if it is malformed."""
         if missing := [name for name in self.fields if name not in row]:
             raise UpcycleError(
                 f"{where} has no {', '.join(missing)}; a row has the fields of the hub's aps/super_glue: "
@@ -62,7 +63,7 @@ class SuperGlueTask:
 
 
 def _classified(name: str, labels: tuple[str, ...], shown: tuple[str, ...]) -> SuperGlueTask:
-    """A task that gives fields one after another and wants the name of a class."""
+    """Make a classification task: the input is a list of fields, and the answer is the name of a class."""
 
     def ask(row: Row) -> Example:
         parts = [part for field in shown for part in (f"{field}:", row[field])]
@@ -85,19 +86,19 @@ def _multirc(row: Row) -> Example:
     shown = f"multirc question: {row['question']} answer: {row['answer']} paragraph: {row['paragraph']}"
     label = _label(row, 2)
     question = (row["idx"]["paragraph"], row["idx"]["question"])
-    hash(question)  # a TypeError where it names no question
+    hash(question)  # raises TypeError if the row names no question
     return Example(re.sub("</?b>", "", shown.replace("<br>", " ")), (_TRUTH[label],), label, question)
 
 
 def _record(row: Row) -> Example:
-    # A highlight is a sentence of its own, and gets a full stop where it has no end.
+    # A highlight is a sentence of its own, and gets a full stop if it has none.
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", row["passage"])
     passage = passage.replace("\n@highlight\n", ". ")
     shown = f"record query: {row['query']} entities: {', '.join(row['entities'])} passage: {passage}"
     if not row["answers"]:
         raise ValueError("it has no answers (rows of a test set have none)")
     question = (row["idx"]["passage"], row["idx"]["query"])
-    hash(question)  # a TypeError where it names no question
+    hash(question)  # raises TypeError if the row names no question
     if not all(isinstance(text, str) for text in (*row["answers"], *row["entities"])):
         raise ValueError("its answers and entities should be texts")
     return Example(shown, tuple(row["answers"]), question=question)
@@ -106,13 +107,13 @@ def _record(row: Row) -> Example:
 def _wsc(row: Row) -> Example:
     words, pronoun = row["text"].split(" "), row["span2_text"]
     place = _pronoun(words, int(row["span2_index"]), pronoun)
-    rest = words[place][len(pronoun) :]  # punctuation that was not set apart
+    rest = words[place][len(pronoun) :]  # punctuation that is attached to the word
     marked = [*words[:place], f"*{pronoun}*", *([rest] if rest else []), *words[place + 1 :]]
     return Example(f"wsc: {' '.join(marked).strip()}", (row["span1_text"],), _label(row, 2))
 
 
 def _pronoun(words: list[str], index: int, pronoun: str) -> int:
-    """Where the pronoun stands: at `index`, or beside it (the data set is off by one in a place)."""
+    """Find the pronoun at `index` or beside it: in a few rows of the data set the index is off by one."""
     for place in (index, index + 1, index - 1):
         if 0 <= place < len(words) and re.fullmatch(re.escape(pronoun) + r"\W*", words[place]):
             return place
@@ -138,8 +139,11 @@ TASKS: Mapping[str, SuperGlueTask] = {
 
 
 def parse(kind: str, said: str, example: Example) -> int | str:
-    """What an answer counts as: the number of a label, or -1 for none; of WSC, whether it means the referent;
-    of ReCoRD, the text."""
+    """Turn the text of an answer into what is scored.
+
+    That is the index of a label (-1 for none); for WSC, whether the answer means the referent; for ReCoRD,
+    the text.
+    """
     if kind == "record":
         return said
     if kind == "wsc":
@@ -156,8 +160,11 @@ _DETERMINERS = frozenset(
 
 
 def means(said: str, referent: str) -> bool:
-    """Whether an answer names the referent: all words of one are among those of the other, determiners and
-    case aside, and a possessive ("Bob's hat") is never the bare name."""
+    """Return whether an answer names the referent.
+
+    All words of one must be among those of the other, apart from determiners and case. A possessive ("Bob's
+    hat") never matches the bare name.
+    """
     one, other = (
         " ".join(word for word in text.strip().lower().split(" ") if word not in _DETERMINERS)
         for text in (said, referent)
@@ -169,19 +176,19 @@ def means(said: str, referent: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """An answer as SQuAD's evaluation compares it: no case, punctuation, articles, or runs of blanks."""
+    """Normalise an answer as in SQuAD's evaluation: no case, punctuation, articles or repeated blanks."""
     bare = re.sub(r"[!-/:-@\[-`{-~]", "", text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def squad_f1(said: str, answer: str) -> float:
-    """The F1 of the words of two normalised texts."""
+    """Return the F1 score of the words of two normalised texts."""
     here, there = said.split(), answer.split()
     common = sum(min(here.count(word), there.count(word)) for word in set(here))
     return 2 * common / (len(here) + len(there)) if common else 0.0
 
 
 def rows_to_examples(kind: str, rows: list[Row], name: str) -> list[Example]:
-    """The examples of a task's rows."""
+    """Turn the rows of a task into examples."""
     task: Any = TASKS[kind]
     return [task.example(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]

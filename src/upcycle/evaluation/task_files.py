@@ -1,8 +1,8 @@
-"""Local files of evaluation tasks: `NAME.jsonl` is the data of the task NAME of lm-evaluation-harness.
+"""Local files of evaluation tasks: `NAME.jsonl` holds the data of the task NAME of lm-evaluation-harness.
 
-Rows have the fields of the data set that the task reads on the hub. Those of ARC, PIQA, COPA, BoolQ and
-LAMBADA may also be in the common form of query, choices and gold (or context and continuation): they are
-turned back into the hub's fields, so that prompts and metrics stay the harness's own.
+Rows have the fields of the data set that the task reads on the hub. Rows of ARC, PIQA, COPA, BoolQ and
+LAMBADA may also have the common form of query, choices and gold (or context and continuation). They are
+converted to the fields of the hub, so that prompts and metrics stay those of the harness.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any
 from upcycle.data.documents import json_row
 from upcycle.errors import UpcycleError, listed
 
-BLIMP = "blimp"  # a folder of paradigms, and the name of the group they make
+BLIMP = "blimp"  # the folder of the paradigms, and the name of their group
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFile:
-    """The data of one task."""
+    """The file with the data of one task."""
 
-    task: str  # the harness's name of it
+    task: str  # the name in the harness
     path: Path
 
 
 def find(folder: Path, names: tuple[str, ...]) -> list[TaskFile]:
-    """The files in `folder` of the tasks called `names`; without names, of all that are there.
+    """Find the files in `folder` of the tasks `names`, or all files if there are no names.
 
-    `blimp` is the folder of that name, a file a paradigm. Raises `UpcycleError` for a task without a file.
+    `blimp` is a folder with one file for each paradigm. Raises `UpcycleError` for a task without a file.
     """
     if not folder.is_dir():
         raise UpcycleError(f"no folder {folder}; --task-files is a folder of files NAME.jsonl")
@@ -56,7 +56,7 @@ def find(folder: Path, names: tuple[str, ...]) -> list[TaskFile]:
 
 
 def rows(path: Path, task: str) -> list[Row]:
-    """The rows of a file with the fields that the hub's data set of `task` has."""
+    """Read the rows of a file, with the fields of the data set of `task` on the hub."""
     out = []
     for number, line in enumerate(_lines(path), start=1):
         where = f"{path}, line {number}"
@@ -102,7 +102,7 @@ def _as_on_the_hub(row: Row, task: str, where: str) -> Row:
 
 
 def _checked(row: Row, task: str, where: str) -> Row:
-    """The row, if it has the fields that the hub's data set of a task known here has."""
+    """Return the row if it has the fields and types that a known task needs."""
     kinds = _KINDS.get(BLIMP if task.startswith(f"{BLIMP}_") else task, {})
     for name, kind in kinds.items():
         if name not in row:

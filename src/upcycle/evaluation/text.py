@@ -1,11 +1,12 @@
-"""A text through a decoder: loss, perplexity, bits per byte, accuracy; every token of it scored once.
+"""Scores of a decoder on a text: loss, perplexity, bits per byte, accuracy; every token is scored once.
 
-Each document is tokenised without special tokens and begun with BOS (EOS where there is none), which is not
-scored. Windows of at most L tokens go over it in steps of S: one scores the next S tokens (the first one L),
-each with what the window has room for before it. S = L is the rolling likelihood of lm-evaluation-harness.
+Each document is tokenised without special tokens. It begins with BOS (EOS if there is no BOS), which is not
+scored. Windows of at most L tokens move over it in steps of S. The first window scores up to L tokens and
+each later one the next S, with as much context before them as fits. S = L is the rolling likelihood of
+lm-evaluation-harness.
 
-A token's bytes are those from its first character to that of the next token, so that they sum to the bytes of
-the documents in UTF-8.
+The bytes of a token are those from its first character to that of the next token, so that they sum to the
+bytes of the documents in UTF-8.
 """
 
 from __future__ import annotations
@@ -29,15 +30,14 @@ from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.system import progress
 from upcycle.system.progress import Work
 
-PASSAGE = 4096  # characters: the units of a text that is one document
-LENGTH = 512  # tokens of a window, where the model takes as many
-_AT_ONCE = 512  # windows, of which those of one length go together
+PASSAGE = 4096  # characters; the size of the units of a text that is one document
+LENGTH = 512  # tokens of a window, unless the model takes fewer
+_AT_ONCE = 512  # windows that are read ahead; those of equal length form batches
 
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens of a document: ids, how many bytes of text each stands for, which passage it begins in; int64
-    [N]."""
+    """The tokens of a document: ids, bytes of text of each, and passage it begins in; int64 [N] each."""
 
     ids: np.ndarray
     bytes: np.ndarray
@@ -46,8 +46,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens `begin` to `end` of a document are read, and those from `first` on scored; -1 is what begins
-    it."""
+    """A window over a document: tokens `begin` to `end` are read, and those from `first` on are scored.
+
+    Index -1 is the token that begins the document.
+    """
 
     begin: int
     first: int
@@ -56,7 +58,7 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """A window of a document, and the document's number."""
+    """A window with its document and the document's number."""
 
     number: int
     document: Document
@@ -64,15 +66,15 @@ class Part:
 
     @property
     def scored(self) -> slice:
-        """The tokens that are scored."""
+        """The slice of the tokens that are scored."""
         return slice(self.window.first, self.window.end)
 
 
-Totals = dict[tuple[int, int], np.ndarray]  # by document and passage
+Totals = dict[tuple[int, int], np.ndarray]  # keyed by document and passage
 
 
 def windows(count: int, length: int, stride: int) -> list[Window]:
-    """The windows of a document of `count` tokens: `length` tokens are read in each, `stride` scored."""
+    """Return the windows over `count` tokens; each reads at most `length` tokens and scores `stride`."""
     ends = [min(length, count), *range(length + stride, count + stride, stride)] if count else []
     out, first = [], 0
     for end in ends:
@@ -92,10 +94,10 @@ def score(
     limit: int,
     separator: str | None,
 ) -> Result:
-    """What a decoder makes of the text at `path`; `limit` is the number of windows, 0: all.
+    """Score a decoder on the text at `path`; `limit` is the largest number of windows (0: all).
 
-    Without `length`, windows are `LENGTH` tokens or what the model reads at once; without `stride`, `length`.
-    Units are documents, or passages of `PASSAGE` characters where there is one document.
+    The default `length` is `LENGTH` tokens, or fewer if the model reads fewer at once. The default `stride`
+    is `length`. The units are documents, or passages of `PASSAGE` characters if there is a single document.
     """
     length, stride = _checked(language, length, stride)
     source = Source(path=str(path), separator=separator)
@@ -117,7 +119,7 @@ def score(
 
 
 def _checked(language: LanguageModel, length: int | None, stride: int | None) -> tuple[int, int]:
-    """Length and stride of the windows."""
+    """Return the length and the stride of the windows, after checking them."""
     most = language.length
     length = length or min(LENGTH, most or LENGTH)
     if most is not None and length > most:
@@ -132,13 +134,13 @@ def _checked(language: LanguageModel, length: int | None, stride: int | None) ->
 
 
 def _scoring(path: Path, limit: int) -> AbstractContextManager[Work]:
-    # The size of other files is not that of their text.
+    # The size of a file is that of its text only if it is plain text.
     plain = path.suffix in (".txt", ".text") and path.is_file() and not limit
     return progress.work(f"scoring {path.name}", "bytes", total=path.stat().st_size if plain else None)
 
 
 def _add(totals: Totals, parts: list[Part], language: LanguageModel, advance: Advance) -> None:
-    """Score some windows, and add up by document and passage: nats, bytes, right answers, tokens."""
+    """Score windows and add nats, bytes, right answers and tokens up by document and passage."""
     share = sum(int(part.document.bytes[part.scored].sum()) for part in parts) / len(parts)
     pairs = [_pair(part, language.begin) for part in parts]
     found = language.likelihoods(pairs, lambda windows: advance(round(windows * share)))
@@ -160,7 +162,7 @@ def _pair(part: Part, begin: int) -> Pair:
 def _parts(
     source: Source, language: LanguageModel, length: int, stride: int, limit: int
 ) -> Iterator[list[Part]]:
-    """All windows of all documents, `_AT_ONCE` at a time; `limit` in all."""
+    """Yield the windows of all documents, `_AT_ONCE` at a time and at most `limit` in all."""
     every = (
         Part(number=number, document=document, window=window)
         for number, document in enumerate(_documents(source, language))
@@ -172,7 +174,7 @@ def _parts(
 
 
 def _documents(source: Source, language: LanguageModel) -> Iterator[Document]:
-    """The documents that have a token."""
+    """Yield the documents that have at least one token."""
     begun: list[corpus.Piece] = []
     for piece in corpus.pieces(documents(source), language.tokenizer, source):
         begun.append(piece)
@@ -190,12 +192,12 @@ def _document(pieces: list[corpus.Piece], language: LanguageModel) -> Document:
         ids.append(made)
         sizes.append(size)
         passages.append((place + starts) // PASSAGE)
-        place += len(piece.text) + (piece.bytes > len(piece.text.encode()))  # a cut may swallow a blank
+        place += len(piece.text) + (piece.bytes > len(piece.text.encode()))  # a blank may be lost at a cut
     return Document(*map(np.concatenate, (ids, sizes, passages)))
 
 
 def _tokens(piece: corpus.Piece, language: LanguageModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids of a piece, the bytes of each, and the character it begins at: int64 [N]."""
+    """Return the ids of a piece, the bytes of each, and the character where each begins, int64 [N] each."""
     tokenizer = language.tokenizer
     if tokenizer.is_fast:
         made = tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True)

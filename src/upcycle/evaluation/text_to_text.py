@@ -1,7 +1,7 @@
-"""SuperGLUE through an encoder-decoder: the tasks asked, the answers read, the metrics of the benchmark.
+"""SuperGLUE for encoder-decoders: it asks the tasks, reads the answers and computes the metrics.
 
-Beside T5's greedy answers, `rank_accuracy` takes the likeliest of a task's labels instead: a model that was
-not trained on the format seldom says one.
+Besides the metrics of T5's greedy answers there is `rank_accuracy`, which takes the most likely label of a
+task. A model that was not trained on the format seldom generates a label.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.superglue import TASKS, Example
 from upcycle.system import progress
 
-ALL = "superglue"  # the mean over the eight tasks
-INPUT, TARGET = 512, 62  # tokens, as in Sparse Upcycling, appendix A.2
+ALL = "superglue"  # the name of the mean over the eight tasks
+INPUT, TARGET = 512, 62  # tokens, as in appendix A.2 of Sparse Upcycling
 
 
 def score(language: LanguageModel, folder: Path, *, limit: int) -> list[Result]:
-    """The tasks that have a file NAME.jsonl in `folder`; where all eight have, their mean as well.
+    """Score the tasks that have a file NAME.jsonl in `folder`, and their mean if all eight are there.
 
-    `limit` is the number of rows of a task, 0: all.
+    `limit` is the largest number of rows of a task; 0 means all.
     """
     results = []
     for kind, path in files(folder).items():
@@ -44,7 +44,7 @@ def score(language: LanguageModel, folder: Path, *, limit: int) -> list[Result]:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """The files of SuperGLUE in a folder, by task. Raises `UpcycleError` where there is none."""
+    """Find the files of SuperGLUE in a folder, by task. Raises `UpcycleError` if there are none."""
     if not folder.is_dir():
         raise UpcycleError(f"no folder {folder}; --superglue is a folder of files NAME.jsonl")
     found = {kind: folder / f"{kind}.jsonl" for kind in TASKS if (folder / f"{kind}.jsonl").is_file()}
@@ -74,10 +74,11 @@ def _result(kind: str, examples: list[Example], data: dict[str, Any], language: 
 
 
 def metrics_of(kind: str, examples: Sequence[Example], said: Sequence[str]) -> dict[str, Metric]:
-    """The benchmark's metrics of what a model said.
+    """Compute the metrics of the benchmark for the answers of a model.
 
-    Accuracy; CB also the mean F1 of its classes; MultiRC the F1 of all answers and the share of questions
-    with every answer right; ReCoRD exact match and F1, the best over the answers of a query.
+    All tasks but ReCoRD and MultiRC have accuracy, CB also the mean F1 of its classes. MultiRC has the F1
+    over all answers and the share of questions with every answer right. ReCoRD has exact match and F1, each
+    the best over the answers of a query.
     """
     found = [superglue.parse(kind, text, example) for text, example in zip(said, examples, strict=True)]
     if kind == "record":
@@ -86,7 +87,7 @@ def metrics_of(kind: str, examples: Sequence[Example], said: Sequence[str]) -> d
     numbers = np.array(found)
     right = numbers == labels
     if kind == "multirc":
-        numbers = np.where(numbers < 0, 1 - labels, numbers)  # no label is a wrong one
+        numbers = np.where(numbers < 0, 1 - labels, numbers)  # an answer that is no label counts as wrong
         whole: dict[Any, bool] = {}
         for example, good in zip(examples, right, strict=True):
             whole[example.question] = whole.get(example.question, True) and bool(good)
@@ -120,7 +121,7 @@ def _share(values: np.ndarray, units: str = "examples") -> Metric:
 
 
 def _f1(found: np.ndarray, labels: np.ndarray, label: int) -> float:
-    """Of one class against the others; 0 where there is nothing to find."""
+    """Return the F1 of one class against the others; 0 if it neither occurs nor is answered."""
     both = int(((found == label) & (labels == label)).sum())
     either = int((found == label).sum() + (labels == label).sum())
     return 2 * both / either if either else 0.0

@@ -1,5 +1,5 @@
-"""The JSON documents that folders hold, as typed records: whoever writes one and whoever reads it share it.
+"""The JSON documents in folders, as typed records that their writers and readers share.
 
-A file here is a document: its name, its format number, and what it must hold, said by annotations. Nothing
-here needs torch.
+Each file here is a document: its name, its format number and, in annotations, its contents. Nothing here
+needs torch.
 """

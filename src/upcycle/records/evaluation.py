@@ -1,4 +1,4 @@
-"""`eval.json`: what a checkpoint scores, one entry for each thing scored. It lies beside the weights."""
+"""`eval.json`: the scores of a checkpoint, one entry per task or data set. It is beside the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upcycle.records.reader import Document, Record, WrongError, sometimes
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRecord(Record):
-    """A number, and its standard error if one is known."""
+    """The value of a metric, and its standard error if it is known."""
 
     value: float
     standard_error: float | None = None
@@ -20,9 +20,10 @@ class MetricRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class PairedSums(Record):
-    """What a metric is made of, unit by unit [N]: the sum of `top` over the sum of `bottom`.
+    """The unit-wise sums [N] of a metric, whose value is sum(`top`) / sum(`bottom`).
 
-    Metrics of other checkpoints over the same units, which `units_sha256` tells, can be paired with it.
+    It can be paired with metrics of other checkpoints over the same units, which have the same
+    `units_sha256`.
     """
 
     units: str | None = None
@@ -37,19 +38,19 @@ class PairedSums(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationEntry(Record):
-    """One thing scored; the same kind and name scored again takes its place."""
+    """The scores on one task or data set; a new entry of the same kind and name replaces it."""
 
     kind: str
     name: str
-    data: Any = sometimes()  # what was scored, and how
+    data: Any = sometimes()  # the data and settings of the scores
     metrics: Mapping[str, MetricRecord]
-    paired: Mapping[str, PairedSums] | None = sometimes()  # by metric
+    paired: Mapping[str, PairedSums] | None = sometimes()  # keyed by metric
     versions: Mapping[str, str] | None = sometimes()
     date: str | None = sometimes()
 
     @property
     def place(self) -> tuple[str, str]:
-        """What tells the entry from others of its file."""
+        """The kind and name, which identify the entry in its file."""
         return self.kind, self.name
 
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a line a training step. It lies in the folder of the run."""
+"""`metrics.jsonl`: one line per training step. It is in the folder of the run."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from upcycle.records.reader import DamagedError, Document, Record, sometimes
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMetrics(Record):
-    """What the router of one layer of E experts did in a step; shares are 0 to 1."""
+    """The router statistics of one layer of E experts in a step; shares are between 0 and 1."""
 
     layer: int
     stack: str = sometimes("layers")
     load: tuple[float, ...]  # [E], each expert's share of the slots
-    entropy: float  # of the load, over log E
+    entropy: float  # entropy of the load, divided by log E
     busiest: float = 0.0  # the largest load
     idlest: float = 0.0  # the smallest load
-    dead: int  # experts that got nothing
-    collapsed: bool  # the busiest experts got nearly everything
+    dead: int  # number of experts that got no token
+    collapsed: bool  # True if the busiest experts got nearly all tokens
     left_behind: float  # share of the tokens that reached no expert
     router_grad_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics(Document):
-    """What is known after a step. Losses are in nats; `seconds` and rates are those of this step."""
+    """The metrics of a step. Losses are in nats; `seconds` and rates are for this step alone."""
 
     FILE: ClassVar[str] = "metrics.jsonl"
 
     format: int = sometimes(Document.FORMAT)
     step: int
-    tokens: int  # since the run began
+    tokens: int  # tokens since the run began
     loss: float
     lr: float | None = None
     grad_norm: float | None = None
     balance_loss: float | None = sometimes()
     z_loss: float | None = sometimes()
-    router_losses: Mapping[str, float] | None = sometimes()  # by name, of losses that a router brings
+    router_losses: Mapping[str, float] | None = sometimes()  # additional losses of the router, by name
     layers: tuple[LayerMetrics, ...] = sometimes(())
     seconds: float | None = None
     tokens_per_s: float | None = None
@@ -49,12 +49,12 @@ class StepMetrics(Document):
     peak_memory: int | None = None  # bytes
     held_out_loss: float | None = sometimes()
     held_out_accuracy: float | None = sometimes()
-    held_out_start: float | None = sometimes()  # before the first step
+    held_out_start: float | None = sometimes()  # held-out loss before the first step
     held_out_accuracy_start: float | None = sometimes()
 
     @classmethod
     def of_line(cls, line: bytes, file: str) -> Self:
-        """The step of one line. Raises `DamagedError`, in which `file` is what holds the line."""
+        """Read the step in one line. Raises `DamagedError`; `file` is the name of the file in the error."""
         try:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:

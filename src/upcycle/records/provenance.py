@@ -1,4 +1,4 @@
-"""`upcycle.json`: what a checkpoint was made from, how, and by what. It lies beside the weights."""
+"""`upcycle.json`: the source, recipe and program of a checkpoint. It is beside the weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MadeFrom(Record):
 
     @property
     def folder(self) -> Path:
-        """Where it was."""
+        """The path of its folder when it was used."""
         path = Path(self.path)
         try:
             return path.expanduser()
@@ -42,7 +42,7 @@ class MadeFrom(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Record):
-    """A run that a checkpoint was exported from, and how far the run was. Losses are in nats."""
+    """The training run that a checkpoint was exported from, and its progress. Losses are in nats."""
 
     upcycle_version: str | None = sometimes()
     versions: Mapping[str, str] | None = sometimes()
@@ -51,7 +51,7 @@ class Training(Record):
     training_flops_per_token: float | None = sometimes()
     from_scratch: bool | None = sometimes()
     run: Table | None = sometimes()  # the run file
-    source_hashed: str | None = sometimes()  # when the hashes of the source were taken
+    source_hashed: str | None = sometimes()  # the moment at which the source was hashed
     step: int
     loss: float | None = sometimes()
     held_out_start: float | None = sometimes()
@@ -66,9 +66,10 @@ class Training(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance(Document):
-    """Where a checkpoint comes from. It holds no time, so that a recipe run twice gives equal folders.
+    """The origin of a checkpoint.
 
-    A dense model that was only trained on has neither a recipe nor a hash of a blueprint.
+    It holds no time, so that running a recipe twice gives equal folders. A dense model that was only trained
+    further has neither a recipe nor a blueprint hash.
     """
 
     FILE: ClassVar[str] = "upcycle.json"
@@ -83,12 +84,12 @@ class Provenance(Document):
     blueprint_hash: str | None
     preserves_function: bool | None = sometimes()
     moe_layers: Any = sometimes()
-    left_out_tensors: Mapping[str, str] | None = sometimes()  # with the reason
+    left_out_tensors: Mapping[str, str] | None = sometimes()  # the reason, by name of the tensor
     left_out_config_keys: tuple[str, ...] | None = sometimes()
     carried_files: tuple[str, ...] | None = sometimes()
     left_behind_files: tuple[str, ...] | None = sometimes()
-    files: Mapping[str, str] | None = sometimes()  # SHA-256 of what was written beside the weights
-    training: tuple[Training, ...] | None = sometimes()  # the runs since, the first one first
+    files: Mapping[str, str] | None = sometimes()  # SHA-256 of the files written beside the weights
+    training: tuple[Training, ...] | None = sometimes()  # the runs since then, the first one first
 
     def __post_init__(self) -> None:
         if (self.recipe is None) != (self.blueprint_hash is None):
@@ -103,6 +104,6 @@ class Provenance(Document):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The provenance in a folder. Raises `UpcycleError` if there is none, or it is damaged."""
+        """Read the provenance in a folder. Raises `UpcycleError` if it is missing or damaged."""
         missing = f"{folder} has no {cls.FILE}; it was not made by `upcycle convert`, or lost its provenance"
         return cls.of(load(folder / cls.FILE, missing), str(folder / cls.FILE))

@@ -1,8 +1,7 @@
-"""A reader of records: frozen dataclasses whose annotations say what a JSON document must hold.
+"""The reader of records, which are frozen dataclasses whose annotations define a JSON document.
 
-A key that a record does not know is kept as it is, so that a file of a newer version loses nothing when it is
-written again. A field without a default must be there; one made by `sometimes` is left out of the file while
-it has its default.
+An unknown key is kept, so that a file of a newer version loses nothing when it is written again. A field
+without a default is required. A field made by `sometimes` is left out of the file if it has its default.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 from upcycle.checkpoints.checkpoint import refuse_special
 from upcycle.errors import UpcycleError, shown
 
-Table = Mapping[str, Any]  # a part of a document whose keys are those of a recipe or a run file
-LARGEST = 1 << 63  # whole numbers stay below it, so that arithmetic on them cannot overflow
+Table = Mapping[str, Any]  # part of a document whose keys are those of a recipe or a run file
+LARGEST = 1 << 63  # integers must be smaller, so that arithmetic on them cannot overflow
 
 
 class DamagedError(UpcycleError):
-    """A document is not what its record says; `why` names the key."""
+    """A document does not match its record; `why` names the key."""
 
     def __init__(self, file: str, why: str) -> None:
         super().__init__(f"{file} is damaged: {why}")
@@ -31,7 +30,7 @@ class DamagedError(UpcycleError):
 
 
 class WrongError(ValueError):
-    """A value is not what its key must hold; `keys` lead to it, the outermost first."""
+    """A value does not match its key; `keys` is the path to it, the outermost key first."""
 
     def __init__(self, why: str, *keys: str) -> None:
         super().__init__(why)
@@ -42,18 +41,18 @@ class WrongError(ValueError):
 
 
 def sometimes(default: Any = None) -> Any:
-    """A field that a document has only if its value is another one than `default`."""
+    """Define a field that is written only if its value differs from `default`."""
     return field(default=default, metadata={"sometimes": True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A table of a JSON document."""
+    """A table in a JSON document."""
 
-    unknown: Table = field(default_factory=dict, repr=False)  # keys of other versions
+    unknown: Table = field(default_factory=dict, repr=False)  # unknown keys, from other versions
 
     def as_table(self) -> dict[str, Any]:
-        """The record as JSON has it, keys in the order of its fields."""
+        """Return the record as JSON, with the keys in the order of the fields."""
         return {
             known.name: _plain(value)
             for known in _fields(type(self))
@@ -63,17 +62,20 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Document(Record):
-    """A record that is a file, or a line of one; `format` is the one that this version writes and reads."""
+    """A record that is a whole file or a line of one.
+
+    `format` is the format number that this version writes and reads.
+    """
 
     FILE: ClassVar[str]
     FORMAT: ClassVar[int] = 1
 
     @classmethod
     def of(cls, table: object, file: str) -> Self:
-        """The record that a table is; `file` is what an error calls it.
+        """Make the record of a table; `file` is the name of the file in errors.
 
-        Raises `DamagedError` if a key is missing or does not hold what it should, and `UpcycleError` if the
-        table has a format that this version does not read.
+        Raises `DamagedError` if a key is missing or has a wrong value, and `UpcycleError` if this version
+        does not read the format of the table.
         """
         found = table.get("format") if isinstance(table, Mapping) else None
         if found != cls.FORMAT and type(found) is int:
@@ -87,9 +89,9 @@ class Document(Record):
 
 
 def load(path: Path, missing: str, file: str | None = None) -> dict[str, Any]:
-    """The JSON object in `path`, not yet looked into; `missing` is the error if there is no such file.
+    """Load the JSON object in `path`, unchecked; `missing` is the error if there is no such file.
 
-    Raises `DamagedError` if the file holds anything but a JSON object; `file` is what the error calls it.
+    Raises `DamagedError` if the file holds anything but a JSON object; `file` is its name in the error.
     """
     file = file or str(path)
     refuse_special(path)
@@ -105,7 +107,7 @@ def load(path: Path, missing: str, file: str | None = None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a record as JSON has it."""
+    """Convert a value of a record to JSON."""
     if isinstance(value, Record):
         return value.as_table()
     if isinstance(value, Mapping):
@@ -121,7 +123,7 @@ def _fields(kind: type[Record]) -> Sequence[Field[Any]]:
 
 @cache
 def _converter(kind: Any) -> Callable[[Any], Any]:
-    """A function from a JSON value to what a field annotated `kind` holds; it raises `WrongError`."""
+    """Return a function that converts a JSON value to the type `kind`; it raises `WrongError`."""
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and issubclass(kind, Record):
         return _record(kind)
@@ -157,7 +159,7 @@ def _record(kind: type[Record]) -> Callable[[Any], Any]:
 
 
 def _either(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
-    """A value or null."""
+    """Return a function that converts a value or null."""
     (kind,) = (each for each in kinds if each is not types.NoneType)
     convert = _converter(kind)
     return lambda value: None if value is None else convert(value)
@@ -196,7 +198,7 @@ def _whole(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    """A number as it is written; NaN and infinity are numbers that JSON of ours may hold."""
+    """Return a number as it is; our JSON may hold NaN and infinity."""
     if type(value) is not float and (type(value) is not int or abs(value) >= LARGEST):
         raise WrongError(f"is {shown(value)}, not a number")
     number: float = value

@@ -1,4 +1,4 @@
-"""`routing.json`: what `inspect` saw of the routers of a checkpoint at work. It lies beside the weights."""
+"""`routing.json`: the routing of a checkpoint as `inspect` observed it. It is beside the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upcycle.records.reader import Document, Record, sometimes
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingDomain(Record):
-    """A set of rows that the model was shown; further keys say what the rows are."""
+    """A set of rows that the model was run on; additional keys describe the rows."""
 
     name: str
     file: str | None = sometimes()
@@ -20,24 +20,24 @@ class RoutingDomain(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingLayer(Record):
-    """What the router of one layer of E experts did with D domains."""
+    """The routing of one layer of E experts on D domains."""
 
     stack: str = "layers"
     layer: int
     load: tuple[float, ...]  # [E], each expert's share of the slots
     load_by_domain: Mapping[str, tuple[float, ...]]
     weight_by_domain: Mapping[str, tuple[float, ...]] | None = sometimes()  # mean probabilities, [E] each
-    confidence: float | None = sometimes()  # mean of the largest probability of a token
-    entropy: float | None = sometimes()  # mean over tokens, over log E
+    confidence: float | None = sometimes()  # mean over tokens of the largest probability
+    entropy: float | None = sometimes()  # mean over tokens, divided by log E
     left_behind: float | None = sometimes()  # share of the tokens that reached no expert
     tokens: int | None = sometimes()
-    divergence_of: str = "loads"  # or `weights`, if the router gives every expert as much
-    divergence: tuple[tuple[float, ...], ...]  # [D, D], Jensen and Shannon's, in bits
-    favourites: tuple[tuple[tuple[Any, ...], ...], ...] = ()  # by expert: tokens with their mean probability
+    divergence_of: str = "loads"  # or `weights`, if the router gives every expert equally many tokens
+    divergence: tuple[tuple[float, ...], ...]  # [D, D], Jensen-Shannon divergence in bits
+    favourites: tuple[tuple[tuple[Any, ...], ...], ...] = ()  # for each expert: tokens, mean probabilities
 
     @property
     def by_domain(self) -> Mapping[str, tuple[float, ...]]:
-        """How each domain used the experts: loads, or weights if every expert has as much."""
+        """The use of the experts by each domain: loads, or weights if the loads are equal by construction."""
         weights = self.weight_by_domain if self.divergence_of == "weights" else None
         return self.load_by_domain if weights is None else weights
 

@@ -1,4 +1,4 @@
-"""`run.json`: what a training run was asked to do, and on what model. It lies in the folder of the run."""
+"""`run.json`: the settings and the model of a training run. It is in the folder of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StartedFrom(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Document):
-    """A run: the file that asked for it, with the sizes and the cost of its model."""
+    """A run: its run file, and the size and cost of its model."""
 
     FILE: ClassVar[str] = "run.json"
 
@@ -42,8 +42,8 @@ class RunRecord(Document):
     active_parameters: int
     from_scratch: bool
     run: Table  # the run file
-    identity: Table  # what a run that goes on must have in common with this one
-    source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # by checkpoint and file
+    identity: Table  # settings that a resumed run must share with this one
+    source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and file
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_row", "training_flops_per_row", "parameters", "active_parameters"):
@@ -53,7 +53,7 @@ class RunRecord(Document):
 
 
 def refuse_other_sections(run: Table) -> None:
-    """Refuse a run file in which something else stands in place of a section."""
+    """Raise an error for a run file in which a section is not a table."""
     for name in (*_SECTIONS, *(name for name in _OPTIONAL_SECTIONS if name in run)):
         if not isinstance(run.get(name), Mapping):
             raise WrongError("is missing in it, or is not a table", "run", name)

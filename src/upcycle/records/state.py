@@ -1,4 +1,4 @@
-"""`state.json`: how far a run had come. It lies in a checkpoint of the run, beside the tensors."""
+"""`state.json`: the progress of a run. It is in a checkpoint of the run, beside the tensors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from upcycle.records.reader import DamagedError, Document, Table, WrongError, lo
 class RunState(Document):
     """The state of a run after a step. Losses are the last ones, in nats.
 
-    `batches` is the place in the data, `identity` what the run file says of numbers. Files of older versions
-    have no hashes.
+    `batches` is the position in the data. `identity` holds the settings that affect numbers. Files of older
+    versions have no hashes.
     """
 
     FILE: ClassVar[str] = "state.json"
 
     format: int = sometimes(Document.FORMAT)
-    source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # by checkpoint and file
+    source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and file
     step: int
     held_out_loss: float | None = sometimes()
     held_out_start: float | None = sometimes()
@@ -32,9 +32,9 @@ class RunState(Document):
     loss: float | None = sometimes()
     batches: Table
     identity: Table
-    micro_batch: int | None = None  # rows of a forward pass, if they are fewer than a batch has
-    sha256: Mapping[str, str] | None = sometimes()  # of the files of tensors
-    state_sha256: str | None = sometimes()  # of this file, without this line
+    micro_batch: int | None = None  # rows of a forward pass, if fewer than the batch has
+    sha256: Mapping[str, str] | None = sometimes()  # hashes of the files of tensors
+    state_sha256: str | None = sometimes()  # hash of this file without this line
 
     def __post_init__(self) -> None:
         if self.step < 0:
@@ -43,12 +43,12 @@ class RunState(Document):
             raise WrongError(f"is {self.micro_batch}, not 1 or more", "micro_batch")
 
     def sealed(self) -> Self:
-        """The same with the hash of itself, by which `read` knows that nothing has changed."""
+        """Return the state with a hash of itself, by which `read` detects changes."""
         return replace(self, state_sha256=_hash_of(self.as_table()))
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
-        """The state in a checkpoint. Raises `UpcycleError` if it is not as it was written."""
+        """Read the state in a checkpoint. Raises `UpcycleError` if it is not as it was written."""
         path = checkpoint / cls.FILE
         table = load(path, f"{checkpoint} has no {cls.FILE}")
         state = cls.of(table, str(path))
@@ -58,6 +58,6 @@ class RunState(Document):
 
 
 def _hash_of(table: Table) -> str:
-    """The SHA-256 of a state, but for the place where it stands."""
+    """Return the SHA-256 of a state without its own hash."""
     told = {key: value for key, value in table.items() if key != "state_sha256"}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""`upcycle report`: what runs and checkpoints left behind, as one page, and its twin in Markdown."""
+"""`upcycle report`: a page on training runs and checkpoints, in HTML and optionally in Markdown."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def report(
     dense_flops: float | None = None,
     dense_tokens: float | None = None,
 ) -> list[str]:
-    """Write the page `out` about runs and checkpoints, and with `markdown` the same as Markdown with PNGs in
-    `figures` beside it. Gives what is wrong with what was given, a sentence each.
+    """Write the page `out` about runs and checkpoints, and return a sentence for each problem with them.
 
-    `dense_flops` and `dense_tokens` tell the training cost of the dense checkpoint that runs start from,
-    where no provenance does. A report that was made before is replaced, any other file refused. Raises
-    `UpcycleError` where nothing can be shown.
+    `markdown` names a Markdown file with the same content, with PNGs in `figures` beside it. `dense_flops`
+    and `dense_tokens` are the training cost of the dense checkpoint that runs start from, used if no
+    provenance has it. An earlier report is replaced; any other file raises an error. Raises `UpcycleError` if
+    nothing can be shown.
     """
     from upcycle.reporting import drawing, page, sections
     from upcycle.reporting import markdown as twin
@@ -61,7 +61,7 @@ def report(
 
 
 def _refuse_foreign(path: Path, sign: str) -> None:
-    """Refuse a path where anything but a file of a report is; `sign` stands at its beginning."""
+    """Raise an error for a path with anything but a file of a report, which begins with `sign`."""
 
     def ours(path: Path) -> bool:
         with path.open("rb") as file:

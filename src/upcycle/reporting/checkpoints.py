@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights, and how alike its experts are.
+"""The files beside the weights of a checkpoint, and the similarity of its experts.
 
 A checkpoint is any folder with a config.json: exported from a run, converted, or dense.
 """
@@ -25,50 +25,50 @@ Kind = TypeVar("Kind", bound=Document)
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One metric of one evaluation of a checkpoint; those of equal `question` can be compared."""
+    """One metric of one evaluation of a checkpoint; scores with equal `question` can be compared."""
 
     kind: str
     name: str
-    data: str  # JSON: what it was scored on, and how
+    data: str  # JSON: the data and settings
     metric: str
     value: float
     standard_error: float | None
     higher_is_better: bool
-    sums: Sums | None = None  # of its units, where they can be paired with another model's
-    units: str = ""  # a hash of what those are
+    sums: Sums | None = None  # sums by unit, if they can be paired with another model's
+    units: str = ""  # a hash that identifies the units
 
     @property
     def question(self) -> tuple[str, str, str, str]:
-        """Kind, name, data and metric."""
+        """The kind, name, data and metric of the score."""
         return self.kind, self.name, self.data, self.metric
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """A checkpoint: where it comes from, how it scored, what its experts and routers look like."""
+    """A checkpoint: its provenance, its scores, and the statistics of its experts and routers."""
 
     name: str
     folder: Path
     made: Provenance | None
     scores: tuple[Score, ...]
     routing: RoutingRecord | None
-    anatomy: Table | None  # of a Mixture of Experts
+    anatomy: Table | None  # None for a dense model
     damage: tuple[str, ...]
 
     @property
     def training(self) -> Training | None:
-        """What its provenance says of the run it was exported from."""
+        """The training in its provenance that it was exported from; None if there is none."""
         last = self.made.training[-1] if self.made and self.made.training else None
         return last if last and last.run is not None else None
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder says that it is a model."""
+    """Return whether a folder holds a model."""
     return (folder / "config.json").is_file()
 
 
 def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:
-    """The checkpoint in `folder`, with everything that lies beside its weights; reads the experts."""
+    """Read the checkpoint in `folder`, with its experts and all the files beside its weights."""
     damage: list[str] = []
 
     def attempt(read: Any) -> Any:
@@ -77,7 +77,7 @@ def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:
         except (UpcycleError, OSError) as error:
             damage.append(str(error))
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            # What a damaged file does to its reader must not end the report on the others.
+            # An error from a damaged file must not end the report on the others.
             damage.append(f"something beside its weights is damaged ({type(error).__name__}: {error})")
         return None
 
@@ -93,7 +93,7 @@ def read_checkpoint(folder: Path, name: str) -> CheckpointRecord:
 
 
 def _anatomy(folder: Path) -> Table | None:
-    """Similarity of the experts; None where there are none."""
+    """Return the similarity of the experts; None if there are none."""
     from upcycle.inspection import inspect
 
     found = fit(inspect(folder), Provenance.FILE)
@@ -101,7 +101,7 @@ def _anatomy(folder: Path) -> Table | None:
 
 
 def _read(kind: type[Kind], folder: Path) -> Kind | None:
-    """A document beside the weights, with texts that can be shown; None if it is not there."""
+    """Read a document beside the weights, with texts made safe to show; None if it does not exist."""
     path = folder / kind.FILE
     if not path.exists():
         return None
@@ -109,7 +109,7 @@ def _read(kind: type[Kind], folder: Path) -> Kind | None:
 
 
 def _scores(folder: Path) -> tuple[Score, ...]:
-    """The finite numbers in eval.json."""
+    """Read the finite numbers in eval.json."""
     try:
         found = _read(EvaluationRecord, folder)
     except DamagedError as error:

@@ -1,6 +1,7 @@
-"""Which runs can be compared, which of them are one thing with several seeds, and who is ahead where.
+"""The comparison of runs: which are comparable, which differ only in their seed, and which are better.
 
-Takes runs; gives groups with means and standard errors, pairs of groups, and who is foreign and why.
+It takes runs and gives groups with means and standard errors, pairs of groups, and the runs that cannot be
+compared, with the reason.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ ORDER: tuple[Kind, ...] = (
     "dense, continued", "dense, rebuilt", "dense, from scratch", "upcycled", "MoE, from scratch",
 )  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-# Keys of a run file in which runs of one group may differ: the seed, and what does not change numbers.
+# The keys of a run file in which runs of one group may differ: the seed, and keys that do not affect numbers.
 _FREE = ("seed", "out", "log", "checkpoint", "parallel")
 _FREE_BELOW = {"train": ("seed", "micro_batch", "compile", "activation_checkpointing"), "data": ("cache",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A curve: the mean over runs [n], and its standard error [n] where there is more than one."""
+    """A mean curve over runs [n], with its standard error [n] if there are several runs."""
 
     value: np.ndarray
     error: np.ndarray | None
 
     @classmethod
     def of(cls, curves: Sequence[np.ndarray]) -> Mean:
-        """The mean of curves over the same points."""
+        """Return the mean of curves over the same points."""
         stacked = np.stack(curves)
         one = len(stacked) < 2
         error = None if one else stacked.std(axis=0, ddof=1) / math.sqrt(len(stacked))
@@ -51,44 +52,47 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that differ in their seed alone, and were evaluated at the same points."""
+    """Runs that differ only in their seed and were evaluated at the same points."""
 
     label: str
     kind: Kind
     runs: tuple[RunHistory, ...]
-    tokens: np.ndarray  # [n] of the held-out numbers
-    flops: np.ndarray  # [n], of training
+    tokens: np.ndarray  # [n], of the held-out evaluations
+    flops: np.ndarray  # [n], training FLOPs
     loss: Mean
     accuracy: Mean
     start: StartCost
 
     @property
     def has_experts(self) -> bool:
-        """Whether it is a Mixture of Experts."""
+        """Return whether the model is a Mixture of Experts."""
         return self.kind in ("upcycled", "MoE, from scratch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A Mixture of Experts against another group, on held-out loss.
+    """A comparison of a Mixture of Experts with another group by held-out loss.
 
-    Crossings are of the curves as they are drawn; what is said of them rests on `told`, measurements alone.
+    The crossings are those of the drawn curves. Statements about them use `told`, which rests on measurements
+    alone.
     """
 
     group: Group
     against: Group
-    told: Told  # over FLOPs
+    told: Told  # along FLOPs
     told_tokens: Told
     told_with_start: Told | None
     tokens: Crossing
     flops: Crossing
-    with_start: Crossing | None  # FLOPs, those of the starts included; None where one is not known
-    error: float | None  # standard error of the gap at the end of the common FLOPs, over seeds
+    with_start: Crossing | None  # along FLOPs that include those of the starts; None if a start is unknown
+    error: float | None  # standard error over seeds of the gap at the end of the common FLOPs
 
     @property
     def paid(self) -> Paid:
-        """Whether the Mixture of Experts is ahead at the end: by what was measured, and by two standard
-        errors over seeds; one seed can tell nothing."""
+        """The answer whether the Mixture of Experts is better at the end.
+
+        It is judged by the measurements and by two standard errors over seeds; one seed cannot decide it.
+        """
         found, error = self.told, self.error
         if found.low is None or found.high is None:
             return "cannot be told"
@@ -105,14 +109,14 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything that was found out about the runs together."""
+    """The results of the comparison of all runs."""
 
     groups: tuple[Group, ...]
     pairs: tuple[Pair, ...]
-    foreign: tuple[tuple[RunHistory, str], ...]  # with the reason
+    foreign: tuple[tuple[RunHistory, str], ...]  # each with the reason
 
     def owner(self, checkpoint: CheckpointRecord) -> tuple[Group, RunHistory] | None:
-        """The run that a checkpoint was exported from, if it was given."""
+        """Return the group and the run that a checkpoint was exported from, if the run was given."""
         training = checkpoint.training
         if training is None:
             return None
@@ -121,7 +125,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[RunHistory], given: Given) -> Comparison:
-    """Compare those that can be compared; what most runs have in common decides which those are."""
+    """Compare the comparable runs, which are those that share the terms of most runs."""
     terms = [_terms(run) for run in runs]
     keys = [json.dumps(t, sort_keys=True, default=str) for t in terms]
     reference = terms[keys.index(max(keys, key=keys.count))] if runs else {}
@@ -137,7 +141,7 @@ def compare(runs: Sequence[RunHistory], given: Given) -> Comparison:
 
 
 def _terms(run: RunHistory) -> dict[str, Any]:
-    """What runs must share for their held-out numbers to mean the same."""
+    """Return the settings that runs must share for their held-out numbers to be comparable."""
     data, train = run.table["data"], run.table["train"]
     task = {k: v for k, v in (run.table.get("task") or {}).items() if v and k not in ("augment", "name")}
     length = train.get("sequence_length", 1024)
@@ -154,7 +158,7 @@ def _terms(run: RunHistory) -> dict[str, Any]:
 
 
 def _tokenizer(folder: str) -> str:
-    """A tokenizer by its bytes, or by the name of its folder where that is gone."""
+    """Identify a tokenizer by its bytes, or by the name of its folder if the folder is gone."""
     for name in _TOKENIZERS:
         if (path := Path(folder) / name).is_file():
             return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
@@ -197,7 +201,7 @@ def _group(label: str, runs: list[RunHistory], given: Given) -> Group:
 
 
 def _settings(run: RunHistory) -> dict[str, Any]:
-    """The run file without what may differ between seeds."""
+    """Return the run file without the keys that may differ between seeds."""
     table = {k: v for k, v in run.table.items() if k not in _FREE}
     for section, free in _FREE_BELOW.items():
         table[section] = {k: v for k, v in table[section].items() if k not in free}
@@ -218,7 +222,7 @@ def _is_dense(moe: Mapping[str, Any]) -> bool:
 
 
 def _labels(runs: Sequence[RunHistory]) -> list[str]:
-    """A name for each, from what it is; where two are alike, with the settings in which they differ."""
+    """Return a label for each run; equal labels are extended by the settings in which the runs differ."""
     plain = [_label(run) for run in runs]
     leaves = [dict(flat(_settings(run))) for run in runs]
     out = []
@@ -232,7 +236,7 @@ def _labels(runs: Sequence[RunHistory]) -> list[str]:
 
 
 def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
-    """The settings that tell the most of `alike` apart, the source before others."""
+    """Return the settings that best distinguish the runs in `alike`, with the source before others."""
     keys = sorted(
         {key for leaves in alike for key in leaves}, key=lambda key: (key != "source", len(key), key)
     )
@@ -250,7 +254,7 @@ def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
 
 
 def _said(key: str, value: Any) -> str:
-    """A setting in a label: `peak 0.001`, `schedule cosine`, `source small`."""
+    """Format a setting for a label: `peak 0.001`, `schedule cosine`, `source small`."""
     if key == "source":
         return f"source {_short(Path(str(value)).name, 24)}"
     parts = [part for part in key.split(".") if part != "name"]
@@ -270,7 +274,7 @@ def _label(run: RunHistory) -> str:
 
 
 def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Every leaf of a nested table with its dotted key."""
+    """Yield every leaf of a nested table with its dotted key."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from flat(inner, f"{path}.{key}" if path else str(key))
@@ -282,7 +286,10 @@ def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _pairs(groups: Sequence[Group]) -> Iterable[Pair]:
-    """Every Mixture of Experts against every dense group, upcycled ones against those from scratch too."""
+    """Yield every Mixture of Experts paired with every dense group.
+
+    Upcycled ones are also paired with those from scratch.
+    """
     for against in groups:
         for group in groups:
             scratch = group.kind == "upcycled" and against.kind == "MoE, from scratch"
@@ -314,7 +321,7 @@ def _pair(group: Group, against: Group) -> Pair:
 
 
 def difference_of(pair: Pair) -> str:
-    """How far the Mixture of Experts is above the other at the end, from where to where."""
+    """Describe the difference in loss at the end, as an interval."""
     low, high = pair.told.low, pair.told.high
     if low is None or high is None:
         return formats.MISSING
@@ -324,12 +331,12 @@ def difference_of(pair: Pair) -> str:
 
 
 def _error_at(flops: float, group: Group) -> float:
-    """The standard error of a loss after so many FLOPs: the larger of those on either side."""
+    """Return the standard error of a loss after `flops` FLOPs: the larger of its two neighbours."""
     assert group.loss.error is not None
     return measured(group, group.loss.error, flops)[1]
 
 
 def measured(group: Group, values: np.ndarray, flops: float) -> tuple[float, float]:
-    """The least and the most that a curve of a group can be after so many FLOPs, by what was measured."""
+    """Return the bounds of a curve of a group after `flops` FLOPs, as implied by the measurements."""
     low, high = bounds(np.array([flops]), group.flops, values)
     return float(low[0]), float(high[0])

@@ -1,8 +1,8 @@
-"""Where one curve comes to lie below another.
+"""The point where one curve falls below another for good.
 
-`crossing` takes both as straight between their points, which is what a figure draws: how far one is below
-then depends on how many points there are. `told` says what the points alone tell: between two of them a loss
-that falls lies between theirs, so that fewer points make its answers wider and never other ones.
+`crossing` takes both curves as straight between their points, as a figure draws them; the result then depends
+on the number of points. `told` uses the points alone: between two of them a falling loss lies between their
+values, so that fewer points make its answers wider but never different.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Literal
 
 import numpy as np
 
-_SAME = 1e-9  # two x that differ by less of themselves are one
+_SAME = 1e-9  # two x with a smaller relative difference are equal
 
 Verdict = Literal["crosses", "from the start", "none", "back above", "apart"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crossing:
-    """How curve a lies to curve b over what both cover, and at which `x` it comes below to stay.
+    """The relation of curve a to curve b over their common range, and the `x` where a falls below for good.
 
     `verdict` is `crosses` (at `x`), `from the start` (never above), `none` (never below), `back above` (below
-    for a while, not at the end) or `apart` (nothing is covered by both). `end` is the last x that both have,
-    `gap` is a - b there.
+    for a while, not at the end) or `apart` (no common range). `end` is the last common x, and `gap` is a - b
+    there.
     """
 
     verdict: Verdict
@@ -33,7 +33,7 @@ class Crossing:
 
 
 def crossing(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray) -> Crossing:
-    """Compare curve a with curve b; x [n] rises strictly in both. Lower is better."""
+    """Compare curve a with curve b. Both have strictly rising x [n]; lower y is better."""
     if not x_a.size or not x_b.size:
         return Crossing(verdict="apart")
     first, last = max(x_a[0], x_b[0]), min(x_a[-1], x_b[-1])
@@ -60,12 +60,12 @@ Sign = Literal["below", "above", "cannot be told", "apart"]
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """How curve a lies to curve b by what was measured.
+    """The relation of curve a to curve b, by the measured points alone.
 
-    `sign` is that at `end`, the last x that both have, and a - b is from `low` to `high` there. `between` are
-    the points on either side of `end` of the curve that has none at it (None: both have). `since` is where a
-    comes below to stay: not before its first number (None: it was never above), and by the second at the
-    latest; None where a is not below at the end.
+    `sign` is the sign of a - b at `end`, the last common x, where a - b is between `low` and `high`.
+    `between` holds the points on either side of `end` of the curve that has no point there (None: both have
+    one). `since` is the interval in which a falls below for good: not before its first number (None: a was
+    never above), and at the latest at its second. It is None if a is not below at the end.
     """
 
     sign: Sign
@@ -74,11 +74,11 @@ class Told:
     high: float | None = None
     between: tuple[float, float] | None = None
     since: tuple[float | None, float] | None = None
-    lost_again: bool = False  # below for a while, and above at the end
+    lost_again: bool = False  # True if a was below for a while and is above at the end
 
 
 def told(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray) -> Told:
-    """Compare curve a with curve b at the points of either; x [n] rises strictly in both. Lower is better."""
+    """Compare curve a with curve b at their points. Both have strictly rising x [n]; lower y is better."""
     if not x_a.size or not x_b.size:
         return Told(sign="apart")
     first, last = max(x_a[0], x_b[0]), min(x_a[-1], x_b[-1])
@@ -109,19 +109,21 @@ def told(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray) -> 
 
 
 def bounds(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the most of a curve at `at`, [n]: its value at a point, else those on either side."""
+    """Return the bounds of a curve at `at` [n]: its value at a point, else the values on either side."""
     left, right = _neighbours(at, x)
     return np.minimum(y[left], y[right]), np.maximum(y[left], y[right])
 
 
 def _around(at: float, x: np.ndarray) -> tuple[float, float] | None:
-    """The points on either side of `at`; None where there is one at it."""
+    """Return the points on either side of `at`; None if there is a point at it."""
     left, right = (int(n[0]) for n in _neighbours(np.array([at]), x))
     return None if left == right else (float(x[left]), float(x[right]))
 
 
 def _neighbours(at: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the points on either side of `at`, [n]; the same one twice where it lies there, but for
-    rounding."""
+    """Return the indices of the points on either side of `at` [n].
+
+    They are the same index if a point lies there, up to rounding.
+    """
     right = np.searchsorted(x, at * (1 - _SAME), side="left")
     return np.where(x[right] <= at * (1 + _SAME), right, right - 1), right

@@ -1,6 +1,6 @@
-"""A report before it has a form: sections of sentences, tables and pictures. `page` and `markdown` render it.
+"""A report without a format: sections of sentences, tables and pictures for `page` and `markdown`.
 
-Every string in it is plain text; whoever renders it escapes it.
+Every string in it is plain text; the renderer escapes it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ if TYPE_CHECKING:
     from upcycle.reporting.inks import Inks
 
 
-# Control characters but for blanks of all kinds, halves of characters, and what XML has no place for.
+# Control characters except blanks, surrogates, and characters that XML forbids.
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def clean(text: str) -> str:
-    """Text that a page, a drawing and a file can hold: names and labels come from files, with anything in
-    them."""
+    """Remove characters that a page, a drawing or a file cannot hold; names and labels come from files."""
     return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
-    """A paragraph; a warning is something that is wrong with what was given."""
+    """A paragraph; a warning is a problem with the given folders."""
 
     text: str
     tone: Literal["plain", "warning", "small"] = "plain"
@@ -36,7 +35,7 @@ class Sentence:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells of text under a head; columns from number `left` on are numbers."""
+    """A table of text cells with a header; columns from number `left` on hold numbers."""
 
     caption: str
     head: tuple[str, ...]
@@ -47,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure that is drawn when its colours are known. `name` is unique in a report, of [a-z0-9-]."""
+    """A figure, drawn once its colours are known. `name` is unique in a report, of [a-z0-9-]."""
 
     name: str
     title: str
@@ -60,7 +59,7 @@ Block = Sentence | Table | Picture
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading with its blocks."""
 
     name: str
     title: str
@@ -69,7 +68,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A whole report."""
+    """A complete report."""
 
     title: str
     sections: tuple[Section, ...]

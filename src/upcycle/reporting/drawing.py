@@ -1,4 +1,7 @@
-"""A picture as SVG in the colours of its page, or as PNG on white; matplotlib's own state stays as it is."""
+"""Rendering of pictures: as SVG in the colours of the page, or as PNG on white.
+
+The global state of matplotlib is not changed.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ MADE_BY = "upcycle report"
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _SETTINGS: Any = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "upcycle",  # the same ids every time
-    "text.parse_math": False,  # a dollar in the name of a run is a dollar
+    "svg.fonttype": "none",  # keep text as text
+    "svg.hashsalt": "upcycle",  # reproducible ids
+    "text.parse_math": False,  # a dollar in the name of a run is not maths
     "font.family": "DejaVu Sans",
     "font.size": 10,
 }
@@ -28,7 +31,7 @@ _FONT = re.compile(r"(font: [^;]*?)'DejaVu Sans'[^;]*")
 
 
 def need_matplotlib() -> None:
-    """Say how to get it where it is missing."""
+    """Raise an error that says how to install matplotlib if it is missing."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -42,12 +45,12 @@ def _settings() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that the font lacks, in names that people gave
+        warnings.simplefilter("ignore")  # the font lacks some glyphs of names that users gave
         yield
 
 
 def png(picture: Picture) -> bytes:
-    """The picture on white, 200 dots an inch."""
+    """Render the picture on white at 200 dpi."""
     out = io.BytesIO()
     with _settings():
         picture.draw(LIGHT).savefig(
@@ -57,7 +60,7 @@ def png(picture: Picture) -> bytes:
 
 
 def svg(picture: Picture) -> str:
-    """The picture as an element of a page, without a size of its own; its ids begin with its name."""
+    """Render the picture as an SVG element without a fixed size; its ids begin with its name."""
     out = io.StringIO()
     with _settings():
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -81,7 +84,7 @@ def svg(picture: Picture) -> str:
 
 
 def _within(key: str, value: str, name: str) -> str:
-    """An attribute whose ids are the picture's own, and whose font is the page's."""
+    """Adapt an attribute: ids get the name of the picture as a prefix, and the font is that of the page."""
     if key == "id":
         return f"{name}-{value}"
     if key == _LINK and value.startswith("#"):

@@ -1,6 +1,6 @@
-"""The figures of a report, as matplotlib's objects: curves, bands, dots and heat maps, one panel each.
+"""The figures of a report as matplotlib objects: curves, dots and heat maps, one panel each.
 
-A panel is as wide as a phone shows legibly; a page puts several side by side. Legends stand below.
+A panel is as wide as a phone shows legibly; a page puts several side by side. The legend is below the panel.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 4.1, 2.8  # inches, without the legend
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_LEVELS = 10  # colours of a heat map
+_LEVELS = 10  # the number of colours of a heat map
 _POWERS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _NAMES = {0: "", 3: "thousands", 6: "millions", 9: "billions", 12: "trillions"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A curve: `low` and `high` [n] are its band, `place` its number among all series of the report."""
+    """A curve with its band `low` to `high` [n]; `place` is its number among the series of the report."""
 
     label: str
     place: int
@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point worth seeing on the line of the series `place`, with a word beside it."""
+    """A labelled point on the line of the series `place`."""
 
     x: float
     y: float
@@ -52,19 +52,19 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What is on an axis: `counted` numbers are shown in thousands, millions or powers of ten."""
+    """The settings of an axis; `counted` numbers are shown in thousands, millions or powers of ten."""
 
     label: str
-    most: float | None = None  # where the axis ends at the top; the least is shown with some room
+    most: float | None = None  # the upper end of the axis; the lower end gets some margin
     counted: str | None = None  # `named` (millions) or `power` (10^12)
     log: bool = False
-    whole: bool = False  # numbers of things: no ticks between them
+    whole: bool = False  # True for integers: no ticks between them
 
 
 def curves(
     inks: Inks, title: str, lines: Sequence[Line], x: Axis, y: Axis, marks: Sequence[Mark] = ()
 ) -> Figure:
-    """Lines with bands over an axis of tokens, FLOPs or layers."""
+    """Draw lines with bands over an axis of tokens, FLOPs or layers."""
     from matplotlib.ticker import MaxNLocator
 
     longest = max((float(np.nanmax(np.abs(line.x))) for line in lines if line.x.size), default=1.0)
@@ -117,7 +117,7 @@ def dots(
     series: Sequence[tuple[str, int, np.ndarray, np.ndarray]],
     x: str,
 ) -> Figure:
-    """Values [rows] with error bars [rows] of several series, one below another; NaN where there is none."""
+    """Draw values [rows] of several series with error bars [rows], one below another; NaN is left out."""
     figure, axes = _panel(inks, title, [s[0] for s in series], height=1.0 + 0.38 * len(rows))
     handles = []
     offsets = np.linspace(-0.25, 0.25, len(series)) if len(series) > 1 else [0.0]
@@ -138,8 +138,11 @@ def dots(
 def heat_map(
     inks: Inks, title: str, rows: Sequence[str], values: np.ndarray, labels: tuple[str, str, str]
 ) -> Figure:
-    """Cells [rows, columns] in `_LEVELS` colours from 0 to twice the even share or to the largest; `labels`
-    are those of columns, rows and colours."""
+    """Draw a heat map of `values` [rows, columns] in `_LEVELS` colours.
+
+    The colours go from 0 to twice the even share or to the largest value. `labels` are those of the columns,
+    the rows and the colours.
+    """
     import matplotlib
     from matplotlib.colors import BoundaryNorm
     from matplotlib.ticker import MaxNLocator
@@ -168,8 +171,10 @@ def heat_map(
 
 
 def patches(inks: Inks, title: str, pixels: np.ndarray) -> Figure:
-    """Rows of small images [E, n, C, height, width], an expert a row, their colours stretched over the whole
-    range of all of them."""
+    """Draw rows of small images [E, n, C, height, width], one row for each expert.
+
+    The colours are stretched over the common range of all images.
+    """
     experts, count, _, height, width = pixels.shape
     low, high = float(pixels.min()), float(pixels.max())
     shown = ((pixels - low) / max(high - low, 1e-9)).transpose(0, 3, 1, 4, 2)  # [E, height, n, width, C]
@@ -193,7 +198,7 @@ def patches(inks: Inks, title: str, pixels: np.ndarray) -> Figure:
 
 
 def _panel(inks: Inks, title: str, labels: Sequence[str], height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure with one panel, tall enough for a legend of `labels` below it."""
+    """Make a figure with one panel, tall enough for a legend of `labels` below it."""
     from matplotlib.figure import Figure
 
     lines = sum(_wrapped(label).count("\n") + 1 for label in labels)
@@ -218,7 +223,7 @@ def _columns(labels: Sequence[str]) -> int:
 
 
 def _wrapped(label: str) -> str:
-    """A label on as many lines as it needs; one that begins with _ would be left out of the legend."""
+    """Wrap a label; a blank before a leading _ keeps matplotlib from leaving it out of the legend."""
     return textwrap.fill(f" {label}" if label.startswith("_") else label, 42)
 
 
@@ -231,7 +236,10 @@ def _legend(figure: Figure, inks: Inks, handles: Sequence[Any], labels: Sequence
 
 
 def _turn(place: int) -> int:
-    """Which dash and marker series number `place` has: others than the one before it of the same colour."""
+    """Return the number of the dash and marker of a series.
+
+    It differs from that of the previous series of the same colour.
+    """
     return (place + place // len(_MARKERS)) % len(_MARKERS)
 
 

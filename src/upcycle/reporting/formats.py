@@ -1,4 +1,4 @@
-"""Numbers as a report writes them."""
+"""Formatting of numbers in a report."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ __all__ = ["MISSING", "UNITS", "count", "duration", "flops", "loss", "share", "s
 
 
 def unit(task: str) -> str:
-    """What a loss of the task is measured in."""
+    """Return the unit of a loss of the task."""
     return UNITS.get(task, "nats")
 
 
 def flops(value: float | None) -> str:
-    """1.23e15."""
+    """Format FLOPs, such as 1.23e15."""
     if value is None:
         return MISSING
     return "0" if value == 0 else f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2e}".replace("e+", "e")
 
 
 def duration(seconds: float) -> str:
-    """31 s, 2.4 min, 3.1 h."""
+    """Format a duration, such as 31 s, 2.4 min or 3.1 h."""
     for length, name in ((3600.0, "h"), (60.0, "min")):
         if seconds >= length:
             return f"{seconds / length:.1f} {name}"
@@ -39,19 +39,19 @@ def duration(seconds: float) -> str:
 
 
 def loss(value: float, error: float | None = None, digits: int = 4) -> str:
-    """A number, and its standard error where there is one."""
+    """Format a number, with its standard error if there is one."""
     if not math.isfinite(value):
         return MISSING
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def signed(value: float, error: float | None = None) -> str:
-    """A difference."""
+    """Format a difference with its sign."""
     return f"{value:+.4f}".replace("-", "−") + ("" if error is None else f" ± {error:.4f}")
 
 
 def share(value: float, error: float | None = None) -> str:
-    """A share as a percentage."""
+    """Format a share as a percentage."""
     if not math.isfinite(value):
         return MISSING
     return f"{value:.2%}" + ("" if error is None else f" ± {error:.2%}")

@@ -1,8 +1,8 @@
-"""The colours of a report, on light and on dark paper, and as variables of a page that has both.
+"""The colours of a report for light and dark backgrounds, also as CSS variables of the page.
 
-The six colours of series were searched for: 3.2 to 1 or more against their paper (WCAG 1.4.11 asks for 3),
-and as far apart as could be found for people with protanopia, deuteranopia and tritanopia (Machado 2009).
-A test computes both. Series differ in dash and marker as well.
+The six colours of series were found by a search. Their contrast with the background is at least 3.2 to 1
+(WCAG 1.4.11 asks for 3), and they are as distinct as possible for people with protanopia, deuteranopia and
+tritanopia (Machado 2009). A test computes both. Series also differ in dash and marker.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class Inks:
-    """A colour for each part of a page, as #rrggbb."""
+    """The colours of the parts of a page, as #rrggbb."""
 
     paper: str
     card: str
     ink: str
-    faint: str  # text that matters less
-    rule: str  # lines between things
+    faint: str  # less important text
+    rule: str  # separating lines
     link: str
     warning: str
     warning_paper: str
     series: tuple[str, ...]
 
     def named(self) -> dict[str, str]:
-        """Every colour by the name that its variable has in a page."""
+        """Return every colour by the name of its CSS variable."""
         plain = {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self) if f.name != "series"}
         return plain | {f"series-{i}": colour for i, colour in enumerate(self.series)}
 
@@ -55,7 +55,7 @@ DARK = Inks(
 
 
 def _standing_in() -> Inks:
-    """Colours that nothing else has: each is replaced by its variable once a figure is drawn."""
+    """Return placeholder colours, which are replaced by their CSS variables once a figure is drawn."""
     plain = [f.name for f in fields(Inks) if f.name != "series"]
     made = {name: f"#0101{i + 1:02x}" for i, name in enumerate(plain)}
     return Inks(**made, series=tuple(f"#0102{i + 1:02x}" for i in range(len(LIGHT.series))))
@@ -65,7 +65,7 @@ VARIABLES = _standing_in()
 
 
 def with_variables(text: str) -> str:
-    """A drawing in the colours of `VARIABLES`, in those of the page that it stands in."""
+    """Replace the placeholder colours of a drawing by the variables of the page."""
     for name, colour in VARIABLES.named().items():
         text = text.replace(colour, f"var(--{name})")
     return text

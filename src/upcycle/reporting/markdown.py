@@ -11,7 +11,7 @@ FOLDER = "figures"
 
 
 def render(document: Document, prefix: str) -> tuple[str, dict[str, bytes]]:
-    """The text, and the figures by the path that it names; `prefix` begins the names of their files."""
+    """Return the text and the figures by path; `prefix` begins their file names."""
     figures: dict[str, bytes] = {}
     parts = [SIGN, f"# {_plain(document.title)}"]
     for section in document.sections:
@@ -45,5 +45,5 @@ def _row(cells: tuple[str, ...], raw: bool) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape text for Markdown, on one line."""
     return plain(clean(text))

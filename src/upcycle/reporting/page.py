@@ -1,7 +1,7 @@
-"""A report as one HTML page that needs nothing else: style, script and figures are in it.
+"""A report as one self-contained HTML page with its style, script and figures.
 
-Every string of the document is escaped, and the page's own policy lets no other script run and nothing be
-fetched, whatever a name says.
+Every string of the document is escaped. The content security policy of the page forbids other scripts and all
+requests, whatever a name contains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIGN = f'<meta name="generator" content="{drawing.MADE_BY}">'
 
 
 def render(document: Document) -> str:
-    """The page."""
+    """Return the page as HTML."""
     style, script = _resource("page.css"), _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -60,7 +60,7 @@ def _resource(name: str) -> str:
 
 
 def _colours() -> str:
-    """Light, dark where the system asks for it, and either where the button does."""
+    """Return the CSS of light and dark colours, chosen by the system's preference or by the button."""
     light, dark = _variables(LIGHT, "light"), _variables(DARK, "dark")
     return (
         f":root {{ {light} }}\n"
@@ -82,7 +82,7 @@ def _section(section: Section) -> str:
 
 
 def _blocks(blocks: Iterable[Block]) -> Iterator[str]:
-    """Pictures that follow each other stand side by side where there is room."""
+    """Yield the HTML of blocks; consecutive pictures are side by side if there is room."""
     for pictures, run in groupby(blocks, key=lambda block: isinstance(block, Picture)):
         inner = "".join(map(_block, run))
         yield f'<div class="figures">\n{inner}</div>\n' if pictures else inner
@@ -122,5 +122,5 @@ def _kind(place: int, left: int) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as it stands in a page, whatever is in it."""
+    """Escape text for HTML."""
     return escaped(clean(text))

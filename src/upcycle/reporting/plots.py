@@ -1,5 +1,4 @@
-"""The figures of `upcycle inspect --plot`: those of a report that are about one checkpoint, and its favourite
-patches."""
+"""The figures of `upcycle inspect --plot`: those of one checkpoint in a report, and its favourite patches."""
 
 from __future__ import annotations
 
@@ -21,16 +20,18 @@ if TYPE_CHECKING:
 
 
 def refuse(out: Path) -> None:
-    """Say before a long look what would stop the figures after it."""
+    """Raise an error early if the figures could not be written after a long inspection."""
     drawing.need_matplotlib()
     if out.exists() and not out.is_dir():
         raise UpcycleError(f"--plot {out} is a file; name a folder")
 
 
 def plot(name: str, anatomy: Mapping[str, Any], seen: Specialisation | None, out: Path) -> list[Path]:
-    """Write the figures of a Mixture of Experts as PNG into the folder `out`: of what `anatomy.inspect` found
-    and, if it was `seen` at work, of who went where and the patches that each expert likes best. Figures of
-    an earlier time are replaced."""
+    """Write the figures of a Mixture of Experts as PNG files into the folder `out`.
+
+    They show what `anatomy.inspect` found and, if the routing was observed in `seen`, the routing and the
+    favourite patches of each expert. Figures of an earlier call are replaced.
+    """
     refuse(out)
     if not any(layer["num_experts"] for layer in anatomy["layers"]):
         raise UpcycleError(f"{name} is a dense model: there are no experts to plot; leave --plot out")

@@ -1,4 +1,4 @@
-"""What a run left behind in its folder, read without torch; what is wrong with it is said, not hidden."""
+"""The files of a training run, read without torch; damage is reported, not hidden."""
 
 from __future__ import annotations
 
@@ -20,83 +20,83 @@ from upcycle.reporting.document import clean
 from upcycle.system import wording
 from upcycle.training.run import train_of
 
-DEPTH = 64  # levels of a JSON file
-TAIL = 50  # last steps that the load of experts is averaged over
+DEPTH = 64  # the deepest nesting of a JSON file
+TAIL = 50  # the load is averaged over this many last steps
 _SPEEDS = ("seconds", "tokens_per_s", "active_flops_per_s", "mfu", "peak_memory")
 _HEALTH = ("entropy", "dead", "collapsed", "left_behind")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Numbers on held-out rows, in the order of training; before the first step where it was measured."""
+    """Held-out results in the order of training; the first is before training, if it was measured."""
 
     tokens: np.ndarray  # [n]
     loss: np.ndarray  # [n], nats
-    accuracy: np.ndarray  # [n], NaN where it was not recorded
+    accuracy: np.ndarray  # [n], NaN if not recorded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """What the routers of a run did: n steps, L layers of E experts (E may differ)."""
+    """The router statistics of a run: n steps, L layers of E experts (E may differ)."""
 
     places: tuple[str, ...]  # [L]
     tokens: np.ndarray  # [n]
-    entropy: np.ndarray  # [n, L], over log E
-    dead: np.ndarray  # [n, L], experts that got nothing
+    entropy: np.ndarray  # [n, L], divided by log E
+    dead: np.ndarray  # [n, L], number of experts without a token
     collapsed: np.ndarray  # [n, L]
     left_behind: np.ndarray  # [n, L], share of tokens
-    load: tuple[np.ndarray, ...]  # L times [E], shares of the slots, mean over the last steps
-    steps: int  # that the load is of
+    load: tuple[np.ndarray, ...]  # L arrays [E], shares of the slots, mean over the last steps
+    steps: int  # the number of steps that the load is averaged over
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunHistory:
-    """A run: what it was asked to do, and how far it went."""
+    """A run: its settings and its recorded steps."""
 
     name: str
     folder: Path
     about: RunRecord
     total_steps: int
-    rows: int  # of the global batch
-    steps: np.ndarray  # [n], steps that were recorded
-    loss: np.ndarray  # [n], of training
+    rows: int  # rows of the global batch
+    steps: np.ndarray  # [n], numbers of the recorded steps
+    loss: np.ndarray  # [n], training loss
     held_out: Curve
     speeds: Mapping[str, np.ndarray]  # by name, [n], NaN where it was not recorded
     health: Health | None
-    damage: tuple[str, ...]  # sentences on what could not be read
+    damage: tuple[str, ...]  # a sentence for each thing that could not be read
 
     @property
     def table(self) -> Table:
-        """The run file."""
+        """The run file as a table."""
         return self.about.run
 
     @property
     def done(self) -> int:
-        """Steps that were recorded."""
+        """The last recorded step."""
         return int(self.steps[-1]) if self.steps.size else 0
 
     @property
     def unfinished(self) -> bool:
-        """Whether its metrics end before its last step."""
+        """Return whether the metrics end before the last step of the run."""
         return self.done < self.total_steps
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of the global batch."""
+        """The number of tokens of a global batch."""
         return self.rows * self.about.tokens_per_row
 
     def flops(self, tokens: np.ndarray) -> np.ndarray:
-        """Training FLOPs of its own after so many tokens (active weights only)."""
+        """Return the training FLOPs of the run itself after `tokens` tokens (active weights only)."""
         return tokens / self.about.tokens_per_row * self.about.training_flops_per_row
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder says that it is a run."""
+    """Return whether a folder is that of a run."""
     return (folder / RunRecord.FILE).is_file()
 
 
 def read_run(folder: Path, name: str) -> RunHistory:
-    """The run in `folder`. Raises `UpcycleError` if run.json does not say what was run."""
+    """Read the run in `folder`. Raises `UpcycleError` if its run.json does not describe a run."""
     about = _about(folder)
     wanted = train_of(about.run)
     damage: list[str] = []
@@ -127,13 +127,13 @@ def read_run(folder: Path, name: str) -> RunHistory:
 
 
 def _about(folder: Path) -> RunRecord:
-    """run.json, with texts that can be shown."""
+    """Read run.json, with texts made safe to show."""
     file = RunRecord.FILE
     return RunRecord.of(fit(load(folder / file, f"it has no {file}", f"its {file}"), file), f"its {file}")
 
 
 def fit(value: Table, name: str) -> Table:
-    """What a JSON file holds, with texts that can be shown; refused if it is nested deeper than ours are."""
+    """Return the contents of a JSON file with texts made safe to show; too deep nesting raises an error."""
     found: Table = _fit(value, name, DEPTH)
     return found
 
@@ -151,7 +151,7 @@ def _fit(value: Any, name: str, room: int) -> Any:
 
 
 def _steps(path: Path, damage: list[str]) -> Iterator[StepMetrics]:
-    """The steps of a metrics file up to the first one that cannot be used, which is said in `damage`."""
+    """Yield the steps of a metrics file up to the first unusable one, which is reported in `damage`."""
     if not path.is_file():
         damage.append(f"it has no {path.name}: no step was recorded")
         return
@@ -173,7 +173,7 @@ def _steps(path: Path, damage: list[str]) -> Iterator[StepMetrics]:
 
 
 def _column(steps: list[StepMetrics], key: str) -> np.ndarray:
-    """One number of every step, [n]; NaN where it is not there."""
+    """Return one number of every step, [n]; NaN if it is missing."""
     found = [getattr(step, key) for step in steps]
     return np.array([math.nan if value is None else float(value) for value in found])
 
@@ -192,7 +192,7 @@ def _held_out(steps: list[StepMetrics]) -> Curve:
 
 
 class _Routed:
-    """What routers did, gathered step by step for as long as a run has the same layers."""
+    """The router statistics of steps, collected as long as the layers of the run do not change."""
 
     def __init__(self, damage: list[str]) -> None:
         self._damage, self._places = damage, tuple[str, ...]()
@@ -200,7 +200,7 @@ class _Routed:
         self._tail: deque[list[tuple[float, ...]]] = deque(maxlen=TAIL)
 
     def add(self, step: StepMetrics) -> None:
-        """The layers of one more step."""
+        """Add the layers of one more step."""
         if not step.layers:
             return
         here = tuple(place_of(layer.stack, layer.layer) for layer in step.layers)
@@ -217,7 +217,7 @@ class _Routed:
         self._tail.append(loads)
 
     def health(self) -> Health | None:
-        """All of it; None of a run without routers."""
+        """Return the statistics; None for a run without routers."""
         if not self._rows:
             return None
         numbers = np.array(self._rows, np.float64).transpose(1, 0, 2)
@@ -236,15 +236,15 @@ class _Routed:
 
 
 def place_of(stack: str, layer: int) -> str:
-    """A layer of a file as people name it."""
+    """Return the name of a layer in a file for people."""
     return clean(wording.place_of(stack, layer))
 
 
 def is_load(load: Sequence[float]) -> bool:
-    """Whether numbers are the shares of experts."""
+    """Return whether the numbers can be the loads of experts."""
     return all(is_number(x) and x >= 0 for x in load) and sum(load) > 0
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number."""
+    """Return whether a value of a JSON file is a finite number."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max

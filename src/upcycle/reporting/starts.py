@@ -1,4 +1,4 @@
-"""What the model that a run starts from had cost before: training FLOPs and tokens, where files say so."""
+"""The cost of the model that a run starts from: training FLOPs and tokens, if files record them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upcycle.reporting.runs import RunHistory
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a person says the dense checkpoint had cost; used where no file says it."""
+    """The cost of the dense checkpoint as given by the user; it is used if no file records it."""
 
     flops: float | None = None
     tokens: float | None = None
@@ -23,7 +23,7 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class StartCost:
-    """Training FLOPs and tokens that went into a start; None where not known. `why` says it in words."""
+    """The training FLOPs and tokens of a start; None if unknown. `why` explains it in words."""
 
     flops: float | None
     tokens: float | None
@@ -31,8 +31,11 @@ class StartCost:
 
 
 def start_cost(run: RunHistory, given: Given) -> StartCost:
-    """The cost of what `run` starts from: nothing from scratch, else what the provenance of its source says,
-    and of that one's source, back to random weights."""
+    """Return the cost of the start of `run`.
+
+    It is zero from scratch. Otherwise it is what the provenance of the source records, followed back through
+    the sources to random weights.
+    """
     if run.about.from_scratch:
         return StartCost(flops=0.0, tokens=0.0, why="starts from random weights")
     others = _others(run.table)
@@ -42,7 +45,7 @@ def start_cost(run: RunHistory, given: Given) -> StartCost:
 
 
 def _others(table: Mapping[str, Any]) -> list[str]:
-    """Keys of a run file that name checkpoints beside the source."""
+    """Return the keys of a run file that name checkpoints other than the source."""
     sources = (table.get("init") or {}).get("sources")
     rest = (table.get("successor") or {}).get("rest", "predecessor")
     return ["init.sources"] * bool(sources) + ["successor.rest"] * (rest != "predecessor")
@@ -78,7 +81,7 @@ def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
 
 
 def _told(given: Given, why: str) -> StartCost:
-    """What a person said in place of the files, or nothing."""
+    """Return the cost given by the user, or an unknown cost."""
     if given.flops is None and given.tokens is None:
         return StartCost(flops=None, tokens=None, why=why)
     return StartCost(flops=given.flops, tokens=given.tokens, why=f"{why}; the cost is the one given")

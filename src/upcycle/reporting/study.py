@@ -1,4 +1,4 @@
-"""Everything that a report is about, read from the folders that were given."""
+"""The contents of a report, read from the given folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from upcycle.reporting.starts import Given
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """Checkpoints that are one thing: exports of the runs of a group at one step, or one on its own.
+    """Checkpoints shown in one column: exports of a group of runs at the same step, or a single one.
 
     `place` is its number among the series of the report.
     """
@@ -29,7 +29,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Runs and checkpoints, compared; `refused` are folders that are neither, with the reason."""
+    """The compared runs and checkpoints; `refused` are the other folders, each with the reason."""
 
     runs: tuple[RunHistory, ...]
     checkpoints: tuple[CheckpointRecord, ...]
@@ -38,11 +38,11 @@ class Study:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The groups that are compared."""
+        """The groups of runs that are compared."""
         return self.comparison.groups
 
     def columns(self) -> tuple[Column, ...]:
-        """The checkpoints, those of one group and step together, in the order of the groups."""
+        """The checkpoints in the order of the groups; those of one group and step share a column."""
         together: dict[tuple[int, str], list[CheckpointRecord]] = {}
         for number, checkpoint in enumerate(self.checkpoints):
             owner = self.comparison.owner(checkpoint)
@@ -59,7 +59,7 @@ class Study:
         )
 
     def troubles(self) -> list[str]:
-        """What is wrong with what was given: one sentence each, and what was done about it."""
+        """The problems with the given folders: one sentence each, with what was done about it."""
         said = [f"{name} is left out: {why}" for name, why in self.refused]
         said += [f"{run.name} is not compared: {why}" for run, why in self.comparison.foreign]
         said += [
@@ -78,7 +78,10 @@ class Study:
 
 
 def study(folders: Sequence[str | Path], given: Given) -> Study:
-    """Read and compare `folders`. What cannot be used is named in `refused`; an error where nothing can."""
+    """Read and compare `folders`.
+
+    Unusable folders are listed in `refused`. Raises `UpcycleError` if none can be used.
+    """
     runs, checkpoints, refused = [], [], []
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     for path, name in zip(paths, map(clean, _names(paths)), strict=True):
@@ -110,7 +113,7 @@ def study(folders: Sequence[str | Path], given: Given) -> Study:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that tell them apart."""
+    """Return the shortest ends of the paths that distinguish them."""
     depth = 1
     while depth < 8:
         ends = ["/".join(path.parts[-depth:]) for path in paths]

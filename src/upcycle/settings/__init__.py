@@ -1,9 +1,9 @@
-"""Typed tables: what a user may set, as TOML, `--set KEY=VALUE`, a dictionary or Python keyword arguments.
+"""Typed tables of settings, read from TOML, `--set KEY=VALUE`, a dictionary or Python keyword arguments.
 
-A table is a frozen dataclass deriving from `Settings`. Its fields are its keys; the range of a key stands in
-the annotation of its field (`ranges.py`) and is checked wherever an instance is made. A table whose keys
+A table is a frozen dataclass that derives from `Settings`, and its fields are its keys. The range of a key is
+in the annotation of its field (`ranges.py`) and is checked whenever an instance is made. A table whose keys
 depend on a name derives from `Named`. The reader (`reading.py`) knows no table by name: it follows the types.
-`files.py` reads TOML and lays one file, or `--set`, over another. Nothing here imports numpy or torch.
+`files.py` reads TOML and merges files and `--set`. Nothing here imports numpy or torch.
 """
 
 from upcycle.settings.files import Layout, families, override, read_toml

@@ -1,4 +1,4 @@
-"""TOML files, one laid over another by `base = FILE`, and `--set KEY=VALUE` over both."""
+"""TOML files, merged over one another by `base = FILE`, with `--set KEY=VALUE` over both."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from upcycle.settings.ranges import options
 from upcycle.settings.reading import refuse_extreme, table_at
 from upcycle.settings.tables import Named, hints, keys
 
-DEEPEST = 16  # tables and lists in one another; no key lies so deep
-MOST_PARTS = 200  # of a dotted key, before it is looked at
+DEEPEST = 16  # the deepest nesting of tables and lists that is accepted; no key lies so deep
+MOST_PARTS = 200  # the most parts of a dotted key, checked before it is parsed
 
 Without = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What must be known of a file in order to lay another over it. Places are dotted: `decoder.router`."""
+    """What is needed to merge one file over another. Places are dotted: `decoder.router`."""
 
-    named: Mapping[str, type[Named]] = field(default_factory=dict)  # families by the place of their table
-    shared: Mapping[str, type] = field(default_factory=dict)  # another type that reads keys of such a table
-    follows: Mapping[str, str] = field(default_factory=dict)  # whose name a table has that has none
-    off: Mapping[str, Without] = field(default_factory=dict)  # what `KEY = false` makes of a whole file
+    named: Mapping[str, type[Named]] = field(default_factory=dict)  # families of tables, by place
+    shared: Mapping[str, type] = field(default_factory=dict)  # other types that read keys of a table
+    follows: Mapping[str, str] = field(default_factory=dict)  # the place whose name a nameless table has
+    off: Mapping[str, Without] = field(default_factory=dict)  # what `KEY = false` does to the whole file
 
     def name_at(self, table: Mapping[str, Any], place: str) -> Any:
-        """The name of the table at `place`, or the one that holds if it has none."""
+        """Return the name in the table at `place`, or the one that applies if it has none."""
         inner: Any = table
         for section in place.split("."):
             inner = table_at(inner.get(section, {}), section)
@@ -40,13 +40,13 @@ class Layout:
         return self.name_at(table, self.follows[place]) if place in self.follows else self.named[place].usual
 
     def rename(self, section: dict[str, Any], place: str) -> None:
-        """Take the keys out of a section that belong to its name, which changes."""
+        """Remove the keys that belong to the old name of a section, because its name changes."""
         kept = {*self.named[place].common, *(keys(self.shared[place]) if place in self.shared else ())}
         for key in [key for key in section if key not in kept]:
             del section[key]
 
     def turn(self, setting: str) -> int:
-        """The turn of a setting among several: whole files, then names from the outside in, then the rest."""
+        """Return the rank of a setting: whole files come first, then names from the outermost in."""
         key = setting.partition("=")[0].replace(" ", "")
         place, _, last = key.rpartition(".")
         if key in self.off:
@@ -55,7 +55,7 @@ class Layout:
 
 
 def families(cls: type, at: str = "") -> dict[str, type[Named]]:
-    """The families among the fields of a dataclass, by the places of their tables in a table at `at`."""
+    """Return the families among the fields of a dataclass, by the places of their tables below `at`."""
     return {
         f"{at}.{name}" if at else name: option
         for name, hint in hints(cls).items()
@@ -65,15 +65,21 @@ def families(cls: type, at: str = "") -> dict[str, type[Named]]:
 
 
 def read_toml(path: str | Path, what: str, layout: Layout) -> dict[str, Any]:
-    """The table in a TOML file. With `base = FILE` (from the file's own folder) it goes over that one's:
-    tables key by key, everything else whole. `what` says in errors what the file should be."""
+    """Read the table in a TOML file.
+
+    If it has `base = FILE` (relative to the file's own folder), it is merged over that file: tables key by
+    key, all other values as a whole. `what` names the kind of file in errors.
+    """
     return _read_toml(Path(path), what, layout, ())
 
 
 def override(table: Mapping[str, Any], settings: Iterable[str], layout: Layout) -> dict[str, Any]:
-    """`table` with each `section.key=value` of `settings` put in; a value that is not TOML is a string."""
+    """Return `table` with each `section.key=value` of `settings` set.
+
+    A value that is not TOML is a string.
+    """
     out: dict[str, Any] = copy.deepcopy(dict(table))
-    # Names first: they decide which of the file's keys beside them still apply.
+    # Names come first: they decide which of the file's keys beside them still apply.
     for setting in sorted(settings, key=layout.turn):
         dotted, equals, text = setting.partition("=")
         *sections, last = dotted.strip().split(".")
@@ -108,7 +114,7 @@ def _read_toml(path: Path, what: str, layout: Layout, seen: tuple[Path, ...]) ->
         raise UpcycleError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UpcycleError(f"{path} is not TOML: it is not UTF-8 text ({error.reason})") from None
-    except ValueError:  # of the path
+    except ValueError:  # from the path
         raise UpcycleError(f"{shown(str(path))} is no path of a {what}: it holds a NUL character") from None
     try:
         table = _parsed(text)
@@ -138,8 +144,8 @@ def _read_toml(path: Path, what: str, layout: Layout, seen: tuple[Path, ...]) ->
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """The table that TOML says; ValueError, with the reason, if it says none that can be used."""
-    # tomllib takes memory by the square of a key's parts.
+    """Parse TOML; raise ValueError, with the reason, if the table cannot be used."""
+    # The memory that tomllib takes grows with the square of the number of parts of a key.
     if any(key.count(".") > MOST_PARTS for key in re.split(r"[=,\n]", text)):
         raise ValueError("it has a key of too many parts")
     try:
@@ -152,7 +158,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _too_deep(value: Any) -> bool:
-    """Whether tables and lists lie in one another deeper than any key does."""
+    """Return whether tables and lists are nested deeper than any key is."""
     level = [value]
     for _ in range(DEEPEST):
         level = [
@@ -167,14 +173,14 @@ def _too_deep(value: Any) -> bool:
 
 
 def _section(table: Any, place: str) -> dict[str, Any] | None:
-    """The table at `place`, if there is one."""
+    """Return the table at `place`, or None if there is none."""
     for section in place.split("."):
         table = table.get(section) if isinstance(table, dict) else None
     return table if isinstance(table, dict) else None
 
 
 def _over(under: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """`table` laid over another, tables key by key."""
+    """Merge `table` over another one, tables key by key."""
     both = {
         key: _over(under[key], value)
         for key, value in table.items()

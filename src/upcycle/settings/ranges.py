@@ -1,6 +1,6 @@
-"""What a value may be, said where its field is: `Annotated[int, AtLeast(1)]`.
+"""Ranges of values, written at the field: `Annotated[int, AtLeast(1)]`.
 
-No range holds for NaN or for infinity. `None` and texts are in no range, and pass.
+NaN and infinity are outside every range. `None` and texts are not checked.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ class Range(abc.ABC):
 
     @abc.abstractmethod
     def holds(self, value: float) -> bool:
-        """Whether a number lies in it."""
+        """Return whether a number lies in the range."""
 
     @abc.abstractmethod
     def text(self, number: str = "") -> str:
-        """The range as it stands after `it must be`; `number` is a noun before it."""
+        """Return the words for the range after `it must be`; `number` is a noun before it."""
 
 
 @dataclass(frozen=True)
 class AtLeast(Range):
-    """`least` and all larger numbers."""
+    """The numbers not below `least`."""
 
     least: float
 
@@ -42,7 +42,7 @@ class AtLeast(Range):
 
 @dataclass(frozen=True)
 class Above(Range):
-    """All numbers larger than `bound`."""
+    """The numbers above `bound`."""
 
     bound: float
 
@@ -55,7 +55,7 @@ class Above(Range):
 
 @dataclass(frozen=True)
 class Within(Range):
-    """An interval as it is written in mathematics: `Within("[0, 1)")` holds for 0 and not for 1."""
+    """An interval in mathematical notation: `Within("[0, 1)")` contains 0 but not 1."""
 
     interval: str
 
@@ -70,7 +70,7 @@ class Within(Range):
 
 @dataclass(frozen=True)
 class Finite(Range):
-    """All numbers."""
+    """All finite numbers."""
 
     def holds(self, value: float) -> bool:
         return math.isfinite(value)
@@ -81,12 +81,14 @@ class Finite(Range):
 
 @dataclass(frozen=True)
 class Verbatim:
-    """Marks a text that may hold any character; a path or a name holds no NUL."""
+    """A mark for a text that may hold any character; a path or a name cannot hold NUL."""
 
 
 def alternatives(hint: Any) -> Iterator[tuple[Any, tuple[Range, ...]]]:
-    """The types that an annotation allows, each with the ranges of its values: of
-    `Annotated[int, AtLeast(1)] | None`, `int` with that range and `NoneType` with none."""
+    """Yield the types that an annotation allows, each with the ranges of its values.
+
+    For `Annotated[int, AtLeast(1)] | None`, these are `int` with that range and `NoneType` without one.
+    """
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
         own = tuple(mark for mark in marks if isinstance(mark, Range))
@@ -99,17 +101,17 @@ def alternatives(hint: Any) -> Iterator[tuple[Any, tuple[Range, ...]]]:
 
 
 def options(hint: Any) -> Iterator[Any]:
-    """The types that an annotation allows."""
+    """Yield the types that an annotation allows."""
     return (option for option, _ in alternatives(hint))
 
 
 def is_verbatim(hint: Any) -> bool:
-    """Whether a text may hold any character."""
+    """Return whether a text may hold any character."""
     return get_origin(hint) is Annotated and any(isinstance(mark, Verbatim) for mark in get_args(hint)[1:])
 
 
 def refuse_outside(value: Any, hint: Any, key: str) -> None:
-    """Raise `UpcycleError` if `value`, or an item of it, lies outside the range that `hint` has."""
+    """Raise `UpcycleError` if `value`, or an item of it, is outside the range in the annotation `hint`."""
     for item, wanted in _outside(value, hint):
         given = list(value) if isinstance(value, tuple) else value
         noun = "a number" if isinstance(item, float) else ""
@@ -117,7 +119,7 @@ def refuse_outside(value: Any, hint: Any, key: str) -> None:
 
 
 def _outside(value: Any, hint: Any) -> Iterator[tuple[float, Range]]:
-    """The numbers of a value that lie outside a range, each with that range."""
+    """Yield the numbers in a value that are outside a range, each with that range."""
     for option, wanted in alternatives(hint):
         if isinstance(value, tuple) and get_origin(option) is tuple:
             for item in value:

@@ -1,4 +1,4 @@
-"""From tables to dataclasses: what a key takes, and what an error about a key says."""
+"""The reader: it turns tables into dataclasses, and says in errors which keys and values are allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upcycle.settings.tables import Named, hints, keys
 
 T = TypeVar("T")
 _PLAIN = {int: "whole number", float: "a number", str: "string", bool: "true or false"}
-_NOT = object()  # what is no value of a type
+_NOT = object()  # marks a value that does not have the type
 
 
 def read(
@@ -25,11 +25,11 @@ def read(
     made: Mapping[str, Any] | None = None,
     beside: Mapping[str, type | None] | None = None,
 ) -> T:
-    """An instance of the dataclass `cls` from the table at `where`, a dotted place.
+    """Make an instance of the dataclass `cls` from the table at `where`, a dotted place.
 
-    `made` holds the values of fields that are no keys of this table. `beside` names keys that others read
-    from it, with their dataclasses; an error about an unknown key knows them. Raises `UpcycleError` for a key
-    that nothing reads, a value of another type, a value out of its range, and a key that is missing.
+    `made` holds the values of fields that are not keys of this table. `beside` names keys of the table that
+    others read, with their dataclasses, so that errors about unknown keys can list them. Raises
+    `UpcycleError` for an unknown key, a value of the wrong type or out of range, and a missing key.
     """
     kind: Any = cls
     label = where
@@ -62,21 +62,21 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def parted(table: Mapping[str, Any], *types: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keys of `table` that one of `types` reads, and the others: a table that several types share."""
+    """Split a table that several types share: the keys that one of `types` reads, and the others."""
     theirs = {key for cls in types for key in keys(cls)}
     own = {k: v for k, v in table.items() if k in theirs}
     return own, {k: v for k, v in table.items() if k not in theirs}
 
 
 def table_at(value: Any, where: str) -> Mapping[str, Any]:
-    """`value`, if it is a table; `where` is its place, for the error."""
+    """Return `value` if it is a table; `where` is its place, for the error."""
     if not isinstance(value, Mapping):
         raise UpcycleError(f"[{where}] must be a section with keys, not {shown(value)}")
     return value
 
 
 def refuse_extreme(value: Any, key: str, *, verbatim: bool = False) -> None:
-    """Raise for a whole number of more than 64 bits, and for a NUL in a text that is not `verbatim`."""
+    """Raise an error for an integer of more than 64 bits, and for a NUL in a text that is not `verbatim`."""
     if isinstance(value, str) and "\0" in value and not verbatim:
         raise UpcycleError(f"{key} = {shown(value)} holds a NUL character, which no path and no name has")
     if isinstance(value, int) and abs(value) >= 1 << 64:
@@ -84,7 +84,7 @@ def refuse_extreme(value: Any, key: str, *, verbatim: bool = False) -> None:
 
 
 def _value(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the annotation `hint` has it, or an error that says what is allowed."""
+    """Convert `value` to the annotation `hint`, or raise an error that says what is allowed."""
     allowed = [option for option in options(hint) if option is not type(None)]
     for option in allowed:
         if (found := _as(value, option, key, is_verbatim(hint))) is not _NOT:
@@ -94,7 +94,7 @@ def _value(value: Any, hint: Any, key: str) -> Any:
 
 
 def _as(value: Any, option: Any, key: str, verbatim: bool) -> Any:
-    """`value` as one type, or `_NOT`."""
+    """Convert `value` to one type, or return `_NOT`."""
     if dataclasses.is_dataclass(option):
         return read(option, table_at(value, key), key)  # type: ignore[arg-type]
     if get_origin(option) is tuple:
@@ -110,7 +110,7 @@ def _as(value: Any, option: Any, key: str, verbatim: bool) -> Any:
 
 
 def _items(value: Any, item: Any, *, key: str, verbatim: bool) -> Any:
-    """`value` as a tuple whose items are of one type, or `_NOT`."""
+    """Convert `value` to a tuple with items of one type, or return `_NOT`."""
     tables = dataclasses.is_dataclass(item)
     if not isinstance(value, (list, tuple)):
         if tables:
@@ -122,7 +122,7 @@ def _items(value: Any, item: Any, *, key: str, verbatim: bool) -> Any:
 
 
 def _allowed(option: Any) -> str:
-    """What a type takes, in words."""
+    """Describe in words what a type accepts."""
     if get_origin(option) is Literal:
         return ", ".join(get_args(option))
     if get_origin(option) is tuple:
@@ -136,7 +136,7 @@ def _allowed(option: Any) -> str:
 def _known(
     key: str, table: Mapping[str, Any], known: Mapping[str, Any], beside: Mapping[str, Any], *, top: bool
 ) -> str:
-    """The end of an error about an unknown key: the section it belongs to, and the keys that there are."""
+    """Return the end of an error about an unknown key: the section it belongs to, and the known keys."""
     names = [*known, *beside, *(["base"] if top else [])]
     for name, hint in {**known, **beside}.items():
         if any(key in _keys(option, table.get(name)) for option in options(hint)):
@@ -147,9 +147,9 @@ def _known(
 
 
 def _keys(option: Any, given: Any) -> tuple[str, ...]:
-    """The keys of a section of a type, where `given` stands for it in the table."""
+    """Return the keys of a section of a type; `given` is its value in the table."""
     if _is_family(option):
-        # A wrong name is for whoever reads that section: here it has the keys of its family.
+        # The reader of the section reports a wrong name; here it has the keys of its family.
         with contextlib.suppress(UpcycleError):
             option = option.chosen(given.get("name") if isinstance(given, Mapping) else None)
     return keys(option) if dataclasses.is_dataclass(option) and isinstance(option, type) else ()

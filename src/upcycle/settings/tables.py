@@ -1,4 +1,4 @@
-"""The tables: `Settings`, whose fields are its keys, and `Named`, whose name decides which keys it has."""
+"""The base classes of tables: `Settings`, whose fields are keys, and `Named`, whose name decides its keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upcycle.settings.ranges import refuse_outside
 
 
 def hints(cls: type) -> dict[str, Any]:
-    """The annotations of the fields of a dataclass, with their marks, by field."""
+    """Return the annotations of the fields of a dataclass, with their metadata, by field."""
     return _hints(cast(Hashable, cls))
 
 
@@ -26,19 +26,19 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def keys(cls: type) -> tuple[str, ...]:
-    """The keys of a table: the fields of its dataclass."""
+    """Return the keys of a table, which are the fields of its dataclass."""
     return tuple(field.name for field in dataclasses.fields(cls))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A table of keys. A subclass is a frozen dataclass, and its fields are the keys.
+    """A table of settings. A subclass is a frozen dataclass, and its fields are the keys.
 
-    An instance has every value in its range, however it was made. A `__post_init__` that relates several
-    keys begins with `super().__post_init__()`.
+    Every value of an instance is in its range, however the instance was made. A `__post_init__` that checks
+    several keys together begins with `super().__post_init__()`.
     """
 
-    section: ClassVar[str] = ""  # the name of the table, for errors
+    section: ClassVar[str] = ""  # the name of the table in errors
 
     def __post_init__(self) -> None:
         prefix = f"{self.section}." if self.section else ""
@@ -46,13 +46,16 @@ class Settings:
             refuse_outside(getattr(self, name), hint, prefix + name)
 
     def as_table(self) -> dict[str, Any]:
-        """The settings as a nested table. TOML has no null: a key that is None is left out."""
+        """Return the settings as a nested table.
+
+        TOML has no null, so a key whose value is None is left out.
+        """
         own = {name: _plain(getattr(self, name)) for name in keys(type(self))}
         return {name: value for name, value in own.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:
-    """A value as a table has it."""
+    """Convert a value to the form it has in a table."""
     if isinstance(value, Settings):
         return value.as_table()
     if isinstance(value, Mapping):
@@ -64,45 +67,45 @@ def _plain(value: Any) -> Any:
 class Named(Settings):
     """A table whose key `name` decides which other keys it has.
 
-    A family is the subclass that says `package`: each file `NAME.py` of that package is one of the family, a
-    dataclass deriving from it and bound to a module name that is its `section`. A field of the family's type
-    is all that the reader needs to read such a table.
+    A family is a subclass that sets `package`. Each file `NAME.py` of that package defines one member: a
+    dataclass that derives from the family, assigned to the module variable named like its `section`. The
+    reader only needs a field of the family's type to read such a table.
     """
 
-    package: ClassVar[str]  # where the files are: `__name__`, in the package itself
-    noun: ClassVar[str] = ""  # what one of the family is called in errors; the section, if not given
-    usual: ClassVar[str | None] = None  # the name of a table that has none; None: it must have one
-    common: ClassVar[tuple[str, ...]] = ()  # keys that stay if a file over this one changes the name
+    package: ClassVar[str]  # the package with the files; `__name__` in the package itself
+    noun: ClassVar[str] = ""  # the noun for a member in errors; the section, if empty
+    usual: ClassVar[str | None] = None  # the name if the table has none; None: a name is required
+    common: ClassVar[tuple[str, ...]] = ()  # keys that stay if a file merged over this one changes the name
 
     @property
     def name(self) -> str:
-        """The name in the table: that of the file."""
+        """The name in the table, which is that of the file."""
         return self.file_name()
 
     @classmethod
     def file_name(cls) -> str:
-        """The name of the file that defines it."""
+        """Return the name of the file that defines the class."""
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
     def is_family(cls) -> bool:
-        """Whether this is a family, and not one of its kinds."""
+        """Return whether this is a family, not a member of one."""
         return "package" in vars(cls)
 
     @classmethod
     def names(cls) -> list[str]:
-        """The names of all of the family."""
+        """Return the names of all members of the family."""
         return registry.names(cls._files())
 
     @classmethod
     def find(cls, name: str) -> type[Self]:
-        """The one called `name`. Raises `UpcycleError` with the names that there are."""
+        """Return the member called `name`. Raises `UpcycleError`, with the known names, if there is none."""
         found: type[Self] = registry.find(cls._files(), name, cls.section, cls.noun or cls.section)
         return found
 
     @classmethod
     def chosen(cls, given: Any) -> type[Self]:
-        """The one that a table means by the name `given`, or by None if it has no name."""
+        """Return the member for the name `given`, or the usual one if `given` is None."""
         name = cls.usual if given is None else given
         if name is None:
             raise UpcycleError(f"[{cls.section}] has no name; allowed: {', '.join(cls.names())}")
@@ -113,5 +116,5 @@ class Named(Settings):
         return importlib.import_module(cls.package)
 
     def as_table(self) -> dict[str, Any]:
-        """The settings as a nested table with its name."""
+        """Return the settings as a nested table, with its name."""
         return {"name": self.name, **super().as_table()}

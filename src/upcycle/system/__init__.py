@@ -1,1 +1,1 @@
-"""Files, locks, signals and memory of the machine."""
+"""Tools for files, locks, signals, GPUs and memory."""

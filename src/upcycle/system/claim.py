@@ -1,7 +1,7 @@
-"""Which paths a command may make, write over or delete: nothing that this program did not write.
+"""Checks of the paths that a command may create, overwrite or delete: only those this program wrote.
 
-A folder is made as NAME.partial with a marker in it, a file that tells whose work it is. What has no marker
-is somebody else's, and stays.
+A folder is built as NAME.partial with a marker, a file that tells which program is at work. A folder without
+a marker belongs to somebody else and stays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MARKER = ".upcycle-partial"
 
 
 def resolved(path: Path) -> Path:
-    """The place that `path` leads to; links that lead in a circle are refused."""
+    """Return the path with links resolved; raise an error for links in a circle."""
     try:
         return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
@@ -26,7 +26,7 @@ def resolved(path: Path) -> Path:
 
 
 def may_create(path: Path) -> None:
-    """Refuse a path where something is already, and one that nothing can be made at."""
+    """Raise an error for a path that exists or cannot be created."""
     if path.is_symlink():
         resolved(path)
         if not path.exists():
@@ -41,7 +41,7 @@ def may_create(path: Path) -> None:
 
 
 def may_replace(path: Path, ours: Callable[[Path], bool], what: str) -> None:
-    """Refuse a file that is there, unless `ours` knows it for `what`, which this program wrote."""
+    """Raise an error for an existing file that `ours` does not recognise as `what`."""
     if not os.path.lexists(path):
         return may_create(path)
     if not path.is_file() or not ours(path):
@@ -53,14 +53,14 @@ def may_replace(path: Path, ours: Callable[[Path], bool], what: str) -> None:
 
 
 def refuse_below_a_file(path: Path) -> None:
-    """Refuse a path of which a part is a file."""
+    """Raise an error for a path that goes through a file."""
     parents = resolved(path).parents
     if not parents[0].is_dir() and any(p.exists() and not p.is_dir() for p in parents):
         raise UpcycleError(f"{path}: a part of the path is a file")
 
 
 def refuse_near(paths: Iterable[Path], source: Path) -> None:
-    """Refuse `paths` where one of them lies in the folder `source`, or around it."""
+    """Raise an error if one of `paths` is inside the folder `source`, or contains it."""
     there = resolved(source)
     for path in map(resolved, paths):
         if path == there or there in path.parents or path in there.parents:
@@ -68,48 +68,48 @@ def refuse_near(paths: Iterable[Path], source: Path) -> None:
 
 
 def partial_of(out: Path) -> Path:
-    """Where the folder `out` is made until it is whole."""
+    """Return the path at which the folder `out` is built until it is complete."""
     target = resolved(out)
     return target.parent / f"{target.name}.partial"
 
 
 def is_ours(folder: Path, marker: str = MARKER) -> bool:
-    """Whether a folder was begun by this program, or has nothing in it that could be lost.
+    """Return whether a folder was begun by this program, or holds nothing that could be lost.
 
-    A link is none, nor is a folder with links in it, which would be written through.
+    A link is not ours, nor is a folder with links in it, because files would be written through them.
     """
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
         there = list(folder.iterdir())
-    except FileNotFoundError:  # whoever wrote it has just given it its name
+    except FileNotFoundError:  # the process that wrote it has just renamed it
         return True
     return not any(path.is_symlink() for path in there) and ((folder / marker).is_file() or not there)
 
 
 def refuse_foreign(folder: Path, marker: str = MARKER) -> None:
-    """Refuse a folder to work in that is there and was not begun by this program."""
-    # Asked again: whoever wrote it may just have given it its name.
+    """Raise an error for a folder that exists and was not begun by this program."""
+    # This is checked again, because the process that wrote it may just have renamed it.
     if os.path.lexists(folder) and not is_ours(folder, marker) and os.path.lexists(folder):
         raise UpcycleError(f"{folder} is in the way, and it was not left by upcycle; choose another OUT")
 
 
 def begin(folder: Path, marker: str = MARKER) -> None:
-    """Make the folder with its marker, in place of one that this program left; of any other, an error."""
+    """Create the folder with its marker, and replace a folder of this program; any other raises an error."""
     discard(folder, marker)
     folder.mkdir(parents=True)
     (folder / marker).touch()
 
 
 def finish(folder: Path, out: Path, marker: str = MARKER) -> None:
-    """Give the folder its name, without the marker; `out` must not be there."""
+    """Rename the finished folder to `out`, without the marker; `out` must not exist."""
     may_create(out)
     folder.rename(out)
     (out / marker).unlink(missing_ok=True)
 
 
 def discard(folder: Path, marker: str = MARKER) -> None:
-    """Delete a folder that this program begun; a folder that is not there is well, any other an error."""
+    """Delete a folder that this program began; do nothing if it is missing, and raise an error for others."""
     refuse_foreign(folder, marker)
     if folder.exists():
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Do something when a module is imported for the first time, whoever imports it."""
+"""A hook that is called when a module is first imported, by any code."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import ModuleType
 
 
 def after_import(name: str, do: Callable[[], None]) -> None:
-    """Call `do` now if the module `name` is loaded already, else as soon as it is.
+    """Call `do` as soon as the module `name` is loaded, or now if it is loaded already.
 
-    No library: wrapt, which does this, takes longer to import than a command takes to start.
+    The library wrapt does the same, but its import takes longer than a command takes to start.
     """
     if name in sys.modules:
         do()
@@ -21,7 +21,7 @@ def after_import(name: str, do: Callable[[], None]) -> None:
 
 
 class _Waiting:
-    """A finder that finds nothing itself. It leaves when the module comes."""
+    """A finder that finds nothing itself, and removes itself when the module is imported."""
 
     def __init__(self, name: str, do: Callable[[], None]) -> None:
         self.name, self.do = name, do

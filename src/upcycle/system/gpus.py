@@ -1,4 +1,4 @@
-"""GPUs that training is planned for and measured on: memory and bf16 FLOP/s, from NVIDIA's data sheets."""
+"""The GPUs for planning and measuring: memory and bf16 FLOP/s from NVIDIA's data sheets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Gpu:
     """One kind of GPU."""
 
     name: str
-    peak_flops: float  # FLOP/s of dense bf16 matrix products
+    peak_flops: float  # FLOP/s of dense matrix products in bf16
     memory: float  # bytes
 
 
@@ -27,22 +27,24 @@ KNOWN = (
 
 
 def find(name: str) -> Gpu:
-    """The GPU called `name`, in any case."""
+    """Return the GPU called `name`, in upper or lower case."""
     for gpu in KNOWN:
         if gpu.name == name.upper():
             return gpu
     raise UpcycleError(f"unknown GPU {name!r}; known: {', '.join(gpu.name for gpu in KNOWN)}")
 
 
-# Words of a device's name that mean another peak under the same letters: cards of less power (H100 PCIe and
-# NVL, H200 NVL), GH200, which is not an H200, and a slice of a card (MIG).
+# Words in a device name that mean another peak in spite of the same letters: cards of less power (H100 PCIe
+# and NVL, H200 NVL), GH200, which is not an H200, and a slice of a card (MIG).
 _OTHER_PEAK = {"NVL", "MIG"}
-_SLOWER_ON_PCIE = {"H100", "H800"}  # A100 and A800 have the same peak there
+_SLOWER_ON_PCIE = {"H100", "H800"}  # A100 and A800 have the same peak with PCIe
 
 
 def of_device(name: str) -> Gpu | None:
-    """The GPU that a device's own name speaks of (NVIDIA H100 80GB HBM3); None for others, and for those
-    whose peak differs from that of their namesake."""
+    """Return the GPU for a device name such as "NVIDIA H100 80GB HBM3".
+
+    Returns None for other devices, and for variants whose peak differs from that of the GPU of the same name.
+    """
     words = set(re.findall(r"[A-Z0-9]+", name.upper()))
     found = next((gpu for gpu in KNOWN if gpu.name in words), None)
     if found is None or words & _OTHER_PEAK or ("PCIE" in words and found.name in _SLOWER_ON_PCIE):

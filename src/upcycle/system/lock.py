@@ -1,4 +1,4 @@
-"""A lock that a command holds on what it writes, so that no second one writes there too."""
+"""A lock on the output of a command, so that no second command writes there at the same time."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from upcycle.errors import UpcycleError
 
 @contextmanager
 def held(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock file `path`, which is made for it and removed at the end; its folder must be there.
+    """Hold the lock file `path`, which is created for it and removed at the end; its folder must exist.
 
-    The operating system lets go of it when the process dies. Raises `UpcycleError`, with the sentence `busy`,
-    where another process holds it, and where the file is none of ours.
+    The operating system releases the lock when the process dies. Raises `UpcycleError` with the sentence
+    `busy` if another process holds it, and also if the file is not a lock file of ours.
     """
     descriptor = _taken(path, busy)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+        path.unlink(missing_ok=True)  # removed while held, so that a waiting process sees that it is gone
         os.close(descriptor)
 
 
 def _taken(path: Path, busy: str) -> int:
-    """A descriptor that holds the lock, of the file that has this name now."""
+    """Return a descriptor that holds the lock on the file that has this name now."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -49,7 +49,7 @@ def _taken(path: Path, busy: str) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder removed it between our two calls
+        os.close(descriptor)  # its holder removed it between the two calls
 
 
 def _is_still(path: Path, opened: os.stat_result) -> bool:

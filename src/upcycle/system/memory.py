@@ -1,17 +1,19 @@
-"""How much memory the machine has left, and how much this process took."""
+"""The memory that the machine has left, and the peak memory of this process."""
 
 import resource
 import sys
 from pathlib import Path
 
 _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-_SECOND = ("memory.max", "memory.current", "file", "shmem")  # of version 2 of control groups
-_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")  # of version 1
+_SECOND = ("memory.max", "memory.current", "file", "shmem")  # cgroup version 2
+_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")  # cgroup version 1
 
 
 def available() -> int | None:
-    """Bytes that can be had without swapping, of the machine and of the control groups that this process is
-    in, as a container has them; None where the system does not say."""
+    """Return the bytes available without swapping, or None if the system does not tell.
+
+    The limits of the control groups of this process, as in a container, are taken into account.
+    """
     return min((n for n in (_of_machine(), _of_groups()) if n is not None), default=None)
 
 
@@ -25,7 +27,7 @@ def _of_machine() -> int | None:
 
 
 def _of_groups() -> int | None:
-    """What the limits of the groups of this process, and of all above them, leave; None without a limit."""
+    """Return the bytes that the control groups of this process leave; None: no limit."""
     try:
         lines = [line.split(":", 2) for line in (_PROC / "self/cgroup").read_text().splitlines()]
     except OSError:
@@ -38,23 +40,29 @@ def _of_groups() -> int | None:
 
 
 def _upwards(root: Path, path: str) -> list[Path]:
-    """The folders from `path` in `root` up to it. In a container the root is the group, without `path`."""
+    """Return the folders from `path` in `root` up to `root`.
+
+    In a container the root is the group itself, without `path`.
+    """
     own = root / path.lstrip("/")
     return [folder for folder in (own, *own.parents) if folder == root or root in folder.parents]
 
 
 def _left(folder: Path, limit: str, used: str, cache: str, shared: str) -> int | None:
-    """Bytes under the limit of one group; cached files give way, and memory that is shared does not."""
+    """Return the bytes left under the limit of one group.
+
+    Cached files count as free, because they are evicted, but shared memory does not.
+    """
     try:
         most, now = (int((folder / name).read_text()) for name in (limit, used))
         lines = (folder / "memory.stat").read_text().splitlines()
         stat = {name: int(value) for name, value in (line.split() for line in lines)}
-    except (OSError, ValueError):  # no such group, or "max": no limit
+    except (OSError, ValueError):  # the group does not exist, or its limit is "max"
         return None
     return max(0, most - now + stat.get(cache, 0) - stat.get(shared, 0))
 
 
 def peak() -> int:
-    """Bytes that this process held at most so far."""
+    """Return the peak memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""Libraries that only some work needs, and what is said if one of them is missing."""
+"""Libraries that only some commands need, and the error if one of them is missing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from upcycle.errors import UpcycleError
 
-# Training, loading, evaluating, and the comparison of logits need these; a conversion does not.
+# These are needed to train, load, evaluate and compare logits, but not to convert.
 OF_MODELS = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
 def missing(error: ModuleNotFoundError) -> UpcycleError | None:
-    """The sentence for a library of `OF_MODELS` that is not installed; None if another one is missing."""
+    """Return the error for a missing library of `OF_MODELS`; None if another library is missing."""
     library = (error.name or "").partition(".")[0]
     if library not in OF_MODELS:
         return None
@@ -24,7 +24,7 @@ def missing(error: ModuleNotFoundError) -> UpcycleError | None:
 
 @contextmanager
 def said_if_missing() -> Iterator[None]:
-    """Raise `UpcycleError` in place of Python's error if the block lacks a library of `OF_MODELS`."""
+    """Raise `UpcycleError` instead of Python's error if the block lacks a library of `OF_MODELS`."""
     try:
         yield
     except ModuleNotFoundError as error:

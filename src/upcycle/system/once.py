@@ -1,4 +1,4 @@
-"""A cache for work that several threads ask for at once and only one should do."""
+"""A cache for work that several threads ask for at once and that only one should do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Cell:
 
 
 def once(maxsize: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Keep the last `maxsize` results by arguments; whoever asks for one under way waits for it."""
+    """Cache the last `maxsize` results by arguments; a thread that asks for one in progress waits for it."""
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         cells, lock = lru_cache(maxsize)(lambda *_: _Cell()), threading.Lock()

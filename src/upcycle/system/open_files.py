@@ -1,4 +1,4 @@
-"""Descriptors of many files, of which few are open at a time."""
+"""A pool of file descriptors: many files are used, but few are open at a time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class _Opened:
 
 
 class OpenFiles:
-    """Files opened with `flags` when they are asked for; of those that nobody uses, the oldest are closed."""
+    """Files that are opened with `flags` on demand; the unused ones that are oldest are closed."""
 
     def __init__(self, flags: int, most: int = MOST) -> None:
         self._flags, self._most = flags, most
-        self._opened: dict[Path, _Opened] = {}  # the one used last is last
+        self._opened: dict[Path, _Opened] = {}  # the most recently used is last
         self._lock = threading.Lock()
 
     @contextmanager
     def use(self, path: Path) -> Iterator[int]:
-        """A descriptor of `path` that stays open for as long as this does."""
+        """Yield a descriptor of `path` that stays open during the block."""
         with self._lock:
             file = self._opened.pop(path, None) or _Opened(os.open(path, self._flags, 0o644))
             self._opened[path] = file
@@ -46,7 +46,7 @@ class OpenFiles:
                 os.close(self._opened.pop(path).descriptor)
 
     def close(self) -> None:
-        """Close all that are open."""
+        """Close all open files."""
         with self._lock:
             while self._opened:
                 os.close(self._opened.popitem()[1].descriptor)

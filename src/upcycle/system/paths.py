@@ -1,4 +1,4 @@
-"""Paths as people give them to functions: text, or a Path."""
+"""Conversion of the paths that users pass: text or `Path`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from upcycle.errors import UpcycleError, shown
 
 
 def as_paths(instance: Any, *fields: str) -> None:
-    """Make the paths in these fields of a frozen dataclass `Path`s: one, a list, or a table by name."""
+    """Convert the paths in these fields of a frozen dataclass to `Path`: single ones, lists or mappings."""
     for field in fields:
         object.__setattr__(instance, field, _path(getattr(instance, field), field))
 

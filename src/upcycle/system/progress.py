@@ -1,9 +1,9 @@
-"""How long work reports on itself, and to whom.
+"""Progress reports of long work, and the listener that receives them.
 
-A function that works for long tells a `Progress`. Nobody listens until a caller of the library passes one, or
-listens with `reporting_to`: until then work is silent, and sentences go to the logger `upcycle`. Nothing here
-draws. The listener is a context variable, because the work lies many calls below the function that a person
-called, and no result depends on who listens.
+A function that takes long reports to a `Progress`. There is none until a caller of the library passes one, or
+sets one with `reporting_to`: until then work is silent, and messages go to the logger `upcycle`. Nothing here
+draws. The listener is a context variable because the work is many calls below the public function; no result
+depends on the listener.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ _LOG = logging.getLogger("upcycle")
 
 
 class Work(Protocol):
-    """One piece of work while it goes on."""
+    """A piece of work in progress."""
 
     def total(self, n: int) -> None:
-        """The work is `n` units long. Work that never says so has no known end."""
+        """Set the length of the work to `n` units. Work that never sets it has no known end."""
 
     def advance(self, n: int, note: str = "") -> None:
-        """`n` more units are done; `note` says in a few words how things stand."""
+        """Report that `n` more units are done; `note` describes the state in a few words."""
 
 
 class Progress(Protocol):
-    """A listener: it shows work, or sentences, or nothing."""
+    """A listener, which may show work and messages."""
 
     def work(
         self, what: str, unit: Unit, *, total: int | None = None, done: int = 0, every: int | None = None
     ) -> AbstractContextManager[Work]:
-        """Work called `what` begins, and ends with the block.
+        """Begin work called `what`, which ends with the block.
 
-        `done` of its `total` units are behind it already. A listener that writes lines writes one each
-        `every` units, or as often as it likes where that is None.
+        `done` of its `total` units are already done. A listener that writes lines writes one every `every`
+        units, or as often as it likes if that is None.
         """
 
     def say(self, sentence: str) -> None:
-        """Tell something that is good to know."""
+        """Show a message."""
 
     def warn(self, sentence: str) -> None:
-        """Tell something that should not be overlooked."""
+        """Show a warning."""
 
 
 class Unheard:
-    """The listener while there is no other: work is silent, sentences go to the logger `upcycle`."""
+    """The default listener: work is silent, and messages go to the logger `upcycle`."""
 
     @contextmanager
     def work(
@@ -78,7 +78,7 @@ _listener: ContextVar[Progress] = ContextVar("upcycle_progress", default=_UNHEAR
 
 @contextmanager
 def reporting_to(listener: Progress | None) -> Iterator[None]:
-    """Everything in the block reports to `listener`; None leaves whoever listens already."""
+    """Report everything in the block to `listener`; None keeps the present listener."""
     if listener is None:
         yield
         return
@@ -92,15 +92,15 @@ def reporting_to(listener: Progress | None) -> Iterator[None]:
 def work(
     what: str, unit: Unit, *, total: int | None = None, done: int = 0, every: int | None = None
 ) -> AbstractContextManager[Work]:
-    """Begin work for whoever listens; see `Progress.work`."""
+    """Begin work for the present listener; see `Progress.work`."""
     return _listener.get().work(what, unit, total=total, done=done, every=every)
 
 
 def say(sentence: str) -> None:
-    """Tell whoever listens something that is good to know."""
+    """Send a message to the present listener."""
     _listener.get().say(sentence)
 
 
 def warn(sentence: str) -> None:
-    """Tell whoever listens something that should not be overlooked."""
+    """Send a warning to the present listener."""
     _listener.get().warn(sentence)

@@ -1,4 +1,4 @@
-"""Temporary folders that also go where the process that made them was killed: at the next one's start."""
+"""Temporary folders. Those of a process that was killed are removed when the next one starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PREFIX = "upcycle-scratch-"
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A temporary folder, held by a lock that falls with its process, and removed at the end."""
+    """Yield a temporary folder; it is locked while its process lives, and removed at the end."""
     _clear()
     made, descriptor = _made()
     try:
@@ -26,13 +26,13 @@ def folder() -> Iterator[Path]:
 
 
 def _made() -> tuple[Path, int]:
-    """A new folder, and a descriptor that holds it."""
+    """Make a new folder, and return it with the descriptor of its lock."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=_PREFIX))
         try:
             descriptor = os.open(made, os.O_RDONLY)
         except FileNotFoundError:
-            continue  # another process cleared it away before it was held
+            continue  # another process removed it before it was locked
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if made.exists():
             return made, descriptor
@@ -40,7 +40,7 @@ def _made() -> tuple[Path, int]:
 
 
 def _clear() -> None:
-    """Remove what this user's processes left that nobody holds any more."""
+    """Remove the folders that this user's dead processes left behind."""
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
             descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -51,6 +51,6 @@ def _clear() -> None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left, ignore_errors=True)
         except OSError:
-            continue  # held: somebody is at work in it
+            continue  # locked: a process uses it
         finally:
             os.close(descriptor)

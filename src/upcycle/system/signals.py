@@ -1,4 +1,4 @@
-"""Signals that ask a long piece of work to stop at a good place."""
+"""Handlers for signals that ask long work to stop at a safe point."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 @contextmanager
 def noted(*numbers: signal.Signals, twice_stops: bool = False) -> Iterator[list[int]]:
-    """A list that is no longer empty once one of the signals came. With `twice_stops` a second one raises
-    KeyboardInterrupt. Where this is not the main thread nobody sends us signals, and it stays empty.
+    """Yield a list that receives the signals that arrive.
+
+    With `twice_stops`, a second signal raises KeyboardInterrupt. Outside the main thread Python delivers no
+    signals, and the list stays empty.
     """
     came: list[int] = []
 
@@ -23,7 +25,7 @@ def noted(*numbers: signal.Signals, twice_stops: bool = False) -> Iterator[list[
     before = {}
     try:
         for number in numbers:
-            if signal.getsignal(number) is signal.SIG_IGN:  # whoever started us wants it so
+            if signal.getsignal(number) is signal.SIG_IGN:  # the parent process wants it ignored
                 continue
             before[number] = signal.signal(number, note)
     except ValueError:
@@ -38,8 +40,10 @@ def noted(*numbers: signal.Signals, twice_stops: bool = False) -> Iterator[list[
 
 @contextmanager
 def held(number: signal.Signals = signal.SIGINT) -> Iterator[None]:
-    """Let a piece of work that should be whole come to its end: a signal that comes meanwhile raises
-    KeyboardInterrupt after it, a second one at once."""
+    """Let the block finish before a signal takes effect.
+
+    A signal during the block raises KeyboardInterrupt after it; a second one raises it at once.
+    """
     with noted(number, twice_stops=True) as came:
         yield
     if came:

@@ -1,4 +1,4 @@
-"""A small file that is whole or not there: it gets its name when it is on disk."""
+"""Atomic writing of small files: a file gets its name only when all of it is on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Errors of the system on the way to a file tell of it: a full disk names none by itself."""
+    """Add the name of the file to system errors, because the error of a full disk names none."""
     try:
         yield
     except OSError as error:
@@ -21,7 +21,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write `path`, and the folder it lies in; what was there stays until the new file is on disk."""
+    """Write `path` and create its folder; the old file stays until the new one is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -35,17 +35,17 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` as UTF-8, as `write` does."""
+    """Write text to `path` as UTF-8, like `write`."""
     write(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `path` as JSON, as `write` does."""
+    """Write a value to `path` as JSON, like `write`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were given or taken away in `folder` last through a loss of power."""
+    """Sync `folder` to disk, so that names added or removed in it survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

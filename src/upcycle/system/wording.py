@@ -1,4 +1,4 @@
-"""How numbers, sizes and places are written for people, and how numbers that people write are read."""
+"""Formatting of numbers, sizes and places for people, and parsing of numbers that people write."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _WRITTEN = re.compile(r"(\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE]\+?(\d{1,2}))?\s*([A-Za
 
 
 def count(n: float) -> str:
-    """1.42 M and the like."""
+    """Format a number with a prefix, such as 1.42 M."""
     return _scaled(n, ".2f", "g")
 
 
 def rounded(n: float) -> str:
-    """100 B, 1.5 T, 260 k: three digits at most, for sentences."""
+    """Format a number for a sentence with at most three digits: 100 B, 1.5 T, 260 k."""
     return _scaled(n, ".3g", ".3g")
 
 
 def size(n: float) -> str:
-    """1.42 GB and the like, in decimal units."""
+    """Format a size in decimal units, such as 1.42 GB."""
     return _of_bytes(count(n), n)
 
 
 def rounded_size(n: float) -> str:
-    """80 GB and the like, in decimal units."""
+    """Format a size in decimal units for a sentence, such as 80 GB."""
     return _of_bytes(rounded(n), n)
 
 
@@ -42,8 +42,10 @@ def _of_bytes(written: str, n: float) -> str:
 
 
 def number_in(text: str, units: Mapping[str, int]) -> Decimal | None:
-    """The number that a person wrote, as 1.5, 2_000, 1e9 or one before one of the `units`, exactly; None if
-    the text is none."""
+    """Parse a number such as 1.5, 2_000 or 1e9, with or without one of the `units`, exactly.
+
+    Returns None if the text is not a number.
+    """
     found = _WRITTEN.fullmatch(text.strip())
     if found is None or found[3] not in units or (found[2] and found[3]):
         return None
@@ -51,5 +53,5 @@ def number_in(text: str, units: Mapping[str, int]) -> Decimal | None:
 
 
 def place_of(stack: str, layer: int) -> str:
-    """A layer as people name it: its number, after its stack if a model has several."""
+    """Return the name of a layer: its number, after its stack if the model has several."""
     return str(layer) if stack == "layers" else f"{stack} {layer}"

@@ -1,1 +1,1 @@
-"""Drawings of results on standard output, one file for each command that has something to show."""
+"""Output of results on standard output, with one file for each command that shows something."""

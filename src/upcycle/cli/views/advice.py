@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def show_advice(advice: Advice) -> None:
-    """A row a statement, with its source and whether the input lies where it was found, and the verdict."""
+    """Show one row for each statement, then the verdict.
+
+    A row has the source, and whether the input is inside the range for which the source found it.
+    """
     plan = advice.plan
     shown = Table(title=f"{plan.family} -> {plan.target}: {plan.made}", title_justify="left", box=None,
                   pad_edge=False, header_style="bold", width=out.width)  # fmt: skip

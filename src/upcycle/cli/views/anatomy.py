@@ -1,4 +1,4 @@
-"""Draws the result of `upcycle inspect`: the experts of every layer, and who went where."""
+"""Shows the result of `upcycle inspect`: the experts of every layer, and the routing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.system.wording import count, place_of
 
 
 def show_anatomy(anatomy: dict[str, Any]) -> None:
-    """One row a layer."""
+    """Show one row for each layer."""
     out.print(f"{anatomy['checkpoint']}: {anatomy['model_type']}, {anatomy['num_layers']} layers")
     columns = ["layer", "experts", "width", "dtype", "cosine between", "cosine to dense", "router norm"]
     table = grid("", *columns)
@@ -48,7 +48,7 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
 
 
 def show_routing(routing: dict[str, Any]) -> None:
-    """Who went where: one row a layer, then each expert's favourite tokens."""
+    """Show the routing: one row for each layer, then the favourite tokens of each expert."""
     names = [domain["name"] for domain in routing["domains"]]
     table = grid(
         f"\non {', '.join(names)}", "layer", "busiest", "idlest", "confidence", "left behind", "divergence"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:
-    """One table a kind."""
+    """Show one table for each kind."""
     for kind, rows in table.items():
         shown = Table(title=kind, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for column in ("name", "what it is", "needs"):
@@ -25,7 +25,7 @@ def show_catalogue(table: dict[str, list[dict[str, str]]]) -> None:
 
 
 def show_keys(keys: dict[str, list[Key]]) -> None:
-    """One table a section."""
+    """Show one table for each section."""
     for section, rows in keys.items():
         shown = Table(title=section, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for column in ("key", "takes", "default", ""):

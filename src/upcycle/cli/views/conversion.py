@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_converted(plan: Plan, folder: Path) -> None:
-    """Draw one line on the folder, the warnings, and the command that checks it."""
+    """Show one line on the folder, the warnings, and the command that verifies it."""
     out.print(
         f"{folder}: {plan.target}, {plan.made}, "
         f"{count(plan.total_parameters)} parameters, {count(plan.active_parameters)} active, "

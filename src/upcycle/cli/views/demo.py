@@ -1,4 +1,4 @@
-"""Draws the story of `upcycle demo`."""
+"""Shows the steps and results of `upcycle demo`."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 
 class Screening:
-    """The audience of the story: a person at a screen."""
+    """The audience of the demo: a person at a screen."""
 
     def say(self, sentence: str) -> None:
-        """A line of the story."""
+        """Show a line of text."""
         out.print(sentence)
 
     def made(self, mixtures: Mapping[str, Made]) -> None:
-        """A table of the mixtures before they are trained on."""
+        """Show a table of the Mixtures of Experts before their training."""
         show_made(mixtures)
 
     def evaluated(self, found: Evaluation) -> None:
-        """The tables of `upcycle eval`."""
+        """Show the tables of `upcycle eval`."""
         show_scores(found.as_dict())
 
     def continued(self, rows: Sequence[Continued], page: Path) -> None:
-        """A table and one sentence."""
+        """Show a table and one sentence."""
         show_continued(rows, page)
 
 
 def show_made(made: Mapping[str, Made]) -> None:
-    """The three mixtures before they are trained on."""
+    """Show the three Mixtures of Experts before their training."""
     table = grid("", "model", "parameters", "active", "largest logit difference", "promise kept")
     for name, one in made.items():
         table.add_row(
@@ -51,7 +51,7 @@ def show_made(made: Mapping[str, Made]) -> None:
 
 
 def show_continued(rows: Sequence[Continued], page: Path) -> None:
-    """What continued training gave, as a table and one sentence."""
+    """Show the results of continued training as a table and one sentence."""
     table = grid("\ntrained on", "model", "tokens", "training FLOPs", "held-out before", "held-out after")
     for row in rows:
         table.add_row(

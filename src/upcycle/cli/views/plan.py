@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: Plan) -> None:
-    """The plan as a table."""
+    """Show the plan as a table."""
     table = grid(f"{plan.family} -> {plan.target}", "", "dense", plan.kind)
     table.add_row("parameters", count(plan.dense_parameters), count(plan.total_parameters))
     table.add_row("active per token", count(plan.dense_parameters), count(plan.active_parameters))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_proof(proof: Proof) -> None:
-    """One line a check, then the verdict."""
+    """Show one line for each check, then the verdict."""
     for check in proof.checks:
         mark = {True: "[green]ok[/]  ", False: "[red]FAIL[/]", None: "[dim]--[/]  "}[check.holds]
         out.print(mark + escape(f" {check.name}: {check.detail}"), markup=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def show_reported(report: Report) -> None:
-    """Draw the troubles on standard error and the files on standard output."""
+    """Show the problems on standard error and the files on standard output."""
     for trouble in report.troubles:
         err.print(f"! {trouble}", soft_wrap=True)
     for file in report.files:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_trained(result: Result) -> None:
-    """Draw how the run ended."""
+    """Show how the run ended."""
     held_out = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     out.print(f"{result.out}: {result.steps} steps{loss}{held_out}")
@@ -22,7 +22,7 @@ def show_trained(result: Result) -> None:
 
 
 def show_exported(exported: Exported) -> None:
-    """Draw one line on the folder."""
+    """Show one line on the folder."""
     out.print(
         f"{exported.out}: step {exported.step}, {count(exported.parameters)} parameters in {exported.dtype}"
     )

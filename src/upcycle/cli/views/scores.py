@@ -9,9 +9,9 @@ from upcycle.cli.screen import err, grid, out
 
 
 def show_scores(evaluation: dict[str, Any]) -> None:
-    """One row a metric of each checkpoint, then the differences, then what to know about them.
+    """Show one row for each metric of each checkpoint, then the differences, then the notes on them.
 
-    The parts of a group are left to the JSON.
+    The parts of a group are only in the JSON.
     """
     table = grid("", "checkpoint", "what", "metric", "value", "+-", "of")
     for score in evaluation["checkpoints"]:
@@ -35,7 +35,7 @@ def show_scores(evaluation: dict[str, Any]) -> None:
 
 
 def show_recorded(path: Path) -> None:
-    """Where results were written."""
+    """Show where the results were written."""
     err.print(f"written: {path}", soft_wrap=True)
 
 

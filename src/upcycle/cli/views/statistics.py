@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_calibrated(found: Statistics) -> None:
-    """Draw a table of the layers: the share of neurons that are active, and how many never were."""
+    """Show a table of the layers: the share of active neurons, and the number that were never active."""
     table = grid("", "layer", "neurons", "active", "never active")
     for stack, layer in found.blocks("neurons", "count"):
         shares = found.of("neurons", stack, layer, "count")

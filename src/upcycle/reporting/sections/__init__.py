@@ -1,4 +1,4 @@
-"""The sections of a report, in order. A file here is a section: a study in, a `Section` or None out."""
+"""The sections of a report, in order. Each file here turns a study into a `Section` or None."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ ORDER = (summary, built, losses, tasks, routers, similarity, speed)
 
 
 def document(study: Study, title: str) -> Document:
-    """The whole report; a section that has nothing to show is left out."""
+    """Return the whole report; a section that has nothing to show is left out."""
     made = [part.section(study) for part in ORDER]
     return Document(title=title, sections=tuple(section for section in made if section is not None))

@@ -1,4 +1,4 @@
-"""What was built from what: provenance, parameters, FLOPs."""
+"""The section on models: their provenance, parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.reporting.study import Study
 
 
 def section(study: Study) -> Section:
-    """Models, runs and checkpoints."""
+    """Return the section on models, runs and checkpoints."""
     blocks: list[Block] = []
     if study.groups:
         blocks.append(_models(study))
@@ -77,7 +77,7 @@ def _runs(study: Study) -> Table:
 
 
 def _versions(runs: tuple[RunHistory, ...]) -> dict[str, str]:
-    """Programs and arithmetic, and the names of the runs that were made with them."""
+    """Return the versions and precisions, with the names of the runs that used them."""
     found: dict[str, list[str]] = {}
     for run in runs:
         about = run.about

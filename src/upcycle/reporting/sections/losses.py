@@ -1,4 +1,4 @@
-"""Held-out loss (and accuracy) against tokens and FLOPs, where curves cross, and the cost of the start."""
+"""The section on held-out loss and accuracy over tokens and FLOPs: curves, crossings, cost of the start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WHOLE = Axis(label="training FLOPs, start included", counted="power")
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """The groups along one axis: how far each is shifted, and where pairs cross."""
+    """The groups along one axis, with their shifts and the crossings of pairs."""
 
     name: str
     title: str
@@ -34,7 +34,7 @@ class _View:
 
 
 def section(study: Study) -> Section | None:
-    """Nothing where no run was evaluated."""
+    """Return the section; None if no run was evaluated."""
     groups = [g for g in study.groups if g.tokens.size]
     if not groups:
         return None
@@ -92,7 +92,10 @@ def _views(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[_View]:
 
 
 def _with_near(views: Sequence[_View]) -> Iterator[_View]:
-    """Each view, and where there are runs from scratch, far above and often far longer, one without them."""
+    """Yield each view, and an enlarged one without the runs from scratch, if there are any.
+
+    Runs from scratch are far above the others, and often far longer.
+    """
     for view in views:
         yield view
         near = [(group, x) for group, x in view.x if "from scratch" not in group.kind]

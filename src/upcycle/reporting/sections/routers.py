@@ -1,4 +1,4 @@
-"""What routers did: in training, from metrics of runs, and on what `upcycle inspect` showed them."""
+"""The section on routers: in training, and on the rows that `upcycle inspect` gave them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from upcycle.reporting.figures import Axis, Line
 from upcycle.reporting.runs import Health, is_load, is_number, place_of
 from upcycle.reporting.study import Study
 
-_POINTS = 200  # of a line at most; more are averaged in windows
+_POINTS = 200  # the most points of a line; more are averaged in windows
 _LABELS = ("expert", "layer", "load / even share")
 
 
 def section(study: Study) -> Section | None:
-    """Nothing where nothing has routers."""
+    """Return the section; None if there are no routers."""
     groups = [
         (place, group, health)
         for place, group in enumerate(study.groups)
@@ -86,7 +86,7 @@ def _load(place: int, group: Group, health: Health) -> Picture:
 
 
 def _even(load: Iterable[Any]) -> np.ndarray:
-    """Shares of the slots as multiples of an even share, [L, E]; NaN beyond the experts of a layer."""
+    """Return loads as multiples of an even share, [L, E]; NaN beyond the experts of a layer."""
     rows = [np.asarray(row, np.float64) for row in load]
     out = np.full((len(rows), max(map(len, rows))), math.nan)
     for row, into in zip(rows, out, strict=True):
@@ -130,7 +130,7 @@ def _table(groups: list[tuple[Group, Health]]) -> Table:
 
 
 def on_shown(number: int, name: str, routing: RoutingRecord) -> list[Block]:
-    """What the routers of a checkpoint did on the domains that it was inspected on."""
+    """Return the routing of a checkpoint on the domains that it was inspected on."""
     layers = routing.layers
     blocks: list[Block] = []
     loads = [
@@ -189,7 +189,7 @@ def on_shown(number: int, name: str, routing: RoutingRecord) -> list[Block]:
 
 
 def _favourites(routing: RoutingRecord) -> list[tuple[str, ...]]:
-    """A row an expert of the last layer, of a text."""
+    """Return one row of favourite tokens for each expert of the last layer, for text."""
     if routing.kind != "text":
         return []
     last = routing.layers[-1]
@@ -204,6 +204,6 @@ def _known(number: float | None) -> float:
 
 
 def _apart(matrix: Sequence[Sequence[float]]) -> float | None:
-    """The mean of what is off the diagonal of a matrix; None if there is nothing."""
+    """Return the mean of the off-diagonal elements of a matrix; None if there are none."""
     apart = [x for i, row in enumerate(matrix) for j, x in enumerate(row) if i != j]
     return sum(apart) / len(apart) if apart else None

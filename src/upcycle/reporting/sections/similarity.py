@@ -1,4 +1,4 @@
-"""How alike the experts of checkpoints are, to each other and to the dense network they came from."""
+"""The section on the similarity of experts, to each other and to the dense network they came from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from upcycle.reporting.study import Study
 
 
 def section(study: Study) -> Section | None:
-    """Nothing where no checkpoint has experts."""
+    """Return the section; None if no checkpoint has experts."""
     shown = [(c.place, c.label, c.checkpoints[0]) for c in study.columns() if c.checkpoints[0].anatomy]
     if not shown:
         return None
@@ -30,7 +30,7 @@ Shown = list[tuple[int, str, CheckpointRecord]]
 
 
 def pictures(shown: Shown) -> list[Picture]:
-    """The figures of it, of checkpoints with experts by their number and label."""
+    """Return the figures for checkpoints with experts, given with number and label."""
     out = [_picture("between", "Experts to each other", _between, shown)]
     if any(_to_dense(layer) for _, _, checkpoint in shown for layer in _layers(checkpoint)):
         out.append(_picture("dense", "Experts to the dense network", _to_dense, shown))
@@ -42,13 +42,13 @@ def _layers(checkpoint: CheckpointRecord) -> list[Mapping[str, Any]]:
 
 
 def _between(layer: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """Mean, least and most cosine of all pairs of experts."""
+    """Return the mean, the minimum and the maximum cosine of all pairs of experts."""
     found = layer["cosine_between"]
     return None if found is None else (found["mean"], found["min"], found["max"])
 
 
 def _to_dense(layer: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """The same of experts and the dense network."""
+    """Return the mean, the minimum and the maximum cosine of experts and the dense network."""
     found = layer["cosine_to_dense"]
     return None if not found else (sum(found) / len(found), min(found), max(found))
 

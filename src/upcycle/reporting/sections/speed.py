@@ -1,4 +1,4 @@
-"""How fast runs were and how much memory they took, where they say so."""
+"""The section on the speed and memory of runs, if they recorded them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upcycle.reporting.study import Study
 
 
 def section(study: Study) -> Section | None:
-    """Nothing where no step was timed."""
+    """Return the section; None if no step was timed."""
     group_of = {id(run): group.label for group in study.groups for run in group.runs}
     runs = [run for run in study.runs if np.isfinite(run.speeds["seconds"]).any()]
     if not runs:
@@ -55,7 +55,7 @@ def _median(values: np.ndarray, write: Callable[[float], str]) -> str:
 
 
 def _rounded(value: float) -> str:
-    """To three digits."""
+    """Round to three digits."""
     return formats.count(float(f"{value:.3g}"))
 
 

@@ -1,4 +1,4 @@
-"""What came out: one sentence and a table, and what is wrong with what was given."""
+"""The summary: one sentence, a table, and the problems with the given folders."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from upcycle.reporting.study import Study
 
 
 def section(study: Study) -> Section:
-    """The head of the report."""
-    # The dense continuation is the question; the other pairs stand in the table of crossings.
+    """Return the first section of the report."""
+    # The main question is dense continuation; the other pairs are in the table of crossings.
     pairs = [
         pair
         for pair in study.comparison.pairs
@@ -42,7 +42,7 @@ _STARTS = {
 
 
 def _answer(study: Study, pairs: Sequence[Pair]) -> str:
-    """The best of them in a sentence or two: yes and no rest on several seeds alone."""
+    """Return the best result in one or two sentences; a clear yes or no needs several seeds."""
     whole = [pair for pair in pairs if not any(run.unfinished for run in pair.group.runs)]
     best = min(whole or pairs, key=lambda pair: (pair.told.high or 0.0) + (pair.told.low or 0.0))
     unit = formats.unit(best.group.runs[0].about.task)
@@ -66,7 +66,7 @@ _HINT = (
 
 
 def _how_far(pair: Pair, unit: str) -> str:
-    """`0.0100 ± 0.0020 nats per token ahead of`, or from where to where that is."""
+    """Return words such as `0.0100 ± 0.0020 nats per token ahead of`, or an interval."""
     low, high = pair.told.low or 0.0, pair.told.high or 0.0
     error = "" if pair.error is None else f" ± {pair.error:.4f}"
     least, most = sorted((abs(low), abs(high)))
@@ -78,7 +78,7 @@ def _how_far(pair: Pair, unit: str) -> str:
 
 
 def _between(pair: Pair) -> str:
-    """Which evaluations stand for the end, where one of the two has none there."""
+    """Say which evaluations bound the end, if one of the two curves has none there."""
     if pair.told.between is None:
         return ""
     first, last = map(formats.flops, pair.told.between)
@@ -88,7 +88,7 @@ def _between(pair: Pair) -> str:
 
 
 def _on_documents(study: Study, pair: Pair) -> str:
-    """What `upcycle eval` found on the same documents, of exports of both; empty where it did not look."""
+    """Return a sentence on the scores of both exports on the same documents; empty if there are none."""
     ours, theirs = (_exports(study, group) for group in (pair.group, pair.against))
     for (spent, mine), (theirs_spent, other) in product(ours, theirs):
         matching = {score.question: score for score in other.scores if score.sums is not None}
@@ -112,8 +112,7 @@ def _on_documents(study: Study, pair: Pair) -> str:
 
 
 def _exports(study: Study, group: Group) -> list[tuple[float, CheckpointRecord]]:
-    """The checkpoints that were exported from runs of a group, the longest trained first, with the FLOPs of
-    their own training."""
+    """Return the checkpoints exported from runs of a group with their training FLOPs, longest first."""
     out = []
     for checkpoint in study.checkpoints:
         owner = study.comparison.owner(checkpoint)

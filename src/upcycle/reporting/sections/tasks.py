@@ -1,4 +1,4 @@
-"""How checkpoints score on tasks: what `upcycle eval` wrote beside them."""
+"""The section on tasks: the scores that `upcycle eval` wrote beside checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from upcycle.reporting.document import Block, Picture, Section, Table
 from upcycle.reporting.study import Column, Study
 
 _KINDS = {"text": "texts", "images": "images", "tasks": "tasks", "few_shot": "few-shot probe"}
-_DRAWN = ("accuracy", "acc", "accuracy_norm", "acc_norm")  # shares, that can stand on one axis
-_MOST = 16  # rows of a figure
+_DRAWN = ("accuracy", "acc", "accuracy_norm", "acc_norm")  # shares, which fit on one axis
+_MOST = 16  # the most rows of a figure
 
 Question = tuple[str, str, str, str]  # kind, name, data, metric
 
 
 def section(study: Study) -> Section | None:
-    """Nothing where no checkpoint was scored."""
+    """Return the section; None if no checkpoint was scored."""
     columns = [c for c in study.columns() if any(one.scores for one in c.checkpoints)]
     if not columns:
         return None
@@ -35,7 +35,7 @@ def section(study: Study) -> Section | None:
 
 
 def _names(asked: list[Question]) -> dict[Question, str]:
-    """What to call each: its name, with what differs where the same was asked on other data."""
+    """Return a label for each question: its name, and what differs if it was asked on other data."""
     out = {}
     for question in asked:
         kind, name, data, metric = question
@@ -48,7 +48,7 @@ def _names(asked: list[Question]) -> dict[Question, str]:
 
 
 def _found(column: Column, question: Question) -> tuple[float, float | None, bool] | None:
-    """Mean, standard error and direction: over checkpoints where several were scored, else over examples."""
+    """Return mean, standard error and direction, over several checkpoints or else over examples."""
     last = [{s.question: s for s in checkpoint.scores}.get(question) for checkpoint in column.checkpoints]
     found = [score for score in last if score is not None]
     if not found:
