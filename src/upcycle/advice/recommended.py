@@ -83,7 +83,7 @@ def recommended(situation: Situation, source: Checkpoint) -> Recommendation:
     if equal := _equal_flops(best, source):
         ratio = best.plan.flops_per_token / best.plan.dense_flops_per_token
         reasons.append(
-            f"A token takes {ratio:.2f} times the dense FLOPs. For equal FLOPs by narrower experts add"
+            f"A token takes {ratio:.2f} times the dense FLOPs. For equal FLOPs, with narrower experts, add"
         )
         reasons.append("  " + " ".join(f"--set {key}={value}" for key, value in equal.items()))
     return Recommendation(recipe=best.built.recipe, reasons=tuple(reasons))
