@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from transformers import (
 
 import tiny
 from upcycle import Recipe, UpcycleError, blueprint, cli, plan
-from upcycle.advice import drop_ratio, duration, inference, layout, published, scaling_law
+from upcycle.advice import drop_ratio, duration, inference, layout, published, recipe_file, scaling_law
 from upcycle.advice.gather import advise
 from upcycle.advice.situation import Asked, Situation, parse_tokens
 from upcycle.advice.verdict import verdict
@@ -36,6 +37,7 @@ from upcycle.dense.source import admit
 from upcycle.recipe import override
 from upcycle.system import gpus
 
+ROOT = Path(__file__).parents[2]
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 LLAMA_3_8B = {
     **LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -1029,3 +1031,25 @@ def test_json_has_the_recipe(large):
     found = json.loads(json.dumps(said(large["8B"], tokens=27 * 10**9).as_dict()))
     assert {"source", "moe", "asked", "statements", "verdict"} < set(found)
     assert Recipe.of(found["recommended"]["table"]) == Recipe.of()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_is_read_back_from_its_text(path, tmp_path):
+    recipe = Recipe.load(path)
+    (tmp_path / "again.toml").write_text(
+        recipe_file.text(recipe, ["A comment.\nOf two lines = [", "  --set a=b"])
+    )
+    assert Recipe.load(tmp_path / "again.toml") == recipe
+
+
+def test_a_stack_with_its_own_router_is_read_back(tmp_path):
+    own = {"moe": {"num_experts": 4}, "router": {"name": "sigmoid", "std": 0.1}}
+    table = {
+        "dtype": "float32",
+        "moe": {"layers": [0, 2]},
+        "router": {"name": "top_k", "std": 0.5},
+        "decoder": own,
+    }
+    recipe = Recipe.of(table)
+    (tmp_path / "again.toml").write_text(recipe_file.text(recipe, []))
+    assert Recipe.load(tmp_path / "again.toml") == recipe
