@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises: its text is the whole message."""
+"""The one exception that a user's mistake raises; its text is the whole message."""
 
 import difflib
 import unicodedata
@@ -8,39 +8,44 @@ _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogates, line an
 
 
 class UpcycleError(Exception):
-    """What was given, what is allowed, what to do. The command line prints it and exits with 2."""
+    """A user's mistake. The text says what was given, what is allowed and what to do.
+
+    The command line prints the text and exits with 2.
+    """
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """`a, b, c and 5 more`: enough names to find the fault, never a screenful."""
+    """Return `a, b, c and 5 more`: enough names to find the fault, but never a screenful."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value as an error shows it: as Python writes it, and cut where it is long."""
+    """Return the repr of a value for an error message, shortened if it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of more digits than Python writes; deep nesting
+    except (ValueError, RecursionError):  # an integer with more digits than Python writes, or deep nesting
         return f"a {type(value).__name__} that is too long to show"
     return cut(text, most)
 
 
 def cut(text: str, most: int = 80) -> str:
-    """A text as an error shows it: as it is, and its beginning where it is long."""
+    """Return a text for an error message, shortened to `most` characters if it is longer."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def printable(text: str) -> str:
-    """A text from somewhere else as a terminal may have it: what moves its cursor, or cannot be seen, is
-    written as Python escapes it."""
+    """Return a foreign text in a form that is safe for a terminal.
+
+    Characters that move the cursor or cannot be seen are written as Python escapes.
+    """
     if text.isprintable():
         return text
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNSEEN else c for c in text)
 
 
 def nearest(given: object, known: Iterable[str]) -> str:
-    """`; did you mean ...? Known: ...`, the end of an error about an unknown name."""
+    """Return `; did you mean ...? Known: ...`, the end of an error about an unknown name."""
     known = sorted(known)
     close = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ";"

@@ -1,4 +1,4 @@
-"""`upcycle inspect`: the experts of a checkpoint, layer by layer, read from its weights alone."""
+"""`upcycle inspect`: describe the experts of a checkpoint, layer by layer, from its weights alone."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from upcycle.tensors.lazy import Lazy, Stored, blocks
 
 
 def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
-    """Width, dtype, similarity and router norms of every layer, as a table that JSON can hold.
+    """Return width, dtype, similarity and router norms of every layer as a table that JSON can hold.
 
-    `source` is the dense checkpoint to compare experts with; without it, the one that the provenance
-    names, if it is still there. Cosine similarities are over all matrices together.
+    `source` is the dense checkpoint to compare the experts with. By default it is the one named in the
+    provenance, if it still exists. Cosine similarities are taken over all matrices together.
     """
     with open_checkpoint(checkpoint, allow_nonfinite=True) as opened:
         made = Provenance.read(opened.folder) if (opened.folder / Provenance.FILE).exists() else None
@@ -55,7 +55,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
             except KeyError as error:
                 raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
             except (AttributeError, IndexError, TypeError, ValueError) as error:
-                # Of tensors and a config of any kind, readers of layouts make errors of any kind.
+                # The tensors and the config can be anything, so the readers of layouts can raise any error.
                 raise UpcycleError(
                     f"{opened.folder} does not hold the tensors of a {model_type}: {error}"
                 ) from error
@@ -76,13 +76,13 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
 
 
 def _refuse_empty(opened: Checkpoint) -> None:
-    """Refuse tensors that say that they have rows and hold nothing."""
+    """Refuse tensors that have rows according to their shape but hold no elements."""
     if empty := sorted(name for name, info in opened.tensors.items() if not math.prod(info.shape)):
         raise UpcycleError(f"{opened.folder} holds {listed(empty)} without a single number")
 
 
 def _refuse_odd_shapes(part: Block) -> None:
-    """Refuse experts that are no networks of one shape."""
+    """Refuse experts that are not networks of one shape."""
     where = place_of(part.stack, part.layer)
     for group in (part.experts, part.universal):
         shapes = [{name: matrix.shape for name, matrix in x.matrices().items()} for x in group]
@@ -97,7 +97,7 @@ def _refuse_odd_shapes(part: Block) -> None:
 
 
 def _refuse_other_depth(dense: Dense, parts: list[Block]) -> None:
-    """A dense model of fewer blocks is not what the experts came from."""
+    """Refuse a dense model with fewer blocks, because the experts cannot come from it."""
     blocks = {(stack.name, i) for stack in dense.stacks for i in range(stack.count)}
     if missing := sorted({(part.stack, part.layer) for part in parts if part.experts} - blocks):
         raise UpcycleError(
@@ -114,7 +114,7 @@ def _add_start(
     dense: Dense,
     notes: list[str],
 ) -> None:
-    """How alike the experts of a trained model were when its training began."""
+    """Add to `layers` how similar the experts of a trained model were when its training began."""
     try:
         built = blueprint(dense.checkpoint, Recipe.of(made.recipe))
     except UpcycleError as error:
@@ -131,7 +131,7 @@ def _add_start(
 
 
 def _dense_source(source: str | Path | None, made: Provenance | None, notes: list[str]) -> Dense | None:
-    """The dense model that experts are compared with, if it can be found."""
+    """Return the dense model that the experts are compared with, if it can be found."""
     if source is not None:
         return admit(open_checkpoint(str(source), allow_nonfinite=True))
     if made is None:
@@ -185,7 +185,7 @@ def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
 
 
 def _between(cosine: np.ndarray) -> dict[str, float] | None:
-    """Of the pairs of different experts."""
+    """Summarise the cosine similarities of pairs of different experts."""
     values = cosine[np.triu_indices(len(cosine), 1)]
     if not values.size:
         return None
@@ -193,7 +193,7 @@ def _between(cosine: np.ndarray) -> dict[str, float] | None:
 
 
 def _cosines(networks: Sequence[FeedForward]) -> np.ndarray:
-    """Cosine similarity of all pairs over all matrices together; [n, n], float64."""
+    """Return the cosine similarity of all pairs over all matrices together; [n, n], float64."""
     gram = np.zeros((len(networks), len(networks)))
     for name in networks[0].matrices():
         matrices = [getattr(network, name) for network in networks]

@@ -1,7 +1,7 @@
-"""Online upcycling: a blueprint handed to transformers as a state dict that is not there yet.
+"""Online upcycling: transformers gets the blueprint as a state dict whose tensors are read on demand.
 
-Each rank asks the blueprint for the slices that it holds, so no MoE is ever written, and no rank holds more
-than its shard and the tensor in hand ("Llama 3 Meets MoE", online upcycling).
+Each rank asks the blueprint for the slices that it holds. No MoE is ever written to disk, and no rank holds
+more than its shard and the tensor being read ("Llama 3 Meets MoE", online upcycling).
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def load(
     dtype: str | torch.dtype | None = None,
     experts_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The native MoE that `recipe` makes of the dense checkpoint `source` (folder or hub id), in memory.
+    """Return the native MoE that `recipe` makes of the dense checkpoint `source`, in memory.
 
-    Parameters are bit-identical to those of `upcycle convert` followed by `from_pretrained`. Under a
-    `DistributedConfig` every rank calls it and reads its own slices. `dtype` is a torch dtype or its name;
-    None is that of the blueprint. Raises `UpcycleError` where source, recipe and layout do not fit.
+    `source` is a folder or a hub id. Parameters are bit-identical to those of `upcycle convert` followed by
+    `from_pretrained`. Under a `DistributedConfig` every rank calls this function and reads its own slices.
+    `dtype` is a torch dtype or its name; None takes that of the blueprint. Raises `UpcycleError` if source,
+    recipe and layout do not fit.
     """
     built = blueprint(source, recipe)
     try:
@@ -71,9 +72,9 @@ def build(
     experts_implementation: str | None = None,
     experts: Collection[int] | None = None,
 ) -> PreTrainedModel:
-    """A model of the class `architecture`, each of its parameters read from `tensors`.
+    """Return a model of the class `architecture` with each of its parameters read from `tensors`.
 
-    Raises `UpcycleError` where the layout does not fit; a parameter that nothing defines is an error of ours.
+    Raises `UpcycleError` if the layout does not fit. A parameter that nothing defines is a bug of ours.
     """
     from upcycle.hf import filling, models, opening
 
@@ -99,7 +100,7 @@ def build(
 
 
 def _slices(entry: Entry) -> Slices:
-    """An entry as transformers' loader asks for it."""
+    """Return an entry in the form that transformers' loader asks for."""
     from upcycle.hf.filling import Slices
 
     return Slices(
@@ -110,7 +111,7 @@ def _slices(entry: Entry) -> Slices:
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """The array as a tensor over the same memory; numpy's bfloat16 is not torch's."""
+    """Return the array as a tensor over the same memory; numpy's bfloat16 is not torch's."""
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(values)
@@ -124,7 +125,10 @@ def _dtype(given: str | torch.dtype) -> torch.dtype:
 
 
 def _layout(given: DistributedConfig | dict[str, Any], experts: Collection[int] | None) -> DistributedConfig:
-    """The layout, if it fits the world and the experts; transformers ignores some that do not, in silence."""
+    """Return the layout if it fits the world size and the experts.
+
+    transformers silently ignores some layouts that do not fit.
+    """
     from transformers.distributed import DistributedConfig
 
     asked = given if isinstance(given, dict) else {}

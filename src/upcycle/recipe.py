@@ -1,4 +1,4 @@
-"""What to build: the recipe, from TOML, `--set KEY=VALUE`, a dictionary or a run file."""
+"""The recipe: what to build, read from TOML, `--set KEY=VALUE`, a dictionary or a run file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upcycle.settings import AtLeast, Layout, Settings, families, keys, parted, 
 
 Layers = Literal["all", "every_other", "last_half"]
 
-# Stacks of blocks that may have a table of their own.
+# The stacks of blocks that may have a table of their own.
 STACKS = ("decoder", "stage_1", "stage_2", "stage_3", "stage_4")
 
 
@@ -26,22 +26,24 @@ class Moe(Settings):
 
     section: ClassVar[str] = "moe"
 
-    num_experts: Annotated[int, AtLeast(1)] = 8  # in each layer
-    top_k: Annotated[int, AtLeast(1)] = 2  # experts that a token uses, of a router that lets tokens choose
-    # which blocks get experts: a name, or their numbers from 0; every_other is 1, 3, 5, ...
+    num_experts: Annotated[int, AtLeast(1)] = 8  # number of experts in each layer
+    top_k: Annotated[int, AtLeast(1)] = 2  # experts per token, for a router in which tokens choose
+    # which blocks get experts: a name or a list of block numbers from 0; every_other is 1, 3, 5, ...
     layers: Layers | tuple[int, ...] = "all"
-    # native (the family's MoE class of transformers), one by name, upcycled, depth_tiled or dense
+    # native (the family's MoE class in transformers), the name of a native one, upcycled, depth_tiled or
+    # dense
     target: str = "native"
-    granularity: Annotated[int, AtLeast(1)] = 1  # G: an expert is 1 / G of the dense network wide
-    # neurons of an expert; 0: those of the dense network / granularity
+    granularity: Annotated[int, AtLeast(1)] = 1  # G: an expert has 1 / G of the neurons of the dense network
+    # neurons of an expert; 0 means the width of the dense network / granularity
     expert_width: Annotated[int, AtLeast(0)] = 0
-    # narrower experts beside them, for routers of slots (MoE Jetpack)
+    # number of narrower experts beside the others, for routers with slots (MoE Jetpack)
     universal_experts: Annotated[int, AtLeast(0)] = 0
-    universal_width: Annotated[int, AtLeast(0)] = 0  # neurons of those; 0: a quarter of the others'
-    # 0, or G: the dense network itself stands beside the experts
+    # neurons of a universal expert; 0 means a quarter of the others' width
+    universal_width: Annotated[int, AtLeast(0)] = 0
+    # 0 or G; with G, the dense network itself stands beside the experts
     shared_experts: Annotated[int, AtLeast(0)] = 0
-    pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT sees
-    depth: int = 2  # how often each block stands, for the target depth_tiled
+    pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT reads
+    depth: int = 2  # how many times each block is repeated, for the target depth_tiled
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,25 +60,24 @@ class Moe(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Successor(Settings):
-    """The smaller dense model that a larger one, the source, is narrowed to; its experts come from the
-    source.
+    """The smaller dense model that the source, a larger one, is narrowed to.
 
-    `hidden_size` in a model of several stages is a list; 0 keeps the source's. `intermediate_size` 0 keeps
-    the ratio. `rest`: where all but the experts comes from, the source itself or a checkpoint of the
-    successor's size.
+    The experts are made from the source. `hidden_size` is a list in a model of several stages; 0 keeps the
+    source's. `intermediate_size` 0 keeps the ratio. `rest` says where everything except the experts comes
+    from: the source itself, or a checkpoint of the successor's size.
     """
 
     section: ClassVar[str] = "successor"
 
-    # channels of the narrower model; a list, one a stage, in a ConvNeXt; 0 keeps the source's
+    # channels of the narrower model; in a ConvNeXt a list with one entry per stage; 0 keeps the source's
     hidden_size: int | tuple[int, ...] = 0
-    intermediate_size: int = 0  # neurons of its networks; 0 keeps the ratio
-    # where all but the experts comes from: predecessor (the source), or a checkpoint of that size
+    intermediate_size: int = 0  # neurons of its feed-forward networks; 0 keeps the ratio
+    # source of everything except the experts: predecessor (the source), or a checkpoint of that size
     rest: str = "predecessor"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The recipe is kept with its result, and read from elsewhere.
+        # The recipe is stored with its result and may be read from another directory.
         if self.rest != "predecessor" and Path(self.rest).is_dir():
             object.__setattr__(self, "rest", str(Path(self.rest).resolve()))
 
@@ -91,14 +92,14 @@ class Part(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(Settings):
-    """Everything that decides the bytes of the output, besides the bytes of the source.
+    """Everything that decides the bytes of the output, apart from the bytes of the source.
 
-    `parts` are stacks of blocks that are not as `moe` and `router` say: in TOML, `[decoder.moe]` and
-    `[decoder.router]` with the keys that differ, and likewise `[stage_1]` to `[stage_4]` in a ConvNeXt.
+    `parts` holds the stacks of blocks that differ from `moe` and `router`. In TOML they are `[decoder.moe]`
+    and `[decoder.router]` with the keys that differ, and likewise `[stage_1]` to `[stage_4]` in a ConvNeXt.
     """
 
-    seed: int = 0  # of every random number
-    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # of the weights that are written
+    seed: int = 0  # seeds every random number
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # dtype of the written weights
     moe: Moe = Moe()
     init: Init = dataclasses.field(default_factory=lambda: settings.read(Init, {}, "init"))
     router: Router = dataclasses.field(default_factory=lambda: settings.read(Router, {}, "router"))
@@ -107,8 +108,11 @@ class Recipe(Settings):
 
     @classmethod
     def of(cls, given: Recipe | Mapping[str, Any] | str | Path | None = None, /, **sections: Any) -> Recipe:
-        """A recipe from what there is: a nested table as TOML has it, `Recipe.of(moe={"num_experts": 4})`, a
-        TOML file by its path, or a recipe. `sections` go over it."""
+        """Return a recipe made from any form that a caller may have.
+
+        `given` is a nested table as in TOML, the path of a TOML file, or a recipe. `sections` override it, as
+        in `Recipe.of(moe={"num_experts": 4})`. Raises `UpcycleError` if it is not a valid recipe.
+        """
         if isinstance(given, Recipe) and not sections:
             return given
         table = {**_given(given), **sections}
@@ -121,33 +125,34 @@ class Recipe(Settings):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-        """The recipe in the TOML file `path`, a recipe or a run file, with `KEY=VALUE` overrides."""
+        """Read the recipe in the TOML file `path` (a recipe or run file) and apply `KEY=VALUE` overrides."""
         return cls.of(override(of_run_file(read_toml(path)), overrides))
 
     def at(self, stack: str) -> Recipe:
-        """The recipe for one stack of blocks."""
+        """Return the recipe for one stack of blocks."""
         part = self.parts.get(stack) or Part(moe=self.moe, router=self.router)
         return dataclasses.replace(self, moe=part.moe, router=part.router, parts={})
 
     def as_table(self) -> dict[str, Any]:
-        """The recipe as a nested table: what `Recipe.of` takes and the provenance keeps."""
+        """Return the recipe as a nested table, the form that `Recipe.of` takes and the provenance keeps."""
         table = super().as_table()
         return table | table.pop("parts")
 
 
-RecipeLike = Recipe | Mapping[str, Any] | str | Path | None  # what functions take for a recipe: `Recipe.of`
+# what functions accept as a recipe; see `Recipe.of`
+RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
 
-# Sections and keys of a run file that a recipe alone reads, besides keys of [router].
+# The sections and keys of a run file that only a recipe reads, apart from keys of [router].
 OF_EXPERTS = (*(key for key in keys(Recipe) if key not in ("seed", "router", "parts")), *STACKS)
 
 
 def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:
-    """The part of a stack: its own table over those of the model."""
+    """Return the part for a stack: its own table laid over those of the model."""
     own, moe = table_at(value, name), table_at(model.get("moe", {}), "moe")
     other = table_at(own.get("moe", {}), f"{name}.moe")
     of_the_model = {"target": Moe.target, "pooling": Moe.pooling, "depth": Moe.depth}
     if name.startswith("stage_"):
-        of_the_model["layers"] = Moe.layers  # counted through all stages
+        of_the_model["layers"] = Moe.layers  # block numbers count through all stages
     for key, default in of_the_model.items():
         if other.get(key, moe.get(key, default)) != moe.get(key, default):
             raise UpcycleError(f"{name}.moe.{key}: a model has one; set moe.{key}")
@@ -160,7 +165,7 @@ def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:
 
 
 def _given(given: Any) -> dict[str, Any]:
-    """The table of a recipe, whatever a caller has of it."""
+    """Return the table of a recipe, in whatever form the caller has it."""
     if given is None:
         return {}
     if isinstance(given, Recipe):
@@ -176,7 +181,7 @@ def _given(given: Any) -> dict[str, Any]:
 
 
 def of_run_file(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe in the table of a run file, which is a recipe and more; a recipe as it is."""
+    """Return the recipe in the table of a run file, which holds more; a recipe is returned as it is."""
     if "source" not in table:
         return dict(table)
     out = {k: v for k, v in table.items() if k in (*keys(Recipe), *STACKS)}
@@ -186,7 +191,7 @@ def of_run_file(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_experts(table: Mapping[str, Any]) -> dict[str, Any]:
-    """`table` without what only a Mixture of Experts has: what `moe = false` takes away."""
+    """Return `table` without what only a Mixture of Experts has, which `moe = false` takes away."""
     out = {k: v for k, v in table.items() if k not in OF_EXPERTS}
     if isinstance(out.get("router"), Mapping):
         out["router"], _ = parted(out["router"], Balance)
@@ -207,11 +212,13 @@ LAYOUT = _layout()
 
 
 def read_toml(path: str | Path, what: str = "recipe", layout: Layout = LAYOUT) -> dict[str, Any]:
-    """The table in a TOML file, laid over that of its `base`; see `settings.read_toml`. `moe = false` takes
-    the experts of the base away."""
+    """Read the table in a TOML file and lay it over that of its `base`; see `settings.read_toml`.
+
+    `moe = false` takes away the experts of the base.
+    """
     return settings.read_toml(path, what, layout)
 
 
 def override(table: Mapping[str, Any], given: Iterable[str], layout: Layout = LAYOUT) -> dict[str, Any]:
-    """`table` with each `section.key=value` put in; see `settings.override`."""
+    """Return `table` with each `section.key=value` applied; see `settings.override`."""
     return settings.override(table, given, layout)

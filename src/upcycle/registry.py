@@ -1,4 +1,4 @@
-"""Extension points: one file of a folder is one thing, and its file name is its name."""
+"""Extension points: each file of a folder is one extension, and its file name is its name."""
 
 import importlib
 import pkgutil
@@ -9,12 +9,16 @@ from upcycle.errors import UpcycleError, cut, nearest, shown
 
 
 def names(package: ModuleType) -> list[str]:
-    """The names of the files in `package`, without those that begin with an underscore."""
+    """Return the names of the files in `package`, except those that begin with an underscore."""
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
 def find(package: ModuleType, name: str, attribute: str, what: str) -> Any:
-    """`attribute` of the file `name` in `package`; an unknown name is an error that lists the known."""
+    """Return `attribute` of the file `name` in `package`.
+
+    Raises `UpcycleError`, which lists the known names, if `name` is unknown. `what` names the kind of
+    extension.
+    """
     known = names(package)
     if not isinstance(name, str):
         raise UpcycleError(f"{what} {shown(name)} is no name; give one of {', '.join(known)}")

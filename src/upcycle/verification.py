@@ -1,7 +1,7 @@
-"""The proof that a folder is what its recipe makes of a source: coverage, bytes, and logits.
+"""The proof that a folder is what its recipe makes of a source: coverage, bytes and logits.
 
-Three witnesses that do not know of each other: the blueprint worked out anew from the source, the
-parameters that transformers itself builds, and both models run side by side.
+Three independent witnesses are used: the blueprint computed again from the source, the parameters that
+transformers itself builds, and both models run side by side.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from upcycle.system.wording import size
 if TYPE_CHECKING:
     import torch
 
-TOLERANCE = 1e-5  # of the logit scale, in float32
-IMAGES = 16  # of a set
-TOKENS = 256  # of a text, and of random input
+TOLERANCE = 1e-5  # relative to the logit scale, in float32
+IMAGES = 16  # images taken from a set
+TOKENS = 256  # tokens taken from a text, and of random input
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was checked; `holds` is None where nothing was promised."""
+    """One thing that was checked; `holds` is None if nothing was promised."""
 
     name: str
     holds: bool | None
@@ -50,22 +50,22 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The largest |logit difference| of dense and MoE, and the largest |logit| of the dense model."""
+    """The largest |logit difference| between dense and MoE, and the largest |logit| of the dense model."""
 
     max_difference: float
     scale: float
     tokens: int
-    images: int | None = None  # where the input is images
-    source_difference: float | None = None  # to the source as it is stored, where the MoE is rounded
+    images: int | None = None  # set if the input is images
+    source_difference: float | None = None  # difference to the source as stored, if the MoE is rounded
 
     @property
     def relative(self) -> float:
-        """The difference in parts of the scale."""
+        """The difference relative to the scale."""
         return _share(self.max_difference, self.scale)
 
 
 def _share(difference: float, scale: float) -> float:
-    """In parts of the scale; of one that is zero, nothing or everything."""
+    """Return `difference` / `scale`; for a scale of zero, zero or infinity."""
     if scale:
         return difference / scale
     return math.inf if difference else 0.0
@@ -73,7 +73,7 @@ def _share(difference: float, scale: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What verify found."""
+    """The result of `verify`."""
 
     coverage: bool
     bit_identical: bool
@@ -83,11 +83,11 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether everything that the recipe promises is so."""
+        """True if everything that the recipe promises holds."""
         return all(check.holds is not False for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """The proof as JSON has it."""
+        """Return the proof as JSON has it."""
         return {"holds": self.holds, **asdict(self)}
 
 
@@ -99,11 +99,11 @@ def verify(
     images: str | Path | None = None,
     logits: bool = True,
 ) -> Proof:
-    """Check the folder `out` against the dense checkpoint `source` and the recipe that `out` records.
+    """Check the folder `out` against the dense checkpoint `source` and the recipe recorded in `out`.
 
-    `text` names a file to compare logits on besides random tokens, `images` a folder or a parquet file to
-    compare them on besides random pixels. Raises `UpcycleError` where there is
-    nothing to check; what does not hold is in the result.
+    Logits are compared on random input. `text` names a file and `images` a folder or a parquet file to
+    compare them on as well. Raises `UpcycleError` if there is nothing to check; a check that fails is in the
+    result.
     """
     out = Path(out)
     shown = Shown(text=None if text is None else Path(text), images=None if images is None else Path(images))
@@ -117,7 +117,7 @@ def verify(
 
 
 def _unfit(why: str) -> Proof:
-    """The proof of a folder that readers do not agree on."""
+    """Return the proof for a folder that different readers would read differently."""
     check = Check(name="files", holds=False, detail=why)
     return Proof(coverage=False, bit_identical=False, preserves_function=False, logits={}, checks=[check])
 
@@ -190,7 +190,7 @@ def _names(built: Blueprint, moe: Checkpoint) -> Check:
 
 
 def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
-    """Whether transformers' own loader fills every parameter of its class from these names and shapes."""
+    """Check that transformers' own loader fills every parameter of its class from these names and shapes."""
     from upcycle.hf import headers, models, opening
     from upcycle.hf.quiet import quiet
 
@@ -201,7 +201,7 @@ def _transformers(built: Blueprint, moe: Checkpoint) -> Check:
         try:
             opening.refuse_depth(moe.folder)
             model, report = headers.loaded(architecture, moe.folder, state)
-        except Exception as error:  # whatever it dislikes about a damaged folder, it is the finding
+        except Exception as error:  # whatever it rejects in a damaged folder is the finding
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return Check(name=name, holds=False, detail=f"cannot be loaded: {reason}")
     faults = {kind.split("_")[0]: sorted(map(str, report[kind])) for kind in report}
@@ -219,7 +219,7 @@ def _faults(faults: dict[str, list[str]]) -> str:
 
 def _config(built: Blueprint, moe: Checkpoint) -> Check:
     wanted = json.loads(json.dumps(built.stored_config()))
-    if kernels.KEY not in moe.config:  # of a version that did not write it
+    if kernels.KEY not in moe.config:  # written by a version that did not have this key
         wanted.pop(kernels.KEY, None)
     different = sorted(k for k in {*wanted, *moe.config} if wanted.get(k, ...) != moe.config.get(k, ...))
     return Check(
@@ -254,8 +254,8 @@ _SAID = {
     "moe_layers": "moe_layers",
     "left_out_tensors": "left_out",
 }
-"""What upcycle.json says of a blueprint, and what a blueprint calls it."""
-_EDITED = ("README.md", CONFIG)  # a card is for people to go on with; the config is compared key by key
+"""The fields of upcycle.json about a blueprint, and the attributes of a blueprint that they record."""
+_EDITED = ("README.md", CONFIG)  # people may edit the card; the config is compared key by key
 _READ = (
     "*.safetensors*", "*.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf",
     "*.onnx", "*.py", "*.jinja", "adapter_*",
@@ -264,7 +264,7 @@ _RESULTS = (EvaluationRecord.FILE, RoutingRecord.FILE)
 
 
 def _files(built: Blueprint, moe: Checkpoint, record: Provenance) -> Check:
-    """Whether the files beside the weights are what `convert` wrote, and what else lies there."""
+    """Check that the files beside the weights are what `convert` wrote, and list any others."""
     out, source = moe.folder, built.source.folder
     written = record.files or {}
     wanted = {**written} | {name: file_hash(source / name) for name in carriable(source)}
@@ -273,7 +273,7 @@ def _files(built: Blueprint, moe: Checkpoint, record: Provenance) -> Check:
     changed = [name for name in wanted if name in there and not _has(there[name], wanted[name])]
     changed += [name for name in written if written[name] != wanted[name] and name not in changed]
     known = {*wanted, *(file.name for file in moe.files), Provenance.FILE}
-    if not written:  # of a version that kept no hashes
+    if not written:  # written by a version that kept no hashes
         known |= {CONFIG, INDEX, "README.md", selection.FILE, *(record.carried_files or ())}
     others = sorted(there.keys() - known)
     faults = {
@@ -295,7 +295,7 @@ def _has(path: Path, sha256: str) -> bool:
 
 
 def _is_read(path: Path) -> bool:
-    """Whether a loader may take notice of a file or folder."""
+    """Return whether a loader may read this file or folder."""
     if path.name.startswith(".") or path.name in _RESULTS:
         return False
     return path.is_dir() or any(fnmatch(path.name, pattern) for pattern in (*_READ, *CARRIED))
@@ -342,16 +342,17 @@ def _logits(built: Blueprint, name: str, difference: Difference) -> Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What both models are shown besides random input."""
+    """The files that both models are run on besides random input."""
 
     text: Path | None = None
     images: Path | None = None
 
 
 def compare_logits(built: Blueprint, out: Path, shown: Shown | None = None) -> dict[str, Difference]:
-    """Outputs of the dense model and of the folder `out`, in float32, on random input and on what is shown.
+    """Compare the outputs of the dense model and of the folder `out`, in float32.
 
-    Outputs are logits, or the last hidden states of a model without a head.
+    Both run on random input and on what `shown` names. Outputs are logits, or the last hidden states of a
+    model without a head.
     """
     import torch
 
@@ -379,7 +380,7 @@ def compare_logits(built: Blueprint, out: Path, shown: Shown | None = None) -> d
         runs.append((source, dense.architecture, None))
     outputs = []
     for folder, name, dtype in runs:
-        # `eager` runs the experts one by one: no kernel with demands of its own on widths.
+        # `eager` runs the experts one by one and uses no kernel that restricts their width.
         options = {} if folder is source else {"experts_implementation": "eager"}
         with quiet():
             cls = models.architecture(name)
@@ -402,7 +403,7 @@ def compare_logits(built: Blueprint, out: Path, shown: Shown | None = None) -> d
 
 
 def _random(shapes: Mapping[str, tuple[str, tuple[int, ...]]], config: Config) -> dict[str, torch.Tensor]:
-    """Random input of the given kinds and shapes, always the same."""
+    """Return random input of the given kinds and shapes; it is the same in every call."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -415,7 +416,7 @@ def _random(shapes: Mapping[str, tuple[str, tuple[int, ...]]], config: Config) -
 
 
 def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
-    """The first tokens of a text, [1, L]."""
+    """Return the first tokens of a text, [1, L]."""
     from transformers import AutoTokenizer
 
     try:
@@ -424,7 +425,7 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
         raise UpcycleError(f"--text {text} cannot be read as text: {error}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a damaged file raises whatever its reader has
+    except Exception as error:  # a damaged file raises whatever its reader raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(f"{source} has no tokenizer for --text: {reason}") from None
     ids = tokenizer(content, return_tensors="pt").input_ids[:, : min(TOKENS, limit)]
@@ -434,7 +435,7 @@ def _tokens(source: Path, text: Path, limit: int) -> torch.Tensor:
 
 
 def _pixels(dense: Dense, images: Path) -> dict[str, torch.Tensor]:
-    """The first images of a set, as the model sees them in an evaluation."""
+    """Return the first images of a set, preprocessed as in an evaluation."""
     import torch
 
     from upcycle.dense.subject import Subject
@@ -452,7 +453,7 @@ def _pixels(dense: Dense, images: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_memory(built: Blueprint) -> None:
-    """Refuse to load what cannot fit: one model at a time, in float32."""
+    """Raise `UpcycleError` if one model in float32 does not fit in memory; only one is loaded at a time."""
     needed = 4 * sum(e.lazy.size for e in built.entries.values())
     free = memory.available()
     if free is not None and needed > free:

@@ -1,1 +1,1 @@
-"""The blueprint: what every tensor of the result is, what that costs, what to know about it."""
+"""The blueprint: the definition of every tensor of the result, its costs and its caveats."""

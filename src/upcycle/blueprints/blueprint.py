@@ -1,7 +1,7 @@
-"""The blueprint: what every tensor of the MoE is, worked out from headers alone.
+"""The blueprint: the definition of every tensor of the MoE, worked out from headers alone.
 
-Takes a dense checkpoint and a recipe; gives names to lazy tensors, the MoE's config, and what is lost or
-kept. Written to disk it is `convert`, compared with a folder `verify`, counted `plan`.
+It takes a dense checkpoint and a recipe, and gives lazy tensors by name, the MoE's config, and what is lost
+or kept. `convert` writes it to disk, `verify` compares it with a folder, and `plan` counts its costs.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Blueprint:
     target: Target
     config: Config  # config.json of the MoE
     entries: Mapping[str, Entry]
-    sites: tuple[Site, ...]  # the blocks that became MoE, stack by stack
+    sites: tuple[Site, ...]  # the blocks that become MoE layers, stack by stack
 
     @property
     def shared_width(self) -> int:
-        """Neurons of the shared expert; 0 if there is none."""
+        """The number of neurons of the shared expert; 0 if there is none."""
         return self.sites[0].shared_width if self.sites else 0
 
     @property
@@ -53,39 +53,39 @@ class Blueprint:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """The source and whatever else tensors come from."""
+        """The source and all other checkpoints that tensors come from."""
         donors = (donor.checkpoint for donor in self.donors)
         return [self.dense.checkpoint, *self.dense.others, *donors]
 
     @cached_property
     def weights(self) -> Weights:
-        """What every tensor is."""
+        """The kind of every tensor of the result."""
         return self.target.weights(self.dense, self.config, self.entries)
 
     @cached_property
     def family_config(self) -> Config:
-        """The dense config, or that of the deeper model where blocks are repeated."""
+        """The dense config, or that of the deeper model if blocks are repeated."""
         return self.dense.config if self.sites else self.dense.family.config(self.config)
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Source tensors that are in nothing, and why; those of a second checkpoint with its label before."""
+        """The unused source tensors, with the reason; those of a second checkpoint carry its label."""
         if not self.recipe.init.uses_source:
             return dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
         return dict(self.dense.left_out) | self.dense.left_aside({(s.stack, s.layer) for s in self.sites})
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of what is built: names, shapes, types, the making of each, config, source headers."""
+        """The SHA-256 of names, shapes, dtypes, how each tensor is made, config and source headers."""
         headers = [sorted((t.name, t.dtype, t.shape) for t in c.tensors.values()) for c in self.checkpoints]
         made = {name: [e.shape, e.dtype, e.lazy.describe()] for name, e in sorted(self.entries.items())}
         text = json.dumps([headers, self.config, made], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def stored_config(self, dtype: str | None = None) -> Config:
-        """config.json as it is written, with weights in `dtype` (None: as planned).
+        """Return config.json as it is written, for weights in `dtype` (None: as planned).
 
-        It says how experts run if transformers by itself would run them in a way that does not take their
+        It names the kernel for the experts if the default of transformers cannot handle the length of their
         rows.
         """
         stored = dtype or str(self.config["dtype"])
@@ -96,12 +96,12 @@ class Blueprint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The number of bytes of all tensors."""
         return sum(e.nbytes for e in self.entries.values())
 
     @property
     def narrowed(self) -> str | None:
-        """The type that stored values were rounded to, by its torch name; None where they keep theirs."""
+        """The torch name of the dtype that stored values were rounded to; None if they keep their dtype."""
         rounded = [
             e.dtype
             for e in self.entries.values()
@@ -111,7 +111,7 @@ class Blueprint:
 
     @property
     def preserves_function(self) -> bool:
-        """Whether the MoE computes what the dense model computes, up to rounding."""
+        """True if the MoE computes what the dense model computes, up to rounding."""
         return (
             bool(self.sites)
             and self.recipe.moe.pooling == "class_token"
@@ -128,7 +128,7 @@ class Blueprint:
         return (
             (not network.response() or self._all_meet_all(site))
             and self.recipe.init.preserves(site)
-            # No activation that is not linear may see a factor.
+            # An activation that is not linear must not see a factor.
             and gate == 1.0
             and (gated or up == 1.0)
             and router.reaches_all(count, top_k)
@@ -137,8 +137,10 @@ class Blueprint:
         )
 
     def _all_meet_all(self, site: Site) -> bool:
-        """Whether every expert has every token of a row, and all neurons of the dense network: what the
-        statistics of a response norm are over."""
+        """Return whether every expert sees every token of a row and has all neurons of the dense network.
+
+        The statistics of a response norm are taken over exactly these.
+        """
         router, row = self.parts[site.stack].router, self.dense.lengths[site.stack]
         met = router.experts_per_token(site.num_experts, site.top_k, row)
         whole = site.width == site.dense_width and router.group in (0, row)
@@ -146,18 +148,18 @@ class Blueprint:
 
     @cached_property
     def parts(self) -> dict[str, Recipe]:
-        """The recipe of each stack that has MoE layers, by its name."""
+        """The recipe of each stack that has MoE layers, by stack name."""
         return {name: self.recipe.at(name) for name in dict.fromkeys(site.stack for site in self.sites)}
 
     @property
     def expert_counts(self) -> set[int]:
-        """How many experts of one width stand in a layer: what expert parallelism must divide."""
+        """The numbers of experts of one width in a layer, which expert parallelism must divide."""
         counts = {n for site in self.sites for n in (site.num_experts, site.universal_experts)}
         return counts - {0}
 
     @property
     def moe_layers(self) -> list[int] | dict[str, list[int]]:
-        """The numbers of the blocks that became MoE, by stack where there are several."""
+        """The numbers of the blocks that become MoE layers, by stack if there are several."""
         by_stack: dict[str, list[int]] = {}
         for site in self.sites:
             by_stack.setdefault(site.stack, []).append(site.layer)
@@ -165,17 +167,17 @@ class Blueprint:
 
     @property
     def _wide(self) -> bool:
-        """Whether weights are stored wide enough for rounding to stay below what is promised."""
+        """True if weights are stored in a dtype wide enough to keep rounding below what is promised."""
         return all(e.dtype in ("F32", "F64") for e in self.entries.values())
 
 
 def blueprint(
     source: str | Path | Checkpoint, recipe: RecipeLike = None, *, allow_nonfinite: bool = False
 ) -> Blueprint:
-    """The blueprint of the MoE that `recipe` (or its table, or its file) makes of the dense checkpoint
-    `source` (folder or hub id).
+    """Return the blueprint of the MoE that `recipe` makes of the dense checkpoint `source`.
 
-    Raises `UpcycleError` where source and recipe do not fit; reads headers only.
+    `source` is a folder or a hub id; `recipe` is a `Recipe`, its table, or its file. Only headers are read.
+    Raises `UpcycleError` if source and recipe do not fit.
     """
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):
@@ -208,17 +210,17 @@ def blueprint(
 
 
 def _keeps_bits(factor: float) -> bool:
-    """Whether multiplying by it rounds nothing: a power of two."""
+    """Return whether multiplying by `factor` is exact, which holds for a power of two."""
     return math.frexp(factor)[0] == 0.5
 
 
 def _keeps_dtype(name: str) -> bool:
-    """Whether no recipe may narrow this tensor: a correction bias accumulates tiny steps."""
+    """Return whether no recipe may narrow this tensor; a correction bias accumulates tiny steps."""
     return name.endswith("e_score_correction_bias")
 
 
 def _in_order(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Embeddings, then layer by layer, then the rest: what belongs together lies together."""
+    """Sort tensors: embeddings, then layer by layer, then the rest, so that related tensors lie together."""
 
     def place(name: str) -> tuple[int, list[tuple[int, str]]]:
         parts = [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]

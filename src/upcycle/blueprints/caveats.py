@@ -1,4 +1,4 @@
-"""What a person should know about a blueprint before spending money on it, one sentence each."""
+"""The caveats of a blueprint that a user should know before spending money on it, one sentence each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from upcycle.recipe import Recipe
 
 
 def _adapters(built: Blueprint) -> list[str]:
-    """Adapters beside the weights, which transformers loads on top of them where peft is installed."""
+    """Warn about adapters beside the weights, which transformers loads on top if peft is installed."""
     return [
         f"{opened.name} has an adapter beside its weights (adapter_config.json), which is not in the result; "
         f"to keep it, merge it into the weights first"
@@ -19,7 +19,7 @@ def _adapters(built: Blueprint) -> list[str]:
 
 
 def warnings(built: Blueprint) -> list[str]:
-    """Everything that may cost training time, or that another program will compute otherwise."""
+    """Return a warning for each thing that may cost training time or that other programs do differently."""
     if not built.sites:
         return [*built.target.warnings(built), *_adapters(built)]
     moe, router = built.recipe.moe, built.recipe.router
@@ -69,18 +69,18 @@ def warnings(built: Blueprint) -> list[str]:
             f'which is slower (experts_implementation="eager")'
         )
     out += built.target.warnings(built)
-    # Stacks that are alike say the same.
+    # Similar stacks give the same warnings.
     return [*dict.fromkeys(out + built.dense.family.warnings(built.target.model_type))]
 
 
 def _causal(built: Blueprint) -> list[Recipe]:
-    """The recipes of the stacks that predict their own next token."""
+    """Return the recipes of the stacks that predict their own next token."""
     causal = {stack.name for stack in built.dense.stacks if stack.causal}
     return [part for name, part in built.parts.items() if name in causal]
 
 
 def _not_renormalised(part: Recipe) -> str | None:
-    """What follows where the weights of a token's experts do not sum to one."""
+    """Return a warning if the weights of a token's experts do not sum to one."""
     count, top_k = part.moe.num_experts, part.moe.top_k
     if part.router.sums_to_one(count, top_k):
         return None
@@ -98,7 +98,7 @@ def _not_renormalised(part: Recipe) -> str | None:
 
 
 def _misaligned(built: Blueprint) -> str | None:
-    """Which rows of the experts do not begin at a multiple of 16 bytes, as torch's grouped_mm wants."""
+    """Return a warning if expert rows do not start at a multiple of 16 bytes, which grouped_mm needs."""
     item = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
     for site in built.sites:
         for name, length in (("neurons", site.width), ("hidden units", site.hidden)):

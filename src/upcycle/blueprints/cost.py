@@ -16,22 +16,23 @@ from upcycle.dense.source import Dense
 from upcycle.families._weights import Weight, products
 from upcycle.recipe import RecipeLike
 
-BASE_MEMORY = 90_000_000  # bytes of an interpreter with numpy and what a conversion imports
-BLOCK_MEMORY = 32 << 20  # bytes that computing one block of a tensor takes at most, beside whole tensors
+BASE_MEMORY = 90_000_000  # bytes used by an interpreter with numpy and the other imports of a conversion
+BLOCK_MEMORY = 32 << 20  # most bytes that computing one block of a tensor takes, besides whole tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be built. FLOPs are those of a forward pass per token in matrix products (2 a weight).
+    """The costs of what will be built.
 
-    Attention scores, which grow with the context, and norms are not counted; the embedding is a look-up. In a
-    model of stages a token is one of the first stage, a patch of the image, and has its part of the others.
+    FLOPs are those of a forward pass per token in matrix products, 2 per weight. Attention scores, which grow
+    with the context, and norms are not counted; the embedding is a look-up. In a model of stages, a token is
+    one of the first stage (a patch of the image), and it has its share of the tokens of the other stages.
     """
 
     source: str
     family: str
     target: str
-    kind: str  # what was made, at the head of a column: MoE, deeper or narrower
+    kind: str  # what is made, used as a column heading: MoE, deeper or narrower
     num_layers: int
     moe_layers: list[int] | dict[str, list[int]]
     num_experts: int
@@ -40,7 +41,8 @@ class Plan:
     expert_width: int
     universal_experts: int
     universal_width: int
-    by_stack: dict[str, dict[str, int]]  # the same of each stack that has MoE layers; above, of the first
+    # the same for each stack with MoE layers; the fields above are those of the first
+    by_stack: dict[str, dict[str, int]]
     shared_width: int
     dense_parameters: int
     total_parameters: int
@@ -55,7 +57,7 @@ class Plan:
 
     @property
     def made(self) -> str:
-        """What was made of the dense model, in a sentence without a stop."""
+        """The text that says what is made of the dense model, a sentence without its full stop."""
         if not self.num_moe_layers:
             return f"a dense model of {self.num_layers} layers, no experts"
         shared = f", shared expert of {self.shared_width}" if self.shared_width else ""
@@ -72,12 +74,12 @@ class Plan:
 
     @property
     def num_moe_layers(self) -> int:
-        """How many blocks became MoE, in all stacks together."""
+        """The number of blocks that become MoE layers, in all stacks together."""
         layers = self.moe_layers
         return len(layers) if isinstance(layers, list) else sum(map(len, layers.values()))
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON has it."""
+        """Return the plan as JSON has it."""
         return asdict(self)
 
 
@@ -88,13 +90,13 @@ def plan(
     jobs: int = 2,
     shard_size: int = DEFAULT_SHARD,
 ) -> Plan:
-    """The plan of `convert(source, ..., recipe)`, from headers alone."""
+    """Return the plan of `convert(source, ..., recipe)`, worked out from headers alone."""
     opened = source if isinstance(source, Checkpoint) else peek(source)
     return plan_of(blueprint(opened, recipe), jobs=jobs, shard_size=shard_size)
 
 
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
-    """The plan of a blueprint."""
+    """Return the plan of a blueprint."""
     dense = built.dense if built.sites else built.dense.whole
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
@@ -136,7 +138,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
 
 
 def _routing(built: Blueprint) -> str:
-    """How tokens meet experts, in a word or two for each stack that differs."""
+    """Return how tokens are routed to experts, in a few words for each stack that differs."""
     said = []
     for part in built.parts.values():
         factor = getattr(part.router, "capacity_factor", None)
@@ -149,16 +151,21 @@ def _routing(built: Blueprint) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Idle:
-    """What a token does not meet of the experts, on average: weights, and those in matrix products, of which
-    a stage of fewer tokens counts for its part."""
+    """The expert weights that a token does not use, on average.
+
+    `parameters` counts all of them, and `in_products` those in matrix products, where a stage of fewer tokens
+    counts in proportion.
+    """
 
     parameters: int
     in_products: int
 
 
 def idle_weights(built: Blueprint, stack: str | None = None, length: int | None = None) -> Idle:
-    """Weights of the experts that a token does not use, in all layers together; or in those of one stack, in
-    rows of `length` tokens."""
+    """Return the expert weights that a token does not use, in all layers together.
+
+    With `stack`, only the layers of that stack count. `length` is the number of tokens in a row.
+    """
     lengths, parts = built.dense.lengths, _parts(built.dense)
     parameters, in_products = 0.0, 0.0
     for site in built.sites:
@@ -177,14 +184,17 @@ def idle_weights(built: Blueprint, stack: str | None = None, length: int | None 
             if "down_bias" in biases:
                 biases["down_bias"] = network.hidden
             in_products += part * unused * matrices
-            if not router.has_slots:  # every token has a part in every slot
+            if not router.has_slots:  # otherwise every token contributes to every slot
                 parameters += unused * (matrices + sum(biases.values()))
     return Idle(parameters=round(parameters), in_products=round(in_products))
 
 
 def mixing(built: Blueprint, stack: str | None = None) -> int:
-    """What a token takes part in beside weights where a router has slots, counted in weights: its share of
-    every slot and every slot's share of it, 2 E S H a layer, in all layers (of one stack) together."""
+    """Return the work of mixing tokens and slots per token, counted in weights.
+
+    A router with slots computes every slot from the tokens and every token from the slots, which is 2 E S H a
+    layer. The sum is over all layers, or over those of one stack.
+    """
     parts = _parts(built.dense)
     total = 0.0
     for site in built.sites:
@@ -196,22 +206,22 @@ def mixing(built: Blueprint, stack: str | None = None) -> int:
 
 
 def flops_per_token(dense: Dense) -> int:
-    """FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
+    """Return the FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
     return 2 * (_per_token(dense, dense.weights) + dense.tied_head)
 
 
 def _per_token(dense: Dense, weights: Mapping[str, Weight]) -> int:
-    """Weights that a token meets in a matrix product, in all stacks."""
+    """Return the number of weights that a token meets in matrix products, in all stacks."""
     return round(sum(part * _of_stack(dense, weights, name) for name, part in _parts(dense).items()))
 
 
 def _of_stack(dense: Dense, weights: Mapping[str, Weight], stack: str) -> int:
-    """Weights that a token of one stack meets in a matrix product."""
+    """Return the number of weights that a token of one stack meets in matrix products."""
     return products({name: w for name, w in weights.items() if dense.family.stack_of(name) == stack})
 
 
 def _parts(dense: Dense) -> dict[str, float]:
-    """Tokens of a row in each stack, for each one that it begins with."""
+    """Return the number of tokens of a row in each stack, divided by that at the start of the model."""
     begins = dense.family.length(dense.config)
     return {name: length / begins for name, length in dense.lengths.items()}
 
@@ -219,10 +229,11 @@ def _parts(dense: Dense) -> dict[str, float]:
 def flops_per_row(
     dense: Dense, built: Blueprint | None, lengths: Mapping[str, int], *, all_scores: bool = False
 ) -> int:
-    """FLOPs of a forward pass of a row of so many tokens in each stack: matrix products, attention scores.
+    """Return the FLOPs of a forward pass of one row: matrix products and attention scores.
 
+    `lengths` has the number of tokens of the row in each stack. `built` is None for the dense model itself.
     Causal attention needs half of the scores, on average; `all_scores` counts both halves, as papers do that
-    state FLOPs or MFU. `built` is None for the dense model itself.
+    report FLOPs or MFU.
     """
     stacks = dense.family.stacks(built.family_config) if built else dense.stacks
     weights = built.weights if built else dense.weights
@@ -240,7 +251,7 @@ def flops_per_row(
 
 
 def peak_memory(built: Blueprint, jobs: int) -> int:
-    """Bytes of memory that writing the blueprint takes at most."""
+    """Return the most bytes of memory that writing the blueprint takes."""
     config = built.dense.whole.config  # experts are chosen from its networks
     whole = built.recipe.init.working_memory(config["intermediate_size"], config["hidden_size"])
     computed = any(e.extents is None for e in built.entries.values())

@@ -1,4 +1,4 @@
-"""One tensor of what is built: how it is made, and the type it is stored in."""
+"""One tensor of the result: how it is made, and the dtype it is stored in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upcycle.tensors.lazy import Extent, Lazy, blocks
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the MoE: how it is made, and the type it is stored in."""
+    """One tensor of the MoE: how it is made, and the dtype it is stored in."""
 
     lazy: Lazy
     dtype: str
@@ -25,16 +25,16 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """The number of bytes on disk."""
         return self.lazy.size * FLOATS[self.dtype].itemsize
 
     @property
     def extents(self) -> list[Extent] | None:
-        """The stored bytes that make it up, where nothing has to be computed or cast."""
+        """The stored bytes that make up the tensor; None if anything has to be computed or cast."""
         return self.lazy.extents() if self.dtype == self.lazy.dtype else None
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The bytes (uint8) in order and in pieces, each with its place."""
+        """Yield the bytes (uint8) of the tensor in order and in pieces, each with its offset."""
         start = 0
         for data in self._stored() if self.extents is not None else self._computed():
             yield start, data

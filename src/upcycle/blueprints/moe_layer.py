@@ -1,4 +1,4 @@
-"""One MoE layer: which layers become one, its experts brought to scale, its router, its shared expert."""
+"""One MoE layer: which blocks become one, its scaled experts, its router, and its shared expert."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from upcycle.tensors.lazy import Lazy
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
 
-NARROW = 128  # neurons of a shared expert that must exist and was not asked for
-MOST_EXPERTS = 1 << 17  # in all layers together; the largest published models have some 25,000
-EXPERT_BYTES = 8 << 10  # that the names and the making of an expert take, measured
+NARROW = 128  # neurons of a shared expert that the architecture requires and the recipe does not ask for
+MOST_EXPERTS = 1 << 17  # in all layers together; the largest published models have about 25,000
+EXPERT_BYTES = 8 << 10  # measured memory for the names and the definition of one expert
 SHARED_GATE_STD = 1e-7  # sigmoid(gate x) = 1/2 to 1e-6, and gate x is not exactly 0 (NaN in llama.cpp)
 
 
 def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
-    """The blocks that become MoE, stack by stack, checked for what the initialisation and the router need."""
+    """Return the blocks that become MoE layers, stack by stack.
+
+    They are checked for what the initialisation and the router need.
+    """
     parts = {stack.name: recipe.at(stack.name) for stack in dense.stacks}
     chosen = {stack.name: chosen_layers(parts[stack.name], stack) for stack in dense.stacks}
     _refuse_too_many_experts(recipe, {name: (parts[name], len(layers)) for name, layers in chosen.items()})
@@ -67,8 +70,10 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
 
 
 def _refuse_too_many_experts(recipe: Recipe, stacks: Mapping[str, tuple[Recipe, int]]) -> None:
-    """Refuse numbers of experts that would only fill the memory, before the first of them is made. `stacks`
-    has the recipe of each stack, and how many of its blocks become MoE."""
+    """Refuse so many experts that they would fill the memory, before the first one is made.
+
+    `stacks` has the recipe of each stack and the number of its blocks that become MoE layers.
+    """
     each = ((part.moe.num_experts + part.moe.universal_experts, count) for part, count in stacks.values())
     total = sum(experts * count for experts, count in each)
     room = memory.available()
@@ -81,8 +86,11 @@ def _refuse_too_many_experts(recipe: Recipe, stacks: Mapping[str, tuple[Recipe, 
 
 
 def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
-    """The blocks of `moe.layers`, by their numbers in the stack: every_other is 1, 3, 5, ...; last_half those
-    from count // 2 on. In a model of stages the numbers go on from stage to stage."""
+    """Return the blocks that `moe.layers` selects, by their numbers in the stack.
+
+    `every_other` is 1, 3, 5, ...; `last_half` is those from count // 2 on. In a model of stages the numbers
+    continue from stage to stage.
+    """
     layers, count = recipe.moe.layers, stack.total or stack.count
     if layers == "all":
         chosen = list(range(count))
@@ -99,7 +107,7 @@ def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
 
 
 def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
-    """The number of neurons of the shared expert, 0 where there is none; the dense network has `full`."""
+    """Return the neurons of the shared expert, or 0 if there is none; the dense network has `full`."""
     asked, shared, granularity = recipe.moe.shared_experts, names.shared, recipe.moe.granularity
     if shared is None:
         if asked:
@@ -123,14 +131,14 @@ def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
 
 
 def averaged(models: list[Dense], recipe: Recipe) -> dict[str, Lazy]:
-    """Every tensor of the dense models, combined as the initialisation combines all that is no expert."""
+    """Return every tensor of the dense models, combined by the initialisation's `backbone`."""
     return {
         name: recipe.init.backbone([model.tensors[name] for model in models]) for name in models[0].tensors
     }
 
 
 def add(out: dict[str, Lazy], prefix: str, made: Mapping[str, Lazy]) -> None:
-    """Add the tensors of a layer to `out`; a name that is there already is an error of ours."""
+    """Add the tensors of a layer to `out`; a name that already exists is a bug of ours."""
     for name, tensor in made.items():
         if (full := f"{prefix}.{name}") in out:
             raise AssertionError(f"{full} is defined twice")
@@ -140,10 +148,10 @@ def add(out: dict[str, Lazy], prefix: str, made: Mapping[str, Lazy]) -> None:
 def tensors(
     models: list[Dense], site: Site, recipe: Recipe, names: MoeNames, every: Mapping[str, Lazy]
 ) -> dict[str, Lazy]:
-    """The tensors of one MoE layer by their names below the layer's prefix.
+    """Return the tensors of one MoE layer by their names below the layer's prefix.
 
-    `models` are the dense models, the source first; `recipe` is that of the layer's stack; `every` has the
-    tensors of the dense model, combined.
+    `models` are the dense models, the source first. `recipe` is that of the layer's stack. `every` has the
+    combined tensors of the dense models.
     """
     networks = [model.origin(site.layer, site.stack) for model in models]
     hidden, dtype = site.hidden, networks[0].down.dtype
@@ -174,7 +182,7 @@ def tensors(
 
 
 def _norm(dense: Dense, site: Site, every: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Weight and bias of the norm before the network, if there is one."""
+    """Return weight and bias of the norm before the network, if there is one."""
     before = dense.stack(site.stack).norm_path.format(i=site.layer)
     return {part: every[f"{before}.{part}"] for part in ("weight", "bias") if f"{before}.{part}" in every}
 
@@ -182,20 +190,20 @@ def _norm(dense: Dense, site: Site, every: Mapping[str, Lazy]) -> dict[str, Lazy
 def _experts(
     networks: list[FeedForward], numbers: range, site: Site, recipe: Recipe, half: float
 ) -> list[FeedForward]:
-    """Experts by their numbers, brought to scale."""
+    """Return the experts with the given numbers, scaled."""
     gate, up, down = factors(recipe, site)
-    # What a token's experts add up to has the bias once, whatever share of the network each of them is.
+    # The outputs of a token's experts sum to the bias once, whatever share of the network each expert has.
     scales = {"gate": gate, "up": up, "down": down * half, "down_bias": half / site.gate_sum}
     return [recipe.init.expert(networks, e, site).scaled(**scales) for e in numbers]
 
 
 def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
-    """One network from those of the dense checkpoints, combined as everything that is no expert."""
+    """Combine the networks of the dense checkpoints into one, as everything outside the experts is."""
     return FeedForward.merged(networks, recipe.init.backbone)
 
 
 def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:
-    """What gate, up and down of an expert are multiplied by, for the weights that its router gives."""
+    """Return the factors for gate, up and down of an expert, given what its router weights sum to."""
     factor = recipe.init.scale(site) / site.gate_sum
     if recipe.init.spread == "down":
         return 1.0, 1.0, factor

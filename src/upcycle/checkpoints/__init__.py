@@ -1,1 +1,1 @@
-"""Files of models: safetensors headers and bytes, dtypes, hub ids."""
+"""Model files: safetensors headers and bytes, dtypes, hub ids."""

@@ -1,7 +1,7 @@
 """A dense or MoE checkpoint on disk: config, tensor headers, and bytes read on demand.
 
-Takes a folder of safetensors files in Hugging Face form; gives names, shapes, dtypes and slices.
-Every header is checked before a byte of it is used, and nothing is ever unpickled.
+It takes a folder of safetensors files in Hugging Face form, and gives names, shapes, dtypes and slices. Every
+header is checked before a byte of it is used, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from upcycle.system.open_files import OpenFiles
 
 MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
 MAX_DIMENSIONS = 64  # of a tensor; numpy's own limit
-_SMALL_HEADER = 1 << 20  # bytes; below, whatever a header holds is quickly read
+_SMALL_HEADER = 1 << 20  # bytes; a smaller header is read quickly, whatever it holds
 _PER_BRACKET = 16  # bytes; a tensor has three brackets, and its entry takes at least 51 bytes
 CHUNK = 8 << 20  # bytes of a stored tensor that are read at once
 CONFIG = "config.json"
@@ -38,13 +38,13 @@ _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
 _HASHED = 1 << 20  # bytes of a file that are hashed at once
-_REMEMBERED = 1 << 20  # bytes; smaller ranges are scanned each time rather than remembered
+_REMEMBERED = 1 << 20  # bytes; smaller ranges are scanned each time instead of being remembered
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` from byte `offset` of `file`, row-major, little-endian."""
+    """The place of one tensor: `nbytes` from byte `offset` of `file`, row-major, little-endian."""
 
     name: str
     dtype: str  # safetensors name: F32, BF16, ...
@@ -55,7 +55,7 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, after checking the header against the file's size."""
+    """Return the tensors of one safetensors file, after checking the header against the file's size."""
     refuse_special(file)
     size = file.stat().st_size
     with file.open("rb") as handle:
@@ -70,7 +70,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise UpcycleError(f"{file}: the header of {length} bytes is no list of tensors")
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
-        if b"\\u" in raw:  # half of a character, which other readers refuse
+        if b"\\u" in raw:  # half of a surrogate pair, which other readers refuse
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{file}: the header is not valid JSON ({error})") from None
@@ -98,13 +98,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse a pipe, a device or a socket, which may never end."""
+    """Refuse a pipe, a device or a socket, because reading it may never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UpcycleError(f"{path} is a pipe, a device or a socket; give a plain file")
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """`__metadata__` of a safetensors file that `read_header` took; empty where it has none."""
+    """Return `__metadata__` of a safetensors file that `read_header` accepted; empty if it has none."""
     with file.open("rb") as handle:
         found = json.loads(handle.read(int.from_bytes(handle.read(8), "little"))).get("__metadata__")
     return found if isinstance(found, dict) else {}
@@ -139,7 +139,7 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> TensorInfo:
 
 
 class ChangedError(UpcycleError):
-    """A file that is no longer what was read of it."""
+    """A file has changed since it was read."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(f"{file} has changed while it was read; keep it as it is, and start again")
@@ -149,13 +149,13 @@ Stamp = tuple[int, ...]
 
 
 def stamp(file: Path) -> Stamp:
-    """What changes where the content of a file does: device, inode, size, times of the last changes."""
+    """Return what changes when the content of a file does: device, inode, size, times of the last changes."""
     found = file.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class Checkpoint:
-    """An opened checkpoint folder. Reads are thread-safe; files stay open until `close`."""
+    """An open checkpoint folder. Reads are thread-safe; files stay open until `close`."""
 
     def __init__(
         self,
@@ -168,8 +168,8 @@ class Checkpoint:
         stamps: Mapping[Path, Stamp] | None = None,
     ) -> None:
         """`stamps` are those of the files before anything was read of them."""
-        self.label = label  # its part in a blueprint
-        self.name = folder.resolve().name  # what a person calls it; a hub id where it came from there
+        self.label = label  # its role in a blueprint
+        self.name = folder.resolve().name  # its name for users; a hub id if it came from the hub
         self.folder = folder
         self.config = config
         self.tensors = tensors
@@ -194,7 +194,7 @@ class Checkpoint:
         return cls(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, stamps=stamps)
 
     def pread(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        """Bytes `start` to `stop` of a tensor as uint8, refused if they hold NaN or inf."""
+        """Return bytes `start` to `stop` of a tensor as uint8. Raises `UpcycleError` for NaN or inf."""
         out = np.empty(stop - start, np.uint8)
         view, position = out.data, info.offset + start
         with self._opened.use(info.file) as descriptor:
@@ -220,19 +220,22 @@ class Checkpoint:
             self._scanned.add(place)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of every weight file by name: for a hub file, the hub's own LFS id."""
+        """Return the SHA-256 of every weight file by name; for a hub file it is the hub's own LFS id."""
         with ThreadPoolExecutor(2) as pool:
             return dict(zip((f.name for f in self.files), pool.map(file_hash, self.files), strict=True))
 
     def hash_read(self, file: Path, stop: threading.Event | None = None) -> str:
-        """SHA-256 of one of the files as it was when it was opened; an error where it has changed since."""
+        """Return the SHA-256 of a file as it was when it was opened.
+
+        Raises `ChangedError` if the file has changed since.
+        """
         digest = file_hash(file, stop)
         if stamp(file) != self.stamps[file]:
             raise ChangedError(file)
         return digest
 
     def refuse_changed(self, file: Path, sha256: str) -> None:
-        """Refuse a file that has changed since it had this hash. It is read only where it was touched."""
+        """Refuse a file that has changed since it had this hash. It is read only if it was touched."""
         if stamp(file) != self.stamps[file] and file_hash(file) != sha256:
             raise ChangedError(file)
 
@@ -248,7 +251,10 @@ class Checkpoint:
 
 
 def file_hash(file: Path, stop: threading.Event | None = None) -> str:
-    """SHA-256 of a file, in hexadecimal; once `stop` is set, of no use and soon there."""
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Setting `stop` ends it early; the result is then useless.
+    """
     digest, buffer = hashlib.sha256(), bytearray(_HASHED)
     view = memoryview(buffer)
     with file.open("rb", buffering=0) as handle:
@@ -260,7 +266,7 @@ def file_hash(file: Path, stop: threading.Event | None = None) -> str:
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """The JSON object in `path`; `missing` is the error where there is no such file."""
+    """Return the JSON object in `path`; `missing` is the error message if there is no such file."""
     refuse_special(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -279,7 +285,7 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 class TwoSetsError(UpcycleError):
-    """A folder that holds two sets of weights, of which readers take one or the other."""
+    """A folder holds two sets of weights, and some readers take one and some the other."""
 
 
 def _headers(folder: Path) -> dict[str, TensorInfo]:
@@ -300,7 +306,10 @@ def _headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _refuse_two_sets(folder: Path) -> None:
-    """transformers takes the single file where there is one, and others the index: they must be the same."""
+    """Refuse a single file and an index with different weights.
+
+    transformers takes the single file if there is one, and other readers the index.
+    """
     index = read_json(folder / INDEX, f"{folder / INDEX} is gone").get("weight_map")
     if not isinstance(index, dict) or any(file != WEIGHTS for file in index.values()):
         raise TwoSetsError(
@@ -315,7 +324,8 @@ def _sharded(folder: Path) -> dict[str, TensorInfo]:
         raise UpcycleError(f"{folder / INDEX} has no weight_map of names to files")
     tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(index.values())):
-        # A hub cache links files to a store outside the folder; the name itself must not leave it.
+        # A hub cache links files to a store outside the folder, but the name itself must not leave the
+        # folder.
         if Path(name).name != name or name in ("", ".", ".."):
             raise UpcycleError(f"{folder / INDEX} names {name!r}, a path outside the folder")
         if not (folder / name).is_file():

@@ -17,7 +17,7 @@ FLOATS: dict[str, np.dtype] = {
 BY_TORCH_NAME = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TORCH_NAMES = {name: torch_name for torch_name, name in BY_TORCH_NAME.items()}
 
-# sign | exponent | mantissa: the exponent field is all ones for inf and NaN alone.
+# sign | exponent | mantissa: the exponent field is all ones only for inf and NaN.
 _EXPONENTS: dict[str, tuple[type, int]] = {
     "F64": (np.uint64, 0x7FF << 52),
     "F32": (np.uint32, 0xFF << 23),
@@ -28,7 +28,7 @@ _SCAN = 1 << 15
 
 
 def is_finite(raw: np.ndarray, dtype: str) -> bool:
-    """Whether no element of `raw` (uint8, the bytes of an array of `dtype`) is NaN or infinite."""
+    """Return whether no element of `raw` (uint8, the bytes of an array of `dtype`) is NaN or infinite."""
     unsigned, mask = _EXPONENTS[dtype]
     words: np.ndarray = raw.view(unsigned)
     limit = unsigned(mask)
@@ -36,7 +36,7 @@ def is_finite(raw: np.ndarray, dtype: str) -> bool:
 
 
 class TooLargeError(UpcycleError):
-    """A value that the type it is stored in cannot hold."""
+    """A value is too large for the dtype it is stored in."""
 
 
 _LARGEST = {name: float(ml_dtypes.finfo(dtype).max) for name, dtype in FLOATS.items()}
@@ -55,12 +55,12 @@ def _overflow(name: str, dtype: str) -> TooLargeError:
 
 
 def holds(wide: str, narrow: str) -> bool:
-    """Whether type `wide` has every value that type `narrow` has."""
+    """Return whether dtype `wide` can represent every value of dtype `narrow`."""
     return _LARGEST[wide] >= _LARGEST[narrow] and _MANTISSA[wide] >= _MANTISSA[narrow]
 
 
 def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """`values` in `dtype`, rounded to nearest even; an overflow is an error that names the tensor."""
+    """Return `values` in `dtype`, rounded to nearest even; an overflow is an error that names the tensor."""
     target = FLOATS[dtype]
     if values.dtype == target:
         return values
@@ -72,7 +72,7 @@ def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def refuse_infinite(out: np.ndarray, values: np.ndarray, dtype: str, name: str) -> None:
-    """Refuse a cast `out` of `values` that holds NaN or inf where they are finite."""
+    """Refuse a cast `out` of `values` that holds NaN or inf although the values are finite."""
     if not is_finite(np.ascontiguousarray(out).view(np.uint8).reshape(-1), dtype) and bool(
         (np.isfinite(values) & ~np.isfinite(out)).any()
     ):
@@ -81,7 +81,7 @@ def refuse_infinite(out: np.ndarray, values: np.ndarray, dtype: str, name: str) 
 
 @contextmanager
 def computing(name: str) -> Iterator[None]:
-    """Arithmetic in float32 in which an overflow is an error that names the tensor."""
+    """Turn an overflow in float32 arithmetic into an error that names the tensor."""
     try:
         with np.errstate(over="raise"):
             yield

@@ -1,4 +1,4 @@
-"""SOURCE as a person gives it: a local folder, or a hub id with an optional revision (owner/name@rev)."""
+"""SOURCE as a user gives it: a local folder, or a hub id with an optional revision (owner/name@rev)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CARRIED = (
 def open_checkpoint(
     source: str | Path, *, allow_nonfinite: bool = False, label: str = "source"
 ) -> Checkpoint:
-    """The checkpoint `source`, downloaded to the hub's cache if it is a hub id."""
+    """Open the checkpoint `source`, downloading it to the hub's cache if it is a hub id."""
     folder = local(source)
     opened = Checkpoint.open(folder, allow_nonfinite=allow_nonfinite, label=label)
     if is_id(source):
@@ -32,17 +32,17 @@ def open_checkpoint(
 
 
 def is_id(source: str | Path) -> bool:
-    """Whether SOURCE is a hub id and no folder."""
+    """Return whether SOURCE is a hub id rather than a folder."""
     return not Path(source).exists() and _ID.fullmatch(str(source)) is not None
 
 
 def local(source: str | Path) -> Path:
-    """The folder of SOURCE, downloaded to the hub's cache if it is a hub id."""
+    """Return the folder of SOURCE, downloading it to the hub's cache if it is a hub id."""
     return _download(str(source)) if is_id(source) else Path(source)
 
 
 def _parts(source: str) -> tuple[str, str | None]:
-    """Repository and revision of a hub id. The hub's client takes the latter for a path in its cache."""
+    """Return repository and revision of a hub id. The hub's client uses the latter as a path in its cache."""
     repo, _, revision = source.partition("@")
     if revision and {"", ".", ".."} & {*revision.split("/")}:
         raise UpcycleError(f"{source}: {revision} is no revision; give a branch, a tag or a commit")
@@ -62,7 +62,7 @@ def _download(source: str) -> Path:
 
 
 def peek(source: str | Path) -> Checkpoint:
-    """Config and headers of `source`; of a hub id, a few kilobytes are fetched and no weights."""
+    """Read config and headers of `source`; from the hub, a few kilobytes are fetched and no weights."""
     if not is_id(source):
         return Checkpoint.open(source)
     from huggingface_hub import HfApi, hf_hub_download
@@ -91,13 +91,15 @@ def peek(source: str | Path) -> Checkpoint:
 
 
 def carriable(folder: Path) -> list[str]:
-    """The names of the files that go along with a model: tokenizer, generation config, template, licence."""
+    """Return the names of the files to copy with a model: tokenizer, generation config, template, licence."""
     return sorted({p.name for pattern in CARRIED for p in folder.glob(pattern) if p.is_file()})
 
 
 def carried(folder: Path) -> list[str]:
-    """Those that may be copied: a link is followed only inside the folder, or from a snapshot of the hub's
-    cache to its own blobs, and refused elsewhere.
+    """Return those of the files that may be copied.
+
+    A link is followed only inside the folder, or from a snapshot of the hub's cache to its own blobs. Any
+    other link is refused.
     """
     names = carriable(folder)
     if outside := [name for name in names if not _stays(folder / name)]:
@@ -109,7 +111,7 @@ def carried(folder: Path) -> list[str]:
 
 
 def _stays(file: Path) -> bool:
-    """Whether `file`, links followed, lies in its folder or where the hub's cache keeps its files."""
+    """Return whether `file`, links followed, lies in its folder or where the hub's cache keeps its files."""
     if not file.is_symlink():
         return True
     home, target = file.parent.resolve(), file.resolve()
@@ -119,7 +121,7 @@ def _stays(file: Path) -> bool:
 
 @contextmanager
 def _hub_errors(source: str | Path) -> Iterator[None]:
-    """What can go wrong on the way to the hub, in a sentence."""
+    """Turn whatever goes wrong on the way to the hub into an error of one sentence."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,

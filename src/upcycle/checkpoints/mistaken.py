@@ -1,4 +1,4 @@
-"""Folders and names that look like a checkpoint and are another thing: what they are, and what to do."""
+"""Folders and names that are mistaken for a checkpoint: what they really are, and what to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KINDS = {
     "download the index, too, or give the one file that name",
 }
 
-# What training programs put before every name, and how the model without it is reached.
+# The prefixes that training programs put before every name, and how to get the model without them.
 _WRAPPERS = {
     "module.": "save model.module",
     "_orig_mod.": "save model._orig_mod",
@@ -34,12 +34,12 @@ _WRAPPERS = {
 
 
 def folder(path: Path) -> str | None:
-    """What a folder without a model in it is, if that can be told."""
+    """Say what a folder without a model is, if that can be told."""
     return next((said for pattern, said in _KINDS.items() if any(path.glob(pattern))), None)
 
 
 def names(stored: Iterable[str]) -> str | None:
-    """What stands before all names of tensors, and what to do about it, if it is what a program put there."""
+    """Say which prefix a program put before all tensor names, and what to do about it."""
     all_ = list(stored)
     for prefix in sorted(_WRAPPERS, key=len, reverse=True):
         if all_ and all(name.startswith(prefix) for name in all_):

@@ -1,6 +1,6 @@
-"""One safetensors file written tensor by tensor, so that one of them is in memory at a time.
+"""A writer for one safetensors file that holds only one tensor at a time in memory.
 
-It is written under another name and renamed when it is on disk: a file of this name is whole.
+The file is written under another name and renamed when it is on disk, so a file of this name is complete.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ITEMS: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is to be written: its safetensors dtype, its shape, and what makes it."""
+    """A tensor to be written: its safetensors dtype, its shape, and the function that makes it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,12 +35,12 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """The number of bytes in the file."""
         return math.prod(self.shape) * _ITEMS[self.dtype].itemsize
 
 
 class Described(Protocol):
-    """A tensor as a header has it."""
+    """A tensor as a header describes it."""
 
     @property
     def dtype(self) -> str: ...
@@ -51,7 +51,10 @@ class Described(Protocol):
 
 
 def header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
-    """The bytes before the data of a safetensors file, and where each tensor ends in the data after them."""
+    """Return the bytes before the data of a safetensors file, and the offset at which each tensor ends.
+
+    The offsets count from the beginning of the data.
+    """
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     ends, end = [], 0
     for name, tensor in tensors.items():
@@ -64,7 +67,7 @@ def header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> tup
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors`, in order, to `path`; a file that is there is replaced."""
+    """Write `tensors`, in order, to `path`; an existing file is replaced."""
     begun = path.with_name(path.name + ".writing")
     try:
         with begun.open("wb") as file:
@@ -81,7 +84,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def read(path: Path, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
-    """The tensor at byte `offset` of `path`, as a new array."""
+    """Return the tensor at byte `offset` of `path`, as a new array."""
     values = np.fromfile(path, _ITEMS[dtype], math.prod(shape), offset=offset)
     if values.size < math.prod(shape):
         raise UpcycleError(f"{path} ended while it was read; it has changed")

@@ -1,1 +1,1 @@
-"""A blueprint written to a folder."""
+"""Writing a blueprint to a folder."""

@@ -12,13 +12,13 @@ from upcycle.targets import dense_snippet
 
 
 def how_to_load(built: Blueprint | None, architecture: str) -> str:
-    """Python code that opens a model, in a fence: of what was built, or of the dense class `architecture`."""
+    """Return Python code, in a fence, that opens what was built or the dense class `architecture`."""
     code = built.target.snippet() if built else dense_snippet(architecture)
     return f"```python\n{code}```\n"
 
 
 def _state(built: Blueprint) -> str:
-    """Whether it computes what the dense model computes, and what a narrower type does to that."""
+    """Say whether the model computes what the dense model does, and how a narrower dtype changes that."""
     if not built.preserves_function:
         return "Untrained since, and it does not compute what the dense model computes: train it before use."
     said = "Untrained since: it computes what the dense model computes"
@@ -31,13 +31,13 @@ def _state(built: Blueprint) -> str:
 
 
 def _made_from(built: Blueprint) -> str:
-    """The checkpoints that its tensors come from, in a row."""
+    """Return a list of the checkpoints that the tensors come from, as text."""
     *rest, last = [code(opened.name) for opened in built.checkpoints]
     return f"checkpoints {', '.join(rest)} and {last}" if rest else f"checkpoint {last}"
 
 
 def _counts(built: Blueprint, plan: Plan) -> str:
-    """Parameters and FLOPs: of the source, of the narrower dense model where there is one, of the result."""
+    """Return parameters and FLOPs of the source, of the narrower dense model (if any), and of the result."""
     heads = ["dense", plan.kind]
     parameters, active = [plan.dense_parameters, plan.total_parameters], plan.active_parameters
     flops = [plan.dense_flops_per_token, plan.flops_per_token]
@@ -57,7 +57,7 @@ def _counts(built: Blueprint, plan: Plan) -> str:
 
 
 def render(built: Blueprint) -> str:
-    """Markdown that says what the folder is, what it was made from, and how to load it."""
+    """Return Markdown that says what the folder is, what it was made from, and how to load it."""
     plan = plan_of(built)
     moe = plan.num_moe_layers > 0
     warnings = "".join(f"- {plain(w)}\n" for w in plan.warnings) or "- none\n"

@@ -1,7 +1,7 @@
-"""The journal of a conversion: what it was begun with, and which tensors are safely on disk.
+"""The journal of a conversion: its parameters, and which tensors are safely on disk.
 
-Each line is a JSON object that ends with a checksum over itself and the line before. The first line that is
-not as it was written ends the journal: what comes after is written again.
+Each line is a JSON object that ends with a checksum over itself and the line before. The first damaged line
+ends the journal, and whatever comes after it is written again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _CHECK = "check"
 
 
 class Journal:
-    """Which tensors are safely on disk: one line each time they are synced. Lines are added by any thread.
+    """The record of which tensors are safely on disk, with a line for each sync. Any thread may add lines.
 
-    `done` (the CRC-32 of each tensor) and `notes` are what it held when it was opened.
+    `done` (the CRC-32 of each tensor) and `notes` hold its content at the time it was opened.
     """
 
     def __init__(self, path: Path, begun: dict[str, Any]) -> None:
-        """Open the journal of a run, or begin it; `begun` is what the run must have been begun with."""
+        """Open the journal of a run, or start it. A resumed run must have the same `begun`."""
         self.folder, self._path = path.parent, path
         self._lock, self._last = threading.Lock(), ""
         self.done: dict[str, int] = {}
@@ -78,7 +78,7 @@ class Journal:
             self._last = _check(written)
 
     def record(self, done: dict[str, int], **notes: Any) -> None:
-        """Note the tensors that are on disk, with the CRC-32 of each, and what else is to be remembered."""
+        """Record the CRC-32 of each tensor that is on disk, and any notes."""
         self._append({"done": done, **notes})
 
     def __enter__(self) -> Journal:
@@ -89,18 +89,18 @@ class Journal:
 
 
 def _written(line: dict[str, Any], before: str) -> bytes:
-    """A line of the journal, as it comes after a line with the checksum `before`."""
+    """Return a line of the journal, to follow a line with the checksum `before`."""
     check = hashlib.sha256((before + json.dumps(line)).encode()).hexdigest()
     return json.dumps({**line, _CHECK: check}).encode() + b"\n"
 
 
 def _check(written: bytes) -> str:
-    """The checksum that ends a line which is whole."""
+    """Return the checksum at the end of an undamaged line."""
     return str(json.loads(written)[_CHECK])
 
 
 def _whole(raw: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines up to the first that is not as it was written, and the bytes that they take."""
+    """Return the lines before the first damaged one, and the number of bytes that they take."""
     lines: list[dict[str, Any]] = []
     length, before = 0, ""
     for written in raw.splitlines(keepends=True):

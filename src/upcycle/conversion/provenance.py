@@ -1,4 +1,4 @@
-"""What `upcycle.json` says of a folder that was just made."""
+"""The content of `upcycle.json` for a folder that was just made."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def of_blueprint(
     files: Mapping[str, str] | None = None,
     training: tuple[Training, ...] | None = None,
 ) -> Provenance:
-    """The provenance of a folder that holds what a blueprint says, or what training made of it.
+    """Return the provenance of a folder that holds a blueprint's result, or that result after training.
 
-    `files` are the hashes of what was written beside the weights.
+    `files` has the hashes of the files written beside the weights.
     """
     return Provenance(
         format=Provenance.FORMAT,
@@ -57,7 +57,7 @@ def of_dense(
     left_behind: list[str],
     training: tuple[Training, ...],
 ) -> Provenance:
-    """The provenance of a dense model that was trained on: nothing was built."""
+    """Return the provenance of a dense model that was trained further, for which nothing was built."""
     model_type = source.config["model_type"]
     return Provenance(
         format=Provenance.FORMAT,
@@ -85,7 +85,7 @@ def _made_from(source: Checkpoint, model_type: str, hashes: Hashes, donors: Sequ
 
 
 def _place(opened: Checkpoint) -> str:
-    """Where a checkpoint is. Whoever gets the folder does not learn whose home it was in."""
+    """Return where a checkpoint is, without revealing the user's home directory to others."""
     folder, home = opened.folder.resolve(), _home()
     return f"~/{folder.relative_to(home)}" if home and folder.is_relative_to(home) else str(folder)
 
@@ -93,6 +93,6 @@ def _place(opened: Checkpoint) -> str:
 def _home() -> Path | None:
     try:
         home = Path.home().resolve()
-    except RuntimeError:  # nobody's
+    except RuntimeError:  # there is no home directory
         return None
     return home if home != home.parent else None

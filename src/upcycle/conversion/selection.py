@@ -1,5 +1,4 @@
-"""`selection.npz`: which neurons, channels and heads of a larger network were chosen, and for which
-expert."""
+"""`selection.npz`: the neurons, channels and heads of a larger network that each expert was made from."""
 
 from __future__ import annotations
 
@@ -17,10 +16,12 @@ FILE = "selection.npz"
 
 
 def selection(built: Blueprint) -> dict[str, np.ndarray]:
-    """Positions in the predecessor, ascending, int32, by what they are of: `neurons.STACK.LAYER.expert.E`
-    (universal experts after the others; `channels` beside them where each expert has its own), and in a
-    narrower model `channels.STACK`, `heads.STACK.LAYER` and `neurons.STACK.LAYER`. Empty where nothing was
-    chosen."""
+    """Return the chosen positions in the predecessor, ascending, int32, by name.
+
+    The names are `neurons.STACK.LAYER.expert.E` (universal experts after the others, with `channels` beside
+    them if each expert has its own), and in a narrower model `channels.STACK`, `heads.STACK.LAYER` and
+    `neurons.STACK.LAYER`. The result is empty if nothing was chosen.
+    """
     init, found = built.recipe.init, dict[str, Positions]()
     if not isinstance(init, Selecting):
         return {}
@@ -41,6 +42,6 @@ def _site_of(site: Site, e: int) -> Site:
 
 
 def write(built: Blueprint, folder: Path) -> None:
-    """The file, where an initialisation chose."""
+    """Write the file if the initialisation chose positions."""
     if found := selection(built):
         np.savez_compressed(folder / FILE, **found)  # type: ignore[arg-type]

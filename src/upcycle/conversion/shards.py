@@ -1,4 +1,4 @@
-"""Which bytes of which file: the output's tensors laid out in safetensors shards, before any is written."""
+"""The layout of the output's tensors in safetensors shards, decided before any is written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from upcycle.checkpoints.checkpoint import WEIGHTS
 from upcycle.errors import UpcycleError
 from upcycle.system.wording import number_in
 
-DEFAULT_SHARD = 5_000_000_000  # bytes, as the hub has it
+DEFAULT_SHARD = 5_000_000_000  # bytes, as on the hub
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor goes: `nbytes` from byte `offset` of shard number `shard`."""
+    """The place of a tensor: `nbytes` from byte `offset` of shard number `shard`."""
 
     shard: int
     offset: int
@@ -35,12 +35,12 @@ class Shards:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files, headers included."""
+        """The number of bytes of all files, headers included."""
         return sum(self.sizes)
 
     @property
     def index(self) -> dict[str, object] | None:
-        """The content of the index file, or None where one file holds everything."""
+        """The content of the index file, or None if one file holds everything."""
         if len(self.names) == 1:
             return None
         total = sum(p.nbytes for p in self.places.values())
@@ -49,7 +49,7 @@ class Shards:
 
 
 def lay_out(entries: Mapping[str, Entry], shard_size: int = DEFAULT_SHARD) -> Shards:
-    """Fill shards of at most `shard_size` bytes of tensors in order; a larger tensor has one to itself."""
+    """Fill shards of at most `shard_size` bytes with tensors in order; a larger tensor gets its own shard."""
     groups: list[dict[str, Entry]] = [{}]
     filled = 0
     for name, entry in entries.items():
@@ -74,7 +74,7 @@ def lay_out(entries: Mapping[str, Entry], shard_size: int = DEFAULT_SHARD) -> Sh
 
 
 def parse_size(text: str) -> int:
-    """`5GB`, `500MB`, `1GiB` or a number of bytes."""
+    """Parse `5GB`, `500MB`, `1GiB` or a number of bytes."""
     size = number_in(text.upper(), _UNITS)
     if size is None:
         raise UpcycleError(f"shard size {text!r} is not understood; write 5GB, 500MB or 1GiB")

@@ -1,7 +1,7 @@
-"""Offline upcycling: a blueprint written to a folder, streamed, resumable, never looking finished early.
+"""Offline upcycling: write a blueprint to a folder, streamed and resumable.
 
-Everything is written to `OUT.partial`. A shard's header is written after its data; the folder is renamed
-when all is on disk, and its config gets its name last of all; so nothing unfinished opens as a model.
+Everything is written to `OUT.partial`. A shard's header is written after its data, the folder is renamed when
+all is on disk, and its config gets its name last. So nothing unfinished opens as a model.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from upcycle.system.open_files import OpenFiles
 from upcycle.system.progress import Progress, reporting_to, work
 
 UNNAMED_CONFIG = "config.json.partial"
-SYNC_EVERY = 1 << 28  # bytes written between two points that a resumed run can start from
+SYNC_EVERY = 1 << 28  # bytes written between two points from which a run can be resumed
 _CHUNK = 8 << 20  # bytes read at a time
-HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when asking for disk space
+HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when disk space is checked
 
 Advance = Callable[[int], None]  # called with the number of bytes written since the last call
 
 
 @dataclass(frozen=True)
 class Task:
-    """Tensors that are written together: one that is computed, or all that are the same stored bytes."""
+    """Tensors that are written together: one that is computed, or all that copy the same stored bytes."""
 
     entry: Entry
     names: list[str]
@@ -63,9 +63,9 @@ def convert(
 ) -> Blueprint:
     """Write the MoE that `recipe` makes of `source` (folder or hub id) to the new folder `out`.
 
-    Gives the blueprint. `progress` hears how many of its bytes are written. The bytes do not depend on
-    `jobs`, nor on whether the run was broken and resumed. Raises `UpcycleError` for a mistake; a run that
-    is broken leaves `out.partial` for `resume=True`.
+    Returns the blueprint. `progress` is told how many bytes have been written. The bytes do not depend on
+    `jobs`, or on whether the run was interrupted and resumed. Raises `UpcycleError` for a mistake. An
+    interrupted run leaves `out.partial` behind for `resume=True`.
     """
     built = blueprint(source, recipe, allow_nonfinite=allow_nonfinite)
     out = Path(out)
@@ -75,13 +75,13 @@ def convert(
         raise UpcycleError(f"jobs = {jobs}; it must be 1 or more")
     if not _lacks_its_config(out):
         _check_space(partial, shards)
-        carried(built.source.folder)  # refused now rather than when all is written
+        carried(built.source.folder)  # refuses bad files now rather than when all is written
         for model in (built.dense, *built.donors):
             refuse_two_heads(model)
     partial.parent.mkdir(parents=True, exist_ok=True)
     busy = f"another run is writing {partial}; wait for it or stop it"
     with lock.held(partial.with_suffix(".lock"), busy):
-        _check_paths(built, out, resume)  # again: what another run did until now is seen
+        _check_paths(built, out, resume)  # again, because another run may have written in the meantime
         if _lacks_its_config(out):
             _commit(built, out)
         else:
@@ -91,7 +91,7 @@ def convert(
 
 
 def _write(built: Blueprint, shards: Shards, partial: Path, out: Path, jobs: int, progress: Advance) -> None:
-    """All of the folder, by the one run that holds the lock."""
+    """Write the whole folder; only the run that holds the lock calls this."""
     fresh = _make_folder(partial)
     try:
         with Journal(partial / JOURNAL, _begun(built, shards)) as journal:
@@ -110,11 +110,11 @@ def _write(built: Blueprint, shards: Shards, partial: Path, out: Path, jobs: int
         raise
     finally:
         for opened in built.checkpoints:
-            opened.close()  # whoever reads on opens them anew
+            opened.close()  # later readers open them again
 
 
 def _check_paths(built: Blueprint, out: Path, resume: bool) -> Path:
-    """Refuse an OUT that would overwrite or nest; the partial folder's path."""
+    """Refuse an OUT that would overwrite or nest; return the partial folder's path."""
     partial = claim.partial_of(out)
     for opened in built.checkpoints:
         claim.refuse_near((out, partial), opened.folder)
@@ -134,7 +134,7 @@ def _left_behind(folder: Path) -> UpcycleError:
 
 
 def _make_folder(partial: Path) -> bool:
-    """Whether the folder was made here, and not found."""
+    """Make the folder; return whether it was made here rather than found."""
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
@@ -143,7 +143,7 @@ def _make_folder(partial: Path) -> bool:
 
 
 def _on_disk(file: Path) -> int:
-    """Bytes that a file takes; none where another run has just finished with it."""
+    """Return the bytes that a file takes on disk, or 0 if another run has just moved or removed it."""
     try:
         return file.stat().st_blocks * 512
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def _on_disk(file: Path) -> int:
 
 
 def _check_space(partial: Path, shards: Shards) -> None:
-    """Refuse before the first byte where the disk cannot hold the output."""
+    """Refuse, before the first byte is written, a disk that cannot hold the output."""
     home = next(p for p in partial.parents if p.exists())
     try:
         there = sum(map(_on_disk, partial.glob("*")))
@@ -169,22 +169,22 @@ def _check_space(partial: Path, shards: Shards) -> None:
 
 
 def _begun(built: Blueprint, shards: Shards) -> dict[str, Any]:
-    """What a run must have in common with the one it goes on with."""
+    """Return what a run must have in common with the run that it resumes."""
     files = {key: [c.stamps[f][2], c.stamps[f][3]] for key, (c, f) in _sources(built).items()}
     return {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
 
 
 def _sources(built: Blueprint) -> dict[str, tuple[Checkpoint, Path]]:
-    """Every file that tensors come from, by its name in the journal."""
+    """Return every file that tensors come from, by its name in the journal."""
     return {f"{c.label}/{f.name}": (c, f) for c in built.checkpoints for f in c.files}
 
 
 class _SourceHashes:
-    """The hashes of the source files: taken while tensors are written, kept in the journal, compared at the
-    end.
+    """The hashes of the source files.
 
-    A file that was not touched since its header was read is what was read of it, and is not read for that
-    again. One that was touched is hashed once more, at the end or when a run goes on.
+    They are computed while tensors are written, kept in the journal, and compared at the end. A file that has
+    not been touched since its header was read still has the content that was read, and is not read again. One
+    that was touched is hashed once more, at the end or when a run is resumed.
     """
 
     def __init__(self, built: Blueprint, journal: Journal, stop: threading.Event) -> None:
@@ -203,7 +203,7 @@ class _SourceHashes:
             journal.record({}, stamps=stamps)
 
     def take(self) -> dict[str, str]:
-        """The hashes by name in the journal, which keeps them."""
+        """Compute the hashes by name in the journal, and store them there."""
         if not self._known:
             with ThreadPoolExecutor(2) as pool:
                 taken = [pool.submit(c.hash_read, file, self._stop) for c, file in self._sources.values()]
@@ -214,7 +214,7 @@ class _SourceHashes:
         return self._known
 
     def at_the_end(self) -> dict[str, dict[str, str]]:
-        """The hashes by checkpoint and file name, of files that are still what was read."""
+        """Check that the files still hold what was read; return the hashes by checkpoint and file name."""
         hashes: dict[str, dict[str, str]] = {}
         for key, (checkpoint, file) in self._sources.items():
             checkpoint.refuse_changed(file, self._known[key])
@@ -223,7 +223,7 @@ class _SourceHashes:
 
 
 def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
-    """What is left to write, in the order of the output."""
+    """Return what is left to write, in the order of the output."""
     tasks: dict[Any, Task] = {}
     for name, entry in built.entries.items():
         if name not in done:
@@ -234,11 +234,11 @@ def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
 
 
 class _Files:
-    """The shard files, open for writing at any place."""
+    """The shard files, open for writing at any offset."""
 
     def __init__(self, partial: Path, shards: Shards) -> None:
         self.paths = [partial / name for name in shards.names]
-        self.new = {  # shards of which nothing is there, whatever a journal says
+        self.new = {  # shards that do not exist, whatever the journal says
             number
             for number, (path, size) in enumerate(zip(self.paths, shards.sizes, strict=True))
             if not path.exists() or path.stat().st_size != size
@@ -255,14 +255,14 @@ class _Files:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
         view, position = data.data, place.offset + start
         path = self.paths[place.shard]
-        # The kernel would let one write at a time too, and the others spin.
+        # The kernel also allows one write at a time, but the other threads would spin.
         with self.locks[place.shard], self.opened.use(path) as descriptor:
             while view:
                 count = os.pwrite(descriptor, view, position)
                 view, position = view[count:], position + count
 
     def crc(self, place: Place) -> int:
-        """The CRC-32 of the tensor at `place` as it is on disk."""
+        """Return the CRC-32 of the tensor at `place` as it is on disk."""
         crc = 0
         with self.opened.use(self.paths[place.shard]) as descriptor:
             for start in range(0, place.nbytes, _CHUNK):
@@ -271,24 +271,25 @@ class _Files:
         return crc
 
     def sync(self, shards: set[int]) -> None:
-        """Bring the data of these shards to disk."""
-        datasync = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
+        """Flush the data of these shards to disk."""
+        datasync = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
         for shard in sorted(shards):
             with self.opened.use(self.paths[shard]) as descriptor:
                 datasync(descriptor)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the open files."""
         self.opened.close()
 
 
 def _write_tensors(
     built: Blueprint, shards: Shards, partial: Path, journal: Journal, jobs: int, progress: Advance
 ) -> dict[str, dict[str, str]]:
-    """Write what the journal does not have yet; the hashes of the source files, by checkpoint and name.
+    """Write what the journal does not have yet.
 
-    Tensors are written by `jobs` threads. One more brings them to disk as they come, so that the disk works
-    while they compute, and two more hash the sources.
+    Tensors are written by `jobs` threads. One more thread flushes them to disk as they come, so that the disk
+    works while they compute, and two more hash the sources. Returns the hashes of the source files, by
+    checkpoint and name.
     """
     stop = threading.Event()
     sources = _SourceHashes(built, journal, stop)
@@ -315,7 +316,7 @@ def _write_tensors(
             written.clear()
         for earlier in [*syncs, hashed]:
             if earlier.done():
-                earlier.result()  # a disk that is full may say so here first, or a source that changes
+                earlier.result()  # a full disk or a changed source may raise here first
 
     writers, syncer, hasher = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     hashed: Future[Any] = hasher.submit(sources.take)
@@ -344,7 +345,7 @@ def _write_tensors(
 def _write_task(
     task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Advance
 ) -> dict[str, int]:
-    """Write the tensors of a task; the CRC-32 of each."""
+    """Write the tensors of a task; return the CRC-32 of each."""
     places = [shards.places[name] for name in task.names]
     crc = 0
     try:
@@ -363,7 +364,7 @@ def _write_task(
 def _finish(
     built: Blueprint, shards: Shards, partial: Path, out: Path, hashes: dict[str, dict[str, str]]
 ) -> None:
-    """What makes a folder of tensors a model, and the rename that shows it."""
+    """Write the files that make a folder of tensors a model, and rename the folder into place."""
     names, left = carry(built.source.folder, partial)
     if shards.index is not None:
         whole_file.write_json(partial / INDEX, shards.index)
@@ -387,12 +388,12 @@ def _finish(
 
 
 def _lacks_its_config(out: Path) -> bool:
-    """Whether `out` is finished but for the last step."""
+    """Return whether `out` is finished except for the last step."""
     return (out / UNNAMED_CONFIG).exists() and not (out / CONFIG).exists()
 
 
 def _commit(built: Blueprint, out: Path) -> None:
-    """The step that makes a folder a model: its config gets its name."""
+    """Make the folder a model by giving its config its name."""
     if Provenance.read(out).blueprint_hash != built.hash:
         raise UpcycleError(f"{out} was begun with another recipe; resume with that one, or delete it")
     (out / JOURNAL).unlink(missing_ok=True)
@@ -402,7 +403,7 @@ def _commit(built: Blueprint, out: Path) -> None:
 
 
 def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
-    """Copy tokenizer, generation config, chat template and licence; the names copied, and those left."""
+    """Copy tokenizer, generation config, chat template and licence; return names copied and names left."""
     names = carried(source)
     for name in names:
         shutil.copyfile(source / name, partial / name)

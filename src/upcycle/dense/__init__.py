@@ -1,1 +1,1 @@
-"""The dense model: admitted from a checkpoint, made smaller, measured."""
+"""The dense model: read from a checkpoint and checked, made smaller, measured."""

@@ -1,4 +1,4 @@
-"""The dense side: a checkpoint found to be a plain dense model of a known family, whole and sound."""
+"""The dense side: a checkpoint that is checked to be a complete, sound dense model of a known family."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Dense:
     checkpoint: Checkpoint
     family: Family
     config: Config
-    left_out: Mapping[str, str]  # stored tensors that the model does not have, and why that is well
+    left_out: Mapping[str, str]  # stored tensors that the model does not have, and why they may be left out
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
@@ -40,41 +40,43 @@ class Dense:
 
     @cached_property
     def weights(self) -> Weights:
-        """What each of its tensors is."""
+        """The kind of each tensor."""
         listed = self.family.weights(self.config) | self.family.optional(self.config)
         return {name: weight for name, weight in listed.items() if name in self.tensors}
 
     @property
     def raw(self) -> Mapping[str, Any]:
-        """config.json as it is written."""
+        """The content of config.json as it is written."""
         return self.checkpoint.config
 
     @property
     def others(self) -> tuple[Checkpoint, ...]:
-        """More checkpoints that its tensors come from."""
+        """The other checkpoints that its tensors come from."""
         return ()
 
     def left_aside(self, experts: set[tuple[str, int]]) -> dict[str, str]:
-        """Stored tensors that are in nothing because another checkpoint has them, and why; `experts` are the
-        blocks, by stack and number, whose networks become experts."""
+        """Return the stored tensors that are unused because another checkpoint has them, with the reason.
+
+        `experts` has the blocks, by stack and number, whose networks become experts.
+        """
         return {}
 
     @property
     def architecture(self) -> str:
-        """The class of transformers that it is a checkpoint of."""
+        """The transformers class of the checkpoint."""
         named = self.config.get("architectures") or self.family.architectures
         return str(named[0])
 
     @property
     def has_language_head(self) -> bool:
-        """Whether it predicts tokens of a vocabulary."""
+        """True if it predicts tokens of a vocabulary."""
         return self.architecture.endswith(
             ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
         )
 
     @property
     def tied_head(self) -> int:
-        """Weights of a head over the vocabulary that is the embedding, and so not among the tensors."""
+        """The number of weights in a head that is tied to the embedding, and so is not among the tensors."""
         c, tied = self.config, self.family.tied
         if not c["tie_word_embeddings"] or not self.has_language_head or (tied and tied[0] in self.tensors):
             return 0
@@ -82,16 +84,16 @@ class Dense:
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
-        """Where its feed-forward networks are."""
+        """The stacks that hold its feed-forward networks."""
         return self.family.stacks(self.config)
 
     @cached_property
     def lengths(self) -> dict[str, int]:
-        """Tokens of a row in each stack, where a number of them has to be assumed."""
+        """The default number of tokens of a row in each stack, for when one has to be assumed."""
         return self.family.lengths(self.config)
 
     def stack(self, name: str) -> Stack:
-        """The stack called `name`."""
+        """Return the stack called `name`."""
         return next(stack for stack in self.stacks if stack.name == name)
 
     @cached_property
@@ -99,14 +101,14 @@ class Dense:
         return {}
 
     def feed_forward(self, layer: int, stack: str = "layers") -> FeedForward:
-        """The feed-forward network of a block."""
+        """Return the feed-forward network of a block."""
         place = stack, layer
         if place not in self._networks:
             self._networks[place] = self.family.feed_forward(self.config, layer, self.tensors, stack)
         return self._networks[place]
 
     def origin(self, layer: int, stack: str = "layers") -> FeedForward:
-        """The network that the experts of a block are made from."""
+        """Return the network that the experts of a block are made from."""
         return self.feed_forward(layer, stack)
 
     @property
@@ -116,13 +118,16 @@ class Dense:
 
     @property
     def unknown_keys(self) -> tuple[str, ...]:
-        """Keys of config.json that the family knows nothing of."""
+        """The keys of config.json that the family does not know."""
         known = {*self.family.defaults, *families.SILENT, *self.family.reads}
         return tuple(sorted(key for key in self.checkpoint.config if key not in known))
 
 
 def admit(checkpoint: Checkpoint) -> Dense:
-    """The dense model in a checkpoint; whatever is not exactly that is refused with the reason."""
+    """Return the dense model in a checkpoint.
+
+    Raises `UpcycleError`, with the reason, for anything that is not exactly a dense model of a known family.
+    """
     raw, where = checkpoint.config, checkpoint.folder
     model_type = raw.get("model_type")
     if (
@@ -152,8 +157,10 @@ def admit(checkpoint: Checkpoint) -> Dense:
 
 
 def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family) -> None:
-    """A block has tensors of its own; a number of blocks beyond all tensors is refused before it is counted
-    out."""
+    """Refuse a config with more blocks than there are tensors, before the blocks are enumerated.
+
+    Every block has tensors of its own.
+    """
     for key in family.counts:
         count = checkpoint.config.get(key)
         if isinstance(count, int) and count > len(checkpoint.tensors):
@@ -164,7 +171,7 @@ def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family) -> 
 
 
 def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> dict[str, str]:
-    """Compare the headers with what the config promises; what may be left out, with the reason."""
+    """Compare the headers with what the config promises; return the tensors that may be left out, and why."""
     expected, found = family.shapes(config), checkpoint.tensors
     where = checkpoint.folder
     expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
@@ -190,9 +197,9 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> di
 
 
 def refuse_two_heads(dense: Dense) -> None:
-    """Refuse a config that ties a head which is stored all the same, with other values: which is meant?
+    """Refuse a config that ties a head although a head with other values is stored, which is ambiguous.
 
-    transformers 5 keeps the two apart where they differ. Reads both tensors.
+    transformers 5 keeps the two apart if they differ. This reads both tensors.
     """
     opened, tied = dense.checkpoint, dense.family.tied
     if tied is None or tied[0] not in dense.left_out:
@@ -213,7 +220,10 @@ def refuse_two_heads(dense: Dense) -> None:
 def admit_donors(
     first: Dense, names: tuple[str, ...], *, any_dtype: bool, allow_nonfinite: bool
 ) -> list[Dense]:
-    """The dense models called `names`, of the same type and shapes as `first`, and of the same dtypes."""
+    """Return the dense models called `names`, which must have the type, shapes and dtypes of `first`.
+
+    `any_dtype` allows other dtypes.
+    """
     out = []
     for place, name in enumerate(names, start=1):
         opened = open_checkpoint(name, allow_nonfinite=allow_nonfinite, label=f"donor {place}")

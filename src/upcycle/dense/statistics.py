@@ -1,7 +1,7 @@
-"""What `upcycle calibrate` found: statistics of a dense model's activations, layer by layer.
+"""The statistics of a dense model's activations, layer by layer, which `upcycle calibrate` collects.
 
-A safetensors file of float32 tensors called POSITION.STACK.LAYER.NAME, with its provenance in the metadata.
-It is read tensor by tensor, and says which checkpoint it is of.
+The file is a safetensors file of float32 tensors called POSITION.STACK.LAYER.NAME, with its provenance in the
+metadata. It is read tensor by tensor, and records which checkpoint it belongs to.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from upcycle.dense.source import Dense
 
 FORMAT = 1
-KEY = "upcycle_statistics"  # of the metadata
-PARTIAL = ".partial"  # at the end of the name while it is being collected
+KEY = "upcycle_statistics"  # key of the metadata
+PARTIAL = ".partial"  # suffix of the file name while statistics are being collected
 POSITIONS = {
     "neurons": "what goes into the last matrix of the feed-forward network [I]",
     "channels": "what goes into the feed-forward network [H]",
@@ -39,13 +39,13 @@ NAMES = {
     "co_activation": "share of tokens with both above the threshold, neurons only [n, n]",
     "gradient": "mean over tokens of |x dL/dx|, L the loss summed over targets [n]",
 }
-_EDGE = 4096  # bytes at either end of a tensor that a fingerprint looks at
+_EDGE = 4096  # bytes at each end of a tensor that a fingerprint reads
 _CHUNK = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Statistics:
-    """A file of statistics, opened."""
+    """An open file of statistics."""
 
     path: Path
     tensors: Mapping[str, TensorInfo] = field(repr=False)
@@ -53,7 +53,7 @@ class Statistics:
 
     @classmethod
     def open(cls, path: str | Path) -> Statistics:
-        """Open the file, reading its header. Raises `UpcycleError` where it is not one, or not whole."""
+        """Open the file and read its header. Raises `UpcycleError` if it is another file or incomplete."""
         path = Path(path)
         make = f"`upcycle calibrate SOURCE --out {path}` makes it"
         if not path.exists():
@@ -81,9 +81,9 @@ class Statistics:
         return cls(path=path, tensors=tensors, provenance=provenance)
 
     def of(self, position: str, stack: str, layer: int, name: str) -> np.ndarray:
-        """A statistic of a layer, float32 [n], or [n, n] for co_activation.
+        """Return a statistic of a layer, float32 [n], or [n, n] for co_activation.
 
-        Raises `UpcycleError` where it was not collected.
+        Raises `UpcycleError` if it was not collected.
         """
         info = self.tensors.get(f"{position}.{stack}.{layer}.{name}")
         if info is not None:
@@ -113,17 +113,17 @@ class Statistics:
         )
 
     def blocks(self, position: str, name: str) -> list[tuple[str, int]]:
-        """The blocks, by stack and number, that a statistic was collected of."""
+        """Return the blocks, by stack and number, for which a statistic was collected."""
         keys = [key.split(".") for key in self.tensors]
         return [(stack, int(layer)) for p, stack, layer, n in keys if (p, n) == (position, name)]
 
     def as_dict(self) -> dict[str, Any]:
-        """What the file is, as JSON has it."""
+        """Return a description of the file as JSON has it."""
         return {"path": str(self.path), "digest": self.digest, **self.provenance}
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of names, shapes and values; where the file came from does not count."""
+        """The SHA-256 of names, shapes and values, independent of where the file came from."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             for name, info in sorted(self.tensors.items()):
@@ -134,9 +134,9 @@ class Statistics:
         return digest.hexdigest()
 
     def refuse_other(self, dense: Dense) -> None:
-        """Refuse statistics of another checkpoint than `dense`, whatever either is called.
+        """Refuse statistics of another checkpoint than `dense`, whatever the two are called.
 
-        Of a checkpoint on the hub that was only peeked at, config and headers are compared.
+        For a checkpoint on the hub of which only the headers were fetched, config and headers are compared.
         """
         here, there = fingerprint(dense), self.provenance["source"]["fingerprint"]
         parts = {"tensors": "names, shapes or types of tensors", "config": "config", "content": "weights"}
@@ -155,8 +155,10 @@ def _sound(name: str, info: TensorInfo) -> bool:
 
 
 def fingerprint(dense: Dense) -> dict[str, str]:
-    """What tells a checkpoint from others, whatever it is called: SHA-256 of its config, of its tensors'
-    names, shapes and dtypes, and of the bytes at both ends of each. Of one without files, not the last.
+    """Return hashes that identify a checkpoint independently of its name.
+
+    They are the SHA-256 of its config, of its tensors' names, shapes and dtypes, and of the bytes at both
+    ends of each tensor. The last is missing for a checkpoint without files.
     """
     infos = [t for name, t in sorted(dense.checkpoint.tensors.items()) if name not in dense.left_out]
     silent = families.SILENT - {"rope_parameters"}
@@ -179,7 +181,7 @@ def _hash(data: bytes) -> str:
 
 
 def refuse_unknown(what: str, given: tuple[str, ...], known: Mapping[str, str]) -> None:
-    """Refuse a list of names that is empty, repeats one or has one that is not known."""
+    """Refuse a list of names that is empty, repeats one, or has an unknown one."""
     wrong = [name for name in given if name not in known]
     if wrong or not given or len({*given}) < len(given):
         said = f"has {listed([repr(n) for n in wrong])}" if wrong else "names none, or one twice"

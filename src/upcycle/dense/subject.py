@@ -1,4 +1,4 @@
-"""A model as a task sees it: a folder and what its config says, dense or Mixture of Experts."""
+"""A model as a task sees it, dense or Mixture of Experts: a folder and what its config says."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What a task asks of a model before it has one. `config` is config.json."""
+    """The facts about a model that a task needs before it is loaded. `config` is config.json."""
 
-    folder: Path  # tokenizer files
+    folder: Path  # holds the tokenizer files
     config: Mapping[str, Any]
 
     @classmethod
     def of(cls, folder: Path) -> Subject:
-        """The model in a folder."""
+        """Return the model in a folder."""
         return cls(
             folder=folder,
             config=read_json(
@@ -36,13 +36,13 @@ class Subject:
 
     @classmethod
     def of_dense(cls, dense: Dense) -> Subject:
-        """A dense checkpoint, as the class that it was admitted as."""
+        """Return a dense checkpoint as the class that it was admitted as."""
         config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
         return cls(folder=dense.checkpoint.folder, config=config)
 
     @property
     def architecture(self) -> str:
-        """The class of transformers, without what upcycling adds to its name."""
+        """The transformers class, without what upcycling adds to its name."""
         named = self.config.get("architectures")
         if not named:
             raise UpcycleError(f"{self.folder}/config.json names no architecture")
@@ -52,37 +52,39 @@ class Subject:
 
     @cached_property
     def _dense_config(self) -> Mapping[str, Any]:
-        """The config of the dense class in it, if it has one; else the whole of it."""
+        """The config of the dense class within the config, or the whole config if there is none."""
         target = targets.opened(self.config)
         return (target.dense_config(self.config) if target else None) or self.config
 
     @cached_property
     def _family(self) -> Family | None:
-        """The dense family; None: it is a class that only MoE has."""
+        """The dense family, or None for a class that only exists as MoE."""
         model_type = self._dense_config.get("model_type")
         return families.find(str(model_type)) if model_type in families.names() else None
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """The config with the defaults of its dense family in place, where it has one."""
+        """The config with the defaults of its dense family in place, if it has one."""
         return self.config if self._family is None else self._family.config(self._dense_config)
 
     @property
     def length(self) -> int:
-        """Tokens of a row: those of an image, or as many as there are positions."""
+        """The number of tokens of a row: those of an image, or the number of positions."""
         if self._family is None:
             return self._count("max_position_embeddings", self.config)
         return self._family.length(dict(self.settings))
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Tokens of a row in each stack of blocks."""
+        """The number of tokens of a row in each stack of blocks."""
         family = self._family or families.find(str(self._dense_config.get("model_type")))
         return family.lengths(dict(self.settings))
 
     def grid(self, stack: str) -> Grid:
-        """The patches of an image that the positions of a stack are. Raises `UpcycleError` for a model of
-        texts."""
+        """Return the image patches that are the positions of a stack.
+
+        Raises `UpcycleError` for a model that reads text.
+        """
         grid = None if self._family is None else self._family.grid(self.settings, stack)
         if grid is None:
             raise UpcycleError(f"{self.folder} reads texts and cuts no image into patches")
@@ -90,7 +92,7 @@ class Subject:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """The number of rows of the embedding."""
         return self._count("vocab_size", self.settings)
 
     @cached_property
@@ -99,7 +101,7 @@ class Subject:
         return read_json(path, "") if path.is_file() else {}
 
     def image_statistics(self, name: str) -> tuple[float, ...]:
-        """`image_mean` or `image_std` of preprocessor_config.json; none where it does not say."""
+        """Return `image_mean` or `image_std` of preprocessor_config.json, or an empty tuple."""
         found = self._preprocessor.get(name)
         if not isinstance(found, list):
             return ()
@@ -109,7 +111,7 @@ class Subject:
 
     @property
     def num_labels(self) -> int:
-        """Classes of the head."""
+        """The number of classes of the head."""
         labels = self.config.get("id2label")
         if labels is not None and not isinstance(labels, (list, Mapping)):
             raise self._odd("id2label", "a table of names")
@@ -128,7 +130,7 @@ class Subject:
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        """What config.json calls the classes of the head, in their order; empty where it does not say."""
+        """The names of the classes of the head in config.json, in order; empty if it has none."""
         labels = self.config.get("id2label")
         if not isinstance(labels, Mapping) or {*map(str, labels)} != {*map(str, range(len(labels)))}:
             return ()

@@ -1,7 +1,6 @@
-"""A smaller model in a larger one: chosen channels, heads and neurons of a dense checkpoint (MoE Jetpack,
-3.1).
+"""A smaller model made from a larger one: chosen channels, heads and neurons (MoE Jetpack, section 3.1).
 
-The successor is a `Dense` of fewer channels, whose tensors are parts of the predecessor's or those of a
+The successor is a `Dense` with fewer channels, whose tensors are parts of the predecessor's or those of a
 second checkpoint. Experts are made from the predecessor's whole networks.
 """
 
@@ -27,13 +26,13 @@ from upcycle.tensors.positions import Positions, Units
 
 @dataclass(frozen=True, kw_only=True)
 class Narrowed(Dense):
-    """A dense model of fewer channels, made of `predecessor` or, but for its experts, of `rest`."""
+    """A dense model with fewer channels, made from `predecessor`, or from `rest` except for its experts."""
 
     predecessor: Dense
     rest: Dense | None
     init: Selecting
     seed: int
-    changed: Config  # keys of config.json that are not the predecessor's
+    changed: Config  # keys of config.json that differ from the predecessor's
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
@@ -48,7 +47,7 @@ class Narrowed(Dense):
 
     @property
     def chosen(self) -> dict[str, Positions]:
-        """What was chosen for the dense part, by kind, stack and block; nothing where it is from `rest`."""
+        """The positions chosen for the dense part, by kind, stack and block; empty if that is from `rest`."""
         if self.rest is not None:
             return {}
         return {
@@ -60,7 +59,7 @@ class Narrowed(Dense):
         }
 
     def _cuts(self, name: str) -> Iterator[tuple[int, Axis, Positions]]:
-        """Which axes of a tensor become shorter, and what stays of them."""
+        """Yield the axes of a tensor that become shorter, and the positions that are kept."""
         before, after, shapes = self._axes
         sizes = zip(
             before[name], after[name], self.predecessor.tensors[name].shape, shapes[name], strict=True
@@ -75,7 +74,7 @@ class Narrowed(Dense):
 
     @cached_property
     def _axes(self) -> tuple[Axes, Axes, dict[str, tuple[int, ...]]]:
-        """What the axes of tensors are made of, before and after, and the shapes after."""
+        """The meaning of the tensors' axes before and after narrowing, and the shapes after it."""
         family = narrowable(self.family)
         listed = family.weights(self.config) | family.optional(self.config)
         shapes = {name: weight.shape for name, weight in listed.items()}
@@ -115,7 +114,10 @@ class Narrowed(Dense):
 
 
 def narrowed(predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = False) -> Narrowed:
-    """The successor that `recipe` makes of a predecessor; refused where widths or checkpoints do not fit."""
+    """Return the successor that `recipe` makes of a predecessor.
+
+    Raises `UpcycleError` if widths or checkpoints do not fit.
+    """
     wanted, init = recipe.successor, recipe.init
     assert wanted is not None
     if not isinstance(init, Selecting):
@@ -156,7 +158,7 @@ def narrowed(predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = Fals
 
 
 def _widths(predecessor: Dense, wanted: Successor) -> tuple[dict[str, int], dict[str, int]]:
-    """Channels and neurons of each stack of the successor."""
+    """Return channels and neurons of each stack of the successor."""
     stacks = predecessor.stacks
     given = wanted.hidden_size if isinstance(wanted.hidden_size, tuple) else (wanted.hidden_size,)
     if given == (0,):

@@ -1,7 +1,7 @@
-"""What the values of config.json may be: one kind for each key, looked at before any family reads them.
+"""The allowed values of config.json: one kind per key, checked before any family reads them.
 
-A key that is not listed here decides nothing that upcycle works out; of those, only NaN and inf are refused,
-because JSON has none and config.json of the result would carry them on.
+A key that is not listed here does not affect what upcycle works out. Such keys are only refused NaN and inf,
+because JSON has neither and config.json of the result would carry them on.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from upcycle.errors import UpcycleError, shown
 MOST = 1 << 40  # no size of a model comes near it
 MOST_BLOCKS = 10_000  # blocks one after the other; the deepest published models have a few hundred
 
-# Names of transformers (ACT2FN), which upcycle knows without importing it; a test compares them.
+# Names in transformers (ACT2FN), listed so that upcycle need not import it; a test compares them.
 ACTIVATIONS = frozenset(
     "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh hardswish "
     "laplace leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus swish tanh "
     "xielu".split()
 )
-# Likewise (ROPE_INIT_FUNCTIONS), and names that longrope had before.
+# Likewise (ROPE_INIT_FUNCTIONS), plus former names of longrope.
 ROPE_TYPES = frozenset("default dynamic linear llama3 longrope proportional yarn su".split())
 LAYER_TYPES = frozenset("full_attention sliding_attention chunked_attention linear_attention".split())
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of value: how an error names it, and whether a value is of it."""
+    """A kind of value: its name in an error, and a check whether a value belongs to it."""
 
     said: str
     fits: Callable[[Any], bool]
 
     def or_null(self) -> Kind:
-        """The same, or null."""
+        """Return a kind that also allows null."""
         return Kind(f"{self.said}, or null", lambda value: value is None or self.fits(value))
 
     def listed(self) -> Kind:
-        """A list of them."""
+        """Return the kind of a list of such values."""
         return Kind(f"a list, each entry {self.said}", lambda v: _is_list(v) and all(map(self.fits, v)))
 
 
@@ -54,7 +54,7 @@ def _whole(least: int, most: int = MOST) -> Kind:
 
 
 def _number(least: float, said: str, *, most: float = 1e30, open_: bool = False) -> Kind:
-    # NaN compares as false; whole numbers of any length compare without becoming a float.
+    # NaN compares as false; integers of any length compare without becoming a float.
     return Kind(
         said,
         lambda v: type(v) in (int, float) and least <= v <= most and not (open_ and v == least),
@@ -97,7 +97,7 @@ _FLAG_OR_COUNT = Kind("0, 1, true or false", lambda value: type(value) in (int, 
 
 
 def _a_stage(kind: Kind) -> Kind:
-    """One of them for each stage of a ConvNeXt."""
+    """Return the kind of a list with one value for each stage of a ConvNeXt."""
     return Kind(
         "4 whole numbers of 1 or more, one a stage",
         lambda v: _is_list(v) and len(v) == 4 and all(map(kind.fits, v)),
@@ -159,7 +159,7 @@ KINDS: Mapping[str, Kind] = {
     **_each(_TABLE, "rope_scaling rope_parameters label2id id2label"),
 }  # fmt: skip
 
-# What stands in rope_scaling or rope_parameters.
+# The keys inside rope_scaling or rope_parameters.
 _ROPE: Mapping[str, Kind] = {
     "rope_type": _one_of(ROPE_TYPES),
     "type": _one_of(ROPE_TYPES),
@@ -176,7 +176,7 @@ _ROPE: Mapping[str, Kind] = {
 
 
 def check(model_type: str, raw: Mapping[str, Any]) -> None:
-    """Raise, with key and value, where a value of config.json is none of its kind."""
+    """Raise `UpcycleError`, with key and value, if a value of config.json is not of its kind."""
     for key, value in raw.items():
         if key in KINDS and not KINDS[key].fits(value):
             raise _refusal(model_type, key, value, KINDS[key])
@@ -204,7 +204,7 @@ def _refusal(model_type: str, key: str, value: Any, kind: Kind) -> UpcycleError:
 
 
 def _not_finite(value: Any) -> float | None:
-    """A NaN or inf anywhere in a value, if there is one."""
+    """Return a NaN or inf from anywhere in a value, or None."""
     left = [value]
     while left:
         value = left.pop()

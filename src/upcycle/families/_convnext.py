@@ -1,4 +1,4 @@
-"""ConvNeXt as transformers keeps it on disk: four stages of blocks, each with channels of its own."""
+"""ConvNeXt as transformers stores it: four stages of blocks, each with its own number of channels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from upcycle.families._weights import Bias, Matrix, below, linear, norm, row_lin
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
-STAGES = 4  # of every ConvNeXt that was published
-RATIO = 4  # neurons of a network for each of its channels
-KERNEL = 7  # of the depthwise convolution
+STAGES = 4  # the same in every published ConvNeXt
+RATIO = 4  # neurons of a network per channel
+KERNEL = 7  # size of the depthwise convolution
 STRIDE = 2  # of the convolution between two stages
 
 
 class ConvNeXt(Encoder):
-    """Blocks of a depthwise convolution, a norm, and a network of two matrices on the channels of each place.
+    """Blocks of a depthwise convolution, a norm, and a network of two matrices on the channels.
 
-    A place of the feature map is a token, and the places of an image are a row of them.
+    A place of the feature map is a token, and the places of an image form a row of tokens.
     """
 
     sizes = ("num_channels",)
@@ -41,7 +41,7 @@ class ConvNeXt(Encoder):
         }
 
     def lengths(self, config: Config) -> dict[str, int]:
-        """Places of the feature map in each stage: 56^2, 28^2, 14^2 and 7^2 of an image of 224 x 224."""
+        """Return the places of the feature map per stage: 56^2, 28^2, 14^2 and 7^2 for a 224 x 224 image."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
         grids = {f"stage_{s + 1}": self.grid(config, f"stage_{s + 1}") for s in range(STAGES)}
         found = {name: grid.rows * grid.columns for name, grid in grids.items()}
@@ -54,7 +54,7 @@ class ConvNeXt(Encoder):
         return found
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
-        """Each later stage merges patches two by two, and what is left over falls away."""
+        """Return the patches of a stage; each later stage merges them two by two and drops any rest."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
         merged = STRIDE ** self.number(stack)
         return Grid(
@@ -65,7 +65,7 @@ class ConvNeXt(Encoder):
         )
 
     def length(self, config: Config) -> int:
-        """Tokens of an image in the first stage, where there are most."""
+        """Return the tokens of an image in the first stage, which has the most."""
         return self.lengths(config)["stage_1"]
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -91,7 +91,7 @@ class ConvNeXt(Encoder):
         return out | norm("layernorm", sizes[-1])
 
     def block(self, config: Config, hidden: int) -> Weights:
-        """The tensors of a block of so many channels, by their names in it."""
+        """Return the tensors of a block with so many channels, by their names in it."""
         width = RATIO * hidden
         return {
             "dwconv.weight": Matrix((hidden, 1, KERNEL, KERNEL)),
@@ -134,7 +134,7 @@ class ConvNeXt(Encoder):
         return tuple(out)
 
     def depth(self, name: str, counts: Mapping[str, int]) -> int:
-        """As timm groups them: what leads into a stage learns with its first block."""
+        """Group parameters as timm does: those that lead into a stage learn with its first block."""
         blocks, _, rest = name.partition(".downsampling_layer.")
         return super().depth(f"{blocks}.layers.0." if rest else name, counts)
 
@@ -142,7 +142,7 @@ class ConvNeXt(Encoder):
         return f"stage_{self.stage(name) + 1}"
 
     def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
-        return (f"{stack.blocks}.{{i}}.drop_path",)  # an identity where config.json has no rate
+        return (f"{stack.blocks}.{{i}}.drop_path",)  # an identity if config.json has no rate
 
     def own_norm(self, config: Config, stack: Stack) -> str:
         return f"{stack.blocks}.{{i}}.layernorm"
@@ -160,12 +160,12 @@ class ConvNeXt(Encoder):
 
     @staticmethod
     def number(stack: str) -> int:
-        """The number on disk of the stage that is called so: stage_1 is 0."""
+        """Return the number on disk of a stage by its name; stage_1 is 0."""
         return int(stack.removeprefix("stage_")) - 1
 
     @staticmethod
     def stage(name: str) -> int:
-        """The stage, from 0, that gives the channels of a tensor: patches are of the first one."""
+        """Return the stage, from 0, that gives the channels of a tensor; patches belong to the first one."""
         _, _, after = name.partition("encoder.stages.")
         return int(after[0]) if after else 0 if ".embeddings." in f".{name}" else STAGES - 1
 

@@ -1,4 +1,4 @@
-"""Which axes of a ConvNeXt's tensors are channels of a stage, and which are neurons."""
+"""The axes of a ConvNeXt's tensors: which are channels of a stage, and which are neurons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from upcycle.families._weights import norm
 
 
 class NarrowableConvNeXt(ConvNeXt, Narrowable):
-    """A ConvNeXt that a narrower one can be chosen from."""
+    """A ConvNeXt from which a narrower one can be chosen."""
 
     def axes(self, config: Config) -> Axes:
         of = [Axis("channels", f"stage_{s + 1}") for s in range(STAGES)]
@@ -29,7 +29,7 @@ class NarrowableConvNeXt(ConvNeXt, Narrowable):
                 known[f"{block}pwconv1.weight"] = (neurons, channels)
                 known[f"{block}pwconv1.bias"] = (neurons,)
                 known[f"{block}pwconv2.weight"] = (channels, neurons)
-        rest = {  # kernels, norms, layer scale, and biases of what gives channels
+        rest = {  # kernels, norms, layer scale, and biases of layers that output channels
             name: (of[self.stage(name)], *(None,) * (len(shape) - 1))
             for name, shape in self.shapes(config).items()
         }

@@ -1,4 +1,4 @@
-"""The decoder that most families are: Llama's names and shapes, with what differs left to each file."""
+"""The decoder that most families share: Llama's names and shapes. Each family's file has what differs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from upcycle.families._weights import Bias, Matrix, Norm, Table, below, linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Slice
 
-LONGEST = 1024  # tokens of a sliding window that a comparison of two models reaches beyond
+LONGEST = 1024  # the longest sliding window, in tokens, that a comparison of two models goes beyond
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -31,13 +31,13 @@ class Decoder(DecoderWidth, Trained):
     before = ("embed_tokens.",)
     after = ("norm.",)
     network_norm = "post_attention_layernorm"  # the norm that only the feed-forward network reads, if any
-    residual: tuple[str, ...] = ("self_attn", "mlp")  # modules of a block that give to the residual stream
+    residual: tuple[str, ...] = ("self_attn", "mlp")  # modules of a block that add to the residual stream
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         check(self.model_type, raw)
         if missing := [key for key in REQUIRED if key not in raw]:
             raise UpcycleError(f"config.json of a {self.model_type} model lacks {', '.join(missing)}")
-        # Only what this family reads: a stray key must not reach a target that would heed it.
+        # Only the keys that this family reads: a stray key must not reach a target that would use it.
         read = {k: v for k, v in raw.items() if k in self.defaults or k in self.reads}
         config: Config = {**self.defaults, **read}
         self._check_lengths(config)
@@ -65,7 +65,7 @@ class Decoder(DecoderWidth, Trained):
         return out
 
     def attention(self, config: Config, layer: int) -> Weights:
-        """The attention tensors of a layer, by their names within it."""
+        """Return the attention tensors of a layer, by their names within it."""
         hidden, head = config["hidden_size"], config["head_dim"]
         queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
         out: Weights = {
@@ -78,22 +78,22 @@ class Decoder(DecoderWidth, Trained):
         return out | {f"self_attn.{p}_proj.bias": Bias((biases[p],)) for p in self.attention_biases(config)}
 
     def attention_biases(self, config: Config) -> str:
-        """Which of the projections q, k, v, o have a bias."""
+        """Return which of the projections q, k, v, o have a bias."""
         return "qkvo" if config.get("attention_bias") else ""
 
     def mlp_biases(self, config: Config) -> bool:
-        """Whether the projections of the feed-forward network have biases, which no native MoE's have."""
+        """Return whether the feed-forward projections have biases, which those of native MoEs never have."""
         return bool(config.get("mlp_bias"))
 
     def mlp(self, config: Config) -> Weights:
-        """The feed-forward tensors of a layer, by their names within it."""
+        """Return the feed-forward tensors of a layer, by their names within it."""
         hidden, width, bias = config["hidden_size"], config["intermediate_size"], self.mlp_biases(config)
         weights = linear("mlp.gate_proj", width, hidden, bias=bias)
         weights |= linear("mlp.up_proj", width, hidden, bias=bias)
         return weights | linear("mlp.down_proj", hidden, width, bias=bias)
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        # One long row where a sliding window is short enough to be looked past.
+        # One long row if it can be made longer than a sliding window.
         window = config.get("sliding_window") or 0
         rows, length = (1, window + tokens // 4) if tokens // 4 <= window <= LONGEST else (4, tokens // 4)
         return {"input_ids": ("tokens", (rows, min(length, config["max_position_embeddings"])))}
@@ -138,7 +138,7 @@ class Decoder(DecoderWidth, Trained):
         return None
 
     def _check_lengths(self, config: Config) -> None:
-        """Refuse lists that do not have one entry a layer."""
+        """Refuse lists that do not have one entry per layer."""
         layers = config["num_hidden_layers"]
         for key in self.per_block:
             value = config.get(key)
@@ -147,7 +147,7 @@ class Decoder(DecoderWidth, Trained):
 
 
 class FusedGate(Decoder):
-    """A decoder that keeps gate and up in one matrix, `mlp.gate_up_proj` [2I, H]."""
+    """A decoder that stores gate and up in one matrix, `mlp.gate_up_proj` [2I, H]."""
 
     def mlp(self, config: Config) -> Weights:
         hidden, width = config["hidden_size"], config["intermediate_size"]
@@ -167,8 +167,10 @@ class FusedGate(Decoder):
 
 
 def every_nth_full(config: Config, n: int | str, others: str = "sliding_attention") -> list[str]:
-    """The kinds of the layers as config.json has them; where it is silent, each `n`th has full attention, or
-    those that a pattern such as LLLG calls global (EXAONE 4)."""
+    """Return the kinds of the layers that config.json lists, or those of a pattern if it lists none.
+
+    Each `n`th layer then has full attention, or those that a pattern such as LLLG calls global (EXAONE 4).
+    """
     if config["layer_types"] is not None:
         return list(config["layer_types"])
     pattern = n if isinstance(n, str) else "L" * (n - 1) + "G"
@@ -179,13 +181,13 @@ def every_nth_full(config: Config, n: int | str, others: str = "sliding_attentio
 
 
 def attention_bias_refusal(config: Config, native: str) -> str | None:
-    """mixtral has no biases in attention."""
+    """Refuse a config with biases in attention for mixtral, which has none."""
     if native == "mixtral" and config.get("attention_bias"):
         return "its attention has biases (attention_bias) and mixtral's has none; use target granitemoe"
     return None
 
 
 def as_granite(config: Config) -> Config:
-    """A config without Granite's multipliers, in terms that have them."""
+    """Return a config without Granite's multipliers in terms that have them."""
     neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
     return {**neutral, "attention_multiplier": config["head_dim"] ** -0.5, **config}

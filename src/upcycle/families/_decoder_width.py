@@ -1,4 +1,4 @@
-"""Which axes of a decoder's tensors are channels, heads and neurons."""
+"""The axes of a decoder's tensors: which are channels, heads and neurons."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ENDS: Axes = {
 
 
 class DecoderWidth(Narrowable):
-    """A decoder of Llama's names, that a narrower one can be chosen from."""
+    """A decoder with Llama's names, from which a narrower one can be chosen."""
 
     norms: tuple[str, ...]  # the norms of a block, by their names in it
 
     def axes(self, config: Config) -> Axes:
-        """Channels, neurons, and groups of query heads with their key head; of Llama's names alone."""
+        """Return channels, neurons, and groups of query heads with their key head; for Llama's names only."""
         out: Axes = {}
         for name, shape in self.shapes(config).items():
             if name in _ENDS:
@@ -35,7 +35,10 @@ class DecoderWidth(Narrowable):
         return out
 
     def _inside(self, config: Config, layer: int, shape: tuple[int, ...]) -> Axes:
-        """The axes of the tensors of a block, by their names in it. `shape` is that of the one asked for."""
+        """Return the axes of the tensors of a block, by their names in it.
+
+        `shape` is that of the tensor asked for.
+        """
         channels, head = Axis("channels"), config["head_dim"]
         group = config["num_attention_heads"] // config["num_key_value_heads"] * head
         queries, keys = (Axis("heads", layer=layer, unit=unit) for unit in (group, head))
@@ -55,14 +58,14 @@ class DecoderWidth(Narrowable):
             "mlp.gate_proj.bias": (neurons,),
             "mlp.up_proj.bias": (neurons,),
             "mlp.down_proj.bias": (channels,),
-            # Of each head, or of all of them together.
+            # The norm is over each head, or over all of them together.
             "self_attn.q_norm.weight": (None if shape == (head,) else queries,),
             "self_attn.k_norm.weight": (None if shape == (head,) else keys,),
             **{f"{norm}.weight": (channels,) for norm in self.norms},
         }
 
     def narrowed(self, config: Config, hidden: Mapping[str, int], width: Mapping[str, int]) -> Config:
-        """Whole groups of query heads with their key head stay."""
+        """Keep whole groups of query heads with their key head."""
         share, rest = divmod(hidden["layers"] * config["num_key_value_heads"], config["hidden_size"])
         if rest or not share:
             raise UpcycleError(

@@ -1,4 +1,4 @@
-"""What the encoders have in common: several classes with different heads, and sizes that must make sense."""
+"""The common part of the encoders: several classes with different heads, and checks of their sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upcycle.families._weights import below
 class Encoder(Trained):
     """A family whose checkpoints are of one of several classes; it has no native MoE.
 
-    A class with a head holds the base model below `prefix`, the base model itself holds it bare.
+    A class with a head holds the base model below `prefix`; the base model itself has no prefix.
     """
 
     prefix: ClassVar[str]
@@ -40,33 +40,33 @@ class Encoder(Trained):
         return self.finish(config)
 
     def finish(self, config: Config) -> Config:
-        """Fields that follow from others, under the names that the rest of the project reads."""
+        """Add fields that follow from others, under the names that the rest of the project reads."""
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         return config
 
     def base(self, config: Config) -> str:
-        """What stands before the names of the base model's tensors."""
+        """Return the prefix of the names of the base model's tensors."""
         return "" if config["architectures"][0] == self.architectures[0] else f"{self.prefix}."
 
     @abc.abstractmethod
     def body(self, config: Config) -> Weights:
-        """The tensors of the base model without head and pooler, by their names in it."""
+        """Return the tensors of the base model without head and pooler, by their names in it."""
 
     @abc.abstractmethod
     def head(self, config: Config) -> Weights:
-        """The tensors of the class that the config names beyond those of `body`, by their full names."""
+        """Return the tensors that the config's class has beyond those of `body`, by their full names."""
 
     def weights(self, config: Config) -> Weights:
         return below(self.base(config), self.body(config)) | self.head(config)
 
 
 def num_labels(config: Config) -> int:
-    """Classes of a head: as many as config.json names, two where it names none."""
+    """Return the number of classes of a head: as many as config.json names, or two if it names none."""
     return len(config["id2label"]) if config.get("id2label") else 2
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """Height and width, given as one number or two. Raises `UpcycleError` for anything else."""
+    """Return height and width, given as one number or two. Raises `UpcycleError` for anything else."""
     both = (
         (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
     )

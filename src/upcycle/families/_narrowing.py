@@ -1,4 +1,4 @@
-"""What only a narrower successor asks of a family: which axes of its tensors are channels, heads, neurons."""
+"""The part of a family that only a narrower successor needs: which axes are channels, heads or neurons."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from upcycle.families import Config, Family
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis of a tensor is made of: channels or neurons of a stack, heads of a block."""
+    """The meaning of an axis of a tensor: channels or neurons of a stack, or heads of a block."""
 
     kind: Literal["channels", "heads", "neurons"]
     stack: str = "layers"
     layer: int | None = None  # block of the stack, for heads and neurons
-    unit: int = 1  # elements along the axis for each channel, head or neuron
+    unit: int = 1  # elements along the axis per channel, head or neuron
 
 
 Axes = dict[str, tuple[Axis | None, ...]]
@@ -29,25 +29,28 @@ class Narrowable(Family):
 
     @abc.abstractmethod
     def axes(self, config: Config) -> Axes:
-        """By the name of every tensor, what each of its axes is made of; None where no width changes it.
+        """Return what each axis of every tensor is made of, by name; None if no width changes the tensor.
 
-        Raises `UpcycleError` for a config of which this is not known.
+        Raises `UpcycleError` for a config whose axes are unknown.
         """
 
     @abc.abstractmethod
     def narrowed(self, config: Config, hidden: Mapping[str, int], width: Mapping[str, int]) -> Config:
-        """The keys of config.json that change with the channels and the neurons of the stacks."""
+        """Return the keys of config.json that change with the channels and the neurons of the stacks."""
 
 
 def narrowable(family: Family) -> Narrowable:
-    """The family as [successor] sees it. One that does not know its axes is refused."""
+    """Return the family as [successor] needs it.
+
+    Raises `UpcycleError` for a family that does not know its axes.
+    """
     if isinstance(family, Narrowable):
         return family
     raise unknown_axes(family)
 
 
 def unknown_axes(family: Family) -> UpcycleError:
-    """The refusal of a family whose tensors have axes that nobody has described."""
+    """Return the error for a family whose tensors have axes that nobody has described."""
     return UpcycleError(
         f"the width of {family.model_type} cannot be changed: upcycle does not know which axes of its "
         f"tensors are channels; leave [successor] out"

@@ -1,4 +1,4 @@
-"""Where the blocks of a dense model are: stacks of blocks of one kind, each with a feed-forward network."""
+"""The stacks of a dense model: runs of blocks of one kind, each block with a feed-forward network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How an image is cut into the positions of a stack: how many, and their size in pixels."""
+    """The grid of patches that are the positions of a stack: how many, and their size in pixels."""
 
     rows: int
     columns: int
@@ -21,28 +21,29 @@ class Stack:
 
     name: str = "layers"
     count: int
-    first: int = 0  # number of its first block, where moe.layers counts on from stack to stack
-    total: int = 0  # blocks that moe.layers counts over; 0: its own
+    first: int = 0  # number of its first block, if moe.layers counts on from stack to stack
+    total: int = 0  # blocks that moe.layers counts over; 0 means its own
     hidden: int  # channels of its blocks
     width: int  # neurons of its networks
-    attention: int = 0  # channels of all heads of a block, whose scores cost FLOPs; 0: it attends to nothing
-    across: str = ""  # the stack whose tokens its blocks attend to as well
-    path: str  # of the network on disk, and of the MoE layer that takes its place
-    owned: tuple[str, ...]  # how the names of its tensors on disk begin
-    module: str  # of the network in memory, below the base model
+    attention: int = 0  # channels of all heads of a block, whose scores cost FLOPs; 0 means no attention
+    across: str = ""  # another stack whose tokens its blocks attend to as well
+    path: str  # path of the network on disk, and of the MoE layer that takes its place
+    owned: tuple[str, ...]  # the prefixes of the names of its tensors on disk
+    module: str  # path of the network in memory, below the base model
     replaced: tuple[str, ...] = ()  # modules in memory that belong to the network as well
-    down: str  # of the network's last matrix in memory, below the base model
-    heads: tuple[str, ...] = ()  # of the matrix that ends self-attention, in memory; a block has one of them
+    down: str  # path of the network's last matrix in memory, below the base model
+    # paths in memory of the matrix that ends self-attention; a block has one of them
+    heads: tuple[str, ...] = ()
     causal: bool
     activation: str
     dropout: float = 0.0  # between the activation and the last matrix
-    norm_path: str = ""  # on disk, of the norm that only the network reads; none: there is no such norm
+    norm_path: str = ""  # path on disk of the norm that only the network reads; empty if there is none
 
     @property
     def blocks(self) -> str:
-        """The list of its blocks in memory, below the base model."""
+        """The path of the list of its blocks in memory, below the base model."""
         return self.module.partition(".{i}")[0]
 
     def owns(self, name: str, i: int) -> bool:
-        """Whether the tensor called `name` on disk is part of the network of block `i`."""
+        """Return whether the tensor called `name` on disk is part of the network of block `i`."""
         return name.startswith(tuple(start.format(i=i) for start in self.owned))

@@ -51,7 +51,7 @@ class EncoderDecoder(Encoder):
             # "gated-gelu" has always meant the tanh approximation
             "hidden_act": "gelu_new" if config["feed_forward_proj"] == "gated-gelu" else act,
             "gated": gate == "gated",
-            "tie_word_embeddings": True,  # unless a checkpoint stores a head of its own: `optional`
+            "tie_word_embeddings": True,  # unless a checkpoint stores a head of its own: see `optional`
         }
 
     def base(self, config: Config) -> str:
@@ -89,7 +89,10 @@ class EncoderDecoder(Encoder):
         return {}
 
     def optional(self, config: Config) -> Weights:
-        """T5 1.1 stores a head of its own, which transformers 5 takes, though it holds every T5 for tied."""
+        """Allow the separate head that T5 1.1 stores.
+
+        transformers 5 loads it, although it treats every T5 as tied.
+        """
         return {"lm_head.weight": Matrix((config["vocab_size"], config["d_model"]))}
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -141,11 +144,11 @@ class EncoderDecoder(Encoder):
         return f"{stack.name}.block.{{i}}.layer.{NETWORK[stack.name]}.layer_norm"
 
     def deviation(self, config: Config) -> float:
-        """Of a product with all channels that starts at a variance of one."""
+        """Return the deviation with which a product over all channels starts at a variance of one."""
         return float(config["initializer_factor"] * config["d_model"] ** -0.5)
 
     def initial(self, config: Config, name: str, weight: Weight) -> Initial | None:
-        """Of products that start at a variance of one; T5 has no other scaling (its `_init_weights`)."""
+        """Return deviations with which products start at a variance of one, as T5's `_init_weights` does."""
         inner = config["num_heads"] * config["d_kv"]
         if name in ("shared.weight", "lm_head.weight"):
             return Normal(float(config["initializer_factor"]))

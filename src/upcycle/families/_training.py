@@ -1,4 +1,4 @@
-"""What only training asks of a family: initial values, how deep a parameter lies, branches of the blocks."""
+"""The part of a family that only training needs: initial values, depth of parameters, residual branches."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from upcycle.families._weights import Initial, Weight
 
 
 class Trained(Family):
-    """A family that a run can train from scratch, with rates by depth and with drop path."""
+    """A family that can be trained from scratch, with learning rates by depth and with drop path."""
 
-    before: tuple[str, ...]  # how the parameters before the blocks begin, in memory below the base model
-    after: tuple[str, ...]  # likewise, of those behind the blocks
+    before: tuple[str, ...]  # prefixes of the parameters before the blocks, in memory below the base model
+    after: tuple[str, ...]  # prefixes of the parameters after the blocks, likewise
 
     def deviation(self, config: Config) -> float:
-        """The standard deviation that a matrix starts with."""
+        """Return the standard deviation that a matrix starts with."""
         return float(config.get("initializer_range", 0.02))
 
     def initial(self, config: Config, name: str, weight: Weight) -> Initial | None:
-        """What the tensor called `name` on disk starts as; None: this family does not know it."""
+        """Return the initial value of the tensor called `name` on disk; None if it is unknown."""
         return weight.initial(self.deviation(config))
 
     def depth(self, name: str, counts: Mapping[str, int]) -> int:
-        """How deep in the model a parameter is, by its name in memory below the base model.
+        """Return how deep in the model a parameter is, by its name in memory below the base model.
 
-        Of N blocks: 0 before them, i + 1 in block i (from 0), N + 1 after them. `counts` has the lists of
-        blocks (`Stack.blocks`) and how many each holds; they count on from one list to the next. Raises
-        `UpcycleError` for a name that is nowhere.
+        With N blocks, the depth is 0 before them, i + 1 in block i (from 0), and N + 1 after them. `counts`
+        has the lists of blocks (`Stack.blocks`) and how many each holds; numbers continue from one list to
+        the next. Raises `UpcycleError` for an unknown name.
         """
         start = 0
         for blocks, count in counts.items():
@@ -45,17 +45,19 @@ class Trained(Family):
         )
 
     def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
-        """Modules in memory, below the base model, whose output is added to the residual stream."""
+        """Return the modules in memory, below the base model, whose output joins the residual stream."""
         return ()
 
     def own_norm(self, config: Config, stack: Stack) -> str:
-        """The norm in memory, below the base model, that only the network reads; empty: there is none."""
+        """Return the norm in memory, below the base model, that only the network reads, or ""."""
         return ""
 
 
 def trained(family: Family, what: str) -> Trained:
-    """The family as training sees it. `what` is the key of the run file that asks for more than a family has
-    that only converts; such a family is refused."""
+    """Return the family as training needs it.
+
+    `what` is the key of the run file that needs it. Raises `UpcycleError` for a family that can only convert.
+    """
     if isinstance(family, Trained):
         return family
     raise UpcycleError(

@@ -1,4 +1,4 @@
-"""The Vision Transformer as transformers keeps it on disk: ViT and DeiT, and in most of it DINOv2."""
+"""The Vision Transformer as transformers stores it: ViT and DeiT, and most of DINOv2."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from upcycle.tensors.lazy import Lazy
 
 
 class VisionTransformer(Encoder):
-    """Pre-norm blocks with a plain network of two matrices; `tokens` are what stands before the patches."""
+    """Pre-norm blocks with a plain network of two matrices; `tokens` are those before the patches."""
 
     sizes = (*Encoder.sizes, "intermediate_size")
     tokens: tuple[str, ...] = ("cls_token",)
     norms = ("layernorm_before", "layernorm_after")
-    residual: tuple[str, ...] = ("attention", "mlp")  # modules of a block that give to the residual stream
+    residual: tuple[str, ...] = ("attention", "mlp")  # modules of a block that add to the residual stream
     blocks = "layers"  # the list of blocks in memory, below the base model
     after = ("layernorm.", "pooler.")
     plain = ("intermediate.dense", "output.dense")  # names of up and down in a block
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
-        """The patches that the embeddings cut."""
+        """Return the patches that the embeddings cut."""
         image, patch = pair(config["image_size"]), pair(config["patch_size"])
         return Grid(rows=image[0] // patch[0], columns=image[1] // patch[1], height=patch[0], width=patch[1])
 
     def length(self, config: Config) -> int:
-        """Tokens of an image in the blocks."""
+        """Return the number of tokens of an image in the blocks."""
         grid = self.grid(config, "layers")
         return grid.rows * grid.columns + len(self.tokens)
 
@@ -51,7 +51,7 @@ class VisionTransformer(Encoder):
         return out | norm("layernorm", hidden)
 
     def block(self, config: Config) -> Weights:
-        """The tensors of a block, by their names in it."""
+        """Return the tensors of a block, by their names in it."""
         hidden = config["hidden_size"]
         out: Weights = {}
         for part in ("query", "key", "value"):
@@ -62,7 +62,7 @@ class VisionTransformer(Encoder):
         return out | self.network(config)
 
     def network(self, config: Config) -> Weights:
-        """The tensors of a block's feed-forward network, by their names in the block."""
+        """Return the tensors of a block's feed-forward network, by their names in the block."""
         hidden, width = config["hidden_size"], config["intermediate_size"]
         return linear("intermediate.dense", width, hidden) | linear("output.dense", hidden, width)
 

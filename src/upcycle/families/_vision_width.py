@@ -1,4 +1,4 @@
-"""Which axes of a Vision Transformer's tensors are channels, heads and neurons."""
+"""The axes of a Vision Transformer's tensors: which are channels, heads and neurons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upcycle.families._vision import VisionTransformer
 
 
 class NarrowableVision(VisionTransformer, Narrowable):
-    """A Vision Transformer that a narrower one can be chosen from."""
+    """A Vision Transformer from which a narrower one can be chosen."""
 
     def axes(self, config: Config) -> Axes:
         base, channels = self.base(config), Axis("channels")
@@ -37,7 +37,7 @@ class NarrowableVision(VisionTransformer, Narrowable):
                 out[name] = (None, channels)[: len(shapes[name])]
         return {
             name: out.get(name, (channels,)) for name in shapes
-        }  # norms, and biases of what adds channels
+        }  # norms, and biases of layers that output channels
 
     def narrowed(self, config: Config, hidden: Mapping[str, int], width: Mapping[str, int]) -> Config:
         heads, rest = divmod(hidden["layers"], config["head_dim"])

@@ -1,6 +1,6 @@
-"""What a tensor of a dense model is: its shape, what a token does with it, and what it starts training as.
+"""The kinds of tensors of a dense model: shape, use of the tensor by a token, and initial value.
 
-A family names every tensor of its checkpoint with one of the kinds here (`Family.weights`).
+A family assigns one of the kinds here to every tensor of its checkpoint (`Family.weights`).
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ Shapes = dict[str, Shape]
 
 
 class Initial:
-    """What a tensor starts training from nothing as."""
+    """The value of a tensor when training starts from scratch."""
 
 
 @dataclass(frozen=True)
 class Normal(Initial):
-    """Independent numbers of N(0, deviation^2)."""
+    """Independent samples of N(0, deviation^2)."""
 
     deviation: float
 
 
 @dataclass(frozen=True)
 class Constant(Initial):
-    """One number everywhere."""
+    """The same number everywhere."""
 
     value: float
 
 
 @dataclass(frozen=True)
 class Identity(Initial):
-    """The weight of a norm that only normalises: 1, or 0 where norms multiply by 1 + w."""
+    """The weight of a norm that only normalises: 1, or 0 if norms multiply by 1 + w."""
 
 
 @dataclass(frozen=True)
 class AsMade(Initial):
-    """What the conversion makes of it: constants of an architecture, and what a recipe draws."""
+    """The value from the conversion: constants of an architecture, and what a recipe draws."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of which nothing is known but its shape. A run from scratch refuses it by name."""
+    """A tensor of which only the shape is known. A run from scratch refuses it by name."""
 
     shape: Shape
 
-    in_products: ClassVar[bool] = False  # whether each token of its stack meets it in a matrix product
+    in_products: ClassVar[bool] = False  # True if each token of its stack meets it in a matrix product
 
     def initial(self, deviation: float) -> Initial | None:
-        """What it starts as, in a family whose matrices have this deviation; None: nobody has said it."""
+        """Return its initial value, in a family whose matrices have this deviation; None if it is unknown."""
         return None
 
 
@@ -65,15 +65,17 @@ class Matrix(Weight):
 
 
 class Table(Weight):
-    """Numbers that are drawn and that no token is multiplied by: rows that are looked up, positions, tokens
-    before the patches of an image."""
+    """Random numbers that no token is multiplied by.
+
+    They are rows that are looked up, positions, or tokens before the patches of an image.
+    """
 
     def initial(self, deviation: float) -> Initial | None:
         return Normal(deviation)
 
 
 class RowMatrix(Weight):
-    """A matrix that a whole row is multiplied by once: a pooler, a head over classes."""
+    """A matrix that a whole row is multiplied by once, such as a pooler or a head over classes."""
 
     def initial(self, deviation: float) -> Initial | None:
         return Normal(deviation)
@@ -87,7 +89,7 @@ class Norm(Weight):
 
 
 class Bias(Weight):
-    """What is added to a result: it starts at 0."""
+    """A vector that is added to a result; it starts at 0."""
 
     def initial(self, deviation: float) -> Initial | None:
         return Constant(0.0)
@@ -95,7 +97,7 @@ class Bias(Weight):
 
 @dataclass(frozen=True)
 class Scale(Weight):
-    """What a result is multiplied by: it starts at `value`."""
+    """A vector that a result is multiplied by; it starts at `value`."""
 
     value: float
 
@@ -107,30 +109,30 @@ Weights = dict[str, Weight]
 
 
 def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> Weights:
-    """The tensors of a linear layer: [rows, columns], and a bias [rows]."""
+    """Return the tensors of a linear layer: [rows, columns], and a bias [rows]."""
     return {f"{name}.weight": Matrix((rows, columns)), **({f"{name}.bias": Bias((rows,))} if bias else {})}
 
 
 def row_linear(name: str, rows: int, columns: int) -> Weights:
-    """The tensors of a linear layer that a whole row meets once."""
+    """Return the tensors of a linear layer that a whole row meets once."""
     return {f"{name}.weight": RowMatrix((rows, columns)), f"{name}.bias": Bias((rows,))}
 
 
 def norm(name: str, size: int) -> Weights:
-    """The tensors of a LayerNorm."""
+    """Return the tensors of a LayerNorm."""
     return {f"{name}.weight": Norm((size,)), f"{name}.bias": Bias((size,))}
 
 
 def rms_norm(name: str, size: int) -> Weights:
-    """The tensor of an RMSNorm."""
+    """Return the tensor of an RMSNorm."""
     return {f"{name}.weight": Norm((size,))}
 
 
 def below(prefix: str, weights: Mapping[str, Weight]) -> Weights:
-    """The same tensors with `prefix` before their names."""
+    """Return the same tensors with `prefix` before their names."""
     return {f"{prefix}{name}": weight for name, weight in weights.items()}
 
 
 def products(weights: Mapping[str, Weight]) -> int:
-    """How many numbers of these tensors a token meets in matrix products."""
+    """Return how many numbers of these tensors a token meets in matrix products."""
     return sum(math.prod(weight.shape) for weight in weights.values() if weight.in_products)

@@ -14,7 +14,7 @@ class Cohere2(Decoder):
     reads = Decoder.reads | {"sliding_window_pattern"}
     natives = ("cohere2_moe",)
     norms = ("input_layernorm",)
-    network_norm = ""  # attention reads it as well
+    network_norm = ""  # attention reads the norm as well
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 8192,
@@ -34,7 +34,7 @@ class Cohere2(Decoder):
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         config = super().config(raw)
-        # transformers computes the head size and ignores what config.json says of it.
+        # transformers computes the head size and ignores the one in config.json.
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         pattern = config.pop("sliding_window_pattern", None) or 4
         return {**config, "layer_types": every_nth_full(config, pattern)}

@@ -1,4 +1,4 @@
-"""ConvNeXt: a convolutional network of four stages; MoE Jetpack's C-JetMoE-F is made from it."""
+"""ConvNeXt: a convolutional network of four stages, from which MoE Jetpack's C-JetMoE-F is made."""
 
 from upcycle.families import Config, Weights
 from upcycle.families._convnext import DEFAULTS

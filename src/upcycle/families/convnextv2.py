@@ -1,4 +1,4 @@
-"""ConvNeXt V2: ConvNeXt with a global response norm in its networks in place of layer scale."""
+"""ConvNeXt V2: ConvNeXt with a global response norm in its networks instead of layer scale."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -42,7 +42,7 @@ class ConvNextV2(NarrowableConvNeXt):
 
 
 def _vector(tensor: Lazy) -> Lazy:
-    """[1, 1, 1, I] as [I]."""
+    """Return [1, 1, 1, I] as [I]."""
     for _ in range(3):
         tensor = Pick(tensor, 0)
     return tensor

@@ -52,7 +52,7 @@ class Gemma2(Decoder):
         return {**config, "hidden_act": config["hidden_activation"], "layer_types": kinds}
 
     def interval(self, config: Config) -> int | str:
-        """From one layer of full attention to the next, where config.json does not list their kinds."""
+        """Return the distance between layers of full attention, for a config.json without their kinds."""
         return 2
 
 

@@ -1,4 +1,4 @@
-"""Llama (and whatever calls itself llama: TinyLlama, SmolLM, Yi, ...)."""
+"""Llama, and other models that call themselves llama: TinyLlama, SmolLM, Yi, ..."""
 
 from upcycle.families import Config
 from upcycle.families._decoder import Decoder, as_granite, attention_bias_refusal

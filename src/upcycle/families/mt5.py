@@ -1,4 +1,4 @@
-"""mT5: T5 1.1 in many languages."""
+"""mT5: T5 1.1 trained on many languages."""
 
 from upcycle.families._t5 import EncoderDecoder
 

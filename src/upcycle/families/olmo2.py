@@ -1,4 +1,4 @@
-"""OLMo 2: norms after attention and after the feed-forward network, queries and keys normalised whole."""
+"""OLMo 2: norms after attention and feed-forward network, queries and keys normalised over all heads."""
 
 from collections.abc import Mapping
 

@@ -10,7 +10,7 @@ from upcycle.tensors.lazy import Lazy
 
 
 def layer_types(config: Config) -> list[str]:
-    """Which layers slide: those from `max_window_layers` on, where sliding is used at all."""
+    """Return the kinds of layers; if sliding is used, those from `max_window_layers` on slide."""
     if config.get("layer_types") is not None:
         return list(config["layer_types"])
     slides = config["use_sliding_window"] and config["sliding_window"] is not None
@@ -52,7 +52,7 @@ class Qwen2(Decoder):
 
     def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         out = super().backbone(config, native, tensors)
-        if native == "granitemoe":  # which has a bias on o as well
+        if native == "granitemoe":  # granitemoe has a bias on o as well
             for layer in range(config["num_hidden_layers"]):
                 attention = f"model.layers.{layer}.self_attn."
                 dtype = out[attention + "q_proj.bias"].dtype

@@ -52,7 +52,7 @@ class Qwen3(Decoder):
         return super().refusal(config, native)
 
     def native_config(self, config: Config, native: str) -> Config:
-        # One setting for all layers, by the name that qwen3_moe has for it.
+        # A single setting for all layers, under the name that qwen3_moe uses.
         return {**config, "use_sliding_window": set(config["layer_types"]) == {"sliding_attention"}}
 
 

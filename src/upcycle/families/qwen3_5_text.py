@@ -1,4 +1,4 @@
-"""Qwen3.5, text: three layers of gated linear attention for each one of gated full attention."""
+"""Qwen3.5, text: three layers of gated linear attention for each layer of gated full attention."""
 
 from collections.abc import Mapping
 from dataclasses import replace

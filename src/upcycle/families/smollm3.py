@@ -1,4 +1,4 @@
-"""SmolLM3: Llama that does not rotate every fourth layer."""
+"""SmolLM3: Llama without rotation in every fourth layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from upcycle.families._decoder import Decoder, as_granite
 from upcycle.tensors.computed import Fill
 from upcycle.tensors.lazy import Lazy
 
-NO_SINK = -1e4  # an attention sink that weighs nothing; finite, for exp(-inf) is NaN in some kernels
+NO_SINK = -1e4  # an attention sink that weighs nothing; finite, because exp(-inf) is NaN in some kernels
 
 
 class SmolLM3(Decoder):

@@ -1,7 +1,7 @@
-"""How one expert is made from the dense feed-forward network. One file here is one way.
+"""The ways to make an expert from the dense feed-forward network. Each file here is one way.
 
-A file `NAME.py` defines a frozen dataclass deriving from `Init`, bound to the module name `init`; its
-fields are the keys that `[init] name = "NAME"` takes. Nothing else has to be touched.
+A file `NAME.py` defines a frozen dataclass that derives from `Init` and binds it to the module name `init`.
+Its fields are the keys that `[init] name = "NAME"` takes. No other file has to change.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ Spread = Literal["down", "sqrt", "cube_root"]
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where experts are made: one MoE layer of `num_experts` experts, I / G of the dense width I each, or of
-    `expert_width` neurons, and beside them `universal_experts` narrower ones."""
+    """The place where experts are made: one MoE layer.
+
+    It has `num_experts` experts, each with I / G of the dense network's I neurons or with `expert_width`, and
+    `universal_experts` narrower ones beside them.
+    """
 
     layer: int
-    stack: str = "layers"  # of which blocks it is the number
-    blocks: int  # of that stack
+    stack: str = "layers"  # the stack that the block number `layer` belongs to
+    blocks: int  # number of blocks in that stack
     num_experts: int
     top_k: int
     granularity: int
-    dense_width: int  # of the network that experts are made from
+    dense_width: int  # neurons of the network that the experts are made from
     hidden: int  # channels of the experts
-    dense_hidden: int  # of that network; more where the model is narrowed
+    dense_hidden: int  # channels of that network; more than `hidden` if the model is narrowed
     expert_width: int = 0
     universal_experts: int = 0
     universal_width: int = 0
-    core_width: int = 0  # neurons of the other experts, where this is the place of the universal ones
-    shared_width: int = 0  # neurons of the shared expert beside them; 0: there is none
+    core_width: int = 0  # neurons of the other experts, if this is the place of the universal ones
+    shared_width: int = 0  # neurons of the shared expert beside them; 0 if there is none
     seed: int
     grouped_router: bool
-    uniform_router: bool  # all zero: every expert has the same score for every token
-    gate_sum: float  # what the weights of the chosen experts sum to under a uniform router
+    uniform_router: bool  # the router is all zero: every expert has the same score for every token
+    gate_sum: float  # sum of the weights of the chosen experts under a uniform router
 
     @property
     def width(self) -> int:
@@ -56,31 +59,31 @@ class Site:
 
     @property
     def all_experts(self) -> int:
-        """How many experts the router knows."""
+        """The number of experts that the router chooses from."""
         return self.num_experts + self.universal_experts
 
     @property
     def universal(self) -> Site:
-        """The same place for the universal experts, whose numbers go on where those of the others end."""
+        """The same place for the universal experts, which are numbered after the others."""
         return replace(self, expert_width=self.universal_width, core_width=self.width)
 
     @property
     def of_universal(self) -> bool:
-        """Whether this is the place of the universal experts."""
+        """True if this is the place of the universal experts."""
         return self.core_width > 0
 
     def key(self, *names: object) -> rng.Key:
-        """The key of a stream of random numbers of this layer."""
+        """Return the key of a stream of random numbers for this layer."""
         return rng.key(self.seed, f"{self.stack}.{self.layer}.mlp", *names)
 
     def sample(self, ratio: float, n: int, *names: object) -> Order:
-        """floor(ratio x n) positions of range(n), without replacement, sorted."""
+        """Return floor(ratio x n) positions of range(n), drawn without replacement and sorted."""
         return Order(self.key(*names), n, 0, math.floor(ratio * n), sort=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init(Named, abc.ABC):
-    """A way to make experts. It writes experts for gates that sum to one; `scale` does the rest."""
+    """A way to make experts, for gates that sum to one. `scale` is the factor for each expert's output."""
 
     section: ClassVar[str] = "init"
     package: ClassVar[str] = __name__
@@ -89,22 +92,22 @@ class Init(Named, abc.ABC):
 
     summary: ClassVar[str]
     needs: ClassVar[str] = "nothing"
-    fine_grained: ClassVar[bool] = False  # whether experts may be narrower than the dense network
-    selects: ClassVar[bool] = False  # whether experts may be of any width, and of fewer channels
+    fine_grained: ClassVar[bool] = False  # True if experts may be narrower than the dense network
+    selects: ClassVar[bool] = False  # True if experts may have any width, and fewer channels
 
     @abc.abstractmethod
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
-        """Expert `e`, [I / G] neurons, from the networks of the dense checkpoints (the source first)."""
+        """Return expert `e`, [I / G] neurons, made from the dense checkpoints' networks, source first."""
 
     @abc.abstractmethod
     def preserves(self, site: Site) -> bool:
-        """Whether any choice of experts, weighted to sum to one and scaled, gives the dense output."""
+        """Return whether any choice of experts, weighted to sum to one and scaled, gives the dense output."""
 
     def admit(self, dense: Dense) -> None:
-        """Raise where what this initialisation brings along is not of that dense model."""
+        """Raise `UpcycleError` if a file that this initialisation uses does not belong to the dense model."""
 
     def check(self, site: Site) -> None:
-        """Raise where the experts asked for cannot be made. Extend, do not replace."""
+        """Raise `UpcycleError` if the experts asked for cannot be made. Subclasses call `super()`."""
         narrow = site.granularity == 1 and site.width != site.dense_width
         if not self.selects and (narrow or site.universal_experts):
             what = "moe.universal_experts" if site.universal_experts else "moe.expert_width"
@@ -128,42 +131,42 @@ class Init(Named, abc.ABC):
             )
 
     def scale(self, site: Site) -> float:
-        """What the output of an expert is multiplied by, for gates that sum to one."""
+        """Return the factor for the output of an expert, for gates that sum to one."""
         return 1.0
 
     @property
     def spread(self) -> Spread:
-        """Which matrices carry the scale: `down` alone, `sqrt` in up and down, or `cube_root` in all."""
+        """The matrices that carry the scale: `down`, `sqrt` for up and down, or `cube_root` for all three."""
         return "down"
 
     @property
     def donors(self) -> tuple[str, ...]:
-        """Dense checkpoints beside the source that experts are made from."""
+        """The dense checkpoints besides the source that experts are made from."""
         return ()
 
     @property
     def uses_source(self) -> bool:
-        """Whether the source's own weights are among those experts and the rest are made from."""
+        """True if the experts and the rest are made from the source's weights too."""
         return True
 
     def backbone(self, tensors: list[Lazy]) -> Lazy:
-        """What is no expert, from the same tensor of each dense checkpoint."""
+        """Return a tensor that is not part of an expert, from the same tensor of each dense checkpoint."""
         return tensors[0] if len(tensors) == 1 else Mean(tuple(tensors))
 
     def warnings(self, site: Site) -> list[str]:
-        """What a person should know before training on from here."""
+        """Return what a user should know before training on from here."""
         return []
 
     def working_memory(self, width: int, hidden: int) -> int:
-        """Bytes held beside blocks of tensors, for matrices of [width, hidden]."""
+        """Return the bytes held besides blocks of tensors, for matrices of [width, hidden]."""
         return 0
 
 
 def find(name: str) -> type[Init]:
-    """The initialisation called `name`."""
+    """Return the initialisation called `name`."""
     return Init.find(name)
 
 
 def names() -> list[str]:
-    """The names of all initialisations."""
+    """Return the names of all initialisations."""
     return Init.names()

@@ -1,5 +1,4 @@
-"""What the initialisations have in common that choose weights of a larger network (MoE Jetpack, section
-3.1)."""
+"""The base of the initialisations that choose weights of a larger network (MoE Jetpack, section 3.1)."""
 
 from __future__ import annotations
 
@@ -19,8 +18,11 @@ Kind = Literal["channels", "heads", "neurons"]
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """`count` of `total` channels, heads or neurons, of a block or (None) of all `blocks` of a stack; for
-    expert `who`, or (None) for what is no expert."""
+    """A choice of `count` out of `total` channels, heads or neurons.
+
+    It is made in one block, or (None) for all `blocks` of a stack, and for expert `who`, or (None) for the
+    part that is not an expert.
+    """
 
     kind: Kind
     stack: str
@@ -33,43 +35,47 @@ class Choice:
 
     @classmethod
     def of(cls, kind: Kind, site: Site, *, total: int, count: int, who: int) -> Choice:
-        """The choice that an expert makes in its block."""
+        """Return the choice that an expert makes in its block."""
         return cls(
             kind=kind, stack=site.stack, layer=site.layer, blocks=site.blocks, total=total, count=count,
             seed=site.seed, who=who,
         )  # fmt: skip
 
     def of_the_stack(self) -> Choice:
-        """The one that all blocks and all experts share."""
+        """Return the choice that all blocks and all experts share."""
         return replace(self, layer=None, who=None)
 
     def key(self, name: str) -> rng.Key:
-        """The key of a stream of random numbers of this choice."""
+        """Return the key of a stream of random numbers for this choice."""
         return rng.key(self.seed, self.kind, self.stack, self.layer, name, self.who)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selecting(Init):
-    """Each expert has some of the dense network's neurons, and in a narrower model some of its channels.
+    """Each expert has some of the dense network's neurons and, in a narrower model, some of its channels.
 
-    `preset` sets what is not given: `paper` is MoE Jetpack's text, `repo` its released code.
-    `channels`: `shared` keeps one set everywhere, as the residual stream has it (paper); `per_expert` draws
-    them for each expert, so that its columns are no longer those of its input (repo). Attention heads stay
-    whole.
-    `universal`: the neurons of universal experts are `chosen` as those of the others are, or a `thinned` set,
-    evenly spaced, of what such an expert would have (repo).
+    `preset` sets the keys that are not given: `paper` is MoE Jetpack's text, `repo` its released code.
+
+    `channels`: `shared` keeps one set everywhere, as the residual stream does (paper); `per_expert` draws a
+    set for each expert, whose columns then no longer match the channels of its input (repo). Attention heads
+    stay whole.
+
+    `universal`: the neurons of universal experts are `chosen` like those of the others, or `thinned` to an
+    evenly spaced subset of what such an expert would have (repo).
+
     `output`: `raw` keeps the weights as they are (both); `expected` multiplies an expert's output by I / I',
-    the dense width over its own, so that for neurons drawn alike its mean over draws is the dense output.
+    the dense width over its own, so that for neurons drawn with equal probability its mean over draws is the
+    dense output.
     """
 
     selects = True
     fine_grained = True
 
-    # sets what is not given: MoE Jetpack's text (paper) or its released code (repo)
+    # sets the keys that are not given: MoE Jetpack's text (paper) or its released code (repo)
     preset: Literal["paper", "repo"] = "paper"
     # one set of channels everywhere (shared), or one drawn for each expert (per_expert)
     channels: Literal["shared", "per_expert"] | None = None
-    # neurons of universal experts: chosen like the others, or evenly spaced ones of those (thinned)
+    # neurons of universal experts: chosen like the others, or an evenly spaced subset of those (thinned)
     universal: Literal["chosen", "thinned"] | None = None
     # raw keeps the weights; expected multiplies an expert's output by the dense width over its own
     output: Literal["raw", "expected"] = "raw"
@@ -86,19 +92,19 @@ class Selecting(Init):
 
     @abc.abstractmethod
     def choose(self, choice: Choice) -> Positions:
-        """Positions, ascending."""
+        """Return the chosen positions, ascending."""
 
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
         out = dense[0].take(self.neurons(e, site))
         return out if site.hidden == site.dense_hidden else out.narrowed(self.channels_of(e, site))
 
     def channels_of(self, e: int, site: Site) -> Positions:
-        """The channels of expert `e`."""
+        """Return the channels of expert `e`."""
         channels = Choice.of("channels", site, total=site.dense_hidden, count=site.hidden, who=e)
         return self.choose(channels.of_the_stack() if self.channels == "shared" else channels)
 
     def neurons(self, e: int, site: Site) -> Positions:
-        """The neurons of expert `e`."""
+        """Return the neurons of expert `e`."""
         thinned = site.of_universal and self.universal == "thinned"
         count = site.core_width if thinned else site.width
         chosen = self.choose(Choice.of("neurons", site, total=site.dense_width, count=count, who=e))
@@ -116,15 +122,19 @@ class Selecting(Init):
 
 
 def spread(total: int, count: int) -> np.ndarray:
-    """`count` positions of range(total) from the first to the last, evenly: round(linspace(0, total - 1))."""
+    """Return `count` evenly spaced positions of range(total), first and last included.
+
+    They are round(linspace(0, total - 1)).
+    """
     return np.round(np.linspace(0, total - 1, count)).astype(np.int64)
 
 
 def drawn(key: rng.Key, weights: np.ndarray) -> np.ndarray:
-    """All positions in the order of drawing without replacement, each next one with a probability in
-    proportion to its weight; those without weight last. [n].
+    """Return all positions in the order of a weighted draw without replacement; [n].
 
-    By log(weight) + Gumbel noise, descending, which is the same distribution (Efraimidis and Spirakis, 2006).
+    Each next position has a probability in proportion to its weight, and positions without weight come last.
+    Sorting log(weight) + Gumbel noise in descending order gives the same distribution (Efraimidis and
+    Spirakis, 2006).
     """
     uniform = np.maximum(rng.uniforms(key, 0, len(weights)).astype(np.float64), 2.0**-25)
     score = np.log(np.maximum(weights, 1e-300)) - np.log(-np.log(uniform))
@@ -132,5 +142,5 @@ def drawn(key: rng.Key, weights: np.ndarray) -> np.ndarray:
 
 
 def given(positions: np.ndarray) -> Given:
-    """Known positions."""
+    """Return known positions."""
     return Given(tuple(positions.tolist()))

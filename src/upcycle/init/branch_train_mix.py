@@ -1,4 +1,4 @@
-"""Branch-Train-MiX: experts from several checkpoints, the rest averaged (arXiv 2403.07816)."""
+"""Branch-Train-MiX: experts from several checkpoints, with the rest averaged (arXiv 2403.07816)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,21 @@ from upcycle.tensors.feed_forward import FeedForward
 class BranchTrainMix(Init):
     """Experts are the networks of SOURCE and of `sources`, dealt out in equal blocks; the rest is averaged.
 
-    Checkpoints must share architecture and shapes. `include_source = false` leaves SOURCE's own networks
-    out of the experts, and its weights out of the average.
+    The checkpoints must have the same architecture and shapes. `include_source = false` leaves SOURCE's own
+    networks out of the experts and its weights out of the average.
     """
 
     summary = "experts from several dense checkpoints, the rest averaged (Branch-Train-MiX)"
     needs = "init.sources = [checkpoints of the same shape]"
 
-    sources: tuple[str, ...]  # more dense checkpoints, of the same shapes; experts take turns among them
-    include_source: bool = True  # whether the source is one of those that experts are made from
+    sources: tuple[str, ...]  # more dense checkpoints of the same shapes; experts take turns among them
+    include_source: bool = True  # whether experts are made from the source as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sources:
             raise UpcycleError("init.sources is empty; branch_train_mix needs at least one more checkpoint")
-        # The recipe is kept with its result, and read from elsewhere.
+        # The recipe is stored with its result and may be read from another directory.
         absolute = tuple(str(Path(s).resolve()) if Path(s).is_dir() else s for s in self.sources)
         object.__setattr__(self, "sources", absolute)
 

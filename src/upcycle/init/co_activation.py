@@ -1,5 +1,7 @@
-"""Neurons that fire together stay together: experts from parts of the co-activation graph (MoE Jetpack, eq.
-6)."""
+"""Experts from parts of the co-activation graph, so that neurons that fire together stay together.
+
+The method is that of MoE Jetpack, equation 6.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +23,25 @@ from upcycle.tensors import rng
 
 @dataclass(frozen=True, kw_only=True)
 class CoActivation(Measured):
-    """The neurons of a layer are the vertices of a graph, joined by how often they are active together. It is
-    cut into `parts` of equal size; an expert is made of parts drawn without replacement in proportion to the
-    co-activation within them, until it has enough neurons, the last part in its first ones.
+    """Experts are made of parts of the co-activation graph.
 
-    `partition`: `metis` (pymetis), `spectral` (leading eigenvectors and balanced k-means, no other library),
-    or `auto`, the first where it is installed. `weighted`: whether METIS sees edge weights (paper) or only
-    which edges there are (repo). Channels and heads are chosen as `importance` does.
+    The neurons of a layer are the vertices, and an edge says how often two of them are active together. The
+    graph is cut into `parts` of equal size. An expert takes parts, drawn without replacement in proportion to
+    the co-activation within them, until it has enough neurons; of the last part it takes the first ones.
+
+    `partition` is `metis` (pymetis), `spectral` (leading eigenvectors and balanced k-means, without another
+    library), or `auto`, which is metis if it is installed and spectral otherwise. `weighted` says whether
+    METIS sees edge weights (paper) or only which edges exist (repo). Channels and heads are chosen as in
+    `importance`.
     """
 
     summary = "groups of neurons that fire together, from a larger network (MoE Jetpack)"
     needs = "init.statistics = FILE, from upcycle calibrate --collect l2,co_activation"
 
-    parts: Annotated[int, AtLeast(2)] = 32  # groups of equal size that the neurons are cut into
-    # by pymetis (metis), by eigenvectors (spectral), or the first where it is installed (auto)
+    parts: Annotated[int, AtLeast(2)] = 32  # number of groups of equal size that the neurons are cut into
+    # by pymetis (metis), by eigenvectors (spectral), or by pymetis if it is installed (auto)
     partition: Literal["auto", "metis", "spectral"] = "auto"
-    # whether metis sees how often neurons fire together (paper), or only which do (repo)
+    # whether metis sees how often neurons fire together (paper), or only which ones do (repo)
     weighted: bool | None = None
 
     def __post_init__(self) -> None:
@@ -47,7 +52,7 @@ class CoActivation(Measured):
             raise UpcycleError(
                 "init.partition = metis needs pymetis: pip install 'upcycle[metis]', or use spectral"
             )
-        # Resolved, so that a folder says how it was made and is made the same way elsewhere.
+        # Resolved here, so that a folder records how it was made and is made the same way elsewhere.
         if self.partition == "auto":
             object.__setattr__(self, "partition", "metis" if found else "spectral")
 
@@ -73,7 +78,7 @@ class CoActivation(Measured):
 def _parts(
     measured: Statistics, stack: str, layer: int, parts: int, by_metis: bool, weighted: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The part of each neuron of a layer, [I], and the co-activation within each part, float64 [P]."""
+    """Return the part of each neuron of a layer, [I], and the co-activation within each part, float64 [P]."""
     graph = measured.of("neurons", stack, layer, "co_activation").astype(np.float64)
     np.fill_diagonal(graph, 0.0)
     if parts > len(graph):
@@ -84,7 +89,7 @@ def _parts(
 
 
 def metis(graph: np.ndarray, parts: int, weighted: bool) -> np.ndarray:
-    """The parts that METIS finds, [I]; weights as whole numbers of 1 to 1000, where not 0."""
+    """Return the parts that METIS finds, [I]; nonzero edge weights become whole numbers from 1 to 1000."""
     import pymetis
 
     scale = 1000 / max(graph.max(), 1e-300)
@@ -100,7 +105,10 @@ def metis(graph: np.ndarray, parts: int, weighted: bool) -> np.ndarray:
 
 
 def spectral(graph: np.ndarray, parts: int) -> np.ndarray:
-    """Parts of equal size, or one more, by the leading eigenvectors of the normalised graph; [I]."""
+    """Return parts of equal size, give or take one, from leading eigenvectors of the normalised graph.
+
+    The result is [I].
+    """
     degree = np.sqrt(np.maximum(graph.sum(1), 1e-12))
     _, vectors = np.linalg.eigh(graph / degree[:, None] / degree[None])
     return balanced_kmeans(vectors[:, -parts:].astype(np.float32), parts, rng.key(0, "spectral"))

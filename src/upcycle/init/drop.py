@@ -1,4 +1,4 @@
-"""Drop-Upcycling: part of each expert drawn anew (Nakamura et al., ICLR 2025, section 3.3)."""
+"""Drop-Upcycling: part of each expert is drawn anew (Nakamura et al., ICLR 2025, section 3.3)."""
 
 import math
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from upcycle.tensors.feed_forward import FeedForward
 
 @dataclass(frozen=True, kw_only=True)
 class Drop(Init):
-    """floor(ratio x I) neurons of each expert redrawn from N(mu, sigma^2) of the part they replace.
+    """floor(ratio x I) neurons of each expert are redrawn from N(mu, sigma^2) of the part that they replace.
 
-    `indices`: `shared` redraws the same neurons in gate, up and down, as the paper's text has it;
-    `independent` draws the positions per matrix, as the code behind its published numbers does. At
-    ratio 0.5 the first leaves half of the neurons whole, the second an eighth. Ratio 0 is `copy`.
+    `indices`: `shared` redraws the same neurons in gate, up and down, as the paper's text says; `independent`
+    draws the positions per matrix, as the code behind its published numbers does. At ratio 0.5, `shared`
+    leaves half of the neurons untouched and `independent` an eighth. Ratio 0 is `copy`.
     """
 
     summary = "a share of each expert's neurons redrawn (Drop-Upcycling)"
 
-    ratio: Annotated[float, Within("[0, 1]")] = 0.5  # share of the neurons of each expert that is drawn anew
+    ratio: Annotated[float, Within("[0, 1]")] = 0.5  # share of the neurons of each expert that are drawn anew
     # shared redraws the same neurons in gate, up and down (the paper's text), independent others in each (its
     # code)
     indices: Literal["shared", "independent"] = "shared"
@@ -45,7 +45,7 @@ class Drop(Init):
 
 
 def redraw(network: FeedForward, ratio: float, e: int, site: Site, *, shared: bool) -> FeedForward:
-    """`network` with floor(ratio x width) of its neurons drawn anew for expert `e`."""
+    """Return `network` with floor(ratio x width) of its neurons drawn anew for expert `e`."""
 
     def matrix(name: str, axis: int, m):  # type: ignore[no-untyped-def]
         place = ("dropped", e) if shared else (name, "dropped", e)

@@ -1,5 +1,4 @@
-"""Neurons drawn in proportion to how strongly they fire, channels by the largest (MoE Jetpack, equations 4,
-5)."""
+"""Neurons drawn in proportion to how strongly they fire, and the top channels (MoE Jetpack, eqs. 4 and 5)."""
 
 from __future__ import annotations
 
@@ -24,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Selecting):
-    """A choice by what `upcycle calibrate` measured; `statistics` is its file.
+    """A choice based on what `upcycle calibrate` measured; `statistics` is its file.
 
-    `statistic` is what counts as important. Channels are the top of its mean over the layers of a stack
-    (equation 4), whole heads the top of their layer by the sum over their elements.
+    `statistic` defines importance. The channels are those with the highest mean of it over the layers of a
+    stack (equation 4). Heads are chosen whole: those of a layer with the highest sum over their elements.
     """
 
     needs = "init.statistics = FILE, from upcycle calibrate"
 
-    statistics: str = ""  # the file of `upcycle calibrate`
-    statistic: Literal["l2", "l1", "count", "gradient"] = "l2"  # what counts as important
+    statistics: str = ""  # the file written by `upcycle calibrate`
+    statistic: Literal["l2", "l1", "count", "gradient"] = "l2"  # the measure of importance
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +41,7 @@ class Measured(Selecting):
                 f"init {self.name} chooses by activations: measure them with `upcycle calibrate SOURCE "
                 f"--out FILE` and set init.statistics = FILE"
             )
-        if Path(self.statistics).is_file():  # the recipe is kept with its result, and read from elsewhere
+        if Path(self.statistics).is_file():  # the recipe is stored with its result and may be read elsewhere
             object.__setattr__(self, "statistics", str(Path(self.statistics).resolve()))
 
     @property
@@ -63,17 +62,19 @@ class Measured(Selecting):
         return self._computed(choice, self.sampled, [kind, stack, layer, list(self._key(choice))])
 
     def sampled(self, choice: Choice) -> np.ndarray:
-        """Positions drawn in proportion to their importance, ascending (equation 5)."""
+        """Return positions drawn in proportion to their importance, ascending (equation 5)."""
         return np.sort(drawn(self._key(choice), self._scores(choice))[: choice.count])
 
     @property
     def settings(self) -> list[object]:
-        """What decides the outcome beside the choice and its place, as the blueprint's hash has it."""
+        """The values, besides the choice and its place, that decide the outcome, for the blueprint's hash."""
         return []
 
     def _scores(self, choice: Choice) -> np.ndarray:
-        """How important each channel, head or neuron is, float64 [total]: of a block, or of a stack the sum
-        over its blocks."""
+        """Return how important each channel, head or neuron is, float64 [total].
+
+        The values are those of a block, or the sum over its blocks for a stack.
+        """
         layers = range(choice.blocks) if choice.layer is None else (choice.layer,)
         found = [self.measured.of(choice.kind, choice.stack, i, self.statistic) for i in layers]
         return np.sum(found, 0, dtype=np.float64).reshape(choice.total, -1).sum(1)
@@ -98,8 +99,11 @@ def _opened(path: Path, mtime: int) -> Statistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Importance(Measured):
-    """Each expert's neurons are drawn without replacement, each next one with a probability in proportion to
-    its activation norm (equation 5), and independently of the other experts."""
+    """The neurons of each expert are drawn by their activation norm (equation 5).
+
+    They are drawn without replacement, each next one with a probability in proportion to its norm, and
+    independently of the other experts.
+    """
 
     summary = "neurons drawn by activation norm from a larger network, channels by the largest (MoE Jetpack)"
 

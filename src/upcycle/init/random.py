@@ -8,8 +8,10 @@ from upcycle.tensors.positions import Order, Positions
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Selecting):
-    """A random subset for every expert, without replacement; channels are one subset for the whole model
-    unless they are chosen per expert."""
+    """Each expert has a random subset, drawn without replacement.
+
+    The channels are one subset for the whole model, unless they are chosen per expert.
+    """
 
     summary = "random neurons and channels of a larger network (MoE Jetpack)"
 

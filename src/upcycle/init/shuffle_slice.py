@@ -1,4 +1,4 @@
-"""The recipe of Qwen2-57B-A14B: replicate, shuffle along the neurons, cut (arXiv 2407.10671)."""
+"""The method of Qwen2-57B-A14B: replicate, shuffle along the neurons, slice (arXiv 2407.10671)."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,19 +12,19 @@ from upcycle.tensors.positions import Order
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffleSlice(Init):
-    """ceil(N / G) copies of the dense network, each in a random order of neurons, cut into G experts.
+    """ceil(N / G) copies of the dense network, each with its neurons in random order and cut into G experts.
 
-    What the last copy has left is discarded. `redraw` is the share of each expert's neurons that is
-    drawn anew afterwards (0.5 in the report, which does not say how; here as in `drop` with shared
-    indices). `output`: `as_is` leaves the experts' outputs alone, `expected` multiplies them by G, so
-    that the mean over experts is the dense output.
+    What is left of the last copy is discarded. `redraw` is the share of each expert's neurons that are drawn
+    anew afterwards (0.5 in the report, which does not say how; here as in `drop` with shared indices).
+    `output`: `as_is` leaves the experts' outputs alone, `expected` multiplies them by G, so that the mean
+    over experts is the dense output.
     """
 
     summary = "shuffled copies cut into narrow experts (Qwen2-57B-A14B)"
     needs = "moe.granularity = G"
     fine_grained = True
 
-    # share of each expert's neurons that is drawn anew afterwards
+    # share of each expert's neurons that are drawn anew afterwards
     redraw: Annotated[float, Within("[0, 1]")] = 0.0
     # as_is leaves the outputs alone; expected multiplies them by G
     output: Literal["as_is", "expected"] = "as_is"

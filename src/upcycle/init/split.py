@@ -1,6 +1,6 @@
-"""The dense network cut into its experts, no neuron twice (MoEfication, LLaMA-MoE).
+"""The dense network cut into experts, each neuron in one of them (MoEfication, LLaMA-MoE).
 
-Takes a partition of the neurons into N equal parts: random, by balanced k-means on the gate's rows, or
+The partition of the neurons into N equal parts is random, found by balanced k-means on the gate's rows, or
 given in a file.
 """
 
@@ -24,31 +24,32 @@ from upcycle.tensors.positions import Computed, Given, Order
 
 @dataclass(frozen=True, kw_only=True)
 class Split(Init):
-    """Expert e is part e of the neurons; needs moe.granularity = moe.num_experts.
+    """Expert e is part e of the neurons; this needs moe.granularity = moe.num_experts.
 
-    `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix, or of up where
-    there is no gate; Zhang et al., arXiv 2110.01786) or `file` (`labels`: JSON, by layer number, a list with
-    the expert of each neuron).
-    `output`: `selected` multiplies by K, so that the chosen parts are summed as MoEfication does;
-    `expected` by N, so that the mean over experts is the dense output; `llama_moe` by N / K
-    (score_scale_factor of arXiv 2406.16554). The first two are the dense network where K = N.
+    `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix, or of up if there is no gate; Zhang et
+    al., arXiv 2110.01786), or `file` (`labels` names a JSON file with a list per layer number that gives the
+    expert of each neuron).
+
+    `output`: `selected` multiplies by K, so that the chosen parts are summed as in MoEfication; `expected` by
+    N, so that the mean over experts is the dense output; `llama_moe` by N / K (score_scale_factor of arXiv
+    2406.16554). The first two give the dense network if K = N.
     """
 
     summary = "the dense FFN's neurons dealt out to the experts (LLaMA-MoE, MoEfication)"
     needs = "moe.granularity = moe.num_experts"
     fine_grained = True
 
-    # who deals the neurons out: chance, balanced k-means on the gate, or the file in labels
+    # how neurons are dealt out: at random, by balanced k-means on the gate, or by the file in labels
     by: Literal["random", "kmeans", "file"] = "random"
-    labels: str = ""  # JSON: for each layer number, the expert of each neuron
-    # what outputs are multiplied by: K (selected), N (expected), N / K (llama_moe)
+    labels: str = ""  # a JSON file with the expert of each neuron for each layer number
+    # factor for the outputs: K (selected), N (expected), N / K (llama_moe)
     output: Literal["selected", "expected", "llama_moe"] = "selected"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.by == "file") != bool(self.labels):
             raise UpcycleError('init.labels names the file of init.by = "file"; give both or neither')
-        if Path(self.labels).is_file():  # the recipe is kept with its result, and read from elsewhere
+        if Path(self.labels).is_file():  # the recipe is stored with its result and may be read elsewhere
             object.__setattr__(self, "labels", str(Path(self.labels).resolve()))
 
     def check(self, site: Site) -> None:
@@ -80,7 +81,7 @@ class Split(Init):
         return {"selected": float(k), "expected": float(n), "llama_moe": n / k}[self.output]
 
     def working_memory(self, width: int, hidden: int) -> int:
-        return 3 * 4 * width * hidden if self.by == "kmeans" else 0  # rows, unit rows, one to compute with
+        return 3 * 4 * width * hidden if self.by == "kmeans" else 0  # rows, unit rows, and one working copy
 
     def preserves(self, site: Site) -> bool:
         whole = site.top_k == site.num_experts == self.scale(site)
@@ -101,7 +102,7 @@ def _parsed(path: Path, mtime: int) -> Any:
 
 
 def _labels(path: Path) -> Any:
-    """What the file holds, parsed once for all experts of all layers."""
+    """Return the content of the file, parsed once for all experts of all layers."""
     return _parsed(path, path.stat().st_mtime_ns)
 
 
@@ -128,13 +129,15 @@ def _from_file(path: Path, site: Site) -> np.ndarray:
 
 @once(maxsize=8)
 def _partition(gate: Lazy, site: Site) -> np.ndarray:
-    """The k-means labels of `gate`'s rows, worked out once for all experts of a layer."""
+    """Return the k-means labels of `gate`'s rows, computed once for all experts of a layer."""
     return balanced_kmeans(gate.all("F32"), site.num_experts, site.key("kmeans"))
 
 
 def balanced_kmeans(rows: np.ndarray, k: int, key: rng.Key, rounds: int = 20) -> np.ndarray:
-    """Labels of `rows` [I, H] in `k` clusters of at most I / k (rounded up) by cosine similarity, greedily
-    balanced; [I]."""
+    """Cluster `rows` [I, H] by cosine similarity into `k` clusters of at most I / k rows (rounded up).
+
+    Rows are balanced greedily. Returns the labels, [I].
+    """
     n = len(rows)
     unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     centroids = unit[_spread_out(unit, k, key)]
@@ -154,7 +157,7 @@ def balanced_kmeans(rows: np.ndarray, k: int, key: rng.Key, rounds: int = 20) ->
 
 
 def _spread_out(unit: np.ndarray, k: int, key: rng.Key) -> list[int]:
-    """k rows far from one another: a random one, then always the row least like those chosen."""
+    """Return k rows far from one another: a random one, then always the row least like those chosen."""
     chosen = [int(rng.permutation(key, len(unit))[0])]
     closest = np.round(unit @ unit[chosen[0]], 5)
     while len(chosen) < k:
@@ -164,7 +167,7 @@ def _spread_out(unit: np.ndarray, k: int, key: rng.Key) -> list[int]:
 
 
 def _deal(similarity: np.ndarray, capacity: int) -> np.ndarray:
-    """Each row to its most similar cluster with room, the rows with most to lose first."""
+    """Assign each row to its most similar cluster with room; rows with the most to lose come first."""
     n, k = similarity.shape
     ranked = np.argsort(-similarity, axis=1, kind="stable")
     best = np.take_along_axis(similarity, ranked, axis=1)

@@ -11,8 +11,10 @@ from upcycle.tensors.positions import Positions
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Selecting):
-    """Position i of n' is floor(i n / n') of n (MoE Jetpack, equation 7) or, with the preset `repo`, the i-th
-    of n' evenly spaced ones from the first to the last."""
+    """Position i of n' is floor(i n / n') of n (MoE Jetpack, equation 7).
+
+    With the preset `repo` it is the i-th of n' evenly spaced positions from the first to the last.
+    """
 
     summary = "evenly spaced neurons and channels of a larger network, all experts alike (Weight Selection)"
 

@@ -9,20 +9,23 @@ from upcycle.tensors.feed_forward import FeedForward
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualGroup(Init):
-    """Expert j is shard j mod G. With `router.init = "grouped"` a token that picks a group has every shard.
+    """Expert j is shard j mod G.
 
-    N = moe.num_experts counts the shards' copies, E x G in the paper's letters, and top_k = T of them are
-    used. The output is scaled by G for gates that sum to one and by N G / T = E G^2 / T for a softmax over
-    all experts (equation 2). `scale`: `down` puts the whole factor on the down projection and is exact;
-    `sqrt` shares it between up and down, exact as well; `cube_root` puts it on all three as published,
-    which is exact for squared ReLU and 13-46 % off for SwiGLU.
+    With `router.init = "grouped"`, a token that picks a group gets every shard. N = moe.num_experts counts
+    all copies of the shards, E x G in the paper's letters, and top_k = T of them are used. The output is
+    scaled by G for gates that sum to one, and by N G / T = E G^2 / T for a softmax over all experts
+    (equation 2).
+
+    `scale_mode`: `down` puts the whole factor on the down projection and is exact; `sqrt` shares it between
+    up and down and is exact as well; `cube_root` puts it on all three as published, which is exact for
+    squared ReLU and 13-46 % off for SwiGLU.
     """
 
     summary = "the dense FFN cut into G shards, copied (NVIDIA granular upcycling)"
     needs = "moe.granularity = G, router.init = grouped"
     fine_grained = True
 
-    # which matrices carry the scale: down alone, up and down (sqrt), or all three (cube_root)
+    # the matrices that carry the scale: down alone, up and down (sqrt), or all three (cube_root)
     scale_mode: Spread = "down"
 
     def check(self, site: Site) -> None:

@@ -1,10 +1,10 @@
-"""What a dense model becomes. One file here is one kind of target, and its name is what `moe.target` says.
+"""The targets: what a dense model can become. Each file here is one kind, named as in `moe.target`.
 
 A file `NAME.py` binds a function `of(dense, recipe)` that returns a `Target`, and `target`, its class.
-Everything else (blueprint, load, plan, card, export, inspect, report) asks the target, and never which one it
-is: `of` finds the target of a recipe, `opened` that of a folder, `recorded` the kind of a recipe on record.
-`natives/` has one file for each MoE architecture of transformers; `native.py` finds the one that `moe.target`
-names.
+Everything else (blueprint, load, plan, card, export, inspect, report) asks the target and never checks which
+one it is. `of` finds the target of a recipe, `opened` that of a folder, `recorded` the kind of a recorded
+recipe. `natives/` has one file for each MoE architecture of transformers; `native.py` finds the one that
+`moe.target` names.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One block of a model that was made: its experts, the universal ones beside them, and its router [E, H];
-    or the network that stayed dense."""
+    """One block of a finished model.
+
+    It holds its experts, the universal ones beside them, and its router [E, H], or the network that stayed
+    dense.
+    """
 
     stack: str
     layer: int
@@ -46,28 +49,28 @@ class Block:
 
 
 class Target(abc.ABC):
-    """What a dense model becomes: its class, its config, its tensors, and how to open it."""
+    """A model that a dense model can become: its class, its config, its tensors, and how to open it."""
 
-    model_type: str  # of config.json
+    model_type: str  # the one in config.json
     architecture: str  # the class that opens it
-    summary: str  # for `upcycle list`
+    summary: str  # shown by `upcycle list`
     needs: ClassVar[str] = "nothing"
-    kind: ClassVar[str]  # what was made, at the head of a column: MoE, deeper or narrower
+    kind: ClassVar[str]  # what is made, used as a column heading: MoE, deeper or narrower
     has_experts: ClassVar[bool]
 
     @classmethod
     def listed(cls) -> list[dict[str, str]]:
-        """Its rows in `upcycle list`: name, summary and needs of every target of this kind."""
+        """Return the rows of this kind in `upcycle list`: name, summary and needs of each target."""
         return [{"name": cls.__module__.rpartition(".")[2], "summary": cls.summary, "needs": cls.needs}]
 
     @classmethod
     def opened(cls, config: Mapping[str, Any]) -> Self | None:
-        """The target whose folder has this config.json; None if it is no such folder."""
+        """Return the target of a folder with this config.json, or None if it is not one of this kind."""
         return None
 
     @classmethod
     def dense_class(cls, architecture: str) -> str:
-        """The name of the dense class in that of a class of this kind; any other name as it is."""
+        """Return the name of the dense class within that of a class of this kind, or the name itself."""
         return architecture
 
     @abc.abstractmethod
@@ -76,96 +79,98 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
-        """The blocks that become MoE layers, stack by stack."""
+        """Return the blocks that become MoE layers, stack by stack."""
 
     @abc.abstractmethod
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
-        """config.json of the result, but for its dtype."""
+        """Return config.json of the result, without its dtype."""
 
     @abc.abstractmethod
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
-        """Every tensor of the result by its name on disk. `models` are the dense models, the source first."""
+        """Return every tensor of the result by its name on disk. `models` has the source first."""
 
     @abc.abstractmethod
     def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
-        """What every tensor of `entries` is; `config` is config.json of the result."""
+        """Return the kind of every tensor in `entries`; `config` is config.json of the result."""
 
     def begins(
         self, family: Trained, dense: Dense, name: str, weight: Weight, entry: Entry
     ) -> Initial | None:
-        """What the tensor called `name` starts training from nothing as; None: nobody has said it."""
+        """Return how the tensor `name` starts when training from scratch; None if that is unknown."""
         return family.initial(dense.config, name, weight)
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
-        """The blocks of a folder of this target, in order. `tensors` are those of the folder by name.
+        """Return the blocks of a folder of this target, in order. `tensors` are those of the folder by name.
 
-        Raises `UpcycleError` if config or names are not such a folder's, `KeyError` for a tensor that is
+        Raises `UpcycleError` if the config or the names do not fit this target, and `KeyError` if a tensor is
         missing.
         """
         return []
 
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
-        """The config of the dense class in that of a folder; None: the class is another one."""
+        """Return the config of the dense class within that of a folder, or None if there is none."""
         return None
 
     def refuse_layout(  # noqa: B027 - most layouts fit
         self, config: Mapping[str, Any], *, tp_size: int, ep_size: int
     ) -> None:
-        """Raise `UpcycleError` if a model of this config cannot be shared out over so many processes."""
+        """Raise `UpcycleError` if a model of this config cannot be distributed over so many processes."""
 
     @classmethod
     def moments(cls, recipe: Recipe) -> Recipe:
-        """The recipe that makes the optimizer's moments of the result out of the dense model's."""
+        """Return the recipe that makes the result's optimizer moments out of the dense model's."""
         return type(recipe).of(recipe.as_table() | {"init": {"name": "copy"}, "dtype": "source"})
 
     def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """The tensors under the names and in the shapes that the class holds them in."""
+        """Return the tensors under the names and in the shapes in which the class holds them in memory."""
         return dict(entries)
 
     def keeps_narrow_bits(self, family: Family) -> bool:
-        """Whether the tensors that are no experts keep their bits in bfloat16 and float16."""
+        """Return whether the tensors outside the experts keep their bits in bfloat16 and float16."""
         return True
 
     def norm_identity(self, family: Family) -> float:
-        """The weight of a norm that only normalises."""
+        """Return the weight of a norm that only normalises."""
         return family.norm_identity
 
     def draws(self, name: str) -> bool:
-        """Whether the recipe gives the tensor called `name`, and not the dense class, its first values."""
+        """Return whether the recipe, not the dense class, gives the tensor `name` its initial values."""
         return False
 
     def kernel(self, lengths: Iterable[int], itemsize: int) -> Config:
-        """What config.json must say for experts to run that have rows of these lengths, of `itemsize` bytes a
-        number."""
+        """Return the config.json keys needed to run experts with these row lengths.
+
+        `itemsize` is the number of bytes per element.
+        """
         return {}
 
     def warnings(self, built: Blueprint) -> list[str]:
-        """What a person should know about this target, one sentence each."""
+        """Return what a user should know about this target, one sentence for each point."""
         return []
 
     @abc.abstractmethod
     def origin(self, recipe: Recipe) -> str:
-        """How the weights were made, in a few words."""
+        """Return how the weights were made, in a few words."""
 
     @classmethod
     @abc.abstractmethod
     def label(cls, recipe: Mapping[str, Any]) -> str:
-        """How a model of a recorded recipe was made, in a few words, beside other models."""
+        """Return a short label for how a model of a recorded recipe was made, beside other models."""
 
     @classmethod
     def made_by(cls, recipe: Mapping[str, Any]) -> str:
-        """The end of a sentence that says how a model of a recorded recipe was made."""
+        """Return the end of a sentence that says how a model of a recorded recipe was made."""
         return f" by init {recipe['init']['name']}"
 
     @abc.abstractmethod
     def snippet(self) -> str:
-        """Python code that opens the folder."""
+        """Return Python code that opens the folder."""
 
 
 def of(dense: Dense, recipe: Recipe) -> Target:
-    """The target that the recipe names, if it can keep what source and recipe ask for.
+    """Return the target that the recipe names.
 
-    Raises `UpcycleError` with what is allowed.
+    Raises `UpcycleError`, which says what is allowed, if it cannot keep what source and recipe ask for.
     """
     package, name = sys.modules[__name__], recipe.moe.target
     target: Target = registry.find(package, name if name in names() else "native", "of", "target")(
@@ -176,43 +181,43 @@ def of(dense: Dense, recipe: Recipe) -> Target:
 
 
 def names() -> list[str]:
-    """The kinds of target that have a file here."""
+    """Return the kinds of target that have a file here."""
     return [name for name in registry.names(sys.modules[__name__]) if name != "natives"]
 
 
 def kind(name: str) -> type[Target]:
-    """The class of the targets of one kind."""
+    """Return the class of the targets of one kind."""
     found: type[Target] = registry.find(sys.modules[__name__], name, "target", "target")
     return found
 
 
 def catalogue() -> list[dict[str, str]]:
-    """Every target by name, summary and needs, those that other libraries know first."""
+    """Return name, summary and needs of every target, those that other libraries know first."""
     first = sorted(names(), key=lambda name: name != "native")
     return [row for name in first for row in kind(name).listed()]
 
 
 def opened(config: Mapping[str, Any]) -> Target | None:
-    """The target whose folder has this config.json; None if it is that of a dense model."""
+    """Return the target of a folder with this config.json, or None if it is a dense model's."""
     found = (kind(name).opened(config) for name in names())
     return next((target for target in found if target is not None), None)
 
 
 def dense_class(architecture: str) -> str:
-    """The name of the dense class of transformers in that of a class of any target, and its own otherwise."""
+    """Return the dense transformers class within the name of a class of any target, or the name itself."""
     for name in names():
         architecture = kind(name).dense_class(architecture)
     return architecture
 
 
 def recorded(moe: Mapping[str, Any]) -> type[Target]:
-    """The kind of target of a recorded recipe; `moe` is its table of that name."""
+    """Return the kind of target of a recorded recipe; `moe` is its table of that name."""
     name = moe.get("target")
     return kind(name if name in names() else "native")
 
 
 def refuse_experts(recipe: Recipe, sections: tuple[str, ...]) -> None:
-    """Raise `UpcycleError` if a recipe for a dense target asks for experts: nothing would heed it."""
+    """Raise `UpcycleError` if a recipe for a dense target asks for experts, which it would ignore."""
     given, default, target = recipe.as_table(), type(recipe).of().as_table(), recipe.moe.target
     if recipe.parts:
         raise UpcycleError(
@@ -229,7 +234,7 @@ def refuse_experts(recipe: Recipe, sections: tuple[str, ...]) -> None:
 
 
 def dense_snippet(architecture: str) -> str:
-    """Python code that opens a folder of a dense class of transformers."""
+    """Return Python code that opens a folder of a dense class of transformers."""
     return (
         f"from transformers import {architecture}\n\n"
         f'model = {architecture}.from_pretrained("path/to/this/folder")\n'

@@ -1,4 +1,4 @@
-"""What the targets without experts share: they are dense classes of transformers."""
+"""The common part of the targets without experts, which are dense classes of transformers."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class DenseClass(Target):
     architecture: str
 
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
-        """No block becomes MoE."""
+        """Return no blocks, because none becomes an MoE layer."""
         return ()
 
     def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
-        """What the family says of a dense model of that config."""
+        """Return what the family says about a dense model of that config."""
         family = dense.family
         whole = family.config(config)
         listed = family.weights(whole) | family.optional(whole)
         return {name: listed[name] for name in entries}
 
     def snippet(self) -> str:
-        """Python code that opens the folder."""
+        """Return Python code that opens the folder."""
         return dense_snippet(self.architecture)

@@ -1,4 +1,4 @@
-"""Where the experts of a layer go: their names on disk, and how they are stacked."""
+"""The layouts of the experts of a layer: their names on disk, and how they are stacked."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 class Layout(Protocol):
-    """Where the experts of a layer go."""
+    """Where the experts of a layer are stored."""
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
-        """The experts by their names on disk, below the layer's prefix."""
+        """Return the experts by their names on disk, below the layer's prefix."""
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
-        """The experts among the tensors of a layer, by their names below its prefix."""
+        """Return the experts among the tensors of a layer, given by their names below its prefix."""
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        """The tensors of a layer with its experts as transformers holds them in memory."""
+        """Return the tensors of a layer with its experts in the form that transformers holds in memory."""
 
 
 class MoeNames(Protocol):
-    """What a target with experts says of one MoE layer: where its tensors go."""
+    """The names of the tensors of one MoE layer, which a target with experts provides."""
 
     @property
     def model_type(self) -> str:
@@ -37,7 +37,7 @@ class MoeNames(Protocol):
 
     @property
     def layout(self) -> Layout:
-        """Where the experts go."""
+        """Where the experts are stored."""
 
     @property
     def router(self) -> str:
@@ -50,21 +50,23 @@ class MoeNames(Protocol):
     def beside_router(
         self, recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str
     ) -> dict[str, Lazy]:
-        """What a layer has besides router weight and experts, by name below the layer's prefix. `norm` has
-        weight and bias of the norm before the network, if there is one."""
+        """Return the tensors of a layer besides router weight and experts, by name below the layer's prefix.
+
+        `norm` has weight and bias of the norm before the network, if there is one.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerExpert:
-    """One tensor a matrix and expert, below the layer's prefix."""
+    """One tensor per matrix and expert, below the layer's prefix."""
 
-    path: str  # with {e}
+    path: str  # contains {e}
     gate: str
     up: str
     down: str
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
-        """The experts by their names on disk."""
+        """Return the experts by their names on disk."""
         return {
             f"{self.path.format(e=e)}.{getattr(self, name)}.weight": matrix
             for e, expert in enumerate(experts)
@@ -72,7 +74,7 @@ class PerExpert:
         }
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
-        """The experts among the tensors of a layer, by their names below its prefix."""
+        """Return the experts among the tensors of a layer, given by their names below its prefix."""
         out: list[FeedForward] = []
         while f"{self.path.format(e=len(out))}.{self.gate}.weight" in tensors:
             path = self.path.format(e=len(out))
@@ -86,7 +88,7 @@ class PerExpert:
         return out
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        """The tensors of a layer with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
+        """Return a layer's tensors with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
         experts = self.read(tensors)
         if not experts:
             return dict(tensors)
@@ -98,20 +100,20 @@ class PerExpert:
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """All experts in two tensors: gate over up [E, 2I, H], and down [E, H, I]."""
+    """All experts in two tensors: gate stacked on up [E, 2I, H], and down [E, H, I]."""
 
     gate_up: str
     down: str
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
-        """The experts by their names on disk."""
+        """Return the experts by their names on disk."""
         return {
             self.gate_up: Stack(tuple(Concat(_gated(x), 0) for x in experts)),
             self.down: Stack(tuple(x.down for x in experts)),
         }
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
-        """The experts among the tensors of a layer, by their names below its prefix."""
+        """Return the experts among the tensors of a layer, given by their names below its prefix."""
         if self.gate_up not in tensors:
             return []
         both, down = tensors[self.gate_up], tensors[self.down]
@@ -126,12 +128,12 @@ class Fused:
         ]
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        """The tensors of a layer as they are: they are stored as transformers holds them."""
+        """Return the tensors of a layer unchanged, because they are stored as transformers holds them."""
         return dict(tensors)
 
 
 def _gated(network: FeedForward) -> tuple[Lazy, Lazy]:
-    """Gate and up of a network, which every native MoE has."""
+    """Return gate and up of a network, which every native MoE has."""
     assert network.gate is not None
     return network.gate, network.up
 
@@ -141,13 +143,14 @@ class Shared:
     """The shared expert of an architecture that has one."""
 
     path: str  # below the layer's prefix
-    combine: Literal["gated", "sum", "average"]  # with the routed output
+    combine: Literal["gated", "sum", "average"]  # how its output is combined with the routed output
     config: Callable[[int, int], Config]  # (width, number of shared experts) -> its config fields
-    gate: str | None = None  # the sigmoid gate [1, H] of `gated`
-    mandatory: Literal["narrow", "full"] | None = None  # built whether or not one is asked for
+    gate: str | None = None  # the sigmoid gate [1, H], for `gated`
+    # its size if it is built even when the recipe asks for none
+    mandatory: Literal["narrow", "full"] | None = None
 
     def write(self, network: FeedForward) -> dict[str, Lazy]:
-        """The shared expert by its names on disk."""
+        """Return the shared expert by its names on disk."""
         return {f"{self.path}.{name}_proj.weight": m for name, m in network.matrices().items()}
 
 
@@ -156,13 +159,13 @@ _GATED = Fused(gate_up="experts.gate_up_proj", down="experts.down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class Stacked:
-    """Experts in three-dimensional tensors, as `nn.Experts` holds them: disk and memory are the same."""
+    """Experts in three-dimensional tensors, as `nn.Experts` holds them; disk and memory are the same."""
 
     path: ClassVar[str] = "experts"  # below the layer
     matrices: ClassVar[tuple[str, ...]] = ("gate_up_proj", "up_proj", "down_proj")
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
-        """The experts by their names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and vectors."""
+        """Return the experts by names below the layer: [E, 2I, H] or [E, I, H], [E, H, I], and vectors."""
         first = experts[0]
         up = "gate_up_proj" if first.gate is not None else "up_proj"
         out: dict[str, Lazy] = {
@@ -178,27 +181,27 @@ class Stacked:
         return out
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
-        """The experts among the tensors of a layer, by their names below it; biases are left aside."""
+        """Return the experts among the tensors of a layer, given by names below it; biases are ignored."""
         if (up := tensors.get("experts.up_proj")) is None:
             return _GATED.read(tensors)
         down = tensors["experts.down_proj"]
         return [FeedForward(up=Pick(up, e), down=Pick(down, e)) for e in range(down.shape[0])]
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        """The tensors of a layer as they are: they are stored as they are held."""
+        """Return the tensors of a layer unchanged, because they are stored as they are held in memory."""
         return dict(tensors)
 
 
 def _over(gate: Lazy | None, up: Lazy) -> Lazy:
-    """Gate over up, or up alone in a network without a gate."""
+    """Stack gate on up, or return up alone for a network without a gate."""
     return up if gate is None else Concat((gate, up), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExpert(Shared):
-    """The dense network beside the experts, kept like a single expert."""
+    """The dense network beside the experts, stored like a single expert."""
 
     def write(self, network: FeedForward) -> dict[str, Lazy]:
-        """The shared expert by its names below the layer."""
+        """Return the shared expert by its names below the layer."""
         names = Stacked().write([network])
         return {f"{self.path}.one.{name.removeprefix('experts.')}": t for name, t in names.items()}

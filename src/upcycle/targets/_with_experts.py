@@ -1,4 +1,4 @@
-"""What the targets with experts share: some of their blocks are MoE layers."""
+"""The common part of the targets with experts, in which some blocks are MoE layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WithExperts(Target):
     has_experts: ClassVar[bool] = True
 
     def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
-        """What the family says of the tensors that stay, and this target of those that it makes."""
+        """Return what the family says about the tensors that stay, and this target about those it makes."""
         known = dense.weights
         return {
             name: known[name] if name in known else self.made(name, entry.shape)
@@ -34,22 +34,22 @@ class WithExperts(Target):
 
     @abc.abstractmethod
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:
-        """What a tensor is that the dense model does not have."""
+        """Return the kind of a tensor that the dense model does not have."""
 
     @classmethod
     def moments(cls, recipe: Recipe) -> Recipe:
-        """Experts as copies; a router has no moments yet."""
+        """Return a recipe with experts as copies and a zero router, because routers have no moments yet."""
         table = super().moments(recipe).as_table()
         table["router"] |= {"init": "zeros"}
         return type(recipe).of(table)
 
     def origin(self, recipe: Recipe) -> str:
-        """The initialisation of the experts."""
+        """Return the initialisation of the experts."""
         return f"initialisation `{recipe.init.name}`"
 
     @classmethod
     def label(cls, recipe: Mapping[str, Any]) -> str:
-        """How many experts a token meets, and how."""
+        """Return how many experts a token is routed to, and how."""
         moe, router = recipe["moe"], (recipe.get("router") or {}).get("name", "top_k")
         way = f"top-{moe.get('top_k')}" if router == "top_k" else str(router).replace("_", " ")
         return f"{moe.get('num_experts')} experts, {way}"

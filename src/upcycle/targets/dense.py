@@ -1,6 +1,6 @@
-"""The dense class itself, narrower: the successor of a larger model without experts.
+"""The dense class itself, but narrower: the successor of a larger model, without experts.
 
-Weight Selection (Xu et al., ICLR 2024): the weights are chosen out of the source.
+Weight Selection (Xu et al., ICLR 2024) chooses its weights from those of the source.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ class Narrower(DenseClass):
         refuse_experts(recipe, ("moe", "router"))
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
-        """config.json of the successor."""
+        """Return config.json of the successor."""
         return dict(dense.raw)
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
-        """Every tensor of the successor by its name on disk."""
+        """Return every tensor of the successor by its name on disk."""
         return models[0].tensors
 
     def warnings(self, built: Blueprint) -> list[str]:
-        """The function is not kept."""
+        """Warn that the function is not kept."""
         return ["weights are left out: the function is not kept, and the model has to be trained"]
 
     def origin(self, recipe: Recipe) -> str:
-        """The initialisation that chose the weights."""
+        """Return the initialisation that chose the weights."""
         return f"initialisation `{recipe.init.name}`"
 
     @classmethod
     def label(cls, recipe: Mapping[str, Any]) -> str:
-        """The initialisation that chose the weights."""
+        """Return the initialisation that chose the weights."""
         return f"narrower dense, {(recipe.get('init') or {}).get('name', 'copy')}"
 
 
@@ -62,5 +62,5 @@ target = Narrower
 
 
 def of(dense: Dense, recipe: Recipe) -> Narrower:
-    """The narrower twin of the dense class."""
+    """Return the narrower twin of the dense class."""
     return Narrower(model_type=dense.family.model_type, architecture=dense.architecture)

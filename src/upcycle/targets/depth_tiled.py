@@ -1,7 +1,8 @@
-"""Depth tiling: the dense model with every block repeated, the dense baseline of Sparse Upcycling (figure 5).
+"""Depth tiling: the dense model with every block repeated.
 
-Each block of a stack stands several times in a row, as Rae et al. (2021) grow models; the result is a dense
-model of the same class, deeper, that has to be trained on.
+It is the dense baseline of Sparse Upcycling (figure 5). Each block of a stack is repeated several times in a
+row, as Rae et al. (2021) grow models. The result is a deeper dense model of the same class, which needs
+further training.
 """
 
 from __future__ import annotations
@@ -26,40 +27,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DepthTiled(DenseClass):
-    """The dense class with every block several times in a row."""
+    """The dense class with every block repeated several times in a row."""
 
     kind: ClassVar[str] = "deeper"
     summary: str = "the dense class, every block repeated: a dense baseline of more FLOPs"
     needs: ClassVar[str] = "moe.depth = how often"
 
     def admit(self, dense: Dense, recipe: Recipe) -> None:
-        """Raise `UpcycleError` if the recipe asks for experts: nothing would heed it."""
+        """Raise `UpcycleError` if the recipe asks for experts, which this target would ignore."""
         refuse_experts(recipe, ("moe", "init", "router"))
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
-        """config.json of the deeper model."""
+        """Return config.json of the deeper model."""
         return _config(dense, recipe.moe.depth)
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
-        """Every tensor of the deeper model by its name on disk."""
+        """Return every tensor of the deeper model by its name on disk."""
         return _tensors(models[0], recipe.moe.depth)
 
     def warnings(self, built: Blueprint) -> list[str]:
-        """The function is not kept."""
+        """Warn that the function is not kept."""
         return ["every block stands several times: the function is not kept, and the model has to be trained"]
 
     def origin(self, recipe: Recipe) -> str:
-        """How often each block stands."""
+        """Return how many times each block is repeated."""
         return f"every block {recipe.moe.depth} times"
 
     @classmethod
     def label(cls, recipe: Mapping[str, Any]) -> str:
-        """How often each block stands."""
+        """Return how many times each block is repeated."""
         return f"every block {recipe['moe'].get('depth')} times"
 
     @classmethod
     def made_by(cls, recipe: Mapping[str, Any]) -> str:
-        """The end of a sentence that says how often each block stands."""
+        """Return the end of a sentence that says how many times each block is repeated."""
         return f", every block {recipe['moe']['depth']} times"
 
 
@@ -67,12 +68,12 @@ target = DepthTiled
 
 
 def of(dense: Dense, recipe: Recipe) -> DepthTiled:
-    """The deeper twin of the dense class."""
+    """Return the deeper twin of the dense class."""
     return DepthTiled(model_type=dense.family.model_type, architecture=dense.architecture)
 
 
 def _config(dense: Dense, times: int) -> Config:
-    """config.json of the deeper model: counts of blocks times `times`, entries of blocks repeated."""
+    """Return config.json of the deeper model: block counts times `times`, and per-block entries repeated."""
     if times < 2:
         raise UpcycleError(f"moe.depth = {times}; a deeper model repeats its blocks 2 times or more")
     if (blocks := sum(stack.count for stack in dense.stacks)) * times > MOST_BLOCKS:
@@ -85,7 +86,7 @@ def _config(dense: Dense, times: int) -> Config:
 
 
 def _tensors(dense: Dense, times: int) -> dict[str, Lazy]:
-    """Every tensor of the deeper model: block j is block j // `times` of the dense one."""
+    """Return every tensor of the deeper model: block j is block j // `times` of the dense one."""
     wanted = dense.family.shapes(dense.family.config(_config(dense, times)))
     out = dict(dense.tensors)
     for stack in dense.stacks:
@@ -97,7 +98,7 @@ def _tensors(dense: Dense, times: int) -> dict[str, Lazy]:
                 blocks.setdefault(int(number), {})[rest] = out.pop(name)
         for j in range(stack.count * times):
             for rest, tensor in blocks[j // times].items():
-                if (name := f"{prefix}{j}.{rest}") in wanted:  # T5 has its position biases in block 0 alone
+                if (name := f"{prefix}{j}.{rest}") in wanted:  # T5 has its position biases in block 0 only
                     out[name] = tensor
     if missing := wanted.keys() - out.keys():
         raise AssertionError(f"a deeper {dense.family.model_type} lacks {sorted(missing)[:3]}")

@@ -43,21 +43,25 @@ class Native(WithExperts):
     summary: str
     layout: Layout
     router: str  # name of the router weight [E, H] below the layer's prefix
-    fields: tuple[str, ...]  # config fields beyond COMMON that the dense config gives
+    fields: tuple[str, ...]  # config fields besides COMMON that the dense config gives
     num_experts_field: str = "num_experts"
     top_k_field: str = "num_experts_per_tok"
     width_field: str = "intermediate_size"
-    renormalizes: Literal["always", "optional"]  # optional: `norm_topk_prob`
+    renormalizes: Literal["always", "optional"]  # optional: set by `norm_topk_prob`
     shared: Shared | None = None
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
-    extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of a MoE layer
-    finish: Callable[[Config], Config] = lambda config: config  # what the hub's configs spell otherwise
-    clients: Callable[[Config], Mapping[str, str]] = lambda _: {}  # who will not compute the same, and why
+    extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of an MoE layer
+    # rewrites what the hub's configs spell differently
+    finish: Callable[[Config], Config] = lambda config: config
+    # which clients will not compute the same, and why
+    clients: Callable[[Config], Mapping[str, str]] = lambda _: {}
 
     def admit(self, dense: Dense, recipe: Recipe) -> None:
-        """Raise `UpcycleError` if the architecture computes another function than the dense model, or cannot
-        route as the recipe asks."""
+        """Raise `UpcycleError` if the architecture does not fit.
+
+        It must compute the same function as the dense model and be able to route as the recipe asks.
+        """
         family, name = dense.family, self.model_type
         if reason := family.refusal(dense.config, name):
             raise UpcycleError(
@@ -80,11 +84,11 @@ class Native(WithExperts):
             raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
 
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
-        """The layers that become MoE."""
+        """Return the layers that become MoE layers."""
         return moe_layer.sites(recipe, dense, self)
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
-        """config.json in this architecture's spelling, but for its dtype."""
+        """Return config.json in this architecture's spelling, without its dtype."""
         given = dense.family.native_config(dense.config, self.model_type)
         out: Config = {"architectures": [self.architecture], "model_type": self.model_type}
         out |= {name: given[name] for name in (*COMMON, *self.fields) if name in given}
@@ -103,7 +107,7 @@ class Native(WithExperts):
         return out | self._which_layers(dense, recipe, frozenset(site.layer for site in sites))
 
     def _which_layers(self, dense: Dense, recipe: Recipe, layers: frozenset[int]) -> Config:
-        """The keys of config.json that say which layers have experts."""
+        """Return the keys of config.json that say which layers have experts."""
         if self.dense_layers is not None:
             chosen = self.dense_layers(dense.config, layers)
             if isinstance(chosen, str):
@@ -117,7 +121,7 @@ class Native(WithExperts):
         return {}
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
-        """Every tensor by its name on disk; a name that two rules define is an error of ours."""
+        """Return every tensor by its name on disk; a name that two rules define is a bug of ours."""
         family, config = models[0].family, models[0].config
         every = moe_layer.averaged(models, recipe)
         out = family.backbone(config, self.model_type, every)
@@ -134,12 +138,12 @@ class Native(WithExperts):
     def beside_router(
         self, recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str
     ) -> dict[str, Lazy]:
-        """What a layer has besides router weight and experts."""
+        """Return the tensors of a layer besides router weight and experts."""
         return self.extra(site.num_experts, dtype) if self.extra else {}
 
     @classmethod
     def listed(cls) -> list[dict[str, str]]:
-        """Every architecture."""
+        """Return a row for every architecture."""
         found = (natives.find(name) for name in natives.names())
         return [
             {
@@ -152,13 +156,13 @@ class Native(WithExperts):
 
     @classmethod
     def opened(cls, config: Mapping[str, Any]) -> Self | None:
-        """The architecture that config.json names."""
+        """Return the architecture that config.json names."""
         name = config.get("model_type")
         found = natives.find(str(name)) if name in natives.names() else None
         return found if isinstance(found, cls) else None
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
-        """The blocks by the numbers in the names of their tensors."""
+        """Return the blocks by the numbers in the names of their tensors."""
         by_layer: dict[int, dict[str, Lazy]] = {}
         for name, tensor in tensors.items():
             if name.startswith(_LAYERS):
@@ -171,20 +175,20 @@ class Native(WithExperts):
         return [self._block(number, layer) for number, layer in sorted(by_layer.items())]
 
     def _block(self, number: int, tensors: Mapping[str, Lazy]) -> Block:
-        """One block, of its tensors by their names in it."""
+        """Return one block, given its tensors by their names in it."""
         experts = self.layout.read(tensors)
         router = tensors[self.router] if experts else None
         up = experts[0].up if experts else tensors["mlp.gate_proj.weight"]
         return Block(stack="layers", layer=number, experts=experts, router=router, up=up)
 
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:
-        """A matrix, or a constant of the architecture."""
+        """Return the kind of a new tensor: a matrix, or a constant of the architecture."""
         return Weight(shape) if self._is_constant(name, shape) else Matrix(shape)
 
     def begins(
         self, family: Trained, dense: Dense, name: str, weight: Weight, entry: Entry
     ) -> Initial | None:
-        """Constants of the architecture stay; its matrices start as the family's do."""
+        """Constants of the architecture keep their values; its matrices start as the family's do."""
         if name in dense.weights:
             return family.initial(dense.config, name, weight)
         if self._is_constant(name, weight.shape):
@@ -192,14 +196,14 @@ class Native(WithExperts):
         return weight.initial(family.deviation(dense.config))
 
     def _is_constant(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the architecture gives the tensor, which the dense model does not have."""
+        """Return whether the architecture, not the dense model, defines the tensor."""
         extra = self.extra(1, "F32") if self.extra else {}
         return len(shape) == 1 or name.endswith(tuple(extra))
 
     def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """`entries` with the experts of each layer in the two tensors that transformers holds them in.
+        """Return `entries` with each layer's experts in the two tensors in which transformers holds them.
 
-        Under the names on disk the loader would read every expert on every rank and stack them afterwards.
+        With the names on disk, the loader would read every expert on every rank and stack them afterwards.
         """
         layers: dict[str, dict[str, Entry]] = {}
         out: dict[str, Entry] = {}
@@ -218,21 +222,24 @@ class Native(WithExperts):
         return out
 
     def keeps_narrow_bits(self, family: Family) -> bool:
-        """Whether no weight is rescaled on its way into this architecture."""
+        """Return whether no weight is rescaled on its way into this architecture."""
         return family.exact_when_narrow
 
     def norm_identity(self, family: Family) -> float:
-        """One: norms of native MoE classes multiply by their weight."""
+        """Return 1, because norms of native MoE classes multiply by their weight."""
         return 1.0
 
     def kernel(self, lengths: Iterable[int], itemsize: int) -> Config:
-        """Experts one by one, if grouped products, transformers' own choice, do not take their rows."""
+        """Return the setting that runs experts one by one if grouped products cannot take their rows.
+
+        Grouped products are transformers' own choice.
+        """
         if kernels.take_groups(lengths, itemsize):
             return {}
         return {kernels.KEY: kernels.ONE_BY_ONE}
 
     def warnings(self, built: Blueprint) -> list[str]:
-        """Shared experts that nobody asked for, clients that compute something else, keys left out."""
+        """Warn about unrequested shared experts, clients that compute something else, and left-out keys."""
         out = []
         if built.recipe.moe.shared_experts == 0 and built.shared_width:
             out.append(
@@ -249,7 +256,7 @@ class Native(WithExperts):
         return out
 
     def snippet(self) -> str:
-        """Python code that opens the folder."""
+        """Return Python code that opens the folder."""
         return (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
@@ -261,7 +268,7 @@ target = Native
 
 
 def of(dense: Dense, recipe: Recipe) -> Native:
-    """The architecture that `moe.target` names; `native` is the family's first."""
+    """Return the architecture that `moe.target` names; `native` is the first of the family."""
     family, asked = dense.family, recipe.moe.target
     if not family.natives:
         raise UpcycleError(
@@ -279,7 +286,7 @@ def of(dense: Dense, recipe: Recipe) -> Native:
 def client_limits(
     config: Config, *, mlx_scales_rope: bool = False, mlx_head_dim: bool = True
 ) -> dict[str, str]:
-    """What llama.cpp and mlx-lm are known to ignore in the config of an architecture they load."""
+    """Return what llama.cpp and mlx-lm are known to ignore in the config of an architecture they load."""
     name, out = config["model_type"], {}
     if not mlx_head_dim and config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         out["mlx-lm"] = f"ignores head_dim in {name}"
@@ -291,7 +298,7 @@ def client_limits(
 
 
 def _rope(rope: Mapping[str, Any]) -> Config:
-    """Rotary settings in both spellings: transformers 5 reads the first, everything older the others."""
+    """Return rotary settings in both spellings; transformers 5 reads the first, older ones the others."""
     out: Config = {"rope_parameters": dict(rope), "rope_theta": rope["rope_theta"]}
     if (share := rope.get("partial_rotary_factor")) is not None:
         out["partial_rotary_factor"] = share

@@ -1,7 +1,7 @@
 """The upcycled target: a dense class of transformers with `nn.MoE` in some of its blocks.
 
-It is for routers and models that no MoE class of transformers has. Names on disk are the dense model's, but
-for the networks that become MoE layers.
+It serves routers and models for which transformers has no MoE class. Names on disk are the dense model's,
+except those of the networks that become MoE layers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Upcycled(WithExperts):
     architecture: str
 
     def admit(self, dense: Dense, recipe: Recipe) -> None:
-        """Raise `UpcycleError` if the routers cannot stand in the stacks of the dense model."""
+        """Raise `UpcycleError` if the routers cannot be used in the stacks of the dense model."""
         family, lengths = dense.family, dense.family.lengths(dense.config)
         for stack in dense.stacks:
             part = recipe.at(stack.name)
@@ -76,11 +76,11 @@ class Upcycled(WithExperts):
             )
 
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
-        """The blocks that become MoE, stack by stack."""
+        """Return the blocks that become MoE layers, stack by stack."""
         return moe_layer.sites(recipe, dense, self)
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
-        """The dense config, and an entry in `moe` for each stack that has MoE layers."""
+        """Return the dense config with an entry in `moe` for each stack that has MoE layers."""
         entries = []
         for stack in dense.stacks:
             if mine := [site for site in sites if site.stack == stack.name]:
@@ -90,7 +90,7 @@ class Upcycled(WithExperts):
         return upcycled_config.config(dense.raw, dense.family.model_type, dense.architecture, entries, pooled)
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
-        """Every tensor by its name on disk; a name that two rules define is an error of ours."""
+        """Return every tensor by its name on disk; a name that two rules define is a bug of ours."""
         every = moe_layer.averaged(models, recipe)
         stacks = {stack.name: stack for stack in models[0].stacks}
         parts = {name: recipe.at(name) for name in stacks}
@@ -107,16 +107,16 @@ class Upcycled(WithExperts):
     def beside_router(
         self, recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str
     ) -> dict[str, Lazy]:
-        """The router's own tensors beside its weight."""
+        """Return the router's own tensors besides its weight."""
         return _router_tensors(recipe, site, norm, dtype)
 
     def draws(self, name: str) -> bool:
-        """Whether the tensor belongs to a router."""
+        """Return whether the tensor belongs to a router."""
         return ".router." in name
 
     @classmethod
     def opened(cls, config: Mapping[str, Any]) -> Self | None:
-        """The upcycled twin of the class that config.json names."""
+        """Return the upcycled twin of the class that config.json names."""
         dense = upcycled_config.dense_type(config)
         named = config.get("architectures")
         name = str(named[0]) if isinstance(named, list) and named else ""
@@ -124,15 +124,15 @@ class Upcycled(WithExperts):
 
     @classmethod
     def dense_class(cls, architecture: str) -> str:
-        """The name without what upcycling adds."""
+        """Return the name without what upcycling adds."""
         return architecture.removeprefix(CLASS_PREFIX)
 
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
-        """The config without what upcycling adds."""
+        """Return the config without what upcycling adds."""
         return upcycled_config.dense_config(config)
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
-        """The blocks of every stack, as the family and the list `moe` of config.json say where they are."""
+        """Return the blocks of every stack, located by the family and the list `moe` of config.json."""
         family = families.find(self.model_type.removeprefix(PREFIX))
         whole = family.config(upcycled_config.dense_config(config))
         moe = _moe_layers(config, folder)
@@ -147,7 +147,7 @@ class Upcycled(WithExperts):
         return out
 
     def refuse_layout(self, config: Mapping[str, Any], *, tp_size: int, ep_size: int) -> None:
-        """No tensor parallelism; no expert parallelism for experts that look at all tokens of an image."""
+        """Refuse tensor parallelism, and expert parallelism for experts that see all tokens of an image."""
         if tp_size > 1:
             raise UpcycleError(
                 "tensor parallelism is for native MoE; an upcycled model is shared out by fsdp_size and "
@@ -161,7 +161,7 @@ class Upcycled(WithExperts):
             )
 
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:
-        """Matrices of experts and routers; vectors of experts, which start at 0."""
+        """Return the kind of a new tensor: a matrix, or a vector of experts, which starts at 0."""
         if self.draws(name):
             return Matrix(shape) if len(shape) > 1 else Weight(shape)
         leaf = name.rpartition(".")[2]
@@ -172,9 +172,9 @@ class Upcycled(WithExperts):
     def begins(
         self, family: Trained, dense: Dense, name: str, weight: Weight, entry: Entry
     ) -> Initial | None:
-        """A router starts as the recipe says, an expert as the dense network it is made of."""
+        """A router starts as the recipe says, an expert as the dense network that it is made of."""
         sources = [info.name for info in entry.lazy.sources()]
-        if self.draws(name):  # a norm of the dense model starts as one that only normalises
+        if self.draws(name):  # a norm copied from the dense model starts as one that only normalises
             return Constant(float(name.endswith("weight"))) if sources else AsMade()
         if name in dense.weights:
             return family.initial(dense.config, name, weight)
@@ -184,7 +184,7 @@ class Upcycled(WithExperts):
         return weight.initial(family.deviation(dense.config))
 
     def warnings(self, built: Blueprint) -> list[str]:
-        """The first block of a stack among those that become MoE."""
+        """Warn if the first block of a stack becomes an MoE layer."""
         begin = {stack.name for stack in built.dense.stacks if not stack.first}
         if not any(site.layer == 0 and site.stack in begin for site in built.sites):
             return []
@@ -194,7 +194,7 @@ class Upcycled(WithExperts):
         ]
 
     def snippet(self) -> str:
-        """Python code that opens the folder."""
+        """Return Python code that opens the folder."""
         return (
             "import upcycle  # makes the architecture known to transformers' Auto classes\n\n"
             'model = upcycle.open("path/to/this/folder")\n'
@@ -205,14 +205,14 @@ target = Upcycled
 
 
 def of(dense: Dense, recipe: Recipe) -> Upcycled:
-    """The upcycled twin of the dense class."""
+    """Return the upcycled twin of the dense class."""
     return Upcycled(
         model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.architecture
     )
 
 
 def _block(stack: Stack, i: int, tensors: Mapping[str, Lazy]) -> Block:
-    """A block with experts."""
+    """Return a block with experts."""
     prefix = stack.path.format(i=i) + "."
     below = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     experts = Stacked().read(below)
@@ -232,7 +232,7 @@ def _block(stack: Stack, i: int, tensors: Mapping[str, Lazy]) -> Block:
 
 
 def _moe_layers(config: Mapping[str, Any], folder: Path) -> set[tuple[str, int]]:
-    """The blocks with experts, by stack and number, as config.json has them."""
+    """Return the blocks with experts, by stack and number, that config.json lists."""
     entries = config["moe"]
     whole = isinstance(entries, list) and all(
         isinstance(e, dict)
@@ -247,8 +247,10 @@ def _moe_layers(config: Mapping[str, Any], folder: Path) -> set[tuple[str, int]]
 
 
 def _router_tensors(recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:
-    """The tensors of a router beside its weight, by their names below the layer. `norm` has weight and bias
-    of the norm before the network, if there is one."""
+    """Return the tensors of a router besides its weight, by their names below the layer.
+
+    `norm` has weight and bias of the norm before the network, if there is one.
+    """
     out: dict[str, Lazy] = {}
     for name, extra in recipe.router.extra(site.all_experts, site.hidden).items():
         if extra.inherited is not None:
@@ -269,7 +271,7 @@ def _router_tensors(recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype:
 
 
 def _refuse_look_ahead(stack: Stack, recipe: Recipe) -> None:
-    """Refuse a router that reads later tokens in a stack that must not."""
+    """Refuse a router that reads later tokens in a causal stack."""
     if stack.causal and not recipe.router.causal:
         where = "a decoder" if stack.name == "layers" else "the decoder"
         why = recipe.router.not_in_a_decoder

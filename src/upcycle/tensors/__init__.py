@@ -1,1 +1,1 @@
-"""Tensors that are not there yet: what moves, what is computed, and the streams of random numbers."""
+"""Lazy tensors, which are moved or computed when they are read, and the streams of random numbers."""

@@ -1,7 +1,7 @@
-"""Lazy tensors whose values are worked out: arithmetic on stored ones, constants, random numbers.
+"""Lazy tensors whose values are computed: arithmetic on stored ones, constants, random numbers.
 
-Arithmetic is float32 and is cast once, at the end. Statistics are summed in float64. Random numbers come
-from the stream that a key names, at the place of each element.
+Arithmetic is in float32 and is cast once, at the end. Statistics are summed in float64. Random numbers come
+from the stream that a key names; the place of an element decides its number.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Mean(Joined):
 
 @dataclass(frozen=True, eq=False)
 class Redraw(Changed):
-    """`base` with the given positions along `axis` (0 or 1 of a matrix) drawn anew.
+    """A tensor equal to `base`, with the given positions along `axis` (0 or 1 of a matrix) drawn anew.
 
     The new values are N(mu, sigma^2) with the mean and the standard deviation (n - 1) of the values they
     replace, one pair for the whole part (Nakamura et al., ICLR 2025, section 3.3).
@@ -83,7 +83,7 @@ class Redraw(Changed):
         return out
 
     def _drawn(self, start: int, stop: int, columns: int, mean: float, std: float, dtype: str) -> np.ndarray:
-        """Rows `start` to `stop` of the new values, which have `columns` columns."""
+        """Return rows `start` to `stop` of the new values, which have `columns` columns."""
         name = f"{_named(self)}, drawn anew,"
         with computing(name):
             drawn = rng.normals(
@@ -94,7 +94,7 @@ class Redraw(Changed):
         return drawn.reshape(stop - start, columns)
 
     def _statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation (n - 1) of the part that is replaced."""
+        """Return mean and standard deviation (n - 1) of the part that is replaced."""
         places = self.positions.values
         totals, squares = (sums[places] for sums in neuron_sums(self.base, self.axis))
         return _mean_std(totals.sum(), squares.sum(), len(places) * self.shape[1 - self.axis])
@@ -103,9 +103,12 @@ class Redraw(Changed):
         return ["redraw", self.axis, self.positions.describe(), list(self.key), self.base.describe()]
 
 
-@once(maxsize=12)  # the matrices of a few layers: their experts all ask for them
+@once(maxsize=12)  # holds the matrices of a few layers, because all experts of a layer ask for them
 def neuron_sums(matrix: Lazy, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and sum of squares in float64 of each neuron of a matrix, neurons along `axis`; two of [I]."""
+    """Return sum and sum of squares of each neuron of a matrix; two of [I], float64.
+
+    The neurons lie along `axis`.
+    """
     totals, squares = np.zeros((2, matrix.shape[axis]))
     for index in blocks(tuple((0, n) for n in matrix.shape)):
         values = matrix.read(index, "F32").astype(np.float64)
@@ -116,7 +119,7 @@ def neuron_sums(matrix: Lazy, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _named(lazy: Lazy) -> str:
-    """The stored tensors that it is made of, in few words."""
+    """Return a short text that names the stored tensors that it is made of."""
     return listed(list(dict.fromkeys(info.name for info in lazy.sources())))
 
 
@@ -127,9 +130,9 @@ def _mean_std(total: float, squares: float, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class Noise(Changed):
-    """`base` + sigma x N(0, 1), on a share of the positions along `axis`, in float32.
+    """A tensor equal to `base` + sigma x N(0, 1) on a share of the positions along `axis`, in float32.
 
-    `relative` measures sigma in standard deviations of `base`.
+    If `relative` is true, sigma is in standard deviations of `base`.
     """
 
     axis: int
@@ -164,7 +167,7 @@ class Noise(Changed):
 
 @dataclass(frozen=True, eq=False)
 class Fill(Lazy):
-    """One value everywhere."""
+    """A tensor with the same value everywhere."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -185,7 +188,7 @@ class Fill(Lazy):
 class Drawn(Lazy):
     """A matrix of random numbers with mean 0 and standard deviation `std`.
 
-    `orthogonal` has orthogonal rows of equal norm (columns, where there are more rows than columns).
+    An `orthogonal` one has orthogonal rows of equal norm (columns, if there are more rows than columns).
     """
 
     shape: tuple[int, int]
@@ -201,7 +204,7 @@ class Drawn(Lazy):
             drawn = rng.normals(self.key, 0, rows * columns).astype(np.float64).reshape(rows, columns)
             tall = drawn.T if rows < columns else drawn
             q, r = np.linalg.qr(tall)
-            q *= np.sign(np.diag(r))  # the sign that makes the decomposition unique
+            q *= np.sign(np.diag(r))  # this sign makes the decomposition unique
             values = (q.T if rows < columns else q)[r0:r1] * math.sqrt(max(rows, columns))
         elif self.kind == "uniform":
             half = math.sqrt(3)

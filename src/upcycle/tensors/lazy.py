@@ -1,8 +1,8 @@
 """Lazy tensors: a shape, the dense tensors it is made of, and how. Nothing is read until a slice is.
 
-A lazy tensor is read as `t.read(index, dtype)`: `index` is one (start, stop) per dimension, `dtype`
-the safetensors name of the type wanted. What is here only moves, and keeps its bits; arithmetic is in
-`computed.py`. The value of a slice depends on nothing but its place.
+A lazy tensor is read as `t.read(index, dtype)`: `index` is one (start, stop) per dimension, and `dtype` is
+the safetensors name of the wanted dtype. The tensors here only move values and keep their bits; arithmetic is
+in `computed.py`. The value of a slice depends only on its place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from upcycle.tensors.positions import Positions
 
 Index = tuple[tuple[int, int], ...]
 
-_BLOCK = 1 << 20  # elements handled at once where a whole tensor would be too much
+_BLOCK = 1 << 20  # elements handled at once if a whole tensor would be too much
 
 
 @dataclass(frozen=True)
@@ -36,34 +36,34 @@ class Extent:
 
 
 class Lazy(abc.ABC):
-    """A tensor that is not there yet."""
+    """A tensor that is computed or read on demand."""
 
     shape: tuple[int, ...]
     dtype: str  # of the stored tensors it comes from
 
     @abc.abstractmethod
     def read(self, index: Index, dtype: str) -> np.ndarray:
-        """The slice `index`, in `dtype`, as a new array."""
+        """Return the slice `index`, in `dtype`, as a new array."""
 
     @abc.abstractmethod
     def describe(self) -> Any:
-        """What this tensor is, as JSON: equal descriptions over equal sources are equal tensors."""
+        """Return a description as JSON; equal descriptions over equal sources mean equal tensors."""
 
     @abc.abstractmethod
     def sources(self) -> Iterator[TensorInfo]:
-        """The stored tensors it reads."""
+        """Yield the stored tensors that it reads."""
 
     def extents(self) -> list[Extent] | None:
-        """The byte ranges that make it up, in order, where it is nothing but stored bytes."""
+        """Return the byte ranges that make it up, in order, or None if it is more than stored bytes."""
         return None
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     def all(self, dtype: str | None = None) -> np.ndarray:
-        """The whole tensor."""
+        """Return the whole tensor."""
         return self.read(tuple((0, n) for n in self.shape), dtype or self.dtype)
 
 
@@ -83,7 +83,7 @@ def blocks(index: Index, elements: int = _BLOCK) -> Iterator[Index]:
 
 @dataclass(frozen=True, eq=False)
 class Stored(Lazy):
-    """A tensor of the checkpoint, as it is."""
+    """A tensor of the checkpoint, unchanged."""
 
     checkpoint: Checkpoint
     info: TensorInfo
@@ -121,7 +121,7 @@ class Stored(Lazy):
 
 @dataclass(frozen=True, eq=False)
 class Changed(Lazy):
-    """Something made of one tensor, and of its shape unless it says otherwise. Abstract."""
+    """A tensor made of one other tensor, with its shape unless the subclass says otherwise. Abstract."""
 
     base: Lazy
 
@@ -139,7 +139,7 @@ class Changed(Lazy):
 
 @dataclass(frozen=True, eq=False)
 class Joined(Lazy):
-    """Something made of several tensors, and of the shape of each unless it says otherwise. Abstract."""
+    """A tensor made of several others, with their shape unless the subclass says otherwise. Abstract."""
 
     parts: tuple[Lazy, ...]
 
@@ -200,7 +200,7 @@ class Take(Changed):
     def read(self, index: Index, dtype: str) -> np.ndarray:
         a, b = index[self.axis]
         wanted = self.positions.values[a:b]
-        if self.axis > 0:  # rows are cheap to read whole, columns are not there to be read alone
+        if self.axis > 0:  # rows can be read alone, columns cannot, so whole rows are read
             whole = self.base.read(_with(index, self.axis, (0, self.base.shape[self.axis])), dtype)
             return np.ascontiguousarray(np.take(whole, wanted, axis=self.axis))
         out = np.empty(tuple(stop - start for start, stop in index), FLOATS[dtype])
@@ -266,7 +266,7 @@ class Stack(Joined):
 
 @dataclass(frozen=True, eq=False)
 class Pick(Changed):
-    """Entry `place` of `base` along the first dimension, which goes away."""
+    """Entry `place` of `base` along the first dimension, which is removed."""
 
     place: int
 
@@ -283,7 +283,7 @@ class Pick(Changed):
 
 @dataclass(frozen=True, eq=False)
 class Folded(Changed):
-    """A matrix [N, M] as [N, ...] of so many elements a row: a convolution's kernels."""
+    """A matrix [N, M] viewed as [N, *inner], for a convolution's kernels."""
 
     inner: tuple[int, ...]
 
@@ -305,7 +305,7 @@ def _with(items: Sequence[Any], place: int, item: Any) -> tuple[Any, ...]:
 
 
 def _joined(parts: Sequence[Lazy]) -> list[Extent] | None:
-    """The byte ranges of parts one after another; None where they are not bytes of one type."""
+    """Return the byte ranges of parts one after another; None if they are not bytes of one dtype."""
     if len({part.dtype for part in parts}) > 1:
         return None
     out: list[Extent] = []

@@ -1,4 +1,4 @@
-"""Which neurons, in which order: positions along an axis of a lazy tensor, known when they are needed."""
+"""Positions along an axis of a lazy tensor, such as neurons in a given order; computed when needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upcycle.tensors import rng
 
 @dataclass(frozen=True)
 class Order:
-    """Which positions to take: places `start` to `stop` of the random order of range(n) that `key` names."""
+    """Places `start` to `stop` of the random order of range(n) that `key` names."""
 
     key: rng.Key
     n: int
@@ -35,7 +35,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Given:
-    """Which positions to take: a list that the recipe or a file gives."""
+    """A list of positions that the recipe or a file gives."""
 
     positions: tuple[int, ...]
 
@@ -52,9 +52,9 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """Which positions to take: `length` of them, found out from the weights when first needed.
+    """A list of `length` positions, computed from the weights when first needed.
 
-    `name` must tell the outcome apart from every other over the same `base`; it is what is hashed.
+    `name` must distinguish the outcome from every other over the same `base`, because it is what is hashed.
     """
 
     compute: Callable[[], np.ndarray]
@@ -74,7 +74,7 @@ class Computed:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Positions of whole units of `size` elements: heads, for example, in a row of their elements."""
+    """The positions of whole units of `size` elements, for example heads in a row of their elements."""
 
     units: Positions
     size: int

@@ -1,8 +1,8 @@
-"""Random numbers that depend on nothing but (seed, tensor, expert) and the place in the tensor.
+"""Random numbers that depend only on (seed, tensor, expert) and the place in the tensor.
 
-A key names a stream of Philox 4x64 (Salmon et al., SC 2011), a counter-based generator. The stream
-is cut into blocks, each started at a counter of its own, so that any range of it can be drawn alone,
-in any order, on any thread.
+A key names a stream of Philox 4x64 (Salmon et al., SC 2011), a counter-based generator. The stream is cut
+into blocks, each started at a counter of its own, so that any range of it can be drawn alone, in any order,
+on any thread.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ BLOCK = 1 << 15  # numbers per block: 128 KiB of float32, so that a block stays 
 
 
 def key(seed: int, *names: object) -> Key:
-    """The key of the stream called `names` under `seed`: 128 bits of BLAKE2b."""
+    """Return the key of the stream called `names` under `seed`: 128 bits of BLAKE2b."""
     text = "\0".join(map(str, (seed, *names)))
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def _philox(key: Key, block: int) -> np.random.Philox:
-    # The block number sits in the third word of the counter: no block can run into the next one.
+    # The block number is the third word of the counter, so no block can run into the next one.
     return np.random.Philox(key=np.array(key, np.uint64), counter=np.array([0, 0, block, 0], np.uint64))
 
 
@@ -50,18 +50,18 @@ def _stream(
 def normals(
     key: Key, start: int, stop: int, *, mean: float = 0.0, std: float = 1.0, dtype: np.dtype = FLOAT32
 ) -> np.ndarray:
-    """Numbers `start` to `stop` of the stream of normals named by `key`; [stop - start], cast to `dtype`."""
+    """Return numbers `start` to `stop` of the normal stream `key`; [stop - start], cast to `dtype`."""
     return _stream(key, start, stop, normal=True, scale=std, shift=mean, dtype=dtype)
 
 
 def uniforms(key: Key, start: int, stop: int, *, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """Numbers `start` to `stop` of the stream of uniforms in [low, high) named by `key`; [stop - start]."""
+    """Return numbers `start` to `stop` of the uniform stream `key` in [low, high); [stop - start]."""
     return _stream(key, start, stop, normal=False, scale=high - low, shift=low, dtype=FLOAT32)
 
 
 @lru_cache(maxsize=64)
 def permutation(key: Key, n: int) -> NDArray[np.int64]:
-    """A random order of range(n): the sorting order of n raw 64-bit draws. Read-only, shape [n]."""
+    """Return a random order of range(n): the sorting order of n raw 64-bit draws. Read-only, shape [n]."""
     order = np.argsort(_philox(key, 0).random_raw(n), kind="stable")
     order.setflags(write=False)
     return order

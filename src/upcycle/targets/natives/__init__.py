@@ -1,7 +1,7 @@
-"""Native MoE architectures of transformers. One file here is one `model_type`: its names and its config.
+"""Native MoE architectures of transformers. Each file here is one `model_type`: its names and its config.
 
 A file `MODEL_TYPE.py` binds a `Native` to the module name `native`. Names are those of the hub's own
-checkpoints of that architecture, per expert, so that every client loads the output as it loads those.
+checkpoints of that architecture, per expert, so that every client can load the output.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def find(model_type: str) -> Native:
-    """The native architecture called `model_type`."""
+    """Return the native architecture called `model_type`."""
     return registry.find(sys.modules[__name__], model_type, "native", "target")
 
 
 def names() -> list[str]:
-    """The native architectures that have a file here."""
+    """Return the native architectures that have a file here."""
     return registry.names(sys.modules[__name__])

@@ -1,4 +1,4 @@
-"""What the Qwen MoE architectures share: per-expert names, a list of dense layers, the shared expert."""
+"""The common part of the Qwen MoE architectures: names per expert, dense layers, the shared expert."""
 
 from upcycle.targets._layouts import PerExpert, Shared
 from upcycle.targets.native import Config
@@ -15,7 +15,7 @@ SHARED = Shared(
 
 
 def dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config:
-    """Any layer can stay dense: `mlp_only_layers`."""
+    """Return the config keys that keep layers dense; `mlp_only_layers` can name any of them."""
     kept = [i for i in range(dense["num_hidden_layers"]) if i not in moe_layers]
     return {
         "mlp_only_layers": kept,

@@ -10,7 +10,7 @@ def _dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config:
     return {
         "mlp_layer_types": kinds,
         "prefix_dense_intermediate_size": dense["intermediate_size"],
-        # With 1, its default, dense layers would be rotated even where the dense model does not.
+        # With the default, 1, dense layers would be rotated even if the dense model does not rotate them.
         "prefix_dense_sliding_window_pattern": 2,
     }
 

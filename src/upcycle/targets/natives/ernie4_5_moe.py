@@ -1,4 +1,4 @@
-"""ERNIE 4.5 MoE: the MoE that ERNIE 4.5 becomes; a bias corrects which experts are chosen."""
+"""ERNIE 4.5 MoE: the MoE that ERNIE 4.5 becomes; a bias corrects the choice of experts."""
 
 from upcycle.targets._layouts import Shared
 from upcycle.targets.native import Config, Native, client_limits

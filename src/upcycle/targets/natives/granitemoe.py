@@ -1,4 +1,4 @@
-"""GraniteMoE: the MoE that Granite becomes, and what else fits (Gemma 1, biased attention)."""
+"""GraniteMoE: the MoE for Granite and for other models that fit (Gemma 1, biased attention)."""
 
 from upcycle.targets._layouts import Fused
 from upcycle.targets.native import Native, client_limits

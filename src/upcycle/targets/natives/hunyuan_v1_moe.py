@@ -6,7 +6,7 @@ from upcycle.targets.natives._qwen import LAYOUT
 
 
 def _per_layer(config: Config) -> Config:
-    """The hub's configs give these as a list with one entry a layer, and llama.cpp reads nothing else."""
+    """Return the fields as lists with one entry per layer, as the hub's configs have them for llama.cpp."""
     values = {
         "moe_topk": config["moe_topk"],
         "moe_intermediate_size": config["intermediate_size"],

@@ -1,4 +1,4 @@
-"""Qwen2-MoE: the MoE that Qwen2 becomes; it cannot be without a shared expert."""
+"""Qwen2-MoE: the MoE that Qwen2 becomes; it always has a shared expert."""
 
 from upcycle.targets.native import Config, Native, client_limits
 from upcycle.targets.natives._qwen import LAYOUT, SHARED, dense_layers

@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE, text: the MoE that Qwen3.5 becomes; always renormalised, always with a shared expert."""
+"""Qwen3.5-MoE, text: the MoE that Qwen3.5 becomes; it always renormalises and always has a shared expert."""
 
 from upcycle.targets.native import Native, client_limits
 from upcycle.targets.natives._qwen import LAYOUT, SHARED
