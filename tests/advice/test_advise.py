@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,15 +27,17 @@ from transformers import (
 
 import tiny
 from upcycle import Recipe, UpcycleError, blueprint, cli, plan
-from upcycle.advice import drop_ratio, duration, inference, layout, published, scaling_law
+from upcycle.advice import drop_ratio, duration, inference, layout, published, recipe_file, scaling_law
 from upcycle.advice.gather import advise
 from upcycle.advice.situation import Asked, Situation, parse_tokens
 from upcycle.advice.verdict import verdict
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.source import admit
+from upcycle.recipe import override
 from upcycle.system import gpus
 
+ROOT = Path(__file__).parents[2]
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 LLAMA_3_8B = {
     **LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -921,3 +925,131 @@ def test_a_source_that_is_no_dense_language_model(dense, large, tmp_path):
         said(tmp_path / "moe", tokens=1)
     with pytest.raises(UpcycleError, match="an image is 197 tokens here"):
         said(large["vit"], {"moe": SPARSE}, tokens=1, context=64)
+
+
+# --- what is shown, and the recipe
+
+
+def printed(capsys, *arguments):
+    cli.main(["advise", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_what_holds_comes_first_and_the_rest_is_counted(large, capsys):
+    question = [large["8B"], "--tokens", "100B", "--dense-tokens", "15T", "--gpus", "512"]
+    found = said(large["8B"], tokens=100 * 10**9, dense_tokens=15 * 10**12, gpus=512)
+    short, whole = printed(capsys, *question), printed(capsys, *question, "--all")
+    assert short.splitlines()[2] == whole.splitlines()[2] == found.verdict.sentence
+    outside = [one for one in found.statements if one.inside is False]
+    assert len(outside) > 1
+    assert {*found.holding(), *found.outside()} == {*found.statements}
+    assert f"{len(outside)} statements do not cover this input; --all shows them." in short
+    assert "--all" not in whole
+    for text, marks in ((short, ("yes: ", "not known: ")), (whole, ("yes: ", "not known: ", "no: "))):
+        places = [[at for at in range(len(text)) if text.startswith(f"  {mark}", at)] for mark in marks]
+        assert all(max(before) < min(after) for before, after in itertools.pairwise(places))
+    assert "  no: " not in short
+    assert whole.count("  no: ") == len(outside)
+
+
+def test_the_recipe_that_is_shown_converts(dense, tmp_path, capsys):
+    source = dense("llama")
+    shown = printed(capsys, source, "--tokens", "1M", "--experts", "4", "--seed", "7")
+    recipe = tmp_path / "moe.toml"
+    recipe.write_text(shown[shown.index("\n# ") :])
+    assert Recipe.load(recipe) == Recipe.of(seed=7, moe={"num_experts": 4})
+    cli.main(["convert", str(source), str(tmp_path / "moe"), "--recipe", str(recipe)])
+    assert (tmp_path / "moe" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "asked", "wanted"),
+    [
+        ("8B", {}, {"tokens": 100e9, "dense_tokens": 15e12}, {}),
+        ("8B", {"moe": {"top_k": 1}}, {"tokens": 27e9}, {"moe": {"num_experts": 8, "top_k": 2}}),
+        ("8B", {"moe": {"num_experts": 16}}, {"tokens": 27e9}, {"moe": {"num_experts": 8}}),
+        ("8B", DROP, {"tokens": 27e9}, {"init": {"name": "copy"}}),
+        (
+            "8B", {}, {"tokens": 300e9, "dense_tokens": 15e12},
+            {"init": {"name": "drop", "ratio": 0.5, "indices": "independent"}},
+        ),
+        (
+            "1B", {"moe": {"num_experts": 16}}, {"tokens": 1e12, "dense_tokens": 2e12},
+            {"moe": {"num_experts": 16}},
+        ),
+        ("1B", {}, {"tokens": 60e9, "dense_tokens": 20e9}, {}),
+        (
+            "1B", {"moe": {"granularity": 2, "num_experts": 16}, "init": {"name": "virtual_group"}},
+            {"tokens": 15e9, "dense_tokens": 74e9},
+            {"moe": {"granularity": 2, "num_experts": 16}, "init": {"name": "virtual_group"}},
+        ),
+        ("bert", S, {"tokens": 50e9}, S),
+        ("convnext", S, {"tokens": 50e9}, S),
+        (
+            "vit", S, {"tokens": 20e9, "dense_tokens": 100e9},
+            {**S_VIT, "router": {**CHOICE, "capacity_factor": 2.0}},
+        ),
+        (
+            "t5", S, {"tokens": 20e9, "dense_tokens": 100e9},
+            {
+                "moe": S_T5["moe"],
+                "router": {**CHOICE, "capacity_factor": 2.0, "normalize": False, "rescale": False},
+                "decoder": {"router": {"name": "top_k", "capacity_factor": 2.0, "rounding": "flaxformer"}},
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_the_recipe_follows_from_the_advice(large, tmp_path, model, recipe, asked, wanted):
+    """It is what was asked about, unless sources that cover the input found other settings to pay. It can be
+    read back from its text, and it passes plan."""
+    found = said(large[model], recipe, **{key: int(value) for key, value in asked.items()}).recommended
+    assert found.recipe == Recipe.of(wanted)
+    (tmp_path / "moe.toml").write_text(found.toml)
+    assert Recipe.load(tmp_path / "moe.toml") == found.recipe
+    assert plan(large[model], found.recipe).num_moe_layers
+    changed = any(reason.startswith("Changed from what was asked") for reason in found.reasons)
+    assert changed is (found.recipe != Recipe.of(recipe))
+
+
+def test_a_changed_setting_is_said(large):
+    found = said(large["8B"], {"moe": {"num_experts": 16}}, tokens=27 * 10**9).recommended
+    assert "Changed from what was asked: moe.num_experts = 8, not 16." in found.reasons
+
+
+def test_narrower_experts_have_the_dense_flops(large):
+    """The keys beside the recipe bring a token's FLOPs to those of the dense model and of a router."""
+    found = said(large["8B"], tokens=27 * 10**9).recommended
+    (keys,) = (reason for reason in found.reasons if reason.startswith("  --set"))
+    table = override(found.recipe.as_table(), keys.replace("--set", "").split())
+    costs = plan(large["8B"], Recipe.of(table))
+    assert (costs.num_experts, costs.top_k, costs.expert_width) == (16, 2, 7168)
+    routers = 2 * 4096 * 16 * 32
+    assert costs.flops_per_token - costs.dense_flops_per_token == routers
+
+
+def test_json_has_the_recipe(large):
+    found = json.loads(json.dumps(said(large["8B"], tokens=27 * 10**9).as_dict()))
+    assert {"source", "moe", "asked", "statements", "verdict"} < set(found)
+    assert Recipe.of(found["recommended"]["table"]) == Recipe.of()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_is_read_back_from_its_text(path, tmp_path):
+    recipe = Recipe.load(path)
+    (tmp_path / "again.toml").write_text(
+        recipe_file.text(recipe, ["A comment.\nOf two lines = [", "  --set a=b"])
+    )
+    assert Recipe.load(tmp_path / "again.toml") == recipe
+
+
+def test_a_stack_with_its_own_router_is_read_back(tmp_path):
+    own = {"moe": {"num_experts": 4}, "router": {"name": "sigmoid", "std": 0.1}}
+    table = {
+        "dtype": "float32",
+        "moe": {"layers": [0, 2]},
+        "router": {"name": "top_k", "std": 0.5},
+        "decoder": own,
+    }
+    recipe = Recipe.of(table)
+    (tmp_path / "again.toml").write_text(recipe_file.text(recipe, []))
+    assert Recipe.load(tmp_path / "again.toml") == recipe

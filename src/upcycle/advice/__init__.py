@@ -1,1 +1,1 @@
-"""What to know before spending: dense continuation, upcycling or from scratch. See `gather.py`."""
+"""Advice before spending: dense continuation, upcycling or training from scratch. See `gather.py`."""

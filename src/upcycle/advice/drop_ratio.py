@@ -1,4 +1,4 @@
-"""How much of an expert to draw anew, for a budget (Drop-Upcycling's r)."""
+"""The share of an expert that is drawn anew for a budget: r of Drop-Upcycling (arXiv 2502.19261)."""
 
 from __future__ import annotations
 
@@ -6,34 +6,40 @@ from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Statement
 from upcycle.system.wording import rounded
 
-SHORT = 100e9  # tokens up to which nothing should be drawn anew
-LONG = 200e9  # tokens from which r = 0.5 was best: "hundreds of billions of tokens or more"
+SHORT = 100e9  # up to so many tokens nothing should be drawn anew
+LONG = 200e9  # from so many tokens on r = 0.5 was best: "hundreds of billions of tokens or more"
 BEST = 0.5
 
 PAPER = "Drop-Upcycling (arXiv 2502.19261)"
-COMPARED = (0.152e9, 1.56e9)  # dense parameters of its models that more than one r was tried on
-COMPARED_AT = 500e9  # tokens of all of them
+COMPARED = (0.152e9, 1.56e9)  # dense parameters of the models on which it tried more than one r
+COMPARED_AT = 500e9  # tokens of each of these runs
 AGAINST = "FineRMoE (arXiv 2603.13364), Table 1"
-REFUTED = (0.49e9, 1.54e9)  # dense parameters of the models that drop was too much for
-REFUTED_AT = 50e9  # tokens of all of them
-SAME = 1.1  # times more or fewer tokens: still the same budget
+REFUTED = (0.49e9, 1.54e9)  # dense parameters of the models that drop harmed
+REFUTED_AT = 50e9  # tokens of each of these runs
+SAME = 1.1  # a budget counts as the same up to so many times more or fewer tokens
 
 
 def advised(tokens: float) -> float | None:
-    """The share of neurons to draw anew for a budget; 0 is a plain copy, None where nothing is known."""
+    """Return the share of neurons to draw anew for a budget in tokens.
+
+    0 is a plain copy. None means that nothing is known about this budget.
+    """
     if tokens <= SHORT:
         return 0.0
     return BEST if tokens >= LONG else None
 
 
 def intact(ratio: float, indices: str) -> float:
-    """The share of neurons of an expert that is whole: of those drawn once for all three matrices (`shared`,
-    the paper's text) or for each by itself (`independent`, its code)."""
+    """Return the share of an expert's neurons that is left whole.
+
+    `shared` indices are drawn once for all three matrices, as the paper's text says. `independent` ones are
+    drawn for each matrix by itself, as its code does.
+    """
     return 1 - ratio if indices == "shared" else (1 - ratio) ** 3
 
 
 def statements(situation: Situation) -> list[Statement]:
-    """The ratio for the budget, and what the recipe's own leaves of an expert where it drops."""
+    """Return the ratio for the budget and, if the recipe drops, the share that it leaves whole."""
     tokens, size = situation.asked.tokens, situation.plan.dense_parameters
     ratio = advised(tokens)
     inside: bool | None

@@ -1,4 +1,4 @@
-"""How long training takes: FLOPs over peak FLOP/s and the utilisation (MFU) that was published."""
+"""The duration of training: FLOPs over peak FLOP/s times a published utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from upcycle.system.wording import rounded
 
 @dataclass(frozen=True, kw_only=True)
 class Utilisation:
-    """A share of the peak that was reached on H100, of the FLOPs of a step with all attention scores."""
+    """A share of peak FLOP/s that was reached on H100. The FLOPs of a step count all attention scores."""
 
     mfu: float
     what: str
     source: str
-    size: float  # parameters of the dense model that the MoE was made of
+    size: float  # parameters of the dense model from which the MoE was made
     gpus: int
-    granularity: float  # of its experts: the dense width over theirs
+    granularity: float  # the dense width over the width of an expert
 
     def far(self, size: float, granularity: float, count: int | None) -> float:
-        """How far it is from an input, in doublings of size, granularity and number of GPUs."""
+        """Return the distance from an input, in doublings of size, granularity and number of GPUs."""
         known = ((self.size, size), (self.granularity, granularity), (self.gpus, count or self.gpus))
         return sum(abs(math.log2(own / asked)) for own, asked in known)
 
@@ -48,7 +48,7 @@ MEGATRON = (
         mfu=0.468, what="Megatron, tuned for a measurement (capacity factor 1)",
         source=_LLAMA.format("Table 2"), size=8.03e9, gpus=128, granularity=1.0,
     ),
-    # 11 k GPU hours for 100 B tokens are 23 % of the peak: worked out, not printed.
+    # 11 k GPU hours for 100 B tokens are 23 % of the peak. We worked this out; the paper does not print it.
     Utilisation(
         mfu=0.23, what="Megatron, a whole run (capacity factor 4)",
         source=_LLAMA.format("from its GPU hours"), size=8.03e9, gpus=512, granularity=1.0,
@@ -62,12 +62,12 @@ MEGATRON = (
     ),
 )  # fmt: skip
 MEASURED_ON = "H100"
-NEAR = 2.0  # times larger or smaller, in dense parameters and in granularity: still taken for covered
-NEAR_GPUS = 1.5  # the same for GPUs: from 128 to 512 utilisation was halved
+NEAR = 2.0  # a result covers models so many times larger or smaller, and granularities likewise
+NEAR_GPUS = 1.5  # the same for GPUs; utilisation halved between 128 and 512
 
 
 def total_flops(situation: Situation) -> float:
-    """FLOPs of training on the budget, counted as published MFU counts them: all attention scores."""
+    """Return the FLOPs of training on the budget, with all attention scores, as published MFU counts them."""
     row = 3 * flops_per_row(
         situation.built.dense, situation.built, situation.lengths, all_scores=True
     )  # fmt: skip
@@ -75,12 +75,12 @@ def total_flops(situation: Situation) -> float:
 
 
 def gpu_hours(situation: Situation, mfu: float) -> float:
-    """Hours of one GPU for the budget."""
+    """Return the hours that one GPU would take for the budget at the utilisation `mfu`."""
     return total_flops(situation) / (situation.gpu.peak_flops * mfu) / 3600
 
 
 def statements(situation: Situation) -> list[Statement]:
-    """FLOPs, and hours at the utilisation of this engine and of Megatron, as measured nearest by."""
+    """Return the FLOPs, and the hours at the nearest measured utilisation of this engine and of Megatron."""
     count, gpu = situation.asked.gpus, situation.gpu
     flops, longer = total_flops(situation), situation.moe_flops / situation.dense_flops
     out = [
@@ -134,7 +134,7 @@ def _near(value: float, measured: float, factor: float) -> bool:
 
 
 def _granularity(situation: Situation) -> float:
-    """How many times narrower experts are than the dense network."""
+    """Return how many times narrower experts are than the dense network."""
     return max(site.dense_width / site.width for site in situation.built.sites)
 
 

@@ -1,4 +1,4 @@
-"""The experts that something was found with, and whether those asked for are like them."""
+"""The settings of experts behind a published result, and how the experts asked for differ from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from upcycle.advice.situation import Situation
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A setting; what is None was any, or is not in what was read: `complete` tells which.
+    """The settings of the experts in a published result.
 
-    `routers`: one a stack. `top_k`: of token choice; of expert choice it is the capacity factor, which is how
-    many experts a token has on average.
+    A field that is None was free or is not known. If it is not known, `complete` is False. `routers` has one
+    name for each stack. `top_k` is that of token choice. For expert choice it is the capacity factor, the
+    number of experts of a token on average.
     """
 
     count: int | None = None
@@ -25,7 +26,7 @@ class Experts:
     complete: bool = True
 
     def unlike(self, situation: Situation) -> list[str]:
-        """In what the experts asked for differ, each as a reason."""
+        """Return a reason for every setting in which the experts asked for differ."""
         built = situation.built
         recipes = {site.stack: built.recipe.at(site.stack) for site in built.sites}
         counts = {site.num_experts for site in built.sites}
@@ -52,7 +53,7 @@ class Experts:
 
 
 def _chosen(top_k: int, router: object) -> float | None:
-    """Experts of a token: those it chooses, or on average those that choose it; None where slots do."""
+    """Return the number of experts of a token, on average if experts choose; None for routers of slots."""
     name, factor = getattr(router, "name", ""), getattr(router, "capacity_factor", None)
     if name in ("top_k", "sigmoid"):
         return top_k

@@ -1,4 +1,4 @@
-"""`upcycle advise`: every statement on a model and a budget, and the verdict."""
+"""`upcycle advise`: every statement on a model and a budget, the verdict, and the recipe that follows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.advice import drop_ratio, duration, inference, layout, published, scaling_law
+from upcycle.advice.recommended import Recommendation, recommended
 from upcycle.advice.situation import Asked, Situation
 from upcycle.advice.statements import Statement
 from upcycle.advice.verdict import Verdict, verdict
@@ -21,30 +22,47 @@ SPEAKERS = (scaling_law, published, drop_ratio, duration, layout, inference)
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What a person should know before spending."""
+    """The facts that a person should know before spending: statements, the verdict, and a recipe."""
 
     asked: Asked
     plan: Plan
     statements: tuple[Statement, ...]
     verdict: Verdict
+    recommended: Recommendation
+
+    def holding(self) -> tuple[Statement, ...]:
+        """Return the statements that may be used here: those that cover the input, then those whose source
+        does not tell how far it reaches."""
+        covering = [one for one in self.statements if one.inside]
+        return (*covering, *(one for one in self.statements if one.inside is None))
+
+    def outside(self) -> tuple[Statement, ...]:
+        """Return the statements whose source does not cover the input."""
+        return tuple(one for one in self.statements if one.inside is False)
 
     def as_dict(self) -> dict[str, Any]:
-        """The advice as JSON has it."""
+        """Return the advice as JSON has it."""
         return {
             "source": self.plan.source,
             "moe": self.plan.made,
             "asked": asdict(self.asked),
             "statements": [asdict(statement) for statement in self.statements],
             "verdict": asdict(self.verdict),
+            "recommended": self.recommended.as_dict(),
         }
 
 
 def advise(source: str | Path | Checkpoint, recipe: Recipe, asked: Asked) -> Advice:
-    """Dense continuation, upcycling or from scratch, for the MoE that `recipe` makes of `source`.
+    """Compare dense continuation, upcycling and training from scratch for the MoE of `recipe` and `source`.
 
-    Reads headers only. Raises `UpcycleError` where source, recipe and question do not fit.
+    Only headers are read. Raises `UpcycleError` if source, recipe and question do not fit.
     """
     opened = source if isinstance(source, Checkpoint) else peek(source)
     situation = Situation(asked=asked, built=blueprint(opened, recipe))
-    found = tuple(statement for speaker in SPEAKERS for statement in speaker.statements(situation))
-    return Advice(asked=asked, plan=situation.plan, statements=found, verdict=verdict(situation))
+    return Advice(
+        asked=asked,
+        plan=situation.plan,
+        statements=tuple(one for speaker in SPEAKERS for one in speaker.statements(situation)),
+        verdict=verdict(situation),
+        recommended=recommended(situation, opened),
+    )

@@ -1,4 +1,4 @@
-"""What the MoE costs when it is used: parameters, memory for keys and values, speed."""
+"""The cost of using the MoE: parameters, memory for keys and values, speed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ SLOWDOWN_SOURCE = "Doubov et al. (arXiv 2411.08968)"
 
 
 def cache_bytes(dense: Dense, length: int, itemsize: int) -> int:
-    """Bytes of keys and values of one sequence of `length` tokens: what a decoder keeps while it generates.
+    """Return the bytes of keys and values that a decoder keeps for one sequence of `length` tokens.
 
-    Layers with a sliding window keep that many tokens, linear attention none. T5's decoder keeps keys and
-    values of `length` tokens of the encoder as well. Upcycling does not change any of it.
+    `itemsize` is the number of bytes of an element. Layers with a sliding window keep the tokens of the
+    window, and linear attention keeps none. T5's decoder also keeps keys and values of `length` tokens of the
+    encoder. Upcycling changes none of this. Raises `UpcycleError` if config.json has a wrong window or wrong
+    layer types.
     """
     config = dense.config
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
@@ -40,7 +42,7 @@ def cache_bytes(dense: Dense, length: int, itemsize: int) -> int:
 
 
 def statements(situation: Situation) -> list[Statement]:
-    """Parameters, cache and speed of the MoE beside the dense model."""
+    """Return the parameters, cache and speed of the MoE beside those of the dense model."""
     plan, built = situation.plan, situation.built
     itemsize = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
     total, active, dense = plan.total_parameters, plan.active_parameters, plan.dense_parameters

@@ -1,8 +1,8 @@
-"""Memory of a GPU in training, for the layout of `upcycle train`: FSDP2 over all, experts shared out.
+"""The memory of a GPU in training, laid out as `upcycle train` does: FSDP2 over all, experts shared out.
 
-Weights, gradients and moments are counted. What is gathered of a block and what activations take is an
-estimate: bf16 arithmetic, one row at a time, layers recomputed in the backward pass
-(`train.activation_checkpointing`) where the model can.
+Weights, gradients and moments are counted. Gathered blocks and activations are estimated for bf16 arithmetic
+and one row at a time. Layers are recomputed in the backward pass (`train.activation_checkpointing`) if the
+model can do that.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ WEIGHT, GRADIENT, MOMENTS = 4, 4, 8  # bytes a parameter, float32 and AdamW
 GATHERED = 2  # bytes a parameter of a gathered bf16 copy
 REDUCED = 2 + 4  # bytes a parameter of a bf16 gradient on its way to float32 shards
 LOGITS = 2 + 4 + 4 + 4  # bytes a logit: bf16, float32, its log-softmax, the gradient
-USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, buffers of collectives, fragments
-MOST_EXPERT_PARALLEL = 8  # ranks of one machine, where all-to-all is cheap
+USABLE = 0.9  # share of a GPU's memory; the CUDA context, buffers of collectives and fragments take the rest
+MOST_EXPERT_PARALLEL = 8  # ranks of one machine, within which all-to-all is cheap
 MOST_GPUS = 1 << 16
 UNMEASURED = "the estimates were not compared with a GPU"
 
@@ -40,13 +40,16 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All together."""
+        """The sum of all parts in bytes."""
         return self.weights + self.gradients + self.moments + self.gathered + self.activations
 
 
 def expert_parallel(count: int, built: Blueprint) -> int:
-    """How many of `count` GPUs share the experts of a layer: as many as divide both, on one machine.
-    One where experts have a response norm: those look at all tokens of an image and are not shared out."""
+    """Return how many of `count` GPUs share the experts of a layer.
+
+    It is the largest number up to `MOST_EXPERT_PARALLEL` that divides both. Experts with a response norm look
+    at all tokens of an image and are not shared out, so it is 1 for them.
+    """
     if any(built.dense.feed_forward(site.layer, site.stack).response() for site in built.sites):
         return 1
     common = math.gcd(count, *built.expert_counts)
@@ -54,11 +57,11 @@ def expert_parallel(count: int, built: Blueprint) -> int:
 
 
 def per_gpu(situation: Situation, count: int) -> Memory:
-    """The memory of one of `count` GPUs."""
+    """Return the memory that one of `count` GPUs needs."""
     total, ep = situation.plan.total_parameters, expert_parallel(count, situation.built)
     block = max(b.own + b.experts / ep for b in situation.blocks)
     rest = total - sum(b.own + b.experts for b in situation.blocks)
-    if count > 1:  # one block is used and the next under way; embedding and head stay until the step ends
+    if count > 1:  # one block is in use while the next arrives; embedding and head stay until the step ends
         gathered = (2 * GATHERED + REDUCED) * block + (GATHERED + REDUCED) * rest
     else:  # nothing is sharded; autocast keeps a copy of every weight
         gathered = float(GATHERED * total)
@@ -72,13 +75,16 @@ def per_gpu(situation: Situation, count: int) -> Memory:
 
 
 def recomputed(situation: Situation) -> bool:
-    """Whether blocks can be recomputed in the backward pass: transformers does not for ConvNeXt."""
+    """Return whether blocks can be recomputed in the backward pass; those of ConvNeXt cannot."""
     return situation.kind != "convolutional network"
 
 
 def activations(situation: Situation) -> float:
-    """Bytes of activations for one row: what goes into each block, the largest block recomputed, the logits;
-    of models that cannot recompute, all blocks and the logits."""
+    """Return the bytes of activations for one row.
+
+    They are the inputs of all blocks, the largest block, which is recomputed, and the logits. A model that
+    cannot recompute keeps all blocks and the logits.
+    """
     built, config = situation.built, situation.built.dense.config
     last = built.dense.stacks[-1]
     outputs = config["vocab_size"] if built.dense.has_language_head else 0
@@ -97,12 +103,12 @@ def activations(situation: Situation) -> float:
 
 
 def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
-    """Bytes that one block keeps of a token for its backward pass, in bf16 with flash attention.
+    """Return the bytes that one block keeps of a token for its backward pass, in bf16 with flash attention.
 
-    Beside its network 16 H + 4 q + 2 kv + 4 heads. A dense network keeps 8 I + 8 if it is gated, 4 I + 8 if
-    not, experts K (4 H + 8 I + 40) + 4 E + 12: what torch saves in a block of transformers' Llama and of
-    Mixtral, counted tensor by tensor. A block of ConvNeXt keeps 8 H beside its network, of V2, with a
-    response norm, 6 H and 8 I in the network.
+    Beside its network a block keeps 16 H + 4 q + 2 kv + 4 heads. A dense network keeps 8 I + 8 if it is gated
+    and 4 I + 8 if it is not. Experts keep K (4 H + 8 I + 40) + 4 E + 12. These are the tensors that torch
+    saves in a block of transformers' Llama and of Mixtral, counted one by one. A block of ConvNeXt keeps 8 H
+    beside its network. A block of ConvNeXt V2, which has a response norm, keeps 6 H beside it and 8 I in it.
     """
     config, network = built.dense.config, built.dense.feed_forward(layer, stack.name)
     neuron = 8 if network.gate is not None or network.response() else 4
@@ -120,7 +126,7 @@ def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
 
 
 def _beside_network(built: Blueprint, stack: Stack, *, convnet_scales: bool) -> int:
-    """Bytes a token that a block keeps beside those of its network: norms, sums, attention or convolution."""
+    """Return the bytes of a token for norms, sums, and attention or convolution: all but the network."""
     config = built.dense.config
     heads, width = config["num_attention_heads"], config["head_dim"]
     if not heads:
@@ -130,12 +136,12 @@ def _beside_network(built: Blueprint, stack: Stack, *, convnet_scales: bool) -> 
 
 
 def fits(situation: Situation, count: int, gpu: Gpu) -> bool:
-    """Whether `count` GPUs hold the training."""
+    """Return whether the training fits on `count` GPUs."""
     return per_gpu(situation, count).total <= USABLE * gpu.memory
 
 
 def least(situation: Situation, gpu: Gpu) -> int | None:
-    """The smallest power of two of GPUs that hold the training; None where no number does."""
+    """Return the smallest power of two of GPUs on which the training fits, or None if there is none."""
     count = 1
     while count <= MOST_GPUS:
         if fits(situation, count, gpu):
@@ -145,7 +151,10 @@ def least(situation: Situation, gpu: Gpu) -> int | None:
 
 
 def statements(situation: Situation) -> list[Statement]:
-    """What a GPU has to hold, and whether it does; without a number of GPUs, how many it takes."""
+    """Return the memory that a GPU needs and whether it has it.
+
+    If no number of GPUs was given, the result is the number that is needed.
+    """
     gpu, count, topic = situation.gpu, situation.asked.gpus, "memory"
     again = "layers recomputed" if recomputed(situation) else "no layer recomputed"
     source = "counted; gathered blocks and activations estimated"

@@ -1,7 +1,7 @@
-"""What papers found: where training from scratch overtook upcycling, and upcycling beside dense continuation.
+"""Results of papers: when training from scratch overtook upcycling, and upcycling beside dense continuation.
 
-Both are data, with the models they were found on. Whether one says anything about an input is a question of
-its kind, its size and its budget.
+Both are data, with the models on which they were found. The kind of a model, its size, its experts and its
+budget decide whether a result covers it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from upcycle.advice.situation import Kind, Situation
 from upcycle.advice.statements import Statement, share
 from upcycle.system.wording import rounded
 
-NEAR = 2.0  # times larger or smaller than the models of a paper: still taken for covered by it
+NEAR = 2.0  # a paper covers models up to so many times larger or smaller than its own
 NEAR_BUDGET = 4.0  # the same for tokens
 UNREAD = "how many experts of a token and which layers it was found with is not in what was read"
 
@@ -32,7 +32,7 @@ class Crossover:
     at: float
     unit: Literal["tokens", "cost"]
     sizes: tuple[float, float]  # parameters of the dense models, smallest and largest
-    exact: bool  # whether `sizes` are those of the experiment; otherwise those the rule was stated for
+    exact: bool  # True if `sizes` are those of the experiment, False if a rule was stated for them
     experts: Experts
     found: str
 
@@ -156,14 +156,16 @@ COMPARISONS = (
 
 
 def distance(situation: Situation, crossover: Crossover) -> float | None:
-    """The budget over that of the crossover: 1 is at it, 2 twice as much. None where the dense
-    training is not known."""
+    """Return the budget over that of the crossover: 1 is at the crossover, 2 is twice as much.
+
+    The result is None if the training of the dense model is not known.
+    """
     taken = situation.share_of_tokens if crossover.unit == "tokens" else situation.share_of_cost
     return None if taken is None else taken / crossover.at
 
 
 def crossover_inside(situation: Situation, crossover: Crossover) -> tuple[bool | None, str]:
-    """Whether a crossover covers a situation, and why."""
+    """Return whether a crossover covers a situation, and the reason. None: the source does not tell."""
     if situation.kind != crossover.kind:
         return False, f"found on models of the kind {crossover.kind}, this is {situation.kind}"
     if not situation.copies:
@@ -180,7 +182,7 @@ def crossover_inside(situation: Situation, crossover: Crossover) -> tuple[bool |
 
 
 def comparison_inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, str]:
-    """Whether a comparison covers a situation, and why."""
+    """Return whether a comparison covers a situation, and the reason. None: the source does not tell."""
     if not _of_its_init(situation, comparison):
         name = situation.built.recipe.init.name
         return False, f"found with init {' or '.join(comparison.inits)}, and init.name = {name}"
@@ -208,7 +210,7 @@ def comparison_inside(situation: Situation, comparison: Comparison) -> tuple[boo
 
 
 def statements(situation: Situation) -> list[Statement]:
-    """All crossovers, and the comparisons of this kind of model with this initialisation."""
+    """Return all crossovers, and the comparisons for this kind of model and initialisation."""
     out = []
     for crossover in CROSSOVERS:
         inside, why = crossover_inside(situation, crossover)

@@ -1,8 +1,9 @@
-"""The scaling law of upcycling: losses of a dense model, of an MoE made of it, of one from scratch.
+"""The scaling law of upcycling: losses of a dense model, of an MoE made from it, and of one from scratch.
 
-Liew, Kato and Takase, "Scaling Laws for Upcycling Mixture-of-Experts Language Models" (ICML 2025,
-arXiv 2502.03009), constants of its Table 2. N is the number of parameters of the dense model, D1 the tokens
-it was trained on, D2 those of the MoE; losses are nats per token on SlimPajama's Common Crawl.
+The source is Liew, Kato and Takase, "Scaling Laws for Upcycling Mixture-of-Experts Language Models" (ICML
+2025, arXiv 2502.03009), with the constants of Table 2. N is the number of parameters of the dense model, D1
+the number of tokens of its training and D2 that of the MoE's. Losses are nats per token on SlimPajama's
+Common Crawl.
 """
 
 from __future__ import annotations
@@ -18,40 +19,45 @@ from upcycle.system.wording import rounded
 SOURCE = "Liew et al. 2025 (arXiv 2502.03009), Table 2"
 IRREDUCIBLE = 0.165
 
-# Where it was fitted. The upper ends are the paper's: models of up to 7 B parameters, read here as the MoE's
-# total, the stricter reading, and a corpus of 368 B tokens. The smallest runs are not known to us: the lower
-# ends are ours.
+# The range of the fit. The upper ends are the paper's: models of up to 7 B parameters and a corpus of 368 B
+# tokens. We read the parameters as the MoE's total, which is the stricter reading. The smallest runs are not
+# known to us, so the lower ends are our own.
 LARGEST = 7e9  # parameters of the MoE
 SMALLEST = 0.1e9  # parameters of the dense model
-TOKENS = (1e9, 368e9)  # of each of both stages
+TOKENS = (1e9, 368e9)  # of each of the two stages
 EXPERTS, TOP_K = 8, 2
 SETTING = Experts(count=EXPERTS, top_k=TOP_K, granularity=1, layers="all", routers=("top_k",))
 NEEDS_DENSE_TOKENS = "it needs --dense-tokens, what the dense model was trained on"
 
 
 def dense(n: float, d: float) -> float:
-    """The loss of a dense model of `n` parameters after `d` tokens."""
+    """Return the loss of a dense model of `n` parameters after `d` tokens, in nats per token."""
     return 8.83 * d**-0.088 + 12.3 * n**-0.116 + IRREDUCIBLE
 
 
 def from_scratch(n: float, d: float) -> float:
-    """The loss of an MoE of 8 experts, top-2, with the shape that upcycling a dense model of `n` parameters
-    gives, after `d` tokens from random weights."""
+    """Return the loss of an MoE of 8 experts, top-2, after `d` tokens from random weights.
+
+    Its shape is that of the MoE made from a dense model of `n` parameters.
+    """
     return 32.0 * d**-0.161 + 7.05 * n**-0.080 + IRREDUCIBLE
 
 
 def upcycled(n: float, d1: float, d2: float) -> float:
-    """The loss of the MoE that is made of a dense model of `n` parameters and `d1` tokens, `d2` tokens later.
+    """Return the loss after `d2` tokens of the MoE made from a dense model of `n` parameters and `d1` tokens.
 
-    A D1^-a1 D2^(-a2 + a3 ln D1) + B N^-b + E: the more the dense model has seen, the more slowly the MoE
-    learns (a3). Liew and Kato (arXiv 2510.06548) found the same form for other ways to reuse a model.
+    The form is A D1^-a1 D2^(-a2 + a3 ln D1) + B N^-b + E. The more tokens the dense model has seen, the more
+    slowly the MoE learns (a3). Liew and Kato (arXiv 2510.06548) found the same form for other ways to reuse a
+    model.
     """
     return 16.3 * d1**-0.043 * d2 ** (-0.085 + 7.98e-4 * math.log(d1)) + 8.53 * n**-0.112 + IRREDUCIBLE
 
 
 def overtaken(n: float, d1: float) -> float | None:
-    """The tokens after which an MoE from scratch is ahead of an upcycled one; None where it is not inside the
-    fitted range of tokens."""
+    """Return the tokens after which an MoE from scratch is ahead of an upcycled one.
+
+    The result is None if that point is not inside the fitted range of tokens.
+    """
 
     def behind(d: float) -> float:
         return from_scratch(n, d) - upcycled(n, d1, d)
@@ -68,7 +74,7 @@ def overtaken(n: float, d1: float) -> float | None:
 
 
 def outside(situation: Situation) -> list[str]:
-    """Why the law says nothing about a situation; empty where it does."""
+    """Return the reasons why the law does not cover a situation; the list is empty if it does."""
     asked, plan, recipe = situation.asked, situation.plan, situation.built.recipe
     low, high = TOKENS
     if situation.kind != "decoder":
@@ -94,8 +100,11 @@ def outside(situation: Situation) -> list[str]:
 
 
 def losses(situation: Situation) -> dict[Choice, float]:
-    """The losses that the law gives for the budget, of what it reaches: `upcycling`, `from scratch`, and
-    `dense continuation` at the same FLOPs. Empty outside its range."""
+    """Return the losses that the law gives for the budget, in nats per token.
+
+    They are those of `upcycling`, `from scratch` and `dense continuation` at the same FLOPs. A choice that
+    the law does not reach is left out. Outside its range the result is empty.
+    """
     d1 = situation.asked.dense_tokens
     if d1 is None or outside(situation):
         return {}
@@ -107,7 +116,7 @@ def losses(situation: Situation) -> dict[Choice, float]:
 
 
 def statements(situation: Situation) -> list[Statement]:
-    """What the law says of the budget, or why it says nothing."""
+    """Return the losses and the crossover that the law gives, or the reasons why it does not apply."""
     topic = "scaling law"
     if reasons := outside(situation):
         said = "not applied: nothing is known from it about this input"

@@ -1,4 +1,4 @@
-"""What is asked, and what is known of it: the model, the MoE, the budget. Read from headers alone."""
+"""The question and its facts: the model, the MoE, the budget. They are read from headers alone."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from upcycle.system.gpus import Gpu
 from upcycle.system.wording import number_in
 
 Kind = Literal["decoder", "encoder-decoder", "encoder", "vision transformer", "convolutional network"]
-CONTEXT = 4096  # tokens of a row where nothing is asked, if the model has as many positions
+CONTEXT = 4096  # tokens of a row if none are given and the model has as many positions
 MOST_TOKENS = 10**18
 SMALL_NOISE = 0.05  # standard deviations of a matrix: "small: negligible; large: hurts" (Sparse Upcycling)
 
 
 def parse_tokens(text: str, option: str) -> int:
-    """`100B`, `1.5T`, `37_000_000`, `1e9` as a number."""
+    """Return the number in a text such as `100B`, `1.5T`, `37_000_000` or `1e9`.
+
+    Raises `UpcycleError`, which names `option`, if there is none.
+    """
     number = number_in(text, {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12})
     if number is None or number >= MOST_TOKENS:
         raise UpcycleError(
@@ -35,11 +38,14 @@ def parse_tokens(text: str, option: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The budget and the machines. Tokens are those of the training that would come now, counted as
-    `train.tokens` counts them: those of a row in all its stacks, encoder and decoder, or stages, together."""
+    """The budget and the machines.
+
+    `tokens` are those of the training that would come now, counted as `train.tokens` counts them: a row has
+    the tokens of all its stacks (encoder and decoder, or stages) together.
+    """
 
     tokens: int
-    dense_tokens: int | None = None  # that the dense model was trained on; None: not known
+    dense_tokens: int | None = None  # of the dense model's training; None: not known
     gpus: int | None = None
     gpu: str = "H100"
     context: int | None = None  # tokens of a row of text
@@ -59,7 +65,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Parameters of one block of the MoE."""
+    """The numbers of parameters of one block of the MoE."""
 
     own: int
     experts: int
@@ -67,7 +73,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """Everything that statements are made from."""
+    """The question and the blueprint, from which every statement is made."""
 
     asked: Asked
     built: Blueprint
@@ -96,12 +102,12 @@ class Situation:
 
     @cached_property
     def plan(self) -> Plan:
-        """What the MoE costs."""
+        """The plan: what the MoE costs."""
         return plan_of(self.built)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Parameters of every block of the MoE."""
+        """The parameters of every block of the MoE."""
         sizes: dict[tuple[str, str], list[int]] = {}
         starts = [(stack.name, stack.path.partition("{i}")[0]) for stack in self.built.dense.stacks]
         for name, entry in self.built.entries.items():
@@ -118,12 +124,12 @@ class Situation:
 
     @property
     def of_images(self) -> bool:
-        """Whether a row is an image, of as many tokens as the model cuts it into."""
+        """Return whether a row is an image. It then has as many tokens as the model cuts it into."""
         return "image_size" in self.built.dense.config
 
     @property
     def kind(self) -> Kind:
-        """What sort of model it is, as far as published results are concerned."""
+        """The kind of the model, by which published results are told apart."""
         causal = {stack.causal for stack in self.built.dense.stacks}
         if self.of_images:
             attends = self.built.dense.config["num_attention_heads"] > 0
@@ -134,7 +140,7 @@ class Situation:
 
     @property
     def lengths(self) -> Mapping[str, int]:
-        """Tokens of a row in each stack of blocks."""
+        """The tokens of a row in each stack of blocks."""
         if self.of_images:
             return self.built.dense.family.lengths(self.built.dense.config)
         length = self.asked.context or min(CONTEXT, self._positions)
@@ -142,44 +148,44 @@ class Situation:
 
     @property
     def row(self) -> int:
-        """Tokens of a row, all stacks together: what `--tokens` and a run of `upcycle train` count."""
+        """The tokens of a row in all stacks together, as `--tokens` and `upcycle train` count them."""
         return sum(self.lengths.values())
 
     @property
     def row_said(self) -> str:
-        """How many tokens a row, or an image, counts as."""
+        """The number of tokens of a row or an image, in words."""
         parts = ", ".join(f"{length:,} in {stack}" for stack, length in self.lengths.items())
         what = "an image counts as" if self.of_images else "rows of"
         return f"{what} {self.row:,} tokens" + (f" ({parts})" if len(self.lengths) > 1 else "")
 
     @cached_property
     def dense_flops(self) -> float:
-        """FLOPs of training the dense model on a token."""
+        """The FLOPs of training the dense model on a token."""
         return 3 * flops_per_row(self.built.dense, None, self.lengths) / self.row
 
     @cached_property
     def moe_flops(self) -> float:
-        """FLOPs of training the MoE on a token."""
+        """The FLOPs of training the MoE on a token."""
         return 3 * flops_per_row(self.built.dense, self.built, self.lengths) / self.row
 
     @property
     def dense_tokens_for_the_same(self) -> float:
-        """Tokens that the dense model can be trained on with the FLOPs of the MoE's budget."""
+        """The tokens that the FLOPs of the MoE's budget pay for in training the dense model."""
         return self.asked.tokens * self.moe_flops / self.dense_flops
 
     @property
     def share_of_tokens(self) -> float | None:
-        """The budget as a share of the dense model's training, in tokens."""
+        """The budget as a share of the dense model's training, in tokens; None if that is not known."""
         return self.asked.tokens / self.asked.dense_tokens if self.asked.dense_tokens else None
 
     @property
     def share_of_cost(self) -> float | None:
-        """The same in FLOPs."""
+        """The budget as a share of the dense model's training, in FLOPs; None if that is not known."""
         return self.dense_tokens_for_the_same / self.asked.dense_tokens if self.asked.dense_tokens else None
 
     @property
     def copies(self) -> bool:
-        """Whether experts are whole copies of the dense network, up to noise of `SMALL_NOISE`."""
+        """Return whether experts are whole copies of the dense network, up to noise of `SMALL_NOISE`."""
         init = self.built.recipe.init
         if isinstance(init, NoisyCopy):
             still = not init.sigma or not init.fraction

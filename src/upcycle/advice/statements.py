@@ -1,4 +1,4 @@
-"""One statement of the advice: what is said, its source, and whether the input lies where it was found."""
+"""One statement of the advice: its text, its source, and whether the source covers the input."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ Choice = Literal["dense continuation", "upcycling", "from scratch"]
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """`inside` says whether the input lies in the range that the source covers: None where the source does
-    not tell how far it reaches. `why` gives the reason, for all three."""
+    """A statement with its source.
+
+    `inside` says whether the input lies in the range that the source covers. It is None if the source does
+    not tell how far it reaches. `why` gives the reason in all three cases.
+    """
 
     topic: str
     said: str
@@ -23,5 +26,5 @@ class Statement:
 
 
 def share(x: float) -> str:
-    """42 %, 0.67 %, 250 %."""
+    """Return a share in per cent, such as `42 %`, `0.67 %` or `250 %`."""
     return f"{100 * x:.2g} %" if x < 0.1 else f"{100 * x:,.0f} %"

@@ -1,7 +1,7 @@
 """One sentence: dense continuation, upcycling or from scratch, and how sure that is.
 
-The fitted law decides where it reaches. Elsewhere published results of models like this one do; where there
-are none, that is what is said.
+The fitted law decides if it covers the input. If it does not, published results of models like this one
+decide. If there are none, the verdict says so.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Choice, share
 
 Sure = Literal["fitted law", "published runs", "rule of thumb", "not known"]
-CLOSE = 0.01  # nats between two losses of the law that are not told apart
+CLOSE = 0.01  # nats; two losses of the law that are closer than this are not told apart
 MEASURE = "measure it: two short runs of upcycle train, with and without [moe]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`choice` is None where the sources do not say."""
+    """The answer in one sentence. `choice` is None if the sources do not give one."""
 
     choice: Choice | None
     sure: Sure
@@ -28,7 +28,7 @@ class Verdict:
 
 
 def verdict(situation: Situation) -> Verdict:
-    """What follows from the statements."""
+    """Return the verdict that follows from the sources."""
     if found := scaling_law.losses(situation):
         return _by_law(situation, found)
     return _by_results(situation)
@@ -105,7 +105,7 @@ def _by_results(situation: Situation) -> Verdict:
 
 
 def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "disagree", "unknown"], str]:
-    """On which side of the published crossovers the budget lies, of those that may cover it."""
+    """Return the side of the crossovers that may cover the input on which the budget lies, and the reason."""
     covering = [
         crossover
         for crossover in published.CROSSOVERS
@@ -125,14 +125,14 @@ def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "d
 
 
 def _place(crossover: published.Crossover, far: float) -> str:
-    """Where a budget lies beside a crossover, in the crossover's own unit."""
+    """Return the place of a budget beside a crossover, in words and in the crossover's own unit."""
     name, side = crossover.paper.partition(" (")[0], "past" if far >= 1 else "short of"
     here, there = share(far * crossover.at), share(crossover.at)
     return f"{here} of the dense {crossover.unit}, {side} the {there} of {name}"
 
 
 def _dense_tokens_would_help(situation: Situation) -> bool:
-    """Whether something published would say more if the dense model's training were known."""
+    """Return whether a source would say more if the dense model's training were known."""
     if situation.asked.dense_tokens is not None:
         return False
     if scaling_law.outside(situation) == [scaling_law.NEEDS_DENSE_TOKENS]:
@@ -148,7 +148,7 @@ def _dense_tokens_would_help(situation: Situation) -> bool:
 
 
 def initialisation(situation: Situation) -> str:
-    """How to make the experts, for the budget, as an option of the recipe."""
+    """Return the initialisation for the budget in words."""
     ratio = drop_ratio.advised(situation.asked.tokens) if situation.kind == "decoder" else 0.0
     if ratio is None:
         return "init copy or drop, which of them is not known at this budget"

@@ -21,12 +21,13 @@ def advise(
     gpu: str = "H100",
     context: int | None = None,
 ) -> Advice:
-    """Compare dense continuation, upcycling and training from scratch, before any compute is spent.
+    """Compare dense continuation, upcycling and training from scratch before anything is spent.
 
-    `tokens` are the tokens to train on and `dense_tokens` those that `source` was trained on, as numbers or
-    as texts such as "100B". `gpus` GPUs of the kind `gpu` do the training, and `context` is the length of a
-    row of text in tokens. Only headers are read. Raises `UpcycleError` if source, recipe and settings do not
-    fit together.
+    `tokens` are those of the training that would come now, and `dense_tokens` those that `source` was trained
+    on. Both are numbers, or texts such as "100B". `gpus` of the kind `gpu` do the training; `context` is the
+    length of a row of text in tokens. The result has the verdict, the statements with their sources, and a
+    recipe (`recommended`). Only headers are read. Raises `UpcycleError` if source, recipe and question do not
+    fit.
     """
     # Asked reads texts such as "100B" itself.
     asked = Asked(tokens=tokens, dense_tokens=dense_tokens, gpus=gpus, gpu=gpu, context=context)  # type: ignore[arg-type]

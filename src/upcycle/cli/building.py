@@ -36,6 +36,7 @@ def advise(
     gpus: Whole = None,
     gpu: str = "H100",
     context: Whole = None,
+    all: Flag = False,
     json: Flag = False,
 ) -> None:
     """Compare dense continuation, upcycling and training from scratch. It reads headers only.
@@ -47,6 +48,7 @@ def advise(
         gpus: number of GPUs (the smallest possible number, if absent)
         gpu: kind of GPU: H100, H200, H800, A100 or A800
         context: tokens of a row of text (4096, or as many as the model takes, if absent)
+        all: show the statements that do not cover this input as well
         json: print JSON
     """
     from upcycle.cli.views.advice import show_advice
@@ -54,7 +56,7 @@ def advise(
     result = upcycle.advise(
         source, recipe.read(), tokens=tokens, dense_tokens=dense_tokens, gpus=gpus, gpu=gpu, context=context
     )
-    show_json(result.as_dict()) if json else show_advice(result)
+    show_json(result.as_dict()) if json else show_advice(result, all=all)
 
 
 @app.command

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from upcycle.cli.screen import out
+from upcycle.cli.screen import out, quoted
 
 if TYPE_CHECKING:
     from upcycle.advice.gather import Advice
+    from upcycle.advice.statements import Statement
+
+FILE = "moe.toml"  # the name that the recipe is given in the command that uses it
 
 
-def show_advice(advice: Advice) -> None:
-    """Show one row for each statement, then the verdict.
+def show_advice(advice: Advice, *, all: bool = False) -> None:
+    """Show the verdict, the statements that hold, a count of the others, and a recipe.
 
-    A row has the source, and whether the input is inside the range for which the source found it.
+    With `all` the others are shown as well.
     """
-    plan = advice.plan
-    shown = Table(title=f"{plan.family} -> {plan.target}: {plan.made}", title_justify="left", box=None,
-                  pad_edge=False, header_style="bold", width=out.width)  # fmt: skip
+    plan, outside = advice.plan, advice.outside()
+    out.print(f"{plan.family} -> {plan.target}: {plan.made}")
+    out.print(f"\n{advice.verdict.sentence}")
+    out.print()
+    out.print(_table((*advice.holding(), *(outside if all else ()))), soft_wrap=False)
+    if outside and not all:
+        out.print(f"\n{_folded(len(outside))}")
+    out.print(f"\nA recipe to try: save it as {FILE} and run")
+    out.print(f"  upcycle convert {quoted(plan.source)} OUT --recipe {FILE}")
+    out.print()
+    for line in advice.recommended.toml.splitlines():
+        out.print(line)
+
+
+def _folded(count: int) -> str:
+    if count == 1:
+        return "1 statement does not cover this input; --all shows it."
+    return f"{count} statements do not cover this input; --all shows them."
+
+
+def _table(statements: Iterable[Statement]) -> Table:
+    """One row a statement: its topic, text, source, and whether it covers the input."""
+    shown = Table(box=None, pad_edge=False, header_style="bold", width=out.width)
     shown.add_column("what", no_wrap=True)
-    for column, share in (("", 5), ("source", 3), ("inside its range", 3)):
+    for column, share in (("", 5), ("source", 3), ("holds here", 3)):
         shown.add_column(column, ratio=share, overflow="fold")
     topic = ""
-    for statement in advice.statements:
-        mark = {True: "yes", False: "no", None: "not known"}[statement.inside]
-        new = statement.topic if statement.topic != topic else ""
-        cells = (new, statement.said, statement.source, f"{mark}: {statement.why}")
-        shown.add_row(*cells)
-        topic = statement.topic
-    out.print(shown, soft_wrap=False)
-    out.print(f"\n{advice.verdict.sentence}")
+    for one in statements:
+        mark = {True: "yes", False: "no", None: "not known"}[one.inside]
+        shown.add_row(one.topic if one.topic != topic else "", one.said, one.source, f"{mark}: {one.why}")
+        topic = one.topic
+    return shown

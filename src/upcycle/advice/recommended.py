@@ -1,0 +1,179 @@
+"""The recipe that follows from the advice.
+
+It is the recipe that was asked about, unless sources cover this input and show that upcycling pays with other
+settings. Experts, top-k, layers and router then come from those sources, and the initialisation comes from
+the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from upcycle import settings
+from upcycle.advice import drop_ratio, recipe_file
+from upcycle.advice.situation import Kind, Situation
+from upcycle.advice.verdict import Verdict, verdict
+from upcycle.blueprints.blueprint import blueprint
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.errors import UpcycleError
+from upcycle.init import Init
+from upcycle.init.drop import Drop
+from upcycle.recipe import Recipe
+
+# The settings of the published runs in which upcycling was better than dense continuation.
+PUBLISHED: Mapping[Kind, Mapping[str, Any]] = {
+    "decoder": {"moe": {"num_experts": 8, "top_k": 2}},
+    "encoder-decoder": {
+        "moe": {"num_experts": 32, "top_k": 2, "layers": "every_other"},
+        "router": {"name": "expert_choice", "capacity_factor": 2.0, "normalize": False, "rescale": False},
+        "decoder": {"router": {"name": "top_k", "capacity_factor": 2.0, "rounding": "flaxformer"}},
+    },
+    "vision transformer": {
+        "moe": {"num_experts": 32, "layers": "last_half"},
+        "router": {"name": "expert_choice", "capacity_factor": 2.0},
+    },
+}
+USE = (
+    "Use: upcycle convert SOURCE OUT --recipe FILE. In a run file these tables stand beside source, out and "
+    "[train]."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """A recipe that passes `plan` on the source, and the reasons for it.
+
+    A reason that is indented is a part of a command.
+    """
+
+    recipe: Recipe
+    reasons: tuple[str, ...]
+
+    @property
+    def toml(self) -> str:
+        """The text of a recipe file."""
+        return recipe_file.text(self.recipe, (*self.reasons, USE))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recommendation as JSON has it."""
+        return {"table": self.recipe.as_table(), "toml": self.toml, "reasons": list(self.reasons)}
+
+
+def recommended(situation: Situation, source: Checkpoint) -> Recommendation:
+    """Return the recipe that follows from the advice on `situation`, an MoE made of `source`.
+
+    Only headers are read.
+    """
+    asked = situation.built.recipe
+    best, found = _best(situation, source)
+    if found.choice == "upcycling":
+        best = _initialised(best, source)
+    differences = _differences(asked, best.built.recipe)
+    reasons = [found.sentence]
+    if found.choice not in (None, "upcycling"):
+        reasons.append(f"The advice is {found.choice}. This is the recipe to compare it with.")
+    elif found.choice is None:
+        reasons.append(
+            "No source shows that upcycling pays here, so this is the recipe that was asked about."
+        )
+    if differences:
+        reasons.append(f"Changed from what was asked: {'; '.join(differences)}.")
+    if equal := _equal_flops(best, source):
+        ratio = best.plan.flops_per_token / best.plan.dense_flops_per_token
+        reasons.append(
+            f"A token takes {ratio:.2f} times the dense FLOPs. For equal FLOPs, with narrower experts, add"
+        )
+        reasons.append("  " + " ".join(f"--set {key}={value}" for key, value in equal.items()))
+    return Recommendation(recipe=best.built.recipe, reasons=tuple(reasons))
+
+
+def _best(situation: Situation, source: Checkpoint) -> tuple[Situation, Verdict]:
+    """Return the situation asked about, or the first other one in which upcycling is shown to pay."""
+    found = verdict(situation)
+    if found.choice is None and found.sure != "fitted law":
+        for recipe in _others(situation):
+            other = _with(situation, recipe, source)
+            if other and (better := verdict(other)).choice == "upcycling":
+                return other, better
+    return situation, found
+
+
+def _others(situation: Situation) -> Iterator[Recipe]:
+    """Yield recipes that sources say more about than about the one that was asked about."""
+    asked = situation.built.recipe
+    if asked.successor is not None or asked.moe.granularity > 1 or asked.moe.expert_width:
+        return  # the width was chosen, and published comparisons are of whole experts
+    copy = settings.read(Init, {"name": "copy"}, "init")
+    if isinstance(asked.init, Drop) and drop_ratio.advised(situation.asked.tokens) == 0:
+        yield replace(asked, init=copy)
+    if published := PUBLISHED.get(situation.kind):
+        of_the_model = {"target": asked.moe.target, "pooling": asked.moe.pooling}
+        moe = {**of_the_model, **published["moe"]}
+        yield Recipe.of({**published, "moe": moe, "seed": asked.seed, "dtype": asked.dtype})
+
+
+def _initialised(situation: Situation, source: Checkpoint) -> Situation:
+    """Return the situation with the initialisation that the verdict names for the budget."""
+    ratio = drop_ratio.advised(situation.asked.tokens) if situation.kind == "decoder" else None
+    if not ratio or not situation.copies:
+        return situation
+    drop = settings.read(Init, {"name": "drop", "ratio": ratio, "indices": "independent"}, "init")
+    return _with(situation, replace(situation.built.recipe, init=drop), source) or situation
+
+
+def _equal_flops(situation: Situation, source: Checkpoint) -> dict[str, Any]:
+    """Return the keys that make `top_k` narrower experts together as wide as the dense network.
+
+    These are the virtual groups of He et al. (arXiv 2410.07524). The result is empty if experts are narrow
+    already or the model cannot have them.
+    """
+    recipe = situation.built.recipe
+    moe, one_router = recipe.moe, not recipe.parts and recipe.successor is None
+    plain = moe.granularity == 1 and not (moe.expert_width or moe.shared_experts or moe.universal_experts)
+    if situation.kind != "decoder" or not (one_router and plain) or recipe.router.name != "top_k":
+        return {}
+    if moe.top_k == 1:
+        return {}  # one whole expert has the dense FLOPs already
+    narrow = {
+        "moe.num_experts": moe.num_experts * moe.top_k,
+        "moe.granularity": moe.top_k,
+        "init.name": "virtual_group",
+        "router.init": "grouped",
+    }
+    try:
+        blueprint(source, Recipe.of(_put(recipe, narrow)))
+    except UpcycleError:
+        return {}
+    return narrow
+
+
+def _put(recipe: Recipe, keys: Mapping[str, Any]) -> dict[str, Any]:
+    table = recipe.as_table()
+    table["init"] = {}
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        table[section] = {**table[section], name: value}
+    return table
+
+
+def _with(situation: Situation, recipe: Recipe, source: Checkpoint) -> Situation | None:
+    """Return the same question about another recipe; None if the source cannot have it."""
+    try:
+        return Situation(asked=situation.asked, built=blueprint(source, recipe))
+    except UpcycleError:
+        return None
+
+
+def _differences(asked: Recipe, given: Recipe) -> list[str]:
+    """Return every key of [moe], [init] and [router] that differs, as `moe.num_experts = 8, not 16`."""
+    out = []
+    for section in ("moe", "init", "router"):
+        before, after = getattr(asked, section).as_table(), getattr(given, section).as_table()
+        for key, value in after.items():
+            if key in before and before[key] != value:
+                out.append(f"{section}.{key} = {value}, not {before[key]}")
+            elif key not in before and section == "init":
+                out.append(f"{section}.{key} = {value}")
+    return out
