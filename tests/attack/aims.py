@@ -17,9 +17,9 @@ from workshop import GLUE, HUB, MOE, SHARD, WORDS, Workshop
 
 import tiny
 from upcycle import cli, families
+from upcycle.api.training import refuse_what_cannot_begin
 from upcycle.blueprints import cost
 from upcycle.calibration.calibration import calibrate
-from upcycle.cli import ready
 from upcycle.cli.options import RecipeOptions
 from upcycle.conversion.journal import JOURNAL
 from upcycle.conversion.write import convert
@@ -170,7 +170,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
         def start() -> Start:
             path = shop.place(f"changed/run-file-{number}") / "run.toml"
             path.write_text(_toml({**shop.table(of("nowhere")), **RUNS[number]}))
-            return _file(path, lambda: ready.to_train(Run.load(path)))
+            return _file(path, lambda: refuse_what_cannot_begin(Run.load(path)))
 
         return start
 

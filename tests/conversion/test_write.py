@@ -150,8 +150,8 @@ def killing(function):
     return wrapped
 for name in ("pwrite", "fdatasync", "fsync"):
     setattr(os, name, killing(getattr(os, name)))
-write._write_json = killing(write._write_json)
-write._sync_folder = killing(write._sync_folder)
+write.whole_file.write_json = killing(write.whole_file.write_json)
+write.whole_file.sync_folder = killing(write.whole_file.sync_folder)
 write.Path.rename = killing(write.Path.rename)
 write.Path.unlink = killing(write.Path.unlink)
 write.convert(sys.argv[1], sys.argv[2], Recipe.of(init={"name": sys.argv[4]}),

@@ -20,7 +20,6 @@ from upcycle.dense.subject import Subject
 from upcycle.evaluation import task_files
 from upcycle.evaluation.comparison import compare
 from upcycle.evaluation.language_model import LanguageModel, Pair
-from upcycle.evaluation.results import read
 from upcycle.evaluation.scores import Asked, evaluate, score
 from upcycle.hf import models
 
@@ -373,7 +372,7 @@ def test_the_command(dense_model, folders, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "arc_easy" in shown
     assert "wh_island" not in shown  # the mean of the paradigms is
-    entries = {entry["name"]: entry for entry in read(folder / "eval.json")}
+    entries = {entry["name"]: entry for entry in json.loads((folder / "eval.json").read_text())["results"]}
     assert set(entries) == {"arc_easy", "blimp_wh_island", "blimp_passive_1", "blimp"}
     assert entries["arc_easy"]["data"]["num_fewshot"] == 2
     assert entries["arc_easy"]["versions"]["lm_eval"] == lm_eval.__version__

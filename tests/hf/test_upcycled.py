@@ -913,7 +913,7 @@ def test_classes_that_nobody_knows(made, tmp_path):
         blueprint(folder, Recipe.of(moe=MOE))
     convert(made("vit"), tmp_path / "moe", Recipe.of(moe=MOE))
     edit_config(tmp_path / "moe", architectures=["UpcycledViTForNothing"])
-    with pytest.raises(UpcycleError, match="has no class ViTForNothing"):
+    with pytest.raises(UpcycleError, match="has no class of models ViTForNothing"):
         upcycle.open(tmp_path / "moe")
     edit_config(tmp_path / "moe", architectures=None)
     with pytest.raises(UpcycleError, match="names no architecture"):

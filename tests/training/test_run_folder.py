@@ -24,7 +24,6 @@ from upcycle import Recipe, UpcycleError, cli, plan
 from upcycle.records.state import RunState
 from upcycle.system import lock
 from upcycle.system.signals import held
-from upcycle.training import export as exporting
 from upcycle.training import loop, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
@@ -282,8 +281,7 @@ def test_export_on_a_full_disk(table: Table, tmp_path: Path, monkeypatch: pytest
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.selection, "write", full)
-    monkeypatch.setattr(exporting, "carry", full)
+    monkeypatch.setattr("upcycle.training.exports.huggingface.carry", full)
     with pytest.raises(UpcycleError, match=r"out\.partial could not be written: No space left on device"):
         export(out, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

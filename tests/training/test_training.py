@@ -380,9 +380,10 @@ def test_activation_checkpointing_and_bfloat16_train(table, tmp_path):
     assert pure.loss == pytest.approx(whole.loss, rel=5e-2)
 
 
-def test_a_compiled_run_is_the_run(table, tmp_path):
+def test_a_compiled_run_is_the_run(table, tmp_path, monkeypatch):
     if not shutil.which("c++"):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     for compiled in (False, True):
         train(
             Run.of(table(out=str(tmp_path / str(compiled)), **MOE, train={"steps": 3, "compile": compiled}))

@@ -28,14 +28,14 @@ def train(
     `UpcycleError` for settings or data that cannot be used.
     """
     asked = Run.of(run)
-    _refuse_missing(asked)  # before torch is imported, which takes seconds
+    refuse_what_cannot_begin(asked)  # before torch is imported, which takes seconds
     from upcycle.training import loop
 
     with reporting_to(progress):
         return loop.train(asked, resume=resume)
 
 
-def _refuse_missing(run: Run) -> None:
+def refuse_what_cannot_begin(run: Run) -> None:
     """Raise `UpcycleError` if a run cannot begin because of its source, its recipe or its data."""
     refuse_missing(run.source)
     if not run.from_scratch and not hub.is_id(run.source):
