@@ -82,7 +82,7 @@ def main() -> None:
     common.train(run, threads=1)
     for tokens, step in STARTS.items():
         out = folder / f"dense-{tokens}"
-        if not out.exists():
+        if not out.exists() and (folder / "dense-run" / "checkpoints" / f"step-{step}").exists():
             common.upcycle("export", run["out"], str(out), "--step", str(step), "--dtype", "float32")
 
 
