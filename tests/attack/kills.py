@@ -95,14 +95,20 @@ def converts(arena: Arena, times: int) -> None:
         out = arena.path("out")
         partial = out.with_name("out.partial")
         if not arena.kill(line(out), "convert") or (out / "config.json").exists():
-            assert aims._digests(out) == aims._digests(calm)
+            _are_equal(out, calm)
             continue
         for left in filter(Path.exists, (out, partial)):
             with pytest.raises(UpcycleError):
                 Checkpoint.open(left)
         arena.whole(line(out, "--resume"))
-        assert aims._digests(out) == aims._digests(calm)
+        _are_equal(out, calm)
         assert not arena.leftovers
+
+
+def _are_equal(out: Path, calm: Path) -> None:
+    """Fail with the names of the files that differ between two folders."""
+    one, two = aims._digests(out), aims._digests(calm)
+    assert one == two, sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
 
 
 def trains(arena: Arena, times: int) -> None:

@@ -246,3 +246,13 @@ def test_a_partial_folder_of_a_version_without_checksums(source, tmp_path, monke
     convert(source, tmp_path / "out", RECIPE, shard_size=120_000, resume=True)
     convert(source, tmp_path / "whole", RECIPE, shard_size=120_000)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_small_file_that_a_kill_left_half_written(source, tmp_path, monkeypatch):
+    """It is no part of the result, and upcycle.json does not speak of it."""
+    partial = broken(source, tmp_path / "out", monkeypatch)
+    (partial / "model.safetensors.index.json.123.partial").write_text("{")
+    (partial / "upcycle.json.123.partial").write_text("{")
+    convert(source, tmp_path / "out", RECIPE, resume=True, shard_size=120_000)
+    convert(source, tmp_path / "calm", RECIPE, shard_size=120_000)
+    assert digests(tmp_path / "out") == digests(tmp_path / "calm")

@@ -365,6 +365,7 @@ def _finish(
     built: Blueprint, shards: Shards, partial: Path, out: Path, hashes: dict[str, dict[str, str]]
 ) -> None:
     """Write the files that make a folder of tensors a model, and rename the folder into place."""
+    whole_file.clear(partial)
     names, left = carry(built.source.folder, partial)
     if shards.index is not None:
         whole_file.write_json(partial / INDEX, shards.index)

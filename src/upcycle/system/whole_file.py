@@ -34,6 +34,12 @@ def write(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def clear(folder: Path) -> None:
+    """Delete the half-written files that a killed process left in `folder`; nobody else may write there."""
+    for left in folder.glob("*.[0-9]*.partial"):
+        left.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text to `path` as UTF-8, like `write`."""
     write(path, text.encode())
