@@ -436,7 +436,7 @@ def _no_json(constant: str) -> None:
 
 def _tokenised(folder: Path, text: Path, cache: Path) -> None:
     data = corpus.Data(sources=(Source(path=str(text)),))
-    corpus.prepare(data, folder, cache, vocab_size=300, progress=lambda n: None)
+    corpus.prepare(data, folder, cache, vocab_size=300)
 
 
 def _set(source: Path, before: list[str], data: bytes) -> None:
