@@ -12,6 +12,7 @@ from typing import Any
 
 import left_behind
 import tiny
+from heard import Counted
 from upcycle.calibration.calibration import Asked, calibrate
 from upcycle.conversion import write
 from upcycle.conversion.write import convert
@@ -176,7 +177,9 @@ class Workshop:
                 raise KeyboardInterrupt
 
         with contextlib.suppress(KeyboardInterrupt):
-            calibrate(self.dense, out, self.calibrating(), progress=interrupt, save_every=1)
+            calibrate(
+                self.dense, out, self.calibrating(), progress=Counted("calibrating", interrupt), save_every=1
+            )
         return out.with_name(out.name + ".partial")
 
     @cached_property
