@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from trial import Start, Target
 from workshop import GLUE, HUB, MOE, SHARD, WORDS, Workshop
 
 import tiny
+from files import digests, toml
 from upcycle import cli, families
 from upcycle.api.training import refuse_what_cannot_begin
 from upcycle.blueprints import cost
@@ -169,7 +169,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
     def run_file(number: int) -> Callable[[], Start]:
         def start() -> Start:
             path = shop.place(f"changed/run-file-{number}") / "run.toml"
-            path.write_text(_toml({**shop.table(of("nowhere")), **RUNS[number]}))
+            path.write_text(toml({**shop.table(of("nowhere")), **RUNS[number]}))
             return _file(path, lambda: refuse_what_cannot_begin(Run.load(path)))
 
         return start
@@ -182,7 +182,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
         def start() -> Start:
             whole = shop.place("whole") / "out"
             convert(shop.dense, whole, MOE, shard_size=SHARD)
-            right, file = _digests(whole), next(iter(sorted(shop.partial.glob(name)))).name
+            right, file = digests(whole), next(iter(sorted(shop.partial.glob(name)))).name
 
             def run(data: bytes) -> None:
                 out = of("resumed")
@@ -190,7 +190,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
                 partial = shop.copied(shop.partial, "changed/resumed.partial")
                 (partial / file).write_bytes(data)
                 convert(shop.dense, out, MOE, shard_size=SHARD, resume=True)
-                assert _digests(out) == right, "a resumed conversion has other bytes"
+                assert digests(out) == right, "a resumed conversion has other bytes"
 
             return Start((shop.partial / file).read_bytes(), run)
 
@@ -450,10 +450,6 @@ def _told(folders: list[Path]) -> None:
     about.troubles()
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
 def _means_the_same(folder: Path, whole: Path) -> bool:
     """Whether the weights and the config of a folder are those of a whole one, and readers see that."""
     from safetensors.numpy import load_file
@@ -484,19 +480,6 @@ def small_config(model_type: str) -> dict[str, Any]:
     else:
         made = tiny.config_of(model_type)
     return dict(json.loads(made.to_json_string(use_diff=False)))
-
-
-def _toml(table: dict[str, Any]) -> str:
-    """The table as TOML: strings, numbers, booleans and lists are written as JSON writes them."""
-    lines = [f"{k} = {json.dumps(v)}" for k, v in table.items() if not isinstance(v, dict)]
-    for section, values in table.items():
-        if isinstance(values, dict):
-            lines.append(f"[{section}]")
-            lines += [f"{k} = {json.dumps(v)}" for k, v in values.items() if k != "sources"]
-            for source in values.get("sources", ()):
-                lines.append(f"[[{section}.sources]]")
-                lines += [f"{k} = {json.dumps(v)}" for k, v in source.items()]
-    return "\n".join(lines) + "\n"
 
 
 RECIPES = (

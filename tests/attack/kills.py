@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aims
 import pytest
 from workshop import Workshop
 
 import forked
+from files import digests, toml
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import results
@@ -107,7 +107,7 @@ def converts(arena: Arena, times: int) -> None:
 
 def _are_equal(out: Path, calm: Path) -> None:
     """Fail with the names of the files that differ between two folders."""
-    one, two = aims._digests(out), aims._digests(calm)
+    one, two = digests(out), digests(calm)
     assert one == two, sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
 
 
@@ -118,7 +118,7 @@ def trains(arena: Arena, times: int) -> None:
     def line(out: Path) -> list[str]:
         table = {**arena.shop.table(out), "checkpoint": {"every": 1, "keep": 2}}
         table["train"] = {**table["train"], "steps": 12}
-        (arena.folder / f"{out.name}.toml").write_text(aims._toml(table))
+        (arena.folder / f"{out.name}.toml").write_text(toml(table))
         return ["train", str(arena.folder / f"{out.name}.toml"), "--resume"]
 
     calm = arena.path("calm-run")

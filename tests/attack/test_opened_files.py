@@ -10,12 +10,12 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import aims
 import pytest
 from workshop import Workshop
 
 import forked
 import upcycle
+from files import toml
 
 PYTHON = [
     sys.prefix, sys.base_prefix, *site.getsitepackages(), *sysconfig.get_paths().values(),
@@ -90,7 +90,7 @@ def test_no_command_opens_what_is_not_its_own(
     opened: Opened, shop: Workshop, home: Path, tmp_path: Path
 ) -> None:
     out, run, cache = tmp_path / "out", tmp_path / "run", tmp_path / "cache"
-    (tmp_path / "run.toml").write_text(aims._toml(shop.table(run)))
+    (tmp_path / "run.toml").write_text(toml(shop.table(run)))
     source, text, run_file = shop.dense, shop.text, tmp_path / "run.toml"
     on_text = ("--text", text, "--length", "16", "--cache", cache)
     commands: list[tuple[tuple[object, ...], list[Path], list[Path]]] = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from files import digests
 from upcycle import Recipe, convert
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion import write
@@ -20,10 +20,6 @@ from upcycle.errors import UpcycleError
 from upcycle.system import open_files
 
 RECIPE = Recipe.of(init={"name": "drop"})
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 @pytest.fixture

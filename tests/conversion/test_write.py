@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+from files import digests
 from upcycle import Recipe, blueprint, cli, convert, plan
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion.shards import parse_size
@@ -26,10 +26,6 @@ INITS = [
     {"name": "drop", "ratio": 0.3, "indices": "independent"},
     {"name": "noise"},
 ]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 def tensors(folder: Path) -> dict[str, bytes]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import toml
 
 import forked
 import tiny
+from files import toml
 from upcycle import Recipe, UpcycleError, cli, plan
 from upcycle.records.state import RunState
 from upcycle.system import lock

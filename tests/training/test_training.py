@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import forked
 import ranks
 import tiny
+from files import toml
 from upcycle import Recipe, UpcycleError, cli, convert, load, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
@@ -275,19 +276,6 @@ def server():
     started = forked.Server()
     yield started
     started.close()
-
-
-def toml(table_: dict) -> str:
-    """The table as TOML: strings, numbers, booleans and lists are written as JSON writes them."""
-    lines = [f"{k} = {json.dumps(v)}" for k, v in table_.items() if not isinstance(v, dict)]
-    for section, values in table_.items():
-        if isinstance(values, dict):
-            lines.append(f"[{section}]")
-            lines += [f"{k} = {json.dumps(v)}" for k, v in values.items() if k != "sources"]
-            for source in values.get("sources", ()):
-                lines.append(f"[[{section}.sources]]")
-                lines += [f"{k} = {json.dumps(v)}" for k, v in source.items()]
-    return "\n".join(lines) + "\n"
 
 
 def test_killed_three_times_and_terminated_once(table, server, tmp_path):
