@@ -49,7 +49,7 @@ def flops_per_row(table: dict[str, Any]) -> int:
     begun = start_of(run)
     begun.dense.checkpoint.close()
     task = run.task or tasks.of(begun.dense.architecture)
-    return begun.training_flops_per_row(task.lengths(run, begun.subject))
+    return begun.training_flops_per_row(task.lengths(run.train.sequence_length, begun.subject))
 
 
 def curve(out: str | Path, rows: int, flops: int) -> list[dict[str, Any]]:
