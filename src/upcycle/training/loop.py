@@ -6,8 +6,8 @@ import json
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from upcycle.system import memory, progress
 from upcycle.system.signals import held, noted
 from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
-from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
+from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step, writers
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 from upcycle.training.step import Outcome, Trainee
+from upcycle.training.writers import Failure, Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,10 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         peak=metrics.peak_flops(run.log, here.device),
         ranks=here,
     )
-    try:
+    with ExitStack() as stack:
+        if log is not None:
+            stack.callback(log.close)
+        writer = stack.enter_context(writers.writer(out, run.checkpoint, here))
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
@@ -194,15 +198,14 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
                 log.step(record)
             stopping = here.any(bool(stop))
             due = bool(run.checkpoint.every) and (now + 1) % run.checkpoint.every == 0
-            if last or due or stopping:
-                _save(trainee, state, out, log, must=last or stopping)
+            must = last or stopping
+            if due or must:
+                _save(trainee, state, writer, must=must)
+            _report(writer.failures(), out, log, must=state.step if must else None)
             if stopping and not last:
                 if log is not None:
                     log.say(f"stopped by SIGTERM after step {now + 1}; saved, go on with --resume")
                 break
-    finally:
-        if log is not None:
-            log.close()
     return Result(
         out=out,
         steps=state.step,
@@ -265,24 +268,28 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
     )
 
 
-def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, must: bool) -> None:
-    """Save a checkpoint. A failure stops the run only if `must` is set."""
-    keep = trainee.run.checkpoint.keep
+def _save(trainee: Trainee, state: RunState, writer: Writer, *, must: bool) -> None:
+    """Save a checkpoint; with `must`, return when it is written."""
     saved = replace(state, identity=trainee.run.identity(), micro_batch=trainee.run.train.micro_batch)
     with held():
         optimizer.fill(trainee.optimizer, trainee.run.optimizer)
-        reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
-    if reason is None:
-        return
-    kept = saving.latest(out)
-    said = (
-        f"step {state.step} could not be saved ({reason}); "
-        f"{f'{kept.name} is kept' if kept else 'there is no earlier checkpoint'}"
-    )
-    if must:
-        raise UpcycleError(f"{said}. Make room in {out} and go on with --resume")
-    if log is not None:
-        log.warn(f"{said}; training goes on")
+        writer.save(trainee.model, trainee.optimizer, saved)
+        if must:
+            writer.wait()
+
+
+def _report(failures: Sequence[Failure], out: Path, log: Metrics | None, *, must: int | None) -> None:
+    """Warn about checkpoints that could not be written; the run stops if one of them is that of step `must`."""
+    for failure in failures:
+        kept = saving.latest(out)
+        said = (
+            f"step {failure.step} could not be saved ({failure.reason}); "
+            f"{f'{kept.name} is kept' if kept else 'there is no earlier checkpoint'}"
+        )
+        if failure.step == must:
+            raise UpcycleError(f"{said}. Make room in {out} and go on with --resume")
+        if log is not None:
+            log.warn(f"{said}; training goes on")
 
 
 def _begin(

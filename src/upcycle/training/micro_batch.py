@@ -15,13 +15,14 @@ import torch
 
 from upcycle.records.state import RunState
 from upcycle.system import memory
-from upcycle.training import fit
+from upcycle.training import fit, writers
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 
 _SHARE = 0.7  # usable share of the free memory; the rest is for what is not counted
 _PER_PARAMETER = 16  # bytes for a weight, its gradient and its two moments, in float32
+_PER_COPY = 12  # bytes more, for a weight and its two moments that are written beside the steps
 _LOGITS = 16  # bytes per logit: itself, its float32 copy, its log-softmax, the gradient
 _KEPT = {"float32": 8, "mixed": 6, "bfloat16": 5}
 """Bytes per number that goes into or comes out of a matrix: what the backward pass keeps, and more."""
@@ -70,7 +71,8 @@ def _rows_that_fit(
     free = _free(here)
     if free is None:
         return None
-    free -= _PER_PARAMETER * begun.parameters // here.dp_size
+    copied = here.device.type == "cpu" and writers.beside_the_steps(run.checkpoint, here)
+    free -= (_PER_PARAMETER + _PER_COPY * copied) * begun.parameters // here.dp_size
     return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.training.run import Parallel
 
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables by which processes find each other
+_TIMEOUT = timedelta(minutes=30)  # of a collective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Ranks:
     device: torch.device
     config: DistributedConfig | None = None
     dp_group: Any = None
+    group: Any = None  # the group of all ranks, if it is not torch's own
 
     @property
     def first(self) -> bool:
@@ -57,7 +59,7 @@ class Ranks:
         if self.world == 1:
             return flag
         seen = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.group)
         return bool(seen)
 
     def gathered(self, value: Any) -> list[Any]:
@@ -65,7 +67,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         box = [None] * self.world
-        dist.all_gather_object(box, value)
+        dist.all_gather_object(box, value, group=self.group)
         return box
 
     def share(self, value: Any) -> Any:
@@ -73,13 +75,29 @@ class Ranks:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def beside(self) -> Iterator[Ranks]:
+        """Yield the same ranks for a thread beside the training, with a group of their own on CPUs.
+
+        Collectives of one group must come in the same order on every rank, and those of two groups need not.
+        """
+        device = torch.device("cpu")
+        if self.world == 1:
+            yield replace(self, device=device)
+            return
+        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        try:
+            yield replace(self, device=device, group=group)
+        finally:
+            dist.destroy_process_group(group)
 
 
 @contextmanager
@@ -108,7 +126,7 @@ def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] =
         if _of_environment("RANK", 0) >= world:
             raise UpcycleError(f"RANK = {os.environ['RANK']} and WORLD_SIZE = {world}; start with torchrun")
         backend = dist.get_default_backend_for_device(kind)
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         mesh = dist.init_device_mesh(kind, (fsdp, parallel.tp), mesh_dim_names=("fsdp", "tp"))
         yield Ranks(
