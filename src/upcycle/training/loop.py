@@ -28,7 +28,20 @@ from upcycle.system import memory, progress
 from upcycle.system.signals import held, noted
 from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
-from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step, writers
+from upcycle.training import (
+    agreement,
+    fit,
+    metrics,
+    micro_batch,
+    optimizer,
+    parallel,
+    routing,
+    run_folder,
+    saving,
+    start,
+    step,
+    writers,
+)
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
@@ -62,16 +75,18 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     """
     run = Run.of(run)
     precision = _precision(run)
-    begun = start.start_of(run)
-    task = tasks.fitting(run.task, begun.dense.architecture)
-    fit.refuse_pooling(run, begun.built)
-    experts = begun.built.expert_counts if begun.built else set()
-    folders = [opened.folder for opened in begun.checkpoints]
-    with (
-        ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
-        noted(signal.SIGTERM) as stop,
-        run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
-    ):
+    mine = agreement.found(run, parallel.world_size())
+    if mine.begun is not None:
+        task = tasks.fitting(run.task, mine.begun.dense.architecture)
+        fit.refuse_pooling(run, mine.begun.built)
+    with ExitStack() as stack:
+        here = stack.enter_context(
+            ranks(run.parallel, mixed=precision == "mixed", experts=mine.expert_counts)
+        )
+        begun = agreement.agreed(mine, here)
+        folders = [opened.folder for opened in begun.checkpoints]
+        stop = stack.enter_context(noted(signal.SIGTERM))
+        checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
         before = None if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
@@ -279,7 +294,7 @@ def _save(trainee: Trainee, state: RunState, writer: Writer, *, must: bool) -> N
 
 
 def _report(failures: Sequence[Failure], out: Path, log: Metrics | None, *, must: int | None) -> None:
-    """Warn about checkpoints that could not be written; the run stops if one of them is that of step `must`."""
+    """Warn about checkpoints that could not be written; stop the run if one is that of step `must`."""
     for failure in failures:
         kept = saving.latest(out)
         said = (

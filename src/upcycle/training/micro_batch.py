@@ -88,7 +88,8 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
     """Estimate the bytes that a row takes until its backward pass.
 
     These are the inputs and outputs of every matrix that its tokens pass, and the logits. With activation
-    checkpointing they are those of one block of each stack, and the inputs of all blocks.
+    checkpointing they are those of one block of each stack, and the inputs of all blocks; if it is selective,
+    also the outputs, about half of the whole, of the others.
     """
     family = begun.dense.family
     total, recomputed = 0, run.train.activation_checkpointing
@@ -99,7 +100,8 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
             if len(entry.shape) > 1 and family.stack_of(name) == stack.name and "embed" not in name
         )
         if recomputed and stack.count:
-            inner = inner // stack.count + stack.hidden * stack.count
+            others = inner // 2 if recomputed == "selective" else 0
+            inner = inner // stack.count + stack.hidden * stack.count + others
         total += _KEPT[precision] * inner * lengths[stack.name]
     outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
     return total + _LOGITS * outputs * lengths[begun.dense.stacks[-1].name]

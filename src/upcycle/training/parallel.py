@@ -5,6 +5,7 @@ A run without torchrun is a world of one, in which every collective is the ident
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -101,12 +102,15 @@ class Ranks:
 
 
 @contextmanager
-def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] = ()) -> Iterator[Ranks]:
+def ranks(
+    parallel: Parallel, *, mixed: bool = False, experts: Collection[int] | None = ()
+) -> Iterator[Ranks]:
     """Yield this process's rank: one of those that torchrun started, or a world of one.
 
-    `experts` are the numbers of experts per layer. Raises `UpcycleError` if the sizes do not fit.
+    `experts` are the numbers of experts per layer, None if this rank does not know them. Raises
+    `UpcycleError` if the sizes do not fit, and if another process of the run is lost.
     """
-    world = _of_environment("WORLD_SIZE", 1)
+    world = world_size()
     fsdp = _sizes(parallel, world, experts)
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
     local = _of_environment("LOCAL_RANK", 0)
@@ -129,23 +133,62 @@ def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] =
         dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         mesh = dist.init_device_mesh(kind, (fsdp, parallel.tp), mesh_dim_names=("fsdp", "tp"))
-        yield Ranks(
-            rank=dist.get_rank(),
-            world=world,
-            dp_rank=mesh.get_local_rank("fsdp"),
-            dp_size=fsdp,
-            device=device,
-            config=DistributedConfig(
-                fsdp_size=fsdp,
-                tp_size=parallel.tp,
-                ep_size=parallel.ep,
-                fsdp_mixed_precision=mixed and fsdp > 1,
-            ),
-            dp_group=mesh.get_group("fsdp"),
-        )
+        with _one_voice():
+            yield Ranks(
+                rank=dist.get_rank(),
+                world=world,
+                dp_rank=mesh.get_local_rank("fsdp"),
+                dp_size=fsdp,
+                device=device,
+                config=DistributedConfig(
+                    fsdp_size=fsdp,
+                    tp_size=parallel.tp,
+                    ep_size=parallel.ep,
+                    fsdp_mixed_precision=mixed and fsdp > 1,
+                ),
+                dp_group=mesh.get_group("fsdp"),
+            )
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started. Raises `UpcycleError` for a bad environment."""
+    return _of_environment("WORLD_SIZE", 1)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Let one process alone say what ends them all, and say in a sentence that a process was lost."""
+    try:
+        yield
+    except UpcycleError as error:
+        error.elsewhere = not _first_to_say(str(error))
+        raise
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        ended = UpcycleError(
+            "a process of this run has ended, or does not answer; the newest whole checkpoint is kept. Start "
+            "all processes again with --resume"
+        )
+        ended.elsewhere = not _first_to_say(str(ended))
+        raise ended from None
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Return whether a collective failed because another process is gone; gloo has no error of its own."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+
+
+def _first_to_say(sentence: str) -> bool:
+    """Return whether no other process has said this yet, by the store where processes find each other."""
+    key = f"said {hashlib.sha256(sentence.encode()).hexdigest()}"
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add(key, 1) == 1)
+    except RuntimeError:  # the store is gone with its process
+        return True
 
 
 def _of_environment(name: str, default: int) -> int:
@@ -159,7 +202,7 @@ def _of_environment(name: str, default: int) -> int:
     return int(given)
 
 
-def _sizes(parallel: Parallel, world: int, experts: Collection[int]) -> int:
+def _sizes(parallel: Parallel, world: int, experts: Collection[int] | None) -> int:
     """Return the size of fsdp. Raises `UpcycleError` if the sizes do not fit."""
     tp, ep = parallel.tp, parallel.ep
     said = f"parallel.fsdp = {parallel.fsdp or 'the rest'}, tp = {tp}, ep = {ep} on {world} process(es)"
@@ -170,8 +213,8 @@ def _sizes(parallel: Parallel, world: int, experts: Collection[int]) -> int:
         raise UpcycleError(f"{said}: fsdp x tp must be the number of processes that torchrun started")
     if ep > 1 and (ep % tp or world % ep):
         raise UpcycleError(f"{said}: ep must be a multiple of tp and divide fsdp x tp")
-    if ep > 1 and not experts:
+    if ep > 1 and experts is not None and not experts:
         raise UpcycleError(f"{said}: a dense model has no experts to share out; set parallel.ep = 1")
-    if wrong := [count for count in experts if count % ep]:
+    if wrong := [count for count in experts or () if count % ep]:
         raise UpcycleError(f"{said}: ep must divide the {wrong[0]} experts of a layer")
     return fsdp

@@ -34,7 +34,7 @@ from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.lazy import Folded, Lazy, Stack
-from upcycle.training import drop_path, layer_decay, weightless
+from upcycle.training import drop_path, layer_decay, recomputing, weightless
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -166,7 +166,7 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if run.train.activation_checkpointing:
-        _recompute(model)
+        recomputing.install(model, run.train.activation_checkpointing)
     if run.train.drop_path is not None:
         drop_path.install(model, start.dense.family, start.dense.config, run.train.drop_path)
     _set_expert_dropout(model, run.train)
@@ -204,20 +204,6 @@ def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
     """Return the blocks of all stacks."""
     lists = [stack.blocks for stack in start.dense.stacks]
     return [block for path in lists for block in model.base_model.get_submodule(path).children()]
-
-
-def _recompute(model: PreTrainedModel) -> None:
-    """Keep only a layer's input, and recompute the rest in the backward pass."""
-    if not model.supports_gradient_checkpointing:
-        raise UpcycleError(
-            f"train.activation_checkpointing: transformers has none for {type(model).__name__}; set it to "
-            f"false, and lower train.micro_batch where memory is short"
-        )
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _build(

@@ -44,6 +44,7 @@ class Writer(ABC):
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
         """Write checkpoint `state.step`, or begin to; the model may change as soon as this returns."""
 
+    @abstractmethod
     def wait(self) -> None:
         """Return when nothing is being written; an interrupt meanwhile gives up what is."""
 
@@ -66,6 +67,9 @@ class Before(Writer):
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
         self._note(state.step, saving.save(self._out, model, optimizer, state, self._ranks, self._keep))
+
+    def wait(self) -> None:
+        """Nothing is left to wait for."""
 
 
 class Beside(Writer):
@@ -103,9 +107,7 @@ class Beside(Writer):
         if self._ranks.any(reason is not None):  # or the others would wait in their threads
             self._note(state.step, reason or "another process has no memory for a copy")
             return
-        work = self._thread.submit(
-            saving.write, self._out, copy, state, self._beside, self._keep, self._stop
-        )
+        work = self._thread.submit(saving.write, self._out, copy, state, self._beside, self._keep, self._stop)
         self._under_way = state.step, work
 
     def wait(self) -> None:
