@@ -74,7 +74,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     user.
     """
     run = Run.of(run)
-    precision = _precision(run)
+    precision = fit.precision(run)
     mine = agreement.found(run, parallel.world_size())
     if mine.begun is not None:
         task = tasks.fitting(run.task, mine.begun.dense.architecture)
@@ -97,11 +97,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         here.barrier()
         if not here.first:
             feed = task.feed(run.feeding(task), begun.subject)
-        if run.train.rows % here.dp_size:
-            raise UpcycleError(
-                f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
-                f"evenly; change train.batch_tokens or train.batch_size"
-            )
+        fit.refuse_uneven_rows(run, here.dp_size)
         fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
         with _sources_kept(begun, here, before) as hashes:
             model = start.model_of(begun, run, here, precision)
@@ -380,10 +376,3 @@ def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch |
     everything = task.by_example and run.train.eval_examples is None
     batch = feed.held_out(None if everything else run.train.eval_rows)
     return _on(device, batch) if len(next(iter(batch.values()))) else None
-
-
-def _precision(run: Run) -> str:
-    """Return the precision; `auto` is mixed on an accelerator and float32 on a CPU."""
-    if run.train.precision != "auto":
-        return run.train.precision
-    return "mixed" if torch.accelerator.is_available() else "float32"
