@@ -15,7 +15,7 @@ import torch
 
 from upcycle.records.state import RunState
 from upcycle.system import memory
-from upcycle.training import fit, writers
+from upcycle.training import fit
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.start import Start
@@ -71,7 +71,7 @@ def _rows_that_fit(
     free = _free(here)
     if free is None:
         return None
-    copied = here.device.type == "cpu" and writers.beside_the_steps(run.checkpoint, here)
+    copied = here.device.type == "cpu" and run.checkpoint.asynchronous
     free -= (_PER_PARAMETER + _PER_COPY * copied) * begun.parameters // here.dp_size
     return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
 

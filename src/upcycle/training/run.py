@@ -136,9 +136,8 @@ class Saving(Settings):
 
     every: Annotated[int, AtLeast(0)] = 500  # steps between checkpoints; 0: only the last
     keep: Annotated[int, AtLeast(1)] = 2  # number of checkpoints to keep
-    # whether the steps go on while a copy of the tensors is written, which takes memory of the host;
-    # None: on an accelerator
-    asynchronous: bool | None = None
+    # whether the steps go on while a copy of the tensors is written, which takes memory of the host
+    asynchronous: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

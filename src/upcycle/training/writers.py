@@ -140,7 +140,7 @@ class Beside(Writer):
 @contextmanager
 def writer(out: Path, settings: Saving, ranks: Ranks) -> Iterator[Writer]:
     """Yield the writer of a run; what it is writing at the end is finished, whatever ended the run."""
-    if not beside_the_steps(settings, ranks):
+    if not settings.asynchronous:
         yield Before(out, settings.keep, ranks)
         return
     with saving.alone(), ranks.beside() as beside:
@@ -149,8 +149,3 @@ def writer(out: Path, settings: Saving, ranks: Ranks) -> Iterator[Writer]:
             yield made
         finally:
             made.close()
-
-
-def beside_the_steps(settings: Saving, ranks: Ranks) -> bool:
-    """Return whether checkpoints are written beside the steps; by default, on an accelerator."""
-    return ranks.device.type != "cpu" if settings.asynchronous is None else settings.asynchronous

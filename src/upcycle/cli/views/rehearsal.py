@@ -19,7 +19,8 @@ def show_rehearsed(found: Rehearsal) -> None:
     micro = "as many as fit" if found.micro_batch is None else str(found.micro_batch)
     out.print(
         f"{found.steps} steps of {count(found.tokens_per_step)} tokens; {found.rows} rows, "
-        f"{found.rows_per_rank} a rank; micro batch {micro}; activations about {size(found.activations_per_row)} a row"
+        f"{found.rows_per_rank} a rank; micro batch {micro}; "
+        f"activations about {size(found.activations_per_row)} a row"
     )
     table = grid("", "rank", "weights", "gradients", "moments", "together", "even shares", "reads")
     for held in found.ranks:
