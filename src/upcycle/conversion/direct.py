@@ -1,8 +1,9 @@
 """Writes past the page cache (O_DIRECT), where the file system can do that.
 
-Of a copied model, each expert is the same bytes from the same buffer. Through the page cache, the kernel copies
-them once for every expert, into pages that it must find first. That copy was two thirds of the processor time
-of a conversion, and the part that grows on a busy machine. Past the cache, the device fetches them itself.
+Of a copied model, each expert is the same bytes from the same buffer. Through the page cache, the kernel
+copies them once for every expert, into pages that it must find first. That copy was two thirds of the
+processor time of a conversion, and the part that grows on a busy machine. Past the cache, the device fetches
+them itself.
 
 A block on disk must lie at the same place within a block of memory. So the bytes are copied once to a buffer
 where they do, and all experts of the usual shapes are written from there.
@@ -10,6 +11,8 @@ where they do, and all experts of the usual shapes are written from there.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -23,6 +26,18 @@ from upcycle.system.open_files import OpenFiles
 BLOCK = 4096  # bytes; no device in use asks for more
 LEAST = 1 << 16  # bytes for which it is worth it
 _FLAG = getattr(os, "O_DIRECT", 0)  # macOS has none
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Reserve the blocks of a file, where the file system can.
+
+    In a hole, the kernel lets one thread write at a time. `os.posix_fallocate` would write to every block
+    itself if the file system cannot do it, so this calls the system.
+    """
+    with contextlib.suppress(AttributeError):  # macOS has no such call
+        call = ctypes.CDLL(None, use_errno=True).fallocate
+        call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        call(descriptor, 0, 0, size)  # if it fails, the writes will say why
 
 
 class Direct:

@@ -7,9 +7,9 @@ read.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -80,6 +80,8 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     """
     if world < 1:
         raise UpcycleError(f"world = {world}; it must be 1 or more")
+    if "RANK" in os.environ:
+        raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)
     fit.refuse_pooling(run, begun.built)
@@ -87,14 +89,10 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError(long)
     precision = fit.precision(run)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
-    held = []
-    for rank in sorted({place * (world - 1) // max(1, _MOST - 1) for place in range(_MOST)}):
-        with _as_rank(rank, world), _built(run, begun, precision) as here:
-            fit.refuse_uneven_rows(run, here.dp_size)
-            fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
-            held.append(_held(run, begun, here, precision))
-            groups = here.dp_size
-    begun.dense.checkpoint.close()
+    chosen = sorted({place * (world - 1) // (_MOST - 1) for place in range(_MOST)})
+    groups, held = _in_turn(run, chosen, world)
+    fit.refuse_uneven_rows(run, groups)
+    fit.refuse_broken_groups(run, begun.built, lengths, groups)
     share = run.train.rows // groups
     return Rehearsal(
         world=world,
@@ -113,35 +111,33 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     )
 
 
-@contextmanager
-def _as_rank(rank: int, world: int) -> Iterator[None]:
-    """Be one rank of a world that is not there."""
-    if world == 1:
-        yield
-        return
+def _in_turn(run: Run, chosen: Sequence[int], world: int) -> tuple[int, list[Held]]:
+    """Return the number of groups with different rows, and what the chosen ranks hold.
+
+    Each rank is a process of its own, one after another, because libraries remember the meshes of a process.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    with processes.Pool(1, maxtasksperchild=1) as pool:
+        found = [pool.apply(_as_rank, (run.as_table(), rank, world)) for rank in chosen]
+    return found[0][0], [held for _, held in found]
+
+
+def _as_rank(table: dict[str, Any], rank: int, world: int) -> tuple[int, Held]:
+    """Be one rank of a world that is not there, until this process ends."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if dist.is_initialized() or "RANK" in os.environ:
-        raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     names = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    given = {name: str(value) for name, value in names.items()}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextmanager
-def _built(run: Run, begun: Start, precision: str) -> Iterator[Ranks]:
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    run = Run.of(table)
+    begun = start.start_of(run)
+    precision = fit.precision(run)
     experts = begun.built.expert_counts if begun.built else set()
+    if world > 1:
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     with ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here:
-        yield here
+        return here.dp_size, _held(run, begun, here, precision)
 
 
 def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
