@@ -1,6 +1,6 @@
 """Speed and memory of `upcycle convert`, compared with mergekit-moe and with cp + sync of the same bytes.
 
-    python benchmarks/convert.py [--mergekit PATH/mergekit-moe] [--repeats 4] [--only cp,copy] [--out results.json]
+    python benchmarks/convert.py [--mergekit mergekit-moe] [--repeats 4] [--only cp,copy] [--out FILE.json]
 
 The script makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB) and
 converts it to 8 experts. It times every contender in turn, for `repeats` rounds in rotating order: whole
@@ -220,7 +220,7 @@ def measure(work: Path, repeats: int, mergekit: str | None, only: list[str] | No
 
 
 def crc32_seconds(folder: Path) -> float:
-    """Return the processor seconds of the checksums in a conversion: one CRC-32 of every byte of the source."""
+    """Return the processor seconds of a conversion's checksums: one CRC-32 of every byte of the source."""
     seconds = 0.0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as handle:
