@@ -25,7 +25,7 @@ from upcycle.records.metrics import StepMetrics
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
 from upcycle.system import memory, progress
-from upcycle.system.signals import held, noted
+from upcycle.system.signals import held, interrupting, noted
 from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
 from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
@@ -56,8 +56,8 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     """Train as `run` says (a `Run`, its table, or its file), on this process or as one of torchrun's.
 
     `resume` continues from the newest checkpoint of `run.out`, bit for bit on one process, or begins if there
-    is none. On SIGTERM, it saves and returns an unfinished result. Raises `UpcycleError` for a mistake of the
-    user.
+    is none. On SIGTERM, it saves and returns an unfinished result; before its first step there is nothing to
+    save, and SIGTERM does what Ctrl-C does. Raises `UpcycleError` for a mistake of the user.
     """
     run = Run.of(run)
     precision = _precision(run)
@@ -68,7 +68,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     folders = [opened.folder for opened in begun.checkpoints]
     with (
         ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
-        noted(signal.SIGTERM) as stop,
+        interrupting(signal.SIGTERM),
         run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
     ):
         before = None if checkpoint is None else saving.read_state(checkpoint)
@@ -106,7 +106,8 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         begun.dense.checkpoint.close()
         if here.first:
             _write_record(trainee, out, state)
-        return _loop(trainee, feed, state, out, stop)
+        with noted(signal.SIGTERM) as stop:
+            return _loop(trainee, feed, state, out, stop)
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
