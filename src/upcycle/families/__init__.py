@@ -58,6 +58,9 @@ class Family(abc.ABC):
     numbers: tuple[str, ...] = ()  # keys of config.json that are the number of a block
     per_block: tuple[str, ...] = ()  # keys of config.json that are lists with one entry per block
     tied: tuple[str, str] | None = None  # a head that config.json may tie, and the table it is tied to
+    root = ""  # what the names of the base model's tensors begin with, in a class with a head
+    base_class = ""  # the class without a head; empty if checkpoints of it are not taken
+    assumed: Mapping[str, Any] = {}  # sizes that transformers assumes if the config of a part leaves them out
     class_tokens = 0  # tokens before the patches of an image; a head reads the first of them
     centred_norms = False  # True if norms multiply by 1 + w
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16

@@ -8,6 +8,7 @@ from upcycle.families.gemma2 import Gemma2
 class Gemma3(Gemma2):
     model_type = "gemma3_text"
     architectures = ("Gemma3ForCausalLM",)
+    base_class = "Gemma3TextModel"
     summary = "Gemma 3, text"
     reads = Gemma2.reads | {"sliding_window_pattern"}
     no_native = "no native MoE has its four norms"

@@ -12,6 +12,7 @@ from upcycle.families._weights import Matrix, Norm, Scale, Weight, below
 class Qwen35Text(Decoder):
     model_type = "qwen3_5_text"
     architectures = ("Qwen3_5ForCausalLM",)
+    base_class = "Qwen3_5TextModel"
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
     reads = Decoder.reads | {"full_attention_interval"}

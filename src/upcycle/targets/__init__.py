@@ -57,6 +57,12 @@ class Target(abc.ABC):
     needs: ClassVar[str] = "nothing"
     kind: ClassVar[str]  # what is made, used as a column heading: MoE, deeper or narrower
     has_experts: ClassVar[bool]
+    root = "model."  # what the names of the base model's tensors begin with, in a model with a head
+
+    @property
+    def base_architecture(self) -> str:
+        """The class without a head."""
+        return self.architecture.replace("ForCausalLM", "Model")
 
     @classmethod
     def listed(cls) -> list[dict[str, str]]:
@@ -106,6 +112,10 @@ class Target(abc.ABC):
         missing.
         """
         return []
+
+    def own_config(self, config: Mapping[str, Any]) -> Config:
+        """Return the part of config.json that is about the model whose blocks these are."""
+        return dict(config)
 
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
         """Return the config of the dense class within that of a folder, or None if there is none."""
@@ -177,7 +187,7 @@ def of(dense: Dense, recipe: Recipe) -> Target:
         dense, recipe
     )
     target.admit(dense, recipe)
-    return target
+    return dense.place.around(target)
 
 
 def names() -> list[str]:

@@ -41,6 +41,7 @@ class Native(WithExperts):
     model_type: str
     architecture: str  # the transformers class
     summary: str
+    base: str = ""  # the class without a head, if its name does not follow from `architecture`
     layout: Layout
     router: str  # name of the router weight [E, H] below the layer's prefix
     fields: tuple[str, ...]  # config fields besides COMMON that the dense config gives
@@ -56,6 +57,11 @@ class Native(WithExperts):
     finish: Callable[[Config], Config] = lambda config: config
     # which clients will not compute the same, and why
     clients: Callable[[Config], Mapping[str, str]] = lambda _: {}
+
+    @property
+    def base_architecture(self) -> str:
+        """The class without a head."""
+        return self.base or super().base_architecture
 
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if the architecture does not fit.
@@ -246,7 +252,7 @@ class Native(WithExperts):
                 f"{self.model_type} cannot be without a shared expert: one of {built.shared_width} "
                 f"neurons is there with a zero down projection, and training may use it"
             )
-        for client, why in self.clients(built.config).items():
+        for client, why in self.clients(built.target.own_config(built.config)).items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
         if unknown := built.dense.unknown_keys:
             out.append(

@@ -87,7 +87,7 @@ class Upcycled(WithExperts):
                 network = dense.feed_forward(mine[0].layer, stack.name)
                 entries.append(upcycled_config.entry(stack, mine, recipe.at(stack.name), network))
         pooled = dense.family.class_tokens if recipe.moe.pooling == "mean" else 0
-        return upcycled_config.config(dense.raw, dense.family.model_type, dense.architecture, entries, pooled)
+        return upcycled_config.config(dense.raw, dense.family.model_type, dense.own_class, entries, pooled)
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return every tensor by its name on disk; a name that two rules define is a bug of ours."""
@@ -121,6 +121,16 @@ class Upcycled(WithExperts):
         named = config.get("architectures")
         name = str(named[0]) if isinstance(named, list) and named else ""
         return None if dense is None else cls(model_type=PREFIX + dense, architecture=name)
+
+    @property
+    def root(self) -> str:  # type: ignore[override]
+        """What the names of the base model's tensors begin with."""
+        return families.find(self.model_type.removeprefix(PREFIX)).root
+
+    @property
+    def base_architecture(self) -> str:
+        """The class itself, because the dense class has been chosen already."""
+        return self.architecture
 
     @classmethod
     def dense_class(cls, architecture: str) -> str:
@@ -207,7 +217,7 @@ target = Upcycled
 def of(dense: Dense, recipe: Recipe) -> Upcycled:
     """Return the upcycled twin of the dense class."""
     return Upcycled(
-        model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.architecture
+        model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.own_class
     )
 
 
