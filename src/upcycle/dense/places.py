@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from upcycle import families
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families import Config, Family, Shapes
 from upcycle.families._names import Names
@@ -103,6 +104,11 @@ class Within(Place):
 class Alone(Within):
     """A text model that is taken out of a multimodal one."""
 
+    def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        own = super().config(raw)
+        known = families.find(str(own["model_type"]))
+        return {**own, "model_type": known.alone or known.model_type}
+
     def own_class(self, family: Family, named: str) -> str:
         return family.architectures[0]
 
@@ -124,7 +130,10 @@ def own_config(raw: Mapping[str, Any]) -> Config:
     if not isinstance(inner, Mapping):
         raise UpcycleError(f"config.json: {TEXT} = {shown(inner)}; it must be the config of a text model")
     known = WRAPPERS.get(str(raw.get("model_type")))
-    return {**({"model_type": known.text} if known else {}), **inner}
+    own = {**({"model_type": known.text} if known else {}), **inner}
+    model_type = own.get("model_type")
+    found = families.find(str(model_type)) if model_type in families.names() else None
+    return {**(found.assumed if found else {}), **own}
 
 
 def head_is_tied(raw: Mapping[str, Any], head_is_stored: bool) -> bool:

@@ -162,6 +162,8 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False) -> Dense:
         name = method.get("quant_method", "?") if isinstance(method, dict) else "?"
         raise UpcycleError(f"{where} is quantised ({name}); give the checkpoint it was made from")
     family = _family(checkpoint, own, within=within)
+    if alone and family.alone:
+        family = families.find(family.alone)
     stored = checkpoint.tensors.values()
     if odd := sorted(t.name for t in stored if t.dtype not in FLOATS and family.ignored(t.name) is None):
         dtype = checkpoint.tensors[odd[0]].dtype

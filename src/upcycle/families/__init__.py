@@ -60,6 +60,7 @@ class Family(abc.ABC):
     tied: tuple[str, str] | None = None  # a head that config.json may tie, and the table it is tied to
     root = ""  # what the names of the base model's tensors begin with, in a class with a head
     base_class = ""  # the class without a head; empty if checkpoints of it are not taken
+    alone = ""  # the family of such a text model when it is taken out of a wrapper; empty: the same
     assumed: Mapping[str, Any] = {}  # sizes that transformers assumes if the config of a part leaves them out
     class_tokens = 0  # tokens before the patches of an image; a head reads the first of them
     centred_norms = False  # True if norms multiply by 1 + w

@@ -172,6 +172,11 @@ class FusedGate(Decoder):
         )
 
 
+def sizes(vocabulary: int, hidden: int, width: int, layers: int, heads: int) -> Config:
+    """Return what transformers assumes for the sizes that the config of a text model leaves out."""
+    return dict(zip(REQUIRED, (vocabulary, hidden, width, layers, heads), strict=True))
+
+
 def every_nth_full(config: Config, n: int | str, others: str = "sliding_attention") -> list[str]:
     """Return the kinds of the layers that config.json lists, or those of a pattern if it lists none.
 

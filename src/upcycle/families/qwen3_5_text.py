@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle.families import Config, Stack, Weights
-from upcycle.families._decoder import Decoder, every_nth_full
+from upcycle.families._decoder import Decoder, every_nth_full, sizes
 from upcycle.families._weights import Matrix, Norm, Scale, Weight, below
 
 
@@ -16,6 +16,7 @@ class Qwen35Text(Decoder):
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
     reads = Decoder.reads | {"full_attention_interval"}
+    assumed = sizes(248_320, 4096, 12288, 32, 16)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,

@@ -21,6 +21,7 @@ from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
 from upcycle.families._weights import Initial, Weight
+from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
@@ -63,6 +64,13 @@ class Target(abc.ABC):
     def base_architecture(self) -> str:
         """The class without a head."""
         return self.architecture.replace("ForCausalLM", "Model")
+
+    def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
+        """Return model_type and class of a wrapper of that type that holds this model.
+
+        Raises `UpcycleError` if transformers has none.
+        """
+        return model_type, wrapper.architecture
 
     @classmethod
     def listed(cls) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
 from upcycle.families._training import Trained
 from upcycle.families._weights import AsMade, Initial, Matrix, Weight
+from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import kernels
 from upcycle.targets import Block, natives
@@ -88,6 +89,18 @@ class Native(WithExperts):
             )
         if self.renormalizes == "always" and not recipe.router.normalize:
             raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
+
+    def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
+        """Return the wrapper itself if it builds any text model, or its twin for this one."""
+        if wrapper.free:
+            return super().within(model_type, wrapper)
+        if (twin := wrapper.twins.get(self.model_type)) is not None:
+            return twin
+        held = ", ".join([*wrapper.twins, "upcycled"])
+        raise UpcycleError(
+            f"a {model_type} of transformers cannot hold a {self.model_type}; moe.target can be {held}, and "
+            f"moe.part_only (--part-only text) takes the text model out of it"
+        )
 
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
         """Return the layers that become MoE layers."""

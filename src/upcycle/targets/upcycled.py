@@ -18,6 +18,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
 from upcycle.families._training import Trained
 from upcycle.families._weights import AsMade, Bias, Constant, Initial, Matrix, Scale, Weight
+from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import upcycled_config
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
@@ -131,6 +132,11 @@ class Upcycled(WithExperts):
     def base_architecture(self) -> str:
         """The class itself, because the dense class has been chosen already."""
         return self.architecture
+
+    def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
+        """Return the wrapper itself if it builds any text model, or its upcycled twin."""
+        own, architecture = super().within(model_type, wrapper)
+        return (own, architecture) if wrapper.free else (PREFIX + own, CLASS_PREFIX + architecture)
 
     @classmethod
     def dense_class(cls, architecture: str) -> str:

@@ -181,13 +181,7 @@ class Wrapped(Renamed):
     @classmethod
     def of(cls, inner: Target, names: Names, model_type: str, wrapper: Wrapper) -> Self:
         """Return the wrapper around `inner`. Raises `UpcycleError` if it cannot hold it."""
-        own, architecture = wrapper.twins.get(inner.model_type, (model_type, wrapper.architecture))
-        if not wrapper.free and own == model_type and inner.has_experts:
-            held = ", ".join(wrapper.twins) or "none"
-            raise UpcycleError(
-                f"a {model_type} of transformers holds no {inner.model_type}; of text models with experts it "
-                f"can hold: {held}. --part-only text takes the text model out of it"
-            )
+        own, architecture = inner.within(model_type, wrapper)
         return cls(inner=inner, names=names, model_type=own, architecture=architecture)
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
