@@ -183,7 +183,7 @@ def blueprint(
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
-    dense = admit(source, alone=recipe.moe.part_only)
+    dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
     recipe.init.admit(dense)
     if recipe.successor is not None:
         dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)

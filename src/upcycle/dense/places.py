@@ -58,6 +58,9 @@ class Place:
         return None
 
 
+WHOLE = Place()
+
+
 @dataclass(frozen=True, kw_only=True)
 class WithoutHead(Place):
     """A model without a language head, as embedding models are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from upcycle.dense.places import Place
 from upcycle.errors import UpcycleError, cut, listed, shown
 from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._names import Names, spelled
+from upcycle.families._weights import Weight
 from upcycle.families._wrappers import WRAPPERS, Wrapper
 from upcycle.targets import natives
 from upcycle.tensors.feed_forward import FeedForward
@@ -35,7 +37,7 @@ class Dense:
     family: Family
     config: Config
     left_out: Mapping[str, str]  # stored tensors that the model does not have, and why they may be left out
-    place: Place = Place()  # where it stands in the checkpoint
+    place: Place = places.WHOLE  # where it stands in the checkpoint
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
@@ -57,12 +59,20 @@ class Dense:
     def weights(self) -> Weights:
         """The kind of each tensor."""
         listed = self.family.weights(self.config) | self.family.optional(self.config)
-        return {name: weight for name, weight in listed.items() if name in self.tensors}
+        return {name: listed.get(name) or Weight(tensor.shape) for name, tensor in self._in_order(listed)}
+
+    def _in_order(self, listed: Weights) -> Iterator[tuple[str, Lazy]]:
+        """Yield the tensors: those that the family lists in its order, and then the others."""
+        for name in [
+            *(n for n in listed if n in self.tensors),
+            *(n for n in self.tensors if n not in listed),
+        ]:
+            yield name, self.tensors[name]
 
     @property
     def raw(self) -> Mapping[str, Any]:
-        """The model's own config as config.json has it."""
-        return self.place.config(self.checkpoint.config)
+        """The model's own config as config.json has it, without what is left out."""
+        return self.family.tidied(self.place.config(self.checkpoint.config))
 
     @property
     def others(self) -> tuple[Checkpoint, ...]:
@@ -147,10 +157,11 @@ class Dense:
         return tuple(sorted(key for key in self.raw if key not in known))
 
 
-def admit(checkpoint: Checkpoint, *, alone: bool = False) -> Dense:
+def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] = ()) -> Dense:
     """Return the dense model in a checkpoint; that of a multimodal one is its text model.
 
-    `alone` takes that out of the model around it. Raises `UpcycleError`, with the reason, for anything that
+    `alone` takes that out of the model around it. `drop` has names and patterns of stored tensors to leave
+    out. Raises `UpcycleError`, with the reason, for anything that
     is not exactly a dense model of a known family.
     """
     raw, where = checkpoint.config, checkpoint.folder
@@ -172,17 +183,18 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False) -> Dense:
             f"{', '.join(FLOATS)}"
         )
     _refuse_more_blocks_than_tensors(checkpoint, family, own)
+    place: Place
     if within:
         place = _within(checkpoint, family, own, alone=alone)
     elif alone:
         raise UpcycleError(
-            f"moe.part_only takes a text model out of a multimodal one, and {where} ({own['model_type']}) has "
-            f"nothing around it; take it out of the recipe"
+            f"moe.part_only takes a text model out of a multimodal one, and {where} ({own['model_type']}) "
+            f"has nothing around it; take it out of the recipe"
         )
     else:
         place = _at_top(checkpoint, family, own)
     config = family.config(place.config(raw))
-    left_out = _check_tensors(checkpoint, family, config, place)
+    left_out = _check_tensors(checkpoint, family, config, place, _dropped(checkpoint, drop))
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
@@ -236,11 +248,9 @@ def _head_is_stored(family: Family, names: Names, stored: Collection[str]) -> bo
 def _at_top(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> Place:
     """Return where a model stands that is all of its checkpoint: its names, and whether it has a head."""
     config, stored = family.config(own), checkpoint.tensors
-    if not family.root:
-        return Place()
     found = spelled(family, family.shapes(config), stored)
     places.refuse_two(checkpoint.folder, found)
-    names = found[0] if found else Names()
+    names = found[0] if found else Names(former=family.former)
     named = own.get("architectures") or [""]
     bare = family.base_class == named[0] or (not names.body and not config["tie_word_embeddings"])
     if found and family.base_class and bare and not _head_is_stored(family, names, stored):
@@ -262,13 +272,25 @@ def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family, own
             )
 
 
-def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config, place: Place) -> dict[str, str]:
+def _dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
+    """Return the stored tensors that a recipe leaves out. Raises `UpcycleError` if a pattern finds none."""
+    found = {pattern: fnmatch.filter(checkpoint.tensors, pattern) for pattern in drop}
+    if idle := [pattern for pattern, names in found.items() if not names]:
+        raise UpcycleError(f"drop: {checkpoint.folder} holds no tensor called {shown(idle[0])}")
+    return {name: f"the recipe drops {pattern}" for pattern, names in found.items() for name in names}
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, family: Family, config: Config, place: Place, dropped: Mapping[str, str]
+) -> dict[str, str]:
     """Compare the headers with what the config promises; return the tensors that may be left out, and why."""
-    mine = {name: own for name in checkpoint.tensors if (own := place.own(name)) is not None}
+    stored = [name for name in checkpoint.tensors if name not in dropped]
+    mine = {name: own for name in stored if (own := place.own(name)) is not None}
     found = {own: checkpoint.tensors[name] for name, own in mine.items()}
     expected = place.shapes(family, config)
     where = checkpoint.folder
     expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
+    expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
     if missing := [n for n in expected if n not in found]:
         if wrapped := mistaken.names(checkpoint.tensors):
             raise UpcycleError(f"{where}: {wrapped}")
@@ -279,9 +301,9 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config, place
                 f"{where}: {found[name].name} has shape {list(found[name].shape)} and config.json says "
                 f"{list(shape)}"
             )
-    left_out: dict[str, str] = {}
+    left_out = dict(dropped)
     surplus = []
-    for name in checkpoint.tensors:
+    for name in stored:
         own = mine.get(name)
         if own in expected:
             continue
@@ -292,7 +314,7 @@ def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config, place
     if surplus:
         raise UpcycleError(
             f"{where} holds {listed(surplus)}, which a {family.model_type} of this config does not have; "
-            f"nothing is dropped in silence"
+            f"nothing is dropped in silence (--drop NAME leaves a tensor out)"
         )
     return left_out
 

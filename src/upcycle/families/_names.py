@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Names:
     body: str = ""
     head: str = ""
     others: frozenset[str] = frozenset()
+    former: Mapping[str, str] = field(default_factory=dict)  # ends of names that are called otherwise today
 
     def stored(self, name: str) -> str:
         """Return how the checkpoint spells a name of the family."""
@@ -30,6 +31,9 @@ class Names:
 
     def own(self, stored: str) -> str | None:
         """Return the name of the family that the checkpoint spells so, or None for a name of another part."""
+        for old, new in self.former.items():
+            if stored.endswith(old):
+                return self.own(stored.removesuffix(old) + new)
         if stored.startswith(self.head) and stored.removeprefix(self.head) in self.others:
             return stored.removeprefix(self.head)
         return self.root + stored.removeprefix(self.body) if stored.startswith(self.body) else None
@@ -44,11 +48,14 @@ def spelled(family: Family, expected: Iterable[str], stored: Collection[str]) ->
     body = [name.removeprefix(root) for name in expected if name.startswith(root) and name not in heads]
     anchor = next((name for name in body if ".0." in name), "")
     if not root or not anchor:
-        return [Names()]
+        return [Names(former=family.former)]
     before = {name.removesuffix(anchor) for name in stored if f".{name}".endswith(f".{anchor}")}
     whole = [start for start in sorted(before) if all(start + name in stored for name in body)]
     others = frozenset(heads)
-    return [Names(root=root, body=at, head=_head(at, others, stored), others=others) for at in whole]
+    return [
+        Names(root=root, body=at, head=_head(at, others, stored), others=others, former=family.former)
+        for at in whole
+    ]
 
 
 def _head(body: str, heads: Collection[str], stored: Collection[str]) -> str:

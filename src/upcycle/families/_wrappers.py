@@ -72,9 +72,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "smolvlm": Wrapper(architecture="SmolVLMForConditionalGeneration", tied=False),
     "vibevoice_asr": Wrapper(architecture="VibeVoiceAsrForConditionalGeneration", text="qwen2"),
-    "video_llama_3": Wrapper(
-        architecture="VideoLlama3ForConditionalGeneration", text="qwen2", tied=False
-    ),
+    "video_llama_3": Wrapper(architecture="VideoLlama3ForConditionalGeneration", text="qwen2", tied=False),
     "video_llava": Wrapper(architecture="VideoLlavaForConditionalGeneration", tied=False),
     "vipllava": Wrapper(architecture="VipLlavaForConditionalGeneration", tied=False),
     "voxtral": Wrapper(architecture="VoxtralForConditionalGeneration"),

@@ -87,7 +87,7 @@ def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> An
 
 @functools.cache
 def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the class `dense` of transformers with MoE layers added, or with an upcycled text model in it."""
+    """Return the class `dense` of transformers with MoE layers, or with an upcycled text model, in it."""
     config_of = config_class(dense.config_class.model_type)
     if dense.config_class.model_type in WRAPPERS:
         around = {"config_class": config_of, "__module__": __name__}
@@ -96,7 +96,7 @@ def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         # The submodules of a dense class have no experts and would reject a choice of implementation.
         wanted, config._experts_implementation = config._experts_implementation, "eager"
-        dense.__init__(self, config, *args, **kwargs)
+        dense.__init__(self, config, *args, **{**getattr(config, "class_options", {}), **kwargs})
         self.config._experts_implementation = self.get_correct_experts_implementation(wanted)
         self.replace()
 

@@ -244,7 +244,7 @@ def refuse_experts(recipe: Recipe, sections: tuple[str, ...]) -> None:
         )
     for section in sections:
         for key, value in given[section].items():
-            if value != default[section].get(key) and key not in ("target", "depth"):
+            if value != default[section].get(key) and key not in ("target", "depth", "part_only"):
                 raise UpcycleError(
                     f"moe.target = {target} makes no experts, and {section}.{key} = {value} is about them; "
                     f"take it out"

@@ -88,7 +88,9 @@ class Upcycled(WithExperts):
                 network = dense.feed_forward(mine[0].layer, stack.name)
                 entries.append(upcycled_config.entry(stack, mine, recipe.at(stack.name), network))
         pooled = dense.family.class_tokens if recipe.moe.pooling == "mean" else 0
-        return upcycled_config.config(dense.raw, dense.family.model_type, dense.own_class, entries, pooled)
+        family = dense.family
+        options = family.class_options(dense.config, dense.tensors)
+        return upcycled_config.config(dense.raw, family.model_type, dense.own_class, entries, pooled, options)
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return every tensor by its name on disk; a name that two rules define is a bug of ours."""
@@ -222,9 +224,7 @@ target = Upcycled
 
 def of(dense: Dense, recipe: Recipe) -> Upcycled:
     """Return the upcycled twin of the dense class."""
-    return Upcycled(
-        model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.own_class
-    )
+    return Upcycled(model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.own_class)
 
 
 def _block(stack: Stack, i: int, tensors: Mapping[str, Lazy]) -> Block:

@@ -15,9 +15,9 @@ from upcycle import targets
 from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
+from upcycle.families._names import Names
 from upcycle.families._training import Trained
 from upcycle.families._weights import Initial, Weight
-from upcycle.families._names import Names
 from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.targets import Block, Target
