@@ -62,6 +62,13 @@ class Ranks:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen)
 
+    def seen(self, flag: bool) -> torch.Tensor:
+        """Return on how many ranks `flag` is set, as a tensor on the device; nobody waits for it."""
+        count = torch.full((), int(flag), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(count)
+        return count
+
     def gathered(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order."""
         if self.world == 1:
