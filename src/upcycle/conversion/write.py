@@ -383,7 +383,7 @@ def _finish(
         for path in sorted(partial.iterdir())
         if path.name not in weights
     }
-    made = provenance.of_blueprint(built, hashes, carried=names, left_behind=left, files=files)
+    made = provenance.of_blueprint(built, hashes, out, carried=names, left_behind=left, files=files)
     whole_file.write_json(partial / Provenance.FILE, made.as_table())
     for path in partial.iterdir():
         with path.open("rb") as handle:

@@ -72,7 +72,7 @@ def _rows_that_fit(
     if free is None:
         return None
     copied = here.device.type == "cpu" and run.checkpoint.asynchronous
-    free -= (_PER_PARAMETER + _PER_COPY * copied) * begun.parameters // here.dp_size
+    free -= (_PER_PARAMETER + _PER_COPY * copied) * begun.parameters // here.layout.replica
     return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
 
 

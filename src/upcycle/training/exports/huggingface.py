@@ -31,7 +31,7 @@ class HuggingFace(Format):
             _write_moments(trained, trained.optimizer, folder / OPTIMIZER)
         _write_model(trained.model, begun, folder, dtype)
         carried, left = carry(begun.dense.checkpoint.folder, folder)
-        told = provenance_of(trained, carried, left)
+        told = provenance_of(trained, folder, carried, left)
         whole_file.write_json(folder / told.FILE, told.as_table())
         if begun.built:
             selection.write(begun.built, folder)
