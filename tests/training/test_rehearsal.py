@@ -46,18 +46,21 @@ def test_one_process_holds_the_whole(source: Path) -> None:
     assert 0 <= held.moments - 8 * elements <= 4 * len(shapes)  # and the number of updates of each tensor
     assert held.reads == built.nbytes  # bfloat16
     assert held.over_even_share == 1
+    assert (found.stepped, found.not_stepped) == (2, None)
     assert (found.rows, found.tokens_per_step) == (8, 128)
 
 
-@pytest.mark.parametrize("layout", [{"fsdp": 4}, {"fsdp": 4, "ep": 4}, {"fsdp": 2, "tp": 2, "ep": 2}])
+@pytest.mark.parametrize("layout", [{"fsdp": 4}, {"fsdp": 4, "ep": 4}, {"fsdp": 2, "ep": 2, "replicate": 2}])
 def test_the_ranks_hold_the_whole_together(layout: dict[str, int], source: Path) -> None:
     (alone,) = rehearse(Run.of(table(source))).ranks
-    held = rehearse(Run.of(table(source, parallel=layout)), world=4).ranks
+    found = rehearse(Run.of(table(source, parallel=layout)), world=4)
+    held = found.ranks
     assert [each.rank for each in held] == [0, 1, 2, 3]
-    copies = sum(each.weights for each in held) / alone.weights
-    assert copies == pytest.approx(1, abs=0.05 if "tp" in layout else 1e-9)  # norms are whole under tp
+    assert sum(each.weights for each in held) == alone.weights * layout.get("replicate", 1)
+    assert sum(each.reads for each in held) == alone.reads * layout.get("replicate", 1)
     assert max(each.over_even_share for each in held) < 1.2
     assert all(each.gradients == each.weights for each in held)
+    assert (found.stepped, found.not_stepped) == (2, None)
 
 
 def test_the_command(source: Path, capsys: Any) -> None:
@@ -68,9 +71,9 @@ def test_the_command(source: Path, capsys: Any) -> None:
     cli.main(["train", str(file), "--dry-run", "--world", "2", "--json"])
     assert [held["rank"] for held in json.loads(capsys.readouterr().out)["ranks"]] == [0, 1]
     cli.main(["train", str(file), "--dry-run", "--world", "2"])
-    assert "2 processes (data 2, tp 1, ep 1), float32" in capsys.readouterr().out
+    assert "2 processes (fsdp 2), float32" in capsys.readouterr().out
     for arguments, said in (
-        (["--dry-run", "--world", "3"], "must be the number of processes"),
+        (["--dry-run", "--world", "3"], "ask for 2 process(es) and there are 3"),
         (["--dry-run", "--world", "0"], "world = 0; it must be 1 or more"),
         (["--world", "2"], "belong to --dry-run"),
         (

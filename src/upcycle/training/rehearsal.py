@@ -1,40 +1,47 @@
 """`upcycle train --dry-run`: the layout of a run in a world of any size, built on one process without a GPU.
 
-torch's fake process group answers every collective at once and moves nothing. So this process can be any
-rank of any world, and holds what that rank would hold. Nothing is written, and of the source only headers are
-read.
+torch's fake process group answers every collective at once and moves nothing, and its fake tensors have
+shapes and no data. So this process can be any rank of any world at any size. Nothing is written, and of the
+source only headers are read.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from upcycle import tasks
+from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, cut
+from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
-from upcycle.training import fit, gradients, micro_batch, optimizer, start
-from upcycle.training.parallel import Ranks, ranks
+from upcycle.training import fit, gradients, micro_batch, optimizer, parallel, start, step
+from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 
 _MOST = 8  # ranks that are built, spread evenly over a larger world
-_UPDATES = 2
+_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What one rank holds, in bytes, after two updates of its weights."""
+    """What one rank holds between two steps, in bytes."""
 
     rank: int
     weights: int
@@ -64,6 +71,8 @@ class Rehearsal:
     rows_per_rank: int
     micro_batch: int | None  # rows of a forward pass; None: as many as fit when the run begins
     activations_per_row: int  # bytes, estimated
+    stepped: int  # steps that were simulated
+    not_stepped: str | None  # the reason, if there are none
     warnings: tuple[str, ...]
     ranks: tuple[Held, ...]
 
@@ -73,30 +82,34 @@ class Rehearsal:
 
 
 def rehearse(run: Run, world: int = 1) -> Rehearsal:
-    """Build the layout of `run` in a world of so many processes, and update the weights of some ranks twice.
+    """Build some ranks of a run in a world of so many processes, and simulate two steps of the first.
 
-    The weights are zeros, so memory is needed for one rank's part at a time. Raises `UpcycleError` for what a
-    run would refuse before its first step.
+    Raises `UpcycleError` for what the run would refuse before its first step.
     """
     if world < 1:
         raise UpcycleError(f"world = {world}; it must be 1 or more")
-    if "RANK" in os.environ:
+    if dist.is_initialized() or "RANK" in os.environ:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     begun = start.start_of(run)
     task = tasks.fitting(run.task, begun.dense.architecture)
     fit.refuse_pooling(run, begun.built)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
-    precision = fit.precision(run)
+    layout = parallel.layout_of(run.parallel, world)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
-    chosen = sorted({place * (world - 1) // (_MOST - 1) for place in range(_MOST)})
-    groups, held = _in_turn(run, chosen, world)
-    fit.refuse_uneven_rows(run, groups)
-    fit.refuse_broken_groups(run, begun.built, lengths, groups)
-    share = run.train.rows // groups
+    precision = fit.precision(run)
+    held = []
+    for rank in sorted({place * (world - 1) // (_MOST - 1) for place in range(_MOST)}):
+        with _as_rank(run, begun, rank, world, precision) as here:
+            if rank == 0:
+                fit.refuse_uneven_rows(run, layout.dp)
+                fit.refuse_broken_groups(run, begun.built, lengths, layout.dp)
+                not_stepped = _not_stepped(run, begun, task, here)
+            held.append(_held(run, begun, here, precision))
+    share = run.train.rows // layout.dp
     return Rehearsal(
         world=world,
-        layout={"data": groups, "tp": run.parallel.tp, "ep": run.parallel.ep},
+        layout=asdict(layout),
         precision=precision,
         parameters=begun.parameters,
         active_parameters=begun.active_parameters,
@@ -106,63 +119,94 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         rows_per_rank=share,
         micro_batch=None if run.train.micro_batch is None else min(run.train.micro_batch, share),
         activations_per_row=micro_batch.bytes_of_row(run, begun, lengths, precision),
+        stepped=0 if not_stepped else _STEPS,
+        not_stepped=not_stepped,
         warnings=tuple(fit.warnings(run, begun.built)),
         ranks=tuple(held),
     )
 
 
-def _in_turn(run: Run, chosen: Sequence[int], world: int) -> tuple[int, list[Held]]:
-    """Return the number of groups with different rows, and what the chosen ranks hold.
-
-    Each rank is a process of its own, one after another, because libraries remember the meshes of a process.
-    """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
-    with processes.Pool(1, maxtasksperchild=1) as pool:
-        found = [pool.apply(_as_rank, (run.as_table(), rank, world)) for rank in chosen]
-    return found[0][0], [held for _, held in found]
-
-
-def _as_rank(table: dict[str, Any], rank: int, world: int) -> tuple[int, Held]:
-    """Be one rank of a world that is not there, until this process ends."""
+@contextmanager
+def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> Iterator[Ranks]:
+    """Be one rank of a world that is not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     names = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    run = Run.of(table)
-    begun = start.start_of(run)
-    precision = fit.precision(run)
+    given = {name: str(value) for name, value in names.items()}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    before = {name: os.environ.get(name) for name in given}
     experts = begun.built.expert_counts if begun.built else set()
-    if world > 1:
-        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    with ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here:
-        return here.dp_size, _held(run, begun, here, precision)
+    os.environ.update(given)
+    try:
+        if world > 1:
+            dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        with parallel.ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here:
+            yield here
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _without_values(begun: Start, asked: _Asked) -> Start:
+    """Return a start whose tensors are zeros, and which notes how many bytes are asked of them."""
+    blank = {name: Entry(_Blank(e.lazy, asked), "F64") for name, e in begun.entries.items()}
+    return replace(begun, entries=blank)
 
 
 def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
-    """Build a rank's part of the model from zeros, update it, and return what it holds."""
+    """Build a rank's part of the model and of the optimizer, and return what it holds."""
     asked = _Asked()
-    blank = {name: replace(e, lazy=_Blank(e.lazy, asked)) for name, e in begun.entries.items()}
-    model = start.model_of(replace(begun, entries=blank), run, here, precision)
-    scales = start.scales(begun, run, model, Routers.of(model))
-    updater = optimizer.make(model, run.optimizer, scales)
-    for _ in range(_UPDATES):
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.set_rate(updater, run.schedule.at(0, run.train.total_steps))
-        updater.step()
-    parameters = list(model.parameters())
-    weights = sum(gradients.local(p).nbytes for p in parameters)
-    states = [t for p in parameters for t in updater.state[p].values() if isinstance(t, torch.Tensor)]
-    return Held(
-        rank=here.rank,
-        weights=weights,
-        gradients=sum(gradients.local(p.grad).nbytes for p in parameters if p.grad is not None),
-        moments=sum(gradients.local(t).nbytes for t in states),
-        reads=asked.nbytes,
-        over_even_share=weights * here.world / sum(p.nbytes for p in parameters),
-    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = start.model_of(_without_values(begun, asked), run, here, precision)
+        updater = optimizer.make(model, run.optimizer, start.scales(begun, run, model, Routers.of(model)))
+        optimizer.fill(updater, run.optimizer)
+        parameters = list(model.parameters())
+        weights = sum(gradients.local(p).nbytes for p in parameters)
+        states = [t for p in parameters for t in updater.state[p].values() if isinstance(t, torch.Tensor)]
+        return Held(
+            rank=here.rank,
+            weights=weights,
+            gradients=sum(gradients.local(p).nbytes for p in parameters if p.requires_grad),
+            moments=sum(gradients.local(t).nbytes for t in states),
+            reads=asked.nbytes,
+            over_even_share=weights * here.layout.replica / sum(p.nbytes for p in parameters),
+        )
+
+
+def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
+    """Simulate steps; return the reason if that cannot be done.
+
+    They run in bfloat16 with grouped products, because torch knows the shapes of those alone.
+    """
+    if task.name != "causal_lm":
+        return f"rows of {task.name} are known only with the data"
+    experts = "grouped_mm" if begun.built and begun.built.sites else None
+    train = replace(run.train, precision="bfloat16", experts_implementation=experts, compile=False)
+    run = replace(run, train=train)
+    size = (run.train.rows // here.dp_size, run.train.sequence_length + 1)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = start.model_of(_without_values(begun, _Asked()), run, here, "bfloat16")
+            trainee = step.Trainee(
+                model=model,
+                task=task,
+                start=begun,
+                optimizer=optimizer.make(model, run.optimizer),
+                routers=Routers.of(model),
+                run=run,
+                ranks=here,
+                precision="bfloat16",
+            )
+            rows = torch.zeros(size, dtype=torch.long, device=here.device)
+            for number in range(_STEPS):
+                step.queue_step(trainee, {"rows": rows}, number, run.schedule.at(number, train.total_steps))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        return f"{error.func} depends on values, and this run has none"
+    except (RuntimeError, NotImplementedError) as error:
+        return cut(str(error).splitlines()[0], 200)
+    return None
 
 
 @dataclass

@@ -162,7 +162,9 @@ def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place
 def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
-    model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)
+    model = _build(start, start.entries, run, ranks, dtype)
+    if model.device != ranks.device:
+        model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if run.train.activation_checkpointing:

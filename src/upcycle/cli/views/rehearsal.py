@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def show_rehearsed(found: Rehearsal) -> None:
     """Show the model, the batch, and what each rank that was built holds."""
-    layout = ", ".join(f"{name} {ways}" for name, ways in found.layout.items())
-    out.print(f"{found.world} processes ({layout}), {found.precision}")
+    layout = ", ".join(f"{name} {ways}" for name, ways in found.layout.items() if ways > 1)
+    out.print(f"{found.world} processes ({layout or 'one'}), {found.precision}")
     out.print(f"{count(found.parameters)} parameters, {count(found.active_parameters)} active per token")
     micro = "as many as fit" if found.micro_batch is None else str(found.micro_batch)
     out.print(
@@ -27,4 +27,6 @@ def show_rehearsed(found: Rehearsal) -> None:
         sizes = (size(n) for n in (held.weights, held.gradients, held.moments, held.total))
         table.add_row(str(held.rank), *sizes, f"{held.over_even_share:.3f}", size(held.reads))
     out.print(table)
+    why = f": {found.not_stepped}" if found.not_stepped else ""
+    out.print(f"{found.stepped} steps were simulated on tensors without data{why}")
     show_warnings(list(found.warnings))
