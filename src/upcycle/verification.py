@@ -381,7 +381,9 @@ def compare_logits(built: Blueprint, out: Path, shown: Shown | None = None) -> d
     outputs = []
     for folder, name, dtype in runs:
         # `eager` runs the experts one by one and uses no kernel that restricts their width.
-        options = {} if folder is source else {"experts_implementation": "eager"}
+        options: dict[str, Any] = (
+            {"left_out": built.left_out} if folder is source else {"experts_implementation": "eager"}
+        )
         with quiet():
             cls = models.architecture(name)
             model = opening.fill(cls, folder, dtype=dtype or torch.float32, **options)

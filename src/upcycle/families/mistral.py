@@ -1,6 +1,6 @@
 """Mistral: Llama with a sliding window."""
 
-from upcycle.families._decoder import Decoder
+from upcycle.families._decoder import Decoder, sizes
 
 
 class Mistral(Decoder):
@@ -9,6 +9,7 @@ class Mistral(Decoder):
     summary = "Mistral 7B and its kin, sliding window kept"
     natives = ("mixtral",)
     inexact = {"granitemoe": "granitemoe has no sliding window"}
+    assumed = sizes(32_000, 4096, 14336, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131072,
