@@ -29,6 +29,12 @@ OTHERS = [
 ]  # fmt: skip
 """Decoders with Llama's names that have none."""
 
+RECENT = [
+    "seed_oss", "ministral", "ministral3", "cwm", "granite_swa", "starcoder2", "phi", "stablelm", "cohere",
+    "nemotron", "arcee", "helium",
+]  # fmt: skip
+"""Decoders of which only the native form is pinned."""
+
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,

@@ -94,6 +94,10 @@ class Family(abc.ABC):
         """Return the tensors that a checkpoint may have besides those of `weights`."""
         return {}
 
+    def may_lack(self, config: Config) -> frozenset[str]:
+        """Return the tensors of `weights` that a checkpoint need not have."""
+        return frozenset()
+
     def shapes(self, config: Config) -> Shapes:
         """Return the shapes of the tensors of `weights`."""
         return {name: weight.shape for name, weight in self.weights(config).items()}

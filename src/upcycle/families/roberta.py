@@ -35,7 +35,8 @@ class Roberta(Bert):
 
     def length(self, config: Config) -> int:
         """Return the number of tokens of a row; positions begin behind the padding token."""
-        return super().length(config) - (config["pad_token_id"] or 0) - 1
+        padding = config["pad_token_id"]
+        return super().length(config) - (padding if type(padding) is int and padding > 0 else 0) - 1
 
 
 family = Roberta()
