@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
+from upcycle.hf import packing
 from upcycle.tasks import Batch, Question, Task
 from upcycle.training import fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
@@ -53,7 +54,7 @@ class Trainee:
 
     def logits(self, question: Question, **options: Any) -> Tensor:
         """Return the model's logits for a question."""
-        with self.autocast():
+        with self.autocast(), packing.unpacked():
             out: Tensor = self.model(**question.inputs, **options).logits
         return out
 
