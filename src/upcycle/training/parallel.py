@@ -9,8 +9,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ class Ranks:
     dp_rank: int = 0
     dp_size: int = 1
     device: torch.device
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     config: DistributedConfig | None = None
     dp_group: Any = None
     group: Any = None  # the group of all ranks, if it is not torch's own
