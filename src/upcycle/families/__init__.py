@@ -110,6 +110,17 @@ class Family(abc.ABC):
         """
         return {"input_ids": ("tokens", (4, min(tokens // 4, self.length(config))))}
 
+    def switches(self, config: Config) -> dict[str, int]:
+        """Return the numbers of tokens from which on the model computes otherwise, by name."""
+        return {}
+
+    def parts_ways(self, config: Config, native: str) -> str | None:
+        """Return why `native` generates other texts past a switch, or None if it does not.
+
+        A forward pass over a whole row is the same all the same.
+        """
+        return None
+
     @abc.abstractmethod
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         """Return the stacks of blocks that hold the feed-forward networks."""
