@@ -200,9 +200,22 @@ def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, A
             f"{theta!r} and {given!r}"
         )
     rope = dict(given)
+    _refuse_two_thetas(raw, rope)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     rope.setdefault("rope_theta", theta)
     if (share := raw.get("partial_rotary_factor")) is not None:
         rope.setdefault("partial_rotary_factor", share)
     return rope
+
+
+def _refuse_two_thetas(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Refuse a config.json with two bases of rotation, of which readers take one or the other."""
+    outer = raw.get("rope_theta")
+    tables = [rope, *(table for table in rope.values() if isinstance(table, Mapping))]
+    inner = [table["rope_theta"] for table in tables if table.get("rope_theta") is not None]
+    if outer is not None and inner and outer not in inner:
+        raise UpcycleError(
+            f"config.json: rope_theta = {outer} stands beside rope_theta = {inner[0]} inside the rotary "
+            f"settings; readers take one or the other, so keep the one that is meant"
+        )

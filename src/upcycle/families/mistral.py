@@ -1,5 +1,10 @@
 """Mistral: Llama with a sliding window."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config
 from upcycle.families._decoder import Decoder
 
 
@@ -23,6 +28,15 @@ class Mistral(Decoder):
         "head_dim": None,
         "num_key_value_heads": 8,
     }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        if "layer_types" in raw:
+            raise UpcycleError(
+                "config.json of a mistral model has layer_types, and transformers opens such a model as "
+                "ministral, whose layers attend otherwise; write model_type = ministral if that is meant, or "
+                "take layer_types out"
+            )
+        return super().config(raw)
 
 
 family = Mistral()

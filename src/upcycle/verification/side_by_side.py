@@ -113,7 +113,7 @@ def _answers(built: Blueprint, side: Side, questions: Sequence[Question]) -> dic
 
 
 def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
-    """Return the model in float32, and its class. Raises `FailedError` if it cannot be opened as it should."""
+    """Return the model in float32, and its class. Raises `FailedError` if it opens otherwise."""
     import torch
 
     from upcycle.hf import autos, models, opening
