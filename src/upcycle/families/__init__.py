@@ -58,6 +58,9 @@ class Family(abc.ABC):
     numbers: tuple[str, ...] = ()  # keys of config.json that are the number of a block
     per_block: tuple[str, ...] = ()  # keys of config.json that are lists with one entry per block
     tied: tuple[str, str] | None = None  # a head that config.json may tie, and the table it is tied to
+    # The class by which transformers opens the tokenizer of this type, whatever tokenizer_config.json names;
+    # empty if that file decides. `always` follows if the class goes before the one that the file names.
+    tokenizer = ""
     class_tokens = 0  # tokens before the patches of an image; a head reads the first of them
     centred_norms = False  # True if norms multiply by 1 + w
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16

@@ -15,6 +15,7 @@ class Gemma(Decoder):
     architectures = ("GemmaForCausalLM",)
     summary = "Gemma 1 (1 + w of its norms is folded into the weights)"
     natives = ("granitemoe",)
+    tokenizer = "GemmaTokenizer"
     reads = Decoder.reads | {"hidden_activation"}  # the later spelling, which its class ignores
     centred_norms = True
     exact_when_narrow = False  # 1 + w rounds

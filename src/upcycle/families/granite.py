@@ -8,6 +8,7 @@ class Granite(Decoder):
     architectures = ("GraniteForCausalLM",)
     summary = "IBM Granite 3 dense"
     natives = ("granitemoe",)
+    tokenizer = "TokenizersBackend"
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,

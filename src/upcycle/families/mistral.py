@@ -13,6 +13,7 @@ class Mistral(Decoder):
     architectures = ("MistralForCausalLM",)
     summary = "Mistral 7B and its kin, sliding window kept"
     natives = ("mixtral",)
+    tokenizer = "TokenizersBackend"
     inexact = {"granitemoe": "granitemoe has no sliding window"}
     defaults = {
         "hidden_act": "silu",

@@ -15,6 +15,7 @@ class Phi3(FusedGate):
     architectures = ("Phi3ForCausalLM",)
     summary = "Phi-3 and Phi-3.5, default and long rope"
     natives = ("mixtral",)
+    tokenizer = "TokenizersBackend"
     inexact = {"phimoe": "phimoe uses LayerNorm and sparse-mixer gates, which do not sum to one"}
     defaults = {
         "hidden_act": "silu",

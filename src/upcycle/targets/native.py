@@ -52,6 +52,7 @@ class Native(WithExperts):
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of an MoE layer
+    reader: str = ""  # how transformers opens its tokenizer; see `Family.tokenizer`
     # rewrites what the hub's configs spell differently
     finish: Callable[[Config], Config] = lambda config: config
     # which clients will not compute the same, and why
@@ -224,6 +225,10 @@ class Native(WithExperts):
     def keeps_narrow_bits(self, family: Family) -> bool:
         """Return whether no weight is rescaled on its way into this architecture."""
         return family.exact_when_narrow
+
+    def tokenizer(self, family: Family) -> str:
+        """Return the rule of this architecture."""
+        return self.reader
 
     def norm_identity(self, family: Family) -> float:
         """Return 1, because norms of native MoE classes multiply by their weight."""

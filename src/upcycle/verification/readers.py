@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle.conversion import tokenizer
 from upcycle.verification.proof import Check, reason
-
-TEXTS = (
-    "The cat sat on the mat.\n\nIt was\na  good   mat.\n",
-    "  def f(x):\n\treturn x + 1\r\n\n\n",
-    "Une éléphante à Zürich, naïve façade; Ünïcödé: ﬁ ½ ²",
-    "数字 12345 и русский, עברית, 🙂👩‍👩‍👧 end",
-    " ",
-    "\n",
-    "UPPER lower CamelCase 3.14159 http://a.b/c?d=e#f",
-)
-_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
-_TOKENS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +31,7 @@ class Reader:
 def checks(source: Path, out: Path) -> list[Check]:
     """Return a check for the tokenizer and one for the processors, of those that the source has."""
     found = []
-    if any(True for pattern in _FILES for _ in source.glob(pattern)):
+    if tokenizer.there(source):
         found.append(tokenizers(source, out))
     if (source / "preprocessor_config.json").is_file() or (source / "processor_config.json").is_file():
         found.append(processors(source, out))
@@ -53,7 +42,7 @@ def tokenizers(source: Path, out: Path) -> Check:
     """Check that both folders give the same ids of the same texts, special tokens among them."""
     from transformers import AutoTokenizer
 
-    return _pair("tokens", AutoTokenizer, source, out, _same_tokens)
+    return _pair("tokens", AutoTokenizer, source, out, tokenizer.same_tokens)
 
 
 def processors(source: Path, out: Path) -> Check:
@@ -84,46 +73,14 @@ def _pair(name: str, auto: Any, source: Path, out: Path, same: Callable[[Any, An
             return Check(name=name, holds=False, detail=said)
         try:
             return Check(name=name, holds=True, detail=same(theirs.thing, ours.thing))
-        except _OtherError as other:
+        except (_OtherError, tokenizer.OtherTokensError) as other:
             return Check(name=name, holds=False, detail=str(other))
         except Exception as error:  # a tokenizer can raise anything
             return Check(name=name, holds=False, detail=f"cannot be compared: {reason(error)}")
 
 
 class _OtherError(Exception):
-    """The two differ; the text says how."""
-
-
-def _same_tokens(theirs: Any, ours: Any) -> str:
-    classes = f"{type(theirs).__name__} of the source and {type(ours).__name__} of the result"
-    for name in _TOKENS:
-        key = f"{name}_token_id"
-        if (a := getattr(theirs, key, None)) != (b := getattr(ours, key, None)):
-            raise _OtherError(f"{classes} have another {key}: {a} and {b}")
-    texts = (*TEXTS, *_with_special(theirs))
-    count = 0
-    for text in texts:
-        for special in (True, False):
-            a, b = (list(t(text, add_special_tokens=special).input_ids) for t in (theirs, ours))
-            if a != b:
-                raise _OtherError(f"{classes} give other tokens of {text!r}: {a[:12]} and {b[:12]}")
-            count += len(a)
-        if theirs.decode(a) != ours.decode(b):
-            raise _OtherError(f"{classes} make other texts of the tokens of {text!r}")
-    if getattr(theirs, "chat_template", None) != getattr(ours, "chat_template", None):
-        raise _OtherError(f"{classes} have another chat template")
-    for key in ("padding_side", "model_max_length"):
-        if getattr(theirs, key, None) != getattr(ours, key, None):
-            raise _OtherError(f"{classes} have another {key}")
-    return f"{count} tokens of {len(texts)} texts are the same; {classes}"
-
-
-def _with_special(tokenizer: Any) -> Iterator[str]:
-    """Return texts with the tokenizer's special tokens between and beside words."""
-    special = [str(token) for token in tokenizer.all_special_tokens][:16]
-    yield f"a {' b '.join(special)} c"
-    yield "x".join(special)
-    yield "".join(f"{token}\n word" for token in special)
+    """Two processors differ; the text says how."""
 
 
 def _same_processor(theirs: Any, ours: Any) -> str:

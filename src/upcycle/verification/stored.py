@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.checkpoints.carried import CARRIED, carriable
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
-from upcycle.checkpoints.hub import CARRIED, carriable
 from upcycle.conversion import selection
 from upcycle.errors import listed
 from upcycle.nn import kernels
@@ -73,8 +73,9 @@ def files(built: Blueprint, moe: Checkpoint, record: Provenance) -> Check:
     """Check that the files beside the weights are what `convert` wrote, and list any others."""
     out, source = moe.folder, built.source.folder
     written = record.files or {}
-    wanted = {**written} | {name: file_hash(source / name) for name in carriable(source)}
-    there = {path.name: path for path in out.iterdir()}
+    kept = [name for name in carriable(source) if name not in (record.made_anew_files or {})]
+    wanted = {**written} | {name: file_hash(source / name) for name in kept}
+    there = _there(out, {name.partition("/")[0] for name in wanted if "/" in name})
     missing = [name for name in wanted if name not in there]
     changed = [name for name in wanted if name in there and not _has(there[name], wanted[name])]
     changed += [name for name in written if written[name] != wanted[name] and name not in changed]
@@ -94,6 +95,13 @@ def files(built: Blueprint, moe: Checkpoint, record: Provenance) -> Check:
     fine = f"{len(wanted)} files beside the weights as they were written"
     said = [faults(found) or fine, faults(notes)]
     return Check(name="files", holds=not any(found.values()), detail="; ".join(filter(None, said)))
+
+
+def _there(out: Path, opened: set[str]) -> dict[str, Path]:
+    """Return files and folders of `out` by name; of the folders in `opened`, the files inside."""
+    found = {path.name: path for path in out.iterdir() if not (path.name in opened and path.is_dir())}
+    inside = [p for name in opened if (out / name).is_dir() for p in (out / name).rglob("*") if p.is_file()]
+    return found | {path.relative_to(out).as_posix(): path for path in inside}
 
 
 def _has(path: Path, sha256: str) -> bool:

@@ -6,6 +6,7 @@ from upcycle.targets.natives._qwen import LAYOUT, SHARED
 native = Native(
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
+    reader="Qwen3_5Tokenizer always",
     summary="softmax over all experts, top-k renormalised, gated shared expert",
     layout=LAYOUT,
     router="mlp.gate.weight",

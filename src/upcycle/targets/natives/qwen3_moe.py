@@ -18,6 +18,7 @@ def _clients(config: Config) -> dict[str, str]:
 native = Native(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    reader="Qwen2Tokenizer",
     summary="softmax over all experts, norm_topk_prob",
     layout=LAYOUT,
     router="mlp.gate.weight",
