@@ -1,8 +1,8 @@
 """The tokenizer of the result, made anew if the new model type would open the source's files as another one.
 
-transformers chooses the class of a tokenizer by `model_type` as well as by tokenizer_config.json. Files of Llama
-that are opened as Mixtral's lose newlines and leading blanks, for example. Then tokenizer.json is written from
-the tokenizer that the source opens as.
+transformers chooses the class of a tokenizer by `model_type` as well as by tokenizer_config.json. Files of
+Llama that are opened as Mixtral's lose newlines and leading blanks, for example. Then tokenizer.json is
+written from the tokenizer that the source opens as.
 """
 
 from __future__ import annotations
