@@ -43,6 +43,8 @@ class Moe(Settings):
     # 0 or G; with G, the dense network itself stands beside the experts
     shared_experts: Annotated[int, AtLeast(0)] = 0
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT reads
+    # store a copy of the embeddings as the head where the dense model ties the two; some clients never tie
+    untie: bool = False
     depth: int = 2  # how many times each block is repeated, for the target depth_tiled
 
     def __post_init__(self) -> None:
@@ -150,7 +152,7 @@ def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:
     """Return the part for a stack: its own table laid over those of the model."""
     own, moe = table_at(value, name), table_at(model.get("moe", {}), "moe")
     other = table_at(own.get("moe", {}), f"{name}.moe")
-    of_the_model = {"target": Moe.target, "pooling": Moe.pooling, "depth": Moe.depth}
+    of_the_model = {"target": Moe.target, "pooling": Moe.pooling, "depth": Moe.depth, "untie": Moe.untie}
     if name.startswith("stage_"):
         of_the_model["layers"] = Moe.layers  # block numbers count through all stages
     for key, default in of_the_model.items():

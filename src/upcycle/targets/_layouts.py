@@ -132,6 +132,17 @@ class Fused:
         return dict(tensors)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FusedOrEach(Fused):
+    """Experts that are written fused, and read in either form: earlier versions wrote a tensor for each."""
+
+    each: PerExpert
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """Return the experts among the tensors of a layer, given by their names below its prefix."""
+        return super().read(tensors) or self.each.read(tensors)
+
+
 def _gated(network: FeedForward) -> tuple[Lazy, Lazy]:
     """Return gate and up of a network, which every native MoE has."""
     assert network.gate is not None
