@@ -32,6 +32,7 @@ class Row:
     config: dict[str, Any]
     refused: str = ""  # what is said of it, whatever the target
     native: str = ""  # what is said of it if a native target is asked for
+    otherwise: str = ""  # why the function is not kept, as the plan says
 
 
 @cache

@@ -66,8 +66,11 @@ def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]
             if "/" not in name:
                 shutil.copyfile(folder / name, trial / name)
         whole_file.write_json(trial / CONFIG, config)
-        for change in (_nothing, _write_tokenizer, _name_plain_class, _save_whole):
-            change(theirs, trial)
+        for change in (_nothing, _write_settings, _write_tokenizer, _name_plain_class, _save_whole):
+            try:
+                change(theirs, trial)
+            except Exception:  # a damaged file of settings, or a tokenizer that cannot be saved
+                continue
             if _agree(theirs, _opened(AutoTokenizer, trial)):
                 return _taken_over(trial, folder, type(theirs).__name__, str(config["model_type"]))
     progress.warn(
@@ -81,6 +84,11 @@ def _nothing(theirs: Any, trial: Path) -> None:
     """Leave the files as they are."""
 
 
+def _write_settings(theirs: Any, trial: Path) -> None:
+    """Write the settings that otherwise are a class's own."""
+    _settings(trial, {"padding_side": theirs.padding_side})
+
+
 def _write_tokenizer(theirs: Any, trial: Path) -> None:
     """Write tokenizer.json from the tokenizer that the source opens as."""
     if (backend := getattr(theirs, "backend_tokenizer", None)) is not None:
@@ -89,14 +97,19 @@ def _write_tokenizer(theirs: Any, trial: Path) -> None:
 
 def _name_plain_class(theirs: Any, trial: Path) -> None:
     """Name the class that reads tokenizer.json as it is."""
+    _settings(trial, {"tokenizer_class": _PLAIN_CLASS})
+
+
+def _settings(trial: Path, changes: Mapping[str, Any]) -> None:
+    """Change keys of tokenizer_config.json."""
     settings = json.loads((trial / SETTINGS).read_text()) if (trial / SETTINGS).is_file() else {}
-    whole_file.write_json(trial / SETTINGS, {**settings, "tokenizer_class": _PLAIN_CLASS})
+    whole_file.write_json(trial / SETTINGS, {**settings, **changes})
 
 
 def _save_whole(theirs: Any, trial: Path) -> None:
     """Write all files as transformers saves them, under the plain class."""
     theirs.save_pretrained(trial)
-    _name_plain_class(theirs, trial)
+    _settings(trial, {"tokenizer_class": _PLAIN_CLASS, "padding_side": theirs.padding_side})
 
 
 def _opened(auto: Any, folder: Path) -> Any:

@@ -14,7 +14,7 @@ class Qwen35Text(Decoder):
     architectures = ("Qwen3_5ForCausalLM",)
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
-    tokenizer = "Qwen3_5Tokenizer always"
+    tokenizer = "Qwen3_5Tokenizer"
     reads = Decoder.reads | {"full_attention_interval"}
     defaults = {
         "hidden_act": "silu",

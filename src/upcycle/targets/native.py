@@ -31,6 +31,7 @@ COMMON = (
     "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
 )  # fmt: skip
 
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _LAYERS = "model.layers."
 
 
@@ -93,6 +94,8 @@ class Native(WithExperts):
         given = dense.family.native_config(dense.config, self.model_type)
         out: Config = {"architectures": [self.architecture], "model_type": self.model_type}
         out |= {name: given[name] for name in (*COMMON, *self.fields) if name in given}
+        # A token that config.json does not name is no token of the MoE, whatever its class assumes.
+        out |= {name: None for name in TOKENS if name in out and name not in dense.raw}
         out |= {
             self.num_experts_field: recipe.moe.num_experts,
             self.top_k_field: recipe.moe.top_k,

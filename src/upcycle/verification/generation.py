@@ -24,7 +24,6 @@ class Generation:
 
     prompts: tuple[int, ...]  # tokens of each prompt
     vocabulary: int
-    encoder_decoder: bool
     beyond: str  # says which switches lie too far to be checked
     differs: str | None  # why the target is known to differ past a switch
     promised: bool
@@ -84,8 +83,9 @@ def generation(built: Blueprint) -> list[Generation]:
     if not dense.architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
         return []
     switches = dense.family.switches(dense.config)
-    room = max(1, min(LONGEST, dense.family.length(dense.config)) - NEW)
-    near = {name: at for name, at in switches.items() if at - BEFORE <= room}
+    length = dense.family.length(dense.config)
+    room = max(1, min(LONGEST, length) - NEW)
+    near = {name: at for name, at in switches.items() if at <= length and at - BEFORE <= LONGEST - NEW}
     far = [f"{name} at {at:,} tokens" for name, at in switches.items() if name not in near]
     prompts = {max(1, at - BEFORE) for at in near.values()} or {min(8, room)}
     causal = [stack.name for stack in dense.stacks if stack.causal]
@@ -93,7 +93,6 @@ def generation(built: Blueprint) -> list[Generation]:
         Generation(
             prompts=tuple(sorted(prompts)),
             vocabulary=dense.config["vocab_size"],
-            encoder_decoder=len(dense.stacks) > 1,
             beyond=f"; not checked, as it lies far out: {', '.join(far)}" if far else "",
             differs=dense.family.parts_ways(dense.config, built.target.model_type) if causal else None,
             promised=built.preserves_function,
@@ -109,21 +108,21 @@ class Settings:
 
     def ask(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return the settings that differ from transformers' own."""
-        found = model.generation_config
-        return {} if found is None else dict(found.to_diff_dict())
+        from upcycle.hf import generation as heeded
+
+        return heeded.settings(model)
 
     def compare(self, dense: dict[str, Any], moe: dict[str, Any], stored: Any | None) -> Check:
         """Return the check that both models have the same settings."""
-        known = {"transformers_version", "_from_model_config"}
         different = sorted(
             f"{key} {dense.get(key)} became {moe.get(key)}"
-            for key in {*dense, *moe} - known
+            for key in {*dense, *moe}
             if dense.get(key) != moe.get(key)
         )
         return Check(
             name=self.name,
             holds=not different,
-            detail="; ".join(different) or f"{len(set(dense) - known)} settings as the source has them",
+            detail="; ".join(different) or f"{len(dense)} settings as the source has them",
         )
 
 
