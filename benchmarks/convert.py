@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,8 @@ def make_llama(folder: Path, layers: int) -> None:
     for number in range(SHARDS):
         part = names[number * per_shard : (number + 1) * per_shard]
         file = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in part:
             nbytes = 2 * int(np.prod(shapes[name]))
             header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + nbytes]}

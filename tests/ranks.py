@@ -12,8 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import upcycle
-from upcycle import Recipe, UpcycleError, tasks
-from upcycle.hf import filling
+from upcycle import Recipe, UpcycleError, loading, tasks
 from upcycle.training import gradients as grads
 from upcycle.training import optimizer, saving, start, step
 from upcycle.training.loop import train
@@ -42,15 +41,14 @@ def loads(cases: list[tuple[str, dict[str, Any]]], layouts: list[Layout]) -> lis
     """`upcycle.load` of every case at every layout: digests of the parameters, bytes held, experts' elements
     read and what one rank would read of all of them."""
     read = [0]
-    original = filling.Slices.__getitem__
+    original = loading.write_part
 
-    def counted(self: Any, index: Any) -> torch.Tensor:
-        out = original(self, index)
-        if len(self.shape) == 3:
-            read[0] += out.numel()
-        return out
+    def counted(entry: Any, part: Any, memory: torch.Tensor) -> None:
+        original(entry, part, memory)
+        if len(entry.shape) == 3:
+            read[0] += memory.numel()
 
-    filling.Slices.__getitem__ = counted  # type: ignore[method-assign]
+    loading.write_part = counted
     out = []
     for source, table in cases:
         for layout in layouts:

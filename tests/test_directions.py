@@ -37,7 +37,7 @@ FLOORS = (
     {"families"},
     {"settings"},
     {"registry"},
-    {"records", "tensors"},
+    {"records", "sharding", "tensors"},
     {"checkpoints"},
     {"system"},
     {"errors"},
@@ -58,7 +58,7 @@ OF_MODELS = {"torch", "transformers", "accelerate", "safetensors", "tokenizers"}
 WITHOUT_MODELS = {
     "__main__", "advice", "api", "blueprints", "checkpoints", "cli", "conversion", "dense", "errors",
     "families", "init", "inspection", "recipe", "records", "registry", "reporting", "settings",
-    "system", "targets", "tasks", "tensors", "verification",
+    "sharding", "system", "targets", "tasks", "tensors", "verification",
 }  # fmt: skip
 # Modules of transformers that any room may import; what lies deeper is for the room `hf`.
 PUBLIC = {"transformers", "transformers.distributed"}

@@ -70,7 +70,8 @@ class Blueprint:
     @cached_property
     def family_config(self) -> Config:
         """The dense config, or that of the deeper model if blocks are repeated."""
-        return self.dense.config if self.sites else self.dense.family.config(self.config)
+        own = self.target.own_config(self.config)
+        return self.dense.config if self.sites else self.dense.family.config(own)
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -187,7 +188,7 @@ def blueprint(
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
-    dense = admit(source)
+    dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
     recipe.init.admit(dense)
     if recipe.successor is not None:
         dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)

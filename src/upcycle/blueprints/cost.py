@@ -124,7 +124,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
             for site in built.sites
         },
         shared_width=built.shared_width,
-        dense_parameters=sum(t.size for t in dense.tensors.values()),
+        dense_parameters=sum(t.size for t in (*dense.tensors.values(), *dense.around.values())),
         total_parameters=total,
         active_parameters=total - idle.parameters,
         dense_flops_per_token=flops_per_token(dense),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from upcycle.dense.places import Place
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
@@ -26,6 +27,11 @@ def untied(
         raise UpcycleError(
             f"moe.untie is for a model whose head can be tied to its embeddings, and a "
             f"{dense.family.model_type} of this class has none; take it out"
+        )
+    if type(dense.place) is not Place:
+        raise UpcycleError(
+            "moe.untie is for a model that is all of its checkpoint and has a head, and this one lies within "
+            "another or has none; take it out"
         )
     head, table = tied
     if head in tensors:  # the source stores one

@@ -381,7 +381,7 @@ def _finish(
     }
     names = [name for name in names if name not in made_anew]
     made = provenance.of_blueprint(
-        built, hashes, carried=names, left_behind=left, files=files, made_anew=made_anew
+        built, hashes, out, carried=names, left_behind=left, files=files, made_anew=made_anew
     )
     whole_file.write_json(partial / Provenance.FILE, made.as_table())
     for path in _all_files(partial):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from upcycle import registry
@@ -61,6 +61,11 @@ class Family(abc.ABC):
     # The class by which transformers opens the tokenizer of this type, whatever tokenizer_config.json names;
     # empty if that file decides. `always` follows if the class goes before the one that the file names.
     tokenizer = ""
+    former: Mapping[str, str] = {}  # ends of tensor names in older checkpoints, and what they are called now
+    root = ""  # what the names of the base model's tensors begin with, in a class with a head
+    base_class = ""  # the class without a head; empty if checkpoints of it are not taken
+    alone = ""  # the family of such a text model when it is taken out of a wrapper; empty: the same
+    assumed: Mapping[str, Any] = {}  # sizes that transformers assumes if the config of a part leaves them out
     class_tokens = 0  # tokens before the patches of an image; a head reads the first of them
     centred_norms = False  # True if norms multiply by 1 + w
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16
@@ -170,6 +175,18 @@ class Family(abc.ABC):
     def warnings(self, native: str) -> list[str]:
         """Return what a user should know about this pair of family and native target."""
         return []
+
+    def unlisted(self, config: Config, name: str) -> bool:
+        """Return whether a stored tensor belongs to a head that `weights` does not list."""
+        return False
+
+    def class_options(self, config: Config, stored: Collection[str]) -> Mapping[str, Any]:
+        """Return the arguments, besides the config, that make the class hold exactly the stored tensors."""
+        return {}
+
+    def tidied(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return config.json without what it says about tensors that are left out."""
+        return raw
 
     def ignored(self, name: str) -> str | None:
         """Return why a stored tensor that `shapes` does not list may be left out, or None if it may not."""

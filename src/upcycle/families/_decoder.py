@@ -22,6 +22,7 @@ class Decoder(DecoderWidth, Trained):
     """A decoder with `model.layers.N.mlp.{gate,up,down}_proj` and separate q, k, v, o projections."""
 
     theta = 10_000.0
+    root = "model."
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     reads = frozenset(REQUIRED) | {
         "head_dim", "num_key_value_heads", "partial_rotary_factor", "original_max_position_embeddings",
@@ -32,6 +33,11 @@ class Decoder(DecoderWidth, Trained):
     after = ("norm.",)
     network_norm = "post_attention_layernorm"  # the norm that only the feed-forward network reads, if any
     residual: tuple[str, ...] = ("self_attn", "mlp")  # modules of a block that add to the residual stream
+
+    @property
+    def base_class(self) -> str:  # type: ignore[override]
+        """The class without a head."""
+        return self.architectures[0].replace("ForCausalLM", "Model")
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         check(self.model_type, raw)
@@ -174,6 +180,11 @@ class FusedGate(Decoder):
             up=Slice(both, 0, width, 2 * width),
             down=tensors[mlp + "down_proj.weight"],
         )
+
+
+def sizes(vocabulary: int, hidden: int, width: int, layers: int, heads: int) -> Config:
+    """Return what transformers assumes for the sizes that the config of a text model leaves out."""
+    return dict(zip(REQUIRED, (vocabulary, hidden, width, layers, heads), strict=True))
 
 
 def every_nth_full(config: Config, n: int | str, others: str = "sliding_attention") -> list[str]:

@@ -10,14 +10,17 @@ from upcycle.families._weights import Bias, Table, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
+_LANGUAGE = ("BertForMaskedLM", "BertLMHeadModel", "BertForPreTraining")
 _POOLED = ("BertModel", "BertForPreTraining", "BertForSequenceClassification")
 
 
 class Bert(Encoder):
     model_type = "bert"
+    heads = ("pooler.", "classifier.", "qa_outputs.", "cls.")
+    pooler = "pooler."
     architectures = (
-        "BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification",
-        "BertForTokenClassification", "BertForQuestionAnswering",
+        "BertModel", "BertForMaskedLM", "BertLMHeadModel", "BertForPreTraining",
+        "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering",
     )  # fmt: skip
     prefix = "bert"
     summary = "BERT, MiniLM, sentence embeddings"
@@ -72,7 +75,7 @@ class Bert(Encoder):
         out: Weights = (
             row_linear(f"{self.base(config)}pooler.dense", hidden, hidden) if name in _POOLED else {}
         )
-        if name in ("BertForMaskedLM", "BertForPreTraining"):
+        if name in _LANGUAGE:
             out |= {"cls.predictions.bias": Bias((config["vocab_size"],))}
             out |= linear("cls.predictions.transform.dense", hidden, hidden)
             out |= norm("cls.predictions.transform.LayerNorm", hidden)

@@ -5,7 +5,7 @@ from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder
+from upcycle.families._decoder import Decoder, sizes
 
 
 class Mistral(Decoder):
@@ -15,6 +15,7 @@ class Mistral(Decoder):
     natives = ("mixtral",)
     tokenizer = "TokenizersBackend"
     inexact = {"granitemoe": "granitemoe has no sliding window"}
+    assumed = sizes(32_000, 4096, 14336, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131072,

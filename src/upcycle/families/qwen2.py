@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder, as_granite
+from upcycle.families._decoder import Decoder, as_granite, sizes
 from upcycle.tensors.computed import Fill
 from upcycle.tensors.lazy import Lazy
 
@@ -27,6 +27,7 @@ class Qwen2(Decoder):
     natives = ("qwen2_moe", "granitemoe")
     tokenizer = "Qwen2Tokenizer always"
     numbers = ("max_window_layers",)
+    assumed = sizes(151_936, 4096, 22016, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -13,7 +12,6 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 _FIRST = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 
 
-@functools.cache
 def auto_class(model_type: str, architecture: str) -> Any:
     """Return the Auto class that gives `architecture` for `model_type`, the best known one first.
 

@@ -21,6 +21,7 @@ from transformers.conversion_mapping import (
 )
 
 from upcycle.errors import UpcycleError, cut
+from upcycle.families._wrappers import WRAPPERS
 from upcycle.hf import opening
 from upcycle.hf.autos import autos
 from upcycle.hf.configs import config_class
@@ -85,22 +86,30 @@ def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> An
 
 @functools.cache
 def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the class `dense` of transformers with MoE layers added."""
+    """Return the class `dense` of transformers with MoE layers, or with an upcycled text model, in it."""
+    config_of = config_class(dense.config_class.model_type)
+    if dense.config_class.model_type in WRAPPERS:
+        around = {"config_class": config_of, "__module__": __name__}
+        return _renamed_as(dense, type(CLASS_PREFIX + dense.__name__, (dense,), around))
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         # The submodules of a dense class have no experts and would reject a choice of implementation.
         wanted, config._experts_implementation = config._experts_implementation, "eager"
-        dense.__init__(self, config, *args, **kwargs)
+        dense.__init__(self, config, *args, **{**getattr(config, "class_options", {}), **kwargs})
         self.config._experts_implementation = self.get_correct_experts_implementation(wanted)
         self.replace()
 
     members = {
         "__init__": init,
         "__module__": __name__,
-        "config_class": config_class(dense.config_class.model_type),
+        "config_class": config_of,
         "base_model_prefix": dense.base_model_prefix,
     }
-    made: type[PreTrainedModel] = type(CLASS_PREFIX + dense.__name__, (UpcycledModel, dense), members)
+    return _renamed_as(dense, type(CLASS_PREFIX + dense.__name__, (UpcycledModel, dense), members))
+
+
+def _renamed_as(dense: type[PreTrainedModel], made: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return `made` after telling transformers that its names on disk are those of `dense`."""
     model_type = dense.config_class.model_type
     for ours, theirs in ((made.__name__, dense.__name__), (PREFIX + model_type, model_type)):
         # The names on disk are those of the dense model, and so is their renaming on loading.

@@ -97,17 +97,25 @@ class Experts(nn.Module):
         made: Tensor = self.dropout(self.act_fn(gate) * up)
         return made
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        groups: Tensor | None = None,
+        *,
+        some_left: bool = False,
+    ) -> Tensor:
         """Run rows [M, H] through their experts `index` [M, K] and sum with `weights` [M, K]: [M, H].
 
-        `groups` [M] is the group of each row; only experts with a response norm need it.
+        `groups` [M] is the group of each row; only experts with a response norm need it. With `some_left`, an
+        index of E is no expert, and adds nothing.
         """
         if self.has_response_norm:
             made: Tensor = self.output_dropout(self.loop(hidden, index, weights, groups))
             return made
-        experts = self._cast(hidden)
-        run = ALL_EXPERTS_FUNCTIONS.get_interface(experts._implementation, Experts.loop)
-        out: Tensor = self.output_dropout(run(experts, hidden, index, weights))
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(self._implementation, Experts.loop)
+        out: Tensor = self.output_dropout(run(self._seen(hidden, some_left), hidden, index, weights))
         return out
 
     @property
@@ -118,14 +126,21 @@ class Experts(nn.Module):
         fits = all(kernels.take_groups(m.shape[-1:], m.element_size()) for m in matrices)
         return chosen if fits or chosen != kernels.GROUPED else kernels.ONE_BY_ONE
 
-    def _cast(self, hidden: Tensor) -> Experts:
-        """Return the experts in autocast's dtype; grouped products do not follow autocast by themselves."""
+    def _seen(self, hidden: Tensor, some_left: bool) -> Experts:
+        """Return the experts as an implementation should see them.
+
+        They are in autocast's dtype, which grouped products do not follow by themselves. With `some_left`,
+        implementations leave out rows with an index of E, as they do for experts of other ranks.
+        """
         kind = hidden.device.type
-        if not torch.is_autocast_enabled(kind):
+        casts = torch.is_autocast_enabled(kind)
+        if not casts and not some_left:
             return self
         view = copy.copy(self)
-        dtype = torch.get_autocast_dtype(kind)
-        view._parameters = {name: None if p is None else p.to(dtype) for name, p in self._parameters.items()}  # type: ignore[misc]
+        view._is_expert_parallel = some_left or self._is_expert_parallel
+        if casts:
+            dtype = torch.get_autocast_dtype(kind)
+            view._parameters = {n: None if p is None else p.to(dtype) for n, p in self._parameters.items()}  # type: ignore[misc]
         return view
 
     def loop(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
 from upcycle.families._training import Trained
 from upcycle.families._weights import AsMade, Initial, Matrix, Weight
+from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import kernels
 from upcycle.targets import Block, natives
@@ -42,6 +43,7 @@ class Native(WithExperts):
     model_type: str
     architecture: str  # the transformers class
     summary: str
+    base: str = ""  # the class without a head, if its name does not follow from `architecture`
     layout: Layout
     router: str  # name of the router weight [E, H] below the layer's prefix
     fields: tuple[str, ...]  # config fields besides COMMON that the dense config gives
@@ -58,6 +60,11 @@ class Native(WithExperts):
     finish: Callable[[Config], Config] = lambda config: config
     # which clients will not compute the same, and why
     clients: Callable[[Config], Mapping[str, str]] = lambda _: {}
+
+    @property
+    def base_architecture(self) -> str:
+        """The class without a head."""
+        return self.base or super().base_architecture
 
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if the architecture does not fit.
@@ -84,6 +91,18 @@ class Native(WithExperts):
             )
         if self.renormalizes == "always" and not recipe.router.normalize:
             raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
+
+    def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
+        """Return the wrapper itself if it builds any text model, or its twin for this one."""
+        if wrapper.free:
+            return super().within(model_type, wrapper)
+        if (twin := wrapper.twins.get(self.model_type)) is not None:
+            return twin
+        held = ", ".join([*wrapper.twins, "upcycled"])
+        raise UpcycleError(
+            f"a {model_type} of transformers cannot hold a {self.model_type}; moe.target can be {held}, and "
+            f"moe.part_only (--part-only text) takes the text model out of it"
+        )
 
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
         """Return the layers that become MoE layers."""
@@ -254,7 +273,7 @@ class Native(WithExperts):
                 f"{self.model_type} cannot be without a shared expert: one of {built.shared_width} "
                 f"neurons is there with a zero down projection, and training may use it"
             )
-        for client, why in self.clients(built.config).items():
+        for client, why in self.clients(built.target.own_config(built.config)).items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
         if unknown := built.dense.unknown_keys:
             out.append(

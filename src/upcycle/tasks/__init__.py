@@ -93,8 +93,11 @@ class Task(Named, abc.ABC):
         """Return the model's inputs and labels for a batch."""
 
     @abc.abstractmethod
-    def targets(self, batch: Batch) -> int:
-        """Return the number of predictions in a batch."""
+    def targets(self, batch: Batch) -> int | Tensor:
+        """Return the number of predictions in a batch.
+
+        It is a tensor, [] of integers, if it depends on what is in the batch and not on its shape alone.
+        """
 
     @abc.abstractmethod
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,20 +21,20 @@ from upcycle.conversion.provenance import Hashes
 from upcycle.data import stamps
 from upcycle.data.feeding import Feed
 from upcycle.errors import UpcycleError, listed
-from upcycle.records.metrics import StepMetrics
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
-from upcycle.system import memory, progress
-from upcycle.system.signals import held, noted
+from upcycle.system import progress
+from upcycle.system.signals import held, interrupting, noted
 from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
-from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
+from upcycle.training import fit, ledger, metrics, micro_batch, optimizer, run_folder, saving, start, step
+from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
-from upcycle.training.step import Outcome, Trainee
+from upcycle.training.step import Score, Trainee
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     """Train as `run` says (a `Run`, its table, or its file), on this process or as one of torchrun's.
 
     `resume` continues from the newest checkpoint of `run.out`, bit for bit on one process, or begins if there
-    is none. On SIGTERM, it saves and returns an unfinished result. Raises `UpcycleError` for a mistake of the
-    user.
+    is none. On SIGTERM, it saves and returns an unfinished result; before its first step there is nothing to
+    save, and SIGTERM does what Ctrl-C does. Raises `UpcycleError` for a mistake of the user.
     """
     run = Run.of(run)
     precision = _precision(run)
@@ -68,7 +68,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     folders = [opened.folder for opened in begun.checkpoints]
     with (
         ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
-        noted(signal.SIGTERM) as stop,
+        interrupting(signal.SIGTERM),
         run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
     ):
         before = None if checkpoint is None else saving.read_state(checkpoint)
@@ -106,7 +106,8 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         begun.dense.checkpoint.close()
         if here.first:
             _write_record(trainee, out, state)
-        return _loop(trainee, feed, state, out, stop)
+        with noted(signal.SIGTERM) as stop:
+            return _loop(trainee, feed, state, out, stop)
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
@@ -159,41 +160,43 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
             for note in trainee.task.notes():
                 log.say(note)
+        first: Score | None = None
         if state.step == 0 and held_out is not None:
-            score = step.evaluate(trainee, held_out)
+            first = step.evaluate(trainee, held_out)
             state = replace(
                 state,
-                held_out_loss=score.loss,
-                held_out_start=score.loss,
-                held_out_accuracy=score.accuracy,
-                held_out_accuracy_start=score.accuracy,
+                held_out_loss=first.loss,
+                held_out_start=first.loss,
+                held_out_accuracy=first.accuracy,
+                held_out_accuracy_start=first.accuracy,
             )
             if log is not None:
-                log.say(f"step 0: {metrics.score(score.loss, score.accuracy)}")
+                log.say(f"step 0: {metrics.score(first.loss, first.accuracy)}")
+        book = Ledger(
+            trainee=trainee,
+            rate=rate,
+            log=log,
+            start=first,
+            lag=ledger.lag(here.device),
+        )
         while state.step < total:
             now = state.step
-            began = time.perf_counter()
+            book.begin()
             batch = _on(here.device, feed.next(run.train.rows, part))
             lr = run.schedule.at(now, total)
-            outcome = step.train_step(trainee, batch, now, lr)
-            seconds = time.perf_counter() - began
-            state = replace(state, step=now + 1, loss=outcome.loss, batches=feed.state())
+            book.add(step.queue_step(trainee, batch, now, lr, stop), lr)
             last = now + 1 == total
-            record = rate.over(_line(trainee, outcome, now + 1, lr, rate.tokens), run.train.rows, seconds)
-            if held_out is not None and (last or (now + 1) % run.train.eval_every == 0):
-                score = step.evaluate(trainee, held_out)
-                record = replace(record, held_out_loss=score.loss, held_out_accuracy=score.accuracy)
-                state = replace(state, held_out_loss=score.loss, held_out_accuracy=score.accuracy)
-            if now == 0:
-                record = replace(
-                    record,
-                    held_out_start=state.held_out_start,
-                    held_out_accuracy_start=state.held_out_accuracy_start,
-                )
-            if log is not None:
-                log.step(record)
-            stopping = here.any(bool(stop))
+            judged = held_out is not None and (last or (now + 1) % run.train.eval_every == 0)
             due = bool(run.checkpoint.every) and (now + 1) % run.checkpoint.every == 0
+            stopping = book.settle(
+                wait=last or judged or due,
+                judge=functools.partial(step.evaluate, trainee, held_out) if judged and held_out else None,
+            )
+            if stopping:
+                book.settle(wait=True)
+            state = replace(state, step=now + 1, loss=book.loss, batches=feed.state())
+            if judged and book.score is not None:
+                state = replace(state, held_out_loss=book.score.loss, held_out_accuracy=book.score.accuracy)
             if last or due or stopping:
                 _save(trainee, state, out, log, must=last or stopping)
             if stopping and not last:
@@ -209,59 +212,6 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         finished=state.step >= total,
         loss=state.loss,
         held_out_loss=state.held_out_loss,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """Throughput of training: tokens and active FLOPs per second, MFU, and peak memory."""
-
-    flops: int  # FLOPs of training on one row
-    tokens: int  # number of tokens in a row
-    peak: float | None  # FLOP/s of one device
-    ranks: Ranks
-
-    def over(self, record: StepMetrics, rows: int, seconds: float) -> StepMetrics:
-        """Return the record of a step with its rates."""
-        speed = rows * self.flops / seconds
-        return replace(
-            record,
-            seconds=round(seconds, 6),
-            tokens_per_s=round(rows * self.tokens / seconds, 1),
-            active_flops_per_s=round(speed),
-            mfu=None if self.peak is None else round(speed / (self.peak * self.ranks.world), 5),
-            peak_memory=self._memory(),
-        )
-
-    def _memory(self) -> int:
-        """Return the peak memory in bytes of this rank's accelerator, or of its process on a CPU."""
-        device = self.ranks.device
-        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak()
-
-
-def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: int) -> StepMetrics:
-    """Return the record of a step, without its rates."""
-    record = StepMetrics(
-        step=done,
-        tokens=done * trainee.run.train.rows * row_tokens,
-        loss=outcome.loss,
-        lr=lr,
-        grad_norm=outcome.grad_norm,
-    )
-    routers = trainee.routers
-    if not outcome.tallies or routers is None:
-        return record
-    rows = zip(routers.layers, routers.stacks, outcome.tallies, outcome.router_grad_norms, strict=True)
-    layers = tuple(
-        replace(routing.health(tally, stack, layer), router_grad_norm=norm)
-        for layer, stack, tally, norm in rows
-    )
-    return replace(
-        record,
-        balance_loss=outcome.balance_loss,
-        z_loss=outcome.z_loss,
-        router_losses=dict(outcome.own_losses) or None,
-        layers=layers,
     )
 
 
@@ -348,7 +298,11 @@ def _record(trainee: Trainee, state: RunState) -> RunRecord:
 
 
 def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:
-    return {name: torch.from_numpy(np.ascontiguousarray(a)).to(device) for name, a in batch.items()}
+    """Return a batch on the device. From pinned memory the copy waits for nothing that is queued."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch | None:

@@ -70,7 +70,7 @@ def _rows_that_fit(
     free = _free(here)
     if free is None:
         return None
-    free -= _PER_PARAMETER * begun.parameters // here.dp_size
+    free -= _PER_PARAMETER * begun.parameters // here.layout.replica
     return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
 
 

@@ -9,7 +9,6 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf import meshes
+from upcycle.sharding.layout import Layout
 from upcycle.training.run import Parallel
 
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables by which processes find each other
@@ -34,6 +35,7 @@ class Ranks:
     dp_rank: int = 0
     dp_size: int = 1
     device: torch.device
+    layout: Layout = Layout()
     config: DistributedConfig | None = None
     dp_group: Any = None
 
@@ -60,6 +62,13 @@ class Ranks:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen)
 
+    def seen(self, flag: bool) -> torch.Tensor:
+        """Return on how many ranks `flag` is set, as a tensor on the device; nobody waits for it."""
+        count = torch.full((), int(flag), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(count)
+        return count
+
     def gathered(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order."""
         if self.world == 1:
@@ -83,21 +92,26 @@ class Ranks:
 
 
 @contextmanager
-def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] = ()) -> Iterator[Ranks]:
+def ranks(
+    parallel: Parallel,
+    *,
+    mixed: bool = False,
+    experts: Collection[int] = (),
+    heads: Collection[int] = (),
+) -> Iterator[Ranks]:
     """Yield this process's rank: one of those that torchrun started, or a world of one.
 
-    `experts` are the numbers of experts per layer. Raises `UpcycleError` if the sizes do not fit.
+    `experts` are the numbers of experts per layer, `heads` those of attention heads. Raises `UpcycleError` if the
+    sizes do not fit.
     """
     world = _of_environment("WORLD_SIZE", 1)
-    fsdp = _sizes(parallel, world, experts)
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-    local = _of_environment("LOCAL_RANK", 0)
-    device = torch.device(kind, local) if kind != "cpu" else torch.device("cpu")
+    layout = layout_of(parallel, world)
+    layout.refuse(world, experts=experts, heads=heads, prefix="parallel.")
+    _of_environment("LOCAL_RANK", 0)
+    device = meshes.device()
     if world == 1:
         yield Ranks(device=device)
         return
-    if kind != "cpu":
-        torch.accelerator.set_device_index(local)
     mine = not dist.is_initialized()
     if mine:
         if lacking := [name for name in _RENDEZVOUS if not os.environ.get(name)]:
@@ -107,27 +121,37 @@ def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] =
             )
         if _of_environment("RANK", 0) >= world:
             raise UpcycleError(f"RANK = {os.environ['RANK']} and WORLD_SIZE = {world}; start with torchrun")
-        backend = dist.get_default_backend_for_device(kind)
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        meshes.start()
+    elif device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
     try:
-        mesh = dist.init_device_mesh(kind, (fsdp, parallel.tp), mesh_dim_names=("fsdp", "tp"))
+        place = layout.at(dist.get_rank())
         yield Ranks(
             rank=dist.get_rank(),
             world=world,
-            dp_rank=mesh.get_local_rank("fsdp"),
-            dp_size=fsdp,
+            dp_rank=place.replicate * layout.fsdp + place.fsdp,
+            dp_size=layout.dp,
             device=device,
+            layout=layout,
             config=DistributedConfig(
-                fsdp_size=fsdp,
-                tp_size=parallel.tp,
-                ep_size=parallel.ep,
-                fsdp_mixed_precision=mixed and fsdp > 1,
+                dp_replicate_size=layout.replicate,
+                fsdp_size=layout.fsdp,
+                tp_size=layout.tp,
+                ep_size=layout.ep,
+                fsdp_mixed_precision=mixed and layout.dp > 1,
             ),
-            dp_group=mesh.get_group("fsdp"),
+            dp_group=meshes.meshes(layout).data,
         )
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def layout_of(parallel: Parallel, world: int) -> Layout:
+    """Return the layout that [parallel] asks for in a world of so many processes."""
+    given = max(1, parallel.replicate) * max(1, parallel.tp)
+    fsdp = world // given if parallel.fsdp is None else parallel.fsdp
+    return Layout(replicate=parallel.replicate, fsdp=fsdp, tp=parallel.tp, ep=parallel.ep)
 
 
 def _of_environment(name: str, default: int) -> int:
@@ -139,21 +163,3 @@ def _of_environment(name: str, default: int) -> int:
             f"it"
         )
     return int(given)
-
-
-def _sizes(parallel: Parallel, world: int, experts: Collection[int]) -> int:
-    """Return the size of fsdp. Raises `UpcycleError` if the sizes do not fit."""
-    tp, ep = parallel.tp, parallel.ep
-    said = f"parallel.fsdp = {parallel.fsdp or 'the rest'}, tp = {tp}, ep = {ep} on {world} process(es)"
-    if min(tp, ep, parallel.fsdp or 1) < 1:
-        raise UpcycleError(f"{said}: each must be 1 or more")
-    fsdp = parallel.fsdp or world // tp
-    if fsdp * tp != world:
-        raise UpcycleError(f"{said}: fsdp x tp must be the number of processes that torchrun started")
-    if ep > 1 and (ep % tp or world % ep):
-        raise UpcycleError(f"{said}: ep must be a multiple of tp and divide fsdp x tp")
-    if ep > 1 and not experts:
-        raise UpcycleError(f"{said}: a dense model has no experts to share out; set parallel.ep = 1")
-    if wrong := [count for count in experts if count % ep]:
-        raise UpcycleError(f"{said}: ep must divide the {wrong[0]} experts of a layer")
-    return fsdp

@@ -105,11 +105,13 @@ class Train(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel(Settings):
-    """The parallel layout: fsdp x tp is the number of ranks, and ep divides it."""
+    """The parallel layout: replicate x fsdp x tp is the number of ranks, and ep divides fsdp x tp."""
 
     section: ClassVar[str] = "parallel"
 
-    fsdp: int | None = None  # None: the number of ranks divided by tp
+    # copies of the whole model (HSDP), so that only gradients go from one to another
+    replicate: int = 1
+    fsdp: int | None = None  # ranks that shard a copy; None: the number of ranks divided by the others
     tp: int = 1  # ranks that share the matrices of a layer
     ep: int = 1  # ranks that share the experts of a layer
 

@@ -1,6 +1,6 @@
 """Both models, opened as a user opens them, and asked the same questions.
 
-A user knows the Auto classes alone. So both folders are opened by the Auto class of the dense model, and the
+A user knows the Auto classes alone. So each folder is opened by the Auto class of its task, and the
 classes that this gives are compared with the ones that the blueprint speaks of. One model is in memory at a
 time. Whatever transformers raises becomes a check that fails.
 """
@@ -8,7 +8,7 @@ time. Whatever transformers raises becomes a check that fails.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,6 +46,7 @@ class Side:
 
     role: str
     folder: Path
+    model_type: str  # in config.json, to the letter
     architecture: str
     dtype: torch.dtype | None = None
     one_by_one: bool = False  # run the experts one by one, which needs no kernel that restricts their width
@@ -59,13 +60,19 @@ def sides(built: Blueprint, out: Path) -> list[Side]:
     """Return the dense model, the MoE, and the dense model as it is stored if the MoE is rounded."""
     import torch
 
-    source, name = built.source.folder, built.dense.architecture
+    source, raw = built.source.folder, built.source.config
+    # A class around the model that upcycle does not know is the one that config.json names.
+    name = built.dense.architecture or str((raw.get("architectures") or [""])[0])
     rounded = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
-    found = [
-        Side(role="source", folder=source, architecture=name, dtype=rounded),
-        Side(role="result", folder=out, architecture=built.target.architecture, one_by_one=True),
-    ]
-    return [*found, Side(role="source", folder=source, architecture=name)] if built.narrowed else found
+    dense = Side(role="source", folder=source, model_type=str(raw["model_type"]), architecture=name)
+    moe = Side(
+        role="result",
+        folder=out,
+        model_type=built.target.model_type,
+        architecture=built.target.architecture,
+        one_by_one=True,
+    )
+    return [replace(dense, dtype=rounded), moe, *([dense] if built.narrowed else [])]
 
 
 def checks(built: Blueprint, out: Path, questions: Sequence[Question]) -> list[Check]:
@@ -118,10 +125,12 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
 
     from upcycle.hf import autos, models, opening
 
-    auto = autos.auto_class(built.dense.family.model_type, built.dense.architecture)
-    options: dict[str, Any] = {"experts_implementation": "eager"} if side.one_by_one else {}
+    options: dict[str, Any] = (
+        {"experts_implementation": "eager"} if side.one_by_one else {"left_out": built.left_out}
+    )
     try:
-        by = auto or models.architecture(side.architecture)
+        opening.read_config(side.folder)  # registers an upcycled type
+        by = autos.auto_class(side.model_type, side.architecture) or models.architecture(side.architecture)
         model = opening.fill(by, side.folder, dtype=side.dtype or torch.float32, **options)
     except UpcycleError as error:
         raise FailedError(f"the {side.role} cannot be opened: {error}") from error

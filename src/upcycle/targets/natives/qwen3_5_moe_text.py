@@ -8,6 +8,7 @@ native = Native(
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
     reader="Qwen3_5Tokenizer always",
+    base="Qwen3_5MoeTextModel",
     summary="softmax over all experts, top-k renormalised, gated shared expert",
     # The hub stores its experts fused; mlx-lm and older versions of transformers read nothing else.
     layout=FusedOrEach(

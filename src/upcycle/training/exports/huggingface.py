@@ -34,7 +34,7 @@ class HuggingFace(Format):
         if begun.built:
             made_anew = fit_tokenizer(begun.built, folder)
             carried = [name for name in carried if name not in made_anew]
-        told = provenance_of(trained, carried, left)
+        told = provenance_of(trained, folder, carried, left)
         whole_file.write_json(folder / told.FILE, told.as_table())
         if begun.built:
             selection.write(begun.built, folder)
