@@ -68,7 +68,7 @@ def test_llama_tokens_stay_what_they_are(stored, target, llama, tmp_path):
     assert found["files"][0], found["files"]
     record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
     made_anew = record.get("made_anew_files") or {}
-    assert list(made_anew) == ([] if target == "upcycled" else ["tokenizer.json"])
+    assert bool(made_anew) == ("tokenizer.json" in made_anew) == (target != "upcycled")
     a, b = (AutoTokenizer.from_pretrained(f) for f in (source, tmp_path / "moe"))
     text = "  return x\n\nthe cat</s> the dog"
     assert a(text).input_ids == b(text).input_ids

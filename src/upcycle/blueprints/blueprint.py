@@ -60,7 +60,9 @@ class Blueprint:
     @cached_property
     def weights(self) -> Weights:
         """The kind of every tensor of the result."""
-        return self.target.weights(self.dense, self.config, self.entries)
+        return self.target.weights(self.dense, self.config, self.entries) | heads.weights(
+            self.dense, self.recipe, self.entries
+        )
 
     @property
     def tied_head(self) -> int:

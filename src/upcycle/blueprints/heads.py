@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from upcycle.blueprints.entries import Entry
 from upcycle.dense.places import Place
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
-from upcycle.families import Config
+from upcycle.families import Config, Weights
+from upcycle.families._weights import Matrix
 from upcycle.recipe import Recipe
 from upcycle.tensors.lazy import Lazy
+
+
+def weights(dense: Dense, recipe: Recipe, entries: Mapping[str, Entry]) -> Weights:
+    """Return the kind of a head that the dense model does not store; nothing if there is none."""
+    tied = dense.family.tied
+    if not recipe.moe.untie or tied is None or tied[0] in dense.weights:
+        return {}
+    return {tied[0]: Matrix(entries[tied[0]].shape)}
 
 
 def untied(

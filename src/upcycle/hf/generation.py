@@ -16,5 +16,5 @@ def settings(model: PreTrainedModel) -> dict[str, Any]:
     return {
         key: value
         for key, value in ({} if found is None else found.to_diff_dict()).items()
-        if key not in _UNHEEDED and value is not None and value != usual.get(key)
+        if key not in _UNHEEDED and value is not None and value != usual.get(key, False)
     }
