@@ -84,6 +84,16 @@ def test_widths_that_no_block_divides(width, granularity, said, dense):
     assert [next(s for s in ("multiple of 128", "multiple of 256") if s in w) for w in found] == said
 
 
+def test_a_config_that_turns_the_cache_off(dense, tmp_path):
+    """It is kept as the source has it, and said; both models generate alike."""
+    source = Path(shutil.copytree(dense("llama"), tmp_path / "dense"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    assert any("use_cache = false" in w for w in plan(source, Recipe.of(moe=MOE)).warnings)
+    convert(source, tmp_path / "moe", Recipe.of(moe=MOE))
+    assert verify(source, tmp_path / "moe").holds
+
+
 def test_special_tokens_stay_what_they_are(dense, tmp_path):
     """Null stays null, and a token that only the new class knows is as the source has it."""
     for name, config in (

@@ -68,6 +68,11 @@ def warnings(built: Blueprint) -> list[str]:
             f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
             f'which is slower (experts_implementation="eager")'
         )
+    if built.config.get("use_cache") is False:
+        out.append(
+            "config.json says use_cache = false, as training scripts write it, and so does the result: generation "
+            "works out every token anew; set it to true to generate"
+        )
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)
