@@ -147,6 +147,10 @@ class Target(abc.ABC):
         """Return whether the tensors outside the experts keep their bits in bfloat16 and float16."""
         return True
 
+    def tokenizer(self, family: Family) -> str:
+        """Return the rule by which transformers opens the tokenizer; see `Family.tokenizer`."""
+        return family.tokenizer
+
     def norm_identity(self, family: Family) -> float:
         """Return the weight of a norm that only normalises."""
         return family.norm_identity

@@ -22,7 +22,6 @@ from upcycle.sharding.layout import Layout
 from upcycle.training.run import Parallel
 
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables by which processes find each other
-_TIMEOUT = timedelta(minutes=30)  # of a collective
 
 
 @dataclass(frozen=True, kw_only=True)
