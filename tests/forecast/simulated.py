@@ -1,8 +1,8 @@
 """A step of training on one rank of a world that is not there, in tensors that have shapes alone.
 
-torch's fake process group answers every collective at once, and `FakeTensorMode` computes shapes and no values, so
-a step of any model on any number of ranks runs on one process. torch's `MemTracker` counts the storages that are
-alive, and `Traffic` the collectives with their bytes.
+torch's fake process group answers every collective at once, and `FakeTensorMode` computes shapes and no
+values, so a step of any model on any number of ranks runs on one process. torch's `MemTracker` counts the
+storages that are alive, and `Traffic` the collectives with their bytes.
 """
 
 from __future__ import annotations

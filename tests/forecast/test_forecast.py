@@ -7,19 +7,19 @@ from collections import Counter
 
 import pytest
 import simulated
-import tiny
 
+import tiny
 from upcycle.blueprints.blueprint import blueprint
-from upcycle.forecast import traffic
+from upcycle.forecast import memory, traffic
 from upcycle.forecast.setting import Setting
 from upcycle.recipe import Recipe
 from upcycle.sharding.layout import Layout
 
 ROWS, LENGTH = 2, 64
 LAYOUTS = [
-    Layout(fsdp=8),
-    Layout(fsdp=8, ep=4),
-    Layout(replicate=2, fsdp=4, ep=4),
+    (Layout(fsdp=8), False),
+    (Layout(fsdp=8, ep=4), True),
+    (Layout(replicate=2, fsdp=4, ep=4), False),
 ]
 
 
@@ -27,8 +27,9 @@ LAYOUTS = [
 def source(tmp_path_factory):
     """Headers of a small Llama: nothing reads its weights."""
     config = {
-        **tiny.SMALL, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 256,
-        "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64, "torch_dtype": "bfloat16",
+        **tiny.SMALL, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512,
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64,
+        "torch_dtype": "bfloat16",
     }  # fmt: skip
     return tiny.make_headers(tmp_path_factory.mktemp("forecast") / "llama", config)
 
@@ -48,13 +49,20 @@ def both(source):
     return of
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_collectives_are_those_that_torch_dispatches(both, layout):
+@pytest.mark.parametrize(("layout", "recompute"), LAYOUTS)
+def test_collectives_are_those_that_torch_dispatches(both, layout, recompute):
     """The number of calls and their bytes, by kind and number of ranks."""
-    setting, step = both(layout)
+    setting, step = both(layout, recompute)
     times: Counter = Counter()
     total: Counter = Counter()
     for each in traffic.collectives(setting):
         times[each.kind, each.ranks] += each.times
         total[each.kind, each.ranks] += each.total
     assert {kind: (times[kind], total[kind]) for kind in times} == step.traffic
+
+
+@pytest.mark.parametrize(("layout", "recompute"), LAYOUTS)
+def test_the_peak_is_the_one_that_torch_tracks(both, layout, recompute):
+    """The most bytes alive in a step, within 10 %."""
+    setting, step = both(layout, recompute)
+    assert memory.peak(setting).total == pytest.approx(step.peak, rel=0.1)

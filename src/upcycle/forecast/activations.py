@@ -1,7 +1,8 @@
-"""The bytes that a block keeps of its tokens for the backward pass, and those alive in the middle of that pass.
+"""The bytes that a block keeps of its tokens for the backward pass, and those alive in the middle of that
+pass.
 
-They are the tensors that torch saves in a block of transformers' Llama and Mixtral in bfloat16 with flash attention,
-counted one by one. Others are estimated by the same rules.
+They are the tensors that torch saves in a block of transformers' Llama and Mixtral in bfloat16 with flash
+attention, counted one by one. Others are estimated by the same rules.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The groups of parameters that FSDP gathers, frees and reduces together, in the order of the forward pass.
 
-They are those of transformers' plan (`base_model_fsdp_plan`, `_fsdp_plan`), which `hf/distributing.py` follows:
-each block is one, and so are the experts of a block if expert parallelism shares them out. A native or dense class
-gathers its embedding apart, and its last norm with its head. Tied parameters, and what no rule names, are gathered
-with the whole model.
+They are those of transformers' plan (`base_model_fsdp_plan`, `_fsdp_plan`), which `hf/distributing.py`
+follows: each block is one, and so are the experts of a block if expert parallelism shares them out. A native
+or dense class gathers its embedding apart, and its last norm with its head. Tied parameters, and what no rule
+names, are gathered with the whole model.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The memory of the most loaded rank in a step: what is alive at each moment that may be the largest.
 
-A step is walked through as FSDP2 does it (torch 2.13, `torch/distributed/fsdp/_fully_shard`). To gather a group it
-fills one buffer, copies it to a tensor for each parameter, by way of another copy for those that are not cut along
-their first axis, and frees the buffer. In the backward pass the group before is gathered while this one computes, and
-the last gradients stay in float32 until the next ones are ready to be reduced. What an allocator loses to fragments,
-and the CUDA context, are not counted. The update is that of a fused optimizer, which needs no memory of its own.
+A step is walked through as FSDP2 does it (torch 2.13, `torch/distributed/fsdp/_fully_shard`). To gather a
+group it fills one buffer, copies it to a tensor for each parameter, by way of another copy for those that are
+not cut along their first axis, and frees the buffer. In the backward pass the group before is gathered while
+this one computes, and the last gradients stay in float32 until the next ones are ready to be reduced. What an
+allocator loses to fragments, and the CUDA context, are not counted. The update is that of a fused optimizer,
+which needs no memory of its own.
 """
 
 from __future__ import annotations

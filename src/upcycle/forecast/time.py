@@ -1,9 +1,9 @@
 """The time of a step: arithmetic at a stated share of the peak, and collectives at the speed of their links.
 
-A collective of n ranks takes as long as NCCL's model of a ring says: each rank sends and gets (n - 1) / n of the
-bytes, twice for an all-reduce, and each step of the ring has a latency (`src/graph/tuning.cc`). Ranks of one machine
-share its ports, so a ring through m ranks of each machine has m ports. An all-to-all sends to ranks of the machine
-over NVLink and to others through the rank's own port.
+A collective of n ranks takes as long as NCCL's model of a ring says: each rank sends and gets (n - 1) / n of
+the bytes, twice for an all-reduce, and each step of the ring has a latency (`src/graph/tuning.cc`). Ranks of
+one machine share its ports, so a ring through m ranks of each machine has m ports. An all-to-all sends to
+ranks of the machine over NVLink and to others through the rank's own port.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from upcycle.forecast.traffic import Collective, collectives
 from upcycle.system.gpus import MACHINE, Gpu
 
 ARITHMETIC = 0.524
-"""Share of the peak that arithmetic reaches: MFU of dense continued training of Llama 3 8B on 128 H100 with Megatron
-("Llama 3 Meets MoE", Table 4). It has the cost of that run's communication in it."""
+"""Share of the peak that arithmetic reaches: MFU of dense continued training of Llama 3 8B on 128 H100 with
+Megatron ("Llama 3 Meets MoE", Table 4). It has the cost of that run's communication in it."""
 LINK = 0.8
 """Share of a link's speed that collectives reach. It is an assumption."""
 CALL, STEP, STEP_BETWEEN = 8.4e-6, 3.4e-6, 14e-6
-"""Seconds of latency: a call, a step of a ring within a machine, one between machines (NCCL's ring, protocol Simple)."""
+"""Seconds of latency: a call, a step of a ring within a machine, one between machines (NCCL's ring, protocol
+Simple)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The collectives of one step of training: which, how many, among how many ranks, of how many bytes.
 
-Bytes are those of the whole tensor on one rank: the output of an all-gather, the input of a reduce-scatter, the
-tensor of an all-reduce, what an all-to-all sends. Sums of losses and counts of tokens, a few kilobytes a step, are
-left out.
+Bytes are those of the whole tensor on one rank: the output of an all-gather, the input of a reduce-scatter,
+the tensor of an all-reduce, what an all-to-all sends. Sums of losses and counts of tokens, a few kilobytes a
+step, are left out.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _parameters(setting: Setting) -> Iterator[Collective]:
 def _experts(setting: Setting) -> Iterator[Collective]:
     """Yield what transformers' `AllToAllEP` does in every layer.
 
-    The numbers of tokens go first, then the tokens, then the results come back; the backward pass does the last
-    two again. A layer that is recomputed does all three again.
+    The numbers of tokens go first, then the tokens, then the results come back; the backward pass does the
+    last two again. A layer that is recomputed does all three again.
     """
     layout, again = setting.layout, 2 if setting.recompute else 1
     if layout.ep == 1:
@@ -116,9 +116,9 @@ def _norm(count: int, ranks: int, apart: int) -> Collective:
 def _tensor_parallel(setting: Setting) -> Iterator[Collective]:
     """Yield what transformers' tensor parallelism does, without sequence parallelism.
 
-    A matrix cut by rows sums its outputs, and each one cut by columns sums the gradient of its input. So do experts
-    that are cut inside. Experts that are shared out take a slice of the tokens on each rank, and gather the results
-    and the gradients. Recomputing a block stops before the last sum or gather.
+    A matrix cut by rows sums its outputs, and each one cut by columns sums the gradient of its input. So do
+    experts that are cut inside. Experts that are shared out take a slice of the tokens on each rank, and
+    gather the results and the gradients. Recomputing a block stops before the last sum or gather.
     """
     layout, width = setting.layout, setting.width
     if layout.tp == 1:

@@ -1,7 +1,8 @@
 """The GPUs for planning and measuring: memory, bf16 FLOP/s and links from NVIDIA's data sheets.
 
-A machine is one of eight GPUs with NVLink, as DGX and HGX have it. H100, H200 and H800 come with an InfiniBand port of
-400 Gbit/s for each GPU (DGX H100 data sheet), A100 and A800 with one of 200 Gbit/s (DGX A100 data sheet).
+A machine is one of eight GPUs with NVLink, as DGX and HGX have it. H100, H200 and H800 come with an
+InfiniBand port of 400 Gbit/s for each GPU (DGX H100 data sheet), A100 and A800 with one of 200 Gbit/s (DGX
+A100 data sheet).
 """
 
 from __future__ import annotations
