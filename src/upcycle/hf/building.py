@@ -81,10 +81,11 @@ def place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names in the model, on the meta device and not yet shared out, of tensors by their names on disk.
+    """Return the names in the model, on the meta device and not yet shared out, of tensors by their names on
+    disk.
 
-    Both are those of transformers' own loader. A tensor that has no place, or a parameter without a tensor, is
-    a bug in upcycle and raises `AssertionError`, unless the class declares it to be optional.
+    Both are those of transformers' own loader. A tensor that has no place, or a parameter without a tensor,
+    is a bug in upcycle and raises `AssertionError`, unless the class declares it to be optional.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]

@@ -1,7 +1,8 @@
 """Shares a model of transformers out over the ranks of a layout.
 
-Tensor parallelism and the dispatch of tokens to experts are transformers' own, with its plans for each class. FSDP2
-is ours (`placement.py`): transformers shards along the first axis alone, which for experts is their number.
+Tensor parallelism and the dispatch of tokens to experts are transformers' own, with its plans for each class.
+FSDP2 is ours (`placement.py`): transformers shards along the first axis alone, which for experts is their
+number.
 """
 
 from __future__ import annotations
@@ -136,9 +137,9 @@ def _fully_shard(
 def _average_experts(module: nn.Module, layout: Layout) -> None:
     """Let the gradients of experts be a mean over all groups of ranks that see different rows.
 
-    The ranks of an expert-parallel group sum theirs by sending tokens, so FSDP must not divide by its own size.
-    A factor of its own goes through an operation that gloo does not have, unless it sums and divides itself; over
-    one rank it divides in any case.
+    The ranks of an expert-parallel group sum theirs by sending tokens, so FSDP must not divide by its own
+    size. A factor of its own goes through an operation that gloo does not have, unless it sums and divides
+    itself; over one rank it divides in any case.
     """
     module.set_gradient_divide_factor(float(layout.dp))  # type: ignore[operator]
     if layout.efsdp > 1:

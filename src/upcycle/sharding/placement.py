@@ -1,10 +1,11 @@
 """Which part of a parameter a rank holds.
 
-Expert parallelism gives a rank whole experts, tensor parallelism a part of an axis. FSDP then cuts what is left
-along one axis: the first along which no rank holds more than `SLACK` even shares, else the one with the least. It
-cuts the first axis as evenly as whole rows allow (some ranks may have a row less, or none), and another axis only
-if it divides, because FSDP2 asks for that. So a matrix of an expert is cut inside where ranks outnumber experts, as
-torchtitan does, and a small tensor costs the most loaded rank no more than a copy of it would.
+Expert parallelism gives a rank whole experts, tensor parallelism a part of an axis. FSDP then cuts what is
+left along one axis: the first along which no rank holds more than `SLACK` even shares, else the one with the
+least. It cuts the first axis as evenly as whole rows allow (some ranks may have a row less, or none), and
+another axis only if it divides, because FSDP2 asks for that. So a matrix of an expert is cut inside where
+ranks outnumber experts, as torchtitan does, and a small tensor costs the most loaded rank no more than a copy
+of it would.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _shards(sharded: Sharded, layout: Layout) -> int:
 
 
 def _cut(ranges: Ranges, size: int, number: int) -> Ranges:
-    """Return part `number` of an axis that is cut into `size`, each of the same length but for the last ones."""
+    """Return part `number` of `size` parts of an axis; the last ones may be shorter, or empty."""
     total = sum(stop - start for start, stop in ranges)
     step = -(-total // size)
     first, last = number * step, (number + 1) * step

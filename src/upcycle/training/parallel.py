@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Ranks:
     dp_rank: int = 0
     dp_size: int = 1
     device: torch.device
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     config: DistributedConfig | None = None
     dp_group: Any = None
 
@@ -94,8 +94,8 @@ def ranks(
 ) -> Iterator[Ranks]:
     """Yield this process's rank: one of those that torchrun started, or a world of one.
 
-    `experts` are the numbers of experts per layer, `heads` those of attention heads. Raises `UpcycleError` if the
-    sizes do not fit.
+    `experts` are the numbers of experts per layer, `heads` those of attention heads. Raises `UpcycleError` if
+    the sizes do not fit.
     """
     world = _of_environment("WORLD_SIZE", 1)
     layout = layout_of(parallel, world)
