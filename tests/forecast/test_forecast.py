@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 
 import pytest
 import simulated
@@ -53,12 +52,7 @@ def both(source):
 def test_collectives_are_those_that_torch_dispatches(both, layout, recompute):
     """The number of calls and their bytes, by kind and number of ranks."""
     setting, step = both(layout, recompute)
-    times: Counter = Counter()
-    total: Counter = Counter()
-    for each in traffic.collectives(setting):
-        times[each.kind, each.ranks] += each.times
-        total[each.kind, each.ranks] += each.total
-    assert {kind: (times[kind], total[kind]) for kind in times} == step.traffic
+    assert traffic.by_kind(traffic.collectives(setting)) == step.traffic
 
 
 @pytest.mark.parametrize(("layout", "recompute"), LAYOUTS)

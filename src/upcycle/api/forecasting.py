@@ -36,9 +36,9 @@ def foretell(
 ) -> Outlook:
     """Return what a step of training `recipe`'s model needs on one of `world` GPUs of the kind `gpu`.
 
-    The ranks are laid out as replicate x fsdp x tp, with experts shared out over `ep` of them. A rank computes
-    on `rows` rows of `context` tokens. `recompute` is activation checkpointing. Only headers are read. Raises
-    `UpcycleError` if source, recipe and layout do not fit.
+    The ranks are laid out as replicate x fsdp x tp, with experts shared out over `ep` of them. A rank
+    computes on `rows` rows of `context` tokens. `recompute` is activation checkpointing. Only headers are
+    read. Raises `UpcycleError` if source, recipe and layout do not fit.
     """
     built = blueprint(peek(source), Recipe.of(recipe))
     fsdp = world // max(1, replicate * tp)
@@ -52,8 +52,8 @@ def foretell(
 def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     """Return what a step of a run needs on one of `world` GPUs of the kind `gpu`.
 
-    Without train.micro_batch a rank has all its rows in one forward pass. Raises `UpcycleError` if the run does
-    not fit the world, or trains a dense model.
+    Without train.micro_batch a rank has all its rows in one forward pass. Raises `UpcycleError` if the run
+    does not fit the world, or trains a dense model.
     """
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
@@ -65,8 +65,8 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     share = train.rows // max(1, layout.dp)
     if layout.dp * share != train.rows or not share:
         raise UpcycleError(
-            f"the {train.rows} rows of a global batch do not divide among {layout.dp} groups of ranks; change "
-            f"train.batch_tokens, train.batch_size or the layout"
+            f"the {train.rows} rows of a global batch do not divide among {layout.dp} groups of ranks; "
+            f"change train.batch_tokens, train.batch_size or the layout"
         )
     rows = min(train.micro_batch or share, share)
     setting = Setting(

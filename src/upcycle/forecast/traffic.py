@@ -8,7 +8,7 @@ step, are left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,15 @@ def collectives(setting: Setting) -> tuple[Collective, ...]:
     """Return the collectives of a step on one rank, leaving out groups of one."""
     found = (*_parameters(setting), *_experts(setting), *_tensor_parallel(setting), *_norms(setting))
     return tuple(each for each in found if each.ranks > 1 and each.times and each.bytes)
+
+
+def by_kind(found: Iterable[Collective]) -> dict[tuple[Kind, int], tuple[int, int]]:
+    """Return the calls and the bytes of each kind of collective and number of ranks."""
+    out: dict[tuple[Kind, int], tuple[int, int]] = {}
+    for each in found:
+        calls, size = out.get((each.kind, each.ranks), (0, 0))
+        out[each.kind, each.ranks] = calls + each.times, size + each.total
+    return out
 
 
 def _parameters(setting: Setting) -> Iterator[Collective]:

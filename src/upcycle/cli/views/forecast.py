@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from upcycle.cli.screen import grid, out
+from upcycle.forecast.traffic import by_kind
 from upcycle.system.wording import count, size
 
 if TYPE_CHECKING:
@@ -29,11 +30,7 @@ def show_outlook(outlook: Outlook) -> None:
     fits = "it fits" if outlook.fits else "it does not fit"
     out.print(f"the peak is at {peak.moment}; {fits} into 90% of {size(outlook.gpu.memory)}")
     traffic = grid("traffic of a step", "", "GPUs", "calls", "bytes")
-    sums: dict[tuple[str, int], tuple[int, int]] = {}
-    for each in outlook.collectives:
-        calls, total = sums.get((each.kind, each.ranks), (0, 0))
-        sums[each.kind, each.ranks] = calls + each.times, total + each.total
-    for (kind, ranks), (calls, total) in sums.items():
+    for (kind, ranks), (calls, total) in by_kind(outlook.collectives).items():
         traffic.add_row(kind.replace("_", "-"), str(ranks), count(calls), size(total))
     out.print(traffic)
     time = outlook.time
