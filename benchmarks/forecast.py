@@ -37,8 +37,18 @@ LLAMA = {
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 SIZES = {
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
 }
 
 
@@ -70,7 +80,11 @@ def main() -> None:
     ask.add_argument("--layers", type=int, help="layers, if not all")
     ask.add_argument("--out", type=Path)
     asked = ask.parse_args()
-    found: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "cases": {}}
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cases": {},
+    }
     for name in asked.only:
         found["cases"][name] = result = run(CASES[name], asked.layers)
         print(name, json.dumps({k: v for k, v in result.items() if k != "traffic"}), flush=True)
