@@ -102,7 +102,7 @@ class Ranks:
         if self.world == 1:
             yield replace(self, device=device)
             return
-        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=meshes.PATIENCE)
         try:
             yield replace(self, device=device, group=group)
         finally:
