@@ -34,7 +34,7 @@ from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.lazy import Folded, Lazy, Stack
-from upcycle.training import drop_path, layer_decay, weightless
+from upcycle.training import drop_path, layer_decay, recomputing, weightless
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -163,11 +163,13 @@ def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place
 def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
-    model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)
+    model = _build(start, start.entries, run, ranks, dtype)
+    if model.device != ranks.device:
+        model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if run.train.activation_checkpointing:
-        _recompute(model)
+        recomputing.install(model, run.train.activation_checkpointing)
     if run.train.drop_path is not None:
         drop_path.install(model, start.dense.family, start.dense.config, run.train.drop_path)
     _set_expert_dropout(model, run.train)
@@ -216,20 +218,6 @@ def _compile(blocks: Iterable[nn.Module]) -> None:
         setattr(torch._dynamo.config, _MAY_SKIP, True)
     for block in blocks:
         block.compile()
-
-
-def _recompute(model: PreTrainedModel) -> None:
-    """Keep only a layer's input, and recompute the rest in the backward pass."""
-    if not model.supports_gradient_checkpointing:
-        raise UpcycleError(
-            f"train.activation_checkpointing: transformers has none for {type(model).__name__}; set it to "
-            f"false, and lower train.micro_batch where memory is short"
-        )
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _build(
