@@ -21,9 +21,11 @@ from upcycle.conversion.provenance import Hashes
 from upcycle.data import stamps
 from upcycle.data.feeding import Feed
 from upcycle.errors import UpcycleError, listed
+from upcycle.loading import attention_heads
 from upcycle.records.metrics import StepMetrics
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
+from upcycle.sharding.layout import Layout
 from upcycle.system import memory, progress
 from upcycle.system.signals import held, noted
 from upcycle.system.wording import count
@@ -65,14 +67,17 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     task = tasks.fitting(run.task, begun.dense.architecture)
     fit.refuse_pooling(run, begun.built)
     experts = begun.built.expert_counts if begun.built else set()
+    heads = attention_heads(begun.config)
     folders = [opened.folder for opened in begun.checkpoints]
     with (
-        ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
+        ranks(run.parallel, mixed=precision == "mixed", experts=experts, heads=heads) as here,
         noted(signal.SIGTERM) as stop,
         run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
     ):
         before = None if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
+        if here.first and before is not None:
+            _say_changed_layout(before, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
@@ -121,6 +126,17 @@ def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> N
         found = fit.warnings(run, begun.built) if begins else []
         for sentence in [*found, *filter(None, [long])]:
             progress.warn(sentence)
+
+
+def _say_changed_layout(before: RunState, here: Ranks) -> None:
+    """Say that a run goes on in another world than the one that saved it, which it may."""
+    if before.layout is None or dict(before.layout) == asdict(here.layout):
+        return
+    then = Layout(**before.layout)
+    progress.say(
+        f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
+        f"({here.layout})"
+    )
 
 
 @contextmanager
@@ -268,7 +284,12 @@ def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: 
 def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, must: bool) -> None:
     """Save a checkpoint. A failure stops the run only if `must` is set."""
     keep = trainee.run.checkpoint.keep
-    saved = replace(state, identity=trainee.run.identity(), micro_batch=trainee.run.train.micro_batch)
+    saved = replace(
+        state,
+        identity=trainee.run.identity(),
+        micro_batch=trainee.run.train.micro_batch,
+        layout=asdict(trainee.ranks.layout),
+    )
     with held():
         optimizer.fill(trainee.optimizer, trainee.run.optimizer)
         reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
