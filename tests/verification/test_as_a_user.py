@@ -45,7 +45,7 @@ def test_every_line_is_there(dense, tmp_path):
     assert line(proof, "logits, padded on the left")[0]
     holds, said = line(proof, "generation")
     assert holds
-    assert "rows of 2 to 14 tokens" in said  # past the window of 8
+    assert "rows of 4 to 12 tokens" in said  # past the window of 8
     assert line(proof, "generation settings")[0]
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-NEW = 12  # tokens that are generated
-BEFORE = 6  # of these, tokens before a switch
+NEW = 8  # tokens that are generated
+BEFORE = 4  # of these, tokens before a switch
 LONGEST = 1024  # tokens of the longest row that is generated
 
 
