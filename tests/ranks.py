@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
+from upcycle.training import agreement, optimizer, saving, start, step
 from upcycle.training import gradients as grads
-from upcycle.training import optimizer, saving, start, step
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
@@ -81,6 +82,10 @@ def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
     return Run.of(table)
 
 
+def experts_of(run: Run) -> list[int]:
+    return [run.recipe.moe.num_experts] if run.recipe else []
+
+
 def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
     begun = start.start_of(run)
     model = start.model_of(begun, run, here, precision)
@@ -118,7 +123,7 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts=[4]) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             trainee = trainee_of(run, here)
             kept: dict[str, torch.Tensor] = {}
 
@@ -150,7 +155,7 @@ def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dic
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts={4}) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             trainee = trainee_of(run, here)
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
@@ -171,7 +176,7 @@ def refused(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[str
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts={4}) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             try:
                 trainee_of(run, here)
                 out.append("")
@@ -189,11 +194,41 @@ def trains(jobs: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
     return results
 
 
+def refused_apart(table: dict[str, Any], folders: list[str]) -> list[tuple[str, bool]]:
+    """What a run says where each rank stands in a folder of its own, and whether another rank says it."""
+    agreement._PATIENCE = 0.0
+    out, home = [], os.getcwd()
+    for folder in folders:
+        os.chdir(Path(folder) / str(rank()))
+        try:
+            train(Run.of(table))
+            out.append(("", False))
+        except UpcycleError as error:
+            out.append((str(error), error.elsewhere))
+        os.chdir(home)
+    return out
+
+
+def dies_while_saving(table: dict[str, Any], step: int, said: str) -> None:
+    """`upcycle train`, of which rank 1 dies when its part of a checkpoint is written; what rank 0 says."""
+    hashes = saving._hashes
+
+    def die(partial: Path, *rest: Any) -> dict[str, str]:
+        if partial.name == f"step-{step}.partial" and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hashes(partial, *rest)
+
+    saving._hashes = die
+    try:
+        train(Run.of(table))
+    except UpcycleError as error:
+        Path(said).write_text(str(error))
+
+
 def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """The digests of parameters and Adam moments that a rank gets back from a checkpoint."""
     run = Run.of(table)
-    experts = [run.recipe.moe.num_experts] if run.recipe else []
-    with ranks(run.parallel, experts=experts) as here:
+    with ranks(run.parallel, experts=experts_of(run)) as here:
         trainee = trainee_of(run, here)
         saving.load(Path(checkpoint), trainee.model, trainee.optimizer)
         moments = {

@@ -1,8 +1,8 @@
 """Online upcycling: a model whose parameters are read from the blueprint, each rank its own parts.
 
-The model is built without memory and shared out. Then each part of a parameter is written where it belongs. No
-MoE is ever written to disk, and no rank holds more than its shard and the block being read ("Llama 3 Meets MoE",
-online upcycling).
+The model is built without memory and shared out. Then each part of a parameter is written where it belongs.
+No MoE is ever written to disk, and no rank holds more than its shard and the block being read ("Llama 3 Meets
+MoE", online upcycling).
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def build(
     found = building.renamed(model, tensors)
     cuts: dict[str, Sharded] = {}
     rank = 0
-    if shared is not None and layout.world > 1:
+    if shared is None or layout.world == 1:
+        building.tie(model)
+    else:
         meshes.start()
         device = torch.device("cpu") if shared.fsdp_cpu_offload else meshes.device()
         cuts = distributing.distribute(model, shared, meshes.meshes(layout))
@@ -109,7 +111,8 @@ def build(
         if name is None:
             return False
         entry = tensors[found[name]]
-        part = placement.part(cuts.get(name) or Sharded(shape=tuple(entry.shape)), layout, rank)
+        cut = next((cuts[name] for name in names if name in cuts), Sharded(shape=tuple(entry.shape)))
+        part = placement.part(cut, layout, rank)
         write_part(entry, part, memory)
         return True
 
@@ -187,8 +190,8 @@ def _layout(
         raise UpcycleError(f"distributed_config does not fit: {error}") from None
     if made.pp_size and made.pp_size > 1:
         raise UpcycleError(
-            f"pp_size = {made.pp_size}: upcycle has no pipeline parallelism; use fsdp_size, dp_replicate_size, "
-            f"tp_size and ep_size"
+            f"pp_size = {made.pp_size}: upcycle has no pipeline parallelism; use fsdp_size, tp_size, ep_size "
+            f"and dp_replicate_size"
         )
     distributing.layout_of(made).refuse(
         int(os.environ.get("WORLD_SIZE", "1")),
@@ -200,6 +203,6 @@ def _layout(
 
 
 def attention_heads(config: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of heads in a config.json: of queries, and of keys and values if they have their own."""
+    """Return the numbers of attention heads in a config.json: of queries, and of keys and values."""
     counts = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     return [count for count in counts if type(count) is int]

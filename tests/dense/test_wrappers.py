@@ -214,7 +214,7 @@ def test_a_plain_model_has_nothing_around_it(dense):
 
 
 def test_the_table_is_what_transformers_does():
-    """Every wrapper builds the text model that its config names, if the table says so, and ties as it says."""
+    """Every wrapper builds the text model that its config names, if the table says so, and ties as said."""
     import importlib
     import inspect
     import re

@@ -23,7 +23,7 @@ from upcycle.blueprints.blueprint import Blueprint, Entry, blueprint
 from upcycle.checkpoints.carried import carried
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
 from upcycle.checkpoints.dtypes import TooLargeError
-from upcycle.conversion import card, provenance, selection, tokenizer
+from upcycle.conversion import card, direct, provenance, selection, tokenizer
 from upcycle.conversion.journal import JOURNAL, Journal
 from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.dense.source import refuse_two_heads
@@ -245,21 +245,25 @@ class _Files:
         }
         self.locks = [threading.Lock() for _ in self.paths]
         self.opened = OpenFiles(os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        self.direct = direct.Direct()
         for path, size in zip(self.paths, shards.sizes, strict=True):
             with self.opened.use(path) as descriptor:
                 os.ftruncate(descriptor, size)
+                direct.reserve(descriptor, size)
         whole_file.sync_folder(partial)
         whole_file.sync_folder(partial.parent)
 
     def write(self, place: Place, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
-        view, position = data.data, place.offset + start
-        path = self.paths[place.shard]
-        # The kernel also allows one write at a time, but the other threads would spin.
+        position, path = place.offset + start, self.paths[place.shard]
+        done = self.direct.write(path, data, position)
+        # Through the cache, the kernel also allows one write at a time, but the other threads would spin.
         with self.locks[place.shard], self.opened.use(path) as descriptor:
-            while view:
-                count = os.pwrite(descriptor, view, position)
-                view, position = view[count:], position + count
+            for part in (slice(0, done.start), slice(done.stop, data.size)):
+                view, at = data.data[part], position + part.start
+                while view:
+                    count = os.pwrite(descriptor, view, at)
+                    view, at = view[count:], at + count
 
     def crc(self, place: Place) -> int:
         """Return the CRC-32 of the tensor at `place` as it is on disk."""
@@ -280,6 +284,7 @@ class _Files:
     def close(self) -> None:
         """Close the open files."""
         self.opened.close()
+        self.direct.close()
 
 
 def _write_tensors(

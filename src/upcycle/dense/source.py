@@ -291,6 +291,8 @@ def _check_tensors(
     where = checkpoint.folder
     expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
     expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
+    for name in family.may_lack(config) - found.keys():
+        del expected[name]
     if missing := [n for n in expected if n not in found]:
         if wrapped := mistaken.names(checkpoint.tensors):
             raise UpcycleError(f"{where}: {wrapped}")

@@ -29,14 +29,19 @@ SILENT = frozenset(
     "chunk_size_feed_forward _attn_implementation_autoset unsloth_version unsloth_fixed".split()
 )
 
-# Dense model types without an exact native target and without a file here, and why the obvious native target
-# does not fit (each was run, or its block compared).
+# Dense model types without a file here, and why (each was run, or its block compared).
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
-    "phi": "no native MoE computes its parallel, biased block",
-    "gpt2": "no native MoE has its biased, learned-position block",
-    "gpt_neox": "no native MoE has its biased, parallel block",
+    "bloom": "its networks add the residual stream themselves, so that experts cannot take their place",
+    "apertus": "its activation (xIELU) learns numbers of its own, which experts do not have",
+    "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
 }
+
+# Model types that are another one's class in transformers, under another name.
+SAME = {"internlm3": "llama", "iquestcoder": "llama"}
+
+# Model types with a hyphen, by the names of their files.
+_HYPHENS = {"xlm_roberta": "xlm-roberta"}
 
 
 class Family(abc.ABC):
@@ -91,6 +96,10 @@ class Family(abc.ABC):
     def optional(self, config: Config) -> Weights:
         """Return the tensors that a checkpoint may have besides those of `weights`."""
         return {}
+
+    def may_lack(self, config: Config) -> frozenset[str]:
+        """Return the tensors of `weights` that a checkpoint need not have."""
+        return frozenset()
 
     def shapes(self, config: Config) -> Shapes:
         """Return the shapes of the tensors of `weights`."""
@@ -198,16 +207,18 @@ class Family(abc.ABC):
 def find(model_type: str) -> Family:
     """Return the family of a dense `model_type`. Raises `UpcycleError`, with the reason, for other types."""
     package = sys.modules[__name__]
-    if model_type in registry.names(package):
-        return registry.find(package, model_type, "family", "family")
+    file = SAME.get(model_type, model_type).replace("-", "_")
+    if file in registry.names(package):
+        found: Family = registry.find(package, file, "family", "family")
+        return found
     if model_type in REFUSED:
-        raise UpcycleError(f"{model_type} has no exact native MoE: {REFUSED[model_type]}")
+        raise UpcycleError(f"upcycle does not take {model_type}: {REFUSED[model_type]}")
     raise UpcycleError(f"unknown model_type {shown(model_type)}; known: {', '.join(names())}")
 
 
 def names() -> list[str]:
     """Return the dense model types that have a file here."""
-    return registry.names(sys.modules[__name__])
+    return [_HYPHENS.get(name, name) for name in registry.names(sys.modules[__name__])]
 
 
 def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:

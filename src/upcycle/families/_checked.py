@@ -115,13 +115,14 @@ KINDS: Mapping[str, Kind] = {
         "original_max_position_embeddings no_rope_layer_interval "
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
         "linear_num_value_heads num_channels num_stages type_vocab_size d_model d_ff d_kv num_heads "
-        "relative_attention_num_buckets relative_attention_max_distance",
+        "relative_attention_num_buckets relative_attention_max_distance n_positions n_embd n_head n_heads "
+        "ffn_dim dim hidden_dim embedding_size",
     ),
     **_each(
         _SIZE.or_null(),
-        "num_key_value_heads head_dim pooler_output_size attention_chunk_size",
+        "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim",
     ),
-    **_each(_BLOCKS, "num_hidden_layers num_layers full_attention_interval"),
+    **_each(_BLOCKS, "num_hidden_layers num_layers full_attention_interval n_layer n_layers"),
     "num_decoder_layers": _BLOCKS.or_null(),
     "sliding_window": _COUNT.or_null(),
     "sliding_window_pattern": _PATTERN.or_null(),
@@ -136,18 +137,19 @@ KINDS: Mapping[str, Kind] = {
     **_each(
         _FLAG.or_null(),
         "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
-        "is_encoder_decoder",
+        "is_encoder_decoder use_qkv_bias qk_layernorm use_parallel_residual use_qk_norm attention_out_bias "
+        "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm norm_bias",
     ),
-    "hidden_act": _ACT,
+    **_each(_ACT, "hidden_act activation_function activation"),
     "hidden_activation": _ACT.or_null(),
     "feed_forward_proj": _GATED_ACT,
-    **_each(_NOT_NEGATIVE, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps initializer_range "
-                           "initializer_factor layerscale_value"),
+    **_each(_NOT_NEGATIVE, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon "
+                           "initializer_range initializer_factor layerscale_value"),
     "layer_scale_init_value": _ANY_NUMBER,
     **_each(
         _SHARE,
         "attention_dropout embd_pdrop resid_pdrop dropout_rate drop_path_rate hidden_dropout_prob "
-        "attention_probs_dropout_prob",
+        "attention_probs_dropout_prob residual_dropout",
     ),
     **_each(_SHARE.or_null(), "partial_rotary_factor classifier_dropout"),
     **_each(_ANY_NUMBER, "logit_scale embedding_multiplier residual_multiplier attention_multiplier"),
@@ -158,6 +160,7 @@ KINDS: Mapping[str, Kind] = {
     "depths": _a_stage(_BLOCKS),
     "architectures": _TEXT.listed().or_null(),
     "layer_types": _one_of(LAYER_TYPES).listed().or_null(),
+    "layer_rope_theta": _NOT_NEGATIVE.listed().or_null(),
     "no_rope_layers": _FLAG_OR_COUNT.listed().or_null(),
     **_each(_TABLE, "rope_scaling rope_parameters label2id id2label"),
 }  # fmt: skip

@@ -22,7 +22,8 @@ def register() -> None:
     for model_type in configs.upcycled_types():
         if model_type in CONFIG_MAPPING_NAMES:
             CONFIG_MAPPING._mapping[PREFIX + model_type] = CLASS_PREFIX + CONFIG_MAPPING_NAMES[model_type]
-            CONFIG_MAPPING._modules[PREFIX + model_type] = configs
+            # transformers looks modules up with an underscore for each hyphen
+            CONFIG_MAPPING._modules[(PREFIX + model_type).replace("-", "_")] = configs
 
 
 def _register_models(model_type: str) -> None:

@@ -58,6 +58,8 @@ class Target(abc.ABC):
     needs: ClassVar[str] = "nothing"
     kind: ClassVar[str]  # what is made, used as a column heading: MoE, deeper or narrower
     has_experts: ClassVar[bool]
+    # whether FSDP gathers the embedding apart from the rest, and the last norm with the head
+    gathers_ends: ClassVar[bool] = True
     root = "model."  # what the names of the base model's tensors begin with, in a model with a head
 
     @property

@@ -6,8 +6,8 @@ import functools
 import json
 import platform
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,20 @@ from upcycle.system import progress
 from upcycle.system.signals import held, interrupting, noted
 from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
-from upcycle.training import fit, ledger, metrics, micro_batch, optimizer, run_folder, saving, start, step
+from upcycle.training import (
+    agreement,
+    fit,
+    ledger,
+    metrics,
+    micro_batch,
+    optimizer,
+    parallel,
+    run_folder,
+    saving,
+    start,
+    step,
+    writers,
+)
 from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
@@ -35,6 +48,7 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 from upcycle.training.step import Score, Trainee
+from upcycle.training.writers import Failure, Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +74,19 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     save, and SIGTERM does what Ctrl-C does. Raises `UpcycleError` for a mistake of the user.
     """
     run = Run.of(run)
-    precision = _precision(run)
-    begun = start.start_of(run)
-    task = tasks.fitting(run.task, begun.dense.architecture)
-    fit.refuse_pooling(run, begun.built)
-    experts = begun.built.expert_counts if begun.built else set()
-    folders = [opened.folder for opened in begun.checkpoints]
-    with (
-        ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
-        interrupting(signal.SIGTERM),
-        run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
-    ):
+    precision = fit.precision(run)
+    mine = agreement.found(run, parallel.world_size())
+    if mine.begun is not None:
+        task = tasks.fitting(run.task, mine.begun.dense.architecture)
+        fit.refuse_pooling(run, mine.begun.built)
+    with ExitStack() as stack:
+        here = stack.enter_context(
+            ranks(run.parallel, mixed=precision == "mixed", experts=mine.expert_counts)
+        )
+        begun = agreement.agreed(mine, here)
+        folders = [opened.folder for opened in begun.checkpoints]
+        stack.enter_context(interrupting(signal.SIGTERM))
+        checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
         before = None if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
@@ -81,11 +97,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         here.barrier()
         if not here.first:
             feed = task.feed(run.feeding(task), begun.subject)
-        if run.train.rows % here.dp_size:
-            raise UpcycleError(
-                f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
-                f"evenly; change train.batch_tokens or train.batch_size"
-            )
+        fit.refuse_uneven_rows(run, here.dp_size)
         fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
         with _sources_kept(begun, here, before) as hashes:
             model = start.model_of(begun, run, here, precision)
@@ -154,7 +166,10 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         peak=metrics.peak_flops(run.log, here.device),
         ranks=here,
     )
-    try:
+    with ExitStack() as stack:
+        if log is not None:
+            stack.callback(log.close)
+        writer = stack.enter_context(writers.writer(out, run.checkpoint, here))
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
@@ -197,15 +212,14 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
             state = replace(state, step=now + 1, loss=book.loss, batches=feed.state())
             if judged and book.score is not None:
                 state = replace(state, held_out_loss=book.score.loss, held_out_accuracy=book.score.accuracy)
-            if last or due or stopping:
-                _save(trainee, state, out, log, must=last or stopping)
+            must = last or stopping
+            if due or must:
+                _save(trainee, state, writer, must=must)
+            _report(writer.failures(), out, log, must=state.step if must else None)
             if stopping and not last:
                 if log is not None:
                     log.say(f"stopped by SIGTERM after step {now + 1}; saved, go on with --resume")
                 break
-    finally:
-        if log is not None:
-            log.close()
     return Result(
         out=out,
         steps=state.step,
@@ -215,24 +229,28 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
     )
 
 
-def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, must: bool) -> None:
-    """Save a checkpoint. A failure stops the run only if `must` is set."""
-    keep = trainee.run.checkpoint.keep
+def _save(trainee: Trainee, state: RunState, writer: Writer, *, must: bool) -> None:
+    """Save a checkpoint; with `must`, return when it is written."""
     saved = replace(state, identity=trainee.run.identity(), micro_batch=trainee.run.train.micro_batch)
     with held():
         optimizer.fill(trainee.optimizer, trainee.run.optimizer)
-        reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
-    if reason is None:
-        return
-    kept = saving.latest(out)
-    said = (
-        f"step {state.step} could not be saved ({reason}); "
-        f"{f'{kept.name} is kept' if kept else 'there is no earlier checkpoint'}"
-    )
-    if must:
-        raise UpcycleError(f"{said}. Make room in {out} and go on with --resume")
-    if log is not None:
-        log.warn(f"{said}; training goes on")
+        writer.save(trainee.model, trainee.optimizer, saved)
+        if must:
+            writer.wait()
+
+
+def _report(failures: Sequence[Failure], out: Path, log: Metrics | None, *, must: int | None) -> None:
+    """Warn about checkpoints that could not be written; stop the run if one is that of step `must`."""
+    for failure in failures:
+        kept = saving.latest(out)
+        said = (
+            f"step {failure.step} could not be saved ({failure.reason}); "
+            f"{f'{kept.name} is kept' if kept else 'there is no earlier checkpoint'}"
+        )
+        if failure.step == must:
+            raise UpcycleError(f"{said}. Make room in {out} and go on with --resume")
+        if log is not None:
+            log.warn(f"{said}; training goes on")
 
 
 def _begin(
@@ -312,10 +330,3 @@ def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch |
     everything = task.by_example and run.train.eval_examples is None
     batch = feed.held_out(None if everything else run.train.eval_rows)
     return _on(device, batch) if len(next(iter(batch.values()))) else None
-
-
-def _precision(run: Run) -> str:
-    """Return the precision; `auto` is mixed on an accelerator and float32 on a CPU."""
-    if run.train.precision != "auto":
-        return run.train.precision
-    return "mixed" if torch.accelerator.is_available() else "float32"
