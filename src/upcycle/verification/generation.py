@@ -122,7 +122,8 @@ class Settings:
         return Check(
             name=self.name,
             holds=not different,
-            detail="; ".join(different) or f"{len(dense)} settings as the source has them",
+            detail="; ".join(different)
+            or (f"{len(dense)} settings as the source has them" if dense else "neither has any of its own"),
         )
 
 
