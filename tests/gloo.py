@@ -4,58 +4,82 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 _MAIN = """
-import pickle, sys
+import faulthandler, importlib, os, pickle, sys, traceback
 sys.path[:0] = {path!r}
-import faulthandler, importlib, os
 import torch.distributed as dist
-faulthandler.dump_traceback_later({timeout}, exit=True)  # where a rank hangs
-dist.init_process_group("gloo")
 module, name = {function!r}.split(":")
+function = getattr(importlib.import_module(module), name)  # once: the ranks are forks of this process
 with open({folder!r} + "/arguments", "rb") as file:
-    arguments = pickle.load(file)
-result = getattr(importlib.import_module(module), name)(*arguments)
-with open({folder!r} + "/" + os.environ["RANK"], "wb") as file:
-    pickle.dump(result, file)
+    environments, arguments = pickle.load(file)
+
+def rank(environment):
+    said = os.open({folder!r} + "/said" + environment["RANK"], os.O_CREAT | os.O_WRONLY)
+    os.dup2(said, 1), os.dup2(said, 2)
+    os.environ.update(environment)
+    faulthandler.enable(sys.stderr)
+    faulthandler.dump_traceback_later({timeout}, exit=True)  # where a rank hangs
+    dist.init_process_group("gloo")
+    result = function(*arguments)
+    with open({folder!r} + "/" + environment["RANK"], "wb") as file:
+        pickle.dump(result, file)
+
+started = []
+for environment in environments:
+    if (child := os.fork()) == 0:
+        try:
+            rank(environment)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    started.append(child)
+codes = dict(os.wait() for _ in started)
+sys.exit(any(codes.values()))
 """
 
 
-def run(world: int, function: str, *arguments: Any, timeout: float = 120) -> list[Any]:
-    """`function` ("module:name", a module of this folder) on `world` processes; the result of each rank."""
+def run(world: int, function: str, *arguments: Any, timeout: float = 300) -> list[Any]:
+    """`function` ("module:name", a module of this folder) on `world` processes; the result of each rank.
+
+    One process imports what is needed, and the ranks are its forks: importing takes longer than most tests.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "arguments").write_bytes(pickle.dumps(arguments))
+        environments = [environment(rank, world, port) for rank in range(world)]
+        (Path(folder) / "arguments").write_bytes(pickle.dumps((environments, arguments)))
         path = [str(Path(__file__).parent)]
         code = _MAIN.format(path=path, function=function, folder=folder, timeout=timeout - 5)
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", code],
-                env=os.environ | environment(rank, world, port),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        said = []
+        started = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=os.environ | environment(0, 1, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # so that the ranks can be ended with it
+        )
         try:
-            for process in started:
-                said.append(process.communicate(timeout=timeout)[0])
+            said = started.communicate(timeout=timeout)[0]
         finally:
-            for process in started:
-                process.kill()
-        for rank, process in enumerate(started):
-            if process.returncode:
-                raise AssertionError(f"rank {rank} of {world} failed:\n{said[rank][-4000:]}")
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+        if started.returncode:
+            for rank in range(world):
+                if not (Path(folder) / str(rank)).exists():
+                    log = Path(folder) / f"said{rank}"
+                    said += f"\nrank {rank}:\n{log.read_text()[-4000:] if log.exists() else ''}"
+            raise AssertionError(f"{world} ranks failed:\n{said[-12000:]}")
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
 
 

@@ -63,6 +63,9 @@ class Family(abc.ABC):
     numbers: tuple[str, ...] = ()  # keys of config.json that are the number of a block
     per_block: tuple[str, ...] = ()  # keys of config.json that are lists with one entry per block
     tied: tuple[str, str] | None = None  # a head that config.json may tie, and the table it is tied to
+    # The class by which transformers opens the tokenizer of this type, whatever tokenizer_config.json names;
+    # empty if that file decides. `always` follows if the class goes before the one that the file names.
+    tokenizer = ""
     former: Mapping[str, str] = {}  # ends of tensor names in older checkpoints, and what they are called now
     root = ""  # what the names of the base model's tensors begin with, in a class with a head
     base_class = ""  # the class without a head; empty if checkpoints of it are not taken
@@ -123,6 +126,17 @@ class Family(abc.ABC):
         Each name maps to `tokens` or `pixels` and a shape of about so many tokens in four short rows.
         """
         return {"input_ids": ("tokens", (4, min(tokens // 4, self.length(config))))}
+
+    def switches(self, config: Config) -> dict[str, int]:
+        """Return the numbers of tokens from which on the model computes otherwise, by name."""
+        return {}
+
+    def parts_ways(self, config: Config, native: str) -> str | None:
+        """Return why `native` generates other texts past a switch, or None if it does not.
+
+        A forward pass over a whole row is the same all the same.
+        """
+        return None
 
     @abc.abstractmethod
     def stacks(self, config: Config) -> tuple[Stack, ...]:
@@ -217,9 +231,22 @@ def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, A
             f"{theta!r} and {given!r}"
         )
     rope = dict(given)
+    _refuse_two_thetas(raw, rope)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     rope.setdefault("rope_theta", theta)
     if (share := raw.get("partial_rotary_factor")) is not None:
         rope.setdefault("partial_rotary_factor", share)
     return rope
+
+
+def _refuse_two_thetas(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Refuse a config.json with two bases of rotation, of which readers take one or the other."""
+    outer = raw.get("rope_theta")
+    tables = [rope, *(table for table in rope.values() if isinstance(table, Mapping))]
+    inner = [table["rope_theta"] for table in tables if table.get("rope_theta") is not None]
+    if outer is not None and inner and outer not in inner:
+        raise UpcycleError(
+            f"config.json: rope_theta = {outer} stands beside rope_theta = {inner[0]} inside the rotary "
+            f"settings; readers take one or the other, so keep the one that is meant"
+        )

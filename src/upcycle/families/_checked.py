@@ -68,7 +68,7 @@ def _one_of(names: frozenset[str]) -> Kind:
 _SIZE = _whole(1)
 _BLOCKS = _whole(1, MOST_BLOCKS)
 _COUNT = _whole(0)
-_FLAG = Kind("true or false", lambda value: value is None or isinstance(value, bool))
+_FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 _TEXT = Kind("text", lambda value: isinstance(value, str))
 _ANY_NUMBER = _number(-1e30, "a number")
 _POSITIVE = _number(0.0, "a number above 0", open_=True)
@@ -133,7 +133,10 @@ KINDS: Mapping[str, Kind] = {
                   "decoder_start_token_id image_token_id"),
     **_each(
         _FLAG,
-        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
+        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window",
+    ),
+    **_each(
+        _FLAG.or_null(),
         "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
         "is_encoder_decoder use_qkv_bias qk_layernorm use_parallel_residual use_qk_norm attention_out_bias "
         "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm norm_bias "
@@ -200,6 +203,18 @@ def check(model_type: str, raw: Mapping[str, Any]) -> None:
             for key, kind in _ROPE.items():
                 if key in table and not kind.fits(table[key]):
                     raise _refusal(model_type, f"{where}.{key}", table[key], kind)
+
+    _refuse_padding_outside(model_type, raw)
+
+
+def _refuse_padding_outside(model_type: str, raw: Mapping[str, Any]) -> None:
+    """Refuse a padding token without a row in the table of embeddings, with which no model can be opened."""
+    pad, rows = raw.get("pad_token_id"), raw.get("vocab_size")
+    if type(pad) is int and type(rows) is int and not -rows <= pad < rows:
+        raise UpcycleError(
+            f"config.json of a {model_type} model: pad_token_id = {pad}, and a vocab_size of {rows} "
+            f"has rows 0 to {rows - 1}; set it to null, or to the token that pads"
+        )
 
 
 def _refusal(model_type: str, key: str, value: Any, kind: Kind) -> UpcycleError:

@@ -113,6 +113,16 @@ class Decoder(DecoderWidth, Trained):
         rows, length = (1, window + tokens // 4) if tokens // 4 <= window <= LONGEST else (4, tokens // 4)
         return {"input_ids": ("tokens", (rows, min(length, config["max_position_embeddings"])))}
 
+    def switches(self, config: Config) -> dict[str, int]:
+        rope, kinds = config["rope_parameters"], config.get("layer_types")
+        slides = kinds is None or "sliding_attention" in kinds
+        found = {"the sliding window": config.get("sliding_window") if slides else None}
+        if rope["rope_type"] == "longrope":
+            found["the change of long rope"] = rope.get("original_max_position_embeddings")
+        if rope["rope_type"] == "dynamic":
+            found["the change of dynamic rope"] = config["max_position_embeddings"]
+        return {name: int(at) for name, at in found.items() if at}
+
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         return (
             Stack(

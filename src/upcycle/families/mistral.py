@@ -1,5 +1,10 @@
 """Mistral: Llama with a sliding window."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config
 from upcycle.families._decoder import Decoder, sizes
 
 
@@ -8,6 +13,7 @@ class Mistral(Decoder):
     architectures = ("MistralForCausalLM",)
     summary = "Mistral 7B and its kin, sliding window kept"
     natives = ("mixtral",)
+    tokenizer = "TokenizersBackend"
     inexact = {"granitemoe": "granitemoe has no sliding window"}
     assumed = sizes(32_000, 4096, 14336, 32, 32)
     defaults = {
@@ -24,6 +30,15 @@ class Mistral(Decoder):
         "head_dim": None,
         "num_key_value_heads": 8,
     }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        if "layer_types" in raw:
+            raise UpcycleError(
+                "config.json of a mistral model has layer_types, and transformers opens such a model as "
+                "ministral, whose layers attend otherwise; write model_type = ministral if that is meant, or "
+                "take layer_types out"
+            )
+        return super().config(raw)
 
 
 family = Mistral()

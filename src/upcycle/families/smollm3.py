@@ -52,7 +52,9 @@ class SmolLM3(WithoutSinks):
     def native_config(self, config: Config, native: str) -> Config:
         theta = config["rope_parameters"]["rope_theta"]
         rotated = [theta if rotates else 0 for rotates in config["no_rope_layers"]]
-        return as_granite({**config, "layer_rope_theta": rotated})
+        # Its class builds the mask of a window even where no layer slides; this one is never left.
+        window = config["sliding_window"] or config["max_position_embeddings"]
+        return as_granite({**config, "layer_rope_theta": rotated, "sliding_window": window})
 
 
 family = SmolLM3()

@@ -27,7 +27,9 @@ def register() -> None:
 
 
 def _register_models(model_type: str) -> None:
-    """Register the model classes too. This is done late because torch takes seconds to import."""
+    """Register classes of models and readers too. This is done late because torch takes seconds to import."""
     from upcycle.hf.models import register_models
+    from upcycle.hf.readers import register_readers
 
     register_models(model_type)
+    register_readers(model_type)

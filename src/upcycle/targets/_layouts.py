@@ -133,6 +133,17 @@ class Fused:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusedOrEach(Fused):
+    """Experts that are written fused, and read in either form: earlier versions wrote a tensor for each."""
+
+    each: PerExpert
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """Return the experts among the tensors of a layer, given by their names below its prefix."""
+        return super().read(tensors) or self.each.read(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FusedAcross(Fused):
     """All experts in two tensors of transposed matrices: [E, H, 2I] and [E, I, H].
 
