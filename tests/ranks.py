@@ -82,6 +82,10 @@ def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
     return Run.of(table)
 
 
+def experts_of(run: Run) -> list[int]:
+    return [run.recipe.moe.num_experts] if run.recipe else []
+
+
 def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
     begun = start.start_of(run)
     model = start.model_of(begun, run, here, precision)
@@ -119,7 +123,7 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts=[4]) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             trainee = trainee_of(run, here)
             kept: dict[str, torch.Tensor] = {}
 
@@ -151,7 +155,7 @@ def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dic
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts={4}) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             trainee = trainee_of(run, here)
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
@@ -172,7 +176,7 @@ def refused(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[str
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts={4}) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             try:
                 trainee_of(run, here)
                 out.append("")
@@ -224,8 +228,7 @@ def dies_while_saving(table: dict[str, Any], step: int, said: str) -> None:
 def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """The digests of parameters and Adam moments that a rank gets back from a checkpoint."""
     run = Run.of(table)
-    experts = [run.recipe.moe.num_experts] if run.recipe else []
-    with ranks(run.parallel, experts=experts) as here:
+    with ranks(run.parallel, experts=experts_of(run)) as here:
         trainee = trainee_of(run, here)
         saving.load(Path(checkpoint), trainee.model, trainee.optimizer)
         moments = {

@@ -1,8 +1,8 @@
 """Online upcycling: a model whose parameters are read from the blueprint, each rank its own parts.
 
-The model is built without memory and shared out. Then each part of a parameter is written where it belongs. No
-MoE is ever written to disk, and no rank holds more than its shard and the block being read ("Llama 3 Meets MoE",
-online upcycling).
+The model is built without memory and shared out. Then each part of a parameter is written where it belongs.
+No MoE is ever written to disk, and no rank holds more than its shard and the block being read ("Llama 3 Meets
+MoE", online upcycling).
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from upcycle.recipe import RecipeLike
 from upcycle.sharding import placement
 from upcycle.sharding.layout import OF_TRANSFORMERS, Layout
 from upcycle.sharding.placement import Part, Sharded
+from upcycle.system import progress
 from upcycle.tensors.lazy import blocks
+
+_LARGE = 100_000_000  # parameters; who trains fewer has memory to spare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,18 +101,23 @@ def build(
     found = building.renamed(model, tensors)
     cuts: dict[str, Sharded] = {}
     rank = 0
-    if shared is not None and layout.world > 1:
+    if shared is None or layout.world == 1:
+        building.tie(model)
+    else:
         meshes.start()
         device = torch.device("cpu") if shared.fsdp_cpu_offload else meshes.device()
         cuts = distributing.distribute(model, shared, meshes.meshes(layout))
         rank = torch.distributed.get_rank()
+        if rank == 0:
+            _warn_uneven(cuts, layout)
 
     def fill(names: list[str], memory: torch.Tensor) -> bool:
         name = next((name for name in names if name in found), None)
         if name is None:
             return False
         entry = tensors[found[name]]
-        part = placement.part(cuts.get(name) or Sharded(shape=tuple(entry.shape)), layout, rank)
+        cut = next((cuts[name] for name in names if name in cuts), Sharded(shape=tuple(entry.shape)))
+        part = placement.part(cut, layout, rank)
         write_part(entry, part, memory)
         return True
 
@@ -117,6 +125,17 @@ def build(
     building.finish(model, device)
     opening.choose_experts(model, experts_implementation)
     return model
+
+
+def _warn_uneven(cuts: Mapping[str, Sharded], layout: Layout) -> None:
+    """Say that a rank of a large model holds much more than its share, and why."""
+    share = placement.unevenness(cuts.values(), layout)
+    if share > placement.SLACK and sum(each.size for each in cuts.values()) >= _LARGE:
+        progress.warn(
+            f"{layout}: the most loaded process holds {share:.2f} even shares of the parameters, because no "
+            f"axis of the largest ones divides by the processes that share it; choose sizes of which fsdp x "
+            f"tp / ep is a power of two, and let replicate take the other factors"
+        )
 
 
 def write_part(entry: Entry, part: Part, memory: torch.Tensor) -> None:
@@ -187,8 +206,8 @@ def _layout(
         raise UpcycleError(f"distributed_config does not fit: {error}") from None
     if made.pp_size and made.pp_size > 1:
         raise UpcycleError(
-            f"pp_size = {made.pp_size}: upcycle has no pipeline parallelism; use fsdp_size, dp_replicate_size, "
-            f"tp_size and ep_size"
+            f"pp_size = {made.pp_size}: upcycle has no pipeline parallelism; use fsdp_size, tp_size, ep_size "
+            f"and dp_replicate_size"
         )
     distributing.layout_of(made).refuse(
         int(os.environ.get("WORLD_SIZE", "1")),
@@ -200,6 +219,6 @@ def _layout(
 
 
 def attention_heads(config: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of heads in a config.json: of queries, and of keys and values if they have their own."""
+    """Return the numbers of attention heads in a config.json: of queries, and of keys and values."""
     counts = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     return [count for count in counts if type(count) is int]

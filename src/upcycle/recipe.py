@@ -43,6 +43,8 @@ class Moe(Settings):
     # 0 or G; with G, the dense network itself stands beside the experts
     shared_experts: Annotated[int, AtLeast(0)] = 0
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT reads
+    # store a copy of the embeddings as the head where the dense model ties the two; some clients never tie
+    untie: bool = False
     # text takes the text model out of a multimodal one and leaves out the rest; empty keeps all of it
     part_only: Literal["", "text"] = ""
     depth: int = 2  # how many times each block is repeated, for the target depth_tiled
@@ -157,6 +159,7 @@ def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:
         "target": Moe.target,
         "pooling": Moe.pooling,
         "depth": Moe.depth,
+        "untie": Moe.untie,
         "part_only": Moe.part_only,
     }
     if name.startswith("stage_"):

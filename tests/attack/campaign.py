@@ -28,17 +28,16 @@ import aims
 import kills
 import trial
 from tally import Row, Tally, table
-from workshop import Workshop
+from workshop import Workshop, in_memory
 
 import forked
 from upcycle.system.signals import interrupting
 
 _BATCH = 50  # cases between two signs of life
 _MEMORY = 12 << 30  # bytes of address space that a target may take
-_TURN = 120  # seconds of a target before the next one's turn
+_TURN = 20  # seconds of processor time of a target before the next one's turn
 _KEEP = 10  # seconds between two writings of the counts
 _KILLS = 5  # kills of a command between two writings of the counts
-_IN_MEMORY = Path("/dev/shm")  # writing a file there takes a quarter of the time
 
 
 def damaged(row: Row, make: Callable[[], trial.Target], goal: int, seconds: float, tally: Tally) -> bool:
@@ -87,8 +86,8 @@ def _child(make: Callable[[], trial.Target], there: Connection, numbers: range, 
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         target = make()
-        end = time.monotonic() + seconds
-        while numbers and time.monotonic() < end:
+        end, turn = time.monotonic() + seconds, time.process_time() + _TURN
+        while numbers and time.monotonic() < end and time.process_time() < turn:
             counts = trial.attack(target, numbers[:_BATCH], end - time.monotonic())
             there.send(counts)
             numbers = numbers[counts.cases :]
@@ -144,7 +143,7 @@ def main() -> int:
     with (
         interrupting(signal.SIGTERM),
         tempfile.TemporaryDirectory(
-            prefix="upcycle-attack-", dir=_folder(), ignore_cleanup_errors=True
+            prefix="upcycle-attack-", dir=in_memory(), ignore_cleanup_errors=True
         ) as at,
     ):
         goals = {
@@ -178,18 +177,14 @@ def _damage_all(tally: Tally, wanted: Mapping[str, int], seconds: float, folder:
             if (rest := end - time.monotonic()) <= 0:
                 return
             row = tally.row(name)
+            share = rest / (len(left) - place)
             # Each target has inputs of its own: torch's threads do not live through a fork.
             (own := folder / "target").mkdir()
             make = aims.targets(Workshop(own))[name]
-            if not damaged(row, make, wanted[name], min(_TURN, rest / (len(left) - place)), tally):
+            if not damaged(row, make, wanted[name], share, tally):
                 dead.add(name)
             shutil.rmtree(own, ignore_errors=True)
             _show(row)
-
-
-def _folder() -> Path | None:
-    """Where the damaged files lie: in memory, unless TMPDIR says where or there is no such place."""
-    return _IN_MEMORY if "TMPDIR" not in os.environ and os.access(_IN_MEMORY, os.W_OK) else None
 
 
 def _show(row: Row) -> None:

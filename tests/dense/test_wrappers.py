@@ -24,6 +24,8 @@ CASES = {
     "idefics3": ("native", "MixtralModel"),
     "gemma3": ("upcycled", "UpcycledGemma3TextModel"),
     "llava, upcycled": ("upcycled", "UpcycledLlamaModel"),
+    "qwen3_vl, upcycled": ("upcycled", "UpcycledQwen3VLTextModel"),
+    "qwen3_5, upcycled": ("upcycled", "UpcycledQwen3_5TextModel"),
 }
 
 
@@ -214,7 +216,7 @@ def test_a_plain_model_has_nothing_around_it(dense):
 
 
 def test_the_table_is_what_transformers_does():
-    """Every wrapper builds the text model that its config names, if the table says so, and ties as it says."""
+    """Every wrapper builds the text model that its config names, if the table says so, and ties as said."""
     import importlib
     import inspect
     import re

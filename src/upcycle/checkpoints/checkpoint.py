@@ -201,7 +201,10 @@ class Checkpoint:
         return out
 
     def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
-        """Fill `out` (uint8) with the bytes of a tensor from byte `start`. Raises `UpcycleError` for NaN or inf."""
+        """Fill `out` (uint8) with the bytes of a tensor from byte `start`.
+
+        Raises `UpcycleError` for NaN or inf.
+        """
         place = (info.name, start, out.size)
         scan = not self.allow_nonfinite and info.dtype in FLOATS and place not in self._scanned
         with self._opened.use(info.file) as descriptor:

@@ -32,6 +32,13 @@ Source = Annotated[
     Positional[str],
     arg(metavar="SOURCE", help="dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)"),
 ]
+RunOrSource = Annotated[
+    Positional[str],
+    arg(
+        metavar="SOURCE",
+        help="dense checkpoint: a folder, or a hub id; or RUN.toml, a run file, which has it",
+    ),
+]
 Out = Annotated[Positional[Path], arg(metavar="OUT")]
 Jobs = Annotated[int, arg(metavar="N", help="threads that read, compute and write")]
 
@@ -69,6 +76,11 @@ class RecipeOptions:
         """Return the recipe that these options describe."""
         from upcycle.recipe import Recipe, of_run_file, override, read_toml
 
+        table = of_run_file(read_toml(self.recipe)) if self.recipe else {}
+        return Recipe.of(override(table, self.overrides()))
+
+    def overrides(self) -> list[str]:
+        """Return the options as `KEY=VALUE`, those of --set last."""
         shortcuts = {
             "moe.num_experts": self.experts,
             "moe.top_k": self.top_k,
@@ -80,9 +92,8 @@ class RecipeOptions:
             "dtype": self.dtype,
             "seed": self.seed,
         }
-        table = of_run_file(read_toml(self.recipe)) if self.recipe else {}
         given = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
-        return Recipe.of(override(table, [*given, *self.set]))
+        return [*given, *self.set]
 
 
 def _layers(spec: str | None) -> str | None:

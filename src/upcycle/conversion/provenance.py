@@ -25,11 +25,13 @@ def of_blueprint(
     carried: list[str],
     left_behind: list[str],
     files: Mapping[str, str] | None = None,
+    made_anew: Mapping[str, str] | None = None,
     training: tuple[Training, ...] | None = None,
 ) -> Provenance:
     """Return the provenance of the folder `out`, which holds a blueprint's result, or that after training.
 
-    `files` has the hashes of the files written beside the weights.
+    `files` has the hashes of the files written beside the weights, `made_anew` the files that are not as the
+    source has them, with the reason.
     """
     return Provenance(
         format=Provenance.FORMAT,
@@ -45,6 +47,7 @@ def of_blueprint(
         left_out_tensors=dict(built.left_out),
         left_out_config_keys=tuple(key for key in built.dense.unknown_keys if key not in built.config),
         carried_files=tuple(carried),
+        made_anew_files=dict(made_anew) if made_anew else None,
         left_behind_files=tuple(left_behind),
         files=files,
         training=training,

@@ -124,7 +124,10 @@ class Alone(Within):
 
 def is_wrapper(raw: Mapping[str, Any]) -> bool:
     """Return whether config.json is that of a multimodal model around a text model."""
-    return raw.get("model_type") in WRAPPERS or isinstance(raw.get(TEXT), Mapping)
+    model_type = raw.get("model_type")
+    return model_type in WRAPPERS or (
+        isinstance(raw.get(TEXT), Mapping) and model_type not in families.names()
+    )
 
 
 def own_config(raw: Mapping[str, Any]) -> Config:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from upcycle import families
-from upcycle.checkpoints import mistaken
+from upcycle.checkpoints import mistaken, vocabularies
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint, TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.checkpoints.hub import open_checkpoint
@@ -168,7 +168,7 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] 
     within = places.is_wrapper(raw)
     own = places.own_config(raw) if within else raw
     _refuse_moe(where, own)
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         method = raw["quantization_config"]
         name = method.get("quant_method", "?") if isinstance(method, dict) else "?"
         raise UpcycleError(f"{where} is quantised ({name}); give the checkpoint it was made from")
@@ -219,7 +219,7 @@ def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> 
             f"{where} is a {shown(checkpoint.config.get('model_type'))} around a text model of type "
             f"{shown(model_type)}, which upcycle does not know; known: {', '.join(families.names())}"
         )
-    return families.find(model_type)
+    return families.find(families.find(model_type).meant(own))
 
 
 def _within(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any], *, alone: bool) -> places.Within:
@@ -291,10 +291,14 @@ def _check_tensors(
     where = checkpoint.folder
     expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
     expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
+    for name in family.may_lack(config) - found.keys():
+        del expected[name]
     if missing := [n for n in expected if n not in found]:
         if wrapped := mistaken.names(checkpoint.tensors):
             raise UpcycleError(f"{where}: {wrapped}")
         raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
+    if said := mistaken.empty({name: found[name].shape for name in expected}):
+        raise UpcycleError(f"{where}: {said}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UpcycleError(
@@ -312,6 +316,8 @@ def _check_tensors(
         elif own is not None:
             surplus.append(name)
     if surplus:
+        if said := mistaken.heads(surplus):
+            raise UpcycleError(f"{where}: {said}")
         raise UpcycleError(
             f"{where} holds {listed(surplus)}, which a {family.model_type} of this config does not have; "
             f"nothing is dropped in silence (--drop NAME leaves a tensor out)"
@@ -369,6 +375,11 @@ def admit_donors(
                 + (f" ({listed(different)})" if different else "")
                 + "; init.sources must share model_type and every tensor shape"
             )
+        if other := _differs(first, donor):
+            raise UpcycleError(
+                f"{opened.folder} and {first.checkpoint.folder} {other}; what is averaged must mean the same "
+                f"in both, so give donors that were trained from one model"
+            )
         narrow = [n for n, t in first.tensors.items() if t.dtype != donor.tensors[n].dtype]
         if narrow and not any_dtype:
             raise UpcycleError(
@@ -377,3 +388,20 @@ def admit_donors(
             )
         out.append(donor)
     return out
+
+
+# Keys of config.json that may differ between donors: they say nothing about what the weights mean.
+_FREE = frozenset(
+    "max_position_embeddings original_max_position_embeddings initializer_range initializer_factor use_cache "
+    "bos_token_id eos_token_id pad_token_id sep_token_id eod_token_id attention_dropout embd_pdrop "
+    "resid_pdrop hidden_dropout_prob attention_probs_dropout_prob dropout_rate".split()
+)
+
+
+def _differs(first: Dense, donor: Dense) -> str | None:
+    """Return how a donor's settings or tokens differ from those of `first`, or None if they do not."""
+    mine, theirs = first.config, donor.config
+    for key in sorted({*first.family.defaults, *first.family.reads, "rope_parameters"} - _FREE):
+        if mine.get(key) != theirs.get(key):
+            return f"differ in {key}: {shown(theirs.get(key))} and {shown(mine.get(key))}"
+    return vocabularies.difference(first.checkpoint.folder, donor.checkpoint.folder)

@@ -73,17 +73,13 @@ class Encoder(Trained):
 
     def weights(self, config: Config) -> Weights:
         head = self.head(config) if config["architectures"][0] in self.architectures else {}
-        listed = below(self.base(config), self.body(config)) | head
-        return {name: weight for name, weight in listed.items() if not self._is_pooler(config, name)}
+        return below(self.base(config), self.body(config)) | head
 
-    def optional(self, config: Config) -> Weights:
+    def may_lack(self, config: Config) -> frozenset[str]:
         """Return the pooler of the base model, which self-supervised models and embedders do without."""
-        known = config["architectures"][0] in self.architectures
-        head = self.head(config) if known else {}
-        return {name: weight for name, weight in head.items() if self._is_pooler(config, name)}
-
-    def _is_pooler(self, config: Config, name: str) -> bool:
-        return bool(self.pooler) and not self.base(config) and name.startswith(self.pooler)
+        if self.base(config) or not self.pooler:
+            return frozenset()
+        return frozenset(name for name in self.head(config) if name.startswith(self.pooler))
 
     def unlisted(self, config: Config, name: str) -> bool:
         """Return whether a stored tensor is of the head of a class that `architectures` does not list."""
@@ -95,8 +91,7 @@ class Encoder(Trained):
         )
 
     def class_options(self, config: Config, stored: Collection[str]) -> Mapping[str, Any]:
-        poolers = {name for name in self.optional(config) if self._is_pooler(config, name)}
-        return {"add_pooling_layer": False} if poolers - set(stored) else {}
+        return {"add_pooling_layer": False} if self.may_lack(config) - set(stored) else {}
 
     def ignored(self, name: str) -> str | None:
         if name.removeprefix(f"{self.prefix}.").startswith(self.heads):

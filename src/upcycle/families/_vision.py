@@ -69,10 +69,10 @@ class VisionTransformer(Encoder):
         return linear("intermediate.dense", width, hidden) | linear("output.dense", hidden, width)
 
     def optional(self, config: Config) -> Weights:
-        """Return the token of a masked patch, which only models of masked images have, and the pooler."""
+        """Return the token of a masked patch, which only models of masked images have."""
         masked = config["architectures"][0].endswith("ForMaskedImageModeling")
         token: Weights = {f"{self.base(config)}embeddings.mask_token": Table((1, 1, config["hidden_size"]))}
-        return super().optional(config) | (token if masked else {})
+        return token if masked else {}
 
     def head(self, config: Config) -> Weights:
         hidden = config["hidden_size"]

@@ -1,7 +1,7 @@
 """BERT: the post-norm encoder of BERT itself, MiniLM and most sentence embeddings."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack, Weights
@@ -16,16 +16,24 @@ _POOLED = ("BertModel", "BertForPreTraining", "BertForSequenceClassification")
 
 class Bert(Encoder):
     model_type = "bert"
-    heads = ("pooler.", "classifier.", "qa_outputs.", "cls.")
+    heads: ClassVar[tuple[str, ...]] = ("pooler.", "classifier.", "qa_outputs.", "cls.")
     pooler = "pooler."
-    architectures = (
+    norm_before = "attention.output.LayerNorm"  # the norm that the network reads, by its name in a block
+    attention_end = "attention.output.dense"  # the matrix that ends attention
+    architectures: tuple[str, ...] = (
         "BertModel", "BertForMaskedLM", "BertLMHeadModel", "BertForPreTraining",
         "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering",
     )  # fmt: skip
-    prefix = "bert"
+    prefix: ClassVar[str] = "bert"
     summary = "BERT, MiniLM, sentence embeddings"
-    sizes = (*Encoder.sizes, "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
-    defaults = {
+    sizes: ClassVar[tuple[str, ...]] = (
+        *Encoder.sizes,
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+    )
+    defaults: Mapping[str, Any] = {
         "vocab_size": 30522,
         "hidden_size": 768,
         "num_hidden_layers": 12,
@@ -103,9 +111,9 @@ class Bert(Encoder):
                 owned=(block + "intermediate.", block + "output.dense."),
                 module="encoder.layer.{i}.intermediate",
                 replaced=("encoder.layer.{i}.output.dense",),
-                norm_path=block + "attention.output.LayerNorm",
+                norm_path=block + self.norm_before,
                 down="encoder.layer.{i}.output.dense",
-                heads=("encoder.layer.{i}.attention.output.dense",),
+                heads=("encoder.layer.{i}." + self.attention_end,),
                 causal=False,
                 activation=config["hidden_act"],
             ),

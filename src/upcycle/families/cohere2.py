@@ -13,6 +13,7 @@ class Cohere2(Decoder):
     summary = "Cohere Command R7B"
     reads = Decoder.reads | {"sliding_window_pattern"}
     natives = ("cohere2_moe",)
+    tokenizer = "CohereTokenizer"
     norms = ("input_layernorm",)
     network_norm = ""  # attention reads the norm as well
     assumed = sizes(256_000, 8192, 22528, 40, 64)

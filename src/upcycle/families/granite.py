@@ -8,6 +8,7 @@ class Granite(Decoder):
     architectures = ("GraniteForCausalLM",)
     summary = "IBM Granite 3 dense"
     natives = ("granitemoe",)
+    tokenizer = "TokenizersBackend"
     assumed = sizes(32_000, 4096, 11008, 32, 32)
     defaults = {
         "hidden_act": "silu",

@@ -31,7 +31,8 @@ class Llama(Decoder):
     }
 
     def refusal(self, config: Config, native: str) -> str | None:
-        return attention_bias_refusal(config, native) or super().refusal(config, native)
+        # Biases in the networks first: no other native target takes them.
+        return super().refusal(config, native) or attention_bias_refusal(config, native)
 
     def native_config(self, config: Config, native: str) -> Config:
         return as_granite(config) if native == "granitemoe" else config

@@ -25,6 +25,7 @@ class Qwen2(Decoder):
     architectures = ("Qwen2ForCausalLM",)
     summary = "Qwen2, Qwen2.5 and whatever shares their class"
     natives = ("qwen2_moe", "granitemoe")
+    tokenizer = "Qwen2Tokenizer always"
     numbers = ("max_window_layers",)
     assumed = sizes(151_936, 4096, 22016, 32, 32)
     defaults = {

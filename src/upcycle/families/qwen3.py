@@ -14,6 +14,7 @@ class Qwen3(Decoder):
     architectures = ("Qwen3ForCausalLM",)
     summary = "Qwen3 dense, 0.6B to 32B"
     natives = ("qwen3_moe",)
+    tokenizer = "Qwen2Tokenizer"
     numbers: tuple[str, ...] = ("max_window_layers",)
     assumed = sizes(151_936, 4096, 22016, 32, 32)
     defaults = {

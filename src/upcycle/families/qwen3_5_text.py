@@ -17,6 +17,7 @@ class Qwen35Text(Decoder):
     base_class = "Qwen3_5TextModel"
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
+    tokenizer = "Qwen3_5Tokenizer"
     reads = Decoder.reads | {"full_attention_interval"}
     assumed = sizes(248_320, 4096, 12288, 32, 16)
     defaults = {

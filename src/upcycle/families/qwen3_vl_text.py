@@ -13,6 +13,7 @@ class Qwen3VLText(Qwen3):
     architectures = ("Qwen3VLTextModel",)
     summary = "the text model within a Qwen3-VL"
     natives = ("qwen3_vl_moe_text",)
+    tokenizer = ""  # its wrapper has the type that decides
     alone = "qwen3"
     numbers = ()
     theta = 500_000.0

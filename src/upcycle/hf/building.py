@@ -32,7 +32,7 @@ def on_meta(
 ) -> PreTrainedModel:
     """Return a model of class `cls` on the meta device, with the dtypes that `from_pretrained` gives it.
 
-    Tied parameters are one. Nothing is allocated but the config.
+    Parameters that the class ties are still two (`tie`), because transformers' plans name both.
     """
     made: PreTrainedConfig = cls.config_class.from_dict(
         {k: v for k, v in config.items() if k != "torch_dtype"}
@@ -41,7 +41,9 @@ def on_meta(
         if each is not None:
             each.dtype = dtype
     if experts_implementation is not None:
-        made._experts_implementation = experts_implementation
+        # A multimodal class knows no such setting, and the text model within it does.
+        of_experts = made if cls._can_set_experts_implementation() else made.get_text_config()
+        of_experts._experts_implementation = experts_implementation
     with ExitStack() as contexts:
         contexts.enter_context(quiet())
         for context in cls.get_init_context(dtype, False, False, None):
@@ -49,7 +51,6 @@ def on_meta(
         model: PreTrainedModel = cls(made)
         patch_output_recorders(model)
     _widen(model, dtype)
-    model.tie_weights(recompute_mapping=False)
     model.name_or_path = model.config.name_or_path = ""
     model._weight_conversions = None  # else save_pretrained would write the in-memory names
     return model
@@ -81,10 +82,11 @@ def place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names in the model, on the meta device and not yet shared out, of tensors by their names on disk.
+    """Return the names in the model, on the meta device and not yet shared out, of tensors by their names on
+    disk.
 
-    Both are those of transformers' own loader. A tensor that has no place, or a parameter without a tensor, is
-    a bug in upcycle and raises `AssertionError`, unless the class declares it to be optional.
+    Both are those of transformers' own loader. A tensor that has no place, or a parameter without a tensor,
+    is a bug in upcycle and raises `AssertionError`, unless the class declares it to be optional.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -100,10 +102,9 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
             found[new] = name
         else:
             extra.add(name)
-    missing = set(known) - set(found)
-    for group in tied(model):
-        if any(name in found for name in group):
-            missing -= set(group)
+    sources = {name: model.all_tied_weights_keys.get(name, name) for name in known}
+    there = {sources[name] for name in found}
+    missing = {name for name in known if sources[name] not in there}
     report = LoadStateDictInfo(
         missing_keys=missing,
         unexpected_keys=extra,
@@ -119,6 +120,11 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
             f"{type(model).__name__} and its tensors do not agree: missing {lacking}, without a place {left}"
         )
     return found
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Make one parameter of those that the class ties, after every plan has been applied to each."""
+    model.tie_weights(recompute_mapping=False)
 
 
 def tied(model: nn.Module) -> Iterator[list[str]]:

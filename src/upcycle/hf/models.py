@@ -19,12 +19,11 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from upcycle.errors import UpcycleError, cut
 from upcycle.families._wrappers import WRAPPERS
 from upcycle.hf import opening
+from upcycle.hf.autos import autos
 from upcycle.hf.configs import config_class
 from upcycle.nn.moe import MoE
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
@@ -55,9 +54,10 @@ class UpcycledModel:
                 for path in shape.replaced:
                     owner, _, name = path.format(i=i).rpartition(".")
                     setattr(base.get_submodule(owner), name, nn.Identity())
-            # Register the hook on the stack, not on the whole model: generation runs an encoder alone. Use a
-            # partial, not a closure, so that a copy of the model calls its own layers.
-            stack = base.get_submodule(shape.stack) if shape.stack in ("encoder", "decoder") else base
+            # Register the hook on the stack, not on the whole model: generation runs an encoder alone, and
+            # an image has no mask. A partial, not a closure: a copy of the model calls its own layers.
+            alone = shape.stack == "layers"
+            stack = base if alone else base.get_submodule(shape.module.partition(".")[0])
             stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
         if after := getattr(config, "mean_pooling_after", 0):
             base.register_forward_hook(functools.partial(_pool, after))
@@ -140,13 +140,10 @@ def register_models(model_type: str) -> None:
     This happens when the first config is read: importing the code of every architecture would take seconds.
     """
     dense, made = CONFIG_MAPPING[model_type], config_class(model_type)
-    autos: list[Any] = list(vars(modeling_auto).values())
-    for auto in autos:
-        known = inspect.isclass(auto) and issubclass(auto, _BaseAutoModelClass)
-        mapping = getattr(auto, "_model_mapping", None) if known else None
-        if mapping is None or dense not in mapping:
+    for auto in autos():
+        if dense not in auto._model_mapping:
             continue
-        found = mapping[dense]
+        found = auto._model_mapping[dense]
         several = found if isinstance(found, (list, tuple)) else (found,)
         # Skip classes that only share a config: AutoModelForDecision has one class for many model types.
         own = tuple(model_class(cls) for cls in several if cls.config_class is dense)

@@ -121,7 +121,7 @@ def expert_matrices(model: nn.Module) -> list[torch.Tensor]:
 def _faults(model: PreTrainedModel, report: Mapping[str, Any], left_out: Collection[str]) -> list[str]:
     """Return the faults in the loading report, each as part of a sentence."""
     family, config = _family(model)
-    spared = set() if family is None else set(family.optional(config))
+    spared = set() if family is None else {*family.optional(config), *family.may_lack(config)}
     missing = sorted(name for name in report["missing_keys"] if name not in spared)
     extra = sorted(
         name

@@ -6,7 +6,7 @@ through the implementations of transformers (grouped matrix products by default)
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from upcycle.hf.parts import ACT2FN, ALL_EXPERTS_FUNCTIONS
-from upcycle.nn import kernels
+from upcycle.nn import autocast, kernels
 from upcycle.nn.response_norm import normalise
 
 
@@ -114,8 +114,13 @@ class Experts(nn.Module):
         if self.has_response_norm:
             made: Tensor = self.output_dropout(self.loop(hidden, index, weights, groups))
             return made
-        run = ALL_EXPERTS_FUNCTIONS.get_interface(self._implementation, Experts.loop)
-        out: Tensor = self.output_dropout(run(self._seen(hidden, some_left), hidden, index, weights))
+        chosen = self._implementation
+        if chosen == kernels.ONE_BY_ONE:
+            return self.output_dropout(self.loop(hidden, index, weights))
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, Experts.loop)
+        dtype = autocast.dtype(hidden.device.type)
+        seen = self if dtype is None and not some_left else _View(self, dtype, some_left)
+        out: Tensor = self.output_dropout(run(seen, hidden, index, weights))
         return out
 
     @property
@@ -125,23 +130,6 @@ class Experts(nn.Module):
         matrices = (getattr(self, self.up_name), self.down_proj)
         fits = all(kernels.take_groups(m.shape[-1:], m.element_size()) for m in matrices)
         return chosen if fits or chosen != kernels.GROUPED else kernels.ONE_BY_ONE
-
-    def _seen(self, hidden: Tensor, some_left: bool) -> Experts:
-        """Return the experts as an implementation should see them.
-
-        They are in autocast's dtype, which grouped products do not follow by themselves. With `some_left`,
-        implementations leave out rows with an index of E, as they do for experts of other ranks.
-        """
-        kind = hidden.device.type
-        casts = torch.is_autocast_enabled(kind)
-        if not casts and not some_left:
-            return self
-        view = copy.copy(self)
-        view._is_expert_parallel = some_left or self._is_expert_parallel
-        if casts:
-            dtype = torch.get_autocast_dtype(kind)
-            view._parameters = {n: None if p is None else p.to(dtype) for n, p in self._parameters.items()}  # type: ignore[misc]
-        return view
 
     def loop(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
         """The reference: run one expert after another. An index of E or more is an expert of another rank."""
@@ -169,3 +157,20 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         kind = "gated" if self.has_gate else "plain"
         return f"{self.num_experts} experts, {kind}, {tuple(self.down_proj.shape[1:])}"
+
+
+class _View:
+    """The experts as an implementation should see them in one forward pass.
+
+    Their parameters are in autocast's `dtype`, which grouped products do not follow by themselves. With
+    `some_left`, implementations leave out rows with an index of E, as they do for experts of other ranks.
+    """
+
+    def __init__(self, experts: Experts, dtype: torch.dtype | None, some_left: bool) -> None:
+        self._experts = experts
+        self._is_expert_parallel = some_left or experts._is_expert_parallel
+        for name, parameter in experts._parameters.items():
+            setattr(self, name, parameter if parameter is None or dtype is None else parameter.to(dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UpcycleError
-from upcycle.nn import routers
+from upcycle.nn import autocast, routers
 from upcycle.nn.dispatch import Groups
 from upcycle.nn.experts import Experts
 from upcycle.nn.routing import Routing, Tokens
@@ -32,7 +32,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Routing:
         """Route groups of tokens [G, N, H]; `padding` [G, N] is True at positions without a token."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with autocast.off(hidden.device.type):
             wide = torch.promote_types(hidden.dtype, torch.float32)
             return self.settings.route(
                 Tokens(

@@ -56,8 +56,9 @@ def config(
     class token, `pooled` is the number of tokens before the patches.
     """
     pooling = {"mean_pooling_after": pooled} if pooled else {}
+    kept = {k: v for k, v in raw.items() if (k, v) != ("quantization_config", None)}
     return {
-        **raw,
+        **kept,
         "architectures": [CLASS_PREFIX + architecture],
         "model_type": PREFIX + model_type,
         "moe": entries,

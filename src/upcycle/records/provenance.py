@@ -92,6 +92,7 @@ class Provenance(Document):
     left_out_tensors: Mapping[str, str] | None = sometimes()  # the reason, by name of the tensor
     left_out_config_keys: tuple[str, ...] | None = sometimes()
     carried_files: tuple[str, ...] | None = sometimes()
+    made_anew_files: Mapping[str, str] | None = sometimes()  # the reason, by name: not as the source has it
     left_behind_files: tuple[str, ...] | None = sometimes()
     files: Mapping[str, str] | None = sometimes()  # SHA-256 of the files written beside the weights
     training: tuple[Training, ...] | None = sometimes()  # the runs since then, the first one first

@@ -1,8 +1,8 @@
 """The layout of a run: how many ranks replicate, shard, split matrices and share out experts.
 
-Ranks are numbered in row-major order over (replicate, fsdp, tp). The experts of a layer lie on the same ranks in
-another order: (replicate, efsdp, ep), so that replicate x fsdp x tp = replicate x efsdp x ep. The ranks of one
-expert-parallel group are neighbours, and so are those of one tensor-parallel group.
+Ranks are numbered in row-major order over (replicate, fsdp, tp). The experts of a layer lie on the same ranks
+in another order: (replicate, efsdp, ep), so that replicate x fsdp x tp = replicate x efsdp x ep. The ranks of
+one expert-parallel group are neighbours, and so are those of one tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ class Layout:
     ) -> None:
         """Raise `UpcycleError` if the sizes do not fit the world or the model.
 
-        `experts` are the numbers of experts of its layers (None: unknown), `heads` those of its attention heads,
-        keys and values included. `names` spells the sizes as the user did, and `prefix` stands before the first.
+        `experts` are the numbers of experts of its layers (None: unknown), `heads` those of its attention
+        heads, keys and values included. `names` spells the sizes as the user did, and `prefix` stands before
+        the first.
         """
         sizes = asdict(self)
         said = prefix + ", ".join(f"{names[k]} = {n}" for k, n in sizes.items() if k != "replicate" or n > 1)

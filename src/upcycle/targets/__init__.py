@@ -58,6 +58,8 @@ class Target(abc.ABC):
     needs: ClassVar[str] = "nothing"
     kind: ClassVar[str]  # what is made, used as a column heading: MoE, deeper or narrower
     has_experts: ClassVar[bool]
+    # whether FSDP gathers the embedding apart from the rest, and the last norm with the head
+    gathers_ends: ClassVar[bool] = True
     root = "model."  # what the names of the base model's tensors begin with, in a model with a head
 
     @property
@@ -146,6 +148,10 @@ class Target(abc.ABC):
     def keeps_narrow_bits(self, family: Family) -> bool:
         """Return whether the tensors outside the experts keep their bits in bfloat16 and float16."""
         return True
+
+    def tokenizer(self, family: Family) -> str:
+        """Return the rule by which transformers opens the tokenizer; see `Family.tokenizer`."""
+        return family.tokenizer
 
     def norm_identity(self, family: Family) -> float:
         """Return the weight of a norm that only normalises."""

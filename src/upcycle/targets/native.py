@@ -32,6 +32,7 @@ COMMON = (
     "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
 )  # fmt: skip
 
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _LAYERS = "model.layers."
 
 
@@ -54,6 +55,7 @@ class Native(WithExperts):
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of an MoE layer
+    reader: str = ""  # how transformers opens its tokenizer; see `Family.tokenizer`
     # rewrites what the hub's configs spell differently
     finish: Callable[[Config], Config] = lambda config: config
     # which clients will not compute the same, and why
@@ -111,6 +113,8 @@ class Native(WithExperts):
         given = dense.family.native_config(dense.config, self.model_type)
         out: Config = {"architectures": [self.architecture], "model_type": self.model_type}
         out |= {name: given[name] for name in (*COMMON, *self.fields) if name in given}
+        # A token that config.json does not name is no token of the MoE, whatever its class assumes.
+        out |= {name: None for name in TOKENS if name in out and name not in dense.raw}
         out |= {
             self.num_experts_field: recipe.moe.num_experts,
             self.top_k_field: recipe.moe.top_k,
@@ -243,6 +247,10 @@ class Native(WithExperts):
     def keeps_narrow_bits(self, family: Family) -> bool:
         """Return whether no weight is rescaled on its way into this architecture."""
         return family.exact_when_narrow
+
+    def tokenizer(self, family: Family) -> str:
+        """Return the rule of this architecture."""
+        return self.reader
 
     def norm_identity(self, family: Family) -> float:
         """Return 1, because norms of native MoE classes multiply by their weight."""

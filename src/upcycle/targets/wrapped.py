@@ -169,6 +169,10 @@ class WithoutHead(Renamed):
             architecture=inner.base_architecture,
         )
 
+    def tokenizer(self, family: Family) -> str:
+        """Return the rule of the target inside, whose type the folder has."""
+        return self.inner.tokenizer(family)
+
     def snippet(self) -> str:
         """Return Python code that opens the folder."""
         return self.inner.snippet().replace("AutoModelForCausalLM", "AutoModel")

@@ -63,6 +63,8 @@ class Task(Named, abc.ABC):
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
     counting: ClassVar[Mapping[str, Any]] = {}  # model arguments that save work if only routers are watched
 
+    by_token: ClassVar[bool] = False  # whether the head predicts a word at every position of the last stack
+
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.classes if isinstance(self.classes, tuple) else ()

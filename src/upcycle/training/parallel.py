@@ -9,8 +9,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from upcycle.sharding.layout import Layout
 from upcycle.training.run import Parallel
 
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables by which processes find each other
-_TIMEOUT = timedelta(minutes=30)  # of a collective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class Ranks:
     dp_rank: int = 0
     dp_size: int = 1
     device: torch.device
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     config: DistributedConfig | None = None
     dp_group: Any = None
     group: Any = None  # the group of all ranks, if it is not torch's own
@@ -104,7 +102,7 @@ class Ranks:
         if self.world == 1:
             yield replace(self, device=device)
             return
-        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=meshes.PATIENCE)
         try:
             yield replace(self, device=device, group=group)
         finally:

@@ -28,6 +28,7 @@ from upcycle import tasks
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
@@ -93,7 +94,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     if dist.is_initialized() or "RANK" in os.environ:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     begun = start.start_of(run)
-    task = tasks.fitting(run.task, begun.dense.architecture)
+    task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     fit.refuse_pooling(run, begun.built)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)

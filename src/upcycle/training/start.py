@@ -7,7 +7,7 @@ weights are the same for every topology.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run, Train
 
+_MAY_SKIP = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # a setting of torch.compile
 OPTIMIZER = "optimizer"  # folder of the moments next to an exported model
 
 
@@ -173,8 +174,7 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
         drop_path.install(model, start.dense.family, start.dense.config, run.train.drop_path)
     _set_expert_dropout(model, run.train)
     if run.train.compile:
-        for layer in _blocks(model, start):
-            layer.compile()
+        _compile(_blocks(model, start))
     return model.train()
 
 
@@ -206,6 +206,18 @@ def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
     """Return the blocks of all stacks."""
     lists = [stack.blocks for stack in start.dense.stacks]
     return [block for path in lists for block in model.base_model.get_submodule(path).children()]
+
+
+def _compile(blocks: Iterable[nn.Module]) -> None:
+    """Compile every block by itself. Blocks of one kind share a graph, whatever their routers decide.
+
+    Routers leave their outputs on the module, and a block that is recomputed need not do so again. Without
+    this permission, torch does not compile blocks that are recomputed.
+    """
+    if hasattr(torch._dynamo.config, _MAY_SKIP):  # not in every torch that works
+        setattr(torch._dynamo.config, _MAY_SKIP, True)
+    for block in blocks:
+        block.compile()
 
 
 def _build(

@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
+from upcycle.hf import packing
+from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
-from upcycle.training import fit, gradients, router_losses, routing
+from upcycle.training import chunked_entropy, fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Kind, Routers, Tally
@@ -53,9 +55,34 @@ class Trainee:
 
     def logits(self, question: Question, **options: Any) -> Tensor:
         """Return the model's logits for a question."""
-        with self.autocast():
+        with self.autocast(), packing.unpacked():
             out: Tensor = self.model(**question.inputs, **options).logits
         return out
+
+    def entropy(self, question: Question) -> Tensor:
+        """Return the cross-entropy in nats, summed over the targets of a question."""
+        if (head := self._head(question)) is None:
+            return self.task.loss(self.logits(question), question.labels)
+        with self.autocast(), packing.unpacked():
+            return chunked_entropy.cross_entropy(self._hidden(question), question.labels, head)
+
+    def scores(self, question: Question, rows: int) -> tuple[Tensor, Tensor]:
+        """Return the summed cross-entropy and the number of right answers of a question's first rows."""
+        labels = question.labels[:rows]
+        if (head := self._head(question)) is None:
+            logits = self.logits(question)[:rows]
+            return self.task.loss(logits, labels), self.task.correct(logits, labels)
+        with self.autocast(), packing.unpacked():
+            return chunked_entropy.scores(self._hidden(question)[:rows], labels, head)
+
+    def _head(self, question: Question) -> Head | None:
+        """Return the model's head if its logits are so many that they are computed in chunks."""
+        head = Head.of(self.model) if self.task.by_token else None
+        return head if head and chunked_entropy.is_worth(question.labels.numel(), head) else None
+
+    def _hidden(self, question: Question) -> Tensor:
+        hidden: Tensor = self.model.base_model(**question.inputs).last_hidden_state
+        return hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +164,7 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     total: Tensor | None = None
     for place, question in enumerate(questions):
         with _recorded(trainee, seeds, place):
-            logits = trainee.logits(question)
-        entropy = trainee.task.loss(logits, question.labels) / targets
-        del logits
+            entropy = trainee.entropy(question) / targets
         loss, parts = entropy, [entropy.detach()]
         if routers is not None:
             seen = ranks.sum(routers.tallies())
@@ -274,12 +299,10 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
     for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size, whole):
         question = task.question(micro, trainee.start.subject, training=False)
         # All ranks run the same number of passes; the last may have rows that another rank counts.
-        logits, labels = trainee.logits(question)[:count], question.labels[:count]
-        targets = task.targets({name: t[:count] for name, t in micro.items()})
+        found = trainee.scores(question, count)
         if count:
-            found = [task.loss(logits, labels), task.correct(logits, labels)]
             sums[:2] += torch.stack([x.double() for x in found])
-            sums[2] += targets
+            sums[2] += task.targets({name: t[:count] for name, t in micro.items()})
     model.train()
     loss, correct, targets = ranks.sum(sums).tolist()
     return Score(loss=loss / targets, accuracy=correct / targets)
