@@ -76,7 +76,8 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         rows=rows,
         passes=-(-share // rows),
         precision="mixed" if train.precision == "auto" else train.precision,
-        recompute=train.activation_checkpointing,
+        # The selective form computes no product twice. Its memory is at most that without any.
+        recompute=train.activation_checkpointing is True,
         moments=len(run.optimizer.moments),
     )
     return _of(setting, world, gpu)
