@@ -21,6 +21,7 @@ ENCODERS = {
     "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM", "roberta": "RobertaForMaskedLM",
     "xlm-roberta": "XLMRobertaModel", "camembert": "CamembertModel", "electra": "ElectraModel",
     "mpnet": "MPNetModel", "distilbert": "DistilBertForMaskedLM", "modernbert": "ModernBertModel",
+    "clip": "CLIPModel", "siglip": "SiglipModel",
 }  # fmt: skip
 
 ODD = [
