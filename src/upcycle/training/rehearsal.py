@@ -20,7 +20,9 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
+from torch.distributed.device_mesh import DeviceMesh
 
 from upcycle import tasks
 from upcycle.blueprints.entries import Entry
@@ -150,6 +152,23 @@ def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> I
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Let tensors have no data, except in device meshes: torch looks for its own rank in them."""
+    real = DeviceMesh.__init__
+
+    def init(self: DeviceMesh, *args: Any, **options: Any) -> None:
+        with unset_fake_temporarily():
+            real(self, *args, **options)
+
+    try:
+        DeviceMesh.__init__ = init  # type: ignore[method-assign]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        DeviceMesh.__init__ = real  # type: ignore[method-assign]
+
+
 def _without_values(begun: Start, asked: _Asked) -> Start:
     """Return a start whose tensors are zeros, and which notes how many bytes are asked of them."""
     blank = {name: Entry(_Blank(e.lazy, asked), "F64") for name, e in begun.entries.items()}
@@ -159,7 +178,7 @@ def _without_values(begun: Start, asked: _Asked) -> Start:
 def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
     """Build a rank's part of the model and of the optimizer, and return what it holds."""
     asked = _Asked()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _without_data():
         model = start.model_of(_without_values(begun, asked), run, here, precision)
         updater = optimizer.make(model, run.optimizer, start.scales(begun, run, model, Routers.of(model)))
         optimizer.fill(updater, run.optimizer)
@@ -188,7 +207,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
     run = replace(run, train=train)
     size = (run.train.rows // here.dp_size, run.train.sequence_length + 1)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _without_data():
             model = start.model_of(_without_values(begun, _Asked()), run, here, "bfloat16")
             trainee = step.Trainee(
                 model=model,
@@ -204,7 +223,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
             for number in range(_STEPS):
                 step.queue_step(trainee, {"rows": rows}, number, run.schedule.at(number, train.total_steps))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        return f"{error.func} depends on values, and this run has none"
+        return f"{error.func} depends on values, and a dry run has none"
     except (RuntimeError, NotImplementedError) as error:
         return cut(str(error).splitlines()[0], 200)
     return None
