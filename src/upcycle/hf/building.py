@@ -98,6 +98,8 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
         new, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if new not in known and name in known:
             new, converted = rename_source_key(name, [], [], model.base_model_prefix, known)
+        if converted is not None:  # a converter has nothing to do: tensors are given as the class holds them
+            new, converted = rename_source_key(name, renamings, [], model.base_model_prefix, known)
         if converted is None and new in known:
             found[new] = name
         else:
