@@ -20,6 +20,7 @@ from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
 from upcycle.data import stamps
 from upcycle.data.feeding import Feed
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
@@ -78,7 +79,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     precision = fit.precision(run)
     mine = agreement.found(run, parallel.world_size())
     if mine.begun is not None:
-        task = tasks.fitting(run.task, mine.begun.dense.architecture)
+        task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
         fit.refuse_pooling(run, mine.begun.built)
     with ExitStack() as stack:
         here = stack.enter_context(
