@@ -59,9 +59,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
     built = blueprint(peek(run.source), run.recipe)
     parallel, train = run.parallel, run.train
-    given = max(1, parallel.replicate) * max(1, parallel.tp)
-    fsdp = world // given if parallel.fsdp is None else parallel.fsdp
-    layout = Layout(replicate=parallel.replicate, fsdp=fsdp, tp=parallel.tp, ep=parallel.ep)
+    layout = parallel.layout(world)
     share = train.rows // max(1, layout.dp)
     if layout.dp * share != train.rows or not share:
         raise UpcycleError(
