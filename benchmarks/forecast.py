@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import simulated
 import tiny
-
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.forecast import memory, traffic
 from upcycle.forecast.setting import Setting
