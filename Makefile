@@ -1,6 +1,6 @@
 # make demo    the whole story on this machine, no network needed once installed
 # make test    the test suite
-# make attack  a million damaged inputs, a hundred kills of each command; hours, or as UPCYCLE_ATTACK says
+# make attack  a million damaged inputs, a hundred kills of each command; it goes on where it stopped
 # make check   formatting, linting, types
 
 PYTHON ?= python3
@@ -24,7 +24,8 @@ demo: .venv/.ready
 test: .venv/.ready
 	.venv/bin/python -m pytest -n 2
 
-# UPCYCLE_ATTACK="--cases 1000000 --minutes 600 --kills 100": how much, and for how long at most.
+# UPCYCLE_ATTACK="--cases 1000000 --minutes 600 --kills 100": how much, and for how long at most. attack.json keeps
+# the counts, and the next call goes on after them; without the file it begins anew.
 attack: .venv/.ready
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -W ignore \
 	    tests/attack/campaign.py --json attack.json $(UPCYCLE_ATTACK)
@@ -33,6 +34,7 @@ check: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	for folder in experiments/*/; do MYPYPATH=$$folder .venv/bin/mypy $$folder*.py || exit 1; done
 
 format: .venv/.ready
 	.venv/bin/ruff format .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
+from upcycle.training import agreement, optimizer, saving, start, step
 from upcycle.training import gradients as grads
-from upcycle.training import optimizer, saving, start, step
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
@@ -191,6 +192,37 @@ def trains(jobs: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
         result = train(Run.of(table), resume=resume)
         results.append({"steps": result.steps, "loss": result.loss, "held_out": result.held_out_loss})
     return results
+
+
+def refused_apart(table: dict[str, Any], folders: list[str]) -> list[tuple[str, bool]]:
+    """What a run says where each rank stands in a folder of its own, and whether another rank says it."""
+    agreement._PATIENCE = 0.0
+    out, home = [], os.getcwd()
+    for folder in folders:
+        os.chdir(Path(folder) / str(rank()))
+        try:
+            train(Run.of(table))
+            out.append(("", False))
+        except UpcycleError as error:
+            out.append((str(error), error.elsewhere))
+        os.chdir(home)
+    return out
+
+
+def dies_while_saving(table: dict[str, Any], step: int, said: str) -> None:
+    """`upcycle train`, of which rank 1 dies when its part of a checkpoint is written; what rank 0 says."""
+    hashes = saving._hashes
+
+    def die(partial: Path, *rest: Any) -> dict[str, str]:
+        if partial.name == f"step-{step}.partial" and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hashes(partial, *rest)
+
+    saving._hashes = die
+    try:
+        train(Run.of(table))
+    except UpcycleError as error:
+        Path(said).write_text(str(error))
 
 
 def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:

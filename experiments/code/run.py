@@ -30,24 +30,28 @@ RESULTS = HERE / "results.json"
 
 def run_file(folder: Path, start: int, variant: str, seed: int, steps: int) -> dict[str, Any]:
     """Return the run file of a variant from the dense model after `start` tokens per parameter."""
+    changes = table.VARIANTS[variant]
+    falling = table.DECAY * table.EXTRA / table.budget(variant)
     made = dense.table(folder) | {
         "source": str(folder / f"dense-{start}"),
         "out": str(folder / "runs" / f"{start}-{variant}-{seed}"),
         "from_scratch": False,
         "seed": seed,
         "schedule": {
-            "name": "warmup_stable_decay", "peak": dense.RATE, "decay": max(1, round(table.DECAY * steps)),
-        },
+            "name": "warmup_stable_decay", "peak": dense.RATE, "decay": max(1, round(falling * steps)),
+        } | changes.get("schedule", {}),
         "checkpoint": {"every": max(1, steps // 4), "keep": 1},
     }  # fmt: skip
     made["train"] = made["train"] | {"steps": steps, "eval_every": max(1, steps // table.POINTS)}
-    return made | table.VARIANTS[variant]
+    return made | {key: value for key, value in changes.items() if key != "schedule"}
 
 
 def steps_of(folder: Path, start: int, variant: str) -> int:
-    """Return the number of steps that cost `table.EXTRA` of the training FLOPs of the start."""
+    """Return the number of steps that cost the variant's budget, a multiple of the start's FLOPs."""
     spent = dense.STARTS[start] * common.flops_per_row(run_file(folder, start, "dense", 0, 8))
-    return math.ceil(table.EXTRA * spent / common.flops_per_row(run_file(folder, start, variant, 0, 8)))
+    return math.ceil(
+        table.budget(variant) * spent / common.flops_per_row(run_file(folder, start, variant, 0, 8))
+    )
 
 
 def go(folder: Path, start: int, variant: str, seed: int) -> dict[str, Any]:

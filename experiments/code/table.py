@@ -1,7 +1,8 @@
 """The variants on the code corpus: each as changes to the run file of the dense continuation.
 
 A variant continues from a start of `dense.py` (10 to 320 tokens per parameter) for a share of that start's
-own training FLOPs. The learning rate stays at that of the start, and falls to zero in the last quarter.
+own training FLOPs. The learning rate stays at that of the start, and falls to zero in the last quarter. A run
+from scratch gets the FLOPs of the start as well, and its rate falls over the same FLOPs at the end.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any
 
 Changes = dict[str, Any]
 
-EXTRA = 0.3  # training FLOPs of a variant, relative to those of its start
-DECAY = 0.25  # the share of the steps at the end with a falling rate
+EXTRA = 0.3  # training FLOPs after the start, relative to those of the start
+DECAY = 0.25  # the share of these at the end with a falling rate
 POINTS = 16  # evaluations per run
 
 _TOP_2 = {"num_experts": 8, "top_k": 2}
@@ -29,8 +30,10 @@ CORE: dict[str, Changes] = {
     "virtual_group": {"moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"}},
     "copy": {"moe": _TOP_2},
     "drop_0.5": _drop(0.5),
-    "scratch": {"moe": _HALVES, "init": {"name": "virtual_group"}, "from_scratch": True},
-}
+    "scratch": {
+        "moe": _HALVES, "init": {"name": "virtual_group"}, "from_scratch": True, "schedule": {"warmup": 200},
+    },
+}  # fmt: skip
 
 # Each changes one factor of the core.
 FACTORS: dict[str, Changes] = {
@@ -55,3 +58,8 @@ FACTORS: dict[str, Changes] = {
 }  # fmt: skip
 
 VARIANTS = CORE | FACTORS
+
+
+def budget(variant: str) -> float:
+    """Return the training FLOPs of a run, relative to those of the start."""
+    return EXTRA + (1 if VARIANTS[variant].get("from_scratch") else 0)

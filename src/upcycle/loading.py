@@ -98,7 +98,9 @@ def build(
     found = building.renamed(model, tensors)
     cuts: dict[str, Sharded] = {}
     rank = 0
-    if shared is not None and layout.world > 1:
+    if shared is None or layout.world == 1:
+        building.tie(model)
+    else:
         meshes.start()
         device = torch.device("cpu") if shared.fsdp_cpu_offload else meshes.device()
         cuts = distributing.distribute(model, shared, meshes.meshes(layout))
@@ -109,7 +111,8 @@ def build(
         if name is None:
             return False
         entry = tensors[found[name]]
-        part = placement.part(cuts.get(name) or Sharded(shape=tuple(entry.shape)), layout, rank)
+        cut = next((cuts[name] for name in names if name in cuts), Sharded(shape=tuple(entry.shape)))
+        part = placement.part(cut, layout, rank)
         write_part(entry, part, memory)
         return True
 

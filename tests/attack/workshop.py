@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,12 @@ HUB: dict[str, dict[str, Any]] = {
     "boolq": {"query": "Passage: Tea.\nQuestion: hot?", "choices": ["no", "yes"], "gold": 1},
     "lambada_openai": {"context": "He had two of", "continuation": "them"},
 }  # fmt: skip
+
+
+def in_memory() -> Path | None:
+    """A folder in memory for damaged files, or None: TMPDIR says where, or there is no such place."""
+    found = Path("/dev/shm")  # writing a file there takes a quarter of the time
+    return found if "TMPDIR" not in os.environ and os.access(found, os.W_OK) else None
 
 
 class Workshop:

@@ -251,7 +251,7 @@ SAVED = [
     pytest.param(architecture, changes, id=f"{architecture}-{number}")
     for model_type in ENCODERS
     for architecture in families.find(model_type).architectures
-    for number, changes in enumerate([{}, *VARIANTS[model_type]])
+    for number, changes in enumerate([{}, *VARIANTS.get(model_type, [])])
 ]
 
 

@@ -157,11 +157,11 @@ def test_what_a_rank_reads_is_what_it_holds(source, monkeypatch):
 
     monkeypatch.setattr(Checkpoint, "read_into", counted)
     copies = Recipe.of(moe={"num_experts": 8, "top_k": 2}, init={"name": "copy"})
-    with rank_of(64, 13, monkeypatch):
-        model = upcycle.load(source, copies, distributed_config={"fsdp_size": 64, "ep_size": 8})
+    with rank_of(16, 13, monkeypatch):
+        model = upcycle.load(source, copies, distributed_config={"fsdp_size": 16, "ep_size": 8})
         held = sum(p.to_local().nbytes for n, p in model.named_parameters() if not n.endswith("gate.weight"))
-    assert held <= sum(read) <= held + 4096 * len(read)
-    assert max(read) <= 64 * 128 * 4 // 8  # an eighth of an expert's matrix, which 8 ranks share
+    assert sum(read) == held  # each of these parts is rows
+    assert max(read) == 128 * 64 * 4  # half of gate and up is one of them; half of down is less
 
 
 def test_layouts_that_load_refuses(source, monkeypatch):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import gloo
 import ranks
 from tiny import make_dense
 from upcycle import Recipe, convert
-from upcycle.training import loop
+from upcycle.checkpoints import checkpoint
+from upcycle.training import loop, saving
 from upcycle.training.run import Run
 
 TWO = [{"fsdp": 2}, {"fsdp": 2, "ep": 2}, {"tp": 2}, {"tp": 2, "ep": 2}]
@@ -109,9 +112,27 @@ def test_accumulated_gradients_are_those_of_one_batch(llama, one_process):
     same_gradients(ranks.gradients(llama, [({}, PIECES)])[0], one_process)
 
 
+class Products(TorchDispatchMode):
+    """Counts the matrix products that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "_grouped_mm")
+        return func(*args, **(kwargs or {}))
+
+
 def test_recomputed_layers_are_recorded_once(llama, one_process):
-    changes = {"train": {"activation_checkpointing": True}}
-    same_gradients(ranks.gradients(llama, [({}, changes)])[0], one_process, 1e-7)
+    """The selective form computes no product twice."""
+    counts = {}
+    for how in (False, "selective", True):
+        with Products() as products:
+            found = ranks.gradients(llama, [({}, {"train": {"activation_checkpointing": how}})])[0]
+        same_gradients(found, one_process, 1e-7)
+        counts[how] = products.count
+    assert 0 < counts[False] == counts["selective"] < counts[True]
 
 
 @pytest.mark.parametrize("layouts", [TWO, FOUR[:2]], ids=["two", "four"])
@@ -152,6 +173,7 @@ def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
     source, text = trainable
     start = table(str(source), tmp_path / "whole", text, parallel={"fsdp": 2, "ep": 2})
     start["train"]["layer_decay"] = 0.8  # parameter groups of many rates
+    start["checkpoint"]["asynchronous"] = True
     layouts = [{"fsdp": 2, "ep": 2}, {"fsdp": 2}, {"tp": 2, "ep": 2}]
     gloo.run(2, "ranks:trains", [(start, False)])
     jobs = []
@@ -176,6 +198,54 @@ def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
     for job, _ in jobs[:-1]:
         for result in gloo.run(2, "ranks:restored", job, checkpoint):
             assert result == reference
+
+
+def test_a_rank_that_dies_while_saving(trainable, tmp_path):
+    """The other says so, the checkpoint before stays, and the run goes on from it as if nothing had been."""
+    source, text = trainable
+    whole = table(str(source), tmp_path / "whole", text)
+    broken = {**whole, "out": str(tmp_path / "broken"), "parallel": {"fsdp": 2}}
+    broken["checkpoint"] = {"every": 1, "asynchronous": True}
+    with pytest.raises(AssertionError, match="rank 1 of 2 failed"):
+        gloo.run(2, "ranks:dies_while_saving", broken, 3, str(tmp_path / "said"))
+    assert "a process of this run has ended" in (tmp_path / "said").read_text()
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    assert [path.name for _, path in saving.found(tmp_path / "broken")] == ["step-1", "step-2"]
+    assert (checkpoints / "step-3.partial").is_dir()
+    loop.train(Run.of({**broken, "parallel": {}}), resume=True)
+    assert not list(checkpoints.glob("*.partial"))
+    loop.train(Run.of(whole))
+    assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+def test_ranks_that_see_different_files(trainable, tmp_path):
+    source, text = trainable
+    made = table("dense", Path("run"), text)
+    cases = {}
+    for name in ("content", "config", "missing", "out"):
+        for rank in ("0", "1"):
+            shutil.copytree(source, tmp_path / name / rank / "dense")
+        cases[name] = str(tmp_path / name)
+    weights = tmp_path / "content" / "1" / "dense" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    middle = next(iter(checkpoint.read_header(weights).values()))
+    raw[middle.offset + middle.nbytes // 2] ^= 1
+    weights.write_bytes(raw)
+    config = tmp_path / "config" / "0" / "dense" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    shutil.rmtree(tmp_path / "missing" / "1" / "dense")
+    told = gloo.run(2, "ranks:refused_apart", made, list(cases.values()))
+    wanted = {
+        "content": "process 1 of 2 sees another model.safetensors of the source than process 0; give every",
+        "config": "process 1 of 2 sees another config of the source than process 0",
+        "missing": "process 1 of 2: dense does not exist",
+        "out": "process 1 of 2 does not see run, which process 0 has made; `out` must lie on a file system",
+    }
+    for place, sentence in enumerate(wanted.values()):
+        said = [rank[place] for rank in told]
+        assert said[0][0] == said[1][0]
+        assert sentence in said[0][0]
+        assert sorted(elsewhere for _, elsewhere in said) == [False, True]  # one of them says it
 
 
 def test_peak_memory_of_a_rank_is_its_shard_and_one_tensor(tmp_path):

@@ -312,37 +312,43 @@ def interrupt() -> None:
     time.sleep(0.01)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_ctrl_c_while_a_checkpoint_is_saved_is_heeded(
-    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = saving.save
+    real = saving.write
 
     def slow(*args: Any) -> str | None:
-        if args[3].step == 1:
+        if args[2].step == 1:
             interrupt()
         return real(*args)
 
-    monkeypatch.setattr(saving, "save", slow)
+    monkeypatch.setattr(saving, "write", slow)
     with pytest.raises(KeyboardInterrupt):
-        train(Run.of(table()))
+        train(Run.of(table(checkpoint={"asynchronous": asynchronous}, train={"steps": 9})))
     out = tmp_path / "run"
     assert [step for step, _ in saving.found(out)] == [1]  # it is whole
     assert train(Run.of(table()), resume=True).finished
     assert not list((out / "checkpoints").glob("*.partial"))
 
 
-def test_a_second_ctrl_c_does_not_wait(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_second_ctrl_c_does_not_wait(
+    asynchronous: bool, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = saving.dcp.FileSystemWriter
 
     class Impatient(real):  # type: ignore[misc,valid-type]
         def write_data(self, *args: Any) -> Any:
             interrupt()
+            time.sleep(0.3 * asynchronous)  # the end of the step, which then waits for this write
             interrupt()
+            time.sleep(0.1 * asynchronous)
             return super().write_data(*args)
 
     monkeypatch.setattr(saving.dcp, "FileSystemWriter", Impatient)
     with pytest.raises(KeyboardInterrupt):
-        train(Run.of(table()))
+        train(Run.of(table(checkpoint={"asynchronous": asynchronous})))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -563,7 +569,8 @@ def test_ctrl_c_at_any_moment(table: Table, tmp_path: Path) -> None:
     try:
         for goal in (3, 12, 20, 31, 45):
             said = tmp_path / "said"
-            process = server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)
+            beside = f"checkpoint.asynchronous={str(goal % 2 == 0).lower()}"
+            process = server.start(["train", str(tmp_path / "run.toml"), "--resume", "--set", beside], said)
             assert server.wait(process, lambda goal=goal: len(read(tmp_path / "run")) >= goal) is None
             time.sleep(drawn.random() * 0.05)
             os.kill(process, signal.SIGINT)

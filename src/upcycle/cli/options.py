@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +62,13 @@ class RecipeOptions:
         str | None, _plain("SPEC", "moe.layers: all, every_other, last_half or 1,3,5 (all)")
     ] = None
     target: Annotated[str | None, _plain("NAME", "moe.target (native); see `upcycle list`")] = None
+    part_only: Annotated[
+        str | None, _plain("PART", "text takes the text model out of a multimodal one (moe.part_only)")
+    ] = None
+    drop: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="NAME", help="a tensor of the source to leave out, or a pattern such as v_head.*"),
+    ] = ()
     dtype: Annotated[str | None, _plain("D", "source, float32, bfloat16 or float16 (source)")] = None
     seed: Annotated[int | None, _plain("N", "seed of every random number (0)")] = None
 
@@ -79,6 +87,8 @@ class RecipeOptions:
             "init.name": self.init,
             "moe.layers": _layers(self.layers),
             "moe.target": self.target,
+            "moe.part_only": self.part_only,
+            "drop": json.dumps(self.drop) if self.drop else None,
             "dtype": self.dtype,
             "seed": self.seed,
         }

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from upcycle.blueprints.blueprint import Blueprint, Entry, blueprint
+from upcycle.checkpoints.carried import carried
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
 from upcycle.checkpoints.dtypes import TooLargeError
-from upcycle.checkpoints.hub import carried
-from upcycle.conversion import card, provenance, selection
+from upcycle.conversion import card, direct, provenance, selection, tokenizer
 from upcycle.conversion.journal import JOURNAL, Journal
 from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.dense.source import refuse_two_heads
@@ -245,21 +245,25 @@ class _Files:
         }
         self.locks = [threading.Lock() for _ in self.paths]
         self.opened = OpenFiles(os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        self.direct = direct.Direct()
         for path, size in zip(self.paths, shards.sizes, strict=True):
             with self.opened.use(path) as descriptor:
                 os.ftruncate(descriptor, size)
+                direct.reserve(descriptor, size)
         whole_file.sync_folder(partial)
         whole_file.sync_folder(partial.parent)
 
     def write(self, place: Place, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
-        view, position = data.data, place.offset + start
-        path = self.paths[place.shard]
-        # The kernel also allows one write at a time, but the other threads would spin.
+        position, path = place.offset + start, self.paths[place.shard]
+        done = self.direct.write(path, data, position)
+        # Through the cache, the kernel also allows one write at a time, but the other threads would spin.
         with self.locks[place.shard], self.opened.use(path) as descriptor:
-            while view:
-                count = os.pwrite(descriptor, view, position)
-                view, position = view[count:], position + count
+            for part in (slice(0, done.start), slice(done.stop, data.size)):
+                view, at = data.data[part], position + part.start
+                while view:
+                    count = os.pwrite(descriptor, view, at)
+                    view, at = view[count:], at + count
 
     def crc(self, place: Place) -> int:
         """Return the CRC-32 of the tensor at `place` as it is on disk."""
@@ -280,6 +284,7 @@ class _Files:
     def close(self) -> None:
         """Close the open files."""
         self.opened.close()
+        self.direct.close()
 
 
 def _write_tensors(
@@ -367,6 +372,7 @@ def _finish(
     """Write the files that make a folder of tensors a model, and rename the folder into place."""
     whole_file.clear(partial)
     names, left = carry(built.source.folder, partial)
+    made_anew = fit_tokenizer(built, partial)
     if shards.index is not None:
         whole_file.write_json(partial / INDEX, shards.index)
     selection.write(built, partial)
@@ -374,18 +380,26 @@ def _finish(
     whole_file.write_json(partial / UNNAMED_CONFIG, built.stored_config())
     weights = {JOURNAL, Provenance.FILE, *shards.names}
     files = {
-        CONFIG if path.name == UNNAMED_CONFIG else path.name: file_hash(path)
-        for path in sorted(partial.iterdir())
-        if path.name not in weights
+        CONFIG if name == UNNAMED_CONFIG else name: file_hash(partial / name)
+        for name in sorted(path.relative_to(partial).as_posix() for path in _all_files(partial))
+        if name not in weights
     }
-    made = provenance.of_blueprint(built, hashes, carried=names, left_behind=left, files=files)
+    names = [name for name in names if name not in made_anew]
+    made = provenance.of_blueprint(
+        built, hashes, out, carried=names, left_behind=left, files=files, made_anew=made_anew
+    )
     whole_file.write_json(partial / Provenance.FILE, made.as_table())
-    for path in partial.iterdir():
+    for path in _all_files(partial):
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
     whole_file.sync_folder(partial)
     partial.rename(out)
     _commit(built, out)
+
+
+def _all_files(folder: Path) -> list[Path]:
+    """Return every file in a folder and below it."""
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _lacks_its_config(out: Path) -> bool:
@@ -404,14 +418,23 @@ def _commit(built: Blueprint, out: Path) -> None:
 
 
 def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
-    """Copy tokenizer, generation config, chat template and licence; return names copied and names left."""
+    """Copy the files that go with a model; return the names copied and those left behind."""
     names = carried(source)
     for name in names:
+        (partial / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copyfile(source / name, partial / name)
-    weights = {"config.json", INDEX}
+    weights, taken = {"config.json", INDEX}, {name.partition("/")[0] for name in names}
     left = sorted(
         p.name
         for p in source.iterdir()
-        if p.name not in weights and p.name not in names and p.suffix != ".safetensors"
+        if p.name not in weights and p.name not in taken and p.suffix != ".safetensors"
     )
     return names, left
+
+
+def fit_tokenizer(built: Blueprint, folder: Path) -> dict[str, str]:
+    """Make the tokenizer in `folder` open as the source's does; return what was made anew, and why."""
+    family = built.dense.family
+    if built.target.tokenizer(family) == family.tokenizer:
+        return {}
+    return tokenizer.fit(built.source.folder, folder, built.stored_config())

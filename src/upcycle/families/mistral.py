@@ -1,6 +1,11 @@
 """Mistral: Llama with a sliding window."""
 
-from upcycle.families._decoder import Decoder
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config
+from upcycle.families._decoder import Decoder, sizes
 
 
 class Mistral(Decoder):
@@ -8,7 +13,9 @@ class Mistral(Decoder):
     architectures = ("MistralForCausalLM",)
     summary = "Mistral 7B and its kin, sliding window kept"
     natives = ("mixtral",)
+    tokenizer = "TokenizersBackend"
     inexact = {"granitemoe": "granitemoe has no sliding window"}
+    assumed = sizes(32_000, 4096, 14336, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131072,
@@ -23,6 +30,15 @@ class Mistral(Decoder):
         "head_dim": None,
         "num_key_value_heads": 8,
     }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        if "layer_types" in raw:
+            raise UpcycleError(
+                "config.json of a mistral model has layer_types, and transformers opens such a model as "
+                "ministral, whose layers attend otherwise; write model_type = ministral if that is meant, or "
+                "take layer_types out"
+            )
+        return super().config(raw)
 
 
 family = Mistral()

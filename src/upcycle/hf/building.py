@@ -32,7 +32,7 @@ def on_meta(
 ) -> PreTrainedModel:
     """Return a model of class `cls` on the meta device, with the dtypes that `from_pretrained` gives it.
 
-    Tied parameters are one. Nothing is allocated but the config.
+    Parameters that the class ties are still two (`tie`), because transformers' plans name both.
     """
     made: PreTrainedConfig = cls.config_class.from_dict(
         {k: v for k, v in config.items() if k != "torch_dtype"}
@@ -49,7 +49,6 @@ def on_meta(
         model: PreTrainedModel = cls(made)
         patch_output_recorders(model)
     _widen(model, dtype)
-    model.tie_weights(recompute_mapping=False)
     model.name_or_path = model.config.name_or_path = ""
     model._weight_conversions = None  # else save_pretrained would write the in-memory names
     return model
@@ -101,10 +100,9 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
             found[new] = name
         else:
             extra.add(name)
-    missing = set(known) - set(found)
-    for group in tied(model):
-        if any(name in found for name in group):
-            missing -= set(group)
+    sources = {name: model.all_tied_weights_keys.get(name, name) for name in known}
+    there = {sources[name] for name in found}
+    missing = {name for name in known if sources[name] not in there}
     report = LoadStateDictInfo(
         missing_keys=missing,
         unexpected_keys=extra,
@@ -120,6 +118,11 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
             f"{type(model).__name__} and its tensors do not agree: missing {lacking}, without a place {left}"
         )
     return found
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Make one parameter of those that the class ties, after every plan has been applied to each."""
+    model.tie_weights(recompute_mapping=False)
 
 
 def tied(model: nn.Module) -> Iterator[list[str]]:

@@ -23,8 +23,9 @@ from transformers.distributed.utils import TransformersDeviceMesh
 
 from upcycle.hf import building
 from upcycle.hf.meshes import Meshes
+from upcycle.sharding import placement
 from upcycle.sharding.layout import Layout
-from upcycle.sharding.placement import Sharded, Split, fsdp_axis
+from upcycle.sharding.placement import Sharded, Split
 
 DISPATCHED = "ep_dispatch_experts"  # transformers' name for experts that tokens are sent to
 
@@ -37,7 +38,10 @@ def layout_of(config: DistributedConfig) -> Layout:
 
 
 def distribute(model: PreTrainedModel, config: DistributedConfig, meshes: Meshes) -> dict[str, Sharded]:
-    """Share out a model on the meta device, and return how each parameter was cut before FSDP cut it."""
+    """Share out a model on the meta device, and return how each parameter was cut.
+
+    A tied parameter is there under its first name.
+    """
     layout = layout_of(config)
     # save_pretrained, generate and others of transformers look at these.
     model.config.distributed_config = config
@@ -58,8 +62,9 @@ def distribute(model: PreTrainedModel, config: DistributedConfig, meshes: Meshes
             ep_plan,
             ep_implementation=config.ep_implementation,
         )
-    model.tie_weights(recompute_mapping=False)  # a plan may have cut each of two tied parameters
-    cuts = {name: _sharded(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    building.tie(model)
+    known = {name: _sharded(p) for name, p in model.named_parameters()}
+    cuts = placement.planned(known, layout)
     if layout.dp > 1:
         _fully_shard(model, config, meshes, ep_plan, fsdp_plan, cuts)
     return cuts
@@ -70,14 +75,14 @@ def _sharded(parameter: nn.Parameter) -> Sharded:
     shape = tuple(parameter.shape)
     if not isinstance(parameter, DTensor):
         return Sharded(shape=shape)
-    (placement,) = parameter.placements
-    if placement.is_replicate():
+    (cut,) = parameter.placements
+    if cut.is_replicate():
         return Sharded(shape=shape)
-    axis = placement.dim % len(shape)
+    axis = cut.dim % len(shape)
     if parameter.device_mesh.mesh_dim_names == ("ep",):
         assert axis == 0
         return Sharded(shape=shape, expert=True)
-    return Sharded(shape=shape, tp=Split(axis, getattr(placement, "split_factor", 1)))
+    return Sharded(shape=shape, tp=Split(axis, getattr(cut, "split_factor", 1)))
 
 
 def _fully_shard(
@@ -88,12 +93,9 @@ def _fully_shard(
     fsdp_plan: Mapping[str, str],
     cuts: Mapping[str, Sharded],
 ) -> None:
-    """Group parameters as transformers' plan says, and shard each along the axis that `fsdp_axis` chooses."""
+    """Group parameters as transformers' plan says, and shard each along the axis that was planned."""
     layout = layout_of(config)
-    axes = {
-        id(p): Shard(fsdp_axis(cuts[name], layout))
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
+    axes = {id(p): Shard(cuts[name].fsdp) for name, p in model.named_parameters()}
 
     def shard(module: nn.Module | list[nn.Module], mesh: Any, *, keep: bool = False) -> None:
         fully_shard(

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from upcycle.sharding.layout import Layout
 
-_PATIENCE = timedelta(minutes=30)  # ranks that read a large checkpoint are ready at different times
+PATIENCE = timedelta(minutes=30)  # ranks that read a large checkpoint are ready at different times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def start() -> None:
     backend = dist.get_default_backend_for_device(here.type)
     # With a device, NCCL splits its communicator for each mesh in one call, however many ranks there are.
     bound = here if backend == "nccl" else None
-    dist.init_process_group(backend, timeout=_PATIENCE, device_id=bound)
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=bound)
 
 
 def meshes(layout: Layout) -> Meshes:

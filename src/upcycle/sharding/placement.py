@@ -1,23 +1,24 @@
 """Which part of a parameter a rank holds.
 
 Expert parallelism gives a rank whole experts, tensor parallelism a part of an axis. FSDP then cuts what is
-left along one axis: the first along which no rank holds more than `SLACK` even shares, else the one with the
-least. It cuts the first axis as evenly as whole rows allow (some ranks may have a row less, or none), and
-another axis only if it divides, because FSDP2 asks for that. So a matrix of an expert is cut inside where
-ranks outnumber experts, as torchtitan does, and a small tensor costs the most loaded rank no more than a copy
-of it would.
+left along one axis (`planned`). Along the first, ranks get whole rows, some of them a row less or none.
+Another axis must divide, because FSDP2 asks for that; it costs a copy of what is gathered, and reading
+columns of a file. So it is taken only where the first is uneven: a matrix of an expert is cut inside where
+ranks outnumber experts, as torchtitan does. Small tensors stay on their first axis as long as all of them
+together cost the most loaded rank little; that is never more than copies of them would.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from upcycle.sharding.layout import Layout
 
-SLACK = 1.05  # even shares that the most loaded rank may hold of a tensor before another axis is looked at
+SLACK = 1.05  # even shares that the most loaded rank may hold of one tensor on its first axis
+BUDGET = 1.04  # even shares that it may hold of all, so that small tensors stay on their first axis
 
 Ranges = tuple[tuple[int, int], ...]  # parts of an axis: start and stop of each, in order
 Part = tuple[Ranges, ...]  # the part of a tensor: parts of each axis
@@ -38,6 +39,7 @@ class Sharded:
     shape: tuple[int, ...]
     expert: bool = False  # whether axis 0 counts experts that expert parallelism shares out
     tp: Split | None = None
+    fsdp: int = 0  # the axis along which FSDP cuts it
 
     @property
     def size(self) -> int:
@@ -45,8 +47,35 @@ class Sharded:
         return math.prod(self.shape)
 
 
-def fsdp_axis(sharded: Sharded, layout: Layout) -> int:
-    """Return the axis along which FSDP cuts a parameter; it is the same on every rank."""
+def planned(parameters: Mapping[str, Sharded], layout: Layout) -> dict[str, Sharded]:
+    """Return the parameters of a model with the axis along which FSDP cuts each; it is the same on every
+    rank.
+
+    Where no axis divides, the most loaded rank holds more than an even share (`unevenness`).
+    """
+    out = {name: replace(each, fsdp=_axis(each, layout)) for name, each in parameters.items()}
+    even = sum(each.size for each in out.values()) / layout.replica
+    spare = BUDGET * even - most(out.values(), layout)
+    costs = {
+        name: elements(part(parameters[name], layout, 0)) - elements(part(each, layout, 0))
+        for name, each in out.items()
+        if each.fsdp and not _closed(each, layout)
+    }
+    for name, cost in sorted(costs.items(), key=lambda pair: pair[1]):
+        if (spare := spare - cost) < 0:
+            break
+        out[name] = replace(out[name], fsdp=0)
+    return out
+
+
+def unevenness(parameters: Iterable[Sharded], layout: Layout) -> float:
+    """Return how many even shares of the parameters the most loaded rank holds."""
+    every = list(parameters)
+    return most(every, layout) * layout.replica / max(1, sum(each.size for each in every))
+
+
+def _axis(sharded: Sharded, layout: Layout) -> int:
+    """Return the first axis along which a tensor is cut evenly enough, or else the most even one."""
     shape, size = _lengths(_before_fsdp(sharded, layout, 0)), _shards(sharded, layout)
     closed = _closed(sharded, layout)
     shares = {0: -(-shape[0] // size) * size / shape[0]} if 0 not in closed else {}
@@ -59,7 +88,7 @@ def part(sharded: Sharded, layout: Layout, rank: int) -> Part:
     """Return the part of a parameter that a rank holds."""
     place = layout.at(rank)
     number = place.efsdp if sharded.expert and layout.ep > 1 else place.fsdp
-    held, axis = _before_fsdp(sharded, layout, rank), fsdp_axis(sharded, layout)
+    held, axis = _before_fsdp(sharded, layout, rank), sharded.fsdp
     return (*held[:axis], _cut(held[axis], _shards(sharded, layout), number), *held[axis + 1 :])
 
 

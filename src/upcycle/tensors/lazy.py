@@ -351,6 +351,21 @@ class Pick(Changed):
 
 
 @dataclass(frozen=True, eq=False)
+class Transposed(Changed):
+    """`base` with its last two axes exchanged."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return _exchanged(self.base.shape)
+
+    def read(self, index: Index, dtype: str) -> np.ndarray:
+        return np.ascontiguousarray(np.swapaxes(self.base.read(_exchanged(index), dtype), -1, -2))
+
+    def describe(self) -> Any:
+        return ["transposed", self.base.describe()]
+
+
+@dataclass(frozen=True, eq=False)
 class Folded(Changed):
     """A matrix [N, M] viewed as [N, *inner], for a convolution's kernels."""
 
@@ -376,6 +391,10 @@ def _within(block: Index, index: Index) -> tuple[slice, ...]:
 
 def _with(items: Sequence[Any], place: int, item: Any) -> tuple[Any, ...]:
     return (*items[:place], item, *items[place + 1 :])
+
+
+def _exchanged(items: Sequence[Any]) -> tuple[Any, ...]:
+    return (*items[:-2], items[-1], items[-2])
 
 
 def _joined(parts: Sequence[Lazy]) -> list[Extent] | None:

@@ -55,8 +55,9 @@ class Train(Settings):
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # largest norm of the gradient; 0: no clipping
     # precision of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
-    # whether to recompute blocks in the backward pass, to save memory
-    activation_checkpointing: bool = False
+    # whether to recompute blocks in the backward pass, to save memory; selective: all of a block but its
+    # matrix products and attention
+    activation_checkpointing: bool | Literal["selective"] = False
     compile: bool = False  # whether to use torch.compile
     experts_implementation: str | None = None  # None: the one that benchmarks/train_step.py found fastest
     seed: int | None = None  # None: the seed of the run
@@ -137,6 +138,8 @@ class Saving(Settings):
 
     every: Annotated[int, AtLeast(0)] = 500  # steps between checkpoints; 0: only the last
     keep: Annotated[int, AtLeast(1)] = 2  # number of checkpoints to keep
+    # whether the steps go on while a copy of the tensors is written, which takes memory of the host
+    asynchronous: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
