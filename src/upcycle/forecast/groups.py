@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.sharding.layout import Layout
-from upcycle.sharding.placement import Sharded, Split, elements, fsdp_axis, part
+from upcycle.sharding.placement import Sharded, Split, elements, part, planned
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # tensor parallelism cuts their outputs
 _ROWS = ("o_proj", "down_proj")  # and the inputs of these
@@ -46,32 +46,36 @@ class Group:
     def inner(self, layout: Layout) -> int:
         """Return those of `gathered` that are sharded along another axis than the first."""
         return self.ranks(layout) * sum(
-            elements(part(each, layout, 0)) for each in self.parameters if fsdp_axis(each, layout)
+            elements(part(each, layout, 0)) for each in self.parameters if each.fsdp
         )
 
     def cuts(self, layout: Layout) -> Counter[tuple[int, Split | None]]:
         """Return the numbers of parameters by how FSDP and tensor parallelism cut them."""
         split = layout.tp > 1 and not self.experts
-        return Counter((fsdp_axis(each, layout), each.tp if split else None) for each in self.parameters)
+        return Counter((each.fsdp, each.tp if split else None) for each in self.parameters)
 
 
 def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
     """Return the groups of a blueprint's model, in the order in which the forward pass gathers them."""
     starts = {stack.path.partition("{i}")[0]: stack.name for stack in built.dense.stacks}
     tied = bool(built.dense.tied_head)
-    found: dict[tuple[int, str], list[Sharded]] = {}
+    keys: dict[str, tuple[int, str]] = {}
+    cuts: dict[str, Sharded] = {}
     for name, entry in built.target.in_memory(built.entries).items():
         start = next((start for start in starts if name.startswith(start)), None)
         if start is None:
-            key = _end(name, apart=built.target.gathers_ends, tied=tied)
+            keys[name] = _end(name, apart=built.target.gathers_ends, tied=tied)
         else:
-            key = (_BLOCK, start + name.removeprefix(start).partition(".")[0])
-            if layout.ep > 1 and (inside := _EXPERTS.search(name)):
-                key = (_BLOCK, f"{key[1]}.{inside[1]}")
-        expert = key[1].endswith(_OF_EXPERTS)
+            path = start + name.removeprefix(start).partition(".")[0]
+            inside = _EXPERTS.search(name) if layout.ep > 1 else None
+            keys[name] = _BLOCK, f"{path}.{inside[1]}" if inside else path
+        expert = keys[name][1].endswith(_OF_EXPERTS)
         shape = tuple(entry.shape)
-        cut = None if expert or layout.tp == 1 else _cut(name, shape)
-        found.setdefault(key, []).append(Sharded(shape=shape, expert=expert, tp=cut))
+        split = None if expert or layout.tp == 1 else _cut(name, shape)
+        cuts[name] = Sharded(shape=shape, expert=expert, tp=split)
+    found: dict[tuple[int, str], list[Sharded]] = {}
+    for name, each in planned(cuts, layout).items():
+        found.setdefault(keys[name], []).append(each)
     made = [
         Group(
             name=name,

@@ -17,7 +17,7 @@ from upcycle.families import Stack
 from upcycle.forecast import activations
 from upcycle.forecast.groups import Group
 from upcycle.forecast.setting import Setting
-from upcycle.sharding.placement import elements, fsdp_axis, part
+from upcycle.sharding.placement import elements, part
 
 LOGITS_MADE = 4 + 4  # bytes a logit in the forward pass, beside itself: in float32, and its log-softmax
 LOGITS_BACK = 3 * 4  # as the backward pass begins: the log-softmax, and the gradients behind and before it
@@ -270,6 +270,6 @@ class _Walk:
             if group.experts:  # whose divisor is not the number of ranks
                 yield "the gradients, divided,", 3 * self._reduced(group)
             return
-        cut = [p for p in group.parameters if fsdp_axis(p, self.layout)]
+        cut = [p for p in group.parameters if p.fsdp]
         most = max((ranks * elements(part(p, self.layout, 0)) for p in cut), default=0)
         yield "the gradients", grads + max(self.setting.width * most, self._reduced(group))
