@@ -2,9 +2,10 @@
 
     python benchmarks/paper_layout.py [--gpus 128] [--gpu H100] [--json]
 
-The paper trains Llama 3 8B with 8 experts top-2 with TP 2, EP 8 folded over it, PP 4 in 8 virtual stages, and ZeRO-1
-over what is left (arXiv 2412.09952, section 4). upcycle has no pipeline. Here its step is worked out by hand with the
-constants and the collectives of `upcycle.forecast`: one row of 8192 tokens a GPU, no recomputation, even routing.
+The paper trains Llama 3 8B with 8 experts top-2 with TP 2, EP 8 folded over it, PP 4 in 8 virtual stages, and
+ZeRO-1 over what is left (arXiv 2412.09952, section 4). upcycle has no pipeline. Here the paper's step is worked
+out by hand with the constants and the collectives of `upcycle.forecast`: one row of 8192 tokens a GPU, no
+recomputation, even routing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def papers(built: Blueprint, ours: Outlook, world: int, gpu: Gpu) -> dict[str, f
     routed = 4 * seconds("all_to_all", EP, 1, whole / TP * 2)
     handed = whole / TP / (time.LINK * gpu.network)  # from stage to stage, forward and backward
     gradients = sum(
-        seconds("reduce_scatter", ranks, TP * PP, size * F32) + seconds("all_gather", ranks, TP * PP, size * BF16)
+        seconds("reduce_scatter", ranks, TP * PP, size * F32)
+        + seconds("all_gather", ranks, TP * PP, size * BF16)
         for ranks, size in ((world // (EP * PP), of_experts), (copies, others))
     )
     return {
@@ -75,7 +77,14 @@ def main() -> None:
         source = tiny.make_headers(Path(folder) / "dense", config)
         found = {
             f"ours, {'recomputed' if again else 'kept'}, {rows} row(s)": foretell(
-                source, moe, world=asked.gpus, gpu=asked.gpu, ep=EP, context=LENGTH, rows=rows, recompute=again
+                source,
+                moe,
+                world=asked.gpus,
+                gpu=asked.gpu,
+                ep=EP,
+                context=LENGTH,
+                rows=rows,
+                recompute=again,
             )
             for again, rows in ((True, 1), (True, 2), (True, 4), (False, 1))
         }

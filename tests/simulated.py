@@ -29,10 +29,11 @@ from transformers import masking_utils
 from transformers.distributed import DistributedConfig
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.forecast.setting import Recompute
 from upcycle.hf import building, distributing, meshes, models, opening
 from upcycle.nn import kernels
 from upcycle.sharding.layout import Layout
-from upcycle.training import gradients
+from upcycle.training import gradients, recomputing
 
 aten = torch.ops.aten
 
@@ -79,6 +80,15 @@ class Traffic(TorchDispatchMode):
         return out
 
 
+class Peak(MemTracker):
+    """torch's tracker without its statistics of each module, whose cost grows as the square of the layers."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        kept, self.memory_tracking = self.memory_tracking, {}
+        super()._update_peak_stats(peak_state)
+        self.memory_tracking = kept
+
+
 @contextmanager
 def world(size: int, rank: int = 0) -> Iterator[None]:
     """A process group of so many ranks, of which only `rank` is there."""
@@ -95,7 +105,13 @@ def world(size: int, rank: int = 0) -> Iterator[None]:
 
 
 def step(
-    built: Blueprint, layout: Layout, *, rows: int, length: int, mixed: bool = True, recompute: bool = False
+    built: Blueprint,
+    layout: Layout,
+    *,
+    rows: int,
+    length: int,
+    mixed: bool = True,
+    recompute: Recompute = False,
 ) -> Step:
     """Forward, cross-entropy, backward and the norm of the gradient on `rows` rows of `length`."""
     config = DistributedConfig(
@@ -120,14 +136,12 @@ def step(
             opening.choose_experts(model, how)
             model.config.use_cache = False
             if recompute:
-                model.activation_checkpointing_enable(
-                    activation_checkpointing_kwargs={"use_reentrant": False}
-                )
+                recomputing.install(model, recompute)
             model.train()
             moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in model.parameters()]
             ids = torch.zeros(rows, length, dtype=torch.long)
             pairs = rows * length * built.sites[0].top_k // layout.ep // layout.tp if built.sites else 1
-            memory, traffic = MemTracker(), Traffic(pairs)
+            memory, traffic = Peak(), Traffic(pairs)
             memory.track_external(model, *itertools.chain(*moments))
             with memory, traffic:
                 logits = model(input_ids=ids).logits

@@ -15,7 +15,7 @@ from upcycle.sharding.layout import Layout
 ROWS, LENGTH = 2, 64
 NATIVE = {"num_experts": 8, "top_k": 2}
 STEPS = [
-    (NATIVE, False, Layout(fsdp=8), False),
+    (NATIVE, False, Layout(fsdp=8), "selective"),
     (NATIVE, False, Layout(fsdp=8, ep=4), True),
     ({**NATIVE, "target": "upcycled", "layers": [0, 2]}, True, Layout(replicate=2, fsdp=4, ep=4), False),
 ]

@@ -10,7 +10,7 @@ from upcycle.checkpoints.hub import peek
 from upcycle.errors import UpcycleError
 from upcycle.forecast import outlook
 from upcycle.forecast.outlook import Outlook
-from upcycle.forecast.setting import Setting
+from upcycle.forecast.setting import Recompute, Setting
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
@@ -32,7 +32,7 @@ def foretell(
     ep: int = 1,
     rows: int = 1,
     context: int | None = None,
-    recompute: bool = True,
+    recompute: Recompute = True,
 ) -> Outlook:
     """Return what a step of training `recipe`'s model needs on one of `world` GPUs of the kind `gpu`.
 
@@ -58,10 +58,8 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
     built = blueprint(peek(run.source), run.recipe)
-    parallel, train = run.parallel, run.train
-    given = max(1, parallel.replicate) * max(1, parallel.tp)
-    fsdp = world // given if parallel.fsdp is None else parallel.fsdp
-    layout = Layout(replicate=parallel.replicate, fsdp=fsdp, tp=parallel.tp, ep=parallel.ep)
+    train = run.train
+    layout = run.parallel.layout(world)
     share = train.rows // max(1, layout.dp)
     if layout.dp * share != train.rows or not share:
         raise UpcycleError(

@@ -19,6 +19,8 @@ from upcycle.forecast.groups import Group
 from upcycle.forecast.setting import Setting
 from upcycle.sharding.placement import elements, part
 
+F32 = 4
+CHUNKED = 1 << 28  # bytes of float32 logits from which on a head that no ranks share computes them in chunks
 LOGITS_MADE = 4 + 4  # bytes a logit in the forward pass, beside itself: in float32, and its log-softmax
 LOGITS_BACK = 3 * 4  # as the backward pass begins: the log-softmax, and the gradients behind and before it
 
@@ -159,7 +161,10 @@ class _Walk:
         setting, dense = self.setting, self.setting.built.dense
         last = dense.stacks[-1]
         tokens, width = setting.tokens(last.name), setting.width
-        count = tokens * int(dense.config["vocab_size"]) if dense.has_language_head else 0
+        words = int(dense.config["vocab_size"]) if dense.has_language_head else 0
+        count = tokens * words
+        if not setting.sharded and setting.layout.tp == 1 and F32 * count >= CHUNKED:
+            count = -(-tokens // -(-words // last.hidden)) * words
         # The last norm keeps its input in float32 and twice in the precision of the arithmetic.
         norm = tokens * last.hidden * (4 + 2 * width)
         alive = sum(self.kept) + tokens * last.hidden * width + norm
@@ -182,7 +187,7 @@ class _Walk:
         gathered, waiting = self._root(backward=True)
         tokens = setting.tokens(block.stack.name)
         back = tokens * block.stack.hidden * setting.width  # the gradient of the block's output
-        entered = sum(self.kept[: number + 1 if setting.recompute else number]) + back
+        entered = sum(self.kept[:number]) + back * (2 if setting.recompute else 1)  # with its input
         grads = self._gradients(after)
         previous = self._previous(number)
         before = self.blocks[number - 1].own if number else self.embedding
