@@ -55,7 +55,7 @@ def of(setting: Setting, gpu: Gpu) -> Time:
 
 
 def flops(setting: Setting, *, recomputed: bool = True) -> float:
-    """Return the FLOPs of a step on one rank: those of three forward passes, or four if it recomputes blocks."""
+    """Return the FLOPs of a step on one rank: three forward passes, and one more to recompute blocks."""
     row = flops_per_row(setting.built.dense, setting.built, setting.lengths)
     passes = 4 if recomputed and setting.recompute is True else 3
     return passes * row * setting.rows * setting.passes / setting.layout.tp
