@@ -1,5 +1,6 @@
 # make demo    the whole story on this machine, no network needed once installed
 # make test    the test suite
+# make test-ranks  8 and 16 processes, and one rank of 512 at true size
 # make attack  a million damaged inputs, a hundred kills of each command; it goes on where it stopped
 # make check   formatting, linting, types
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 LLAMA_CPP_VERSION = 0.3.36
 
-.PHONY: demo test attack check format bench test-llama-cpp clean
+.PHONY: demo test attack check format bench test-llama-cpp test-ranks clean
 
 # torch first and by its exact version: any other spelling may fetch another build of it.
 .venv/.ready: pyproject.toml constraints.txt
@@ -53,6 +54,9 @@ bench: .venv/.ready
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
 	    $(PIP) install .venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz sentencepiece
 	touch $@
+
+test-ranks: .venv/.ready
+	.venv/bin/python -m pytest -m 'true_size or many_ranks'
 
 test-llama-cpp: .venv/.llama-cpp
 	LLAMA_CPP=.venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION)/vendor/llama.cpp \

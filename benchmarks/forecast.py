@@ -22,8 +22,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import simulated
-import tiny
+import simulated  # type: ignore[import-not-found]
+import tiny  # type: ignore[import-not-found]
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.forecast import memory, traffic
 from upcycle.forecast.setting import Setting

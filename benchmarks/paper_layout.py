@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import forecast as true_size
-import tiny
+import tiny  # type: ignore[import-not-found]
 from upcycle.api.forecasting import foretell
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.forecast import time

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import forked
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; torch reads it when imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -36,6 +38,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def server() -> forked.Server:
+    """A server that forks command lines of `upcycle`, started when a test first asks for it."""
+    return forked.shared()
 
 
 @pytest.fixture

@@ -245,6 +245,12 @@ _SIZES = {
         "eos_token_id": 2,
     },
     "gpt_neox": _TEXT,
+    "clip": {
+        "text_config": {**_TEXT, "eos_token_id": 2},
+        "vision_config": {**_IMAGES, "num_hidden_layers": 2},
+        "projection_dim": 8,
+    },
+    "siglip": {"text_config": _TEXT, "vision_config": {**_IMAGES, "num_hidden_layers": 2}},
     "opt": {
         "hidden_size": 16,
         "ffn_dim": 24,

@@ -26,7 +26,10 @@ from upcycle.recipe import RecipeLike
 from upcycle.sharding import placement
 from upcycle.sharding.layout import OF_TRANSFORMERS, Layout
 from upcycle.sharding.placement import Part, Sharded
+from upcycle.system import progress
 from upcycle.tensors.lazy import blocks
+
+_LARGE = 100_000_000  # parameters; who trains fewer has memory to spare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,6 +108,8 @@ def build(
         device = torch.device("cpu") if shared.fsdp_cpu_offload else meshes.device()
         cuts = distributing.distribute(model, shared, meshes.meshes(layout))
         rank = torch.distributed.get_rank()
+        if rank == 0:
+            _warn_uneven(cuts, layout)
 
     def fill(names: list[str], memory: torch.Tensor) -> bool:
         name = next((name for name in names if name in found), None)
@@ -120,6 +125,17 @@ def build(
     building.finish(model, device)
     opening.choose_experts(model, experts_implementation)
     return model
+
+
+def _warn_uneven(cuts: Mapping[str, Sharded], layout: Layout) -> None:
+    """Say that a rank of a large model holds much more than its share, and why."""
+    share = placement.unevenness(cuts.values(), layout)
+    if share > placement.SLACK and sum(each.size for each in cuts.values()) >= _LARGE:
+        progress.warn(
+            f"{layout}: the most loaded process holds {share:.2f} even shares of the parameters, because no "
+            f"axis of the largest ones divides by the processes that share it; choose sizes of which fsdp x "
+            f"tp / ep is a power of two, and let replicate take the other factors"
+        )
 
 
 def write_part(entry: Entry, part: Part, memory: torch.Tensor) -> None:

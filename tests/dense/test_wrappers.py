@@ -24,6 +24,8 @@ CASES = {
     "idefics3": ("native", "MixtralModel"),
     "gemma3": ("upcycled", "UpcycledGemma3TextModel"),
     "llava, upcycled": ("upcycled", "UpcycledLlamaModel"),
+    "qwen3_vl, upcycled": ("upcycled", "UpcycledQwen3VLTextModel"),
+    "qwen3_5, upcycled": ("upcycled", "UpcycledQwen3_5TextModel"),
 }
 
 

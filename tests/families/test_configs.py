@@ -21,6 +21,7 @@ ENCODERS = {
     "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM", "roberta": "RobertaForMaskedLM",
     "xlm-roberta": "XLMRobertaModel", "camembert": "CamembertModel", "electra": "ElectraModel",
     "mpnet": "MPNetModel", "distilbert": "DistilBertForMaskedLM", "modernbert": "ModernBertModel",
+    "clip": "CLIPModel", "siglip": "SiglipModel",
 }  # fmt: skip
 
 ODD = [
@@ -135,7 +136,6 @@ def test_plans_of_configs_with_odd_values(opened):
         ("llama", {"pad_token_id": 96}, "pad_token_id = 96, and a vocab_size of 96 has rows 0 to 95"),
         ("bert", {"pad_token_id": 60}, "pad_token_id = 60"),
         ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "keep the one that is meant"),
-        ("mistral", {"layer_types": ["full_attention"] * 4}, "opens such a model as ministral"),
         (
             "phi3",
             {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},

@@ -34,9 +34,9 @@ def old_names(tensors):
     square = torch.zeros(words.shape[1], words.shape[1])
     extra = {
         "bert.pooler.dense.weight": square,
-        "bert.pooler.dense.bias": square[0],
-        "cls.seq_relationship.weight": square[:2],
-        "cls.seq_relationship.bias": square[0, :2],
+        "bert.pooler.dense.bias": square[0].clone(),
+        "cls.seq_relationship.weight": square[:2].clone(),
+        "cls.seq_relationship.bias": square[0, :2].clone(),
         "cls.predictions.decoder.weight": words.clone(),
     }
     renamed = {

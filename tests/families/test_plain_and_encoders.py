@@ -30,6 +30,8 @@ CASES = {
     "distilbert": ("DistilBertModel", {}),
     "distilbert, masked": ("DistilBertForMaskedLM", {}),
     "distilbert, classes": ("DistilBertForSequenceClassification", {}),
+    "clip": ("CLIPModel", {}),
+    "siglip": ("SiglipModel", {}),
     "modernbert": ("ModernBertModel", {}),
     "modernbert, masked": ("ModernBertForMaskedLM", {"mlp_bias": True, "norm_bias": True}),
     "modernbert, classes": ("ModernBertForSequenceClassification", {}),
@@ -38,9 +40,11 @@ CASES = {
 
 def outputs(model):
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 60, (2, 20), generator=generator)
+    given = {"input_ids": torch.randint(3, 60, (2, 20), generator=generator)}
+    if "CLIP" in type(model).__name__ or "Siglip" in type(model).__name__:
+        given["pixel_values"] = torch.randn(2, 3, 12, 12, generator=generator)
     with torch.inference_mode():
-        return model.eval()(input_ids=ids)[0]
+        return model.eval()(**given)[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -50,7 +54,7 @@ def test_the_dense_function(case, tmp_path):
     recipe = Recipe.of(moe={"num_experts": 4, "target": "upcycled"}, router={"std": 0.5})
     built = convert(source, tmp_path / "moe", recipe)
     assert built.preserves_function
-    assert len(built.sites) == 4
+    assert len(built.sites) == (6 if case in ("clip", "siglip") else 4)
     dense = getattr(transformers, architecture).from_pretrained(source)
     model = upcycle.open(tmp_path / "moe")
     assert isinstance(model, getattr(transformers, architecture))
@@ -74,7 +78,7 @@ def test_shapes_are_those_of_transformers(case):
     raw = {**json.loads(config.to_json_string(use_diff=False)), "architectures": [architecture]}
     with torch.device("meta"):
         model = cls(config)
-    tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
+    tied = model.all_tied_weights_keys if getattr(config, "tie_word_embeddings", False) else {}
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied}
     wanted = {name.replace("lm_head.weight", "embed_out.weight") if "neox" in case else name: shape
               for name, shape in wanted.items()}  # fmt: skip

@@ -16,6 +16,7 @@ import ranks
 from tiny import make_dense
 from upcycle import Recipe, convert
 from upcycle.checkpoints import checkpoint
+from upcycle.system.progress import Unheard, reporting_to
 from upcycle.training import loop, saving
 from upcycle.training.run import Run
 
@@ -164,6 +165,13 @@ def table(source: str, out: Path, text: Path, **changes) -> dict:
     return {**made, **changes}
 
 
+class Said(Unheard):
+    """Keeps what a run says."""
+
+    def __init__(self, sentences: list[str]) -> None:
+        self.say = sentences.append  # type: ignore[method-assign]
+
+
 def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -184,7 +192,11 @@ def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
         (out / "run.json").write_text((tmp_path / "whole" / "run.json").read_text())
         jobs.append(({**start, "out": str(out), "parallel": layout}, True))
     gloo.run(2, "ranks:trains", jobs[:-1])
-    loop.train(Run.of(jobs[-1][0]), resume=True)
+    said: list[str] = []
+    with reporting_to(Said(said)):
+        loop.train(Run.of(jobs[-1][0]), resume=True)
+    changed = "step 3 was saved by 2 process(es) (fsdp 2 x ep 2); it goes on with 1 (one process)"
+    assert said.count(changed) == 1
     wanted = losses(tmp_path / "whole")[3:]
     for number in range(len(jobs)):
         found = losses(tmp_path / str(number))

@@ -60,7 +60,13 @@ def test_the_ranks_hold_the_whole_together(layout: dict[str, int], source: Path)
     assert sum(each.reads for each in held) == alone.reads * layout.get("replicate", 1)
     assert max(each.over_even_share for each in held) < 1.2
     assert all(each.gradients == each.weights for each in held)
-    assert (found.stepped, found.not_stepped) == (2, None)
+    if "ep" in layout:  # transformers looks for the tokens of a rank's experts
+        assert (found.stepped, found.not_stepped) == (
+            0,
+            "aten.nonzero.default depends on values, and a dry run has none",
+        )
+    else:
+        assert (found.stepped, found.not_stepped) == (2, None)
 
 
 def test_the_command(source: Path, capsys: Any) -> None:

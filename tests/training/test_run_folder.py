@@ -559,28 +559,25 @@ def test_damaged_moments_are_said(damaged: str, table: Table, tmp_path: Path) ->
 # --- the whole command, interrupted
 
 
-def test_ctrl_c_at_any_moment(table: Table, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_moment(table: Table, server: forked.Server, tmp_path: Path) -> None:
     """Each ends with 130 and a sentence, and a run that was interrupted five times has the losses of one that
     was not."""
     steps = {"train": {"steps": 60}, "checkpoint": {"keep": 2}}
     calm = losses(begun(table, out=str(tmp_path / "calm"), **steps))
     (tmp_path / "run.toml").write_text(toml(table(**steps)))
-    server, drawn, codes = forked.Server(), random.Random(0), []
-    try:
-        for goal in (3, 12, 20, 31, 45):
-            said = tmp_path / "said"
-            beside = f"checkpoint.asynchronous={str(goal % 2 == 0).lower()}"
-            process = server.start(["train", str(tmp_path / "run.toml"), "--resume", "--set", beside], said)
-            assert server.wait(process, lambda goal=goal: len(read(tmp_path / "run")) >= goal) is None
-            time.sleep(drawn.random() * 0.05)
-            os.kill(process, signal.SIGINT)
-            codes.append(server.wait(process))
-            assert "interrupted" in said.read_text()
-            assert "Make room" not in said.read_text()
-            assert "Traceback" not in said.read_text()
-        assert server.wait(server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)) == 0
-    finally:
-        server.close()
+    drawn, codes = random.Random(0), []
+    for goal in (3, 12, 20, 31, 45):
+        said = tmp_path / "said"
+        beside = f"checkpoint.asynchronous={str(goal % 2 == 0).lower()}"
+        process = server.start(["train", str(tmp_path / "run.toml"), "--resume", "--set", beside], said)
+        assert server.wait(process, lambda goal=goal: len(read(tmp_path / "run")) >= goal) is None
+        time.sleep(drawn.random() * 0.05)
+        os.kill(process, signal.SIGINT)
+        codes.append(server.wait(process))
+        assert "interrupted" in said.read_text()
+        assert "Make room" not in said.read_text()
+        assert "Traceback" not in said.read_text()
+    assert server.wait(server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)) == 0
     assert codes == [130] * 5
     assert losses(tmp_path / "run") == calm
     assert not list((tmp_path / "run").rglob("*.partial"))

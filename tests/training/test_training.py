@@ -17,7 +17,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import forked
 import ranks
 import tiny
 from files import toml
@@ -269,13 +268,6 @@ def test_a_run_resumed_is_the_run(table, tmp_path):
     # A finished run has nothing to go on with.
     assert train(Run.of(table(**changes, out=str(tmp_path / "again"))), resume=True).steps == 6
     assert len(losses(tmp_path / "again")) == 6
-
-
-@pytest.fixture(scope="module")
-def server():
-    started = forked.Server()
-    yield started
-    started.close()
 
 
 def test_killed_three_times_and_terminated_once(table, server, tmp_path):

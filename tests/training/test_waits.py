@@ -8,6 +8,7 @@ have data before it waits.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ranks
 import tiny
-from upcycle import families
+from upcycle import UpcycleError, families
 from upcycle.nn import routers
 from upcycle.targets import natives
-from upcycle.training import optimizer, step
+from upcycle.training import ledger, optimizer, step
+from upcycle.training.loop import train
 from upcycle.training.parallel import ranks as world
+from upcycle.training.run import Run
+from upcycle.training.seeds import Seeds
 
 # Operators that wait on an accelerator, whatever their arguments. Indexing by a mask is `nonzero` too, and
 # `torch.tensor(list, device=...)` calls `lift_fresh`.
@@ -219,3 +223,63 @@ def test_looped_experts_wait(source):
     with Watch() as watch:
         step.queue_step(trainee, batch_of(run, trainee.task), 0, 1e-3)
     assert watch.waits
+
+
+def test_numbers_that_are_read_late_are_the_same(trainable, tmp_path, monkeypatch):
+    """As on an accelerator: lines, scores, and checkpoints are those of a run that reads at once."""
+    found = []
+    for steps_behind in (0, 1):
+        monkeypatch.setattr(ledger, "lag", lambda _, steps=steps_behind: steps)
+        out = tmp_path / f"run{steps_behind}"
+        table = {
+            "source": str(trainable[0]),
+            "out": str(out),
+            "moe": {"num_experts": 4, "top_k": 2},
+            "data": {"sources": [{"path": str(trainable[1])}], "held_out": 0.1},
+            "train": {
+                "steps": 5, "batch_tokens": 128, "sequence_length": 32, "eval_every": 3, "eval_examples": 4,
+            },
+            "schedule": {"name": "constant", "peak": 1e-3},
+            "checkpoint": {"every": 4, "keep": 3},
+        }  # fmt: skip
+        train(Run.of(table))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        timed = ("seconds", "tokens_per_s", "active_flops_per_s", "peak_memory")
+        states = [json.loads(file.read_text()) for file in sorted(out.glob("**/state.json"))]
+        for state in states:
+            state["identity"].pop("data", None)
+        found.append(([{k: v for k, v in line.items() if k not in timed} for line in lines], states))
+    assert [line["step"] for line in found[0][0]] == [1, 2, 3, 4, 5]
+    assert len(found[0][1]) == 2
+    assert found[0] == found[1]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_on_the_device(source):
+    """The host learns of it later, so the device has to skip the update."""
+    for changes in ({}, {"optimizer": {"name": "sgd"}}, {"optimizer": {"name": "adafactor"}}):
+        run = ranks.run_of(str(source("llama")), {}, changes)
+        with world(run.parallel) as here:
+            trainee = ranks.trainee_of(run, here)
+        batch = batch_of(run, trainee.task)
+        step.train_step(trainee, batch, 0, 1e-3)
+        bad = next(p for n, p in trainee.model.named_parameters() if n.endswith("lm_head.weight"))
+        with torch.no_grad():
+            bad[3, 0] = float("inf")
+        before = [p.detach().clone() for p in trainee.model.parameters()]
+        with pytest.raises(UpcycleError, match=r"step 2: the loss is"):
+            step.queue_step(trainee, batch, 1, 1e-3).outcome()
+        for old, new in zip(before, trainee.model.parameters(), strict=True):
+            assert torch.equal(old, new)
+
+
+def test_seeds_of_a_run_do_not_meet():
+    """Every rank, micro batch and layer of two thousand steps; rank 0 keeps the numbers that it had."""
+    steps = [Seeds(run=3, step=s, rank=r).of_step for s in range(2000) for r in (0, 1, 997, 1023)]
+    assert len({*steps}) == len(steps)
+    jitter = [
+        Seeds(run=3, step=s, rank=r, micro=m).of_layer(layer)
+        for s in range(20) for r in (0, 1, 257, 512) for m in (0, 1, 300) for layer in (0, 1, 79)
+    ]  # fmt: skip
+    assert len({*jitter}) == len(jitter)
+    assert Seeds(run=3, step=5).of_step == 3 * 1_000_003 + 5 * 997
+    assert Seeds(run=3, step=5).of_layer(2) == ((3 * 1_000_003 + 5) * 4099) * 4099 + 2

@@ -45,7 +45,7 @@ def test_every_line_is_there(dense, tmp_path):
     assert line(proof, "logits, padded on the left")[0]
     holds, said = line(proof, "generation")
     assert holds
-    assert "rows of 2 to 14 tokens" in said  # past the window of 8
+    assert "rows of 4 to 12 tokens" in said  # past the window of 8
     assert line(proof, "generation settings")[0]
 
 
@@ -114,14 +114,22 @@ def test_padding_that_is_not_heeded_is_seen(dense, tmp_path, monkeypatch):
     assert line(proof, "logits, padded on the left")[0] is False
 
 
+@pytest.mark.parametrize("target", ["granitemoe_swa", "upcycled"])
+def test_a_mistral_with_kinds_of_layers(target, dense, tmp_path):
+    """transformers opens it as Ministral, whatever its config names, and so does upcycle."""
+    source = Path(shutil.copytree(dense("mistral"), tmp_path / "dense"))
+    edit(source, layer_types=["full_attention", *["sliding_attention"] * 3])
+    proof = converted(source, tmp_path / "moe", target)
+    assert proof.holds, proof.checks
+    assert line(proof, "Auto classes")[1].startswith("the source opens as MinistralForCausalLM")
+
+
 def test_another_class_than_was_converted_is_seen(dense, tmp_path, monkeypatch):
-    """transformers opens a mistral with layer_types as Ministral, whatever its config names."""
-    from upcycle.families._decoder import Decoder
     from upcycle.families.mistral import Mistral
 
     source = Path(shutil.copytree(dense("mistral"), tmp_path / "dense"))
-    edit(source, layer_types=["full_attention"] + ["sliding_attention"] * 3)
-    monkeypatch.setattr(Mistral, "config", Decoder.config)  # it refuses them
+    edit(source, layer_types=["full_attention", *["sliding_attention"] * 3])
+    monkeypatch.setattr(Mistral, "meant", lambda self, raw: "mistral")
     proof = converted(source, tmp_path / "moe")
     assert not proof.holds
     holds, said = line(proof, "Auto classes")

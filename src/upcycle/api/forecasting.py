@@ -43,10 +43,11 @@ def foretell(
     built = blueprint(peek(source), Recipe.of(recipe))
     fsdp = world // max(1, replicate * tp)
     layout = Layout(replicate=replicate, fsdp=fsdp, tp=tp, ep=ep)
+    _refuse(layout, built, world)
     setting = Setting(
         built=built, layout=layout, lengths=_lengths(built, context), rows=rows, recompute=recompute
     )
-    return _of(setting, world, gpu)
+    return outlook.of(setting, gpus.find(gpu))
 
 
 def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
@@ -60,7 +61,8 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     built = blueprint(peek(run.source), run.recipe)
     train = run.train
     layout = run.parallel.layout(world)
-    share = train.rows // max(1, layout.dp)
+    _refuse(layout, built, world)
+    share = train.rows // layout.dp
     if layout.dp * share != train.rows or not share:
         raise UpcycleError(
             f"the {train.rows} rows of a global batch do not divide among {layout.dp} groups of ranks; "
@@ -77,14 +79,14 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         recompute=train.activation_checkpointing,
         moments=len(run.optimizer.moments),
     )
-    return _of(setting, world, gpu)
-
-
-def _of(setting: Setting, world: int, gpu: str) -> Outlook:
-    built, config = setting.built, setting.built.dense.config
-    heads = [config[n] for n in ("num_attention_heads", "num_key_value_heads") if config.get(n)]
-    setting.layout.refuse(world, experts=built.expert_counts, heads=heads, prefix="parallel.")
     return outlook.of(setting, gpus.find(gpu))
+
+
+def _refuse(layout: Layout, built: Blueprint, world: int) -> None:
+    """Raise `UpcycleError` if a layout does not fit the world or the model."""
+    config = built.dense.config
+    heads = [config[n] for n in ("num_attention_heads", "num_key_value_heads") if config.get(n)]
+    layout.refuse(world, experts=built.expert_counts, heads=heads, prefix="parallel.")
 
 
 def _lengths(built: Blueprint, context: int | None) -> dict[str, int]:

@@ -205,12 +205,18 @@ def keys(*, markdown: Flag = False, json: Flag = False) -> None:
 
 
 @app.command(name="list")
-def list_(*, json: Flag = False) -> None:
+def list_(*, markdown: Flag = False, json: Flag = False) -> None:
     """List families, targets, initialisations and router initialisations: name, one line, requirements.
 
     Args:
+        markdown: print the page docs/models.md, which says what each model becomes
         json: print JSON
     """
+    if markdown:
+        from upcycle.cli import models
+
+        sys.stdout.write(models.markdown())
+        return
     from upcycle.cli import catalogue
     from upcycle.cli.views.catalogue import show_catalogue
 

@@ -219,7 +219,7 @@ def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> 
             f"{where} is a {shown(checkpoint.config.get('model_type'))} around a text model of type "
             f"{shown(model_type)}, which upcycle does not know; known: {', '.join(families.names())}"
         )
-    return families.find(model_type)
+    return families.find(families.find(model_type).meant(own))
 
 
 def _within(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any], *, alone: bool) -> places.Within:

@@ -75,6 +75,10 @@ class Family(abc.ABC):
     centred_norms = False  # True if norms multiply by 1 + w
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16
 
+    def meant(self, raw: Mapping[str, Any]) -> str:
+        """Return the model_type that transformers reads this config.json as, which may be another one."""
+        return self.model_type
+
     @property
     def norm_identity(self) -> float:
         """The weight of a norm that only normalises."""

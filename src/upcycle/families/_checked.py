@@ -116,11 +116,12 @@ KINDS: Mapping[str, Kind] = {
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
         "linear_num_value_heads num_channels num_stages type_vocab_size d_model d_ff d_kv num_heads "
         "relative_attention_num_buckets relative_attention_max_distance n_positions n_embd n_head n_heads "
-        "ffn_dim dim hidden_dim embedding_size",
+        "ffn_dim dim hidden_dim embedding_size projection_dim",
     ),
     **_each(
         _SIZE.or_null(),
-        "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim",
+        "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim "
+        "projection_size",
     ),
     **_each(_BLOCKS, "num_hidden_layers num_layers full_attention_interval n_layer n_layers"),
     "num_decoder_layers": _BLOCKS.or_null(),
@@ -138,7 +139,8 @@ KINDS: Mapping[str, Kind] = {
         _FLAG.or_null(),
         "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
         "is_encoder_decoder use_qkv_bias qk_layernorm use_parallel_residual use_qk_norm attention_out_bias "
-        "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm norm_bias",
+        "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm norm_bias "
+        "vision_use_head",
     ),
     **_each(_ACT, "hidden_act activation_function activation"),
     "hidden_activation": _ACT.or_null(),

@@ -12,6 +12,7 @@ class Ministral(WithoutSinks):
     model_type = "ministral"
     architectures = ("MinistralForCausalLM",)
     summary = "Ministral 8B (2410)"
+    tokenizer = "TokenizersBackend"
     assumed = sizes(32_000, 4096, 14336, 32, 32)
     defaults = {
         "hidden_act": "silu",

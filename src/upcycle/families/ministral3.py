@@ -12,6 +12,7 @@ class Ministral3(Decoder):
     architectures = ("Ministral3ForCausalLM",)
     summary = "the text model of Ministral 3"
     natives = ("mixtral",)
+    tokenizer = "TokenizersBackend"
     assumed = sizes(131_072, 4096, 14336, 34, 32)
     defaults = {
         "hidden_act": "silu",
@@ -37,6 +38,10 @@ class Ministral3(Decoder):
                 "max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0,
             }  # fmt: skip
         return config
+
+    def switches(self, config: Config) -> dict[str, int]:
+        grows = {"the growth of queries": config["rope_parameters"].get("original_max_position_embeddings")}
+        return super().switches(config) | {name: int(at) for name, at in grows.items() if at}
 
     def native_config(self, config: Config, native: str) -> Config:
         rope = {k: v for k, v in config["rope_parameters"].items() if k != _GROWTH}

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.errors import UpcycleError
-from upcycle.families import Config
 from upcycle.families._decoder import Decoder, sizes
 
 
@@ -31,14 +29,9 @@ class Mistral(Decoder):
         "num_key_value_heads": 8,
     }
 
-    def config(self, raw: Mapping[str, Any]) -> Config:
-        if "layer_types" in raw:
-            raise UpcycleError(
-                "config.json of a mistral model has layer_types, and transformers opens such a model as "
-                "ministral, whose layers attend otherwise; write model_type = ministral if that is meant, or "
-                "take layer_types out"
-            )
-        return super().config(raw)
+    def meant(self, raw: Mapping[str, Any]) -> str:
+        """A mistral with kinds of layers is opened as ministral, whatever it calls itself."""
+        return "ministral" if "layer_types" in raw else self.model_type
 
 
 family = Mistral()

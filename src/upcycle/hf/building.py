@@ -41,7 +41,9 @@ def on_meta(
         if each is not None:
             each.dtype = dtype
     if experts_implementation is not None:
-        made._experts_implementation = experts_implementation
+        # A multimodal class knows no such setting, and the text model within it does.
+        of_experts = made if cls._can_set_experts_implementation() else made.get_text_config()
+        of_experts._experts_implementation = experts_implementation
     with ExitStack() as contexts:
         contexts.enter_context(quiet())
         for context in cls.get_init_context(dtype, False, False, None):

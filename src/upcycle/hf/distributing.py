@@ -78,7 +78,7 @@ def _sharded(parameter: nn.Parameter) -> Sharded:
     (cut,) = parameter.placements
     if cut.is_replicate():
         return Sharded(shape=shape)
-    axis = cut.dim % len(shape)
+    axis = int(getattr(cut, "dim")) % len(shape)  # noqa: B009 - strided shards have it as well
     if parameter.device_mesh.mesh_dim_names == ("ep",):
         assert axis == 0
         return Sharded(shape=shape, expert=True)

@@ -116,7 +116,7 @@ class Experts(nn.Module):
             return made
         chosen = self._implementation
         if chosen == kernels.ONE_BY_ONE:
-            return self.output_dropout(self.loop(hidden, index, weights))  # type: ignore[no-any-return]
+            return self.output_dropout(self.loop(hidden, index, weights))
         run = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, Experts.loop)
         dtype = autocast.dtype(hidden.device.type)
         seen = self if dtype is None and not some_left else _View(self, dtype, some_left)

@@ -145,10 +145,7 @@ class FusedOrEach(Fused):
 
 @dataclass(frozen=True, kw_only=True)
 class FusedAcross(Fused):
-    """All experts in two tensors of transposed matrices: [E, H, 2I] and [E, I, H].
-
-    The loader of transformers turns them round, so its tensors have this form too.
-    """
+    """All experts in two tensors of transposed matrices, [E, H, 2I] and [E, I, H]."""
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
         """Return the experts by their names on disk."""
@@ -161,6 +158,11 @@ class FusedAcross(Fused):
         """Return the experts among the tensors of a layer, given by their names below its prefix."""
         stored = (name for name in (self.gate_up, self.down) if name in tensors)
         return super().read({name: Transposed(tensors[name]) for name in stored})
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return the tensors of a layer with its experts as transformers holds them: [E, 2I, H], [E, H, I]."""
+        experts = self.read(tensors)
+        return dict(tensors) | (super().write(experts) if experts else {})
 
 
 def _gated(network: FeedForward) -> tuple[Lazy, Lazy]:

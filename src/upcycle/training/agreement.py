@@ -14,6 +14,7 @@ from pathlib import Path
 
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError, listed
+from upcycle.loading import attention_heads
 from upcycle.training import start
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
@@ -37,6 +38,11 @@ class Found:
         if self.begun is None:
             return None
         return self.begun.built.expert_counts if self.begun.built else set()
+
+    @property
+    def attention_heads(self) -> list[int]:
+        """The numbers of attention heads that tensor parallelism splits."""
+        return [] if self.begun is None else attention_heads(self.begun.config)
 
 
 def found(run: Run, world: int) -> Found:

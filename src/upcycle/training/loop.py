@@ -20,9 +20,11 @@ from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
 from upcycle.data import stamps
 from upcycle.data.feeding import Feed
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
+from upcycle.sharding.layout import Layout
 from upcycle.system import progress
 from upcycle.system.signals import held, interrupting, noted
 from upcycle.system.wording import count
@@ -77,11 +79,16 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     precision = fit.precision(run)
     mine = agreement.found(run, parallel.world_size())
     if mine.begun is not None:
-        task = tasks.fitting(run.task, mine.begun.dense.architecture)
+        task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
         fit.refuse_pooling(run, mine.begun.built)
     with ExitStack() as stack:
         here = stack.enter_context(
-            ranks(run.parallel, mixed=precision == "mixed", experts=mine.expert_counts)
+            ranks(
+                run.parallel,
+                mixed=precision == "mixed",
+                experts=mine.expert_counts,
+                heads=mine.attention_heads,
+            )
         )
         begun = agreement.agreed(mine, here)
         folders = [opened.folder for opened in begun.checkpoints]
@@ -89,6 +96,8 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
         before = None if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
+        if here.first and before is not None:
+            _say_changed_layout(before, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
@@ -134,6 +143,17 @@ def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> N
         found = fit.warnings(run, begun.built) if begins else []
         for sentence in [*found, *filter(None, [long])]:
             progress.warn(sentence)
+
+
+def _say_changed_layout(before: RunState, here: Ranks) -> None:
+    """Say that a run goes on in another world than the one that saved it, which it may."""
+    if before.layout is None or dict(before.layout) == asdict(here.layout):
+        return
+    then = Layout(**before.layout)
+    progress.say(
+        f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
+        f"({here.layout})"
+    )
 
 
 @contextmanager
@@ -231,7 +251,12 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
 
 def _save(trainee: Trainee, state: RunState, writer: Writer, *, must: bool) -> None:
     """Save a checkpoint; with `must`, return when it is written."""
-    saved = replace(state, identity=trainee.run.identity(), micro_batch=trainee.run.train.micro_batch)
+    saved = replace(
+        state,
+        identity=trainee.run.identity(),
+        micro_batch=trainee.run.train.micro_batch,
+        layout=asdict(trainee.ranks.layout),
+    )
     with held():
         optimizer.fill(trainee.optimizer, trainee.run.optimizer)
         writer.save(trainee.model, trainee.optimizer, saved)

@@ -20,12 +20,15 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
+from torch.distributed.device_mesh import DeviceMesh
 
 from upcycle import tasks
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
@@ -91,7 +94,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     if dist.is_initialized() or "RANK" in os.environ:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     begun = start.start_of(run)
-    task = tasks.fitting(run.task, begun.dense.architecture)
+    task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     fit.refuse_pooling(run, begun.built)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
@@ -149,6 +152,23 @@ def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> I
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Let tensors have no data, except in device meshes: torch looks for its own rank in them."""
+    real = DeviceMesh.__init__
+
+    def init(self: DeviceMesh, *args: Any, **options: Any) -> None:
+        with unset_fake_temporarily():
+            real(self, *args, **options)
+
+    try:
+        DeviceMesh.__init__ = init  # type: ignore[method-assign]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        DeviceMesh.__init__ = real  # type: ignore[method-assign]
+
+
 def _without_values(begun: Start, asked: _Asked) -> Start:
     """Return a start whose tensors are zeros, and which notes how many bytes are asked of them."""
     blank = {name: Entry(_Blank(e.lazy, asked), "F64") for name, e in begun.entries.items()}
@@ -158,7 +178,7 @@ def _without_values(begun: Start, asked: _Asked) -> Start:
 def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
     """Build a rank's part of the model and of the optimizer, and return what it holds."""
     asked = _Asked()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _without_data():
         model = start.model_of(_without_values(begun, asked), run, here, precision)
         updater = optimizer.make(model, run.optimizer, start.scales(begun, run, model, Routers.of(model)))
         optimizer.fill(updater, run.optimizer)
@@ -187,7 +207,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
     run = replace(run, train=train)
     size = (run.train.rows // here.dp_size, run.train.sequence_length + 1)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _without_data():
             model = start.model_of(_without_values(begun, _Asked()), run, here, "bfloat16")
             trainee = step.Trainee(
                 model=model,
@@ -203,7 +223,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
             for number in range(_STEPS):
                 step.queue_step(trainee, {"rows": rows}, number, run.schedule.at(number, train.total_steps))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        return f"{error.func} depends on values, and this run has none"
+        return f"{error.func} depends on values, and a dry run has none"
     except (RuntimeError, NotImplementedError) as error:
         return cut(str(error).splitlines()[0], 200)
     return None

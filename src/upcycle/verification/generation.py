@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-NEW = 12  # tokens that are generated
-BEFORE = 6  # of these, tokens before a switch
+NEW = 8  # tokens that are generated
+BEFORE = 4  # of these, tokens before a switch
 LONGEST = 1024  # tokens of the longest row that is generated
 
 
@@ -122,7 +122,8 @@ class Settings:
         return Check(
             name=self.name,
             holds=not different,
-            detail="; ".join(different) or f"{len(dense)} settings as the source has them",
+            detail="; ".join(different)
+            or (f"{len(dense)} settings as the source has them" if dense else "neither has any of its own"),
         )
 
 

@@ -46,7 +46,7 @@ class Side:
 
     role: str
     folder: Path
-    model_type: str  # in config.json, to the letter
+    model_types: tuple[str, ...]  # in config.json, to the letter, and what transformers takes it for
     architecture: str
     dtype: torch.dtype | None = None
     one_by_one: bool = False  # run the experts one by one, which needs no kernel that restricts their width
@@ -64,11 +64,12 @@ def sides(built: Blueprint, out: Path) -> list[Side]:
     # A class around the model that upcycle does not know is the one that config.json names.
     name = built.dense.architecture or str((raw.get("architectures") or [""])[0])
     rounded = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
-    dense = Side(role="source", folder=source, model_type=str(raw["model_type"]), architecture=name)
+    types = (str(raw["model_type"]), built.dense.family.model_type)
+    dense = Side(role="source", folder=source, model_types=types, architecture=name)
     moe = Side(
         role="result",
         folder=out,
-        model_type=built.target.model_type,
+        model_types=(built.target.model_type,),
         architecture=built.target.architecture,
         one_by_one=True,
     )
@@ -130,7 +131,8 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
     )
     try:
         opening.read_config(side.folder)  # registers an upcycled type
-        by = autos.auto_class(side.model_type, side.architecture) or models.architecture(side.architecture)
+        known = (autos.auto_class(model_type, side.architecture) for model_type in side.model_types)
+        by = next(filter(None, known), None) or models.architecture(side.architecture)
         model = opening.fill(by, side.folder, dtype=side.dtype or torch.float32, **options)
     except UpcycleError as error:
         raise FailedError(f"the {side.role} cannot be opened: {error}") from error
