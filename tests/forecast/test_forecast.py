@@ -66,3 +66,30 @@ def test_the_peak_is_the_one_that_torch_tracks(both, number):
     """The most bytes alive in a step, within 10 %."""
     setting, step = both(number)
     assert memory.peak(setting).total == pytest.approx(step.peak, rel=0.1)
+
+
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.true_size
+@pytest.mark.parametrize(
+    ("layout", "length", "recompute"),
+    [
+        (Layout(fsdp=64, ep=8), 8192, True),
+        (Layout(fsdp=64, ep=8), 8192, "selective"),
+        (Layout(fsdp=128, ep=8), 2048, True),
+        (Layout(fsdp=64), 4096, True),
+        (Layout(replicate=8, fsdp=64, ep=8), 8192, True),
+    ],
+)
+def test_llama_3_8b(tmp_path, layout, length, recompute):
+    """The same of Llama 3 8B with 8 experts and all layers; `benchmarks/forecast.py` has more."""
+    built = blueprint(tiny.make_headers(tmp_path / "llama", LLAMA_8B), Recipe.of(moe=NATIVE))
+    setting = Setting(built=built, layout=layout, lengths={"layers": length}, recompute=recompute)
+    step = simulated.step(built, layout, rows=1, length=length, recompute=recompute)
+    assert traffic.by_kind(traffic.collectives(setting)) == step.traffic
+    assert memory.peak(setting).total == pytest.approx(step.peak, rel=0.1)
