@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -110,23 +110,24 @@ def step(
     *,
     rows: int,
     length: int,
-    mixed: bool = True,
+    precision: Literal["mixed", "bfloat16"] = "mixed",
     recompute: Recompute = False,
 ) -> Step:
     """Forward, cross-entropy, backward and the norm of the gradient on `rows` rows of `length`."""
     config = DistributedConfig(
         dp_replicate_size=layout.replicate, fsdp_size=layout.fsdp, tp_size=layout.tp, ep_size=layout.ep,
-        fsdp_mixed_precision=mixed and layout.dp > 1,
+        fsdp_mixed_precision=precision == "mixed" and layout.dp > 1,
     )  # fmt: skip
     tensors = built.target.in_memory(built.entries)
     widths = [e.shape[-1] for e in tensors.values() if len(e.shape) == 3]
-    how = kernels.implementation(widths, 2 if mixed else 4)
+    how = kernels.implementation(widths, 2)
+    dtype = torch.float32 if precision == "mixed" else torch.bfloat16
     with (
         world(layout.world),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
     ):
         model = building.on_meta(
-            models.architecture(built.target.architecture), built.config, dtype=torch.float32,
+            models.architecture(built.target.architecture), built.config, dtype=dtype,
             experts_implementation=how,
         )  # fmt: skip
         distributing.distribute(model, config, meshes.meshes(layout))

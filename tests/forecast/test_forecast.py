@@ -14,10 +14,11 @@ from upcycle.sharding.layout import Layout
 
 ROWS, LENGTH = 2, 64
 NATIVE = {"num_experts": 8, "top_k": 2}
-STEPS = [
-    (NATIVE, False, Layout(fsdp=8), "selective"),
-    (NATIVE, False, Layout(fsdp=8, ep=4), True),
-    ({**NATIVE, "target": "upcycled", "layers": [0, 2]}, True, Layout(replicate=2, fsdp=4, ep=4), False),
+UPCYCLED = {**NATIVE, "target": "upcycled", "layers": [0, 2]}
+STEPS = [  # the MoE, whether the head is tied, the layout, what is recomputed, the precision
+    (NATIVE, False, Layout(fsdp=8), "selective", "mixed"),
+    (NATIVE, False, Layout(fsdp=8, ep=4), True, "mixed"),
+    (UPCYCLED, True, Layout(replicate=2, fsdp=4, ep=4), False, "bfloat16"),
 ]
 
 
@@ -43,11 +44,15 @@ def both(sources):
 
     def of(number: int):
         if number not in done:
-            moe, tied, layout, recompute = STEPS[number]
+            moe, tied, layout, recompute, precision = STEPS[number]
             built = blueprint(sources[tied], Recipe.of(moe=moe))
-            lengths = {"layers": LENGTH}
-            setting = Setting(built=built, layout=layout, lengths=lengths, rows=ROWS, recompute=recompute)
-            step = simulated.step(built, layout, rows=ROWS, length=LENGTH, recompute=recompute)
+            setting = Setting(
+                built=built, layout=layout, lengths={"layers": LENGTH}, rows=ROWS, recompute=recompute,
+                precision=precision,
+            )  # fmt: skip
+            step = simulated.step(
+                built, layout, rows=ROWS, length=LENGTH, recompute=recompute, precision=precision
+            )
             done[number] = setting, step
         return done[number]
 

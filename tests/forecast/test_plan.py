@@ -86,9 +86,18 @@ def test_bad_input(run, options, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_a_layout_that_does_not_fit_is_refused(dense):
-    with pytest.raises(UpcycleError, match="ask for 12 process"):
-        upcycle.foretell(dense("llama", head_dim=8), Recipe.of(MOE), world=13, replicate=4)
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"world": 13, "replicate": 4}, "ask for 12 process"),
+        ({"world": 8, "tp": 8}, "tp must divide the 4 heads"),
+        ({"world": 8, "rows": 0}, "rows = 0; it must be"),
+        ({"world": 8, "context": -1}, "context = -1; it must be"),
+    ],
+)
+def test_what_does_not_fit_is_refused(dense, asked, words):
+    with pytest.raises(UpcycleError, match=words):
+        upcycle.foretell(dense("llama", head_dim=8), Recipe.of(MOE), **asked)
 
 
 def test_seconds_of_a_ring_by_hand():

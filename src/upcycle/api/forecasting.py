@@ -40,6 +40,9 @@ def foretell(
     computes on `rows` rows of `context` tokens. `recompute` is activation checkpointing. Only headers are
     read. Raises `UpcycleError` if source, recipe and layout do not fit.
     """
+    for name, value in (("world", world), ("rows", rows), ("context", context)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise UpcycleError(f"{name} = {value}; it must be a whole number of 1 or more")
     built = blueprint(peek(source), Recipe.of(recipe))
     fsdp = world // max(1, replicate * tp)
     layout = Layout(replicate=replicate, fsdp=fsdp, tp=tp, ep=ep)
