@@ -98,3 +98,20 @@ def test_llama_3_8b(tmp_path, layout, length, recompute):
     step = simulated.step(built, layout, rows=1, length=length, recompute=recompute)
     assert traffic.by_kind(traffic.collectives(setting)) == step.traffic
     assert memory.peak(setting).total == pytest.approx(step.peak, rel=0.1)
+
+
+def test_one_gpu_computes_its_head_in_chunks(tmp_path):
+    """From as many logits on as `training/chunked_entropy.py` says; a chunk takes about what states take."""
+    from upcycle.training import chunked_entropy
+
+    assert memory.CHUNKED == chunked_entropy.WORTH
+    built = blueprint(tiny.make_headers(tmp_path / "llama", LLAMA_8B), Recipe.of(moe=NATIVE))
+    words, hidden = LLAMA_8B["vocab_size"], LLAMA_8B["hidden_size"]
+    for layout, tokens, logits in (
+        (Layout(), 8192, 12 * words * -(-8192 // -(-words // hidden))),
+        (Layout(), 512, 12 * words * 512),
+        (Layout(fsdp=8, ep=8), 8192, 12 * words * 8192),
+    ):
+        setting = Setting(built=built, layout=layout, lengths={"layers": tokens})
+        moment = "the gradient of the loss"
+        assert next(m for m in memory.moments(setting) if m.moment == moment).logits == logits
