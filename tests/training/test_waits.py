@@ -25,7 +25,6 @@ import ranks
 import tiny
 from upcycle import UpcycleError, families
 from upcycle.nn import routers
-from upcycle.targets import natives
 from upcycle.training import ledger, optimizer, step
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks as world
@@ -183,12 +182,8 @@ def test_jitter_waits_for_nothing(source):
     assert two_steps(source("llama"), {"router": {"jitter": 0.1}}, "cpu") == []
 
 
-NATIVES = {
-    name: decoders[0]
-    for name in natives.names()
-    # One that only wraps images around its text has no decoder of its own.
-    if (decoders := [f for f in tiny.DECODERS if name in families.find(f).natives])
-}
+NATIVES = {native: name for name in tiny.DECODERS for native in families.find(name).natives}
+"""A causal language model that becomes each native; natives of wrapped models have none."""
 
 
 @pytest.mark.parametrize("name", NATIVES)
