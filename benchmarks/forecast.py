@@ -22,12 +22,11 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import simulated
-import tiny
-
+import simulated  # type: ignore[import-not-found]
+import tiny  # type: ignore[import-not-found]
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.forecast import memory, traffic
-from upcycle.forecast.setting import Setting
+from upcycle.forecast.setting import Recompute, Setting
 from upcycle.recipe import Recipe
 from upcycle.sharding.layout import Layout
 
@@ -59,7 +58,7 @@ class Case:
     size: str
     layout: Layout
     length: int
-    recompute: bool = True
+    recompute: Recompute = True
 
 
 CASES = {
@@ -69,6 +68,7 @@ CASES = {
     "70B-1024": Case(size="70B", layout=Layout(replicate=4, fsdp=256, ep=8), length=8192),
     "8B-512-one-copy": Case(size="8B", layout=Layout(fsdp=512, ep=8), length=8192),
     "8B-64-kept": Case(size="8B", layout=Layout(fsdp=64, ep=8), length=2048, recompute=False),
+    "8B-64-selective": Case(size="8B", layout=Layout(fsdp=64, ep=8), length=8192, recompute="selective"),
     "8B-64-no-ep": Case(size="8B", layout=Layout(fsdp=64), length=4096),
 }
 

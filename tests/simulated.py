@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -29,10 +29,11 @@ from transformers import masking_utils
 from transformers.distributed import DistributedConfig
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.forecast.setting import Recompute
 from upcycle.hf import building, distributing, meshes, models, opening
 from upcycle.nn import kernels
 from upcycle.sharding.layout import Layout
-from upcycle.training import gradients
+from upcycle.training import gradients, recomputing
 
 aten = torch.ops.aten
 
@@ -66,6 +67,8 @@ class Traffic(TorchDispatchMode):
             return NotImplemented
         if func is aten._local_scalar_dense.default:  # the numbers of rows sent to and got from a rank
             return self.pairs
+        if func is aten.bincount.default:  # whose shape depends on values if there are more than `minlength`
+            return args[0].new_zeros((kwargs or {}).get("minlength", 0) or args[2])
         out = func(*args, **kwargs or {})
         if func in collective_ops - sync_ops:
             name = func.__name__
@@ -75,6 +78,15 @@ class Traffic(TorchDispatchMode):
             self.seen[kind, group.size()] += 1
             self.bytes[kind, group.size()] += max(t.numel() * t.element_size() for t in tensors)
         return out
+
+
+class Peak(MemTracker):
+    """torch's tracker without its statistics of each module, whose cost grows as the square of the layers."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        kept, self.memory_tracking = self.memory_tracking, {}
+        super()._update_peak_stats(peak_state)
+        self.memory_tracking = kept
 
 
 @contextmanager
@@ -93,22 +105,29 @@ def world(size: int, rank: int = 0) -> Iterator[None]:
 
 
 def step(
-    built: Blueprint, layout: Layout, *, rows: int, length: int, mixed: bool = True, recompute: bool = False
+    built: Blueprint,
+    layout: Layout,
+    *,
+    rows: int,
+    length: int,
+    precision: Literal["mixed", "bfloat16"] = "mixed",
+    recompute: Recompute = False,
 ) -> Step:
     """Forward, cross-entropy, backward and the norm of the gradient on `rows` rows of `length`."""
     config = DistributedConfig(
         dp_replicate_size=layout.replicate, fsdp_size=layout.fsdp, tp_size=layout.tp, ep_size=layout.ep,
-        fsdp_mixed_precision=mixed and layout.dp > 1,
+        fsdp_mixed_precision=precision == "mixed" and layout.dp > 1,
     )  # fmt: skip
     tensors = built.target.in_memory(built.entries)
     widths = [e.shape[-1] for e in tensors.values() if len(e.shape) == 3]
-    how = kernels.implementation(widths, 2 if mixed else 4)
+    how = kernels.implementation(widths, 2)
+    dtype = torch.float32 if precision == "mixed" else torch.bfloat16
     with (
         world(layout.world),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
     ):
         model = building.on_meta(
-            models.architecture(built.target.architecture), built.config, dtype=torch.float32,
+            models.architecture(built.target.architecture), built.config, dtype=dtype,
             experts_implementation=how,
         )  # fmt: skip
         distributing.distribute(model, config, meshes.meshes(layout))
@@ -118,14 +137,12 @@ def step(
             opening.choose_experts(model, how)
             model.config.use_cache = False
             if recompute:
-                model.activation_checkpointing_enable(
-                    activation_checkpointing_kwargs={"use_reentrant": False}
-                )
+                recomputing.install(model, recompute)
             model.train()
             moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in model.parameters()]
             ids = torch.zeros(rows, length, dtype=torch.long)
             pairs = rows * length * built.sites[0].top_k // layout.ep // layout.tp if built.sites else 1
-            memory, traffic = MemTracker(), Traffic(pairs)
+            memory, traffic = Peak(), Traffic(pairs)
             memory.track_external(model, *itertools.chain(*moments))
             with memory, traffic:
                 logits = model(input_ids=ids).logits

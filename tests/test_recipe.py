@@ -286,6 +286,7 @@ def test_the_experts_of_a_base_can_be_taken_away(tmp_path):
     ("table", "said"),
     [
         ({"moe": {"num_experts": 65536}}, "makes 262,144 experts in all layers together"),
+        ({"moe": {"num_experts": 16385}}, "makes 65,540 experts in all layers together"),
         (
             {"moe": {"num_experts": 10**12, "top_k": 1, "target": "upcycled"}},
             "experts in all layers together",

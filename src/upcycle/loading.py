@@ -220,5 +220,7 @@ def _layout(
 
 def attention_heads(config: Mapping[str, Any]) -> list[int]:
     """Return the numbers of attention heads in a config.json: of queries, and of keys and values."""
-    counts = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+    text = config.get("text_config")  # of a multimodal model
+    names = ("num_attention_heads", "num_key_value_heads")
+    counts = [each.get(name) for each in (config, text) if isinstance(each, Mapping) for name in names]
     return [count for count in counts if type(count) is int]

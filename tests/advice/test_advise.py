@@ -564,9 +564,9 @@ def test_a_large_model_needs_many_gpus(large):
 
 
 def test_gathered_blocks_by_hand(large):
-    """The head stays in bfloat16 until its gradient is there. Where no head is, a block that goes back is whole
-    with an eighth of the experts, the attention of the one before is on its way, and that of the one behind is
-    in float32 yet. One GPU keeps a bfloat16 copy of everything."""
+    """The head stays in bfloat16 until its gradient is there. In the backward pass a block is whole with an
+    eighth of the experts, the attention of the block before it is on its way, and the gradients of the one
+    after it are still in float32. One GPU keeps a bfloat16 copy of every matrix."""
     here = situation(large["8B"], tokens=1)
     h, i, words = 4096, 14336, 128256
     found = layout.per_gpu(here, 512)

@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -92,6 +93,8 @@ def _child(make: Callable[[], trial.Target], there: Connection, numbers: range, 
             there.send(counts)
             numbers = numbers[counts.cases :]
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         there.close()
         os._exit(code)

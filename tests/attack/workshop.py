@@ -115,7 +115,7 @@ class Workshop:
     @cached_property
     def partial(self) -> Path:
         """A conversion that was interrupted."""
-        real, every, left = write._Files.write, write.SYNC_EVERY, [60_000]
+        real, every, left = write.ShardFiles.write, write.SYNC_EVERY, [60_000]
 
         def interrupted(files: Any, place: Any, start: int, data: Any) -> None:
             left[0] -= data.size
@@ -123,13 +123,13 @@ class Workshop:
                 raise KeyboardInterrupt
             real(files, place, start, data)
 
-        write._Files.write, write.SYNC_EVERY = interrupted, 10_000  # type: ignore[method-assign]
+        write.ShardFiles.write, write.SYNC_EVERY = interrupted, 10_000  # type: ignore[method-assign]
         try:
             convert(self.dense, self.folder / "broken", MOE, shard_size=SHARD)
         except KeyboardInterrupt:
             pass
         finally:
-            write._Files.write, write.SYNC_EVERY = real, every  # type: ignore[method-assign]
+            write.ShardFiles.write, write.SYNC_EVERY = real, every  # type: ignore[method-assign]
         return self.folder / "broken.partial"
 
     def table(self, out: Path) -> dict[str, Any]:

@@ -218,9 +218,9 @@ def test_resume_does_not_write_what_is_there(dense, tmp_path, monkeypatch):
     written = []
     from upcycle.conversion import write
 
-    real = write._Files.write
+    real = write.ShardFiles.write
     monkeypatch.setattr(
-        write._Files, "write", lambda self, place, *a: (written.append(place), real(self, place, *a))
+        write.ShardFiles, "write", lambda self, place, *a: (written.append(place), real(self, place, *a))
     )
     convert(source, tmp_path / "out", Recipe.of(), resume=True, shard_size=120_000)
     entries = blueprint(source, Recipe.of()).entries

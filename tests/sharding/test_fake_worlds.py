@@ -22,6 +22,7 @@ from upcycle import Recipe, UpcycleError, convert, loading
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.sharding import placement
 from upcycle.sharding.layout import OF_TRANSFORMERS, Layout
+from upcycle.system.progress import Unheard, reporting_to
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 8}
 
@@ -162,6 +163,20 @@ def test_what_a_rank_reads_is_what_it_holds(source, monkeypatch):
         held = sum(p.to_local().nbytes for n, p in model.named_parameters() if not n.endswith("gate.weight"))
     assert sum(read) == held  # each of these parts is rows
     assert max(read) == 128 * 64 * 4  # half of gate and up is one of them; half of down is less
+
+
+def test_a_layout_that_is_uneven_says_so(source, monkeypatch):
+    """8 experts on 24 ranks: no axis of theirs divides, and with three copies of eight ranks all do."""
+    monkeypatch.setattr(loading, "_LARGE", 0)
+    said: list[str] = []
+    listener = Unheard()
+    listener.warn = said.append  # type: ignore[method-assign]
+    for layout in (Layout(fsdp=24), Layout(replicate=3, fsdp=8)):
+        with monkeypatch.context() as patch, rank_of(24, 0, patch), reporting_to(listener):
+            loaded(source, "mixtral", 8, layout)
+    (only,) = said
+    assert only.startswith("fsdp 24: the most loaded process holds 2.")
+    assert "let replicate take the other factors" in only
 
 
 def test_layouts_that_load_refuses(source, monkeypatch):

@@ -218,7 +218,7 @@ def test_a_rank_that_dies_while_saving(trainable, tmp_path):
     whole = table(str(source), tmp_path / "whole", text)
     broken = {**whole, "out": str(tmp_path / "broken"), "parallel": {"fsdp": 2}}
     broken["checkpoint"] = {"every": 1, "asynchronous": True}
-    with pytest.raises(AssertionError, match="rank 1 of 2 failed"):
+    with pytest.raises(AssertionError, match=r"1 of 2 ranks failed:\nrank 1:"):
         gloo.run(2, "ranks:dies_while_saving", broken, 3, str(tmp_path / "said"))
     assert "a process of this run has ended" in (tmp_path / "said").read_text()
     checkpoints = tmp_path / "broken" / "checkpoints"
@@ -260,7 +260,7 @@ def test_ranks_that_see_different_files(trainable, tmp_path):
         assert sorted(elsewhere for _, elsewhere in said) == [False, True]  # one of them says it
 
 
-def test_peak_memory_of_a_rank_is_its_shard_and_one_tensor(tmp_path):
+def test_peak_memory_of_a_rank_is_its_shard(tmp_path):
     """A model of 150 MB on two ranks: neither comes near to the whole of it."""
     warm = make_dense(tmp_path / "warm", "llama")
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64}
@@ -269,5 +269,5 @@ def test_peak_memory_of_a_rank_is_its_shard_and_one_tensor(tmp_path):
     slack = 12 << 20  # blocks of random numbers, the interpreter
     for found in gloo.run(2, "ranks:peak_of_load", str(warm), str(big), recipe, {"fsdp": 2, "ep": 2}):
         assert found["held"] < 0.51 * found["whole"]
-        assert found["peak"] < found["held"] + found["largest"] + slack, found
-        assert found["held"] + found["largest"] + slack < 0.75 * found["whole"]  # or the bound says nothing
+        assert found["peak"] < found["held"] + slack, found
+        assert found["held"] + slack < 0.75 * found["whole"]  # or the bound says nothing

@@ -543,7 +543,7 @@ def test_bad_run_files(name, table):
 
 
 BAD_LAYOUTS = {
-    "world": ({"fsdp": 2}, "fsdp x tp must be the number of processes"),
+    "world": ({"fsdp": 2}, "fsdp x tp ask for 2 process.* and there are 1; start as many"),
     "ep": ({"ep": 2}, "ep must be a multiple of tp and divide fsdp x tp"),
     "zero": ({"tp": 0}, "each must be 1 or more"),
 }

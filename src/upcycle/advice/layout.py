@@ -1,7 +1,7 @@
 """The memory of a GPU in training, laid out as `upcycle train` does: FSDP2 over all, experts shared out.
 
-It is that of the forecast (`forecast/memory.py`), for bf16 arithmetic on float32 weights and one row at a time.
-Layers are recomputed in the backward pass (`train.activation_checkpointing`) if the model can do that.
+It is that of the forecast (`forecast/memory.py`), for bf16 arithmetic on float32 weights and one row at a
+time. Layers are recomputed in the backward pass (`train.activation_checkpointing`) if the model can do that.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def statements(situation: Situation) -> list[Statement]:
     )
     out = [
         Statement(
-            topic=topic, said=f"each GPU needs {rounded_size(found.total)} at {found.moment}: {parts}", value=found.total,
-            unit="bytes", source=source, inside=None, why=why,
+            topic=topic, said=f"each GPU needs {rounded_size(found.total)} at {found.moment}: {parts}",
+            value=found.total, unit="bytes", source=source, inside=None, why=why,
         )
     ]  # fmt: skip
     room = f"{USABLE:.0%} of the {rounded_size(gpu.memory)} of {gpu.name}"

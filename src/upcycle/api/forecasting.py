@@ -10,7 +10,7 @@ from upcycle.checkpoints.hub import peek
 from upcycle.errors import UpcycleError
 from upcycle.forecast import outlook
 from upcycle.forecast.outlook import Outlook
-from upcycle.forecast.setting import Setting
+from upcycle.forecast.setting import Recompute, Setting
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
@@ -32,7 +32,7 @@ def foretell(
     ep: int = 1,
     rows: int = 1,
     context: int | None = None,
-    recompute: bool = True,
+    recompute: Recompute = True,
 ) -> Outlook:
     """Return what a step of training `recipe`'s model needs on one of `world` GPUs of the kind `gpu`.
 
@@ -40,13 +40,17 @@ def foretell(
     computes on `rows` rows of `context` tokens. `recompute` is activation checkpointing. Only headers are
     read. Raises `UpcycleError` if source, recipe and layout do not fit.
     """
+    for name, value in (("world", world), ("rows", rows), ("context", context)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise UpcycleError(f"{name} = {value}; it must be a whole number of 1 or more")
     built = blueprint(peek(source), Recipe.of(recipe))
     fsdp = world // max(1, replicate * tp)
     layout = Layout(replicate=replicate, fsdp=fsdp, tp=tp, ep=ep)
+    _refuse(layout, built, world)
     setting = Setting(
         built=built, layout=layout, lengths=_lengths(built, context), rows=rows, recompute=recompute
     )
-    return _of(setting, world, gpu)
+    return outlook.of(setting, gpus.find(gpu))
 
 
 def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
@@ -58,11 +62,16 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
     built = blueprint(peek(run.source), run.recipe)
+<<<<<<< HEAD
     parallel, train = run.parallel, run.train
-    given = max(1, parallel.replicate) * max(1, parallel.tp)
-    fsdp = world // given if parallel.fsdp is None else parallel.fsdp
-    layout = Layout(replicate=parallel.replicate, fsdp=fsdp, tp=parallel.tp, ep=parallel.ep)
+    layout = parallel.layout(world)
     share = train.rows // max(1, layout.dp)
+=======
+    train = run.train
+    layout = run.parallel.layout(world)
+    _refuse(layout, built, world)
+    share = train.rows // layout.dp
+>>>>>>> h-d
     if layout.dp * share != train.rows or not share:
         raise UpcycleError(
             f"the {train.rows} rows of a global batch do not divide among {layout.dp} groups of ranks; "
@@ -76,17 +85,18 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         rows=rows,
         passes=-(-share // rows),
         precision="mixed" if train.precision == "auto" else train.precision,
-        recompute=train.activation_checkpointing,
+        # The selective form computes no product twice. Its memory is at most that without any.
+        recompute=train.activation_checkpointing is True,
         moments=len(run.optimizer.moments),
     )
-    return _of(setting, world, gpu)
-
-
-def _of(setting: Setting, world: int, gpu: str) -> Outlook:
-    built, config = setting.built, setting.built.dense.config
-    heads = [config[n] for n in ("num_attention_heads", "num_key_value_heads") if config.get(n)]
-    setting.layout.refuse(world, experts=built.expert_counts, heads=heads, prefix="parallel.")
     return outlook.of(setting, gpus.find(gpu))
+
+
+def _refuse(layout: Layout, built: Blueprint, world: int) -> None:
+    """Raise `UpcycleError` if a layout does not fit the world or the model."""
+    config = built.dense.config
+    heads = [config[n] for n in ("num_attention_heads", "num_key_value_heads") if config.get(n)]
+    layout.refuse(world, experts=built.expert_counts, heads=heads, prefix="parallel.")
 
 
 def _lengths(built: Blueprint, context: int | None) -> dict[str, int]:

@@ -21,6 +21,7 @@ from upcycle.cli.options import (
     app,
 )
 from upcycle.cli.screen import show_json
+from upcycle.errors import UpcycleError
 
 
 @app.command
@@ -44,7 +45,7 @@ def plan(
     With --world, it foretells a step of training on so many GPUs: memory, traffic, time.
 
     Args:
-        world: number of GPUs to train on
+        world: number of GPUs to train on; RUN.toml has the layout itself
         gpu: kind of GPU: H100, H200, H800, A100 or A800
         replicate: copies of the whole model
         tp: GPUs that split the matrices of a layer
@@ -54,26 +55,35 @@ def plan(
         recompute: recompute blocks in the backward pass (train.activation_checkpointing)
         json: print JSON
     """
-    from upcycle.api.forecasting import foretell, foretell_run
+    from upcycle.api.forecasting import foretell_run
     from upcycle.cli.views.forecast import show_outlook
     from upcycle.cli.views.plan import show_plan
 
+    outlook = None
     if source.endswith(".toml"):
         from upcycle.training.run import Run
 
         run = Run.load(source, recipe.overrides())
+        if run.recipe is None:
+            raise UpcycleError(f"{source} has no [moe], so there is nothing to plan; add one")
+        if world is not None:
+            outlook = foretell_run(run, world=world, gpu=gpu)
         source, given = run.source, run.recipe
-        outlook = foretell_run(run, world=world, gpu=gpu) if world else None
     else:
         given = recipe.read()
-        outlook = (
-            foretell(
-                source, given, world=world, gpu=gpu, replicate=replicate, tp=tp, ep=ep, rows=rows,
-                context=context, recompute=recompute,
+        if world is not None:
+            outlook = upcycle.foretell(
+                source,
+                given,
+                world=world,
+                gpu=gpu,
+                replicate=replicate,
+                tp=tp,
+                ep=ep,
+                rows=rows,
+                context=context,
+                recompute=recompute,
             )
-            if world
-            else None
-        )  # fmt: skip
     result = upcycle.plan(source, given, jobs=jobs)
     if json:
         show_json(result.as_dict() | ({"forecast": outlook.as_dict()} if outlook else {}))

@@ -125,6 +125,8 @@ class Alone(Within):
 def is_wrapper(raw: Mapping[str, Any]) -> bool:
     """Return whether config.json is that of a multimodal model around a text model."""
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        return False  # whoever reads it as a dense model says what it lacks
     return model_type in WRAPPERS or (
         isinstance(raw.get(TEXT), Mapping) and model_type not in families.names()
     )

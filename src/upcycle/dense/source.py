@@ -183,6 +183,8 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] 
             f"{', '.join(FLOATS)}"
         )
     _refuse_more_blocks_than_tensors(checkpoint, family, own)
+    if wrapped := mistaken.names(checkpoint.tensors):
+        raise UpcycleError(f"{where}: {wrapped}")
     place: Place
     if within:
         place = _within(checkpoint, family, own, alone=alone)
@@ -294,8 +296,6 @@ def _check_tensors(
     for name in family.may_lack(config) - found.keys():
         del expected[name]
     if missing := [n for n in expected if n not in found]:
-        if wrapped := mistaken.names(checkpoint.tensors):
-            raise UpcycleError(f"{where}: {wrapped}")
         raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
     if said := mistaken.empty({name: found[name].shape for name in expected}):
         raise UpcycleError(f"{where}: {said}")

@@ -154,7 +154,11 @@ KINDS: Mapping[str, Kind] = {
         "attention_probs_dropout_prob residual_dropout",
     ),
     **_each(_SHARE.or_null(), "partial_rotary_factor classifier_dropout"),
-    **_each(_ANY_NUMBER, "logit_scale embedding_multiplier residual_multiplier attention_multiplier"),
+    **_each(
+        _ANY_NUMBER,
+        "logit_scale logit_scale_init_value embedding_multiplier "
+        "residual_multiplier attention_multiplier",
+    ),
     **_each(_POSITIVE, "logits_scaling query_pre_attn_scalar mlp_ratio"),
     **_each(_POSITIVE.or_null(), "attn_logit_softcapping final_logit_softcapping clip_qkv rope_theta"),
     **_each(_SIDES, "image_size patch_size"),

@@ -39,7 +39,6 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "idefics2": Wrapper(architecture="Idefics2ForConditionalGeneration", text="mistral", tied=False),
     "idefics3": Wrapper(architecture="Idefics3ForConditionalGeneration", tied=False),
     "internvl": Wrapper(architecture="InternVLForConditionalGeneration", text="qwen2"),
-    "lfm2_vl": Wrapper(architecture="Lfm2VlForConditionalGeneration", text="lfm2"),
     "lighton_ocr": Wrapper(architecture="LightOnOcrForConditionalGeneration", text="qwen3"),
     "llava": Wrapper(architecture="LlavaForConditionalGeneration", tied=False),
     "llava_next": Wrapper(architecture="LlavaNextForConditionalGeneration", tied=False),

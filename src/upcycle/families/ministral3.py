@@ -47,6 +47,15 @@ class Ministral3(Decoder):
         rope = {k: v for k, v in config["rope_parameters"].items() if k != _GROWTH}
         return {**config, "rope_parameters": rope}
 
+    def parts_ways(self, config: Config, native: str) -> str | None:
+        rope = config["rope_parameters"]
+        if not rope.get(_GROWTH) or native not in self.natives:
+            return None
+        return (
+            f"past {rope.get('original_max_position_embeddings', 16384):,} tokens ministral3 scales its "
+            f"queries ({_GROWTH}) and {native} does not (moe.target = upcycled does as ministral3)"
+        )
+
     def warnings(self, native: str) -> list[str]:
         return [
             f"mixtral has no {_GROWTH}: the function is kept up to original_max_position_embeddings places "

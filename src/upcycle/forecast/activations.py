@@ -15,7 +15,6 @@ from upcycle.forecast.setting import Setting
 from upcycle.init import Site
 
 BF16 = 2
-LOGITS_KEPT = 3 * 4  # bytes a logit as the backward pass begins: log-softmax, and the two gradients before it
 
 
 def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
@@ -65,11 +64,30 @@ def experts(built: Blueprint, site: Site, row: int) -> Iterator[tuple[int, int, 
 
 
 def kept(setting: Setting, stack: Stack, layer: int) -> float:
-    """Return the bytes that a block keeps of all tokens of a pass: its input alone if it is recomputed."""
-    tokens, wider = setting.tokens(stack.name), setting.width / BF16
+    """Return the bytes that a block keeps of all tokens of a pass until it goes back."""
+    tokens, width = setting.tokens(stack.name), setting.width
     if setting.recompute:
-        return tokens * stack.hidden * setting.width
-    return tokens * wider * block_bytes(setting.built, stack, layer) / setting.layout.tp
+        also = costly(setting, stack, layer) if setting.recompute == "selective" else 0.0
+        return tokens * (stack.hidden * width + also)
+    return tokens * width / BF16 * block_bytes(setting.built, stack, layer) / setting.layout.tp
+
+
+def costly(setting: Setting, stack: Stack, layer: int) -> float:
+    """Return the bytes of a token in outputs of matrix products and of attention, which `selective` keeps."""
+    built, width = setting.built, setting.width
+    config = built.dense.config
+    heads, size = config["num_attention_heads"], config["head_dim"]
+    keys = 2 * (config.get("num_key_value_heads") or heads or 0) * (size or 0)
+    numbers = float(2 * heads * size + keys + stack.hidden) if heads else 0.0
+    gate = built.dense.feed_forward(layer, stack.name).gate is not None
+    site = site_of(built, stack, layer)
+    up = 2 if gate else 1
+    if site is None:
+        numbers += up * stack.width + stack.hidden
+    else:
+        for count, neurons, chosen in experts(built, site, setting.lengths[stack.name]):
+            numbers += count + chosen * (up * neurons + stack.hidden)
+    return width * numbers / setting.layout.tp + 4 * (heads or 0)
 
 
 def alive_in_network(setting: Setting, stack: Stack, layer: int) -> tuple[float, float]:

@@ -59,22 +59,22 @@ def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
     """Return the groups of a blueprint's model, in the order in which the forward pass gathers them."""
     starts = {stack.path.partition("{i}")[0]: stack.name for stack in built.dense.stacks}
     tied = bool(built.dense.tied_head)
-    known: dict[str, Sharded] = {}
     keys: dict[str, tuple[int, str]] = {}
+    cuts: dict[str, Sharded] = {}
     for name, entry in built.target.in_memory(built.entries).items():
         start = next((start for start in starts if name.startswith(start)), None)
         if start is None:
-            key = _end(name, apart=built.target.gathers_ends, tied=tied)
+            keys[name] = _end(name, apart=built.target.gathers_ends, tied=tied)
         else:
-            key = (_BLOCK, start + name.removeprefix(start).partition(".")[0])
-            if layout.ep > 1 and (inside := _EXPERTS.search(name)):
-                key = (_BLOCK, f"{key[1]}.{inside[1]}")
-        expert = key[1].endswith(_OF_EXPERTS)
+            path = start + name.removeprefix(start).partition(".")[0]
+            inside = _EXPERTS.search(name) if layout.ep > 1 else None
+            keys[name] = _BLOCK, f"{path}.{inside[1]}" if inside else path
+        expert = keys[name][1].endswith(_OF_EXPERTS)
         shape = tuple(entry.shape)
-        cut = None if expert or layout.tp == 1 else _cut(name, shape)
-        known[name], keys[name] = Sharded(shape=shape, expert=expert, tp=cut), key
+        split = None if expert or layout.tp == 1 else _cut(name, shape)
+        cuts[name] = Sharded(shape=shape, expert=expert, tp=split)
     found: dict[tuple[int, str], list[Sharded]] = {}
-    for name, each in planned(known, layout).items():
+    for name, each in planned(cuts, layout).items():
         found.setdefault(keys[name], []).append(each)
     made = [
         Group(

@@ -10,7 +10,7 @@ which needs no memory of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from upcycle.families import Stack
@@ -19,6 +19,8 @@ from upcycle.forecast.groups import Group
 from upcycle.forecast.setting import Setting
 from upcycle.sharding.placement import elements, part
 
+F32 = 4
+CHUNKED = 1 << 28  # bytes of float32 logits from which on a head that no ranks share computes them in chunks
 LOGITS_MADE = 4 + 4  # bytes a logit in the forward pass, beside itself: in float32, and its log-softmax
 LOGITS_BACK = 3 * 4  # as the backward pass begins: the log-softmax, and the gradients behind and before it
 
@@ -159,7 +161,10 @@ class _Walk:
         setting, dense = self.setting, self.setting.built.dense
         last = dense.stacks[-1]
         tokens, width = setting.tokens(last.name), setting.width
-        count = tokens * int(dense.config["vocab_size"]) if dense.has_language_head else 0
+        words = int(dense.config["vocab_size"]) if dense.has_language_head else 0
+        count = tokens * words
+        if not setting.sharded and setting.layout.tp == 1 and F32 * count >= CHUNKED:
+            count = -(-tokens // -(-words // last.hidden)) * words
         # The last norm keeps its input in float32 and twice in the precision of the arithmetic.
         norm = tokens * last.hidden * (4 + 2 * width)
         alive = sum(self.kept) + tokens * last.hidden * width + norm
@@ -182,11 +187,10 @@ class _Walk:
         gathered, waiting = self._root(backward=True)
         tokens = setting.tokens(block.stack.name)
         back = tokens * block.stack.hidden * setting.width  # the gradient of the block's output
-        entered = sum(self.kept[: number + 1 if setting.recompute else number]) + back
+        entered = sum(self.kept[:number]) + back * (2 if setting.recompute else 1)  # with its input
         grads = self._gradients(after)
         previous = self._previous(number)
         before = self.blocks[number - 1].own if number else self.embedding
-        network = sum(self._grads(g) for g in (block.experts or (block.own,)))
         beside = activations.attention(setting, block.stack, block.layer)
         middle, first = activations.alive_in_network(setting, block.stack, block.layer)
         whole = self._whole(block.own) + sum(self._whole(g) for g in block.experts)
@@ -198,12 +202,14 @@ class _Walk:
             reduced=waiting + previous,
         )  # fmt: skip
         for group in block.experts:
+            arrives = self._buffer(group) + self._through(group) + self._whole(group)
             yield self._memory(
-                f"the arrival of the experts of block {number}", gradients=grads, activations=entered + beside,
-                gathered=gathered + self._whole(block.own) + self._buffer(group) + self._through(group)
-                + self._whole(group),
+                f"the arrival of the experts of block {number}",
+                gradients=grads,
+                activations=entered + beside,
+                gathered=gathered + self._whole(block.own) + arrives,
                 reduced=waiting + previous,
-            )  # fmt: skip
+            )
         # 2. Its network goes back: the gradients of the last matrix are there, then those of the first.
         last, both = self._of_network(block)
         yield self._memory(
@@ -223,7 +229,6 @@ class _Walk:
                     gathered=gathered + ahead + (self._whole(block.own) if group is not block.own else 0.0),
                     reduced=waiting + reduced,
                 )  # fmt: skip
-        del network
 
     def last(self) -> Iterator[Memory]:
         """The gradient of the embedding, and of what was gathered with the whole model."""
@@ -267,14 +272,9 @@ class _Walk:
         grads, ranks = self._grads(group), group.ranks(self.layout)
         if ranks == 1:  # copied, divided and summed by hand
             yield "the gradients", grads + self._reduced(group)
-            yield "the gradients, divided,", 2.0 * self._reduced(group) + self._reduced(group)
+            if group.experts:  # whose divisor is not the number of ranks
+                yield "the gradients, divided,", 3 * self._reduced(group)
             return
         cut = [p for p in group.parameters if p.fsdp]
         most = max((ranks * elements(part(p, self.layout, 0)) for p in cut), default=0)
         yield "the gradients", grads + max(self.setting.width * most, self._reduced(group))
-
-
-def as_dict(memory: Memory) -> Mapping[str, float | str]:
-    """Return a moment as JSON has it."""
-    found = {field.name: getattr(memory, field.name) for field in fields(memory)}
-    return {**found, "total": memory.total}

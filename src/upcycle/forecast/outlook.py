@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from upcycle.blueprints.cost import flops_per_row
 from upcycle.forecast import memory, time, traffic
 from upcycle.forecast.memory import Held, Memory
 from upcycle.forecast.setting import Setting
@@ -43,9 +42,7 @@ class Outlook:
 
         It counts the FLOPs of three forward passes with all attention scores, as papers do.
         """
-        setting = self.setting
-        row = flops_per_row(setting.built.dense, setting.built, setting.lengths, all_scores=True)
-        flops = 3 * row * setting.rows * setting.passes / setting.layout.tp
+        flops = time.flops(self.setting, recomputed=False)
         return flops / (seconds * self.gpu.peak_flops)
 
     def as_dict(self) -> dict[str, Any]:

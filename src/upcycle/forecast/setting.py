@@ -13,6 +13,7 @@ from upcycle.forecast.groups import Group
 from upcycle.sharding.layout import Layout
 
 Precision = Literal["mixed", "float32", "bfloat16"]
+Recompute = bool | Literal["selective"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Setting:
     rows: int = 1  # rows of one forward pass on one rank (train.micro_batch)
     passes: int = 1  # forward passes of a step on one rank, whose gradients are added
     precision: Precision = "mixed"  # train.precision
-    recompute: bool = False  # train.activation_checkpointing
+    recompute: Recompute = False  # train.activation_checkpointing
     moments: int = 2  # numbers that the optimizer keeps for each weight
 
     @cached_property

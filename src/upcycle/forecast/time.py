@@ -55,9 +55,12 @@ def of(setting: Setting, gpu: Gpu) -> Time:
 
 
 def flops(setting: Setting, *, recomputed: bool = True) -> float:
-    """Return the FLOPs of a step on one rank: three forward passes, or four if blocks are recomputed."""
-    row = flops_per_row(setting.built.dense, setting.built, setting.lengths)
-    passes = 4 if recomputed and setting.recompute else 3
+    """Return the FLOPs of a step on one rank: three forward passes, and one more to recompute blocks.
+
+    All attention scores count, as in the measurement that `ARITHMETIC` comes from.
+    """
+    row = flops_per_row(setting.built.dense, setting.built, setting.lengths, all_scores=True)
+    passes = 4 if recomputed and setting.recompute is True else 3
     return passes * row * setting.rows * setting.passes / setting.layout.tp
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
     WeightRenaming,
     build_glob_alternation,
     dot_natural_key,
@@ -82,24 +81,33 @@ def place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names in the model, on the meta device and not yet shared out, of tensors by their names on
-    disk.
+    """Return the names in a model on the meta device by which it knows tensors, with their names on disk.
 
-    Both are those of transformers' own loader. A tensor that has no place, or a parameter without a tensor,
-    is a bug in upcycle and raises `AssertionError`, unless the class declares it to be optional.
+    Both are those of transformers' own loader. Its conversions of values are not needed, because a target
+    gives its tensors as they are in memory. A tensor that has no place, or a parameter without a tensor, is a
+    bug in upcycle and raises `AssertionError`, unless the class declares it to be optional.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     known = model.state_dict()
     found: dict[str, str] = {}
     extra: set[str] = set()
     for name in sorted(names, key=dot_natural_key):
+<<<<<<< HEAD
         new, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if new not in known and name in known:
             new, converted = rename_source_key(name, [], [], model.base_model_prefix, known)
+        if converted is not None:  # a converter has nothing to do: tensors are given as the class holds them
+            new, converted = rename_source_key(name, renamings, [], model.base_model_prefix, known)
         if converted is None and new in known:
             found[new] = name
+=======
+        for rename in (renamings, []):  # a name may be the model's own already
+            new, _ = rename_source_key(name, rename, [], model.base_model_prefix, known)
+            if new in known:
+                found[new] = name
+                break
+>>>>>>> h-a
         else:
             extra.add(name)
     sources = {name: model.all_tied_weights_keys.get(name, name) for name in known}

@@ -160,7 +160,7 @@ class FusedAcross(Fused):
         return super().read({name: Transposed(tensors[name]) for name in stored})
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        """Return the tensors of a layer with its experts as transformers holds them: [E, 2I, H], [E, H, I]."""
+        """Return a layer's tensors with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
         experts = self.read(tensors)
         return dict(tensors) | (super().write(experts) if experts else {})
 

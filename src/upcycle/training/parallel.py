@@ -123,7 +123,7 @@ def ranks(
     attention heads. Raises `UpcycleError` if the sizes do not fit, and if another process of the run is lost.
     """
     world = world_size()
-    layout = layout_of(parallel, world)
+    layout = parallel.layout(world)
     layout.refuse(world, experts=experts, heads=heads, prefix="parallel.")
     _of_environment("LOCAL_RANK", 0)
     device = meshes.device()
@@ -164,13 +164,6 @@ def ranks(
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def layout_of(parallel: Parallel, world: int) -> Layout:
-    """Return the layout that [parallel] asks for in a world of so many processes."""
-    given = max(1, parallel.replicate) * max(1, parallel.tp)
-    fsdp = world // given if parallel.fsdp is None else parallel.fsdp
-    return Layout(replicate=parallel.replicate, fsdp=fsdp, tp=parallel.tp, ep=parallel.ep)
 
 
 def world_size() -> int:

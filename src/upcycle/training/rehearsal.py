@@ -98,7 +98,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     fit.refuse_pooling(run, begun.built)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
-    layout = parallel.layout_of(run.parallel, world)
+    layout = run.parallel.layout(world)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     precision = fit.precision(run)
     held = []

@@ -20,6 +20,7 @@ from upcycle.errors import UpcycleError, shown
 from upcycle.nn.balance import Balance
 from upcycle.recipe import Recipe
 from upcycle.settings import Above, AtLeast, Settings, Within, families, parted, table_at
+from upcycle.sharding.layout import Layout
 from upcycle.tasks import Task
 from upcycle.training import optimizers, schedules
 from upcycle.training.optimizers import Optimizer
@@ -115,6 +116,18 @@ class Parallel(Settings):
     fsdp: int | None = None  # ranks that shard a copy; None: the number of ranks divided by the others
     tp: int = 1  # ranks that share the matrices of a layer
     ep: int = 1  # ranks that share the experts of a layer
+
+    def layout(self, world: int) -> Layout:
+<<<<<<< HEAD
+        """Return the layout in a world of so many processes; `Layout.refuse` says whether it fits."""
+        given = max(1, self.replicate) * max(1, self.tp)
+        fsdp = max(1, world // given) if self.fsdp is None else self.fsdp
+=======
+        """Return the layout in a world of so many processes."""
+        given = max(1, self.replicate) * max(1, self.tp)
+        fsdp = world // given if self.fsdp is None else self.fsdp
+>>>>>>> h-d
+        return Layout(replicate=self.replicate, fsdp=fsdp, tp=self.tp, ep=self.ep)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

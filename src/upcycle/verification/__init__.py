@@ -67,8 +67,8 @@ def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, shown: Shown | None) 
     checks += readers.checks(built.source.folder, out)
     found: dict[str, Difference] = {}
     if shown is not None and settings.holds and covered[1].holds and covered[2].holds:
-        asked = [*outputs.outputs(built, shown), *outputs.padded(built)]
-        questions: list[side_by_side.Question] = [*asked]
+        asked = outputs.outputs(built, shown)
+        questions: list[side_by_side.Question] = [*asked, *outputs.padded(built)]
         questions += generation.generation(built)
         questions += generation.settings(built)
         checks += side_by_side.checks(built, out, questions)

@@ -98,11 +98,11 @@ def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
 
 
 def padded(built: Blueprint) -> list[Outputs]:
-    """Return the question about rows of text that are padded on the left; none for models of images."""
+    """Return the question about rows of text that are padded on the left; none for models that see images."""
     import torch
 
     kinds = built.dense.family.inputs(built.dense.config, TOKENS)
-    if "input_ids" not in kinds:
+    if "input_ids" not in kinds or any(kind != "tokens" for kind, _ in kinds.values()):
         return []
     rows, length = 2, min(kinds["input_ids"][1][1], TOKENS // 4)
     given = _random({n: (kind, (rows, length)) for n, (kind, _) in kinds.items()}, built.dense.config)
