@@ -62,16 +62,10 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
     built = blueprint(peek(run.source), run.recipe)
-<<<<<<< HEAD
-    parallel, train = run.parallel, run.train
-    layout = parallel.layout(world)
-    share = train.rows // max(1, layout.dp)
-=======
     train = run.train
     layout = run.parallel.layout(world)
     _refuse(layout, built, world)
     share = train.rows // layout.dp
->>>>>>> h-d
     if layout.dp * share != train.rows or not share:
         raise UpcycleError(
             f"the {train.rows} rows of a global batch do not divide among {layout.dp} groups of ranks; "

@@ -93,21 +93,11 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     extra: set[str] = set()
     for name in sorted(names, key=dot_natural_key):
-<<<<<<< HEAD
-        new, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if new not in known and name in known:
-            new, converted = rename_source_key(name, [], [], model.base_model_prefix, known)
-        if converted is not None:  # a converter has nothing to do: tensors are given as the class holds them
-            new, converted = rename_source_key(name, renamings, [], model.base_model_prefix, known)
-        if converted is None and new in known:
-            found[new] = name
-=======
         for rename in (renamings, []):  # a name may be the model's own already
             new, _ = rename_source_key(name, rename, [], model.base_model_prefix, known)
             if new in known:
                 found[new] = name
                 break
->>>>>>> h-a
         else:
             extra.add(name)
     sources = {name: model.all_tied_weights_keys.get(name, name) for name in known}

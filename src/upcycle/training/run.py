@@ -118,15 +118,9 @@ class Parallel(Settings):
     ep: int = 1  # ranks that share the experts of a layer
 
     def layout(self, world: int) -> Layout:
-<<<<<<< HEAD
         """Return the layout in a world of so many processes; `Layout.refuse` says whether it fits."""
         given = max(1, self.replicate) * max(1, self.tp)
         fsdp = max(1, world // given) if self.fsdp is None else self.fsdp
-=======
-        """Return the layout in a world of so many processes."""
-        given = max(1, self.replicate) * max(1, self.tp)
-        fsdp = world // given if self.fsdp is None else self.fsdp
->>>>>>> h-d
         return Layout(replicate=self.replicate, fsdp=fsdp, tp=self.tp, ep=self.ep)
 
 
