@@ -19,7 +19,7 @@ class VisionTransformer(Encoder):
     tokens: tuple[str, ...] = ("cls_token",)
     pooler = "pooler."
     heads = (*Encoder.heads, "decoder.", "embeddings.mask_token")
-    norms = ("layernorm_before", "layernorm_after")
+    norms: tuple[str, ...] = ("layernorm_before", "layernorm_after")
     residual: tuple[str, ...] = ("attention", "mlp")  # modules of a block that add to the residual stream
     blocks = "layers"  # the list of blocks in memory, below the base model
     after = ("layernorm.", "pooler.")
