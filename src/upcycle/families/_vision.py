@@ -22,7 +22,7 @@ class VisionTransformer(Encoder):
     norms: tuple[str, ...] = ("layernorm_before", "layernorm_after")
     residual: tuple[str, ...] = ("attention", "mlp")  # modules of a block that add to the residual stream
     blocks = "layers"  # the list of blocks in memory, below the base model
-    after = ("layernorm.", "pooler.")
+    after: tuple[str, ...] = ("layernorm.", "pooler.")
     plain = ("intermediate.dense", "output.dense")  # names of up and down in a block
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
