@@ -199,12 +199,12 @@ def report(
 
 
 @app.command
-def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: Count = 0) -> None:
-    """Train a small dense model on Python's own sources, upcycle it three ways, train on, and report.
+def demo(*, out: Path = Path("demo"), seconds: float = 240, seed: Count = 0) -> None:
+    """Continue a small dense model and two Mixtures of Experts made from it at equal FLOPs, and report.
 
     Args:
         out: folder for runs, checkpoints and report.html
-        seconds: training time of the dense model; continued training takes about three times as long
+        seconds: time for the three trainings together
         seed: seed of the training and the recipes
     """
     from upcycle.cli.views.demo import Screening
