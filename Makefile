@@ -1,13 +1,14 @@
 # make demo    the whole story on this machine, no network needed once installed
 # make test    the test suite
-# make attack  a million damaged inputs, a hundred kills of each command; hours, or as UPCYCLE_ATTACK says
+# make test-ranks  8 and 16 processes, and one rank of 512 at true size
+# make attack  a million damaged inputs, a hundred kills of each command; it goes on where it stopped
 # make check   formatting, linting, types
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 LLAMA_CPP_VERSION = 0.3.36
 
-.PHONY: demo test attack check format bench test-llama-cpp clean
+.PHONY: demo test attack check format bench test-llama-cpp test-ranks clean
 
 # torch first and by its exact version: any other spelling may fetch another build of it.
 .venv/.ready: pyproject.toml constraints.txt
@@ -24,7 +25,8 @@ demo: .venv/.ready
 test: .venv/.ready
 	.venv/bin/python -m pytest -n 2
 
-# UPCYCLE_ATTACK="--cases 1000000 --minutes 600 --kills 100": how much, and for how long at most.
+# UPCYCLE_ATTACK="--cases 1000000 --minutes 600 --kills 100": how much, and for how long at most. attack.json keeps
+# the counts, and the next call goes on after them; without the file it begins anew.
 attack: .venv/.ready
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -W ignore \
 	    tests/attack/campaign.py --json attack.json $(UPCYCLE_ATTACK)
@@ -33,6 +35,7 @@ check: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	for folder in experiments/*/; do MYPYPATH=$$folder .venv/bin/mypy $$folder*.py || exit 1; done
 
 format: .venv/.ready
 	.venv/bin/ruff format .
@@ -51,6 +54,9 @@ bench: .venv/.ready
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
 	    $(PIP) install .venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz sentencepiece
 	touch $@
+
+test-ranks: .venv/.ready
+	.venv/bin/python -m pytest -m 'true_size or many_ranks'
 
 test-llama-cpp: .venv/.llama-cpp
 	LLAMA_CPP=.venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION)/vendor/llama.cpp \

@@ -1,6 +1,6 @@
 """Speed and memory of `upcycle convert`, compared with mergekit-moe and with cp + sync of the same bytes.
 
-    python benchmarks/convert.py [--mergekit PATH/mergekit-moe] [--repeats 4] [--out results.json]
+    python benchmarks/convert.py [--mergekit mergekit-moe] [--repeats 4] [--only cp,copy] [--out FILE.json]
 
 The script makes a random Llama (hidden 1024, 24 layers, intermediate 4096, 3 shards of bf16, 0.94 GB) and
 converts it to 8 experts. It times every contender in turn, for `repeats` rounds in rotating order: whole
@@ -20,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +54,8 @@ def make_llama(folder: Path, layers: int) -> None:
     for number in range(SHARDS):
         part = names[number * per_shard : (number + 1) * per_shard]
         file = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in part:
             nbytes = 2 * int(np.prod(shapes[name]))
             header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + nbytes]}
@@ -107,6 +110,8 @@ def run(command: list[str]) -> dict[str, float]:
     return {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": usage.ru_utime + usage.ru_stime - before.ru_utime - before.ru_stime,
+        "system_seconds": usage.ru_stime - before.ru_stime,
+        "load": os.getloadavg()[0],
         "peak_mb": peak / 1e6,
     }
 
@@ -139,19 +144,21 @@ def main() -> None:
     )
     parser.add_argument("--mergekit", help="the mergekit-moe executable, if it is to be timed")
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--only", help="contenders to time, with commas between; no memory by layers then")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="where to write the result (default: standard output)")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="upcycle-bench-", dir=options.folder))
     try:
-        result = measure(work, options.repeats, options.mergekit)
+        only = options.only.split(",") if options.only else None
+        result = measure(work, options.repeats, options.mergekit, only)
     finally:
         shutil.rmtree(work)
     text = json.dumps(result, indent=2) + "\n"
     options.out.write_text(text) if options.out else sys.stdout.write(text)
 
 
-def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]:
+def measure(work: Path, repeats: int, mergekit: str | None, only: list[str] | None) -> dict[str, object]:
     dense, out, reference = work / "dense", work / "out", work / "reference"
     make_llama(dense, 24)
     make_tokenizer(dense)
@@ -176,6 +183,7 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
             str(out),
             "--i-understand-this-is-not-useful-without-training",
         ]
+    contenders = {name: command for name, command in contenders.items() if only is None or name in only}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for number in range(repeats):
         # Each round begins with another contender, because each one changes the page cache for the next.
@@ -184,6 +192,7 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
             runs[name].append(run(contenders[name]))
             shutil.rmtree(out)
     floor = statistics.median(r["seconds"] for r in runs["cp"])
+    worst = max(r["seconds"] for r in runs["cp"])
     summary = {
         name: {
             "median_seconds": statistics.median(r["seconds"] for r in rs),
@@ -191,6 +200,10 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
             "ratio_to_cp_by_round": [
                 r["seconds"] / c["seconds"] for r, c in zip(rs, runs["cp"], strict=True)
             ],
+            "worst_seconds": max(r["seconds"] for r in rs),
+            "worst_ratio_to_worst_cp": max(r["seconds"] for r in rs) / worst,
+            "median_cpu_seconds": statistics.median(r["cpu_seconds"] for r in rs),
+            "median_system_seconds": statistics.median(r["system_seconds"] for r in rs),
             "peak_mb": max(r["peak_mb"] for r in rs),
         }
         for name, rs in runs.items()
@@ -202,9 +215,22 @@ def measure(work: Path, repeats: int, mergekit: str | None) -> dict[str, object]
         "source_bytes": source,
         "output_bytes": written,
         "summary": summary,
-        "memory_by_layers": memory_by_layers(work),
+        "crc32_seconds_of_source": crc32_seconds(dense),
+        "memory_by_layers": memory_by_layers(work) if only is None else None,
         "runs": runs,
     }
+
+
+def crc32_seconds(folder: Path) -> float:
+    """Return the processor seconds of a conversion's checksums: one CRC-32 of every byte of the source."""
+    seconds = 0.0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as handle:
+            while data := handle.read(8 << 20):
+                began = time.thread_time()
+                zlib.crc32(data)
+                seconds += time.thread_time() - began
+    return seconds
 
 
 def memory_by_layers(work: Path) -> dict[str, dict[str, float]]:

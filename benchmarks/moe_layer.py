@@ -99,7 +99,7 @@ def products(size: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
     so that the bound is on arithmetic, not on memory.
     """
     tokens, hidden, width = size["rows"] * size["length"], size["hidden"], size["width"]
-    where = {"device": machine.device(), "dtype": dtype}
+    where: Any = {"device": machine.device(), "dtype": dtype}
     rows = torch.randn(TOP_K * tokens, hidden, **where)
     up, down = torch.randn(hidden, 2 * width, **where), torch.randn(width, hidden, **where)
     inner = torch.randn(TOP_K * tokens, width, **where)

@@ -120,7 +120,7 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
     """Measure every contender in turn; return medians of tokens/s and medians of the ratios within rounds."""
     source = make_dense(work / "dense", size, size["width"])
     wide = make_dense(work / "wide", size, TOP_K * size["width"])
-    convert(source, work / "moe", Run.of({**_MINIMAL, "source": str(source)}).recipe)  # type: ignore[arg-type]
+    convert(source, work / "moe", Run.of({**_MINIMAL, "source": str(source)}).recipe)
     contenders: dict[str, Callable[[], Any]] = {}
     contenders["dense"], dense_flops = ours(wide, size, moe=False, experts=None)
     contenders["upcycle"], flops = ours(source, size, moe=True, experts=None)

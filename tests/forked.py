@@ -1,17 +1,22 @@
 """`upcycle` in processes of their own that need not import torch again: forks of a server that has.
 
-As a script, the server: a JSON line in is a command line to start or a process to ask after.
+As a script, the server: a JSON line in is a command line or a function to start, or a process to ask after.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,21 @@ class Server:
         """The process of `upcycle ARGUMENTS`; what it prints goes to the file `said`, and with `opened` what
         it opens goes there: a JSON list of a path and whether it is written to, line by line."""
         return int(self._ask({"start": arguments, "said": str(said), "opened": opened and str(opened)}))
+
+    def call(self, function: str, folder: Path, name: str, more: Mapping[str, str], seconds: float) -> int:
+        """The process of `function` ("module:name", a module of this folder) with `more` in its environment.
+
+        Its arguments are in the file `arguments` of `folder`, pickled. What it returns goes to the file
+        `name`, pickled as well, and what it prints to `name`.said. After `seconds` it says where it hangs,
+        and ends.
+        """
+        told = {
+            "folder": str(folder),
+            "name": name,
+            "environment": dict(os.environ | more),
+            "at": os.getcwd(),
+        }
+        return int(self._ask({"call": function, "seconds": seconds, **told}))
 
     def ended(self, process: int) -> int | None:
         """How a process ended: its exit code, or minus the signal; None while it runs."""
@@ -60,6 +80,12 @@ class Server:
         return json.loads(self._process.stdout.readline())
 
 
+@cache
+def shared() -> Server:
+    """The server of this session, which ends with it."""
+    return Server()
+
+
 def serve() -> None:
     import upcycle.calibration.calibration
     import upcycle.cli.program
@@ -75,6 +101,12 @@ def serve() -> None:
             answer: int | None = os.fork()
             if not answer:
                 _become(**question)
+        elif "call" in question:
+            module, name = question.pop("call").split(":")
+            function = getattr(importlib.import_module(module), name)  # once, and here
+            answer = os.fork()
+            if not answer:
+                _compute(function, **question)
         else:
             process = question["ended"]
             found, status = (0, 0) if process in ended else os.waitpid(process, os.WNOHANG)
@@ -99,16 +131,48 @@ def _watch(path: str) -> None:
     sys.addaudithook(note)
 
 
-def _become(start: list[str], said: str, opened: str | None) -> None:
-    """Run the command line in this fork and end it."""
-    from upcycle import cli
+def _compute(
+    function: Callable[..., Any],
+    folder: str,
+    name: str,
+    environment: dict[str, str],
+    at: str,
+    seconds: float,
+) -> None:
+    """Call a function in this fork and end it."""
+    _detach(Path(folder) / f"{name}.said")
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(at)
+    code = 1
+    try:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        result = function(*pickle.loads((Path(folder) / "arguments").read_bytes()))
+        (Path(folder) / name).write_bytes(pickle.dumps(result))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
+
+def _detach(said: Path | str) -> None:
+    """Leave the streams and the signals of the server."""
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(handle, stream)
     os.close(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+
+
+def _become(start: list[str], said: str, opened: str | None) -> None:
+    """Run the command line in this fork and end it."""
+    from upcycle import cli
+
+    _detach(said)
     code: Any = 1
     try:
         if opened:

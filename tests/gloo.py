@@ -2,61 +2,57 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
+import signal
 import socket
-import subprocess
-import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_MAIN = """
-import pickle, sys
-sys.path[:0] = {path!r}
-import faulthandler, importlib, os
-import torch.distributed as dist
-faulthandler.dump_traceback_later({timeout}, exit=True)  # where a rank hangs
-dist.init_process_group("gloo")
-module, name = {function!r}.split(":")
-with open({folder!r} + "/arguments", "rb") as file:
-    arguments = pickle.load(file)
-result = getattr(importlib.import_module(module), name)(*arguments)
-with open({folder!r} + "/" + os.environ["RANK"], "wb") as file:
-    pickle.dump(result, file)
-"""
+import forked
 
 
-def run(world: int, function: str, *arguments: Any, timeout: float = 120) -> list[Any]:
-    """`function` ("module:name", a module of this folder) on `world` processes; the result of each rank."""
+def run(world: int, function: str, *arguments: Any, timeout: float = 300) -> list[Any]:
+    """`function` ("module:name", a module of this folder) on `world` processes; the result of each rank.
+
+    The ranks are forks of the session's server: importing takes longer than most tests.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "arguments").write_bytes(pickle.dumps(arguments))
-        path = [str(Path(__file__).parent)]
-        code = _MAIN.format(path=path, function=function, folder=folder, timeout=timeout - 5)
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", code],
-                env=os.environ | environment(rank, world, port),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+    server = forked.shared()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "arguments").write_bytes(pickle.dumps((function, arguments)))
+        ranks = [
+            server.call("gloo:_rank", folder, str(rank), environment(rank, world, port), timeout - 5)
             for rank in range(world)
         ]
-        said = []
         try:
-            for process in started:
-                said.append(process.communicate(timeout=timeout)[0])
+            codes = [server.wait(process, seconds=timeout) for process in ranks]
         finally:
-            for process in started:
-                process.kill()
-        for rank, process in enumerate(started):
-            if process.returncode:
-                raise AssertionError(f"rank {rank} of {world} failed:\n{said[rank][-4000:]}")
-        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
+            for process in ranks:
+                if server.ended(process) is None:
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+        if any(codes):
+            said = [
+                f"rank {i}:\n{(folder / f'{i}.said').read_text()[-4000:]}" for i in range(world) if codes[i]
+            ]
+            raise AssertionError(f"{len(said)} of {world} ranks failed:\n" + "\n".join(said))
+        return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world)]
+
+
+def _rank(function: str, arguments: tuple[Any, ...]) -> Any:
+    """What one rank does."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)(*arguments)
 
 
 def environment(rank: int, world: int, port: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tiny import DECODERS, OTHERS, SPECIAL, config_of, make_statistics
+from tiny import DECODERS, OTHERS, RECENT, SPECIAL, config_of, make_statistics
 from upcycle import families
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion.write import convert
@@ -63,7 +63,7 @@ _SPHERE = {"name": "spherical"}
 # Name: the source, and the recipe.
 CONVERSIONS: dict[str, tuple[str, Table]] = {
     **{f"{name}: copy": (name, {"moe": _MOE}) for name in DECODERS},
-    **{f"{name}: upcycled": (name, {"moe": _UP}) for name in [*DECODERS, *OTHERS]},
+    **{f"{name}: upcycled": (name, {"moe": _UP}) for name in [*DECODERS, *OTHERS] if name not in RECENT},
     **{
         f"{name}: every other": (name, {"moe": {**_UP, "layers": "every_other"}, "router": _CHOICE})
         for name in ("vit", "deit", "dinov2", "bert")

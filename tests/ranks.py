@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import upcycle
-from upcycle import Recipe, UpcycleError, tasks
-from upcycle.hf import filling
+from upcycle import Recipe, UpcycleError, loading, tasks
+from upcycle.training import agreement, optimizer, saving, start, step
 from upcycle.training import gradients as grads
-from upcycle.training import optimizer, saving, start, step
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
@@ -42,15 +42,14 @@ def loads(cases: list[tuple[str, dict[str, Any]]], layouts: list[Layout]) -> lis
     """`upcycle.load` of every case at every layout: digests of the parameters, bytes held, experts' elements
     read and what one rank would read of all of them."""
     read = [0]
-    original = filling.Slices.__getitem__
+    original = loading.write_part
 
-    def counted(self: Any, index: Any) -> torch.Tensor:
-        out = original(self, index)
-        if len(self.shape) == 3:
-            read[0] += out.numel()
-        return out
+    def counted(entry: Any, part: Any, memory: torch.Tensor) -> None:
+        original(entry, part, memory)
+        if len(entry.shape) == 3:
+            read[0] += memory.numel()
 
-    filling.Slices.__getitem__ = counted  # type: ignore[method-assign]
+    loading.write_part = counted
     out = []
     for source, table in cases:
         for layout in layouts:
@@ -81,6 +80,10 @@ def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
             table.pop(section)  # another one has other keys
         table[section] = {**table.get(section, {}), **values} if isinstance(values, dict) else values
     return Run.of(table)
+
+
+def experts_of(run: Run) -> list[int]:
+    return [run.recipe.moe.num_experts] if run.recipe else []
 
 
 def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
@@ -120,7 +123,7 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts=[4]) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             trainee = trainee_of(run, here)
             kept: dict[str, torch.Tensor] = {}
 
@@ -152,7 +155,7 @@ def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dic
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts={4}) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             trainee = trainee_of(run, here)
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
@@ -173,7 +176,7 @@ def refused(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[str
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, experts={4}) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as here:
             try:
                 trainee_of(run, here)
                 out.append("")
@@ -191,11 +194,41 @@ def trains(jobs: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
     return results
 
 
+def refused_apart(table: dict[str, Any], folders: list[str]) -> list[tuple[str, bool]]:
+    """What a run says where each rank stands in a folder of its own, and whether another rank says it."""
+    agreement._PATIENCE = 0.0
+    out, home = [], os.getcwd()
+    for folder in folders:
+        os.chdir(Path(folder) / str(rank()))
+        try:
+            train(Run.of(table))
+            out.append(("", False))
+        except UpcycleError as error:
+            out.append((str(error), error.elsewhere))
+        os.chdir(home)
+    return out
+
+
+def dies_while_saving(table: dict[str, Any], step: int, said: str) -> None:
+    """`upcycle train`, of which rank 1 dies when its part of a checkpoint is written; what rank 0 says."""
+    hashes = saving._hashes
+
+    def die(partial: Path, *rest: Any) -> dict[str, str]:
+        if partial.name == f"step-{step}.partial" and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hashes(partial, *rest)
+
+    saving._hashes = die
+    try:
+        train(Run.of(table))
+    except UpcycleError as error:
+        Path(said).write_text(str(error))
+
+
 def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """The digests of parameters and Adam moments that a rank gets back from a checkpoint."""
     run = Run.of(table)
-    experts = [run.recipe.moe.num_experts] if run.recipe else []
-    with ranks(run.parallel, experts=experts) as here:
+    with ranks(run.parallel, experts=experts_of(run)) as here:
         trainee = trainee_of(run, here)
         saving.load(Path(checkpoint), trainee.model, trainee.optimizer)
         moments = {

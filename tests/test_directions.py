@@ -28,7 +28,7 @@ FLOORS = (
     {"evaluation", "inspection"},
     {"training"},
     {"loading", "tasks"},
-    {"conversion", "data", "hf"},
+    {"conversion", "data", "forecast", "hf"},
     {"blueprints"},
     {"targets"},
     {"dense"},
@@ -37,7 +37,7 @@ FLOORS = (
     {"families"},
     {"settings"},
     {"registry"},
-    {"records", "tensors"},
+    {"records", "sharding", "tensors"},
     {"checkpoints"},
     {"system"},
     {"errors"},
@@ -57,8 +57,8 @@ CIRCLES: tuple[set[str], ...] = ()
 OF_MODELS = {"torch", "transformers", "accelerate", "safetensors", "tokenizers"}
 WITHOUT_MODELS = {
     "__main__", "advice", "api", "blueprints", "checkpoints", "cli", "conversion", "dense", "errors",
-    "families", "init", "inspection", "recipe", "records", "registry", "reporting", "settings",
-    "system", "targets", "tasks", "tensors", "verification",
+    "families", "forecast", "init", "inspection", "recipe", "records", "registry", "reporting", "settings",
+    "sharding", "system", "targets", "tasks", "tensors", "verification",
 }  # fmt: skip
 # Modules of transformers that any room may import; what lies deeper is for the room `hf`.
 PUBLIC = {"transformers", "transformers.distributed"}

@@ -235,8 +235,8 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("num_experts", "did you mean moe.num_experts? Known: base, decoder, dtype, init, moe, router, seed, "
-                        "stage_1, stage_2, stage_3, stage_4, successor"),
+        ("num_experts", "did you mean moe.num_experts? Known: base, decoder, drop, dtype, init, moe, router, "
+                        "seed, stage_1, stage_2, stage_3, stage_4, successor"),
         ("std", "did you mean router.std?"),
         ("hidden_size", "did you mean successor.hidden_size?"),
         ("parts", "unknown key parts"),
@@ -286,6 +286,7 @@ def test_the_experts_of_a_base_can_be_taken_away(tmp_path):
     ("table", "said"),
     [
         ({"moe": {"num_experts": 65536}}, "makes 262,144 experts in all layers together"),
+        ({"moe": {"num_experts": 16385}}, "makes 65,540 experts in all layers together"),
         (
             {"moe": {"num_experts": 10**12, "top_k": 1, "target": "upcycled"}},
             "experts in all layers together",

@@ -16,11 +16,24 @@ from upcycle import families
 
 logging.disable_progress_bar()
 
-DECODERS = [name for name in families.names() if families.find(name).natives]
-"""Decoders that have a native MoE."""
+DECODERS = [
+    name
+    for name in families.names()
+    if families.find(name).natives and families.find(name).architectures[0].endswith("ForCausalLM")
+]
+"""Decoders that have a native MoE, but for those that are only ever part of a wrapper."""
 
-OTHERS = ["olmo", "olmo3", "gemma2", "gemma3_text", "exaone4", "glm4"]
-"""Decoders that have none."""
+OTHERS = [
+    "olmo", "olmo3", "gemma2", "gemma3_text", "exaone4", "glm4", "starcoder2", "phi", "stablelm", "cohere",
+    "nemotron", "arcee", "helium",
+]  # fmt: skip
+"""Decoders with Llama's names that have none."""
+
+RECENT = [
+    "seed_oss", "ministral", "ministral3", "cwm", "granite_swa", "starcoder2", "phi", "stablelm", "cohere",
+    "nemotron", "arcee", "helium",
+]  # fmt: skip
+"""Decoders of which only the native form is pinned."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -43,6 +56,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7,
         "attention_multiplier": 0.2,
     },
+    "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "qwen3_5_text": {
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
@@ -105,7 +119,13 @@ def config_of(model_type: str, **changes: Any) -> Any:
 _ALWAYS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
-CENTRED_NORMS = ("gemma", "gemma2", "gemma3_text", "qwen3_5_text")  # their norms multiply by 1 + w
+CENTRED_NORMS = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "qwen3_5_text",
+    "nemotron",
+)  # their norms multiply by 1 + w
 
 
 def make_dense(
@@ -193,6 +213,53 @@ _SIZES = {
     "convnext": {**_STAGES, "layer_scale_init_value": 0.1},
     "convnextv2": _STAGES,
     "bert": _TEXT,
+    "roberta": _TEXT,
+    "xlm-roberta": _TEXT,
+    "camembert": _TEXT,
+    "electra": {**_TEXT, "embedding_size": 12},
+    "mpnet": _TEXT,
+    "distilbert": {
+        "dim": 16,
+        "hidden_dim": 24,
+        "n_layers": 4,
+        "n_heads": 2,
+        "vocab_size": 60,
+        "max_position_embeddings": 40,
+    },
+    "modernbert": {
+        **_TEXT,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "local_attention": 8,
+    },
+    "gpt2": {
+        "n_embd": 16,
+        "n_layer": 4,
+        "n_head": 2,
+        "n_positions": 40,
+        "vocab_size": 60,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt_neox": _TEXT,
+    "clip": {
+        "text_config": {**_TEXT, "eos_token_id": 2},
+        "vision_config": {**_IMAGES, "num_hidden_layers": 2},
+        "projection_dim": 8,
+    },
+    "siglip": {"text_config": _TEXT, "vision_config": {**_IMAGES, "num_hidden_layers": 2}},
+    "opt": {
+        "hidden_size": 16,
+        "ffn_dim": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "vocab_size": 60,
+        "max_position_embeddings": 40,
+        "word_embed_proj_dim": 12,
+    },
     "t5": _T5,
     "mt5": _T5,
 }

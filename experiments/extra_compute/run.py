@@ -67,15 +67,15 @@ def main() -> None:
                 told = ["not reached" if flops is None else f"{flops / budget:.0%}" for flops in found]
                 line += f"   scratch: {', '.join(told)}"
             print(line)
-    curves = {
+    drawn = {
         name: [
             [(flops / budget, loss) for _, flops, loss in r["curve"]] for r in runs if r["variant"] == name
         ]
         for name in VARIANTS
     }
-    curves["scratch"] = [curve[1:] for curve in curves["scratch"]]  # its first loss is far above
+    drawn["scratch"] = [curve[1:] for curve in drawn["scratch"]]  # its first loss is far above
     x = "training FLOPs / those of the dense model"
-    figure.write(HERE / "figure.png", "What extra compute buys", curves, x, "held-out loss (nats per token)")
+    figure.write(HERE / "figure.png", "What extra compute buys", drawn, x, "held-out loss (nats per token)")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,8 +50,10 @@ def main() -> None:
     times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "training": []} for name in made}
     for turn in range(options.rounds + 1):
         for name, model in made.items():
-            found = {"forward": timed(lambda m=model: forward(m, pixels)),
-                     "training": timed(lambda m=model: step(m, pixels, labels))}  # fmt: skip
+            found = {
+                "forward": timed(partial(forward, model, pixels)),
+                "training": timed(partial(step, model, pixels, labels)),
+            }
             if turn:  # the first round warms up
                 for what, seconds in found.items():
                     times[name][what].append(BATCH / seconds)

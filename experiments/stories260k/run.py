@@ -113,7 +113,7 @@ def main() -> None:
         if (variant, seed) not in done
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for result in pool.map(lambda job: go(*job, options), wanted):
+        for result in pool.map(lambda job: go(job[0], job[1], job[2], options), wanted):
             done[(result["variant"], result["seed"])] = result
             order = sorted(done.values(), key=lambda r: (list(VARIANTS).index(r["variant"]), r["seed"]))
             results.write_text(json.dumps({"runs": order}, indent=1) + "\n")

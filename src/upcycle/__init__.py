@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from upcycle.api.advice import advise
     from upcycle.api.calibration import calibrate
     from upcycle.api.evaluation import evaluate
+    from upcycle.api.forecasting import foretell
     from upcycle.api.inspection import inspect
     from upcycle.api.reporting import report
     from upcycle.api.training import train
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = version("upcycle")
 __all__ = [
     "Progress", "Recipe", "UpcycleError", "advise", "blueprint", "calibrate", "convert", "evaluate", "export",
-    "inspect", "load", "open", "plan", "report", "train", "verify",
+    "foretell", "inspect", "load", "open", "plan", "report", "train", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "convert": "conversion.write",
     "evaluate": "api.evaluation",
     "export": "training.export",
+    "foretell": "api.forecasting",
     "inspect": "api.inspection",
     "load": "loading",
     "open": "hf.models",

@@ -13,6 +13,8 @@ class UpcycleError(Exception):
     The command line prints the text and exits with 2.
     """
 
+    elsewhere = False  # whether another process of the run says it
+
 
 def listed(names: list[str], most: int = 3) -> str:
     """Return `a, b, c and 5 more`: enough names to find the fault, but never a screenful."""

@@ -36,7 +36,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         notes: list[str] = []
         target = targets.opened(opened.config)
         if target is not None:
-            dense = _dense_source(source, made, notes)
+            dense = _dense_source(source, made, opened.folder, notes)
             try:
                 tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
                 _refuse_empty(opened)
@@ -130,14 +130,16 @@ def _add_start(
             row["cosine_between_at_start"] = _between(_cosines(part.experts))
 
 
-def _dense_source(source: str | Path | None, made: Provenance | None, notes: list[str]) -> Dense | None:
-    """Return the dense model that the experts are compared with, if it can be found."""
+def _dense_source(
+    source: str | Path | None, made: Provenance | None, folder: Path, notes: list[str]
+) -> Dense | None:
+    """Return the dense model that the experts in `folder` are compared with, if it can be found."""
     if source is not None:
         return admit(open_checkpoint(str(source), allow_nonfinite=True))
     if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
         return None
-    recorded = made.source.folder
+    recorded = made.source.seen_from(folder)
     if not recorded.is_dir():
         notes.append(f"its source {recorded} is not there; name it with --source to compare experts with it")
         return None

@@ -1,7 +1,8 @@
-"""Online upcycling: transformers gets the blueprint as a state dict whose tensors are read on demand.
+"""Online upcycling: a model whose parameters are read from the blueprint, each rank its own parts.
 
-Each rank asks the blueprint for the slices that it holds. No MoE is ever written to disk, and no rank holds
-more than its shard and the tensor being read ("Llama 3 Meets MoE", online upcycling).
+The model is built without memory and shared out. Then each part of a parameter is written where it belongs.
+No MoE is ever written to disk, and no rank holds more than its shard and the block being read ("Llama 3 Meets
+MoE", online upcycling).
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ from upcycle import targets
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.dtypes import TORCH_NAMES
+from upcycle.checkpoints.dtypes import FLOATS, TORCH_NAMES
 from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
+from upcycle.sharding import placement
+from upcycle.sharding.layout import OF_TRANSFORMERS, Layout
+from upcycle.sharding.placement import Part, Sharded
+from upcycle.system import progress
+from upcycle.tensors.lazy import blocks
+
+_LARGE = 100_000_000  # parameters; who trains fewer has memory to spare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.distributed import DistributedConfig
-
-    from upcycle.hf.filling import Slices
 
 
 def load(
@@ -76,38 +82,92 @@ def build(
 
     Raises `UpcycleError` if the layout does not fit. A parameter that nothing defines is a bug of ours.
     """
-    from upcycle.hf import filling, models, opening
+    from upcycle.hf import building, distributing, meshes, models, opening
 
-    options: dict[str, Any] = {}
-    if distributed_config is not None:
-        options["distributed_config"] = _layout(distributed_config, experts)
     cls = models.architecture(architecture)
-    if options and (target := targets.opened(config)) is not None:
-        layout = options["distributed_config"]
-        target.refuse_layout(config, tp_size=layout.tp_size, ep_size=layout.ep_size)
+    device, layout, shared = torch.device("cpu"), Layout(), None
+    if distributed_config is not None:
+        shared = _layout(distributed_config, experts, config)
+        layout = distributing.layout_of(shared)
+        if (target := targets.opened(config)) is not None:
+            target.refuse_layout(config, tp_size=layout.tp, ep_size=layout.ep)
     opening.refuse_unknown(experts_implementation)
-    if experts_implementation is not None:
-        options["experts_implementation"] = experts_implementation
-    model = filling.fill_from(
+    model = building.on_meta(
         cls,
         config,
-        {name: _slices(entry) for name, entry in tensors.items()},
         dtype=_dtype(dtype if dtype is not None else str(config.get("dtype") or "float32")),
-        **options,
+        experts_implementation=experts_implementation,
     )
+    found = building.renamed(model, tensors)
+    cuts: dict[str, Sharded] = {}
+    rank = 0
+    if shared is None or layout.world == 1:
+        building.tie(model)
+    else:
+        meshes.start()
+        device = torch.device("cpu") if shared.fsdp_cpu_offload else meshes.device()
+        cuts = distributing.distribute(model, shared, meshes.meshes(layout))
+        rank = torch.distributed.get_rank()
+        if rank == 0:
+            _warn_uneven(cuts, layout)
+
+    def fill(names: list[str], memory: torch.Tensor) -> bool:
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            return False
+        entry = tensors[found[name]]
+        cut = next((cuts[name] for name in names if name in cuts), Sharded(shape=tuple(entry.shape)))
+        part = placement.part(cut, layout, rank)
+        write_part(entry, part, memory)
+        return True
+
+    distributing.materialize(model, fill, device)
+    building.finish(model, device)
     opening.choose_experts(model, experts_implementation)
     return model
 
 
-def _slices(entry: Entry) -> Slices:
-    """Return an entry in the form that transformers' loader asks for."""
-    from upcycle.hf.filling import Slices
+def _warn_uneven(cuts: Mapping[str, Sharded], layout: Layout) -> None:
+    """Say that a rank of a large model holds much more than its share, and why."""
+    share = placement.unevenness(cuts.values(), layout)
+    if share > placement.SLACK and sum(each.size for each in cuts.values()) >= _LARGE:
+        progress.warn(
+            f"{layout}: the most loaded process holds {share:.2f} even shares of the parameters, because no "
+            f"axis of the largest ones divides by the processes that share it; choose sizes of which fsdp x "
+            f"tp / ep is a power of two, and let replicate take the other factors"
+        )
 
-    return Slices(
-        shape=tuple(entry.shape),
-        dtype=entry.dtype,
-        read=lambda ranges: as_tensor(entry.lazy.read(ranges, entry.dtype)),
-    )
+
+def write_part(entry: Entry, part: Part, memory: torch.Tensor) -> None:
+    """Write a part of a tensor into `memory`, which has its shape.
+
+    Stored bytes are read to where they belong. What has to be computed, cast or moved to another device goes
+    through a block of a few megabytes.
+    """
+    if (shape := placement.shape_of(part)) != tuple(memory.shape):
+        raise AssertionError(f"a rank holds {tuple(memory.shape)} and the layout says {shape}")
+    if not memory.numel():
+        return
+    dtype = TORCH_NAMES[entry.dtype]
+    direct = memory.device.type == "cpu" and memory.dtype == getattr(torch, dtype) and memory.is_contiguous()
+    array = as_array(memory) if direct else None
+    for whole, own in placement.pieces(part):
+        if array is not None:
+            entry.lazy.into(whole, array[tuple(slice(*r) for r in own)], entry.dtype)
+            continue
+        for index in blocks(whole):
+            place = tuple(
+                slice(a - w + o, b - w + o) for (a, b), (w, _), (o, _) in zip(index, whole, own, strict=True)
+            )
+            memory[place].copy_(as_tensor(entry.lazy.read(index, entry.dtype)))
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """Return an array over the memory of a contiguous tensor on the CPU; numpy's bfloat16 is not torch's."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(FLOATS["BF16"])
+    return tensor.numpy()
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
@@ -124,12 +184,16 @@ def _dtype(given: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _layout(given: DistributedConfig | dict[str, Any], experts: Collection[int] | None) -> DistributedConfig:
-    """Return the layout if it fits the world size and the experts.
+def _layout(
+    given: DistributedConfig | dict[str, Any], experts: Collection[int] | None, config: Mapping[str, Any]
+) -> DistributedConfig:
+    """Return the layout if it fits the world, the experts and the heads of attention.
 
     transformers silently ignores some layouts that do not fit.
     """
     from transformers.distributed import DistributedConfig
+
+    from upcycle.hf import distributing
 
     asked = given if isinstance(given, dict) else {}
     if asked.get("enable_expert_parallel") and not asked.get("ep_size"):
@@ -137,18 +201,26 @@ def _layout(given: DistributedConfig | dict[str, Any], experts: Collection[int] 
             "enable_expert_parallel alone does nothing; set ep_size, with fsdp_size or tp_size"
         )
     try:
-        layout = given if isinstance(given, DistributedConfig) else DistributedConfig(**given)
+        made = given if isinstance(given, DistributedConfig) else DistributedConfig(**given)
     except (TypeError, ValueError) as error:
         raise UpcycleError(f"distributed_config does not fit: {error}") from None
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = f"fsdp_size = {layout.fsdp_size}, tp_size = {layout.tp_size}, ep_size = {layout.ep_size}"
-    product = layout.dp_size * layout.tp_size * (layout.pp_size or 1)
-    if product != world:
+    if made.pp_size and made.pp_size > 1:
         raise UpcycleError(
-            f"{sizes} ask for {product} process(es) and there are {world}; start as many with torchrun"
+            f"pp_size = {made.pp_size}: upcycle has no pipeline parallelism; use fsdp_size, tp_size, ep_size "
+            f"and dp_replicate_size"
         )
-    if layout.ep_size > 1 and experts is not None and not experts:
-        raise UpcycleError(f"{sizes}: a dense model has no experts to share out; set ep_size = 1")
-    if wrong := [count for count in experts or () if count % layout.ep_size]:
-        raise UpcycleError(f"{sizes}: ep_size must divide the {wrong[0]} experts of a layer")
-    return layout
+    distributing.layout_of(made).refuse(
+        int(os.environ.get("WORLD_SIZE", "1")),
+        experts=experts,
+        heads=attention_heads(config),
+        names=OF_TRANSFORMERS,
+    )
+    return made
+
+
+def attention_heads(config: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of attention heads in a config.json: of queries, and of keys and values."""
+    text = config.get("text_config")  # of a multimodal model
+    names = ("num_attention_heads", "num_key_value_heads")
+    counts = [each.get(name) for each in (config, text) if isinstance(each, Mapping) for name in names]
+    return [count for count in counts if type(count) is int]

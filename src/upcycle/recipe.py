@@ -43,6 +43,10 @@ class Moe(Settings):
     # 0 or G; with G, the dense network itself stands beside the experts
     shared_experts: Annotated[int, AtLeast(0)] = 0
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT reads
+    # store a copy of the embeddings as the head where the dense model ties the two; some clients never tie
+    untie: bool = False
+    # text takes the text model out of a multimodal one and leaves out the rest; empty keeps all of it
+    part_only: Literal["", "text"] = ""
     depth: int = 2  # how many times each block is repeated, for the target depth_tiled
 
     def __post_init__(self) -> None:
@@ -100,6 +104,7 @@ class Recipe(Settings):
 
     seed: int = 0  # seeds every random number
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"  # dtype of the written weights
+    drop: tuple[str, ...] = ()  # tensors of the source to leave out, as names or patterns such as v_head.*
     moe: Moe = Moe()
     init: Init = dataclasses.field(default_factory=lambda: settings.read(Init, {}, "init"))
     router: Router = dataclasses.field(default_factory=lambda: settings.read(Router, {}, "router"))
@@ -150,7 +155,13 @@ def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:
     """Return the part for a stack: its own table laid over those of the model."""
     own, moe = table_at(value, name), table_at(model.get("moe", {}), "moe")
     other = table_at(own.get("moe", {}), f"{name}.moe")
-    of_the_model = {"target": Moe.target, "pooling": Moe.pooling, "depth": Moe.depth}
+    of_the_model = {
+        "target": Moe.target,
+        "pooling": Moe.pooling,
+        "depth": Moe.depth,
+        "untie": Moe.untie,
+        "part_only": Moe.part_only,
+    }
     if name.startswith("stage_"):
         of_the_model["layers"] = Moe.layers  # block numbers count through all stages
     for key, default in of_the_model.items():

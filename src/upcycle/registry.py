@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,13 @@ from upcycle.errors import UpcycleError, cut, nearest, shown
 
 def names(package: ModuleType) -> list[str]:
     """Return the names of the files in `package`, except those that begin with an underscore."""
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return [*_names(tuple(package.__path__))]
+
+
+@cache
+def _names(folders: tuple[str, ...]) -> tuple[str, ...]:
+    """Read the folders once: a recipe asks for names many times."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(folders) if not m.name.startswith("_")))
 
 
 def find(package: ModuleType, name: str, attribute: str, what: str) -> Any:

@@ -34,6 +34,7 @@ from upcycle.advice.verdict import verdict
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.source import admit
+from upcycle.forecast import activations, memory
 from upcycle.recipe import override
 from upcycle.system import gpus
 
@@ -438,7 +439,7 @@ def test_weights_gradients_and_moments_are_what_torch_holds(dense, tmp_path):
     for parameter in model.parameters():  # experts that no token chose
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     adam.step()
-    found = layout.per_gpu(situation(source, {"moe": {"num_experts": 4}}, tokens=1), 1)
+    found = memory.held(layout.setting(situation(source, {"moe": {"num_experts": 4}}, tokens=1), 1))
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert found.gradients == sum(p.grad.nbytes for p in model.parameters())
     moments = [t for state in adam.state.values() for t in state.values() if t.ndim]
@@ -468,7 +469,7 @@ def test_a_block_keeps_what_torch_keeps(dense, changes, experts, top_k):
         saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90, use_cache=False)
     found = (saved[3] - saved[1]) / 2 / tokens
     (stack,) = here.built.dense.stacks
-    assert layout.block_bytes(here.built, stack, 0) == pytest.approx(found, abs=1)
+    assert activations.block_bytes(here.built, stack, 0) == pytest.approx(found, abs=1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"intermediate_size": 96}, {"hidden_size": 64}])
@@ -481,7 +482,7 @@ def test_a_dense_block_keeps_what_torch_keeps(dense, changes):
         model = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": layers})).bfloat16().train()
         saved[layers] = bytes_saved(model.model, torch.arange(tokens)[None] % 90, use_cache=False)
     (stack,) = here.built.dense.stacks
-    assert layout.block_bytes(here.built, stack, 0) == pytest.approx(
+    assert activations.block_bytes(here.built, stack, 0) == pytest.approx(
         (saved[3] - saved[1]) / 2 / tokens, abs=1
     )
 
@@ -504,7 +505,7 @@ def test_a_convnet_s_dense_block_keeps_what_torch_keeps(tmp_path, config, model,
         },
     )  # fmt: skip
     built = situation(source, {"moe": {**UPCYCLED, "layers": [5]}}, tokens=1).built
-    found = layout.block_bytes(built, built.dense.stacks[0], 0)
+    found = activations.block_bytes(built, built.dense.stacks[0], 0)
     assert found == pytest.approx((saved[3] - saved[1]) / 2 / 256, abs=8)
 
 
@@ -563,23 +564,30 @@ def test_a_large_model_needs_many_gpus(large):
 
 
 def test_gathered_blocks_by_hand(large):
-    """Two blocks in bfloat16 with an eighth of the experts, the gradients of one in bfloat16 and float32; the
-    embedding and the head, whole, with theirs. One GPU keeps a bfloat16 copy of everything."""
+    """The head stays in bfloat16 until its gradient is there. In the backward pass a block is whole with an
+    eighth of the experts, the attention of the block before it is on its way, and the gradients of the one
+    after it are still in float32. One GPU keeps a bfloat16 copy of every matrix."""
     here = situation(large["8B"], tokens=1)
-    h, i = 4096, 14336
-    block = 2 * h * h + 2 * h * 1024 + 8 * h + 2 * h + 3 * h * i
-    ends = 2 * 128256 * h + h
-    assert layout.per_gpu(here, 512).gathered == (2 + 2 + 2 + 4) * block + (2 + 2 + 4) * ends
-    assert layout.per_gpu(here, 1).gathered == 2 * here.plan.total_parameters
+    h, i, words = 4096, 14336, 128256
+    found = layout.per_gpu(here, 512)
+    assert found.moment == "the gradient of the loss"
+    assert found.gathered == pytest.approx(2 * (h * words + h), rel=3e-3)  # rows are padded
+    assert found.logits == 12 * 4096 * words
+    own, experts = 2 * h * h + 2 * h * 1024 + 8 * h + 2 * h, 3 * h * i
+    going = next(m for m in memory.moments(layout.setting(here, 512)) if m.moment == "the network of block 7")
+    assert going.gathered == pytest.approx(2 * (own + experts + own), rel=1e-3)
+    assert going.reduced == pytest.approx(2 * experts + 4 * own, rel=1e-3)
+    alone = {m.moment: m for m in memory.moments(layout.setting(here, 1))}
+    assert alone["the loss"].gathered == pytest.approx(2 * here.plan.total_parameters, rel=0.02)
 
 
 def test_memory_falls_with_gpus_and_rises_with_context(large):
-    here = situation(large["8B"], tokens=1)
+    here, longer = (situation(large["8B"], tokens=1, context=context) for context in (4096, 8192))
     totals = [layout.per_gpu(here, count).total for count in (2, 4, 8, 16, 64, 512)]
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == len(totals)
-    longer = situation(large["8B"], tokens=1, context=8192)
-    assert layout.activations(longer) == pytest.approx(2 * layout.activations(here))
+    short, long = layout.per_gpu(here, 512), layout.per_gpu(longer, 512)
+    assert long.activations + long.logits == pytest.approx(2 * (short.activations + short.logits))
 
 
 @pytest.mark.parametrize(
@@ -595,11 +603,14 @@ def test_a_convnet_recomputes_nothing(large):
     here = situation(large["convnext"], S_VIT, tokens=1, gpus=8)
     lengths = here.lengths
     kept = sum(
-        layout.block_bytes(here.built, stack, layer) * lengths[stack.name]
+        activations.block_bytes(here.built, stack, layer) * lengths[stack.name]
         for stack in here.built.dense.stacks
         for layer in range(stack.count)
     )
-    assert layout.activations(here) == kept
+    loss = next(memory.moments(layout.setting(here, 8)))
+    assert loss.moment == "the loss"
+    assert loss.logits == 0
+    assert loss.activations == pytest.approx(kept + (2 + 4 + 2 + 2) * 1024 * 49)  # and the last norm
     words = " ".join(s.why for s in layout.statements(here))
     assert "no layer recomputed" in words
     assert ", layers recomputed" in layout.statements(situation(large["vit"], S, tokens=1))[0].why
@@ -610,9 +621,12 @@ def test_the_largest_block_may_be_dense(large):
     recipe = {"moe": {**UPCYCLED, "layers": [1]}, "router": {**CHOICE, "capacity_factor": 0.1}}
     here = situation(large["vit"], recipe, tokens=1)
     (stack,) = here.built.dense.stacks
-    dense_block, moe_block = (layout.block_bytes(here.built, stack, layer) for layer in (0, 1))
+    dense_block, moe_block = (activations.block_bytes(here.built, stack, layer) for layer in (0, 1))
     assert moe_block < dense_block
-    assert layout.activations(here) == (2 * 12 * 768 + dense_block) * 197
+    dense_network, moe_network = (
+        activations.alive_in_network(layout.setting(here, 8), stack, layer)[0] for layer in (0, 1)
+    )
+    assert moe_network < dense_network == 2 * (4 * 3072 + 768) * 197
 
 
 def test_no_expert_parallelism_with_response_norms(large):
@@ -634,7 +648,9 @@ def test_universal_experts_take_memory(large):
     (site, *_), (stack,) = here.sites, here.dense.stacks
     chosen = here.recipe.router.experts_per_token(8, 2, 197)
     more = chosen * (4 * 768 + 4 * site.universal_width + 40) + 4 * 8
-    found = layout.block_bytes(here, stack, site.layer) - layout.block_bytes(less, stack, site.layer)
+    found = activations.block_bytes(here, stack, site.layer) - activations.block_bytes(
+        less, stack, site.layer
+    )
     assert found == pytest.approx(more)
     assert site.universal_width == 768
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ ENCODERS = {
     "convnext": "ConvNextForImageClassification", "convnextv2": "ConvNextV2Model", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration",
 }  # fmt: skip
+MARKS = (
+    "pad_token_id",
+    "cls_token_id",
+    "sep_token_id",
+)  # tokens whose numbers a class fixes beyond a tiny vocabulary
 SMALL = {"num_experts": 2, "top_k": 1, "target": "upcycled"}
 
 Read = Callable[[], object]
@@ -479,7 +485,9 @@ def small_config(model_type: str) -> dict[str, Any]:
         made = CONFIG_MAPPING[model_type](**tiny._SIZES[model_type], architectures=[ENCODERS[model_type]])
     else:
         made = tiny.config_of(model_type)
-    return dict(json.loads(made.to_json_string(use_diff=False)))
+    table = dict(json.loads(made.to_json_string(use_diff=False)))
+    beyond = [key for key in MARKS if (table.get(key) or 0) >= table.get("vocab_size", math.inf)]
+    return table | dict.fromkeys(beyond, 0)
 
 
 RECIPES = (

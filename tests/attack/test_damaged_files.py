@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import pytest
 import trial
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from workshop import Workshop
+from workshop import Workshop, in_memory
 
 TARGETS = list(aims.targets(Workshop(Path())))
+SHARE = 4  # the suite tries a fourth of the cases that give a target its share of a campaign
 JSON = [name for name in TARGETS if name.partition(":")[0].endswith(".json")]
 
 values = st.recursive(
@@ -27,9 +28,9 @@ values = st.recursive(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("attack")
-    yield aims.targets(Workshop(folder))
-    shutil.rmtree(folder, ignore_errors=True)
+    at = in_memory() or tmp_path_factory.mktemp("attack")
+    with tempfile.TemporaryDirectory(dir=at, prefix="upcycle-attack-", ignore_cleanup_errors=True) as folder:
+        yield aims.targets(Workshop(Path(folder)))
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -37,9 +38,10 @@ def test_damage_is_refused_or_taken(name: str, made: dict[str, Any]) -> None:
     target = made[name]()
     for start in target.starts:
         assert trial.judged(start.run, start.data) == (True, None), "the whole file is not taken"
-    counts = trial.attack(target, range(target.cases))
+    tried = max(len(target.starts), target.cases // SHARE)
+    counts = trial.attack(target, range(tried))
     assert not counts.crashes, "\n".join(map(str, counts.crashes))
-    assert counts.cases == target.cases == counts.accepted + counts.refused
+    assert counts.cases == tried == counts.accepted + counts.refused
 
 
 @pytest.mark.parametrize("name", JSON)

@@ -51,6 +51,15 @@ def test_a_folder_of_endlessly_many_blocks(layers: int, shop: Workshop) -> None:
     assert not verify(shop.dense, folder, logits=False).holds
 
 
+@pytest.mark.parametrize("model_type", [[], {}, 5, None])
+def test_a_type_of_model_that_is_no_text(model_type: Any, shop: Workshop, tmp_path: Path) -> None:
+    folder = shop.copied(shop.dense, "no-type")
+    table = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**table, "model_type": model_type, "text_config": {}}))
+    with pytest.raises(UpcycleError, match="model_type"):
+        convert(folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize("names", [[{}], {"a": "b"}, [5], [], "", None, ["nn"], ["UpcycledAutoConfig"]])
 def test_an_architecture_that_is_no_class_of_models(names: Any, shop: Workshop) -> None:
     folder = changed(shop.copied(shop.upcycled, "unnamed"), "config.json", architectures=names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import kills
@@ -13,13 +12,6 @@ from workshop import Workshop
 import forked
 
 TIMES = 10
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[forked.Server]:
-    started = forked.Server()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

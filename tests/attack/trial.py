@@ -41,12 +41,12 @@ class Start:
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file, and how many cases of it the suite takes."""
+    """A kind of file, and its share of the cases."""
 
     name: str
     mutate: Mutation
     starts: Sequence[Start]
-    cases: int = 1000
+    cases: int = 1000  # its weight in a campaign
 
     def case(self, number: int) -> tuple[Start, bytes]:
         """The damaged input of a number, and what reads it; always the same."""

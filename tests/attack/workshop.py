@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,12 @@ HUB: dict[str, dict[str, Any]] = {
     "boolq": {"query": "Passage: Tea.\nQuestion: hot?", "choices": ["no", "yes"], "gold": 1},
     "lambada_openai": {"context": "He had two of", "continuation": "them"},
 }  # fmt: skip
+
+
+def in_memory() -> Path | None:
+    """A folder in memory for damaged files, or None: TMPDIR says where, or there is no such place."""
+    found = Path("/dev/shm")  # writing a file there takes a quarter of the time
+    return found if "TMPDIR" not in os.environ and os.access(found, os.W_OK) else None
 
 
 class Workshop:
@@ -108,7 +115,7 @@ class Workshop:
     @cached_property
     def partial(self) -> Path:
         """A conversion that was interrupted."""
-        real, every, left = write._Files.write, write.SYNC_EVERY, [60_000]
+        real, every, left = write.ShardFiles.write, write.SYNC_EVERY, [60_000]
 
         def interrupted(files: Any, place: Any, start: int, data: Any) -> None:
             left[0] -= data.size
@@ -116,13 +123,13 @@ class Workshop:
                 raise KeyboardInterrupt
             real(files, place, start, data)
 
-        write._Files.write, write.SYNC_EVERY = interrupted, 10_000  # type: ignore[method-assign]
+        write.ShardFiles.write, write.SYNC_EVERY = interrupted, 10_000  # type: ignore[method-assign]
         try:
             convert(self.dense, self.folder / "broken", MOE, shard_size=SHARD)
         except KeyboardInterrupt:
             pass
         finally:
-            write._Files.write, write.SYNC_EVERY = real, every  # type: ignore[method-assign]
+            write.ShardFiles.write, write.SYNC_EVERY = real, every  # type: ignore[method-assign]
         return self.folder / "broken.partial"
 
     def table(self, out: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -394,6 +395,41 @@ def test_another_pass_does_not_take_what_was_left(collect, tmp_path):
     partial.write_bytes(partial.read_bytes()[:-5])
     with pytest.raises(UpcycleError, match="delete it to start anew"):
         collect("vit")
+
+
+def test_no_flipped_bit_in_what_was_left_changes_the_statistics(collect, tmp_path):
+    whole = collect("vit", "whole", positions=("neurons",), batch_size=6).path.read_bytes()
+
+    def stop(done: int) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        collect(
+            "vit", positions=("neurons",), batch_size=6, save_every=1, progress=Counted("calibrating", stop)
+        )
+    partial = tmp_path / "out.safetensors.partial"
+    left, refused = partial.read_bytes(), 0
+    data = 8 + int.from_bytes(left[:8], "little")
+    spots = [8 + left.index(word) for word in (b"sha256", b"done", b"tokens", b"seed", b"F64")]
+    for place in [*spots, *range(8, data, data // 4), *range(data, len(left), (len(left) - data) // 4)]:
+        partial.write_bytes(left[:place] + bytes([left[place] ^ 1]) + left[place + 1 :])
+        found = None
+        with contextlib.suppress(UpcycleError):
+            found = collect("vit", positions=("neurons",), batch_size=6)
+        if found is None:
+            refused += 1
+        else:
+            assert place < data
+            assert found.path.read_bytes() == whole
+            found.path.unlink()
+    assert refused >= 9
+    old = json.loads(left[8:data])
+    state = json.loads(old["__metadata__"]["upcycle_statistics.partial"])
+    del state["sha256"]  # as an older version left it
+    old["__metadata__"]["upcycle_statistics.partial"] = json.dumps(state)
+    text = json.dumps(old).encode()
+    partial.write_bytes(len(text).to_bytes(8, "little") + text + left[data:])
+    assert collect("vit", positions=("neurons",), batch_size=6).path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

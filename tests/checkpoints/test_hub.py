@@ -91,6 +91,10 @@ def hub(dense, tmp_path) -> Iterator[Hub]:
 
     folder = Path(shutil.copytree(dense("llama", intermediate_size=480), tmp_path / "repo"))
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    for name in ("1_Pooling/config.json", "additional_chat_templates/tool_use.jinja"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"no")
     (folder / "pytorch_model.bin").write_bytes(b"no")
@@ -132,7 +136,8 @@ def test_convert_and_verify(revision, hub, dense, tmp_path):
     record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
     weights = (hub.folder / "model.safetensors").read_bytes()
     assert record["source"]["sha256"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
-    assert "tokenizer.json" in record["carried_files"]
+    below = {"1_Pooling/config.json", "additional_chat_templates/tool_use.jinja"}
+    assert {"tokenizer.json", "modules.json", *below} <= set(record["carried_files"])
     assert record["source"]["name"] == REPO + revision
     assert f"# {REPO}{revision}, upcycled" in (tmp_path / "moe" / "README.md").read_text()
     run = upcycle(hub, tmp_path, "verify", REPO + revision, tmp_path / "moe", "--no-logits")

@@ -31,7 +31,7 @@ def source(dense, tmp_path):
 def broken(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 400_000) -> Path:
     """The partial folder of a conversion that was interrupted when so many bytes were written."""
     left = [after]
-    real = write._Files.write
+    real = write.ShardFiles.write
 
     def interrupted(self, place, start, data):
         left[0] -= data.size
@@ -41,7 +41,7 @@ def broken(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int 
 
     with monkeypatch.context() as patch:
         patch.setattr(write, "SYNC_EVERY", 60_000)
-        patch.setattr(write._Files, "write", interrupted)
+        patch.setattr(write.ShardFiles, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, RECIPE, shard_size=120_000)
     return out.with_name(out.name + ".partial")
@@ -116,7 +116,7 @@ def change(source: Path) -> None:
 
 def test_a_source_that_changes_while_it_is_read(source, tmp_path, monkeypatch):
     """After its hash was taken, and before."""
-    real = write._SourceHashes.take
+    real = write.SourceHashes.take
     for when in ("before", "after"):
 
         def take(self, when=when):
@@ -127,7 +127,7 @@ def test_a_source_that_changes_while_it_is_read(source, tmp_path, monkeypatch):
                 change(source)
             return known
 
-        monkeypatch.setattr(write._SourceHashes, "take", take)
+        monkeypatch.setattr(write.SourceHashes, "take", take)
         with pytest.raises(UpcycleError, match="has changed while it was read"):
             convert(source, tmp_path / "out", RECIPE)
         assert not (tmp_path / "out").exists()
@@ -136,14 +136,14 @@ def test_a_source_that_changes_while_it_is_read(source, tmp_path, monkeypatch):
 
 def test_a_source_that_was_only_touched(source, tmp_path, monkeypatch):
     """Another mode or one more hard link changes no byte; the file is hashed again and taken."""
-    real = write._SourceHashes.take
+    real = write.SourceHashes.take
 
     def take(self):
         known = real(self)
         (source / "model.safetensors").chmod(0o600)
         return known
 
-    monkeypatch.setattr(write._SourceHashes, "take", take)
+    monkeypatch.setattr(write.SourceHashes, "take", take)
     convert(source, tmp_path / "out", RECIPE)
 
 
@@ -160,7 +160,7 @@ def test_a_source_that_changed_before_the_run_goes_on(source, tmp_path, monkeypa
 def test_a_source_that_was_copied_before_the_run_goes_on(source, tmp_path, monkeypatch):
     """The same bytes in another place are the same source, once their hash is known."""
     hashed = threading.Event()
-    real, real_write = write._SourceHashes.take, write._Files.write
+    real, real_write = write.SourceHashes.take, write.ShardFiles.write
 
     def take(self):
         known = real(self)
@@ -171,8 +171,8 @@ def test_a_source_that_was_copied_before_the_run_goes_on(source, tmp_path, monke
         hashed.wait(30)
         real_write(self, *args)
 
-    monkeypatch.setattr(write._SourceHashes, "take", take)
-    monkeypatch.setattr(write._Files, "write", waits)
+    monkeypatch.setattr(write.SourceHashes, "take", take)
+    monkeypatch.setattr(write.ShardFiles, "write", waits)
     broken(source, tmp_path / "out", monkeypatch)
     monkeypatch.undo()
     shutil.copytree(source, tmp_path / "copy")

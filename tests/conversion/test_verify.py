@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 import tiny
 from upcycle import Recipe, cli, convert, plan, verify
 from upcycle.checkpoints.checkpoint import Checkpoint, read_header
+from upcycle.conversion import provenance
 from upcycle.errors import UpcycleError
 from upcycle.inspection import inspect
+from upcycle.records.provenance import MadeFrom
 from upcycle.verification import Proof
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
@@ -132,7 +135,9 @@ def test_what_upcycle_json_says_is_so(key, converted, moe):
         "left_out_tensors": {"a": "b"},
     }[key]
     (moe / "upcycle.json").write_text(json.dumps(record))
-    assert [c.name for c in verify(converted[0], moe, logits=False).checks if not c.holds] == ["provenance"]
+    assert [c.name for c in verify(converted[0], moe, logits=False).checks if c.holds is False] == [
+        "provenance"
+    ]
 
 
 def test_a_folder_of_an_older_version(converted, moe):
@@ -156,6 +161,37 @@ def test_whose_home_a_source_was_in_is_not_published(dense, tmp_path, monkeypatc
     assert json.loads((tmp_path / "moe" / "upcycle.json").read_text())["source"]["path"] == "~/models/llama"
     assert "somebody" not in text
     assert inspect(tmp_path / "moe")["layers"][0]["cosine_to_dense"]
+
+
+def test_where_a_source_outside_home_was_is_not_published(dense, tmp_path, monkeypatch):
+    """The path goes from the folder that was made, so both may move together; elsewhere it is a name."""
+    source = Path(shutil.copytree(dense("llama"), tmp_path / "secret" / "models" / "llama"))
+    moe = tmp_path / "secret" / "made" / "moe"
+    convert(source, moe, Recipe.of())
+    text = (moe / "upcycle.json").read_text() + (moe / "README.md").read_text()
+    assert json.loads((moe / "upcycle.json").read_text())["source"]["path"] == "../../models/llama"
+    assert "secret" not in text
+    monkeypatch.chdir(moe.parent)
+    assert inspect("moe")["layers"][0]["cosine_to_dense"]
+    (tmp_path / "secret").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert inspect(tmp_path / "moved" / "made" / "moe")["layers"][0]["cosine_to_dense"]
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "path"),
+    [
+        ("/models/llama", "/made/moe", "llama"),  # they share the root alone
+        ("/data/llama", "/data/moe", "../llama"),
+        ("/home/me/llama", "/data/moe", "~/llama"),
+    ],
+)
+def test_the_path_that_is_written(source, out, path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    opened = SimpleNamespace(folder=Path(source))
+    assert provenance._place(opened, Path(out)) == path
+    made = MadeFrom(name="llama", path=path, sha256={}, donors={})
+    assert made.seen_from(Path(out)) == Path("/made/moe/llama" if path == "llama" else source)
 
 
 def proof_of(source: Path, out: Path, **table: object) -> Proof:
@@ -189,7 +225,8 @@ def test_logits_that_are_all_zero(dense, tmp_path):
     proof = proof_of(source, tmp_path / "moe")
     assert proof.holds
     assert proof.logits["random"].relative == 0
-    assert "gives zeros alone" in proof.checks[-1].detail
+    (said,) = [check.detail for check in proof.checks if check.name == "logits, random"]
+    assert "gives zeros alone" in said
 
 
 # --- cards

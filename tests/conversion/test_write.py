@@ -218,9 +218,9 @@ def test_resume_does_not_write_what_is_there(dense, tmp_path, monkeypatch):
     written = []
     from upcycle.conversion import write
 
-    real = write._Files.write
+    real = write.ShardFiles.write
     monkeypatch.setattr(
-        write._Files, "write", lambda self, place, *a: (written.append(place), real(self, place, *a))
+        write.ShardFiles, "write", lambda self, place, *a: (written.append(place), real(self, place, *a))
     )
     convert(source, tmp_path / "out", Recipe.of(), resume=True, shard_size=120_000)
     entries = blueprint(source, Recipe.of()).entries
@@ -311,7 +311,7 @@ def test_resume_after_a_shard_was_lost(dense, tmp_path):
 
 
 def test_provenance_is_read_from_anywhere(dense, tmp_path, monkeypatch):
-    """Relative paths of source, donors and labels are kept absolute."""
+    """Relative paths of donors and labels are kept absolute, and that of the source goes from the folder."""
     from upcycle import verify
 
     shutil.copytree(dense("qwen3"), tmp_path / "here" / "a")
@@ -322,7 +322,7 @@ def test_provenance_is_read_from_anywhere(dense, tmp_path, monkeypatch):
     proof = verify("here/a", "here/moe", logits=False)
     assert proof.holds, proof.checks
     record = json.loads((tmp_path / "here" / "moe" / "upcycle.json").read_text())
-    assert record["source"]["path"] == str(tmp_path / "here" / "a")
+    assert record["source"]["path"] == "../a"
     (tmp_path / "here" / "b" / "model.safetensors").write_bytes(
         (dense("qwen3", seed=2) / "model.safetensors").read_bytes()
     )

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def write_parquet(
     if names:
         features = {fields[0]: {"_type": "Image"}, fields[1]: {"names": names, "_type": "ClassLabel"}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pyarrow.parquet.write_table(table, path, row_group_size=3)
+    plainly = {"compression": "none", "write_statistics": False, "use_dictionary": False}  # equal sizes
+    pyarrow.parquet.write_table(table, path, row_group_size=3, **plainly)
     return path
 
 
@@ -229,7 +231,9 @@ def test_decoded_once(kept: bool, opened: Open, tmp_path: Path, monkeypatch: pyt
     assert made == [".json", ".pixels"] if kept else [".images", ".json"]
 
 
-@pytest.mark.parametrize("change", ["time", "content", "size", "channels", "one more", "damage", "half"])
+@pytest.mark.parametrize(
+    "change", ["time", "content", "quietly", "size", "channels", "one more", "damage", "half"]
+)
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_prepared_again_when_something_changed(
     kind: str, change: str, kept: bool, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -259,6 +263,14 @@ def test_prepared_again_when_something_changed(
     elif change == "content":
         pictures = PICTURES[1:7]
         write(pictures)
+    elif change == "quietly":  # the size and the time are as they were
+        files = [path] if path.is_file() else sorted(path.rglob("*.bmp"))
+        before = [file.stat() for file in files]
+        pictures = pictures[::-1]
+        write(pictures)
+        for file, was in zip(files, before, strict=True):
+            os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+            assert file.stat().st_size == was.st_size
     elif change == "one more":
         pictures = PICTURES
         write(pictures)
@@ -277,6 +289,29 @@ def test_prepared_again_when_something_changed(
     size, mode = options.get("size", (8, 8)), "L" if "channels" in options else "RGB"
     wanted = [np.asarray(p.convert(mode).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
     np.testing.assert_array_equal(found.read(np.arange(len(pictures))).squeeze(), wanted)
+
+
+def test_files_that_were_put_back_are_the_same(opened: Open, tmp_path: Path, kept: bool, monkeypatch) -> None:
+    path = write_folder(tmp_path / "data", [encoded(p, "BMP") for p in PICTURES], LABELS, "bmp")
+    first = opened(path).read(np.arange(7))
+    shutil.copytree(path, tmp_path / "copy")  # with its times, as `cp -p` does
+    shutil.rmtree(path)
+    (tmp_path / "copy").rename(path)
+    monkeypatch.setattr(images, "_make", None)
+    np.testing.assert_array_equal(opened(path).read(np.arange(7)), first)
+
+
+def test_files_that_change_while_they_are_decoded(opened: Open, tmp_path: Path, monkeypatch) -> None:
+    path = write_folder(tmp_path / "data", [encoded(p, "BMP") for p in PICTURES], LABELS, "bmp")
+    decoded, changed = images.decoded, next(path.rglob("*.bmp"))
+
+    def slow(*args: Any, **options: Any) -> Any:
+        changed.write_bytes(changed.read_bytes())
+        return decoded(*args, **options)
+
+    monkeypatch.setattr(images, "decoded", slow)
+    assert "changed while they were read; begin again" in _error(opened, path)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 # --- bad input: one sentence each

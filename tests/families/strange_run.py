@@ -12,7 +12,7 @@ home, files = map(Path, sys.argv[1:])
 families.__path__.append(str(files))
 
 import torch  # noqa: E402 - after the family is where families are
-from transformers import AutoModelForCausalLM, GPTNeoXConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, PersimmonConfig  # noqa: E402
 
 import upcycle  # noqa: E402
 from tiny import make_bytes_tokenizer  # noqa: E402
@@ -21,7 +21,7 @@ from upcycle.training.loop import train  # noqa: E402
 from upcycle.training.run import Run  # noqa: E402
 
 torch.manual_seed(0)
-config = GPTNeoXConfig(
+config = PersimmonConfig(
     vocab_size=272, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     max_position_embeddings=64, tie_word_embeddings=False,
 )  # fmt: skip

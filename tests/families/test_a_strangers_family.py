@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 def test_one_file_converts_is_verified_and_trains_from_scratch(tmp_path):
     (tmp_path / "files").mkdir()
-    shutil.copy(HERE / "strange_gpt_neox.py", tmp_path / "files" / "gpt_neox.py")
+    shutil.copy(HERE / "strange_persimmon.py", tmp_path / "files" / "persimmon.py")
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, str(HERE / "strange_run.py"), str(tmp_path), str(tmp_path / "files")],

@@ -17,7 +17,11 @@ from upcycle.targets import natives
 ENCODERS = {
     "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "dinov2": "Dinov2Model",
     "convnext": "ConvNextForImageClassification", "convnextv2": "ConvNextV2Model", "bert": "BertForMaskedLM",
-    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration",
+    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration", "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM", "roberta": "RobertaForMaskedLM",
+    "xlm-roberta": "XLMRobertaModel", "camembert": "CamembertModel", "electra": "ElectraModel",
+    "mpnet": "MPNetModel", "distilbert": "DistilBertForMaskedLM", "modernbert": "ModernBertModel",
+    "clip": "CLIPModel", "siglip": "SiglipModel",
 }  # fmt: skip
 
 ODD = [
@@ -126,6 +130,17 @@ def test_plans_of_configs_with_odd_values(opened):
         ("vit", {"some_key": [float("nan")]}, "some_key holds nan"),
         ("dinov2", {"mlp_ratio": "4"}, "mlp_ratio = '4'"),
         ("qwen3", {"layer_types": [[]] * 4}, "layer_types"),
+        ("llama", {"use_cache": None}, "use_cache = None; it must be true or false"),
+        ("llama", {"tie_word_embeddings": None}, "tie_word_embeddings = None"),
+        ("llama", {"max_position_embeddings": 131072.0}, "max_position_embeddings = 131072.0"),
+        ("llama", {"pad_token_id": 96}, "pad_token_id = 96, and a vocab_size of 96 has rows 0 to 95"),
+        ("bert", {"pad_token_id": 60}, "pad_token_id = 60"),
+        ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "keep the one that is meant"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
+            "write longrope in its place",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_said(model_type, changes, said, opened):
@@ -165,3 +180,29 @@ def test_natives_write_no_value_that_a_family_would_refuse(opened):
         model_type = next(f for f in families.names() if name in families.find(f).natives)
         built = blueprint(opened(model_type), Recipe.of(moe={"num_experts": 2, "target": name}))
         _checked.check(name, built.config)
+
+
+def test_what_transformers_refuses_is_refused():
+    """A value that its own class does not open makes neither a source nor a result."""
+    from transformers import CONFIG_MAPPING
+
+    taken = []
+    for model_type in [*tiny.DECODERS, *tiny.OTHERS]:
+        config, family = small_config(model_type), families.find(model_type)
+        for key in {*family.defaults, "use_cache", "vocab_size"} & {*config}:
+            values = [None] if isinstance(config[key], bool) else []
+            values += [float(config[key])] if type(config[key]) is int else []
+            for value in values:
+                changed = config | {key: value}
+                if not refusal(family.config, changed):
+                    try:
+                        CONFIG_MAPPING[model_type].from_dict(dict(changed))
+                    except Exception:
+                        taken.append((model_type, key, value))
+    # The class of Gemma 2 takes no such float, and it is the same number.
+    assert {key for _, key, _ in taken} <= {"query_pre_attn_scalar"}
+
+
+def test_gelu_of_gemma_is_its_tanh_form():
+    config = small_config("gemma") | {"hidden_act": "gelu"}
+    assert families.find("gemma").config(config)["hidden_act"] == "gelu_pytorch_tanh"

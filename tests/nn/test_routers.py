@@ -233,8 +233,11 @@ def test_a_layer_is_what_loops_over_tokens_and_experts_give(router, changes, pad
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-11), name
     routing = kept[0]
     assert int(routing.left_behind) == left
-    assert routing.logits.shape == routing.probabilities.shape == (int(real.sum()), moe.shape.num_experts)
-    assert torch.allclose(routing.probabilities.sum(-1), torch.ones(int(real.sum()), dtype=torch.float64))
+    assert routing.logits.shape == routing.probabilities.shape == (24, moe.shape.num_experts)
+    assert (routing.real is None) == (padding is None)
+    assert padding is None or torch.equal(routing.real.view(real.shape), real)
+    sums = routing.probabilities.sum(-1)[real.flatten()]
+    assert torch.allclose(sums, torch.ones(int(real.sum()), dtype=torch.float64))
     if router["name"] == "expert_choice" or moe.router.settings.name == "sigmoid":
         assert routing.counts.tolist() == counts
     if router["name"] == "top_k":  # before capacity, as the balance loss wants it
@@ -288,6 +291,15 @@ def test_capacity_is_that_of_the_published_code():
     chosen = routers.read({"name": "expert_choice", "capacity_factor": 1.0, "rounding": "vmoe"})
     assert chosen.experts_per_token(32, 1, 196) == pytest.approx(1.31, abs=0.005)
     assert chosen.experts_per_token(32, 1, 49) == pytest.approx(2.61, abs=0.005)
+
+
+@pytest.mark.parametrize("rounding", ["vmoe", "flaxformer", "exact"])
+def test_capacity_on_a_device_is_capacity(rounding):
+    """For every group of up to 3000 tokens, and shares whose products lie on the edge of a whole number."""
+    tokens = torch.arange(3001)
+    for share in (0.1, 0.3, 0.7, 1 / 3, 1 / 32, 1.25 / 8, 2 * 1.05 / 8, 0.5, 2.5, 1 / 48):
+        wanted = [routers.capacity(n, share, rounding) for n in tokens.tolist()]
+        assert routers.capacities(tokens, share, rounding).tolist() == wanted, share
 
 
 def test_a_group_must_divide_the_tokens():

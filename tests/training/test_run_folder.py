@@ -312,37 +312,43 @@ def interrupt() -> None:
     time.sleep(0.01)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_ctrl_c_while_a_checkpoint_is_saved_is_heeded(
-    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = saving.save
+    real = saving.write
 
     def slow(*args: Any) -> str | None:
-        if args[3].step == 1:
+        if args[2].step == 1:
             interrupt()
         return real(*args)
 
-    monkeypatch.setattr(saving, "save", slow)
+    monkeypatch.setattr(saving, "write", slow)
     with pytest.raises(KeyboardInterrupt):
-        train(Run.of(table()))
+        train(Run.of(table(checkpoint={"asynchronous": asynchronous}, train={"steps": 9})))
     out = tmp_path / "run"
     assert [step for step, _ in saving.found(out)] == [1]  # it is whole
     assert train(Run.of(table()), resume=True).finished
     assert not list((out / "checkpoints").glob("*.partial"))
 
 
-def test_a_second_ctrl_c_does_not_wait(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_second_ctrl_c_does_not_wait(
+    asynchronous: bool, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = saving.dcp.FileSystemWriter
 
     class Impatient(real):  # type: ignore[misc,valid-type]
         def write_data(self, *args: Any) -> Any:
             interrupt()
+            time.sleep(0.3 * asynchronous)  # the end of the step, which then waits for this write
             interrupt()
+            time.sleep(0.1 * asynchronous)
             return super().write_data(*args)
 
     monkeypatch.setattr(saving.dcp, "FileSystemWriter", Impatient)
     with pytest.raises(KeyboardInterrupt):
-        train(Run.of(table()))
+        train(Run.of(table(checkpoint={"asynchronous": asynchronous})))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -553,27 +559,25 @@ def test_damaged_moments_are_said(damaged: str, table: Table, tmp_path: Path) ->
 # --- the whole command, interrupted
 
 
-def test_ctrl_c_at_any_moment(table: Table, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_moment(table: Table, server: forked.Server, tmp_path: Path) -> None:
     """Each ends with 130 and a sentence, and a run that was interrupted five times has the losses of one that
     was not."""
     steps = {"train": {"steps": 60}, "checkpoint": {"keep": 2}}
     calm = losses(begun(table, out=str(tmp_path / "calm"), **steps))
     (tmp_path / "run.toml").write_text(toml(table(**steps)))
-    server, drawn, codes = forked.Server(), random.Random(0), []
-    try:
-        for goal in (3, 12, 20, 31, 45):
-            said = tmp_path / "said"
-            process = server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)
-            assert server.wait(process, lambda goal=goal: len(read(tmp_path / "run")) >= goal) is None
-            time.sleep(drawn.random() * 0.05)
-            os.kill(process, signal.SIGINT)
-            codes.append(server.wait(process))
-            assert "interrupted" in said.read_text()
-            assert "Make room" not in said.read_text()
-            assert "Traceback" not in said.read_text()
-        assert server.wait(server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)) == 0
-    finally:
-        server.close()
+    drawn, codes = random.Random(0), []
+    for goal in (3, 12, 20, 31, 45):
+        said = tmp_path / "said"
+        beside = f"checkpoint.asynchronous={str(goal % 2 == 0).lower()}"
+        process = server.start(["train", str(tmp_path / "run.toml"), "--resume", "--set", beside], said)
+        assert server.wait(process, lambda goal=goal: len(read(tmp_path / "run")) >= goal) is None
+        time.sleep(drawn.random() * 0.05)
+        os.kill(process, signal.SIGINT)
+        codes.append(server.wait(process))
+        assert "interrupted" in said.read_text()
+        assert "Make room" not in said.read_text()
+        assert "Traceback" not in said.read_text()
+    assert server.wait(server.start(["train", str(tmp_path / "run.toml"), "--resume"], said)) == 0
     assert codes == [130] * 5
     assert losses(tmp_path / "run") == calm
     assert not list((tmp_path / "run").rglob("*.partial"))

@@ -17,7 +17,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import forked
 import ranks
 import tiny
 from files import toml
@@ -271,36 +270,31 @@ def test_a_run_resumed_is_the_run(table, tmp_path):
     assert len(losses(tmp_path / "again")) == 6
 
 
-@pytest.fixture(scope="module")
-def server():
-    started = forked.Server()
-    yield started
-    started.close()
-
-
 def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     """SIGKILL at three random moments, saving after every step, then SIGTERM: the losses are those of a run
-    that nobody disturbed."""
+    that nobody disturbed. Checkpoints are written before the next step, and beside it, by turns."""
     out, steps = tmp_path / "run", {"train": {"steps": 40, "batch_tokens": 1024}, "checkpoint": {"every": 1}}
     for name in ("run", "calm"):
         text = toml(table(**MOE, **steps, out=str(tmp_path / name)))
         (tmp_path / f"{name}.toml").write_text(text)
 
-    def begin(name: str) -> int:
-        run_file = tmp_path / f"{name}.toml"
-        return server.start(["train", str(run_file), "--resume"], run_file.with_suffix(".said"))
+    def begin(name: str, asynchronous: bool = False) -> int:
+        run_file, how = tmp_path / f"{name}.toml", f"checkpoint.asynchronous={str(asynchronous).lower()}"
+        command = ["train", str(run_file), "--resume", "--set", how]
+        return server.start(command, run_file.with_suffix(".said"))
 
     calm, drawn = begin("calm"), random.Random(0)
     for goal in (5, 12, 20):
-        process = begin("run")
+        process = begin("run", asynchronous=goal != 12)
         assert server.wait(process, lambda goal=goal: len(read(out)) >= goal) is None
         time.sleep(drawn.random() * 0.2)
         os.kill(process, signal.SIGKILL)
         assert server.wait(process) == -signal.SIGKILL
         done = saving.latest(out)
         assert done is not None
-        assert int(done.name.removeprefix("step-")) >= len(read(out)) - 1  # at most one interval
-    process = begin("run")
+        # At most one interval, and one more while a checkpoint is written beside the steps.
+        assert int(done.name.removeprefix("step-")) >= len(read(out)) - 1 - (goal != 12)
+    process = begin("run", asynchronous=True)
     assert server.wait(process, lambda: len(read(out)) >= 26) is None
     os.kill(process, signal.SIGTERM)
     assert server.wait(process) == 0
@@ -317,24 +311,25 @@ def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     assert not list((out / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.usefixtures("on_screen")
-def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatch, capsys):
-    real = saving.save
+def test_a_full_disk_stops_nothing_but_the_last_save(asynchronous, table, tmp_path, monkeypatch, capsys):
+    real = saving.write
 
-    def limited(out, model, optimizer, state, here, keep):
+    def limited(out, tensors, state, *rest):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         if state.step in full:
             resource.setrlimit(
                 resource.RLIMIT_FSIZE, (100_000, before[1])
             )  # writing more fails, as on a full disk
         try:
-            return real(out, model, optimizer, state, here, keep)
+            return real(out, tensors, state, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(saving, "save", limited)
-    full = {4}
-    assert train(Run.of(table(**MOE))).finished
+    monkeypatch.setattr(saving, "write", limited)
+    changes, full = {**MOE, "checkpoint": {"asynchronous": asynchronous}}, {4}
+    assert train(Run.of(table(**changes))).finished
     said = " ".join(capsys.readouterr().err.split())
     assert "step 4 could not be saved (" in said
     assert "step-2 is kept; training goes on" in said
@@ -344,9 +339,9 @@ def test_a_full_disk_stops_nothing_but_the_last_save(table, tmp_path, monkeypatc
     with pytest.raises(
         UpcycleError, match=r"step 6 could not be saved .*step-2 is kept.*go on with --resume"
     ):
-        train(Run.of(table(**MOE, out=str(tmp_path / "other"))))
+        train(Run.of(table(**changes, out=str(tmp_path / "other"))))
     full = set()
-    assert train(Run.of(table(**MOE, out=str(tmp_path / "other"))), resume=True).finished
+    assert train(Run.of(table(**changes, out=str(tmp_path / "other"))), resume=True).finished
     assert losses(tmp_path / "other") == losses(tmp_path / "run")
 
 
@@ -548,7 +543,7 @@ def test_bad_run_files(name, table):
 
 
 BAD_LAYOUTS = {
-    "world": ({"fsdp": 2}, "fsdp x tp must be the number of processes"),
+    "world": ({"fsdp": 2}, "fsdp x tp ask for 2 process.* and there are 1; start as many"),
     "ep": ({"ep": 2}, "ep must be a multiple of tp and divide fsdp x tp"),
     "zero": ({"tp": 0}, "each must be 1 or more"),
 }

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from upcycle import cli
+from upcycle.blueprints import cost
 from upcycle.conversion import write
 
 
@@ -274,10 +275,10 @@ def test_unknown_model_type(fails, source, tmp_path):
     assert "qwen3" in message
 
 
-@pytest.mark.parametrize("model_type", ["phi", "m2m_100", "gpt2"])
-def test_inexact_families_give_their_reason(model_type, fails, source, tmp_path):
+@pytest.mark.parametrize("model_type", ["bloom", "m2m_100", "apertus"])
+def test_families_that_are_not_taken_give_their_reason(model_type, fails, source, tmp_path):
     edit_config(source, model_type=model_type)
-    assert "no exact native MoE: " in fails("convert", source, tmp_path / "out")
+    assert f"upcycle does not take {model_type}: " in fails("convert", source, tmp_path / "out")
 
 
 def test_inexact_targets_give_their_reason(fails, source, tmp_path):
@@ -780,6 +781,65 @@ def test_names_that_a_training_program_wrapped(prefix, fails, source, tmp_path):
 
     edit_tensors(source, wrap)
     assert f"called {prefix}..." in fails("convert", source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v_head.summary.weight", "a value head, which trl puts beside a model"),
+        ("score.weight", "the head of a reward model or classifier"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", "matrices of an adapter"),
+    ],
+)
+def test_tensors_of_another_thing_beside_the_model(name, said, fails, source, tmp_path):
+    edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    message = fails("convert", source, tmp_path / "out")
+    assert name in message
+    assert said in message
+
+
+def test_what_zero3_leaves(fails, source, tmp_path):
+    def hollow(tensors):
+        for name in [n for n in tensors if "norm" not in n]:
+            tensors[name] = torch.zeros(0)
+
+    edit_tensors(source, hollow)
+    assert "run zero_to_fp32.py" in fails("convert", source, tmp_path / "out")
+
+
+def test_quantization_config_null_is_none(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    for target in ("native", "upcycled"):
+        write.convert(source, tmp_path / target, {"moe": {"target": target}})
+        assert "quantization_config" not in json.loads((tmp_path / target / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rms_norm_eps": 1e-3}, "differ in rms_norm_eps: 0.001 and"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "differ in rope_parameters"),
+        ({}, "have other tokens: '.' is number 2 and 1"),
+    ],
+)
+def test_donors_that_mean_something_else(changes, said, dense, fails, source, tmp_path):
+    other = Path(shutil.copytree(dense("llama", seed=1), tmp_path / "donor"))
+    edit_config(other, **changes)
+    if not changes:
+        for folder, tokens in ((source, "a.b"), (other, "ab.")):
+            vocab = {token: number for number, token in enumerate(tokens)}
+            (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    asked = ["--init", "branch_train_mix", "--set", f'init.sources=["{other}"]']
+    assert said in fails("convert", source, tmp_path / "out", *asked)
+
+
+def test_a_network_with_biases_is_not_sent_to_a_target_that_refuses_it(dense, fails, tmp_path):
+    source = dense("llama", attention_bias=True, mlp_bias=True)
+    message = fails("convert", source, tmp_path / "out")
+    assert "granitemoe" not in message
+    assert "moe.target = upcycled takes it" in message
+    assert cost.plan(source, {"moe": {"target": "upcycled"}}).target == "upcycled_llama"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from upcycle.api._missing import refuse_missing
@@ -15,6 +16,7 @@ from upcycle.evaluation.asked import Asked
 from upcycle.records.evaluation import EvaluationRecord
 from upcycle.system import whole_file
 from upcycle.system.progress import Progress, reporting_to
+from upcycle.system.signals import interrupting
 
 if TYPE_CHECKING:
     from upcycle.evaluation.scores import Scored
@@ -109,7 +111,7 @@ def evaluate(
     from upcycle.evaluation.comparison import compare
     from upcycle.evaluation.scores import refuse, score
 
-    with reporting_to(progress):
+    with reporting_to(progress), interrupting(SIGTERM):
         refuse(several, asked)
         scored = [score(checkpoint, asked) for checkpoint in several]
     compared = compare(scored)

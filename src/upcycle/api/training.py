@@ -1,4 +1,4 @@
-"""`upcycle.train`."""
+"""`upcycle.train`, and what it would do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from upcycle.training.run import Run
 
 if TYPE_CHECKING:
     from upcycle.training.loop import Result
+    from upcycle.training.rehearsal import Rehearsal
 
 
 def train(
@@ -33,6 +34,18 @@ def train(
 
     with reporting_to(progress):
         return loop.train(asked, resume=resume)
+
+
+def rehearse(run: Run | Mapping[str, Any] | str | Path, *, world: int = 1) -> Rehearsal:
+    """Return what a run would be in a world of so many processes, without data, a GPU, or a file written.
+
+    Raises `UpcycleError` for what a run would refuse before its first step.
+    """
+    asked = Run.of(run)
+    refuse_what_cannot_begin(asked)
+    from upcycle.training import rehearsal
+
+    return rehearsal.rehearse(asked, world)
 
 
 def refuse_what_cannot_begin(run: Run) -> None:

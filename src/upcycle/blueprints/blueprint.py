@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from upcycle import targets
-from upcycle.blueprints import moe_layer
+from upcycle.blueprints import heads, moe_layer
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
@@ -60,12 +60,20 @@ class Blueprint:
     @cached_property
     def weights(self) -> Weights:
         """The kind of every tensor of the result."""
-        return self.target.weights(self.dense, self.config, self.entries)
+        return self.target.weights(self.dense, self.config, self.entries) | heads.weights(
+            self.dense, self.recipe, self.entries
+        )
+
+    @property
+    def tied_head(self) -> int:
+        """The number of weights in a head that is tied to the embedding."""
+        return 0 if self.recipe.moe.untie else self.dense.tied_head
 
     @cached_property
     def family_config(self) -> Config:
         """The dense config, or that of the deeper model if blocks are repeated."""
-        return self.dense.config if self.sites else self.dense.family.config(self.config)
+        own = self.target.own_config(self.config)
+        return self.dense.config if self.sites else self.dense.family.config(own)
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -182,7 +190,7 @@ def blueprint(
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
-    dense = admit(source)
+    dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
     recipe.init.admit(dense)
     if recipe.successor is not None:
         dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)
@@ -191,7 +199,7 @@ def blueprint(
     donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
     sites = target.sites(dense, recipe)
     config = target.config(dense, recipe, sites)
-    lazies = target.tensors([dense, *donors], recipe, sites)
+    config, lazies = heads.untied(dense, recipe, config, target.tensors([dense, *donors], recipe, sites))
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
         name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)

@@ -68,6 +68,13 @@ def warnings(built: Blueprint) -> list[str]:
             f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
             f'which is slower (experts_implementation="eager")'
         )
+    if built.config.get("use_cache") is False:
+        out.append(
+            "config.json says use_cache = false, as training scripts write it, and so does the result: "
+            "generation works out every token anew; set it to true to generate"
+        )
+    out += _past_a_switch(built)
+    out += _odd_widths(built)
     out += built.target.warnings(built)
     # Similar stacks give the same warnings.
     return [*dict.fromkeys(out + built.dense.family.warnings(built.target.model_type))]
@@ -95,6 +102,34 @@ def _not_renormalised(part: Recipe) -> str | None:
         f"function is kept only as far as the router scores all experts alike (router.std = "
         f"{part.router.std:g}; router.init = zeros does)"
     )
+
+
+def _past_a_switch(built: Blueprint) -> list[str]:
+    """Warn if generation with a cache goes on differently where the dense model switches."""
+    said = built.dense.family.parts_ways(built.dense.config, built.target.model_type)
+    return [] if said is None else [said]
+
+
+_BLOCKS = {128: "block-wise FP8 and the fused kernels of vLLM and SGLang", 256: "K-quants of llama.cpp"}
+
+
+def _odd_widths(built: Blueprint) -> list[str]:
+    """Warn about experts whose width is no whole number of the blocks that quantisation works in.
+
+    A width that the dense network already has is nothing that the recipe could mend, and it is not named.
+    """
+    widths = {
+        site.width
+        for site in built.sites
+        if site.width != built.dense.stack(site.stack).width and site.width >= min(_BLOCKS)
+    }
+    return [
+        f"experts have {width:,} neurons, no multiple of {block}, which {what} work in; such files fall back "
+        f"to other kernels or types, or cannot be made"
+        for width in sorted(widths)
+        for block, what in _BLOCKS.items()
+        if width % block
+    ]
 
 
 def _misaligned(built: Blueprint) -> str | None:

@@ -100,7 +100,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     dense = built.dense if built.sites else built.dense.whole
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
-    met = _per_token(built.dense, built.weights) + built.dense.tied_head - idle.in_products
+    met = _per_token(built.dense, built.weights) + built.tied_head - idle.in_products
     return Plan(
         source=str(built.source.folder),
         family=built.dense.family.model_type,
@@ -124,7 +124,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
             for site in built.sites
         },
         shared_width=built.shared_width,
-        dense_parameters=sum(t.size for t in dense.tensors.values()),
+        dense_parameters=sum(t.size for t in (*dense.tensors.values(), *dense.around.values())),
         total_parameters=total,
         active_parameters=total - idle.parameters,
         dense_flops_per_token=flops_per_token(dense),
@@ -238,9 +238,10 @@ def flops_per_row(
     stacks = dense.family.stacks(built.family_config) if built else dense.stacks
     weights = built.weights if built else dense.weights
     total, last = 0, stacks[-1].name
+    tied_head = built.tied_head if built else dense.tied_head
     for stack in stacks:
         length = lengths[stack.name]
-        met = _of_stack(dense, weights, stack.name) + (dense.tied_head if stack.name == last else 0)
+        met = _of_stack(dense, weights, stack.name) + (tied_head if stack.name == last else 0)
         if built:
             met += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
         scores = stack.count * 4 * stack.attention * length * length

@@ -41,7 +41,7 @@ from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.system import claim, lock, memory, scratch
 from upcycle.system.progress import Progress, reporting_to, say, work
-from upcycle.system.signals import noted
+from upcycle.system.signals import interrupting, noted
 from upcycle.system.wording import size
 from upcycle.tasks._rows import Rows, of_images, of_text
 
@@ -68,6 +68,7 @@ def calibrate(
     _refuse_target(out)
     with (
         reporting_to(progress),
+        interrupting(SIGTERM),
         open_checkpoint(source, allow_nonfinite=asked.allow_nonfinite) as opened,
         scratch.folder() as made_here,
     ):
@@ -78,7 +79,7 @@ def calibrate(
         order = asked.order(rows.count)
         provenance = _provenance(dense, asked, rows, device, len(order))
         partial_file = out.with_name(out.name + PARTIAL)
-        done, tokens = begun(partial_file, provenance)
+        done = begun(partial_file, provenance)
         model = _model(dense, device)
         observer = Observer(
             model,
@@ -88,7 +89,7 @@ def calibrate(
             threshold=asked.threshold,
         )
         if done:
-            restore(partial_file, observer, tokens)
+            restore(partial_file, observer)
         out.parent.mkdir(parents=True, exist_ok=True)
         with _alone(out), work("calibrating", "examples", total=len(order), done=done) as calibrating:
             with noted(SIGINT, SIGTERM, twice_stops=True) as came:

@@ -37,6 +37,7 @@ _BITS = {
     "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
+_PIECE = 1 << 20  # bytes that are read and looked through at once; a multiple of any element's size
 _HASHED = 1 << 20  # bytes of a file that are hashed at once
 _REMEMBERED = 1 << 20  # bytes; smaller ranges are scanned each time instead of being remembered
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
@@ -196,28 +197,32 @@ class Checkpoint:
     def pread(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         """Return bytes `start` to `stop` of a tensor as uint8. Raises `UpcycleError` for NaN or inf."""
         out = np.empty(stop - start, np.uint8)
-        view, position = out.data, info.offset + start
-        with self._opened.use(info.file) as descriptor:
-            while view:
-                count = os.preadv(descriptor, [view], position)
-                if not count:
-                    raise UpcycleError(f"{info.file} ended while {info.name} was read; it has changed")
-                view, position = view[count:], position + count
-        if not self.allow_nonfinite and info.dtype in FLOATS:
-            self._refuse_nonfinite(out, info, start)
+        self.read_into(info, start, out)
         return out
 
-    def _refuse_nonfinite(self, raw: np.ndarray, info: TensorInfo, start: int) -> None:
-        place = (info.name, start, raw.size)
-        if place in self._scanned:
-            return
-        if not is_finite(raw, info.dtype):
-            raise UpcycleError(
-                f"{info.name} in {info.file} holds NaN or inf; the checkpoint is damaged "
-                f"(--allow-nonfinite takes it as it is)"
-            )
-        if raw.size >= _REMEMBERED:
+    def read_into(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        """Fill `out` (uint8) with the bytes of a tensor from byte `start`.
+
+        Raises `UpcycleError` for NaN or inf.
+        """
+        place = (info.name, start, out.size)
+        scan = not self.allow_nonfinite and info.dtype in FLOATS and place not in self._scanned
+        with self._opened.use(info.file) as descriptor:
+            for first in range(0, out.size, _PIECE):
+                piece = out[first : first + _PIECE]
+                self._fill(descriptor, info, start + first, piece)
+                if scan:  # while the bytes are in the processor's cache
+                    _refuse_nonfinite(piece, info)
+        if scan and out.size >= _REMEMBERED:
             self._scanned.add(place)
+
+    def _fill(self, descriptor: int, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        view, position = out.data, info.offset + start
+        while view:
+            count = os.preadv(descriptor, [view], position)
+            if not count:
+                raise UpcycleError(f"{info.file} ended while {info.name} was read; it has changed")
+            view, position = view[count:], position + count
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of every weight file by name; for a hub file it is the hub's own LFS id."""
@@ -248,6 +253,14 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_nonfinite(raw: np.ndarray, info: TensorInfo) -> None:
+    if not is_finite(raw, info.dtype):
+        raise UpcycleError(
+            f"{info.name} in {info.file} holds NaN or inf; the checkpoint is damaged "
+            f"(--allow-nonfinite takes it as it is)"
+        )
 
 
 def file_hash(file: Path, stop: threading.Event | None = None) -> str:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from upcycle.checkpoints import carried
 from upcycle.checkpoints.checkpoint import INDEX, Checkpoint, TensorInfo
 from upcycle.errors import UpcycleError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-CARRIED = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "*.tiktoken", "chat_template*", "generation_config.json", "preprocessor_config.json",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 def open_checkpoint(
@@ -53,11 +48,13 @@ def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, revision = _parts(source)
-    wanted = ["config.json", "*.safetensors", INDEX, *CARRIED]
+    wanted = ["config.json", "*.safetensors", INDEX, *carried.CARRIED]
     with _hub_errors(source):
         folder = snapshot_download(
             repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
         )
+        below = {*carried.folders(Path(folder)), carried.TEMPLATES}
+        snapshot_download(repo, revision=revision, allow_patterns=[f"{name}/*" for name in sorted(below)])
     return Path(folder)
 
 
@@ -88,35 +85,6 @@ def peek(source: str | Path) -> Checkpoint:
         for name, info in header.tensors.items()
     }
     return Checkpoint(Path(source), config, tensors)
-
-
-def carriable(folder: Path) -> list[str]:
-    """Return the names of the files to copy with a model: tokenizer, generation config, template, licence."""
-    return sorted({p.name for pattern in CARRIED for p in folder.glob(pattern) if p.is_file()})
-
-
-def carried(folder: Path) -> list[str]:
-    """Return those of the files that may be copied.
-
-    A link is followed only inside the folder, or from a snapshot of the hub's cache to its own blobs. Any
-    other link is refused.
-    """
-    names = carriable(folder)
-    if outside := [name for name in names if not _stays(folder / name)]:
-        raise UpcycleError(
-            f"{folder / outside[0]} is a link to {os.readlink(folder / outside[0])}, outside the folder, and "
-            f"would be copied; put the file itself there, or take the link away"
-        )
-    return names
-
-
-def _stays(file: Path) -> bool:
-    """Return whether `file`, links followed, lies in its folder or where the hub's cache keeps its files."""
-    if not file.is_symlink():
-        return True
-    home, target = file.parent.resolve(), file.resolve()
-    blobs = home.parent.parent / "blobs"
-    return home in target.parents or (home.parent.name == "snapshots" and blobs == target.parent)
 
 
 @contextmanager

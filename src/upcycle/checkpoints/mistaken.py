@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from upcycle.errors import listed
@@ -47,4 +47,32 @@ def names(stored: Iterable[str]) -> str | None:
                 f"its tensors are called {prefix}..., as {listed(sorted(all_), 1)}: a training program "
                 f"wrapped the model; {_WRAPPERS[prefix]}, and not what is around it"
             )
+    return None
+
+
+def empty(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Say what a checkpoint is whose tensors have no elements, as ZeRO-3 leaves them."""
+    hollow = [name for name, shape in shapes.items() if 0 in shape]
+    if not hollow:
+        return None
+    return (
+        f"{listed(hollow)} hold nothing (shape [0]): the model was saved under DeepSpeed ZeRO-3 without its "
+        f"shards; run zero_to_fp32.py on that training's checkpoint, and save what it gives"
+    )
+
+
+_HEADS = {
+    "v_head.": "a value head, which trl puts beside a model; save its pretrained_model without it",
+    "score.": "the head of a reward model or classifier; save the model of the language without it",
+    "lora_": "matrices of an adapter (LoRA); merge it first, with merge_and_unload of peft",
+    "vision_tower.": "a vision tower; the language model alone is taken by the type of this config",
+}
+
+
+def heads(surplus: Iterable[str]) -> str | None:
+    """Say what tensors are that a model of this type does not have, if their names tell."""
+    names_ = sorted(surplus)
+    for part, said in _HEADS.items():
+        if found := [name for name in names_ if name.startswith(part) or f".{part}" in name]:
+            return f"{listed(found)} belong to {said}, or leave these tensors out (--drop NAME)"
     return None

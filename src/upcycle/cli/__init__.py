@@ -76,7 +76,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
 
 @_outcome.register
 def _(error: UpcycleError) -> tuple[int, str]:
-    return MISTAKE, f"error: {error}"
+    return MISTAKE, "" if error.elsewhere else f"error: {error}"
 
 
 @_outcome.register

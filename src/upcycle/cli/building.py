@@ -7,23 +7,90 @@ import sys
 from tyro.conf import OmitArgPrefixes
 
 import upcycle
-from upcycle.cli.options import File, Flag, Jobs, Out, RecipeOptions, Source, Text, Whole, app
+from upcycle.cli.options import (
+    Count,
+    File,
+    Flag,
+    Jobs,
+    Out,
+    RecipeOptions,
+    RunOrSource,
+    Source,
+    Text,
+    Whole,
+    app,
+)
 from upcycle.cli.screen import show_json
+from upcycle.errors import UpcycleError
 
 
 @app.command
 def plan(
-    source: Source, recipe: OmitArgPrefixes[RecipeOptions], *, json: Flag = False, jobs: Jobs = 2
+    source: RunOrSource,
+    recipe: OmitArgPrefixes[RecipeOptions],
+    *,
+    world: Whole = None,
+    gpu: str = "H100",
+    replicate: Count = 1,
+    tp: Count = 1,
+    ep: Count = 1,
+    rows: Count = 1,
+    context: Whole = None,
+    recompute: bool = True,
+    json: Flag = False,
+    jobs: Jobs = 2,
 ) -> None:
     """Show what a recipe makes of SOURCE and what it costs, reading headers only.
 
+    With --world, it foretells a step of training on so many GPUs: memory, traffic, time.
+
     Args:
+        world: number of GPUs to train on; RUN.toml has the layout itself
+        gpu: kind of GPU: H100, H200, H800, A100 or A800
+        replicate: copies of the whole model
+        tp: GPUs that split the matrices of a layer
+        ep: GPUs that share out the experts of a layer
+        rows: rows of one forward pass on a GPU
+        context: tokens of a row of text (4096, or as many as the model takes, if absent)
+        recompute: recompute blocks in the backward pass (train.activation_checkpointing)
         json: print JSON
     """
+    from upcycle.api.forecasting import foretell_run
+    from upcycle.cli.views.forecast import show_outlook
     from upcycle.cli.views.plan import show_plan
 
-    result = upcycle.plan(source, recipe.read(), jobs=jobs)
-    show_json(result.as_dict()) if json else show_plan(result)
+    outlook = None
+    if source.endswith(".toml"):
+        from upcycle.training.run import Run
+
+        run = Run.load(source, recipe.overrides())
+        if run.recipe is None:
+            raise UpcycleError(f"{source} has no [moe], so there is nothing to plan; add one")
+        if world is not None:
+            outlook = foretell_run(run, world=world, gpu=gpu)
+        source, given = run.source, run.recipe
+    else:
+        given = recipe.read()
+        if world is not None:
+            outlook = upcycle.foretell(
+                source,
+                given,
+                world=world,
+                gpu=gpu,
+                replicate=replicate,
+                tp=tp,
+                ep=ep,
+                rows=rows,
+                context=context,
+                recompute=recompute,
+            )
+    result = upcycle.plan(source, given, jobs=jobs)
+    if json:
+        show_json(result.as_dict() | ({"forecast": outlook.as_dict()} if outlook else {}))
+        return
+    show_plan(result)
+    if outlook:
+        show_outlook(outlook)
 
 
 @app.command
@@ -138,12 +205,18 @@ def keys(*, markdown: Flag = False, json: Flag = False) -> None:
 
 
 @app.command(name="list")
-def list_(*, json: Flag = False) -> None:
+def list_(*, markdown: Flag = False, json: Flag = False) -> None:
     """List families, targets, initialisations and router initialisations: name, one line, requirements.
 
     Args:
+        markdown: print the page docs/models.md, which says what each model becomes
         json: print JSON
     """
+    if markdown:
+        from upcycle.cli import models
+
+        sys.stdout.write(models.markdown())
+        return
     from upcycle.cli import catalogue
     from upcycle.cli.views.catalogue import show_catalogue
 

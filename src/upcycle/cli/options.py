@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,13 @@ Source = Annotated[
     Positional[str],
     arg(metavar="SOURCE", help="dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)"),
 ]
+RunOrSource = Annotated[
+    Positional[str],
+    arg(
+        metavar="SOURCE",
+        help="dense checkpoint: a folder, or a hub id; or RUN.toml, a run file, which has it",
+    ),
+]
 Out = Annotated[Positional[Path], arg(metavar="OUT")]
 Jobs = Annotated[int, arg(metavar="N", help="threads that read, compute and write")]
 
@@ -54,6 +62,13 @@ class RecipeOptions:
         str | None, _plain("SPEC", "moe.layers: all, every_other, last_half or 1,3,5 (all)")
     ] = None
     target: Annotated[str | None, _plain("NAME", "moe.target (native); see `upcycle list`")] = None
+    part_only: Annotated[
+        str | None, _plain("PART", "text takes the text model out of a multimodal one (moe.part_only)")
+    ] = None
+    drop: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="NAME", help="a tensor of the source to leave out, or a pattern such as v_head.*"),
+    ] = ()
     dtype: Annotated[str | None, _plain("D", "source, float32, bfloat16 or float16 (source)")] = None
     seed: Annotated[int | None, _plain("N", "seed of every random number (0)")] = None
 
@@ -61,18 +76,24 @@ class RecipeOptions:
         """Return the recipe that these options describe."""
         from upcycle.recipe import Recipe, of_run_file, override, read_toml
 
+        table = of_run_file(read_toml(self.recipe)) if self.recipe else {}
+        return Recipe.of(override(table, self.overrides()))
+
+    def overrides(self) -> list[str]:
+        """Return the options as `KEY=VALUE`, those of --set last."""
         shortcuts = {
             "moe.num_experts": self.experts,
             "moe.top_k": self.top_k,
             "init.name": self.init,
             "moe.layers": _layers(self.layers),
             "moe.target": self.target,
+            "moe.part_only": self.part_only,
+            "drop": json.dumps(self.drop) if self.drop else None,
             "dtype": self.dtype,
             "seed": self.seed,
         }
-        table = of_run_file(read_toml(self.recipe)) if self.recipe else {}
         given = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
-        return Recipe.of(override(table, [*given, *self.set]))
+        return [*given, *self.set]
 
 
 def _layers(spec: str | None) -> str | None:

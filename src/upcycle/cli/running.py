@@ -72,6 +72,9 @@ def train(
         arg(metavar="KEY=VALUE", help="any key of a run file, such as train.steps=100"),
     ] = (),
     resume: Flag = False,
+    dry_run: Flag = False,
+    world: Whole = None,
+    json: Flag = False,
 ) -> None:
     """Train as a run file says: upcycle and continue, continue the dense model, or start from scratch.
 
@@ -80,12 +83,26 @@ def train(
     Args:
         run: the run file
         resume: continue from the newest checkpoint of the run, or begin if there is none
+        dry_run: only say what the ranks of this run hold and read; nothing is trained or written
+        world: processes of the dry run (1, if absent)
+        json: print the dry run as JSON
     """
     import os
 
     from upcycle.cli.views.run import show_trained
     from upcycle.training.run import Run
 
+    if dry_run:
+        from upcycle.api.training import rehearse
+        from upcycle.cli.views.rehearsal import show_rehearsed
+
+        rehearsed = rehearse(Run.load(run, set), world=1 if world is None else world)
+        show_json(rehearsed.as_dict()) if json else show_rehearsed(rehearsed)
+        return
+    if world is not None or json:
+        raise upcycle.UpcycleError(
+            "--world and --json belong to --dry-run; torchrun starts processes of a run"
+        )
     result = upcycle.train(Run.load(run, set), resume=resume)
     if os.environ.get("RANK", "0") == "0":
         show_trained(result)

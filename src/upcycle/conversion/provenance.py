@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,22 +20,25 @@ Hashes = Mapping[str, Mapping[str, str]]  # SHA-256 of source files, by checkpoi
 def of_blueprint(
     built: Blueprint,
     hashes: Hashes,
+    out: Path,
     *,
     carried: list[str],
     left_behind: list[str],
     files: Mapping[str, str] | None = None,
+    made_anew: Mapping[str, str] | None = None,
     training: tuple[Training, ...] | None = None,
 ) -> Provenance:
-    """Return the provenance of a folder that holds a blueprint's result, or that result after training.
+    """Return the provenance of the folder `out`, which holds a blueprint's result, or that after training.
 
-    `files` has the hashes of the files written beside the weights.
+    `files` has the hashes of the files written beside the weights, `made_anew` the files that are not as the
+    source has them, with the reason.
     """
     return Provenance(
         format=Provenance.FORMAT,
         upcycle_version=upcycle.__version__,
         numpy_version=np.__version__,
         python_version=platform.python_version(),
-        source=_made_from(built.source, built.dense.family.model_type, hashes, built.checkpoints[1:]),
+        source=_made_from(built.source, built.dense.family.model_type, hashes, built.checkpoints[1:], out),
         target=built.target.model_type,
         recipe=built.recipe.as_table(),
         blueprint_hash=built.hash,
@@ -43,6 +47,7 @@ def of_blueprint(
         left_out_tensors=dict(built.left_out),
         left_out_config_keys=tuple(key for key in built.dense.unknown_keys if key not in built.config),
         carried_files=tuple(carried),
+        made_anew_files=dict(made_anew) if made_anew else None,
         left_behind_files=tuple(left_behind),
         files=files,
         training=training,
@@ -52,19 +57,20 @@ def of_blueprint(
 def of_dense(
     source: Checkpoint,
     hashes: Hashes,
+    out: Path,
     *,
     carried: list[str],
     left_behind: list[str],
     training: tuple[Training, ...],
 ) -> Provenance:
-    """Return the provenance of a dense model that was trained further, for which nothing was built."""
+    """Return the provenance of the folder `out`, a dense model that was trained further and not built."""
     model_type = source.config["model_type"]
     return Provenance(
         format=Provenance.FORMAT,
         upcycle_version=upcycle.__version__,
         numpy_version=np.__version__,
         python_version=platform.python_version(),
-        source=_made_from(source, model_type, hashes, ()),
+        source=_made_from(source, model_type, hashes, (), out),
         target=model_type,
         recipe=None,
         blueprint_hash=None,
@@ -74,20 +80,29 @@ def of_dense(
     )
 
 
-def _made_from(source: Checkpoint, model_type: str, hashes: Hashes, donors: Sequence[Checkpoint]) -> MadeFrom:
+def _made_from(
+    source: Checkpoint, model_type: str, hashes: Hashes, donors: Sequence[Checkpoint], out: Path
+) -> MadeFrom:
     return MadeFrom(
         name=source.name,
-        path=_place(source),
+        path=_place(source, out),
         model_type=model_type,
         sha256=hashes[source.label],
-        donors={c.label: Donor(name=c.name, path=_place(c), sha256=hashes[c.label]) for c in donors},
+        donors={c.label: Donor(name=c.name, path=_place(c, out), sha256=hashes[c.label]) for c in donors},
     )
 
 
-def _place(opened: Checkpoint) -> str:
-    """Return where a checkpoint is, without revealing the user's home directory to others."""
-    folder, home = opened.folder.resolve(), _home()
-    return f"~/{folder.relative_to(home)}" if home and folder.is_relative_to(home) else str(folder)
+def _place(opened: Checkpoint, out: Path) -> str:
+    """Return where a checkpoint is, in words that may be published with the folder `out`.
+
+    That is its path from the home folder, or from `out` if both lie in one folder below the root. Otherwise
+    it is the name alone, because a path through the root would tell all of the machine's folders.
+    """
+    folder, home, seen_from = opened.folder.resolve(), _home(), out.resolve()
+    if home and folder.is_relative_to(home):
+        return f"~/{folder.relative_to(home)}"
+    shared = Path(os.path.commonpath([folder, seen_from]))
+    return os.path.relpath(folder, seen_from) if shared != shared.parent else folder.name
 
 
 def _home() -> Path | None:

@@ -20,23 +20,23 @@ from typing import Any
 import numpy as np
 
 from upcycle.blueprints.blueprint import Blueprint, Entry, blueprint
+from upcycle.checkpoints.carried import carried
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
 from upcycle.checkpoints.dtypes import TooLargeError
-from upcycle.checkpoints.hub import carried
-from upcycle.conversion import card, provenance, selection
+from upcycle.conversion import card, provenance, selection, tokenizer
 from upcycle.conversion.journal import JOURNAL, Journal
+from upcycle.conversion.shard_files import ShardFiles
 from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
+from upcycle.conversion.source_hashes import SourceHashes, sources
 from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
 from upcycle.records.provenance import Provenance
 from upcycle.system import claim, lock, whole_file, wording
-from upcycle.system.open_files import OpenFiles
 from upcycle.system.progress import Progress, reporting_to, work
 
 UNNAMED_CONFIG = "config.json.partial"
 SYNC_EVERY = 1 << 28  # bytes written between two points from which a run can be resumed
-_CHUNK = 8 << 20  # bytes read at a time
 HEADROOM = 16 << 20  # bytes for config, tokenizer and journal, when disk space is checked
 
 Advance = Callable[[int], None]  # called with the number of bytes written since the last call
@@ -170,56 +170,8 @@ def _check_space(partial: Path, shards: Shards) -> None:
 
 def _begun(built: Blueprint, shards: Shards) -> dict[str, Any]:
     """Return what a run must have in common with the run that it resumes."""
-    files = {key: [c.stamps[f][2], c.stamps[f][3]] for key, (c, f) in _sources(built).items()}
+    files = {key: [c.stamps[f][2], c.stamps[f][3]] for key, (c, f) in sources(built).items()}
     return {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
-
-
-def _sources(built: Blueprint) -> dict[str, tuple[Checkpoint, Path]]:
-    """Return every file that tensors come from, by its name in the journal."""
-    return {f"{c.label}/{f.name}": (c, f) for c in built.checkpoints for f in c.files}
-
-
-class _SourceHashes:
-    """The hashes of the source files.
-
-    They are computed while tensors are written, kept in the journal, and compared at the end. A file that has
-    not been touched since its header was read still has the content that was read, and is not read again. One
-    that was touched is hashed once more, at the end or when a run is resumed.
-    """
-
-    def __init__(self, built: Blueprint, journal: Journal, stop: threading.Event) -> None:
-        self._sources, self._journal, self._stop = _sources(built), journal, stop
-        self._known: dict[str, str] = journal.notes.get("sha256", {})
-        stamps = {key: list(c.stamps[file]) for key, (c, file) in self._sources.items()}
-        before = journal.notes.get("stamps", stamps)
-        for key in [key for key in stamps if stamps[key] != before.get(key)]:
-            checkpoint, file = self._sources[key]
-            if checkpoint.hash_read(file, stop) != self._known.get(key):
-                raise UpcycleError(
-                    f"{file} has changed since {journal.folder} was begun; put back what it was, or delete "
-                    f"that folder and convert again"
-                )
-        if journal.notes.get("stamps") != stamps:
-            journal.record({}, stamps=stamps)
-
-    def take(self) -> dict[str, str]:
-        """Compute the hashes by name in the journal, and store them there."""
-        if not self._known:
-            with ThreadPoolExecutor(2) as pool:
-                taken = [pool.submit(c.hash_read, file, self._stop) for c, file in self._sources.values()]
-                known = {key: one.result() for key, one in zip(self._sources, taken, strict=True)}
-            if not self._stop.is_set():
-                self._journal.record({}, sha256=known)
-                self._known = known
-        return self._known
-
-    def at_the_end(self) -> dict[str, dict[str, str]]:
-        """Check that the files still hold what was read; return the hashes by checkpoint and file name."""
-        hashes: dict[str, dict[str, str]] = {}
-        for key, (checkpoint, file) in self._sources.items():
-            checkpoint.refuse_changed(file, self._known[key])
-            hashes.setdefault(checkpoint.label, {})[file.name] = self._known[key]
-        return hashes
 
 
 def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
@@ -233,55 +185,6 @@ def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
     return list(tasks.values())
 
 
-class _Files:
-    """The shard files, open for writing at any offset."""
-
-    def __init__(self, partial: Path, shards: Shards) -> None:
-        self.paths = [partial / name for name in shards.names]
-        self.new = {  # shards that do not exist, whatever the journal says
-            number
-            for number, (path, size) in enumerate(zip(self.paths, shards.sizes, strict=True))
-            if not path.exists() or path.stat().st_size != size
-        }
-        self.locks = [threading.Lock() for _ in self.paths]
-        self.opened = OpenFiles(os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        for path, size in zip(self.paths, shards.sizes, strict=True):
-            with self.opened.use(path) as descriptor:
-                os.ftruncate(descriptor, size)
-        whole_file.sync_folder(partial)
-        whole_file.sync_folder(partial.parent)
-
-    def write(self, place: Place, start: int, data: np.ndarray) -> None:
-        """Write `data` (uint8) at byte `start` of the tensor at `place`."""
-        view, position = data.data, place.offset + start
-        path = self.paths[place.shard]
-        # The kernel also allows one write at a time, but the other threads would spin.
-        with self.locks[place.shard], self.opened.use(path) as descriptor:
-            while view:
-                count = os.pwrite(descriptor, view, position)
-                view, position = view[count:], position + count
-
-    def crc(self, place: Place) -> int:
-        """Return the CRC-32 of the tensor at `place` as it is on disk."""
-        crc = 0
-        with self.opened.use(self.paths[place.shard]) as descriptor:
-            for start in range(0, place.nbytes, _CHUNK):
-                size = min(_CHUNK, place.nbytes - start)
-                crc = zlib.crc32(os.pread(descriptor, size, place.offset + start), crc)
-        return crc
-
-    def sync(self, shards: set[int]) -> None:
-        """Flush the data of these shards to disk."""
-        datasync = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync
-        for shard in sorted(shards):
-            with self.opened.use(self.paths[shard]) as descriptor:
-                datasync(descriptor)
-
-    def close(self) -> None:
-        """Close the open files."""
-        self.opened.close()
-
-
 def _write_tensors(
     built: Blueprint, shards: Shards, partial: Path, journal: Journal, jobs: int, progress: Advance
 ) -> dict[str, dict[str, str]]:
@@ -292,8 +195,8 @@ def _write_tensors(
     checkpoint and name.
     """
     stop = threading.Event()
-    sources = _SourceHashes(built, journal, stop)
-    files = _Files(partial, shards)
+    read = SourceHashes(built, journal, stop)
+    files = ShardFiles(partial, shards)
     done = {
         name
         for name, crc in journal.done.items()
@@ -319,7 +222,7 @@ def _write_tensors(
                 earlier.result()  # a full disk or a changed source may raise here first
 
     writers, syncer, hasher = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    hashed: Future[Any] = hasher.submit(sources.take)
+    hashed: Future[Any] = hasher.submit(read.take)
     try:
         running: set[Future[dict[str, int]]] = set()
         for task in tasks:
@@ -334,7 +237,7 @@ def _write_tensors(
             files.write(Place(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
         files.sync(set(range(len(shards.names))))
         hashed.result()
-        return sources.at_the_end()
+        return read.at_the_end()
     finally:
         stop.set()
         for pool in (writers, syncer, hasher):
@@ -343,7 +246,7 @@ def _write_tensors(
 
 
 def _write_task(
-    task: Task, shards: Shards, files: _Files, stop: threading.Event, progress: Advance
+    task: Task, shards: Shards, files: ShardFiles, stop: threading.Event, progress: Advance
 ) -> dict[str, int]:
     """Write the tensors of a task; return the CRC-32 of each."""
     places = [shards.places[name] for name in task.names]
@@ -367,6 +270,7 @@ def _finish(
     """Write the files that make a folder of tensors a model, and rename the folder into place."""
     whole_file.clear(partial)
     names, left = carry(built.source.folder, partial)
+    made_anew = fit_tokenizer(built, partial)
     if shards.index is not None:
         whole_file.write_json(partial / INDEX, shards.index)
     selection.write(built, partial)
@@ -374,18 +278,26 @@ def _finish(
     whole_file.write_json(partial / UNNAMED_CONFIG, built.stored_config())
     weights = {JOURNAL, Provenance.FILE, *shards.names}
     files = {
-        CONFIG if path.name == UNNAMED_CONFIG else path.name: file_hash(path)
-        for path in sorted(partial.iterdir())
-        if path.name not in weights
+        CONFIG if name == UNNAMED_CONFIG else name: file_hash(partial / name)
+        for name in sorted(path.relative_to(partial).as_posix() for path in _all_files(partial))
+        if name not in weights
     }
-    made = provenance.of_blueprint(built, hashes, carried=names, left_behind=left, files=files)
+    names = [name for name in names if name not in made_anew]
+    made = provenance.of_blueprint(
+        built, hashes, out, carried=names, left_behind=left, files=files, made_anew=made_anew
+    )
     whole_file.write_json(partial / Provenance.FILE, made.as_table())
-    for path in partial.iterdir():
+    for path in _all_files(partial):
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
     whole_file.sync_folder(partial)
     partial.rename(out)
     _commit(built, out)
+
+
+def _all_files(folder: Path) -> list[Path]:
+    """Return every file in a folder and below it."""
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _lacks_its_config(out: Path) -> bool:
@@ -404,14 +316,23 @@ def _commit(built: Blueprint, out: Path) -> None:
 
 
 def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
-    """Copy tokenizer, generation config, chat template and licence; return names copied and names left."""
+    """Copy the files that go with a model; return the names copied and those left behind."""
     names = carried(source)
     for name in names:
+        (partial / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copyfile(source / name, partial / name)
-    weights = {"config.json", INDEX}
+    weights, taken = {"config.json", INDEX}, {name.partition("/")[0] for name in names}
     left = sorted(
         p.name
         for p in source.iterdir()
-        if p.name not in weights and p.name not in names and p.suffix != ".safetensors"
+        if p.name not in weights and p.name not in taken and p.suffix != ".safetensors"
     )
     return names, left
+
+
+def fit_tokenizer(built: Blueprint, folder: Path) -> dict[str, str]:
+    """Make the tokenizer in `folder` open as the source's does; return what was made anew, and why."""
+    family = built.dense.family
+    if built.target.tokenizer(family) == family.tokenizer:
+        return {}
+    return tokenizer.fit(built.source.folder, folder, built.stored_config())

@@ -1,8 +1,10 @@
 """Labelled images that are decoded once.
 
-`KEY.pixels` holds the decoded images, memory-mapped. `KEY.json`, written last, describes them. If the decoded
-images would take more than `CACHE_LIMIT`, they are decoded on every read. The first pass then only finds
-those that cannot be decoded, and leaves `KEY.images`: the encoded images of a parquet file, concatenated.
+`KEY.pixels` holds the decoded images, memory-mapped. `KEY.json`, written last, describes them. It has a
+hash of the files that they were made from, which are known by their stamps and, if those differ, by content.
+If the decoded images would take more than `CACHE_LIMIT`, they are decoded on every read. The first pass then
+only finds those that cannot be decoded, and leaves `KEY.images`: the encoded images of a parquet file,
+concatenated.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.data.examples import refuse_other_classes
 from upcycle.data.image_files import ImageFiles, ImageFolder, ImageParquet, images_at, read_bytes
+from upcycle.data.stamps import stamp_of_all
 from upcycle.errors import UpcycleError
 from upcycle.system import progress, whole_file
 from upcycle.system.progress import Work
@@ -211,6 +214,8 @@ def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) ->
             return None
         if (whole or isinstance(source, ImageParquet)) and path.stat().st_size != size:
             return None
+        if not _is_of(known, source):
+            return None
         damaged = whole and "sha256" in known and file_hash(path) != known["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -220,6 +225,18 @@ def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) ->
     return dict(known)
 
 
+def _is_of(known: dict[str, Any], source: ImageFiles) -> bool:
+    """Return whether images were made from the current files; files of older versions do not tell."""
+    if "content" not in known or stamp_of_all(source.files) == known["stamp"]:
+        return True
+    return _joined(file_hash(path) for path in source.files) == known["content"]
+
+
+def _joined(hashes: Iterable[str]) -> str:
+    """Return one hash of the hashes of many files, in order."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bool) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Runs that share a cache may make the same file at the same time: each writes its own, and the last one
@@ -227,11 +244,15 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
     started = path.with_suffix(f".{os.getpid()}.partial")
     left_out: list[int] = []
     lengths: list[int] = []
+    hashes: list[str] = []  # of the files
     count, digest = 0, hashlib.sha256()
+    before = stamp_of_all(source.files)
     try:
         with whole_file.named(path), started.open("wb") as file, _decoding(source) as work:
             for number, (data, pixels) in enumerate(_all_decoded(source.encoded(), shape)):
                 work.advance(len(data))
+                if isinstance(source, ImageFolder):  # an image is a file
+                    hashes.append(hashlib.sha256(data).hexdigest())
                 if pixels is None:
                     left_out.append(number)
                     continue
@@ -248,10 +269,14 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
                 f"none of the {len(left_out)} images can be decoded, the first being {source.where(0)}; "
                 f"give images that Pillow opens"
             )
+        if isinstance(source, ImageParquet):
+            hashes = [file_hash(each) for each in source.files]
+        if stamp_of_all(source.files) != before:
+            raise UpcycleError(f"the files of {source.where(0)} changed while they were read; begin again")
         if whole or lengths:
             started.rename(path)
         known: dict[str, Any] = {"count": count, "left_out": left_out, "lengths": lengths}
-        known["sha256"] = digest.hexdigest()
+        known |= {"sha256": digest.hexdigest(), "stamp": before, "content": _joined(hashes)}
         made_from = {"format": FORMAT, "shape": list(shape), "first": source.where(0)}
         whole_file.write_json(path.with_suffix(".json"), {**known, "made_from": made_from})
     finally:

@@ -7,6 +7,8 @@ copied, touched or changed, and only its hash can tell.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +26,11 @@ def stamp(path: Path) -> Stamp:
 def stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
     """Return the stamp of each file, by its path."""
     return {str(path): stamp(path) for path in paths}
+
+
+def stamp_of_all(paths: Iterable[Path]) -> str:
+    """Return one hash of the stamps of many files, in order."""
+    return hashlib.sha256(json.dumps([stamp(path) for path in paths]).encode()).hexdigest()
 
 
 def is_as_it_was(path: Path, before: Stamp, sha256: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import numpy as np
 
 from upcycle import families
-from upcycle.checkpoints import mistaken
-from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
+from upcycle.checkpoints import mistaken, vocabularies
+from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint, TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.errors import UpcycleError, listed, shown
+from upcycle.dense import places
+from upcycle.dense.places import Place
+from upcycle.errors import UpcycleError, cut, listed, shown
 from upcycle.families import Config, Family, Stack, Weights
+from upcycle.families._names import Names, spelled
+from upcycle.families._weights import Weight
+from upcycle.families._wrappers import WRAPPERS, Wrapper
 from upcycle.targets import natives
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
@@ -31,23 +37,42 @@ class Dense:
     family: Family
     config: Config
     left_out: Mapping[str, str]  # stored tensors that the model does not have, and why they may be left out
+    place: Place = places.WHOLE  # where it stands in the checkpoint
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
-        """The model's tensors by their names on disk."""
+        """The model's tensors by the names of its family."""
+        found = ((self.place.own(name), info) for name, info in self._kept())
+        return {own: Stored(self.checkpoint, info) for own, info in found if own is not None}
+
+    @cached_property
+    def around(self) -> dict[str, Lazy]:
+        """The tensors of the model around it, by their names on disk; empty if it stands alone."""
+        found = ((name, info) for name, info in self._kept() if self.place.own(name) is None)
+        return {name: Stored(self.checkpoint, info) for name, info in found}
+
+    def _kept(self) -> Iterator[tuple[str, TensorInfo]]:
         stored = self.checkpoint.tensors.items()
-        return {name: Stored(self.checkpoint, info) for name, info in stored if name not in self.left_out}
+        return ((name, info) for name, info in stored if name not in self.left_out)
 
     @cached_property
     def weights(self) -> Weights:
         """The kind of each tensor."""
         listed = self.family.weights(self.config) | self.family.optional(self.config)
-        return {name: weight for name, weight in listed.items() if name in self.tensors}
+        return {name: listed.get(name) or Weight(tensor.shape) for name, tensor in self._in_order(listed)}
+
+    def _in_order(self, listed: Weights) -> Iterator[tuple[str, Lazy]]:
+        """Yield the tensors: those that the family lists in its order, and then the others."""
+        for name in [
+            *(n for n in listed if n in self.tensors),
+            *(n for n in self.tensors if n not in listed),
+        ]:
+            yield name, self.tensors[name]
 
     @property
     def raw(self) -> Mapping[str, Any]:
-        """The content of config.json as it is written."""
-        return self.checkpoint.config
+        """The model's own config as config.json has it, without what is left out."""
+        return self.family.tidied(self.place.config(self.checkpoint.config))
 
     @property
     def others(self) -> tuple[Checkpoint, ...]:
@@ -63,7 +88,16 @@ class Dense:
 
     @property
     def architecture(self) -> str:
-        """The transformers class of the checkpoint."""
+        """The transformers class that opens the checkpoint."""
+        return self.place.architecture(self.family, self._named)
+
+    @property
+    def own_class(self) -> str:
+        """The transformers class of the model itself, without what is around it."""
+        return self.place.own_class(self.family, self._named)
+
+    @property
+    def _named(self) -> str:
         named = self.config.get("architectures") or self.family.architectures
         return str(named[0])
 
@@ -120,29 +154,27 @@ class Dense:
     def unknown_keys(self) -> tuple[str, ...]:
         """The keys of config.json that the family does not know."""
         known = {*self.family.defaults, *families.SILENT, *self.family.reads}
-        return tuple(sorted(key for key in self.checkpoint.config if key not in known))
+        return tuple(sorted(key for key in self.raw if key not in known))
 
 
-def admit(checkpoint: Checkpoint) -> Dense:
-    """Return the dense model in a checkpoint.
+def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] = ()) -> Dense:
+    """Return the dense model in a checkpoint; that of a multimodal one is its text model.
 
-    Raises `UpcycleError`, with the reason, for anything that is not exactly a dense model of a known family.
+    `alone` takes that out of the model around it. `drop` has names and patterns of stored tensors to leave
+    out. Raises `UpcycleError`, with the reason, for anything that
+    is not exactly a dense model of a known family.
     """
     raw, where = checkpoint.config, checkpoint.folder
-    model_type = raw.get("model_type")
-    if (
-        model_type in natives.names()
-        or "moe" in raw
-        or any(isinstance(raw.get(k), int) and raw[k] > 1 for k in _MOE_KEYS)
-    ):
-        raise UpcycleError(f"{where} is already a Mixture of Experts ({model_type}); give a dense checkpoint")
-    if "quantization_config" in raw:
+    within = places.is_wrapper(raw)
+    own = places.own_config(raw) if within else raw
+    _refuse_moe(where, own)
+    if raw.get("quantization_config") is not None:
         method = raw["quantization_config"]
         name = method.get("quant_method", "?") if isinstance(method, dict) else "?"
         raise UpcycleError(f"{where} is quantised ({name}); give the checkpoint it was made from")
-    if not isinstance(model_type, str):
-        raise UpcycleError(f"{where}/config.json has no model_type; known: {', '.join(families.names())}")
-    family = families.find(model_type)
+    family = _family(checkpoint, own, within=within)
+    if alone and family.alone:
+        family = families.find(family.alone)
     stored = checkpoint.tensors.values()
     if odd := sorted(t.name for t in stored if t.dtype not in FLOATS and family.ignored(t.name) is None):
         dtype = checkpoint.tensors[odd[0]].dtype
@@ -150,19 +182,91 @@ def admit(checkpoint: Checkpoint) -> Dense:
             f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
             f"{', '.join(FLOATS)}"
         )
-    _refuse_more_blocks_than_tensors(checkpoint, family)
-    config = family.config(raw)
-    left_out = _check_tensors(checkpoint, family, config)
-    return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out)
+    _refuse_more_blocks_than_tensors(checkpoint, family, own)
+    if wrapped := mistaken.names(checkpoint.tensors):
+        raise UpcycleError(f"{where}: {wrapped}")
+    place: Place
+    if within:
+        place = _within(checkpoint, family, own, alone=alone)
+    elif alone:
+        raise UpcycleError(
+            f"moe.part_only takes a text model out of a multimodal one, and {where} ({own['model_type']}) "
+            f"has nothing around it; take it out of the recipe"
+        )
+    else:
+        place = _at_top(checkpoint, family, own)
+    config = family.config(place.config(raw))
+    left_out = _check_tensors(checkpoint, family, config, place, _dropped(checkpoint, drop))
+    return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
-def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family) -> None:
+def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:
+    """Refuse the config of a model that has experts."""
+    model_type = own.get("model_type")
+    if (
+        model_type in natives.names()
+        or "moe" in own
+        or any(isinstance(own.get(k), int) and own[k] > 1 for k in _MOE_KEYS)
+    ):
+        raise UpcycleError(f"{where} is already a Mixture of Experts ({model_type}); give a dense checkpoint")
+
+
+def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> Family:
+    """Return the family of a model's own config."""
+    model_type, where = own.get("model_type"), checkpoint.folder
+    if not isinstance(model_type, str):
+        raise UpcycleError(f"{where}/config.json has no model_type; known: {', '.join(families.names())}")
+    if within and model_type not in families.names():
+        raise UpcycleError(
+            f"{where} is a {shown(checkpoint.config.get('model_type'))} around a text model of type "
+            f"{shown(model_type)}, which upcycle does not know; known: {', '.join(families.names())}"
+        )
+    return families.find(families.find(model_type).meant(own))
+
+
+def _within(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any], *, alone: bool) -> places.Within:
+    """Return where the text model stands in a multimodal one."""
+    raw, stored = checkpoint.config, checkpoint.tensors
+    outer = str(raw.get("model_type"))
+    wrapper = WRAPPERS.get(outer)
+    if wrapper is None and not alone:
+        raise UpcycleError(
+            f"{checkpoint.folder} is a {cut(outer)} around a {family.model_type}, and upcycle does not know "
+            f"whether a {cut(outer)} can hold experts; moe.part_only (--part-only text) takes the text model "
+            f"out of it"
+        )
+    found = spelled(family, family.shapes(family.config(own)), stored)
+    places.refuse_two(checkpoint.folder, found)
+    names = found[0] if found else Names(root=family.root)
+    tied = places.head_is_tied(raw, _head_is_stored(family, names, stored))
+    kind = places.Alone if alone else places.Within
+    return kind(names=names, model_type=outer, wrapper=wrapper or Wrapper(architecture=""), tied=tied)
+
+
+def _head_is_stored(family: Family, names: Names, stored: Collection[str]) -> bool:
+    return family.tied is not None and names.stored(family.tied[0]) in stored
+
+
+def _at_top(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> Place:
+    """Return where a model stands that is all of its checkpoint: its names, and whether it has a head."""
+    config, stored = family.config(own), checkpoint.tensors
+    found = spelled(family, family.shapes(config), stored)
+    places.refuse_two(checkpoint.folder, found)
+    names = found[0] if found else Names(former=family.former)
+    named = own.get("architectures") or [""]
+    bare = family.base_class == named[0] or (not names.body and not config["tie_word_embeddings"])
+    if found and family.base_class and bare and not _head_is_stored(family, names, stored):
+        return places.WithoutHead(names=names)
+    return Place(names=names)
+
+
+def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> None:
     """Refuse a config with more blocks than there are tensors, before the blocks are enumerated.
 
     Every block has tensors of its own.
     """
     for key in family.counts:
-        count = checkpoint.config.get(key)
+        count = own.get(key)
         if isinstance(count, int) and count > len(checkpoint.tensors):
             raise UpcycleError(
                 f"{checkpoint.folder}/config.json: {key} = {shown(count)}, and its files hold only "
@@ -170,30 +274,64 @@ def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family) -> 
             )
 
 
-def _check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> dict[str, str]:
+def _dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
+    """Return the stored tensors that a recipe leaves out. Raises `UpcycleError` if a pattern finds none."""
+    found = {pattern: fnmatch.filter(checkpoint.tensors, pattern) for pattern in drop}
+    if idle := [pattern for pattern, names in found.items() if not names]:
+        raise UpcycleError(f"drop: {checkpoint.folder} holds no tensor called {shown(idle[0])}")
+    return {name: f"the recipe drops {pattern}" for pattern, names in found.items() for name in names}
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, family: Family, config: Config, place: Place, dropped: Mapping[str, str]
+) -> dict[str, str]:
     """Compare the headers with what the config promises; return the tensors that may be left out, and why."""
-    expected, found = family.shapes(config), checkpoint.tensors
+    stored = [name for name in checkpoint.tensors if name not in dropped]
+    mine = {name: own for name in stored if (own := place.own(name)) is not None}
+    found = {own: checkpoint.tensors[name] for name, own in mine.items()}
+    expected = place.shapes(family, config)
     where = checkpoint.folder
     expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
+    expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
+    for name in family.may_lack(config) - found.keys():
+        del expected[name]
     if missing := [n for n in expected if n not in found]:
-        if wrapped := mistaken.names(found):
-            raise UpcycleError(f"{where}: {wrapped}")
         raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
+    if said := mistaken.empty({name: found[name].shape for name in expected}):
+        raise UpcycleError(f"{where}: {said}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UpcycleError(
-                f"{where}: {name} has shape {list(found[name].shape)} and config.json says {list(shape)}"
+                f"{where}: {found[name].name} has shape {list(found[name].shape)} and config.json says "
+                f"{list(shape)}"
             )
-    extra = [n for n in found if n not in expected]
-    left_out = {n: reason for n in extra if (reason := family.ignored(n)) is not None}
-    if family.tied and config["tie_word_embeddings"] and (head := family.tied[0]) in extra:
-        left_out[head] = f"tied to {family.tied[1]} by the config"
-    if surplus := [n for n in extra if n not in left_out]:
+    left_out = dict(dropped)
+    surplus = []
+    for name in stored:
+        own = mine.get(name)
+        if own in expected:
+            continue
+        if (reason := _spared(family, config, place, name, own)) is not None:
+            left_out[name] = reason
+        elif own is not None:
+            surplus.append(name)
+    if surplus:
+        if said := mistaken.heads(surplus):
+            raise UpcycleError(f"{where}: {said}")
         raise UpcycleError(
             f"{where} holds {listed(surplus)}, which a {family.model_type} of this config does not have; "
-            f"nothing is dropped in silence"
+            f"nothing is dropped in silence (--drop NAME leaves a tensor out)"
         )
     return left_out
+
+
+def _spared(family: Family, config: Config, place: Place, name: str, own: str | None) -> str | None:
+    """Return why a stored tensor that the model does not have may be left out, or None if it may not."""
+    if own is None:
+        return place.set_aside(name) or family.ignored(name)
+    if family.tied and own == family.tied[0] and config["tie_word_embeddings"]:
+        return f"tied to {family.tied[1]} by the config"
+    return family.ignored(own)
 
 
 def refuse_two_heads(dense: Dense) -> None:
@@ -201,7 +339,8 @@ def refuse_two_heads(dense: Dense) -> None:
 
     transformers 5 keeps the two apart if they differ. This reads both tensors.
     """
-    opened, tied = dense.checkpoint, dense.family.tied
+    opened, names = dense.checkpoint, dense.family.tied
+    tied = None if names is None else tuple(map(dense.place.names.stored, names))
     if tied is None or tied[0] not in dense.left_out:
         return
     head, embedding = (opened.tensors[name] for name in tied)
@@ -236,6 +375,11 @@ def admit_donors(
                 + (f" ({listed(different)})" if different else "")
                 + "; init.sources must share model_type and every tensor shape"
             )
+        if other := _differs(first, donor):
+            raise UpcycleError(
+                f"{opened.folder} and {first.checkpoint.folder} {other}; what is averaged must mean the same "
+                f"in both, so give donors that were trained from one model"
+            )
         narrow = [n for n, t in first.tensors.items() if t.dtype != donor.tensors[n].dtype]
         if narrow and not any_dtype:
             raise UpcycleError(
@@ -244,3 +388,20 @@ def admit_donors(
             )
         out.append(donor)
     return out
+
+
+# Keys of config.json that may differ between donors: they say nothing about what the weights mean.
+_FREE = frozenset(
+    "max_position_embeddings original_max_position_embeddings initializer_range initializer_factor use_cache "
+    "bos_token_id eos_token_id pad_token_id sep_token_id eod_token_id attention_dropout embd_pdrop "
+    "resid_pdrop hidden_dropout_prob attention_probs_dropout_prob dropout_rate".split()
+)
+
+
+def _differs(first: Dense, donor: Dense) -> str | None:
+    """Return how a donor's settings or tokens differ from those of `first`, or None if they do not."""
+    mine, theirs = first.config, donor.config
+    for key in sorted({*first.family.defaults, *first.family.reads, "rope_parameters"} - _FREE):
+        if mine.get(key) != theirs.get(key):
+            return f"differ in {key}: {shown(theirs.get(key))} and {shown(mine.get(key))}"
+    return vocabularies.difference(first.checkpoint.folder, donor.checkpoint.folder)

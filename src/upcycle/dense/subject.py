@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import read_json
+from upcycle.dense import places
 from upcycle.errors import UpcycleError
 from upcycle.families import Family, Grid
 
@@ -48,13 +49,20 @@ class Subject:
             raise UpcycleError(f"{self.folder}/config.json names no architecture")
         if not isinstance(named, list) or not isinstance(named[0], str):
             raise self._odd("architectures", "a list with the name of a class")
-        return targets.dense_class(named[0])
+        name = targets.dense_class(named[0])
+        # The text model within a multimodal one predicts the next token of a text.
+        return name.replace("ForConditionalGeneration", "ForCausalLM") if self._is_wrapper else name
+
+    @property
+    def _is_wrapper(self) -> bool:
+        return places.is_wrapper(self.config)
 
     @cached_property
     def _dense_config(self) -> Mapping[str, Any]:
         """The config of the dense class within the config, or the whole config if there is none."""
         target = targets.opened(self.config)
-        return (target.dense_config(self.config) if target else None) or self.config
+        own = places.own_config(self.config) if self._is_wrapper else self.config
+        return (target.dense_config(self.config) if target else None) or own
 
     @cached_property
     def _family(self) -> Family | None:
@@ -65,13 +73,13 @@ class Subject:
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """The config with the defaults of its dense family in place, if it has one."""
-        return self.config if self._family is None else self._family.config(self._dense_config)
+        return self._dense_config if self._family is None else self._family.config(self._dense_config)
 
     @property
     def length(self) -> int:
         """The number of tokens of a row: those of an image, or the number of positions."""
         if self._family is None:
-            return self._count("max_position_embeddings", self.config)
+            return self._count("max_position_embeddings", self._dense_config)
         return self._family.length(dict(self.settings))
 
     @property

@@ -272,14 +272,16 @@ def _kinds(inputs: Mapping[str, Any], stack: str, said: Said, rows: int) -> np.n
         else ("input_ids", "attention_mask")
     )
     tokens = inputs[ids].flatten()
-    if (real := inputs.get(mask)) is not None and len(said.logits) < len(tokens):
+    if said.real is not None:
+        tokens = tokens[said.real]
+    elif (real := inputs.get(mask)) is not None and len(said.logits) < len(tokens):
         tokens = tokens[real.flatten().bool()]
     out: np.ndarray = tokens.cpu().numpy()
     return out
 
 
 def _add(layer: Layer, name: str, said: Said, kinds: np.ndarray) -> None:
-    given = said.probabilities.cpu().double()
+    given = said.of_tokens(said.probabilities).cpu().double()
     experts = given.shape[-1]
     domain = layer.domains.setdefault(
         name, Domain(counts=np.zeros(experts, np.int64), weights=np.zeros(experts))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from upcycle import registry
@@ -29,14 +29,19 @@ SILENT = frozenset(
     "chunk_size_feed_forward _attn_implementation_autoset unsloth_version unsloth_fixed".split()
 )
 
-# Dense model types without an exact native target and without a file here, and why the obvious native target
-# does not fit (each was run, or its block compared).
+# Dense model types without a file here, and why (each was run, or its block compared).
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
-    "phi": "no native MoE computes its parallel, biased block",
-    "gpt2": "no native MoE has its biased, learned-position block",
-    "gpt_neox": "no native MoE has its biased, parallel block",
+    "bloom": "its networks add the residual stream themselves, so that experts cannot take their place",
+    "apertus": "its activation (xIELU) learns numbers of its own, which experts do not have",
+    "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
 }
+
+# Model types that are another one's class in transformers, under another name.
+SAME = {"internlm3": "llama", "iquestcoder": "llama"}
+
+# Model types with a hyphen, by the names of their files.
+_HYPHENS = {"xlm_roberta": "xlm-roberta"}
 
 
 class Family(abc.ABC):
@@ -58,9 +63,21 @@ class Family(abc.ABC):
     numbers: tuple[str, ...] = ()  # keys of config.json that are the number of a block
     per_block: tuple[str, ...] = ()  # keys of config.json that are lists with one entry per block
     tied: tuple[str, str] | None = None  # a head that config.json may tie, and the table it is tied to
+    # The class by which transformers opens the tokenizer of this type, whatever tokenizer_config.json names;
+    # empty if that file decides. `always` follows if the class goes before the one that the file names.
+    tokenizer = ""
+    former: Mapping[str, str] = {}  # ends of tensor names in older checkpoints, and what they are called now
+    root = ""  # what the names of the base model's tensors begin with, in a class with a head
+    base_class = ""  # the class without a head; empty if checkpoints of it are not taken
+    alone = ""  # the family of such a text model when it is taken out of a wrapper; empty: the same
+    assumed: Mapping[str, Any] = {}  # sizes that transformers assumes if the config of a part leaves them out
     class_tokens = 0  # tokens before the patches of an image; a head reads the first of them
     centred_norms = False  # True if norms multiply by 1 + w
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16
+
+    def meant(self, raw: Mapping[str, Any]) -> str:
+        """Return the model_type that transformers reads this config.json as, which may be another one."""
+        return self.model_type
 
     @property
     def norm_identity(self) -> float:
@@ -83,6 +100,10 @@ class Family(abc.ABC):
     def optional(self, config: Config) -> Weights:
         """Return the tensors that a checkpoint may have besides those of `weights`."""
         return {}
+
+    def may_lack(self, config: Config) -> frozenset[str]:
+        """Return the tensors of `weights` that a checkpoint need not have."""
+        return frozenset()
 
     def shapes(self, config: Config) -> Shapes:
         """Return the shapes of the tensors of `weights`."""
@@ -109,6 +130,17 @@ class Family(abc.ABC):
         Each name maps to `tokens` or `pixels` and a shape of about so many tokens in four short rows.
         """
         return {"input_ids": ("tokens", (4, min(tokens // 4, self.length(config))))}
+
+    def switches(self, config: Config) -> dict[str, int]:
+        """Return the numbers of tokens from which on the model computes otherwise, by name."""
+        return {}
+
+    def parts_ways(self, config: Config, native: str) -> str | None:
+        """Return why `native` generates other texts past a switch, or None if it does not.
+
+        A forward pass over a whole row is the same all the same.
+        """
+        return None
 
     @abc.abstractmethod
     def stacks(self, config: Config) -> tuple[Stack, ...]:
@@ -157,6 +189,18 @@ class Family(abc.ABC):
         """Return what a user should know about this pair of family and native target."""
         return []
 
+    def unlisted(self, config: Config, name: str) -> bool:
+        """Return whether a stored tensor belongs to a head that `weights` does not list."""
+        return False
+
+    def class_options(self, config: Config, stored: Collection[str]) -> Mapping[str, Any]:
+        """Return the arguments, besides the config, that make the class hold exactly the stored tensors."""
+        return {}
+
+    def tidied(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return config.json without what it says about tensors that are left out."""
+        return raw
+
     def ignored(self, name: str) -> str | None:
         """Return why a stored tensor that `shapes` does not list may be left out, or None if it may not."""
         if name.endswith("rotary_emb.inv_freq"):
@@ -167,16 +211,18 @@ class Family(abc.ABC):
 def find(model_type: str) -> Family:
     """Return the family of a dense `model_type`. Raises `UpcycleError`, with the reason, for other types."""
     package = sys.modules[__name__]
-    if model_type in registry.names(package):
-        return registry.find(package, model_type, "family", "family")
+    file = SAME.get(model_type, model_type).replace("-", "_")
+    if file in registry.names(package):
+        found: Family = registry.find(package, file, "family", "family")
+        return found
     if model_type in REFUSED:
-        raise UpcycleError(f"{model_type} has no exact native MoE: {REFUSED[model_type]}")
+        raise UpcycleError(f"upcycle does not take {model_type}: {REFUSED[model_type]}")
     raise UpcycleError(f"unknown model_type {shown(model_type)}; known: {', '.join(names())}")
 
 
 def names() -> list[str]:
     """Return the dense model types that have a file here."""
-    return registry.names(sys.modules[__name__])
+    return [_HYPHENS.get(name, name) for name in registry.names(sys.modules[__name__])]
 
 
 def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
@@ -189,9 +235,22 @@ def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, A
             f"{theta!r} and {given!r}"
         )
     rope = dict(given)
+    _refuse_two_thetas(raw, rope)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     rope.setdefault("rope_theta", theta)
     if (share := raw.get("partial_rotary_factor")) is not None:
         rope.setdefault("partial_rotary_factor", share)
     return rope
+
+
+def _refuse_two_thetas(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Refuse a config.json with two bases of rotation, of which readers take one or the other."""
+    outer = raw.get("rope_theta")
+    tables = [rope, *(table for table in rope.values() if isinstance(table, Mapping))]
+    inner = [table["rope_theta"] for table in tables if table.get("rope_theta") is not None]
+    if outer is not None and inner and outer not in inner:
+        raise UpcycleError(
+            f"config.json: rope_theta = {outer} stands beside rope_theta = {inner[0]} inside the rotary "
+            f"settings; readers take one or the other, so keep the one that is meant"
+        )

@@ -68,7 +68,7 @@ def _one_of(names: frozenset[str]) -> Kind:
 _SIZE = _whole(1)
 _BLOCKS = _whole(1, MOST_BLOCKS)
 _COUNT = _whole(0)
-_FLAG = Kind("true or false", lambda value: value is None or isinstance(value, bool))
+_FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 _TEXT = Kind("text", lambda value: isinstance(value, str))
 _ANY_NUMBER = _number(-1e30, "a number")
 _POSITIVE = _number(0.0, "a number above 0", open_=True)
@@ -115,13 +115,15 @@ KINDS: Mapping[str, Kind] = {
         "original_max_position_embeddings no_rope_layer_interval "
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
         "linear_num_value_heads num_channels num_stages type_vocab_size d_model d_ff d_kv num_heads "
-        "relative_attention_num_buckets relative_attention_max_distance",
+        "relative_attention_num_buckets relative_attention_max_distance n_positions n_embd n_head n_heads "
+        "ffn_dim dim hidden_dim embedding_size projection_dim",
     ),
     **_each(
         _SIZE.or_null(),
-        "num_key_value_heads head_dim pooler_output_size attention_chunk_size",
+        "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim "
+        "projection_size",
     ),
-    **_each(_BLOCKS, "num_hidden_layers num_layers full_attention_interval"),
+    **_each(_BLOCKS, "num_hidden_layers num_layers full_attention_interval n_layer n_layers"),
     "num_decoder_layers": _BLOCKS.or_null(),
     "sliding_window": _COUNT.or_null(),
     "sliding_window_pattern": _PATTERN.or_null(),
@@ -131,23 +133,32 @@ KINDS: Mapping[str, Kind] = {
                   "decoder_start_token_id image_token_id"),
     **_each(
         _FLAG,
-        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
-        "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
-        "is_encoder_decoder",
+        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window",
     ),
-    "hidden_act": _ACT,
+    **_each(
+        _FLAG.or_null(),
+        "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
+        "is_encoder_decoder use_qkv_bias qk_layernorm use_parallel_residual use_qk_norm attention_out_bias "
+        "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm norm_bias "
+        "vision_use_head",
+    ),
+    **_each(_ACT, "hidden_act activation_function activation"),
     "hidden_activation": _ACT.or_null(),
     "feed_forward_proj": _GATED_ACT,
-    **_each(_NOT_NEGATIVE, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps initializer_range "
-                           "initializer_factor layerscale_value"),
+    **_each(_NOT_NEGATIVE, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon "
+                           "initializer_range initializer_factor layerscale_value"),
     "layer_scale_init_value": _ANY_NUMBER,
     **_each(
         _SHARE,
         "attention_dropout embd_pdrop resid_pdrop dropout_rate drop_path_rate hidden_dropout_prob "
-        "attention_probs_dropout_prob",
+        "attention_probs_dropout_prob residual_dropout",
     ),
     **_each(_SHARE.or_null(), "partial_rotary_factor classifier_dropout"),
-    **_each(_ANY_NUMBER, "logit_scale embedding_multiplier residual_multiplier attention_multiplier"),
+    **_each(
+        _ANY_NUMBER,
+        "logit_scale logit_scale_init_value embedding_multiplier "
+        "residual_multiplier attention_multiplier",
+    ),
     **_each(_POSITIVE, "logits_scaling query_pre_attn_scalar mlp_ratio"),
     **_each(_POSITIVE.or_null(), "attn_logit_softcapping final_logit_softcapping clip_qkv rope_theta"),
     **_each(_SIDES, "image_size patch_size"),
@@ -155,6 +166,7 @@ KINDS: Mapping[str, Kind] = {
     "depths": _a_stage(_BLOCKS),
     "architectures": _TEXT.listed().or_null(),
     "layer_types": _one_of(LAYER_TYPES).listed().or_null(),
+    "layer_rope_theta": _NOT_NEGATIVE.listed().or_null(),
     "no_rope_layers": _FLAG_OR_COUNT.listed().or_null(),
     **_each(_TABLE, "rope_scaling rope_parameters label2id id2label"),
 }  # fmt: skip
@@ -195,6 +207,18 @@ def check(model_type: str, raw: Mapping[str, Any]) -> None:
             for key, kind in _ROPE.items():
                 if key in table and not kind.fits(table[key]):
                     raise _refusal(model_type, f"{where}.{key}", table[key], kind)
+
+    _refuse_padding_outside(model_type, raw)
+
+
+def _refuse_padding_outside(model_type: str, raw: Mapping[str, Any]) -> None:
+    """Refuse a padding token without a row in the table of embeddings, with which no model can be opened."""
+    pad, rows = raw.get("pad_token_id"), raw.get("vocab_size")
+    if type(pad) is int and type(rows) is int and not -rows <= pad < rows:
+        raise UpcycleError(
+            f"config.json of a {model_type} model: pad_token_id = {pad}, and a vocab_size of {rows} "
+            f"has rows 0 to {rows - 1}; set it to null, or to the token that pads"
+        )
 
 
 def _refusal(model_type: str, key: str, value: Any, kind: Kind) -> UpcycleError:

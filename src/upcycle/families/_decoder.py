@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Stack, Weights, rope_parameters
+from upcycle.families import Config, Stack, rope_parameters
 from upcycle.families._checked import check
 from upcycle.families._decoder_width import DecoderWidth
 from upcycle.families._training import Trained
-from upcycle.families._weights import Bias, Matrix, Norm, Table, below, linear
+from upcycle.families._weights import Bias, Matrix, Table, Weights, below, linear, norm, rms_norm
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Slice
 
@@ -22,6 +22,7 @@ class Decoder(DecoderWidth, Trained):
     """A decoder with `model.layers.N.mlp.{gate,up,down}_proj` and separate q, k, v, o projections."""
 
     theta = 10_000.0
+    root = "model."
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     reads = frozenset(REQUIRED) | {
         "head_dim", "num_key_value_heads", "partial_rotary_factor", "original_max_position_embeddings",
@@ -31,7 +32,16 @@ class Decoder(DecoderWidth, Trained):
     before = ("embed_tokens.",)
     after = ("norm.",)
     network_norm = "post_attention_layernorm"  # the norm that only the feed-forward network reads, if any
+    network: Mapping[str, str] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}  # its matrices
+    output = "o_proj"  # the matrix that ends attention
+    final_norm = "norm"
+    biased_norms = False
     residual: tuple[str, ...] = ("self_attn", "mlp")  # modules of a block that add to the residual stream
+
+    @property
+    def base_class(self) -> str:  # type: ignore[override]
+        """The class without a head."""
+        return self.architectures[0].replace("ForCausalLM", "Model")
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         check(self.model_type, raw)
@@ -52,17 +62,19 @@ class Decoder(DecoderWidth, Trained):
     def weights(self, config: Config) -> Weights:
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
         out: Weights = {"model.embed_tokens.weight": Table((vocabulary, hidden))}
-        out["model.norm.weight"] = Norm((hidden,))
+        out |= self.norm(f"model.{self.final_norm}", hidden)
         if not config["tie_word_embeddings"]:
             out["lm_head.weight"] = Matrix((vocabulary, hidden))
         for layer in range(config["num_hidden_layers"]):
-            parts = {
-                **self.attention(config, layer),
-                **self.mlp(config),
-                **{f"{norm}.weight": Norm((hidden,)) for norm in self.norms},
-            }
+            parts = {**self.attention(config, layer), **self.mlp(config)}
+            for name in self.norms:
+                parts |= self.norm(name, hidden)
             out |= below(f"model.layers.{layer}.", parts)
         return out
+
+    def norm(self, name: str, size: int) -> Weights:
+        """Return the tensors of a norm."""
+        return norm(name, size) if self.biased_norms else rms_norm(name, size)
 
     def attention(self, config: Config, layer: int) -> Weights:
         """Return the attention tensors of a layer, by their names within it."""
@@ -72,10 +84,11 @@ class Decoder(DecoderWidth, Trained):
             "self_attn.q_proj.weight": Matrix((queries, hidden)),
             "self_attn.k_proj.weight": Matrix((keys, hidden)),
             "self_attn.v_proj.weight": Matrix((keys, hidden)),
-            "self_attn.o_proj.weight": Matrix((hidden, queries)),
+            f"self_attn.{self.output}.weight": Matrix((hidden, queries)),
         }
         biases = {"q": queries, "k": keys, "v": keys, "o": hidden}
-        return out | {f"self_attn.{p}_proj.bias": Bias((biases[p],)) for p in self.attention_biases(config)}
+        names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": self.output}
+        return out | {f"self_attn.{names[p]}.bias": Bias((biases[p],)) for p in self.attention_biases(config)}
 
     def attention_biases(self, config: Config) -> str:
         """Return which of the projections q, k, v, o have a bias."""
@@ -88,15 +101,27 @@ class Decoder(DecoderWidth, Trained):
     def mlp(self, config: Config) -> Weights:
         """Return the feed-forward tensors of a layer, by their names within it."""
         hidden, width, bias = config["hidden_size"], config["intermediate_size"], self.mlp_biases(config)
-        weights = linear("mlp.gate_proj", width, hidden, bias=bias)
-        weights |= linear("mlp.up_proj", width, hidden, bias=bias)
-        return weights | linear("mlp.down_proj", hidden, width, bias=bias)
+        weights: Weights = {}
+        for part, name in self.network.items():
+            shape = (hidden, width) if part == "down" else (width, hidden)
+            weights |= linear(f"mlp.{name}", *shape, bias=bias)
+        return weights
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         # One long row if it can be made longer than a sliding window.
         window = config.get("sliding_window") or 0
         rows, length = (1, window + tokens // 4) if tokens // 4 <= window <= LONGEST else (4, tokens // 4)
         return {"input_ids": ("tokens", (rows, min(length, config["max_position_embeddings"])))}
+
+    def switches(self, config: Config) -> dict[str, int]:
+        rope, kinds = config["rope_parameters"], config.get("layer_types")
+        slides = kinds is None or "sliding_attention" in kinds
+        found = {"the sliding window": config.get("sliding_window") if slides else None}
+        if rope["rope_type"] == "longrope":
+            found["the change of long rope"] = rope.get("original_max_position_embeddings")
+        if rope["rope_type"] == "dynamic":
+            found["the change of dynamic rope"] = config["max_position_embeddings"]
+        return {name: int(at) for name, at in found.items() if at}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         return (
@@ -108,8 +133,8 @@ class Decoder(DecoderWidth, Trained):
                 path="model.layers.{i}.mlp",
                 owned=("model.layers.{i}.mlp.",),
                 module="layers.{i}.mlp",
-                down="layers.{i}.mlp.down_proj",
-                heads=("layers.{i}.self_attn.o_proj",),
+                down=f"layers.{{i}}.mlp.{self.network['down']}",
+                heads=(f"layers.{{i}}.self_attn.{self.output}",),
                 causal=True,
                 activation=config["hidden_act"],
             ),
@@ -125,9 +150,9 @@ class Decoder(DecoderWidth, Trained):
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
     ) -> FeedForward:
         mlp = f"model.layers.{layer}.mlp."
-        names = ("gate", "up", "down")
-        biases = {f"{n}_bias": tensors[f"{mlp}{n}_proj.bias"] for n in names if self.mlp_biases(config)}
-        return FeedForward(**{n: tensors[f"{mlp}{n}_proj.weight"] for n in names}, **biases)
+        parts = self.network.items()
+        biases = {f"{part}_bias": tensors[f"{mlp}{n}.bias"] for part, n in parts if self.mlp_biases(config)}
+        return FeedForward(**{part: tensors[f"{mlp}{name}.weight"] for part, name in parts}, **biases)
 
     def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         return {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
@@ -164,6 +189,11 @@ class FusedGate(Decoder):
             up=Slice(both, 0, width, 2 * width),
             down=tensors[mlp + "down_proj.weight"],
         )
+
+
+def sizes(vocabulary: int, hidden: int, width: int, layers: int, heads: int) -> Config:
+    """Return what transformers assumes for the sizes that the config of a text model leaves out."""
+    return dict(zip(REQUIRED, (vocabulary, hidden, width, layers, heads), strict=True))
 
 
 def every_nth_full(config: Config, n: int | str, others: str = "sliding_attention") -> list[str]:

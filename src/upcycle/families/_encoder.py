@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from upcycle.errors import UpcycleError
@@ -16,8 +17,16 @@ from upcycle.families._weights import below
 class Encoder(Trained):
     """A family whose checkpoints are of one of several classes; it has no native MoE.
 
-    A class with a head holds the base model below `prefix`; the base model itself has no prefix.
+    A class with a head holds the base model below `prefix`; the base model itself has no prefix. A class that
+    is not in `architectures` and whose name begins like them has a head of its own, of whatever tensors are
+    stored beside the base model.
     """
+
+    former = {".gamma": ".weight", ".beta": ".bias"}
+    renamed: ClassVar[Mapping[str, str]] = {}  # classes that are called otherwise today
+    # what the names of tensors begin with that some class has and another leaves out, below the class
+    heads: ClassVar[tuple[str, ...]] = ("pooler.", "classifier.", "qa_outputs.")
+    pooler = ""  # the name of the pooler's matrix in the base model, if it may be missing
 
     prefix: ClassVar[str]
     before: tuple[str, ...] = ("embeddings.",)
@@ -30,14 +39,20 @@ class Encoder(Trained):
         if missing := [key for key in self.sizes if key not in config]:
             raise UpcycleError(f"config.json of a {self.model_type} model lacks {', '.join(missing)}")
         named = raw.get("architectures") or [self.architectures[0]]
-        if named[0] not in self.architectures:
+        name = self.renamed.get(named[0], named[0])
+        if name not in self.architectures and not name.startswith(self.stem):
             raise UpcycleError(
                 f"config.json names the class {named[0]}; of {self.model_type}, upcycle knows "
-                f"{', '.join(self.architectures)}"
+                f"{', '.join(self.architectures)} and others that begin with {self.stem}"
             )
-        config["architectures"] = [named[0]]
+        config["architectures"] = [name]
         config.setdefault("tie_word_embeddings", False)
         return self.finish(config)
+
+    @property
+    def stem(self) -> str:
+        """What the names of its classes begin with."""
+        return re.split("For|EncoderModel|Model", self.architectures[0])[0] + "For"
 
     def finish(self, config: Config) -> Config:
         """Add fields that follow from others, under the names that the rest of the project reads."""
@@ -57,7 +72,31 @@ class Encoder(Trained):
         """Return the tensors that the config's class has beyond those of `body`, by their full names."""
 
     def weights(self, config: Config) -> Weights:
-        return below(self.base(config), self.body(config)) | self.head(config)
+        head = self.head(config) if config["architectures"][0] in self.architectures else {}
+        return below(self.base(config), self.body(config)) | head
+
+    def may_lack(self, config: Config) -> frozenset[str]:
+        """Return the pooler of the base model, which self-supervised models and embedders do without."""
+        if self.base(config) or not self.pooler:
+            return frozenset()
+        return frozenset(name for name in self.head(config) if name.startswith(self.pooler))
+
+    def unlisted(self, config: Config, name: str) -> bool:
+        """Return whether a stored tensor is of the head of a class that `architectures` does not list."""
+        if config["architectures"][0] in self.architectures:
+            return False
+        base = self.base(config)
+        return not name.startswith(base) or (
+            bool(self.pooler) and name.removeprefix(base).startswith(self.pooler)
+        )
+
+    def class_options(self, config: Config, stored: Collection[str]) -> Mapping[str, Any]:
+        return {"add_pooling_layer": False} if self.may_lack(config) - set(stored) else {}
+
+    def ignored(self, name: str) -> str | None:
+        if name.removeprefix(f"{self.prefix}.").startswith(self.heads):
+            return "of another head than that of the class in config.json"
+        return super().ignored(name)
 
 
 def num_labels(config: Config) -> int:

@@ -18,7 +18,7 @@ class EncoderDecoder(Encoder):
     """T5, T5 1.1 and mT5."""
 
     sizes = ("d_model", "d_ff", "d_kv", "num_layers", "num_heads", "vocab_size")
-    prefix = ""
+    prefix = "transformer"
     counts = ("num_layers", "num_decoder_layers")
     tied = ("lm_head.weight", "shared.weight")
     before: tuple[str, ...] = ("shared.", "encoder.embed_tokens.", "decoder.embed_tokens.")
@@ -55,12 +55,19 @@ class EncoderDecoder(Encoder):
         }
 
     def base(self, config: Config) -> str:
-        return ""
+        name = config["architectures"][0]
+        return (
+            "transformer." if name.endswith(("ForSequenceClassification", "ForTokenClassification")) else ""
+        )
+
+    def unlisted(self, config: Config, name: str) -> bool:
+        body = tuple(self.base(config) + part for part in ("shared.", "encoder.", "decoder."))
+        return config["architectures"][0] not in self.architectures and not name.startswith(body)
 
     def body(self, config: Config) -> Weights:
         hidden = config["d_model"]
         out: Weights = {"shared.weight": Table((config["vocab_size"], hidden))}
-        for stack in self.stacks(config):
+        for stack in self._stacks(config, ""):
             for i in range(stack.count):
                 block = f"{stack.name}.block.{i}.layer."
                 out |= self._attention(config, block + "0", "SelfAttention")
@@ -93,6 +100,8 @@ class EncoderDecoder(Encoder):
 
         transformers 5 loads it, although it treats every T5 as tied.
         """
+        if config["architectures"][0] not in self.architectures:
+            return {}
         return {"lm_head.weight": Matrix((config["vocab_size"], config["d_model"]))}
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -100,8 +109,12 @@ class EncoderDecoder(Encoder):
         return read if len(self.stacks(config)) == 1 else {**read, "decoder_input_ids": read["input_ids"]}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
+        return self._stacks(config, self.base(config))
+
+    def _stacks(self, config: Config, base: str) -> tuple[Stack, ...]:
+        """Return the stacks, with `base` before the names of their tensors on disk."""
         counts = {"encoder": config["num_layers"], "decoder": config["num_decoder_layers"]}
-        if config["architectures"][0].endswith("EncoderModel"):
+        if config["architectures"][0].endswith(("EncoderModel", "ForTokenClassification")):
             del counts["decoder"]
         out = []
         for name, count in counts.items():
@@ -115,8 +128,8 @@ class EncoderDecoder(Encoder):
                     width=config["d_ff"],
                     attention=config["num_heads"] * config["d_kv"],
                     across="encoder" if name == "decoder" else "",
-                    path=path,
-                    owned=(path + ".",),
+                    path=base + path,
+                    owned=(base + path + ".",),
                     module=path,
                     down=path + ".wo",
                     heads=(f"{name}.block.{{i}}.layer.0.SelfAttention.o",),
@@ -133,12 +146,13 @@ class EncoderDecoder(Encoder):
         return super().depth(name, counts)
 
     def stack_of(self, name: str) -> str:
+        name = name.removeprefix("transformer.")
         of_the_encoder = "EncDecAttention.k." in name or "EncDecAttention.v." in name
         return "decoder" if name.startswith(("decoder.", "lm_head")) and not of_the_encoder else "encoder"
 
     def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
         attention = ("0.SelfAttention", "1.EncDecAttention")[: NETWORK[stack.name]]
-        return (*(f"{stack.name}.block.{{i}}.layer.{each}" for each in attention), stack.path)
+        return (*(f"{stack.name}.block.{{i}}.layer.{each}" for each in attention), stack.module)
 
     def own_norm(self, config: Config, stack: Stack) -> str:
         return f"{stack.name}.block.{{i}}.layer.{NETWORK[stack.name]}.layer_norm"
@@ -149,7 +163,7 @@ class EncoderDecoder(Encoder):
 
     def initial(self, config: Config, name: str, weight: Weight) -> Initial | None:
         """Return deviations with which products start at a variance of one, as T5's `_init_weights` does."""
-        inner = config["num_heads"] * config["d_kv"]
+        inner, name = config["num_heads"] * config["d_kv"], name.removeprefix("transformer.")
         if name in ("shared.weight", "lm_head.weight"):
             return Normal(float(config["initializer_factor"]))
         if name.endswith("Attention.q.weight"):
@@ -163,7 +177,7 @@ class EncoderDecoder(Encoder):
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
     ) -> FeedForward:
-        network = f"{stack}.block.{layer}.layer.{NETWORK[stack]}.DenseReluDense."
+        network = f"{self.base(config)}{stack}.block.{layer}.layer.{NETWORK[stack]}.DenseReluDense."
         down = tensors[network + "wo.weight"]
         if not config["gated"]:
             return FeedForward(up=tensors[network + "wi.weight"], down=down)
@@ -172,6 +186,7 @@ class EncoderDecoder(Encoder):
         )
 
     def ignored(self, name: str) -> str | None:
+        name = name.removeprefix("transformer.")
         if name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
             return "tied to shared.weight"
         if name.startswith("decoder.") and "EncDecAttention.relative_attention_bias" in name:

@@ -17,6 +17,8 @@ class VisionTransformer(Encoder):
 
     sizes = (*Encoder.sizes, "intermediate_size")
     tokens: tuple[str, ...] = ("cls_token",)
+    pooler = "pooler."
+    heads = (*Encoder.heads, "decoder.", "embeddings.mask_token")
     norms = ("layernorm_before", "layernorm_after")
     residual: tuple[str, ...] = ("attention", "mlp")  # modules of a block that add to the residual stream
     blocks = "layers"  # the list of blocks in memory, below the base model
@@ -65,6 +67,12 @@ class VisionTransformer(Encoder):
         """Return the tensors of a block's feed-forward network, by their names in the block."""
         hidden, width = config["hidden_size"], config["intermediate_size"]
         return linear("intermediate.dense", width, hidden) | linear("output.dense", hidden, width)
+
+    def optional(self, config: Config) -> Weights:
+        """Return the token of a masked patch, which only models of masked images have."""
+        masked = config["architectures"][0].endswith("ForMaskedImageModeling")
+        token: Weights = {f"{self.base(config)}embeddings.mask_token": Table((1, 1, config["hidden_size"]))}
+        return token if masked else {}
 
     def head(self, config: Config) -> Weights:
         hidden = config["hidden_size"]

@@ -1,7 +1,7 @@
 """BERT: the post-norm encoder of BERT itself, MiniLM and most sentence embeddings."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack, Weights
@@ -10,19 +10,30 @@ from upcycle.families._weights import Bias, Table, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
+_LANGUAGE = ("BertForMaskedLM", "BertLMHeadModel", "BertForPreTraining")
 _POOLED = ("BertModel", "BertForPreTraining", "BertForSequenceClassification")
 
 
 class Bert(Encoder):
     model_type = "bert"
-    architectures = (
-        "BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification",
-        "BertForTokenClassification", "BertForQuestionAnswering",
+    heads: ClassVar[tuple[str, ...]] = ("pooler.", "classifier.", "qa_outputs.", "cls.")
+    pooler = "pooler."
+    norm_before = "attention.output.LayerNorm"  # the norm that the network reads, by its name in a block
+    attention_end = "attention.output.dense"  # the matrix that ends attention
+    architectures: tuple[str, ...] = (
+        "BertModel", "BertForMaskedLM", "BertLMHeadModel", "BertForPreTraining",
+        "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering",
     )  # fmt: skip
-    prefix = "bert"
+    prefix: ClassVar[str] = "bert"
     summary = "BERT, MiniLM, sentence embeddings"
-    sizes = (*Encoder.sizes, "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
-    defaults = {
+    sizes: ClassVar[tuple[str, ...]] = (
+        *Encoder.sizes,
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+    )
+    defaults: Mapping[str, Any] = {
         "vocab_size": 30522,
         "hidden_size": 768,
         "num_hidden_layers": 12,
@@ -72,7 +83,7 @@ class Bert(Encoder):
         out: Weights = (
             row_linear(f"{self.base(config)}pooler.dense", hidden, hidden) if name in _POOLED else {}
         )
-        if name in ("BertForMaskedLM", "BertForPreTraining"):
+        if name in _LANGUAGE:
             out |= {"cls.predictions.bias": Bias((config["vocab_size"],))}
             out |= linear("cls.predictions.transform.dense", hidden, hidden)
             out |= norm("cls.predictions.transform.LayerNorm", hidden)
@@ -100,9 +111,9 @@ class Bert(Encoder):
                 owned=(block + "intermediate.", block + "output.dense."),
                 module="encoder.layer.{i}.intermediate",
                 replaced=("encoder.layer.{i}.output.dense",),
-                norm_path=block + "attention.output.LayerNorm",
+                norm_path=block + self.norm_before,
                 down="encoder.layer.{i}.output.dense",
-                heads=("encoder.layer.{i}.attention.output.dense",),
+                heads=("encoder.layer.{i}." + self.attention_end,),
                 causal=False,
                 activation=config["hidden_act"],
             ),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder, every_nth_full
+from upcycle.families._decoder import Decoder, every_nth_full, sizes
 
 
 class Cohere2(Decoder):
@@ -13,8 +13,10 @@ class Cohere2(Decoder):
     summary = "Cohere Command R7B"
     reads = Decoder.reads | {"sliding_window_pattern"}
     natives = ("cohere2_moe",)
+    tokenizer = "CohereTokenizer"
     norms = ("input_layernorm",)
     network_norm = ""  # attention reads the norm as well
+    assumed = sizes(256_000, 8192, 22528, 40, 64)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 8192,

@@ -9,6 +9,7 @@ class Ernie45(Decoder):
     architectures = ("Ernie4_5ForCausalLM",)
     summary = "ERNIE 4.5 dense"
     natives = ("ernie4_5_moe",)
+    tokenizer = "TokenizersBackend"
     theta = 500_000.0
     defaults = {
         "hidden_act": "silu",

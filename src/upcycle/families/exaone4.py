@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config, Weights
-from upcycle.families._decoder import Decoder, every_nth_full
+from upcycle.families._decoder import Decoder, every_nth_full, sizes
 from upcycle.families._weights import Norm
 
 
@@ -18,6 +18,7 @@ class Exaone4(Decoder):
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
     network_norm = ""
     residual = norms
+    assumed = sizes(102_400, 4096, 16384, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from upcycle.families import Config
 from upcycle.families._decoder import Decoder, as_granite
@@ -14,6 +15,7 @@ class Gemma(Decoder):
     architectures = ("GemmaForCausalLM",)
     summary = "Gemma 1 (1 + w of its norms is folded into the weights)"
     natives = ("granitemoe",)
+    tokenizer = "GemmaTokenizer"
     reads = Decoder.reads | {"hidden_activation"}  # the later spelling, which its class ignores
     centred_norms = True
     exact_when_narrow = False  # 1 + w rounds
@@ -33,6 +35,13 @@ class Gemma(Decoder):
         "head_dim": 256,
     }
 
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        # The first releases said `gelu` and meant its tanh approximation, as transformers knows.
+        if config["hidden_act"] == "gelu":
+            config["hidden_act"] = "gelu_pytorch_tanh"
+        return config
+
     def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         return {
             name: Affine(tensor, shift=1.0) if name.endswith("norm.weight") else tensor
@@ -45,12 +54,11 @@ class Gemma(Decoder):
         return super().refusal(config, native)
 
     def native_config(self, config: Config, native: str) -> Config:
-        # The first releases said `gelu` and meant its tanh approximation, as transformers knows.
-        act = "gelu_pytorch_tanh" if config["hidden_act"] == "gelu" else config["hidden_act"]
-        scale = math.sqrt(config["hidden_size"])
-        return as_granite({**config, "hidden_act": act, "embedding_multiplier": scale})
+        return as_granite({**config, "embedding_multiplier": math.sqrt(config["hidden_size"])})
 
     def warnings(self, native: str) -> list[str]:
+        if native not in self.natives:
+            return []
         return [
             "the norms of gemma become 1 + w, which rounds in bfloat16 and float16 (exact in float32)",
         ]

@@ -1,6 +1,7 @@
 """Gemma 3, the text model: Gemma 2 with normalised queries and keys."""
 
 from upcycle.families import Config, Weights
+from upcycle.families._decoder import sizes
 from upcycle.families._weights import Norm
 from upcycle.families.gemma2 import Gemma2
 
@@ -8,10 +9,12 @@ from upcycle.families.gemma2 import Gemma2
 class Gemma3(Gemma2):
     model_type = "gemma3_text"
     architectures = ("Gemma3ForCausalLM",)
+    base_class = "Gemma3TextModel"
     summary = "Gemma 3, text"
     reads = Gemma2.reads | {"sliding_window_pattern"}
     no_native = "no native MoE has its four norms"
     theta = 1_000_000.0
+    assumed = sizes(262_208, 2304, 9216, 26, 8)
     defaults = {
         **Gemma2.defaults,
         "max_position_embeddings": 131_072,

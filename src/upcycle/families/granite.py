@@ -1,6 +1,6 @@
 """Granite: Llama with multipliers on embeddings, attention, residuals and logits."""
 
-from upcycle.families._decoder import Decoder
+from upcycle.families._decoder import Decoder, sizes
 
 
 class Granite(Decoder):
@@ -8,6 +8,8 @@ class Granite(Decoder):
     architectures = ("GraniteForCausalLM",)
     summary = "IBM Granite 3 dense"
     natives = ("granitemoe",)
+    tokenizer = "TokenizersBackend"
+    assumed = sizes(32_000, 4096, 11008, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,

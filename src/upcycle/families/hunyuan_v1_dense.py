@@ -10,6 +10,7 @@ class HunyuanV1Dense(Decoder):
     architectures = ("HunYuanDenseV1ForCausalLM",)
     summary = "Tencent Hunyuan dense, 0.5B to 7B"
     natives = ("hunyuan_v1_moe",)
+    reads = Decoder.reads | {"sep_token_id"}
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
@@ -33,6 +34,9 @@ class HunyuanV1Dense(Decoder):
             "self_attn.query_layernorm.weight": norm,
             "self_attn.key_layernorm.weight": norm,
         }
+
+    def native_config(self, config: Config, native: str) -> Config:
+        return {"sep_token_id": None, **config}  # its class has a default of its own
 
 
 family = HunyuanV1Dense()

@@ -1,7 +1,7 @@
 """Llama, and other models that call themselves llama: TinyLlama, SmolLM, Yi, ..."""
 
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder, as_granite, attention_bias_refusal
+from upcycle.families._decoder import Decoder, as_granite, attention_bias_refusal, sizes
 
 
 class Llama(Decoder):
@@ -13,6 +13,7 @@ class Llama(Decoder):
         "olmoe": "olmoe normalises queries and keys; the norms have no source in llama",
         "qwen3_moe": "qwen3_moe normalises queries and keys; the norms have no source in llama",
     }
+    assumed = sizes(32_000, 4096, 11008, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
@@ -30,7 +31,8 @@ class Llama(Decoder):
     }
 
     def refusal(self, config: Config, native: str) -> str | None:
-        return attention_bias_refusal(config, native) or super().refusal(config, native)
+        # Biases in the networks first: no other native target takes them.
+        return super().refusal(config, native) or attention_bias_refusal(config, native)
 
     def native_config(self, config: Config, native: str) -> Config:
         return as_granite(config) if native == "granitemoe" else config

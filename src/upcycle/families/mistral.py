@@ -1,6 +1,9 @@
 """Mistral: Llama with a sliding window."""
 
-from upcycle.families._decoder import Decoder
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.families._decoder import Decoder, sizes
 
 
 class Mistral(Decoder):
@@ -8,7 +11,9 @@ class Mistral(Decoder):
     architectures = ("MistralForCausalLM",)
     summary = "Mistral 7B and its kin, sliding window kept"
     natives = ("mixtral",)
+    tokenizer = "TokenizersBackend"
     inexact = {"granitemoe": "granitemoe has no sliding window"}
+    assumed = sizes(32_000, 4096, 14336, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131072,
@@ -23,6 +28,10 @@ class Mistral(Decoder):
         "head_dim": None,
         "num_key_value_heads": 8,
     }
+
+    def meant(self, raw: Mapping[str, Any]) -> str:
+        """A mistral with kinds of layers is opened as ministral, whatever it calls itself."""
+        return "ministral" if "layer_types" in raw else self.model_type
 
 
 family = Mistral()

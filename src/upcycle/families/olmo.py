@@ -9,6 +9,7 @@ class Olmo(Decoder):
     architectures = ("OlmoForCausalLM",)
     summary = "OLMo 1"
     natives = ()
+    tokenizer = "GPTNeoXTokenizer"
     no_native = "olmoe normalises queries and keys and olmo does not; the norms have no source"
     norms = ()
     defaults = {

@@ -10,6 +10,7 @@ from upcycle.families._weights import Norm
 class Olmo2(Decoder):
     model_type = "olmo2"
     architectures = ("Olmo2ForCausalLM",)
+    tokenizer = "TokenizersBackend"
     summary = "OLMo 2"
     natives: tuple[str, ...] = ("flex_olmo",)
     inexact: Mapping[str, str] = {"olmoe": "olmoe normalises before its blocks and olmo2 after them"}

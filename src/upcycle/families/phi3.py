@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
 from upcycle.families._decoder import FusedGate
 from upcycle.families._weights import Matrix
@@ -14,6 +15,7 @@ class Phi3(FusedGate):
     architectures = ("Phi3ForCausalLM",)
     summary = "Phi-3 and Phi-3.5, default and long rope"
     natives = ("mixtral",)
+    tokenizer = "TokenizersBackend"
     inexact = {"phimoe": "phimoe uses LayerNorm and sparse-mixer gates, which do not sum to one"}
     defaults = {
         "hidden_act": "silu",
@@ -35,6 +37,11 @@ class Phi3(FusedGate):
     def config(self, raw: Mapping[str, Any]) -> Config:
         config = super().config(raw)
         rope = config["rope_parameters"]
+        if rope["rope_type"] == "su" and "original_max_position_embeddings" not in rope:
+            raise UpcycleError(
+                "config.json of a phi3 model: the type su of its rotary settings is an early name, and "
+                "transformers no longer opens the model with it; write longrope in its place"
+            )
         if rope["rope_type"] in ("su", "yarn"):  # early names of the same thing
             rope["rope_type"] = "longrope"
         if rope["rope_type"] == "longrope":
@@ -62,6 +69,16 @@ class Phi3(FusedGate):
                 out[name.replace("qkv_proj", f"{p}_proj")] = Slice(tensor, 0, start, stop)
                 start = stop
         return out
+
+    def parts_ways(self, config: Config, native: str) -> str | None:
+        rope = config["rope_parameters"]
+        if rope["rope_type"] != "longrope" or native not in self.natives:
+            return None
+        return (
+            f"where a text grows past {rope['original_max_position_embeddings']:,} tokens while it is "
+            f"generated, phi3 computes its cache anew with the long factors and {native} does not: the text "
+            f"goes on differently (moe.target = upcycled does as phi3)"
+        )
 
     def refusal(self, config: Config, native: str) -> str | None:
         if config["rope_parameters"].get("partial_rotary_factor", 1.0) != 1.0:

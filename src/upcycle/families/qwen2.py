@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder, as_granite
+from upcycle.families._decoder import Decoder, as_granite, sizes
 from upcycle.tensors.computed import Fill
 from upcycle.tensors.lazy import Lazy
 
@@ -25,7 +25,9 @@ class Qwen2(Decoder):
     architectures = ("Qwen2ForCausalLM",)
     summary = "Qwen2, Qwen2.5 and whatever shares their class"
     natives = ("qwen2_moe", "granitemoe")
+    tokenizer = "Qwen2Tokenizer always"
     numbers = ("max_window_layers",)
+    assumed = sizes(151_936, 4096, 22016, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config, Weights
-from upcycle.families._decoder import Decoder
+from upcycle.families._decoder import Decoder, sizes
 from upcycle.families._weights import Norm
 from upcycle.families.qwen2 import layer_types
 
@@ -14,7 +14,9 @@ class Qwen3(Decoder):
     architectures = ("Qwen3ForCausalLM",)
     summary = "Qwen3 dense, 0.6B to 32B"
     natives = ("qwen3_moe",)
-    numbers = ("max_window_layers",)
+    tokenizer = "Qwen2Tokenizer"
+    numbers: tuple[str, ...] = ("max_window_layers",)
+    assumed = sizes(151_936, 4096, 22016, 32, 32)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,

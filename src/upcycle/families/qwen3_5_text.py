@@ -5,16 +5,21 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle.families import Config, Stack, Weights
-from upcycle.families._decoder import Decoder, every_nth_full
+from upcycle.families._decoder import Decoder, every_nth_full, sizes
 from upcycle.families._weights import Matrix, Norm, Scale, Weight, below
+
+_PREDICTED = "mtp_num_hidden_layers"  # the key of config.json that counts the blocks called mtp
 
 
 class Qwen35Text(Decoder):
     model_type = "qwen3_5_text"
     architectures = ("Qwen3_5ForCausalLM",)
+    base_class = "Qwen3_5TextModel"
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
+    tokenizer = "Qwen3_5Tokenizer"
     reads = Decoder.reads | {"full_attention_interval"}
+    assumed = sizes(248_320, 4096, 12288, 32, 16)
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
@@ -54,6 +59,14 @@ class Qwen35Text(Decoder):
             "self_attn.q_norm.weight": norm,
             "self_attn.k_norm.weight": norm,
         }
+
+    def tidied(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**raw, _PREDICTED: 0} if raw.get(_PREDICTED) else raw
+
+    def ignored(self, name: str) -> str | None:
+        if name.startswith("mtp."):
+            return "a block that predicts further tokens, which transformers never reads"
+        return super().ignored(name)
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         linear = "layers.{i}.linear_attn.out_proj"

@@ -4,18 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder, as_granite
-from upcycle.tensors.computed import Fill
-from upcycle.tensors.lazy import Lazy
-
-NO_SINK = -1e4  # an attention sink that weighs nothing; finite, because exp(-inf) is NaN in some kernels
+from upcycle.families._decoder import as_granite
+from upcycle.families._sinks import WithoutSinks
 
 
-class SmolLM3(Decoder):
+class SmolLM3(WithoutSinks):
     model_type = "smollm3"
     architectures = ("SmolLM3ForCausalLM",)
     summary = "SmolLM3 (layers without rotation kept)"
-    natives = ("granitemoe_swa",)
     inexact = {"mixtral": "mixtral rotates every layer and smollm3 skips some"}
     per_block = ("layer_types", "no_rope_layers")
     theta = 2_000_000.0
@@ -53,18 +49,12 @@ class SmolLM3(Decoder):
             ]
         return config
 
-    def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        out = super().backbone(config, native, tensors)
-        for layer in range(config["num_hidden_layers"]):
-            attention = f"model.layers.{layer}.self_attn."
-            dtype = tensors[attention + "q_proj.weight"].dtype
-            out[attention + "sinks"] = Fill((config["num_attention_heads"],), dtype, NO_SINK)
-        return out
-
     def native_config(self, config: Config, native: str) -> Config:
         theta = config["rope_parameters"]["rope_theta"]
         rotated = [theta if rotates else 0 for rotates in config["no_rope_layers"]]
-        return as_granite({**config, "layer_rope_theta": rotated})
+        # Its class builds the mask of a window even where no layer slides; this one is never left.
+        window = config["sliding_window"] or config["max_position_embeddings"]
+        return as_granite({**config, "layer_rope_theta": rotated, "sliding_window": window})
 
 
 family = SmolLM3()

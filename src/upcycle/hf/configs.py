@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, AutoConfig
 
 from upcycle import families
+from upcycle.families._wrappers import WRAPPERS
 from upcycle.nn import upcycled_config
 from upcycle.nn.shape import Shape
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
@@ -61,8 +62,36 @@ class UpcycledConfig:
 
 
 @functools.cache
+def wrapper_class(model_type: str) -> type[PreTrainedConfig]:
+    """Return the config class of a wrapper that otherwise builds one text model only, for an upcycled one.
+
+    `model_type` is the wrapper's in transformers.
+    """
+    dense, text = CONFIG_MAPPING[model_type], PREFIX + WRAPPERS[model_type].text
+
+    def init(self: Any, **kwargs: Any) -> None:
+        dense.__init__(self, **kwargs)
+        for do in _first_read:
+            do(model_type)
+
+    members = {
+        "model_type": PREFIX + model_type,
+        "sub_configs_defaults": {
+            **dense.sub_configs_defaults,
+            "text_config": SubConfigSpec(config_class=AutoConfig, model_type=text),
+        },
+        "__init__": init,
+        "__module__": __name__,
+    }
+    made: type[PreTrainedConfig] = type(CLASS_PREFIX + dense.__name__, (dense,), members)
+    return made
+
+
+@functools.cache
 def config_class(model_type: str) -> type[PreTrainedConfig]:
     """Return the config class of the upcycled `model_type` (a dense model type of transformers)."""
+    if model_type in WRAPPERS:
+        return wrapper_class(model_type)
     dense = CONFIG_MAPPING[model_type]
 
     def init(self: Any, moe: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
@@ -80,9 +109,14 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     return made
 
 
+def upcycled_types() -> list[str]:
+    """Return the dense model types of which there are upcycled ones, wrappers that need one included."""
+    return [*families.names(), *(name for name, wrapper in WRAPPERS.items() if not wrapper.free)]
+
+
 def __getattr__(name: str) -> Any:
     # Make classes on demand; pickling looks them up by name.
-    for model_type in families.names():
+    for model_type in upcycled_types():
         if CLASS_PREFIX + CONFIG_MAPPING_NAMES.get(model_type, "?") == name:
             return config_class(model_type)
     raise AttributeError(name)

@@ -19,11 +19,11 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from upcycle.errors import UpcycleError, cut
+from upcycle.families._wrappers import WRAPPERS
 from upcycle.hf import opening
+from upcycle.hf.autos import autos
 from upcycle.hf.configs import config_class
 from upcycle.nn.moe import MoE
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
@@ -54,9 +54,10 @@ class UpcycledModel:
                 for path in shape.replaced:
                     owner, _, name = path.format(i=i).rpartition(".")
                     setattr(base.get_submodule(owner), name, nn.Identity())
-            # Register the hook on the stack, not on the whole model: generation runs an encoder alone. Use a
-            # partial, not a closure, so that a copy of the model calls its own layers.
-            stack = base.get_submodule(shape.stack) if shape.stack in ("encoder", "decoder") else base
+            # Register the hook on the stack, not on the whole model: generation runs an encoder alone, and
+            # an image has no mask. A partial, not a closure: a copy of the model calls its own layers.
+            alone = shape.stack == "layers"
+            stack = base if alone else base.get_submodule(shape.module.partition(".")[0])
             stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
         if after := getattr(config, "mean_pooling_after", 0):
             base.register_forward_hook(functools.partial(_pool, after))
@@ -86,22 +87,30 @@ def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> An
 
 @functools.cache
 def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the class `dense` of transformers with MoE layers added."""
+    """Return the class `dense` of transformers with MoE layers, or with an upcycled text model, in it."""
+    config_of = config_class(dense.config_class.model_type)
+    if dense.config_class.model_type in WRAPPERS:
+        around = {"config_class": config_of, "__module__": __name__}
+        return _renamed_as(dense, type(CLASS_PREFIX + dense.__name__, (dense,), around))
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         # The submodules of a dense class have no experts and would reject a choice of implementation.
         wanted, config._experts_implementation = config._experts_implementation, "eager"
-        dense.__init__(self, config, *args, **kwargs)
+        dense.__init__(self, config, *args, **{**getattr(config, "class_options", {}), **kwargs})
         self.config._experts_implementation = self.get_correct_experts_implementation(wanted)
         self.replace()
 
     members = {
         "__init__": init,
         "__module__": __name__,
-        "config_class": config_class(dense.config_class.model_type),
+        "config_class": config_of,
         "base_model_prefix": dense.base_model_prefix,
     }
-    made: type[PreTrainedModel] = type(CLASS_PREFIX + dense.__name__, (UpcycledModel, dense), members)
+    return _renamed_as(dense, type(CLASS_PREFIX + dense.__name__, (UpcycledModel, dense), members))
+
+
+def _renamed_as(dense: type[PreTrainedModel], made: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return `made` after telling transformers that its names on disk are those of `dense`."""
     model_type = dense.config_class.model_type
     for ours, theirs in ((made.__name__, dense.__name__), (PREFIX + model_type, model_type)):
         # The names on disk are those of the dense model, and so is their renaming on loading.
@@ -131,13 +140,10 @@ def register_models(model_type: str) -> None:
     This happens when the first config is read: importing the code of every architecture would take seconds.
     """
     dense, made = CONFIG_MAPPING[model_type], config_class(model_type)
-    autos: list[Any] = list(vars(modeling_auto).values())
-    for auto in autos:
-        known = inspect.isclass(auto) and issubclass(auto, _BaseAutoModelClass)
-        mapping = getattr(auto, "_model_mapping", None) if known else None
-        if mapping is None or dense not in mapping:
+    for auto in autos():
+        if dense not in auto._model_mapping:
             continue
-        found = mapping[dense]
+        found = auto._model_mapping[dense]
         several = found if isinstance(found, (list, tuple)) else (found,)
         # Skip classes that only share a config: AutoModelForDecision has one class for many model types.
         own = tuple(model_class(cls) for cls in several if cls.config_class is dense)

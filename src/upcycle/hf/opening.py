@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,15 @@ def refuse_depth(folder: str | Path) -> None:
             )
 
 
-def fill(cls: type[PreTrainedModel], folder: str | Path, **options: Any) -> PreTrainedModel:
+def fill(
+    cls: type[PreTrainedModel], folder: str | Path, *, left_out: Collection[str] = (), **options: Any
+) -> PreTrainedModel:
     """Open the model of class `cls` in `folder` (or a hub id) and read every parameter from there.
 
     Raises `UpcycleError`, with names, if a tensor is missing, has the wrong shape or has no place in the
-    model. Tensors that transformers ignores by its own rules, or that the family knows to be optional, are
-    exempt. `options` go to `from_pretrained`. Unless `experts_implementation` is given, the row lengths
-    decide it.
+    model. Tensors that transformers ignores by its own rules, that the family knows to be optional, and those
+    in `left_out` are exempt. `options` go to `from_pretrained`. Unless `experts_implementation` is given, the
+    row lengths decide it.
     """
     wanted = options.get("experts_implementation")
     refuse_unknown(wanted)
@@ -66,7 +68,7 @@ def fill(cls: type[PreTrainedModel], folder: str | Path, **options: Any) -> PreT
         if said := _uneven(folder):
             raise UpcycleError(f"{folder}: {said}") from error
         raise UpcycleError(f"{folder} cannot be opened as a {cls.__name__}: {_first_line(error)}") from error
-    if faults := _faults(model, report):
+    if faults := _faults(model, report, left_out):
         uneven = _uneven(folder)
         raise UpcycleError(
             f"{folder} is no whole {cls.__name__}: {'; '.join([*([uneven] if uneven else []), *faults])}. "
@@ -116,13 +118,15 @@ def expert_matrices(model: nn.Module) -> list[torch.Tensor]:
 # --- faults of a loaded folder
 
 
-def _faults(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
+def _faults(model: PreTrainedModel, report: Mapping[str, Any], left_out: Collection[str]) -> list[str]:
     """Return the faults in the loading report, each as part of a sentence."""
     family, config = _family(model)
-    spared = set() if family is None else set(family.optional(config))
+    spared = set() if family is None else {*family.optional(config), *family.may_lack(config)}
     missing = sorted(name for name in report["missing_keys"] if name not in spared)
     extra = sorted(
-        name for name in report["unexpected_keys"] if family is None or family.ignored(name) is None
+        name
+        for name in report["unexpected_keys"]
+        if name not in left_out and (family is None or family.ignored(name) is None)
     )
     shapes = sorted(
         f"{name} ({_shape(found)} in place of {_shape(due)})"

@@ -20,7 +20,12 @@ Run = Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
 
 
 class Dispatch(abc.ABC):
-    """A routing decision about tokens [T, H] that can be run."""
+    """A routing decision about tokens [T, H] that can be run.
+
+    `some_left` says that there may be rows whose expert is number E, which is none; their weight is zero.
+    """
+
+    some_left: bool = False
 
     @abc.abstractmethod
     def run(self, hidden: Tensor, experts: Run) -> Tensor:
@@ -56,6 +61,7 @@ class Rows(Dispatch):
     experts: Tensor
     weights: Tensor
     length: int
+    some_left: bool = False
 
     def run(self, hidden: Tensor, experts: Run) -> Tensor:
         rows = _each(hidden[self.tokens], self.experts, lambda: self.tokens // self.length, experts)

@@ -6,7 +6,7 @@ through the implementations of transformers (grouped matrix products by default)
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from upcycle.hf.parts import ACT2FN, ALL_EXPERTS_FUNCTIONS
-from upcycle.nn import kernels
+from upcycle.nn import autocast, kernels
 from upcycle.nn.response_norm import normalise
 
 
@@ -97,17 +97,30 @@ class Experts(nn.Module):
         made: Tensor = self.dropout(self.act_fn(gate) * up)
         return made
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        groups: Tensor | None = None,
+        *,
+        some_left: bool = False,
+    ) -> Tensor:
         """Run rows [M, H] through their experts `index` [M, K] and sum with `weights` [M, K]: [M, H].
 
-        `groups` [M] is the group of each row; only experts with a response norm need it.
+        `groups` [M] is the group of each row; only experts with a response norm need it. With `some_left`, an
+        index of E is no expert, and adds nothing.
         """
         if self.has_response_norm:
             made: Tensor = self.output_dropout(self.loop(hidden, index, weights, groups))
             return made
-        experts = self._cast(hidden)
-        run = ALL_EXPERTS_FUNCTIONS.get_interface(experts._implementation, Experts.loop)
-        out: Tensor = self.output_dropout(run(experts, hidden, index, weights))
+        chosen = self._implementation
+        if chosen == kernels.ONE_BY_ONE:
+            return self.output_dropout(self.loop(hidden, index, weights))
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, Experts.loop)
+        dtype = autocast.dtype(hidden.device.type)
+        seen = self if dtype is None and not some_left else _View(self, dtype, some_left)
+        out: Tensor = self.output_dropout(run(seen, hidden, index, weights))
         return out
 
     @property
@@ -117,16 +130,6 @@ class Experts(nn.Module):
         matrices = (getattr(self, self.up_name), self.down_proj)
         fits = all(kernels.take_groups(m.shape[-1:], m.element_size()) for m in matrices)
         return chosen if fits or chosen != kernels.GROUPED else kernels.ONE_BY_ONE
-
-    def _cast(self, hidden: Tensor) -> Experts:
-        """Return the experts in autocast's dtype; grouped products do not follow autocast by themselves."""
-        kind = hidden.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self
-        view = copy.copy(self)
-        dtype = torch.get_autocast_dtype(kind)
-        view._parameters = {name: None if p is None else p.to(dtype) for name, p in self._parameters.items()}  # type: ignore[misc]
-        return view
 
     def loop(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
         """The reference: run one expert after another. An index of E or more is an expert of another rank."""
@@ -154,3 +157,20 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         kind = "gated" if self.has_gate else "plain"
         return f"{self.num_experts} experts, {kind}, {tuple(self.down_proj.shape[1:])}"
+
+
+class _View:
+    """The experts as an implementation should see them in one forward pass.
+
+    Their parameters are in autocast's `dtype`, which grouped products do not follow by themselves. With
+    `some_left`, implementations leave out rows with an index of E, as they do for experts of other ranks.
+    """
+
+    def __init__(self, experts: Experts, dtype: torch.dtype | None, some_left: bool) -> None:
+        self._experts = experts
+        self._is_expert_parallel = some_left or experts._is_expert_parallel
+        for name, parameter in experts._parameters.items():
+            setattr(self, name, parameter if parameter is None or dtype is None else parameter.to(dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)

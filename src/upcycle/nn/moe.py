@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UpcycleError
-from upcycle.nn import routers
+from upcycle.nn import autocast, routers
 from upcycle.nn.dispatch import Groups
 from upcycle.nn.experts import Experts
 from upcycle.nn.routing import Routing, Tokens
@@ -32,7 +32,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Routing:
         """Route groups of tokens [G, N, H]; `padding` [G, N] is True at positions without a token."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with autocast.off(hidden.device.type):
             wide = torch.promote_types(hidden.dtype, torch.float32)
             return self.settings.route(
                 Tokens(
@@ -119,7 +119,8 @@ class MoE(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.flatten(1, -2) if hidden.ndim > 2 else hidden[None]
         routing = self.router(*self._groups(rows))
-        out: Tensor = routing.dispatch.run(rows.flatten(0, 1), self._run).view(hidden.shape)
+        run = self._run_some if routing.dispatch.some_left else self._run
+        out: Tensor = routing.dispatch.run(rows.flatten(0, 1), run).view(hidden.shape)
         return out if self.shared is None else out + self.shared(rows).view(hidden.shape)
 
     def _run(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Groups) -> Tensor:
@@ -144,6 +145,17 @@ class MoE(nn.Module):
                 ),
             ]
         )
+
+    def _run_some(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Groups) -> Tensor:
+        """Run rows [M, H] of which those with an expert number of E have none; their output is zero."""
+        if not self.experts._is_expert_parallel:
+            own = groups() if self.shape.response_norm else None
+            out: Tensor = self.experts(hidden, index, weights, own, some_left=True)
+            return out
+        # The exchange between ranks knows no such number. It waits for the device in any case.
+        kept = (index[:, 0] < self.shape.all_experts).nonzero()[:, 0]
+        made = self._run(hidden[kept], index[kept], weights[kept], lambda: groups()[kept])
+        return torch.zeros_like(hidden, dtype=made.dtype).index_copy(0, kept, made)
 
     def _groups(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Reshape rows [B, L, H] and their padding to groups [G, N, H] and [G, N]."""

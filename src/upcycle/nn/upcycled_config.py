@@ -43,19 +43,27 @@ def entry(stack: Stack, sites: list[Site], recipe: Recipe, network: FeedForward)
 
 
 def config(
-    raw: Mapping[str, Any], model_type: str, architecture: str, entries: list[dict[str, Any]], pooled: int
+    raw: Mapping[str, Any],
+    model_type: str,
+    architecture: str,
+    entries: list[dict[str, Any]],
+    pooled: int,
+    options: Mapping[str, Any],
 ) -> Config:
     """Return config.json of the upcycled model: the dense config plus its MoE layers.
 
-    If the mean of the patches replaces the class token, `pooled` is the number of tokens before the patches.
+    `options` are arguments of the dense class besides its config. If the mean of the patches replaces the
+    class token, `pooled` is the number of tokens before the patches.
     """
     pooling = {"mean_pooling_after": pooled} if pooled else {}
+    kept = {k: v for k, v in raw.items() if (k, v) != ("quantization_config", None)}
     return {
-        **raw,
+        **kept,
         "architectures": [CLASS_PREFIX + architecture],
         "model_type": PREFIX + model_type,
         "moe": entries,
         **pooling,
+        **({"class_options": dict(options)} if options else {}),
     }
 
 
@@ -68,6 +76,6 @@ def dense_type(config: Mapping[str, Any]) -> str | None:
 
 def dense_config(config: Mapping[str, Any]) -> Config:
     """Return the config of the dense model that an upcycled config contains."""
-    out = {k: v for k, v in config.items() if k not in ("moe", "mean_pooling_after")}
+    out = {k: v for k, v in config.items() if k not in ("moe", "mean_pooling_after", "class_options")}
     named = [str(name).removeprefix(CLASS_PREFIX) for name in out.get("architectures") or ()]
     return {**out, "model_type": dense_type(config), "architectures": named}

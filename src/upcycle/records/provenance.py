@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,11 @@ class Donor(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFrom(Record):
-    """The dense checkpoint that a folder was made from, and the donors beside it by label."""
+    """The dense checkpoint that a folder was made from, and the donors beside it by label.
+
+    A path begins with `~` if it lies in the home folder. Otherwise it is relative to the folder that was
+    made, or a name alone; older versions wrote it absolute.
+    """
 
     name: str
     path: str
@@ -30,14 +35,14 @@ class MadeFrom(Record):
     sha256: Mapping[str, str]
     donors: Mapping[str, Donor]
 
-    @property
-    def folder(self) -> Path:
-        """The path of its folder when it was used."""
+    def seen_from(self, made: Path) -> Path:
+        """Return the path of its folder, for the folder `made` that was made from it."""
         path = Path(self.path)
         try:
-            return path.expanduser()
+            path = path.expanduser()
         except RuntimeError:
             return path
+        return path if path.is_absolute() else Path(os.path.normpath(made.resolve() / path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,7 @@ class Provenance(Document):
     left_out_tensors: Mapping[str, str] | None = sometimes()  # the reason, by name of the tensor
     left_out_config_keys: tuple[str, ...] | None = sometimes()
     carried_files: tuple[str, ...] | None = sometimes()
+    made_anew_files: Mapping[str, str] | None = sometimes()  # the reason, by name: not as the source has it
     left_behind_files: tuple[str, ...] | None = sometimes()
     files: Mapping[str, str] | None = sometimes()  # SHA-256 of the files written beside the weights
     training: tuple[Training, ...] | None = sometimes()  # the runs since then, the first one first

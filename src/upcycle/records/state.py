@@ -33,6 +33,9 @@ class RunState(Document):
     batches: Table
     identity: Table
     micro_batch: int | None = None  # rows of a forward pass, if fewer than the batch has
+    layout: Mapping[str, int] | None = (
+        sometimes()
+    )  # the numbers of ranks that wrote it: replicate, fsdp, tp, ep
     sha256: Mapping[str, str] | None = sometimes()  # hashes of the files of tensors
     state_sha256: str | None = sometimes()  # hash of this file without this line
 

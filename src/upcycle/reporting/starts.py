@@ -67,7 +67,7 @@ def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
     flops = sum(float(t.tokens) * (t.training_flops_per_token or math.nan) for t in trainings)
     if not math.isfinite(flops + tokens):
         return _told(given, f"the provenance of {folder.name} is damaged")
-    source = made.source.folder
+    source = made.source.seen_from(folder)
     if any(t.from_scratch for t in trainings):
         return StartCost(flops=flops, tokens=tokens, why=f"{folder.name} was trained from random weights")
     if made.source.donors:

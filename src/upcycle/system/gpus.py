@@ -1,4 +1,9 @@
-"""The GPUs for planning and measuring: memory and bf16 FLOP/s from NVIDIA's data sheets."""
+"""The GPUs for planning and measuring: memory, bf16 FLOP/s and links from NVIDIA's data sheets.
+
+A machine is one of eight GPUs with NVLink, as DGX and HGX have it. H100, H200 and H800 come with an
+InfiniBand port of 400 Gbit/s for each GPU (DGX H100 data sheet), A100 and A800 with one of 200 Gbit/s (DGX
+A100 data sheet).
+"""
 
 from __future__ import annotations
 
@@ -15,14 +20,18 @@ class Gpu:
     name: str
     peak_flops: float  # FLOP/s of dense matrix products in bf16
     memory: float  # bytes
+    nvlink: float  # bytes/s from one GPU to the others of its machine, in one direction
+    network: float  # bytes/s from one GPU to other machines, in one direction
 
+
+MACHINE = 8  # GPUs of a machine
 
 KNOWN = (
-    Gpu(name="H100", peak_flops=989.4e12, memory=80e9),
-    Gpu(name="H200", peak_flops=989.4e12, memory=141e9),
-    Gpu(name="H800", peak_flops=989.4e12, memory=80e9),
-    Gpu(name="A100", peak_flops=312e12, memory=80e9),
-    Gpu(name="A800", peak_flops=312e12, memory=80e9),
+    Gpu(name="H100", peak_flops=989.4e12, memory=80e9, nvlink=450e9, network=50e9),
+    Gpu(name="H200", peak_flops=989.4e12, memory=141e9, nvlink=450e9, network=50e9),
+    Gpu(name="H800", peak_flops=989.4e12, memory=80e9, nvlink=200e9, network=50e9),
+    Gpu(name="A100", peak_flops=312e12, memory=80e9, nvlink=300e9, network=25e9),
+    Gpu(name="A800", peak_flops=312e12, memory=80e9, nvlink=200e9, network=25e9),
 )
 
 

@@ -48,3 +48,25 @@ def held(number: signal.Signals = signal.SIGINT) -> Iterator[None]:
         yield
     if came:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupting(number: signal.Signals) -> Iterator[None]:
+    """Let a signal in the block do what Ctrl-C does; `noted` inside the block takes it over."""
+
+    def interrupt(_: int, frame: Any) -> None:
+        if callable(by_keyboard := signal.getsignal(signal.SIGINT)):
+            by_keyboard(signal.SIGINT, frame)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.getsignal(number)
+        if before is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    except ValueError:  # outside the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

@@ -21,6 +21,7 @@ from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
 from upcycle.families._weights import Initial, Weight
+from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
@@ -57,6 +58,21 @@ class Target(abc.ABC):
     needs: ClassVar[str] = "nothing"
     kind: ClassVar[str]  # what is made, used as a column heading: MoE, deeper or narrower
     has_experts: ClassVar[bool]
+    # whether FSDP gathers the embedding apart from the rest, and the last norm with the head
+    gathers_ends: ClassVar[bool] = True
+    root = "model."  # what the names of the base model's tensors begin with, in a model with a head
+
+    @property
+    def base_architecture(self) -> str:
+        """The class without a head."""
+        return self.architecture.replace("ForCausalLM", "Model")
+
+    def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
+        """Return model_type and class of a wrapper of that type that holds this model.
+
+        Raises `UpcycleError` if transformers has none.
+        """
+        return model_type, wrapper.architecture
 
     @classmethod
     def listed(cls) -> list[dict[str, str]]:
@@ -107,6 +123,10 @@ class Target(abc.ABC):
         """
         return []
 
+    def own_config(self, config: Mapping[str, Any]) -> Config:
+        """Return the part of config.json that is about the model whose blocks these are."""
+        return dict(config)
+
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
         """Return the config of the dense class within that of a folder, or None if there is none."""
         return None
@@ -128,6 +148,10 @@ class Target(abc.ABC):
     def keeps_narrow_bits(self, family: Family) -> bool:
         """Return whether the tensors outside the experts keep their bits in bfloat16 and float16."""
         return True
+
+    def tokenizer(self, family: Family) -> str:
+        """Return the rule by which transformers opens the tokenizer; see `Family.tokenizer`."""
+        return family.tokenizer
 
     def norm_identity(self, family: Family) -> float:
         """Return the weight of a norm that only normalises."""
@@ -177,7 +201,7 @@ def of(dense: Dense, recipe: Recipe) -> Target:
         dense, recipe
     )
     target.admit(dense, recipe)
-    return target
+    return dense.place.around(target)
 
 
 def names() -> list[str]:
@@ -226,7 +250,7 @@ def refuse_experts(recipe: Recipe, sections: tuple[str, ...]) -> None:
         )
     for section in sections:
         for key, value in given[section].items():
-            if value != default[section].get(key) and key not in ("target", "depth"):
+            if value != default[section].get(key) and key not in ("target", "depth", "part_only"):
                 raise UpcycleError(
                     f"moe.target = {target} makes no experts, and {section}.{key} = {value} is about them; "
                     f"take it out"

@@ -32,7 +32,7 @@ class DenseClass(Target):
     def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
         """Return what the family says about a dense model of that config."""
         family = dense.family
-        whole = family.config(config)
+        whole = family.config(self.own_config(config))
         listed = family.weights(whole) | family.optional(whole)
         return {name: listed[name] for name in entries}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from upcycle.families import Config
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Concat, Lazy, Pick, Slice, Stack
+from upcycle.tensors.lazy import Concat, Lazy, Pick, Slice, Stack, Transposed
 
 if TYPE_CHECKING:
     from upcycle.init import Site
@@ -130,6 +130,39 @@ class Fused:
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         """Return the tensors of a layer unchanged, because they are stored as transformers holds them."""
         return dict(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedOrEach(Fused):
+    """Experts that are written fused, and read in either form: earlier versions wrote a tensor for each."""
+
+    each: PerExpert
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """Return the experts among the tensors of a layer, given by their names below its prefix."""
+        return super().read(tensors) or self.each.read(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedAcross(Fused):
+    """All experts in two tensors of transposed matrices, [E, H, 2I] and [E, I, H]."""
+
+    def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
+        """Return the experts by their names on disk."""
+        return {
+            self.gate_up: Stack(tuple(Transposed(Concat(_gated(x), 0)) for x in experts)),
+            self.down: Stack(tuple(Transposed(x.down) for x in experts)),
+        }
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """Return the experts among the tensors of a layer, given by their names below its prefix."""
+        stored = (name for name in (self.gate_up, self.down) if name in tensors)
+        return super().read({name: Transposed(tensors[name]) for name in stored})
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return a layer's tensors with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
+        experts = self.read(tensors)
+        return dict(tensors) | (super().write(experts) if experts else {})
 
 
 def _gated(network: FeedForward) -> tuple[Lazy, Lazy]:

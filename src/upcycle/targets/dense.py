@@ -63,4 +63,4 @@ target = Narrower
 
 def of(dense: Dense, recipe: Recipe) -> Narrower:
     """Return the narrower twin of the dense class."""
-    return Narrower(model_type=dense.family.model_type, architecture=dense.architecture)
+    return Narrower(model_type=dense.family.model_type, architecture=dense.own_class)

@@ -13,6 +13,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
 from upcycle.families._training import Trained
 from upcycle.families._weights import AsMade, Initial, Matrix, Weight
+from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import kernels
 from upcycle.targets import Block, natives
@@ -31,6 +32,7 @@ COMMON = (
     "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
 )  # fmt: skip
 
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _LAYERS = "model.layers."
 
 
@@ -41,6 +43,7 @@ class Native(WithExperts):
     model_type: str
     architecture: str  # the transformers class
     summary: str
+    base: str = ""  # the class without a head, if its name does not follow from `architecture`
     layout: Layout
     router: str  # name of the router weight [E, H] below the layer's prefix
     fields: tuple[str, ...]  # config fields besides COMMON that the dense config gives
@@ -52,10 +55,16 @@ class Native(WithExperts):
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of an MoE layer
+    reader: str = ""  # how transformers opens its tokenizer; see `Family.tokenizer`
     # rewrites what the hub's configs spell differently
     finish: Callable[[Config], Config] = lambda config: config
     # which clients will not compute the same, and why
     clients: Callable[[Config], Mapping[str, str]] = lambda _: {}
+
+    @property
+    def base_architecture(self) -> str:
+        """The class without a head."""
+        return self.base or super().base_architecture
 
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if the architecture does not fit.
@@ -83,6 +92,18 @@ class Native(WithExperts):
         if self.renormalizes == "always" and not recipe.router.normalize:
             raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
 
+    def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
+        """Return the wrapper itself if it builds any text model, or its twin for this one."""
+        if wrapper.free:
+            return super().within(model_type, wrapper)
+        if (twin := wrapper.twins.get(self.model_type)) is not None:
+            return twin
+        held = ", ".join([*wrapper.twins, "upcycled"])
+        raise UpcycleError(
+            f"a {model_type} of transformers cannot hold a {self.model_type}; moe.target can be {held}, and "
+            f"moe.part_only (--part-only text) takes the text model out of it"
+        )
+
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
         """Return the layers that become MoE layers."""
         return moe_layer.sites(recipe, dense, self)
@@ -92,6 +113,8 @@ class Native(WithExperts):
         given = dense.family.native_config(dense.config, self.model_type)
         out: Config = {"architectures": [self.architecture], "model_type": self.model_type}
         out |= {name: given[name] for name in (*COMMON, *self.fields) if name in given}
+        # A token that config.json does not name is no token of the MoE, whatever its class assumes.
+        out |= {name: None for name in TOKENS if name in out and name not in dense.raw}
         out |= {
             self.num_experts_field: recipe.moe.num_experts,
             self.top_k_field: recipe.moe.top_k,
@@ -225,6 +248,10 @@ class Native(WithExperts):
         """Return whether no weight is rescaled on its way into this architecture."""
         return family.exact_when_narrow
 
+    def tokenizer(self, family: Family) -> str:
+        """Return the rule of this architecture."""
+        return self.reader
+
     def norm_identity(self, family: Family) -> float:
         """Return 1, because norms of native MoE classes multiply by their weight."""
         return 1.0
@@ -246,7 +273,7 @@ class Native(WithExperts):
                 f"{self.model_type} cannot be without a shared expert: one of {built.shared_width} "
                 f"neurons is there with a zero down projection, and training may use it"
             )
-        for client, why in self.clients(built.config).items():
+        for client, why in self.clients(built.target.own_config(built.config)).items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
         if unknown := built.dense.unknown_keys:
             out.append(

@@ -18,6 +18,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
 from upcycle.families._training import Trained
 from upcycle.families._weights import AsMade, Bias, Constant, Initial, Matrix, Scale, Weight
+from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import upcycled_config
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
@@ -39,6 +40,7 @@ class Upcycled(WithExperts):
 
     summary: str = "the dense class itself with MoE layers in it; any family, any router"
     needs: ClassVar[str] = "import upcycle, to open it"
+    gathers_ends: ClassVar[bool] = False
     layout: ClassVar[Stacked] = Stacked()
     router: ClassVar[str] = "router.weight"
     shared: ClassVar[Shared] = SharedExpert(path="shared", combine="sum", config=lambda width, count: {})
@@ -87,7 +89,9 @@ class Upcycled(WithExperts):
                 network = dense.feed_forward(mine[0].layer, stack.name)
                 entries.append(upcycled_config.entry(stack, mine, recipe.at(stack.name), network))
         pooled = dense.family.class_tokens if recipe.moe.pooling == "mean" else 0
-        return upcycled_config.config(dense.raw, dense.family.model_type, dense.architecture, entries, pooled)
+        family = dense.family
+        options = family.class_options(dense.config, dense.tensors)
+        return upcycled_config.config(dense.raw, family.model_type, dense.own_class, entries, pooled, options)
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return every tensor by its name on disk; a name that two rules define is a bug of ours."""
@@ -121,6 +125,21 @@ class Upcycled(WithExperts):
         named = config.get("architectures")
         name = str(named[0]) if isinstance(named, list) and named else ""
         return None if dense is None else cls(model_type=PREFIX + dense, architecture=name)
+
+    @property
+    def root(self) -> str:  # type: ignore[override]
+        """What the names of the base model's tensors begin with."""
+        return families.find(self.model_type.removeprefix(PREFIX)).root
+
+    @property
+    def base_architecture(self) -> str:
+        """The class itself, because the dense class has been chosen already."""
+        return self.architecture
+
+    def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
+        """Return the wrapper itself if it builds any text model, or its upcycled twin."""
+        own, architecture = super().within(model_type, wrapper)
+        return (own, architecture) if wrapper.free else (PREFIX + own, CLASS_PREFIX + architecture)
 
     @classmethod
     def dense_class(cls, architecture: str) -> str:
@@ -206,9 +225,7 @@ target = Upcycled
 
 def of(dense: Dense, recipe: Recipe) -> Upcycled:
     """Return the upcycled twin of the dense class."""
-    return Upcycled(
-        model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.architecture
-    )
+    return Upcycled(model_type=PREFIX + dense.family.model_type, architecture=CLASS_PREFIX + dense.own_class)
 
 
 def _block(stack: Stack, i: int, tensors: Mapping[str, Lazy]) -> Block:

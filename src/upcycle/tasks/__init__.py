@@ -63,6 +63,8 @@ class Task(Named, abc.ABC):
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
     counting: ClassVar[Mapping[str, Any]] = {}  # model arguments that save work if only routers are watched
 
+    by_token: ClassVar[bool] = False  # whether the head predicts a word at every position of the last stack
+
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.classes if isinstance(self.classes, tuple) else ()
@@ -93,8 +95,11 @@ class Task(Named, abc.ABC):
         """Return the model's inputs and labels for a batch."""
 
     @abc.abstractmethod
-    def targets(self, batch: Batch) -> int:
-        """Return the number of predictions in a batch."""
+    def targets(self, batch: Batch) -> int | Tensor:
+        """Return the number of predictions in a batch.
+
+        It is a tensor, [] of integers, if it depends on what is in the batch and not on its shape alone.
+        """
 
     @abc.abstractmethod
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:

@@ -25,6 +25,7 @@ class CausalLM(Task):
     summary = "the next token of a text"
     heads = ("ForCausalLM",)
     counting = {"logits_to_keep": 1}
+    by_token = True
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         return TokenFeed(feeding, subject, rows_alone)

@@ -17,6 +17,8 @@ from upcycle.tasks._tokens import TokenFeed, refuse_beyond_positions, tokenizer_
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from upcycle.dense.subject import Subject
 
 
@@ -55,8 +57,8 @@ class MaskedLM(Task):
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         return Question({"input_ids": batch["inputs"]}, batch["labels"])
 
-    def targets(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
+    def targets(self, batch: Batch) -> Tensor:
+        return (batch["labels"] != IGNORED).sum()
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return {"layers": length}

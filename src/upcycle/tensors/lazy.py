@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.checkpoints.checkpoint import Checkpoint, TensorInfo
+from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint, TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS, cast
 from upcycle.tensors.positions import Positions
 
 Index = tuple[tuple[int, int], ...]
 
 _BLOCK = 1 << 20  # elements handled at once if a whole tensor would be too much
+_RUN = 1 << 12  # bytes; shorter runs are read with what lies between them
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Lazy(abc.ABC):
     @abc.abstractmethod
     def read(self, index: Index, dtype: str) -> np.ndarray:
         """Return the slice `index`, in `dtype`, as a new array."""
+
+    def into(self, index: Index, out: np.ndarray, dtype: str) -> None:
+        """Write the slice `index`, in `dtype`, into `out`, which has its shape and that dtype.
+
+        A subclass that only moves stored bytes reads them to their place; others go block by block.
+        """
+        for block in blocks(index):
+            out[_within(block, index)] = self.read(block, dtype)
 
     @abc.abstractmethod
     def describe(self) -> Any:
@@ -69,6 +78,9 @@ class Lazy(abc.ABC):
 
 def blocks(index: Index, elements: int = _BLOCK) -> Iterator[Index]:
     """Cut `index` into pieces of about `elements`, contiguous and in row-major order."""
+    if not index:
+        yield index
+        return
     (start, stop), *rest = index
     row = math.prod(b - a for a, b in rest)
     if row > elements and rest:
@@ -104,6 +116,40 @@ class Stored(Lazy):
         rows = self._rows(start, stop, self.shape[1:], item)
         rows = rows[(slice(None), *(slice(a, b) for a, b in rest))]
         return cast(np.ascontiguousarray(rows), dtype, self.info.name)
+
+    def into(self, index: Index, out: np.ndarray, dtype: str) -> None:
+        if dtype != self.dtype or not index:
+            super().into(index, out, dtype)
+            return
+        # An axis whose inner axes are wanted whole is one run of bytes.
+        axis = len(index) - 1
+        while axis and index[axis] == (0, self.shape[axis]):
+            axis -= 1
+        run = math.prod(b - a for a, b in index[axis:]) * out.itemsize
+        if run < _RUN and axis:
+            self._thin(index, out, dtype)
+            return
+        strides = [math.prod(self.shape[i + 1 :]) * out.itemsize for i in range(len(index))]
+        for outer in itertools.product(*(range(b - a) for a, b in index[:axis])):
+            start = index[axis][0] * strides[axis]
+            start += sum((i + a) * s for i, (a, _), s in zip(outer, index, strides, strict=False))
+            self._run(start, out[outer], run)
+
+    def _run(self, start: int, out: np.ndarray, count: int) -> None:
+        """Read `count` bytes from byte `start` into `out`, at once if it is one piece of memory."""
+        if out.flags.c_contiguous:
+            self.checkpoint.read_into(self.info, start, out.reshape(-1).view(np.uint8))
+        else:
+            found = self.checkpoint.pread(self.info, start, start + count)
+            out[...] = found.view(out.dtype).reshape(out.shape)
+
+    def _thin(self, index: Index, out: np.ndarray, dtype: str) -> None:
+        """Read short runs with what lies between them, a few whole rows at a time."""
+        (start, stop), *rest = index
+        rows = max(1, CHUNK // (math.prod(self.shape[1:]) * out.itemsize))
+        for i in range(start, stop, rows):
+            j = min(stop, i + rows)
+            out[i - start : j - start] = self.read(((i, j), *rest), dtype)
 
     def _rows(self, start: int, stop: int, inner: tuple[int, ...], item: np.dtype) -> np.ndarray:
         row = math.prod(inner) * item.itemsize
@@ -172,6 +218,10 @@ class Slice(Changed):
         a, b = index[self.axis]
         return self.base.read(_with(index, self.axis, (a + self.start, b + self.start)), dtype)
 
+    def into(self, index: Index, out: np.ndarray, dtype: str) -> None:
+        a, b = index[self.axis]
+        self.base.into(_with(index, self.axis, (a + self.start, b + self.start)), out, dtype)
+
     def describe(self) -> Any:
         return ["slice", self.axis, self.start, self.stop, self.base.describe()]
 
@@ -235,6 +285,17 @@ class Concat(Joined):
             first += length
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
+    def into(self, index: Index, out: np.ndarray, dtype: str) -> None:
+        start, stop = index[self.axis]
+        first = 0
+        for part in self.parts:
+            length = part.shape[self.axis]
+            a, b = max(start, first), min(stop, first + length)
+            if a < b:
+                place = (*[slice(None)] * self.axis, slice(a - start, b - start))
+                part.into(_with(index, self.axis, (a - first, b - first)), out[place], dtype)
+            first += length
+
     def describe(self) -> Any:
         return ["concat", self.axis, *(p.describe() for p in self.parts)]
 
@@ -257,6 +318,11 @@ class Stack(Joined):
             out[place] = part.read(tuple(rest), dtype)
         return out
 
+    def into(self, index: Index, out: np.ndarray, dtype: str) -> None:
+        (start, stop), *rest = index
+        for place, part in enumerate(self.parts[start:stop]):
+            part.into(tuple(rest), out[place], dtype)
+
     def describe(self) -> Any:
         return ["stack", *(p.describe() for p in self.parts)]
 
@@ -277,8 +343,26 @@ class Pick(Changed):
     def read(self, index: Index, dtype: str) -> np.ndarray:
         return self.base.read(((self.place, self.place + 1), *index), dtype)[0]
 
+    def into(self, index: Index, out: np.ndarray, dtype: str) -> None:
+        self.base.into(((self.place, self.place + 1), *index), out[None], dtype)
+
     def describe(self) -> Any:
         return ["pick", self.place, self.base.describe()]
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed(Changed):
+    """`base` with its last two axes exchanged."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return _exchanged(self.base.shape)
+
+    def read(self, index: Index, dtype: str) -> np.ndarray:
+        return np.ascontiguousarray(np.swapaxes(self.base.read(_exchanged(index), dtype), -1, -2))
+
+    def describe(self) -> Any:
+        return ["transposed", self.base.describe()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,8 +384,17 @@ class Folded(Changed):
         return ["folded", list(self.inner), self.base.describe()]
 
 
+def _within(block: Index, index: Index) -> tuple[slice, ...]:
+    """Return the place of a block of `index` in an array of the slice `index`."""
+    return tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(block, index, strict=True))
+
+
 def _with(items: Sequence[Any], place: int, item: Any) -> tuple[Any, ...]:
     return (*items[:place], item, *items[place + 1 :])
+
+
+def _exchanged(items: Sequence[Any]) -> tuple[Any, ...]:
+    return (*items[:-2], items[-1], items[-2])
 
 
 def _joined(parts: Sequence[Lazy]) -> list[Extent] | None:

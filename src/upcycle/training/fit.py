@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
+
 from upcycle.blueprints import caveats
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.errors import UpcycleError
@@ -34,6 +36,22 @@ def refuse_pooling(run: Run, built: Blueprint | None) -> None:
     if len(set(sizes.values())) > 1:
         unlike = " and ".join(f"the {name} has {size}" for name, size in sizes.items())
         raise UpcycleError(f"{why} {unlike}; use per_layer, or the same in both")
+
+
+def precision(run: Run) -> str:
+    """Return the precision of a run; `auto` is mixed on an accelerator and float32 on a CPU."""
+    if run.train.precision != "auto":
+        return run.train.precision
+    return "mixed" if torch.accelerator.is_available() else "float32"
+
+
+def refuse_uneven_rows(run: Run, dp_size: int) -> None:
+    """Refuse a batch that the data-parallel ranks cannot share evenly."""
+    if run.train.rows % dp_size:
+        raise UpcycleError(
+            f"a batch is {run.train.rows} rows, which {dp_size} data-parallel ranks cannot share "
+            f"evenly; change train.batch_tokens or train.batch_size"
+        )
 
 
 def rows_of_groups(built: Blueprint | None, lengths: Mapping[str, int]) -> int:

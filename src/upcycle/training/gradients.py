@@ -23,28 +23,29 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def squared_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the squared 2-norm of each whole gradient, however it is sharded.
+def squared_norms(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared 2-norm of each whole gradient in float64, in their order, however it is sharded.
 
     `torch.nn.utils.clip_grad_norm_` does not accept tensors on several meshes.
     """
-    names = list(gradients)
-    parts = torch.stack([_squared(local(gradients[n])) for n in names])
+    squares = [_squared(local(gradient)) for gradient in gradients.values()]
     kinds: dict[Any, list[int]] = defaultdict(list)
-    for place, name in enumerate(names):
-        kinds[mesh_of(gradients[name])].append(place)
+    for place, gradient in enumerate(gradients.values()):
+        kinds[mesh_of(gradient)].append(place)
     for kind, places in kinds.items():
         if kind is None:
             continue
         mesh, placements = kind
-        mine = parts[places]
+        mine = torch.stack([squares[place] for place in places])
         for dim, placement in enumerate(placements):
             if placement.is_partial():
-                raise AssertionError(f"the gradient of {names[places[0]]} is not reduced over {mesh}")
+                name = list(gradients)[places[0]]
+                raise AssertionError(f"the gradient of {name} is not reduced over {mesh}")
             if not placement.is_replicate():
                 dist.all_reduce(mine, group=mesh.get_group(dim))
-        parts[places] = mine
-    return dict(zip(names, parts.tolist(), strict=True))
+        for place, square in zip(places, mine.unbind(), strict=True):
+            squares[place] = square
+    return torch.stack(squares)
 
 
 def _squared(part: Tensor) -> Tensor:
@@ -53,6 +54,6 @@ def _squared(part: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scale(gradients: Iterable[Tensor], factor: float) -> None:
-    """Multiply every gradient by `factor`, in place."""
-    torch._foreach_mul_([local(g) for g in gradients], factor)
+def scale(gradients: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply every gradient by `factor`, [] on their device, in place."""
+    torch._foreach_mul_([local(g) for g in gradients], factor.float())

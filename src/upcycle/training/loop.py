@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import signal
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,37 @@ from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
 from upcycle.data import stamps
 from upcycle.data.feeding import Feed
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
-from upcycle.records.metrics import StepMetrics
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
-from upcycle.system import memory, progress
-from upcycle.system.signals import held, noted
+from upcycle.sharding.layout import Layout
+from upcycle.system import progress
+from upcycle.system.signals import held, interrupting, noted
 from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
-from upcycle.training import fit, metrics, micro_batch, optimizer, routing, run_folder, saving, start, step
+from upcycle.training import (
+    agreement,
+    fit,
+    ledger,
+    metrics,
+    micro_batch,
+    optimizer,
+    parallel,
+    run_folder,
+    saving,
+    start,
+    step,
+    writers,
+)
+from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
-from upcycle.training.step import Outcome, Trainee
+from upcycle.training.step import Score, Trainee
+from upcycle.training.writers import Failure, Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +72,32 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     """Train as `run` says (a `Run`, its table, or its file), on this process or as one of torchrun's.
 
     `resume` continues from the newest checkpoint of `run.out`, bit for bit on one process, or begins if there
-    is none. On SIGTERM, it saves and returns an unfinished result. Raises `UpcycleError` for a mistake of the
-    user.
+    is none. On SIGTERM, it saves and returns an unfinished result; before its first step there is nothing to
+    save, and SIGTERM does what Ctrl-C does. Raises `UpcycleError` for a mistake of the user.
     """
     run = Run.of(run)
-    precision = _precision(run)
-    begun = start.start_of(run)
-    task = tasks.fitting(run.task, begun.dense.architecture)
-    fit.refuse_pooling(run, begun.built)
-    experts = begun.built.expert_counts if begun.built else set()
-    folders = [opened.folder for opened in begun.checkpoints]
-    with (
-        ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here,
-        noted(signal.SIGTERM) as stop,
-        run_folder.claimed(run, folders, here, resume=resume) as checkpoint,
-    ):
+    precision = fit.precision(run)
+    mine = agreement.found(run, parallel.world_size())
+    if mine.begun is not None:
+        task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
+        fit.refuse_pooling(run, mine.begun.built)
+    with ExitStack() as stack:
+        here = stack.enter_context(
+            ranks(
+                run.parallel,
+                mixed=precision == "mixed",
+                experts=mine.expert_counts,
+                heads=mine.attention_heads,
+            )
+        )
+        begun = agreement.agreed(mine, here)
+        folders = [opened.folder for opened in begun.checkpoints]
+        stack.enter_context(interrupting(signal.SIGTERM))
+        checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
         before = None if checkpoint is None else saving.read_state(checkpoint)
         _warn(run, begun, task, here, begins=checkpoint is None)
+        if here.first and before is not None:
+            _say_changed_layout(before, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
@@ -81,11 +106,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         here.barrier()
         if not here.first:
             feed = task.feed(run.feeding(task), begun.subject)
-        if run.train.rows % here.dp_size:
-            raise UpcycleError(
-                f"a batch is {run.train.rows} rows, which {here.dp_size} data-parallel ranks cannot share "
-                f"evenly; change train.batch_tokens or train.batch_size"
-            )
+        fit.refuse_uneven_rows(run, here.dp_size)
         fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
         with _sources_kept(begun, here, before) as hashes:
             model = start.model_of(begun, run, here, precision)
@@ -106,7 +127,8 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         begun.dense.checkpoint.close()
         if here.first:
             _write_record(trainee, out, state)
-        return _loop(trainee, feed, state, out, stop)
+        with noted(signal.SIGTERM) as stop:
+            return _loop(trainee, feed, state, out, stop)
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
@@ -121,6 +143,17 @@ def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> N
         found = fit.warnings(run, begun.built) if begins else []
         for sentence in [*found, *filter(None, [long])]:
             progress.warn(sentence)
+
+
+def _say_changed_layout(before: RunState, here: Ranks) -> None:
+    """Say that a run goes on in another world than the one that saved it, which it may."""
+    if before.layout is None or dict(before.layout) == asdict(here.layout):
+        return
+    then = Layout(**before.layout)
+    progress.say(
+        f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
+        f"({here.layout})"
+    )
 
 
 @contextmanager
@@ -153,56 +186,60 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         peak=metrics.peak_flops(run.log, here.device),
         ranks=here,
     )
-    try:
+    with ExitStack() as stack:
+        if log is not None:
+            stack.callback(log.close)
+        writer = stack.enter_context(writers.writer(out, run.checkpoint, here))
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
             for note in trainee.task.notes():
                 log.say(note)
+        first: Score | None = None
         if state.step == 0 and held_out is not None:
-            score = step.evaluate(trainee, held_out)
+            first = step.evaluate(trainee, held_out)
             state = replace(
                 state,
-                held_out_loss=score.loss,
-                held_out_start=score.loss,
-                held_out_accuracy=score.accuracy,
-                held_out_accuracy_start=score.accuracy,
+                held_out_loss=first.loss,
+                held_out_start=first.loss,
+                held_out_accuracy=first.accuracy,
+                held_out_accuracy_start=first.accuracy,
             )
             if log is not None:
-                log.say(f"step 0: {metrics.score(score.loss, score.accuracy)}")
+                log.say(f"step 0: {metrics.score(first.loss, first.accuracy)}")
+        book = Ledger(
+            trainee=trainee,
+            rate=rate,
+            log=log,
+            start=first,
+            lag=ledger.lag(here.device),
+        )
         while state.step < total:
             now = state.step
-            began = time.perf_counter()
+            book.begin()
             batch = _on(here.device, feed.next(run.train.rows, part))
             lr = run.schedule.at(now, total)
-            outcome = step.train_step(trainee, batch, now, lr)
-            seconds = time.perf_counter() - began
-            state = replace(state, step=now + 1, loss=outcome.loss, batches=feed.state())
+            book.add(step.queue_step(trainee, batch, now, lr, stop), lr)
             last = now + 1 == total
-            record = rate.over(_line(trainee, outcome, now + 1, lr, rate.tokens), run.train.rows, seconds)
-            if held_out is not None and (last or (now + 1) % run.train.eval_every == 0):
-                score = step.evaluate(trainee, held_out)
-                record = replace(record, held_out_loss=score.loss, held_out_accuracy=score.accuracy)
-                state = replace(state, held_out_loss=score.loss, held_out_accuracy=score.accuracy)
-            if now == 0:
-                record = replace(
-                    record,
-                    held_out_start=state.held_out_start,
-                    held_out_accuracy_start=state.held_out_accuracy_start,
-                )
-            if log is not None:
-                log.step(record)
-            stopping = here.any(bool(stop))
+            judged = held_out is not None and (last or (now + 1) % run.train.eval_every == 0)
             due = bool(run.checkpoint.every) and (now + 1) % run.checkpoint.every == 0
-            if last or due or stopping:
-                _save(trainee, state, out, log, must=last or stopping)
+            stopping = book.settle(
+                wait=last or judged or due,
+                judge=functools.partial(step.evaluate, trainee, held_out) if judged and held_out else None,
+            )
+            if stopping:
+                book.settle(wait=True)
+            state = replace(state, step=now + 1, loss=book.loss, batches=feed.state())
+            if judged and book.score is not None:
+                state = replace(state, held_out_loss=book.score.loss, held_out_accuracy=book.score.accuracy)
+            must = last or stopping
+            if due or must:
+                _save(trainee, state, writer, must=must)
+            _report(writer.failures(), out, log, must=state.step if must else None)
             if stopping and not last:
                 if log is not None:
                     log.say(f"stopped by SIGTERM after step {now + 1}; saved, go on with --resume")
                 break
-    finally:
-        if log is not None:
-            log.close()
     return Result(
         out=out,
         steps=state.step,
@@ -212,77 +249,33 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """Throughput of training: tokens and active FLOPs per second, MFU, and peak memory."""
-
-    flops: int  # FLOPs of training on one row
-    tokens: int  # number of tokens in a row
-    peak: float | None  # FLOP/s of one device
-    ranks: Ranks
-
-    def over(self, record: StepMetrics, rows: int, seconds: float) -> StepMetrics:
-        """Return the record of a step with its rates."""
-        speed = rows * self.flops / seconds
-        return replace(
-            record,
-            seconds=round(seconds, 6),
-            tokens_per_s=round(rows * self.tokens / seconds, 1),
-            active_flops_per_s=round(speed),
-            mfu=None if self.peak is None else round(speed / (self.peak * self.ranks.world), 5),
-            peak_memory=self._memory(),
-        )
-
-    def _memory(self) -> int:
-        """Return the peak memory in bytes of this rank's accelerator, or of its process on a CPU."""
-        device = self.ranks.device
-        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak()
-
-
-def _line(trainee: Trainee, outcome: Outcome, done: int, lr: float, row_tokens: int) -> StepMetrics:
-    """Return the record of a step, without its rates."""
-    record = StepMetrics(
-        step=done,
-        tokens=done * trainee.run.train.rows * row_tokens,
-        loss=outcome.loss,
-        lr=lr,
-        grad_norm=outcome.grad_norm,
+def _save(trainee: Trainee, state: RunState, writer: Writer, *, must: bool) -> None:
+    """Save a checkpoint; with `must`, return when it is written."""
+    saved = replace(
+        state,
+        identity=trainee.run.identity(),
+        micro_batch=trainee.run.train.micro_batch,
+        layout=asdict(trainee.ranks.layout),
     )
-    routers = trainee.routers
-    if not outcome.tallies or routers is None:
-        return record
-    rows = zip(routers.layers, routers.stacks, outcome.tallies, outcome.router_grad_norms, strict=True)
-    layers = tuple(
-        replace(routing.health(tally, stack, layer), router_grad_norm=norm)
-        for layer, stack, tally, norm in rows
-    )
-    return replace(
-        record,
-        balance_loss=outcome.balance_loss,
-        z_loss=outcome.z_loss,
-        router_losses=dict(outcome.own_losses) or None,
-        layers=layers,
-    )
-
-
-def _save(trainee: Trainee, state: RunState, out: Path, log: Metrics | None, *, must: bool) -> None:
-    """Save a checkpoint. A failure stops the run only if `must` is set."""
-    keep = trainee.run.checkpoint.keep
-    saved = replace(state, identity=trainee.run.identity(), micro_batch=trainee.run.train.micro_batch)
     with held():
         optimizer.fill(trainee.optimizer, trainee.run.optimizer)
-        reason = saving.save(out, trainee.model, trainee.optimizer, saved, trainee.ranks, keep)
-    if reason is None:
-        return
-    kept = saving.latest(out)
-    said = (
-        f"step {state.step} could not be saved ({reason}); "
-        f"{f'{kept.name} is kept' if kept else 'there is no earlier checkpoint'}"
-    )
-    if must:
-        raise UpcycleError(f"{said}. Make room in {out} and go on with --resume")
-    if log is not None:
-        log.warn(f"{said}; training goes on")
+        writer.save(trainee.model, trainee.optimizer, saved)
+        if must:
+            writer.wait()
+
+
+def _report(failures: Sequence[Failure], out: Path, log: Metrics | None, *, must: int | None) -> None:
+    """Warn about checkpoints that could not be written; stop the run if one is that of step `must`."""
+    for failure in failures:
+        kept = saving.latest(out)
+        said = (
+            f"step {failure.step} could not be saved ({failure.reason}); "
+            f"{f'{kept.name} is kept' if kept else 'there is no earlier checkpoint'}"
+        )
+        if failure.step == must:
+            raise UpcycleError(f"{said}. Make room in {out} and go on with --resume")
+        if log is not None:
+            log.warn(f"{said}; training goes on")
 
 
 def _begin(
@@ -348,7 +341,11 @@ def _record(trainee: Trainee, state: RunState) -> RunRecord:
 
 
 def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:
-    return {name: torch.from_numpy(np.ascontiguousarray(a)).to(device) for name, a in batch.items()}
+    """Return a batch on the device. From pinned memory the copy waits for nothing that is queued."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch | None:
@@ -358,10 +355,3 @@ def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch |
     everything = task.by_example and run.train.eval_examples is None
     batch = feed.held_out(None if everything else run.train.eval_rows)
     return _on(device, batch) if len(next(iter(batch.values()))) else None
-
-
-def _precision(run: Run) -> str:
-    """Return the precision; `auto` is mixed on an accelerator and float32 on a CPU."""
-    if run.train.precision != "auto":
-        return run.train.precision
-    return "mixed" if torch.accelerator.is_available() else "float32"

@@ -22,6 +22,7 @@ from upcycle.training.start import Start
 
 _SHARE = 0.7  # usable share of the free memory; the rest is for what is not counted
 _PER_PARAMETER = 16  # bytes for a weight, its gradient and its two moments, in float32
+_PER_COPY = 12  # bytes more, for a weight and its two moments that are written beside the steps
 _LOGITS = 16  # bytes per logit: itself, its float32 copy, its log-softmax, the gradient
 _KEPT = {"float32": 8, "mixed": 6, "bfloat16": 5}
 """Bytes per number that goes into or comes out of a matrix: what the backward pass keeps, and more."""
@@ -70,7 +71,8 @@ def _rows_that_fit(
     free = _free(here)
     if free is None:
         return None
-    free -= _PER_PARAMETER * begun.parameters // here.dp_size
+    copied = here.device.type == "cpu" and run.checkpoint.asynchronous
+    free -= (_PER_PARAMETER + _PER_COPY * copied) * begun.parameters // here.layout.replica
     return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
 
 
@@ -86,7 +88,8 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
     """Estimate the bytes that a row takes until its backward pass.
 
     These are the inputs and outputs of every matrix that its tokens pass, and the logits. With activation
-    checkpointing they are those of one block of each stack, and the inputs of all blocks.
+    checkpointing they are those of one block of each stack, and the inputs of all blocks; if it is selective,
+    also the outputs, about half of the whole, of the others.
     """
     family = begun.dense.family
     total, recomputed = 0, run.train.activation_checkpointing
@@ -97,7 +100,8 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
             if len(entry.shape) > 1 and family.stack_of(name) == stack.name and "embed" not in name
         )
         if recomputed and stack.count:
-            inner = inner // stack.count + stack.hidden * stack.count
+            others = inner // 2 if recomputed == "selective" else 0
+            inner = inner // stack.count + stack.hidden * stack.count + others
         total += _KEPT[precision] * inner * lengths[stack.name]
     outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
     return total + _LOGITS * outputs * lengths[begun.dense.stacks[-1].name]

@@ -71,6 +71,18 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
+def skip_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
+    """Let the next step change nothing if `flag`, [] on the device, is set.
+
+    Fused optimizers can do so without asking the host; mixed precision with scaled losses needs it. Returns
+    False if this optimizer cannot.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    optimizer.found_inf = flag.float()  # type: ignore[attr-defined]
+    return True
+
+
 def fill(optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
     """Add a state for parameters without a gradient so far (such as an unused mask token).
 

@@ -5,11 +5,11 @@ A run without torchrun is a world of one, in which every collective is the ident
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf import meshes
+from upcycle.sharding.layout import Layout
 from upcycle.training.run import Parallel
 
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables by which processes find each other
@@ -34,8 +36,10 @@ class Ranks:
     dp_rank: int = 0
     dp_size: int = 1
     device: torch.device
+    layout: Layout = field(default_factory=Layout)
     config: DistributedConfig | None = None
     dp_group: Any = None
+    group: Any = None  # the group of all ranks, if it is not torch's own
 
     @property
     def first(self) -> bool:
@@ -57,15 +61,22 @@ class Ranks:
         if self.world == 1:
             return flag
         seen = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self.group)
         return bool(seen)
+
+    def seen(self, flag: bool) -> torch.Tensor:
+        """Return on how many ranks `flag` is set, as a tensor on the device; nobody waits for it."""
+        count = torch.full((), int(flag), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(count)
+        return count
 
     def gathered(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order."""
         if self.world == 1:
             return [value]
         box = [None] * self.world
-        dist.all_gather_object(box, value)
+        dist.all_gather_object(box, value, group=self.group)
         return box
 
     def share(self, value: Any) -> Any:
@@ -73,31 +84,52 @@ class Ranks:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def beside(self) -> Iterator[Ranks]:
+        """Yield the same ranks for a thread beside the training, with a group of their own on CPUs.
+
+        Collectives of one group must come in the same order on every rank, and those of two groups need not.
+        """
+        device = torch.device("cpu")
+        if self.world == 1:
+            yield replace(self, device=device)
+            return
+        group = dist.new_group(backend="gloo", timeout=meshes.PATIENCE)
+        try:
+            yield replace(self, device=device, group=group)
+        finally:
+            dist.destroy_process_group(group)
 
 
 @contextmanager
-def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] = ()) -> Iterator[Ranks]:
+def ranks(
+    parallel: Parallel,
+    *,
+    mixed: bool = False,
+    experts: Collection[int] | None = (),
+    heads: Collection[int] = (),
+) -> Iterator[Ranks]:
     """Yield this process's rank: one of those that torchrun started, or a world of one.
 
-    `experts` are the numbers of experts per layer. Raises `UpcycleError` if the sizes do not fit.
+    `experts` are the numbers of experts per layer, None if this rank does not know them; `heads` those of
+    attention heads. Raises `UpcycleError` if the sizes do not fit, and if another process of the run is lost.
     """
-    world = _of_environment("WORLD_SIZE", 1)
-    fsdp = _sizes(parallel, world, experts)
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-    local = _of_environment("LOCAL_RANK", 0)
-    device = torch.device(kind, local) if kind != "cpu" else torch.device("cpu")
+    world = world_size()
+    layout = parallel.layout(world)
+    layout.refuse(world, experts=experts, heads=heads, prefix="parallel.")
+    _of_environment("LOCAL_RANK", 0)
+    device = meshes.device()
     if world == 1:
         yield Ranks(device=device)
         return
-    if kind != "cpu":
-        torch.accelerator.set_device_index(local)
     mine = not dist.is_initialized()
     if mine:
         if lacking := [name for name in _RENDEZVOUS if not os.environ.get(name)]:
@@ -107,27 +139,69 @@ def ranks(parallel: Parallel, *, mixed: bool = False, experts: Collection[int] =
             )
         if _of_environment("RANK", 0) >= world:
             raise UpcycleError(f"RANK = {os.environ['RANK']} and WORLD_SIZE = {world}; start with torchrun")
-        backend = dist.get_default_backend_for_device(kind)
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        meshes.start()
+    elif device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
     try:
-        mesh = dist.init_device_mesh(kind, (fsdp, parallel.tp), mesh_dim_names=("fsdp", "tp"))
-        yield Ranks(
-            rank=dist.get_rank(),
-            world=world,
-            dp_rank=mesh.get_local_rank("fsdp"),
-            dp_size=fsdp,
-            device=device,
-            config=DistributedConfig(
-                fsdp_size=fsdp,
-                tp_size=parallel.tp,
-                ep_size=parallel.ep,
-                fsdp_mixed_precision=mixed and fsdp > 1,
-            ),
-            dp_group=mesh.get_group("fsdp"),
-        )
+        place = layout.at(dist.get_rank())
+        with _one_voice():
+            yield Ranks(
+                rank=dist.get_rank(),
+                world=world,
+                dp_rank=place.replicate * layout.fsdp + place.fsdp,
+                dp_size=layout.dp,
+                device=device,
+                layout=layout,
+                config=DistributedConfig(
+                    dp_replicate_size=layout.replicate,
+                    fsdp_size=layout.fsdp,
+                    tp_size=layout.tp,
+                    ep_size=layout.ep,
+                    fsdp_mixed_precision=mixed and layout.dp > 1,
+                ),
+                dp_group=meshes.meshes(layout).data,
+            )
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started. Raises `UpcycleError` for a bad environment."""
+    return _of_environment("WORLD_SIZE", 1)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Let one process alone say what ends them all, and say in a sentence that a process was lost."""
+    try:
+        yield
+    except UpcycleError as error:
+        error.elsewhere = not _first_to_say(str(error))
+        raise
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        ended = UpcycleError(
+            "a process of this run has ended, or does not answer; the newest whole checkpoint is kept. Start "
+            "all processes again with --resume"
+        )
+        ended.elsewhere = not _first_to_say(str(ended))
+        raise ended from None
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Return whether a collective failed because another process is gone; gloo has no error of its own."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+
+
+def _first_to_say(sentence: str) -> bool:
+    """Return whether no other process has said this yet, by the store where processes find each other."""
+    key = f"said {hashlib.sha256(sentence.encode()).hexdigest()}"
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add(key, 1) == 1)
+    except RuntimeError:  # the store is gone with its process
+        return True
 
 
 def _of_environment(name: str, default: int) -> int:
@@ -139,21 +213,3 @@ def _of_environment(name: str, default: int) -> int:
             f"it"
         )
     return int(given)
-
-
-def _sizes(parallel: Parallel, world: int, experts: Collection[int]) -> int:
-    """Return the size of fsdp. Raises `UpcycleError` if the sizes do not fit."""
-    tp, ep = parallel.tp, parallel.ep
-    said = f"parallel.fsdp = {parallel.fsdp or 'the rest'}, tp = {tp}, ep = {ep} on {world} process(es)"
-    if min(tp, ep, parallel.fsdp or 1) < 1:
-        raise UpcycleError(f"{said}: each must be 1 or more")
-    fsdp = parallel.fsdp or world // tp
-    if fsdp * tp != world:
-        raise UpcycleError(f"{said}: fsdp x tp must be the number of processes that torchrun started")
-    if ep > 1 and (ep % tp or world % ep):
-        raise UpcycleError(f"{said}: ep must be a multiple of tp and divide fsdp x tp")
-    if ep > 1 and not experts:
-        raise UpcycleError(f"{said}: a dense model has no experts to share out; set parallel.ep = 1")
-    if wrong := [count for count in experts if count % ep]:
-        raise UpcycleError(f"{said}: ep must divide the {wrong[0]} experts of a layer")
-    return fsdp

@@ -52,15 +52,17 @@ def part(
     own = own_names(said)
     each: dict[str, list[Tensor]] = {name: [] for name in ("balance", "z", *settings.coefficients, *own)}
     for one, tally in zip(said, tallies, strict=True):
-        tokens = tally.tokens / share
-        balance = load_balancing_loss(one.probabilities, tally.counts / share, tokens)
+        tokens = _scaled(tally.tokens, share, one.logits)
+        groups = _scaled(tally.groups, share, one.logits)
+        balance = load_balancing_loss(_real(one, one.probabilities), tally.counts / share, tokens)
         each["balance"].append(zero if one.balanced else balance)
-        each["z"].append(z_loss(one.logits, tokens))
+        each["z"].append(z_loss(one.logits, tokens, one.real))
         for name in (*settings.coefficients, *own):
-            each[name].append(one.losses[name] / (tally.groups / share) if name in one.losses else zero)
+            each[name].append(one.losses[name] / groups if name in one.losses else zero)
     losses = {name: _together(layers, settings) for name, layers in each.items()}
     if settings.balance_loss == "pooled":
-        losses["balance"] = pooled_loss([one.logits for one in said], said[0].top_k) / parts
+        logits = [one.of_tokens(one.logits) for one in said]
+        losses["balance"] = pooled_loss(logits, said[0].top_k) / parts
     coefficients = {
         "balance": settings.balance_loss_coef,
         "z": settings.z_loss_coef,
@@ -77,6 +79,16 @@ def part(
     )
 
 
+def _scaled(number: Tensor | int, share: float, like: Tensor) -> Tensor | float:
+    """Return a number of part of the batch scaled up to all of it, in the type of `like`."""
+    return (number.double() / share).to(like.dtype) if isinstance(number, Tensor) else number / share
+
+
+def _real(one: Said, rows: Tensor) -> Tensor:
+    """Return rows [T', E] with zeros where they are padding."""
+    return rows if one.real is None else rows * one.real[:, None]
+
+
 def _together(layers: Sequence[Tensor], settings: Balance) -> Tensor:
     """Combine the losses of all layers."""
     return torch.stack([*layers]).mean() if settings.layers == "mean" else torch.stack([*layers]).sum()
@@ -89,7 +101,7 @@ def _weighed(name: str, said: Sequence[Said], layers: Sequence[Tensor], settings
     return _together([f * loss if f else zero for f, loss in zip(factors, layers, strict=True)], settings)
 
 
-def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float) -> Tensor:
+def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float | Tensor) -> Tensor:
     """Compute the load-balancing loss of one layer over the global batch, [].
 
     `probabilities` [T', E] are those of the tokens of this part; `counts` [E] and `tokens` are of the global
@@ -114,9 +126,11 @@ def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
     return loss
 
 
-def z_loss(logits: Tensor, tokens: float) -> Tensor:
+def z_loss(logits: Tensor, tokens: float | Tensor, real: Tensor | None = None) -> Tensor:
     """Compute the z-loss of one layer for this part: squared log-sum-exp of logits [T', E], over `tokens`.
 
-    `tokens` is the number of tokens of the global batch. Source: ST-MoE, equation 5.
+    `tokens` is the number of tokens of the global batch, and `real` [T'] is False at padding. Source: ST-MoE,
+    equation 5.
     """
-    return logits.logsumexp(-1).square().sum() / tokens
+    squares = logits.logsumexp(-1).square()
+    return (squares if real is None else squares * real).sum() / tokens

@@ -18,12 +18,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.hf import recorded
+from upcycle.nn.counts import counted
 from upcycle.nn.moe import Router
 from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Routing
 from upcycle.records.metrics import LayerMetrics
-from upcycle.training.seeds import torch_seed
+from upcycle.training.seeds import Seeds
 
+_KEPT = "_upcycle_output"  # attribute of a router that holds its output until `recording` ends
 COLLAPSED = 0.9  # a layer counts as collapsed if its K busiest experts take a larger share of its slots
 
 
@@ -31,7 +33,7 @@ COLLAPSED = 0.9  # a layer counts as collapsed if its K busiest experts take a l
 class Said:
     """The output of one router in one forward pass, for T' tokens and E experts.
 
-    A router that is `balanced` needs no balance loss.
+    A router that is `balanced` needs no balance loss. `real` is False at rows that are padding.
     """
 
     logits: Tensor  # [T', E]
@@ -39,6 +41,7 @@ class Said:
     left_behind: Tensor  # []
     top_k: int
     scores: Tensor | None = None  # [T', E], rows sum to one; None: the softmax of the logits
+    real: Tensor | None = None  # [T']; None: all rows are tokens
     balanced: bool = False
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     loss_coefs: Mapping[str, float] = field(default_factory=dict)  # coefficients of the router's own losses
@@ -52,22 +55,53 @@ class Said:
         """
         return self.logits.softmax(-1) if self.scores is None else self.scores
 
+    def of_tokens(self, rows: Tensor) -> Tensor:
+        """Return the rows [T', ...] that are tokens and not padding; waits for the device if some are."""
+        return rows if self.real is None else rows[self.real]
+
     def tallies(self) -> Tensor:
         """Return the numbers that are summed over the global batch: counts, tokens, left behind, groups."""
-        rest = [len(self.logits), int(self.left_behind), self.groups]
-        return torch.cat([self.counts, torch.tensor(rest, device=self.counts.device)])
+        counts = self.counts
+        tokens = counts.new_full((), len(self.logits)) if self.real is None else self.real.sum()
+        rest = [tokens, self.left_behind, counts.new_full((), self.groups)]
+        return torch.cat([counts, torch.stack([one.to(counts.dtype) for one in rest])])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """The tallies of one layer's router, summed over a batch."""
+    """The tallies of one layer's router, summed over a batch, on the device that computed them."""
 
     counts: Tensor  # [E]
-    tokens: int
-    left_behind: int
-    groups: int
+    tokens: Tensor | int  # []
+    left_behind: Tensor | int
+    groups: Tensor | int
     top_k: int
     balanced: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """The facts about a layer's router that do not change from step to step."""
+
+    experts: int
+    top_k: int
+    balanced: bool
+
+
+def split(sums: Tensor, kinds: Sequence[Kind]) -> list[Tally]:
+    """Split summed tallies of all layers by layer."""
+    parts = sums.split([kind.experts + 3 for kind in kinds])
+    return [
+        Tally(
+            counts=part[:-3],
+            tokens=part[-3],
+            left_behind=part[-2],
+            groups=part[-1],
+            top_k=kind.top_k,
+            balanced=kind.balanced,
+        )
+        for kind, part in zip(kinds, parts, strict=True)
+    ]
 
 
 @dataclass(kw_only=True)
@@ -76,6 +110,9 @@ class Routers:
 
     They are recorded with forward hooks on `nn.moe.Router`, which returns a `Routing`, or on the class whose
     `router_logits` transformers records, which returns (logits [T, E], weights [T, K], indices [T, K]).
+
+    A hook only leaves a router's output on the router, so that a compiled block contains it. `recording`
+    reads it after the forward pass.
     """
 
     layers: list[int]
@@ -84,7 +121,8 @@ class Routers:
     names: list[str]
     said: list[Said] = field(default_factory=list)
     _on: bool = False
-    _noise: tuple[float, int] | None = None
+    _jitters: bool = False
+    _noise: tuple[float, Seeds] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Routers | None:
@@ -101,79 +139,61 @@ class Routers:
         )
         for place, module in enumerate(routers.modules):
             module.register_forward_pre_hook(routers._jitter(place))
-            module.register_forward_hook(routers._record)
+            module.register_forward_hook(routers._keep)
         return routers
 
     @contextmanager
-    def recording(self, *, jitter: float = 0.0, seed: int = 0) -> Iterator[None]:
+    def recording(self, *, jitter: float = 0.0, seeds: Seeds | None = None) -> Iterator[None]:
         """Record the routers' outputs inside the block.
 
-        `jitter` multiplies the routers' input by U(1 - jitter, 1 + jitter), keyed by `seed` and the layer
-        (Switch Transformers, section 2.2).
+        `jitter` multiplies the routers' input by U(1 - jitter, 1 + jitter), with the seed that `seeds` has
+        for the layer (Switch Transformers, section 2.2).
         """
         self.said = []
-        self._on, self._noise = True, (jitter, seed) if jitter else None
+        self._on, self._jitters = True, bool(jitter)
+        self._noise = (jitter, seeds) if jitter and seeds is not None else None
         try:
             yield
+            self.said = [
+                _said(module, module.__dict__[_KEPT]) for module in self.modules if _KEPT in module.__dict__
+            ]
         finally:
             self._on = False
+            for module in self.modules:
+                module.__dict__.pop(_KEPT, None)
 
     def _jitter(self, place: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._noise is None:
-                return None
-            hidden, *rest = args
-            width, seed = self._noise
+        @torch.compiler.disable
+        def noisy(hidden: Tensor) -> Tensor:
+            assert self._noise is not None
+            width, seeds = self._noise
             # Use a separate generator, so that a layer recomputed in the backward pass draws the same noise.
-            generator = torch.Generator(hidden.device).manual_seed(torch_seed(seed * 4099 + place))
+            generator = torch.Generator(hidden.device).manual_seed(seeds.of_layer(place))
             noise = torch.empty(hidden.shape, device=hidden.device).uniform_(
                 1 - width, 1 + width, generator=generator
             )
-            return (hidden * noise.to(hidden.dtype), *rest)
+            return hidden * noise.to(hidden.dtype)
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            return (noisy(args[0]), *args[1:]) if self._jitters else None
 
         return hook
 
-    def _record(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._on:  # not recording, or a layer is recomputed in the backward pass
-            return
-        if isinstance(output, Routing):
-            shared = ("logits", "counts", "left_behind", "balanced", "losses", "groups")
-            assert isinstance(module, Router)
-            given = {name: getattr(output, name) for name in shared}
-            given |= {"top_k": module.shape.top_k, "loss_coefs": module.settings.loss_coefs()}
-            self.said.append(Said(scores=output.probabilities, **given))
-            return
-        raw, _, indices = output
-        logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        self.said.append(
-            Said(
-                logits=logits,
-                counts=torch.bincount(indices.flatten(), minlength=logits.shape[-1]),
-                left_behind=torch.zeros((), dtype=torch.long, device=logits.device),
-                top_k=indices.shape[-1],
-            )
-        )
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._on:  # else not recording, or a layer is recomputed in the backward pass
+            setattr(module, _KEPT, output)
 
     def tallies(self) -> Tensor:
         """Return the tallies of the recorded forward pass, concatenated over layers, ready to be summed."""
         return torch.cat([said.tallies() for said in self.said])
 
+    def kinds(self) -> list[Kind]:
+        """Return the facts about the recorded routers that `split` needs."""
+        return [Kind(experts=len(s.counts), top_k=s.top_k, balanced=s.balanced) for s in self.said]
+
     def read(self, sums: Tensor) -> list[Tally]:
         """Split summed `tallies` by layer."""
-        out = []
-        for said, part in zip(self.said, sums.split([len(s.counts) + 3 for s in self.said]), strict=True):
-            tokens, left, groups = part[-3:].tolist()
-            out.append(
-                Tally(
-                    counts=part[:-3],
-                    tokens=tokens,
-                    left_behind=left,
-                    groups=groups,
-                    top_k=said.top_k,
-                    balanced=said.balanced,
-                )
-            )
-        return out
+        return split(sums, self.kinds())
 
     def biases(self) -> list[Tensor | None]:
         """Return the correction biases of the routers, [E] each; None for a router without one.
@@ -191,6 +211,28 @@ class Routers:
                 "bias; set it to 0, or take what has one (ernie4_5_moe, router.name = sigmoid)"
             )
         return found
+
+
+def _said(module: nn.Module, output: Any) -> Said:
+    """Return the output of a router in the form that all routers share."""
+    if isinstance(output, Routing):
+        assert isinstance(module, Router)
+        return Said(
+            logits=output.logits,
+            scores=output.probabilities,
+            real=output.real,
+            counts=output.counts,
+            left_behind=output.left_behind,
+            top_k=module.shape.top_k,
+            balanced=output.balanced,
+            losses=output.losses,
+            loss_coefs=module.settings.loss_coefs(),
+            groups=output.groups,
+        )
+    raw, _, indices = output
+    logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    counts = counted(indices, logits.shape[-1])
+    return Said(logits=logits, counts=counts, left_behind=counts.new_zeros(()), top_k=indices.shape[-1])
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -236,5 +278,5 @@ def health(tally: Tally, stack: str, layer: int) -> LayerMetrics:
         idlest=round(float(load.min()), 6),
         dead=int((load == 0).sum()),
         collapsed=bool(busiest > COLLAPSED) and len(load) > tally.top_k and not tally.balanced,
-        left_behind=round(tally.left_behind / max(1, tally.tokens), 6),
+        left_behind=round(int(tally.left_behind) / max(1, int(tally.tokens)), 6),
     )

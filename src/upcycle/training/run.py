@@ -20,6 +20,7 @@ from upcycle.errors import UpcycleError, shown
 from upcycle.nn.balance import Balance
 from upcycle.recipe import Recipe
 from upcycle.settings import Above, AtLeast, Settings, Within, families, parted, table_at
+from upcycle.sharding.layout import Layout
 from upcycle.tasks import Task
 from upcycle.training import optimizers, schedules
 from upcycle.training.optimizers import Optimizer
@@ -55,8 +56,9 @@ class Train(Settings):
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # largest norm of the gradient; 0: no clipping
     # precision of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
-    # whether to recompute blocks in the backward pass, to save memory
-    activation_checkpointing: bool = False
+    # whether to recompute blocks in the backward pass, to save memory; selective: all of a block but its
+    # matrix products and attention
+    activation_checkpointing: bool | Literal["selective"] = False
     compile: bool = False  # whether to use torch.compile
     experts_implementation: str | None = None  # None: the one that benchmarks/train_step.py found fastest
     seed: int | None = None  # None: the seed of the run
@@ -105,13 +107,21 @@ class Train(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel(Settings):
-    """The parallel layout: fsdp x tp is the number of ranks, and ep divides it."""
+    """The parallel layout: replicate x fsdp x tp is the number of ranks, and ep divides fsdp x tp."""
 
     section: ClassVar[str] = "parallel"
 
-    fsdp: int | None = None  # None: the number of ranks divided by tp
+    # copies of the whole model (HSDP), so that only gradients go from one to another
+    replicate: int = 1
+    fsdp: int | None = None  # ranks that shard a copy; None: the number of ranks divided by the others
     tp: int = 1  # ranks that share the matrices of a layer
     ep: int = 1  # ranks that share the experts of a layer
+
+    def layout(self, world: int) -> Layout:
+        """Return the layout in a world of so many processes; `Layout.refuse` says whether it fits."""
+        given = max(1, self.replicate) * max(1, self.tp)
+        fsdp = max(1, world // given) if self.fsdp is None else self.fsdp
+        return Layout(replicate=self.replicate, fsdp=fsdp, tp=self.tp, ep=self.ep)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +145,8 @@ class Saving(Settings):
 
     every: Annotated[int, AtLeast(0)] = 500  # steps between checkpoints; 0: only the last
     keep: Annotated[int, AtLeast(1)] = 2  # number of checkpoints to keep
+    # whether the steps go on while a copy of the tensors is written, which takes memory of the host
+    asynchronous: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.records.reader import load
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock, whole_file
-from upcycle.training import saving
+from upcycle.training import agreement, saving
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
 
@@ -51,6 +51,7 @@ def claimed(run: Run, sources: Iterable[Path], here: Ranks, *, resume: bool) -> 
         said = _hold(out, stack) if here.first else None
         if (said := here.share(said)) is not None:
             raise UpcycleError(said)
+        agreement.refuse_unseen(out, LOCK, here)
         _refuse_content(run, out, resume)  # again: another training may have written since
         checkpoint = saving.latest(out) if resume else None
         if checkpoint is not None:

@@ -6,10 +6,12 @@ the SHA-256 of the others. It is written as `step-N.partial` and renamed when al
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -80,6 +83,29 @@ def save(
     Every rank must call it, with an optimizer that has a state for every parameter (`optimizer.fill`). Older
     checkpoints beyond `keep` are removed once the new one is in place.
     """
+    with alone():
+        return write(out, tensors_of(model, optimizer), state, ranks, keep)
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the live tensors of a checkpoint, in shards that DCP can describe. Every rank must call it."""
+    tensors = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_BY_NAME),
+    }
+    found: dict[str, Any] = _contiguous(tensors)
+    return found
+
+
+def write(
+    out: Path,
+    tensors: Mapping[str, Any],
+    state: RunState,
+    ranks: Ranks,
+    keep: int,
+    stop: threading.Event | None = None,
+) -> str | None:
+    """Write tensors as checkpoint `state.step`, as `save` does. Setting `stop` gives it up."""
     final = folder_of(out) / f"step-{state.step}"
     partial = final.with_name(final.name + ".partial")
     if ranks.first:
@@ -88,14 +114,13 @@ def save(
     reason = None
     hashes: dict[str, str] = {}
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=_BY_NAME),
-        }
-        with _alone():
-            dcp.save(_contiguous(tensors), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
-        hashes = _hashes(partial, ranks)
+        dcp.save(
+            dict(tensors),
+            storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+            planner=_Stoppable(stop),
+            process_group=ranks.group,
+        )
+        hashes = _hashes(partial, ranks, stop)
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         if _interrupted(error):
             shutil.rmtree(partial, ignore_errors=True)
@@ -123,10 +148,30 @@ def save(
     return None
 
 
-def _hashes(partial: Path, ranks: Ranks) -> dict[str, str]:
+class _Stoppable(dcp.DefaultSavePlanner):
+    """The default plan, which gives up before the next tensor once `stop` is set."""
+
+    def __init__(self, stop: threading.Event | None) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        _heed(self._stop)
+        found: torch.Tensor | io.BytesIO = super().resolve_data(write_item)
+        return found
+
+
+def _heed(stop: threading.Event | None) -> None:
+    if stop is not None and stop.is_set():
+        raise InterruptedError("it was given up")
+
+
+def _hashes(partial: Path, ranks: Ranks, stop: threading.Event | None) -> dict[str, str]:
     """Hash the files that this rank wrote, while the system still has them in memory (SHA-256)."""
     mine = [*partial.glob(f"__{ranks.rank}_*"), *([partial / ".metadata"] if ranks.first else [])]
-    return {path.name: file_hash(path) for path in mine}
+    hashes = {path.name: file_hash(path, stop) for path in mine}
+    _heed(stop)
+    return hashes
 
 
 def refuse_changed(checkpoint: Path, ranks: Ranks) -> None:
@@ -159,7 +204,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
         live["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
     read = _contiguous(live)
     try:
-        with _alone():
+        with alone():
             dcp.load(read, storage_reader=Reader(checkpoint), planner=Planner())
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         if _interrupted(error):
@@ -180,7 +225,7 @@ def discard_partial(out: Path) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Silence DCP's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

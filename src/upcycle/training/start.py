@@ -7,7 +7,7 @@ weights are the same for every topology.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,12 +34,13 @@ from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.lazy import Folded, Lazy, Stack
-from upcycle.training import drop_path, layer_decay, weightless
+from upcycle.training import drop_path, layer_decay, recomputing, weightless
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run, Train
 
+_MAY_SKIP = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # a setting of torch.compile
 OPTIMIZER = "optimizer"  # folder of the moments next to an exported model
 
 
@@ -162,17 +163,18 @@ def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place
 def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
-    model = _build(start, start.entries, run, ranks, dtype).to(ranks.device)
+    model = _build(start, start.entries, run, ranks, dtype)
+    if model.device != ranks.device:
+        model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if run.train.activation_checkpointing:
-        _recompute(model)
+        recomputing.install(model, run.train.activation_checkpointing)
     if run.train.drop_path is not None:
         drop_path.install(model, start.dense.family, start.dense.config, run.train.drop_path)
     _set_expert_dropout(model, run.train)
     if run.train.compile:
-        for layer in _blocks(model, start):
-            layer.compile()
+        _compile(_blocks(model, start))
     return model.train()
 
 
@@ -206,18 +208,16 @@ def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
     return [block for path in lists for block in model.base_model.get_submodule(path).children()]
 
 
-def _recompute(model: PreTrainedModel) -> None:
-    """Keep only a layer's input, and recompute the rest in the backward pass."""
-    if not model.supports_gradient_checkpointing:
-        raise UpcycleError(
-            f"train.activation_checkpointing: transformers has none for {type(model).__name__}; set it to "
-            f"false, and lower train.micro_batch where memory is short"
-        )
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+def _compile(blocks: Iterable[nn.Module]) -> None:
+    """Compile every block by itself. Blocks of one kind share a graph, whatever their routers decide.
+
+    Routers leave their outputs on the module, and a block that is recomputed need not do so again. Without
+    this permission, torch does not compile blocks that are recomputed.
+    """
+    if hasattr(torch._dynamo.config, _MAY_SKIP):  # not in every torch that works
+        setattr(torch._dynamo.config, _MAY_SKIP, True)
+    for block in blocks:
+        block.compile()
 
 
 def _build(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
+from upcycle.hf import packing
+from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
-from upcycle.training import fit, gradients, router_losses, routing
+from upcycle.training import chunked_entropy, fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
 from upcycle.training.parallel import Ranks
-from upcycle.training.routing import Routers, Tally
+from upcycle.training.routing import Kind, Routers, Tally
 from upcycle.training.run import Run
-from upcycle.training.seeds import torch_seed
+from upcycle.training.seeds import Seeds
 from upcycle.training.start import Start
+from upcycle.training.transfer import Transfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +55,34 @@ class Trainee:
 
     def logits(self, question: Question, **options: Any) -> Tensor:
         """Return the model's logits for a question."""
-        with self.autocast():
+        with self.autocast(), packing.unpacked():
             out: Tensor = self.model(**question.inputs, **options).logits
         return out
+
+    def entropy(self, question: Question) -> Tensor:
+        """Return the cross-entropy in nats, summed over the targets of a question."""
+        if (head := self._head(question)) is None:
+            return self.task.loss(self.logits(question), question.labels)
+        with self.autocast(), packing.unpacked():
+            return chunked_entropy.cross_entropy(self._hidden(question), question.labels, head)
+
+    def scores(self, question: Question, rows: int) -> tuple[Tensor, Tensor]:
+        """Return the summed cross-entropy and the number of right answers of a question's first rows."""
+        labels = question.labels[:rows]
+        if (head := self._head(question)) is None:
+            logits = self.logits(question)[:rows]
+            return self.task.loss(logits, labels), self.task.correct(logits, labels)
+        with self.autocast(), packing.unpacked():
+            return chunked_entropy.scores(self._hidden(question)[:rows], labels, head)
+
+    def _head(self, question: Question) -> Head | None:
+        """Return the model's head if its logits are so many that they are computed in chunks."""
+        head = Head.of(self.model) if self.task.by_token else None
+        return head if head and chunked_entropy.is_worth(question.labels.numel(), head) else None
+
+    def _hidden(self, question: Question) -> Tensor:
+        hidden: Tensor = self.model.base_model(**question.inputs).last_hidden_state
+        return hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +91,7 @@ class Outcome:
 
     loss: float  # cross-entropy, nats per target
     grad_norm: float
+    stopping: bool = False  # whether a rank was asked to stop
     tallies: Sequence[Tally] = ()  # one per layer, on the CPU
     balance_loss: float | None = None  # mean or sum over layers; each is top_k at perfect balance
     z_loss: float | None = None
@@ -70,25 +99,72 @@ class Outcome:
     router_grad_norms: Sequence[float] = ()
 
 
-def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
-    """Update the model on this rank's part of the global batch.
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """A step that is queued on the device, or done, and whose numbers are on their way to the host."""
 
-    Raises `UpcycleError` if the loss or a gradient is not finite.
+    step: int
+    transfer: Transfer
+    gradients: Sequence[str]  # names of the parameters that had one
+    kinds: Sequence[Kind] = ()  # of the routers
+    routers: Sequence[str] = ()
+    own: Sequence[str] = ()  # names of the routers' own losses
+
+    def outcome(self) -> Outcome:
+        """Wait for the step's numbers and return them.
+
+        Raises `UpcycleError` if the loss or a gradient is not finite.
+        """
+        read = self.transfer.read()
+        loss, *others = read["sums"].tolist()
+        squares = dict(zip(self.gradients, read["squares"].tolist(), strict=True))
+        _refuse_nonfinite(self.step, loss, squares)
+        norm = sum(squares.values()) ** 0.5
+        stopping = bool(read["stopping"].any())
+        if not self.kinds:
+            return Outcome(loss=loss, grad_norm=norm, stopping=stopping)
+        balance, z, *own = others
+        return Outcome(
+            loss=loss,
+            grad_norm=norm,
+            stopping=stopping,
+            tallies=routing.split(read["tallies"].long(), self.kinds),
+            balance_loss=balance,
+            z_loss=z,
+            own_losses=dict(zip(self.own, own, strict=True)),
+            router_grad_norms=[
+                sum(s for n, s in squares.items() if n.startswith(f"{name}.")) ** 0.5 for name in self.routers
+            ],
+        )
+
+
+def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
+    """Update the model on this rank's part of the global batch, and wait until that is done.
+
+    Raises `UpcycleError` if the loss or a gradient is not finite; then the weights are as they were.
+    """
+    return queue_step(trainee, batch, step, lr).outcome()
+
+
+def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Sequence[int] = ()) -> Queued:
+    """Queue an update of the model on this rank's part of the global batch.
+
+    The host waits for nothing, apart from what transformers' or torch's own code waits for. The update is
+    skipped on the device if the loss or a gradient is not finite. `stop` holds the signals by which this rank
+    was asked to stop, which the others learn from the step's numbers.
     """
     run, ranks, routers = trainee.run, trainee.ranks, trainee.routers
-    # Use one seed per step and rank, so that dropout, jitter and augmentation need no state in a checkpoint.
-    torch.manual_seed(torch_seed(run.train_seed * 1_000_003 + step * 997 + ranks.dp_rank))
+    seeds = Seeds(run=run.train_seed, step=step, rank=ranks.dp_rank)
+    torch.manual_seed(seeds.of_step)
     micros = _split(batch, run.train.micro_batch)
     questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
-    targets = ranks.total(trainee.task.targets(batch))
-    known = _count_ahead(trainee, questions, step) if _needs_counts_ahead(run, routers, micros) else None
+    targets = _all_targets(trainee, batch)
+    known = _count_ahead(trainee, questions, seeds) if _needs_counts_ahead(run, routers, micros) else None
     sums: Tensor | None = None  # cross-entropy, balance, z, and the routers' own losses
     total: Tensor | None = None
     for place, question in enumerate(questions):
-        with _recorded(trainee, step, place):
-            logits = trainee.logits(question)
-        entropy = trainee.task.loss(logits, question.labels) / targets
-        del logits
+        with _recorded(trainee, seeds, place):
+            entropy = trainee.entropy(question) / targets
         loss, parts = entropy, [entropy.detach()]
         if routers is not None:
             seen = ranks.sum(routers.tallies())
@@ -101,35 +177,43 @@ def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
         sums = found if sums is None else sums + found
         (loss * ranks.dp_size).backward()
     assert sums is not None
-    entropy_sum, *others = ranks.sum(sums).tolist()
+    sums = ranks.sum(sums)
     grads = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
     squares = gradients.squared_norms(grads)
-    norm = sum(squares.values()) ** 0.5
-    _refuse_nonfinite(step, entropy_sum, squares)
-    if run.train.clip_grad_norm and norm > run.train.clip_grad_norm:
-        gradients.scale(grads.values(), run.train.clip_grad_norm / norm)
+    numbers = {"sums": sums, "squares": squares, "stopping": ranks.seen(bool(stop))}
+    kinds: Sequence[Kind] = ()
+    own: Sequence[str] = ()
+    if routers is not None and total is not None:
+        kinds, own = routers.kinds(), router_losses.own_names(routers.said)
+        numbers["tallies"] = total
+    queued = Queued(
+        step=step,
+        transfer=Transfer(numbers),
+        gradients=[*grads],
+        kinds=kinds,
+        routers=() if routers is None else routers.names,
+        own=own,
+    )
+    if run.train.clip_grad_norm:
+        # In double precision: the norm's square of a float32 gradient may be beyond float32.
+        gradients.scale(grads.values(), (run.train.clip_grad_norm / squares.sum().sqrt()).clamp(max=1.0))
     optim.set_rate(trainee.optimizer, lr)
+    if not optim.skip_if(trainee.optimizer, ~(squares.sum() + sums[0]).isfinite()):
+        queued.outcome()  # this optimizer cannot skip an update on the device, so wait
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
-    if routers is None or total is None:
-        return Outcome(loss=entropy_sum, grad_norm=norm)
-    if run.router.bias_update_rate:
-        routing.update_biases(routers.biases(), routers.read(total), run.router.bias_update_rate)
-    tallies = routers.read(total.cpu())
-    own = router_losses.own_names(routers.said)
-    balance_sum, z_sum, *own_sums = others
-    routers.said.clear()
-    return Outcome(
-        loss=entropy_sum,
-        grad_norm=norm,
-        tallies=tallies,
-        balance_loss=balance_sum,
-        z_loss=z_sum,
-        own_losses=dict(zip(own, own_sums, strict=True)),
-        router_grad_norms=[
-            sum(s for n, s in squares.items() if n.startswith(f"{name}.")) ** 0.5 for name in routers.names
-        ],
-    )
+    if routers is not None and total is not None:
+        if run.router.bias_update_rate:
+            routing.update_biases(routers.biases(), routers.read(total), run.router.bias_update_rate)
+        routers.said.clear()
+    return queued
+
+
+def _all_targets(trainee: Trainee, batch: Batch) -> Tensor | int:
+    """Return the number of predictions in the global batch; a tensor if only the labels tell it."""
+    mine = trainee.task.targets(batch)
+    ranks = trainee.ranks
+    return ranks.sum(mine) if isinstance(mine, Tensor) else mine * ranks.dp_size
 
 
 def _split(batch: Batch, size: int | None) -> list[Batch]:
@@ -139,12 +223,11 @@ def _split(batch: Batch, size: int | None) -> list[Batch]:
     return [dict(zip(names, part, strict=True)) for part in parts]
 
 
-def _recorded(trainee: Trainee, step: int, place: int) -> AbstractContextManager[Any]:
+def _recorded(trainee: Trainee, seeds: Seeds, place: int) -> AbstractContextManager[Any]:
     """Return a context that records the routers in the forward pass of micro batch `place`."""
     if trainee.routers is None:
         return nullcontext()
-    seed = (trainee.run.train_seed * 1_000_003 + step) * 4099 + place * 257 + trainee.ranks.dp_rank
-    return trainee.routers.recording(jitter=trainee.run.router.jitter, seed=seed)
+    return trainee.routers.recording(jitter=trainee.run.router.jitter, seeds=replace(seeds, micro=place))
 
 
 def _needs_counts_ahead(run: Run, routers: Routers | None, micros: Sequence[Batch]) -> bool:
@@ -155,7 +238,7 @@ def _needs_counts_ahead(run: Run, routers: Routers | None, micros: Sequence[Batc
 
 
 @torch.no_grad()
-def _count_ahead(trainee: Trainee, questions: Sequence[Question], step: int) -> Tensor:
+def _count_ahead(trainee: Trainee, questions: Sequence[Question], seeds: Seeds) -> Tensor:
     """Return the tallies of the global batch from a separate forward pass."""
     routers = trainee.routers
     assert routers is not None
@@ -163,7 +246,7 @@ def _count_ahead(trainee: Trainee, questions: Sequence[Question], step: int) -> 
     device = trainee.ranks.device
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         for place, question in enumerate(questions):
-            with _recorded(trainee, step, place):
+            with _recorded(trainee, seeds, place):
                 trainee.logits(question, **trainee.task.counting)
             total = routers.tallies() if total is None else total + routers.tallies()
     assert total is not None
@@ -216,11 +299,10 @@ def evaluate(trainee: Trainee, batch: Batch) -> Score:
     for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size, whole):
         question = task.question(micro, trainee.start.subject, training=False)
         # All ranks run the same number of passes; the last may have rows that another rank counts.
-        logits, labels = trainee.logits(question)[:count], question.labels[:count]
-        targets = task.targets({name: t[:count] for name, t in micro.items()})
+        found = trainee.scores(question, count)
         if count:
-            found = [task.loss(logits, labels), task.correct(logits, labels), logits.new_tensor(targets)]
-            sums += torch.stack([x.double() for x in found])
+            sums[:2] += torch.stack([x.double() for x in found])
+            sums[2] += task.targets({name: t[:count] for name, t in micro.items()})
     model.train()
     loss, correct, targets = ranks.sum(sums).tolist()
     return Score(loss=loss / targets, accuracy=correct / targets)

@@ -162,13 +162,28 @@ def capacity(tokens: int, share: float, rounding: Rounding, *, minimum: int = 1)
     return min(tokens, wanted)
 
 
-def places(length: int, padding: Tensor | None, share: float, rounding: Rounding) -> list[int]:
-    """Return the `capacity` of each group from its tokens without padding; one number without a mask.
+def places(length: int, padding: Tensor | None, share: float, rounding: Rounding) -> int | Tensor:
+    """Return the `capacity` of each group, [G], from its tokens without padding; one number without a mask.
 
     Padding does not count: otherwise the result for a text would depend on the length of its neighbours.
     """
-    real = [length] if padding is None else (~padding).sum(1).tolist()
-    return [capacity(tokens, share, rounding) for tokens in real]
+    return (
+        capacity(length, share, rounding)
+        if padding is None
+        else capacities((~padding).sum(1), share, rounding)
+    )
+
+
+def capacities(tokens: Tensor, share: float, rounding: Rounding) -> Tensor:
+    """Return the `capacity` of groups of `tokens` [G] tokens, computed where these are."""
+    import torch
+
+    fair = (tokens.double() * share).round(decimals=9)
+    if rounding == "vmoe":
+        wanted = (fair.ceil() / 4).ceil() * 4
+    else:
+        wanted = fair.round().clamp(min=4 if rounding == "flaxformer" else 1)
+    return torch.minimum(tokens, wanted.to(tokens.dtype))
 
 
 def read(table: Mapping[str, object], where: str = "router") -> Router:

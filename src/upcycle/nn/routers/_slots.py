@@ -64,8 +64,9 @@ class SlotRouter(Router):
             dispatch=Slots(
                 dispatch=masked.softmax(1).view(shape), combine=combine if kept is None else combine * kept
             ),
-            logits=tokens.real_of(logits.view(shape).logsumexp(-1)),
-            probabilities=tokens.real_of(combine.sum(-1)),
+            logits=logits.view(shape).logsumexp(-1).flatten(0, 1),
+            probabilities=combine.sum(-1).flatten(0, 1),
+            real=tokens.real_rows,
             counts=torch.full((num_experts,), tokens.groups * self.slots, device=into.device),
             left_behind=torch.zeros((), dtype=torch.long, device=into.device),
             balanced=True,

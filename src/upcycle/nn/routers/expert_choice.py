@@ -52,6 +52,7 @@ class ExpertChoice(Router):
     def route(self, tokens: Tokens) -> Routing:
         import torch
 
+        from upcycle.nn.counts import counted
         from upcycle.nn.dispatch import Rows
         from upcycle.nn.routing import Routing
 
@@ -65,28 +66,34 @@ class ExpertChoice(Router):
         scores = probabilities.transpose(1, 2)  # [G, E, N]
         if padding is not None:
             scores = scores.masked_fill(padding[:, None], -1.0)
-        room = places(length, padding, self.share(num_experts, tokens.top_k), self.rounding)
-        weights, token = scores.topk(max(room), dim=-1)  # [G, E, C]
+        share = self.share(num_experts, tokens.top_k)
+        most = capacity(length, share, self.rounding)
+        weights, token = scores.topk(most, dim=-1)  # [G, E, C]
         flat = token + length * torch.arange(groups, device=token.device)[:, None, None]
         expert = torch.arange(num_experts, device=token.device)[:, None].expand_as(token)
+        taken = None
+        if padding is not None:  # a shorter group fills fewer places; the others have no expert
+            own = places(length, padding, share, self.rounding)
+            taken = torch.arange(most, device=token.device) < own[:, None, None]  # type: ignore[index]
+            expert, weights = expert.where(taken, num_experts), weights.where(taken, 0.0)
+            taken = taken.expand_as(token).transpose(0, 1).flatten()
         # Sort the rows by expert, as the experts' matrix products need them.
         rows, index, weights = (t.transpose(0, 1).flatten() for t in (flat, expert, weights))
-        if padding is not None:
-            own = torch.tensor(room, device=token.device)[:, None, None]
-            taken = torch.arange(max(room), device=token.device) < own
-            taken = taken.expand_as(token).transpose(0, 1).flatten()
-            rows, index, weights = rows[taken], index[taken], weights[taken]
-        times = torch.bincount(rows, minlength=groups * length)
+        times = counted(rows, groups * length, taken)
         if self.normalize:
             sums = torch.zeros_like(probabilities[..., 0]).flatten().index_add(0, rows, weights)
+            if taken is not None:
+                sums = sums.masked_fill(times == 0, 1.0)
             weights = weights / sums[rows]
-        nowhere = times.view(groups, length) == 0
         return Routing(
-            dispatch=Rows(tokens=rows, experts=index, weights=weights, length=length),
-            logits=tokens.real_of(logits),
-            probabilities=tokens.real_of(probabilities),
-            counts=torch.bincount(index, minlength=num_experts),
-            left_behind=tokens.real_of(nowhere).sum(),
+            dispatch=Rows(
+                tokens=rows, experts=index, weights=weights, length=length, some_left=taken is not None
+            ),
+            logits=logits.flatten(0, 1),
+            probabilities=probabilities.flatten(0, 1),
+            real=tokens.real_rows,
+            counts=counted(index, num_experts + 1)[:num_experts],
+            left_behind=tokens.number_of(times.view(groups, length) == 0),
             balanced=True,
             groups=groups,
         )

@@ -50,11 +50,12 @@ class Sigmoid(Router):
         weights = scores.gather(-1, index)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        counts = torch.bincount(tokens.real_of(index).flatten(), minlength=tokens.num_experts)
+        counts = tokens.counts_of(index)
         return Routing(
             dispatch=Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1), length=tokens.length),
-            logits=tokens.real_of(logits),
-            probabilities=tokens.real_of(scores / scores.sum(-1, keepdim=True)),
+            logits=logits.flatten(0, 1),
+            probabilities=(scores / scores.sum(-1, keepdim=True)).flatten(0, 1),
+            real=tokens.real_rows,
             counts=counts,
             left_behind=counts.new_zeros(()),
             groups=tokens.groups,

@@ -90,7 +90,7 @@ class TopK(Router):
         sureness = weights[..., 0]  # before normalisation, which makes a single weight one
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        counts = torch.bincount(tokens.real_of(index).flatten(), minlength=num_experts)
+        counts = tokens.counts_of(index)
         losses = {"importance": _importance(clean.softmax(-1), real)}
         if noise:
             losses["load"] = _load(clean, logits, top_k, noise, real)
@@ -112,16 +112,21 @@ class TopK(Router):
             if self.normalize:  # after routing: a choice without a place leaves its weight to the others
                 sums = (weights * kept).sum(-1, keepdim=True)
                 weights = weights / sums.masked_fill(sums == 0, 1.0)
-            group, token, choice = kept.nonzero(as_tuple=True)
-            flat = group * tokens.length + token
-            picked = (group, token, choice)
-            dispatch = Rows(tokens=flat, experts=index[picked], weights=weights[picked], length=tokens.length)
-            lost = ~kept.any(-1)
-            left = tokens.real_of(lost).sum()
+            # A choice without a place has no expert. Taking it out would need to know how many there are.
+            token = torch.arange(tokens.groups * tokens.length, device=index.device)
+            dispatch = Rows(
+                tokens=token.repeat_interleave(top_k),
+                experts=index.where(kept, num_experts).flatten(),
+                weights=(weights * kept).flatten(),
+                length=tokens.length,
+                some_left=True,
+            )
+            left = tokens.number_of(~kept.any(-1))
         return Routing(
             dispatch=dispatch,
-            logits=tokens.real_of(logits),
-            probabilities=tokens.real_of(probabilities),
+            logits=logits.flatten(0, 1),
+            probabilities=probabilities.flatten(0, 1),
+            real=tokens.real_rows,
             counts=counts,
             left_behind=left,
             losses=losses,
@@ -134,7 +139,7 @@ def _keep(
     sureness: Tensor | None,
     real: Tensor | None,
     num_experts: int,
-    room: list[int],
+    room: int | Tensor,
     *,
     causal: bool,
 ) -> Tensor:
@@ -155,7 +160,7 @@ def _keep(
         line = hot.transpose(1, 2).flatten(1, 2)
         before = (line.cumsum(1) - line).view(groups, top_k, length, num_experts).transpose(1, 2)
     place = (before * hot).sum(-1)
-    fits = (place < torch.tensor(room, device=index.device)[:, None, None]) & there[..., None]
+    fits = (place < (room if isinstance(room, int) else room[:, None, None])) & there[..., None]
     return torch.zeros_like(fits).scatter(1, order[..., None].expand_as(fits), fits)
 
 

@@ -35,6 +35,7 @@ def _bias(num_experts: int, dtype: str) -> dict[str, Lazy]:
 native = Native(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
+    reader="TokenizersBackend",
     summary="softmax over all experts, top-k renormalised, correction bias",
     layout=LAYOUT,
     router="mlp.gate.weight",

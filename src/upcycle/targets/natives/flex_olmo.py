@@ -6,6 +6,7 @@ from upcycle.targets.natives._qwen import LAYOUT
 native = Native(
     model_type="flex_olmo",
     architecture="FlexOlmoForCausalLM",
+    reader="TokenizersBackend",
     summary="softmax over all experts, norm_topk_prob",
     layout=LAYOUT,
     router="mlp.gate.weight",

@@ -6,6 +6,7 @@ from upcycle.targets.native import Native, client_limits
 native = Native(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
+    reader="TokenizersBackend",
     summary="softmax over the chosen experts; experts in two tensors",
     layout=Fused(
         gate_up="block_sparse_moe.input_linear.weight", down="block_sparse_moe.output_linear.weight"

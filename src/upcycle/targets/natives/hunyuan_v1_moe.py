@@ -21,7 +21,7 @@ native = Native(
     summary="softmax over all experts, top-k renormalised, shared network",
     layout=LAYOUT,
     router="mlp.gate.wg.weight",
-    fields=("rms_norm_eps", "head_dim", "attention_bias", "eod_token_id"),
+    fields=("rms_norm_eps", "head_dim", "attention_bias", "eod_token_id", "sep_token_id"),
     top_k_field="moe_topk",
     renormalizes="always",
     shared=Shared(path="mlp.shared_mlp", combine="sum", config=lambda *_: {}, mandatory="full"),

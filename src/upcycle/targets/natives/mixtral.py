@@ -16,6 +16,7 @@ def _clients(config: Config) -> dict[str, str]:
 native = Native(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    reader="TokenizersBackend",
     summary="softmax over all experts, top-k renormalised",
     layout=PerExpert(path="block_sparse_moe.experts.{e}", gate="w1", up="w3", down="w2"),
     router="block_sparse_moe.gate.weight",

@@ -17,6 +17,7 @@ def _clients(config: Config) -> dict[str, str]:
 native = Native(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
+    reader="Qwen2Tokenizer",
     summary="softmax over all experts, norm_topk_prob, gated shared expert",
     layout=LAYOUT,
     router="mlp.gate.weight",

@@ -1,13 +1,19 @@
 """Qwen3.5-MoE, text: the MoE that Qwen3.5 becomes; it always renormalises and always has a shared expert."""
 
+from upcycle.targets._layouts import FusedOrEach
 from upcycle.targets.native import Native, client_limits
 from upcycle.targets.natives._qwen import LAYOUT, SHARED
 
 native = Native(
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
+    reader="Qwen3_5Tokenizer always",
+    base="Qwen3_5MoeTextModel",
     summary="softmax over all experts, top-k renormalised, gated shared expert",
-    layout=LAYOUT,
+    # The hub stores its experts fused; mlx-lm and older versions of transformers read nothing else.
+    layout=FusedOrEach(
+        gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj", each=LAYOUT
+    ),
     router="mlp.gate.weight",
     fields=(
         "rms_norm_eps", "head_dim", "attention_bias", "layer_types", "linear_conv_kernel_dim",

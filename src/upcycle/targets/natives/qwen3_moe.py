@@ -10,6 +10,8 @@ def _clients(config: Config) -> dict[str, str]:
         out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "has no biases in the attention of qwen3_moe")
     if config["use_sliding_window"]:
         out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in qwen3_moe")
+    if config["tie_word_embeddings"]:
+        out["SGLang"] = "never ties the head of qwen3_moe to its embeddings (moe.untie = true stores a head)"
     if not config["norm_topk_prob"]:
         out["llama.cpp"] = "always renormalises the top-k weights of qwen3_moe"
     return out
@@ -18,6 +20,7 @@ def _clients(config: Config) -> dict[str, str]:
 native = Native(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    reader="Qwen2Tokenizer",
     summary="softmax over all experts, norm_topk_prob",
     layout=LAYOUT,
     router="mlp.gate.weight",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from upcycle import tasks
 from upcycle.conversion import card, provenance
 from upcycle.records.provenance import Provenance, Training
 from upcycle.training.exports import Trained
 
 
-def provenance_of(trained: Trained, carried: list[str], left: list[str]) -> Provenance:
-    """Return the provenance for upcycle.json: that of the conversion, plus the training."""
+def provenance_of(trained: Trained, folder: Path, carried: list[str], left: list[str]) -> Provenance:
+    """Return the provenance for upcycle.json in `folder`: that of the conversion, plus the training."""
     begun, hashes, training = trained.start, trained.hashes, (_training(trained),)
     if begun.built:
         return provenance.of_blueprint(
-            begun.built, hashes, carried=carried, left_behind=left, training=training
+            begun.built, hashes, folder, carried=carried, left_behind=left, training=training
         )
     source = begun.dense.checkpoint
-    return provenance.of_dense(source, hashes, carried=carried, left_behind=left, training=training)
+    return provenance.of_dense(source, hashes, folder, carried=carried, left_behind=left, training=training)
 
 
 def _training(trained: Trained) -> Training:

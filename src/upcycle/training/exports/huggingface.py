@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from upcycle.conversion import selection
-from upcycle.conversion.write import carry
+from upcycle.conversion.write import carry, fit_tokenizer
 from upcycle.errors import UpcycleError
 from upcycle.hf.quiet import quiet
 from upcycle.nn import kernels
@@ -31,7 +31,10 @@ class HuggingFace(Format):
             _write_moments(trained, trained.optimizer, folder / OPTIMIZER)
         _write_model(trained.model, begun, folder, dtype)
         carried, left = carry(begun.dense.checkpoint.folder, folder)
-        told = provenance_of(trained, carried, left)
+        if begun.built:
+            made_anew = fit_tokenizer(begun.built, folder)
+            carried = [name for name in carried if name not in made_anew]
+        told = provenance_of(trained, folder, carried, left)
         whole_file.write_json(folder / told.FILE, told.as_table())
         if begun.built:
             selection.write(begun.built, folder)

@@ -41,6 +41,7 @@ class SGD(Optimizer):
             lr=0.0,
             momentum=self.momentum,
             nesterov=self.nesterov,
+            fused=True,
         )
 
 

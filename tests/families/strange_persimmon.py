@@ -1,7 +1,7 @@
-"""A family that upcycle does not have, in one file, as a stranger writes it: GPT-NeoX (Pythia).
+"""A family that upcycle does not have, in one file, as a stranger writes it: Persimmon.
 
-Nothing in it is as in the families that are there: parallel residuals, biased LayerNorms, a plain network,
-queries, keys and values in one matrix, other names for everything.
+Little in it is as in Llama: biased LayerNorms, a plain network of squared ReLU, queries, keys and values in
+one matrix, norms inside attention, other names for most of it.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
 
-class GPTNeoX(Trained):
-    model_type = "gpt_neox"
-    architectures = ("GPTNeoXForCausalLM",)
-    summary = "GPT-NeoX, Pythia"
-    defaults = {"hidden_act": "gelu", "initializer_range": 0.02, "tie_word_embeddings": False}
-    before = ("embed_in.",)
-    after = ("final_layer_norm.",)
+class Persimmon(Trained):
+    model_type = "persimmon"
+    architectures = ("PersimmonForCausalLM",)
+    summary = "Persimmon 8B"
+    defaults = {"hidden_act": "relu2", "initializer_range": 0.02, "tie_word_embeddings": False}
+    before = ("embed_tokens.",)
+    after = ("final_layernorm.",)
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         return {**self.defaults, **raw}
 
     def weights(self, config: Config) -> Weights:
         h, i, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-        out: Weights = {"gpt_neox.embed_in.weight": Table((rows, h)), "embed_out.weight": Matrix((rows, h))}
-        out |= norm("gpt_neox.final_layer_norm", h)
+        head = h // config["num_attention_heads"]
+        out: Weights = {"model.embed_tokens.weight": Table((rows, h)), "lm_head.weight": Matrix((rows, h))}
+        out |= norm("model.final_layernorm", h)
         for layer in range(config["num_hidden_layers"]):
-            block = linear("attention.query_key_value", 3 * h, h) | linear("attention.dense", h, h)
+            block = linear("self_attn.query_key_value", 3 * h, h) | linear("self_attn.dense", h, h)
+            block |= norm("self_attn.q_layernorm", head) | norm("self_attn.k_layernorm", head)
             block |= linear("mlp.dense_h_to_4h", i, h) | linear("mlp.dense_4h_to_h", h, i)
             block |= norm("input_layernorm", h) | norm("post_attention_layernorm", h)
-            out |= below(f"gpt_neox.layers.{layer}.", block)
+            out |= below(f"model.layers.{layer}.", block)
         return out
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
@@ -45,8 +47,8 @@ class GPTNeoX(Trained):
                 hidden=config["hidden_size"],
                 width=config["intermediate_size"],
                 attention=config["hidden_size"],
-                path="gpt_neox.layers.{i}.mlp",
-                owned=("gpt_neox.layers.{i}.mlp.",),
+                path="model.layers.{i}.mlp",
+                owned=("model.layers.{i}.mlp.",),
                 module="layers.{i}.mlp",
                 down="layers.{i}.mlp.dense_4h_to_h",
                 causal=True,
@@ -57,7 +59,7 @@ class GPTNeoX(Trained):
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
     ) -> FeedForward:
-        up, down = (f"gpt_neox.layers.{layer}.mlp.dense_{name}." for name in ("h_to_4h", "4h_to_h"))
+        up, down = (f"model.layers.{layer}.mlp.dense_{name}." for name in ("h_to_4h", "4h_to_h"))
         return FeedForward(
             up=tensors[up + "weight"],
             up_bias=tensors[up + "bias"],
@@ -66,4 +68,4 @@ class GPTNeoX(Trained):
         )
 
 
-family = GPTNeoX()
+family = Persimmon()

@@ -1,0 +1,60 @@
+"""The tokens of a checkpoint, as far as its files list them, to compare two checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from upcycle.checkpoints.checkpoint import file_hash
+
+_OPAQUE = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.txt")
+
+
+def difference(first: Path, second: Path) -> str | None:
+    """Return the first contradiction between the tokens of two folders, or None if none is found.
+
+    A token that only one of them has contradicts nothing, unless the other has another token in its place.
+    """
+    mine, theirs = (_listed(folder) for folder in (first, second))
+    if mine and theirs:
+        named = {number: token for token, number in theirs.items()}
+        for token, number in sorted(mine.items(), key=lambda item: item[1]):
+            if theirs.get(token, number) != number:
+                return f"have other tokens: {token!r} is number {theirs[token]} and {number}"
+            if named.get(number, token) != token:
+                return f"have other tokens: number {number} is {named[number]!r} and {token!r}"
+        return None
+    for name in _OPAQUE:
+        one, other = first / name, second / name
+        if one.is_file() and other.is_file() and file_hash(one) != file_hash(other):
+            return f"have other tokens: {name} is not the same file"
+    return None
+
+
+def _listed(folder: Path) -> dict[str, int]:
+    """Return the numbers of the tokens in tokenizer.json or vocab.json; empty if neither can be read."""
+    for name in ("tokenizer.json", "vocab.json"):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if tokens := _vocabulary(found):
+            return tokens
+    return {}
+
+
+def _vocabulary(found: Any) -> dict[str, int]:
+    """Return the vocabulary in a parsed file, with the tokens that were added to it."""
+    if not isinstance(found, dict):
+        return {}
+    model = found.get("model", {"vocab": found})
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # unigram: pairs of token and score, in order
+        vocabulary = {pair[0]: i for i, pair in enumerate(vocabulary) if isinstance(pair, list) and pair}
+    tokens = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    added = found.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict):
+            tokens[token.get("content")] = token.get("id")
+    return {t: n for t, n in tokens.items() if isinstance(t, str) and isinstance(n, int)}

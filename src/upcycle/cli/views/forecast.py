@@ -1,0 +1,50 @@
+"""Draws the forecast of `upcycle plan --world`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from upcycle.cli.screen import grid, out
+from upcycle.forecast.traffic import by_kind
+from upcycle.system.wording import count, size
+
+if TYPE_CHECKING:
+    from upcycle.forecast.outlook import Outlook
+
+
+def show_outlook(outlook: Outlook) -> None:
+    """Show what one step of training needs on the most loaded GPU."""
+    setting, peak, held = outlook.setting, outlook.peak, outlook.held
+    rows = (
+        f"{setting.passes} x {setting.rows} rows of {' + '.join(map(str, setting.lengths.values()))} tokens"
+    )
+    again = "blocks recomputed" if setting.recompute else "nothing recomputed"
+    out.print(f"\non {setting.layout.world} {outlook.gpu.name}: {setting.layout}, {rows}, {again}")
+    memory = grid("memory of the most loaded GPU", "", "held", "at the peak")
+    for name, whole in (("weights", held.weights), ("moments", held.moments), ("gradients", held.gradients)):
+        memory.add_row(name, size(whole), size(getattr(peak, name)))
+    for name, said in _PARTS.items():
+        memory.add_row(said, "", size(getattr(peak, name)))
+    memory.add_row("total", size(held.total), size(peak.total))
+    out.print(memory)
+    fits = "it fits" if outlook.fits else "it does not fit"
+    out.print(f"the peak is at {peak.moment}; {fits} into 90% of {size(outlook.gpu.memory)}")
+    traffic = grid("traffic of a step", "", "GPUs", "calls", "bytes")
+    for (kind, ranks), (calls, total) in by_kind(outlook.collectives).items():
+        traffic.add_row(kind.replace("_", "-"), str(ranks), count(calls), size(total))
+    out.print(traffic)
+    time = outlook.time
+    out.print(
+        f"a step of {count(outlook.tokens)} tokens: {time.arithmetic:.2f} s of arithmetic, "
+        f"{time.parameters:.2f} s of parameters and gradients, {time.activations:.2f} s of activations"
+    )
+    for said, seconds in (("overlapped", time.overlapped), ("one after another", time.in_turn)):
+        out.print(f"{said}: {seconds:.2f} s, {outlook.mfu(seconds):.1%} of the peak FLOP/s")
+
+
+_PARTS = {
+    "gathered": "gathered parameters",
+    "reduced": "gradients on their way",
+    "activations": "activations",
+    "logits": "logits and loss",
+}

@@ -1,0 +1,174 @@
+"""Where a dense model stands in its checkpoint: it is all of it, or a part with other names around it.
+
+A text model can lie within a multimodal one, under `model.language_model.`; an embedding model is stored
+without the prefix of its class, and without a head. Everything behind this file sees the names of the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from upcycle import families
+from upcycle.errors import UpcycleError, listed, shown
+from upcycle.families import Config, Family, Shapes
+from upcycle.families._names import Names
+from upcycle.families._wrappers import WRAPPERS, Wrapper
+from upcycle.targets import wrapped
+
+if TYPE_CHECKING:
+    from upcycle.targets import Target
+
+TEXT = "text_config"  # the key of config.json that holds the config of a text model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A model that is all of its checkpoint. `names` says how it is spelled there."""
+
+    names: Names = field(default_factory=Names)
+
+    def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the model's own config within config.json."""
+        return raw
+
+    def architecture(self, family: Family, named: str) -> str:
+        """Return the class that opens the checkpoint. `named` is the class that config.json names."""
+        return named
+
+    def own_class(self, family: Family, named: str) -> str:
+        """Return the class of the model itself."""
+        return named
+
+    def own(self, stored: str) -> str | None:
+        """Return the model's own name of a stored tensor; None if it belongs to another part."""
+        return self.names.own(stored) or stored
+
+    def shapes(self, family: Family, config: Config) -> Shapes:
+        """Return the shapes of the model's tensors by the names of its family."""
+        return family.shapes(config)
+
+    def around(self, target: Target) -> Target:
+        """Return what the checkpoint becomes if the model becomes `target`."""
+        return target
+
+    def set_aside(self, stored: str) -> str | None:
+        """Return why a tensor of another part is not in the result, or None if it is."""
+        return None
+
+
+WHOLE = Place()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutHead(Place):
+    """A model without a language head, as embedding models are."""
+
+    def architecture(self, family: Family, named: str) -> str:
+        return family.base_class
+
+    def own_class(self, family: Family, named: str) -> str:
+        return family.base_class
+
+    def shapes(self, family: Family, config: Config) -> Shapes:
+        head = family.tied[0] if family.tied else ""
+        return {name: shape for name, shape in family.shapes(config).items() if name != head}
+
+    def around(self, target: Target) -> Target:
+        return wrapped.WithoutHead.of(target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Within(Place):
+    """A text model within a multimodal one."""
+
+    model_type: str
+    wrapper: Wrapper
+    tied: bool
+
+    def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**own_config(raw), "tie_word_embeddings": self.tied}
+
+    def architecture(self, family: Family, named: str) -> str:
+        return self.wrapper.architecture
+
+    def own_class(self, family: Family, named: str) -> str:
+        return family.base_class
+
+    def own(self, stored: str) -> str | None:
+        return self.names.own(stored)
+
+    def around(self, target: Target) -> Target:
+        return wrapped.Wrapped.of(target, self.names, self.model_type, self.wrapper)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alone(Within):
+    """A text model that is taken out of a multimodal one."""
+
+    def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        own = super().config(raw)
+        known = families.find(str(own["model_type"]))
+        return {**own, "model_type": known.alone or known.model_type}
+
+    def own_class(self, family: Family, named: str) -> str:
+        return family.architectures[0]
+
+    def around(self, target: Target) -> Target:
+        return target
+
+    def set_aside(self, stored: str) -> str | None:
+        return "moe.part_only takes the text model alone"
+
+
+def is_wrapper(raw: Mapping[str, Any]) -> bool:
+    """Return whether config.json is that of a multimodal model around a text model."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        return False  # whoever reads it as a dense model says what it lacks
+    return model_type in WRAPPERS or (
+        isinstance(raw.get(TEXT), Mapping) and model_type not in families.names()
+    )
+
+
+def own_config(raw: Mapping[str, Any]) -> Config:
+    """Return the config of the text model within that of a wrapper, with the type that it assumes."""
+    inner = raw.get(TEXT)
+    if not isinstance(inner, Mapping):
+        raise UpcycleError(f"config.json: {TEXT} = {shown(inner)}; it must be the config of a text model")
+    known = WRAPPERS.get(str(raw.get("model_type")))
+    own = {**({"model_type": known.text} if known else {}), **inner}
+    model_type = own.get("model_type")
+    found = families.find(str(model_type)) if model_type in families.names() else None
+    return {**(found.assumed if found else {}), **own}
+
+
+def head_is_tied(raw: Mapping[str, Any], head_is_stored: bool) -> bool:
+    """Return whether a wrapper's head is tied.
+
+    The outer key decides, as in transformers. Raises `UpcycleError` if the inner one says something else and
+    the files do not settle it.
+    """
+    inner, outer = own_config(raw).get("tie_word_embeddings"), raw.get("tie_word_embeddings")
+    known = WRAPPERS.get(str(raw.get("model_type")))
+    if head_is_stored and None not in (inner, outer) and bool(inner) != bool(outer):
+        raise UpcycleError(
+            f"config.json: tie_word_embeddings = {shown(outer)} and {TEXT}.tie_word_embeddings = "
+            f"{shown(inner)}, and a head is stored; set both to the same"
+        )
+    if outer is not None:
+        return bool(outer)
+    if inner is not None and head_is_stored:
+        return bool(inner)
+    return known.tied and not head_is_stored if known else not head_is_stored
+
+
+def refuse_two(where: object, found: list[Names]) -> None:
+    """Refuse a checkpoint that holds the tensors of a text model twice."""
+    if len(found) > 1:
+        starts = listed([names.body or "no prefix" for names in found])
+        raise UpcycleError(
+            f"{where} holds the tensors of a text model more than once, below {starts}; give a checkpoint "
+            f"with one of them"
+        )

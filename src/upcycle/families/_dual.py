@@ -1,0 +1,144 @@
+"""CLIP and SigLIP: a stack of blocks for texts and one for images, with plain networks in both."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Grid, Stack, Weights
+from upcycle.families._checked import check
+from upcycle.families._encoder import pair
+from upcycle.families._training import Trained
+from upcycle.families._weights import Table, below, linear, norm
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy
+
+TOWERS = ("text", "vision")
+
+
+class DualEncoder(Trained):
+    """Two encoders whose outputs are compared; `towers` has what transformers assumes for each."""
+
+    towers: ClassVar[Mapping[str, Mapping[str, Any]]]
+    causal: ClassVar[bool]  # whether a token of a text sees those before it only
+    class_token: ClassVar[bool]  # whether a token stands before the patches of an image
+    counts = ()
+    before = tuple(f"{tower}_model.embeddings." for tower in TOWERS)
+    after = tuple(f"{tower}_model." for tower in TOWERS)
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        check(self.model_type, raw)
+        config: Config = {**self.defaults, **raw}
+        for tower in TOWERS:
+            given = raw.get(f"{tower}_config") or {}
+            if not isinstance(given, Mapping):
+                raise UpcycleError(f"config.json: {tower}_config = {given!r}; it must be a table")
+            check(f"{self.model_type} ({tower}_config)", given)
+            config[tower] = {**self.towers[tower], **given}
+        text = config["text"]
+        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act")
+        config |= {key: text[key] for key in (*kept, "max_position_embeddings")}
+        config["num_hidden_layers"] = sum(config[tower]["num_hidden_layers"] for tower in TOWERS)
+        config["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+        config["tie_word_embeddings"] = False
+        config["architectures"] = None
+        return config
+
+    @abc.abstractmethod
+    def outside(self, config: Config) -> Weights:
+        """Return the tensors outside the blocks, by their names on disk."""
+
+    def weights(self, config: Config) -> Weights:
+        out = self.outside(config)
+        for tower in TOWERS:
+            hidden, width = config[tower]["hidden_size"], config[tower]["intermediate_size"]
+            block = norm("layer_norm1", hidden) | norm("layer_norm2", hidden)
+            for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                block |= linear(f"self_attn.{part}", hidden, hidden)
+            block |= linear("mlp.fc1", width, hidden) | linear("mlp.fc2", hidden, width)
+            for i in range(config[tower]["num_hidden_layers"]):
+                out |= below(f"{tower}_model.encoder.layers.{i}.", block)
+        return out
+
+    def tables(self, config: Config) -> Weights:
+        """Return words and positions of both encoders, without the kernel that reads patches."""
+        text, vision = config["text"], config["vision"]
+        places = {"text": (text["max_position_embeddings"], text["hidden_size"])}
+        places["vision"] = (self.lengths(config)["vision"], vision["hidden_size"])
+        out: Weights = {
+            f"{tower}_model.embeddings.position_embedding.weight": Table(shape)
+            for tower, shape in places.items()
+        }
+        words = (text["vocab_size"], text["hidden_size"])
+        return out | {"text_model.embeddings.token_embedding.weight": Table(words)}
+
+    def lengths(self, config: Config) -> dict[str, int]:
+        grid = self.grid(config, "vision")
+        assert grid is not None
+        patches = grid.rows * grid.columns + self.class_token
+        return {"text": config["text"]["max_position_embeddings"], "vision": patches}
+
+    def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
+        if stack != "vision":
+            return None
+        image, patch = (pair(config["vision"][key]) for key in ("image_size", "patch_size"))
+        return Grid(rows=image[0] // patch[0], columns=image[1] // patch[1], height=patch[0], width=patch[1])
+
+    def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        vision = config["vision"]
+        image = (4, vision["num_channels"], *pair(vision["image_size"]))
+        return {**super().inputs(config, tokens), "pixel_values": ("pixels", image)}
+
+    def stacks(self, config: Config) -> tuple[Stack, ...]:
+        return tuple(self._stack(config[tower], tower) for tower in TOWERS)
+
+    def _stack(self, config: Mapping[str, Any], tower: str) -> Stack:
+        block = f"{tower}_model.encoder.layers.{{i}}."
+        return Stack(
+            name=tower,
+            count=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            width=config["intermediate_size"],
+            attention=config["hidden_size"],
+            path=block + "mlp",
+            owned=(block + "mlp.",),
+            module=block + "mlp",
+            norm_path=block + "layer_norm2",
+            down=block + "mlp.fc2",
+            heads=(block + "self_attn.out_proj",),
+            causal=tower == "text" and self.causal,
+            activation=config["hidden_act"],
+        )
+
+    def stack_of(self, name: str) -> str:
+        return "vision" if name.startswith("vis") else "text"
+
+    def repeated(self, config: Config, raw: Mapping[str, Any], times: int) -> Config:
+        return {
+            f"{tower}_config": {
+                **(raw.get(f"{tower}_config") or {}),
+                "num_hidden_layers": config[tower]["num_hidden_layers"] * times,
+            }
+            for tower in TOWERS
+        }
+
+    def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
+        return (f"{stack.blocks}.{{i}}.self_attn", f"{stack.blocks}.{{i}}.mlp")
+
+    def feed_forward(
+        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "text"
+    ) -> FeedForward:
+        network = f"{stack}_model.encoder.layers.{layer}.mlp."
+        return FeedForward(
+            up=tensors[network + "fc1.weight"],
+            up_bias=tensors[network + "fc1.bias"],
+            down=tensors[network + "fc2.weight"],
+            down_bias=tensors[network + "fc2.bias"],
+        )
+
+    def ignored(self, name: str) -> str | None:
+        if name.endswith("embeddings.position_ids"):
+            return "a buffer that transformers counts out"
+        return super().ignored(name)

@@ -1,0 +1,78 @@
+"""Multimodal models of transformers around a text model: what upcycle knows about each, as one table.
+
+A wrapper keeps the config of its text model in `text_config`. Most build the text model that this config
+names, whatever it is, so the same wrapper holds the Mixture of Experts. A few have a second class for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """One wrapper class of transformers. A test compares each with the installed version."""
+
+    architecture: str  # the class with a language head
+    text: str = "llama"  # the text model of a text_config that names none
+    tied: bool = True  # what the wrapper assumes if config.json does not say whether the head is tied
+    free: bool = True  # it builds the text model that text_config names
+    # its second class, by the model_type of the MoE text model: model_type and architecture
+    twins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def _twin(native: str, model_type: str, architecture: str) -> Mapping[str, tuple[str, str]]:
+    return {native: (model_type, architecture)}
+
+
+WRAPPERS: Mapping[str, Wrapper] = {
+    "aya_vision": Wrapper(architecture="AyaVisionForConditionalGeneration", text="cohere2"),
+    "audioflamingo3": Wrapper(architecture="AudioFlamingo3ForConditionalGeneration", text="qwen2"),
+    "cohere2_vision": Wrapper(architecture="Cohere2VisionForConditionalGeneration", text="cohere2"),
+    "exaone4_5": Wrapper(architecture="Exaone4_5_ForConditionalGeneration", text="exaone4", tied=False),
+    "fast_vlm": Wrapper(architecture="FastVlmForConditionalGeneration", text="qwen2", tied=False),
+    "gemma3": Wrapper(architecture="Gemma3ForConditionalGeneration", text="gemma3_text", free=False),
+    "glmasr": Wrapper(architecture="GlmAsrForConditionalGeneration"),
+    "got_ocr2": Wrapper(architecture="GotOcr2ForConditionalGeneration", text="qwen2"),
+    "granite_speech": Wrapper(architecture="GraniteSpeechForConditionalGeneration", text="granite"),
+    "idefics2": Wrapper(architecture="Idefics2ForConditionalGeneration", text="mistral", tied=False),
+    "idefics3": Wrapper(architecture="Idefics3ForConditionalGeneration", tied=False),
+    "internvl": Wrapper(architecture="InternVLForConditionalGeneration", text="qwen2"),
+    "lighton_ocr": Wrapper(architecture="LightOnOcrForConditionalGeneration", text="qwen3"),
+    "llava": Wrapper(architecture="LlavaForConditionalGeneration", tied=False),
+    "llava_next": Wrapper(architecture="LlavaNextForConditionalGeneration", tied=False),
+    "llava_next_video": Wrapper(architecture="LlavaNextVideoForConditionalGeneration", tied=False),
+    "llava_onevision": Wrapper(
+        architecture="LlavaOnevisionForConditionalGeneration", text="qwen2", tied=False
+    ),
+    "minicpmv4_6": Wrapper(
+        architecture="MiniCPMV4_6ForConditionalGeneration", text="qwen3_5_text", tied=False
+    ),
+    "mistral3": Wrapper(architecture="Mistral3ForConditionalGeneration", text="mistral"),
+    "musicflamingo": Wrapper(architecture="MusicFlamingoForConditionalGeneration", text="qwen2"),
+    "ovis2": Wrapper(architecture="Ovis2ForConditionalGeneration", text="qwen2"),
+    "perception_lm": Wrapper(architecture="PerceptionLMForConditionalGeneration", tied=False),
+    "qwen2_audio": Wrapper(architecture="Qwen2AudioForConditionalGeneration", text="qwen2"),
+    "qwen3_5": Wrapper(
+        architecture="Qwen3_5ForConditionalGeneration",
+        text="qwen3_5_text",
+        tied=False,
+        free=False,
+        twins=_twin("qwen3_5_moe_text", "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
+    ),
+    "qwen3_asr": Wrapper(architecture="Qwen3ASRForConditionalGeneration", text="qwen3"),
+    "qwen3_vl": Wrapper(
+        architecture="Qwen3VLForConditionalGeneration",
+        text="qwen3_vl_text",
+        tied=False,
+        free=False,
+        twins=_twin("qwen3_vl_moe_text", "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
+    ),
+    "smolvlm": Wrapper(architecture="SmolVLMForConditionalGeneration", tied=False),
+    "vibevoice_asr": Wrapper(architecture="VibeVoiceAsrForConditionalGeneration", text="qwen2"),
+    "video_llama_3": Wrapper(architecture="VideoLlama3ForConditionalGeneration", text="qwen2", tied=False),
+    "video_llava": Wrapper(architecture="VideoLlavaForConditionalGeneration", tied=False),
+    "vipllava": Wrapper(architecture="VipLlavaForConditionalGeneration", tied=False),
+    "voxtral": Wrapper(architecture="VoxtralForConditionalGeneration"),
+}

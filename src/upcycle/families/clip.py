@@ -1,0 +1,44 @@
+"""CLIP: texts and images in one space."""
+
+from upcycle.families import Config, Weights
+from upcycle.families._dual import DualEncoder
+from upcycle.families._encoder import pair
+from upcycle.families._weights import Matrix, RowMatrix, Scale, Table, norm
+
+
+class CLIP(DualEncoder):
+    model_type = "clip"
+    architectures = ("CLIPModel",)
+    summary = "CLIP, both encoders"
+    causal = True
+    class_token = True
+    towers = {
+        "text": {
+            "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+            "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+        },
+        "vision": {
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32,
+            "hidden_act": "quick_gelu",
+        },
+    }  # fmt: skip
+    defaults = {"projection_dim": 512, "initializer_factor": 1.0}
+
+    def outside(self, config: Config) -> Weights:
+        text, vision, joint = config["text"], config["vision"], config["projection_dim"]
+        hidden = vision["hidden_size"]
+        patch = (hidden, vision["num_channels"], *pair(vision["patch_size"]))
+        out = self.tables(config)
+        out |= {
+            "logit_scale": Scale((), float(config.get("logit_scale_init_value", 2.6592))),
+            "vision_model.embeddings.class_embedding": Table((hidden,)),
+            "vision_model.embeddings.patch_embedding.weight": Matrix(patch),
+            "text_projection.weight": RowMatrix((joint, text["hidden_size"])),
+            "visual_projection.weight": RowMatrix((joint, hidden)),
+        }
+        out |= norm("vision_model.pre_layrnorm", hidden) | norm("vision_model.post_layernorm", hidden)
+        return out | norm("text_model.final_layer_norm", text["hidden_size"])
+
+
+family = CLIP()

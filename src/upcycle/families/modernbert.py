@@ -1,0 +1,93 @@
+"""ModernBERT: rotary positions, windows, gated networks whose two first matrices are one."""
+
+from collections.abc import Mapping
+
+from upcycle.families import Config, Stack, Weights
+from upcycle.families._encoder import Encoder
+from upcycle.families._weights import Norm, Table, Weight, below, linear
+from upcycle.tensors.feed_forward import FeedForward
+from upcycle.tensors.lazy import Lazy, Slice
+
+
+class ModernBert(Encoder):
+    model_type = "modernbert"
+    architectures = ("ModernBertModel",)
+    prefix = "model"
+    summary = "ModernBERT and embedding models made of it"
+    after = ("final_norm.",)
+    sizes = (*Encoder.sizes, "intermediate_size", "vocab_size")
+    heads = (*Encoder.heads, "head.", "decoder.")
+    defaults = {
+        "vocab_size": 50368,
+        "hidden_size": 768,
+        "intermediate_size": 1152,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 12,
+        "hidden_activation": "gelu",
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.02,
+        "norm_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+    }
+
+    def finish(self, config: Config) -> Config:
+        act = config["hidden_activation"] or "gelu"
+        return super().finish({**config, "hidden_act": act})
+
+    def _norm(self, config: Config, name: str) -> Weights:
+        size = (config["hidden_size"],)
+        bias: Weights = {f"{name}.bias": Weight(size)} if config["norm_bias"] else {}
+        return {f"{name}.weight": Norm(size), **bias}
+
+    def body(self, config: Config) -> Weights:
+        hidden, width = config["hidden_size"], config["intermediate_size"]
+        out: Weights = {"embeddings.tok_embeddings.weight": Table((config["vocab_size"], hidden))}
+        out |= self._norm(config, "embeddings.norm")
+        for i in range(config["num_hidden_layers"]):
+            block = self._norm(config, "attn_norm") if i else {}
+            block |= linear("attn.Wqkv", 3 * hidden, hidden, bias=config["attention_bias"])
+            block |= linear("attn.Wo", hidden, hidden, bias=config["attention_bias"])
+            block |= self._norm(config, "mlp_norm")
+            block |= linear("mlp.Wi", 2 * width, hidden, bias=config["mlp_bias"])
+            block |= linear("mlp.Wo", hidden, width, bias=config["mlp_bias"])
+            out |= below(f"layers.{i}.", block)
+        return out | self._norm(config, "final_norm")
+
+    def head(self, config: Config) -> Weights:
+        return {}
+
+    def stacks(self, config: Config) -> tuple[Stack, ...]:
+        block = "layers.{i}."
+        return (
+            Stack(
+                count=config["num_hidden_layers"],
+                hidden=config["hidden_size"],
+                width=config["intermediate_size"],
+                attention=config["hidden_size"],
+                path=f"{self.base(config)}{block}mlp",
+                owned=(f"{self.base(config)}{block}mlp.",),
+                module=block + "mlp",
+                norm_path=f"{self.base(config)}{block}mlp_norm",
+                down=block + "mlp.Wo",
+                heads=(block + "attn.Wo",),
+                causal=False,
+                activation=config["hidden_act"],
+            ),
+        )
+
+    def feed_forward(
+        self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
+    ) -> FeedForward:
+        network, width = f"{self.base(config)}layers.{layer}.mlp.", config["intermediate_size"]
+        parts: dict[str, Lazy] = {}
+        for end, name in (("", "weight"), ("_bias", "bias")):
+            if (both := tensors.get(f"{network}Wi.{name}")) is not None:
+                parts[f"gate{end}"] = Slice(both, 0, 0, width)
+                parts[f"up{end}"] = Slice(both, 0, width, 2 * width)
+                parts[f"down{end}"] = tensors[f"{network}Wo.{name}"]
+        return FeedForward(**parts)
+
+
+family = ModernBert()

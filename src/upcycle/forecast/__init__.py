@@ -1,0 +1,6 @@
+"""What a step of training needs on one rank of a layout, foretold from headers alone: memory, traffic, time.
+
+`groups.py` says which parameters are gathered together, `shape.py` what a step computes on. `memory.py`,
+`traffic.py` and `time.py` follow the step of `upcycle train`: FSDP2, tensor parallelism, experts that tokens
+are sent to. None of them needs torch. The tests hold them to what torch does in a world of fake ranks.
+"""

@@ -1,0 +1,129 @@
+"""The groups of parameters that FSDP gathers, frees and reduces together, in the order of the forward pass.
+
+They are those of transformers' plan (`base_model_fsdp_plan`, `_fsdp_plan`), which `hf/distributing.py`
+follows: each block is one, and so are the experts of a block if expert parallelism shares them out. A native
+or dense class gathers its embedding apart, and its last norm with its head. Tied parameters, and what no rule
+names, are gathered with the whole model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.sharding.layout import Layout
+from upcycle.sharding.placement import Sharded, Split, elements, part, planned
+
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # tensor parallelism cuts their outputs
+_ROWS = ("o_proj", "down_proj")  # and the inputs of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that are gathered together."""
+
+    name: str
+    parameters: tuple[Sharded, ...]
+    block: tuple[str, int] | None = None  # the stack and the number of their block; None outside the blocks
+    experts: bool = False  # whether expert parallelism shares them out
+    kept: bool = False  # whether they stay gathered from the forward to the end of the backward pass
+
+    def ranks(self, layout: Layout) -> int:
+        """Return the number of ranks that shard the group."""
+        return layout.efsdp if self.experts else layout.fsdp
+
+    def share(self, layout: Layout) -> int:
+        """Return the elements of the most loaded rank, to which FSDP pads the share of every other."""
+        return sum(elements(part(each, layout, 0)) for each in self.parameters)
+
+    def gathered(self, layout: Layout) -> int:
+        """Return the elements of the gathered group, padding included."""
+        return self.ranks(layout) * self.share(layout)
+
+    def inner(self, layout: Layout) -> int:
+        """Return those of `gathered` that are sharded along another axis than the first."""
+        return self.ranks(layout) * sum(
+            elements(part(each, layout, 0)) for each in self.parameters if each.fsdp
+        )
+
+    def cuts(self, layout: Layout) -> Counter[tuple[int, Split | None]]:
+        """Return the numbers of parameters by how FSDP and tensor parallelism cut them."""
+        split = layout.tp > 1 and not self.experts
+        return Counter((each.fsdp, each.tp if split else None) for each in self.parameters)
+
+
+def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
+    """Return the groups of a blueprint's model, in the order in which the forward pass gathers them."""
+    starts = {stack.path.partition("{i}")[0]: stack.name for stack in built.dense.stacks}
+    tied = bool(built.dense.tied_head)
+    keys: dict[str, tuple[int, str]] = {}
+    cuts: dict[str, Sharded] = {}
+    for name, entry in built.target.in_memory(built.entries).items():
+        start = next((start for start in starts if name.startswith(start)), None)
+        if start is None:
+            keys[name] = _end(name, apart=built.target.gathers_ends, tied=tied)
+        else:
+            path = start + name.removeprefix(start).partition(".")[0]
+            inside = _EXPERTS.search(name) if layout.ep > 1 else None
+            keys[name] = _BLOCK, f"{path}.{inside[1]}" if inside else path
+        expert = keys[name][1].endswith(_OF_EXPERTS)
+        shape = tuple(entry.shape)
+        split = None if expert or layout.tp == 1 else _cut(name, shape)
+        cuts[name] = Sharded(shape=shape, expert=expert, tp=split)
+    found: dict[tuple[int, str], list[Sharded]] = {}
+    for name, each in planned(cuts, layout).items():
+        found.setdefault(keys[name], []).append(each)
+    made = [
+        Group(
+            name=name,
+            parameters=tuple(members),
+            block=_block(name, starts),
+            experts=name.endswith(_OF_EXPERTS),
+            kept=place in (_ROOT, _HEAD),
+        )
+        for (place, name), members in found.items()
+    ]
+    order = {key: number for number, key in enumerate(found)}
+    places = {name: (place, order[place, name]) for place, name in found}
+    return tuple(sorted(made, key=lambda group: _place(group.name, places)))
+
+
+_ROOT, _EMBEDDING, _BLOCK, _HEAD = range(4)  # kinds of groups, in the order of the forward pass
+_OF_EXPERTS = (".experts", ".universal")
+_EXPERTS = re.compile(r"\.(experts|universal)\.")
+
+
+def _end(name: str, *, apart: bool, tied: bool) -> tuple[int, str]:
+    """Return the group of a parameter outside the blocks."""
+    if apart and not tied and name.startswith("model.embed_tokens."):
+        return _EMBEDDING, "embedding"
+    if (not tied and name.startswith("lm_head.")) or (apart and name.startswith("model.norm.")):
+        return _HEAD, "head"
+    return _ROOT, "the rest"
+
+
+def _block(name: str, starts: Mapping[str, str]) -> tuple[str, int] | None:
+    """Return the stack and the number of the block that a group belongs to."""
+    for start, stack in starts.items():
+        if name.startswith(start):
+            return stack, int(name.removeprefix(start).partition(".")[0])
+    return None
+
+
+def _place(name: str, places: dict[str, tuple[int, int]]) -> tuple[int, int, bool]:
+    """Return the place of a group in the forward pass: a block comes before its experts."""
+    owner = name.rpartition(".")[0] if name.endswith(_OF_EXPERTS) else name
+    return (*places.get(owner, places[name]), owner != name)
+
+
+def _cut(name: str, shape: tuple[int, ...]) -> Split | None:
+    """Return how tensor parallelism cuts a parameter: transformers' plans of decoders."""
+    module, _, leaf = name.rpartition(".")
+    if len(shape) == 3:  # experts, gate above up
+        return Split(2) if leaf.startswith("down") else Split(1, 2 if leaf.startswith("gate_up") else 1)
+    if module in ("model.embed_tokens", "lm_head") or module.endswith(_COLUMNS):
+        return Split(0)
+    return Split(1) if module.endswith(_ROWS) and leaf == "weight" else None

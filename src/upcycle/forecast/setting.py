@@ -1,0 +1,54 @@
+"""The step that is foretold: the model, the layout, the rows of a rank, the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.forecast import groups
+from upcycle.forecast.groups import Group
+from upcycle.sharding.layout import Layout
+
+Precision = Literal["mixed", "float32", "bfloat16"]
+Recompute = bool | Literal["selective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One step of `upcycle train`. Every rank sees the most loaded rank's sizes, and routing is even."""
+
+    built: Blueprint
+    layout: Layout
+    lengths: Mapping[str, int]  # tokens of a row in each stack of blocks
+    rows: int = 1  # rows of one forward pass on one rank (train.micro_batch)
+    passes: int = 1  # forward passes of a step on one rank, whose gradients are added
+    precision: Precision = "mixed"  # train.precision
+    recompute: Recompute = False  # train.activation_checkpointing
+    moments: int = 2  # numbers that the optimizer keeps for each weight
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of parameters, in the order of the forward pass."""
+        return groups.of(self.built, self.layout)
+
+    @property
+    def stored(self) -> int:
+        """The bytes of a weight, of its gradient and of a moment."""
+        return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def width(self) -> int:
+        """The bytes of a number in the arithmetic."""
+        return 4 if self.precision == "float32" else 2
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP is at work at all."""
+        return self.layout.dp > 1
+
+    def tokens(self, stack: str) -> int:
+        """Return the tokens of one forward pass in a stack."""
+        return self.rows * self.lengths[stack]

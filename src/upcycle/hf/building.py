@@ -1,0 +1,151 @@
+"""Builds a model of transformers without memory, and finishes it when its parameters have been filled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.monkey_patching import patch_output_recorders
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from upcycle.hf.quiet import quiet
+
+
+def on_meta(
+    cls: type[PreTrainedModel],
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    experts_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Return a model of class `cls` on the meta device, with the dtypes that `from_pretrained` gives it.
+
+    Parameters that the class ties are still two (`tie`), because transformers' plans name both.
+    """
+    made: PreTrainedConfig = cls.config_class.from_dict(
+        {k: v for k, v in config.items() if k != "torch_dtype"}
+    )
+    for each in (made, *(getattr(made, name) for name in made.sub_configs)):
+        if each is not None:
+            each.dtype = dtype
+    if experts_implementation is not None:
+        # A multimodal class knows no such setting, and the text model within it does.
+        of_experts = made if cls._can_set_experts_implementation() else made.get_text_config()
+        of_experts._experts_implementation = experts_implementation
+    with ExitStack() as contexts:
+        contexts.enter_context(quiet())
+        for context in cls.get_init_context(dtype, False, False, None):
+            contexts.enter_context(context)
+        model: PreTrainedModel = cls(made)
+        patch_output_recorders(model)
+    _widen(model, dtype)
+    model.name_or_path = model.config.name_or_path = ""
+    model._weight_conversions = None  # else save_pretrained would write the in-memory names
+    return model
+
+
+def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that a class keeps in a wider dtype that dtype."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, by_group, _ = build_glob_alternation(list(plan))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (found := pattern.search(name)) is None:
+            continue
+        wide = tensor.to(plan[by_group[found.lastgroup]])
+        place(
+            model,
+            name,
+            nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide,
+        )
+
+
+def place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a parameter or a buffer into the module that `name` names."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    kind = module._parameters if leaf in module._parameters else module._buffers
+    kind[leaf] = tensor  # type: ignore[assignment]
+
+
+def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names in a model on the meta device by which it knows tensors, with their names on disk.
+
+    Both are those of transformers' own loader. Its conversions of values are not needed, because a target
+    gives its tensors as they are in memory. A tensor that has no place, or a parameter without a tensor, is a
+    bug in upcycle and raises `AssertionError`, unless the class declares it to be optional.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    known = model.state_dict()
+    found: dict[str, str] = {}
+    extra: set[str] = set()
+    for name in sorted(names, key=dot_natural_key):
+        for rename in (renamings, []):  # a name may be the model's own already
+            new, _ = rename_source_key(name, rename, [], model.base_model_prefix, known)
+            if new in known:
+                found[new] = name
+                break
+        else:
+            extra.add(name)
+    sources = {name: model.all_tied_weights_keys.get(name, name) for name in known}
+    there = {sources[name] for name in found}
+    missing = {name for name in known if sources[name] not in there}
+    report = LoadStateDictInfo(
+        missing_keys=missing,
+        unexpected_keys=extra,
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model._adjust_missing_and_unexpected_keys(report)
+    lacking, left = sorted(report.missing_keys), sorted(report.unexpected_keys)
+    if lacking or left:
+        raise AssertionError(
+            f"{type(model).__name__} and its tensors do not agree: missing {lacking}, without a place {left}"
+        )
+    return found
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Make one parameter of those that the class ties, after every plan has been applied to each."""
+    model.tie_weights(recompute_mapping=False)
+
+
+def tied(model: nn.Module) -> Iterator[list[str]]:
+    """Yield the names of every parameter that has several."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    yield from (group for group in groups.values() if len(group) > 1)
+
+
+def finish(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint has on `device`, and set the model to evaluation.
+
+    Every other tensor must be filled and marked (`mark`).
+    """
+    for name, buffer in model.named_non_persistent_buffers():
+        place(model, name, torch.empty_like(buffer, device=device))
+    with quiet():
+        model.initialize_weights()
+    model.eval()
+    model.set_use_kernels(False)
+
+
+def mark(tensor: torch.Tensor) -> None:
+    """Say that a tensor has its values, so that transformers does not draw others."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -1,0 +1,196 @@
+"""Shares a model of transformers out over the ranks of a layout.
+
+Tensor parallelism and the dispatch of tokens to experts are transformers' own, with its plans for each class.
+FSDP2 is ours (`placement.py`): transformers shards along the first axis alone, which for experts is their
+number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.expert_parallel import apply_expert_parallelism
+from transformers.distributed.fsdp import is_norm_and_head_pair
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+from transformers.distributed.utils import TransformersDeviceMesh
+
+from upcycle.hf import building
+from upcycle.hf.meshes import Meshes
+from upcycle.sharding import placement
+from upcycle.sharding.layout import Layout
+from upcycle.sharding.placement import Sharded, Split
+
+DISPATCHED = "ep_dispatch_experts"  # transformers' name for experts that tokens are sent to
+
+
+def layout_of(config: DistributedConfig) -> Layout:
+    """Return the sizes of transformers' config."""
+    return Layout(
+        replicate=config.dp_replicate_size, fsdp=config.fsdp_size, tp=config.tp_size, ep=config.ep_size
+    )
+
+
+def distribute(model: PreTrainedModel, config: DistributedConfig, meshes: Meshes) -> dict[str, Sharded]:
+    """Share out a model on the meta device, and return how each parameter was cut.
+
+    A tied parameter is there under its first name.
+    """
+    layout = layout_of(config)
+    # save_pretrained, generate and others of transformers look at these.
+    model.config.distributed_config = config
+    model._mesh_manager = TransformersDeviceMesh(meshes.dense, meshes.expert)
+    model._device_mesh = meshes.dense
+    model._is_distributed_loading_by_transformers = True
+    model._tp_size, model._fsdp_size = config.tp_size, config.fsdp_size
+
+    tp_plan, ep_plan, fsdp_plan = model._resolve_parallel_plans(config)
+    if layout.tp > 1:
+        apply_tensor_parallelism(model, meshes.dense["tp"], tp_plan)
+    if layout.ep > 1:
+        assert meshes.expert is not None
+        apply_expert_parallelism(
+            model,
+            meshes.expert["ep"],
+            meshes.dense["tp"],
+            ep_plan,
+            ep_implementation=config.ep_implementation,
+        )
+    building.tie(model)
+    known = {name: _sharded(p) for name, p in model.named_parameters()}
+    cuts = placement.planned(known, layout)
+    if layout.dp > 1:
+        _fully_shard(model, config, meshes, ep_plan, fsdp_plan, cuts)
+    return cuts
+
+
+def _sharded(parameter: nn.Parameter) -> Sharded:
+    """Return how tensor or expert parallelism has cut a parameter."""
+    shape = tuple(parameter.shape)
+    if not isinstance(parameter, DTensor):
+        return Sharded(shape=shape)
+    (cut,) = parameter.placements
+    if cut.is_replicate():
+        return Sharded(shape=shape)
+    axis = int(getattr(cut, "dim")) % len(shape)  # noqa: B009 - strided shards have it as well
+    if parameter.device_mesh.mesh_dim_names == ("ep",):
+        assert axis == 0
+        return Sharded(shape=shape, expert=True)
+    return Sharded(shape=shape, tp=Split(axis, getattr(cut, "split_factor", 1)))
+
+
+def _fully_shard(
+    model: PreTrainedModel,
+    config: DistributedConfig,
+    meshes: Meshes,
+    ep_plan: Mapping[str, str],
+    fsdp_plan: Mapping[str, str],
+    cuts: Mapping[str, Sharded],
+) -> None:
+    """Group parameters as transformers' plan says, and shard each along the axis that was planned."""
+    layout = layout_of(config)
+    axes = {id(p): Shard(cuts[name].fsdp) for name, p in model.named_parameters()}
+
+    def shard(module: nn.Module | list[nn.Module], mesh: Any, *, keep: bool = False) -> None:
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=not keep,
+            shard_placement_fn=lambda parameter: axes[id(parameter)],
+            **_policies(config),
+        )
+
+    if layout.ep > 1:
+        for name, module in model.named_modules():
+            if ep_plan.get(name) == DISPATCHED:
+                shard(module, meshes.experts)
+                _average_experts(module, layout)
+    # Tied parameters must be in one group, which is that of the whole model.
+    several = {name.rpartition(".")[0] for group in building.tied(model) for name in group}
+    modules = [
+        (name, style, model.get_submodule(name))
+        for name, style in fsdp_plan.items()
+        if not any(name == owner or owner.startswith(f"{name}.") for owner in several)
+    ]
+    kept = [(name, module) for name, style, module in modules if style == "keep_full_weight"]
+    for _, style, module in modules:
+        if style != "keep_full_weight":
+            shard(module, meshes.parameters)
+    if is_norm_and_head_pair(kept, model):
+        shard([module for _, module in kept], meshes.parameters, keep=True)
+    else:
+        for _, module in kept:
+            shard(module, meshes.parameters, keep=True)
+    fully_shard(
+        model,
+        mesh=meshes.parameters,
+        shard_placement_fn=lambda parameter: axes[id(parameter)],
+        **_policies(config),
+    )
+    model._is_fsdp_managed_module = True  # generate looks at it
+
+
+def _average_experts(module: nn.Module, layout: Layout) -> None:
+    """Let the gradients of experts be a mean over all groups of ranks that see different rows.
+
+    The ranks of an expert-parallel group sum theirs by sending tokens, so FSDP must not divide by its own
+    size. A factor of its own goes through an operation that gloo does not have, unless it sums and divides
+    itself; over one rank it divides in any case.
+    """
+    module.set_gradient_divide_factor(float(layout.dp))  # type: ignore[operator]
+    if layout.efsdp > 1:
+        module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+
+def _policies(config: DistributedConfig) -> dict[str, Any]:
+    """Return what `fully_shard` needs to know about precision and offloading."""
+    out: dict[str, Any] = {}
+    if config.fsdp_cpu_offload:
+        out["offload_policy"] = CPUOffloadPolicy()
+    if config.fsdp_mixed_precision:
+        out["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return out
+
+
+def materialize(
+    model: PreTrainedModel, fill: Callable[[list[str], torch.Tensor], bool], device: torch.device
+) -> None:
+    """Give every parameter, and every buffer of the state dict, memory on `device` and let `fill` write it.
+
+    `fill` gets the names of a tensor, several if it is tied, and the memory of this rank's part. It returns
+    whether it wrote it; transformers initialises what nobody wrote.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    owners: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        owners.setdefault(id(tensor), []).append(name)
+    for names in owners.values():
+        old = tensors[names[0]]
+        new = _empty(old, device)
+        made = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        for name in names:
+            building.place(model, name, made)
+        with torch.no_grad():
+            filled = fill(names, made.to_local() if isinstance(made, DTensor) else made)
+        if filled:
+            building.mark(made)
+
+
+def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return memory for a tensor on the meta device, or for this rank's part of it."""
+    if not isinstance(tensor, DTensor):
+        return torch.empty_like(tensor, device=device)
+    return DTensor.from_local(
+        torch.empty_like(tensor.to_local(), device=device),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tuple(tensor.stride()),
+    )

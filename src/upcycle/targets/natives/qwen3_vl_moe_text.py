@@ -1,0 +1,17 @@
+"""Qwen3-VL-MoE, text: the text model within a qwen3_vl_moe; the hub stores its matrices transposed."""
+
+from upcycle.targets._layouts import FusedAcross
+from upcycle.targets.native import Native
+from upcycle.targets.natives._qwen import dense_layers
+
+native = Native(
+    model_type="qwen3_vl_moe_text",
+    architecture="Qwen3VLMoeTextModel",
+    summary="softmax over all experts, top-k renormalised; only within a qwen3_vl_moe",
+    layout=FusedAcross(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
+    router="mlp.gate.weight",
+    fields=("rms_norm_eps", "head_dim", "attention_bias"),
+    width_field="moe_intermediate_size",
+    renormalizes="always",
+    dense_layers=dense_layers,
+)

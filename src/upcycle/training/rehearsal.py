@@ -1,0 +1,261 @@
+"""`upcycle train --dry-run`: the layout of a run in a world of any size, built on one process without a GPU.
+
+torch's fake process group answers every collective at once and moves nothing, and its fake tensors have
+shapes and no data. So this process can be any rank of any world at any size. Nothing is written, and of the
+source only headers are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.distributed.device_mesh import DeviceMesh
+
+from upcycle import tasks
+from upcycle.blueprints.entries import Entry
+from upcycle.checkpoints.checkpoint import TensorInfo
+from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.dense.subject import Subject
+from upcycle.errors import UpcycleError, cut
+from upcycle.tasks import Task
+from upcycle.tensors.lazy import Index, Lazy
+from upcycle.training import fit, gradients, micro_batch, optimizer, parallel, start, step
+from upcycle.training.parallel import Ranks
+from upcycle.training.routing import Routers
+from upcycle.training.run import Run
+from upcycle.training.start import Start
+
+_MOST = 8  # ranks that are built, spread evenly over a larger world
+_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What one rank holds between two steps, in bytes."""
+
+    rank: int
+    weights: int
+    gradients: int
+    moments: int
+    reads: int  # of its tensors, in the type that they are stored in
+    over_even_share: float  # weights, in even shares of the whole model
+
+    @property
+    def total(self) -> int:
+        """The bytes of weights, gradients and moments."""
+        return self.weights + self.gradients + self.moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a run would be in a world of `world` processes."""
+
+    world: int
+    layout: Mapping[str, int]
+    precision: str
+    parameters: int
+    active_parameters: int
+    steps: int
+    rows: int  # of the global batch
+    tokens_per_step: int
+    rows_per_rank: int
+    micro_batch: int | None  # rows of a forward pass; None: as many as fit when the run begins
+    activations_per_row: int  # bytes, estimated
+    stepped: int  # steps that were simulated
+    not_stepped: str | None  # the reason, if there are none
+    warnings: tuple[str, ...]
+    ranks: tuple[Held, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the rehearsal as JSON."""
+        return asdict(self)
+
+
+def rehearse(run: Run, world: int = 1) -> Rehearsal:
+    """Build some ranks of a run in a world of so many processes, and simulate two steps of the first.
+
+    Raises `UpcycleError` for what the run would refuse before its first step.
+    """
+    if world < 1:
+        raise UpcycleError(f"world = {world}; it must be 1 or more")
+    if dist.is_initialized() or "RANK" in os.environ:
+        raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
+    begun = start.start_of(run)
+    task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
+    fit.refuse_pooling(run, begun.built)
+    if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
+        raise UpcycleError(long)
+    layout = run.parallel.layout(world)
+    lengths = task.lengths(run.train.sequence_length, begun.subject)
+    precision = fit.precision(run)
+    held = []
+    for rank in sorted({place * (world - 1) // (_MOST - 1) for place in range(_MOST)}):
+        with _as_rank(run, begun, rank, world, precision) as here:
+            if rank == 0:
+                fit.refuse_uneven_rows(run, layout.dp)
+                fit.refuse_broken_groups(run, begun.built, lengths, layout.dp)
+                not_stepped = _not_stepped(run, begun, task, here)
+            held.append(_held(run, begun, here, precision))
+    share = run.train.rows // layout.dp
+    return Rehearsal(
+        world=world,
+        layout=asdict(layout),
+        precision=precision,
+        parameters=begun.parameters,
+        active_parameters=begun.active_parameters,
+        steps=run.train.total_steps,
+        rows=run.train.rows,
+        tokens_per_step=run.train.rows * sum(lengths.values()),
+        rows_per_rank=share,
+        micro_batch=None if run.train.micro_batch is None else min(run.train.micro_batch, share),
+        activations_per_row=micro_batch.bytes_of_row(run, begun, lengths, precision),
+        stepped=0 if not_stepped else _STEPS,
+        not_stepped=not_stepped,
+        warnings=tuple(fit.warnings(run, begun.built)),
+        ranks=tuple(held),
+    )
+
+
+@contextmanager
+def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> Iterator[Ranks]:
+    """Be one rank of a world that is not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    names = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    given = {name: str(value) for name, value in names.items()}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    before = {name: os.environ.get(name) for name in given}
+    experts = begun.built.expert_counts if begun.built else set()
+    os.environ.update(given)
+    try:
+        if world > 1:
+            dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        with parallel.ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here:
+            yield here
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Let tensors have no data, except in device meshes: torch looks for its own rank in them."""
+    real = DeviceMesh.__init__
+
+    def init(self: DeviceMesh, *args: Any, **options: Any) -> None:
+        with unset_fake_temporarily():
+            real(self, *args, **options)
+
+    try:
+        DeviceMesh.__init__ = init  # type: ignore[method-assign]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        DeviceMesh.__init__ = real  # type: ignore[method-assign]
+
+
+def _without_values(begun: Start, asked: _Asked) -> Start:
+    """Return a start whose tensors are zeros, and which notes how many bytes are asked of them."""
+    blank = {name: Entry(_Blank(e.lazy, asked), "F64") for name, e in begun.entries.items()}
+    return replace(begun, entries=blank)
+
+
+def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
+    """Build a rank's part of the model and of the optimizer, and return what it holds."""
+    asked = _Asked()
+    with _without_data():
+        model = start.model_of(_without_values(begun, asked), run, here, precision)
+        updater = optimizer.make(model, run.optimizer, start.scales(begun, run, model, Routers.of(model)))
+        optimizer.fill(updater, run.optimizer)
+        parameters = list(model.parameters())
+        weights = sum(gradients.local(p).nbytes for p in parameters)
+        states = [t for p in parameters for t in updater.state[p].values() if isinstance(t, torch.Tensor)]
+        return Held(
+            rank=here.rank,
+            weights=weights,
+            gradients=sum(gradients.local(p).nbytes for p in parameters if p.requires_grad),
+            moments=sum(gradients.local(t).nbytes for t in states),
+            reads=asked.nbytes,
+            over_even_share=weights * here.layout.replica / sum(p.nbytes for p in parameters),
+        )
+
+
+def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
+    """Simulate steps; return the reason if that cannot be done.
+
+    They run in bfloat16 with grouped products, because torch knows the shapes of those alone.
+    """
+    if task.name != "causal_lm":
+        return f"rows of {task.name} are known only with the data"
+    experts = "grouped_mm" if begun.built and begun.built.sites else None
+    train = replace(run.train, precision="bfloat16", experts_implementation=experts, compile=False)
+    run = replace(run, train=train)
+    size = (run.train.rows // here.dp_size, run.train.sequence_length + 1)
+    try:
+        with _without_data():
+            model = start.model_of(_without_values(begun, _Asked()), run, here, "bfloat16")
+            trainee = step.Trainee(
+                model=model,
+                task=task,
+                start=begun,
+                optimizer=optimizer.make(model, run.optimizer),
+                routers=Routers.of(model),
+                run=run,
+                ranks=here,
+                precision="bfloat16",
+            )
+            rows = torch.zeros(size, dtype=torch.long, device=here.device)
+            for number in range(_STEPS):
+                step.queue_step(trainee, {"rows": rows}, number, run.schedule.at(number, train.total_steps))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        return f"{error.func} depends on values, and a dry run has none"
+    except (RuntimeError, NotImplementedError) as error:
+        return cut(str(error).splitlines()[0], 200)
+    return None
+
+
+@dataclass
+class _Asked:
+    nbytes: int = field(default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Blank(Lazy):
+    """Zeros in the shape of another tensor, which note how much is asked of it."""
+
+    like: Lazy
+    asked: _Asked
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.like.shape
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.like.dtype
+
+    def read(self, index: Index, dtype: str) -> np.ndarray:
+        out = np.zeros(tuple(b - a for a, b in index), FLOATS[dtype])
+        self.asked.nbytes += out.size * FLOATS[self.dtype].itemsize
+        return out
+
+    def describe(self) -> Any:
+        return ["blank", self.like.describe()]
+
+    def sources(self) -> Iterator[TensorInfo]:
+        return self.like.sources()

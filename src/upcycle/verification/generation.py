@@ -1,0 +1,132 @@
+"""Greedy generation with a cache, past every switch of the config, and the settings that generation heeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.verification.outputs import TOLERANCE
+from upcycle.verification.proof import Check, share
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+NEW = 8  # tokens that are generated
+BEFORE = 4  # of these, tokens before a switch
+LONGEST = 1024  # tokens of the longest row that is generated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Greedy generation of `NEW` tokens with a cache, from prompts of several lengths."""
+
+    prompts: tuple[int, ...]  # tokens of each prompt
+    vocabulary: int
+    beyond: str  # says which switches lie too far to be checked
+    differs: str | None  # why the target is known to differ past a switch
+    promised: bool
+
+    name: ClassVar[str] = "generation"
+
+    def ask(self, model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return, for each prompt, the new tokens [T] and the logits that chose them [T, V]."""
+        import torch
+
+        out = []
+        for length in self.prompts:
+            generator = torch.Generator().manual_seed(length)
+            given = torch.randint(self.vocabulary, (1, length), generator=generator)
+            made: Any = model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            logits = torch.stack([step[0].float() for step in made.logits])
+            out.append((made.sequences[0, -len(logits) :], logits))
+        return out
+
+    def compare(self, dense: Any, moe: Any, stored: Any | None) -> Check:
+        """Return the check of the logits of every step until the texts part, that step included.
+
+        A token that two logits tie for may come out either way, so tokens alone decide nothing.
+        """
+        worst, parted = 0.0, []
+        for length, (tokens, logits), (theirs, their_logits) in zip(self.prompts, dense, moe, strict=True):
+            other = (tokens != theirs).nonzero()
+            until = int(other[0]) + 1 if len(other) else len(tokens)
+            scale = float(logits[:until].abs().max())
+            relative = share(float((logits[:until] - their_logits[:until]).abs().max()), scale)
+            worst = max(worst, relative)
+            if relative > TOLERANCE:
+                parted.append(length)
+        lengths = " and ".join(f"{n} to {n + NEW}" for n in self.prompts)
+        said = f"greedy with a cache, rows of {lengths} tokens: largest difference of logits {worst:.1g}"
+        if parted and self.differs:
+            return Check(name=self.name, holds=None, detail=f"{said}; {self.differs}")
+        said += self.beyond + (f"; {self.differs}" if self.differs else "")
+        if not self.promised:
+            return Check(name=self.name, holds=None, detail=said + "; none promised by this recipe")
+        return Check(name=self.name, holds=not parted, detail=said)
+
+
+def generation(built: Blueprint) -> list[Generation]:
+    """Return the question about generation; none for a model that does not generate."""
+    dense = built.dense
+    if not dense.architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
+        return []
+    switches = dense.family.switches(dense.config)
+    length = dense.family.length(dense.config)
+    room = max(1, min(LONGEST, length) - NEW)
+    near = {name: at for name, at in switches.items() if at <= length and at - BEFORE <= LONGEST - NEW}
+    far = [f"{name} at {at:,} tokens" for name, at in switches.items() if name not in near]
+    prompts = {max(1, at - BEFORE) for at in near.values()} or {min(8, room)}
+    causal = [stack.name for stack in dense.stacks if stack.causal]
+    return [
+        Generation(
+            prompts=tuple(sorted(prompts)),
+            vocabulary=dense.config["vocab_size"],
+            beyond=f"; not checked, as it lies far out: {', '.join(far)}" if far else "",
+            differs=dense.family.parts_ways(dense.config, built.target.model_type) if causal else None,
+            promised=built.preserves_function,
+        )
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What generation heeds besides the weights: the ids of special tokens, and generation_config.json."""
+
+    name: ClassVar[str] = "generation settings"
+
+    def ask(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return the settings that differ from transformers' own."""
+        from upcycle.hf import generation as heeded
+
+        return heeded.settings(model)
+
+    def compare(self, dense: dict[str, Any], moe: dict[str, Any], stored: Any | None) -> Check:
+        """Return the check that both models have the same settings."""
+        different = sorted(
+            f"{key} {dense.get(key)} became {moe.get(key)}"
+            for key in {*dense, *moe}
+            if dense.get(key) != moe.get(key)
+        )
+        return Check(
+            name=self.name,
+            holds=not different,
+            detail="; ".join(different)
+            or (f"{len(dense)} settings as the source has them" if dense else "neither has any of its own"),
+        )
+
+
+def settings(built: Blueprint) -> list[Settings]:
+    """Return the question about settings; none for a model that does not generate."""
+    return [Settings()] if generation(built) else []

@@ -1,0 +1,244 @@
+"""A text model within a multimodal one: the same wrapper around experts, and the same answers on images."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import tiny_wrappers
+import upcycle
+from upcycle import Recipe, UpcycleError, blueprint, convert, verify
+from upcycle.checkpoints.checkpoint import Checkpoint
+
+# The wrapper, the target, and the text model that its result holds.
+CASES = {
+    "llava": ("native", "MixtralModel"),
+    "mistral3": ("native", "MixtralModel"),
+    "internvl": ("native", "Qwen3MoeModel"),
+    "qwen3_vl": ("native", "Qwen3VLMoeTextModel"),
+    "qwen3_5": ("native", "Qwen3_5MoeTextModel"),
+    "idefics3": ("native", "MixtralModel"),
+    "gemma3": ("upcycled", "UpcycledGemma3TextModel"),
+    "llava, upcycled": ("upcycled", "UpcycledLlamaModel"),
+    "qwen3_vl, upcycled": ("upcycled", "UpcycledQwen3VLTextModel"),
+    "qwen3_5, upcycled": ("upcycled", "UpcycledQwen3_5TextModel"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function that gives the dense folder of a kind."""
+    folders = {}
+
+    def make(kind):
+        if kind not in folders:
+            folders[kind] = tiny_wrappers.make(tmp_path_factory.mktemp("dense") / kind, kind)
+        return folders[kind]
+
+    return make
+
+
+def opened(folder):
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+def edit(folder, out, tensors=None, **changes):
+    """A copy of a folder with other tensors or other keys of config.json."""
+    out.mkdir()
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(tensors or load_file(folder / "model.safetensors"), out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_images_and_text_get_the_same_answers(case, made, tmp_path):
+    kind, (target, text_model) = case.partition(",")[0], CASES[case]
+    source = made(kind)
+    recipe = Recipe.of(moe={"num_experts": 4, "target": target}, router={"std": 0.5})
+    built = convert(source, tmp_path / "moe", recipe)
+    assert built.preserves_function
+    wanted = tiny_wrappers.logits(opened(source), kind)
+    model = opened(tmp_path / "moe")
+    assert text_model in {type(module).__name__ for module in model.modules()}
+    found = tiny_wrappers.logits(model, kind)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    # Images count, and so do experts.
+    images = tiny_wrappers.KINDS[kind].inputs()["pixel_values"]
+    other = tiny_wrappers.logits(model, kind, pixel_values=-images)
+    assert float((other - wanted).abs().max()) > 1e-3
+    # Saved and opened again, and built in memory.
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(tiny_wrappers.logits(opened(tmp_path / "again"), kind), found)
+    loaded = upcycle.load(source, recipe)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+    assert len(upcycle.inspect(tmp_path / "moe").blocks) == 2
+
+
+def test_what_is_around_the_text_model_stays_as_it_is(made, tmp_path):
+    convert(made("llava"), tmp_path / "moe", Recipe.of(moe={"num_experts": 2}))
+    with Checkpoint.open(made("llava")) as before, Checkpoint.open(tmp_path / "moe") as after:
+        around = [name for name in before.tensors if not name.startswith("language_model.")]
+        assert any("vision_tower" in name for name in around)
+        assert any("projector" in name for name in around)
+        for name in around:
+            old, new = before.tensors[name], after.tensors[name]
+            assert (before.pread(old, 0, old.nbytes) == after.pread(new, 0, new.nbytes)).all()
+        changed = {k for k in before.config if before.config[k] != after.config.get(k)}
+        assert changed == {"text_config", "transformers_version"} & changed
+
+
+def test_a_native_that_the_wrapper_cannot_hold_is_refused(made, monkeypatch):
+    from upcycle.families._wrappers import WRAPPERS, Wrapper
+
+    closed = Wrapper(architecture="LlavaForConditionalGeneration", tied=False, free=False)
+    monkeypatch.setattr("upcycle.dense.source.WRAPPERS", {**WRAPPERS, "llava": closed})
+    with pytest.raises(UpcycleError, match=r"llava of transformers cannot hold a mixtral.*part_only"):
+        blueprint(made("llava"), Recipe.of())
+
+
+def test_the_text_model_alone(made, tmp_path):
+    """Taken out of its wrapper, it is a plain language model that says the same about text."""
+    for kind, wanted in (("llava", "MixtralForCausalLM"), ("qwen3_vl", "Qwen3MoeForCausalLM")):
+        recipe = Recipe.of(moe={"num_experts": 2, "part_only": "text"}, router={"std": 0.5})
+        out = tmp_path / kind
+        built = convert(made(kind), out, recipe)
+        assert all("text model alone" in why for why in built.left_out.values())
+        proof = verify(made(kind), out)
+        assert proof.holds, proof.checks
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
+        assert type(model).__name__ == wanted
+        ids = tiny_wrappers.KINDS[kind].inputs()["input_ids"][:, 3:]
+        dense = opened(made(kind)).eval()(input_ids=ids).logits
+        assert float((model.eval()(input_ids=ids).logits - dense).abs().max()) < 1e-5
+
+
+def test_a_block_for_further_tokens_is_left_out_and_the_config_says_so(made, tmp_path):
+    tensors = load_file(made("qwen3_5") / "model.safetensors") | {"mtp.fc.weight": torch.zeros(32, 64)}
+    text = json.loads((made("qwen3_5") / "config.json").read_text())["text_config"]
+    config = {"text_config": {**text, "mtp_num_hidden_layers": 1}}
+    source = edit(made("qwen3_5"), tmp_path / "dense", tensors, **config)
+    for target in ("native", "upcycled"):
+        built = convert(source, tmp_path / target, Recipe.of(moe={"num_experts": 2, "target": target}))
+        assert list(built.left_out) == ["mtp.fc.weight"]
+        assert not built.config["text_config"].get("mtp_num_hidden_layers")
+        assert verify(source, tmp_path / target).holds
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_text_model_that_keeps_the_names_of_its_wrapper(tied, dense, tmp_path):
+    """As transformers saves the text of a Qwen3.5: model.language_model.layers.0..."""
+    folder = dense("qwen3_5_text", tie_word_embeddings=tied)
+    stored = load_file(folder / "model.safetensors")
+    tensors = {name.replace("model.", "model.language_model."): t for name, t in stored.items()}
+    source = edit(folder, tmp_path / "dense", tensors)
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2}))
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "bare", "wanted"),
+    [
+        ("Qwen3ForCausalLM", True, True, "Qwen3MoeForCausalLM"),  # Qwen3-Embedding-0.6B
+        ("Qwen3ForCausalLM", False, True, "Qwen3MoeModel"),  # Qwen3-Embedding-8B
+        ("Qwen3Model", False, True, "Qwen3MoeModel"),
+        ("Qwen3Model", True, False, "Qwen3MoeModel"),
+    ],
+)
+def test_embedding_models(architecture, tied, bare, wanted, dense, tmp_path):
+    """Without the prefix of their class, and without a head."""
+    folder = dense("qwen3", tie_word_embeddings=tied)
+    stored = load_file(folder / "model.safetensors")
+    start = "model." if bare else ""
+    tensors = {name.removeprefix(start): t for name, t in stored.items() if "lm_head" not in name}
+    source = edit(folder, tmp_path / "dense", tensors, architectures=[architecture])
+    for target, prefix in (("native", ""), ("upcycled", "Upcycled")):
+        recipe = Recipe.of(moe={"num_experts": 2, "target": target}, router={"std": 0.5})
+        convert(source, tmp_path / target, recipe)
+        proof = verify(source, tmp_path / target)
+        assert proof.holds, proof.checks
+        model = upcycle.open(tmp_path / target)
+        assert type(model).__name__ == (wanted if not prefix else prefix + wanted.replace("Moe", ""))
+        ids = torch.arange(3, 20)[None]
+        with torch.inference_mode():
+            dense_model = transformers.AutoModel.from_pretrained(source).eval()
+            found = getattr(model, "model", model).eval()(ids).last_hidden_state
+            assert float((found - dense_model(ids).last_hidden_state).abs().max()) < 1e-5
+        assert len(upcycle.inspect(tmp_path / target).blocks) == 4
+
+
+def test_a_missing_head_is_still_missed(dense, tmp_path):
+    stored = load_file(dense("llama") / "model.safetensors")
+    del stored["lm_head.weight"]
+    with pytest.raises(UpcycleError, match=r"lacks lm_head\.weight"):
+        blueprint(edit(dense("llama"), tmp_path / "dense", stored), Recipe.of())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text_config": {"model_type": "persimmon"}}, r"around a text model of type 'persimmon', which "),
+        ({"text_config": None}, r"text_config = None; it must be the config of a text model"),
+        ({"model_type": "strange"}, r"strange around a llama, and upcycle does not know .*--part-only text"),
+        ({"tie_word_embeddings": True}, r"and a head is stored; set both to the same"),
+        ({"text_config": {"model_type": "mixtral"}}, r"is already a Mixture of Experts \(mixtral\)"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_wrapper_that_does_not_fit(change, said, made, tmp_path):
+    source = edit(made("llava"), tmp_path / "dense", **change)
+    with pytest.raises(UpcycleError, match=said):
+        blueprint(source, Recipe.of())
+
+
+def test_two_text_models_are_refused(made, tmp_path):
+    stored = load_file(made("llava") / "model.safetensors")
+    again = {
+        n.replace("language_model.", "other_model."): t.clone() for n, t in stored.items() if "language" in n
+    }
+    source = edit(made("llava"), tmp_path / "dense", stored | again)
+    with pytest.raises(UpcycleError, match=r"more than once, below language_model\.model\., other_model"):
+        blueprint(source, Recipe.of())
+
+
+def test_a_plain_model_has_nothing_around_it(dense):
+    with pytest.raises(UpcycleError, match="has nothing around it"):
+        blueprint(dense("llama"), Recipe.of(moe={"part_only": "text"}))
+    with pytest.raises(UpcycleError, match="up to the source"):
+        blueprint(dense("llama"), Recipe.of(moe={"target": "wrapped"}))
+
+
+def test_the_table_is_what_transformers_does():
+    """Every wrapper builds the text model that its config names, if the table says so, and ties as said."""
+    import importlib
+    import inspect
+    import re
+
+    from upcycle import families
+    from upcycle.families._wrappers import WRAPPERS
+
+    for model_type, wrapper in WRAPPERS.items():
+        cls = transformers.CONFIG_MAPPING[model_type]
+        default = cls()
+        assert default.text_config.model_type == wrapper.text, model_type
+        tied = getattr(default, "tie_word_embeddings", None)
+        assert wrapper.tied == (True if tied is None else tied), model_type
+        assert hasattr(transformers, wrapper.architecture), model_type
+        mixtral = {"model_type": "mixtral", **tiny_wrappers.TEXT}
+        held = type(cls(text_config=mixtral).text_config).__name__
+        assert wrapper.free == (held == "MixtralConfig"), model_type
+        module = importlib.import_module(cls.__module__.replace("configuration_", "modeling_"))
+        builds = re.search(r"AutoModel\.from_config\(\s*config\.text_config", inspect.getsource(module))
+        assert builds, model_type
+        for name in families.names():
+            family = families.find(name)
+            if family.assumed and name == wrapper.text:
+                made = transformers.CONFIG_MAPPING[name]()
+                assert {k: getattr(made, k) for k in family.assumed} == family.assumed

@@ -1,0 +1,116 @@
+"""The tables of every experiment: the code as it is now takes them, and counts what a row costs.
+
+The models are tiny, and nothing is trained.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import tiny
+
+ROOT = Path(__file__).parents[2] / "experiments"
+SCRIPTS = sorted(path.parent.name for path in ROOT.glob("*/run.py"))
+VIT = {"image_size": 32, "patch_size": 8, "num_labels": 10}
+
+
+@pytest.fixture
+def script(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The run.py of an experiment, without what it leaves in Python's tables."""
+    paths, modules = [*sys.path], {*sys.modules}
+    path = ROOT / request.param / "run.py"
+    spec = importlib.util.spec_from_file_location(f"experiment_{request.param}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path[:] = paths
+        for name in {*sys.modules} - modules:
+            if ROOT in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+                del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of every name that the experiments look for."""
+    made = tmp_path_factory.mktemp("experiments")
+    tiny.make_dense(made / "checkpoint", "llama", num_hidden_layers=2)
+    for name in ("dense", "dense-10"):
+        (made / name).symlink_to(made / "checkpoint")
+    return made
+
+
+def of_language(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    given = Namespace(checkpoint=folder / "checkpoint", texts=folder, base=folder, runs=folder / "runs")
+    changes = {n: c[0] if isinstance(c, tuple) else c for n, c in script.VARIANTS.items()}
+    return {n: script.language.table(c, 0, 8, given) | {"out": str(folder / n)} for n, c in changes.items()}
+
+
+def of_code(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    script.dense.corpus.write = lambda _: {"held_out": 0.1}
+    return {n: script.run_file(folder, 10, n, 0, 8) for n in script.table.VARIANTS}
+
+
+def of_stories(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    given = Namespace(checkpoint=folder / "checkpoint", text=folder / "text.txt", runs=folder / "runs")
+    return {n: script.table(n, 0, 8, given) for n in script.VARIANTS}
+
+
+def of_t5(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    given = Namespace(text=folder / "text.txt", runs=folder / "t5")
+    for name in ("t5", "dense-base"):
+        tiny.make(given.runs / name, "T5ForConditionalGeneration", vocab_size=512)
+    return {str(n): script.table(n, 0, 8, given) for n in (None, *script.VARIANTS)}
+
+
+def of_vit(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    given = Namespace(images=folder, runs=folder / "vit")
+    tiny.make(given.runs / "dense-base", "ViTForImageClassification", **VIT)
+    return {n: script.table(n, 0, 8, given) for n in script.VARIANTS}
+
+
+def of_jetpack(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    given = Namespace(images=folder, runs=folder / "jetpack")
+    for name, width in (("small", 64), ("small-trained", 64), ("selected", 64), ("large-trained", 128)):
+        shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32}
+        tiny.make(given.runs / name, "ViTForImageClassification", **VIT, **shape)
+    tiny.make_statistics(given.runs / "statistics.safetensors", given.runs / "large-trained")
+    first, second = script.SETS
+    jobs = [*((first, n) for n in script.VARIANTS), (second, "importance_repo")]
+    return {f"{data}/{n}": script.table(data, n, 0, given) for data, n in jobs}
+
+
+TABLES: dict[str, Callable[[ModuleType, Path], dict[str, dict[str, Any]]]] = {
+    "code": of_code,
+    "drop_upcycling": of_language,
+    "extra_compute": of_language,
+    "llama3_meets_moe": of_language,
+    "moe_jetpack": of_jetpack,
+    "sparse_upcycling_t5": of_t5,
+    "sparse_upcycling_vit": of_vit,
+    "stories260k": of_stories,
+}
+
+
+def test_every_experiment_is_here():
+    assert sorted(TABLES) == SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_every_run_of_an_experiment_is_taken_and_counted(script, folder):
+    name = script.__name__.removeprefix("experiment_")
+    tables = TABLES[name](script, folder)
+    flops = {variant: script.common.flops_per_row(table) for variant, table in tables.items()}
+    assert len(flops) >= 2
+    assert min(flops.values()) > 0
