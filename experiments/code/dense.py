@@ -90,6 +90,7 @@ def publish(folder: Path, tokens: int) -> None:
     """Write a start in bfloat16, with its tokenizer, to the folder of the demo; no path of this machine."""
     shutil.rmtree(MODEL, ignore_errors=True)
     _export(folder, MODEL, tokens, "bfloat16")
+    shutil.copyfile(folder / "corpus" / "about.json", HERE / "corpus.json")
     for file in (folder / "corpus" / "tokenizer").iterdir():
         shutil.copyfile(file, MODEL / file.name)
     for name in ("upcycle.json", "README.md"):

@@ -13,7 +13,7 @@ from upcycle.system import whole_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BYTES = 12_000_000
+BYTES = 4_000_000
 HELD_OUT = 0.1  # the share of the corpus that is held out, at its end
 VOCABULARY = 1024
 _SKIPPED = ("test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data")
