@@ -107,6 +107,12 @@ def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 
 def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
+    for where, row in json_lines(path):
+        yield _field(row, source, where), True
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each object in a file of JSON lines, for messages, and the object."""
     opened = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
         try:
@@ -118,7 +124,7 @@ def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
                         f"read, cut it"
                     )
                 if line.strip():
-                    yield _field(json_row(line, where), source, where), True
+                    yield where, json_row(line, where)
         except UnicodeDecodeError as error:
             raise UpcycleError(not_utf8(path, error)) from None
         except (OSError, EOFError, zlib.error) as error:
