@@ -154,7 +154,8 @@ def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
     whole = train(table(dense, tmp_path / "whole"))
     lines = read(tmp_path / "whole")
     (begun,) = [line.held_out_start for line in lines if line.held_out_start is not None]
-    assert lines[-1].held_out_loss < 0.7 * begun
+    assert lines[-1].held_out_loss < begun - 1
+    assert lines[-1].held_out_accuracy > 0.8
     train(table(dense, tmp_path / "parts"))
     for step, path in saving.found(tmp_path / "parts"):
         if step > 3:
@@ -165,7 +166,7 @@ def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
     out = export(tmp_path / "whole", tmp_path / "out").out
     assert AutoTokenizer.from_pretrained(out).chat_template == MARKED
     found = evaluate(out, Asked(chats=dense / "chats.jsonl", length=99))["chats"]
-    model, batch = upcycle.open(out).eval(), feed_of(dense).at(np.arange(10_000))
+    model, batch = upcycle.open(out).eval(), feed_of(dense).at(np.arange(14))
     assert found["targets"] == 40 * (len("yes, yes") + 1)
     losses, count = 0.0, 0
     for ids, labels, mask in zip(batch["ids"], batch["labels"], batch["mask"], strict=True):
