@@ -78,8 +78,8 @@ def eval_(
     found = upcycle.evaluate(
         checkpoints, text=_domains(text, lambda path: path.name), chats=chats, images=images,
         few_shot=few_shot, tasks=names(tasks), task_files=task_files, num_fewshot=num_fewshot,
-        superglue=superglue, per_class=per_class, length=length, stride=stride, separator=separator, batch_size=batch_size,
-        limit=limit, cache=cache,
+        superglue=superglue, per_class=per_class, length=length, stride=stride, separator=separator,
+        batch_size=batch_size, limit=limit, cache=cache,
     )  # fmt: skip
     show_json(found.as_dict()) if json else show_scores(found.as_dict())
     sys.stdout.flush()
