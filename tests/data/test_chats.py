@@ -73,6 +73,14 @@ def test_parquet_compressed_lines_and_folders(tmp_path):
     assert found == [rows[0]["messages"], ASKED, ASKED]
 
 
+def test_a_saved_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.DatasetDict({name: datasets.Dataset.from_list([FORMS["messages"]]) for name in "ab"})
+    whole.save_to_disk(tmp_path / "saved")
+    (chat,) = chats.read(tmp_path / "saved", split="b")
+    assert list(chat.messages) == ASKED
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -153,5 +161,9 @@ def test_chats_that_are_too_long_are_left_out_or_cut_and_counted():
     assert cut.ids[1].tolist() == [20, 21, 22, 23, 24, 25]
     assert cut.labels[1].tolist() == [IGNORED, 22, 23, 24, 25, 26]
     assert any("of more than 6 tokens, which are cut (task.too_long): 1" in note for note in cut.notes())
-    with pytest.raises(UpcycleError, match=r"holds no chat that fits into .* = 3 tokens \(the longest of 3"):
+    with pytest.raises(UpcycleError, match="x holds no chats; give a file"):
+        ChatRows.of([], name="x", length=3, cut=False, pack=True, padding=0)
+    with pytest.raises(
+        UpcycleError, match=r"holds no chat that fits into .* = 3 tokens \(the shortest of 3 has 4\)"
+    ):
         ChatRows.of(given, name="x", length=3, cut=False, pack=True, padding=0)

@@ -58,6 +58,22 @@ def test_marks_are_those_of_transformers(tmp_path):
         assert 0 < found.answers.sum() < len(found)
 
 
+def test_marks_in_real_questions(stories):
+    """The tokens of a trained model's tokenizer cross words and blanks; two questions and answers a chat."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = MARKED
+    with (stories.parent / "tasks" / "arc_easy.jsonl").open() as file:
+        asked = [json.loads(line) for line, _ in zip(file, range(60), strict=False)]
+    said = [(row["query"], row["choices"][row["gold"]]) for row in asked]
+    rows = [{"messages": turns(*one, *two)} for one, two in zip(said[::2], said[1::2], strict=True)]
+    for row, found in zip(rows, tokens_of(told(rows), tokenizer), strict=True):
+        wanted = tokenizer.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert found.ids.tolist() == wanted["input_ids"]
+        assert found.answers.tolist() == [bool(x) for x in wanted["assistant_masks"]]
+
+
 def test_without_marks_an_answer_is_what_it_adds_after_the_prompt(tmp_path):
     tokenizer = byte_tokenizer(tmp_path, CHATML)
     (found,) = tokens_of(told(CHATS[:1]), tokenizer)
@@ -206,7 +222,9 @@ def test_a_template_of_its_own_goes_with_the_model(dense, tmp_path):
     shutil.copytree(dense, source)
     byte_tokenizer(source, None)
     (source / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(UpcycleError, match=r"has no chat template; set task.chat_template to a file"):
+    with pytest.raises(
+        UpcycleError, match=r"has no chat template; in a run, set task.chat_template to a file"
+    ):
         train(table(source, tmp_path / "run"))
     (tmp_path / "own.jinja").write_text(CHATML)
     own = {"chat_template": str(tmp_path / "own.jinja")}

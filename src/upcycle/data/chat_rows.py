@@ -60,11 +60,12 @@ class ChatRows:
         """
         laid = [(chat.ids[:length], chat.labels[:length]) for chat in chats if cut or len(chat) <= length]
         laid = [(ids, labels) for ids, labels in laid if (labels != IGNORED).any()]
+        if not chats:
+            raise UpcycleError(f"{name} holds no chats; give a file that does")
         if not laid:
-            longest = f"the longest of {len(chats)} has {max(map(len, chats))} tokens" if chats else "none"
             raise UpcycleError(
-                f"{name} holds no chat that fits into train.sequence_length = {length} tokens ({longest}); "
-                f"lengthen the rows, or set task.too_long = cut"
+                f"{name} holds no chat that fits into train.sequence_length = {length} tokens (the shortest "
+                f"of {len(chats)} has {min(map(len, chats))}); lengthen the rows, or set task.too_long = cut"
             )
         sizes = [len(ids) for ids, _ in laid]
         rows = first_fit(sizes, length) if pack else list(range(len(sizes)))

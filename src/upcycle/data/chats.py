@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.data.documents import Source, files, json_lines, parquet_rows
+from upcycle.data.documents import Source, dataset_rows, files, is_dataset, json_lines, parquet_rows
 from upcycle.errors import UpcycleError, listed, shown
 
 Message = dict[str, Any]
@@ -42,12 +42,17 @@ class Chat:
         return [i for i, message in enumerate(self.messages) if message["role"] == ASSISTANT]
 
 
-def read(path: str | Path) -> Iterator[Chat]:
-    """Yield the chats of a JSON lines or parquet file, or of a folder of them.
+def read(path: str | Path, split: str = "train") -> Iterator[Chat]:
+    """Yield the chats of a JSON lines or parquet file, of a folder of them, or of a Hugging Face dataset.
 
     Raises `UpcycleError` for a row that is no chat: an unknown role, an empty message, no assistant, media.
     """
-    for file in files(Source(path=str(path))):
+    source = Source(path=str(path), split=split)
+    if is_dataset(source):
+        for where, row in dataset_rows(source):
+            yield chat_of(_without_none(row), where)
+        return
+    for file in files(source):
         if file.suffix == ".parquet":
             for number, row in enumerate(parquet_rows(file)):
                 yield chat_of(_without_none(row), f"{file}, row {number}")

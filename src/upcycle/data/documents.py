@@ -62,11 +62,17 @@ def files(source: Source) -> list[Path]:
 
 def documents(source: Source) -> Iterator[tuple[str, bool]]:
     """Yield pieces of text, and whether each begins a document. Long documents come in several pieces."""
-    if (name := _hub_name(source)) is not None or _saved_dataset(Path(source.path)):
-        yield from _dataset(name, source)
+    if is_dataset(source):
+        for where, row in dataset_rows(source):
+            yield _field(row, source, where), True
         return
     for path in files(source):
         yield from _READERS[str(_kind(path))](path, source)
+
+
+def is_dataset(source: Source) -> bool:
+    """Return whether a source is a Hugging Face dataset, on the hub or saved in a folder."""
+    return _hub_name(source) is not None or _saved_dataset(Path(source.path))
 
 
 def _hub_name(source: Source) -> str | None:
@@ -189,7 +195,9 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, An
         raise UpcycleError(f"{path} is no whole parquet file: {reason}") from None
 
 
-def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
+def dataset_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each row of a Hugging Face dataset, for messages, and the row."""
+    name = _hub_name(source)
     try:
         import datasets
     except ModuleNotFoundError:
@@ -205,7 +213,7 @@ def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(f"{source.path} cannot be opened: {reason}") from None
     for number, row in enumerate(_rows_of(rows, source)):
-        yield _field(row, source, f"{source.path}, row {number}"), True
+        yield f"{source.path}, row {number}", row
 
 
 def _rows_of(dataset: Any, source: Source) -> Iterator[dict[str, Any]]:

@@ -29,8 +29,9 @@ def with_template(tokenizer: Any, path: str | None) -> Any:
         tokenizer.chat_template = read_template(path)
     if not tokenizer.chat_template:
         raise UpcycleError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; set task.chat_template to a "
-            f"file with one (Jinja), or data.tokenizer to the folder of a tokenizer that has one"
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; in a run, set "
+            f"task.chat_template to a file with one (Jinja), or data.tokenizer to a folder that has one; "
+            f"elsewhere, put it there as chat_template.jinja"
         )
     if not tokenizer.is_fast:
         raise UpcycleError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Task):
-    """Chats from one JSON lines or parquet source, as the chat template of the tokenizer writes them.
+    """Chats from one source of JSON lines or parquet, as the chat template of the tokenizer writes them.
 
     Only the assistant's tokens have a loss. Whole chats are packed into rows of `train.sequence_length`
     tokens and padded. The model is scored on the set `test`; without it, on the share `data.held_out` of the
@@ -47,14 +47,14 @@ class SFT(Task):
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         source = only_source(feeding, self)
-        train = self._rows(source, feeding, subject)
+        train = self._rows(source, feeding, subject, feeding.data.sources[0].split)
         test = None if self.test is None else self._rows(self.test, feeding, subject)
         return Examples(train, test, held_out_share=feeding.data.held_out, seed=feeding.seed)
 
-    def _rows(self, path: str, feeding: Feeding, subject: Subject) -> ChatRows:
+    def _rows(self, path: str, feeding: Feeding, subject: Subject, split: str = "train") -> ChatRows:
         tokenizer = with_template(tokenizer_of(feeding, subject), self.chat_template)
         found = ChatRows.of(
-            tokens_of(chats.read(path), tokenizer),
+            tokens_of(chats.read(path, split), tokenizer),
             name=path,
             length=feeding.length,
             cut=self.too_long == "cut",
