@@ -71,9 +71,8 @@ class SFT(Task):
         return found
 
     def files(self) -> Mapping[str, str]:
-        return (
-            {} if self.chat_template is None else {"chat_template.jinja": read_template(self.chat_template)}
-        )
+        path = self.chat_template
+        return {} if path is None else {"chat_template.jinja": read_template(path)}
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"], "use_cache": False}
