@@ -78,8 +78,10 @@ class Generation:
 
 
 def generation(built: Blueprint) -> list[Generation]:
-    """Return the question about generation; none for a model that does not generate."""
+    """Return the question about generation; none for a model that does not go on from a text."""
     dense = built.dense
+    if "input_ids" not in dense.family.inputs(dense.config, NEW):
+        return []
     if not dense.architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
         return []
     switches = dense.family.switches(dense.config)
