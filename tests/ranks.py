@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
-from upcycle.training import agreement, optimizer, saving, start, step
+from upcycle.training import agreement, chunked_entropy, optimizer, saving, start, step
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
@@ -118,8 +118,15 @@ def batch_of(run: Run, task: tasks.Task) -> tasks.Batch:
     return {"pixels": pixels, "labels": torch.randint(0, 3, size[:1], generator=generator)}
 
 
-def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The gradients of a step for each layout and change of the run, and what the step reports."""
+def gradients(
+    source: str, cases: list[tuple[Layout, dict[str, Any]]], scored: bool = False
+) -> list[dict[str, Any]]:
+    """The gradients of a step for each layout and change of the run, and what the step reports.
+
+    With `scored`, the model is scored before the step, and few logits are already worth chunks.
+    """
+    if scored:
+        chunked_entropy.WORTH = 0
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
@@ -134,6 +141,8 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
             mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
+            if scored:
+                step.evaluate(trainee, batch)
             outcome = step.train_step(trainee, mine, 0, 1e-3)
             out.append(
                 {

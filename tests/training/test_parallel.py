@@ -145,6 +145,12 @@ def test_gradients_of_several_processes_are_those_of_one(llama, one_process, lay
             same_gradients(found, one_process)
 
 
+def test_a_score_changes_nothing_about_the_step_after_it(llama, one_process):
+    """FSDP leaves the head whole after a forward pass without a backward pass; it is still everybody's."""
+    for result in gloo.run(2, "ranks:gradients", llama, [({"fsdp": 2}, {})], True):
+        same_gradients(result[0], one_process)
+
+
 def table(source: str, out: Path, text: Path, **changes) -> dict:
     made = {
         "source": source,

@@ -179,3 +179,16 @@ def test_texts_may_part_where_two_tokens_tie():
     assert tie.holds
     wrong = asked.compare([(torch.tensor([0, 0, 1]), logits)], [(torch.tensor([0, 0, 0]), other)], None)
     assert wrong.holds is False
+
+
+@pytest.mark.parametrize("side", ["dense", "moe"])
+def test_logits_of_generation_that_are_no_numbers_fail(side):
+    """NaN is neither larger nor smaller than the tolerance."""
+    import torch
+
+    asked = generation.Generation(prompts=(4,), vocabulary=3, beyond="", differs=None, promised=True)
+    logits, tokens = torch.ones(3, 3), torch.tensor([0, 0, 0])
+    given = {"dense": logits, "moe": logits} | {side: logits.clone().fill_(torch.nan)}
+    found = asked.compare([(tokens, given["dense"])], [(tokens, given["moe"])], None)
+    assert found.holds is False
+    assert "largest difference of logits nan" in found.detail

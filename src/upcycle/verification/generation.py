@@ -64,8 +64,8 @@ class Generation:
             until = int(other[0]) + 1 if len(other) else len(tokens)
             scale = float(logits[:until].abs().max())
             relative = share(float((logits[:until] - their_logits[:until]).abs().max()), scale)
-            worst = max(worst, relative)
-            if relative > TOLERANCE:
+            worst = worst if relative <= worst else relative
+            if not relative <= TOLERANCE:  # NaN is not
                 parted.append(length)
         lengths = " and ".join(f"{n} to {n + NEW}" for n in self.prompts)
         said = f"greedy with a cache, rows of {lengths} tokens: largest difference of logits {worst:.1g}"
