@@ -143,6 +143,8 @@ def gradients(
             mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
             if scored:
                 step.evaluate(trainee, batch)
+                question = trainee.task.question(mine, trainee.start.subject, training=True)
+                assert (trainee._head(question) is not None) == (here.world == 1)
             outcome = step.train_step(trainee, mine, 0, 1e-3)
             out.append(
                 {
