@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
 from upcycle.data.corruption import IGNORED
-from upcycle.training import agreement, optimizer, saving, start, step
+from upcycle.training import agreement, chunked_entropy, optimizer, saving, start, step
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
@@ -134,8 +134,15 @@ def chats_of(run: Run) -> tasks.Batch:
     }
 
 
-def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The gradients of a step for each layout and change of the run, and what the step reports."""
+def gradients(
+    source: str, cases: list[tuple[Layout, dict[str, Any]]], scored: bool = False
+) -> list[dict[str, Any]]:
+    """The gradients of a step for each layout and change of the run, and what the step reports.
+
+    With `scored`, the model is scored before the step, and few logits are already worth chunks.
+    """
+    if scored:
+        chunked_entropy.WORTH = 0
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
@@ -150,6 +157,10 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
             mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
+            if scored:
+                step.evaluate(trainee, batch)
+                question = trainee.task.question(mine, trainee.start.subject, training=True)
+                assert (trainee._head(question) is not None) == (here.world == 1)
             outcome = step.train_step(trainee, mine, 0, 1e-3)
             out.append(
                 {
