@@ -30,7 +30,7 @@ def test_defaults_are_those_of_transformers(model_type):
 @pytest.mark.parametrize("model_type", tiny.DECODERS)
 def test_a_config_that_says_little_means_what_transformers_makes_of_it(model_type):
     """Sizes alone in config.json: every field that both know has the value transformers gives it."""
-    sizes = {k: tiny.SMALL[k] for k in tiny._ALWAYS}
+    sizes = {k: tiny.SMALL[k] for k in tiny._ALWAYS} | tiny.NEEDED.get(model_type, {})
     family = families.find(model_type)
     found = family.config({"model_type": model_type, **sizes})
     wanted = CONFIG_MAPPING[model_type](**sizes)
