@@ -139,7 +139,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-NEEDED: dict[str, dict[str, Any]] = {"granitemoehybrid": {"num_local_experts": 0}}
+NEEDED: dict[str, dict[str, Any]] = {"granitemoehybrid": {"num_local_experts": 0, "mamba_n_heads": 4}}
 """Fields without which a config would be of another kind of model."""
 
 ROUTER_STD = {"lfm2": 0.05}

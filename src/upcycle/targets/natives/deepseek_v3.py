@@ -11,8 +11,8 @@ native = Native(
     layout=LAYOUT,
     router="mlp.gate.weight",
     fields=(
-        "rms_norm_eps", "attention_bias", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim",
-        "qk_nope_head_dim", "rope_interleave",
+        "rms_norm_eps", "head_dim", "attention_bias", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim",
+        "v_head_dim", "qk_nope_head_dim", "rope_interleave",
     ),
     num_experts_field="n_routed_experts",
     width_field="moe_intermediate_size",
