@@ -160,8 +160,8 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] 
     """Return the dense model in a checkpoint; that of a multimodal one is its text model.
 
     `alone` takes that out of the model around it. `drop` has names and patterns of stored tensors to leave
-    out. Raises `UpcycleError`, with the reason, for anything that
-    is not exactly a dense model of a known family.
+    out. Raises `UpcycleError`, with the reason, for anything that is not exactly a dense model of a known
+    family.
     """
     raw, where = checkpoint.config, checkpoint.folder
     within = places.is_wrapper(raw)
