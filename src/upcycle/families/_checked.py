@@ -133,14 +133,14 @@ KINDS: Mapping[str, Kind] = {
                   "decoder_start_token_id image_token_id"),
     **_each(
         _FLAG,
-        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window",
+        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
+        "use_qkv_bias qk_layernorm use_parallel_residual attention_out_bias",
     ),
     **_each(
         _FLAG.or_null(),
         "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
-        "is_encoder_decoder use_qkv_bias qk_layernorm use_parallel_residual use_qk_norm attention_out_bias "
-        "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm norm_bias "
-        "vision_use_head",
+        "is_encoder_decoder use_qk_norm do_layer_norm_before enable_bias layer_norm_elementwise_affine "
+        "_remove_final_layer_norm norm_bias vision_use_head",
     ),
     **_each(_ACT, "hidden_act activation_function activation"),
     "hidden_activation": _ACT.or_null(),
