@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
-from upcycle.training import agreement, optimizer, saving, start, step
+from upcycle.data.corruption import IGNORED
+from upcycle.training import agreement, chunked_entropy, optimizer, saving, start, step
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
@@ -109,17 +110,39 @@ def rows_of(run: Run, vocabulary: int = 96) -> torch.Tensor:
 
 
 def batch_of(run: Run, task: tasks.Task) -> tasks.Batch:
-    """The rows of a step, for the task at hand: of text, or images of 12 x 12 and three classes."""
+    """The rows of a step, for the task at hand: of text or chats, or images of 12 x 12 and three classes."""
     if task.name == "causal_lm":
         return {"rows": rows_of(run)}
+    if task.name == "sft":
+        return chats_of(run)
     generator = torch.Generator().manual_seed(0)
     size = (run.train.rows, 12, 12, 3)
     pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
     return {"pixels": pixels, "labels": torch.randint(0, 3, size[:1], generator=generator)}
 
 
-def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The gradients of a step for each layout and change of the run, and what the step reports."""
+def chats_of(run: Run) -> tasks.Batch:
+    """Rows of chats: each has other answers than the last, and more padding."""
+    rows, place = rows_of(run), torch.arange(run.train.sequence_length)
+    number = torch.arange(len(rows))[:, None]
+    real = place < len(place) - 2 * number
+    answers = real & (place >= 3 + 2 * number)
+    return {
+        "ids": torch.where(real, rows[:, :-1], 0),
+        "labels": torch.where(answers, rows[:, 1:], IGNORED),
+        "mask": real.long(),
+    }
+
+
+def gradients(
+    source: str, cases: list[tuple[Layout, dict[str, Any]]], scored: bool = False
+) -> list[dict[str, Any]]:
+    """The gradients of a step for each layout and change of the run, and what the step reports.
+
+    With `scored`, the model is scored before the step, and few logits are already worth chunks.
+    """
+    if scored:
+        chunked_entropy.WORTH = 0
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
@@ -134,6 +157,10 @@ def gradients(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[d
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
             mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
+            if scored:
+                step.evaluate(trainee, batch)
+                question = trainee.task.question(mine, trainee.start.subject, training=True)
+                assert (trainee._head(question) is not None) == (here.world == 1)
             outcome = step.train_step(trainee, mine, 0, 1e-3)
             out.append(
                 {

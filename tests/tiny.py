@@ -30,8 +30,8 @@ OTHERS = [
 """Decoders with Llama's names that have none."""
 
 RECENT = [
-    "seed_oss", "ministral", "ministral3", "cwm", "granite_swa", "starcoder2", "phi", "stablelm", "cohere",
-    "nemotron", "arcee", "helium",
+    "glm", "lfm2", "youtu", "granitemoehybrid", "seed_oss", "ministral", "ministral3", "cwm", "granite_swa",
+    "starcoder2", "phi", "stablelm", "cohere", "nemotron", "arcee", "helium",
 ]  # fmt: skip
 """Decoders of which only the native form is pinned."""
 
@@ -56,6 +56,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7,
         "attention_multiplier": 0.2,
     },
+    "youtu": {
+        "pad_token_id": None,  # its class empties the row of the padding token when it opens a checkpoint
+        "kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4, "v_head_dim": 12, "qk_nope_head_dim": 8,
+        "initializer_range": 0.02, "embedding_initializer_range": 0.02, "num_key_value_heads": 4,
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 0, "shared_intermediate_size": 48, "position_embedding_type": "rope",
+        "layer_types": ["linear_attention", "full_attention"] * 2, "mamba_n_heads": 4, "mamba_d_state": 8,
+        "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+    },
+    "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"] * 2},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "qwen3_5_text": {
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
@@ -99,6 +111,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan-head_dim": ("hunyuan_v1_dense", {"head_dim": 12}),
     "qwen3-bias": ("qwen3", {"attention_bias": True}),
     "qwen3-sliding": ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+    "youtu-whole": ("youtu", {"q_lora_rank": None, "attention_bias": True, "rope_interleave": False}),
+    "qwen3-windows": (
+        "qwen3", {"use_sliding_window": True, "max_window_layers": 2, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 5e4}},
+    ),
+    "lfm2-rounded": ("lfm2", {"block_auto_adjust_ff_dim": True, "block_multiple_of": 8, "conv_bias": True}),
+    "phi3-partial": (
+        "phi3",
+        {
+            "hidden_size": 64, "max_position_embeddings": 128, "original_max_position_embeddings": 64,
+            "sliding_window": None, "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6,
+                "partial_rotary_factor": 0.75,
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "glm-no-bias": ("glm", {"attention_bias": False, "head_dim": 12}),
     "granite-bias": ("granite", {"attention_bias": True}),
     "olmo2-bias": ("olmo2", {"attention_bias": True}),
     "hunyuan-bias": ("hunyuan_v1_dense", {"attention_bias": True}),
@@ -106,6 +137,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2-full": ("cohere2", {"layer_types": ["full_attention"] * 4}),
     "ernie4_5-untied": ("ernie4_5", {"tie_word_embeddings": False}),
 }  # fmt: skip
+
+
+NEEDED: dict[str, dict[str, Any]] = {"granitemoehybrid": {"num_local_experts": 0, "mamba_n_heads": 4}}
+"""Fields without which a config would be of another kind of model."""
+
+ROUTER_STD = {"lfm2": 0.05}
+"""Deviations of routers with which a native keeps the function to 1e-5, if it warns that 0.5 is too wide."""
 
 
 def config_of(model_type: str, **changes: Any) -> Any:
@@ -202,6 +240,10 @@ _T5 = {
     "d_model": 16, "d_ff": 24, "num_layers": 4, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 8,
     "vocab_size": 60, "decoder_start_token_id": 0,
 }  # fmt: skip
+_SEQ2SEQ = {
+    "d_model": 16, "vocab_size": 60, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 4,
+}  # fmt: skip
 _STAGES = {
     "hidden_sizes": [8, 12, 16, 24], "depths": [2, 1, 2, 1], "image_size": 12, "patch_size": 1,
     "num_labels": 3,
@@ -259,6 +301,31 @@ _SIZES = {
         "vocab_size": 60,
         "max_position_embeddings": 40,
         "word_embed_proj_dim": 12,
+    },
+    "falcon": _TEXT,
+    "deberta-v2": {
+        **_TEXT,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+    },
+    "dinov2_with_registers": {k: v for k, v in _IMAGES.items() if k != "intermediate_size"}
+    | {"mlp_ratio": 2},
+    "dinov3_vit": {**_IMAGES, "num_register_tokens": 2},
+    "bart": {**_SEQ2SEQ, "max_position_embeddings": 40},
+    "whisper": {
+        **_SEQ2SEQ,
+        "num_mel_bins": 8,
+        "max_source_positions": 20,
+        "max_target_positions": 40,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 3,
+        "begin_suppress_tokens": None,
     },
     "t5": _T5,
     "mt5": _T5,

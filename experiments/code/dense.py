@@ -5,11 +5,13 @@ tokens per parameter. All other runs start from its checkpoints after 10, 40, 80
 parameter.
 
     python experiments/code/dense.py FOLDER
+    python experiments/code/dense.py FOLDER --publish 320     # the model of `upcycle demo`
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import corpus  # noqa: E402
 
 import common  # noqa: E402
+from upcycle.demo.story import MODEL  # noqa: E402
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 256,
@@ -70,20 +73,46 @@ def write_shape(folder: Path) -> None:
         LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder)
 
 
-def main() -> None:
-    """Train the model, or resume its training, and export every start."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "folder", type=Path, help="where the corpus, the run and the models go; not committed"
-    )
-    folder = parser.parse_args().folder
-    run = table(folder)
-    write_shape(folder / "shape")
-    common.train(run, threads=1)
+def export(folder: Path) -> None:
+    """Export every start that the run has reached."""
     for tokens, step in STARTS.items():
         out = folder / f"dense-{tokens}"
         if not out.exists() and (folder / "dense-run" / "checkpoints" / f"step-{step}").exists():
-            common.upcycle("export", run["out"], str(out), "--step", str(step), "--dtype", "float32")
+            _export(folder, out, tokens, "float32")
+
+
+def _export(folder: Path, out: Path, tokens: int, dtype: str) -> None:
+    run = str(folder / "dense-run")
+    common.upcycle("export", run, str(out), "--step", str(STARTS[tokens]), "--dtype", dtype)
+
+
+def publish(folder: Path, tokens: int) -> None:
+    """Write a start in bfloat16, with its tokenizer, to the folder of the demo; no path of this machine."""
+    shutil.rmtree(MODEL, ignore_errors=True)
+    _export(folder, MODEL, tokens, "bfloat16")
+    shutil.copyfile(folder / "corpus" / "about.json", HERE / "corpus.json")
+    for file in (folder / "corpus" / "tokenizer").iterdir():
+        shutil.copyfile(file, MODEL / file.name)
+    for name in ("upcycle.json", "README.md"):
+        text = (MODEL / name).read_text()
+        (MODEL / name).write_text(text.replace(f"{folder}/", ""))
+
+
+def main() -> None:
+    """Train the model, or resume its training, and export every start."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "folder", type=Path, help="where the corpus, the run and the models go; not committed"
+    )
+    parser.add_argument("--publish", type=int, choices=[*STARTS], help="tokens per parameter of a start")
+    given = parser.parse_args()
+    if given.publish:
+        publish(given.folder, given.publish)
+        return
+    run = table(given.folder)
+    write_shape(given.folder / "shape")
+    common.train(run, threads=1)
+    export(given.folder)
 
 
 if __name__ == "__main__":

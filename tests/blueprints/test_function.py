@@ -80,7 +80,8 @@ def test_every_claim_of_every_initialisation(model_type, dense, batch, tmp_path)
             continue
         # A router with a wide spread: the function must not depend on which experts are chosen.
         if recipe.router.init != "zeros":
-            recipe = Recipe.of({**recipe.as_table(), "router": {**recipe.as_table()["router"], "std": 0.5}})
+            std = tiny.ROUTER_STD.get(model_type, 0.5)
+            recipe = Recipe.of({**recipe.as_table(), "router": {**recipe.as_table()["router"], "std": std}})
         out = tmp_path / str(number)
         convert(source, out, recipe)
         found = logits(out, ids, mask)
@@ -104,7 +105,8 @@ def test_variants_of_a_config(variant, dense, batch, tmp_path):
     model_type, changes = tiny.VARIANTS[variant]
     source = dense(model_type, **changes)
     ids, mask = batch
-    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 4}, router={"std": 0.5}))
+    std = tiny.ROUTER_STD.get(model_type, 0.5)
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 4}, router={"std": std}))
     assert difference(logits(source, ids, mask), logits(tmp_path / "moe", ids, mask), mask) < 1e-5
 
 

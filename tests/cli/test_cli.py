@@ -242,17 +242,17 @@ def test_public_names():
 
 
 def test_demo(tmp_path, capsys):
-    """The whole story on the standard library's sources, with a second of training."""
+    """The whole story on the standard library's sources, with a second of training, from the model within."""
     cli.main(["demo", "--out", str(tmp_path / "demo"), "--seconds", "1"])
     out = capsys.readouterr().out
     assert "At equal FLOPs the best MoE" in out
     assert "NO" not in out
     assert "bits_per_byte" in out
     page = (tmp_path / "demo" / "report.html").read_text()
-    for said in ("8 experts, top-2, copy", "8 experts, top-2, drop", "16 experts, top-4, importance"):
+    for said in ("8 experts, top-2, copy", "16 experts, top-2, virtual_group"):
         assert said in page
     assert (tmp_path / "demo" / "report.md").exists()
-    for name in ("copy", "drop", "recycle"):
+    for name in ("copy", "granular"):
         trained = tmp_path / "demo" / "trained" / name
         assert {"eval.json", "routing.json", "upcycle.json"} <= {path.name for path in trained.iterdir()}
 

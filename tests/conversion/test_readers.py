@@ -82,6 +82,17 @@ def test_llama_tokens_stay_what_they_are(stored, target, llama, tmp_path):
         assert "give other tokens" in said
 
 
+def test_further_chat_templates_stay_with_a_tokenizer_that_is_made_anew(llama, tmp_path):
+    source = Path(shutil.copytree(llama, tmp_path / "dense"))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    convert(source, tmp_path / "moe", Recipe.of(moe={**MOE, "target": "mixtral"}))
+    found = lines_of(source, tmp_path / "moe")
+    assert found["tokens"][0], found["tokens"]
+    assert found["files"][0], found["files"]
+
+
 def test_encoders_that_name_no_tokenizer_class(tmp_path):
     """transformers goes by the model type, and ours are registered with it."""
     from transformers import AutoTokenizer, BertTokenizer

@@ -30,7 +30,7 @@ def test_defaults_are_those_of_transformers(model_type):
 @pytest.mark.parametrize("model_type", tiny.DECODERS)
 def test_a_config_that_says_little_means_what_transformers_makes_of_it(model_type):
     """Sizes alone in config.json: every field that both know has the value transformers gives it."""
-    sizes = {k: tiny.SMALL[k] for k in tiny._ALWAYS}
+    sizes = {k: tiny.SMALL[k] for k in tiny._ALWAYS} | tiny.NEEDED.get(model_type, {})
     family = families.find(model_type)
     found = family.config({"model_type": model_type, **sizes})
     wanted = CONFIG_MAPPING[model_type](**sizes)
@@ -47,10 +47,10 @@ def test_a_config_that_says_little_means_what_transformers_makes_of_it(model_typ
 
 
 # What transformers saves and our config.json does not say: version, a second name for the number of
-# experts, what layer_types says already, a token id and a flag that nothing reads.
+# experts, what layer_types or other sizes say already, limits that are none, a token id and a flag that nothing reads.
 SAVED_ONLY = {
     "transformers_version", "num_local_experts", "rope_parameters", "sliding_window_pattern",
-    "prefix_dense_sliding_window_pattern", "sep_token_id", "pretraining_tp",
+    "prefix_dense_sliding_window_pattern", "sep_token_id", "pretraining_tp", "qk_head_dim", "time_step_limit",
 }  # fmt: skip
 CASES = {
     **{name: (name, {}) for name in [*tiny.DECODERS, *tiny.OTHERS]},

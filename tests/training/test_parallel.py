@@ -145,6 +145,14 @@ def test_gradients_of_several_processes_are_those_of_one(llama, one_process, lay
             same_gradients(found, one_process)
 
 
+def test_a_score_changes_nothing_about_the_step_after_it(tmp_path):
+    """FSDP leaves a tied head whole after a score; ranks compute all of its logits nevertheless."""
+    tied = str(make_dense(tmp_path / "tied", "llama", num_hidden_layers=2, tie_word_embeddings=True))
+    wanted = ranks.gradients(tied, [({}, {})])[0]
+    for result in gloo.run(2, "ranks:gradients", tied, [({"fsdp": 2}, {})], True):
+        same_gradients(result[0], wanted)
+
+
 def table(source: str, out: Path, text: Path, **changes) -> dict:
     made = {
         "source": source,

@@ -28,6 +28,7 @@ from upcycle.training import loop, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
+from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
 MOE = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "copy"}}
@@ -100,6 +101,22 @@ def test_the_second_training_is_refused_and_deletes_nothing(table: Table, tmp_pa
     assert content(out) == before
     assert train(Run.of(table(train={"steps": 3})), resume=True).finished
     assert not (out / run_folder.LOCK).exists()
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_sees(table: Table, monkeypatch) -> None:
+    """A network file system may show another rank an older list of checkpoints."""
+    newest = saving.latest(begun(table))
+    assert newest is not None
+
+    class Second(Ranks):
+        def share(self, value: Any) -> Any:
+            return newest if isinstance(value, Path) else value
+
+    (newest.parent.parent / run_folder.LOCK).touch()  # as the first rank has made it
+    monkeypatch.setattr(saving, "latest", lambda out: newest.with_name("step-1"))
+    here = Second(rank=1, device=torch.device("cpu"))
+    with run_folder.claimed(Run.of(table(train={"steps": 3})), [], here, resume=True) as checkpoint:
+        assert checkpoint == newest
 
 
 def test_what_a_kill_left_is_cleared_away(table: Table) -> None:

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         {"num_hidden_layers": 2},
         {"moe": {**MOE, "shared_experts": 1}, "router": {"capacity_factor": 1.0}},
     ),
+    "llama-chats": ("LlamaForCausalLM", {"num_hidden_layers": 2}, {"moe": MOE, "task": {"name": "sft"}}),
     "vit": (
         "ViTForImageClassification",
         {"num_hidden_layers": 2},

@@ -167,11 +167,30 @@ def test_settings_of_generation_that_differ_are_seen(dense, tmp_path):
     assert "eos_token_id 2 became 7" in said
 
 
+def question(**changes) -> generation.Generation:
+    asked = {"prompts": (4,), "at_switches": False, "vocabulary": 3, "beyond": "", "differs": None}
+    return generation.Generation(**{**asked, "promised": True, **changes})
+
+
+@pytest.mark.parametrize(
+    ("at_switches", "step", "holds"), [(True, 5, None), (True, 3, False), (False, 5, False)]
+)
+def test_only_what_lies_past_a_switch_may_differ(at_switches, step, holds):
+    """A target that is known to differ past a switch is held to everything before it."""
+    import torch
+
+    logits, tokens = torch.ones(8, 3), torch.zeros(8, dtype=torch.long)
+    other = logits.clone()
+    other[step:] += 0.1
+    asked = question(at_switches=at_switches, differs="it differs past the switch")
+    assert asked.compare([(tokens, logits)], [(tokens, other)], None).holds is holds
+
+
 def test_texts_may_part_where_two_tokens_tie():
     """What decides is the logits of every step until then."""
     import torch
 
-    asked = generation.Generation(prompts=(4,), vocabulary=3, beyond="", differs=None, promised=True)
+    asked = question()
     logits = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
     other = logits.clone()
     other[2] = torch.tensor([9.0, 0.0, 0.0])  # after another token, anything may follow
@@ -179,3 +198,16 @@ def test_texts_may_part_where_two_tokens_tie():
     assert tie.holds
     wrong = asked.compare([(torch.tensor([0, 0, 1]), logits)], [(torch.tensor([0, 0, 0]), other)], None)
     assert wrong.holds is False
+
+
+@pytest.mark.parametrize("side", ["dense", "moe"])
+def test_logits_of_generation_that_are_no_numbers_fail(side):
+    """NaN is neither larger nor smaller than the tolerance."""
+    import torch
+
+    asked = question()
+    logits, tokens = torch.ones(3, 3), torch.tensor([0, 0, 0])
+    given = {"dense": logits, "moe": logits} | {side: logits.clone().fill_(torch.nan)}
+    found = asked.compare([(tokens, given["dense"])], [(tokens, given["moe"])], None)
+    assert found.holds is False
+    assert "largest difference of logits nan" in found.detail

@@ -75,6 +75,7 @@ def evaluate(
     *,
     text: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
     images: str | Path | None = None,
+    chats: str | Path | None = None,
     few_shot: str | Path | None = None,
     tasks: Sequence[str] = (),
     task_files: str | Path | None = None,
@@ -92,15 +93,16 @@ def evaluate(
     """Score checkpoints on data they were not trained on, and compare them with the first one.
 
     `checkpoints` are folders or hub ids. `text` is scored by the task that the model is made for: next token
-    (nats per token, bits per byte), spans or masked tokens. `images` gives the top-1 accuracy or, with
-    `few_shot`, that of a linear probe fitted on `per_class` images of each class. `tasks` are tasks of
+    (nats per token, bits per byte), spans or masked tokens. `chats` gives the loss on what the
+    assistant says. `images` gives the top-1 accuracy or, with `few_shot`, that of a linear probe fitted on
+    `per_class` images of each class. `tasks` are tasks of
     lm-evaluation-harness, with `num_fewshot` examples before each question and data from `task_files`;
     `superglue` is a folder of that benchmark. `length` and `stride` of a window are in tokens. `limit` is the
     largest number of rows (0: all), and `batch_size` 0 chooses one automatically. Nothing is written; see
     `Evaluation.record`. Raises `UpcycleError`, before the first model is loaded, for what cannot be scored.
     """
     asked = Asked(
-        text=text, images=images, shots=few_shot, tasks=tuple(tasks), task_files=task_files,  # type: ignore[arg-type]
+        text=text, images=images, chats=chats, shots=few_shot, tasks=tuple(tasks), task_files=task_files,  # type: ignore[arg-type]
         num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,  # type: ignore[arg-type]
         separator=separator, batch_size=batch_size, limit=limit, cache=cache,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -124,6 +126,6 @@ def _refuse_absent(checkpoints: Sequence[str | Path], asked: Asked) -> None:
     """Raise `UpcycleError` if a checkpoint or a data file is missing."""
     for checkpoint in checkpoints:
         refuse_missing(checkpoint)
-    for path in (*asked.texts, asked.images, asked.shots, asked.task_files, asked.superglue):
+    for path in (*asked.texts, asked.images, asked.chats, asked.shots, asked.task_files, asked.superglue):
         if path is not None and not path.exists():
             raise UpcycleError(f"no data at {path}")

@@ -128,7 +128,7 @@ def _takes(hint: Any) -> str:
 
 def _one(option: Any) -> str:
     if get_origin(option) is Literal:
-        return ", ".join(map(str, get_args(option)))
+        return ", ".join(str(each) or '""' for each in get_args(option))
     if get_origin(option) is tuple:
         return f"a list: {_takes(get_args(option)[0])}"
     if dataclasses.is_dataclass(option):

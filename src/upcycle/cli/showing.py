@@ -29,6 +29,7 @@ def eval_(
             "bits per byte), spans cut out (T5), masked tokens",
         ),
     ] = (),
+    chats: File = None,
     images: File = None,
     few_shot: File = None,
     tasks: Names = "",
@@ -52,6 +53,7 @@ def eval_(
 
     Args:
         checkpoints: folders of models, or hub ids
+        chats: score what the assistant says in the chats of a JSON lines or parquet file
         images: top-1 accuracy on labelled images: a parquet file, or a folder with one folder a class
         few_shot: fit a linear probe on a few of these images, and test it on those of --images
         tasks: tasks of lm-evaluation-harness, such as arc_easy,piqa,blimp (needs the extra `eval`)
@@ -74,10 +76,10 @@ def eval_(
     if out is not None:
         results.refuse_target(out)
     found = upcycle.evaluate(
-        checkpoints, text=_domains(text, lambda path: path.name), images=images, few_shot=few_shot,
-        tasks=names(tasks), task_files=task_files, num_fewshot=num_fewshot, superglue=superglue,
-        per_class=per_class, length=length, stride=stride, separator=separator, batch_size=batch_size,
-        limit=limit, cache=cache,
+        checkpoints, text=_domains(text, lambda path: path.name), chats=chats, images=images,
+        few_shot=few_shot, tasks=names(tasks), task_files=task_files, num_fewshot=num_fewshot,
+        superglue=superglue, per_class=per_class, length=length, stride=stride, separator=separator,
+        batch_size=batch_size, limit=limit, cache=cache,
     )  # fmt: skip
     show_json(found.as_dict()) if json else show_scores(found.as_dict())
     sys.stdout.flush()
@@ -199,12 +201,12 @@ def report(
 
 
 @app.command
-def demo(*, out: Path = Path("demo"), seconds: float = 60, seed: Count = 0) -> None:
-    """Train a small dense model on Python's own sources, upcycle it three ways, train on, and report.
+def demo(*, out: Path = Path("demo"), seconds: float = 240, seed: Count = 0) -> None:
+    """Continue a small dense model and two Mixtures of Experts made from it at equal FLOPs, and report.
 
     Args:
         out: folder for runs, checkpoints and report.html
-        seconds: training time of the dense model; continued training takes about three times as long
+        seconds: time for the three trainings together
         seed: seed of the training and the recipes
     """
     from upcycle.cli.views.demo import Screening

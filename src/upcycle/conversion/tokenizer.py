@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle.checkpoints.carried import carriable
+from upcycle.checkpoints.carried import TEMPLATES, carriable
 from upcycle.checkpoints.checkpoint import CONFIG
 from upcycle.system import progress, scratch, whole_file
 
@@ -63,8 +63,8 @@ def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]
         return {}
     with scratch.folder() as trial:
         for name in carriable(folder):
-            if "/" not in name:
-                shutil.copyfile(folder / name, trial / name)
+            if "/" not in name or name.startswith(f"{TEMPLATES}/"):
+                _copy(folder / name, trial / name)
         whole_file.write_json(trial / CONFIG, config)
         for change in (_nothing, _write_settings, _write_tokenizer, _name_plain_class, _save_whole):
             try:
@@ -137,13 +137,19 @@ def _agree(theirs: Any, ours: Any) -> bool:
 def _taken_over(trial: Path, folder: Path, name: str, model_type: str) -> dict[str, str]:
     """Copy the files that the trial changed; return them with the reason."""
     made = {}
-    for path in sorted(trial.iterdir()):
-        before = folder / path.name
-        if path.name == CONFIG or (before.is_file() and before.read_bytes() == path.read_bytes()):
+    for path in sorted(path for path in trial.rglob("*") if path.is_file()):
+        relative = path.relative_to(trial).as_posix()
+        before = folder / relative
+        if relative == CONFIG or (before.is_file() and before.read_bytes() == path.read_bytes()):
             continue
-        shutil.copyfile(path, before)
-        made[path.name] = f"{model_type} would not open the source's files as a {name}, which the source does"
+        _copy(path, before)
+        made[relative] = f"{model_type} would not open the source's files as a {name}, which the source does"
     return made
+
+
+def _copy(file: Path, to: Path) -> None:
+    to.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, to)
 
 
 def same_tokens(theirs: Any, ours: Any) -> str:

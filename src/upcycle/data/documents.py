@@ -62,11 +62,17 @@ def files(source: Source) -> list[Path]:
 
 def documents(source: Source) -> Iterator[tuple[str, bool]]:
     """Yield pieces of text, and whether each begins a document. Long documents come in several pieces."""
-    if (name := _hub_name(source)) is not None or _saved_dataset(Path(source.path)):
-        yield from _dataset(name, source)
+    if is_dataset(source):
+        for where, row in dataset_rows(source):
+            yield _field(row, source, where), True
         return
     for path in files(source):
         yield from _READERS[str(_kind(path))](path, source)
+
+
+def is_dataset(source: Source) -> bool:
+    """Return whether a source is a Hugging Face dataset, on the hub or saved in a folder."""
+    return _hub_name(source) is not None or _saved_dataset(Path(source.path))
 
 
 def _hub_name(source: Source) -> str | None:
@@ -107,6 +113,12 @@ def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 
 def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
+    for where, row in json_lines(path):
+        yield _field(row, source, where), True
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each object in a file of JSON lines, for messages, and the object."""
     opened = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
         try:
@@ -118,7 +130,7 @@ def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
                         f"read, cut it"
                     )
                 if line.strip():
-                    yield _field(json_row(line, where), source, where), True
+                    yield where, json_row(line, where)
         except UnicodeDecodeError as error:
             raise UpcycleError(not_utf8(path, error)) from None
         except (OSError, EOFError, zlib.error) as error:
@@ -183,7 +195,9 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, An
         raise UpcycleError(f"{path} is no whole parquet file: {reason}") from None
 
 
-def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
+def dataset_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each row of a Hugging Face dataset, for messages, and the row."""
+    name = _hub_name(source)
     try:
         import datasets
     except ModuleNotFoundError:
@@ -199,7 +213,7 @@ def _dataset(name: str | None, source: Source) -> Iterator[tuple[str, bool]]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(f"{source.path} cannot be opened: {reason}") from None
     for number, row in enumerate(_rows_of(rows, source)):
-        yield _field(row, source, f"{source.path}, row {number}"), True
+        yield f"{source.path}, row {number}", row
 
 
 def _rows_of(dataset: Any, source: Source) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle import families
+from upcycle import families, targets
 from upcycle.checkpoints import mistaken, vocabularies
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint, TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
@@ -22,7 +22,6 @@ from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._names import Names, spelled
 from upcycle.families._weights import Weight
 from upcycle.families._wrappers import WRAPPERS, Wrapper
-from upcycle.targets import natives
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
 
@@ -161,8 +160,8 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] 
     """Return the dense model in a checkpoint; that of a multimodal one is its text model.
 
     `alone` takes that out of the model around it. `drop` has names and patterns of stored tensors to leave
-    out. Raises `UpcycleError`, with the reason, for anything that
-    is not exactly a dense model of a known family.
+    out. Raises `UpcycleError`, with the reason, for anything that is not exactly a dense model of a known
+    family.
     """
     raw, where = checkpoint.config, checkpoint.folder
     within = places.is_wrapper(raw)
@@ -204,11 +203,16 @@ def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:
     """Refuse the config of a model that has experts."""
     model_type = own.get("model_type")
     if (
-        model_type in natives.names()
+        targets.opened(own) is not None
         or "moe" in own
-        or any(isinstance(own.get(k), int) and own[k] > 1 for k in _MOE_KEYS)
+        or (own.get("num_local_experts") != 0 and any(_several(own.get(k)) for k in _MOE_KEYS))
     ):
         raise UpcycleError(f"{where} is already a Mixture of Experts ({model_type}); give a dense checkpoint")
+
+
+def _several(count: Any) -> bool:
+    """Return whether a number of experts is more than one."""
+    return isinstance(count, int) and count > 1
 
 
 def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> Family:

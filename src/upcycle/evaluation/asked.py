@@ -20,6 +20,7 @@ class Asked:
 
     text: Path | Sequence[Path] | Mapping[str, Path] | None = None  # a mapping gives names
     images: Path | None = None
+    chats: Path | None = None  # what the assistant says in them is scored
     shots: Path | None = None  # the probe is fitted on these images and tested on `images`
     tasks: tuple[str, ...] = ()  # names of tasks of lm-evaluation-harness
     task_files: Path | None = None
@@ -34,12 +35,12 @@ class Asked:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        as_paths(self, "text", "images", "shots", "task_files", "superglue", "cache")
-        by_text = bool(self.texts or self.by_harness or self.superglue)
+        as_paths(self, "text", "images", "chats", "shots", "task_files", "superglue", "cache")
+        by_text = bool(self.texts or self.chats or self.by_harness or self.superglue)
         if by_text == (self.images is not None) and self.shots is None:
             raise UpcycleError(
-                "give either --text FILE or --images SET to evaluate on, or tasks of text: --tasks NAMES, "
-                "--task-files FOLDER, --superglue FOLDER"
+                "give either --text FILE or --images SET to evaluate on, --chats FILE, or tasks of text: "
+                "--tasks NAMES, --task-files FOLDER, --superglue FOLDER"
             )
         if self.shots is not None and (self.images is None or by_text):
             raise UpcycleError(

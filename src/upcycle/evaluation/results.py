@@ -25,7 +25,7 @@ from upcycle.system import claim, whole_file
 
 MOST = 1 << 28  # the largest size of a file that is read, in bytes
 
-Kind = Literal["text", "images", "few_shot", "tasks", "superglue"]
+Kind = Literal["text", "images", "chats", "few_shot", "tasks", "superglue"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,11 @@ class Result:
 
 
 # The metrics that a report can pair, by kind; those that do not depend on the tokenizer come first.
-_PAIRED: Mapping[str, tuple[str, ...]] = {"text": ("bits_per_byte", "loss"), "images": ("accuracy",)}
+_PAIRED: Mapping[str, tuple[str, ...]] = {
+    "text": ("bits_per_byte", "loss"),
+    "images": ("accuracy",),
+    "chats": ("loss",),
+}
 _MOST_UNITS = 100_000
 
 

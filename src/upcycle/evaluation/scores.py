@@ -57,12 +57,12 @@ class Scored:
         for result in self.results:
             by_kind.setdefault(result.kind, []).append(result)
         for kind, results in by_kind.items():
-            if kind in ("text", "images", "few_shot") and len(results) == 1:
+            if kind in ("text", "images", "few_shot", "chats") and len(results) == 1:
                 (result,) = results
                 flat = {name: metric.value for name, metric in result.metrics.items()} | dict(result.more)
                 error = result.metrics["accuracy"].standard_error
-                if kind == "few_shot":
-                    found["few_shot"] = {**flat, "standard_error": error}
+                if kind in ("few_shot", "chats"):
+                    found[kind] = {**flat, "standard_error": error}
                 else:
                     found |= {**flat, "accuracy_error": error}
         return {**found, "results": [{**r.as_json(), **r.more} for r in self.results]}
@@ -119,6 +119,8 @@ def _refuse_unfit(subject: Subject, asked: Asked) -> None:
         _refuse_other_data(tasks.of(architecture), architecture, asked)
     elif "image_size" not in subject.settings:
         raise UpcycleError(f"{architecture} reads no images; --few-shot is for models that do")
+    if asked.chats and not architecture.endswith(DECODER):
+        raise UpcycleError(f"{architecture} cannot chat; --chats is for classes that end in {DECODER}")
     if (asked.by_harness or asked.superglue) and not architecture.endswith((DECODER, ENCODER_DECODER)):
         raise UpcycleError(
             f"{architecture} gives no text a likelihood, and tasks ask for one; give --text, or a "
@@ -160,6 +162,8 @@ def _on_images(judge: Judge, images: Path) -> Result:
 def _on_texts(judge: Judge) -> list[Result]:
     asked, task = judge.asked, tasks.of(judge.subject.architecture)
     results = [dataclasses.replace(task.score(judge, path), name=name) for name, path in asked.named.items()]
+    if asked.chats:
+        results.append(tasks.find("sft")().score(judge, asked.chats))
     if asked.by_harness:
         results += _harness().score(
             judge.language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit

@@ -25,7 +25,7 @@ ACTIVATIONS = frozenset(
 )
 # Likewise (ROPE_INIT_FUNCTIONS), plus former names of longrope.
 ROPE_TYPES = frozenset("default dynamic linear llama3 longrope proportional yarn su".split())
-LAYER_TYPES = frozenset("full_attention sliding_attention chunked_attention linear_attention".split())
+LAYER_TYPES = frozenset("full_attention sliding_attention chunked_attention linear_attention conv".split())
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,25 @@ KINDS: Mapping[str, Kind] = {
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
         "linear_num_value_heads num_channels num_stages type_vocab_size d_model d_ff d_kv num_heads "
         "relative_attention_num_buckets relative_attention_max_distance n_positions n_embd n_head n_heads "
-        "ffn_dim dim hidden_dim embedding_size projection_dim",
+        "ffn_dim dim hidden_dim embedding_size projection_dim conv_L_cache block_multiple_of "
+        "kv_lora_rank qk_rope_head_dim qk_nope_head_dim shared_intermediate_size mamba_n_heads "
+        "mamba_n_groups mamba_d_state mamba_d_conv mamba_expand num_mel_bins max_source_positions "
+        "max_target_positions encoder_ffn_dim "
+        "decoder_ffn_dim encoder_attention_heads decoder_attention_heads",
     ),
     **_each(
         _SIZE.or_null(),
         "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim "
-        "projection_size",
+        "projection_size q_lora_rank v_head_dim num_kv_heads ffn_hidden_size",
     ),
-    **_each(_BLOCKS, "num_hidden_layers num_layers full_attention_interval n_layer n_layers"),
+    **_each(
+        _BLOCKS,
+        "num_hidden_layers num_layers full_attention_interval n_layer n_layers encoder_layers decoder_layers",
+    ),
     "num_decoder_layers": _BLOCKS.or_null(),
     "sliding_window": _COUNT.or_null(),
     "sliding_window_pattern": _PATTERN.or_null(),
-    **_each(_COUNT, "max_window_layers"),
+    **_each(_COUNT, "max_window_layers num_register_tokens"),
     **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels"),
     **_each(_IDS, "pad_token_id bos_token_id eos_token_id eod_token_id sep_token_id cls_token_id "
                   "decoder_start_token_id image_token_id"),
@@ -140,7 +147,10 @@ KINDS: Mapping[str, Kind] = {
         _FLAG.or_null(),
         "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
         "is_encoder_decoder use_qk_norm do_layer_norm_before enable_bias layer_norm_elementwise_affine "
-        "_remove_final_layer_norm norm_bias vision_use_head",
+        "_remove_final_layer_norm norm_bias vision_use_head conv_bias block_auto_adjust_ff_dim "
+        "mamba_conv_bias mamba_proj_bias rope_interleave query_bias key_bias value_bias proj_bias "
+        "use_gated_mlp alibi new_decoder_architecture multi_query parallel_attn bias relative_attention "
+        "position_biased_input share_att_key",
     ),
     **_each(_ACT, "hidden_act activation_function activation"),
     "hidden_activation": _ACT.or_null(),

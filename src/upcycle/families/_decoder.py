@@ -32,6 +32,7 @@ class Decoder(DecoderWidth, Trained):
     before = ("embed_tokens.",)
     after = ("norm.",)
     network_norm = "post_attention_layernorm"  # the norm that only the feed-forward network reads, if any
+    part = "mlp"  # the feed-forward network, by its name in a block
     network: Mapping[str, str] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}  # its matrices
     output = "o_proj"  # the matrix that ends attention
     final_norm = "norm"
@@ -100,12 +101,16 @@ class Decoder(DecoderWidth, Trained):
 
     def mlp(self, config: Config) -> Weights:
         """Return the feed-forward tensors of a layer, by their names within it."""
-        hidden, width, bias = config["hidden_size"], config["intermediate_size"], self.mlp_biases(config)
+        hidden, width, bias = config["hidden_size"], self.width(config), self.mlp_biases(config)
         weights: Weights = {}
         for part, name in self.network.items():
             shape = (hidden, width) if part == "down" else (width, hidden)
-            weights |= linear(f"mlp.{name}", *shape, bias=bias)
+            weights |= linear(f"{self.part}.{name}", *shape, bias=bias)
         return weights
+
+    def width(self, config: Config) -> int:
+        """Return the number of neurons of a feed-forward network."""
+        return int(config["intermediate_size"])
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         # One long row if it can be made longer than a sliding window.
@@ -128,12 +133,12 @@ class Decoder(DecoderWidth, Trained):
             Stack(
                 count=config["num_hidden_layers"],
                 hidden=config["hidden_size"],
-                width=config["intermediate_size"],
+                width=self.width(config),
                 attention=config["num_attention_heads"] * config["head_dim"],
-                path="model.layers.{i}.mlp",
-                owned=("model.layers.{i}.mlp.",),
-                module="layers.{i}.mlp",
-                down=f"layers.{{i}}.mlp.{self.network['down']}",
+                path=f"model.layers.{{i}}.{self.part}",
+                owned=(f"model.layers.{{i}}.{self.part}.",),
+                module=f"layers.{{i}}.{self.part}",
+                down=f"layers.{{i}}.{self.part}.{self.network['down']}",
                 heads=(f"layers.{{i}}.self_attn.{self.output}",),
                 causal=True,
                 activation=config["hidden_act"],
@@ -149,13 +154,13 @@ class Decoder(DecoderWidth, Trained):
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
     ) -> FeedForward:
-        mlp = f"model.layers.{layer}.mlp."
+        mlp = f"model.layers.{layer}.{self.part}."
         parts = self.network.items()
         biases = {f"{part}_bias": tensors[f"{mlp}{n}.bias"] for part, n in parts if self.mlp_biases(config)}
         return FeedForward(**{part: tensors[f"{mlp}{name}.weight"] for part, name in parts}, **biases)
 
     def backbone(self, config: Config, native: str, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-        return {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
+        return {name: tensor for name, tensor in tensors.items() if f".{self.part}." not in name}
 
     def refusal(self, config: Config, native: str) -> str | None:
         if self.mlp_biases(config):
@@ -172,22 +177,25 @@ class Decoder(DecoderWidth, Trained):
 
 
 class FusedGate(Decoder):
-    """A decoder that stores gate and up in one matrix, `mlp.gate_up_proj` [2I, H]."""
+    """A decoder that stores gate and up in one matrix, `both` [2I, H]."""
+
+    both = "gate_up_proj"
+    network = {"down": "down_proj"}
 
     def mlp(self, config: Config) -> Weights:
-        hidden, width = config["hidden_size"], config["intermediate_size"]
-        both = linear("mlp.gate_up_proj", 2 * width, hidden, bias=False)
-        return both | linear("mlp.down_proj", hidden, width, bias=False)
+        hidden, width = config["hidden_size"], self.width(config)
+        both = linear(f"{self.part}.{self.both}", 2 * width, hidden, bias=False)
+        return both | linear(f"{self.part}.{self.network['down']}", hidden, width, bias=False)
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "layers"
     ) -> FeedForward:
-        mlp, width = f"model.layers.{layer}.mlp.", config["intermediate_size"]
-        both = tensors[mlp + "gate_up_proj.weight"]
+        network, width = f"model.layers.{layer}.{self.part}.", self.width(config)
+        both = tensors[f"{network}{self.both}.weight"]
         return FeedForward(
             gate=Slice(both, 0, 0, width),
             up=Slice(both, 0, width, 2 * width),
-            down=tensors[mlp + "down_proj.weight"],
+            down=tensors[f"{network}{self.network['down']}.weight"],
         )
 
 
@@ -208,6 +216,14 @@ def every_nth_full(config: Config, n: int | str, others: str = "sliding_attentio
         others if pattern[i % len(pattern)] == "L" else "full_attention"
         for i in range(config["num_hidden_layers"])
     ]
+
+
+def outside_window(config: Config, native: str) -> str | None:
+    """Refuse a config whose rows grow longer than its sliding window, for a target without windows."""
+    window = config.get("sliding_window")
+    if window is not None and window < config["max_position_embeddings"]:
+        return f"its attention has a sliding window and {native}'s has none"
+    return None
 
 
 def attention_bias_refusal(config: Config, native: str) -> str | None:

@@ -19,10 +19,10 @@ class VisionTransformer(Encoder):
     tokens: tuple[str, ...] = ("cls_token",)
     pooler = "pooler."
     heads = (*Encoder.heads, "decoder.", "embeddings.mask_token")
-    norms = ("layernorm_before", "layernorm_after")
+    norms: tuple[str, ...] = ("layernorm_before", "layernorm_after")
     residual: tuple[str, ...] = ("attention", "mlp")  # modules of a block that add to the residual stream
     blocks = "layers"  # the list of blocks in memory, below the base model
-    after = ("layernorm.", "pooler.")
+    after: tuple[str, ...] = ("layernorm.", "pooler.")
     plain = ("intermediate.dense", "output.dense")  # names of up and down in a block
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid:

@@ -51,7 +51,7 @@ class DINOv2(VisionTransformer):
         return linear("mlp.fc1", width, hidden) | linear("mlp.fc2", hidden, width)
 
     def head(self, config: Config) -> Weights:
-        if config["architectures"][0] == "Dinov2Model":
+        if config["architectures"][0] == self.architectures[0]:
             return {}
         return row_linear("classifier", num_labels(config), 2 * config["hidden_size"])
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
-from upcycle.families._decoder import FusedGate
+from upcycle.families._decoder import FusedGate, outside_window
 from upcycle.families._weights import Matrix
 from upcycle.tensors.lazy import Lazy, Slice
 
@@ -13,8 +13,8 @@ from upcycle.tensors.lazy import Lazy, Slice
 class Phi3(FusedGate):
     model_type = "phi3"
     architectures = ("Phi3ForCausalLM",)
-    summary = "Phi-3 and Phi-3.5, default and long rope"
-    natives = ("mixtral",)
+    summary = "Phi-3, Phi-3.5, Phi-4 and Phi-4-mini, default and long rope"
+    natives = ("mixtral", "glm4_moe")
     tokenizer = "TokenizersBackend"
     inexact = {"phimoe": "phimoe uses LayerNorm and sparse-mixer gates, which do not sum to one"}
     defaults = {
@@ -81,9 +81,15 @@ class Phi3(FusedGate):
         )
 
     def refusal(self, config: Config, native: str) -> str | None:
+        if native == "glm4_moe":
+            return outside_window(config, native) or super().refusal(config, native)
         if config["rope_parameters"].get("partial_rotary_factor", 1.0) != 1.0:
             return "it rotates a part of each head only (partial_rotary_factor) and mixtral the whole"
         return super().refusal(config, native)
+
+    def native_config(self, config: Config, native: str) -> Config:
+        # The class of glm4_moe assumes that half of each head is rotated.
+        return {**config, "rope_parameters": {"partial_rotary_factor": 1.0, **config["rope_parameters"]}}
 
 
 family = Phi3()

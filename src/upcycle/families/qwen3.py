@@ -13,7 +13,7 @@ class Qwen3(Decoder):
     model_type = "qwen3"
     architectures = ("Qwen3ForCausalLM",)
     summary = "Qwen3 dense, 0.6B to 32B"
-    natives = ("qwen3_moe",)
+    natives: tuple[str, ...] = ("qwen3_moe", "mellum")
     tokenizer = "Qwen2Tokenizer"
     numbers: tuple[str, ...] = ("max_window_layers",)
     assumed = sizes(151_936, 4096, 22016, 32, 32)
@@ -49,11 +49,13 @@ class Qwen3(Decoder):
         }
 
     def refusal(self, config: Config, native: str) -> str | None:
-        if len(set(config["layer_types"])) > 1:
+        if native == "qwen3_moe" and len(set(config["layer_types"])) > 1:
             return "some of its layers have a sliding window and qwen3_moe knows one setting for all"
         return super().refusal(config, native)
 
     def native_config(self, config: Config, native: str) -> Config:
+        if native == "mellum":
+            return config
         # A single setting for all layers, under the name that qwen3_moe uses.
         return {**config, "use_sliding_window": set(config["layer_types"]) == {"sliding_attention"}}
 

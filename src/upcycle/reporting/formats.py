@@ -8,6 +8,7 @@ from upcycle.system.wording import count, size
 
 UNITS = {
     "causal_lm": "nats per token",
+    "sft": "nats per token of the assistant",
     "masked_lm": "nats per masked token",
     "span_corruption": "nats per target token",
     "image_classification": "nats per image",

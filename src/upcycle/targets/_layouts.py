@@ -64,6 +64,7 @@ class PerExpert:
     gate: str
     up: str
     down: str
+    in_memory: str = "mlp.experts"  # the module that holds them, below the layer
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
         """Return the experts by their names on disk."""
@@ -94,7 +95,7 @@ class PerExpert:
             return dict(tensors)
         head = self.path.partition("{e}")[0]
         rest = {name: t for name, t in tensors.items() if not name.startswith(head)}
-        fused = Fused(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj")
+        fused = Fused(gate_up=f"{self.in_memory}.gate_up_proj", down=f"{self.in_memory}.down_proj")
         return rest | fused.write(experts)
 
 

@@ -182,7 +182,9 @@ class Native(WithExperts):
         """Return the architecture that config.json names."""
         name = config.get("model_type")
         found = natives.find(str(name)) if name in natives.names() else None
-        return found if isinstance(found, cls) else None
+        if not isinstance(found, cls) or config.get(found.num_experts_field) == 0:
+            return None  # the same class without experts is a dense model
+        return found
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
         """Return the blocks by the numbers in the names of their tensors."""
@@ -295,13 +297,14 @@ target = Native
 
 
 def of(dense: Dense, recipe: Recipe) -> Native:
-    """Return the architecture that `moe.target` names; `native` is the first of the family."""
+    """Return the architecture that `moe.target` names; `native` is the first that fits the config."""
     family, asked = dense.family, recipe.moe.target
     if not family.natives:
         raise UpcycleError(
             f"{family.model_type} has no exact native MoE: {family.no_native}; use moe.target = upcycled"
         )
-    name = family.natives[0] if asked == "native" else asked
+    fits = (name for name in family.natives if family.refusal(dense.config, name) is None)
+    name = next(fits, family.natives[0]) if asked == "native" else asked
     if name not in family.natives:
         if (reason := family.inexact.get(name)) is not None:
             raise UpcycleError(f"{family.model_type} -> {name} does not compute the same: {reason}")

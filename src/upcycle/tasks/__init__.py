@@ -57,7 +57,7 @@ class Task(Named, abc.ABC):
     # classes of a new head, as names or as a number; 0: keep the checkpoint's head
     classes: Annotated[int, AtLeast(0)] | tuple[str, ...] = 0
     bodies: ClassVar[tuple[str, ...]] = ()  # name endings of classes without a head that read its rows
-    reads: ClassVar[Literal["text", "images"]] = "text"  # the option of `eval` that gives its data
+    reads: ClassVar[Literal["text", "images", "chats"]] = "text"  # the option of `eval` that gives its data
     cache_name: ClassVar[str] = "tokens"  # name of the folder of prepared files in a run's folder
     unit: ClassVar[str] = "token"  # the unit that a loss is averaged over
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
@@ -89,6 +89,10 @@ class Task(Named, abc.ABC):
     def can_read(self, path: Path) -> bool:
         """Return whether a file may hold data for this task, judging by its name."""
         return True
+
+    def files(self) -> Mapping[str, str]:
+        """Return the texts of files beside an exported model that are this task's, by their names."""
+        return {}
 
     @abc.abstractmethod
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:

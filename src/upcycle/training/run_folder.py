@@ -53,7 +53,8 @@ def claimed(run: Run, sources: Iterable[Path], here: Ranks, *, resume: bool) -> 
             raise UpcycleError(said)
         agreement.refuse_unseen(out, LOCK, here)
         _refuse_content(run, out, resume)  # again: another training may have written since
-        checkpoint = saving.latest(out) if resume else None
+        # One rank looks: a network file system may show another one an older list.
+        checkpoint = here.share(saving.latest(out) if resume else None)
         if checkpoint is not None:
             saving.refuse_changed(checkpoint, here)
         here.barrier()

@@ -76,8 +76,12 @@ class Trainee:
             return chunked_entropy.scores(self._hidden(question)[:rows], labels, head)
 
     def _head(self, question: Question) -> Head | None:
-        """Return the model's head if its logits are so many that they are computed in chunks."""
-        head = Head.of(self.model) if self.task.by_token else None
+        """Return the model's head if its logits are so many that they are computed in chunks.
+
+        Ranks that share the model have none. FSDP leaves a tied head whole after a score, and a base model
+        that is called by itself would go past FSDP's hooks.
+        """
+        head = Head.of(self.model) if self.task.by_token and self.ranks.world == 1 else None
         return head if head and chunked_entropy.is_worth(question.labels.numel(), head) else None
 
     def _hidden(self, question: Question) -> Tensor:

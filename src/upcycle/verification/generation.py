@@ -23,6 +23,7 @@ class Generation:
     """Greedy generation of `NEW` tokens with a cache, from prompts of several lengths."""
 
     prompts: tuple[int, ...]  # tokens of each prompt
+    at_switches: bool  # each prompt ends `BEFORE` tokens before a switch
     vocabulary: int
     beyond: str  # says which switches lie too far to be checked
     differs: str | None  # why the target is known to differ past a switch
@@ -59,17 +60,19 @@ class Generation:
         A token that two logits tie for may come out either way, so tokens alone decide nothing.
         """
         worst, parted = 0.0, []
-        for length, (tokens, logits), (theirs, their_logits) in zip(self.prompts, dense, moe, strict=True):
+        for (tokens, logits), (theirs, their_logits) in zip(dense, moe, strict=True):
             other = (tokens != theirs).nonzero()
             until = int(other[0]) + 1 if len(other) else len(tokens)
             scale = float(logits[:until].abs().max())
-            relative = share(float((logits[:until] - their_logits[:until]).abs().max()), scale)
-            worst = max(worst, relative)
-            if relative > TOLERANCE:
-                parted.append(length)
+            steps = (logits[:until] - their_logits[:until]).abs().amax(1).tolist()
+            for number, difference in enumerate(steps):
+                relative = share(difference, scale)
+                worst = worst if relative <= worst else relative
+                if not relative <= TOLERANCE:  # NaN is not
+                    parted.append(number)
         lengths = " and ".join(f"{n} to {n + NEW}" for n in self.prompts)
         said = f"greedy with a cache, rows of {lengths} tokens: largest difference of logits {worst:.1g}"
-        if parted and self.differs:
+        if parted and self.differs and self.at_switches and min(parted) >= BEFORE:
             return Check(name=self.name, holds=None, detail=f"{said}; {self.differs}")
         said += self.beyond + (f"; {self.differs}" if self.differs else "")
         if not self.promised:
@@ -78,8 +81,10 @@ class Generation:
 
 
 def generation(built: Blueprint) -> list[Generation]:
-    """Return the question about generation; none for a model that does not generate."""
+    """Return the question about generation; none for a model that does not go on from a text."""
     dense = built.dense
+    if "input_ids" not in dense.family.inputs(dense.config, NEW):
+        return []
     if not dense.architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
         return []
     switches = dense.family.switches(dense.config)
@@ -92,6 +97,7 @@ def generation(built: Blueprint) -> list[Generation]:
     return [
         Generation(
             prompts=tuple(sorted(prompts)),
+            at_switches=bool(near),
             vocabulary=dense.config["vocab_size"],
             beyond=f"; not checked, as it lies far out: {', '.join(far)}" if far else "",
             differs=dense.family.parts_ways(dense.config, built.target.model_type) if causal else None,

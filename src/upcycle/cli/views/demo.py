@@ -36,7 +36,7 @@ class Screening:
 
 
 def show_made(made: Mapping[str, Made]) -> None:
-    """Show the three Mixtures of Experts before their training."""
+    """Show the Mixtures of Experts before their training."""
     table = grid("", "model", "parameters", "active", "largest logit difference", "promise kept")
     for name, one in made.items():
         table.add_row(
@@ -47,7 +47,7 @@ def show_made(made: Mapping[str, Made]) -> None:
             "yes" if one.proof.holds else "NO",
         )
     out.print(table)
-    out.print("copy computes what the dense model computes; the others promise no equal logits")
+    out.print("both compute what the dense model computes")
 
 
 def show_continued(rows: Sequence[Continued], page: Path) -> None:

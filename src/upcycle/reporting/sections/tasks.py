@@ -14,7 +14,13 @@ from upcycle.reporting.comparison import flat
 from upcycle.reporting.document import Block, Picture, Section, Table
 from upcycle.reporting.study import Column, Study
 
-_KINDS = {"text": "texts", "images": "images", "tasks": "tasks", "few_shot": "few-shot probe"}
+_KINDS = {
+    "text": "texts",
+    "images": "images",
+    "chats": "chats",
+    "tasks": "tasks",
+    "few_shot": "few-shot probe",
+}
 _DRAWN = ("accuracy", "acc", "accuracy_norm", "acc_norm")  # shares, which fit on one axis
 _MOST = 16  # the most rows of a figure
 

@@ -34,6 +34,10 @@ class HuggingFace(Format):
         if begun.built:
             made_anew = fit_tokenizer(begun.built, folder)
             carried = [name for name in carried if name not in made_anew]
+        of_task = {} if trained.run.task is None else trained.run.task.files()
+        for name, text in of_task.items():
+            whole_file.write_text(folder / name, text)
+        carried = [name for name in carried if name not in of_task]
         told = provenance_of(trained, folder, carried, left)
         whole_file.write_json(folder / told.FILE, told.as_table())
         if begun.built:

@@ -1,0 +1,29 @@
+"""LFM2-MoE: the MoE that LFM2 becomes."""
+
+from upcycle.targets._layouts import PerExpert
+from upcycle.targets.native import Native, client_limits
+from upcycle.tensors.computed import Fill
+from upcycle.tensors.lazy import Lazy
+
+
+def _bias(num_experts: int, dtype: str) -> dict[str, Lazy]:
+    return {"feed_forward.expert_bias": Fill((num_experts,), "F32", 0.0)}
+
+
+native = Native(
+    model_type="lfm2_moe",
+    architecture="Lfm2MoeForCausalLM",
+    summary="sigmoid, top-k renormalised, correction bias",
+    layout=PerExpert(
+        path="feed_forward.experts.{e}", gate="w1", up="w3", down="w2", in_memory="feed_forward.experts"
+    ),
+    router="feed_forward.gate.weight",
+    fields=("intermediate_size", "norm_eps", "conv_bias", "conv_L_cache", "layer_types"),
+    width_field="moe_intermediate_size",
+    renormalizes="always",
+    constants={
+        "num_dense_layers": 0, "use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
+    },
+    clients=client_limits,
+    extra=_bias,
+)  # fmt: skip

@@ -1,0 +1,138 @@
+"""Chats as tokens, by the tokenizer's chat template, and which of them are the assistant's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from upcycle.data.chat_rows import ChatTokens
+from upcycle.data.chats import Chat
+from upcycle.errors import UpcycleError, cut
+
+if TYPE_CHECKING:
+    from upcycle.hf.chat_templates import Span, Template
+
+_BATCH = 1024  # chats given to the tokenizer at once
+
+
+def with_template(tokenizer: Any, path: str | None) -> Any:
+    """Return the tokenizer with the chat template in the file `path`, or with its own if that is None.
+
+    Raises `UpcycleError` if there is none, or if the tokenizer does not say where its tokens stand.
+    """
+    if path is not None:
+        tokenizer.chat_template = read_template(path)
+    if not tokenizer.chat_template:
+        raise UpcycleError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; in a run, set "
+            f"task.chat_template to a file with one (Jinja), or data.tokenizer to a folder that has one; "
+            f"elsewhere, put it there as chat_template.jinja"
+        )
+    if not tokenizer.is_fast:
+        raise UpcycleError(
+            f"the tokenizer of {tokenizer.name_or_path} does not say which text its tokens are of, which "
+            f"chats need; set data.tokenizer to a folder with tokenizer.json"
+        )
+    return tokenizer
+
+
+def read_template(path: str) -> str:
+    """Return the chat template in a file. Raises `UpcycleError` if it cannot be read or is empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpcycleError(f"task.chat_template = {path} cannot be read: {error}") from None
+    if not text.strip():
+        raise UpcycleError(f"task.chat_template = {path} is empty; give a file with a chat template (Jinja)")
+    return text
+
+
+def tokens_of(chats: Iterator[Chat], tokenizer: Any) -> list[ChatTokens]:
+    """Return the tokens of each chat.
+
+    Raises `UpcycleError` for a chat that the template refuses, or whose answers cannot be told apart.
+    """
+    find = cache(lambda tools: _template(tokenizer, tools=tools))
+    found: list[ChatTokens] = []
+    while some := list(islice(chats, _BATCH)):
+        rendered = [_rendered(chat, find(bool(chat.tools))) for chat in some]
+        made = tokenizer(
+            [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
+        )
+        for chat, (_, spans), ids, offsets in zip(
+            some, rendered, made["input_ids"], made["offset_mapping"], strict=True
+        ):
+            answers = _covered(np.array(offsets, np.int64).reshape(-1, 2), spans)
+            if not answers[1:].any():
+                raise UpcycleError(
+                    f"{chat.where}: the chat template shows nothing of the assistant's messages as its own; "
+                    f"set task.chat_template to one that marks them (generation), or take the chat out"
+                )
+            found.append(ChatTokens(ids=np.array(ids, np.int32), answers=answers))
+    return found
+
+
+def _template(tokenizer: Any, *, tools: bool) -> Template:
+    from upcycle.hf.chat_templates import Template
+
+    try:
+        return Template.of(tokenizer, tools=tools)
+    except ValueError as error:
+        raise UpcycleError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template for these chats "
+            f"({cut(str(error))}); set task.chat_template to a file with one (Jinja)"
+        ) from None
+
+
+def _covered(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """Return which tokens have a character of a span, bool [T].
+
+    Blanks can be trimmed from offsets; then a token of blanks alone is empty, and stands after them.
+    """
+    starts, ends = offsets.T
+    found = np.zeros(len(offsets), bool)
+    for first, stop in spans:
+        empty = (starts == ends) & (first < ends) & (ends <= stop)
+        found |= ((starts < stop) & (ends > first) & (starts < ends)) | empty
+    return found
+
+
+def _rendered(chat: Chat, template: Template) -> tuple[str, list[Span]]:
+    """Return the text of a chat, and the spans of the assistant's answers."""
+    text, spans = _render(chat, template, len(chat.messages))
+    return text, spans if template.marks else _by_prefix(chat, template, text)
+
+
+def _by_prefix(chat: Chat, template: Template, text: str) -> list[Span]:
+    """Return what each of the assistant's messages adds to the text of those before it.
+
+    What the template writes as the prompt of an answer is not part of the answer.
+    """
+    spans = []
+    for place in chat.answers:
+        before, _ = _render(chat, template, place, prompt=True)
+        after, _ = _render(chat, template, place + 1)
+        if not text.startswith(after) or not after.startswith(before):
+            raise UpcycleError(
+                f"{chat.where}: the chat template does not mark the assistant's messages, and writes earlier "
+                f"messages in another way once later ones follow; set task.chat_template to one that marks "
+                f"them ({{% generation %}} ... {{% endgeneration %}})"
+            )
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _render(chat: Chat, template: Template, messages: int, *, prompt: bool = False) -> tuple[str, list[Span]]:
+    try:
+        return template.render(chat.messages[:messages], chat.tools, prompt=prompt)
+    except Exception as error:  # a template can raise anything; its reason is passed on
+        reason = cut(next(iter(str(error).splitlines()), type(error).__name__), 160)
+        raise UpcycleError(
+            f"{chat.where}: the chat template refuses "
+            f"{'the chat' if messages == len(chat.messages) else f'its first {messages} messages'}: {reason}"
+        ) from None

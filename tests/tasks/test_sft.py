@@ -1,0 +1,248 @@
+"""Fine-tuning on chats: which tokens have a loss, a run from start to export, and its score."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import upcycle
+from chats import ALPHABET, CHATML, FORGETFUL, MARKED, byte_tokenizer, turns, write
+from upcycle import UpcycleError, tasks
+from upcycle.data.chats import chat_of
+from upcycle.data.corruption import IGNORED
+from upcycle.data.feeding import Feeding
+from upcycle.dense.subject import Subject
+from upcycle.evaluation.scores import Asked, evaluate
+from upcycle.tasks._chat_tokens import tokens_of
+from upcycle.training import saving
+from upcycle.training.export import export
+from upcycle.training.loop import train
+from upcycle.training.metrics import read
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CHATS: list[dict[str, Any]] = [
+    {"messages": turns("Hi?", "Yes.", "  And \n", "Näh, 🙂!\n", system="Be brief.")},
+    {"messages": turns("assistant\nYes.", "Yes.")},
+    {
+        "messages": [
+            {"role": "user", "content": "1 + 1?"},
+            {"role": "assistant", "tool_calls": [CALL]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "2"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+    },
+]
+
+
+def told(rows: list[dict[str, Any]]) -> Iterator[Any]:
+    return (chat_of(row, f"row {i}") for i, row in enumerate(rows))
+
+
+def test_marks_are_those_of_transformers(tmp_path):
+    tokenizer = byte_tokenizer(tmp_path, MARKED)
+    for row, found in zip(CHATS, tokens_of(told(CHATS), tokenizer), strict=True):
+        wanted = tokenizer.apply_chat_template(
+            row["messages"], tools=row.get("tools"), return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert found.ids.tolist() == wanted["input_ids"]
+        assert found.answers.tolist() == [bool(x) for x in wanted["assistant_masks"]]
+        assert 0 < found.answers.sum() < len(found)
+
+
+def test_marks_in_real_questions(stories):
+    """The tokens of a trained model's tokenizer cross words and blanks; two questions and answers a chat."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = MARKED
+    with (stories.parent / "tasks" / "arc_easy.jsonl").open() as file:
+        asked = [json.loads(line) for line, _ in zip(file, range(60), strict=False)]
+    said = [(row["query"], row["choices"][row["gold"]]) for row in asked]
+    rows = [{"messages": turns(*one, *two)} for one, two in zip(said[::2], said[1::2], strict=True)]
+    for row, found in zip(rows, tokens_of(told(rows), tokenizer), strict=True):
+        wanted = tokenizer.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert found.ids.tolist() == wanted["input_ids"]
+        assert found.answers.tolist() == [bool(x) for x in wanted["assistant_masks"]]
+
+
+def test_without_marks_an_answer_is_what_it_adds_after_the_prompt(tmp_path):
+    tokenizer = byte_tokenizer(tmp_path, CHATML)
+    (found,) = tokens_of(told(CHATS[:1]), tokenizer)
+    parts = [
+        ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n", 0),
+        ("<|im_start|>assistant\n", 0),
+        ("Yes.<|im_end|>\n", 1),
+        ("<|im_start|>user\n  And \n<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("Näh, 🙂!\n<|im_end|>\n", 1),
+    ]  # fmt: skip
+    pieces = [(tokenizer(text, add_special_tokens=False).input_ids, bool(of)) for text, of in parts]
+    assert found.ids.tolist() == [i for ids, _ in pieces for i in ids]
+    assert found.answers.tolist() == [of for ids, of in pieces for _ in ids]
+
+
+def test_blanks_at_the_end_of_a_mark_are_not_the_rest_of_the_chat(tmp_path):
+    """transformers marks a row to its end if offsets are trimmed and a mark ends with a blank."""
+    from tokenizers import processors
+
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %} {{ m.content }} \n"
+        "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(tmp_path, template)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    (found,) = tokens_of(told([{"messages": turns("a", "b", "c", "d")}]), tokenizer)
+    words = tokenizer.convert_ids_to_tokens(found.ids.tolist())
+    assert "".join(words) == "aĊĠbĠĊcĊĠdĠĊ"
+    assert [bool(x) for x in found.answers] == [False] * 2 + [True] * 4 + [False] * 2 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (FORGETFUL, turns("a", "b", "c", "d"), "does not mark the assistant's messages, and writes earlier"),
+        ("{{ raise_exception('No system here') }}", turns("a", "b"), "refuses the chat: No system here"),
+        ("{{ 1 + }}", turns("a", "b"), "the chat template refuses the chat: "),
+        ("{{ messages[0].content }}", turns("a", "b"), "shows nothing of the assistant's messages"),
+        ("{% generation %}{% endgeneration %}a", turns("a", "b"), "shows nothing of the assistant's"),
+        ("{{ messages[0]['role'] }}: {{ messages[-1].content }}", turns("a", "b")[1:], "its first 0 mess"),
+        ({"a": CHATML, "b": CHATML}, turns("a", "b"), "no chat template for these chats"),
+    ],
+)  # fmt: skip
+def test_templates_that_do_not_do(template, messages, message, tmp_path):
+    tokenizer = byte_tokenizer(tmp_path, None)
+    tokenizer.chat_template = template
+    with pytest.raises(UpcycleError, match=message):
+        tokens_of(told([{"messages": messages}]), tokenizer)
+
+
+def test_a_template_that_forgets_does_for_one_answer(tmp_path):
+    """Its last answer is written as it was, so that the prefix property holds."""
+    (found,) = tokens_of(told([{"messages": turns("a", "b")}]), byte_tokenizer(tmp_path, FORGETFUL))
+    assert found.answers.sum() == len("<think></think>b") + 2
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory) -> Path:
+    """A llama with a chat template, and chats whose answers can be learned."""
+    folder = tmp_path_factory.mktemp("sft") / "dense"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(ALPHABET), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(folder, MARKED)
+    rng = np.random.default_rng(0)
+    rows = [{"messages": turns("".join(rng.choice([*"abcdef"], 6)), "yes, yes")} for _ in range(40)]
+    write(folder / "chats.jsonl", [*rows, {"messages": turns("too long " * 20, "yes")}])
+    return folder
+
+
+def table(dense: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "source": str(dense), "out": str(out), "task": {"name": "sft"},
+        "moe": {"num_experts": 4, "target": "upcycled"},
+        "data": {"sources": [{"path": str(dense / "chats.jsonl")}], "held_out": 0.25},
+        "train": {"steps": 6, "batch_size": 4, "sequence_length": 99, "eval_every": 6},
+        "schedule": {"name": "constant", "peak": 3e-3},
+        "checkpoint": {"every": 3, "keep": 2},
+    }  # fmt: skip
+    return {key: {**made.get(key, {}), **changes.get(key, {})} if isinstance(value, dict) else value
+            for key, value in made.items()}  # fmt: skip
+
+
+def feed_of(dense: Path, length: int = 99) -> Any:
+    feeding = Feeding.of_file(dense / "chats.jsonl", length=length, cache=dense)
+    return tasks.find("sft")().feed(feeding, Subject.of(dense))
+
+
+def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
+    """It is resumed to the bit, keeps its template, and `eval` scores the assistant's tokens alone."""
+    whole = train(table(dense, tmp_path / "whole"))
+    lines = read(tmp_path / "whole")
+    (begun,) = [line.held_out_start for line in lines if line.held_out_start is not None]
+    assert lines[-1].held_out_loss < begun - 1
+    assert lines[-1].held_out_accuracy > 0.8
+    train(table(dense, tmp_path / "parts"))
+    for step, path in saving.found(tmp_path / "parts"):
+        if step > 3:
+            shutil.rmtree(path)
+    again = train(table(dense, tmp_path / "parts"), resume=True)
+    assert (again.loss, again.held_out_loss) == (whole.loss, whole.held_out_loss)
+
+    out = export(tmp_path / "whole", tmp_path / "out").out
+    assert AutoTokenizer.from_pretrained(out).chat_template == MARKED
+    found = evaluate(out, Asked(chats=dense / "chats.jsonl", length=99))["chats"]
+    model, batch = upcycle.open(out).eval(), feed_of(dense).at(np.arange(14))
+    assert found["targets"] == 40 * (len("yes, yes") + 1)
+    losses, count = 0.0, 0
+    for ids, labels, mask in zip(batch["ids"], batch["labels"], batch["mask"], strict=True):
+        real = int(mask.sum())  # each row without its padding
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor(ids[None, :real])).logits[0]
+        said = labels[:real] != IGNORED
+        wanted = torch.tensor(labels[:real][said])
+        losses += float(torch.nn.functional.cross_entropy(logits[said], wanted, reduction="sum"))
+        count += len(wanted)
+    assert found["loss"] == pytest.approx(losses / count, rel=1e-5)
+
+
+def test_nobody_but_the_assistant_has_a_gradient(dense):
+    """The gradient of the loss in the logits is zero at every place that does not precede an answer."""
+    task, subject = tasks.find("sft")(), Subject.of(dense)
+    batch = {name: torch.from_numpy(a) for name, a in feed_of(dense).next(4).items()}
+    question = task.question(batch, subject, training=True)
+    logits = upcycle.open(dense)(**question.inputs).logits
+    logits.retain_grad()
+    task.loss(logits, question.labels).backward()
+    moved = logits.grad.abs().sum(-1) > 0
+    assert torch.equal(moved, batch["labels"] != IGNORED)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    assert {*tokenizer.decode(batch["labels"][moved]).split("<|im_end|>")} == {"yes, yes", ""}
+
+
+def test_what_is_said_about_the_rows(dense, caplog):
+    caplog.set_level("INFO", logger="upcycle")
+    feed_of(dense)
+    assert "40 chats of 1320 tokens, of which 360 are the assistant's, in 14 rows; 4.8% of" in caplog.text
+    assert "chats of more than 99 tokens, which are left out (task.too_long): 1" in caplog.text
+
+
+def test_a_template_of_its_own_goes_with_the_model(dense, tmp_path):
+    source = tmp_path / "bare"
+    shutil.copytree(dense, source)
+    byte_tokenizer(source, None)
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(
+        UpcycleError, match=r"has no chat template; in a run, set task.chat_template to a file"
+    ):
+        train(table(source, tmp_path / "run"))
+    (tmp_path / "own.jinja").write_text(CHATML)
+    own = {"chat_template": str(tmp_path / "own.jinja")}
+    train(table(source, tmp_path / "run", task=own, train={"steps": 1}))
+    out = export(tmp_path / "run", tmp_path / "out").out
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
+    carried = json.loads((out / "upcycle.json").read_text())["carried_files"]
+    assert "chat_template.jinja" not in carried
+    for content, message in ((None, "cannot be read"), ("\n", "is empty")):
+        (tmp_path / "own.jinja").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "own.jinja").write_text(content)
+        with pytest.raises(UpcycleError, match=message):
+            train(table(source, tmp_path / "other", task=own))
+
+
+def test_other_mistakes(dense, tmp_path):
+    with pytest.raises(UpcycleError, match="sft takes one"):
+        train(table(dense, tmp_path / "run", data={"sources": [{"path": "a"}, {"path": "b"}]}))
+    with pytest.raises(UpcycleError, match=r"give either --text FILE or .*--chats FILE"):
+        Asked(chats=dense / "chats.jsonl", images=dense)
