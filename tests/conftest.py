@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -77,12 +78,12 @@ def tinystories() -> Path:
 @pytest.fixture(scope="session")
 def trainable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with a tokenizer, and stories for it in a file: real ones, or of the same shape where they
-    are not there."""
+    are not there. It lies near what tests make, so that a provenance says the way to it."""
     folder = tmp_path_factory.mktemp("trainable")
     real, text = SHARED / "real" / "stories260k", SHARED / "real" / "text" / "tinystories.txt"
     if real.is_dir() and text.is_file():
         (folder / "text.txt").write_text(text.read_text()[:120_000])
-        return real, folder / "text.txt"
+        return Path(shutil.copytree(real, folder / real.name)), folder / "text.txt"
     from tiny import make_bytes_tokenizer, make_dense
 
     sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5}

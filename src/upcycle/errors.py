@@ -2,7 +2,7 @@
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogates, line and paragraph separators
 
@@ -52,3 +52,13 @@ def nearest(given: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ";"
     return f"{hint} Known: {', '.join(known) or 'none'}"
+
+
+def nearest_of_many(given: object, known: Collection[str], see: str) -> str:
+    """Return the end of an error about an unknown name among too many names to list.
+
+    It names at most three that are close, and the command `see` that prints all.
+    """
+    close = difflib.get_close_matches(str(given), known, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ";"
+    return f"{hint} `{see}` prints the {len(known)} known ones"

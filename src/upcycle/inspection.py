@@ -141,7 +141,10 @@ def _dense_source(
         return None
     recorded = made.source.seen_from(folder)
     if not recorded.is_dir():
-        notes.append(f"its source {recorded} is not there; name it with --source to compare experts with it")
+        lost = f"its source {recorded} is not there"
+        if made.source.path == made.source.name:  # it lay far from the folder
+            lost = f"where its source {made.source.name} lies is not recorded"
+        notes.append(f"{lost}; name it with --source to compare experts with it")
         return None
     try:
         return admit(open_checkpoint(str(recorded), allow_nonfinite=True))

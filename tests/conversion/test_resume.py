@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,19 @@ def source(dense, tmp_path):
 
 
 def broken(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 400_000) -> Path:
-    """The partial folder of a conversion that was interrupted when so many bytes were written."""
-    left = [after]
+    """The partial folder of a conversion that was interrupted when so many bytes were written.
+
+    One worker writes, and the interruption waits for the journal, so that the journal has many lines.
+    """
+    left, partial = [after], out.with_name(out.name + ".partial")
     real = write.ShardFiles.write
 
     def interrupted(self, place, start, data):
         left[0] -= data.size
         if left[0] < 0:
+            until = time.monotonic() + 10
+            while len((partial / JOURNAL).read_bytes().splitlines()) <= 4 and time.monotonic() < until:
+                time.sleep(0.005)
             raise KeyboardInterrupt
         real(self, place, start, data)
 
@@ -43,8 +50,8 @@ def broken(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int 
         patch.setattr(write, "SYNC_EVERY", 60_000)
         patch.setattr(write.ShardFiles, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            convert(source, out, RECIPE, shard_size=120_000)
-    return out.with_name(out.name + ".partial")
+            convert(source, out, RECIPE, shard_size=120_000, jobs=1)
+    return partial
 
 
 def test_a_damaged_journal(source, tmp_path, monkeypatch):

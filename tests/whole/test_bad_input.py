@@ -272,7 +272,7 @@ def test_unknown_model_type(fails, source, tmp_path):
     message = fails("convert", source, tmp_path / "out")
     assert "'lama'" in message
     assert "llama" in message
-    assert "qwen3" in message
+    assert "`upcycle list` prints" in message  # there are too many to list them
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "m2m_100", "apertus"])

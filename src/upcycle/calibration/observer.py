@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from upcycle.families import Stack
 
@@ -69,7 +70,7 @@ class Observer:
             parent, _, name = owner.rpartition(".")
             if hasattr(self._base.get_submodule(parent), name):
                 module: Any = self._base.get_submodule(f"{owner}.{last}")
-                return module, int(module.in_features)
+                return module, int(module.nx if isinstance(module, Conv1D) else module.in_features)
         return None
 
     @contextmanager

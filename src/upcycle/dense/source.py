@@ -17,7 +17,7 @@ from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import places
 from upcycle.dense.places import Place
-from upcycle.errors import UpcycleError, cut, listed, shown
+from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
 from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._names import Names, spelled
 from upcycle.families._weights import Weight
@@ -219,11 +219,12 @@ def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> 
     """Return the family of a model's own config."""
     model_type, where = own.get("model_type"), checkpoint.folder
     if not isinstance(model_type, str):
-        raise UpcycleError(f"{where}/config.json has no model_type; known: {', '.join(families.names())}")
+        raise UpcycleError(f"{where}/config.json has no model_type; `upcycle list` prints the known ones")
     if within and model_type not in families.names():
         raise UpcycleError(
             f"{where} is a {shown(checkpoint.config.get('model_type'))} around a text model of type "
-            f"{shown(model_type)}, which upcycle does not know; known: {', '.join(families.names())}"
+            f"{shown(model_type)}, which upcycle does not know"
+            f"{nearest_of_many(model_type, families.names(), 'upcycle list')}"
         )
     return families.find(families.find(model_type).meant(own))
 

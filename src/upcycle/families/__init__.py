@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from upcycle import registry
-from upcycle.errors import UpcycleError, shown
+from upcycle.errors import UpcycleError, nearest_of_many, shown
 from upcycle.families._stacks import Grid as Grid
 from upcycle.families._stacks import Stack as Stack
 from upcycle.families._weights import Shapes as Shapes
@@ -222,7 +222,9 @@ def find(model_type: str) -> Family:
         return found
     if model_type in REFUSED:
         raise UpcycleError(f"upcycle does not take {model_type}: {REFUSED[model_type]}")
-    raise UpcycleError(f"unknown model_type {shown(model_type)}; known: {', '.join(names())}")
+    raise UpcycleError(
+        f"unknown model_type {shown(model_type)}{nearest_of_many(model_type, names(), 'upcycle list')}"
+    )
 
 
 def names() -> list[str]:

@@ -83,6 +83,8 @@ _SIDES = Kind(
     "a whole number of 1 or more, or two of them",
     lambda v: _SIZE.fits(v) or (_is_list(v) and len(v) == 2 and all(map(_SIZE.fits, v))),
 )
+_SIZE_OR_AUTO = Kind(f"{_SIZE.said}, or auto", lambda v: v == "auto" or _SIZE.fits(v))
+_TEXTS = Kind("text, or a list of text", lambda v: _TEXT.fits(v) or _TEXT.listed().fits(v))
 _ACT = _one_of(ACTIVATIONS)
 _TABLE = Kind("a table, or null", lambda value: value is None or isinstance(value, Mapping))
 _GATED_ACT = Kind(
@@ -114,7 +116,7 @@ KINDS: Mapping[str, Kind] = {
         "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings "
         "original_max_position_embeddings no_rope_layer_interval "
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
-        "linear_num_value_heads num_channels num_stages type_vocab_size d_model d_ff d_kv num_heads "
+        "linear_num_value_heads num_channels num_stages mamba_chunk_size d_model d_ff d_kv num_heads "
         "relative_attention_num_buckets relative_attention_max_distance n_positions n_embd n_head n_heads "
         "ffn_dim dim hidden_dim embedding_size projection_dim conv_L_cache block_multiple_of "
         "kv_lora_rank qk_rope_head_dim qk_nope_head_dim shared_intermediate_size mamba_n_heads "
@@ -134,22 +136,32 @@ KINDS: Mapping[str, Kind] = {
     "num_decoder_layers": _BLOCKS.or_null(),
     "sliding_window": _COUNT.or_null(),
     "sliding_window_pattern": _PATTERN.or_null(),
-    **_each(_COUNT, "max_window_layers num_register_tokens"),
-    **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels"),
+    **_each(_COUNT, "max_window_layers num_register_tokens type_vocab_size num_local_experts"),
+    **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels num_ln_in_parallel_attn"),
+    "max_relative_positions": _ID,
+    "mamba_d_head": _SIZE_OR_AUTO,
+    "pos_att_type": _TEXTS.or_null(),
+    "position_embedding_type": _TEXT.or_null(),
+    "block_ffn_dim_multiplier": _POSITIVE,
+    "dropout": _SHARE,
+    "init_std": _NOT_NEGATIVE,
+    "embedding_initializer_range": _NOT_NEGATIVE.or_null(),
     **_each(_IDS, "pad_token_id bos_token_id eos_token_id eod_token_id sep_token_id cls_token_id "
                   "decoder_start_token_id image_token_id"),
     **_each(
         _FLAG,
-        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window",
+        "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
+        "use_qkv_bias qk_layernorm use_parallel_residual attention_out_bias conv_bias "
+        "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias",
     ),
     **_each(
         _FLAG.or_null(),
         "use_swiglu_ffn use_mask_token use_bidirectional_attention is_decoder add_cross_attention "
-        "is_encoder_decoder use_qkv_bias qk_layernorm use_parallel_residual use_qk_norm attention_out_bias "
-        "do_layer_norm_before enable_bias layer_norm_elementwise_affine _remove_final_layer_norm norm_bias "
-        "vision_use_head conv_bias block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias rope_interleave "
-        "query_bias key_bias value_bias proj_bias use_gated_mlp alibi new_decoder_architecture multi_query "
-        "parallel_attn bias relative_attention position_biased_input share_att_key",
+        "is_encoder_decoder use_qk_norm do_layer_norm_before enable_bias layer_norm_elementwise_affine "
+        "_remove_final_layer_norm norm_bias vision_use_head rope_interleave "
+        "query_bias key_bias value_bias proj_bias "
+        "use_gated_mlp alibi new_decoder_architecture multi_query parallel_attn bias relative_attention "
+        "position_biased_input share_att_key",
     ),
     **_each(_ACT, "hidden_act activation_function activation"),
     "hidden_activation": _ACT.or_null(),
