@@ -99,6 +99,7 @@ def build(
         experts_implementation=experts_implementation,
     )
     found = building.renamed(model, tensors)
+    building.untie(model, found)
     cuts: dict[str, Sharded] = {}
     rank = 0
     if shared is None or layout.world == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -118,6 +118,16 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
             f"{type(model).__name__} and its tensors do not agree: missing {lacking}, without a place {left}"
         )
     return found
+
+
+def untie(model: PreTrainedModel, found: Collection[str]) -> None:
+    """Keep apart from its source every parameter of `found` that the class ties although both are stored.
+
+    `from_pretrained` does so too if their values differ: T5 1.1 has a head of its own in a class that ties.
+    """
+    ties = model.all_tied_weights_keys
+    for target in [name for name, source in ties.items() if name in found and source in found]:
+        del ties[target]
 
 
 def tie(model: PreTrainedModel) -> None:
