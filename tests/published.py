@@ -97,7 +97,8 @@ def _small_decoder(config: dict[str, Any]) -> dict[str, Any]:
     odd = config.get("head_dim") and heads * config["head_dim"] != hidden
     out["hidden_size"] = many * size + (2 * many if odd else 0)
     small_ = {
-        "num_key_value_heads": few, "head_dim": size, "attention_head_dim": size, "sliding_window": _window(config),
+        "num_key_value_heads": few, "head_dim": size, "attention_head_dim": size,
+        "sliding_window": _window(config),
         "max_position_embeddings": LONGEST, "original_max_position_embeddings": ORIGINAL,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "max_window_layers": _window_layers(config, out["num_hidden_layers"]),

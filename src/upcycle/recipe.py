@@ -139,8 +139,13 @@ class Recipe(Settings):
         return dataclasses.replace(self, moe=part.moe, router=part.router, parts={})
 
     def as_table(self) -> dict[str, Any]:
-        """Return the recipe as a nested table, the form that `Recipe.of` takes and the provenance keeps."""
+        """Return the recipe as a nested table, the form that `Recipe.of` takes and the provenance keeps.
+
+        It has `drop` only if there is something to drop, so older recipes keep their tables and hashes.
+        """
         table = super().as_table()
+        if dropped := list(table.pop("drop")):
+            table["drop"] = dropped
         return table | table.pop("parts")
 
 

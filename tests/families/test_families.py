@@ -47,7 +47,8 @@ def test_a_config_that_says_little_means_what_transformers_makes_of_it(model_typ
 
 
 # What transformers saves and our config.json does not say: version, a second name for the number of
-# experts, what layer_types or other sizes say already, limits that are none, a token id and a flag that nothing reads.
+# experts, what layer_types or other sizes say already, limits that are none, a token id and a flag
+# that nothing reads.
 SAVED_ONLY = {
     "transformers_version", "num_local_experts", "rope_parameters", "sliding_window_pattern",
     "prefix_dense_sliding_window_pattern", "sep_token_id", "pretraining_tp", "qk_head_dim", "time_step_limit",

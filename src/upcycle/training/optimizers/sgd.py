@@ -35,13 +35,16 @@ class SGD(Optimizer):
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         import torch
+        from torch.distributed.tensor import DTensor
 
+        # The fused kernel of SGD has no rule for sharded tensors, unlike that of AdamW.
+        sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])
         return torch.optim.SGD(
             [dict(group) for group in groups],
             lr=0.0,
             momentum=self.momentum,
             nesterov=self.nesterov,
-            fused=True,
+            fused=not sharded,
         )
 
 
