@@ -119,7 +119,7 @@ KINDS: Mapping[str, Kind] = {
         "linear_num_value_heads num_channels num_stages mamba_chunk_size d_model d_ff d_kv num_heads "
         "relative_attention_num_buckets relative_attention_max_distance n_positions n_embd n_head n_heads "
         "ffn_dim dim hidden_dim embedding_size projection_dim conv_L_cache block_multiple_of "
-        "kv_lora_rank qk_rope_head_dim qk_nope_head_dim shared_intermediate_size mamba_n_heads "
+        "kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_n_heads "
         "mamba_n_groups mamba_d_state mamba_d_conv mamba_expand num_mel_bins max_source_positions "
         "max_target_positions encoder_ffn_dim "
         "decoder_ffn_dim encoder_attention_heads decoder_attention_heads",
@@ -127,7 +127,7 @@ KINDS: Mapping[str, Kind] = {
     **_each(
         _SIZE.or_null(),
         "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim "
-        "projection_size q_lora_rank v_head_dim num_kv_heads ffn_hidden_size",
+        "projection_size q_lora_rank num_kv_heads ffn_hidden_size",
     ),
     **_each(
         _BLOCKS,
@@ -136,7 +136,10 @@ KINDS: Mapping[str, Kind] = {
     "num_decoder_layers": _BLOCKS.or_null(),
     "sliding_window": _COUNT.or_null(),
     "sliding_window_pattern": _PATTERN.or_null(),
-    **_each(_COUNT, "max_window_layers num_register_tokens type_vocab_size num_local_experts"),
+    **_each(
+        _COUNT,
+        "max_window_layers num_register_tokens type_vocab_size num_local_experts shared_intermediate_size",
+    ),
     **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels num_ln_in_parallel_attn"),
     "max_relative_positions": _ID,
     "mamba_d_head": _SIZE_OR_AUTO,

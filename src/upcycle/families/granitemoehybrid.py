@@ -60,11 +60,16 @@ class GraniteMoeHybrid(FusedGate):
                 f"config.json of a granitemoehybrid model: num_local_experts = {experts}, so it is a Mixture "
                 f"of Experts already; upcycle takes those with 0"
             )
+        if raw.get("shared_intermediate_size") == 0:
+            raise UpcycleError(
+                "config.json of a granitemoehybrid model: shared_intermediate_size = 0, so it has no network "
+                "to make experts of; give a model with a size of 1 or more"
+            )
         limit = raw.get("time_step_limit")
         raw = {key: value for key, value in raw.items() if key != "time_step_limit"}  # it may hold inf
         kinds = raw.get("layer_types") or raw.get("layers_block_type")
         if isinstance(kinds, (list, tuple)):
-            raw = {**raw, "layer_types": [_FORMERLY.get(kind, kind) for kind in kinds]}
+            raw = {**raw, "layer_types": [_FORMERLY.get(k, k) if isinstance(k, str) else k for k in kinds]}
         config = super().config(raw)
         if config["layer_types"] is None:
             config["layer_types"] = ["linear_attention"] * config["num_hidden_layers"]
