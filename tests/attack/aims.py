@@ -46,7 +46,7 @@ from upcycle.verification import verify
 ENCODERS = {
     "vit": "ViTForImageClassification", "deit": "DeiTForImageClassification", "dinov2": "Dinov2Model",
     "convnext": "ConvNextForImageClassification", "convnextv2": "ConvNextV2Model", "bert": "BertForMaskedLM",
-    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration",
+    "t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration", "dinov3_vit": "DINOv3ViTModel",
 }  # fmt: skip
 MARKS = (
     "pad_token_id",

@@ -548,7 +548,8 @@ def test_tensor_parallelism_is_for_natives(data, monkeypatch):
 
 
 def test_every_head_has_one_task():
-    heads = [head for name in tasks.names() for head in tasks.find(name).heads]
+    # Whoever trains on chats says so.
+    heads = [head for name in tasks.names() if name != "sft" for head in tasks.find(name).heads]
     assert len(heads) == len(set(heads))
     for model_type in families.names():
         for architecture in families.find(model_type).architectures:

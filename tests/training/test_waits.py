@@ -182,7 +182,7 @@ def test_jitter_waits_for_nothing(source):
     assert two_steps(source("llama"), {"router": {"jitter": 0.1}}, "cpu") == []
 
 
-NATIVES = {native: name for name in tiny.DECODERS for native in families.find(name).natives}
+NATIVES = {native: name for name in reversed(tiny.DECODERS) for native in families.find(name).natives}
 """A causal language model that becomes each native; natives of wrapped models have none."""
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from upcycle.families import Stack
+from upcycle.hf.parts import Conv1D
 
 _ELEMENTS = 1 << 22  # the most to sum at once
 MOST = 2**31 - 1  # the maximum number of tokens: what an int32 count holds
@@ -68,7 +68,7 @@ class Observer:
         for path in stack.heads:
             owner, _, last = path.format(i=i).rpartition(".")
             parent, _, name = owner.rpartition(".")
-            if hasattr(self._base.get_submodule(parent), name):
+            if getattr(self._base.get_submodule(parent), name, None) is not None:
                 module: Any = self._base.get_submodule(f"{owner}.{last}")
                 return module, int(module.nx if isinstance(module, Conv1D) else module.in_features)
         return None

@@ -13,6 +13,7 @@ class Glm(FusedGate, Interleaved):
     architectures = ("GlmForCausalLM",)
     summary = "GLM-4-9B, GLM-Edge (rows of queries and keys put in another order)"
     natives = ("glm4_moe",)
+    tokenizer = "TokenizersBackend"
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131_072,

@@ -18,6 +18,7 @@ class GraniteMoeHybrid(FusedGate):
     architectures = ("GraniteMoeHybridForCausalLM",)
     summary = "IBM Granite 4 without experts: micro, h-micro, nano"
     natives = ("granitemoehybrid",)
+    tokenizer = "TokenizersBackend"
     part = "shared_mlp"
     both = "input_linear"
     network = {"down": "output_linear"}

@@ -34,7 +34,7 @@ def on_meta(
     Parameters that the class ties are still two (`tie`), because transformers' plans name both.
     """
     made: PreTrainedConfig = cls.config_class.from_dict(
-        {k: v for k, v in config.items() if k != "torch_dtype"}
+        cls.config_class._decode_special_floats({k: v for k, v in config.items() if k != "torch_dtype"})
     )
     for each in (made, *(getattr(made, name) for name in made.sub_configs)):
         if each is not None:

@@ -9,6 +9,7 @@ native = Native(
     architecture="Glm4MoeForCausalLM",
     summary="sigmoid, top-k renormalised, correction bias, shared network",
     layout=LAYOUT,
+    reader="TokenizersBackend",
     router="mlp.gate.weight",
     fields=("rms_norm_eps", "head_dim", "attention_bias", "original_max_position_embeddings"),
     num_experts_field="n_routed_experts",

@@ -29,6 +29,7 @@ native = Native(
     layout=Fused(
         gate_up="block_sparse_moe.input_linear.weight", down="block_sparse_moe.output_linear.weight"
     ),
+    reader="TokenizersBackend",
     router="block_sparse_moe.router.layer.weight",
     fields=(
         "rms_norm_eps", "head_dim", "attention_bias", "embedding_multiplier", "logits_scaling",
