@@ -124,9 +124,10 @@ def main() -> None:
             gaps, doubt = gap(runs, start, name)
             at = crossing(runs, start, name)
             crosses = "" if name == "dense" else "no" if at is None else f"{at:.0%}"
+            around = [f" ± {e:.4f}" if len(each) > 1 else "" for e in (error, doubt)]  # unknown for one seed
             print(
-                f"| {start} | {name} | {len(each)} | {begins:.3f} | {ends:.4f} ± {error:.4f} "
-                f"| {gaps:+.4f} ± {doubt:.4f} | {crosses} |"
+                f"| {start} | {name} | {len(each)} | {begins:.3f} | {ends:.4f}{around[0]} "
+                f"| {gaps:+.4f}{around[1]} | {crosses} |"
             )
     shared = [n for n in table.CORE if n != "dense" and all((start, n) in runs for start in starts)]
     if len(starts) > 1 and shared:
