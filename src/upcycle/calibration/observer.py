@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from upcycle.families import Stack
 
@@ -68,9 +67,11 @@ class Observer:
         for path in stack.heads:
             owner, _, last = path.format(i=i).rpartition(".")
             parent, _, name = owner.rpartition(".")
-            if hasattr(self._base.get_submodule(parent), name):
+            if getattr(self._base.get_submodule(parent), name, None) is not None:
                 module: Any = self._base.get_submodule(f"{owner}.{last}")
-                return module, int(module.nx if isinstance(module, Conv1D) else module.in_features)
+                return module, int(
+                    module.in_features if hasattr(module, "in_features") else module.nx
+                )  # nx: Conv1D
         return None
 
     @contextmanager
