@@ -70,7 +70,9 @@ class Observer:
             parent, _, name = owner.rpartition(".")
             if getattr(self._base.get_submodule(parent), name, None) is not None:
                 module: Any = self._base.get_submodule(f"{owner}.{last}")
-                return module, int(module.nx if isinstance(module, Conv1D) else module.in_features)
+                return module, int(
+                    module.in_features if hasattr(module, "in_features") else module.nx
+                )  # nx: Conv1D
         return None
 
     @contextmanager
