@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upcycle.families import Stack
-from upcycle.hf.parts import Conv1D
 
 _ELEMENTS = 1 << 22  # the most to sum at once
 MOST = 2**31 - 1  # the maximum number of tokens: what an int32 count holds
