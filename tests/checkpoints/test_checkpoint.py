@@ -75,6 +75,24 @@ def test_any_json_as_a_header(header, tmp_path_factory):
             assert info.offset + info.nbytes <= path.stat().st_size
 
 
+@pytest.mark.parametrize("metadata", [0, False, "", [], {"a": 1}, None, {}, {"a": "b"}])
+def test_metadata_is_what_safetensors_takes(metadata, tmp_path):
+    text = json.dumps({"__metadata__": metadata}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    theirs = True
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError:
+        theirs = False
+    if theirs:
+        read_header(path)
+        return
+    with pytest.raises(UpcycleError, match="__metadata__ of the header holds what is no text"):
+        read_header(path)
+
+
 def test_reads_are_slices(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(BASE)
     (tmp_path / "config.json").write_text("{}")

@@ -125,7 +125,10 @@ def test_damage_ends_in_a_sentence():
     assert 0 < read < 60 * len(documents()) - 200
 
 
-@pytest.mark.parametrize("content", [b"", b"5", b"[]", b"\xff", b"\xef\xbb\xbf{}", b"[" * 100_000])
+DEEP = b'{"x": ' + b"[" * 400 + b"]" * 400 + b"}"  # JSON's reader takes it, and a record could not
+
+
+@pytest.mark.parametrize("content", [b"", b"5", b"[]", b"\xff", b"\xef\xbb\xbf{}", b"[" * 100_000, DEEP])
 def test_a_file_that_is_no_json_object(content, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(DamagedError, match=r"x\.json is damaged: it "):

@@ -77,7 +77,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise UpcycleError(f"{file}: the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise UpcycleError(f"{file}: the header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UpcycleError(f"{file}: __metadata__ of the header holds what is no text")
     data = 8 + length

@@ -19,6 +19,7 @@ from upcycle.errors import UpcycleError, shown
 
 Table = Mapping[str, Any]  # part of a document whose keys are those of a recipe or a run file
 LARGEST = 1 << 63  # integers must be smaller, so that arithmetic on them cannot overflow
+DEEPEST = 128  # levels of objects and lists in a file
 
 
 class DamagedError(UpcycleError):
@@ -103,7 +104,18 @@ def load(path: Path, missing: str, file: str | None = None) -> dict[str, Any]:
         raise DamagedError(file, f"it is not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise DamagedError(file, f"it holds {shown(found)}, not a JSON object")
+    if _depth(found) > DEEPEST:
+        raise DamagedError(file, f"it is nested deeper than {DEEPEST} levels, which no file of upcycle is")
     return found
+
+
+def _depth(value: Any) -> int:
+    """Return how many levels of objects and lists a JSON value has, without recursion."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        depth += 1
+    return depth
 
 
 def _plain(value: Any) -> Any:
