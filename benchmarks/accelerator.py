@@ -25,24 +25,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import machine
-from upcycle import tasks
+import steps
 from upcycle.conversion.write import convert
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
 from upcycle.system import gpus
-from upcycle.training import optimizer, start, step
-from upcycle.training.parallel import ranks
-from upcycle.training.routing import Routers
+from upcycle.training import start
 from upcycle.training.run import Run
 
 WARM_UP, STEPS = 3, 6
@@ -135,50 +132,17 @@ def run_file(folder: Path, size: Size, contender: Contender) -> Run:
     )  # fmt: skip
 
 
-def ours(run: Run, rows: torch.Tensor, precision: str) -> tuple[step.Trainee, Callable[[], Any]]:
-    """Return the trainee of a run, and its step on `rows`."""
-    with ranks(run.parallel) as here:
-        begun = start.start_of(run)
-        model = start.model_of(begun, run, here, precision)
-        trainee = step.Trainee(
-            model=model,
-            task=tasks.of(begun.dense.architecture),
-            start=begun,
-            optimizer=optimizer.make(model, run.optimizer),
-            routers=Routers.of(model),
-            run=run,
-            ranks=here,
-            precision=precision,
-        )
-    return trainee, lambda: step.train_step(trainee, {"rows": rows}, 0, 1e-4)
-
-
-def theirs(folder: Path, run: Run, rows: torch.Tensor) -> Callable[[], Any]:
-    """Return the step as transformers and torch do it, with the model's own loss."""
+def converted(folder: Path, run: Run) -> Path:
+    """Return the MoE of a run, written to a new folder."""
     assert run.recipe is not None
-    converted = Path(tempfile.mkdtemp(dir=folder)) / "converted"
-    convert(run.source, converted, run.recipe)
-    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, output_router_logits=True)
-    model = model.to(machine.device()).train()
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
-    ids = rows[:, :-1]
-
-    def run_step() -> None:
-        with torch.autocast(machine.device().type, torch.bfloat16, enabled=machine.device().type != "cpu"):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
-
-    return run_step
+    made = Path(tempfile.mkdtemp(dir=folder)) / "converted"
+    convert(run.source, made, run.recipe)
+    return made
 
 
-def random_rows(size: Size) -> torch.Tensor:
-    """Return rows of random tokens [rows, length + 1] on the device."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, size.vocabulary, (size.rows, size.length + 1), generator=generator)
-    return rows.to(machine.device())
+def rows_of(size: Size) -> torch.Tensor:
+    """Return the rows of a step."""
+    return steps.random_rows(size.rows, size.length, size.vocabulary)
 
 
 def correctness(folder: Path) -> dict[str, float]:
@@ -187,21 +151,17 @@ def correctness(folder: Path) -> dict[str, float]:
     They are those of grouped experts and experts one by one, and of the device and the CPU, in float32.
     """
     size = SIZES["toy"]
-    rows = random_rows(size)
+    rows = rows_of(size)
     found: dict[str, float] = {}
     for name, recipe in (("coarse", COARSE), ("fine", FINE)):
+        asked = (Contender(name=name, recipe=recipe, experts=how) for how in ("grouped_mm", "eager"))
         grouped, looped = (
-            ours(
-                run_file(folder / "toy", size, Contender(name=name, recipe=recipe, experts=how)),
-                rows,
-                "float32",
-            )
-            for how in ("grouped_mm", "eager")
+            steps.trainee_of(run_file(folder / "toy", size, each), "float32").model for each in asked
         )
-        there = _gradients(grouped[0].model, rows)
-        found[f"{name}: grouped against one by one"] = _apart(there, _gradients(looped[0].model, rows))
+        there = _gradients(grouped, rows)
+        found[f"{name}: grouped against one by one"] = _apart(there, _gradients(looped, rows))
         if machine.device().type != "cpu":
-            here = _gradients(grouped[0].model.to("cpu"), rows.cpu())
+            here = _gradients(grouped.to("cpu"), rows.cpu())
             found[f"{name}: {machine.device().type} against cpu"] = _apart(there, here)
     return found
 
@@ -219,22 +179,22 @@ def _apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> fl
     return max(float((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max().clamp(min=1e-8)) for n in ours)
 
 
-@contextmanager
-def built(folder: Path, size: Size, contender: Contender) -> Iterator[tuple[Callable[[], Any], int]]:
-    """Yield the step of a contender and its active FLOPs per token; free the device afterwards."""
-    run, rows = run_file(folder, size, contender), random_rows(size)
-    precision = "float32" if machine.device().type == "cpu" else "mixed"
+def built(folder: Path, size: Size, contender: Contender) -> tuple[Callable[[], Any], int]:
+    """Return the step of a contender, and its active FLOPs per token."""
+    run = run_file(folder, size, contender)
     begun = start.start_of(run)
     begun.dense.checkpoint.close()
-    try:
-        one_step = theirs(folder, run, rows) if contender.theirs else ours(run, rows, precision)[1]
-        yield one_step, begun.training_flops(size.length)
-    finally:
-        one_step = None  # type: ignore[assignment]
-        gc.collect()
-        torch._dynamo.reset()
-        if machine.device().type == "cuda":
-            torch.cuda.empty_cache()
+    rows = rows_of(size)
+    one_step = steps.theirs(converted(folder, run), rows) if contender.theirs else steps.ours(run, rows)
+    return one_step, begun.training_flops(size.length)
+
+
+def free() -> None:
+    """Give back the memory of the last contender, which nothing holds any more."""
+    gc.collect()
+    torch._dynamo.reset()
+    if machine.device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measured(folder: Path, size: Size, contender: Contender) -> dict[str, Any]:
@@ -242,21 +202,21 @@ def measured(folder: Path, size: Size, contender: Contender) -> dict[str, Any]:
     cuda = machine.device().type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with built(folder, size, contender) as (one_step, flops):
-        for _ in range(WARM_UP):
-            machine.timed(one_step)
-        seconds = statistics.median(machine.timed(one_step) for _ in range(STEPS))
-        tokens = size.rows * size.length / seconds
-        gpu = gpus.of_device(torch.cuda.get_device_name()) if cuda else None
-        found: dict[str, Any] = {
-            "seconds": round(seconds, 4),
-            "tokens_per_s": round(tokens, 1),
-            "active_training_flops_per_token": flops,
-            "mfu": round(tokens * flops / gpu.peak_flops, 4) if gpu else None,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-        }
-        if not contender.compiled and not contender.theirs and contender.experts is None:
-            found["largest_costs"] = profile(one_step)
+    one_step, flops = built(folder, size, contender)
+    for _ in range(WARM_UP):
+        machine.timed(one_step)
+    seconds = statistics.median(machine.timed(one_step) for _ in range(STEPS))
+    tokens = size.rows * size.length / seconds
+    gpu = gpus.of_device(torch.cuda.get_device_name()) if cuda else None
+    found: dict[str, Any] = {
+        "seconds": round(seconds, 4),
+        "tokens_per_s": round(tokens, 1),
+        "active_training_flops_per_token": flops,
+        "mfu": round(tokens * flops / gpu.peak_flops, 4) if gpu else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+    if not contender.compiled and not contender.theirs and contender.experts is None:
+        found["largest_costs"] = profile(one_step)
     return found
 
 
@@ -287,6 +247,7 @@ def measure(folder: Path, size: Size, seconds: float) -> dict[str, Any]:
             found["contenders"][contender.name] = measured(folder, size, contender)
         except Exception as error:  # a kernel that is not installed, or memory that does not reach
             found["left_out"][contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        free()
         longest = max(longest, time.monotonic() - began)
     found["contenders"]["dense, again"] = measured(folder, size, contenders()[0])
     speed = {name: each["tokens_per_s"] for name, each in found["contenders"].items()}

@@ -21,15 +21,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import machine
-from upcycle import tasks
+import steps
 from upcycle.conversion.write import convert
 from upcycle.system import gpus
-from upcycle.training import optimizer, start, step
-from upcycle.training.parallel import ranks
-from upcycle.training.routing import Routers
+from upcycle.training import start
 from upcycle.training.run import Run
 
 EXPERTS, TOP_K = 8, 2
@@ -74,46 +72,14 @@ def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> 
         **({"moe": {"num_experts": EXPERTS, "top_k": TOP_K}} if moe else {}),
     }
     run = Run.of(table)
-    precision = "float32" if machine.device().type == "cpu" else "mixed"
-    with ranks(run.parallel) as here:
-        begun = start.start_of(run)
-        model = start.model_of(begun, run, here, precision)
-        trainee = step.Trainee(
-            model=model,
-            task=tasks.of(begun.dense.architecture),
-            start=begun,
-            optimizer=optimizer.make(model, run.optimizer),
-            routers=Routers.of(model),
-            run=run,
-            ranks=here,
-            precision=precision,
-        )
-    batch = {"rows": random_rows(size)}
-    return lambda: step.train_step(trainee, batch, 0, 1e-4), begun.training_flops(size["length"])
+    begun = start.start_of(run)
+    begun.dense.checkpoint.close()
+    return steps.ours(run, rows_of(size)), begun.training_flops(size["length"])
 
 
-def theirs(folder: Path, size: dict[str, int]) -> Callable[[], None]:
-    """Return a training step as transformers and torch do it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_router_logits=True)
-    model = model.to(machine.device()).train()
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
-    ids = random_rows(size)[:, :-1]
-
-    def run() -> None:
-        with torch.autocast(machine.device().type, torch.bfloat16, enabled=machine.device().type != "cpu"):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
-
-    return run
-
-
-def random_rows(size: dict[str, int]) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (size["rows"], size["length"] + 1)
-    return torch.randint(0, size["vocabulary"], shape, generator=generator).to(machine.device())
+def rows_of(size: dict[str, int]) -> torch.Tensor:
+    """Return the rows of a step."""
+    return steps.random_rows(size["rows"], size["length"], size["vocabulary"])
 
 
 def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
@@ -126,7 +92,7 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
     contenders["upcycle"], flops = ours(source, size, moe=True, experts=None)
     for name in ("grouped_mm", "eager"):
         contenders[f"upcycle {name}"], _ = ours(source, size, moe=True, experts=name)
-    contenders["transformers"] = theirs(work / "moe", size)
+    contenders["transformers"] = steps.theirs(work / "moe", rows_of(size))
     for contender in contenders.values():
         machine.timed(contender)
     names = list(contenders)

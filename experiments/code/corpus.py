@@ -16,13 +16,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upcycle.demo.corpus import tokenizer_of
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 HELD_OUT = ("anyio", "attrs", "click", "hypothesis", "networkx", "pydantic", "requests", "rich", "tqdm")
 LEFT_OUT = ("chardet", "upcycle")  # chardet is tables of numbers; upcycle is this package
 SEQUENCE_LENGTH = 256
+VOCABULARY = 1024
 LARGEST = 200_000  # bytes of a file; larger files are generated tables
 LONGEST = 200  # mean characters of a line; longer means generated tables too
 FOR_TOKENIZER = 50  # the tokenizer is trained on one file in so many
@@ -104,6 +106,24 @@ def write(folder: Path) -> dict[str, Any]:
     }
     about.write_text(json.dumps(out, indent=1) + "\n")
     return out
+
+
+def tokenizer_of(text: str) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
 
 
 def _shares(folder: Path, trained_on: int) -> dict[str, Any]:

@@ -69,9 +69,8 @@ class Observer:
             parent, _, name = owner.rpartition(".")
             if getattr(self._base.get_submodule(parent), name, None) is not None:
                 module: Any = self._base.get_submodule(f"{owner}.{last}")
-                return module, int(
-                    module.in_features if hasattr(module, "in_features") else module.nx
-                )  # nx: Conv1D
+                size = module.in_features if hasattr(module, "in_features") else module.nx  # nx: Conv1D
+                return module, int(size)
         return None
 
     @contextmanager

@@ -10,6 +10,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._checked import check
 from upcycle.families._decoder import REQUIRED
+from upcycle.families._stacks import only_stack
 from upcycle.families._training import Trained
 from upcycle.families._weights import Matrix, below
 from upcycle.tensors.feed_forward import FeedForward
@@ -61,22 +62,16 @@ class PlainDecoder(Trained):
         return out if config["tie_word_embeddings"] else out | {head: Matrix(out[table].shape)}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
-        block = f"{self.blocks}.{{i}}."
-        return (
-            Stack(
-                count=config["num_hidden_layers"],
-                hidden=config["hidden_size"],
-                width=config["intermediate_size"],
-                attention=config["hidden_size"],
-                path=f"{self.root}{block}{self.module}",
-                owned=tuple(f"{self.root}{block}{name}" for name in self.owned),
-                module=block + self.module,
-                replaced=tuple(block + name for name in self.replaced),
-                down=block + self.down_name,
-                heads=(block + self.attention,),
-                causal=True,
-                activation=config["hidden_act"],
-            ),
+        return only_stack(
+            config,
+            base=self.root,
+            block=f"{self.blocks}.{{i}}.",
+            network=self.module,
+            down=self.down_name,
+            attention=self.attention,
+            owned=self.owned,
+            replaced=self.replaced,
+            causal=True,
         )
 
     def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -37,9 +38,9 @@ class Seq2Seq(Encoder):
             "hidden_act": config["activation_function"],
         }
 
+    @abc.abstractmethod
     def outside(self, config: Config) -> Weights:
         """Return the tensors of the base model outside its blocks, by their names in it."""
-        raise NotImplementedError
 
     def body(self, config: Config) -> Weights:
         hidden, out = config["d_model"], self.outside(config)

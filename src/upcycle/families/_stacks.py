@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +49,42 @@ class Stack:
     def owns(self, name: str, i: int) -> bool:
         """Return whether the tensor called `name` on disk is part of the network of block `i`."""
         return name.startswith(tuple(start.format(i=i) for start in self.owned))
+
+
+def only_stack(
+    config: Mapping[str, Any],
+    *,
+    base: str,
+    block: str,
+    network: str,
+    down: str,
+    attention: str,
+    causal: bool,
+    norm: str = "",
+    owned: Sequence[str] = (),
+    replaced: Sequence[str] = (),
+) -> tuple[Stack, ...]:
+    """Return the one stack of a model whose blocks are all alike.
+
+    `base` is the prefix of the base model on disk, and `block` that of a block below it, with `{i}`. The
+    other names are those in a block: the network, its last matrix, the matrix that ends attention, the norm
+    that only the network reads, the prefixes of the network's tensors (by default, all below it), and other
+    modules that belong to it.
+    """
+    return (
+        Stack(
+            count=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            width=config["intermediate_size"],
+            attention=config["hidden_size"],
+            path=f"{base}{block}{network}",
+            owned=tuple(f"{base}{block}{name}" for name in owned or (f"{network}.",)),
+            module=block + network,
+            replaced=tuple(block + name for name in replaced),
+            down=block + down,
+            heads=(block + attention,),
+            causal=causal,
+            activation=config["hidden_act"],
+            norm_path=f"{base}{block}{norm}" if norm else "",
+        ),
+    )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._encoder import pair
+from upcycle.families._stacks import only_stack
 from upcycle.families._vision import DEFAULTS, VisionTransformer
 from upcycle.families._weights import Bias, Matrix, Scale, Table, below, linear, norm
 from upcycle.tensors.feed_forward import FeedForward
@@ -73,21 +74,15 @@ class DINOv3(VisionTransformer):
         return {}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
-        return (
-            Stack(
-                count=config["num_hidden_layers"],
-                hidden=config["hidden_size"],
-                width=config["intermediate_size"],
-                attention=config["hidden_size"],
-                path="layer.{i}.mlp",
-                owned=("layer.{i}.mlp.",),
-                module="layer.{i}.mlp",
-                down="layer.{i}.mlp.down_proj",
-                heads=("layer.{i}.attention.o_proj",),
-                causal=False,
-                activation=config["hidden_act"],
-                norm_path="layer.{i}.norm2",
-            ),
+        return only_stack(
+            config,
+            base="",
+            block="layer.{i}.",
+            network="mlp",
+            down="mlp.down_proj",
+            attention="attention.o_proj",
+            norm="norm2",
+            causal=False,
         )
 
     def feed_forward(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._encoder import Encoder
+from upcycle.families._stacks import only_stack
 from upcycle.families._weights import Table, below, linear, norm
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
@@ -61,22 +62,15 @@ class DistilBert(Encoder):
         return {}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
-        block = "transformer.layer.{i}."
-        return (
-            Stack(
-                count=config["num_hidden_layers"],
-                hidden=config["hidden_size"],
-                width=config["intermediate_size"],
-                attention=config["hidden_size"],
-                path=f"{self.base(config)}{block}ffn",
-                owned=(f"{self.base(config)}{block}ffn.",),
-                module=block + "ffn",
-                norm_path=f"{self.base(config)}{block}sa_layer_norm",
-                down=block + "ffn.lin2",
-                heads=(block + "attention.out_lin",),
-                causal=False,
-                activation=config["hidden_act"],
-            ),
+        return only_stack(
+            config,
+            base=self.base(config),
+            block="transformer.layer.{i}.",
+            network="ffn",
+            down="ffn.lin2",
+            attention="attention.out_lin",
+            norm="sa_layer_norm",
+            causal=False,
         )
 
     def feed_forward(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._encoder import Encoder
+from upcycle.families._stacks import only_stack
 from upcycle.families._weights import Norm, Table, Weight, below, linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Slice
@@ -59,22 +60,15 @@ class ModernBert(Encoder):
         return {}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
-        block = "layers.{i}."
-        return (
-            Stack(
-                count=config["num_hidden_layers"],
-                hidden=config["hidden_size"],
-                width=config["intermediate_size"],
-                attention=config["hidden_size"],
-                path=f"{self.base(config)}{block}mlp",
-                owned=(f"{self.base(config)}{block}mlp.",),
-                module=block + "mlp",
-                norm_path=f"{self.base(config)}{block}mlp_norm",
-                down=block + "mlp.Wo",
-                heads=(block + "attn.Wo",),
-                causal=False,
-                activation=config["hidden_act"],
-            ),
+        return only_stack(
+            config,
+            base=self.base(config),
+            block="layers.{i}.",
+            network="mlp",
+            down="mlp.Wo",
+            attention="attn.Wo",
+            norm="mlp_norm",
+            causal=False,
         )
 
     def feed_forward(
