@@ -1,4 +1,4 @@
-"""`plan` names what vLLM and SGLang, which were read, leave out of a config; docs/clients.md says the same."""
+"""`plan` names what vLLM and SGLang, which were read, leave out; docs/clients.md says the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ SIZES = {
 }  # fmt: skip
 MORE = {
     "qwen3": {"head_dim": 16}, "glm": {"head_dim": 16}, "cohere2": {"tie_word_embeddings": True},
-    "ernie4_5": {"head_dim": 16}, "lfm2": {"tie_word_embeddings": True, "layer_types": ["full_attention"] * 4},
+    "ernie4_5": {"head_dim": 16},
+    "lfm2": {"tie_word_embeddings": True, "layer_types": ["full_attention"] * 4},
     "youtu": {
         "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4,
         "v_head_dim": 12, "qk_nope_head_dim": 8,
@@ -84,7 +85,7 @@ def both(words: str) -> dict[str, str]:
         ("lfm2", {}, {}, {}),
         ("lfm2", {"tie_word_embeddings": False}, {}, {"vLLM": "always ties"}),
         ("hunyuan_v1_dense", BIASED, {}, {}),
-        ("hunyuan_v1_dense", {}, {"top_k": 1}, {"SGLang": "does not renormalise the weight of a single expert"}),
+        ("hunyuan_v1_dense", {}, {"top_k": 1}, {"SGLang": "weight of a single expert"}),
         ("qwen3_5_text", TIED, {}, {}),
         ("qwen3_5_text", {"full_attention_interval": 2}, {}, {"SGLang": "full attention in every fourth"}),
         ("ernie4_5", {**TIED, **LINEAR}, FEWER, {}),

@@ -4,6 +4,10 @@ from upcycle.targets._clients import ABSENT, ACTIVATION, BIASES, HEAD_DIM, ROPE,
 from upcycle.targets._layouts import Fused
 from upcycle.targets.native import Native
 
+_OFF = always(
+    "some per cent off", "stops where no layer of {name} slides, and is some per cent off elsewhere"
+)
+
 native = Native(
     model_type="granitemoe_swa",
     architecture="GraniteMoeSWAForCausalLM",
@@ -20,9 +24,7 @@ native = Native(
     renormalizes="always",
     constants={"shared_intermediate_size": 0},
     clients={
-        "llama.cpp": (
-            always("some per cent off", "stops where no layer of {name} slides, and is some per cent off elsewhere"),
-        ),
+        "llama.cpp": (_OFF,),
         "mlx-lm": (ABSENT,),
         "vLLM": (HEAD_DIM, BIASES, ACTIVATION),
         "SGLang": (HEAD_DIM, ROPE, BIASES, ACTIVATION),
