@@ -51,9 +51,15 @@ FAMILIES |= {
     "youtu-whole": {**tiny.VARIANTS["youtu-whole"][1], "tie_word_embeddings": False},
     "lfm2": {}, "lfm2-untied": {"tie_word_embeddings": False}, "lfm2-bias": {"conv_bias": True},
     "glm": {}, "granitemoehybrid": {"shared_intermediate_size": 64},
-    "hunyuan_v1_dense-bias": {"attention_bias": True},
+    "youtu-halves": {"tie_word_embeddings": False, "rope_interleave": False},
+    "hunyuan_v1_dense-bias": {"attention_bias": True}, "cohere2-bias": {"attention_bias": True},
+    "phi3-partial": {**tiny.VARIANTS["phi3-partial"][1], "bos_token_id": None, "eos_token_id": None},
 }  # fmt: skip
-OF_RECIPES = {"qwen2-tied": {"tie_word_embeddings": True}}  # not for `copy`, where they fail anyway
+# Families that `copy` would not tell apart, because they fail for another reason there.
+OF_RECIPES = {"qwen2-tied": {"tie_word_embeddings": True}, "qwen2-head_dim": {"head_dim": 24}}
+    "qwen2-tied": {"tie_word_embeddings": True},
+    "qwen2-head_dim": {"head_dim": 24},
+}  # not for `copy`, where they fail anyway
 RECIPES = {
     "copy": {},
     "granitemoe": {"moe": {"target": "granitemoe"}},
@@ -66,7 +72,7 @@ CASES = [
     *((family, "copy") for family in FAMILIES),
     ("llama", "granitemoe"), ("qwen2", "granitemoe"),
     ("llama-head_dim", "granitemoe"), ("llama-rope3", "granitemoe"),
-    ("qwen2", "raw gates"), ("qwen3", "raw gates"), ("qwen2-tied", "raw gates"),
+    ("qwen2", "raw gates"), ("qwen3", "raw gates"), ("qwen2-tied", "raw gates"), ("qwen2-head_dim", "raw gates"),
     ("qwen2", "fewer, raw gates"), ("qwen3", "fewer"),
     ("qwen2", "shared"), ("ernie4_5", "shared"), ("cohere2", "shared"), ("hunyuan_v1_dense", "shared"),
 ]  # fmt: skip
