@@ -57,9 +57,6 @@ FAMILIES |= {
 }  # fmt: skip
 # Families that `copy` would not tell apart, because they fail for another reason there.
 OF_RECIPES = {"qwen2-tied": {"tie_word_embeddings": True}, "qwen2-head_dim": {"head_dim": 24}}
-    "qwen2-tied": {"tie_word_embeddings": True},
-    "qwen2-head_dim": {"head_dim": 24},
-}  # not for `copy`, where they fail anyway
 RECIPES = {
     "copy": {},
     "granitemoe": {"moe": {"target": "granitemoe"}},
