@@ -69,7 +69,8 @@ CASES = [
     *((family, "copy") for family in FAMILIES),
     ("llama", "granitemoe"), ("qwen2", "granitemoe"),
     ("llama-head_dim", "granitemoe"), ("llama-rope3", "granitemoe"),
-    ("qwen2", "raw gates"), ("qwen3", "raw gates"), ("qwen2-tied", "raw gates"), ("qwen2-head_dim", "raw gates"),
+    ("qwen2", "raw gates"), ("qwen2-tied", "raw gates"), ("qwen2-head_dim", "raw gates"),
+    ("qwen3", "raw gates"),
     ("qwen2", "fewer, raw gates"), ("qwen3", "fewer"),
     ("qwen2", "shared"), ("ernie4_5", "shared"), ("cohere2", "shared"), ("hunyuan_v1_dense", "shared"),
 ]  # fmt: skip
