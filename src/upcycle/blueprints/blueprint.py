@@ -206,7 +206,9 @@ def blueprint(
     donors = admit_donors(dense, recipe, allow_nonfinite=allow_nonfinite)
     sites = target.sites(dense, recipe)
     config = target.config(dense, recipe, sites)
-    config, lazies = heads.untied(dense, recipe, config, target.tensors([dense, *donors.models], recipe, sites))
+    config, lazies = heads.untied(
+        dense, recipe, config, target.tensors([dense, *donors.models], recipe, sites)
+    )
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
         name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)

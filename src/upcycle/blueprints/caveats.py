@@ -27,7 +27,7 @@ def _lost_changes(built: Blueprint) -> list[str]:
     for place, model in enumerate(built.donors, start=1):
         if isinstance(model, Adapted) and (lost := spared.lost_changes(built, place)):
             kept = len(model.changes) - len(lost)
-            modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in lost})
+            modules = sorted({".".join(name.removesuffix(".weight").split(".")[-2:]) for name in lost})
             out.append(
                 f"{model.adapter.checkpoint.name}: {kept} of the {len(model.changes)} matrices that it "
                 f"changes are merged into experts; {len(lost)} are left out ({listed(modules, 8)}), because "

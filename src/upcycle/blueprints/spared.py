@@ -1,4 +1,4 @@
-"""The tensors of dense models that a blueprint has no use for, and why: of donors, and of a source that is none."""
+"""The tensors of dense models that a blueprint has no use for, and why."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def of(built: Blueprint) -> dict[str, str]:
         return {}
     used = {info for entry in built.entries.values() for info in entry.lazy.sources()}
     labels = {info: c.label for c in built.checkpoints for info in c.tensors.values()}
-    known = {info: reason for place in range(len(built.donors) + 1) for info, reason in _of_model(built, place)}
+    known = {
+        info: reason for place in range(len(built.donors) + 1) for info, reason in _of_model(built, place)
+    }
     out = {
         info.name if labels[info] == "source" else f"{labels[info]}: {info.name}": reason
         for info, reason in known.items()
@@ -66,8 +68,8 @@ def lost_changes(built: Blueprint, place: int) -> list[str]:
     lost = sorted(name for name in model.changes if name not in kept)
     if len(lost) == len(model.changes):
         raise UpcycleError(
-            f"{model.adapter.checkpoint.folder} changes no network that becomes experts, only {listed(lost)}; "
-            f'its expert would be that of its base, so mix it into the rest (init.backbone = "average") or '
+            f"{model.adapter.checkpoint.folder} changes no network that becomes experts, only {listed(lost)}, "
+            f'and its expert would be that of its base, so mix it into the rest (init.backbone = "average") or '
             f"leave it out"
         )
     return lost

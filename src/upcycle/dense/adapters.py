@@ -79,7 +79,9 @@ class Adapter:
         settings have.
         """
         found = dict(self._found())
-        paired = {info for pair in found.values() for part in (pair.left, pair.right) for info in part.sources()}
+        paired = {
+            info for pair in found.values() for part in (pair.left, pair.right) for info in part.sources()
+        }
         if odd := sorted(info.name for info in self.checkpoint.tensors.values() if info not in paired):
             raise UpcycleError(
                 f"{self._where} holds {listed(odd)}, which is no pair of LoRA matrices; {_MERGE}"
@@ -125,7 +127,10 @@ class Adapter:
 
     def _pair(self, module: str, b: TensorInfo, a: TensorInfo, *, embedding: bool) -> Pair:
         """Return what a module's two matrices add; those of an embedding are stored turned."""
-        rank, alpha = self._size("r", "rank_pattern", module), self._size("lora_alpha", "alpha_pattern", module)
+        rank, alpha = (
+            self._size("r", "rank_pattern", module),
+            self._size("lora_alpha", "alpha_pattern", module),
+        )
         if len(a.shape) != 2 or len(b.shape) != 2 or (b.shape[1], a.shape[0]) != (rank, rank):
             raise UpcycleError(
                 f"{self._where}: {a.name} has shape {list(a.shape)} and {b.name} {list(b.shape)}, and the "
@@ -152,7 +157,9 @@ def open_adapter(source: str, *, label: str, allow_nonfinite: bool = False) -> A
     """
     folder = hub.local(source, wanted=(CONFIG, WEIGHTS))
     if not folder.is_dir():
-        raise UpcycleError(f"{folder} does not exist; give the folder of an adapter, or a hub id (owner/name)")
+        raise UpcycleError(
+            f"{folder} does not exist; give the folder of an adapter, or a hub id (owner/name)"
+        )
     if not (folder / CONFIG).exists() and (folder / "config.json").exists():
         raise UpcycleError(f"{folder} is a whole model and no adapter; name it as `source`, not as `adapter`")
     config = read_json(folder / CONFIG, f"{folder} has no {CONFIG}; it is not an adapter")
@@ -162,9 +169,7 @@ def open_adapter(source: str, *, label: str, allow_nonfinite: bool = False) -> A
     stamps = {folder / WEIGHTS: stamp(folder / WEIGHTS)}
     tensors = read_header(folder / WEIGHTS)
     _refuse_tensors(folder, tensors)
-    opened = Checkpoint(
-        folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, stamps=stamps
-    )
+    opened = Checkpoint(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, stamps=stamps)
     if hub.is_id(source):
         opened.name = source
     return Adapter(checkpoint=opened)

@@ -56,7 +56,7 @@ def admit_donors(source: Dense, recipe: Recipe, *, allow_nonfinite: bool) -> Don
     named = recipe.init.donors
     opened = _open(named, allow_nonfinite=allow_nonfinite)
     remarks = list(_same_files(source.checkpoint, [c for c in opened if c is not None]))
-    bare = {None: source}
+    bare: dict[Checkpoint | None, Dense] = {None: source}
     for checkpoint in opened:
         if checkpoint not in bare:
             assert checkpoint is not None

@@ -35,21 +35,23 @@ class Experts(Merging):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.expert:
-            raise UpcycleError("init.expert is empty; init experts needs a table [[init.expert]] for each expert")
+            raise UpcycleError(
+                "init.expert is empty; init experts needs a table [[init.expert]] for each expert"
+            )
 
     @property
     def tables(self) -> tuple[Expert, ...]:
         return self.expert
 
     @cached_property
-    def donors(self) -> tuple[Donor, ...]:  # type: ignore[override]
+    def donors(self) -> tuple[Donor, ...]:
         found = (table.donor for table in self.expert)
         return tuple(dict.fromkeys(donor for donor in found if donor is not None))
 
     @cached_property
-    def places(self) -> tuple[int, ...]:  # type: ignore[override]
-        of = {None: 0, **{donor: place for place, donor in enumerate(self.donors, start=1)}}
-        return tuple(of[table.donor] for table in self.expert)
+    def places(self) -> tuple[int, ...]:
+        models: list[Donor | None] = [None, *self.donors]
+        return tuple(models.index(table.donor) for table in self.expert)
 
     @property
     def in_backbone(self) -> tuple[int, ...]:
