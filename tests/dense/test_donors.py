@@ -1,4 +1,4 @@
-"""Donors and adapters are compared with the source before they are mixed: what is refused, and what is said."""
+"""Donors and adapters are compared with the source before they are mixed: what is refused or said."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_an_adapter_of_another_name_is_said(base, adapter):
 
 
 def test_lists_that_say_nothing(base):
-    with pytest.raises(UpcycleError, match="init.expert is empty"):
+    with pytest.raises(UpcycleError, match=r"init\.expert is empty"):
         Recipe.of(init={"name": "experts"})
     with pytest.raises(UpcycleError, match="mixes SOURCE with itself"):
         asked({"weight": 0.5})

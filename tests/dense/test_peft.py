@@ -25,7 +25,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {r".*\.2\.mlp\.gate_proj": 5},
         },
     ),
-    "a pattern for targets": ("LlamaForCausalLM", {"target_modules": r".*layers\.(0|2)\.mlp\.(up|down)_proj"}),
+    "a pattern for targets": (
+        "LlamaForCausalLM",
+        {"target_modules": r".*layers\.(0|2)\.mlp\.(up|down)_proj"},
+    ),
     "some layers": ("LlamaForCausalLM", {"target_modules": ["up_proj"], "layers_to_transform": [1, 2]}),
     "turned": ("GPT2LMHeadModel", {"target_modules": ["c_fc", "c_proj"], "fan_in_fan_out": True}),
     "names of today's class": ("ViTForImageClassification", {"target_modules": ["fc1", "fc2", "q_proj"]}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny
-from upcycle import Recipe, UpcycleError, blueprint, convert, plan, verify
+from upcycle import Recipe, UpcycleError, blueprint, convert, verify
 from upcycle.init.experts import Experts
 
 PARTS = {"gate": ("w1", "gate_proj"), "up": ("w3", "up_proj"), "down": ("w2", "down_proj")}
@@ -267,8 +268,9 @@ def test_stories(stories, tmp_path):
                 drawn = 0.02 * random.standard_normal(shape)
                 pairs[f"base_model.model.{module}.lora_{part}.weight"] = drawn.astype(np.float32)
     save_file(pairs, adapter / "adapter_model.safetensors")
-    settings = '{"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["gate_proj", "up_proj", "down_proj"]}'
-    (adapter / "adapter_config.json").write_text(settings)
+    modules = ["gate_proj", "up_proj", "down_proj"]
+    settings = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": modules}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
     built = blueprint(stories, recipe({}, {"adapter": str(adapter)}))
     wanted = network(merged(stories, adapter, 2.0), layer=3)
     found = experts(built, layer=3)[1]

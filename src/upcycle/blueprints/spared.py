@@ -68,9 +68,9 @@ def lost_changes(built: Blueprint, place: int) -> list[str]:
     lost = sorted(name for name in model.changes if name not in kept)
     if len(lost) == len(model.changes):
         raise UpcycleError(
-            f"{model.adapter.checkpoint.folder} changes no network that becomes experts, only {listed(lost)}, "
-            f'and its expert would be that of its base, so mix it into the rest (init.backbone = "average") or '
-            f"leave it out"
+            f"{model.adapter.checkpoint.folder} changes no network that becomes experts, only "
+            f"{listed(lost)}, so that its expert would be its base's; mix it into the rest (init.backbone = "
+            f'"average"), or leave it out'
         )
     return lost
 
