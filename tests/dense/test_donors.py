@@ -156,6 +156,8 @@ def test_a_donor_by_two_paths(base, donor, tmp_path):
     link.symlink_to(donor)
     built = blueprint(base, asked({"source": str(donor)}, {"source": str(link)}))
     assert len(built.donors) == 1
+    said = warnings(base, {"source": str(donor)}, {"source": str(link)})
+    assert "init.expert[1] and init.expert[2] are the same model" in said
     shutil.copytree(donor, other, copy_function=os.link)
     said = refused(base, {"source": str(donor)}, {"source": str(other)})
     assert "are one checkpoint, by two paths" in said

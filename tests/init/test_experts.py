@@ -136,6 +136,21 @@ def test_backbones(dense, adapter):
                 np.testing.assert_allclose(built.entries[name].lazy.all(), wanted, rtol=2e-6, atol=1e-6)
 
 
+def test_what_is_left_out_is_listed(dense, adapter, tmp_path):
+    """Of adapters on the source, all is used if they are averaged; of donors, the networks alone if not."""
+    base, donor = dense("llama"), dense("llama", seed=1)
+    second = tiny.make_adapter(tmp_path / "second", base, ("up_proj", "q_proj"), seed=1)
+    both = [{"adapter": str(adapter)}, {"adapter": str(second)}]
+    assert not blueprint(base, recipe(*both, backbone="average")).left_out
+    left = blueprint(base, recipe(*both)).left_out
+    assert {name.split(".")[-3] for name in left} == {"q_proj"}
+    assert all(name.startswith("adapter 2: ") for name in left)
+    left = blueprint(base, recipe({"source": str(donor)}, {"source": str(donor), "weight": 0.5})).left_out
+    assert not any(".mlp." in name for name in left)
+    left = blueprint(base, recipe({"source": str(donor)}, {"source": str(donor)})).left_out
+    assert {name for name in left if ".mlp." in name} == {n for n in values(base) if ".mlp." in n}
+
+
 def test_slerp_keeps_lengths_and_is_a_line_where_two_are_parallel(dense):
     base = dense("llama")
     donor = dense("llama", seed=1)

@@ -228,7 +228,7 @@ def _tokens_that_differ(here: Path, there: Path) -> Iterator[str]:
 def _of_another_base(dense: Adapted) -> Iterator[str]:
     """Yield a remark if an adapter says that it belongs to a model of another name."""
     said = dense.adapter.base
-    if said and Path(said).name != Path(dense.checkpoint.name).name:
+    if said and Path(said).name.lower() != Path(dense.checkpoint.name).name.lower():
         yield (
             f"{dense.adapter.checkpoint.folder} says that it belongs to {shown(said)}, and it is merged into "
             f"{dense.checkpoint.name}; all its shapes fit"

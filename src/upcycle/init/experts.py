@@ -59,7 +59,8 @@ class Experts(Merging):
 
     @property
     def uses_source(self) -> bool:
-        return 0 in self.in_backbone or 0 in self.in_experts
+        adapted = any(not donor.source for donor in self.donors)
+        return adapted or 0 in self.in_backbone or 0 in self.in_experts
 
     def merge(self, tensors: list[Lazy]) -> Lazy:
         if len(tensors) == 1:
@@ -67,6 +68,17 @@ class Experts(Merging):
         if self.backbone == "slerp":
             return Slerp(tuple(tensors), tuple(1 / k for k in range(2, len(tensors) + 1)))
         return Mean(tuple(tensors))
+
+    def warnings(self, site: Site) -> list[str]:
+        places = enumerate(self.expert)
+        seen: dict[Expert, int] = {}
+        alike = [(seen.setdefault(table, i), i) for i, table in places if table.donor and not table.noise]
+        return [
+            f"init.expert[{first}] and init.expert[{i}] are the same model, so that their experts are equal "
+            f"until they are trained"
+            for first, i in alike
+            if first != i
+        ]
 
     def _uneven(self, site: Site) -> str:
         count = len(self.expert)
