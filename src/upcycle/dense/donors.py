@@ -114,7 +114,7 @@ def _same_files(source: Checkpoint, donors: Sequence[Checkpoint]) -> Iterator[st
                 f"{first.folder} and {donor.folder} are one checkpoint, by two paths; name it by one of them"
             )
         what = "the source itself" if first is source else "named more than once"
-        yield f"the donor {donor.folder} is {what}: it counts once more where models are averaged"
+        yield f"the donor {donor.folder} is {what}, and counts once more in an average"
 
 
 def _files(opened: Checkpoint) -> frozenset[tuple[int, ...]]:
