@@ -24,7 +24,7 @@ FLOORS = (
     {"cli"},
     {"demo"},
     {"api"},
-    {"advice", "calibration", "reporting", "verification"},
+    {"advice", "calibration", "reporting", "translation", "verification"},
     {"evaluation", "inspection"},
     {"training"},
     {"loading", "tasks"},
@@ -58,7 +58,7 @@ OF_MODELS = {"torch", "transformers", "accelerate", "safetensors", "tokenizers"}
 WITHOUT_MODELS = {
     "__main__", "advice", "api", "blueprints", "checkpoints", "cli", "conversion", "dense", "errors",
     "families", "forecast", "init", "inspection", "recipe", "records", "registry", "reporting", "settings",
-    "sharding", "system", "targets", "tasks", "tensors", "verification",
+    "sharding", "system", "targets", "tasks", "tensors", "translation", "verification",
 }  # fmt: skip
 # Modules of transformers that any room may import; what lies deeper is for the room `hf`.
 PUBLIC = {"transformers", "transformers.distributed"}

@@ -227,6 +227,38 @@ def make_bytes_tokenizer(folder: Path, *marks: str) -> None:
     made.save_pretrained(folder)
 
 
+def make_adapter(
+    folder: Path,
+    base: Path,
+    modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
+    *,
+    seed: int = 0,
+    ranks: Any = None,
+    **settings: Any,
+) -> Path:
+    """A LoRA adapter as peft saves it, with random matrices for the modules whose names end so.
+
+    `ranks` gives the rank of a module; without it, all have `r`, which is 4 unless the settings say more.
+    """
+    from safetensors.torch import load_file, save_file
+
+    wanted = {"r": 4, "lora_alpha": 8, **settings}
+    stored, random, tensors = load_file(base / "model.safetensors"), torch.Generator().manual_seed(seed), {}
+    for name, weight in stored.items():
+        module = name.removesuffix(".weight")
+        if weight.ndim == 2 and module.split(".")[-1] in modules:
+            rank = ranks(module) if ranks else wanted["r"]
+            rows, columns = reversed(weight.shape) if wanted.get("fan_in_fan_out") else weight.shape
+            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                drawn = 0.3 * torch.randn(shape, generator=random)
+                tensors[f"base_model.model.{module}.lora_{part}.weight"] = drawn
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": [*modules]}
+    (folder / "adapter_config.json").write_text(json.dumps({**about, **wanted}))
+    return folder
+
+
 # Classes that have no native MoE, and what makes a small config of each.
 _BLOCKS = {
     "hidden_size": 16,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from upcycle.blueprints import spared
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
+from upcycle.dense.adapted import Adapted
+from upcycle.errors import listed
 from upcycle.nn import kernels
 from upcycle.recipe import Recipe
 
@@ -13,9 +16,24 @@ def _adapters(built: Blueprint) -> list[str]:
     return [
         f"{opened.name} has an adapter beside its weights (adapter_config.json), which is not in the result; "
         f"to keep it, merge it into the weights first"
-        for opened in built.checkpoints
+        for opened in dict.fromkeys(model.checkpoint for model in (built.dense, *built.donors))
         if (opened.folder / "adapter_config.json").exists()
     ]
+
+
+def _lost_changes(built: Blueprint) -> list[str]:
+    """Say which changes of an adapter are left out, because they are to what is no expert."""
+    out = []
+    for place, model in enumerate(built.donors, start=1):
+        if isinstance(model, Adapted) and (lost := spared.lost_changes(built, place)):
+            kept = len(model.changes) - len(lost)
+            modules = sorted({".".join(name.removesuffix(".weight").split(".")[-2:]) for name in lost})
+            out.append(
+                f"{model.adapter.checkpoint.name}: {kept} of the {len(model.changes)} matrices that it "
+                f"changes are merged into experts; {len(lost)} are left out ({listed(modules, 8)}), because "
+                f"what is no expert comes from elsewhere (init.backbone)"
+            )
+    return out
 
 
 def warnings(built: Blueprint) -> list[str]:
@@ -24,7 +42,7 @@ def warnings(built: Blueprint) -> list[str]:
         return [*built.target.warnings(built), *_adapters(built)]
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
-    out = [*built.recipe.init.warnings(site), *_adapters(built)]
+    out = [*built.recipe.init.warnings(site), *_adapters(built), *built.remarks, *_lost_changes(built)]
     if moe.pooling == "mean":
         out.append(
             "the head sees the mean of the patches and not the class token it was trained on: the function "

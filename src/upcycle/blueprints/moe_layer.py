@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
@@ -20,6 +20,7 @@ from upcycle.tensors.lazy import Lazy
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
 
+T = TypeVar("T")
 NARROW = 128  # neurons of a shared expert that the architecture requires and the recipe does not ask for
 MOST_EXPERTS = 1 << 16  # in all layers together; twice as many took over 30 s to plan
 EXPERT_BYTES = 8 << 10  # measured memory for the names and the definition of one expert
@@ -132,9 +133,13 @@ def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
 
 def averaged(models: list[Dense], recipe: Recipe) -> dict[str, Lazy]:
     """Return every tensor of the dense models, combined by the initialisation's `backbone`."""
-    return {
-        name: recipe.init.backbone([model.tensors[name] for model in models]) for name in models[0].tensors
-    }
+    mixed = in_backbone(models, recipe)
+    return {name: recipe.init.merge([model.tensors[name] for model in mixed]) for name in models[0].tensors}
+
+
+def in_backbone(models: list[T], recipe: Recipe) -> list[T]:
+    """Return those of the dense models that everything outside the experts is made from."""
+    return [models[place] for place in recipe.init.in_backbone]
 
 
 def add(out: dict[str, Lazy], prefix: str, made: Mapping[str, Lazy]) -> None:
@@ -194,12 +199,12 @@ def _experts(
     gate, up, down = factors(recipe, site)
     # The outputs of a token's experts sum to the bias once, whatever share of the network each expert has.
     scales = {"gate": gate, "up": up, "down": down * half, "down_bias": half / site.gate_sum}
-    return [recipe.init.expert(networks, e, site).scaled(**scales) for e in numbers]
+    return [recipe.init.make(networks, e, site).scaled(**scales) for e in numbers]
 
 
 def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
     """Combine the networks of the dense checkpoints into one, as everything outside the experts is."""
-    return FeedForward.merged(networks, recipe.init.backbone)
+    return FeedForward.merged(in_backbone(networks, recipe), recipe.init.merge)
 
 
 def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:

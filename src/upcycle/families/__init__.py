@@ -72,6 +72,7 @@ class Family(abc.ABC):
     # empty if that file decides. `always` follows if the class goes before the one that the file names.
     tokenizer = ""
     former: Mapping[str, str] = {}  # ends of tensor names in older checkpoints, and what they are called now
+    modules: Mapping[str, str] = {}  # parts of module names in today's class, and what files call them
     root = ""  # what the names of the base model's tensors begin with, in a class with a head
     base_class = ""  # the class without a head; empty if checkpoints of it are not taken
     alone = ""  # the family of such a text model when it is taken out of a wrapper; empty: the same
