@@ -192,6 +192,8 @@ def blueprint(
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
     dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
     recipe.init.admit(dense)
+    for router in [recipe.router, *(part.router for part in recipe.parts.values())]:
+        router.start.admit(dense)
     if recipe.successor is not None:
         dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)
     target = targets.of(dense, recipe)

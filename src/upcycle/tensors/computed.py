@@ -7,8 +7,9 @@ from the stream that a key names; the place of an element decides its number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -179,6 +180,35 @@ class Fill(Lazy):
 
     def describe(self) -> Any:
         return ["fill", list(self.shape), self.value]
+
+    def sources(self) -> Iterator[TensorInfo]:
+        return iter(())
+
+
+@dataclass(frozen=True, eq=False)
+class Made(Lazy):
+    """A small matrix that a function returns, float64 or float32, made once for each whole tensor.
+
+    `about` must distinguish the outcome from every other over the same source, because it is what is hashed.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    make: Callable[[], np.ndarray]
+    about: Any
+
+    def read(self, index: Index, dtype: str) -> np.ndarray:
+        whole = self._values
+        assert whole.shape == self.shape
+        values = whole[tuple(slice(a, b) for a, b in index)].astype(np.float32)
+        return cast(values, dtype, "a matrix made of statistics")
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        return self.make()
+
+    def describe(self) -> Any:
+        return ["made", list(self.shape), self.about]
 
     def sources(self) -> Iterator[TensorInfo]:
         return iter(())
