@@ -27,6 +27,7 @@ def calibrate(
     batch_size: int = 32,
     threshold: float = 0.0,
     sample: int = 2_048,
+    marked: int = 10,
     seed: int = 0,
     in_order: bool = False,
     device: str | None = None,
@@ -39,11 +40,11 @@ def calibrate(
     The statistics of `source` are written to the file `out`. Give `images` (a parquet file, or a folder with
     one folder per class), `text`, or the domains of the experts: `prompts`, a TOML file with a `[[domain]]`
     for each expert, `domains`, a text for each name, or both, one after the other. `collect` names the
-    statistics (l1, l2, count, co_activation, gradient, mean, second_moment, sample, mergekit_hidden,
-    mergekit_hidden_avg, cheap_embed; by default l1, l2, count and, with domains, mean) and `positions` the
-    activations they are taken of (neurons, channels, heads). At most `limit` images or rows (of each domain)
-    are read (None: 30,000 images or 2,048 rows; 0: all). `length` is the number of tokens of a row, and
-    `sample` that of a sample. A call that was stopped resumes if it is repeated with the same arguments.
+    statistics (those of `upcycle.dense.statistics.NAMES`; by default l1, l2, count and, with domains, mean)
+    and `positions` the activations they are taken of (neurons, channels, heads). At most `limit` images or
+    rows (of each domain) are read (None: 30,000 images or 2,048 rows; 0: all). `length` is the number of
+    tokens of a row, and `sample` that of a sample. `marked` is the number of neurons of a token that
+    co_marker counts as active. A call that was stopped resumes if it is repeated with the same arguments.
     Raises `UpcycleError` for input that cannot be used.
     """
     from upcycle.calibration import calibration
@@ -54,7 +55,7 @@ def calibrate(
     asked = calibration.Asked(
         images=images, text=text, domains=experts, collect=usual if collect is None else tuple(collect),  # type: ignore[arg-type]
         positions=tuple(positions), limit=limit, length=length, batch_size=batch_size, threshold=threshold,
-        sample=sample, seed=seed, in_order=in_order, device=device, cache=cache,  # type: ignore[arg-type]
+        sample=sample, marked=marked, seed=seed, in_order=in_order, device=device, cache=cache,  # type: ignore[arg-type]
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     return calibration.calibrate(source, out, asked, progress=progress)

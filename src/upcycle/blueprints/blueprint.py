@@ -140,7 +140,11 @@ class Blueprint:
             and gate == 1.0
             and (gated or up == 1.0)
             and router.reaches_all(count, top_k)
-            and (router.sums_to_one(count, top_k) or (site.uniform_router and router.rescale))
+            and (
+                router.sums_to_one(count, top_k)
+                or (site.uniform_router and router.rescale)
+                or site.even_weights
+            )
             and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))
         )
 

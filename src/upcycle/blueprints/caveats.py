@@ -89,7 +89,7 @@ def _causal(built: Blueprint) -> list[Recipe]:
 def _not_renormalised(part: Recipe) -> str | None:
     """Return a warning if the weights of a token's experts do not sum to one."""
     count, top_k = part.moe.num_experts, part.moe.top_k
-    if part.router.sums_to_one(count, top_k):
+    if part.router.sums_to_one(count, top_k) or (part.router.even and part.router.rescale):
         return None
     factor = 1 / part.router.gate_sum(count, top_k)
     if not part.router.rescale:

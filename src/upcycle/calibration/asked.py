@@ -18,6 +18,7 @@ from upcycle.tensors import rng
 IMAGES = 30_000  # default limit for a set of images; about what MoE Jetpack uses of ImageNet
 ROWS = 2_048  # default limit for a text: 2^20 tokens in rows of 512
 USUAL = ("l1", "l2", "count")
+MARKED = 10  # the default of CMoE's released code
 SAMPLE = 2_048  # tokens; about as many as k-means needs for some tens of experts
 
 
@@ -39,6 +40,7 @@ class Asked:
     batch_size: int = 32
     threshold: float = 0.0  # a number above it counts as active
     sample: int = SAMPLE  # tokens in the sample
+    marked: int = MARKED  # neurons of a token that co_marker counts as active, K_a of CMoE
     seed: int = 0  # seed of the order of examples
     in_order: bool = False  # take the first examples, as the released code of MoE Jetpack does
     device: str | None = None  # None: an accelerator if there is one
@@ -65,6 +67,8 @@ class Asked:
         self._refuse_domains()
         if self.sample < 1:
             raise UpcycleError(f"--sample {self.sample}; it must be 1 or more tokens")
+        if self.marked < 1:
+            raise UpcycleError(f"--marked {self.marked}; it must be 1 or more neurons")
         if self.batch_size < 1:
             raise UpcycleError(f"--batch-size {self.batch_size}; it must be 1 or more")
         if self.limit is not None and self.limit < 0:

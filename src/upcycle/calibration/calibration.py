@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import upcycle
 from upcycle.calibration import mergekit
 from upcycle.calibration.asked import Asked
+from upcycle.calibration.markers import markers
 from upcycle.calibration.observer import MOST, TOKENS, Observer, means
 from upcycle.calibration.parts import Part, about, batches, parts
 from upcycle.calibration.stopped import begun, restore, save
@@ -94,6 +95,7 @@ def calibrate(
             domains=len(asked.domains),
             sample=asked.sample,
             seed=asked.seed,
+            markers=markers(dense, asked.marked, device) if "co_marker" in asked.collect else None,
         )
         if done:
             restore(partial_file, observer)
@@ -181,6 +183,7 @@ def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
     model = 4 * sum(t.size for t in dense.tensors.values())
     each: dict[str, Callable[[Stack], int]] = {
         "co_activation": lambda stack: 4 * stack.width**2,
+        "co_marker": lambda stack: 4 * stack.width**2,
         "second_moment": lambda stack: 8 * stack.hidden**2,
         "sample": lambda stack: 4 * asked.sample * stack.hidden,
     }
@@ -237,6 +240,7 @@ def _provenance(
         "batch_size": asked.batch_size,
         "device": str(device),
         **({"sample": asked.sample} if "sample" in asked.collect else {}),
+        **({"marked": asked.marked} if "co_marker" in asked.collect else {}),
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain

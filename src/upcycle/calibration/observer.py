@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upcycle.calibration.markers import Markers
 from upcycle.dense.statistics import NEGATIVE, ONLY_AT
 from upcycle.families import Stack
 from upcycle.tensors import rng
@@ -23,7 +24,12 @@ from upcycle.tensors import rng
 _ELEMENTS = 1 << 22  # the most to sum at once
 MOST = 2**31 - 1  # the maximum number of tokens: what an int32 count holds
 # dtypes of the sums; the others are float64
-DTYPES = {"count": torch.int64, "co_activation": torch.int32, "sample": torch.float32}
+DTYPES = {
+    "count": torch.int64,
+    "co_activation": torch.int32,
+    "co_marker": torch.int32,
+    "sample": torch.float32,
+}
 TOKENS = "tokens"  # the sum TOKENS.STACK counts the tokens of each domain, positive and negative
 
 
@@ -41,6 +47,7 @@ class Observer:
         domains: int = 0,
         sample: int = 0,
         seed: int = 0,
+        markers: Mapping[tuple[str, int], Markers] | None = None,
     ) -> None:
         self._base, self._threshold, self._seed = model.base_model, threshold, seed
         sizes = {"mean": domains, NEGATIVE: domains, "sample": sample}
@@ -53,6 +60,12 @@ class Observer:
         self._seen: dict[str, int] = {}
         self._gradients = "gradient" in names
         self._domain, self._negative = 0, False
+        self._markers: dict[str, Markers] = {}
+        for (stack_name, i), marker in (markers or {}).items():
+            key = f"markers.{stack_name}.{i}"
+            module = next(stack.module for stack in stacks if stack.name == stack_name).format(i=i)
+            self._watched[key], self._stack_of[key] = self._base.get_submodule(module), stack_name
+            self._markers[key] = marker
         for stack in stacks:
             if domains:
                 self.sums[f"{TOKENS}.{stack.name}"] = torch.zeros(
@@ -116,6 +129,9 @@ class Observer:
     def _see(self, key: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x, *rest = args
         values = x.detach()
+        if (marker := self._markers.get(key)) is not None:
+            self._mark(key, marker, values)
+            return None
         self._add(key, values)
         if not self._gradients:
             return None
@@ -130,9 +146,9 @@ class Observer:
         rows, real = x.reshape(-1, x.shape[-1]), self._real.get(self._stack_of[key])
         return rows if real is None else rows[real]
 
-    def _pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
+    def _pieces(self, rows: Tensor, width: int = 0) -> tuple[Tensor, ...]:
         home = next(iter(self.sums.values())).device
-        return rows.to(home).split(max(1, _ELEMENTS // rows.shape[-1]))
+        return rows.to(home).split(max(1, _ELEMENTS // max(width, rows.shape[-1])))
 
     def _add(self, key: str, x: Tensor) -> None:
         rows = self._rows(key, x)
@@ -147,6 +163,12 @@ class Observer:
         sample = self.sums.get(f"{key}.sample")
         if sample is not None and not self._negative:
             self._draw(sample, rows, self._stack_of[key])
+
+    def _mark(self, key: str, marker: Markers, x: Tensor) -> None:
+        """Count the pairs of neurons that are both among the most active of a token."""
+        total = self.sums[f"neurons{key.removeprefix('markers')}.co_marker"]
+        for piece in self._pieces(self._rows(key, x), marker.width) if not self._negative else ():
+            total += _pairs(marker.of(piece), 0.5)
 
     def _draw(self, sample: Tensor, rows: Tensor, stack: str) -> None:
         """Put rows [T, H] into the sample [S, H], so that every token so far is in it with one probability.

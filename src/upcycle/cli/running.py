@@ -41,6 +41,7 @@ def calibrate(
     batch_size: Count = 32,
     threshold: float = 0.0,
     sample: Count = 2_048,
+    marked: Count = 10,
     seed: Count = 0,
     in_order: Flag = False,
     device: Text = None,
@@ -60,7 +61,7 @@ def calibrate(
         prompts: a TOML file with a [[domain]] for each expert: name, positive_prompts,
             negative_prompts, or a text
         domain: the text of an expert's domain, and its name
-        collect: statistics to collect: l1, l2, count, co_activation, gradient; for routers mean,
+        collect: statistics to collect: l1, l2, count, co_activation, co_marker, gradient; for routers mean,
             second_moment, sample, mergekit_hidden, mergekit_hidden_avg, cheap_embed (l1, l2, count and, with
             domains, mean, if absent)
         positions: activations to collect them of: neurons, channels, heads
@@ -70,6 +71,7 @@ def calibrate(
         batch_size: images or rows of a forward pass
         threshold: a number above it counts as active
         sample: tokens in the sample of each layer
+        marked: neurons of a token that co_marker counts as active
         seed: seed of the random order of the examples, and of the sample
         in_order: take the first examples instead
         device: device, such as cpu or cuda:1 (an accelerator if there is one, if absent)
@@ -82,8 +84,8 @@ def calibrate(
     found = upcycle.calibrate(
         source, out, images=images, text=text, prompts=prompts, domains=domains(domain),
         collect=names(collect) or None, positions=names(positions), limit=limit, length=length,
-        batch_size=batch_size, threshold=threshold, sample=sample, seed=seed, in_order=in_order,
-        device=device, cache=cache, allow_nonfinite=allow_nonfinite,
+        batch_size=batch_size, threshold=threshold, sample=sample, marked=marked, seed=seed,
+        in_order=in_order, device=device, cache=cache, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     show_json(found.as_dict()) if json else show_calibrated(found)
 

@@ -39,6 +39,7 @@ NAMES = {
     "l2": "root mean square over tokens of x [n]",
     "count": "share of tokens with x above the threshold [n]",
     "co_activation": "share of tokens with both above the threshold, neurons only [n, n]",
+    "co_marker": "share of tokens with both among the K_a most active (CMoE), neurons only [n, n]",
     "gradient": "mean over tokens of |x dL/dx|, L the loss summed over targets [n]",
     "mean": "mean over the tokens of each domain, channels only [D, H]",
     "second_moment": "mean over tokens of x x^T, channels only, float64 [H, H]",
@@ -51,6 +52,7 @@ NEGATIVE = "mean_negative"  # goes with `mean`: that over the negative prompts, 
 # the position of statistics that are taken at one position alone; the last two are no activations
 ONLY_AT = {
     "co_activation": "neurons",
+    "co_marker": "neurons",
     "mean": "channels",
     NEGATIVE: "channels",
     "second_moment": "channels",

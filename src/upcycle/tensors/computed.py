@@ -41,6 +41,23 @@ class Affine(Changed):
 
 
 @dataclass(frozen=True, eq=False)
+class UnitRows(Changed):
+    """The rows of a matrix divided by their lengths; a row of zeros stays."""
+
+    def read(self, index: Index, dtype: str) -> np.ndarray:
+        rows, (start, stop) = index
+        name = f"the unit rows of {_named(self)}"
+        whole = self.base.read((rows, (0, self.shape[1])), "F32").astype(np.float64)
+        lengths = np.sqrt(np.square(whole).sum(1, keepdims=True))
+        with computing(name):
+            values = (whole / np.where(lengths == 0, 1.0, lengths)).astype(np.float32)
+        return cast(np.ascontiguousarray(values[:, start:stop]), dtype, name)
+
+    def describe(self) -> Any:
+        return ["unit rows", self.base.describe()]
+
+
+@dataclass(frozen=True, eq=False)
 class Mean(Joined):
     """The mean of `parts`, in float32."""
 

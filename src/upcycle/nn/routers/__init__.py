@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from upcycle.nn.routing import Routing, Tokens
+    from upcycle.tensors.feed_forward import FeedForward
+    from upcycle.tensors.lazy import Lazy
 
 Rounding = Literal["vmoe", "flaxformer", "exact"]
 
@@ -62,6 +64,7 @@ class Router(Named, abc.ABC):
     balanced: ClassVar[bool] = False
     has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, equally many each
     untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that get no gradient
+    even: ClassVar[bool] = False  # whether chosen experts start with equal weights, whatever the scores
 
     # how the weight starts: a name that `upcycle list` prints, such as normal or zeros, which scores all
     # experts alike; or a table [router.init] with a name and its keys
@@ -121,6 +124,13 @@ class Router(Named, abc.ABC):
 
     def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:
         """Return the extra tensors by name."""
+        return {}
+
+    def from_neurons(self, network: FeedForward, activation: str) -> dict[str, Lazy]:
+        """Return the tensors, by name, that start as neurons of the dense network, one for each expert.
+
+        `network` has these neurons alone. Raises `UpcycleError` if the router cannot compute as they do.
+        """
         return {}
 
     @abc.abstractmethod
