@@ -25,6 +25,8 @@ from upcycle.dense import successors
 from upcycle.dense.source import Dense, admit, admit_donors
 from upcycle.families import Config, Weights
 from upcycle.init import Site
+from upcycle.nn import router_rows
+from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.targets import Target
 from upcycle.tensors.lazy import Lazy
@@ -157,6 +159,17 @@ class Blueprint:
         met = router.experts_per_token(site.num_experts, site.top_k, row)
         whole = site.width == site.dense_width and router.group in (0, row)
         return whole and not router.has_slots and met >= site.num_experts
+
+    @cached_property
+    def router_rows(self) -> dict[Site, RouterRows]:
+        """How the rows of each router that starts from data lie to one another."""
+        found = {}
+        for site in self.sites:
+            router = self.parts[site.stack].router
+            if router.start.from_data and router.linear:
+                weight = router.start.weight(site, router.rows(site.all_experts), "F32", router.std)
+                found[site] = router_rows.seen(weight.all())
+        return found
 
     @cached_property
     def parts(self) -> dict[str, Recipe]:

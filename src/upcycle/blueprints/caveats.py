@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
-from upcycle.nn import kernels
+from upcycle.nn import kernels, router_rows
 from upcycle.recipe import Recipe
+from upcycle.system.wording import place_of
 
 
 def _adapters(built: Blueprint) -> list[str]:
@@ -73,6 +74,9 @@ def warnings(built: Blueprint) -> list[str]:
             "config.json says use_cache = false, as training scripts write it, and so does the result: "
             "generation works out every token anew; set it to true to generate"
         )
+    out += router_rows.warnings(
+        {place_of(site.stack, site.layer): rows for site, rows in built.router_rows.items()}
+    )
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)

@@ -31,6 +31,7 @@ class Analytic(Router):
 
     untrained = (BIAS,)
     even = True
+    linear = False
     summary = "the score of a neuron for each expert; chosen experts are summed (CMoE)"
 
     # act; that of the dense network
