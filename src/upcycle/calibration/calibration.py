@@ -116,8 +116,7 @@ def calibrate(
                     if stop:
                         raise KeyboardInterrupt
             _refuse_nonfinite(observer, dense)
-            del model
-            tensors = _statistics(observer) | _of_prompts(dense, asked, device)
+            tensors = _statistics(observer) | _of_prompts(dense, asked, model)
             found = provenance | {"tokens": observer.tokens} | _domains(observer, asked)
             tensor_file.write(out, tensors, {"format": "pt", KEY: json.dumps(found)})
             partial_file.unlink(missing_ok=True)
@@ -317,10 +316,11 @@ def _statistics(observer: Observer) -> dict[str, Tensor]:
     }
 
 
-def _of_prompts(dense: Dense, asked: Asked, device: torch.device) -> dict[str, Tensor]:
+def _of_prompts(dense: Dense, asked: Asked, model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the statistics that are made of the prompts alone, in a pass of their own."""
     names = [name for name in asked.collect if name in OF_PROMPTS]
-    found = mergekit.rows(dense, asked.domains, names, device) if names else {}
+    table: Any = model.get_input_embeddings()
+    found = mergekit.rows(dense, asked.domains, names, table.weight) if names else {}
     return {name: Tensor("F32", tuple(rows.shape), rows.numpy) for name, rows in found.items()}
 
 

@@ -9,7 +9,8 @@ has length one. A router does not read that stream, but the normalised input of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,25 +27,39 @@ from upcycle.hf.quiet import quiet
 _SMALLEST = 1e-8  # the least length that a row is divided by
 
 
-def rows(dense: Dense, domains: Sequence[Domain], names: Sequence[str], device: Any) -> dict[str, Tensor]:
-    """Return the statistics `names` by their names in the file, float32 [D, H] each."""
+def rows(
+    dense: Dense, domains: Sequence[Domain], names: Sequence[str], embedding: Tensor
+) -> dict[str, Tensor]:
+    """Return the statistics `names` by their names in the file, float32 [D, H] each.
+
+    `embedding` is the table of the model in float32, on the device to work on.
+    """
     tokenizer = _tokenizer(dense)
-    with quiet():
-        cls = models.architecture(dense.architecture)
-        model = opening.fill(cls, dense.checkpoint.folder, dtype=torch.bfloat16).to(device).eval()
     batches = [
         [_batch(prompts, tokenizer) for prompts in (domain.positive_prompts, domain.negative_prompts)]
         for domain in domains
     ]
     (stack,) = dense.stacks
+    model = _model(dense, embedding.device) if {*names} - {"cheap_embed"} else None
     found: dict[str, Tensor] = {}
     for name in names:
+        if name == "cheap_embed":
+            mean, position = partial(_embedded, embedding), "embedding"
+        else:
+            mean, position = partial(_hidden, model, average=name == "mergekit_hidden_avg"), "residual"
         with torch.no_grad():
-            made = torch.stack([_row(model, name, *pair) for pair in batches], dim=1)  # [L or 1, D, H]
-        position = "embedding" if name == "cheap_embed" else "residual"
+            made = torch.stack([_row(mean, *pair) for pair in batches], dim=1)  # [L or 1, D, H]
         for i, layer in enumerate(made):
             found[f"{position}.{stack.name}.{i}.{name}"] = layer.float().cpu()
     return found
+
+
+def _model(dense: Dense, device: torch.device) -> PreTrainedModel:
+    with quiet():
+        cls = models.architecture(dense.architecture)
+        model: Any = opening.fill(cls, dense.checkpoint.folder, dtype=torch.bfloat16)
+    opened: PreTrainedModel = model.to(device).eval()
+    return opened
 
 
 def _tokenizer(dense: Dense) -> Any:
@@ -69,16 +84,13 @@ def _batch(prompts: Sequence[str], tokenizer: Any) -> Any:
     return tokenizer(begun, return_tensors="pt", padding=True, add_special_tokens=False)
 
 
-def _row(model: PreTrainedModel, name: str, positive: Any, negative: Any) -> Tensor:
+def _row(mean: Callable[[Any], Tensor], positive: Any, negative: Any) -> Tensor:
     """Return the row of one domain for every block, [L, H], or [1, H] for cheap_embed."""
-    means = _embedded if name == "cheap_embed" else _hidden
-    row = means(model, positive, average=name == "mergekit_hidden_avg")
-    if negative is not None:
-        row = row - means(model, negative, average=name == "mergekit_hidden_avg")
-    return _unit(row)
+    row = mean(positive)
+    return _unit(row if negative is None else row - mean(negative))
 
 
-def _hidden(model: PreTrainedModel, batch: Any, *, average: bool) -> Tensor:
+def _hidden(model: Any, batch: Any, *, average: bool) -> Tensor:
     """Return the mean over prompts of the residual stream, bfloat16 [L, H]."""
     output = model(**batch.to(model.device), output_hidden_states=True)
     states = torch.stack(output.hidden_states[:-1])  # [L, B, T, H]; the last is behind the last norm
@@ -86,11 +98,10 @@ def _hidden(model: PreTrainedModel, batch: Any, *, average: bool) -> Tensor:
     return states.sum(dim=1) / states.shape[1]
 
 
-def _embedded(model: PreTrainedModel, batch: Any, *, average: bool) -> Tensor:
+def _embedded(embedding: Tensor, batch: Any) -> Tensor:
     """Return the unit sum of the embeddings of all tokens, float32 [1, H]."""
-    table: Any = model.get_input_embeddings()
-    embedded = table.weight.float()[batch["input_ids"].to(model.device)]  # [B, T, H]
-    mask = batch["attention_mask"].to(model.device)[..., None]
+    embedded = embedding[batch["input_ids"].to(embedding.device)]  # [B, T, H]
+    mask = batch["attention_mask"].to(embedding.device)[..., None]
     return _unit((embedded * mask).sum(dim=1).sum(dim=0, keepdim=True))
 
 

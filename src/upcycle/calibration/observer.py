@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upcycle.calibration.markers import Markers
-from upcycle.dense.statistics import NEGATIVE, ONLY_AT
+from upcycle.dense.statistics import NEGATIVE, ONLY_AT, WIDE
 from upcycle.families import Stack
 from upcycle.tensors import rng
 
@@ -211,11 +211,11 @@ _SUMS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def means(name: str, total: Tensor, tokens: int | Tensor) -> Tensor:
-    """Return a statistic from its sum over `tokens`, float32, or float64 for second moments.
+    """Return a statistic from its sum over `tokens`, float32, or float64 if equations are solved with it.
 
     That of a domain without tokens is zero.
     """
     if name == "sample":
         return total
     found = total.double() / (tokens.clamp(min=1)[:, None] if isinstance(tokens, Tensor) else tokens)
-    return found if name == "second_moment" else (found.sqrt() if name == "l2" else found).float()
+    return found if name in WIDE else (found.sqrt() if name == "l2" else found).float()

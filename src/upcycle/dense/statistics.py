@@ -41,7 +41,7 @@ NAMES = {
     "co_activation": "share of tokens with both above the threshold, neurons only [n, n]",
     "co_marker": "share of tokens with both among the K_a most active (CMoE), neurons only [n, n]",
     "gradient": "mean over tokens of |x dL/dx|, L the loss summed over targets [n]",
-    "mean": "mean over the tokens of each domain, channels only [D, H]",
+    "mean": "mean over the tokens of each domain, channels only, float64 [D, H]",
     "second_moment": "mean over tokens of x x^T, channels only, float64 [H, H]",
     "sample": "tokens drawn with equal probability, channels only [S, H]",
     "mergekit_hidden": "the router rows of mergekit-moe's gate_mode hidden [D, H]",
@@ -63,7 +63,7 @@ ONLY_AT = {
 }
 OF_DOMAINS = ("mean", "mergekit_hidden", "mergekit_hidden_avg", "cheap_embed")
 OF_PROMPTS = ("mergekit_hidden", "mergekit_hidden_avg", "cheap_embed")
-WIDE = ("second_moment",)  # stored as float64, because it is inverted
+WIDE = ("second_moment", "mean", NEGATIVE)  # stored as float64, because equations are solved with them
 _EDGE = 4096  # bytes at each end of a tensor that a fingerprint reads
 _CHUNK = 8 << 20
 

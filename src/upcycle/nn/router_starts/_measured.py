@@ -102,6 +102,10 @@ class OfDomains(Measured):
     def places(self, rows: int) -> list[int]:
         """Return the number of the domain of each of `rows` experts."""
         known = [domain.name for domain in self.measured.domains]
+        if not known:
+            raise UpcycleError(
+                f"{self.measured.path} knows no domains; calibrate with --collect {self.collect}"
+            )
         if unknown := [name for name in self.domains if name not in known]:
             raise UpcycleError(
                 f"router.init.domains: {self.measured.path} has no domain {unknown[0]}"
