@@ -21,9 +21,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import upcycle
-from upcycle.calibration import mergekit
+from upcycle.calibration import markers, mergekit
 from upcycle.calibration.asked import Asked
-from upcycle.calibration.markers import markers
 from upcycle.calibration.observer import MOST, TOKENS, Observer, means
 from upcycle.calibration.parts import Part, about, batches, parts
 from upcycle.calibration.stopped import begun, restore, save
@@ -79,6 +78,8 @@ def calibrate(
     ):
         dense, device = admit(opened), _device(asked.device)
         asked = _there(dense, asked)
+        if "co_marker" in asked.collect:
+            markers.refuse(dense, asked.marked)
         _check_memory(dense, asked, device)
         data = parts(dense, asked, asked.cache or made_here)
         examples = sum(len(part.order) for part in data)
@@ -95,7 +96,7 @@ def calibrate(
             domains=len(asked.domains),
             sample=asked.sample,
             seed=asked.seed,
-            markers=markers(dense, asked.marked, device) if "co_marker" in asked.collect else None,
+            markers=markers.markers(dense, asked.marked, device) if "co_marker" in asked.collect else None,
         )
         if done:
             restore(partial_file, observer)

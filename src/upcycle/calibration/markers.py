@@ -38,17 +38,8 @@ class Markers:
         return torch.zeros_like(h).scatter(-1, h.topk(self.marked, dim=-1).indices, 1.0)
 
 
-def markers(dense: Dense, marked: int, device: torch.device) -> dict[tuple[str, int], Markers]:
-    """Return the markers of every block, by stack and number.
-
-    Raises `UpcycleError` for networks without a gate or with biases, for which CMoE has no formula.
-    """
-    home = torch.device("cpu") if device.type == "mps" else device
-
-    def unit(matrix: Lazy) -> Tensor:
-        return F.normalize(torch.from_numpy(matrix.all("F32")), dim=-1).to(home)
-
-    out = {}
+def refuse(dense: Dense, marked: int) -> None:
+    """Refuse networks without a gate or with biases, for which CMoE has no formula, and narrow ones."""
     for stack in dense.stacks:
         for i in range(stack.count):
             network = dense.feed_forward(i, stack.name)
@@ -59,6 +50,20 @@ def markers(dense: Dense, marked: int, device: torch.device) -> dict[tuple[str, 
                 )
             if marked > network.width:
                 raise UpcycleError(f"--marked {marked} is more than the {network.width} neurons of a network")
+
+
+def markers(dense: Dense, marked: int, device: torch.device) -> dict[tuple[str, int], Markers]:
+    """Return the markers of every block, by stack and number."""
+    home = torch.device("cpu") if device.type == "mps" else device
+
+    def unit(matrix: Lazy) -> Tensor:
+        return F.normalize(torch.from_numpy(matrix.all("F32")), dim=-1).to(home)
+
+    out = {}
+    for stack in dense.stacks:
+        for i in range(stack.count):
+            network = dense.feed_forward(i, stack.name)
+            assert network.gate is not None
             out[stack.name, i] = Markers(
                 gate=unit(network.gate), up=unit(network.up), activation=stack.activation, marked=marked
             )
