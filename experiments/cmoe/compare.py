@@ -80,7 +80,8 @@ def main() -> None:
             collect=("l2", "co_activation", "co_marker"), positions=("neurons", "channels"),
         )  # fmt: skip
         known = {(run["variant"], run["active"], run["seed"]) for run in done}
-        wanted = [("dense", 172, None), *jobs(statistics)]
+        ordered = sorted(jobs(statistics), key=lambda job: job[2].get("seed", 0))
+        wanted = [("dense", 172, None), *ordered]
         for variant, active, recipe in wanted:
             seed = 0 if recipe is None else recipe.get("seed", 0)
             if (variant, active, seed) in known:
