@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy.optimize import linear_sum_assignment, linprog
 
 import tiny
 from upcycle import Recipe, blueprint, cli
+from upcycle.advice import recipe_file
 from upcycle.api.calibration import calibrate
 from upcycle.blueprints.cost import plan
 from upcycle.dense.statistics import KEY, NEGATIVE, Statistics
@@ -61,8 +63,6 @@ def measured(stories: Path, prompts: Path) -> Statistics:
 
 
 def sides(prompts: Path) -> list[tuple[list[str], list[str]]]:
-    import tomllib
-
     domains = tomllib.loads(prompts.read_text())["domain"]
     return [(each["positive_prompts"], each.get("negative_prompts", [])) for each in domains]
 
@@ -320,6 +320,7 @@ def test_a_recipe_takes_a_name_or_a_table(measured, stories):
     table = {"name": "prompts", "statistics": str(measured.path), "temperature": 2.0}
     recipe = Recipe.of(router={"init": table})
     assert Recipe.of(recipe.as_table()) == recipe
+    assert Recipe.of(tomllib.loads(recipe_file.text(recipe, []))) == recipe
     built = blueprint(
         stories, Recipe.of(moe={"num_experts": 3, "target": "upcycled"}, router={"init": table})
     )

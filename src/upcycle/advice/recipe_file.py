@@ -53,6 +53,8 @@ def _pairs(table: Mapping[str, Any]) -> list[str]:
 
 def _value(value: Any) -> str:
     """Return a value as TOML writes it; its numbers, truth values, strings and lists are those of JSON."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(_pairs(value)) + "}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
