@@ -47,6 +47,7 @@ UPWARDS = {
     ("blueprints", "conversion"): "the plan lays shards out to count their bytes",
     ("dense", "targets"): "a source that is a Mixture of Experts already is refused by name",
     ("init", "dense"): "initialisations that select read the statistics that were collected",
+    ("nn", "dense"): "routers that start from data read the statistics that were collected",
     ("nn", "hf"): "experts run through transformers' implementations",
     ("targets", "blueprints"): "targets speak of the entries and layers of a blueprint",
 }

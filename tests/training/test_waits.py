@@ -155,6 +155,7 @@ ROUTERS = {
     "top_k, surest first": (BERT, {"router": {"capacity_factor": 0.5, "batch_priority": True}}),
     "top_k, texts": (TEXTS, {"router": {"capacity_factor": 0.5, "rounding": "vmoe"}}),
     "sigmoid": ("llama", {"router": {"name": "sigmoid", "bias_update_rate": 0.01}}),
+    "analytic": ("llama", {"router": {"name": "analytic", "bias_update_rate": 0.001}}),
     "sigmoid, texts": (TEXTS, {"router": {"name": "sigmoid"}}),
     "expert_choice": (BERT, {"router": {"name": "expert_choice"}}),
     "expert_choice, texts": (TEXTS, {"router": {"name": "expert_choice"}}),

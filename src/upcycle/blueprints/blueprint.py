@@ -26,6 +26,8 @@ from upcycle.dense.donors import admit_donors
 from upcycle.dense.source import Dense, admit
 from upcycle.families import Config, Weights
 from upcycle.init import Site
+from upcycle.nn import router_rows
+from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.targets import Target
 from upcycle.tensors.lazy import Lazy
@@ -148,7 +150,11 @@ class Blueprint:
             and gate == 1.0
             and (gated or up == 1.0)
             and router.reaches_all(count, top_k)
-            and (router.sums_to_one(count, top_k) or (site.uniform_router and router.rescale))
+            and (
+                router.sums_to_one(count, top_k)
+                or (site.uniform_router and router.rescale)
+                or site.even_weights
+            )
             and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))
         )
 
@@ -161,6 +167,17 @@ class Blueprint:
         met = router.experts_per_token(site.num_experts, site.top_k, row)
         whole = site.width == site.dense_width and router.group in (0, row)
         return whole and not router.has_slots and met >= site.num_experts
+
+    @cached_property
+    def router_rows(self) -> dict[Site, RouterRows]:
+        """How the rows of each router that starts from data lie to one another."""
+        found = {}
+        for site in self.sites:
+            router = self.parts[site.stack].router
+            if router.start.from_data and router.linear:
+                weight = router.start.weight(site, router.rows(site.all_experts), "F32", router.std)
+                found[site] = router_rows.seen(weight.all())
+        return found
 
     @cached_property
     def parts(self) -> dict[str, Recipe]:
@@ -200,6 +217,8 @@ def blueprint(
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
     dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
     recipe.init.admit(dense)
+    for router in [recipe.router, *(part.router for part in recipe.parts.values())]:
+        router.start.admit(dense)
     if recipe.successor is not None:
         dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)
     target = targets.of(dense, recipe)

@@ -7,8 +7,9 @@ from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.dense.adapted import Adapted
 from upcycle.errors import listed
-from upcycle.nn import kernels
+from upcycle.nn import kernels, router_rows
 from upcycle.recipe import Recipe
+from upcycle.system.wording import place_of
 
 
 def _adapters(built: Blueprint) -> list[str]:
@@ -91,6 +92,9 @@ def warnings(built: Blueprint) -> list[str]:
             "config.json says use_cache = false, as training scripts write it, and so does the result: "
             "generation works out every token anew; set it to true to generate"
         )
+    out += router_rows.warnings(
+        {place_of(site.stack, site.layer): rows for site, rows in built.router_rows.items()}
+    )
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)
@@ -107,7 +111,7 @@ def _causal(built: Blueprint) -> list[Recipe]:
 def _not_renormalised(part: Recipe) -> str | None:
     """Return a warning if the weights of a token's experts do not sum to one."""
     count, top_k = part.moe.num_experts, part.moe.top_k
-    if part.router.sums_to_one(count, top_k):
+    if part.router.sums_to_one(count, top_k) or (part.router.even and part.router.rescale):
         return None
     factor = 1 / part.router.gate_sum(count, top_k)
     if not part.router.rescale:

@@ -62,6 +62,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
                 grouped_router=router.start.groups,
                 uniform_router=router.start.uniform(router.std),
                 gate_sum=router.gate_sum(moe.num_experts, moe.top_k) if router.rescale else 1.0,
+                even_weights=router.even and router.rescale,
             )
             recipe.init.check(site)
             out.append(site)
@@ -118,6 +119,13 @@ def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
         if shared.mandatory == "narrow":
             return min(NARROW, full)
         return full // granularity if shared.mandatory == "full" else 0
+    if recipe.init.chooses_shared:
+        if shared.combine != "sum":
+            raise UpcycleError(
+                f"init {recipe.init.name} adds the shared expert as it is, and {names.model_type} weighs it; "
+                f"set moe.target = upcycled"
+            )
+        return asked * full // granularity
     if asked != granularity:
         raise UpcycleError(
             f"moe.shared_experts = {asked} of 1/{granularity} of the dense width; the shared expert is the "
@@ -161,7 +169,8 @@ def tensors(
     networks = [model.origin(site.layer, site.stack) for model in models]
     hidden, dtype = site.hidden, networks[0].down.dtype
     asked, shared = recipe.moe.shared_experts > 0, names.shared
-    halved = asked and shared is not None and shared.combine in ("gated", "sum")
+    part = recipe.init.shared(networks, site) if asked else None
+    halved = asked and part is None and shared is not None and shared.combine in ("gated", "sum")
     half = 0.5 if halved else 1.0
     experts = _experts(networks, range(site.num_experts), site, recipe, half)
     router, rows = recipe.router, recipe.router.rows(site.all_experts)
@@ -172,12 +181,17 @@ def tensors(
         written = names.layout.write(others).items()
         out |= {f"universal.{name.removeprefix('experts.')}": tensor for name, tensor in written}
     out |= names.beside_router(recipe, site, _norm(models[0], site, every), dtype)
+    if (neurons := recipe.init.representatives(site)) is not None:
+        activation = models[0].stack(site.stack).activation
+        started = router.from_neurons(networks[0].take(neurons), activation)
+        beside = names.router.removesuffix("weight")
+        out |= {f"{beside}{name}": tensor for name, tensor in started.items()}
     if shared and site.shared_width:
-        network = combined(networks, recipe).neurons(0, site.shared_width)
+        network = part or combined(networks, recipe).neurons(0, site.shared_width)
         if not asked:
             idle = Fill((hidden, site.shared_width), dtype, 0.0)
             network = replace(network, down=idle)
-        elif shared.combine == "sum":
+        elif part is None and shared.combine == "sum":
             network = network.scaled(down=0.5, down_bias=0.5)
         out |= shared.write(network)
         if shared.gate:

@@ -17,7 +17,7 @@ from upcycle.tensors import rng
 from upcycle.tensors.computed import Mean
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
-from upcycle.tensors.positions import Order
+from upcycle.tensors.positions import Order, Positions
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -51,6 +51,7 @@ class Site:
     grouped_router: bool
     uniform_router: bool  # the router is all zero: every expert has the same score for every token
     gate_sum: float  # sum of the weights of the chosen experts under a uniform router
+    even_weights: bool = False  # chosen experts have equal weights, whatever the router scores
 
     @property
     def width(self) -> int:
@@ -107,6 +108,7 @@ class Init(Named, abc.ABC):
     needs: ClassVar[str] = "nothing"
     fine_grained: ClassVar[bool] = False  # True if experts may be narrower than the dense network
     selects: ClassVar[bool] = False  # True if experts may have any width, and fewer channels
+    chooses_shared: ClassVar[bool] = False  # True if the shared expert is a part that it chooses
 
     @abc.abstractmethod
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
@@ -115,6 +117,14 @@ class Init(Named, abc.ABC):
     def make(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
         """Return expert `e`, as everybody asks for it; an initialisation may have a key called `expert`."""
         return self.expert(dense, e, site)
+
+    def shared(self, dense: list[FeedForward], site: Site) -> FeedForward | None:
+        """Return the shared expert if it is a part that experts lack; None if it is the dense network."""
+        return None
+
+    def representatives(self, site: Site) -> Positions | None:
+        """Return one neuron of the dense network for each expert, for a router that is made of neurons."""
+        return None
 
     @abc.abstractmethod
     def preserves(self, site: Site) -> bool:
