@@ -266,7 +266,7 @@ def test_tokenised_once(tmp_path: Path, tokenised: Any, monkeypatch: pytest.Monk
     path = tmp_path / "a.txt"
     path.write_text("text")
     first = tokenised(path)
-    assert sorted(p.suffix for p in first.path.parent.iterdir()) == [".bin", ".json"]
+    assert sorted(p.suffix for p in first.path.parent.iterdir()) == [".bin", ".json", ".starts"]
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "_encode", None)  # whoever tokenises again fails

@@ -161,6 +161,7 @@ ROUTERS = {
     "soft, texts": (TEXTS, {"router": {"name": "soft"}}),
     "spherical": (BERT, {"router": {"name": "spherical", "preset": "repo", "branch_dropout": 0.1}}),
     "accumulated": ("llama", {"train": {"micro_batch": 2, "clip_grad_norm": 1.0}}),
+    "documents apart": ("llama", {"data": {"isolate": True}}),
     "buffered": ("llama", {"train": {"micro_batch": 2}, "router": {"balance_counts": "buffered"}}),
 }
 

@@ -22,6 +22,7 @@ from upcycle.data import stamps
 from upcycle.data.feeding import Feed
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf import packing
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
@@ -81,6 +82,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     if mine.begun is not None:
         task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
         fit.refuse_pooling(run, mine.begun.built)
+        fit.refuse_isolation(run, task, mine.begun.subject)
     with ExitStack() as stack:
         here = stack.enter_context(
             ranks(
@@ -193,6 +195,8 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
+            if run.data.isolate:
+                log.say(f"documents in a row do not see each other, by masks for {packing.attention(trainee.model)}")
             for note in trainee.task.notes():
                 log.say(note)
         first: Score | None = None

@@ -96,6 +96,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     begun = start.start_of(run)
     task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     fit.refuse_pooling(run, begun.built)
+    fit.refuse_isolation(run, task, begun.subject)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
     layout = run.parallel.layout(world)
@@ -220,8 +221,9 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 precision="bfloat16",
             )
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
+            batch = {"rows": rows, **({"positions": rows} if run.data.isolate else {})}
             for number in range(_STEPS):
-                step.queue_step(trainee, {"rows": rows}, number, run.schedule.at(number, train.total_steps))
+                step.queue_step(trainee, batch, number, run.schedule.at(number, train.total_steps))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         return f"{error.func} depends on values, and a dry run has none"
     except RuntimeError as error:

@@ -29,6 +29,7 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
+from upcycle.hf import packing
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
@@ -164,6 +165,8 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype)
+    if run.data.isolate:
+        _refuse_unmasked(model)
     if model.device != ranks.device:
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
@@ -176,6 +179,14 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     if run.train.compile:
         _compile(_blocks(model, start))
     return model.train()
+
+
+def _refuse_unmasked(model: PreTrainedModel) -> None:
+    if (found := packing.attention(model)) not in packing.MASKED:
+        raise UpcycleError(
+            f"data.isolate = true: the model runs with attention = {found}, which reads no masks; allowed: "
+            f"{listed(packing.MASKED)}"
+        )
 
 
 def scales(

@@ -55,7 +55,7 @@ class Trainee:
 
     def logits(self, question: Question, **options: Any) -> Tensor:
         """Return the model's logits for a question."""
-        with self.autocast(), packing.unpacked():
+        with self.autocast(), packing.told(question.inputs):
             out: Tensor = self.model(**question.inputs, **options).logits
         return out
 
@@ -63,7 +63,7 @@ class Trainee:
         """Return the cross-entropy in nats, summed over the targets of a question."""
         if (head := self._head(question)) is None:
             return self.task.loss(self.logits(question), question.labels)
-        with self.autocast(), packing.unpacked():
+        with self.autocast(), packing.told(question.inputs):
             return chunked_entropy.cross_entropy(self._hidden(question), question.labels, head)
 
     def scores(self, question: Question, rows: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ class Trainee:
         if (head := self._head(question)) is None:
             logits = self.logits(question)[:rows]
             return self.task.loss(logits, labels), self.task.correct(logits, labels)
-        with self.autocast(), packing.unpacked():
+        with self.autocast(), packing.told(question.inputs):
             return chunked_entropy.scores(self._hidden(question)[:rows], labels, head)
 
     def _head(self, question: Question) -> Head | None:
