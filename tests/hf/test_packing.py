@@ -21,7 +21,12 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconForCausalLM", {}),
     "falcon-alibi": ("FalconForCausalLM", {"alibi": True}),
 }
-NAMES = [*dict.fromkeys([*tiny.DECODERS, *tiny.OTHERS, *tiny.RECENT]), "qwen2-sliding", "qwen3-windows", *PLAIN]
+NAMES = [
+    *dict.fromkeys([*tiny.DECODERS, *tiny.OTHERS, *tiny.RECENT]),
+    "qwen2-sliding",
+    "qwen3-windows",
+    *PLAIN,
+]
 JOINED = {"lfm2", "granitemoehybrid", "qwen3_5_text", "falcon-alibi"}
 
 

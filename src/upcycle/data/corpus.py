@@ -108,7 +108,9 @@ def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) ->
         path = cache / f"{_key(source, data, words, vocab_size)}.bin"
         tokens = _found(path, source, vocab_size)
         if tokens is not None and data.isolate and tokens.starts is None:
-            progress.say(f"{path} does not say where documents begin, which data.isolate needs; it is made anew")
+            progress.say(
+                f"{path} does not say where documents begin, which data.isolate needs; it is made anew"
+            )
             tokens = None
         made.append(tokens or _make(source, data, words, path, vocab_size))
     return made

@@ -11,7 +11,7 @@ from upcycle import tasks
 from upcycle.blueprints import caveats
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.dense.subject import Subject
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
 from upcycle.tasks import Task
 from upcycle.training.run import Run
@@ -48,7 +48,7 @@ def refuse_isolation(run: Run, task: Task, subject: Subject) -> None:
     if not task.isolates:
         able = [name for name in tasks.names() if tasks.find(name).isolates]
         raise UpcycleError(
-            f"data.isolate = true is for {listed(able)}, and the task is {task.name}; set it to false"
+            f"data.isolate = true is for {' and '.join(able)}, and the task is {task.name}; set it to false"
         )
     if (why := subject.tells_apart(run.train.sequence_length)) is not None:
         raise UpcycleError(

@@ -196,7 +196,9 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
             if run.data.isolate:
-                log.say(f"documents in a row do not see each other, by masks for {packing.attention(trainee.model)}")
+                log.say(
+                    f"documents in a row do not see each other, by masks for {packing.attention(trainee.model)}"
+                )
             for note in trainee.task.notes():
                 log.say(note)
         first: Score | None = None
