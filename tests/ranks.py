@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
 from upcycle.data.corruption import IGNORED
-from upcycle.training import agreement, chunked_entropy, optimizer, saving, start, step
+from upcycle.training import agreement, chunked_entropy, optimizer, saving, start, step, teacher
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
@@ -100,6 +100,7 @@ def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
         run=run,
         ranks=here,
         precision=precision,
+        teacher=None if begun.teacher is None else teacher.model_of(begun.teacher, here, precision),
     )
 
 
@@ -175,6 +176,7 @@ def gradients(
                 {
                     "gradients": kept,
                     "loss": outcome.loss,
+                    "divergence": outcome.divergence,
                     "norm": outcome.grad_norm,
                     "balance": outcome.balance_loss,
                     "z": outcome.z_loss,

@@ -119,7 +119,7 @@ def test_transformers_is_as_it_was_afterwards():
     """Also after an error, and rows without positions are one text."""
     model = model_of("llama")
     ids, positions = rows_of(model)
-    before = {name: value for name, value in vars(transformers.masking_utils).items()}
+    before = dict(vars(transformers.masking_utils))
     plain = model(input_ids=ids, use_cache=False).logits
     with pytest.raises(ZeroDivisionError), packing.told({"position_ids": positions}):
         1 / 0  # noqa: B018

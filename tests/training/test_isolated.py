@@ -90,9 +90,8 @@ def test_a_run_scores_documents_as_if_alone_and_goes_on_to_the_bit(
     with caplog.at_level("INFO", "upcycle"):
         whole = train(table_of(trainable[0], stories_apart, tmp_path / "whole"))
     assert "documents in a row do not see each other, by masks for sdpa" in caplog.text
-    train(table_of(trainable[0], stories_apart, tmp_path / "parts"))
-    shutil.rmtree(dict(saving.found(tmp_path / "parts"))[4])
-    again = train(table_of(trainable[0], stories_apart, tmp_path / "parts"), resume=True)
+    shutil.rmtree(dict(saving.found(tmp_path / "whole"))[4])
+    again = train(table_of(trainable[0], stories_apart, tmp_path / "whole"), resume=True)
     assert (again.loss, again.held_out_loss) == (whole.loss, whole.held_out_loss)
 
     run = Run.of(table_of(trainable[0], stories_apart, tmp_path / "whole"))

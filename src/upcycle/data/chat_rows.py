@@ -65,7 +65,8 @@ class ChatRows:
         """Lay chats out in rows of `length` tokens, in their order, each in the first row that has room.
 
         A longer chat is cut at the end if `cut` is set and an answer is before it, and left out otherwise.
-        Without `pack`, each chat has a row to itself. With `isolate`, positions start anew at each chat. Raises `UpcycleError` if no chat is left.
+        Without `pack`, each chat has a row to itself. With `isolate`, positions start anew at each chat.
+        Raises `UpcycleError` if no chat is left.
         """
         laid = [(chat.ids[:length], chat.labels[:length]) for chat in chats if cut or len(chat) <= length]
         laid = [(ids, labels) for ids, labels in laid if (labels != IGNORED).any()]

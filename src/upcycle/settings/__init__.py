@@ -13,5 +13,5 @@ from upcycle.settings.tables import Named, Settings, defaults, hints, keys
 
 __all__ = [
     "Above", "AtLeast", "Finite", "Layout", "Named", "Settings", "Verbatim", "Within", "alternatives",
-    "families", "hints", "keys", "options", "override", "parted", "read", "read_toml", "table_at",
+    "defaults", "families", "hints", "keys", "options", "override", "parted", "read", "read_toml", "table_at",
 ]  # fmt: skip

@@ -42,6 +42,7 @@ from upcycle.training import (
     saving,
     start,
     step,
+    teacher,
     writers,
 )
 from upcycle.training.ledger import Ledger, Rate
@@ -83,6 +84,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
         fit.refuse_pooling(run, mine.begun.built)
         fit.refuse_isolation(run, task, mine.begun.subject)
+        teacher.refuse_other(run, task, mine.begun.subject, mine.begun.teacher)
     with ExitStack() as stack:
         here = stack.enter_context(
             ranks(
@@ -100,6 +102,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         _warn(run, begun, task, here, begins=checkpoint is None)
         if here.first and before is not None:
             _say_changed_layout(before, here)
+        _refuse_other_teacher(before, begun, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
@@ -112,6 +115,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
         with _sources_kept(begun, here, before) as hashes:
             model = start.model_of(begun, run, here, precision)
+            taught_by = None if begun.teacher is None else teacher.model_of(begun.teacher, here, precision)
         routers = Routers.of(model)
         trainee = Trainee(
             model=model,
@@ -122,11 +126,14 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             run=run,
             ranks=here,
             precision=precision,
+            teacher=taught_by,
         )
         if run.router.bias_update_rate and trainee.routers:
             trainee.routers.biases()
         state = _begin(trainee, begun, feed, checkpoint, hashes)
         begun.dense.checkpoint.close()
+        if begun.teacher is not None:
+            begun.teacher.checkpoint.close()
         if here.first:
             _write_record(trainee, out, state)
         with noted(signal.SIGTERM) as stop:
@@ -156,6 +163,20 @@ def _say_changed_layout(before: RunState, here: Ranks) -> None:
         f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
         f"({here.layout})"
     )
+
+
+def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) -> None:
+    """Refuse to go on with a teacher that has changed: it is read again, unlike what the model came from."""
+    if before is None or before.source_sha256 is None or begun.teacher is None:
+        return
+    checkpoint = begun.teacher.checkpoint
+    then = before.source_sha256.get(checkpoint.label)
+    now = here.share(dict(checkpoint.hashes()) if here.first else None)
+    if now != then:
+        raise UpcycleError(
+            f"the teacher {checkpoint.name} has changed since step {before.step} was saved; put it back as "
+            f"it was, or start a new run"
+        )
 
 
 @contextmanager
@@ -196,9 +217,8 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
             if run.data.isolate:
-                log.say(
-                    f"documents in a row do not see each other, by masks for {packing.attention(trainee.model)}"
-                )
+                how = packing.attention(trainee.model)
+                log.say(f"documents in a row do not see each other, by masks for {how}")
             for note in trainee.task.notes():
                 log.say(note)
         first: Score | None = None

@@ -32,7 +32,7 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
-from upcycle.training import fit, gradients, micro_batch, optimizer, parallel, start, step
+from upcycle.training import fit, gradients, micro_batch, optimizer, parallel, start, step, teacher
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -97,6 +97,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     fit.refuse_pooling(run, begun.built)
     fit.refuse_isolation(run, task, begun.subject)
+    teacher.refuse_other(run, task, begun.subject, begun.teacher)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
     layout = run.parallel.layout(world)
