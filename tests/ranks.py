@@ -100,7 +100,7 @@ def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
         run=run,
         ranks=here,
         precision=precision,
-        teacher=None if begun.teacher is None else teacher.model_of(begun.teacher, here, precision),
+        teacher=teacher.teaching(run, begun, None, None, here, precision=precision, steps=1),
     )
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 import gloo
 import ranks
 import tiny
+import upcycle
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
-from upcycle.training import chunked_entropy, saving, step
+from upcycle.training import chunked_entropy, saving, step, teacher
 from upcycle.training.distillation import Largest, Whole, losses
 from upcycle.training.export import export
 from upcycle.training.loop import train
@@ -97,7 +98,7 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn():
         found = losses(
             same, torch.zeros(5, dtype=torch.long), lesson, Teacher(source="x", weight=1.0, temperature=1.5)
         )
-        assert abs(float(found.total)) < 1e-5
+        assert abs(found.total.item()) < 1e-5
         assert float(torch.autograd.grad(found.total, same)[0].abs().max()) < 1e-5
 
 
@@ -128,7 +129,7 @@ def test_a_step_learns_from_the_teacher_as_a_loop_says(pair):
     assert run.teacher is not None
     rows = ranks.rows_of(run)
     mine = trainee.model(input_ids=rows[:, :-1]).logits.flatten(0, 1)
-    theirs = trainee.teacher(input_ids=rows[:, :-1]).logits.flatten(0, 1)
+    theirs = trainee.teacher.model(input_ids=rows[:, :-1]).logits.flatten(0, 1)
     labels, t, w = rows[:, 1:].flatten(), run.teacher.temperature, run.teacher.weight
     p, q = (theirs / t).softmax(-1), (mine / t).softmax(-1)
     divergence = (p * (p / q).log()).sum(-1).mean()
@@ -222,17 +223,92 @@ def test_its_cost_counts(trainable, tmp_path):
     assert "divergence" not in (tmp_path / "alone" / "metrics.jsonl").read_text()
 
 
+def changed(table: dict[str, Any], out: Path, **teacher: Any) -> dict[str, Any]:
+    """The same run into another folder, with changes of its teacher."""
+    return {**table, "out": str(out), "teacher": {**table["teacher"], **teacher}}
+
+
+def test_kept_logits_are_those_of_the_teacher_and_are_made_once(trainable, tmp_path, monkeypatch):
+    """With every word, the losses of a run beside its teacher; rows of a second epoch, and of resumed runs."""
+    train_ = {"steps": 6, "batch_size": 3, "micro_batch": 2, "sequence_length": 64, "eval_every": 0}
+    short = tmp_path / "short.txt"
+    short.write_text(trainable[1].read_text()[:1500])  # fewer rows than the run draws
+    table = table_of((trainable[0], short), tmp_path / "beside", train=train_, teacher={"temperature": 2.0})
+    train(table)
+    beside = [(line.loss, line.divergence, line.grad_norm) for line in read(tmp_path / "beside")]
+    words = json.loads((trainable[0] / "config.json").read_text())["vocab_size"]
+    cache = tmp_path / "cache"
+    kept = changed(table, tmp_path / "kept", top_logits=words, cache=str(cache))
+    train(kept)
+    for line, wanted in zip(read(tmp_path / "kept"), beside, strict=True):
+        assert (line.loss, line.divergence, line.grad_norm) == pytest.approx(wanted, rel=2e-5, abs=1e-5)
+    (segment,) = cache.glob("*.logits")
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the teacher is not needed")
+
+    monkeypatch.setattr(teacher, "model_of", never)
+    again = changed(table, tmp_path / "again", top_logits=words, cache=str(cache))
+    train(again)
+    losses_ = [[line.loss for line in read(tmp_path / name)] for name in ("kept", "again")]
+    assert losses_[0] == losses_[1]
+    shutil.rmtree(dict(saving.found(tmp_path / "again"))[6])
+    train(again, resume=True)
+    assert [line.loss for line in read(tmp_path / "again")] == losses_[0]
+
+    with pytest.raises(UpcycleError, match=r"made otherwise \(they differ in temperature\)"):
+        train(changed(kept, tmp_path / "warm", temperature=3.0))
+    segment.write_bytes(b"x" + segment.read_bytes()[1:])
+    with pytest.raises(AssertionError, match="the teacher is not needed"):
+        train(changed(kept, tmp_path / "damaged"))
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "letter.txt").write_text("to keep")
+    with pytest.raises(UpcycleError, match="holds something else than a teacher's logits"):
+        train(changed(kept, tmp_path / "foreign", cache=str(other)))
+
+
+def test_ranks_share_the_work_of_keeping_logits(trainable, tmp_path):
+    """Two ranks write what one does, and take the same steps."""
+    table = table_of(trainable, tmp_path / "one", teacher={"top_logits": 8})
+    wanted = train(table)
+    again = {**table, "out": str(tmp_path / "two"), "parallel": {"fsdp": 2, "ep": 2}}
+    for (found,) in gloo.run(2, "ranks:trains", [(again, False)]):
+        assert found["loss"] == pytest.approx(wanted.loss, rel=1e-5)
+        assert found["held_out"] == pytest.approx(wanted.held_out_loss, rel=1e-5)
+    rows = []
+    for name in ("one", "two"):
+        sizes = [file.stat().st_size for file in (tmp_path / name / "teacher").glob("*.logits")]
+        rows.append(sum(sizes))
+        assert len(sizes) == {"one": 1, "two": 2}[name]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("top", [None, 5])
+def test_a_dry_run_has_the_teacher(top, dense, tmp_path):
+    """Beside the steps it takes memory, and kept on disk it takes none."""
+    source = dense("llama", num_hidden_layers=2)
+    run = taught(str(source))
+    if top:
+        run["teacher"]["top_logits"] = top
+    found = rehearse(ranks.run_of(str(source), {}, run), world=2)
+    assert found.not_stepped is None
+    size = sum(p.numel() for p in upcycle.open(source).parameters()) * 4
+    assert sum(held.teacher for held in found.ranks) == (0 if top else size)
+
+
 @pytest.mark.parametrize(
-    ("teacher", "changes", "said"),
+    ("given", "changes", "said"),
     [
         (("llama", {"vocab_size": 64}), {}, "has a vocabulary of 64 tokens and the model one of 96"),
-        (("llama", {"max_position_embeddings": 16}), {}, "sequence_length = 32 and the model has 16 positions"),
+        (("llama", {"max_position_embeddings": 16}), {}, "= 32 and the model has 16 positions"),
+        (("llama", {}), {"teacher": {"top_logits": 97}}, "top_logits = 97 and the vocabulary has 96 tokens"),
         (("lfm2", {}), {"data": {"isolate": True}}, "cannot keep the documents of a row apart"),
         (("llama", {}), {"task": {"name": "masked_lm"}}, "the task is masked_lm; take it out"),
     ],
 )  # fmt: skip
-def test_teachers_that_do_not_do(teacher, changes, said, dense, tmp_path):
-    name, options = teacher
+def test_teachers_that_do_not_do(given, changes, said, dense, tmp_path):
+    name, options = given
     source = dense("llama") if "task" not in changes else tiny.make(tmp_path / "bert", "BertForMaskedLM")
     changes = {
         **changes,
@@ -265,7 +341,8 @@ def test_a_teacher_with_other_tokens_of_the_same_number(trainable, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"weight": 0.0}, {"weight": 1.5}, {"temperature": 0.0}, {"top_logits": 0}, {"top": 3}]
+    "changes",
+    [{"weight": 0.0}, {"weight": 1.5}, {"temperature": 0.0}, {"top_logits": 0}, {"top": 3}, {"cache": "x"}],
 )
 def test_keys_out_of_range(changes, trainable, tmp_path):
     with pytest.raises(UpcycleError, match=r"teacher\.|unknown key teacher"):

@@ -115,7 +115,6 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
         with _sources_kept(begun, here, before) as hashes:
             model = start.model_of(begun, run, here, precision)
-            taught_by = None if begun.teacher is None else teacher.model_of(begun.teacher, here, precision)
         routers = Routers.of(model)
         trainee = Trainee(
             model=model,
@@ -126,14 +125,18 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             run=run,
             ranks=here,
             precision=precision,
-            teacher=taught_by,
         )
         if run.router.bias_update_rate and trainee.routers:
             trainee.routers.biases()
         state = _begin(trainee, begun, feed, checkpoint, hashes)
-        begun.dense.checkpoint.close()
-        if begun.teacher is not None:
-            begun.teacher.checkpoint.close()
+        trainee = replace(
+            trainee,
+            teacher=teacher.teaching(
+                run, begun, task, feed, here, precision=precision, steps=run.train.total_steps - state.step
+            ),
+        )
+        for opened in begun.checkpoints:
+            opened.close()
         if here.first:
             _write_record(trainee, out, state)
         with noted(signal.SIGTERM) as stop:
@@ -243,7 +246,8 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         while state.step < total:
             now = state.step
             book.begin()
-            batch = _on(here.device, feed.next(run.train.rows, part))
+            arrays = feed.next(run.train.rows, part)
+            batch = _on(here.device, arrays if trainee.teacher is None else trainee.teacher.beside(arrays))
             lr = run.schedule.at(now, total)
             book.add(step.queue_step(trainee, batch, now, lr, stop), lr)
             last = now + 1 == total

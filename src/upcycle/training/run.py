@@ -118,6 +118,17 @@ class Teacher(Settings):
     source: str  # a dense checkpoint with the same vocabulary: a folder, or a hub id
     weight: Annotated[float, Within("(0, 1]")] = 0.5  # share of the teacher in the loss
     temperature: Annotated[float, Above(0)] = 1.0  # divides the logits of both models
+    # number of the teacher's largest logits per token that are kept on disk before the first step, so that it
+    # is not in memory beside the model; all other words are one; None: it runs beside each step
+    top_logits: Annotated[int, AtLeast(1)] | None = None
+    cache: str | None = None  # folder of kept logits, which several runs can share; None: RUN/teacher
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache is not None and self.top_logits is None:
+            raise UpcycleError(
+                "teacher.cache is a folder of kept logits; set teacher.top_logits, or take it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,13 @@ from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.training import chunked_entropy, distillation, fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
-from upcycle.training import teacher as teachers
 from upcycle.training.distillation import Losses
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Kind, Routers, Tally
 from upcycle.training.run import Run
 from upcycle.training.seeds import Seeds
 from upcycle.training.start import Start
+from upcycle.training.teacher import Teaching
 from upcycle.training.transfer import Transfer
 
 
@@ -43,7 +43,7 @@ class Trainee:
     run: Run
     ranks: Ranks
     precision: str
-    teacher: PreTrainedModel | None = None
+    teacher: Teaching | None = None
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -69,15 +69,15 @@ class Trainee:
         with self.autocast(), packing.told(question.inputs):
             return chunked_entropy.cross_entropy(self._hidden(question), question.labels, head)
 
-    def losses(self, question: Question) -> Losses:
-        """Return the losses of a question: the cross-entropy, and the teacher's part if there is one."""
+    def losses(self, question: Question, batch: Batch) -> Losses:
+        """Return the losses of a question about a batch: the cross-entropy, and the teacher's part."""
         settings = self.run.teacher
         if self.teacher is None or settings is None:
             entropy = self.entropy(question)
             return Losses(total=entropy, entropy=entropy)
         head = self._head(question)
         with self.autocast(), packing.told(question.inputs):
-            lesson = teachers.lesson(self.teacher, question, in_chunks=head is not None)
+            lesson = self.teacher.lesson(question, batch, in_chunks=head is not None)
             if head is not None:
                 hidden = self._hidden(question)
                 return chunked_entropy.distilled(hidden, question.labels, head, lesson, settings)
@@ -190,7 +190,7 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     total: Tensor | None = None
     for place, question in enumerate(questions):
         with _recorded(trainee, seeds, place):
-            found = trainee.losses(question)
+            found = trainee.losses(question, micros[place])
         loss, (entropy, *taught) = found.total / targets, [each / targets for each in found.told()]
         parts = [entropy]
         if routers is not None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -12,14 +16,21 @@ from upcycle import loading
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints import vocabularies
 from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.data.feeding import Feed
 from upcycle.dense.source import Dense, admit
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
+from upcycle.hf import packing
 from upcycle.hf.heads import Head
-from upcycle.tasks import Question, Task
-from upcycle.training.distillation import Lesson, Unheaded, Whole
+from upcycle.tasks import Batch, Question, Task
+from upcycle.training import kept_logits
+from upcycle.training.distillation import Largest, Lesson, Unheaded, Whole
+from upcycle.training.kept_logits import Arrays
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
+
+if TYPE_CHECKING:
+    from upcycle.training.start import Start
 
 LABEL = "teacher"  # of its checkpoint, in errors and in the hashes of a run
 
@@ -53,6 +64,10 @@ def refuse_other(run: Run, task: Task, taught: Subject, teacher: Dense | None) -
             f"teacher.source = {source} and the model {why}; a teacher must have the same vocabulary, token "
             f"by token"
         )
+    if (count := run.teacher.top_logits) is not None and count > subject.vocab_size:
+        raise UpcycleError(
+            f"teacher.top_logits = {count} and the vocabulary has {subject.vocab_size} tokens; give fewer"
+        )
     if (long := task.beyond_positions(run.train.sequence_length, subject)) is not None:
         raise UpcycleError(f"teacher.source = {source}: {long}")
     if run.data.isolate and (joined := subject.tells_apart(run.train.sequence_length)) is not None:
@@ -62,12 +77,17 @@ def refuse_other(run: Run, task: Task, taught: Subject, teacher: Dense | None) -
         )
 
 
-def model_of(dense: Dense, ranks: Ranks, precision: str) -> PreTrainedModel:
-    """Build the teacher without gradients, shared out as the run's layout says; it has no experts."""
+def model_of(
+    dense: Dense, ranks: Ranks, precision: str, entries: Mapping[str, Entry] | None = None
+) -> PreTrainedModel:
+    """Build the teacher without gradients, shared out as the run's layout says; it has no experts.
+
+    `entries` are its tensors, if they are not those of its checkpoint.
+    """
     model = loading.build(
         dense.architecture,
         dict(dense.checkpoint.config),
-        {name: Entry(tensor, tensor.dtype) for name, tensor in dense.tensors.items()},
+        entries or {name: Entry(tensor, tensor.dtype) for name, tensor in dense.tensors.items()},
         distributed_config=None if ranks.config is None else replace(ranks.config, ep_size=1),
         dtype=torch.float32 if precision == "float32" else torch.bfloat16,
     )
@@ -78,20 +98,77 @@ def model_of(dense: Dense, ranks: Ranks, precision: str) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-@torch.no_grad()
-def lesson(model: PreTrainedModel, question: Question, *, in_chunks: bool) -> Lesson:
-    """Return what the teacher says about every token of a question, in their order.
+class Teaching(Protocol):
+    """A teacher in training: beside the model, or what is kept of it."""
 
-    With `in_chunks`, its logits are computed when they are asked for, if its head is a linear map.
-    """
-    head = Head.of(model) if in_chunks else None
-    found: Lesson
-    if head is not None:
-        states = model.base_model(**question.inputs).last_hidden_state
-        found = Unheaded(states=states.flatten(0, -2).to(head.weight.dtype), head=head)
-    else:
-        found = Whole(logits=model(**question.inputs).logits.flatten(0, -2))
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # there is no backward pass that would
-    return found
+    def beside(self, batch: Arrays) -> Arrays:
+        """Return a batch of the data with what the teacher's lesson needs of it."""
+
+    def lesson(self, question: Question, batch: Batch, *, in_chunks: bool) -> Lesson:
+        """Return what the teacher says about every token of a question, in their order.
+
+        With `in_chunks`, logits are computed when they are asked for, if they can be.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A teacher that is in memory and reads each batch."""
+
+    model: PreTrainedModel
+
+    def beside(self, batch: Arrays) -> Arrays:
+        return batch
+
+    @torch.no_grad()
+    def lesson(self, question: Question, batch: Batch, *, in_chunks: bool) -> Lesson:
+        head = Head.of(self.model) if in_chunks else None
+        found: Lesson
+        if head is not None:
+            states = self.model.base_model(**question.inputs).last_hidden_state
+            found = Unheaded(states=states.flatten(0, -2).to(head.weight.dtype), head=head)
+        else:
+            found = Whole(logits=self.logits(question))
+        return found
+
+    def logits(self, question: Question) -> Tensor:
+        """Return all of its logits, [T, V]."""
+        logits: Tensor = self.model(**question.inputs).logits
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # there is no backward pass that would
+        return logits.flatten(0, -2)
+
+
+def teaching(
+    run: Run, begun: Start, task: Task, feed: Feed, ranks: Ranks, *, precision: str, steps: int
+) -> Teaching | None:
+    """Return the teacher of a run for the next `steps` steps of its feed; None if it has none."""
+    if begun.teacher is None or run.teacher is None:
+        return None
+    dense, asked = begun.teacher, run.teacher
+    if asked.top_logits is None:
+        return Beside(model=model_of(dense, ranks, precision))
+    count, temperature = asked.top_logits, asked.temperature
+
+    @torch.no_grad()
+    def say(model: PreTrainedModel, rows: Arrays) -> Largest:
+        question = task.question(kept_logits.on(ranks.device, rows), begun.subject, training=True)
+        with packing.told(question.inputs):
+            return Largest.of(Beside(model=model).logits(question), count, temperature)
+
+    about = {
+        "files": ranks.share(dict(dense.checkpoint.hashes()) if ranks.first else None),
+        "top_logits": count, "temperature": temperature, "precision": precision, "task": task.name,
+        "sequence_length": run.train.sequence_length, "isolate": run.data.isolate,
+    }  # fmt: skip
+    maker = kept_logits.Maker(
+        folder=Path(asked.cache or Path(run.out) / "teacher"),
+        about=about,
+        length=run.train.sequence_length,
+        count=count,
+        vocabulary=Subject.of_dense(dense).vocab_size,
+        ranks=ranks,
+        rows=min(run.train.micro_batch or run.train.rows, run.train.rows // ranks.dp_size),
+    )
+    return maker.kept(feed, steps, run.train.rows, lambda: model_of(dense, ranks, precision), say)
