@@ -229,7 +229,7 @@ def changed(table: dict[str, Any], out: Path, **teacher: Any) -> dict[str, Any]:
 
 
 def test_kept_logits_are_those_of_the_teacher_and_are_made_once(trainable, tmp_path, monkeypatch):
-    """With every word, the losses of a run beside its teacher; rows of a second epoch, and of resumed runs."""
+    """With every word, they give the losses of a run beside its teacher. Rows come twice."""
     train_ = {"steps": 6, "batch_size": 3, "micro_batch": 2, "sequence_length": 64, "eval_every": 0}
     short = tmp_path / "short.txt"
     short.write_text(trainable[1].read_text()[:1500])  # fewer rows than the run draws
@@ -312,7 +312,7 @@ def test_teachers_that_do_not_do(given, changes, said, dense, tmp_path):
     source = dense("llama") if "task" not in changes else tiny.make(tmp_path / "bert", "BertForMaskedLM")
     changes = {
         **changes,
-        "teacher": {"source": str(dense(name, **options))},
+        "teacher": {"source": str(dense(name, **options)), **changes.get("teacher", {})},
         "train": {"sequence_length": 32},
     }
     table = table_of((source, tmp_path / "none.txt"), tmp_path / "run", **changes)
