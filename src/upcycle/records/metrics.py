@@ -34,6 +34,7 @@ class StepMetrics(Document):
 
     format: int = sometimes(Document.FORMAT)
     step: int
+    stage: str | None = sometimes()  # name of the stage, in a run of several
     tokens: int  # tokens since the run began
     loss: float
     lr: float | None = None

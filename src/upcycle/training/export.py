@@ -15,7 +15,8 @@ from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import claim, lock
-from upcycle.training import exports, optimizer, saving
+from upcycle.training import enter, exports, optimizer, saving
+from upcycle.training.course import Course
 from upcycle.training.exports import Trained
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -85,7 +86,7 @@ def export(
     stored = begun.config.get("dtype") or begun.config.get("torch_dtype") or "float32"
     wanted = stored if dtype == "source" else dtype
     model = plain_model(begun)
-    moved = _optimizer(begun, run, model) if with_optimizer else None
+    moved = _optimizer(begun, run, model, state.step) if with_optimizer else None
     saving.load(checkpoint, model, moved)
     trained = Trained(
         name=run.out.rstrip("/").rpartition("/")[2],
@@ -109,10 +110,13 @@ def export(
     return Exported(out=out, step=state.step, parameters=begun.parameters, dtype=wanted)
 
 
-def _optimizer(begun: Start, run: Run, model: PreTrainedModel) -> torch.optim.Optimizer:
-    """Make the run's optimizer with a state that a checkpoint can fill."""
-    made = optimizer.make(model, run.optimizer, scales(begun, run, model, Routers.of(model)))
-    optimizer.fill(made, run.optimizer)
+def _optimizer(begun: Start, run: Run, model: PreTrainedModel, step: int) -> torch.optim.Optimizer:
+    """Make the run's optimizer after `step` updates, with a state that a checkpoint can fill."""
+    routers, course = Routers.of(model), Course(run)
+    leg = course.after(step)
+    enter.freeze(leg.run, model, enter.anatomy_of(course, begun, model, routers))
+    made = optimizer.make(model, leg.run.optimizer, scales(begun, leg.run, model, routers))
+    optimizer.fill(made, leg.run.optimizer)
     return made
 
 

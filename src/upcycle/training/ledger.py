@@ -64,7 +64,7 @@ class Ledger:
     lag: int
     loss: float | None = None  # of the newest step that was read
     score: Score | None = None  # the newest one
-    _queue: deque[tuple[Queued, float]] = field(default_factory=deque)
+    _queue: deque[tuple[Queued, float, str | None]] = field(default_factory=deque)
     _clock: float = field(default_factory=time.perf_counter)
 
     def begin(self) -> None:
@@ -72,9 +72,9 @@ class Ledger:
         if not self._queue:
             self._clock = time.perf_counter()
 
-    def add(self, queued: Queued, lr: float) -> None:
-        """Take a step that was just queued."""
-        self._queue.append((queued, lr))
+    def add(self, queued: Queued, lr: float, stage: str | None = None) -> None:
+        """Take a step that was just queued, and the name of its stage, if the run has stages."""
+        self._queue.append((queued, lr, stage))
 
     def settle(self, *, wait: bool, judge: Callable[[], Score] | None = None) -> bool:
         """Write the lines of the steps whose turn it is; with `wait`, of all.
@@ -84,10 +84,10 @@ class Ledger:
         """
         stopping = False
         while len(self._queue) > (0 if wait else self.lag):
-            queued, lr = self._queue.popleft()
+            queued, lr, stage = self._queue.popleft()
             outcome = queued.outcome()
             arrived = time.perf_counter()
-            record = self._record(queued.step + 1, outcome, lr, arrived - self._clock)
+            record = replace(self._record(queued.step + 1, outcome, lr, arrived - self._clock), stage=stage)
             self._clock = arrived
             if judge is not None and not self._queue:
                 self.score = judge()

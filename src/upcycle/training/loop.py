@@ -31,6 +31,7 @@ from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
 from upcycle.training import (
     agreement,
+    enter,
     fit,
     ledger,
     metrics,
@@ -43,6 +44,9 @@ from upcycle.training import (
     step,
     writers,
 )
+from upcycle.training.anatomy import Anatomy
+from upcycle.training.course import Course
+from upcycle.training.feeds import Feeds
 from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
@@ -80,7 +84,8 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     mine = agreement.found(run, parallel.world_size())
     if mine.begun is not None:
         task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
-        fit.refuse_pooling(run, mine.begun.built)
+        for leg in Course(run).legs:
+            fit.refuse_pooling(leg.run, mine.begun.built)
     with ExitStack() as stack:
         here = stack.enter_context(
             ranks(
@@ -100,35 +105,40 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             _say_changed_layout(before, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
-        out = Path(run.out)
+        course, out = Course(run), Path(run.out)
         if here.first:
-            feed = task.feed(run.feeding(task), begun.subject)  # the others wait and then find the files
+            feeds = _feeds(course, task, begun)  # the others wait and then find the files
         here.barrier()
         if not here.first:
-            feed = task.feed(run.feeding(task), begun.subject)
+            feeds = _feeds(course, task, begun)
         fit.refuse_uneven_rows(run, here.dp_size)
         fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
         with _sources_kept(begun, here, before) as hashes:
             model = start.model_of(begun, run, here, precision)
         routers = Routers.of(model)
-        trainee = Trainee(
+        anatomy = enter.anatomy_of(course, begun, model, routers)
+        if routers and any(leg.run.router.bias_update_rate for leg in course.legs):
+            routers.biases()
+        trainee = enter.first(
+            course.after(0 if before is None else before.step),
             model=model,
             task=task,
-            start=begun,
-            optimizer=optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers)),
+            begun=begun,
             routers=routers,
-            run=run,
-            ranks=here,
+            here=here,
             precision=precision,
+            anatomy=anatomy,
         )
-        if run.router.bias_update_rate and trainee.routers:
-            trainee.routers.biases()
-        state = _begin(trainee, begun, feed, checkpoint, hashes)
+        state = _begin(trainee, begun, feeds, checkpoint, hashes)
         begun.dense.checkpoint.close()
         if here.first:
-            _write_record(trainee, out, state)
+            _write_record(trainee, run, out, state)
         with noted(signal.SIGTERM) as stop:
-            return _loop(trainee, feed, state, out, stop)
+            return _loop(trainee, course, anatomy, feeds, state, out, stop)
+
+
+def _feeds(course: Course, task: Task, begun: Start) -> Feeds:
+    return Feeds(course, lambda run: task.feed(run.feeding(task), begun.subject))
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
@@ -172,9 +182,19 @@ def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterato
         raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")
 
 
-def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[int]) -> Result:
-    run, here, begun = trainee.run, trainee.ranks, trainee.start
+def _loop(
+    trainee: Trainee,
+    course: Course,
+    anatomy: Anatomy | None,
+    feeds: Feeds,
+    state: RunState,
+    out: Path,
+    stop: list[int],
+) -> Result:
+    run, here, begun = course.run, trainee.ranks, trainee.start
     total = run.train.total_steps
+    leg = course.after(state.step)
+    feed = feeds.of(leg)
     held_out = _held_out(run, trainee.task, feed, here.device)
     share = run.train.rows // here.dp_size
     part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
@@ -193,7 +213,7 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
-            for note in trainee.task.notes():
+            for note in filter(None, [*trainee.task.notes(), enter.describe(leg, begun, anatomy)]):
                 log.say(note)
         first: Score | None = None
         if state.step == 0 and held_out is not None:
@@ -216,25 +236,33 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         )
         while state.step < total:
             now = state.step
+            if now == leg.end:
+                leg = course.at(now)
+                trainee = enter.next_stage(trainee, leg, anatomy)
+                if feeds.of(leg) is not feed:
+                    feed = feeds.of(leg)
+                    held_out = _held_out(run, trainee.task, feed, here.device)
+                if log is not None and (said := enter.describe(leg, begun, anatomy)) is not None:
+                    log.say(said)
             book.begin()
             batch = _on(here.device, feed.next(run.train.rows, part))
-            lr = run.schedule.at(now, total)
-            book.add(step.queue_step(trainee, batch, now, lr, stop), lr)
-            last = now + 1 == total
-            judged = held_out is not None and (last or (now + 1) % run.train.eval_every == 0)
-            due = bool(run.checkpoint.every) and (now + 1) % run.checkpoint.every == 0
+            lr = leg.rate(now)
+            book.add(step.queue_step(trainee, batch, now, lr, stop), lr, leg.name)
+            last, ends = now + 1 == total, now + 1 == leg.end
+            judged = held_out is not None and (ends or (now + 1) % run.train.eval_every == 0)
+            due = bool(run.checkpoint.every) and (ends or (now + 1) % run.checkpoint.every == 0)
             stopping = book.settle(
-                wait=last or judged or due,
+                wait=ends or judged or due,
                 judge=functools.partial(step.evaluate, trainee, held_out) if judged and held_out else None,
             )
             if stopping:
                 book.settle(wait=True)
-            state = replace(state, step=now + 1, loss=book.loss, batches=feed.state())
+            state = replace(state, step=now + 1, loss=book.loss, batches=feeds.state())
             if judged and book.score is not None:
                 state = replace(state, held_out_loss=book.score.loss, held_out_accuracy=book.score.accuracy)
             must = last or stopping
             if due or must:
-                _save(trainee, state, writer, must=must)
+                _save(trainee, run, state, writer, must=must)
             _report(writer.failures(), out, log, must=state.step if must else None)
             if stopping and not last:
                 if log is not None:
@@ -249,11 +277,11 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
     )
 
 
-def _save(trainee: Trainee, state: RunState, writer: Writer, *, must: bool) -> None:
-    """Save a checkpoint; with `must`, return when it is written."""
+def _save(trainee: Trainee, run: Run, state: RunState, writer: Writer, *, must: bool) -> None:
+    """Save a checkpoint of `run`; with `must`, return when it is written."""
     saved = replace(
         state,
-        identity=trainee.run.identity(),
+        identity=run.identity(),
         micro_batch=trainee.run.train.micro_batch,
         layout=asdict(trainee.ranks.layout),
     )
@@ -279,7 +307,7 @@ def _report(failures: Sequence[Failure], out: Path, log: Metrics | None, *, must
 
 
 def _begin(
-    trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None, hashes: Hashes | None
+    trainee: Trainee, begun: Start, feeds: Feeds, checkpoint: Path | None, hashes: Hashes | None
 ) -> RunState:
     """Return the state to continue from: the checkpoint's, or step 0."""
     run = trainee.run
@@ -291,25 +319,27 @@ def _begin(
         return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
     optimizer.fill(trainee.optimizer, run.optimizer)
     saving.load(checkpoint, trainee.model, trainee.optimizer)
+    if trainee.kept is not None:
+        trainee.kept.remember()
     state = saving.read_state(checkpoint)
-    feed.restore(dict(state.batches))
+    feeds.restore(dict(state.batches))
     return state
 
 
-def _write_record(trainee: Trainee, out: Path, state: RunState) -> None:
+def _write_record(trainee: Trainee, run: Run, out: Path, state: RunState) -> None:
     """Write run.json, unless this run's is already there."""
-    identity = json.loads(json.dumps(trainee.run.identity()))
+    identity = json.loads(json.dumps(run.identity()))
     try:
         same = run_folder.read_record(out).identity == identity
     except UpcycleError:
         same = False
     if not state.step or not same:
-        run_folder.write_record(out, _record(trainee, state))
+        run_folder.write_record(out, _record(trainee, run, state))
 
 
-def _record(trainee: Trainee, state: RunState) -> RunRecord:
+def _record(trainee: Trainee, run: Run, state: RunState) -> RunRecord:
     """Return the content of run.json: the description of this run for later readers of its folder."""
-    run, begun, task = trainee.run, trainee.start, trainee.task
+    begun, task = trainee.start, trainee.task
     lengths = trainee.lengths
     flops = begun.training_flops_per_row(lengths)
     source = begun.dense.checkpoint

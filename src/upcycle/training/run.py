@@ -22,9 +22,10 @@ from upcycle.recipe import Recipe
 from upcycle.settings import Above, AtLeast, Settings, Within, families, parted, table_at
 from upcycle.sharding.layout import Layout
 from upcycle.tasks import Task
-from upcycle.training import optimizers, schedules
+from upcycle.training import optimizers, schedules, stages
 from upcycle.training.optimizers import Optimizer
 from upcycle.training.schedules import Schedule
+from upcycle.training.stages import Stage
 
 MOST_ROWS = 1 << 20  # limit for a global batch; no published run comes near these
 MOST_TOKENS = 1 << 30
@@ -53,6 +54,10 @@ class Train(Settings):
     # dropout after the experts' activation; None: as in config.json
     expert_dropout: Annotated[float, Within("[0, 1)")] | None = None
     expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # dropout on the experts' output
+    # what is trained: router, experts, experts[0,2-3], shared_expert, network (without experts), attention,
+    # norms, embeddings, head, or patterns of parameter names (*.layers.0.*); none: everything
+    only: tuple[str, ...] | None = None
+    freeze: tuple[str, ...] | None = None  # what is not trained, in the same words; it goes over `only`
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # largest norm of the gradient; 0: no clipping
     # precision of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
@@ -162,6 +167,7 @@ class Run(Settings):
     data: Data
     train: Train
     schedule: Schedule
+    stage: tuple[Stage, ...] = ()  # the parts of the run; none: it is one
     router: Balance = dataclasses.field(default_factory=Balance)
     optimizer: Optimizer = dataclasses.field(default_factory=optimizers.usual)
     parallel: Parallel = Parallel()
@@ -207,6 +213,9 @@ class Run(Settings):
             recipe = Recipe.of({**of_experts, **seed}, router=router)
         elif stray := [*of_experts, *(f"router.{key}" for key in router)]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
+        table = stages.laid_over(table)
+        if table["stage"]:
+            table["train"] = _together(table_at(table.get("train", {}), "train"), table["stage"])
         beside = {**dict.fromkeys(recipes.OF_EXPERTS), "moe": recipes.Moe, "successor": recipes.Successor}
         return settings.read(cls, table, made={"recipe": recipe}, beside=beside)
 
@@ -229,6 +238,8 @@ class Run(Settings):
         """Return the run as a nested table that `Run.of` accepts."""
         table = super().as_table() | {"schedule": schedules.as_recorded(self.schedule)}
         table = optimizers.as_recorded(table, self.optimizer)
+        if not self.stage:
+            del table["stage"]
         recipe = table.pop("recipe", {})
         table["router"] |= recipe.pop("router", {})
         return _with_lists(table | {key: value for key, value in recipe.items() if key not in table})
@@ -239,6 +250,31 @@ class Run(Settings):
         table = {k: v for k, v in self.as_table().items() if k not in free}
         train = {k: v for k, v in table["train"].items() if k not in ("micro_batch", "compile")}
         return table | {"train": train}
+
+
+def _together(train: Mapping[str, Any], parts: list[Any]) -> dict[str, Any]:
+    """Return [train] with the length of all stages together.
+
+    Raises `UpcycleError` if it gives another one.
+    """
+    shared = {key: value for key, value in train.items() if key not in stages.LENGTH}
+    steps = 0
+    for number, stage in enumerate(parts):
+        own = settings.read(
+            stages.StageTrain, table_at(stage.get("train", {}), "stage.train"), f"stage[{number}].train"
+        )
+        if len(own.length) != 1:
+            raise UpcycleError(
+                f"stage {stage['name']}: each [[stage]] has one of train.steps, train.tokens and train.examples"
+            )
+        steps += settings.read(Train, {**shared, **own.length}, "train").total_steps
+    if len(shared) < len(train) and settings.read(Train, train, "train").total_steps != steps:
+        given = next(key for key in stages.LENGTH if key in train)
+        raise UpcycleError(
+            f"train.{given} = {train[given]} and the stages are {steps:,} steps together; each [[stage]] has "
+            f"its own length, so leave train.{given} out"
+        )
+    return {**shared, "steps": steps}
 
 
 LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **families(Run)})

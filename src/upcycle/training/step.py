@@ -21,6 +21,7 @@ from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.training import chunked_entropy, fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
+from upcycle.training.freezing import Kept
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Kind, Routers, Tally
 from upcycle.training.run import Run
@@ -41,6 +42,7 @@ class Trainee:
     run: Run
     ranks: Ranks
     precision: str
+    kept: Kept | None = None  # experts of trained stacks that are not trained
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -183,6 +185,8 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     assert sums is not None
     sums = ranks.sum(sums)
     grads = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
+    if trainee.kept is not None:
+        trainee.kept.clear(grads)
     squares = gradients.squared_norms(grads)
     numbers = {"sums": sums, "squares": squares, "stopping": ranks.seen(bool(stop))}
     kinds: Sequence[Kind] = ()
@@ -202,13 +206,17 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
         # In double precision: the norm's square of a float32 gradient may be beyond float32.
         gradients.scale(grads.values(), (run.train.clip_grad_norm / squares.sum().sqrt()).clamp(max=1.0))
     optim.set_rate(trainee.optimizer, lr)
-    if not optim.skip_if(trainee.optimizer, ~(squares.sum() + sums[0]).isfinite()):
+    finite = (squares.sum() + sums[0]).isfinite()
+    if not optim.skip_if(trainee.optimizer, ~finite):
         queued.outcome()  # this optimizer cannot skip an update on the device, so wait
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
+    if trainee.kept is not None:
+        trainee.kept.put_back()
     if routers is not None and total is not None:
         if run.router.bias_update_rate:
-            routing.update_biases(routers.biases(), routers.read(total), run.router.bias_update_rate)
+            rate = finite * run.router.bias_update_rate  # biases stay where weights stay
+            routing.update_biases(routers.biases(), routers.read(total), rate)
         routers.said.clear()
     return queued
 

@@ -73,7 +73,8 @@ def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: P
     weights = {name: p.data for name, p in model.named_parameters()}
     for moment in trained.run.optimizer.moments:
         for parameter in model.parameters():
-            parameter.data = optimizer.state[parameter][moment]
+            known = optimizer.state[parameter].get(moment)  # what was not trained has none
+            parameter.data = torch.zeros_like(parameter) if known is None else known
         _write_model(model, trained.start, folder / moment, "float32")
     for name, parameter in model.named_parameters():
         parameter.data = weights[name]

@@ -1,0 +1,287 @@
+"""Parts of a model that are trained while the rest stays to the bit, and runs of several stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import gloo
+import ranks
+import tiny
+from upcycle import UpcycleError
+from upcycle.families._training import trained
+from upcycle.training import start
+from upcycle.training.anatomy import Anatomy
+from upcycle.training.export import export
+from upcycle.training.loop import train
+from upcycle.training.metrics import read
+from upcycle.training.parallel import Ranks
+from upcycle.training.rehearsal import rehearse
+from upcycle.training.routing import Routers
+from upcycle.training.run import Run
+
+HERE = Ranks(device=torch.device("cpu"))
+MOE = {"num_experts": 4, "top_k": 2}
+
+
+def table(trainable, out: Path, **changes) -> dict:
+    source, text = trainable
+    made = {
+        "source": str(source),
+        "out": str(out),
+        "moe": MOE,
+        "data": {"sources": [{"path": str(text), "separator": "<|endoftext|>"}], "held_out": 0.1},
+        "train": {"batch_tokens": 256, "sequence_length": 64, "eval_tokens": 512},
+        "schedule": {"name": "constant", "peak": 1e-2},
+        "checkpoint": {"every": 1, "keep": 9},
+    }
+    for key, value in changes.items():
+        made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
+    return made
+
+
+def saved(run: dict, step: int) -> dict[str, dict]:
+    """Everything in a checkpoint: `model` by parameter, and `optimizer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        dcp_to_torch_save(Path(run["out"]) / "checkpoints" / f"step-{step}", Path(folder) / "all")
+        return torch.load(Path(folder) / "all", weights_only=True)
+
+
+def weights(run: dict, step: int) -> dict[str, torch.Tensor]:
+    """The parameters of a checkpoint, by name; those of step 0 are what the run began with."""
+    if step:
+        return saved(run, step)["model"]
+    return {name: p.detach() for name, p in start.plain_model(start.start_of(Run.of(run))).named_parameters()}
+
+
+def digests(run: dict, step: int) -> dict[str, str]:
+    """A digest of every tensor of a checkpoint."""
+    tensors = [
+        pair for part in saved(run, step).values() for pair in part.items() if torch.is_tensor(pair[1])
+    ]
+    return {name: ranks.digest(tensor.flatten()) for name, tensor in tensors}
+
+
+def moved(run: dict, first: int, last: int) -> set[str]:
+    """The parameters that differ between two checkpoints; of stacks, each expert by its number."""
+    before, after = weights(run, first), weights(run, last)
+    out = set()
+    for name, old in before.items():
+        if ".experts." in name:
+            out |= {f"{name}[{e}]" for e in range(len(old)) if not torch.equal(old[e], after[name][e])}
+        elif not torch.equal(old, after[name]):
+            out.add(name)
+    return out
+
+
+# --- the parts of a model ---
+
+
+def parts_of(source: Path, **changes) -> Anatomy:
+    run = Run.of(
+        {"source": str(source), "out": "x", "data": {"sources": [{"path": "x"}]}, "train": {"steps": 1},
+         "schedule": {"peak": 1.0}, **changes}
+    )  # fmt: skip
+    begun = start.start_of(run)
+    model = start.model_of(begun, run, HERE, "float32")
+    return Anatomy(
+        model=model,
+        family=trained(begun.dense.family, "train.only"),
+        stacks=begun.dense.stacks,
+        routers=Routers.of(model),
+    )
+
+
+UP = {"moe": {**MOE, "target": "upcycled"}}
+# A class, its run, and an example of each part: what it has, and what it has not.
+PARTS = {
+    "mixtral": ("llama", {"moe": MOE}, {
+        "router": "model.layers.0.mlp.gate.weight", "experts": "model.layers.1.mlp.experts.down_proj",
+        "attention": "model.layers.0.self_attn.q_proj.weight", "norms": "model.norm.weight",
+        "embeddings": "model.embed_tokens.weight", "head": "lm_head.weight", "network": None,
+        "shared_expert": None,
+    }),
+    "qwen2_moe": ("qwen2", {"moe": {**MOE, "layers": [1]}}, {
+        "shared_expert": "model.layers.1.mlp.shared_expert_gate.weight",
+        "network": "model.layers.0.mlp.up_proj.weight", "experts": "model.layers.1.mlp.experts.gate_up_proj",
+    }),
+    "granitemoehybrid": ("granitemoehybrid", {"moe": MOE}, {
+        "shared_expert": "model.layers.0.shared_mlp.input_linear.weight", "network": None,
+        "attention": "model.layers.0.mamba.A_log", "norms": "model.layers.0.mamba.norm.weight",
+    }),
+    "bert": ("BertForMaskedLM", UP, {
+        "attention": "bert.encoder.layer.0.attention.self.key.weight", "head": "cls.predictions.bias",
+        "norms": "bert.encoder.layer.0.output.LayerNorm.bias",
+        "embeddings": "bert.embeddings.position_embeddings.weight", "network": None,
+    }),
+    "t5": ("T5ForConditionalGeneration", UP, {
+        "attention": "decoder.block.0.layer.1.EncDecAttention.q.weight",
+        "norms": "encoder.final_layer_norm.weight", "embeddings": "shared.weight",
+    }),
+    "vit": ("ViTForImageClassification", UP, {
+        "embeddings": "vit.embeddings.cls_token", "head": "classifier.weight", "norms": "vit.layernorm.bias",
+    }),
+    "convnext": ("ConvNextForImageClassification", UP, {
+        "attention": None, "experts": "convnext.encoder.stages.1.layers.0.pwconv1.experts.down_proj_bias",
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_go_by_their_names(case, dense, tmp_path):
+    kind, changes, wanted = PARTS[case]
+    source = dense(kind) if kind.islower() else tiny.make(tmp_path / kind, kind)
+    anatomy = parts_of(source, **changes)
+    for part, example in wanted.items():
+        if example is None:
+            with pytest.raises(
+                UpcycleError, match=rf"train\.only names {part}, which this model does not have"
+            ):
+                anatomy.chosen((part,), None)
+        else:
+            assert example in anatomy.chosen((part,), None), part
+    # Every parameter is in a part, but for what mixes the places of a ConvNeXt.
+    found = set().union(*(anatomy.chosen((part,), None) for part in anatomy.found()))
+    rest = {name for name in anatomy.everything if name not in found}
+    assert all(".dwconv." in n or "layer_scale" in n or "downsampling" in n for n in rest), rest
+    # What is not frozen is trained.
+    only, freeze = anatomy.chosen(("experts",), None), anatomy.chosen(None, ("experts",))
+    assert {**only, **freeze} == anatomy.everything
+    assert not only.keys() & freeze.keys()
+
+
+def test_experts_go_by_their_numbers(mixtral):
+    some = mixtral.chosen(("experts[1-2]",), None)
+    assert set(some.values()) == {frozenset({1, 2})}
+    assert mixtral.chosen(("experts",), ("experts[0, 3]",)) == some
+    assert mixtral.size(some) * 2 == mixtral.size(mixtral.chosen(("experts",), None))
+    assert len(mixtral.chosen(("*.layers.[01].*",), ("*norm*",))) == 2 * 7
+
+
+BAD = {
+    "name": ({"only": ["routr"]}, r"train\.only names 'routr', which is no part .*did you mean router"),
+    "part": ({"freeze": ["shared_expert"]}, r"train\.freeze names shared_expert.*it has router, experts, att"),
+    "pattern": ({"only": ["*.nothing.*"]}, r"train\.only = '\*\.nothing\.\*' matches no parameter .*names are like"),
+    "number": ({"freeze": ["experts[1,7]"]}, r"experts of a layer have the numbers 0 to 3, not 7"),
+    "everything": ({"freeze": ["*"]}, r"train\.freeze leave no parameter to train"),
+    "both": ({"only": ["router"], "freeze": ["router"]}, r"train\.only and train\.freeze leave no parameter"),
+    "range": ({"only": ["experts[2-1]"]}, r"experts of a layer have the numbers 0 to 3"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixtral(dense) -> Anatomy:
+    return parts_of(dense("llama"), moe=MOE)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_frozen(case, mixtral):
+    keys, message = BAD[case]
+    with pytest.raises(UpcycleError, match=message):
+        mixtral.chosen(keys.get("only"), keys.get("freeze"))
+
+
+def test_a_stage_that_trains_nothing_is_refused_before_the_first_step(trainable, tmp_path):
+    last = {"train": {"steps": 1, "freeze": ["*"]}}
+    run = table(trainable, tmp_path / "run", stage=[{"train": {"steps": 3}}, last])
+    for refused in (train, rehearse):
+        with pytest.raises(UpcycleError, match=r"train\.freeze leave no parameter to train"):
+            refused(Run.of(run))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --- what stays, stays ---
+
+
+@pytest.fixture(scope="module")
+def staged(trainable, tmp_path_factory):
+    """A run of two stages: the router alone, then all but it and two experts, on other data."""
+    folder = tmp_path_factory.mktemp("staged")
+    (folder / "other.txt").write_text(trainable[1].read_text()[-40_000:])
+    other = {"sources": [{"path": str(folder / "other.txt"), "separator": "<|endoftext|>"}]}
+    rest = {"steps": 2, "freeze": ["router", "experts[0,2]"]}
+    run = table(
+        trainable,
+        folder / "run",
+        router={"balance_loss_coef": 1.0},
+        stage=[
+            {"name": "router", "train": {"steps": 2, "only": ["router"]}},
+            {
+                "name": "rest",
+                "train": rest,
+                "data": other,
+                "schedule": {"name": "cosine", "peak": 4e-3, "warmup": 2},
+            },
+        ],
+        train={"weight_decay": 0.5},
+    )
+    assert train(Run.of(run)).finished
+    return run
+
+
+ROUTERS = {f"model.layers.{i}.mlp.gate.weight" for i in range(5)}
+
+
+def test_frozen_parts_keep_their_bits(staged):
+    """With weight decay, a balance loss on the router, and clipping by the norm of what is trained."""
+    assert moved(staged, 0, 2) == ROUTERS
+    rest = moved(staged, 2, 4)
+    assert not rest & ROUTERS
+    assert {name[-3:] for name in rest if ".experts." in name} == {"[1]", "[3]"}
+    assert rest >= {name for name in weights(staged, 0) if ".experts." not in name} - ROUTERS
+    # The state of the optimizer is that of what is trained.
+    assert saved_moments(staged, 2) == ROUTERS
+    assert saved_moments(staged, 4) == set(weights(staged, 0)) - ROUTERS
+
+
+def test_records_say_which_stage_a_step_is_in(staged):
+    lines = read(Path(staged["out"]))
+    assert [line.stage for line in lines] == ["router", "router", "rest", "rest"]
+    assert [line.lr for line in lines] == [1e-2, 1e-2, 2e-3, 4e-3]  # each schedule begins with its stage
+    assert [line.held_out_loss is not None for line in lines] == [False, True, False, True]
+    record = json.loads((Path(staged["out"]) / "run.json").read_text())
+    assert record["run"]["train"]["steps"] == 4
+    assert Run.of(record["run"]) == Run.of(staged)
+
+
+def test_a_run_resumed_in_any_stage_is_the_run(staged, tmp_path):
+    whole = Path(staged["out"])
+    for step in (1, 2, 3):
+        again = {**staged, "out": str(tmp_path / str(step))}
+        (tmp_path / str(step) / "checkpoints").mkdir(parents=True)
+        shutil.copytree(
+            whole / "checkpoints" / f"step-{step}", Path(again["out"]) / "checkpoints" / f"step-{step}"
+        )
+        assert train(Run.of(again), resume=True).finished
+        assert [r.loss for r in read(Path(again["out"]))] == [r.loss for r in read(whole)][step:]
+        assert digests(again, 4) == digests(staged, 4)
+
+
+def saved_moments(run: dict, step: int) -> set[str]:
+    """The parameters whose moments a checkpoint holds."""
+    keys = saved(run, step)["optimizer"]
+    return {k.removeprefix("state.").removesuffix(".exp_avg") for k in keys if k.endswith(".exp_avg")}
+
+
+def test_several_processes_keep_the_same_bits(staged, tmp_path):
+    """fsdp2 x ep2, and gone on with from the first stage as fsdp2: what one process trains, and what it keeps."""
+    out = tmp_path / "two"
+    staged = {**staged, "checkpoint": {"every": 2, "keep": 9}}
+    run = {**staged, "out": str(out), "parallel": {"fsdp": 2, "ep": 2}}
+    on = {**staged, "out": str(tmp_path / "on"), "parallel": {"fsdp": 2}}
+    (tmp_path / "on" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "on" / "checkpoints" / "step-2").symlink_to(out / "checkpoints" / "step-2")
+    gloo.run(2, "ranks:trains", [(run, False), (on, True)])
+    wanted = [r.loss for r in read(Path(staged["out"]))]
+    assert [r.loss for r in read(out)] == pytest.approx(wanted, rel=1e-5)
+    assert [r.loss for r in read(tmp_path / "on")] == pytest.approx(wanted[2:], rel=1e-5)
+    assert moved(run, 0, 2) == ROUTERS
+    for again in (run, on):
+        assert moved({**staged, "out": again["out"]}, 2, 4) == moved(staged, 2, 4)
+        assert saved_moments(again, 4) == saved_moments(staged, 4)
