@@ -18,7 +18,6 @@ from upcycle import UpcycleError
 from upcycle.families._training import trained
 from upcycle.training import start
 from upcycle.training.anatomy import Anatomy
-from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
@@ -270,7 +269,7 @@ def saved_moments(run: dict, step: int) -> set[str]:
 
 
 def test_several_processes_keep_the_same_bits(staged, tmp_path):
-    """fsdp2 x ep2, and gone on with from the first stage as fsdp2: what one process trains, and what it keeps."""
+    """fsdp2 x ep2, and gone on with from the first stage as fsdp2: trained and kept as by one process."""
     out = tmp_path / "two"
     staged = {**staged, "checkpoint": {"every": 2, "keep": 9}}
     run = {**staged, "out": str(out), "parallel": {"fsdp": 2, "ep": 2}}

@@ -70,8 +70,8 @@ def warnings(built: Blueprint) -> list[str]:
         )
     if built.config.get("use_cache") is False:
         out.append(
-            "config.json says use_cache = false, as training scripts write it, and so does the result: "
-            "generation works out every token anew; set it to true to generate"
+            "config.json says use_cache = false, as training scripts write it; the result says true, because "
+            "generation would compute every token anew"
         )
     out += _past_a_switch(built)
     out += _odd_widths(built)

@@ -14,6 +14,7 @@ from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
+from upcycle.training.spikes import Recent
 from upcycle.training.start import Start
 from upcycle.training.step import Trainee
 
@@ -52,6 +53,7 @@ def first(
 ) -> Trainee:
     """Return a model in the stage with which its training begins, or goes on."""
     kept = freeze(leg.run, model, anatomy)
+    recent = Recent(leg.run.spikes, here.device)
     return Trainee(
         model=model,
         task=task,
@@ -62,11 +64,14 @@ def first(
         ranks=here,
         precision=precision,
         kept=kept,
+        recent=recent,
     )
 
 
 def next_stage(trainee: Trainee, leg: Leg, anatomy: Anatomy | None) -> Trainee:
     """Return a model in the next stage. What goes on being trained keeps the optimizer's state."""
+    if trainee.recent is not None and leg.run.data != trainee.run.data:
+        trainee.recent.restore()  # other data has other losses
     if anatomy is None:
         return replace(trainee, run=leg.run)
     model, before = trainee.model, trainee.optimizer

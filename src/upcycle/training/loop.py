@@ -6,6 +6,7 @@ import functools
 import json
 import platform
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,7 @@ from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
 from upcycle.training import (
     agreement,
+    back,
     enter,
     fit,
     ledger,
@@ -51,7 +53,7 @@ from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
-from upcycle.training.run import Run
+from upcycle.training.run import Run, Spikes
 from upcycle.training.start import Start
 from upcycle.training.step import Score, Trainee
 from upcycle.training.writers import Failure, Writer
@@ -227,6 +229,8 @@ def _loop(
             )
             if log is not None:
                 log.say(f"step 0: {metrics.score(first.loss, first.accuracy)}")
+        numbers: dict[int, int] = {}  # of the batches of the steps that are queued
+        returns: Counter[int] = Counter()  # to each checkpoint
         book = Ledger(
             trainee=trainee,
             rate=rate,
@@ -245,6 +249,11 @@ def _loop(
                 if log is not None and (said := enter.describe(leg, begun, anatomy)) is not None:
                     log.say(said)
             book.begin()
+            number = state.drawn
+            while number in state.passed:
+                feed.next(run.train.rows, part)
+                number += 1
+            numbers = {s: n for s, n in numbers.items() if s + book.lag >= now} | {now: number}
             batch = _on(here.device, feed.next(run.train.rows, part))
             lr = leg.rate(now)
             book.add(step.queue_step(trainee, batch, now, lr, stop), lr, leg.name)
@@ -257,6 +266,23 @@ def _loop(
             )
             if stopping:
                 book.settle(wait=True)
+            if book.bad is not None:
+                harmful = numbers[book.bad.step]
+                book.settle(wait=True)
+                writer.wait()
+                checkpoint = here.share(saving.latest(out))
+                book.go_back()
+                if checkpoint is not None:  # else the update was left out, and that is all that can be done
+                    trainee, state = back.go(
+                        trainee, course, anatomy, feeds, state, checkpoint, harmful, returns
+                    )
+                    leg = course.after(state.step)
+                    feed = feeds.of(leg)
+                    held_out = _held_out(run, trainee.task, feed, here.device)
+                    if log is not None:
+                        log.go_back(state.step)
+                        log.say(f"the run is back at step {state.step} and passes batch {harmful + 1}")
+                    continue
             state = replace(state, step=now + 1, loss=book.loss, batches=feeds.state())
             if judged and book.score is not None:
                 state = replace(state, held_out_loss=book.score.loss, held_out_accuracy=book.score.accuracy)
@@ -279,8 +305,12 @@ def _loop(
 
 def _save(trainee: Trainee, run: Run, state: RunState, writer: Writer, *, must: bool) -> None:
     """Save a checkpoint of `run`; with `must`, return when it is written."""
+    recent = None
+    if run.spikes != Spikes() and trainee.recent is not None:
+        recent = trainee.recent.known()  # what the next steps are judged by
     saved = replace(
         state,
+        recent=recent,
         identity=run.identity(),
         micro_batch=trainee.run.train.micro_batch,
         layout=asdict(trainee.ranks.layout),
@@ -317,13 +347,7 @@ def _begin(
             if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
                 progress.warn(wrong)
         return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
-    optimizer.fill(trainee.optimizer, run.optimizer)
-    saving.load(checkpoint, trainee.model, trainee.optimizer)
-    if trainee.kept is not None:
-        trainee.kept.remember()
-    state = saving.read_state(checkpoint)
-    feeds.restore(dict(state.batches))
-    return state
+    return back.restore(trainee, feeds, checkpoint)
 
 
 def _write_record(trainee: Trainee, run: Run, out: Path, state: RunState) -> None:

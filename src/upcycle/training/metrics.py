@@ -51,7 +51,7 @@ class Metrics:
     def __init__(self, out: Path, log: Log, total: int, start: int, settings: dict[str, Any]) -> None:
         self.log, self.total, self.start = log, total, start
         # Steps after the checkpoint are run again, so drop their old lines.
-        path = out / StepMetrics.FILE
+        path = self._path = out / StepMetrics.FILE
         before, damaged = _read(path)
         if damaged:
             lines = "1 line" if damaged == 1 else f"{damaged} lines"
@@ -85,6 +85,13 @@ class Metrics:
         flat = _numbers(record)
         for sink in self.sinks:
             sink.log(flat, step=done)
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines after `step`, because those steps are taken again."""
+        self.file.close()
+        path = self._path
+        whole_file.write(path, b"".join(line + b"\n" for each, line in _read(path)[0] if each.step <= step))
+        self.file = path.open("a")
 
     def _watch(self, step: int, layer: LayerMetrics) -> None:
         """Warn once when a layer collapses, and again only after it has recovered."""

@@ -198,8 +198,8 @@ class Routers:
     def biases(self) -> list[Tensor | None]:
         """Return the correction biases of the routers, [E] each; None for a router without one.
 
-        They change which experts are chosen, but not the experts' weights. A router that is not trained counts as
-        one without. Raises `UpcycleError` if no router has one.
+        They change which experts are chosen, but not the experts' weights. A router that is not trained
+        counts as one without. Raises `UpcycleError` if no router has one.
         """
         found = [
             next((p.detach() for name, p in _tensors(module) if name.endswith(BIAS)), None)

@@ -140,6 +140,27 @@ class Log(Settings):
     project: str = "upcycle"  # project name for the sinks
     name: str | None = None  # run name for the sinks; None: the name of the run's folder
     peak_flops: Annotated[float, Above(0)] | None = None  # FLOP/s of a device, for MFU; None: known GPUs'
+    # a warning appears if ten steps are slower than this share of the median of the hundred before; 0: none
+    slow: Annotated[float, Within("[0, 1)")] = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spikes(Settings):
+    """What happens at steps whose loss or gradient stands out, or is not finite; see `spikes.py`.
+
+    `skip` leaves out the update of such a step. `roll_back` goes back to the newest checkpoint and passes the
+    batch (PaLM, Chowdhery et al. 2022, section 5.1).
+    """
+
+    section: ClassVar[str] = "spikes"
+
+    act: Literal["warn", "skip", "roll_back"] = "warn"  # at a step that stands out
+    nonfinite: Literal["stop", "skip", "roll_back"] = "stop"  # at a step whose loss or gradient is not finite
+    sigma: Annotated[float, Above(0)] = 6.0  # standard deviations above the mean of the last steps
+    window: Annotated[int, AtLeast(4)] = 128  # steps that the mean is over; half of them must be known
+    most: Annotated[int, AtLeast(1)] = (
+        10  # skipped steps in a row, or returns to one checkpoint; then it stops
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,9 +194,15 @@ class Run(Settings):
     parallel: Parallel = Parallel()
     log: Log = Log()
     checkpoint: Saving = Saving()
+    spikes: Spikes = Spikes()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "roll_back" in (self.spikes.act, self.spikes.nonfinite) and not self.checkpoint.every:
+            raise UpcycleError(
+                "spikes: roll_back goes back to the newest checkpoint, and checkpoint.every = 0 writes none; "
+                "set it"
+            )
         if self.optimizer.carry_state and self.from_scratch:
             raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
         if self.optimizer.carry_state and self.task is not None and self.task.classes:
@@ -240,13 +267,15 @@ class Run(Settings):
         table = optimizers.as_recorded(table, self.optimizer)
         if not self.stage:
             del table["stage"]
+        if self.spikes == Spikes():
+            del table["spikes"]
         recipe = table.pop("recipe", {})
         table["router"] |= recipe.pop("router", {})
         return _with_lists(table | {key: value for key, value in recipe.items() if key not in table})
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must match between a checkpoint and the run that resumes from it."""
-        free = ("parallel", "log", "checkpoint", "out")
+        free = ("parallel", "log", "checkpoint", "spikes", "out")
         table = {k: v for k, v in self.as_table().items() if k not in free}
         train = {k: v for k, v in table["train"].items() if k not in ("micro_batch", "compile")}
         return table | {"train": train}
@@ -265,7 +294,8 @@ def _together(train: Mapping[str, Any], parts: list[Any]) -> dict[str, Any]:
         )
         if len(own.length) != 1:
             raise UpcycleError(
-                f"stage {stage['name']}: each [[stage]] has one of train.steps, train.tokens and train.examples"
+                f"stage {stage['name']}: each [[stage]] has one of train.steps, train.tokens and "
+                f"train.examples"
             )
         steps += settings.read(Train, {**shared, **own.length}, "train").total_steps
     if len(shared) < len(train) and settings.read(Train, train, "train").total_steps != steps:
