@@ -31,10 +31,11 @@ def train(
     """
     asked = Run.of(run)
     refuse_what_cannot_begin(asked)  # before torch is imported, which takes seconds
+    from upcycle.evaluation.exam import HarnessExaminer
     from upcycle.training import loop
 
     with reporting_to(progress):
-        return loop.train(asked, resume=resume)
+        return loop.train(asked, resume=resume, examiner=HarnessExaminer())
 
 
 def rehearse(run: Run | Mapping[str, Any] | str | Path, *, world: int = 1) -> Rehearsal:

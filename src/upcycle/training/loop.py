@@ -48,6 +48,7 @@ from upcycle.training import (
 )
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
+from upcycle.training.examining import Examiner, examiner_of
 from upcycle.training.feeds import Feeds
 from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
@@ -74,7 +75,9 @@ class Result:
         return {**asdict(self), "out": str(self.out)}
 
 
-def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
+def train(
+    run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False, examiner: Examiner | None = None
+) -> Result:
     """Train as `run` says (a `Run`, its table, or its file), on this process or as one of torchrun's.
 
     `resume` continues from the newest checkpoint of `run.out`, bit for bit on one process, or begins if there
@@ -98,6 +101,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             )
         )
         begun = agreement.agreed(mine, here)
+        examiner = examiner_of(run, examiner, begun.subject, here.world)
         folders = [opened.folder for opened in begun.checkpoints]
         stack.enter_context(interrupting(signal.SIGTERM))
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
@@ -136,7 +140,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         if here.first:
             _write_record(trainee, run, out, state)
         with noted(signal.SIGTERM) as stop:
-            return _loop(trainee, course, anatomy, feeds, state, out, stop)
+            return _loop(trainee, course, anatomy, feeds, examiner, state, out, stop)
 
 
 def _feeds(course: Course, task: Task, begun: Start) -> Feeds:
@@ -189,6 +193,7 @@ def _loop(
     course: Course,
     anatomy: Anatomy | None,
     feeds: Feeds,
+    examiner: Examiner | None,
     state: RunState,
     out: Path,
     stop: list[int],
@@ -260,9 +265,13 @@ def _loop(
             last, ends = now + 1 == total, now + 1 == leg.end
             judged = held_out is not None and (ends or (now + 1) % run.train.eval_every == 0)
             due = bool(run.checkpoint.every) and (ends or (now + 1) % run.checkpoint.every == 0)
+            examined = examiner is not None and (last or (now + 1) % run.eval.every == 0)
             stopping = book.settle(
-                wait=ends or judged or due,
+                wait=ends or judged or due or examined,
                 judge=functools.partial(step.evaluate, trainee, held_out) if judged and held_out else None,
+                examine=functools.partial(examiner.score, trainee.model, run, begun.subject)
+                if examiner is not None and examined
+                else None,
             )
             if stopping:
                 book.settle(wait=True)

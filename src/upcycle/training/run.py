@@ -136,12 +136,30 @@ class Log(Settings):
     section: ClassVar[str] = "log"
 
     every: Annotated[int, AtLeast(1)] = 10  # steps between lines if no progress bar can be shown
+    # steps between pictures of the experts' load in the sinks; 0: none
+    pictures: Annotated[int, AtLeast(0)] = 100
     sinks: tuple[Literal["wandb", "trackio"], ...] = ()  # wandb and trackio, if they are installed
     project: str = "upcycle"  # project name for the sinks
     name: str | None = None  # run name for the sinks; None: the name of the run's folder
     peak_flops: Annotated[float, Above(0)] | None = None  # FLOP/s of a device, for MFU; None: known GPUs'
     # a warning appears if ten steps are slower than this share of the median of the hundred before; 0: none
     slow: Annotated[float, Within("[0, 1)")] = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(Settings):
+    """Tasks of lm-evaluation-harness that the model is scored on while it is trained, on one process."""
+
+    section: ClassVar[str] = "eval"
+
+    tasks: tuple[str, ...] = ()  # names, as in `upcycle eval --tasks`
+    every: Annotated[int, AtLeast(1)] = 1000  # steps between scores; after the last step there is one
+    task_files: str | None = None  # folder with TASK.jsonl files; none: data from the hub
+    num_fewshot: Annotated[int, AtLeast(0)] | None = (
+        None  # examples before each question; none: the task's own
+    )
+    limit: Annotated[int, AtLeast(0)] = 0  # questions of a task at most; 0: all
+    batch_size: Annotated[int, AtLeast(0)] = 0  # rows of a forward pass; 0: as many as fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,6 +213,7 @@ class Run(Settings):
     log: Log = Log()
     checkpoint: Saving = Saving()
     spikes: Spikes = Spikes()
+    eval: Eval = Eval()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,15 +286,16 @@ class Run(Settings):
         table = optimizers.as_recorded(table, self.optimizer)
         if not self.stage:
             del table["stage"]
-        if self.spikes == Spikes():
-            del table["spikes"]
+        for later in ("spikes", "eval"):  # sections that older records do not have
+            if getattr(self, later) == type(getattr(self, later))():
+                del table[later]
         recipe = table.pop("recipe", {})
         table["router"] |= recipe.pop("router", {})
         return _with_lists(table | {key: value for key, value in recipe.items() if key not in table})
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must match between a checkpoint and the run that resumes from it."""
-        free = ("parallel", "log", "checkpoint", "spikes", "out")
+        free = ("parallel", "log", "checkpoint", "spikes", "eval", "out")
         table = {k: v for k, v in self.as_table().items() if k not in free}
         train = {k: v for k, v in table["train"].items() if k not in ("micro_batch", "compile")}
         return table | {"train": train}

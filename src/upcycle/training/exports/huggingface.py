@@ -31,7 +31,7 @@ class HuggingFace(Format):
         begun = trained.start
         if trained.optimizer is not None:
             _write_moments(trained, trained.optimizer, folder / OPTIMIZER)
-        _write_model(trained.model, trained, folder, dtype)
+        write_model(trained.model, trained, folder, dtype)
         carried, left = carry(begun.dense.checkpoint.folder, folder)
         if begun.built:
             made_anew = fit_tokenizer(begun.built, folder)
@@ -47,7 +47,7 @@ class HuggingFace(Format):
         whole_file.write_text(folder / "README.md", card_of(trained))
 
 
-def _write_model(model: PreTrainedModel, trained: Trained, folder: Path, dtype: str) -> None:
+def write_model(model: PreTrainedModel, trained: Trained, folder: Path, dtype: str) -> None:
     """Write the weights in the hub's layout, with a config that says what they were trained with."""
     begun = trained.start
     with torch.no_grad(), quiet():
@@ -66,7 +66,12 @@ def _write_model(model: PreTrainedModel, trained: Trained, folder: Path, dtype: 
     if begun.built is not None:
         config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
     whole_file.write_json(folder / "config.json", config)
-    mode = (folder / "config.json").stat().st_mode  # a new file's mode, from the umask; safetensors uses 0600
+    open_to_others(folder)
+
+
+def open_to_others(folder: Path) -> None:
+    """Give files of weights the mode of other new files, from the umask; safetensors uses 0600."""
+    mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
 
@@ -97,7 +102,7 @@ def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: P
         for parameter in model.parameters():
             known = optimizer.state[parameter].get(moment)  # what was not trained has none
             parameter.data = torch.zeros_like(parameter) if known is None else known
-        _write_model(model, trained, folder / moment, "float32")
+        write_model(model, trained, folder / moment, "float32")
     for name, parameter in model.named_parameters():
         parameter.data = weights[name]
     whole_file.write_json(folder / "state.json", {"step": trained.step})
