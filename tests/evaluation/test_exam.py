@@ -1,4 +1,4 @@
-"""Tasks that a model is scored on while it is trained: the numbers of `upcycle eval`, and nothing else changes."""
+"""Tasks that a model is scored on in training: the numbers of `upcycle eval`, and nothing else changes."""
 
 from __future__ import annotations
 

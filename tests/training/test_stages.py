@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM
 
 import gloo
 import ranks
 import tiny
-from upcycle import UpcycleError
+from upcycle import Recipe, UpcycleError, convert
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.families._training import trained
 from upcycle.training import start
 from upcycle.training.anatomy import Anatomy
+from upcycle.training.course import Course
+from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
@@ -266,6 +272,68 @@ def saved_moments(run: dict, step: int) -> set[str]:
     """The parameters whose moments a checkpoint holds."""
     keys = saved(run, step)["optimizer"]
     return {k.removeprefix("state.").removesuffix(".exp_avg") for k in keys if k.endswith(".exp_avg")}
+
+
+# --- from domains to one model ---
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("b*/*.toml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_the_recipes_of_several_parts(path, dense, tmp_path):
+    """Each is a run on a model of its kind, in every stage."""
+    source = dense("llama")
+    changes = [
+        f"source={source}",
+        f"out={tmp_path / 'run'}",
+        "train.sequence_length=64",
+        "train.batch_tokens=512",
+    ]
+    if "init" in tomllib.loads(path.read_text()):
+        changes.append(f"init.sources={[str(source)] * 3}")
+    run = Run.load(path, changes)
+    found = rehearse(run)
+    assert found.stepped == 2
+    stages = [stage["name"] for stage in tomllib.loads(path.read_text()).get("stage", [])]
+    assert [leg.name for leg in Course(run).legs] == (stages or [None])
+    assert found.steps == sum(leg.steps for leg in Course(run).legs)
+
+
+def test_an_expert_is_taken_out(trainable, tmp_path):
+    """The anchor is the base's network, the other is what was trained, and all else is as trained."""
+    run = table(
+        trainable,
+        tmp_path / "run",
+        moe={"num_experts": 2},
+        train={"steps": 1, "freeze": ["experts[0]"]},
+        checkpoint={"every": 0},
+    )
+    train(Run.of(run))
+    export(tmp_path / "run", tmp_path / "whole")
+    with Checkpoint.open(tmp_path / "whole") as whole, Checkpoint.open(trainable[0]) as base:
+        for number in (0, 1):
+            made = export(tmp_path / "run", tmp_path / str(number), expert=number)
+            assert made.parameters == sum(math.prod(t.shape) for t in base.tensors.values())
+            with Checkpoint.open(tmp_path / str(number)) as one:
+                assert one.tensors.keys() == base.tensors.keys()
+                for name, tensor in one.tensors.items():
+                    layer, network, matrix = name.partition(".mlp.")
+                    own = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}.get(
+                        matrix
+                    )
+                    there = f"{layer}.block_sparse_moe.experts.{number}.{own}.weight" if network else name
+                    read = one.pread(tensor, 0, tensor.nbytes)
+                    assert (read == whole.pread(whole.tensors[there], 0, tensor.nbytes)).all(), name
+                    same = (read == base.pread(base.tensors[name], 0, tensor.nbytes)).all()
+                    assert same == bool(network and number == 0), name
+    AutoModelForCausalLM.from_pretrained(tmp_path / "1")
+    # What was taken out is a donor like any other.
+    mixed = {"num_experts": 4}, {"name": "branch_train_mix", "sources": [str(tmp_path / "1")]}
+    convert(trainable[0], tmp_path / "mixed", Recipe.of(moe=mixed[0], init=mixed[1]))
+    with pytest.raises(UpcycleError, match=r"--expert 2, and the experts of a layer have the numbers 0 to 1"):
+        export(tmp_path / "run", tmp_path / "2", expert=2)
+    with pytest.raises(UpcycleError, match=r"format = gguf|an expert is a number from 0"):
+        export(tmp_path / "run", tmp_path / "2", format="expert")
 
 
 def test_several_processes_keep_the_same_bits(staged, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from upcycle.blueprints.blueprint import with_cache
 from upcycle.conversion import provenance
@@ -20,7 +21,7 @@ from upcycle.training.start import Start
 
 
 class Expert(Format):
-    """The class, names and config of the dense model that a run started from, with expert N as its network."""
+    """Class, names and config of the dense model that a run started from, with expert N as its network."""
 
     summary = "a dense model with one expert of each layer as its network (--expert N)"
     takes_expert = True
@@ -31,7 +32,7 @@ class Expert(Format):
         names = _names(begun, number)
         with scratch.folder() as whole:
             write_model(trained.model, trained, whole, dtype)
-            stored = {}
+            stored: dict[str, Tensor] = {}
             for path in sorted(whole.glob("*.safetensors")):
                 stored |= load_file(path)
             made = {dense: stored[name].clone() for dense, name in names.items()}
@@ -55,7 +56,7 @@ class Expert(Format):
 def _names(begun: Start, number: int) -> Mapping[str, str]:
     """Return where each tensor of the dense model is in the trained one, by its name on disk there.
 
-    Raises `UpcycleError` if an expert is no copy of the dense network, or the model has more than the dense one.
+    Raises `UpcycleError` if a tensor of the dense model is not there whole, or something would be lost.
     """
     built = begun.built
     if built is None or not built.sites:
@@ -72,14 +73,14 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
             places.setdefault(own, []).append(name)
         elif entry.shape[0] not in built.expert_counts:  # those of routers count experts
             raise UpcycleError(
-                f"--expert: {name} of this model is no tensor of the dense one, and would be lost; init.name = copy "
-                f"and a target without shared experts have no such tensors"
+                f"--expert: {name} of this model is no tensor of the dense one, and would be lost; init.name = "
+                f"copy and a target without shared experts have no such tensors"
             )
     lost = [name for name in begun.dense.tensors if name not in places]
     if lost:
         raise UpcycleError(
-            f"--expert: {lost[0]} is in no place of its own in this model, so it cannot be taken out; start the run "
-            f"with init.name = copy and a target that stores experts one by one"
+            f"--expert: {lost[0]} is in no place of its own in this model, so it cannot be taken out; start the "
+            f"run with init.name = copy and a target that stores experts one by one"
         )
     return {
         own: sorted(found, key=_naturally)[number if len(found) > 1 else 0] for own, found in places.items()
