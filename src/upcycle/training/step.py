@@ -132,7 +132,7 @@ class Queued:
     kinds: Sequence[Kind] = ()  # of the routers
     routers: Sequence[str] = ()
     own: Sequence[str] = ()  # names of the routers' own losses
-    spikes: Spikes = Spikes()
+    spikes: Spikes = field(default_factory=Spikes)
 
     def outcome(self) -> Outcome:
         """Wait for the step's numbers and return them.
