@@ -73,13 +73,13 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
             places.setdefault(own, []).append(name)
         elif entry.shape[0] not in built.expert_counts:  # those of routers count experts
             raise UpcycleError(
-                f"--expert: {name} of this model is no tensor of the dense one, and would be lost; start the run "
+                f"--expert: {name} of this model is no tensor of the dense one and would be lost; start the run "
                 f"with init.name = copy and a target without shared experts"
             )
     lost = [name for name in begun.dense.tensors if name not in places]
     if lost:
         raise UpcycleError(
-            f"--expert: {lost[0]} is in no place of its own in this model; start the run with init.name = copy "
+            f"--expert: {lost[0]} has no place of its own in this model; start the run with init.name = copy "
             f"and a target that stores experts one by one"
         )
     return {
