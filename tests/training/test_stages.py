@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 import gloo
 import ranks
 import tiny
-from upcycle import Recipe, UpcycleError, convert
+from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.families._training import trained
-from upcycle.training import start
+from upcycle.training import enter, start, step
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.export import export
@@ -75,7 +75,10 @@ def digests(run: dict, step: int) -> dict[str, str]:
 
 def moved(run: dict, first: int, last: int) -> set[str]:
     """The parameters that differ between two checkpoints; of stacks, each expert by its number."""
-    before, after = weights(run, first), weights(run, last)
+    return differing(weights(run, first), weights(run, last))
+
+
+def differing(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     out = set()
     for name, old in before.items():
         if ".experts." in name:
@@ -257,14 +260,14 @@ def test_records_say_which_stage_a_step_is_in(staged):
 
 def test_a_run_resumed_in_any_stage_is_the_run(staged, tmp_path):
     whole = Path(staged["out"])
-    for step in (1, 2, 3):
-        again = {**staged, "out": str(tmp_path / str(step))}
-        (tmp_path / str(step) / "checkpoints").mkdir(parents=True)
+    for done in (1, 2, 3):
+        again = {**staged, "out": str(tmp_path / str(done))}
+        (tmp_path / str(done) / "checkpoints").mkdir(parents=True)
         shutil.copytree(
-            whole / "checkpoints" / f"step-{step}", Path(again["out"]) / "checkpoints" / f"step-{step}"
+            whole / "checkpoints" / f"step-{done}", Path(again["out"]) / "checkpoints" / f"step-{done}"
         )
         assert train(Run.of(again), resume=True).finished
-        assert [r.loss for r in read(Path(again["out"]))] == [r.loss for r in read(whole)][step:]
+        assert [r.loss for r in read(Path(again["out"]))] == [r.loss for r in read(whole)][done:]
         assert digests(again, 4) == digests(staged, 4)
 
 
@@ -272,6 +275,80 @@ def saved_moments(run: dict, step: int) -> set[str]:
     """The parameters whose moments a checkpoint holds."""
     keys = saved(run, step)["optimizer"]
     return {k.removeprefix("state.").removesuffix(".exp_avg") for k in keys if k.endswith(".exp_avg")}
+
+
+# Of the others: a class, what is trained, and the ends of the names of what may move.
+NORMS = ("LayerNorm.weight", "LayerNorm.bias")
+HEAD = ("predictions.bias", "transform.dense.weight", "transform.dense.bias")
+OTHERS = {
+    "bert": ("BertForMaskedLM", {"only": ["norms", "experts[2]"]}, (*NORMS, "[2]")),
+    "bert-dense": ("BertForMaskedLM", {"freeze": ["embeddings", "attention", "network"]}, (*NORMS, *HEAD)),
+    "vit": ("ViTForImageClassification", {"only": ["head", "router"]}, ("r.weight", "classifier.bias")),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_encoders_and_images_keep_their_bits(case, tmp_path):
+    kind, keys, ends = OTHERS[case]
+    source = tiny.make(tmp_path / kind, kind)
+    moe = {} if "dense" in case else {**UP, "router": {"std": 0.5}}
+    run = Run.of(
+        {"source": str(source), "out": "x", "data": {"sources": [{"path": "x"}]}, "schedule": {"peak": 1.0},
+         "train": {"steps": 2, "batch_size": 4, "sequence_length": 16, "weight_decay": 0.5, **keys}, **moe}
+    )  # fmt: skip
+    begun = start.start_of(run)
+    task = tasks.of(begun.dense.architecture)
+    model = start.model_of(begun, run, HERE, "float32")
+    routers, course = Routers.of(model), Course(run)
+    trainee = enter.first(
+        course.legs[0], model=model, task=task, begun=begun, routers=routers, here=HERE, precision="float32",
+        anatomy=enter.anatomy_of(course, begun, model, routers),
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = ranks.batch_of(run, task) if task.name != "masked_lm" else masked(run)
+    for number in range(2):
+        step.train_step(trainee, batch, number, 1e-2)
+    changed = differing(before, dict(model.named_parameters()))
+    assert changed
+    assert all(name.endswith(ends) for name in changed), changed
+    assert not [
+        name for name in changed if ("embeddings" in name or "attention" in name) and "freeze" in keys
+    ]
+    held = {name for group in trainee.optimizer.param_groups for name in map(id, group["params"])}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def masked(run: Run) -> dict[str, torch.Tensor]:
+    ids = ranks.rows_of(run, 60)[:, :-1]
+    return {"inputs": ids, "labels": ids.where(ids % 5 == 0, -100)}
+
+
+BAD_STAGES = {
+    "no list": ({"stage": {"train": {"steps": 1}}}, r"\[\[stage\]\] must be a list of sections"),
+    "no length": ({"stage": [{"name": "a"}]}, r"stage a: each \[\[stage\]\] has one of train\.steps"),
+    "two lengths": ({"stage": [{"train": {"steps": 1, "tokens": 9}}]}, r"stage 1: each \[\[stage\]\] has"),
+    "two names": (
+        {"stage": [{"name": "a", "train": {"steps": 1}}] * 2}, r"two stages are called a; give each"
+    ),
+    "both": (
+        {"stage": [{"train": {"steps": 3}}], "train": {"steps": 4}},
+        r"train\.steps = 4 and the stages are 3 steps together; .*leave train\.steps out",
+    ),
+    "key": ({"stage": [{"train": {"steps": 1, "batch_size": 4}}]}, r"key stage\[0\]\.train\.batch_size"),
+    "section": ({"stage": [{"train": {"steps": 1}, "moe": {}}]}, r"unknown key stage\[0\]\.moe"),
+    "schedule": ({"stage": [{"train": {"steps": 1}, "schedule": {"name": "x"}}]}, "unknown schedule x"),
+    "nothing": ({}, "give one of train.steps, train.tokens and train.examples"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_STAGES)
+def test_stages_that_do_not_fit(case, trainable, tmp_path):
+    changes, message = BAD_STAGES[case]
+    made = table(trainable, tmp_path, **{key: value for key, value in changes.items() if key != "stage"})
+    if case != "both":
+        made["train"].pop("steps", None)
+    with pytest.raises(UpcycleError, match=message):
+        Run.of(made | ({"stage": changes["stage"]} if "stage" in changes else {}))
 
 
 # --- from domains to one model ---

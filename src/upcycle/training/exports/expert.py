@@ -73,7 +73,7 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
             places.setdefault(own, []).append(name)
         elif entry.shape[0] not in built.expert_counts:  # those of routers count experts
             raise UpcycleError(
-                f"--expert: {name} of this model is no tensor of the dense one and would be lost; start the run "
+                f"--expert: {name} of this model is no tensor of the dense one and would be lost; begin "
                 f"with init.name = copy and a target without shared experts"
             )
     lost = [name for name in begun.dense.tensors if name not in places]
