@@ -207,16 +207,6 @@ def test_a_stage_that_trains_nothing_is_refused_before_the_first_step(trainable,
 # --- what stays, stays ---
 
 
-def test_a_router_without_a_gradient(trainable, tmp_path):
-    changes = {
-        "moe": {"top_k": 1},
-        "router": {"balance_loss_coef": 0.0},
-        "train": {"steps": 1, "only": ["router"]},
-    }
-    with pytest.raises(UpcycleError, match="the loss does not depend on what"):
-        train(Run.of(table(trainable, tmp_path / "run", **changes)))
-
-
 @pytest.fixture(scope="module")
 def staged(trainable, tmp_path_factory):
     """A run of two stages: the router alone, then all but it and two experts, on other data."""

@@ -202,12 +202,6 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
             parts += extra.values()
         found = torch.stack(parts).double()
         sums = found if sums is None else sums + found
-        if not loss.requires_grad:
-            raise UpcycleError(
-                "the loss does not depend on what train.only and train.freeze leave to train; the weight of "
-                "a token's only expert may always be 1 (moe.top_k = 1), so train more, or set "
-                "router.balance_loss_coef"
-            )
         (loss * ranks.dp_size).backward()
     assert sums is not None
     sums = ranks.sum(sums)
