@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import gloo
 import ranks
 import tiny
+from simulated import Traffic
 from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.families._training import trained
@@ -349,6 +350,27 @@ def test_stages_that_do_not_fit(case, trainable, tmp_path):
         made["train"].pop("steps", None)
     with pytest.raises(UpcycleError, match=message):
         Run.of(made | ({"stage": changes["stage"]} if "stage" in changes else {}))
+
+
+@pytest.mark.parametrize("only", [None, ["router"], ["router", "attention"]])
+def test_ranks_reduce_the_gradients_of_what_is_trained_alone(only, dense, tmp_path, monkeypatch):
+    """Two steps in a world of two that is not there: a reduction carries a rank's gradients in bfloat16."""
+    bytes_reduced, queue = [], step.queue_step
+
+    def counted(*arguments):
+        with Traffic(1) as traffic:
+            out = queue(*arguments)
+        bytes_reduced.append(traffic.bytes["reduce_scatter", 2])
+        return out
+
+    monkeypatch.setattr(step, "queue_step", counted)
+    run = table((dense("llama"), "x"), tmp_path, train={"sequence_length": 16, "batch_tokens": 64})
+    if only is not None:
+        run["train"]["only"] = only
+    run["train"]["steps"] = 2
+    assert rehearse(Run.of(run), world=2).stepped == 2
+    anatomy = parts_of(dense("llama"), moe=MOE)
+    assert bytes_reduced == [2 * anatomy.size(anatomy.chosen(only and tuple(only), None))] * 2
 
 
 # --- from domains to one model ---
