@@ -272,6 +272,18 @@ def test_a_run_resumed_in_any_stage_is_the_run(staged, tmp_path):
         assert digests(again, 4) == digests(staged, 4)
 
 
+def test_a_run_of_other_stages_is_not_gone_on_with(staged):
+    first, second = staged["stage"]
+    other = {**second, "train": {**second["train"], "freeze": ["head"]}}
+    cases = {
+        r"stage\[1\]\.train\.freeze": [first, other],
+        r"stage \(2 there, 3 here\)": [first, second, {**second, "name": "third"}],
+    }
+    for said, stages in cases.items():
+        with pytest.raises(UpcycleError, match=rf"is of another run: it differs in .*{said}"):
+            train(Run.of({**staged, "stage": stages}), resume=True)
+
+
 def saved_moments(run: dict, step: int) -> set[str]:
     """The parameters whose moments a checkpoint holds."""
     keys = saved(run, step)["optimizer"]
