@@ -23,6 +23,7 @@ from upcycle.data import stamps
 from upcycle.data.feeding import Feed
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf import packing
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
@@ -44,6 +45,7 @@ from upcycle.training import (
     saving,
     start,
     step,
+    teacher,
     writers,
 )
 from upcycle.training.anatomy import Anatomy
@@ -91,6 +93,8 @@ def train(
         task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
         for leg in Course(run).legs:
             fit.refuse_pooling(leg.run, mine.begun.built)
+            fit.refuse_isolation(leg.run, task, mine.begun.subject)
+            teacher.refuse_other(leg.run, task, mine.begun.subject, mine.begun.teacher)
     with ExitStack() as stack:
         here = stack.enter_context(
             ranks(
@@ -109,6 +113,7 @@ def train(
         _warn(run, begun, task, here, begins=checkpoint is None)
         if here.first and before is not None:
             _say_changed_layout(before, here)
+        _refuse_other_teacher(before, begun, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         course, out = Course(run), Path(run.out)
@@ -136,7 +141,11 @@ def train(
             anatomy=anatomy,
         )
         state = _begin(trainee, begun, feeds, checkpoint, hashes)
-        begun.dense.checkpoint.close()
+        feed, left = feeds.of(course.after(state.step)), run.train.total_steps - state.step
+        taught = teacher.teaching(run, begun, task, feed, here, precision=precision, steps=left)
+        trainee = replace(trainee, teacher=taught)
+        for opened in begun.checkpoints:
+            opened.close()
         if here.first:
             _write_record(trainee, run, out, state)
         with noted(signal.SIGTERM) as stop:
@@ -170,6 +179,20 @@ def _say_changed_layout(before: RunState, here: Ranks) -> None:
         f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
         f"({here.layout})"
     )
+
+
+def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) -> None:
+    """Refuse to go on with a teacher that has changed: it is read again, unlike what the model came from."""
+    if before is None or before.source_sha256 is None or begun.teacher is None:
+        return
+    checkpoint = begun.teacher.checkpoint
+    then = before.source_sha256.get(checkpoint.label)
+    now = here.share(dict(checkpoint.hashes()) if here.first else None)
+    if now != then:
+        raise UpcycleError(
+            f"the teacher {checkpoint.name} has changed since step {before.step} was saved; put it back as "
+            f"it was, or start a new run"
+        )
 
 
 @contextmanager
@@ -220,6 +243,9 @@ def _loop(
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
+            if leg.run.data.isolate:
+                how = packing.attention(trainee.model)
+                log.say(f"documents in a row do not see each other, by masks for {how}")
             for note in filter(None, [*trainee.task.notes(), enter.describe(leg, begun, anatomy)]):
                 log.say(note)
         first: Score | None = None
@@ -259,7 +285,8 @@ def _loop(
                 feed.next(run.train.rows, part)
                 number += 1
             numbers = {s: n for s, n in numbers.items() if s + book.lag >= now} | {now: number}
-            batch = _on(here.device, feed.next(run.train.rows, part))
+            arrays = feed.next(run.train.rows, part)
+            batch = _on(here.device, arrays if trainee.teacher is None else trainee.teacher.beside(arrays))
             lr = leg.rate(now)
             book.add(step.queue_step(trainee, batch, now, lr, stop), lr, leg.name)
             last, ends = now + 1 == total, now + 1 == leg.end

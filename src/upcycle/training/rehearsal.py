@@ -29,12 +29,24 @@ from upcycle import tasks
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
 from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
-from upcycle.training import enter, fit, gradients, micro_batch, optimizer, parallel, start, step
+from upcycle.training import (
+    enter,
+    fit,
+    gradients,
+    kept_logits,
+    micro_batch,
+    optimizer,
+    parallel,
+    start,
+    step,
+    teacher,
+)
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
@@ -56,11 +68,12 @@ class Held:
     moments: int
     reads: int  # of its tensors, in the type that they are stored in
     over_even_share: float  # weights, in even shares of the whole model
+    teacher: int = 0  # weights of a teacher that runs beside the steps
 
     @property
     def total(self) -> int:
-        """The bytes of weights, gradients and moments."""
-        return self.weights + self.gradients + self.moments
+        """The bytes of weights, gradients and moments, and of the teacher's weights."""
+        return self.weights + self.gradients + self.moments + self.teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +114,8 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     for leg in Course(run).legs:
         fit.refuse_pooling(leg.run, begun.built)
+        fit.refuse_isolation(leg.run, task, begun.subject)
+        teacher.refuse_other(leg.run, task, begun.subject, begun.teacher)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
     layout = run.parallel.layout(world)
@@ -187,10 +202,12 @@ def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
         model = start.model_of(_without_values(begun, asked), run, here, precision)
         routers, course = Routers.of(model), Course(run)
         anatomy = enter.anatomy_of(course, begun, model, routers)
-        return max(
-            (_held_in(leg, begun, model, routers, anatomy, here, asked) for leg in course.legs),
-            key=lambda h: h.total,
-        )
+        beside = 0
+        if begun.teacher is not None and run.teacher is not None and run.teacher.top_logits is None:
+            taught_by = _teacher(begun.teacher, here, precision, asked)
+            beside = sum(gradients.local(p).nbytes for p in taught_by.parameters())
+        found = [_held_in(leg, begun, model, routers, anatomy, here, asked) for leg in course.legs]
+        return replace(max(found, key=lambda held: held.total), teacher=beside)
 
 
 def _held_in(
@@ -202,7 +219,7 @@ def _held_in(
     here: Ranks,
     asked: _Asked,
 ) -> Held:
-    """Return what a rank holds in one stage."""
+    """Return what a rank holds in one stage, without a teacher."""
     enter.freeze(leg.run, model, anatomy)
     updater = optimizer.make(model, leg.run.optimizer, start.scales(begun, leg.run, model, routers))
     optimizer.fill(updater, leg.run.optimizer)
@@ -223,6 +240,12 @@ def _held_in(
         reads=asked.nbytes,
         over_even_share=weights * here.layout.replica / sum(p.nbytes for p in parameters),
     )
+
+
+def _teacher(dense: Dense, here: Ranks, precision: str, asked: _Asked) -> PreTrainedModel:
+    """Build a rank's part of the teacher; the bytes that it reads are noted."""
+    blank = {name: Entry(_Blank(tensor, asked), "F64") for name, tensor in dense.tensors.items()}
+    return teacher.model_of(dense, here, precision, blank)
 
 
 def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
@@ -256,8 +279,18 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 anatomy=anatomy,
             )
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
+            batch = {"rows": rows, **({"positions": rows} if run.data.isolate else {})}
+            if begun.teacher is not None and run.teacher is not None:
+                if (count := run.teacher.top_logits) is None:
+                    model = _teacher(begun.teacher, here, "bfloat16", _Asked())
+                    trainee = replace(trainee, teacher=teacher.Beside(model=model))
+                else:
+                    shape = (size[0], size[1] - 1, count)
+                    batch[kept_logits.LOGS] = torch.zeros(shape, device=here.device)
+                    batch[kept_logits.IDS] = torch.zeros(shape, dtype=torch.long, device=here.device)
+                    trainee = replace(trainee, teacher=kept_logits.Kept(segments=(), places={}))
             for number in range(_STEPS):
-                step.queue_step(trainee, {"rows": rows}, number, course.legs[0].rate(number))
+                step.queue_step(trainee, batch, number, course.legs[0].rate(number))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         return f"{error.func} depends on values, and a dry run has none"
     except RuntimeError as error:
