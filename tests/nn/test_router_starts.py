@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -436,12 +437,42 @@ def test_options_that_do_not_go_together_are_named(options, said, stories, tmp_p
 # --- mergekit itself
 
 
+def donors_of(stories: Path, out: Path) -> list[Path]:
+    """Three models near stories260k."""
+    draw, donors = np.random.default_rng(0), [out / f"donor-{number}" for number in range(3)]
+    for donor in donors:
+        shutil.copytree(stories, donor, copy_function=shutil.copyfile)
+        donor.chmod(0o755)
+        weights = load_file(stories / "model.safetensors")
+        moved = {name: w + draw.normal(0, 0.01, w.shape).astype(w.dtype) for name, w in weights.items()}
+        save_file(moved, donor / "model.safetensors", metadata={"format": "pt"})
+    return donors
+
+
+def in_our_names(folder: Path) -> dict[str, torch.Tensor]:
+    """What mergekit-moe wrote: its experts are stacked, and ours are those of the hub's Mixtral."""
+    found = {k: v for f in folder.glob("*.safetensors") for k, v in torch_file(f).items()}
+    out = {name.replace("mlp.gate", "block_sparse_moe.gate"): t for name, t in found.items()}
+    for name in [name for name in out if "mlp.experts" in name]:
+        stacked, at = out.pop(name), name.split("mlp.experts")[0] + "block_sparse_moe.experts"
+        for e, expert in enumerate(stacked):
+            parts = (
+                {"w2": expert} if "down" in name else dict(zip(("w1", "w3"), expert.chunk(2), strict=True))
+            )
+            out |= {f"{at}.{e}.{part}.weight": tensor for part, tensor in parts.items()}
+    return out
+
+
 @pytest.mark.mergekit
-def test_the_rows_are_those_of_mergekit_moe(measured, stories, prompts, tmp_path):
-    """mergekit-moe 0.1.5 in its own environment, MERGEKIT_PYTHON, on the same model and prompts."""
+def test_the_model_is_that_of_mergekit_moe(measured, stories, prompts, tmp_path):
+    """mergekit-moe 0.1.5 in its own environment, MERGEKIT_PYTHON, on the same donors and prompts.
+
+    Every tensor is the same to the bit: routers, experts, and the rest, which is that of the base.
+    """
     python = os.environ.get("MERGEKIT_PYTHON")
     if not python:
         pytest.skip("MERGEKIT_PYTHON does not name the Python of an environment with mergekit 0.1.5")
+    donors = donors_of(stories, tmp_path)
     for mode, start in (
         ("hidden", {"name": "mergekit_hidden"}),
         ("hidden_avg", {"name": "mergekit_hidden", "average": True}),
@@ -452,29 +483,26 @@ def test_the_rows_are_those_of_mergekit_moe(measured, stories, prompts, tmp_path
             "gate_mode": mode,
             "dtype": "bfloat16",
             "experts": [
-                {"source_model": str(stories), "positive_prompts": good, "negative_prompts": bad}
-                for good, bad in sides(prompts)
+                {"source_model": str(donor), "positive_prompts": good, "negative_prompts": bad}
+                for donor, (good, bad) in zip(donors, sides(prompts), strict=True)
             ],
         }
         (tmp_path / f"{mode}.yaml").write_text(json.dumps(config))  # JSON is YAML
         out = tmp_path / mode
-        arguments = [
-            "-m",
-            "mergekit.scripts.moe",
-            str(tmp_path / f"{mode}.yaml"),
-            str(out),
-            "--device",
-            "cpu",
-        ]
-        flags = ["--i-understand-this-is-not-useful-without-training"]
+        command = [python, "-m", "mergekit.scripts.moe", str(tmp_path / f"{mode}.yaml"), str(out)]
+        flags = ["--device", "cpu", "--i-understand-this-is-not-useful-without-training"]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        subprocess.run([python, *arguments, *flags], check=True, env=environment, capture_output=True)
-        weights = {k: v for f in out.glob("*.safetensors") for k, v in torch_file(f).items()}
-        found = rows_of(stories, {**start, "statistics": str(measured.path)})
-        for layer, rows in enumerate(found):
-            theirs = weights[f"model.layers.{layer}.mlp.gate.weight"]
-            assert theirs.dtype == torch.bfloat16
-            assert torch.equal(torch.from_numpy(rows).bfloat16(), theirs), (mode, layer)
+        subprocess.run([*command, *flags], check=True, env=environment, capture_output=True)
+        recipe = Recipe.of(
+            dtype="bfloat16", moe={"num_experts": 3},
+            init={"name": "experts", "expert": [{"source": str(donor)} for donor in donors]},
+            router={"init": {**start, "statistics": str(measured.path)}},
+        )  # fmt: skip
+        theirs, ours = in_our_names(out), blueprint(stories, recipe).entries
+        assert theirs.keys() == ours.keys()
+        for name, tensor in theirs.items():
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(torch.from_numpy(ours[name].lazy.all("F32")).bfloat16(), tensor), (mode, name)
 
 
 def torch_file(path: Path) -> dict[str, torch.Tensor]:

@@ -74,6 +74,20 @@ def of_distillation(script: ModuleType, folder: Path) -> dict[str, dict[str, Any
     return {n: script.table(n, 0, given) for n in script.VARIANTS}
 
 
+def of_donors(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    """The routers start from statistics that are really measured, of a model of bytes."""
+    given = Namespace(checkpoint=folder / "donors" / "base", texts=folder, runs=folder / "donors")
+    for seed, name in enumerate(("base", *script.DOMAINS)):
+        shape = {"num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 256}
+        tiny.make_dense(given.runs / name, "llama", seed=seed, **shape)
+        tiny.make_bytes_tokenizer(given.runs / name)
+    for name, text in script.DOMAINS.items():
+        (folder / text).write_text(f"{name} " * 4000)
+    script.cut(given)
+    tables = {name: script.router_table(name, 0, given) for name in script.VARIANTS}
+    return tables | {name: script.donor_table(name, given) for name in script.DOMAINS}
+
+
 def of_t5(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     given = Namespace(text=folder / "text.txt", runs=folder / "t5")
     for name in ("t5", "dense-base"):
@@ -101,6 +115,7 @@ def of_jetpack(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
 TABLES: dict[str, Callable[[ModuleType, Path], dict[str, dict[str, Any]]]] = {
     "code": of_code,
     "distillation": of_distillation,
+    "donors": of_donors,
     "drop_upcycling": of_language,
     "extra_compute": of_language,
     "llama3_meets_moe": of_language,
