@@ -131,19 +131,48 @@ def trained(run: dict[str, Any], out: Path) -> Path:
     return out
 
 
+Weights = dict[str, Any]
+
+
+def weights_of(folder: Path) -> Weights:
+    """Return the weights of a dense model."""
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def written(weights: Weights, like: Path, out: Path) -> Path:
+    """Write a model with these weights, and with the rest of the folder `like`."""
+    from safetensors.numpy import save_file
+
+    if not out.exists():
+        shutil.copytree(like, partial := out.with_suffix(".partial"), dirs_exist_ok=True)
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        partial.rename(out)
+    return out
+
+
 def mean_of(folders: list[Path], out: Path) -> Path:
     """Write the dense model whose weights are the means of those of several models."""
     import numpy as np
-    from safetensors.numpy import load_file, save_file
 
-    if not out.exists():
-        shutil.copytree(folders[0], partial := out.with_suffix(".partial"), dirs_exist_ok=True)
-        models = [load_file(folder / "model.safetensors") for folder in folders]
-        means = {name: np.mean([m[name] for m in models], axis=0, dtype=np.float64) for name in models[0]}
-        stored = {name: mean.astype(models[0][name].dtype) for name, mean in means.items()}
-        save_file(stored, partial / "model.safetensors", metadata={"format": "pt"})
-        partial.rename(out)
-    return out
+    models = [weights_of(folder) for folder in folders]
+    means = {name: np.mean([m[name] for m in models], axis=0, dtype=np.float64) for name in models[0]}
+    return written(
+        {name: mean.astype(models[0][name].dtype) for name, mean in means.items()}, folders[0], out
+    )
+
+
+def right_networks(backbone: str, given: argparse.Namespace) -> dict[str, float]:
+    """Return the losses of a router with top-1 that is never wrong: the donor's networks in the backbone."""
+    around = weights_of(model("base" if backbone == "base" else "mean of weights", given))
+    found = {}
+    for domain in DOMAINS:
+        donor = model(domain, given)
+        networks = {name: w for name, w in weights_of(donor).items() if ".mlp." in name}
+        put = written({**around, **networks}, donor, given.runs / f"{domain}-in-{backbone}")
+        found[domain] = score(put, given).loss[domain]
+    return found
 
 
 def model(name: str, given: argparse.Namespace) -> Path:
@@ -177,8 +206,11 @@ def right_in(layer: list[list[float]]) -> float:
     return sum(of[domain] for domain, of in enumerate(layer)) / len(layer)
 
 
-def score(checkpoint: Path, given: argparse.Namespace) -> Score:
-    """Score a model on rows of the held-out texts; the first token of a row is not predicted."""
+def score(checkpoint: Path, given: argparse.Namespace, **config: Any) -> Score:
+    """Score a model on rows of the held-out texts; the first token of a row is not predicted.
+
+    `config` are values that go over those of its config.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -186,7 +218,7 @@ def score(checkpoint: Path, given: argparse.Namespace) -> Score:
     from upcycle.data.corpus import read_tokenizer
     from upcycle.training.routing import Routers
 
-    model, tokenizer = upcycle.open(checkpoint).eval(), read_tokenizer(checkpoint)
+    model, tokenizer = upcycle.open(checkpoint, **config).eval(), read_tokenizer(checkpoint)
     routers = Routers.of(model)
     loss, chosen = {}, []
     for domain, text in held_out(given).items():
@@ -201,14 +233,19 @@ def score(checkpoint: Path, given: argparse.Namespace) -> Score:
     return Score(loss, shares)
 
 
+def folders(variant: str, seed: int, given: argparse.Namespace) -> tuple[Path, Path]:
+    """Return the folders of the result before and after its router is trained."""
+    name = f"{variant.replace(', ', '-')}-{seed}"
+    return given.runs / f"{name}-before", given.runs / name
+
+
 def go(variant: str, seed: int, given: argparse.Namespace) -> common.Result:
     """Put the donors together, and score the result before and after its router is trained."""
     import upcycle
 
     for domain in DOMAINS:
         model(domain, given)
-    folder = Path(given.runs / f"{variant.replace(', ', '-')}-{seed}")
-    before = folder.with_name(f"{folder.name}-before")
+    before, folder = folders(variant, seed, given)
     if not before.exists():
         upcycle.convert(given.checkpoint, before, {"seed": seed, **recipe(variant, seed, given)})
     after = trained(router_table(variant, seed, given), folder)
@@ -218,10 +255,21 @@ def go(variant: str, seed: int, given: argparse.Namespace) -> common.Result:
     return {"variant": variant, "seed": seed} | {when: found._asdict() for when, found in scores.items()}
 
 
-def show(dense: dict[str, dict[str, float]], runs: list[common.Result]) -> None:
+def with_one_expert(variant: str, given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return the losses of the results of seed 0 if a token has one expert."""
+    found = zip(("before", "after"), folders(variant, 0, given), strict=True)
+    return {when: score(folder, given, num_experts_per_tok=1).loss for when, folder in found}
+
+
+def show(
+    dense: dict[str, dict[str, float]],
+    top_1: dict[str, dict[str, dict[str, float]]],
+    runs: list[common.Result],
+) -> None:
     """Print the tables in Markdown, and draw how often each layer picks the right donor."""
     oracle = {domain: dense[domain][domain] for domain in DOMAINS}
-    for name, loss in {**dense, "oracle": oracle}.items():
+    one = {f"{variant}, {when}, top-1": x for variant, of in top_1.items() for when, x in of.items()}
+    for name, loss in {**dense, "oracle": oracle, **one}.items():
         cells = " | ".join(f"{x:.3f}" for x in (*loss.values(), Score(loss, []).mean))
         print(f"| {name} | {cells} | |")
     curves: dict[str, list[list[tuple[float, float]]]] = {}
@@ -252,14 +300,22 @@ def main() -> None:
     given = parser.parse_args()
     cut(given)
     results = HERE / "results.json"
-    dense = json.loads(results.read_text())["dense"] if results.exists() else {}
+    known = json.loads(results.read_text()) if results.exists() else {}
+    dense, top_1 = known.get("dense", {}), known.get("top_1", {})
     for name in ("base", *DOMAINS, "mean of weights"):
         dense[name] = dense.get(name) or score(model(name, given), given).loss
+    for backbone in BACKBONES:
+        name = f"right networks, {backbone}"
+        dense[name] = dense.get(name) or right_networks(backbone, given)
+    about = {"dense": dense, "top_1": top_1}
     jobs = [(variant, seed) for seed in range(given.seeds) for variant in VARIANTS]
     runs = common.gather(
-        results, jobs, lambda variant, seed: go(variant, seed, given), list(VARIANTS), 1, {"dense": dense}
+        results, jobs, lambda variant, seed: go(variant, seed, given), list(VARIANTS), 1, about
     )
-    show(dense, runs)
+    for variant in VARIANTS:
+        top_1[variant] = top_1.get(variant) or with_one_expert(variant, given)
+    results.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
+    show(dense, top_1, runs)
 
 
 if __name__ == "__main__":
