@@ -82,7 +82,7 @@ def of_donors(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
         tiny.make_dense(given.runs / name, "llama", seed=seed, **shape)
         tiny.make_bytes_tokenizer(given.runs / name)
     for name, text in script.DOMAINS.items():
-        (folder / text).write_text(f"{name} " * 4000)
+        (folder / text).write_text(f"{name} " * 6000)
     script.cut(given)
     tables = {name: script.router_table(name, 0, given) for name in script.VARIANTS}
     return tables | {name: script.donor_table(name, given) for name in script.DOMAINS}
