@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -436,7 +437,7 @@ def test_export_is_what_convert_writes_and_every_client_opens(table, source, tmp
         assert {n: (t.shape, t.dtype) for n, t in a.tensors.items()} == {
             n: (t.shape, t.dtype) for n, t in b.tensors.items()
         }
-        assert a.config == b.config
+        assert a.config == {**b.config, "router_aux_loss_coef": 0.01}  # what the run balanced with
     assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token_id == 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = prepare(run.data, source, tmp_path / "run" / "tokens", vocab_size=512)
@@ -635,15 +636,22 @@ def test_a_dense_export_is_admitted_as_a_source(table, tmp_path, capsys):
 
 def test_sinks_get_every_step(table, monkeypatch):
     seen: list[tuple[str, object]] = []
+    pictures: list[np.ndarray] = []
 
     class Trackio:
         init = staticmethod(lambda **options: seen.append(("init", options["name"])))
+        Image = staticmethod(lambda array: pictures.append(array))
         log = staticmethod(lambda values, step: seen.append(("log", (step, values["loss"]))))
         finish = staticmethod(lambda: seen.append(("finish", None)))
 
     monkeypatch.setitem(sys.modules, "trackio", Trackio)
-    run = Run.of(table(**MOE, log={"sinks": ["trackio"]}))
+    run = Run.of(table(**MOE, log={"sinks": ["trackio"], "pictures": 4}))
     train(run)
+    # A picture of the routers after steps 4 and 6: a row a layer, a column an expert, darker with its load.
+    assert [picture.shape for picture in pictures] == [(5 * 16, 4 * 16, 3)] * 2
+    loads = np.array([layer.load for layer in read(Path(run.out))[-1].layers])
+    shades = pictures[-1][8::16, 8::16, 0].astype(float)
+    assert np.allclose(shades, 255 - (255 - 8) * np.clip(2 * loads, 0, 1), atol=0.51)
     wanted = list(enumerate(losses(Path(run.out)), start=1))
     assert seen == [("init", "run"), *(("log", pair) for pair in wanted), ("finish", None)]
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -33,6 +33,15 @@ from upcycle.targets import Target
 from upcycle.tensors.lazy import Lazy
 
 
+def with_cache(config: Config) -> Config:
+    """Return config.json without `use_cache = false`, which would let generation compute every token anew.
+
+    Training scripts write it, also into the configs of parts.
+    """
+    parts = {key: with_cache(part) for key, part in config.items() if isinstance(part, dict)}
+    return config | parts | ({"use_cache": True} if config.get("use_cache") is False else {})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
     """Every tensor of the MoE, by its name on disk."""
@@ -104,10 +113,10 @@ class Blueprint:
         """Return config.json as it is written, for weights in `dtype` (None: as planned).
 
         It names the kernel for the experts if the default of transformers cannot handle the length of their
-        rows.
+        rows. It does not say `use_cache = false`, which is a setting of a training script.
         """
         stored = dtype or str(self.config["dtype"])
-        config = {**self.config, "dtype": stored, "torch_dtype": stored}
+        config = with_cache({**self.config, "dtype": stored, "torch_dtype": stored})
         lengths = [length for site in self.sites for length in (site.width, site.hidden)]
         itemsize = FLOATS[BY_TORCH_NAME[stored]].itemsize
         return config | self.target.kernel(lengths, itemsize)

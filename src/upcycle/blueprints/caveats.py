@@ -89,8 +89,8 @@ def warnings(built: Blueprint) -> list[str]:
         )
     if built.config.get("use_cache") is False:
         out.append(
-            "config.json says use_cache = false, as training scripts write it, and so does the result: "
-            "generation works out every token anew; set it to true to generate"
+            "config.json says use_cache = false, as training scripts write it; the result says true, because "
+            "generation would compute every token anew"
         )
     out += router_rows.warnings(
         {place_of(site.stack, site.layer): rows for site, rows in built.router_rows.items()}

@@ -146,6 +146,7 @@ def export(
     dtype: str = "source",
     optimizer: Flag = False,
     format: str = "huggingface",
+    expert: Whole = None,
 ) -> None:
     """Write a checkpoint of a training run as a model folder.
 
@@ -156,10 +157,13 @@ def export(
         dtype: source, float32, bfloat16 or float16
         optimizer: add the moments of the optimizer, for optimizer.carry_state of a later run
         format: the layout of the folder; huggingface is that of `upcycle convert`
+        expert: write the dense model with expert N of each layer as its network instead
     """
     from upcycle.cli.views.run import show_exported
 
-    made = upcycle.export(run, out, step=step, dtype=dtype, with_optimizer=optimizer, format=format)
+    made = upcycle.export(
+        run, out, step=step, dtype=dtype, with_optimizer=optimizer, format=format, expert=expert
+    )
     show_exported(made)
 
 

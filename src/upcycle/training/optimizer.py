@@ -83,6 +83,14 @@ def skip_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
     return True
 
 
+def keep_state(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that an earlier one has of the same parameters; others begin without."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if before.state[p]:
+                optimizer.state[p] = before.state[p]
+
+
 def fill(optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
     """Add a state for parameters without a gradient so far (such as an unused mask token).
 

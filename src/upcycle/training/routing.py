@@ -198,8 +198,8 @@ class Routers:
     def biases(self) -> list[Tensor | None]:
         """Return the correction biases of the routers, [E] each; None for a router without one.
 
-        They change which experts are chosen, but not the experts' weights. Raises `UpcycleError` if no router
-        has one.
+        They change which experts are chosen, but not the experts' weights. A router that is not trained
+        counts as one without. Raises `UpcycleError` if no router has one.
         """
         found = [
             next((p.detach() for name, p in _tensors(module) if name.endswith(BIAS)), None)
@@ -210,7 +210,8 @@ class Routers:
                 "router.bias_update_rate is set, and the routers of this architecture have no correction "
                 "bias; set it to 0, or take what has one (ernie4_5_moe, router.name = sigmoid)"
             )
-        return found
+        trained = [any(p.requires_grad for p in module.parameters()) for module in self.modules]
+        return [bias if moves else None for bias, moves in zip(found, trained, strict=True)]
 
 
 def _said(module: nn.Module, output: Any) -> Said:
@@ -240,8 +241,8 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: float) -> None:
-    """Raise the bias of experts with less than their share and lower the others' by `rate`.
+def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: float | Tensor) -> None:
+    """Raise the bias of experts with less than their share and lower the others' by `rate`, [] if a tensor.
 
     Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, algorithm 1.
     """

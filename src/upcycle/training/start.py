@@ -248,13 +248,13 @@ def _build(
         tensors,
         distributed_config=ranks.config,
         dtype=dtype,
-        experts_implementation=_experts_implementation(start, run, dtype)
+        experts_implementation=experts_implementation(start, run, dtype)
         if start.built and start.built.sites
         else None,
     )
 
 
-def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
+def experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
     """Return the run's setting, or grouped products if rows are multiples of the 16 bytes they need."""
     if run.train.experts_implementation is not None:
         return run.train.experts_implementation
@@ -308,7 +308,8 @@ def carry_state(
             for name, parameter in model.named_parameters():
                 moments[name][moment] = given[name].detach().to(parameter.dtype)
     for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = run.optimizer.state(parameter, step, moments[name])
+        if parameter.requires_grad:
+            optimizer.state[parameter] = run.optimizer.state(parameter, step, moments[name])
     return step
 
 

@@ -12,7 +12,7 @@ from upcycle.training.exports import Trained
 
 def provenance_of(trained: Trained, folder: Path, carried: list[str], left: list[str]) -> Provenance:
     """Return the provenance for upcycle.json in `folder`: that of the conversion, plus the training."""
-    begun, hashes, training = trained.start, trained.hashes, (_training(trained),)
+    begun, hashes, training = trained.start, trained.hashes, (training_of(trained),)
     if begun.built:
         return provenance.of_blueprint(
             begun.built, hashes, folder, carried=carried, left_behind=left, training=training
@@ -21,7 +21,7 @@ def provenance_of(trained: Trained, folder: Path, carried: list[str], left: list
     return provenance.of_dense(source, hashes, folder, carried=carried, left_behind=left, training=training)
 
 
-def _training(trained: Trained) -> Training:
+def training_of(trained: Trained) -> Training:
     """Return the run's entry in upcycle.json, up to the exported state."""
     record, state = trained.record, trained.state
     known = state.source_sha256 or record.source_sha256
