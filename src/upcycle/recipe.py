@@ -87,6 +87,48 @@ class Successor(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Grow(Settings):
+    """More experts for a source that is a Mixture of Experts already: E experts become m E.
+
+    Every expert stays as it is, under its number, and copies of experts follow, with copies of their rows of
+    the router (Expert Upcycling, arXiv 2604.19835). With `choose = "all"`, no noise, and m times as many
+    experts per token, the m copies of an expert share its weight, so the function is kept. With fewer experts
+    per token, copies of one expert take the places of others, and it is not.
+    """
+
+    section: ClassVar[str] = "grow"
+
+    factor: Annotated[int, AtLeast(1)] = 2  # m: experts of a layer, divided by those of the source
+    # experts of a layer; 0 means factor times those of the source
+    experts: Annotated[int, AtLeast(0)] = 0
+    # experts per token; 0 means that they grow as the experts do, which keeps the function
+    top_k: Annotated[int, AtLeast(0)] = 0
+    # all copies every expert equally often; utility copies those that tokens choose most, layer by layer
+    choose: Literal["all", "utility"] = "all"
+    # for utility: the routing.json that `upcycle inspect SOURCE --text NAME=FILE` writes
+    statistics: str = ""
+    most_copies: Annotated[int, AtLeast(2)] = 3  # for utility: the most copies of an expert, itself included
+    # noise on the matrices of copies, N(0, 1) times so many standard deviations of each matrix
+    noise: Annotated[float, AtLeast(0)] = 0.0
+    # the same on rows of the router that are copies; it decides between an expert and its copies
+    router_noise: Annotated[float, AtLeast(0)] = 0.0
+    # layers without experts become MoE layers too, by [init] and [router]
+    dense_layers: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts and self.factor != Grow.factor:
+            raise UpcycleError("grow.factor and grow.experts both say how many experts there are; give one")
+        if (self.choose == "utility") != bool(self.statistics):
+            raise UpcycleError(
+                "grow.choose = utility takes grow.statistics = FILE, the routing.json that `upcycle inspect "
+                "SOURCE --text NAME=FILE` writes; give both or neither"
+            )
+        if Path(self.statistics).is_file():  # the recipe is stored with its result and may be read elsewhere
+            object.__setattr__(self, "statistics", str(Path(self.statistics).resolve()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Part(Settings):
     """The MoE layers of one stack of blocks and their router."""
 
@@ -109,6 +151,7 @@ class Recipe(Settings):
     init: Init = dataclasses.field(default_factory=lambda: settings.read(Init, {}, "init"))
     router: Router = dataclasses.field(default_factory=lambda: settings.read(Router, {}, "router"))
     successor: Successor | None = None
+    grow: Grow | None = None
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
 
     @classmethod

@@ -26,6 +26,18 @@ Spread = Literal["down", "sqrt", "cube_root"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth:
+    """The growth of an MoE layer of the source: which of its experts each expert is, by number.
+
+    The first ones are the source's own, in order, and copies follow. `exact` is true if the layer computes
+    what it did.
+    """
+
+    parents: tuple[int, ...]
+    exact: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """The place where experts are made: one MoE layer.
 
@@ -51,6 +63,7 @@ class Site:
     grouped_router: bool
     uniform_router: bool  # the router is all zero: every expert has the same score for every token
     gate_sum: float  # sum of the weights of the chosen experts under a uniform router
+    growth: Growth | None = None  # set if the source has experts here already
 
     @property
     def width(self) -> int:

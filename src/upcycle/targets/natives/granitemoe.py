@@ -1,7 +1,7 @@
 """GraniteMoE: the MoE for Granite and for other models that fit (Gemma 1, biased attention)."""
 
 from upcycle.targets._layouts import Fused
-from upcycle.targets.native import Native, client_limits
+from upcycle.targets.native import Growing, Native, client_limits
 
 native = Native(
     model_type="granitemoe",
@@ -19,4 +19,12 @@ native = Native(
     num_experts_field="num_local_experts",
     renormalizes="always",
     clients=lambda config: client_limits(config, mlx_scales_rope=True, mlx_head_dim=False),
+    growing=Growing(
+        like="granite",
+        assumed={"num_local_experts": 8, "num_experts_per_tok": 2},
+        held=Fused(
+            gate_up="block_sparse_moe.experts.gate_up_proj", down="block_sparse_moe.experts.down_proj"
+        ),
+        held_router="block_sparse_moe.router.weight",
+    ),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Mixtral: the MoE that Llama, Mistral and Phi-3 become."""
 
-from upcycle.targets._layouts import PerExpert
-from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets._layouts import Fused, PerExpert
+from upcycle.targets.native import Config, Growing, Native, client_limits
 
 
 def _clients(config: Config) -> dict[str, str]:
@@ -25,4 +25,12 @@ native = Native(
     renormalizes="always",
     constants={"router_jitter_noise": 0.0},
     clients=_clients,
+    growing=Growing(
+        like="mistral",
+        assumed={
+            "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "rms_norm_eps": 1e-5,
+        },
+        held=Fused(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
+        held_router="mlp.gate.weight",
+    ),
 )

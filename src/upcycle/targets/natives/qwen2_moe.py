@@ -1,7 +1,7 @@
 """Qwen2-MoE: the MoE that Qwen2 becomes; it always has a shared expert."""
 
-from upcycle.targets.native import Config, Native, client_limits
-from upcycle.targets.natives._qwen import LAYOUT, SHARED, dense_layers
+from upcycle.targets.native import Config, Growing, Native, client_limits
+from upcycle.targets.natives._qwen import HELD, LAYOUT, SHARED, dense_layers, moe_layers
 
 
 def _clients(config: Config) -> dict[str, str]:
@@ -35,4 +35,17 @@ native = Native(
     dense_layers=dense_layers,
     constants={"qkv_bias": True},
     clients=_clients,
+    growing=Growing(
+        like="qwen2",
+        assumed={
+            "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632, "norm_topk_prob": False, "mlp_only_layers": (),
+            "decoder_sparse_step": 1, "intermediate_size": 5632, "num_key_value_heads": 16,
+        },
+        moe_layers=moe_layers,
+        only={"qkv_bias": True},
+        shared_width=lambda config: int(config["shared_expert_intermediate_size"]),
+        held=HELD,
+        held_router="mlp.gate.weight",
+    ),
 )

@@ -1,7 +1,7 @@
 """Qwen3-MoE: the MoE that Qwen3 becomes."""
 
-from upcycle.targets.native import Config, Native, client_limits
-from upcycle.targets.natives._qwen import LAYOUT, dense_layers
+from upcycle.targets.native import Config, Growing, Native, client_limits
+from upcycle.targets.natives._qwen import HELD, LAYOUT, dense_layers, moe_layers
 
 
 def _clients(config: Config) -> dict[str, str]:
@@ -32,4 +32,15 @@ native = Native(
     renormalizes="optional",
     dense_layers=dense_layers,
     clients=_clients,
+    growing=Growing(
+        like="qwen3",
+        assumed={
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+            "norm_topk_prob": False, "mlp_only_layers": (), "decoder_sparse_step": 1,
+            "intermediate_size": 6144, "num_key_value_heads": 4, "head_dim": None,
+        },
+        moe_layers=moe_layers,
+        held=HELD,
+        held_router="mlp.gate.weight",
+    ),
 )  # fmt: skip
