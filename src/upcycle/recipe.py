@@ -112,6 +112,9 @@ class Grow(Settings):
     noise: Annotated[float, AtLeast(0)] = 0.0
     # the same on rows of the router that are copies; it decides between an expert and its copies
     router_noise: Annotated[float, AtLeast(0)] = 0.0
+    # neurons of the shared expert, where the class has one; more than the source's have no output at first; 0
+    # keeps the source's
+    shared_width: Annotated[int, AtLeast(0)] = 0
     # layers without experts become MoE layers too, by [init] and [router]
     dense_layers: bool = False
 

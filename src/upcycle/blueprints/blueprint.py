@@ -186,8 +186,9 @@ def blueprint(
 ) -> Blueprint:
     """Return the blueprint of the MoE that `recipe` makes of the checkpoint `source`.
 
-    That is dense, or a Mixture of Experts if the recipe has a section [grow]. `source` is a folder or a hub id; `recipe` is a `Recipe`, its table, or its file. Only headers are read.
-    Raises `UpcycleError` if source and recipe do not fit.
+    That is dense, or a Mixture of Experts if the recipe has a section [grow]. `source` is a folder or a hub
+    id; `recipe` is a `Recipe`, its table, or its file. Only headers are read. Raises `UpcycleError` if source
+    and recipe do not fit.
     """
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):

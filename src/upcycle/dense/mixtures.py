@@ -39,7 +39,20 @@ class MixtureFamily(Decoder):
         """What is needed to read the architecture."""
         return _growing(self.native)
 
+    def tidied(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return config.json with the keys that the hub's configs have, in place of other names for them."""
+        other = {key: name for key, name in self.growing.other_names.items() if raw.get(key) is not None}
+        for key, name in other.items():
+            if raw.get(name, raw[key]) != raw[key]:
+                raise UpcycleError(
+                    f"config.json of a {self.model_type} model: {key} = {shown(raw[key])} and {name} = "
+                    f"{shown(raw[name])} mean the same; keep the one that is right"
+                )
+        named = {name: raw[key] for key, name in other.items()}
+        return {key: value for key, value in raw.items() if key not in other} | named
+
     def config(self, raw: Mapping[str, Any]) -> Config:
+        raw = self.tidied(raw)
         given = {**self.growing.assumed, **{k: v for k, v in raw.items() if v is not None}}
         counts = (self.native.num_experts_field, self.native.top_k_field, self.native.width_field)
         for key in (*counts, *(("decoder_sparse_step",) if "decoder_sparse_step" in given else ())):
@@ -184,7 +197,9 @@ class Mixture(Dense):
             else:
                 out[name] = Stored(self.checkpoint, info)
         for i, layer in layers.items():
-            out |= {f"{_LAYERS}{i}.{name}": tensor for name, tensor in _as_written(self.native, layer).items()}
+            out |= {
+                f"{_LAYERS}{i}.{name}": tensor for name, tensor in _as_written(self.native, layer).items()
+            }
         return out
 
     @cached_property
@@ -207,6 +222,10 @@ class Mixture(Dense):
         if layer in self.moe_layers:
             return self.experts[layer][0]
         return super().feed_forward(layer, stack)
+
+    def comparable(self, layer: int, stack: str = "layers") -> FeedForward | None:
+        """Return the network of a block that has no experts."""
+        return None if layer in self.moe_layers else self.feed_forward(layer, stack)
 
     @property
     def unknown_keys(self) -> tuple[str, ...]:

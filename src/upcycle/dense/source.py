@@ -144,6 +144,10 @@ class Dense:
         """Return the network that the experts of a block are made from."""
         return self.feed_forward(layer, stack)
 
+    def comparable(self, layer: int, stack: str = "layers") -> FeedForward | None:
+        """Return the network that experts of a block can be compared with, or None if there is none."""
+        return self.feed_forward(layer, stack)
+
     @property
     def whole(self) -> Dense:
         """The model as its checkpoint has it."""

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.blueprints import moe_layer
 from upcycle.blueprints.entries import Entry
-from upcycle.dense import mixtures
 from upcycle.dense.mixtures import Mixture
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
 from upcycle.families._training import Trained
 from upcycle.families._weights import Initial, Weight
@@ -31,7 +30,7 @@ from upcycle.records.routing import RoutingRecord
 from upcycle.system.once import once
 from upcycle.targets._with_experts import WithExperts
 from upcycle.targets.native import Native
-from upcycle.tensors.computed import Noise
+from upcycle.tensors.computed import Drawn, Fill, Noise
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Concat, Lazy, Take
 from upcycle.tensors.positions import Given, Order
@@ -75,6 +74,8 @@ class Grown(WithExperts):
             native.num_experts_field: recipe.moe.num_experts,
             native.top_k_field: recipe.moe.top_k,
         }
+        if native.shared is not None:
+            out |= native.shared.config(sites[0].shared_width, 0)
         if grow.dense_layers and native.dense_layers is not None:
             changed = native.dense_layers(source.config, frozenset(site.layer for site in sites))
             assert isinstance(changed, dict), "a layer of every kind can have experts"
@@ -94,7 +95,9 @@ class Grown(WithExperts):
                 grown = _layer(source, site, site.growth, grow)
                 out |= {f"{prefix}.{name}": tensor for name, tensor in grown.items()}
             else:
-                for name in [name for name in source.layers[site.layer] if stack.owns(f"{prefix}.{name}", site.layer)]:
+                for name in [
+                    name for name in source.layers[site.layer] if stack.owns(f"{prefix}.{name}", site.layer)
+                ]:
                     del out[f"{prefix}.{name}"]
                 made = moe_layer.tensors([source], site, recipe, self.native, source.tensors)
                 moe_layer.add(out, prefix, made)
@@ -170,7 +173,9 @@ target = Grown
 def of(dense: Dense, recipe: Recipe) -> Grown:
     """Return the class of the source with more experts. Raises `UpcycleError` if the recipe does not grow."""
     if not isinstance(dense, Mixture):
-        raise UpcycleError("moe.target = grown is what a section [grow] makes; add it, or take the target out")
+        raise UpcycleError(
+            "moe.target = grown is what a section [grow] makes; add it, or take the target out"
+        )
     native = dense.native
     return Grown(native=native, model_type=native.model_type, architecture=native.architecture)
 
@@ -183,11 +188,17 @@ def resolved(recipe: Recipe, source: Mixture) -> Recipe:
     grow = recipe.grow
     assert grow is not None
     if recipe.successor is not None:
-        raise UpcycleError("[successor] makes a narrower model of a dense source, and [grow] does not; take one out")
+        raise UpcycleError(
+            "[successor] makes a narrower model of a dense source, and [grow] does not; take one out"
+        )
     if recipe.parts:
-        raise UpcycleError(f"[{next(iter(recipe.parts))}]: a source that grows has one stack of blocks; take it out")
+        raise UpcycleError(
+            f"[{next(iter(recipe.parts))}]: a source that grows has one stack of blocks; take it out"
+        )
     if not isinstance(recipe.router, TopK):
-        raise UpcycleError(f"router.name = {recipe.router.name}: a source that grows keeps its router; take it out")
+        raise UpcycleError(
+            f"router.name = {recipe.router.name}: a source that grows keeps its router; take it out"
+        )
     count, found = _count(grow, source), dataclasses.replace
     moe = found(
         recipe.moe,
@@ -207,8 +218,10 @@ def _count(grow: Grow, source: Mixture) -> int:
     old = source.num_experts
     count = grow.experts or grow.factor * old
     if count < old:
-        raise UpcycleError(f"grow.experts = {count}, and {source.checkpoint.folder} has {old} experts; give more")
-    if count == old and not grow.dense_layers:
+        raise UpcycleError(
+            f"grow.experts = {count}, and {source.checkpoint.folder} has {old} experts; give more"
+        )
+    if count == old and not grow.dense_layers and grow.shared_width <= source.shared_width:
         raise UpcycleError(
             f"[grow] makes {count} experts of {old}, which are the same; raise grow.factor or grow.experts, "
             f"or set grow.dense_layers = true"
@@ -217,6 +230,7 @@ def _count(grow: Grow, source: Mixture) -> int:
         raise UpcycleError(
             f"grow.dense_layers: all layers of {source.checkpoint.folder} have experts; take it out"
         )
+    _refuse_shared_width(grow, source)
     if grow.choose == "all" and count % old:
         raise UpcycleError(
             f"grow.choose = all copies all {old} experts equally often, and grow.experts = {count} is no "
@@ -224,10 +238,24 @@ def _count(grow: Grow, source: Mixture) -> int:
         )
     if grow.choose == "utility" and count > grow.most_copies * old:
         raise UpcycleError(
-            f"{count} experts need more than grow.most_copies = {grow.most_copies} copies of some of the {old} "
-            f"experts; take fewer experts, or raise it"
+            f"{count} experts need more than grow.most_copies = {grow.most_copies} copies of some of the "
+            f"{old} experts; take fewer experts, or raise it"
         )
     return count
+
+
+def _refuse_shared_width(grow: Grow, source: Mixture) -> None:
+    """Refuse a shared expert where the class has none, or one narrower than the source's."""
+    if grow.shared_width and not source.shared_width:
+        raise UpcycleError(
+            f"grow.shared_width = {grow.shared_width}: a {source.family.model_type} has no shared expert; take "
+            f"it out"
+        )
+    if 0 < grow.shared_width < source.shared_width:
+        raise UpcycleError(
+            f"grow.shared_width = {grow.shared_width}, and the shared expert of {source.checkpoint.folder} "
+            f"has {source.shared_width} neurons; give more, or 0 to keep these"
+        )
 
 
 def _top_k(grow: Grow, source: Mixture, count: int) -> int:
@@ -277,7 +305,8 @@ def _refuse_ignored(given: Recipe, out: Recipe, source: Mixture) -> None:
 
 
 def _parts(dense: Dense, recipe: Recipe) -> tuple[Mixture, Grow]:
-    assert isinstance(dense, Mixture) and recipe.grow is not None
+    assert isinstance(dense, Mixture)
+    assert recipe.grow is not None
     return dense, recipe.grow
 
 
@@ -286,6 +315,7 @@ def _site(source: Mixture, recipe: Recipe, layer: int) -> Site:
     moe, router, grows = recipe.moe, recipe.router, layer in source.moe_layers
     hidden = source.config["hidden_size"]
     width = source.config[source.native.width_field]
+    shared = source.shared_width if recipe.grow is None else recipe.grow.shared_width or source.shared_width
     site = Site(
         layer=layer,
         blocks=source.config["num_hidden_layers"],
@@ -295,7 +325,7 @@ def _site(source: Mixture, recipe: Recipe, layer: int) -> Site:
         dense_width=width if grows else source.config["intermediate_size"],
         hidden=hidden,
         dense_hidden=hidden,
-        shared_width=source.shared_width,
+        shared_width=shared,
         seed=recipe.seed,
         grouped_router=router.start.groups,
         uniform_router=not grows and router.start.uniform(router.std),
@@ -305,9 +335,9 @@ def _site(source: Mixture, recipe: Recipe, layer: int) -> Site:
     if not grows:
         router.start.check(moe.num_experts, moe.granularity)
         recipe.init.check(site)
-        if source.shared_width > site.dense_width:
+        if shared > site.dense_width:
             raise UpcycleError(
-                f"grow.dense_layers: the shared expert has {source.shared_width} neurons, and a dense layer "
+                f"grow.dense_layers: the shared expert has {shared} neurons, and a dense layer "
                 f"has {site.dense_width} to start it from; leave these layers dense"
             )
     return site
@@ -370,7 +400,22 @@ def _layer(source: Mixture, site: Site, growth: Growth, grow: Grow) -> dict[str,
             everywhere = Order(site.key("grown rows"), len(copies), 0, len(copies), sort=True)
             more = Noise(more, 0, grow.router_noise, True, everywhere, site.key("router", "noise"))
         out[name] = Concat((layer[name], more), 0) if len(copies) else layer[name]
+    if native.shared is not None and site.shared_width > source.shared_width:
+        out |= native.shared.write(_widened(native.shared.read(layer), source, site))
     return out
+
+
+def _widened(shared: FeedForward, source: Mixture, site: Site) -> FeedForward:
+    """Return the shared expert with more neurons, which read like new ones and have no output yet."""
+    count, hidden, dtype = site.shared_width - source.shared_width, site.hidden, shared.down.dtype
+    std = source.family.deviation(source.config)
+
+    def more(name: str, axis: int, matrix: Lazy) -> Lazy:
+        if name == "down":
+            return Concat((matrix, Fill((hidden, count), dtype, 0.0)), axis)
+        return Concat((matrix, Drawn((count, hidden), dtype, "normal", std, site.key("shared", name))), axis)
+
+    return shared.map(more)
 
 
 def _copy(expert: FeedForward, site: Site, e: int, grow: Grow) -> FeedForward:

@@ -42,6 +42,7 @@ class Growing:
 
     like: str  # the dense family that has its blocks outside the experts
     assumed: Mapping[str, Any]  # what transformers assumes for keys missing from config.json
+    other_names: Mapping[str, str] = field(default_factory=dict)  # keys that transformers writes instead
     # the layers that have experts, by a config with `assumed` in place; None: all of them
     moe_layers: Callable[[Config], frozenset[int]] | None = None
     only: Mapping[str, Any] = field(default_factory=dict)  # values of config.json without which it is refused

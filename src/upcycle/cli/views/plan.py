@@ -20,6 +20,9 @@ def show_plan(plan: Plan) -> None:
     out.print(table)
     out.print(plan.made)
     out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
-    out.print(f"computes what the {plan.source_kind} model computes: " + ("yes" if plan.preserves_function else "no"))
+    out.print(
+        f"computes what the {plan.source_kind} model computes: "
+        + ("yes" if plan.preserves_function else "no")
+    )
     out.print(f"blueprint {plan.blueprint_hash}")
     show_warnings(plan.warnings)

@@ -28,8 +28,12 @@ native = Native(
     growing=Growing(
         like="mistral",
         assumed={
-            "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+            "rms_norm_eps": 1e-5,
         },
+        other_names={"num_experts": "num_local_experts"},
         held=Fused(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
         held_router="mlp.gate.weight",
     ),

@@ -38,9 +38,15 @@ native = Native(
     growing=Growing(
         like="qwen2",
         assumed={
-            "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632, "norm_topk_prob": False, "mlp_only_layers": (),
-            "decoder_sparse_step": 1, "intermediate_size": 5632, "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "norm_topk_prob": False,
+            "mlp_only_layers": (),
+            "decoder_sparse_step": 1,
+            "intermediate_size": 5632,
+            "num_key_value_heads": 16,
         },
         moe_layers=moe_layers,
         only={"qkv_bias": True},

@@ -39,6 +39,7 @@ native = Native(
             "norm_topk_prob": False, "mlp_only_layers": (), "decoder_sparse_step": 1,
             "intermediate_size": 6144, "num_key_value_heads": 4, "head_dim": None,
         },
+        other_names={"num_local_experts": "num_experts"},
         moe_layers=moe_layers,
         held=HELD,
         held_router="mlp.gate.weight",
