@@ -90,10 +90,13 @@ class Successor(Settings):
 class Grow(Settings):
     """More experts for a source that is a Mixture of Experts already: E experts become m E.
 
-    Every expert stays as it is, under its number, and copies of experts follow, with copies of their rows of
-    the router (Expert Upcycling, arXiv 2604.19835). With `choose = "all"`, no noise, and m times as many
-    experts per token, the m copies of an expert share its weight, so the function is kept. With fewer experts
-    per token, copies of one expert take the places of others, and it is not.
+    Experts stay under their numbers. Copies of experts follow, with copies of their rows of the router
+    (Expert Upcycling, arXiv 2604.19835). With `choose = "all"` and m times as many experts per token, the m
+    copies of an expert share its weight, so the function is kept. With fewer experts per token, copies of one
+    expert take the places of other experts, and it is not.
+
+    Copies that tokens always take together have the same gradients, so training alone never tells them apart.
+    `noise` does, and with `noise_on = "down"` the function is still kept, up to rounding.
     """
 
     section: ClassVar[str] = "grow"
@@ -108,9 +111,12 @@ class Grow(Settings):
     # for utility: the routing.json that `upcycle inspect SOURCE --text NAME=FILE` writes
     statistics: str = ""
     most_copies: Annotated[int, AtLeast(2)] = 3  # for utility: the most copies of an expert, itself included
-    # noise on the matrices of copies, N(0, 1) times so many standard deviations of each matrix
+    # noise that tells copies apart, N(0, 1) times so many standard deviations of a matrix
     noise: Annotated[float, AtLeast(0)] = 0.0
-    # the same on rows of the router that are copies; it decides between an expert and its copies
+    # down: on the last matrix of an expert and its copies, in pairs of opposite signs, which cancel if a
+    # token takes both; all: on every matrix of copies, and the source's own experts stay as they are
+    noise_on: Literal["down", "all"] = "down"
+    # likewise on the rows of the router that are copies, so that they score a token differently
     router_noise: Annotated[float, AtLeast(0)] = 0.0
     # neurons of the shared expert, where the class has one; more than the source's have no output at first; 0
     # keeps the source's
@@ -156,6 +162,11 @@ class Recipe(Settings):
     successor: Successor | None = None
     grow: Grow | None = None
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grow is not None and self.moe.target == Moe.target:
+            object.__setattr__(self, "moe", dataclasses.replace(self.moe, target="grown"))
 
     @classmethod
     def of(cls, given: Recipe | Mapping[str, Any] | str | Path | None = None, /, **sections: Any) -> Recipe:

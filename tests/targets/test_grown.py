@@ -106,7 +106,7 @@ def test_the_names_that_transformers_holds_give_the_same_bytes(model_type, mixtu
 
 @pytest.mark.parametrize("model_type", ["granitemoe", "qwen2_moe"])
 def test_a_model_in_memory_has_the_bits_of_the_folder(model_type, mixture, tmp_path):
-    source, recipe = mixture(model_type), {"grow": {"noise": 0.1, "router_noise": 0.1}}
+    source, recipe = mixture(model_type), {"grow": {"noise": 0.1, "noise_on": "all", "router_noise": 0.1}}
     upcycle.convert(source, tmp_path / "out", recipe)
     loaded, read = upcycle.load(source, recipe).state_dict(), opened(tmp_path / "out").state_dict()
     assert loaded.keys() == read.keys()
@@ -115,7 +115,7 @@ def test_a_model_in_memory_has_the_bits_of_the_folder(model_type, mixture, tmp_p
 
 def test_noise_changes_copies_and_rows_of_copies_alone(mixture, tmp_path):
     source, out = mixture("mixtral"), tmp_path / "out"
-    built = upcycle.convert(source, out, {"grow": {"noise": 0.1, "router_noise": 0.5}})
+    built = upcycle.convert(source, out, {"grow": {"noise": 0.1, "noise_on": "all", "router_noise": 0.5}})
     assert not built.preserves_function
     before, after = opened(source).state_dict(), opened(out).state_dict()
     for name, shares in (("experts.gate_up_proj", 0.1), ("experts.down_proj", 0.1), ("gate.weight", 0.5)):
@@ -123,6 +123,36 @@ def test_noise_changes_copies_and_rows_of_copies_alone(mixture, tmp_path):
         assert torch.equal(new[:4], old)
         noise = (new[4:] - old).std() / old.std()
         assert noise == pytest.approx(shares, rel=0.2)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_noise_of_opposite_signs_keeps_the_function_and_tells_copies_apart(factor, mixture, tmp_path):
+    source, out = mixture("qwen3_moe"), tmp_path / "out"
+    grow = {"factor": factor, "noise": 0.2}
+    assert upcycle.convert(source, out, {"grow": grow}).preserves_function
+    assert upcycle.verify(source, out).holds
+    assert difference(source, out) < 1e-5
+    down = opened(out).state_dict()["model.layers.0.mlp.experts.down_proj"].unflatten(0, (factor, 4))
+    old = opened(source).state_dict()["model.layers.0.mlp.experts.down_proj"]
+    assert torch.allclose(down.mean(0), old, atol=1e-6)
+    assert torch.equal(down[0], old) == (factor == 3)
+    assert ((down[-1] - old).std() / old.std()).item() == pytest.approx(0.2, rel=0.1)
+    model = opened(out)
+    model(IDS, labels=IDS).loss.backward()
+    gradient = model.model.layers[0].mlp.experts.gate_up_proj.grad
+    assert not torch.allclose(gradient[:4], gradient[4:8], rtol=0.01)
+    # bfloat16 rounds what should cancel
+    assert not upcycle.blueprint(source, {"grow": grow, "dtype": "bfloat16"}).preserves_function
+
+
+def test_copies_without_noise_have_the_same_gradients(mixture, tmp_path):
+    source, out = mixture("mixtral"), tmp_path / "out"
+    upcycle.convert(source, out, {"grow": {}})
+    model = opened(out)
+    model(IDS, labels=IDS).loss.backward()
+    for parameter in model.model.layers[0].mlp.parameters():
+        assert torch.allclose(parameter.grad[:4], parameter.grad[4:], rtol=1e-3, atol=1e-6)
+    assert any("never tells them apart" in said for said in upcycle.plan(source, {"grow": {}}).warnings)
 
 
 def routing(folder: Path, loads: list[list[float]]) -> Path:

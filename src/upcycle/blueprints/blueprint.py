@@ -129,7 +129,7 @@ class Blueprint:
 
     def _preserves(self, site: Site) -> bool:
         if site.growth is not None:
-            return site.growth.exact
+            return site.growth.exact and (self._wide or not site.growth.cancels)
         router = self.parts[site.stack].router
         count, top_k = site.num_experts, site.top_k
         gate, up, _ = moe_layer.factors(self.recipe, site)

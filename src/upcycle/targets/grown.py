@@ -136,11 +136,16 @@ class Grown(WithExperts):
         moe, said = built.recipe.moe, []
         if not all(site.growth.exact for site in built.sites if site.growth):
             said.append(_why_not(source, grow, moe.num_experts, moe.top_k))
-        if moe.num_experts > source.num_experts and not grow.router_noise:
+        elif any(site.growth.cancels for site in built.sites if site.growth) and not built.preserves_function:
             said.append(
-                "copies of an expert have the same row of the router: a token scores them alike, and a "
-                "choice between them goes by rounding and by their number until training tells them apart; "
-                "grow.router_noise and grow.noise do from the start"
+                "noise of opposite signs cancels up to the rounding of weights, and these are rounded too much "
+                "to promise the function; dtype = float32 keeps it"
+            )
+        if moe.num_experts > source.num_experts and not (grow.noise or grow.router_noise):
+            said.append(
+                "an expert and its copies are alike, and so are their rows of the router: those that tokens "
+                "take together have the same gradients, and training never tells them apart; grow.noise = "
+                "0.1 does"
             )
         return said
 
@@ -157,10 +162,18 @@ class Grown(WithExperts):
 
     @classmethod
     def moments(cls, recipe: Recipe) -> Recipe:
-        """Return the recipe that copies the moments of experts and rows as it copies these, without noise."""
+        """Return the recipe that copies the moments of experts and rows as it copies these, without noise.
+
+        Raises `UpcycleError` if something is new that has no moments.
+        """
         assert recipe.grow is not None
+        if recipe.grow.shared_width or recipe.grow.dense_layers:
+            raise UpcycleError(
+                "optimizer.carry_state = true: grow.shared_width and grow.dense_layers make parts of tensors "
+                "anew, which have no moments; set it to false"
+            )
         grow = dataclasses.replace(recipe.grow, noise=0.0, router_noise=0.0)
-        return dataclasses.replace(super().moments(recipe), grow=grow)
+        return dataclasses.replace(recipe, grow=grow, dtype="source")
 
     def snippet(self) -> str:
         """Return Python code that opens the folder."""
@@ -202,7 +215,6 @@ def resolved(recipe: Recipe, source: Mixture) -> Recipe:
     count, found = _count(grow, source), dataclasses.replace
     moe = found(
         recipe.moe,
-        target="grown",
         num_experts=count,
         top_k=_top_k(grow, source, count),
         granularity=_granularity(source) if grow.dense_layers else 1,
@@ -248,8 +260,8 @@ def _refuse_shared_width(grow: Grow, source: Mixture) -> None:
     """Refuse a shared expert where the class has none, or one narrower than the source's."""
     if grow.shared_width and not source.shared_width:
         raise UpcycleError(
-            f"grow.shared_width = {grow.shared_width}: a {source.family.model_type} has no shared expert; take "
-            f"it out"
+            f"grow.shared_width = {grow.shared_width}: a {source.family.model_type} has no shared expert; "
+            f"take it out"
         )
     if 0 < grow.shared_width < source.shared_width:
         raise UpcycleError(
@@ -329,7 +341,7 @@ def _site(source: Mixture, recipe: Recipe, layer: int) -> Site:
         seed=recipe.seed,
         grouped_router=router.start.groups,
         uniform_router=not grows and router.start.uniform(router.std),
-        gate_sum=router.gate_sum(moe.num_experts, moe.top_k) if router.rescale else 1.0,
+        gate_sum=1.0 if grows or not router.rescale else router.gate_sum(moe.num_experts, moe.top_k),
         growth=_growth(source, recipe, layer) if grows else None,
     )
     if not grows:
@@ -351,9 +363,14 @@ def _growth(source: Mixture, recipe: Recipe, layer: int) -> Growth:
         parents = tuple(e % old for e in range(count))
     else:
         parents = _most_used(_loads(source, grow, layer), count, grow.most_copies)
-    copies = set(Counter(parents).values())
-    even = len(copies) == 1 and recipe.moe.top_k == source.top_k * count // old
-    return Growth(parents=parents, exact=even and not (count > old and (grow.noise or grow.router_noise)))
+    even = len(set(Counter(parents).values())) == 1
+    together = even and recipe.moe.top_k == source.top_k * count // old
+    noisy = grow.router_noise > 0 or (grow.noise > 0 and grow.noise_on == "all")
+    return Growth(
+        parents=parents,
+        exact=together and not (count > old and noisy),
+        cancels=count > old and grow.noise > 0,
+    )
 
 
 def _most_used(loads: tuple[float, ...], count: int, most: int) -> tuple[int, ...]:
@@ -390,7 +407,11 @@ def _layer(source: Mixture, site: Site, growth: Growth, grow: Grow) -> dict[str,
     """Return the experts, the router and what has a number for each expert, by their names in the layer."""
     native, layer, old = source.native, source.layers[site.layer], source.experts[site.layer]
     copies = Given(growth.parents[len(old) :])
-    experts = [*old, *(_copy(old[p], site, e, grow) for e, p in enumerate(copies.positions, len(old)))]
+    experts = [old[p] for p in growth.parents]
+    if grow.noise:
+        noises = _opposite(growth.parents) if grow.noise_on == "down" else _free(growth.parents)
+        for e, (stream, sign) in noises.items():
+            experts[e] = _noisy(experts[e], site, grow, stream, sign)
     out = native.layout.write(experts)
     router = layer[native.router]
     out[native.router] = router
@@ -418,14 +439,35 @@ def _widened(shared: FeedForward, source: Mixture, site: Site) -> FeedForward:
     return shared.map(more)
 
 
-def _copy(expert: FeedForward, site: Site, e: int, grow: Grow) -> FeedForward:
-    """Return a copy of an expert, which is expert `e` of the result."""
-    if not grow.noise:
-        return expert
-    neurons = Order(site.key("grown neurons", e), expert.width, 0, expert.width, sort=True)
-    return expert.map(
-        lambda name, axis, m: Noise(m, axis, grow.noise, True, neurons, site.key(name, "noise", e))
-    )
+def _opposite(parents: tuple[int, ...]) -> dict[int, tuple[int, float]]:
+    """Return the experts that get noise, each with the number of its stream and its sign.
+
+    The copies of an expert, itself included, form pairs of one stream and opposite signs, from the last copy
+    backwards. If their number is odd, the source's own expert is left alone.
+    """
+    out: dict[int, tuple[int, float]] = {}
+    for parent in sorted(set(parents)):
+        same = [e for e, p in enumerate(parents) if p == parent][::-1]
+        for plus, minus in zip(same[::2], same[1::2], strict=False):
+            out |= {plus: (plus, 1.0), minus: (plus, -1.0)}
+    return out
+
+
+def _free(parents: tuple[int, ...]) -> dict[int, tuple[int, float]]:
+    """Return the same for noise that is independent in each copy; the source's own experts get none."""
+    return {e: (e, 1.0) for e in range(len(set(parents)), len(parents))}
+
+
+def _noisy(expert: FeedForward, site: Site, grow: Grow, stream: int, sign: float) -> FeedForward:
+    """Return an expert with noise on its matrices, or on the last one alone."""
+    neurons = Order(site.key("grown neurons", stream), expert.width, 0, expert.width, sort=True)
+
+    def noisy(name: str, axis: int, matrix: Lazy) -> Lazy:
+        if name != "down" and grow.noise_on == "down":
+            return matrix
+        return Noise(matrix, axis, sign * grow.noise, True, neurons, site.key(name, "noise", stream))
+
+    return expert.map(noisy)
 
 
 def _why_not(source: Mixture, grow: Grow, count: int, top_k: int) -> str:
@@ -442,4 +484,7 @@ def _why_not(source: Mixture, grow: Grow, count: int, top_k: int) -> str:
             f"{kept * count // old}: copies of one expert take the places of others, so the function is not "
             f"kept; grow.top_k = {kept * count // old} keeps it"
         )
-    return "copies have noise: the function is kept only roughly"
+    return (
+        "copies have noise, so the function is kept only roughly; grow.noise_on = down without "
+        "grow.router_noise keeps it"
+    )
