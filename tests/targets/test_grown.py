@@ -15,6 +15,7 @@ import upcycle
 from tiny_mixtures import NAMES, make_mixture
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
+from upcycle.training.run import Run
 
 IDS = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(1))
 
@@ -290,3 +291,17 @@ def test_a_plan_counts_the_experts_that_a_token_meets(mixture):
     assert plan.total_parameters - plan.active_parameters == 4 * each
     assert plan.flops_per_token - plan.dense_flops_per_token == 2 * (2 * each + 4 * 32 * 2)
     assert (plan.num_experts, plan.top_k, plan.source_kind, plan.kind) == (8, 4, "MoE", "grown")
+
+
+def test_a_run_file_grows_without_a_section_moe(mixture):
+    table = {
+        "source": str(mixture("mixtral")), "out": "out", "grow": {"factor": 3},
+        "data": {"sources": [{"path": "text.txt"}]}, "train": {"steps": 1},
+        "schedule": {"name": "constant", "peak": 1e-3},
+    }  # fmt: skip
+    run = Run.of(table)
+    assert run.recipe is not None
+    assert run.recipe.grow is not None
+    assert upcycle.plan(table["source"], run.recipe).num_experts == 12
+    with pytest.raises(UpcycleError, match="grow is for a Mixture of Experts"):
+        Run.of({**table, "moe": False})

@@ -138,8 +138,8 @@ class Grown(WithExperts):
             said.append(_why_not(source, grow, moe.num_experts, moe.top_k))
         elif any(site.growth.cancels for site in built.sites if site.growth) and not built.preserves_function:
             said.append(
-                "noise of opposite signs cancels up to the rounding of weights, and these are rounded too much "
-                "to promise the function; dtype = float32 keeps it"
+                "noise of opposite signs cancels up to the rounding of weights, which is too much here to "
+                "promise the function; dtype = float32 keeps it"
             )
         if moe.num_experts > source.num_experts and not (grow.noise or grow.router_noise):
             said.append(
