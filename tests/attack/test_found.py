@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError, safe_open
 from workshop import WORDS, Workshop
 
 from upcycle import UpcycleError, convert, verify
@@ -36,10 +37,21 @@ def changed(folder: Path, name: str, **values: Any) -> Path:
     return folder
 
 
-def test_a_header_with_half_of_a_character(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"__metadata__": {"\ud800": "pt"}}).encode(),
+        json.dumps({"__metadata__": {"\ud800": "pt"}}, ensure_ascii=False).encode("utf-8", "surrogatepass"),
+        json.dumps({"__metadata__": {"format": "pt"}}).encode("utf-16-le"),
+        b"\xef\xbb\xbf" + json.dumps({"__metadata__": {"format": "pt"}}).encode(),
+    ],
+    ids=["escaped half of a character", "half of a character", "UTF-16", "byte order mark"],
+)
+def test_a_header_in_another_encoding(text: bytes, tmp_path: Path) -> None:
     """Other readers of safetensors refuse it."""
-    text = json.dumps({"__metadata__": {"\ud800": "pt"}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(SafetensorError):
+        safe_open(tmp_path / "a.safetensors", "np")
     with pytest.raises(UpcycleError, match="the header is not valid JSON"):
         read_header(tmp_path / "a.safetensors")
 
