@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
+    "flex_olmo": {"num_experts": 4, "norm_topk_prob": True},
     "granitemoe": {"num_local_experts": 4, "attention_multiplier": 0.2, "residual_multiplier": 0.7},
     "qwen2_moe": {
         "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32,

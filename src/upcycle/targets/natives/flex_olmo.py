@@ -1,7 +1,7 @@
 """FlexOlmo: the MoE that OLMo 2 becomes."""
 
-from upcycle.targets.native import Native
-from upcycle.targets.natives._qwen import LAYOUT
+from upcycle.targets.native import Growing, Native
+from upcycle.targets.natives._qwen import HELD, LAYOUT
 
 native = Native(
     model_type="flex_olmo",
@@ -13,4 +13,11 @@ native = Native(
     fields=("rms_norm_eps", "head_dim", "attention_bias"),
     renormalizes="optional",
     clients=lambda _: {"llama.cpp": "has no flex_olmo", "mlx-lm": "has no flex_olmo"},
+    growing=Growing(
+        like="olmo2",
+        assumed={"num_experts": 7, "num_experts_per_tok": 5, "norm_topk_prob": False, "rms_norm_eps": 1e-6},
+        other_names={"num_local_experts": "num_experts"},
+        held=HELD,
+        held_router="mlp.gate.weight",
+    ),
 )
