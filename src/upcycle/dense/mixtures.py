@@ -17,6 +17,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.source import Dense, dropped, has_experts, refuse_unsound
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families import Config, Stack, Weights
+from upcycle.families._checked import check
 from upcycle.families._decoder import Decoder
 from upcycle.families._weights import below
 from upcycle.targets import natives
@@ -26,7 +27,7 @@ from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
 
 _LAYERS = "model.layers."
-_NETWORK = "mlp."  # what stays dense, below a layer, in every native
+_MOST_EXPERTS = 1 << 16  # in all layers together
 
 
 class MixtureFamily(Decoder):
@@ -52,10 +53,11 @@ class MixtureFamily(Decoder):
         return {key: value for key, value in raw.items() if key not in other} | named
 
     def config(self, raw: Mapping[str, Any]) -> Config:
-        raw = self.tidied(raw)
-        given = {**self.growing.assumed, **{k: v for k, v in raw.items() if v is not None}}
+        check(self.model_type, raw)
+        raw, assumed = self.tidied(raw), self.growing.assumed
+        given = {**assumed, **{k: v for k, v in raw.items() if v is not None}}
         counts = (self.native.num_experts_field, self.native.top_k_field, self.native.width_field)
-        for key in (*counts, *(("decoder_sparse_step",) if "decoder_sparse_step" in given else ())):
+        for key in (*counts, *(key for key, value in assumed.items() if type(value) is int)):
             if type(given.get(key)) is not int or given[key] < 1:
                 raise UpcycleError(
                     f"config.json of a {self.model_type} model: {key} = {shown(given.get(key))}; it must be "
@@ -72,8 +74,19 @@ class MixtureFamily(Decoder):
                     f"config.json of a {self.model_type} model: {key} = {shown(given[key])}; [grow] takes "
                     f"{key} = {shown(value)} alone"
                 )
-        own = {key: given[key] for key in (*counts, *self.growing.assumed) if key in given}
-        return {**own, **super().config({**self.growing.assumed, **raw})}
+        own = {key: given[key] for key in (*counts, *assumed) if key in given}
+        config = {**own, **super().config({**assumed, **raw})}
+        if (total := config["num_hidden_layers"] * config[counts[0]]) > _MOST_EXPERTS:
+            raise UpcycleError(
+                f"config.json of a {self.model_type} model: {total:,} experts in all layers together; "
+                f"{_MOST_EXPERTS:,} are taken at most"
+            )
+        if config[counts[1]] > config[counts[0]]:
+            raise UpcycleError(
+                f"config.json of a {self.model_type} model: {counts[1]} = {config[counts[1]]}, and there are "
+                f"{config[counts[0]]} experts; a token cannot use more than there are"
+            )
+        return config
 
     def moe_layers(self, config: Config) -> frozenset[int]:
         """Return the layers that have experts."""
@@ -276,13 +289,13 @@ def admit(checkpoint: Checkpoint, *, drop: tuple[str, ...] = ()) -> Mixture:
         raise UpcycleError(
             f"{where} is a {shown(raw.get('model_type'))}, which [grow] does not know; it knows {known}"
         )
+    family = family_of(native.model_type)
+    refuse_unsound(checkpoint, family, raw)
+    config = family.config(raw)
     if (raw.get("architectures") or [native.architecture])[0] != native.architecture:
         raise UpcycleError(
             f"{where} is a {shown(raw['architectures'][0])}; [grow] takes a {native.architecture} alone"
         )
-    family = family_of(native.model_type)
-    refuse_unsound(checkpoint, family, raw)
-    config = family.config(raw)
     left_out = dropped(checkpoint, drop) | _spared(family, config, checkpoint.tensors)
     found = Mixture(checkpoint=checkpoint, family=family, config=config, left_out=left_out)
     _check_tensors(found)
