@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from upcycle.cli.screen import grid, out, show_warnings
+from upcycle.cli.views.routers import routers_said
 from upcycle.system.wording import count, size
 
 if TYPE_CHECKING:
@@ -24,5 +25,7 @@ def show_plan(plan: Plan) -> None:
         f"computes what the {plan.source_kind} model computes: "
         + ("yes" if plan.preserves_function else "no")
     )
+    for said in routers_said(plan.routers):
+        out.print(said)
     out.print(f"blueprint {plan.blueprint_hash}")
     show_warnings(plan.warnings)

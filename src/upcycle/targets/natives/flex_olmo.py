@@ -1,5 +1,6 @@
 """FlexOlmo: the MoE that OLMo 2 becomes."""
 
+from upcycle.targets._clients import ABSENT, ACTIVATION
 from upcycle.targets.native import Growing, Native
 from upcycle.targets.natives._qwen import HELD, LAYOUT
 
@@ -12,7 +13,7 @@ native = Native(
     router="mlp.gate.weight",
     fields=("rms_norm_eps", "head_dim", "attention_bias"),
     renormalizes="optional",
-    clients=lambda _: {"llama.cpp": "has no flex_olmo", "mlx-lm": "has no flex_olmo"},
+    clients={"llama.cpp": (ABSENT,), "mlx-lm": (ABSENT,), "vLLM": (ACTIVATION,), "SGLang": (ACTIVATION,)},
     growing=Growing(
         like="olmo2",
         assumed={"num_experts": 7, "num_experts_per_tok": 5, "norm_topk_prob": False, "rms_norm_eps": 1e-6},
