@@ -235,8 +235,8 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("num_experts", "did you mean moe.num_experts? Known: base, decoder, drop, dtype, init, moe, router, "
-                        "seed, stage_1, stage_2, stage_3, stage_4, successor"),
+        ("num_experts", "did you mean moe.num_experts? Known: base, decoder, drop, dtype, grow, init, moe, "
+                        "router, seed, stage_1, stage_2, stage_3, stage_4, successor"),
         ("std", "did you mean router.std?"),
         ("hidden_size", "did you mean successor.hidden_size?"),
         ("parts", "unknown key parts"),
