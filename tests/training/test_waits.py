@@ -25,7 +25,7 @@ import ranks
 import tiny
 from upcycle import UpcycleError, families
 from upcycle.nn import routers
-from upcycle.training import ledger, optimizer, step
+from upcycle.training import ledger, optimizer, optimizers, step
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks as world
 from upcycle.training.run import Run
@@ -161,6 +161,8 @@ ROUTERS = {
     "soft, texts": (TEXTS, {"router": {"name": "soft"}}),
     "spherical": (BERT, {"router": {"name": "spherical", "preset": "repo", "branch_dropout": 0.1}}),
     "accumulated": ("llama", {"train": {"micro_batch": 2, "clip_grad_norm": 1.0}}),
+    "muon": ("llama", {"optimizer": {"name": "muon"}}),
+    "adafactor": ("llama", {"optimizer": {"name": "adafactor"}}),
     "buffered": ("llama", {"train": {"micro_batch": 2}, "router": {"balance_counts": "buffered"}}),
 }
 
@@ -254,7 +256,7 @@ def test_numbers_that_are_read_late_are_the_same(trainable, tmp_path, monkeypatc
 
 def test_a_step_that_is_not_finite_changes_nothing_on_the_device(source):
     """The host learns of it later, so the device has to skip the update."""
-    for changes in ({}, {"optimizer": {"name": "sgd"}}, {"optimizer": {"name": "adafactor"}}):
+    for changes in ({"optimizer": {"name": name}} for name in optimizers.names()):
         run = ranks.run_of(str(source("llama")), {}, changes)
         with world(run.parallel) as here:
             trainee = ranks.trainee_of(run, here)

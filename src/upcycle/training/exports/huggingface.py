@@ -72,8 +72,9 @@ def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: P
     model = trained.model
     weights = {name: p.data for name, p in model.named_parameters()}
     for moment in trained.run.optimizer.moments:
-        for parameter in model.parameters():
-            parameter.data = optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters():
+            own = optimizer.state.get(parameter, {}).get(moment)
+            parameter.data = torch.zeros_like(weights[name]) if own is None else own
         _write_model(model, trained.start, folder / moment, "float32")
     for name, parameter in model.named_parameters():
         parameter.data = weights[name]
