@@ -15,7 +15,7 @@ from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import claim, lock
-from upcycle.training import exports, optimizer, saving
+from upcycle.training import averaging, exports, optimizer, saving
 from upcycle.training.exports import Trained
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -46,28 +46,34 @@ def export(
     dtype: str = "source",
     with_optimizer: bool = False,
     format: str = exports.DEFAULT,
+    average: int | None = None,
+    decay: float | None = None,
 ) -> Exported:
     """Write the newest checkpoint of a run (or that of `step`) to the new folder `out`.
 
     `format` is a name of `exports/`. In `huggingface`, names, config and tokenizer are those of `upcycle
     convert`, and `upcycle.json` also describes the training. `dtype` is a torch name, or `source` for the
     dtype of the start. `with_optimizer` adds the optimizer's moments under the same names, for
-    `optimizer.carry_state` of a later run. The whole model is held in memory. Raises `UpcycleError` for a
-    mistake of the user, and then leaves nothing of `out`.
+    `optimizer.carry_state` of a later run. `average` takes the mean of so many checkpoints, the newest up to
+    `step`, or with `decay` their exponential moving average. The whole model is held in memory, and twice for
+    a mean. Raises `UpcycleError` for a mistake of the user, and then leaves nothing of `out`.
     """
     way = exports.find(format)
     if with_optimizer and not way.holds_moments:
         raise UpcycleError(f"format = {format} has no place for the optimizer's moments; leave them out")
     run_folder, out = Path(run_folder), Path(out)
+    _refuse_average(average, decay, with_optimizer)
     here = Ranks(device=torch.device("cpu"))
     if dtype != "source" and dtype not in BY_TORCH_NAME:
         raise UpcycleError(f"dtype = {dtype!r}; allowed: source, {', '.join(BY_TORCH_NAME)}")
     record = read_record(run_folder)
     checkpoint = _checkpoint(run_folder, step)
+    taken = [checkpoint] if average is None else averaging.chosen(run_folder, average, step)
     claim.may_create(out)
     partial = claim.partial_of(out)
     claim.refuse_foreign(partial)
-    saving.refuse_changed(checkpoint, here)
+    for each in taken:
+        saving.refuse_changed(each, here)
     run = Run.of(record.run)
     if with_optimizer and not run.optimizer.moments:
         raise UpcycleError(
@@ -86,7 +92,10 @@ def export(
     wanted = stored if dtype == "source" else dtype
     model = plain_model(begun)
     moved = _optimizer(begun, run, model) if with_optimizer else None
-    saving.load(checkpoint, model, moved)
+    if average is None:
+        saving.load(checkpoint, model, moved)
+    else:
+        averaging.load(taken, model, decay)
     trained = Trained(
         name=run.out.rstrip("/").rpartition("/")[2],
         model=model,
@@ -96,6 +105,8 @@ def export(
         record=record,
         state=state,
         hashes=hashes,
+        averaged=() if average is None else tuple(saving.read_state(each).step for each in taken),
+        decay=decay,
     )
     busy = f"another export writes {out}; wait for its end, or choose another name"
     try:
@@ -107,6 +118,16 @@ def export(
     finally:
         begun.dense.checkpoint.close()
     return Exported(out=out, step=state.step, parameters=begun.parameters, dtype=wanted)
+
+
+def _refuse_average(average: int | None, decay: float | None, with_optimizer: bool) -> None:
+    """Raise `UpcycleError` for a mean of checkpoints that cannot be taken."""
+    if average is not None and with_optimizer:
+        raise UpcycleError("a mean of checkpoints has no optimizer's moments; leave them out, or `average`")
+    if decay is not None and average is None:
+        raise UpcycleError("decay is for a mean of checkpoints; give `average` as well")
+    if decay is not None and not 0 < decay < 1:
+        raise UpcycleError(f"decay = {decay}; it must be between 0 and 1")
 
 
 def _optimizer(begun: Start, run: Run, model: PreTrainedModel) -> torch.optim.Optimizer:

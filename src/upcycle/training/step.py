@@ -207,8 +207,8 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
     if routers is not None and total is not None:
-        if run.router.bias_update_rate:
-            routing.update_biases(routers.biases(), routers.read(total), run.router.bias_update_rate)
+        if rate := run.router.bias_rate(step):
+            routing.update_biases(routers.biases(), routers.read(total), rate)
         routers.said.clear()
     return queued
 

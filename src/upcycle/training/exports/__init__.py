@@ -39,6 +39,8 @@ class Trained:
     record: RunRecord
     state: RunState
     hashes: Hashes  # hashes of the files that the run started from
+    averaged: tuple[int, ...] = ()  # steps of the checkpoints that the weights are the mean of, if of several
+    decay: float | None = None  # of their exponential moving average
 
     @property
     def step(self) -> int:
