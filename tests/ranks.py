@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
 from upcycle.data.corruption import IGNORED
-from upcycle.training import agreement, chunked_entropy, optimizer, saving, start, step
+from upcycle.training import agreement, chunked_entropy, optimizer, optimizers, saving, start, step
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
@@ -62,6 +63,12 @@ def loads(cases: list[tuple[str, dict[str, Any]]], layouts: list[Layout]) -> lis
             total = sum(p.numel() * p.element_size() for p in model.parameters())
             out.append({"digests": digests(model), "held": held / total, "read": read[0], "experts": experts})
     return out
+
+
+def optimizers_here() -> list[str]:
+    """The optimizers whose libraries are installed."""
+    lacks = set() if importlib.util.find_spec("torchao") else {"adamw_8bit"}
+    return [name for name in optimizers.names() if name not in lacks]
 
 
 def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:

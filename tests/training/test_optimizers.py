@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,11 +17,12 @@ import gloo
 import pins
 import ranks
 import tiny
-from upcycle import families
+from upcycle import UpcycleError, families
 from upcycle.training import optimizer, optimizers, roles
 from upcycle.training.loop import train
 from upcycle.training.optimizers._orthogonal import orthogonal
 from upcycle.training.optimizers.adafactor import Adafactor
+from upcycle.training.optimizers.adamw_8bit import AdamW8bit
 from upcycle.training.optimizers.muon import Muon
 from upcycle.training.parallel import Ranks
 from upcycle.training.roles import Role
@@ -143,7 +146,31 @@ def test_adafactor_is_its_formula():
         assert p.detach().numpy() == pytest.approx(x, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", optimizers.names())
+def test_eight_bits_are_torchaos():
+    """The arithmetic and the codes, but for rounding: a matrix, experts, and tensors that are too small."""
+    adam = pytest.importorskip("torchao.optim", reason="torchao is not installed").AdamW8bit
+    for shape, block in (((64, 256), 256), ((3, 32, 64), 64), ((8, 16), 256), ((5,), 256)):
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        whole, part = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        ours = AdamW8bit().make([{"params": [whole], "weight_decay": 0.1, "lr": 0.03}])
+        theirs = adam([part], lr=0.03, weight_decay=0.1, betas=(0.9, 0.95), block_size=block)
+        with mock.patch("torch.compile", lambda function, **_: function):
+            for _ in with_gradients(4, [(whole, ...), (part, ...)], shape):
+                both(ours, theirs)
+        torch.testing.assert_close(whole.data, part.data, rtol=0, atol=1e-5)
+        held = sum(tensor.nbytes for tensor in ours.state[whole].values())
+        assert held < 2.2 * whole.numel() + 8 if whole.numel() >= 4096 else held == 8 * whole.numel() + 4
+
+
+def test_eight_bits_need_a_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    monkeypatch.delitem(sys.modules, "upcycle.training.optimizers._adamw_8bit", raising=False)
+    monkeypatch.delattr(optimizers, "_adamw_8bit", raising=False)
+    with pytest.raises(UpcycleError, match=r"adamw_8bit needs torchao .*install upcycle\[low_bit\]"):
+        AdamW8bit().make([{"params": [nn.Parameter(torch.ones(2))], "weight_decay": 0.0}])
+
+
+@pytest.mark.parametrize("name", ranks.optimizers_here())
 def test_a_state_before_the_first_gradient_is_that_after_it(name):
     settings = optimizers.find(name)()
     cases = [((3,), Role()), ((3, 4), Role()), ((2, 3, 1, 5), Role()), *SHAPES.values()]
@@ -160,9 +187,7 @@ def test_a_state_before_the_first_gradient_is_that_after_it(name):
         found, wanted = settings.begun(made, idle), made.state[stepped]
         assert found.keys() == wanted.keys()
         assert [t.shape for t in found.values()] == [wanted[k].shape for k in found]
-        moments = [found[name] for name in settings.moments if name in found]
-        assert bool(moments) == bool(settings.moments)
-        assert all(moment.shape == shape for moment in moments)
+        assert all(found[name].shape == shape for name in settings.moments if name in found)
 
 
 # --- what a parameter is ---
@@ -252,6 +277,7 @@ def test_muon_gives_adamw_what_is_no_hidden_matrix(llama):
 # In float32, because a rounding to bfloat16 that falls the other way is a hundredth of an update.
 MUON = {"optimizer": {"name": "muon", "products": "float32"}}
 ADAFACTOR = {"optimizer": {"name": "adafactor"}}
+EIGHT = {"optimizer": {"name": "adamw_8bit", "least": 1000}}
 SGD = {"optimizer": {"name": "sgd"}, "train": {"weight_decay": 0.3}}
 TWO = [{"fsdp": 2}, {"fsdp": 2, "ep": 2}, {"tp": 2}]
 FOUR = [{"fsdp": 4, "ep": 2}, {"replicate": 2, "fsdp": 2}]
@@ -273,6 +299,24 @@ def test_ranks_update_as_one_does(llama, layouts):
                 assert off < 2e-3, (name, layout, path, float(off))
 
 
+def test_eight_bits_on_two_ranks(llama):
+    """Whole blocks on every rank, or a sentence."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    layouts = [{"fsdp": 2}, {"fsdp": 2, "ep": 2}]
+    (before,), (alone,) = ranks.updated(llama, [({}, EIGHT)], 0), ranks.updated(llama, [({}, EIGHT)], 2)
+    calls = [
+        ("updated", (llama, [(layout, EIGHT) for layout in layouts], 2)),
+        ("refused", (llama, [({"tp": 2}, EIGHT)])),
+    ]
+    for found, (said,) in gloo.run(2, "ranks:several", calls):
+        for one in found:
+            for path, value in alone["values"].items():
+                moved = (value - before["values"][path]).norm()
+                assert (one["values"][path] - value).norm() / moved < 2e-3, path
+        assert "optimizer.name = adamw_8bit cannot train" in said
+        assert "which ranks share: the blocks of its 8-bit moments lie along the axis that is cut" in said
+
+
 def table_of(home: Path, kind: dict[str, Any], out: Path, **changes: Any) -> dict[str, Any]:
     return {
         "source": str(home / "dense"),
@@ -288,13 +332,15 @@ def table_of(home: Path, kind: dict[str, Any], out: Path, **changes: Any) -> dic
 
 
 def test_a_run_goes_on_at_another_layout(tmp_path):
-    """Saved by fsdp2 x ep2, read by one process and by tp2: every number of the state, and the loss."""
+    """Saved by fsdp2 x ep2, read by one process and by fsdp2: every number of the state, and the loss."""
     pins._with_vocabulary(tmp_path / "dense", "llama")
     tiny.make_bytes_tokenizer(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("".join(f"The {i * i % 97}th word of {i}. " for i in range(200)))
-    layouts = [{"fsdp": 2, "ep": 2}, {"tp": 2}]
+    layouts = [{"fsdp": 2, "ep": 2}, {"fsdp": 2}]
     calls: list[tuple[str, tuple[Any, ...]]] = []
     kinds = {"muon": MUON, "adafactor": ADAFACTOR}
+    if "adamw_8bit" in ranks.optimizers_here():
+        kinds["adamw_8bit"] = EIGHT
     for name, kind in kinds.items():
         whole = table_of(tmp_path, kind, tmp_path / name, parallel=layouts[0])
         saved = str(tmp_path / name / "checkpoints" / "step-1")

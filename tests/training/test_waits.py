@@ -25,7 +25,7 @@ import ranks
 import tiny
 from upcycle import UpcycleError, families
 from upcycle.nn import routers
-from upcycle.training import ledger, optimizer, optimizers, step
+from upcycle.training import ledger, optimizer, step
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks as world
 from upcycle.training.run import Run
@@ -256,7 +256,7 @@ def test_numbers_that_are_read_late_are_the_same(trainable, tmp_path, monkeypatc
 
 def test_a_step_that_is_not_finite_changes_nothing_on_the_device(source):
     """The host learns of it later, so the device has to skip the update."""
-    for changes in ({"optimizer": {"name": name}} for name in optimizers.names()):
+    for changes in ({"optimizer": {"name": name}} for name in ranks.optimizers_here()):
         run = ranks.run_of(str(source("llama")), {}, changes)
         with world(run.parallel) as here:
             trainee = ranks.trainee_of(run, here)
