@@ -6,9 +6,8 @@
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
-LLAMA_CPP_VERSION = 0.3.36
 
-.PHONY: demo test attack check format bench test-llama-cpp test-ranks clean
+.PHONY: demo test attack check format bench test-ranks clean
 
 # torch first and by its exact version: any other spelling may fetch another build of it.
 .venv/.ready: pyproject.toml constraints.txt
@@ -46,21 +45,8 @@ bench: .venv/.ready
 	.venv/bin/python benchmarks/train_step.py
 	.venv/bin/python benchmarks/moe_layer.py
 
-# llama.cpp is built from the sources that llama-cpp-python's package carries; a quarter of an hour.
-.venv/.llama-cpp: .venv/.ready
-	mkdir -p .venv/llama-cpp
-	$(PIP) download --quiet --no-deps --no-binary :all: --dest .venv/llama-cpp llama-cpp-python==$(LLAMA_CPP_VERSION)
-	tar -xzf .venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz -C .venv/llama-cpp
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
-	    $(PIP) install .venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION).tar.gz sentencepiece
-	touch $@
-
 test-ranks: .venv/.ready
 	.venv/bin/python -m pytest -m 'true_size or many_ranks'
-
-test-llama-cpp: .venv/.llama-cpp
-	LLAMA_CPP=.venv/llama-cpp/llama_cpp_python-$(LLAMA_CPP_VERSION)/vendor/llama.cpp \
-	    .venv/bin/python -m pytest -n 2 -m llama_cpp
 
 clean:
 	rm -rf .venv demo build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from upcycle.api.training import train
     from upcycle.blueprints.blueprint import blueprint
     from upcycle.blueprints.cost import plan
+    from upcycle.conversion.gguf import gguf
     from upcycle.conversion.write import convert
     from upcycle.errors import UpcycleError
     from upcycle.hf.models import open
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = version("upcycle")
 __all__ = [
     "Progress", "Recipe", "UpcycleError", "advise", "blueprint", "calibrate", "convert", "evaluate", "export",
-    "foretell", "inspect", "load", "open", "plan", "report", "train", "verify",
+    "foretell", "gguf", "inspect", "load", "open", "plan", "report", "train", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "evaluate": "api.evaluation",
     "export": "training.export",
     "foretell": "api.forecasting",
+    "gguf": "conversion.gguf",
     "inspect": "api.inspection",
     "load": "loading",
     "open": "hf.models",

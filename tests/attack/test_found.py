@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError, safe_open
 from workshop import WORDS, Workshop
 
 from upcycle import UpcycleError, convert, verify
 from upcycle.checkpoints.checkpoint import read_header
 from upcycle.data import documents
+from upcycle.data.corpus import read_tokenizer
 from upcycle.data.documents import Source
 from upcycle.data.texts import TextSet
 from upcycle.hf import models
@@ -35,12 +37,40 @@ def changed(folder: Path, name: str, **values: Any) -> Path:
     return folder
 
 
-def test_a_header_with_half_of_a_character(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"__metadata__": {"\ud800": "pt"}}).encode(),
+        json.dumps({"__metadata__": {"\ud800": "pt"}}, ensure_ascii=False).encode("utf-8", "surrogatepass"),
+        json.dumps({"__metadata__": {"format": "pt"}}).encode("utf-16-le"),
+        b"\xef\xbb\xbf" + json.dumps({"__metadata__": {"format": "pt"}}).encode(),
+    ],
+    ids=["escaped half of a character", "half of a character", "UTF-16", "byte order mark"],
+)
+def test_a_header_in_another_encoding(text: bytes, tmp_path: Path) -> None:
     """Other readers of safetensors refuse it."""
-    text = json.dumps({"__metadata__": {"\ud800": "pt"}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(SafetensorError):
+        safe_open(tmp_path / "a.safetensors", "np")
     with pytest.raises(UpcycleError, match="the header is not valid JSON"):
         read_header(tmp_path / "a.safetensors")
+
+
+def test_a_tokenizer_whose_template_names_tokens_that_do_not_exist(shop: Workshop, tmp_path: Path) -> None:
+    """The tokenizers library panics when it encodes its first text, which no `except Exception` catches."""
+    folder = shop.copied(shop.dense, "panic")
+    file = folder / "tokenizer.json"
+    single = [{"SpecialToken": {"id": "<gone>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+    unnamed = template | {"special_tokens": {"x": {"id": "x", "ids": [], "tokens": [""]}}}
+    unnamed.pop("type")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": unnamed}))
+    with pytest.raises(UpcycleError, match="no tokenizer that can be read"):
+        read_tokenizer(folder)
+    made = tmp_path / "moe"
+    convert(folder, made)
+    tokens = next(check for check in verify(folder, made, logits=False).checks if check.name == "tokens")
+    assert not tokens.holds
 
 
 @pytest.mark.parametrize("layers", [10**400, 2**70, 10_001])

@@ -89,8 +89,7 @@ def test_mlx_lm(family, recipe, dense, tmp_path):
     compare(family, recipe, mlx_logits, "mlx-lm", 1e-5, dense, tmp_path)
 
 
-@pytest.mark.llama_cpp
 @pytest.mark.parametrize(("family", "recipe"), CASES)
 def test_llama_cpp(family, recipe, dense, tmp_path):
-    """llama.cpp keeps keys and values in float16, hence its tolerance."""
-    compare(family, recipe, llama_cpp_logits, "llama.cpp", 2e-3, dense, tmp_path)
+    pytest.importorskip("cyllama", reason="cyllama, which carries llama.cpp, is not installed")
+    compare(family, recipe, llama_cpp_logits, "llama.cpp", 5e-4, dense, tmp_path)

@@ -80,12 +80,12 @@ def test_mlx_lm_greedy_text(stories, moe):
     assert [1, *(int(token) for token, _ in steps)] == greedy(stories)
 
 
-@pytest.mark.llama_cpp
 def test_llama_cpp(stories, moe):
+    pytest.importorskip("cyllama", reason="cyllama, which carries llama.cpp, is not installed")
     ids = greedy(stories)
     dense = transformers_logits(stories, ids)
     found = llama_cpp_logits(moe, ids)
-    assert np.abs(found - dense).max() < 2e-3 * np.abs(dense).max()
+    assert np.abs(found - dense).max() < 5e-4 * np.abs(dense).max()
     assert (found.argmax(axis=1)[:-1] == np.array(ids[1:])).all()  # its greedy text is the dense one's
 
 

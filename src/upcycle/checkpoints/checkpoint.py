@@ -70,7 +70,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if length > _SMALL_HEADER and raw.count(b"[") + raw.count(b"{") > length // _PER_BRACKET:
         raise UpcycleError(f"{file}: the header of {length} bytes is no list of tensors")
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        # json.loads(bytes) would also take UTF-16 and halves of surrogate pairs, which other readers refuse
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         if b"\\u" in raw:  # half of a surrogate pair, which other readers refuse
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""calibrate, train, export: the commands that run a model over data, or save what a run made."""
+"""calibrate, train, export, gguf: the commands that run a model over data, or save what was made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 import upcycle
 from upcycle.cli.options import Count, File, Flag, Out, Source, Text, Whole, app, names
+from upcycle.cli.screen import out as screen
 from upcycle.cli.screen import show_json
+from upcycle.system.wording import size
 
 
 @app.command
@@ -145,3 +147,23 @@ def export(
         decay=decay,
     )
     show_exported(made)
+
+
+@app.command
+def gguf(
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")],
+    out: Out,
+    *,
+    outtype: str = "auto",
+    llama_cpp: File = None,
+) -> None:
+    """Write a model folder as a GGUF file, with llama.cpp's own converter.
+
+    Args:
+        folder: a folder that convert or export made, or any model that llama.cpp knows
+        out: the file to make, NAME.gguf
+        outtype: type of the matrices: auto, f32, f16, bf16 or q8_0
+        llama_cpp: folder of llama.cpp's sources ($LLAMA_CPP, or what is installed, if absent)
+    """
+    made = upcycle.gguf(folder, out, outtype=outtype, llama_cpp=llama_cpp)
+    screen.print(f"{made.path}: {size(made.bytes)}, by {made.converter}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from upcycle.checkpoints.carried import TEMPLATES, carriable
 from upcycle.checkpoints.checkpoint import CONFIG
-from upcycle.system import progress, scratch, whole_file
+from upcycle.system import panics, progress, scratch, whole_file
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
@@ -68,7 +68,8 @@ def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]
         whole_file.write_json(trial / CONFIG, config)
         for change in (_nothing, _write_settings, _write_tokenizer, _name_plain_class, _save_whole):
             try:
-                change(theirs, trial)
+                with panics.caught():
+                    change(theirs, trial)
             except Exception:  # a damaged file of settings, or a tokenizer that cannot be saved
                 continue
             if _agree(theirs, _opened(AutoTokenizer, trial)):
@@ -120,7 +121,8 @@ def _opened(auto: Any, folder: Path) -> Any:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        return auto.from_pretrained(folder, trust_remote_code=False)
+        with panics.caught():
+            return auto.from_pretrained(folder, trust_remote_code=False)
     except Exception:  # a damaged or foreign file raises whatever its reader raises; verify says so
         return None
     finally:
@@ -129,7 +131,8 @@ def _opened(auto: Any, folder: Path) -> Any:
 
 def _agree(theirs: Any, ours: Any) -> bool:
     try:
-        return ours is not None and bool(same_tokens(theirs, ours))
+        with panics.caught():
+            return ours is not None and bool(same_tokens(theirs, ours))
     except Exception:  # they differ, or one of them cannot read a text
         return False
 

@@ -25,7 +25,7 @@ from upcycle.data.documents import Source, documents, files
 from upcycle.data.stamps import is_as_it_was, stamps
 from upcycle.errors import UpcycleError
 from upcycle.settings import Settings, Within
-from upcycle.system import progress, whole_file
+from upcycle.system import panics, progress, whole_file
 from upcycle.system.progress import Work
 
 FORMAT = 2
@@ -110,7 +110,9 @@ def read_tokenizer(where: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        with panics.caught():
+            found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+            found("a")  # some damaged files only fail when they are first used
         # Without files, some classes make a tokenizer of special tokens alone.
         if found.get_vocab().keys() <= {*found.get_added_vocab(), *found.all_special_tokens}:
             raise ValueError("its vocabulary is empty")

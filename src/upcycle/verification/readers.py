@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.conversion import tokenizer
+from upcycle.system import panics
 from upcycle.verification.proof import Check, reason
 
 
@@ -23,7 +24,8 @@ class Reader:
     def opened(cls, auto: Any, folder: Path) -> Reader:
         """Return what `auto` opens in a folder; whatever it raises is kept as text."""
         try:
-            return cls(name=auto.__name__, thing=auto.from_pretrained(folder, trust_remote_code=False))
+            with panics.caught():
+                return cls(name=auto.__name__, thing=auto.from_pretrained(folder, trust_remote_code=False))
         except Exception as error:  # a library that is missing, remote code, a damaged file
             return cls(name=auto.__name__, why=reason(error))
 
@@ -72,7 +74,8 @@ def _pair(name: str, auto: Any, source: Path, out: Path, same: Callable[[Any, An
             said = f"{auto.__name__} opens that of the source and not that of the result ({ours.why})"
             return Check(name=name, holds=False, detail=said)
         try:
-            return Check(name=name, holds=True, detail=same(theirs.thing, ours.thing))
+            with panics.caught():
+                return Check(name=name, holds=True, detail=same(theirs.thing, ours.thing))
         except (_OtherError, tokenizer.OtherTokensError) as other:
             return Check(name=name, holds=False, detail=str(other))
         except Exception as error:  # a tokenizer can raise anything
