@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 import gloo
 import pins
@@ -270,6 +271,52 @@ def test_muon_gives_adamw_what_is_no_hidden_matrix(llama):
             torch.testing.assert_close(p.data, plain[name].data, rtol=1e-6, atol=1e-7)
         else:
             assert not torch.equal(p.data, plain[name].data)
+
+
+def rows_of(source: Path, text: Path, run: Run) -> dict[str, Tensor]:
+    """The first rows of a text."""
+    size = (run.train.rows, run.train.sequence_length + 1)
+    ids = AutoTokenizer.from_pretrained(source)(text.read_text()[:20_000])["input_ids"]
+    return {"rows": torch.tensor(ids[: math.prod(size)]).view(size)}
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor", "adamw"])
+def test_copies_learn_as_the_network_that_they_are_copies_of(name, trainable):
+    """All experts of a token alike, on trained weights: a step moves each as it moves the dense network.
+
+    A gradient is a quarter of the dense one, and these updates do not depend on its size. A gate above its
+    other half is updated as two matrices, as the dense model has them.
+    """
+    source, text = trainable
+    own = {"products": "float32"} if name == "muon" else {}
+    table = {
+        "source": str(source),
+        "out": "unused",
+        "data": {"sources": [{"path": str(text)}]},
+        "train": {"steps": 1, "batch_tokens": 512, "sequence_length": 64, "clip_grad_norm": 0.0},
+        "schedule": {"name": "constant", "peak": 1e-3},
+        "optimizer": {"name": name, **own},
+    }
+    sparse = {
+        "moe": {"num_experts": 4, "top_k": 4},
+        "init": {"name": "copy"},
+        "router": {"init": "zeros", "balance_loss_coef": 0.0},
+    }
+    found = []
+    for changes in ({}, sparse):
+        run = Run.of({**table, **changes})
+        trainee = ranks.trainee_of(run, HERE)
+        before = {n: p.detach().clone() for n, p in trainee.model.named_parameters()}
+        ranks.step.train_step(trainee, rows_of(source, text, run), 0, 1e-3)
+        found.append({n: p.detach() - before[n] for n, p in trainee.model.named_parameters()})
+    dense, moe = found
+    for block in range(5):
+        layer = f"model.layers.{block}.mlp."
+        both = torch.cat([dense[f"{layer}{part}_proj.weight"] for part in ("gate", "up")])
+        for wanted, experts in ((both, "gate_up_proj"), (dense[f"{layer}down_proj.weight"], "down_proj")):
+            assert wanted.abs().max() > 1e-5
+            for expert in moe[f"{layer}experts.{experts}"]:
+                assert (expert - wanted).norm() < 5e-3 * wanted.norm()
 
 
 # --- on several ranks ---
