@@ -26,6 +26,7 @@ from upcycle.training.optimizers.adafactor import Adafactor
 from upcycle.training.optimizers.adamw_8bit import AdamW8bit
 from upcycle.training.optimizers.muon import Muon
 from upcycle.training.parallel import Ranks
+from upcycle.training.rehearsal import rehearse
 from upcycle.training.roles import Role
 from upcycle.training.run import Run
 
@@ -189,6 +190,18 @@ def test_a_state_before_the_first_gradient_is_that_after_it(name):
         assert found.keys() == wanted.keys()
         assert [t.shape for t in found.values()] == [wanted[k].shape for k in found]
         assert all(found[name].shape == shape for name in settings.moments if name in found)
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_a_dry_run_knows_an_optimizer(name, llama):
+    """Two steps on tensors without data, sharded; and its count of bytes is that of the state."""
+    kind = {"optimizer": {"name": name}}
+    assert rehearse(ranks.run_of(llama, {"replicate": 2, "fsdp": 2}, kind), 4).not_stepped is None
+    run = ranks.run_of(llama, {}, kind)
+    trainee = ranks.trainee_of(run, HERE)
+    optimizer.fill(trainee.optimizer, run.optimizer)
+    states = [t for p in trainee.model.parameters() for t in trainee.optimizer.state[p].values()]
+    assert rehearse(run, 1).ranks[0].moments == sum(t.nbytes for t in states)
 
 
 # --- what a parameter is ---

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torchao.optim import quant_utils
 
@@ -133,7 +134,8 @@ def _put(into: Tensor, new: Tensor, stop: Tensor | None) -> None:
 @functools.cache
 def _numbers(moment: str) -> tuple[float, ...]:
     """Return the numbers that the 256 codes of a moment stand for, in order; squares have no sign."""
-    return tuple(quant_utils.create_dynamic_map(signed=moment == "exp_avg"))
+    with unset_fake_temporarily():  # a dry run has tensors without data
+        return tuple(quant_utils.create_dynamic_map(signed=moment == "exp_avg"))
 
 
 def _like(parameter: Tensor, block: int, fill: float, dtype: torch.dtype) -> Tensor:
