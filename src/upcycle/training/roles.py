@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from upcycle.hf.parts import Conv1D
 from upcycle.training import layer_decay, routing
 
 Kind = Literal["router", "experts", "rest"]

@@ -19,7 +19,7 @@ from torchao.optim import quant_utils
 
 from upcycle.training import gradients
 from upcycle.training.gradients import local
-from upcycle.training.optimizers.adamw_8bit import block_of
+from upcycle.training.optimizers._blocks import block_of
 
 _CHUNK = 1 << 24  # numbers whose moments are in memory as floats at a time
 _MOMENTS = ("exp_avg", "exp_avg_sq")

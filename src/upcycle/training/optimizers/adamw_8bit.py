@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Within
 from upcycle.training.optimizers import Optimizer
+from upcycle.training.optimizers._blocks import block_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-_BLOCK = 256  # most numbers that share a scale
-_FEWEST = 32  # fewest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +60,6 @@ class AdamW8bit(Optimizer):
         if len(shape) - 1 not in dims or block_of(shape, self.least) is None:
             return None
         return "the blocks of its 8-bit moments lie along the axis that is cut"
-
-
-def block_of(shape: Sequence[int], least: int) -> int | None:
-    """Return how many numbers of the last axis share a scale; None if the moments are not quantised."""
-    if len(shape) < 2 or math.prod(shape) < least:
-        return None
-    return next((size for size in range(_BLOCK, _FEWEST - 1, -1) if shape[-1] % size == 0), None)
 
 
 optimizer = AdamW8bit
