@@ -192,7 +192,7 @@ def test_a_state_before_the_first_gradient_is_that_after_it(name):
         assert all(found[name].shape == shape for name in settings.moments if name in found)
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("name", ["muon", "adafactor", "sgd"])
 def test_a_dry_run_knows_an_optimizer(name, llama):
     """Two steps on tensors without data, sharded; and its count of bytes is that of the state."""
     kind = {"optimizer": {"name": name}}

@@ -1,13 +1,13 @@
 """Adafactor over stacked and sharded matrices, with torch's arithmetic for each matrix by itself.
 
-Ranks that share a matrix sum what its rows, columns and means need: three times in a step, for all parameters
-together. Letters: m rows, n columns, M matrices above each other in one parameter.
+Ranks that share a matrix sum what its rows, columns and means need, for many parameters together. Letters: m
+rows, n columns, M matrices above each other in one parameter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from upcycle.training import gradients
 from upcycle.training.gradients import local
 from upcycle.training.roles import Role
+
+_TOGETHER = 1 << 26  # numbers of a rank that are updated together, unless one parameter has more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class Adafactor(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         stop: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            if members := [p for p in group["params"] if p.grad is not None]:
+            for members in _batches([p for p in group["params"] if p.grad is not None]):
                 self._update(members, group, stop)
 
     def _update(self, members: list[Tensor], group: Mapping[str, Any], stop: Tensor | None) -> None:
@@ -203,6 +205,25 @@ class Adafactor(torch.optim.Optimizer):
                 numbers = shared.redistribute(placements=cuts).to_local()
             self._halves[p] = (numbers[:, None] == torch.arange(count, device=p.device)).float()
         return self._halves[p]
+
+
+def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield parameters that are updated together, in order; every rank gets the same ones.
+
+    A rank holds the updates of those together in memory, beside the weights.
+    """
+    batch: list[Tensor] = []
+    room = _TOGETHER
+    for parameter in parameters:
+        ranks = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+        size = parameter.numel() // ranks
+        if batch and size > room:
+            yield batch
+            batch, room = [], _TOGETHER
+        batch.append(parameter)
+        room -= size
+    if batch:
+        yield batch
 
 
 def _along(cut: Any, axis: int) -> Any:
