@@ -16,7 +16,16 @@ from torch.distributed.tensor import DTensor
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
 from upcycle.data.corruption import IGNORED
-from upcycle.training import agreement, chunked_entropy, optimizer, optimizers, saving, start, step
+from upcycle.training import (
+    agreement,
+    chunked_entropy,
+    optimizer,
+    optimizers,
+    saving,
+    start,
+    step,
+    teacher,
+)
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
@@ -107,6 +116,7 @@ def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
         run=run,
         ranks=here,
         precision=precision,
+        teacher=teacher.teaching(run, begun, None, None, here, precision=precision, steps=1),
     )
 
 
@@ -119,13 +129,22 @@ def rows_of(run: Run, vocabulary: int = 96) -> torch.Tensor:
 def batch_of(run: Run, task: tasks.Task) -> tasks.Batch:
     """The rows of a step, for the task at hand: of text or chats, or images of 12 x 12 and three classes."""
     if task.name == "causal_lm":
-        return {"rows": rows_of(run)}
+        rows = rows_of(run)
+        return {"rows": rows, "positions": positions_of(rows)} if run.data.isolate else {"rows": rows}
     if task.name == "sft":
         return chats_of(run)
     generator = torch.Generator().manual_seed(0)
     size = (run.train.rows, 12, 12, 3)
     pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
     return {"pixels": pixels, "labels": torch.randint(0, 3, size[:1], generator=generator)}
+
+
+def positions_of(rows: torch.Tensor) -> torch.Tensor:
+    """Positions of documents that begin at random places, at another of each row."""
+    begins = torch.rand(rows.shape, generator=torch.Generator().manual_seed(1)) < 0.2
+    begins[:, 0] = True
+    place = torch.arange(rows.shape[1]).expand_as(rows)
+    return place - torch.where(begins, place, 0).cummax(-1).values
 
 
 def chats_of(run: Run) -> tasks.Batch:
@@ -173,6 +192,7 @@ def gradients(
                 {
                     "gradients": kept,
                     "loss": outcome.loss,
+                    "divergence": outcome.divergence,
                     "norm": outcome.grad_norm,
                     "balance": outcome.balance_loss,
                     "z": outcome.z_loss,

@@ -24,7 +24,7 @@ FLOORS = (
     {"cli"},
     {"demo"},
     {"api"},
-    {"advice", "calibration", "reporting", "verification"},
+    {"advice", "calibration", "reporting", "translation", "verification"},
     {"evaluation", "inspection"},
     {"training"},
     {"loading", "tasks"},
@@ -47,6 +47,7 @@ UPWARDS = {
     ("blueprints", "conversion"): "the plan lays shards out to count their bytes",
     ("dense", "targets"): "a source that is a Mixture of Experts already is refused by name",
     ("init", "dense"): "initialisations that select read the statistics that were collected",
+    ("nn", "dense"): "routers that start from data read the statistics that were collected",
     ("nn", "hf"): "experts run through transformers' implementations",
     ("targets", "blueprints"): "targets speak of the entries and layers of a blueprint",
 }
@@ -58,7 +59,7 @@ OF_MODELS = {"torch", "transformers", "accelerate", "safetensors", "tokenizers"}
 WITHOUT_MODELS = {
     "__main__", "advice", "api", "blueprints", "checkpoints", "cli", "conversion", "dense", "errors",
     "families", "forecast", "init", "inspection", "recipe", "records", "registry", "reporting", "settings",
-    "sharding", "system", "targets", "tasks", "tensors", "verification",
+    "sharding", "system", "targets", "tasks", "tensors", "translation", "verification",
 }  # fmt: skip
 # Modules of transformers that any room may import; what lies deeper is for the room `hf`.
 PUBLIC = {"transformers", "transformers.distributed"}

@@ -106,7 +106,7 @@ def test_override_leaves_its_argument_alone():
         ({"seed": 1.5}, "seed = 1.5"),
         ({"router": {"std": "big"}}, "allowed: a number"),
         ({"router": {"std": float("nan")}}, "router.std"),
-        ({"router": {"init": "nromal"}}, "Known: grouped, normal, orthogonal, uniform, zeros"),
+        ({"router": {"init": "nromal"}}, "did you mean normal? Known: centroids"),
         ({"init": {"name": "drop", "indices": "both"}}, "allowed: shared, independent"),
         ({"init": {"name": "noise", "relative": 1}}, "true or false"),
         ({"init": {"name": "noise", "sigma": -1}}, "init.sigma"),

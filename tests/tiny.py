@@ -227,6 +227,38 @@ def make_bytes_tokenizer(folder: Path, *marks: str) -> None:
     made.save_pretrained(folder)
 
 
+def make_adapter(
+    folder: Path,
+    base: Path,
+    modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
+    *,
+    seed: int = 0,
+    ranks: Any = None,
+    **settings: Any,
+) -> Path:
+    """A LoRA adapter as peft saves it, with random matrices for the modules whose names end so.
+
+    `ranks` gives the rank of a module; without it, all have `r`, which is 4 unless the settings say more.
+    """
+    from safetensors.torch import load_file, save_file
+
+    wanted = {"r": 4, "lora_alpha": 8, **settings}
+    stored, random, tensors = load_file(base / "model.safetensors"), torch.Generator().manual_seed(seed), {}
+    for name, weight in stored.items():
+        module = name.removesuffix(".weight")
+        if weight.ndim == 2 and module.split(".")[-1] in modules:
+            rank = ranks(module) if ranks else wanted["r"]
+            rows, columns = reversed(weight.shape) if wanted.get("fan_in_fan_out") else weight.shape
+            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                drawn = 0.3 * torch.randn(shape, generator=random)
+                tensors[f"base_model.model.{module}.lora_{part}.weight"] = drawn
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": [*modules]}
+    (folder / "adapter_config.json").write_text(json.dumps({**about, **wanted}))
+    return folder
+
+
 # Classes that have no native MoE, and what makes a small config of each.
 _BLOCKS = {
     "hidden_size": 16,
@@ -359,8 +391,11 @@ def shake(model: Any, seed: int = 0) -> Any:
     return model
 
 
-def make_statistics(file: Path, folder: Path, seed: int = 0) -> Path:
-    """A file of statistics of a dense checkpoint as `upcycle calibrate` writes it, with random numbers."""
+def make_statistics(file: Path, folder: Path, seed: int = 0, *, marked: bool = False) -> Path:
+    """A file of statistics of a dense checkpoint as `upcycle calibrate` writes it, with random numbers.
+
+    `marked` adds those of 200 tokens of which each marks a quarter of the neurons.
+    """
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -381,6 +416,13 @@ def make_statistics(file: Path, folder: Path, seed: int = 0) -> Path:
                     tensors[f"{position}.{stack.name}.{layer}.{name}"] = found
             both = random.random((stack.width, stack.width)).astype(np.float32)
             tensors[f"neurons.{stack.name}.{layer}.co_activation"] = (both + both.T) / 2
-    about = {"format": FORMAT, "source": {"name": folder.name, "fingerprint": fingerprint(dense)}}
+            if marked:
+                marks = (random.random((200, stack.width)) < 0.25).astype(np.float32)
+                tensors[f"neurons.{stack.name}.{layer}.co_marker"] = marks.T @ marks / 200
+    about = {
+        "format": FORMAT,
+        "source": {"name": folder.name, "fingerprint": fingerprint(dense)},
+        "tokens": {stack.name: 200 for stack in dense.stacks},
+    }
     save_file(tensors, file, metadata={KEY: json.dumps(about)})
     return file

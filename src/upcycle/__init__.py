@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from upcycle.api.inspection import inspect
     from upcycle.api.reporting import report
     from upcycle.api.training import train
+    from upcycle.api.translating import translate
     from upcycle.blueprints.blueprint import blueprint
     from upcycle.blueprints.cost import plan
     from upcycle.conversion.gguf import gguf
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = version("upcycle")
 __all__ = [
     "Progress", "Recipe", "UpcycleError", "advise", "blueprint", "calibrate", "convert", "evaluate", "export",
-    "foretell", "gguf", "inspect", "load", "open", "plan", "report", "train", "verify",
+    "foretell", "gguf", "inspect", "load", "open", "plan", "report", "train", "translate", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -50,6 +51,7 @@ _HOMES = {
     "plan": "blueprints.cost",
     "report": "api.reporting",
     "train": "api.training",
+    "translate": "api.translating",
     "verify": "verification",
 }
 

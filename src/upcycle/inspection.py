@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.source import Dense, admit
 from upcycle.errors import UpcycleError, listed
+from upcycle.nn import router_rows, routers
+from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe
 from upcycle.records.provenance import Provenance
 from upcycle.system.wording import place_of
@@ -50,6 +52,7 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
                             f"compared with a {dense.family.model_type}, which is not what it was made from"
                         )
                 layers = [_row(part, dense, notes) for part in parts]
+                notes += _of_routers(parts, layers, opened.config)
                 if made is not None and dense is not None and made.training:
                     _add_start(layers, target, opened, made, dense, notes)
             except KeyError as error:
@@ -168,6 +171,7 @@ def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
     everyone = [*experts, original] if comparable and original is not None else experts
     cosine = _cosines(everyone)
     count = len(experts)
+    rows = router_rows.seen(part.router.all("F32"))
     row = {
         **place,
         "num_experts": count,
@@ -176,6 +180,7 @@ def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
         "cosine": cosine[:count, :count].round(6).tolist(),
         "cosine_between": _between(cosine[:count, :count]),
         "cosine_to_dense": cosine[:count, count].round(6).tolist() if comparable else None,
+        "router": rows.as_dict(),
         "router_norms": np.linalg.norm(part.router.all("F32"), axis=1).round(6).tolist(),
     }
     if part.universal:
@@ -187,6 +192,21 @@ def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
             "cosine_between": _between(among),
         }
     return row
+
+
+def _of_routers(
+    parts: Sequence[Block], layers: Sequence[dict[str, Any]], config: Mapping[str, Any]
+) -> list[str]:
+    """Return a note for experts that can never win, in routers whose scores are products with their rows."""
+    moe = config.get("moe")
+    table = moe if isinstance(moe, list) else []
+    names = {entry["stack"]: entry.get("router", {}).get("name", "top_k") for entry in table}
+    found = {
+        place_of(part.stack, part.layer): RouterRows.of(row["router"])
+        for part, row in zip(parts, layers, strict=True)
+        if part.router is not None and routers.find(names.get(part.stack, "top_k")).linear
+    }
+    return router_rows.warnings(found)
 
 
 def _between(cosine: np.ndarray) -> dict[str, float] | None:

@@ -27,6 +27,7 @@ from transformers import (
 
 import tiny
 from upcycle import Recipe, UpcycleError, blueprint, cli, plan
+from upcycle.advice import comparison as compared
 from upcycle.advice import drop_ratio, duration, inference, layout, published, recipe_file, scaling_law
 from upcycle.advice.gather import advise
 from upcycle.advice.situation import Asked, Situation, parse_tokens
@@ -266,7 +267,7 @@ def comparison(paper, init):
 @pytest.mark.parametrize(("paper", "tokens"), [("Llama 3", 27e9), ("He et al.", 1e12)])
 def test_what_is_unlike_a_comparison_is_outside(large, paper, tokens, recipe, why):
     here = situation(large["8B"], recipe, tokens=int(tokens))
-    inside, said = published.comparison_inside(here, comparison(paper, "copy"))
+    inside, said = compared.inside(here, comparison(paper, "copy"))
     assert inside is (why is None)
     assert why is None or why in said
 
@@ -275,12 +276,12 @@ def test_a_stack_of_its_own_counts(large):
     """The decoder's top_k is looked at, not that of [moe] alone."""
     asked = {"tokens": 20 * 10**9, "dense_tokens": 100 * 10**9}
     (sparse,) = (c for c in published.COMPARISONS if c.kind == "encoder-decoder")
-    assert published.comparison_inside(situation(large["t5"], S_T5, **asked), sparse)[0] is True
+    assert compared.inside(situation(large["t5"], S_T5, **asked), sparse)[0] is True
     other = {**S_T5, "decoder": {"router": {"name": "top_k"}, "moe": {"top_k": 1}}}
-    inside, why = published.comparison_inside(situation(large["t5"], other, **asked), sparse)
+    inside, why = compared.inside(situation(large["t5"], other, **asked), sparse)
     assert (inside, why) == (False, "found with 2 experts a token, not 1 or 2")
     smaller = {**S_T5, "router": {**CHOICE, "capacity_factor": 1.0}}
-    assert not published.comparison_inside(situation(large["t5"], smaller, **asked), sparse)[0]
+    assert not compared.inside(situation(large["t5"], smaller, **asked), sparse)[0]
 
 
 @pytest.mark.parametrize("model", ["convnext", "convnextv2"])
@@ -333,7 +334,7 @@ def test_where_the_ratio_was_found(large, model, tokens, inside, why):
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0])
 def test_a_drop_of_unknown_ratio_decides_nothing(large, ratio):
     here = situation(large["1B"], {"init": {"name": "drop", "ratio": ratio}}, tokens=50 * 10**9)
-    inside, why = published.comparison_inside(here, comparison("FineRMoE", "drop"))
+    inside, why = compared.inside(here, comparison("FineRMoE", "drop"))
     assert inside is None
     assert "init.name = drop" in why
 

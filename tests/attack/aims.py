@@ -41,6 +41,7 @@ from upcycle.reporting.study import study
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.run import Run
+from upcycle.translation import mergekit_moe
 from upcycle.verification import verify
 
 ENCODERS = {
@@ -54,6 +55,23 @@ MARKS = (
     "sep_token_id",
 )  # tokens whose numbers a class fixes beyond a tiny vocabulary
 SMALL = {"num_experts": 2, "top_k": 1, "target": "upcycled"}
+
+MERGEKIT = """\
+base_model: {model: {path: owner/base, revision: main}}
+gate_mode: hidden
+dtype: bfloat16
+experts_per_token: 2
+experts:
+  - source_model: owner/base
+    positive_prompts: ["one", "two"]
+  - source_model: owner/other+owner/adapter
+    positive_prompts:
+      - three
+    negative_prompts: [four]
+    noise_scale: 0.01
+    residual_scale: 0.5
+shared_experts: [{source_model: owner/base}]
+"""
 
 Read = Callable[[], object]
 
@@ -145,7 +163,30 @@ def targets(shop: Workshop) -> dict[str, Aim]:
         *map(beside, ("tokenizer.json", "tokenizer_config.json")),
     )
 
+    def adapted(name: str) -> Callable[[], Start]:
+        def start() -> Start:
+            place = of(f"adapter of {name}")
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folder = tiny.make_adapter(place, shop.dense, rank_pattern={"up_proj": 4}, init_lora_weights=True)
+            tables = [{}, {"adapter": str(folder)}]
+            recipe = {"moe": {"num_experts": 2}, "init": {"name": "experts", "expert": tables}}
+            return _file(folder / name, lambda: cost.plan(shop.dense, recipe))
+
+        return start
+
+    add("adapter_config.json: plan", mutations.any_json, 150, adapted("adapter_config.json"))
+    add("adapter_model.safetensors: plan", mutations.any_tensors, 60, adapted("adapter_model.safetensors"))
+
     # --- what a person writes
+
+    def foreign() -> Start:
+        path = shop.place("changed/mergekit") / "mergekit.yaml"
+        path.write_text(MERGEKIT)
+        return _file(path, lambda: mergekit_moe.translate(path))
+
+    add("mergekit.yaml: recipe", mutations.any_lines, 60, foreign)
+    add("mergekit.yaml as bytes: recipe", mutations.any_bytes, 60, foreign)
 
     def recipe_of(text: str, number: int) -> Callable[[], Start]:
         def start() -> Start:

@@ -216,10 +216,10 @@ def test_both_stacks_of_t5(collect, data, monkeypatch):
     asked: list[dict[str, torch.Tensor]] = []
     batch = calibration._batch
 
-    def spied(model: Any, observer: Any, dense: Any, rows: Any, places: Any, **options: Any) -> None:
-        read = {k: torch.from_numpy(v) for k, v in rows.read(places).items()}
-        asked.append(rows.ask(read).inputs)
-        batch(model, observer, dense, rows, places, **options)
+    def spied(model: Any, observer: Any, dense: Any, part: Any, places: Any, **options: Any) -> None:
+        read = {k: torch.from_numpy(v) for k, v in part.rows.read(places).items()}
+        asked.append(part.rows.ask(read).inputs)
+        batch(model, observer, dense, part, places, **options)
 
     monkeypatch.setattr(calibration, "_batch", spied)
     found = collect("t5", collect=EVERYTHING, in_order=True)

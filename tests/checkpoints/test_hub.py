@@ -168,3 +168,19 @@ def test_a_model_without_safetensors(hub, tmp_path):
         assert run.returncode == 2, run.stderr
         assert "safetensors" in run.stderr
         assert "Traceback" not in run.stderr
+
+
+def test_an_adapter_from_the_hub(hub, dense, tmp_path):
+    """Its two files are fetched, and nothing of what lies beside them."""
+    from tiny import make_adapter
+
+    source = dense("llama", intermediate_size=480)
+    for file in make_adapter(tmp_path / "adapter", source).iterdir():
+        file.rename(hub.folder / file.name)
+    tables = f'init.expert=[{{}}, {{adapter="{REPO}"}}]'
+    asked = ["--init", "experts", "--experts", "2", "--set", tables]
+    run = upcycle(hub, tmp_path, "convert", source, tmp_path / "moe", *asked)
+    assert run.returncode == 0, run.stderr
+    assert set(hub.sent) == {"adapter_config.json", "adapter_model.safetensors"}
+    record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
+    assert record["source"]["donors"]["adapter 1"]["name"] == REPO

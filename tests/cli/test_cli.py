@@ -15,7 +15,7 @@ from upcycle import cli
 
 COMMANDS = [
     [], ["plan"], ["convert"], ["verify"], ["inspect"], ["list"], ["demo"], ["train"], ["export"],
-    ["calibrate"], ["advise"], ["report"],
+    ["calibrate"], ["advise"], ["report"], ["recipe"],
 ]  # fmt: skip
 
 

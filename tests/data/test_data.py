@@ -266,7 +266,7 @@ def test_tokenised_once(tmp_path: Path, tokenised: Any, monkeypatch: pytest.Monk
     path = tmp_path / "a.txt"
     path.write_text("text")
     first = tokenised(path)
-    assert sorted(p.suffix for p in first.path.parent.iterdir()) == [".bin", ".json"]
+    assert sorted(p.suffix for p in first.path.parent.iterdir()) == [".bin", ".json", ".starts"]
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "_encode", None)  # whoever tokenises again fails
@@ -773,3 +773,42 @@ def test_a_tokenizer_with_code_of_its_own_runs_nothing(
     with pytest.raises(UpcycleError, match="has no tokenizer that can be read"):
         corpus.read_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+# --- documents that do not see each other
+
+
+def test_positions_start_anew_at_each_document(tmp_path: Path, tokenised: Any, bytes_folder: Path) -> None:
+    """Every document of the byte-level tokenizer begins with BOS; a row that cuts one begins anew with it."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "ab" * (i % 7)}) + "\n" for i in range(60)))
+    tokens = tokenised(path)
+    made = Batches([tokens], [1.0], length=10, held_out=0.2, seed=0)
+    places = [*made.draw(13), *made.kept()]
+    for ids, positions in zip(made.ids(places), made.positions(places), strict=True):
+        wanted, here = [], 0
+        for place, token in enumerate(ids):
+            here = 0 if token == BOS or place == 0 else here + 1
+            wanted.append(here)
+        assert positions.tolist() == wanted
+    assert len(tokens.first_ids()) == tokens.documents
+
+
+def test_a_token_file_without_places_is_made_anew_if_they_are_asked_for(
+    tmp_path: Path, tokenised: Any, bytes_folder: Path, caplog: Any
+) -> None:
+    """Those of older versions have none; the ids stay the same."""
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    first = tokenised(path)
+    ids, about = first.path.read_bytes(), first.path.with_suffix(".json")
+    old = {key: value for key, value in json.loads(about.read_text()).items() if key != "starts_sha256"}
+    about.write_text(json.dumps(old))
+    first.starts.unlink()
+    assert tokenised(path).starts is None
+    data = Data(sources=(Source(path=str(path)),), isolate=True)
+    with caplog.at_level("INFO", "upcycle"):
+        (again,) = prepare(data, bytes_folder, tmp_path / "cache", vocab_size=258)
+    assert again == first
+    assert first.path.read_bytes() == ids
+    assert "does not say where documents begin" in caplog.text

@@ -409,6 +409,15 @@ def test_every_slice_is_the_slice_of_the_whole(name, dense, tmp_path):
     options = {"branch_train_mix": {"sources": [str(dense("granite", seed=1))]}, "split": {"by": "kmeans"}}
     fine = init.find(name).fine_grained
     moe = {"num_experts": 4, "granularity": 4 if fine else 1, "top_k": 4}
+    if name == "experts":
+        adapter = tiny.make_adapter(tmp_path / "adapter", dense("granite"))
+        tables = [
+            {},
+            {"source": str(dense("granite", seed=1)), "weight": 0.25, "mix": "slerp"},
+            {"adapter": str(adapter), "weight": 0.5},
+            {"adapter": str(adapter), "noise": 0.1, "residual_scale": 0.5},
+        ]
+        options[name] = {"expert": tables, "backbone": "slerp"}
     if name == "drop":
         options["drop"] = {"indices": "independent"}
     if name in ("importance", "co_activation"):
@@ -416,6 +425,9 @@ def test_every_slice_is_the_slice_of_the_whole(name, dense, tmp_path):
         options[name] = {"statistics": str(measured), "parts": 8}
         if name == "importance":
             del options[name]["parts"]
+    if name == "cmoe":
+        measured = tiny.make_statistics(tmp_path / "found.safetensors", dense("granite"), marked=True)
+        options[name] = {"statistics": str(measured)}
     recipe = Recipe.of(moe=moe, init={"name": name, **options.get(name, {})}, router={"init": "grouped"})
     rng = np.random.default_rng(0)
     for entry in blueprint(dense("granite"), recipe).entries.values():

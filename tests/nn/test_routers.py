@@ -484,8 +484,10 @@ def test_a_uniform_router_gives_the_sum_of_weights_that_it_says(name):
         moe = layer({"name": name, **table})
         with torch.no_grad():
             moe.router.weight.zero_()
-            if name == "sigmoid":
+            if name in ("sigmoid", "analytic"):
                 moe.router.e_score_correction_bias.zero_()
+            if name == "analytic":
+                moe.router.scale.zero_()
         hidden = tokens(2, 8)
         dispatch = moe.router(hidden, None).dispatch
         said = moe.router.settings.gate_sum(E, 2)

@@ -197,6 +197,22 @@ def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
     assert found["loss"] == pytest.approx(losses / count, rel=1e-5)
 
 
+def test_chats_kept_apart_in_a_row_are_those_in_rows_of_their_own(dense, tmp_path):
+    """The first score of two runs; with `data.isolate` a chat does not see those before it."""
+    found = []
+    for pack, isolate in ((True, True), (False, False), (True, False)):
+        out = tmp_path / f"{pack}{isolate}"
+        changes: dict[str, Any] = {
+            "task": {"pack": pack, "test": str(dense / "chats.jsonl")},
+            "data": {"isolate": isolate, "held_out": 0.0},
+            "train": {"steps": 1, "eval_every": 1},
+        }
+        train(table(dense, out, **changes))
+        found.append(read(out)[0].held_out_start)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[2] != pytest.approx(found[1], rel=1e-4)
+
+
 def test_nobody_but_the_assistant_has_a_gradient(dense):
     """The gradient of the loss in the logits is zero at every place that does not precede an answer."""
     task, subject = tasks.find("sft")(), Subject.of(dense)

@@ -77,13 +77,15 @@ def losses(source: Any, changes: dict[str, Any], compiled: bool, **options: Any)
 
     with world(run.parallel) as here, mock.patch.object(nn.Module, "compile", chosen):
         trainee = ranks.trainee_of(run, here)
-    rows = ranks.batch_of(run, trainee.task)["rows"]
-    return [step.train_step(trainee, {"rows": rows * (i + 1) % 96}, i, 1e-2).loss for i in range(4)]
+    batch = ranks.batch_of(run, trainee.task)
+    batches = [batch | {"rows": batch["rows"] * (i + 1) % 96} for i in range(4)]
+    return [step.train_step(trainee, each, i, 1e-2).loss for i, each in enumerate(batches)]
 
 
 CASES = {
     "native": {},
     "places": {"moe": {"target": "upcycled"}, "router": {"capacity_factor": 1.0}},
+    "documents apart": {"data": {"isolate": True}},
     "recomputed": {"moe": {"target": "upcycled"}, "train": {"activation_checkpointing": True}},
 }
 

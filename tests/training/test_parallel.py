@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import gloo
 import ranks
-from tiny import make_dense
+from tiny import make_adapter, make_dense
 from upcycle import Recipe, convert
 from upcycle.checkpoints import checkpoint
 from upcycle.system.progress import Unheard, reporting_to
@@ -37,6 +37,7 @@ INITS = [
     ({"name": "shuffle_slice"}, HALVES),
     ({"name": "split"}, {"num_experts": 4, "top_k": 2, "granularity": 4}),
     ({"name": "branch_train_mix"}, SHAPE),
+    ({"name": "experts", "backbone": "slerp"}, SHAPE),
 ]
 
 
@@ -50,10 +51,15 @@ def cases(llama, tmp_path_factory):
     """Recipes for every initialisation and more families, and the digests of what `convert` makes of them."""
     folder = tmp_path_factory.mktemp("converted")
     donor = str(make_dense(folder / "donor", "llama", seed=1, num_hidden_layers=2))
+    adapter = str(make_adapter(folder / "adapter", Path(llama)))
+    mixed = {"source": donor, "adapter": adapter, "weight": 0.4, "mix": "slerp", "noise": 0.1}
+    options = {
+        "branch_train_mix": {"sources": [donor] * 3},
+        "experts": {"expert": [{}, {"source": donor}, {"adapter": adapter, "weight": 0.5}, mixed]},
+    }
     tables = []
     for init, moe in INITS:
-        options = {"sources": [donor] * 3} if init["name"] == "branch_train_mix" else {}
-        tables.append((llama, {"moe": moe, "init": {**init, **options}}))
+        tables.append((llama, {"moe": moe, "init": {**init, **options.get(init["name"], {})}}))
     narrow = str(make_dense(folder / "narrow", "qwen3", dtype="bfloat16", num_hidden_layers=2))
     tables.append((narrow, {"moe": {**SHAPE, "layers": [1]}, "init": {"name": "drop"}}))
     shared = str(make_dense(folder / "qwen2", "qwen2", num_hidden_layers=2))

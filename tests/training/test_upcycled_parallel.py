@@ -27,6 +27,11 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         {"moe": {**MOE, "shared_experts": 1}, "router": {"capacity_factor": 1.0}},
     ),
     "llama-chats": ("LlamaForCausalLM", {"num_hidden_layers": 2}, {"moe": MOE, "task": {"name": "sft"}}),
+    "llama-apart": (
+        "LlamaForCausalLM",
+        {"num_hidden_layers": 2},
+        {"moe": MOE, "data": {"isolate": True}, "train": {"micro_batch": 1}},
+    ),
     "vit": (
         "ViTForImageClassification",
         {"num_hidden_layers": 2},

@@ -25,7 +25,8 @@ import ranks
 import tiny
 from upcycle import UpcycleError, families
 from upcycle.nn import routers
-from upcycle.training import ledger, optimizer, step
+from upcycle.training import ledger, optimizer, start, step, teacher
+from upcycle.training.kept_logits import IDS, LOGS, Kept
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks as world
 from upcycle.training.run import Run
@@ -155,6 +156,7 @@ ROUTERS = {
     "top_k, surest first": (BERT, {"router": {"capacity_factor": 0.5, "batch_priority": True}}),
     "top_k, texts": (TEXTS, {"router": {"capacity_factor": 0.5, "rounding": "vmoe"}}),
     "sigmoid": ("llama", {"router": {"name": "sigmoid", "bias_update_rate": 0.01}}),
+    "analytic": ("llama", {"router": {"name": "analytic", "bias_update_rate": 0.001}}),
     "sigmoid, texts": (TEXTS, {"router": {"name": "sigmoid"}}),
     "expert_choice": (BERT, {"router": {"name": "expert_choice"}}),
     "expert_choice, texts": (TEXTS, {"router": {"name": "expert_choice"}}),
@@ -163,6 +165,7 @@ ROUTERS = {
     "accumulated": ("llama", {"train": {"micro_batch": 2, "clip_grad_norm": 1.0}}),
     "muon": ("llama", {"optimizer": {"name": "muon"}}),
     "adafactor": ("llama", {"optimizer": {"name": "adafactor"}}),
+    "documents apart": ("llama", {"data": {"isolate": True}}),
     "buffered": ("llama", {"train": {"micro_batch": 2}, "router": {"balance_counts": "buffered"}}),
 }
 
@@ -214,6 +217,25 @@ def test_a_real_step_waits_for_nothing(model, changes, waits, source):
         queued = step.queue_step(trainee, batch, 0, 1e-3)
     assert watch.waits == waits
     assert queued.outcome().loss > 0
+
+
+@pytest.mark.parametrize("top", [None, 4])
+def test_a_teacher_waits_for_nothing(top, source):
+    """Neither one that runs beside the step, nor its logits, which travel with the batch."""
+    teaches = {"source": str(source("llama")), "temperature": 2.0, **({"top_logits": top} if top else {})}
+    run = ranks.run_of(str(source("llama")), {}, {**UP, "teacher": teaches, "data": {"isolate": True}})
+    with world(run.parallel) as here:
+        trainee = ranks.trainee_of(replace(run, teacher=None), here)
+        batch = batch_of(run, trainee.task)
+        if top:
+            batch[LOGS] = torch.full((*batch["rows"][:, 1:].shape, top), 0.1).log()
+            batch[IDS] = torch.arange(top).expand_as(batch[LOGS])
+        beside = teacher.Beside(model=teacher.model_of(start.start_of(run).teacher, here, "float32"))
+    trainee = replace(trainee, run=run, teacher=Kept(segments=(), places={}) if top else beside)
+    with Watch() as watch:
+        queued = step.queue_step(trainee, batch, 0, 1e-3)
+    assert watch.waits == []
+    assert queued.outcome().divergence > 0
 
 
 def test_looped_experts_wait(source):

@@ -67,6 +67,13 @@ def of_stories(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     return {n: script.table(n, 0, 8, given) for n in script.VARIANTS}
 
 
+def of_distillation(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 8, "num_key_value_heads": 4}
+    source = tiny.make_dense(folder / "stories", "llama", num_hidden_layers=2, head_dim=8, **sizes)
+    given = Namespace(checkpoint=source, text=folder / "text.txt", runs=folder / "runs", steps=8)
+    return {n: script.table(n, 0, given) for n in script.VARIANTS}
+
+
 def of_t5(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     given = Namespace(text=folder / "text.txt", runs=folder / "t5")
     for name in ("t5", "dense-base"):
@@ -93,6 +100,7 @@ def of_jetpack(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
 
 TABLES: dict[str, Callable[[ModuleType, Path], dict[str, dict[str, Any]]]] = {
     "code": of_code,
+    "distillation": of_distillation,
     "drop_upcycling": of_language,
     "extra_compute": of_language,
     "llama3_meets_moe": of_language,

@@ -1,7 +1,7 @@
 """Results of papers: when training from scratch overtook upcycling, and upcycling beside dense continuation.
 
 Both are data, with the models on which they were found. The kind of a model, its size, its experts and its
-budget decide whether a result covers it.
+budget decide whether a result covers it. Our own runs are compared with dense continuation as well.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from upcycle.advice import own_runs
+from upcycle.advice.comparison import NEAR, UNREAD, Comparison, inside, near, of_its_init, sizes
 from upcycle.advice.experts import Experts
 from upcycle.advice.situation import Kind, Situation
 from upcycle.advice.statements import Statement, share
 from upcycle.system.wording import rounded
-
-NEAR = 2.0  # a paper covers models up to so many times larger or smaller than its own
-NEAR_BUDGET = 4.0  # the same for tokens
-UNREAD = "how many experts of a token and which layers it was found with is not in what was read"
 
 MIXTRAL = Experts(count=8, top_k=2, granularity=1, layers="all", routers=("top_k",))
 SPARSE_T5 = Experts(count=32, top_k=2, granularity=1, layers="half", routers=("expert_choice", "top_k"))
@@ -69,21 +67,6 @@ CROSSOVERS = (
         found="rule: train from scratch where the MoE's budget is twice the dense model's cost or more",
     ),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Upcycling and dense continuation on one budget, in `tokens` or as a `share` of the dense cost."""
-
-    paper: str
-    kind: Kind
-    inits: tuple[str, ...]
-    sizes: tuple[float, float]
-    better: Literal["upcycling", "dense continuation"]
-    found: str
-    experts: Experts
-    tokens: float | None = None
-    share: tuple[float, float] | None = None
 
 
 COMPARISONS = (
@@ -155,6 +138,9 @@ COMPARISONS = (
 )
 
 
+EVERY_COMPARISON = (*COMPARISONS, *own_runs.COMPARISONS)
+
+
 def distance(situation: Situation, crossover: Crossover) -> float | None:
     """Return the budget over that of the crossover: 1 is at the crossover, 2 is twice as much.
 
@@ -172,8 +158,8 @@ def crossover_inside(situation: Situation, crossover: Crossover) -> tuple[bool |
         return False, f"found on copied experts, and init.name = {situation.built.recipe.init.name}"
     if reasons := crossover.experts.unlike(situation):
         return False, "; ".join(reasons)
-    if not _near(situation.plan.dense_parameters, crossover.sizes, NEAR):
-        return False, _sizes(situation, crossover.sizes)
+    if not near(situation.plan.dense_parameters, crossover.sizes, NEAR):
+        return False, sizes(situation, crossover.sizes)
     if not crossover.exact:
         return None, "stated as a rule; the sizes and budgets behind it are not in what was read"
     if not crossover.experts.complete:
@@ -181,39 +167,11 @@ def crossover_inside(situation: Situation, crossover: Crossover) -> tuple[bool |
     return True, f"{rounded(situation.plan.dense_parameters)} parameters is near"
 
 
-def comparison_inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, str]:
-    """Return whether a comparison covers a situation, and the reason. None: the source does not tell."""
-    if not _of_its_init(situation, comparison):
-        name = situation.built.recipe.init.name
-        return False, f"found with init {' or '.join(comparison.inits)}, and init.name = {name}"
-    if reasons := comparison.experts.unlike(situation):
-        return False, "; ".join(reasons)
-    if not _near(situation.plan.dense_parameters, comparison.sizes, NEAR):
-        return False, _sizes(situation, comparison.sizes)
-    if comparison.tokens is not None:
-        tokens = situation.asked.tokens
-        if not _near(tokens, (comparison.tokens, comparison.tokens), NEAR_BUDGET):
-            return False, f"{rounded(tokens)} tokens, found at {rounded(comparison.tokens)}"
-        if not comparison.experts.complete:
-            return None, f"{UNREAD}, nor are the settings of init.name = {situation.built.recipe.init.name}"
-        return (
-            True,
-            f"{rounded(situation.plan.dense_parameters)} parameters, {rounded(tokens)} tokens are near",
-        )
-    assert comparison.share is not None
-    taken, (low, high) = situation.share_of_cost, comparison.share
-    if taken is None:
-        return None, "it needs --dense-tokens, what the dense model was trained on"
-    if not low <= taken <= high:
-        return False, f"{share(taken)} of the dense cost, found at {share(low)} to {share(high)}"
-    return True, f"{rounded(situation.plan.dense_parameters)} parameters, {share(taken)} of the dense cost"
-
-
 def statements(situation: Situation) -> list[Statement]:
     """Return all crossovers, and the comparisons for this kind of model and initialisation."""
     out = []
     for crossover in CROSSOVERS:
-        inside, why = crossover_inside(situation, crossover)
+        covered, why = crossover_inside(situation, crossover)
         far = distance(situation, crossover)
         if far is None:
             place = "where this budget lies cannot be said without --dense-tokens"
@@ -222,34 +180,20 @@ def statements(situation: Situation) -> list[Statement]:
         out.append(
             Statement(
                 topic="from scratch", said=f"{crossover.found}; {place}", value=far, unit="of the crossover",
-                source=crossover.paper, inside=inside, why=why,
+                source=crossover.paper, inside=covered, why=why,
             )
         )  # fmt: skip
-    for comparison in COMPARISONS:
-        if comparison.kind != situation.kind or not _of_its_init(situation, comparison):
+    for comparison in EVERY_COMPARISON:
+        if comparison.kind != situation.kind or not of_its_init(situation, comparison):
             continue
-        inside, why = comparison_inside(situation, comparison)
+        covered, why = inside(situation, comparison)
         out.append(
             Statement(
                 topic="dense continuation",
                 said=comparison.found,
                 source=comparison.paper,
-                inside=inside,
+                inside=covered,
                 why=why,
             )
         )
     return out
-
-
-def _of_its_init(situation: Situation, comparison: Comparison) -> bool:
-    named = situation.built.recipe.init.name in comparison.inits
-    return named or (situation.copies and "copy" in comparison.inits)
-
-
-def _near(value: float, between: tuple[float, float], factor: float) -> bool:
-    return between[0] / factor <= value <= between[1] * factor
-
-
-def _sizes(situation: Situation, sizes: tuple[float, float]) -> str:
-    found = " to ".join(rounded(n) for n in dict.fromkeys(sizes))
-    return f"{rounded(situation.plan.dense_parameters)} dense parameters, found on {found}"

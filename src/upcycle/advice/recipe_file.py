@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from upcycle.errors import printable
 from upcycle.nn.routers import Router
 from upcycle.recipe import Part, Recipe
-from upcycle.settings import Settings
+from upcycle.settings import Settings, writing
 
 WIDTH = 100  # characters of a comment line
 SHOWN = ("name", "num_experts", "top_k", "layers", "target")  # keys that are written even at their defaults
@@ -25,15 +24,12 @@ def text(recipe: Recipe, comments: Iterable[str]) -> str:
     """
     head = [line for comment in comments for line in _comment(comment)]
     top = {key: getattr(recipe, key) for key in ("seed", "dtype")}
-    sections = [_pairs({key: value for key, value in top.items() if value != getattr(Recipe(), key)})]
-    sections.append(_section("moe", _changed(recipe.moe)))
-    sections.append(_section("init", _changed(recipe.init)))
-    sections.append(_section("router", _changed(recipe.router)))
+    table = {key: value for key, value in top.items() if value != getattr(Recipe(), key)}
+    table |= {name: _changed(getattr(recipe, name)) for name in ("moe", "init", "router")}
     if recipe.successor is not None:
-        sections.append(_section("successor", _changed(recipe.successor)))
-    for name, part in recipe.parts.items():
-        sections += [_section(f"{name}.{section}", table) for section, table in _own(part, recipe).items()]
-    return "\n\n".join("\n".join(section) for section in (head, *sections) if section) + "\n"
+        table["successor"] = _changed(recipe.successor)
+    table |= {name: _own(part, recipe) for name, part in recipe.parts.items()}
+    return writing.text(table, head)
 
 
 def _comment(paragraph: str) -> list[str]:
@@ -43,28 +39,22 @@ def _comment(paragraph: str) -> list[str]:
     return [f"# {line}" for line in textwrap.wrap(plain, WIDTH, break_long_words=False)]
 
 
-def _section(name: str, table: Mapping[str, Any]) -> list[str]:
-    return [f"[{name}]", *_pairs(table)] if table else []
-
-
-def _pairs(table: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {_value(value)}" for key, value in table.items()]
-
-
-def _value(value: Any) -> str:
-    """Return a value as TOML writes it; its numbers, truth values, strings and lists are those of JSON."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def _changed(settings: Settings) -> dict[str, Any]:
     """Return the keys of `settings` that a file has to say."""
     usual = {field.name: field.default for field in dataclasses.fields(settings)}
     table = settings.as_table()
-    return {
+    changed = {
         key: value
         for key, value in table.items()
         if key in SHOWN or value != usual.get(key, dataclasses.MISSING)
     }
+    return changed | {key: found for key in changed if (found := _items(getattr(settings, key, None)))}
+
+
+def _items(value: Any) -> list[dict[str, Any]]:
+    """Return the tables of a list of tables, with the keys that a file has to say; empty for other values."""
+    tables = isinstance(value, tuple) and all(isinstance(each, Settings) for each in value)
+    return [_changed(each) for each in value] if tables else []
 
 
 def _own(part: Part, recipe: Recipe) -> dict[str, dict[str, Any]]:

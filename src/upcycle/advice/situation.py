@@ -184,6 +184,11 @@ class Situation:
         return self.dense_tokens_for_the_same / self.asked.dense_tokens if self.asked.dense_tokens else None
 
     @property
+    def trained(self) -> float | None:
+        """What the dense model has seen, in tokens per parameter; None if that is not known."""
+        return self.asked.dense_tokens / self.plan.dense_parameters if self.asked.dense_tokens else None
+
+    @property
     def copies(self) -> bool:
         """Return whether experts are whole copies of the dense network, up to noise of `SMALL_NOISE`."""
         init = self.built.recipe.init

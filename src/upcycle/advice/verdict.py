@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from upcycle.advice import comparison as compared
 from upcycle.advice import drop_ratio, published, scaling_law
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Choice, share
@@ -57,8 +58,8 @@ def _by_results(situation: Situation) -> Verdict:
     beyond = "the fitted law does not reach this input"
     runs = [
         comparison
-        for comparison in published.COMPARISONS
-        if comparison.kind == situation.kind and published.comparison_inside(situation, comparison)[0]
+        for comparison in published.EVERY_COMPARISON
+        if comparison.kind == situation.kind and compared.inside(situation, comparison)[0]
     ]
     if scratch == "above":
         return Verdict(
@@ -142,8 +143,8 @@ def _dense_tokens_would_help(situation: Situation) -> bool:
     return any(
         comparison.kind == situation.kind
         and comparison.share is not None
-        and published.comparison_inside(situation, comparison)[0] is not False
-        for comparison in published.COMPARISONS
+        and compared.inside(situation, comparison)[0] is not False
+        for comparison in published.EVERY_COMPARISON
     )
 
 

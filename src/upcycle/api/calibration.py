@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,16 @@ def calibrate(
     *,
     images: str | Path | None = None,
     text: str | Path | None = None,
-    collect: Sequence[str] = ("l1", "l2", "count"),
+    prompts: str | Path | None = None,
+    domains: Mapping[str, str | Path] | None = None,
+    collect: Sequence[str] | None = None,
     positions: Sequence[str] = ("neurons", "channels", "heads"),
     limit: int | None = None,
     length: int | None = None,
     batch_size: int = 32,
     threshold: float = 0.0,
+    sample: int = 2_048,
+    marked: int = 10,
     seed: int = 0,
     in_order: bool = False,
     device: str | None = None,
@@ -33,18 +37,25 @@ def calibrate(
 ) -> Statistics:
     """Collect statistics of the activations of a dense checkpoint.
 
-    The statistics of `source` are written to the file `out`. Give either `images` (a parquet file, or a
-    folder with one folder per class) or `text`. `collect` names the statistics (l1, l2, count, co_activation,
-    gradient) and `positions` the activations they are taken of (neurons, channels, heads). At most `limit`
-    images or rows are read (None: 30,000 images or 2,048 rows; 0: all). `length` is the number of tokens of a
-    row. A call that was stopped resumes if it is repeated with the same arguments. Raises `UpcycleError` for
-    input that cannot be used.
+    The statistics of `source` are written to the file `out`. Give `images` (a parquet file, or a folder with
+    one folder per class), `text`, or the domains of the experts: `prompts`, a TOML file with a `[[domain]]`
+    for each expert, `domains`, a text for each name, or both, one after the other. `collect` names the
+    statistics (those of `upcycle.dense.statistics.NAMES`; by default l1, l2, count and, with domains, mean)
+    and `positions` the activations they are taken of (neurons, channels, heads). At most `limit` images or
+    rows (of each domain) are read (None: 30,000 images or 2,048 rows; 0: all). `length` is the number of
+    tokens of a row, and `sample` that of a sample. `marked` is the number of neurons of a token that
+    co_marker counts as active. A call that was stopped resumes if it is repeated with the same arguments.
+    Raises `UpcycleError` for input that cannot be used.
     """
     from upcycle.calibration import calibration
+    from upcycle.calibration import domains as of_experts
 
+    experts = of_experts.given(prompts, domains or {})
+    usual = ("l1", "l2", "count", "mean") if experts else ("l1", "l2", "count")
     asked = calibration.Asked(
-        images=images, text=text, collect=tuple(collect), positions=tuple(positions), limit=limit,  # type: ignore[arg-type]
-        length=length, batch_size=batch_size, threshold=threshold, seed=seed, in_order=in_order,
-        device=device, cache=cache, allow_nonfinite=allow_nonfinite,  # type: ignore[arg-type]
+        images=images, text=text, domains=experts, collect=usual if collect is None else tuple(collect),  # type: ignore[arg-type]
+        positions=tuple(positions), limit=limit, length=length, batch_size=batch_size, threshold=threshold,
+        sample=sample, marked=marked, seed=seed, in_order=in_order, device=device, cache=cache,  # type: ignore[arg-type]
+        allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     return calibration.calibrate(source, out, asked, progress=progress)

@@ -16,15 +16,18 @@ from functools import cached_property
 from pathlib import Path
 
 from upcycle import targets
-from upcycle.blueprints import heads, moe_layer
+from upcycle.blueprints import heads, moe_layer, spared
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import successors
-from upcycle.dense.source import Dense, admit, admit_donors
+from upcycle.dense.donors import admit_donors
+from upcycle.dense.source import Dense, admit
 from upcycle.families import Config, Weights
 from upcycle.init import Site
+from upcycle.nn import router_rows
+from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.targets import Target
 from upcycle.tensors.lazy import Lazy
@@ -41,6 +44,7 @@ class Blueprint:
     config: Config  # config.json of the MoE
     entries: Mapping[str, Entry]
     sites: tuple[Site, ...]  # the blocks that become MoE layers, stack by stack
+    remarks: tuple[str, ...] = ()  # what differs between the dense models and does not matter
 
     @property
     def shared_width(self) -> int:
@@ -54,8 +58,8 @@ class Blueprint:
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """The source and all other checkpoints that tensors come from."""
-        donors = (donor.checkpoint for donor in self.donors)
-        return [self.dense.checkpoint, *self.dense.others, *donors]
+        models = (self.dense, *self.donors)
+        return list(dict.fromkeys(opened for model in models for opened in (model.checkpoint, *model.others)))
 
     @cached_property
     def weights(self) -> Weights:
@@ -79,8 +83,14 @@ class Blueprint:
     def left_out(self) -> dict[str, str]:
         """The unused source tensors, with the reason; those of a second checkpoint carry its label."""
         if not self.recipe.init.uses_source:
-            return dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
-        return dict(self.dense.left_out) | self.dense.left_aside({(s.stack, s.layer) for s in self.sites})
+            none = dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
+            return none | {name: why for name, why in self._spared.items() if name not in none}
+        aside = self.dense.left_aside({(site.stack, site.layer) for site in self.sites})
+        return dict(self.dense.left_out) | aside | self._spared
+
+    @cached_property
+    def _spared(self) -> dict[str, str]:
+        return spared.of(self)
 
     @cached_property
     def hash(self) -> str:
@@ -140,7 +150,11 @@ class Blueprint:
             and gate == 1.0
             and (gated or up == 1.0)
             and router.reaches_all(count, top_k)
-            and (router.sums_to_one(count, top_k) or (site.uniform_router and router.rescale))
+            and (
+                router.sums_to_one(count, top_k)
+                or (site.uniform_router and router.rescale)
+                or site.even_weights
+            )
             and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))
         )
 
@@ -153,6 +167,17 @@ class Blueprint:
         met = router.experts_per_token(site.num_experts, site.top_k, row)
         whole = site.width == site.dense_width and router.group in (0, row)
         return whole and not router.has_slots and met >= site.num_experts
+
+    @cached_property
+    def router_rows(self) -> dict[Site, RouterRows]:
+        """How the rows of each router that starts from data lie to one another."""
+        found = {}
+        for site in self.sites:
+            router = self.parts[site.stack].router
+            if router.start.from_data and router.linear:
+                weight = router.start.weight(site, router.rows(site.all_experts), "F32", router.std)
+                found[site] = router_rows.seen(weight.all())
+        return found
 
     @cached_property
     def parts(self) -> dict[str, Recipe]:
@@ -192,29 +217,36 @@ def blueprint(
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
     dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
     recipe.init.admit(dense)
+    for router in [recipe.router, *(part.router for part in recipe.parts.values())]:
+        router.start.admit(dense)
     if recipe.successor is not None:
         dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)
     target = targets.of(dense, recipe)
-    any_dtype = recipe.dtype != "source"
-    donors = admit_donors(dense, recipe.init.donors, any_dtype=any_dtype, allow_nonfinite=allow_nonfinite)
+    donors = admit_donors(dense, recipe, allow_nonfinite=allow_nonfinite)
     sites = target.sites(dense, recipe)
     config = target.config(dense, recipe, sites)
-    config, lazies = heads.untied(dense, recipe, config, target.tensors([dense, *donors], recipe, sites))
+    config, lazies = heads.untied(
+        dense, recipe, config, target.tensors([dense, *donors.models], recipe, sites)
+    )
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
         name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)
         for name, lazy in _in_order(lazies).items()
     }
     stored = TORCH_NAMES[Counter(e.dtype for e in entries.values()).most_common(1)[0][0]]
-    return Blueprint(
+    built = Blueprint(
         dense=dense,
-        donors=tuple(donors),
+        donors=donors.models,
         recipe=recipe,
         target=target,
         config={**config, "dtype": stored, "torch_dtype": stored},
         entries=entries,
         sites=sites,
+        remarks=donors.remarks,
     )
+    for place in range(1, len(built.donors) + 1):
+        spared.lost_changes(built, place)  # refuses an adapter of which nothing is left
+    return built
 
 
 def _keeps_bits(factor: float) -> bool:

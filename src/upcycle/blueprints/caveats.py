@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from upcycle.blueprints import spared
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
-from upcycle.nn import kernels
+from upcycle.dense.adapted import Adapted
+from upcycle.errors import listed
+from upcycle.nn import kernels, router_rows
 from upcycle.recipe import Recipe
+from upcycle.system.wording import place_of
 
 
 def _adapters(built: Blueprint) -> list[str]:
@@ -13,9 +17,24 @@ def _adapters(built: Blueprint) -> list[str]:
     return [
         f"{opened.name} has an adapter beside its weights (adapter_config.json), which is not in the result; "
         f"to keep it, merge it into the weights first"
-        for opened in built.checkpoints
+        for opened in dict.fromkeys(model.checkpoint for model in (built.dense, *built.donors))
         if (opened.folder / "adapter_config.json").exists()
     ]
+
+
+def _lost_changes(built: Blueprint) -> list[str]:
+    """Say which changes of an adapter are left out, because they are to what is no expert."""
+    out = []
+    for place, model in enumerate(built.donors, start=1):
+        if isinstance(model, Adapted) and (lost := spared.lost_changes(built, place)):
+            kept = len(model.changes) - len(lost)
+            modules = sorted({".".join(name.removesuffix(".weight").split(".")[-2:]) for name in lost})
+            out.append(
+                f"{model.adapter.checkpoint.name}: {kept} of the {len(model.changes)} matrices that it "
+                f"changes are merged into experts; {len(lost)} are left out ({listed(modules, 8)}), because "
+                f"what is no expert comes from elsewhere (init.backbone)"
+            )
+    return out
 
 
 def warnings(built: Blueprint) -> list[str]:
@@ -24,7 +43,7 @@ def warnings(built: Blueprint) -> list[str]:
         return [*built.target.warnings(built), *_adapters(built)]
     moe, router = built.recipe.moe, built.recipe.router
     site = built.sites[0]
-    out = [*built.recipe.init.warnings(site), *_adapters(built)]
+    out = [*built.recipe.init.warnings(site), *_adapters(built), *built.remarks, *_lost_changes(built)]
     if moe.pooling == "mean":
         out.append(
             "the head sees the mean of the patches and not the class token it was trained on: the function "
@@ -73,6 +92,9 @@ def warnings(built: Blueprint) -> list[str]:
             "config.json says use_cache = false, as training scripts write it, and so does the result: "
             "generation works out every token anew; set it to true to generate"
         )
+    out += router_rows.warnings(
+        {place_of(site.stack, site.layer): rows for site, rows in built.router_rows.items()}
+    )
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)
@@ -89,7 +111,7 @@ def _causal(built: Blueprint) -> list[Recipe]:
 def _not_renormalised(part: Recipe) -> str | None:
     """Return a warning if the weights of a token's experts do not sum to one."""
     count, top_k = part.moe.num_experts, part.moe.top_k
-    if part.router.sums_to_one(count, top_k):
+    if part.router.sums_to_one(count, top_k) or (part.router.even and part.router.rescale):
         return None
     factor = 1 / part.router.gate_sum(count, top_k)
     if not part.router.rescale:

@@ -53,6 +53,7 @@ class Plan:
     peak_memory_bytes: int
     blueprint_hash: str
     preserves_function: bool
+    routers: list[dict[str, Any]]  # how the rows of each router that starts from data lie to one another
     warnings: list[str]
 
     @property
@@ -133,6 +134,10 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         peak_memory_bytes=peak_memory(built, jobs),
         blueprint_hash=built.hash,
         preserves_function=built.preserves_function,
+        routers=[
+            {"stack": site.stack, "layer": site.layer, **rows.as_dict()}
+            for site, rows in built.router_rows.items()
+        ],
         warnings=caveats.warnings(built),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
@@ -20,6 +20,7 @@ from upcycle.tensors.lazy import Lazy
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
 
+T = TypeVar("T")
 NARROW = 128  # neurons of a shared expert that the architecture requires and the recipe does not ask for
 MOST_EXPERTS = 1 << 16  # in all layers together; twice as many took over 30 s to plan
 EXPERT_BYTES = 8 << 10  # measured memory for the names and the definition of one expert
@@ -61,6 +62,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
                 grouped_router=router.start.groups,
                 uniform_router=router.start.uniform(router.std),
                 gate_sum=router.gate_sum(moe.num_experts, moe.top_k) if router.rescale else 1.0,
+                even_weights=router.even and router.rescale,
             )
             recipe.init.check(site)
             out.append(site)
@@ -117,6 +119,13 @@ def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
         if shared.mandatory == "narrow":
             return min(NARROW, full)
         return full // granularity if shared.mandatory == "full" else 0
+    if recipe.init.chooses_shared:
+        if shared.combine != "sum":
+            raise UpcycleError(
+                f"init {recipe.init.name} adds the shared expert as it is, and {names.model_type} weighs it; "
+                f"set moe.target = upcycled"
+            )
+        return asked * full // granularity
     if asked != granularity:
         raise UpcycleError(
             f"moe.shared_experts = {asked} of 1/{granularity} of the dense width; the shared expert is the "
@@ -132,9 +141,13 @@ def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
 
 def averaged(models: list[Dense], recipe: Recipe) -> dict[str, Lazy]:
     """Return every tensor of the dense models, combined by the initialisation's `backbone`."""
-    return {
-        name: recipe.init.backbone([model.tensors[name] for model in models]) for name in models[0].tensors
-    }
+    mixed = in_backbone(models, recipe)
+    return {name: recipe.init.merge([model.tensors[name] for model in mixed]) for name in models[0].tensors}
+
+
+def in_backbone(models: list[T], recipe: Recipe) -> list[T]:
+    """Return those of the dense models that everything outside the experts is made from."""
+    return [models[place] for place in recipe.init.in_backbone]
 
 
 def add(out: dict[str, Lazy], prefix: str, made: Mapping[str, Lazy]) -> None:
@@ -156,7 +169,8 @@ def tensors(
     networks = [model.origin(site.layer, site.stack) for model in models]
     hidden, dtype = site.hidden, networks[0].down.dtype
     asked, shared = recipe.moe.shared_experts > 0, names.shared
-    halved = asked and shared is not None and shared.combine in ("gated", "sum")
+    part = recipe.init.shared(networks, site) if asked else None
+    halved = asked and part is None and shared is not None and shared.combine in ("gated", "sum")
     half = 0.5 if halved else 1.0
     experts = _experts(networks, range(site.num_experts), site, recipe, half)
     router, rows = recipe.router, recipe.router.rows(site.all_experts)
@@ -167,12 +181,17 @@ def tensors(
         written = names.layout.write(others).items()
         out |= {f"universal.{name.removeprefix('experts.')}": tensor for name, tensor in written}
     out |= names.beside_router(recipe, site, _norm(models[0], site, every), dtype)
+    if (neurons := recipe.init.representatives(site)) is not None:
+        activation = models[0].stack(site.stack).activation
+        started = router.from_neurons(networks[0].take(neurons), activation)
+        beside = names.router.removesuffix("weight")
+        out |= {f"{beside}{name}": tensor for name, tensor in started.items()}
     if shared and site.shared_width:
-        network = combined(networks, recipe).neurons(0, site.shared_width)
+        network = part or combined(networks, recipe).neurons(0, site.shared_width)
         if not asked:
             idle = Fill((hidden, site.shared_width), dtype, 0.0)
             network = replace(network, down=idle)
-        elif shared.combine == "sum":
+        elif part is None and shared.combine == "sum":
             network = network.scaled(down=0.5, down_bias=0.5)
         out |= shared.write(network)
         if shared.gate:
@@ -194,12 +213,12 @@ def _experts(
     gate, up, down = factors(recipe, site)
     # The outputs of a token's experts sum to the bias once, whatever share of the network each expert has.
     scales = {"gate": gate, "up": up, "down": down * half, "down_bias": half / site.gate_sum}
-    return [recipe.init.expert(networks, e, site).scaled(**scales) for e in numbers]
+    return [recipe.init.make(networks, e, site).scaled(**scales) for e in numbers]
 
 
 def combined(networks: list[FeedForward], recipe: Recipe) -> FeedForward:
     """Combine the networks of the dense checkpoints into one, as everything outside the experts is."""
-    return FeedForward.merged(networks, recipe.init.backbone)
+    return FeedForward.merged(in_backbone(networks, recipe), recipe.init.merge)
 
 
 def factors(recipe: Recipe, site: Site) -> tuple[float, float, float]:

@@ -8,31 +8,39 @@ from pathlib import Path
 
 import numpy as np
 
-from upcycle.dense.statistics import NAMES, POSITIONS, refuse_unknown
+from upcycle.calibration import domains
+from upcycle.calibration.domains import Domain
+from upcycle.dense.statistics import NAMES, OF_DOMAINS, OF_PROMPTS, ONLY_AT, POSITIONS, refuse_unknown
 from upcycle.errors import UpcycleError
 from upcycle.system.paths import as_paths
 from upcycle.tensors import rng
 
 IMAGES = 30_000  # default limit for a set of images; about what MoE Jetpack uses of ImageNet
 ROWS = 2_048  # default limit for a text: 2^20 tokens in rows of 512
+USUAL = ("l1", "l2", "count")
+MARKED = 10  # the default of CMoE's released code
+SAMPLE = 2_048  # tokens; about as many as k-means needs for some tens of experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """The statistics to collect, and the data to collect them on.
 
-    `limit` is the maximum number of images or rows; 0 means all, None means `IMAGES` or `ROWS`. Raises
-    `UpcycleError` for options that are invalid or do not go together.
+    `limit` is the maximum number of images or rows (of each domain); 0 means all, None means `IMAGES` or
+    `ROWS`. Raises `UpcycleError` for options that are invalid or do not go together.
     """
 
     images: Path | None = None
     text: Path | None = None
-    collect: tuple[str, ...] = ("l1", "l2", "count")
+    domains: tuple[Domain, ...] = ()  # the domains to tell apart, in the order of the experts
+    collect: tuple[str, ...] = USUAL
     positions: tuple[str, ...] = tuple(POSITIONS)
     limit: int | None = None
     length: int | None = None  # tokens per row of text; None: 512, or fewer if the model takes fewer
     batch_size: int = 32
     threshold: float = 0.0  # a number above it counts as active
+    sample: int = SAMPLE  # tokens in the sample
+    marked: int = MARKED  # neurons of a token that co_marker counts as active, K_a of CMoE
     seed: int = 0  # seed of the order of examples
     in_order: bool = False  # take the first examples, as the released code of MoE Jetpack does
     device: str | None = None  # None: an accelerator if there is one
@@ -41,23 +49,52 @@ class Asked:
 
     def __post_init__(self) -> None:
         as_paths(self, "text", "images", "cache")
-        if (self.text is None) == (self.images is None):
-            raise UpcycleError("give either --images PATH or --text PATH to calibrate on")
+        if sum((self.text is not None, self.images is not None, bool(self.domains))) != 1:
+            raise UpcycleError(
+                "give one thing to calibrate on: --images PATH, --text PATH, or for the domains of experts "
+                "--prompts FILE or --domain NAME=PATH"
+            )
+        object.__setattr__(self, "domains", domains.named(self.domains))
         refuse_unknown("--collect", self.collect, NAMES)
         refuse_unknown("--positions", self.positions, POSITIONS)
-        if "co_activation" in self.collect and "neurons" not in self.positions:
-            raise UpcycleError(
-                f"--collect co_activation is of neurons, and --positions is {','.join(self.positions)}; add "
-                f"neurons, or leave it out"
-            )
+        for name in self.collect:
+            position = ONLY_AT.get(name)
+            if position in POSITIONS and position not in self.positions:
+                raise UpcycleError(
+                    f"--collect {name} is of {position}, and --positions is {','.join(self.positions)}; add "
+                    f"{position}, or leave it out"
+                )
+        self._refuse_domains()
+        if self.sample < 1:
+            raise UpcycleError(f"--sample {self.sample}; it must be 1 or more tokens")
+        if self.marked < 1:
+            raise UpcycleError(f"--marked {self.marked}; it must be 1 or more neurons")
         if self.batch_size < 1:
             raise UpcycleError(f"--batch-size {self.batch_size}; it must be 1 or more")
         if self.limit is not None and self.limit < 0:
             raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
-        if self.length is not None and (self.length < 1 or self.text is None):
+        if self.length is not None and (self.length < 1 or self.images is not None):
             raise UpcycleError(f"--length {self.length}; it must be 1 or more tokens, and goes with --text")
         if not math.isfinite(self.threshold):
             raise UpcycleError(f"--threshold {self.threshold}; it must be a number")
+
+    def _refuse_domains(self) -> None:
+        """Refuse statistics that the data cannot give."""
+        wanted = [name for name in self.collect if name in OF_DOMAINS]
+        if wanted and not self.domains:
+            raise UpcycleError(
+                f"--collect {wanted[0]} has a row for each domain; give them with --prompts or --domain"
+            )
+        texts = [domain.name for domain in self.domains if domain.text]
+        if texts and (wanted := [name for name in self.collect if name in OF_PROMPTS]):
+            raise UpcycleError(
+                f"--collect {wanted[0]} is made of prompts, and domain {texts[0]} has a text; give it "
+                f"positive_prompts"
+            )
+        if len(texts) < len(self.domains) and "gradient" in self.collect:
+            raise UpcycleError(
+                "--collect gradient wants a loss, and prompts have none; leave it out, or give texts"
+            )
 
     def examples(self, there: int) -> int:
         """Return how many of `there` examples are used."""

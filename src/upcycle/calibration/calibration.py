@@ -7,7 +7,7 @@ to it every few batches, so that an interrupted pass resumes with bit-identical 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,10 @@ import transformers
 from transformers import PreTrainedModel
 
 import upcycle
+from upcycle.calibration import markers, mergekit
 from upcycle.calibration.asked import Asked
-from upcycle.calibration.observer import MOST, Observer, means
+from upcycle.calibration.observer import MOST, TOKENS, Observer, means
+from upcycle.calibration.parts import Part, about, batches, parts
 from upcycle.calibration.stopped import begun, restore, save
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.hub import open_checkpoint
@@ -31,19 +33,21 @@ from upcycle.dense.source import Dense, admit
 from upcycle.dense.statistics import (
     FORMAT,
     KEY,
+    NEGATIVE,
+    OF_PROMPTS,
     PARTIAL,
+    WIDE,
     Statistics,
     fingerprint,
 )
-from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
+from upcycle.families import Stack
 from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.system import claim, lock, memory, scratch
 from upcycle.system.progress import Progress, reporting_to, say, work
 from upcycle.system.signals import interrupting, noted
 from upcycle.system.wording import size
-from upcycle.tasks._rows import Rows, of_images, of_text
 
 __all__ = ["Asked", "calibrate"]
 
@@ -74,10 +78,12 @@ def calibrate(
     ):
         dense, device = admit(opened), _device(asked.device)
         asked = _there(dense, asked)
+        if "co_marker" in asked.collect:
+            markers.refuse(dense, asked.marked)
         _check_memory(dense, asked, device)
-        rows = _rows(dense, asked, asked.cache or made_here)
-        order = asked.order(rows.count)
-        provenance = _provenance(dense, asked, rows, device, len(order))
+        data = parts(dense, asked, asked.cache or made_here)
+        examples = sum(len(part.order) for part in data)
+        provenance = _provenance(dense, asked, data, device, examples)
         partial_file = out.with_name(out.name + PARTIAL)
         done = begun(partial_file, provenance)
         model = _model(dense, device)
@@ -85,21 +91,25 @@ def calibrate(
             model,
             dense.stacks,
             positions=asked.positions,
-            names=asked.collect,
+            names=_summed(asked),
             threshold=asked.threshold,
+            domains=len(asked.domains),
+            sample=asked.sample,
+            seed=asked.seed,
+            markers=markers.markers(dense, asked.marked, device) if "co_marker" in asked.collect else None,
         )
         if done:
             restore(partial_file, observer)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(out), work("calibrating", "examples", total=len(order), done=done) as calibrating:
+        with _alone(out), work("calibrating", "examples", total=examples, done=done) as calibrating:
             with noted(SIGINT, SIGTERM, twice_stops=True) as came:
-                for number, start in enumerate(range(done, len(order), asked.batch_size), start=1):
-                    places = order[start : start + asked.batch_size]
-                    _batch(model, observer, dense, rows, places, gradient="gradient" in asked.collect)
-                    done = start + len(places)
+                rest = batches(data, asked.batch_size, done)
+                for number, (part, places) in enumerate(rest, start=1):
+                    _batch(model, observer, dense, part, places, gradient="gradient" in asked.collect)
+                    done += len(places)
                     if max(observer.tokens.values()) > MOST:
-                        raise UpcycleError(f"more than {MOST} tokens; lower --limit {len(order)}")
-                    stop = bool(came) and done < len(order)
+                        raise UpcycleError(f"more than {MOST} tokens; lower --limit {examples}")
+                    stop = bool(came) and done < examples
                     if stop or number % save_every == 0:
                         _refuse_nonfinite(observer, dense)
                         save(partial_file, observer, provenance, done)
@@ -107,8 +117,9 @@ def calibrate(
                     if stop:
                         raise KeyboardInterrupt
             _refuse_nonfinite(observer, dense)
-            found = provenance | {"tokens": observer.tokens}
-            tensor_file.write(out, _statistics(observer), {"format": "pt", KEY: json.dumps(found)})
+            tensors = _statistics(observer) | _of_prompts(dense, asked, model)
+            found = provenance | {"tokens": observer.tokens} | _domains(observer, asked)
+            tensor_file.write(out, tensors, {"format": "pt", KEY: json.dumps(found)})
             partial_file.unlink(missing_ok=True)
     return Statistics.open(out)
 
@@ -168,34 +179,44 @@ def _free(device: torch.device) -> int | None:
 
 
 def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
-    """Report the memory for pairs of neurons and refuse what cannot fit (4 bytes per number)."""
+    """Report the memory for matrices and refuse what cannot fit (4 bytes per number of the model)."""
     model = 4 * sum(t.size for t in dense.tensors.values())
-    pairs = 0
-    if "co_activation" in asked.collect:
-        pairs = 4 * sum(stack.count * stack.width**2 for stack in dense.stacks)
-        layers = sum(stack.count for stack in dense.stacks)
-        say(f"co_activation of {layers} layers takes {size(pairs)} of memory, and of the file")
+    each: dict[str, Callable[[Stack], int]] = {
+        "co_activation": lambda stack: 4 * stack.width**2,
+        "co_marker": lambda stack: 4 * stack.width**2,
+        "second_moment": lambda stack: 8 * stack.hidden**2,
+        "sample": lambda stack: 4 * asked.sample * stack.hidden,
+    }
+    large = {
+        name: sum(stack.count * nbytes(stack) for stack in dense.stacks)
+        for name, nbytes in each.items()
+        if name in asked.collect
+    }
+    layers = sum(stack.count for stack in dense.stacks)
+    for name, nbytes in large.items():
+        say(f"{name} of {layers} layers takes {size(nbytes)} of memory, and of the file")
     free = _free(device)
-    if free is not None and model + pairs > free:
+    if free is not None and model + sum(large.values()) > free:
+        names = ", ".join(large)
         raise UpcycleError(
             f"{dense.checkpoint.folder} in float32 takes {size(model)}"
-            + (f" and co_activation {size(pairs)}" if pairs else "")
+            + "".join(f" and {name} {size(nbytes)}" for name, nbytes in large.items())
             + f", and {size(free)} of the memory of {device} are free; "
-            + ("leave co_activation out of --collect, or " if pairs and model <= free else "")
+            + (f"leave {names} out of --collect, or " if large and model <= free else "")
             + "use a machine or a --device with more"
         )
 
 
-def _rows(dense: Dense, asked: Asked, cache: Path) -> Rows:
-    subject = Subject.of_dense(dense)
-    gradient = "gradient" in asked.collect
-    if asked.images is not None:
-        return of_images(asked.images, subject, cache, gradient=gradient, seed=asked.seed)
-    assert asked.text is not None
-    return of_text(asked.text, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length)
+def _summed(asked: Asked) -> list[str]:
+    """Return the names of the statistics that are sums over activations."""
+    names = [name for name in asked.collect if name not in OF_PROMPTS]
+    negative = "mean" in names and any(domain.negative_prompts for domain in asked.domains)
+    return [*names, NEGATIVE] if negative else names
 
 
-def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, count: int) -> dict[str, Any]:
+def _provenance(
+    dense: Dense, asked: Asked, data: Sequence[Part], device: torch.device, count: int
+) -> dict[str, Any]:
     """Return everything that the statistics depend on, as JSON; it has no times and no paths."""
     found = {
         "format": FORMAT,
@@ -208,7 +229,7 @@ def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, co
             "architecture": dense.architecture,
             "fingerprint": fingerprint(dense),
         },
-        "data": dict(rows.about),
+        "data": about(asked, data),
         "examples": count,
         "collect": sorted(asked.collect),
         "positions": sorted(asked.positions),
@@ -218,6 +239,8 @@ def _provenance(dense: Dense, asked: Asked, rows: Rows, device: torch.device, co
         "length": asked.length,
         "batch_size": asked.batch_size,
         "device": str(device),
+        **({"sample": asked.sample} if "sample" in asked.collect else {}),
+        **({"marked": asked.marked} if "co_marker" in asked.collect else {}),
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
@@ -238,18 +261,20 @@ def _batch(
     model: PreTrainedModel,
     observer: Observer,
     dense: Dense,
-    rows: Rows,
+    part: Part,
     places: np.ndarray,
     *,
     gradient: bool,
 ) -> None:
     """Run the model on the examples numbered `places`. Without gradients the head is left out."""
+    rows = part.rows
     read = rows.read(places)
     batch = {name: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for name, a in read.items()}
     question = rows.ask(batch)
-    real = rows.real(question.inputs, [stack.name for stack in dense.stacks])
+    real = rows.real(batch, question.inputs, [stack.name for stack in dense.stacks])
+    watching = observer.watching(real, part.domain, negative=part.negative)
     try:
-        with observer.watching(real), torch.set_grad_enabled(gradient):
+        with watching, torch.set_grad_enabled(gradient):
             if not gradient:
                 model.base_model(**question.inputs)
                 return
@@ -274,9 +299,44 @@ def _refuse_nonfinite(observer: Observer, dense: Dense) -> None:
 def _statistics(observer: Observer) -> dict[str, Tensor]:
     def made(name: str) -> np.ndarray:
         _, stack, _, kind = name.split(".")
-        out: np.ndarray = means(kind, observer.sums[name], observer.tokens[stack]).cpu().numpy()
-        return out
+        tokens: int | torch.Tensor = observer.tokens[stack]
+        if kind in ("mean", NEGATIVE):
+            tokens = observer.sums[f"{TOKENS}.{stack}"][int(kind == NEGATIVE)]
+        found: np.ndarray = means(kind, observer.sums[name], tokens).cpu().numpy()
+        return found[: shape(name)[0]]  # a sample of fewer tokens than it has places for
+
+    def shape(name: str) -> tuple[int, ...]:
+        whole = tuple(observer.sums[name].shape)
+        full = not name.endswith(".sample") or observer.tokens[name.split(".")[1]] >= whole[0]
+        return whole if full else (observer.tokens[name.split(".")[1]], *whole[1:])
 
     return {
-        name: Tensor("F32", tuple(total.shape), partial(made, name)) for name, total in observer.sums.items()
+        name: Tensor("F64" if name.endswith(WIDE) else "F32", shape(name), partial(made, name))
+        for name in observer.sums
+        if not name.startswith(f"{TOKENS}.")
+    }
+
+
+def _of_prompts(dense: Dense, asked: Asked, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the statistics that are made of the prompts alone, in a pass of their own."""
+    names = [name for name in asked.collect if name in OF_PROMPTS]
+    table: Any = model.get_input_embeddings()
+    found = mergekit.rows(dense, asked.domains, names, table.weight) if names else {}
+    return {name: Tensor("F32", tuple(rows.shape), rows.numpy) for name, rows in found.items()}
+
+
+def _domains(observer: Observer, asked: Asked) -> dict[str, Any]:
+    """Return what the provenance says about the domains."""
+    if not asked.domains:
+        return {}
+    counts = {stack: observer.sums[f"{TOKENS}.{stack}"].tolist() for stack in observer.tokens}
+    return {
+        "domains": [
+            {
+                "name": domain.name,
+                "tokens": {stack: found[0][number] for stack, found in counts.items()},
+                "negative_tokens": {stack: found[1][number] for stack, found in counts.items()},
+            }
+            for number, domain in enumerate(asked.domains)
+        ]
     }

@@ -25,7 +25,7 @@ from upcycle.errors import UpcycleError, listed
 
 _STATE = KEY + PARTIAL  # its key in the metadata
 _KEYS = {"begun", "done", "tokens"}  # of the state, without its hash
-_TYPES = {torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
+_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
 
 
 def save(path: Path, observer: Observer, provenance: Mapping[str, Any], done: int) -> None:

@@ -31,9 +31,14 @@ def is_id(source: str | Path) -> bool:
     return not Path(source).exists() and _ID.fullmatch(str(source)) is not None
 
 
-def local(source: str | Path) -> Path:
-    """Return the folder of SOURCE, downloading it to the hub's cache if it is a hub id."""
-    return _download(str(source)) if is_id(source) else Path(source)
+def local(source: str | Path, wanted: tuple[str, ...] = ()) -> Path:
+    """Return the folder of SOURCE, downloading it to the hub's cache if it is a hub id.
+
+    `wanted` has the files to download; empty means those of a checkpoint.
+    """
+    if not is_id(source):
+        return Path(source)
+    return _download_only(str(source), wanted) if wanted else _download(str(source))
 
 
 def _parts(source: str) -> tuple[str, str | None]:
@@ -56,6 +61,14 @@ def _download(source: str) -> Path:
         below = {*carried.folders(Path(folder)), carried.TEMPLATES}
         snapshot_download(repo, revision=revision, allow_patterns=[f"{name}/*" for name in sorted(below)])
     return Path(folder)
+
+
+def _download_only(source: str, wanted: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repo, revision = _parts(source)
+    with _hub_errors(source):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*wanted]))
 
 
 def peek(source: str | Path) -> Checkpoint:

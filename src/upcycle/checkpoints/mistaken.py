@@ -12,7 +12,7 @@ _KINDS = {
     "run.json": "is the folder of a training run; write its checkpoint as a model first: upcycle export RUN "
     "OUT",
     "adapter_config.json": "is an adapter (LoRA) without the model it belongs to; merge the two first, with "
-    "merge_and_unload of peft, and save the result",
+    "merge_and_unload of peft, and save the result, or name it as `adapter` of an [[init.expert]]",
     ".metadata": _DCP,
     "*.distcp": _DCP,
     "*.gguf": "holds a GGUF file, which is for llama.cpp; give the safetensors checkpoint that it came from",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from upcycle.checkpoints.checkpoint import file_hash
 
+_MARKS = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _OPAQUE = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.txt")
 
 
@@ -58,3 +60,48 @@ def _vocabulary(found: Any) -> dict[str, int]:
         if isinstance(token, dict):
             tokens[token.get("content")] = token.get("id")
     return {t: n for t, n in tokens.items() if isinstance(t, str) and isinstance(n, int)}
+
+
+def more(first: Path, second: Path) -> list[str]:
+    """Return the tokens that `second` has and `first` does not, in order; none if either has no list."""
+    mine, theirs = (_listed(folder) for folder in (first, second))
+    if not mine or not theirs:
+        return []
+    return [token for token, _ in sorted(theirs.items(), key=lambda item: item[1]) if token not in mine]
+
+
+def other_marks(first: Path, second: Path) -> list[str]:
+    """Return the special tokens that two folders name differently, each with both names."""
+    mine, theirs = (_marks(folder) for folder in (first, second))
+    return [
+        f"{kind} ({theirs.get(kind)!r} and {mine.get(kind)!r})"
+        for kind in sorted({*mine, *theirs})
+        if mine and theirs and mine.get(kind) != theirs.get(kind)
+    ]
+
+
+def template(folder: Path) -> str | None:
+    """Return the chat template of a folder; None if it has none."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = _object(folder / name).get("chat_template")
+        if found is not None:
+            return json.dumps(found) if not isinstance(found, str) else found
+    return None
+
+
+def _marks(folder: Path) -> dict[str, str]:
+    """Return the special tokens that a folder names, by kind: bos_token, eos_token, ..."""
+    found = _object(folder / "special_tokens_map.json") | _object(folder / "tokenizer_config.json")
+    named = {kind: found[kind] for kind in _MARKS if found.get(kind) is not None}
+    return {kind: str(v.get("content") if isinstance(v, dict) else v) for kind, v in named.items()}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,10 +1,12 @@
-"""plan, advise, convert, verify, keys, list: the commands from a dense checkpoint to a Mixture of Experts."""
+"""plan, advise, convert, verify, recipe, keys, list: the commands from a dense checkpoint to an MoE."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import upcycle
 from upcycle.cli.options import (
@@ -185,6 +187,23 @@ def verify(
     result = upcycle.verify(source, out, text=text, images=images, logits=not no_logits)
     show_json(result.as_dict()) if json else show_proof(result)
     sys.exit(0 if result.holds else 1)
+
+
+@app.command
+def recipe(
+    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")], *, out: File = None, json: Flag = False
+) -> None:
+    """Translate a configuration of mergekit-moe to a recipe, and say what cannot be translated.
+
+    Args:
+        config: configuration of mergekit-moe, a YAML file
+        out: the recipe to write; prompts are written beside it (the recipe is printed if absent)
+        json: print JSON
+    """
+    from upcycle.cli.views.translation import show_translated
+
+    made = upcycle.translate(config)
+    show_json(made.as_dict()) if json else show_translated(made, out)
 
 
 @app.command

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
+
+from upcycle.errors import UpcycleError
 
 if TYPE_CHECKING:
     from upcycle.recipe import Recipe
@@ -28,6 +31,7 @@ Whole = Annotated[int | None, _plain("N")]
 Number = Annotated[float | None, _plain("X")]
 Count = Annotated[int, arg(metavar="N")]
 Names = Annotated[str, _plain("NAMES")]
+Domains = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[NAME=]PATH")]
 Source = Annotated[
     Positional[str],
     arg(metavar="SOURCE", help="dense checkpoint: a folder, or a hub id (owner/name, owner/name@revision)"),
@@ -106,3 +110,20 @@ def _layers(spec: str | None) -> str | None:
 def names(listed: str) -> tuple[str, ...]:
     """Split `a, b` into names."""
     return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+def domains(
+    given: tuple[str, ...], name_of: Callable[[Path], str] = lambda path: path.stem
+) -> dict[str, Path]:
+    """Parse `NAME=PATH` or a path, whose name comes from `name_of`, into paths by name."""
+    out: dict[str, Path] = {}
+    for domain in given:
+        name, equals, path = domain.partition("=")
+        if not equals or Path(domain).exists():
+            name, path = name_of(Path(domain)), domain
+        if not name or not path:
+            raise UpcycleError(f"{domain!r} names no set; give PATH or NAME=PATH")
+        if name in out:
+            raise UpcycleError(f"two sets are called {name}; give them names of their own: NAME=PATH")
+        out[name] = Path(path)
+    return out

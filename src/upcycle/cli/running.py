@@ -8,7 +8,20 @@ from typing import Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 import upcycle
-from upcycle.cli.options import Count, File, Flag, Out, Source, Text, Whole, app, names
+from upcycle.cli.options import (
+    Count,
+    Domains,
+    File,
+    Flag,
+    Names,
+    Out,
+    Source,
+    Text,
+    Whole,
+    app,
+    domains,
+    names,
+)
 from upcycle.cli.screen import out as screen
 from upcycle.cli.screen import show_json
 from upcycle.system.wording import size
@@ -21,12 +34,16 @@ def calibrate(
     out: Path,
     images: File = None,
     text: File = None,
-    collect: str = "l1,l2,count",
+    prompts: File = None,
+    domain: Domains = (),
+    collect: Names = "",
     positions: str = "neurons,channels,heads",
     limit: Whole = None,
     length: Whole = None,
     batch_size: Count = 32,
     threshold: float = 0.0,
+    sample: Count = 2_048,
+    marked: Count = 10,
     seed: Count = 0,
     in_order: Flag = False,
     device: Text = None,
@@ -36,19 +53,28 @@ def calibrate(
 ) -> None:
     """Collect statistics of SOURCE's activations on images or text, for initialisations that need them.
 
-    The same command resumes a pass that was stopped.
+    With --prompts or --domain, one for each expert in their order, they are also those that routers start
+    from. The same command resumes a pass that was stopped.
 
     Args:
         out: the file to make, FILE.safetensors; until it is complete, sums are in FILE.safetensors.partial
         images: a parquet file, or a folder with one folder a class
         text: text, JSON lines or parquet, as `upcycle train` reads them
-        collect: statistics to collect: l1, l2, count, co_activation, gradient
+        prompts: a TOML file with a [[domain]] for each expert: name, positive_prompts,
+            negative_prompts, or a text
+        domain: the text of an expert's domain, and its name
+        collect: statistics to collect: l1, l2, count, co_activation, co_marker, gradient; for routers mean,
+            second_moment, sample, mergekit_hidden, mergekit_hidden_avg, cheap_embed (l1, l2, count and, with
+            domains, mean, if absent)
         positions: activations to collect them of: neurons, channels, heads
-        limit: largest number of images or rows; 0: all (30000 images, 2048 rows of text, if absent)
+        limit: largest number of images or rows, of each domain; 0: all (30000 images, 2048 rows of
+            text, if absent)
         length: tokens of a row of text (512, or as many as the model takes, if absent)
         batch_size: images or rows of a forward pass
         threshold: a number above it counts as active
-        seed: seed of the random order of the examples
+        sample: tokens in the sample of each layer
+        marked: neurons of a token that co_marker counts as active
+        seed: seed of the random order of the examples, and of the sample
         in_order: take the first examples instead
         device: device, such as cpu or cuda:1 (an accelerator if there is one, if absent)
         cache: folder for decoded images and token files
@@ -58,8 +84,9 @@ def calibrate(
     from upcycle.cli.views.statistics import show_calibrated
 
     found = upcycle.calibrate(
-        source, out, images=images, text=text, collect=names(collect), positions=names(positions),
-        limit=limit, length=length, batch_size=batch_size, threshold=threshold, seed=seed,
+        source, out, images=images, text=text, prompts=prompts, domains=domains(domain),
+        collect=names(collect) or None, positions=names(positions), limit=limit, length=length,
+        batch_size=batch_size, threshold=threshold, sample=sample, marked=marked, seed=seed,
         in_order=in_order, device=device, cache=cache, allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     show_json(found.as_dict()) if json else show_calibrated(found)

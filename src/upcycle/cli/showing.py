@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 import upcycle
-from upcycle.cli.options import Count, File, Flag, Names, Number, Text, Whole, app, names
+from upcycle.cli.options import Count, Domains, File, Flag, Names, Number, Text, Whole, app, domains, names
 from upcycle.cli.screen import show_json
-from upcycle.errors import UpcycleError, printable
-
-Domains = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[NAME=]PATH")]
+from upcycle.errors import printable
 
 
 @app.command(name="eval")
@@ -76,7 +73,7 @@ def eval_(
     if out is not None:
         results.refuse_target(out)
     found = upcycle.evaluate(
-        checkpoints, text=_domains(text, lambda path: path.name), chats=chats, images=images,
+        checkpoints, text=domains(text, lambda path: path.name), chats=chats, images=images,
         few_shot=few_shot, tasks=names(tasks), task_files=task_files, num_fewshot=num_fewshot,
         superglue=superglue, per_class=per_class, length=length, stride=stride, separator=separator,
         batch_size=batch_size, limit=limit, cache=cache,
@@ -137,7 +134,7 @@ def inspect(
 
         plots.refuse(plot)
     found = upcycle.inspect(
-        checkpoint, source, text=_domains(text), images=_domains(images), limit=limit, length=length,
+        checkpoint, source, text=domains(text), images=domains(images), limit=limit, length=length,
         batch_size=batch_size, seed=seed, cache=cache,
     )  # fmt: skip
     show_json(found.as_dict()) if json else show_anatomy(found.as_dict())
@@ -146,23 +143,6 @@ def inspect(
     if not hub.is_id(checkpoint):
         sys.stdout.flush()
         found.save()
-
-
-def _domains(
-    given: tuple[str, ...], name_of: Callable[[Path], str] = lambda path: path.stem
-) -> dict[str, Path]:
-    """Parse `NAME=PATH` or a path, whose name comes from `name_of`, into paths by name."""
-    out: dict[str, Path] = {}
-    for domain in given:
-        name, equals, path = domain.partition("=")
-        if not equals or Path(domain).exists():
-            name, path = name_of(Path(domain)), domain
-        if not name or not path:
-            raise UpcycleError(f"{domain!r} names no set; give PATH or NAME=PATH")
-        if name in out:
-            raise UpcycleError(f"two sets are called {name}; give them names of their own: NAME=PATH")
-        out[name] = Path(path)
-    return out
 
 
 @app.command

@@ -8,6 +8,7 @@ row number n of the run is drawn by weight, keyed by (seed, n).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import numpy as np
 from upcycle.data.corpus import Tokens
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
+
+Places = list[tuple[int, int]]  # a source and the number of a row of it, for each row
 
 
 class Batches:
@@ -89,32 +92,36 @@ class Batches:
 
     def next(self, rows: int, part: slice = slice(None)) -> np.ndarray:
         """Advance by `rows` rows and return those in `part`: int64 [N, L + 1]."""
-        chosen = []
+        return self.ids(self.draw(rows, part))
+
+    def draw(self, rows: int, part: slice = slice(None)) -> Places:
+        """Advance by `rows` rows and return the places of those in `part`."""
+        chosen: Places = []
         for source in self._sources(rows):
             epoch, place = divmod(self._consumed[source], self.trainable[source])
             order = rng.permutation(rng.key(self._seed, "rows", source, epoch), self.trainable[source])
             chosen.append((source, int(order[place])))
             self._consumed[source] += 1
         self._sample += rows
-        return self._read(chosen[part])
-
-    def at(self, places: Sequence[int]) -> np.ndarray:
-        """Return the rows numbered `places` of the first source, held out or not: int64 [N, L + 1]."""
-        return self._read([(0, int(place)) for place in places])
+        return chosen[part]
 
     def held_out(self, rows: int | None = None) -> np.ndarray:
-        """Return held-out rows, always the same ones: int64 [N, L + 1].
+        """Return held-out rows, always the same ones: int64 [N, L + 1]."""
+        return self.ids(self.kept(rows))
+
+    def kept(self, rows: int | None = None) -> Places:
+        """Return the places of held-out rows, always the same ones.
 
         These are all of them, or at most `rows`, divided between the sources by weight. If `rows` allows,
         every source has one.
         """
         there = [n - trained for n, trained in zip(self._rows, self.trainable, strict=True)]
         wanted = there if rows is None else self._shared(rows)
-        chosen = []
+        chosen: Places = []
         for source, (n, most) in enumerate(zip(there, wanted, strict=True)):
             taken = min(n, most)
             chosen += [(source, self.trainable[source] + i * n // taken) for i in range(taken)]
-        return self._read(chosen)
+        return chosen
 
     def _shared(self, rows: int) -> list[int]:
         """Divide `rows` by weight, after one for each source."""
@@ -131,12 +138,30 @@ class Batches:
         found: list[int] = np.minimum(places, len(self._shares) - 1).tolist()  # shares may sum to less than 1
         return found
 
-    def _read(self, chosen: Sequence[tuple[int, int]]) -> np.ndarray:
-        out = np.empty((len(chosen), self._length + 1), np.int64)
-        for place, (source, row) in enumerate(chosen):
+    def ids(self, places: Places) -> np.ndarray:
+        """Return the rows at `places`: int64 [N, L + 1]."""
+        out = np.empty((len(places), self._length + 1), np.int64)
+        for number, (source, row) in enumerate(places):
             start = row * self._length
-            out[place] = self._ids[source][start : start + self._length + 1]
+            out[number] = self._ids[source][start : start + self._length + 1]
         return out
+
+    def positions(self, places: Places) -> np.ndarray:
+        """Return how many ids of its document are before each id of the rows at `places`: int64 [N, L + 1].
+
+        Only those of the same row count. So a position of zero begins a document, or what a row has of it.
+        """
+        out = np.empty((len(places), self._length + 1), np.int64)
+        for number, (source, row) in enumerate(places):
+            here = row * self._length + np.arange(self._length + 1)
+            starts = self._starts[source]
+            begins = starts[np.searchsorted(starts, here, side="right") - 1]
+            out[number] = here - np.maximum(begins, here[0])
+        return out
+
+    @cached_property
+    def _starts(self) -> list[np.ndarray]:
+        return [source.first_ids() for source in self._tokens]
 
 
 def _refuse_damaged(state: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ class ChatRows:
     labels: np.ndarray  # int32 [N, L]
     used: np.ndarray  # tokens of each row before the padding, int32 [N]
     chats: int
+    positions: np.ndarray | None = None  # in each chat and in the padding, int32 [N, L]; None: in the row
     cut: int = 0  # chats that were too long and lost their end
     left_out: int = 0  # chats that were too long and are in no row
     class_names: ClassVar[tuple[str, ...]] = ()
@@ -51,12 +52,21 @@ class ChatRows:
 
     @classmethod
     def of(
-        cls, chats: Sequence[ChatTokens], *, name: str, length: int, cut: bool, pack: bool, padding: int
+        cls,
+        chats: Sequence[ChatTokens],
+        *,
+        name: str,
+        length: int,
+        cut: bool,
+        pack: bool,
+        padding: int,
+        isolate: bool = False,
     ) -> ChatRows:
         """Lay chats out in rows of `length` tokens, in their order, each in the first row that has room.
 
         A longer chat is cut at the end if `cut` is set and an answer is before it, and left out otherwise.
-        Without `pack`, each chat has a row to itself. Raises `UpcycleError` if no chat is left.
+        Without `pack`, each chat has a row to itself. With `isolate`, positions start anew at each chat.
+        Raises `UpcycleError` if no chat is left.
         """
         laid = [(chat.ids[:length], chat.labels[:length]) for chat in chats if cut or len(chat) <= length]
         laid = [(ids, labels) for ids, labels in laid if (labels != IGNORED).any()]
@@ -72,14 +82,17 @@ class ChatRows:
         used = np.zeros(max(rows) + 1, np.int32)
         all_ids = np.full((len(used), length), padding, np.int32)
         all_labels = np.full((len(used), length), IGNORED, np.int32)
+        begins = np.zeros_like(all_ids)  # the place where each chat begins, and the padding
         for (ids, labels), row in zip(laid, rows, strict=True):
             place = slice(used[row], used[row] + len(ids))
             all_ids[row, place], all_labels[row, place] = ids, labels
             used[row] += len(ids)
+            begins[row, used[row] :] = used[row]
         longer = sum(len(chat) > length for chat in chats)
         left_out = len(chats) - len(laid)
         return cls(
             name=name, ids=all_ids, labels=all_labels, used=used, chats=len(laid),
+            positions=np.arange(length, dtype=np.int32) - begins if isolate else None,
             cut=longer - left_out if cut else 0, left_out=left_out,
         )  # fmt: skip
 
@@ -92,9 +105,12 @@ class ChatRows:
         return hashlib.sha256(self.ids.astype("<i4").tobytes()).hexdigest()
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the rows numbered `indices`: ids, labels and mask of tokens, int64 [B, L] each."""
+        """Return the rows numbered `indices`: ids, labels and mask of tokens, int64 [B, L]
+        each, and positions if they start anew at each chat."""
         mask = np.arange(self.ids.shape[1]) < self.used[indices, None]
         parts = {"ids": self.ids[indices], "labels": self.labels[indices], "mask": mask}
+        if self.positions is not None:
+            parts["positions"] = self.positions[indices]
         return {name: part.astype(np.int64) for name, part in parts.items()}
 
     def refuse(self, held_out: Any) -> None:

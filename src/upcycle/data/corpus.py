@@ -1,6 +1,7 @@
 """Token files: each source is tokenised once, into a file that is memory-mapped and never parsed again.
 
-`KEY.bin` holds the ids, little endian. `KEY.json`, written last, describes them. The key is a hash of
+`KEY.bin` holds the ids, little endian, and `KEY.starts` the number of the first id of each document.
+`KEY.json`, written last, describes them. The key is a hash of
 everything that the ids depend on, with the text by name, size and time. Existing files are checked: the ids
 by their hash, which costs a thousandth of tokenising; the text by its stamp and, if that differs, by its hash
 (`stamps.py`). A long document is tokenised in pieces, cut where the ids stay the same as for the whole.
@@ -29,6 +30,7 @@ from upcycle.system import panics, progress, whole_file
 from upcycle.system.progress import Work
 
 FORMAT = 2
+_STARTS = np.dtype("<i8")
 _PIECE = 1 << 18  # maximum number of characters of a document tokenised as one string
 _BATCH = 1 << 20  # number of characters given to the tokenizer at once
 _MOST_IDS = 1 << 24  # upper limit for a tokenizer's ids; no vocabulary comes near it
@@ -44,6 +46,9 @@ class Data(Settings):
     sources: tuple[Source, ...]
     held_out: Annotated[float, Within("[0, 1)")] = 0.0  # share of each source held out, from its end
     tokenizer: str | None = None  # None: the tokenizer of the run's source
+    # whether the documents of a packed row do not see each other: positions and attention start anew at each
+    # (causal_lm, sft)
+    isolate: bool = False
     append_eos: bool = True  # end a document with EOS, if there is one and the tokenizer did not add it
     cache: str | None = None  # folder of token files; None: RUN/tokens
 
@@ -64,10 +69,16 @@ class Tokens:
     bytes: int
     name: str  # name of the source, for messages
     sha256: str | None = None  # hash of the file
+    starts: Path | None = None  # file of the first ids of documents; files of older versions have none
 
     def ids(self) -> np.memmap:
         """Return all ids, memory-mapped, [count]."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
+
+    def first_ids(self) -> np.ndarray:
+        """Return the numbers of the first ids of all documents, in order, int64."""
+        assert self.starts is not None
+        return np.fromfile(self.starts, _STARTS)
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,11 @@ def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) ->
     for source in data.sources:
         path = cache / f"{_key(source, data, words, vocab_size)}.bin"
         tokens = _found(path, source, vocab_size)
+        if tokens is not None and data.isolate and tokens.starts is None:
+            progress.say(
+                f"{path} does not say where documents begin, which data.isolate needs; it is made anew"
+            )
+            tokens = None
         made.append(tokens or _make(source, data, words, path, vocab_size))
     return made
 
@@ -164,6 +180,7 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
         if not _is_of(known.get("files", {}), source):
             return None
         digest = file_hash(path)
+        starts = _starts_of(path, known)
         # Files of older versions have no hash; their largest id detects the worst damage.
         whole = digest == known["sha256"] if "sha256" in known else int(tokens.ids().max()) == largest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -172,7 +189,14 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
         progress.say(f"{path} is damaged; it is made anew")
         return None
     _refuse(largest, vocab_size, source)
-    return replace(tokens, sha256=digest)
+    return replace(tokens, sha256=digest, starts=starts)
+
+
+def _starts_of(path: Path, known: dict[str, Any]) -> Path | None:
+    """Return the file of the first ids of documents, if it is there and as it was written."""
+    starts = path.with_suffix(".starts")
+    whole = starts.is_file() and file_hash(starts) == known.get("starts_sha256")
+    return starts if whole else None
 
 
 def _is_of(made_from: dict[str, Any], source: Source) -> bool:
@@ -191,11 +215,14 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
     dtype = _dtype(vocab_size)
     count = number = size = largest = 0
     read = [p.resolve() for p in files(source)]
+    starts, begins = path.with_suffix(".starts"), []
     before, digest = stamps(read), hashlib.sha256()
     try:
         with whole_file.named(path), partial.open("wb") as file, _tokenising(source) as work:
             for batch in _batches(pieces(documents(source), tokenizer, source)):
-                for ids in _encode(batch, tokenizer, data.append_eos):
+                for piece, ids in zip(batch, _encode(batch, tokenizer, data.append_eos), strict=True):
+                    if piece.begins:
+                        begins.append(count)
                     largest = max(largest, int(ids.max(initial=0)))
                     _refuse(largest, vocab_size, source)
                     raw = ids.astype(dtype).tobytes()
@@ -214,9 +241,12 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
         text = {str(p): [before[str(p)], file_hash(p)] for p in read}
         if stamps(read) != before:
             raise UpcycleError(f"{source.path} changed while it was read; begin again")
+        first_ids = np.array(begins, _STARTS).tobytes()
+        whole_file.write(starts, first_ids)
         partial.rename(path)
         known: dict[str, Any] = {"count": count, "dtype": dtype, "documents": number, "bytes": size}
         known |= {"sha256": digest.hexdigest(), "files": text}
+        known["starts_sha256"] = hashlib.sha256(first_ids).hexdigest()
         made_from = {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos}
         about = {**known, "largest_id": largest, "made_from": made_from}
         whole_file.write_json(path.with_suffix(".json"), about)
@@ -230,6 +260,7 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
         documents=number,
         bytes=size,
         sha256=digest.hexdigest(),
+        starts=starts,
     )
 
 

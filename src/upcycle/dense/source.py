@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from upcycle import families, targets
-from upcycle.checkpoints import mistaken, vocabularies
+from upcycle.checkpoints import mistaken
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint, TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
-from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import places
 from upcycle.dense.places import Place
 from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
@@ -359,54 +358,3 @@ def refuse_two_heads(dense: Dense) -> None:
             f"{opened.folder} stores an {tied[0]} that differs from the embedding its config ties it "
             f"to; set tie_word_embeddings to false in config.json, or take {tied[0]} out"
         )
-
-
-def admit_donors(
-    first: Dense, names: tuple[str, ...], *, any_dtype: bool, allow_nonfinite: bool
-) -> list[Dense]:
-    """Return the dense models called `names`, which must have the type, shapes and dtypes of `first`.
-
-    `any_dtype` allows other dtypes.
-    """
-    out = []
-    for place, name in enumerate(names, start=1):
-        opened = open_checkpoint(name, allow_nonfinite=allow_nonfinite, label=f"donor {place}")
-        donor = admit(opened)
-        mine, theirs = ({n: t.shape for n, t in m.tensors.items()} for m in (first, donor))
-        different = sorted(n for n in {*mine, *theirs} if mine.get(n) != theirs.get(n))
-        if donor.family is not first.family or different:
-            raise UpcycleError(
-                f"{opened.folder} is not of the same shape as {first.checkpoint.folder}"
-                + (f" ({listed(different)})" if different else "")
-                + "; init.sources must share model_type and every tensor shape"
-            )
-        if other := _differs(first, donor):
-            raise UpcycleError(
-                f"{opened.folder} and {first.checkpoint.folder} {other}; what is averaged must mean the same "
-                f"in both, so give donors that were trained from one model"
-            )
-        narrow = [n for n, t in first.tensors.items() if t.dtype != donor.tensors[n].dtype]
-        if narrow and not any_dtype:
-            raise UpcycleError(
-                f"{opened.folder} stores {listed(narrow)} in another type than {first.checkpoint.folder}; "
-                f"set dtype to the one to write"
-            )
-        out.append(donor)
-    return out
-
-
-# Keys of config.json that may differ between donors: they say nothing about what the weights mean.
-_FREE = frozenset(
-    "max_position_embeddings original_max_position_embeddings initializer_range initializer_factor use_cache "
-    "bos_token_id eos_token_id pad_token_id sep_token_id eod_token_id attention_dropout embd_pdrop "
-    "resid_pdrop hidden_dropout_prob attention_probs_dropout_prob dropout_rate".split()
-)
-
-
-def _differs(first: Dense, donor: Dense) -> str | None:
-    """Return how a donor's settings or tokens differ from those of `first`, or None if they do not."""
-    mine, theirs = first.config, donor.config
-    for key in sorted({*first.family.defaults, *first.family.reads, "rope_parameters"} - _FREE):
-        if mine.get(key) != theirs.get(key):
-            return f"differ in {key}: {shown(theirs.get(key))} and {shown(mine.get(key))}"
-    return vocabularies.difference(first.checkpoint.folder, donor.checkpoint.folder)

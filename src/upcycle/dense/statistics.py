@@ -1,7 +1,8 @@
 """The statistics of a dense model's activations, layer by layer, which `upcycle calibrate` collects.
 
 The file is a safetensors file of float32 tensors called POSITION.STACK.LAYER.NAME, with its provenance in the
-metadata. It is read tensor by tensor, and records which checkpoint it belongs to.
+metadata. It is read tensor by tensor, and records which checkpoint it belongs to. Letters: n numbers at a
+position, I neurons, H channels, D domains, S tokens of a sample.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from upcycle import families
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.checkpoint import TensorInfo, read_header, read_metadata
 from upcycle.errors import UpcycleError, listed
+from upcycle.system.once import once
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -37,8 +39,31 @@ NAMES = {
     "l2": "root mean square over tokens of x [n]",
     "count": "share of tokens with x above the threshold [n]",
     "co_activation": "share of tokens with both above the threshold, neurons only [n, n]",
+    "co_marker": "share of tokens with both among the K_a most active (CMoE), neurons only [n, n]",
     "gradient": "mean over tokens of |x dL/dx|, L the loss summed over targets [n]",
+    "mean": "mean over the tokens of each domain, channels only, float64 [D, H]",
+    "second_moment": "mean over tokens of x x^T, channels only, float64 [H, H]",
+    "sample": "tokens drawn with equal probability, channels only [S, H]",
+    "mergekit_hidden": "the router rows of mergekit-moe's gate_mode hidden [D, H]",
+    "mergekit_hidden_avg": "the router rows of its gate_mode hidden_avg [D, H]",
+    "cheap_embed": "the router row of its gate_mode cheap_embed, the same for all layers [D, H]",
 }
+NEGATIVE = "mean_negative"  # goes with `mean`: that over the negative prompts, zero if a domain has none
+# the position of statistics that are taken at one position alone; the last two are no activations
+ONLY_AT = {
+    "co_activation": "neurons",
+    "co_marker": "neurons",
+    "mean": "channels",
+    NEGATIVE: "channels",
+    "second_moment": "channels",
+    "sample": "channels",
+    "mergekit_hidden": "residual",
+    "mergekit_hidden_avg": "residual",
+    "cheap_embed": "embedding",
+}
+OF_DOMAINS = ("mean", "mergekit_hidden", "mergekit_hidden_avg", "cheap_embed")
+OF_PROMPTS = ("mergekit_hidden", "mergekit_hidden_avg", "cheap_embed")
+WIDE = ("second_moment", "mean", NEGATIVE)  # stored as float64, because equations are solved with them
 _EDGE = 4096  # bytes at each end of a tensor that a fingerprint reads
 _CHUNK = 8 << 20
 
@@ -72,7 +97,8 @@ class Statistics:
             provenance = json.loads(raw)
             version, about = provenance["format"], provenance["source"]["fingerprint"]
             whole = isinstance(about, dict) and all(_sound(name, t) for name, t in tensors.items())
-        except (ValueError, TypeError, KeyError, RecursionError):
+            whole = whole and _sound_domains(provenance.get("domains", []), tensors)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             version, whole = FORMAT, False
         if version != FORMAT:
             raise UpcycleError(f"{path} has format {version}; this version reads {FORMAT}. Calibrate again")
@@ -80,22 +106,33 @@ class Statistics:
             raise UpcycleError(f"{path} is damaged: its provenance or its tensors are not as written; {make}")
         return cls(path=path, tensors=tensors, provenance=provenance)
 
+    @classmethod
+    def shared(cls, path: str | Path) -> Statistics:
+        """Return the statistics in a file that many ask for, opened once as long as it does not change."""
+        path = Path(path)
+        return _opened(path, path.stat().st_mtime_ns) if path.is_file() else cls.open(path)
+
+    @property
+    def domains(self) -> tuple[Domain, ...]:
+        """The domains that `mean` and the like have a row for, in order; empty if it has none."""
+        return tuple(Domain(**each) for each in self.provenance.get("domains", ()))
+
     def of(self, position: str, stack: str, layer: int, name: str) -> np.ndarray:
-        """Return a statistic of a layer, float32 [n], or [n, n] for co_activation.
+        """Return a statistic of a layer, float32 [n], or a matrix as `NAMES` says.
 
         Raises `UpcycleError` if it was not collected.
         """
         info = self.tensors.get(f"{position}.{stack}.{layer}.{name}")
         if info is not None:
             return tensor_file.read(self.path, info.dtype, info.shape, info.offset)
-        if position not in POSITIONS or name not in NAMES:
+        if (position not in POSITIONS and position != ONLY_AT.get(name)) or name not in NAMES:
             raise UpcycleError(
                 f"there are no statistics {name} of {position}; positions: {', '.join(POSITIONS)}, "
                 f"statistics: {', '.join(NAMES)}"
             )
         keys = [key.split(".") for key in self.tensors]
         positions, names = (sorted({key[i] for key in keys}) for i in (0, 3))
-        if position not in positions:
+        if position not in positions and position in POSITIONS:
             raise UpcycleError(
                 f"{self.path} holds nothing of {position}, only of {', '.join(positions)}; calibrate with "
                 f"--positions {','.join([*positions, position])}"
@@ -104,6 +141,7 @@ class Statistics:
             raise UpcycleError(
                 f"{self.path} holds no {name} of {position}; calibrate with --collect "
                 f"{','.join(n for n in NAMES if n in {*names, name})}"
+                + (" and --domain or --prompts" if name in OF_DOMAINS and not self.domains else "")
             )
         stacks = {key[1]: max(int(k[2]) for k in keys if k[1] == key[1]) + 1 for key in keys}
         raise UpcycleError(
@@ -147,11 +185,37 @@ class Statistics:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """A domain that was calibrated on, as the provenance records it."""
+
+    name: str
+    tokens: Mapping[str, int]  # tokens of its prompts or its text that were counted, by stack
+    negative_tokens: Mapping[str, int]  # the same for its negative prompts; zero if it has none
+
+
+@once(maxsize=4)
+def _opened(path: Path, mtime: int) -> Statistics:
+    return Statistics.open(path)
+
+
 def _sound(name: str, info: TensorInfo) -> bool:
     position, _, layer, kind = name.split(".")
-    dimensions = 2 if kind == "co_activation" else 1
-    known = position in POSITIONS and kind in NAMES and layer.isascii() and layer.isdigit()
-    return known and info.dtype == "F32" and len(info.shape) == dimensions
+    dimensions = 2 if kind in ONLY_AT else 1
+    known = kind in NAMES or kind == NEGATIVE
+    placed = position == ONLY_AT[kind] if kind in ONLY_AT else position in POSITIONS
+    numbered = layer.isascii() and layer.isdigit()
+    dtype = "F64" if kind in WIDE else "F32"
+    return known and placed and numbered and info.dtype == dtype and len(info.shape) == dimensions
+
+
+def _sound_domains(given: Any, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Return whether the recorded domains are whole, and as many as the tensors have rows for."""
+    domains = [Domain(**each) for each in given]
+    counts = [n for d in domains for table in (d.tokens, d.negative_tokens) for n in table.values()]
+    rows = {t.shape[0] for name, t in tensors.items() if name.rpartition(".")[2] in (*OF_DOMAINS, NEGATIVE)}
+    named = all(isinstance(domain.name, str) for domain in domains)
+    return named and all(type(n) is int and n >= 0 for n in counts) and rows <= {len(domains)}
 
 
 def fingerprint(dense: Dense) -> dict[str, str]:

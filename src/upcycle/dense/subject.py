@@ -88,6 +88,10 @@ class Subject:
         family = self._family or families.find(str(self._dense_config.get("model_type")))
         return family.lengths(dict(self.settings))
 
+    def tells_apart(self, length: int) -> str | None:
+        """Return why masks do not keep the documents in a row apart; None if they do."""
+        return None if self._family is None else self._family.tells_apart(dict(self.settings), length)
+
     def grid(self, stack: str) -> Grid:
         """Return the image patches that are the positions of a stack.
 

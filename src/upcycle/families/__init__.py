@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from upcycle import registry
-from upcycle.errors import UpcycleError, nearest_of_many, shown
+from upcycle.errors import UpcycleError, listed, nearest_of_many, shown
 from upcycle.families._stacks import Grid as Grid
 from upcycle.families._stacks import Stack as Stack
 from upcycle.families._weights import Shapes as Shapes
@@ -20,6 +20,8 @@ from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
 Config = dict[str, Any]
+
+_MASKED = {"full_attention", "sliding_attention"}  # kinds of layers that read nothing but what a mask shows
 
 # Config keys that do not change the function that the model computes.
 SILENT = frozenset(
@@ -72,6 +74,7 @@ class Family(abc.ABC):
     # empty if that file decides. `always` follows if the class goes before the one that the file names.
     tokenizer = ""
     former: Mapping[str, str] = {}  # ends of tensor names in older checkpoints, and what they are called now
+    modules: Mapping[str, str] = {}  # parts of module names in today's class, and what files call them
     root = ""  # what the names of the base model's tensors begin with, in a class with a head
     base_class = ""  # the class without a head; empty if checkpoints of it are not taken
     alone = ""  # the family of such a text model when it is taken out of a wrapper; empty: the same
@@ -139,6 +142,11 @@ class Family(abc.ABC):
     def switches(self, config: Config) -> dict[str, int]:
         """Return the numbers of tokens from which on the model computes otherwise, by name."""
         return {}
+
+    def tells_apart(self, config: Config, length: int) -> str | None:
+        """Return why masks do not keep the documents in a row of `length` tokens apart; None if they do."""
+        others = {*(config.get("layer_types") or ())} - _MASKED
+        return f"its layers of {listed(sorted(others))} read the whole row" if others else None
 
     def parts_ways(self, config: Config, native: str) -> str | None:
         """Return why `native` generates other texts past a switch, or None if it does not.

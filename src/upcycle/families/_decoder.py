@@ -128,6 +128,12 @@ class Decoder(DecoderWidth, Trained):
             found["the change of dynamic rope"] = config["max_position_embeddings"]
         return {name: int(at) for name, at in found.items() if at}
 
+    def tells_apart(self, config: Config, length: int) -> str | None:
+        at = self.switches(config).get("the change of long rope", length)
+        if length > at:
+            return f"its long rope goes by the longest document of a batch if rows have more than {at} tokens"
+        return super().tells_apart(config, length)
+
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         return (
             Stack(

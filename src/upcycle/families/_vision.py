@@ -24,6 +24,15 @@ class VisionTransformer(Encoder):
     blocks = "layers"  # the list of blocks in memory, below the base model
     after: tuple[str, ...] = ("layernorm.", "pooler.")
     plain = ("intermediate.dense", "output.dense")  # names of up and down in a block
+    modules = {
+        ".layers.": ".encoder.layer.",
+        ".attention.q_proj": ".attention.attention.query",
+        ".attention.k_proj": ".attention.attention.key",
+        ".attention.v_proj": ".attention.attention.value",
+        ".attention.o_proj": ".attention.output.dense",
+        ".mlp.fc1": ".intermediate.dense",
+        ".mlp.fc2": ".output.dense",
+    }
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid:
         """Return the patches that the embeddings cut."""

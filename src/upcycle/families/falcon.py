@@ -47,6 +47,12 @@ class Falcon(PlainDecoder):
         given = {now: raw[then] for now, then in formerly.items() if then in raw and now not in raw}
         return super().config({**raw, **given})
 
+    def tells_apart(self, config: Config, length: int) -> str | None:
+        # transformers multiplies places in the row by bfloat16 slopes, so that a bias depends on the place.
+        if config["alibi"]:
+            return "its biases (alibi) are rounded by the place in the row"
+        return super().tells_apart(config, length)
+
     def outside(self, config: Config) -> Weights:
         table: Weights = {"word_embeddings.weight": Table((config["vocab_size"], config["hidden_size"]))}
         return table | norm("ln_f", config["hidden_size"])

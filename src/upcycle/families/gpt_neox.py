@@ -11,6 +11,7 @@ class GPTNeoX(PlainDecoder):
     base_class = "GPTNeoXModel"
     summary = "GPT-NeoX, Pythia, Dolly"
     root = "gpt_neox."
+    modules = {".lm_head": ".embed_out"}
     tied = ("embed_out.weight", "gpt_neox.embed_in.weight")
     before = ("embed_in.",)
     after = ("final_layer_norm.",)

@@ -1,33 +1,82 @@
-"""Spares a decoder the question whether its rows pack several texts, which waits for the device.
+"""Tells a decoder of transformers which tokens of a row may see each other, and asks the device nothing.
 
 If there is no attention mask, transformers looks for jumps in the positions of every row, and asks the device
-whether there are any. Our rows have plain positions.
+whether there are any. We know it: a row is one text, or the documents in it do not see each other. For these
+we limit the masks themselves, where all classes get them, because some classes (OPT, Falcon) do not tell
+transformers their positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from transformers import masking_utils
+from torch import Tensor
+from transformers import PreTrainedModel, masking_utils
+from transformers.masking_utils import AttentionMaskInterface, and_masks, packed_sequence_mask_function
 
-_NAME = "find_packed_sequence_indices"
+POSITIONS = "position_ids"  # the argument of a model with positions that start anew at each document
+MASKED = ("sdpa", "eager", "flex_attention")  # implementations of attention that read these masks
 
 
 @contextmanager
-def unpacked() -> Iterator[None]:
-    """Tell transformers inside the block that every row is one text, which is what it would find out."""
-    original = getattr(masking_utils, _NAME, None)
+def told(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Tell transformers inside the block which tokens of the rows in `inputs` may see each other.
+
+    With positions, those of one document, which begins wherever the position does not grow by one. Without,
+    all of a row. With positions, masks do not depend on `attention_mask`: padding is a document of its own at
+    the end of a row. The mask still tells MoE layers what is padding.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_in_place("find_packed_sequence_indices", _one_text))
+        if POSITIONS in inputs:
+            masks = _limited(documents(inputs[POSITIONS]))
+            stack.enter_context(_in_place("ALL_MASK_ATTENTION_FUNCTIONS", masks))
+        yield
+
+
+def documents(positions: Tensor) -> Tensor:
+    """Return the number of each token's document in its row, [B, L], for positions [B, L]."""
+    return (torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+
+
+def attention(model: PreTrainedModel) -> str:
+    """Return the name of the implementation of attention that a decoder runs with."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def _limited(numbers: Tensor) -> AttentionMaskInterface:
+    """Return transformers' makers of masks, which hide what has another number, [B, L]."""
+    inside = packed_sequence_mask_function(numbers)
+    limited = AttentionMaskInterface()
+    for name in MASKED:
+        limited[name] = _maker(limited[name], inside)
+    return limited
+
+
+def _maker(make: Any, inside: Any) -> Any:
+    def made(*, mask_function: Any, **options: Any) -> Any:
+        options |= {"attention_mask": None, "allow_is_causal_skip": False}
+        return make(mask_function=and_masks(mask_function, inside), **options)
+
+    return made
+
+
+@contextmanager
+def _in_place(name: str, value: Any) -> Iterator[None]:
+    """Replace something of transformers' module inside the block; a version may lack it."""
+    original = getattr(masking_utils, name, None)
     if original is None:
         yield
         return
-    setattr(masking_utils, _NAME, _one_text)
+    setattr(masking_utils, name, value)
     try:
         yield
     finally:
-        setattr(masking_utils, _NAME, original)
+        setattr(masking_utils, name, original)
 
 
-def _one_text(position_ids: torch.Tensor) -> None:
+def _one_text(position_ids: Tensor) -> None:
     return None

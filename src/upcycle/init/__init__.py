@@ -17,7 +17,7 @@ from upcycle.tensors import rng
 from upcycle.tensors.computed import Mean
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
-from upcycle.tensors.positions import Order
+from upcycle.tensors.positions import Order, Positions
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -51,6 +51,7 @@ class Site:
     grouped_router: bool
     uniform_router: bool  # the router is all zero: every expert has the same score for every token
     gate_sum: float  # sum of the weights of the chosen experts under a uniform router
+    even_weights: bool = False  # chosen experts have equal weights, whatever the router scores
 
     @property
     def width(self) -> int:
@@ -82,6 +83,19 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Donor:
+    """A dense model that experts are made from: a checkpoint, with a LoRA adapter merged into it or not."""
+
+    source: str = ""  # a folder or a hub id; empty means the source
+    adapter: str = ""  # a folder or a hub id; empty means none
+
+    @property
+    def name(self) -> str:
+        """A name for messages."""
+        return f"{self.adapter} on {self.source or 'the source'}" if self.adapter else self.source
+
+
+@dataclass(frozen=True, kw_only=True)
 class Init(Named, abc.ABC):
     """A way to make experts, for gates that sum to one. `scale` is the factor for each expert's output."""
 
@@ -94,10 +108,23 @@ class Init(Named, abc.ABC):
     needs: ClassVar[str] = "nothing"
     fine_grained: ClassVar[bool] = False  # True if experts may be narrower than the dense network
     selects: ClassVar[bool] = False  # True if experts may have any width, and fewer channels
+    chooses_shared: ClassVar[bool] = False  # True if the shared expert is a part that it chooses
 
     @abc.abstractmethod
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
         """Return expert `e`, [I / G] neurons, made from the dense checkpoints' networks, source first."""
+
+    def make(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
+        """Return expert `e`, as everybody asks for it; an initialisation may have a key called `expert`."""
+        return self.expert(dense, e, site)
+
+    def shared(self, dense: list[FeedForward], site: Site) -> FeedForward | None:
+        """Return the shared expert if it is a part that experts lack; None if it is the dense network."""
+        return None
+
+    def representatives(self, site: Site) -> Positions | None:
+        """Return one neuron of the dense network for each expert, for a router that is made of neurons."""
+        return None
 
     @abc.abstractmethod
     def preserves(self, site: Site) -> bool:
@@ -140,8 +167,8 @@ class Init(Named, abc.ABC):
         return "down"
 
     @property
-    def donors(self) -> tuple[str, ...]:
-        """The dense checkpoints besides the source that experts are made from."""
+    def donors(self) -> tuple[Donor, ...]:
+        """The dense models besides the source that experts are made from."""
         return ()
 
     @property
@@ -149,9 +176,27 @@ class Init(Named, abc.ABC):
         """True if the experts and the rest are made from the source's weights too."""
         return True
 
+    @property
+    def in_experts(self) -> frozenset[int]:
+        """The places of the dense models that experts are made from; 0 is the source."""
+        return frozenset(range(not self.uses_source, len(self.donors) + 1))
+
+    @property
+    def in_backbone(self) -> tuple[int, ...]:
+        """The places of the dense models that everything outside the experts is made from."""
+        return tuple(range(not self.uses_source, len(self.donors) + 1))
+
+    def anchors(self, num_experts: int) -> frozenset[int]:
+        """Return the numbers of the experts that are the source's own network among those of others."""
+        return frozenset()
+
     def backbone(self, tensors: list[Lazy]) -> Lazy:
-        """Return a tensor that is not part of an expert, from the same tensor of each dense checkpoint."""
+        """Return a tensor that is not part of an expert, from those of the models `in_backbone`."""
         return tensors[0] if len(tensors) == 1 else Mean(tuple(tensors))
+
+    def merge(self, tensors: list[Lazy]) -> Lazy:
+        """Return a tensor of the backbone, as everybody asks for it; `backbone` may be a key as well."""
+        return self.backbone(tensors)
 
     def warnings(self, site: Site) -> list[str]:
         """Return what a user should know before training on from here."""

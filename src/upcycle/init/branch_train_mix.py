@@ -1,19 +1,20 @@
 """Branch-Train-MiX: experts from several checkpoints, with the rest averaged (arXiv 2403.07816)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from upcycle.errors import UpcycleError
-from upcycle.init import Init, Site
+from upcycle.init import Donor, Site
+from upcycle.init._merging import Expert, Merging, absolute
 from upcycle.tensors.feed_forward import FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchTrainMix(Init):
+class BranchTrainMix(Merging):
     """Experts are the networks of SOURCE and of `sources`, dealt out in equal blocks; the rest is averaged.
 
     The checkpoints must have the same architecture and shapes. `include_source = false` leaves SOURCE's own
-    networks out of the experts and its weights out of the average.
+    networks out of the experts and its weights out of the average. It is short for init `experts` with a
+    table for each checkpoint and `backbone = "average"`.
     """
 
     summary = "experts from several dense checkpoints, the rest averaged (Branch-Train-MiX)"
@@ -26,39 +27,40 @@ class BranchTrainMix(Init):
         super().__post_init__()
         if not self.sources:
             raise UpcycleError("init.sources is empty; branch_train_mix needs at least one more checkpoint")
-        # The recipe is stored with its result and may be read from another directory.
-        absolute = tuple(str(Path(s).resolve()) if Path(s).is_dir() else s for s in self.sources)
-        object.__setattr__(self, "sources", absolute)
+        object.__setattr__(self, "sources", tuple(map(absolute, self.sources)))
 
     @property
-    def donors(self) -> tuple[str, ...]:
-        return self.sources
+    def tables(self) -> tuple[Expert, ...]:
+        return (Expert(),) * self.include_source + tuple(Expert(source=name) for name in self.sources)
+
+    @property
+    def donors(self) -> tuple[Donor, ...]:
+        return tuple(Donor(source=name) for name in self.sources)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        return tuple(range(not self.include_source, len(self.sources) + 1))
+
+    def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
+        return self.make(dense, e, site)
+
+    def preserves(self, site: Site) -> bool:
+        return False
 
     @property
     def uses_source(self) -> bool:
         return self.include_source
 
-    def check(self, site: Site) -> None:
-        super().check(site)
-        count = len(self.sources) + self.include_source
-        if site.num_experts % count:
-            raise UpcycleError(
-                f"{count} checkpoints cannot be dealt out equally to {site.num_experts} experts; "
-                f"make moe.num_experts a multiple of {count}"
-            )
+    @property
+    def in_backbone(self) -> tuple[int, ...]:
+        return self.places
 
-    def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
-        given = self._given(dense)
-        return given[e * len(given) // site.num_experts]
-
-    def backbone(self, tensors):  # type: ignore[no-untyped-def]
-        return super().backbone(self._given(tensors))
-
-    def preserves(self, site: Site) -> bool:
-        return False
-
-    def _given(self, items: list) -> list:
-        return items if self.include_source else items[1:]
+    def _uneven(self, site: Site) -> str:
+        count = len(self.places)
+        return (
+            f"{count} checkpoints cannot be dealt out equally to {site.num_experts} experts; "
+            f"make moe.num_experts a multiple of {count}"
+        )
 
 
 init = BranchTrainMix

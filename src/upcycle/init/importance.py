@@ -13,7 +13,6 @@ import numpy as np
 from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
 from upcycle.init._selecting import Choice, Selecting, drawn
-from upcycle.system.once import once
 from upcycle.tensors import rng
 from upcycle.tensors.positions import Computed, Positions
 
@@ -47,8 +46,7 @@ class Measured(Selecting):
     @property
     def measured(self) -> Statistics:
         """The file of statistics."""
-        path = Path(self.statistics)
-        return _opened(path, path.stat().st_mtime_ns) if path.is_file() else Statistics.open(path)
+        return Statistics.shared(self.statistics)
 
     def admit(self, dense: Dense) -> None:
         self.measured.refuse_other(dense)
@@ -90,11 +88,6 @@ class Measured(Selecting):
     ) -> Computed:
         about = [self.name, self.statistic, self.measured.digest, choice.count, *what, *self.settings]
         return Computed(partial(compute, choice), choice.count, about)
-
-
-@once(maxsize=4)
-def _opened(path: Path, mtime: int) -> Statistics:
-    return Statistics.open(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def entry(stack: Stack, sites: list[Site], recipe: Recipe, network: FeedForward)
         "bias": network.up_bias is not None,
         "dropout": stack.dropout,
         "causal": stack.causal,
-        "router": recipe.router.as_table(),
+        "router": recipe.router.as_built(),
         **({"response_norm": True} if network.response() else {}),
     }
 

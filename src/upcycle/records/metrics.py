@@ -38,6 +38,7 @@ class StepMetrics(Document):
     loss: float
     lr: float | None = None
     grad_norm: float | None = None
+    divergence: float | None = sometimes()  # KL(teacher || model) per target, if there is a teacher
     balance_loss: float | None = sometimes()
     z_loss: float | None = sometimes()
     router_losses: Mapping[str, float] | None = sometimes()  # additional losses of the router, by name

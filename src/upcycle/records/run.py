@@ -9,7 +9,7 @@ from typing import ClassVar
 from upcycle.records.reader import Document, Record, Table, WrongError, sometimes
 
 _SECTIONS = ("train", "data")
-_OPTIONAL_SECTIONS = ("moe", "init", "router", "task", "successor")
+_OPTIONAL_SECTIONS = ("moe", "init", "router", "task", "successor", "teacher")
 
 
 @dataclass(frozen=True, kw_only=True)

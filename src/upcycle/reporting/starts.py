@@ -46,9 +46,10 @@ def start_cost(run: RunHistory, given: Given) -> StartCost:
 
 def _others(table: Mapping[str, Any]) -> list[str]:
     """Return the keys of a run file that name checkpoints other than the source."""
-    sources = (table.get("init") or {}).get("sources")
+    init = table.get("init") or {}
     rest = (table.get("successor") or {}).get("rest", "predecessor")
-    return ["init.sources"] * bool(sources) + ["successor.rest"] * (rest != "predecessor")
+    named = [f"init.{key}" for key in ("sources", "expert") if init.get(key)]
+    return named + ["successor.rest"] * (rest != "predecessor")
 
 
 def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:

@@ -32,9 +32,9 @@ def read(
     `UpcycleError` for an unknown key, a value of the wrong type or out of range, and a missing key.
     """
     kind: Any = cls
-    label = where
+    label, family = where, None
     if _is_family(kind):
-        table = dict(table)
+        table, family = dict(table), kind
         kind = kind.chosen(table.pop("name", None))
         label = f"{where} ({kind.file_name()})"
     made, beside = made or {}, beside or {}
@@ -42,7 +42,8 @@ def read(
     for key in table:
         if key not in known:
             unknown = cut(f"{label}.{key}" if label else str(key))
-            raise UpcycleError(f"unknown key {unknown}{_known(key, table, known, beside, top=not where)}")
+            whose = _of_others(key, family) or _known(key, table, known, beside, top=not where)
+            raise UpcycleError(f"unknown key {unknown}{whose}")
     prefix = f"{where}." if where else ""
     values = dict(made)
     values |= {name: _value(given, known[name], prefix + name) for name, given in table.items()}
@@ -131,6 +132,12 @@ def _allowed(option: Any) -> str:
             return f"{_allowed(item)}, in a list"
         return f"a list of {_allowed(item).removeprefix('a ')}s"
     return _PLAIN[option]
+
+
+def _of_others(key: str, family: Any) -> str:
+    """Return the end of an error about a key that other members of a family have; empty if none does."""
+    names = [name for name in family.names() if key in keys(family.find(name))] if family else []
+    return f"; it is a key of {family.section} {', '.join(names)}" if names else ""
 
 
 def _known(

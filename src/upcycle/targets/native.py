@@ -17,6 +17,7 @@ from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import kernels
 from upcycle.targets import Block, natives
+from upcycle.targets._clients import Clients, reasons
 from upcycle.targets._layouts import Layout, Shared
 from upcycle.targets._with_experts import WithExperts
 from upcycle.tensors.lazy import Lazy
@@ -58,8 +59,7 @@ class Native(WithExperts):
     reader: str = ""  # how transformers opens its tokenizer; see `Family.tokenizer`
     # rewrites what the hub's configs spell differently
     finish: Callable[[Config], Config] = lambda config: config
-    # which clients will not compute the same, and why
-    clients: Callable[[Config], Mapping[str, str]] = lambda _: {}
+    clients: Clients = field(default_factory=dict)  # what other programs do not compute, or not open
 
     @property
     def base_architecture(self) -> str:
@@ -275,7 +275,8 @@ class Native(WithExperts):
                 f"{self.model_type} cannot be without a shared expert: one of {built.shared_width} "
                 f"neurons is there with a zero down projection, and training may use it"
             )
-        for client, why in self.clients(built.target.own_config(built.config)).items():
+        config = built.target.own_config(built.config)
+        for client, why in reasons(self.clients, config, self.model_type).items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
         if unknown := built.dense.unknown_keys:
             out.append(
@@ -311,20 +312,6 @@ def of(dense: Dense, recipe: Recipe) -> Native:
         allowed = ", ".join([*family.natives, "upcycled"])
         raise UpcycleError(f"{family.model_type} cannot become {name!r} exactly; moe.target can be {allowed}")
     return natives.find(name)
-
-
-def client_limits(
-    config: Config, *, mlx_scales_rope: bool = False, mlx_head_dim: bool = True
-) -> dict[str, str]:
-    """Return what llama.cpp and mlx-lm are known to ignore in the config of an architecture they load."""
-    name, out = config["model_type"], {}
-    if not mlx_head_dim and config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
-        out["mlx-lm"] = f"ignores head_dim in {name}"
-    if not mlx_scales_rope and config["rope_parameters"]["rope_type"] != "default":
-        out["mlx-lm"] = f"ignores the scaling of rotary positions in {name}"
-    if config["hidden_act"] != "silu":
-        out |= dict.fromkeys(("llama.cpp", "mlx-lm"), f"hard-codes SiLU in {name}")
-    return out
 
 
 def _rope(rope: Mapping[str, Any]) -> Config:

@@ -194,7 +194,11 @@ class Upcycled(WithExperts):
         """A router starts as the recipe says, an expert as the dense network that it is made of."""
         sources = [info.name for info in entry.lazy.sources()]
         if self.draws(name):  # a norm copied from the dense model starts as one that only normalises
-            return Constant(float(name.endswith("weight"))) if sources else AsMade()
+            if not sources:
+                return AsMade()
+            if len(entry.shape) == 1:
+                return Constant(float(name.endswith("weight")))
+            return weight.initial(family.deviation(dense.config))  # rows that were neurons
         if name in dense.weights:
             return family.initial(dense.config, name, weight)
         own = next((source for source in sources if source in dense.weights), None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from upcycle import targets
+from upcycle.blueprints import moe_layer
 from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
@@ -202,8 +203,8 @@ class Wrapped(Renamed):
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return the tensors of the target inside by their names on disk, and all that is around it."""
-        first, *_ = models
-        around = {name: recipe.init.backbone([m.around[name] for m in models]) for name in first.around}
+        mixed = moe_layer.in_backbone(models, recipe)
+        around = {name: recipe.init.merge([m.around[name] for m in mixed]) for name in models[0].around}
         return super().tensors(models, recipe, sites) | around
 
     def own_config(self, config: Mapping[str, Any]) -> Config:

@@ -63,6 +63,7 @@ class Task(Named, abc.ABC):
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
     counting: ClassVar[Mapping[str, Any]] = {}  # model arguments that save work if only routers are watched
 
+    isolates: ClassVar[bool] = False  # whether documents in a row can be kept apart (data.isolate)
     by_token: ClassVar[bool] = False  # whether the head predicts a word at every position of the last stack
 
     def __post_init__(self) -> None:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from upcycle import tasks
+from upcycle.data import corpus
 from upcycle.data.feeding import Feeding
 from upcycle.dense.subject import Subject
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._plain import Plain
 from upcycle.tasks.image_classification import ImageClassification
@@ -38,8 +39,15 @@ class Rows:
     ask: Callable[[Batch], Question]
     task: Task | None  # computes the loss of the rows; None: the class has no head
 
-    def real(self, inputs: Mapping[str, Any], stacks: Sequence[str]) -> dict[str, Tensor | None]:
-        """Return the mask of real tokens for each stack, [B, L]; None if there is no padding."""
+    def real(
+        self, batch: Batch, inputs: Mapping[str, Any], stacks: Sequence[str]
+    ) -> dict[str, Tensor | None]:
+        """Return the mask of the tokens that count for each stack, [B, L]; None if all do.
+
+        Padding does not. A batch can say itself which do, as `counted`.
+        """
+        if "counted" in batch:
+            return dict.fromkeys(stacks, batch["counted"])
         names = {"decoder": "decoder_attention_mask"}
         return {stack: inputs.get(names.get(stack, "attention_mask")) for stack in stacks}
 
@@ -69,6 +77,52 @@ def of_text(
     length = length or min(LENGTH, subject.length)
     feeding = Feeding.of_file(path, length=length, cache=cache, seed=seed)
     return _rows(feeding, "text", path, subject, gradient=gradient)
+
+
+def of_prompts(prompts: Sequence[str], subject: Subject) -> Rows:
+    """Return prompts, each a row with the special tokens that its tokenizer adds, padded on the right.
+
+    Those special tokens do not count: the first token of a text is like no other, and the same for all.
+    Raises `UpcycleError` for a prompt without a token, and for one that is longer than the model's positions.
+    """
+    tokenizer = corpus.read_tokenizer(subject.folder)
+    rows = [_prompt(prompt, tokenizer, subject) for prompt in prompts]
+    made = {
+        name: _padded([row[part] for row in rows]) for part, name in enumerate(("ids", "mask", "counted"))
+    }
+    return Rows(
+        count=len(rows),
+        about={"kind": "prompts"},
+        read=lambda places: {name: each[places] for name, each in made.items()},
+        ask=lambda batch: Question(
+            {"input_ids": batch["ids"], "attention_mask": batch["mask"]}, batch["ids"]
+        ),
+        task=None,
+    )
+
+
+def _prompt(prompt: str, tokenizer: Any, subject: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids of a prompt, ones, and which of the ids are its own; [L] each."""
+    own, ids = (tokenizer(prompt, add_special_tokens=added).input_ids for added in (False, True))
+    if not own:
+        raise UpcycleError(f"the prompt {shown(prompt)} has no token; give a prompt with some text")
+    if len(ids) > subject.length:
+        raise UpcycleError(
+            f"the prompt {shown(prompt)} has {len(ids):,} tokens and the model takes {subject.length:,}; "
+            f"shorten it, or give it as a text, which is cut into rows"
+        )
+    at = next((i for i in range(len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), None)
+    counted = np.zeros(len(ids), np.int64)
+    counted[slice(None) if at is None else slice(at, at + len(own))] = 1
+    return np.array(ids, np.int64), np.ones(len(ids), np.int64), counted
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Return rows of any length as one array, with zeros behind them."""
+    out = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
 
 
 def _rows(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upcycle.data import corpus
-from upcycle.data.batches import Batches
+from upcycle.data.batches import Batches, Places
 from upcycle.data.feeding import Feeding
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
@@ -42,14 +42,17 @@ def refuse_beyond_positions(length: int, subject: Subject) -> None:
 
 
 class TokenFeed:
-    """Feeds `make(rows [N, L + 1], keys)`. The last token of a row is the first of the next."""
+    """Feeds `make(rows [N, L + 1], keys)`. The last token of a row is the first of the next.
+
+    With `data.isolate`, also `positions` [N, L + 1], which start anew at each document (`Batches.positions`).
+    """
 
     def __init__(self, feeding: Feeding, subject: Subject, make: Make) -> None:
         data, seed = feeding.data, feeding.seed
         tokens = corpus.prepare(data, subject.folder, feeding.cache, vocab_size=subject.vocab_size)
         weights = [source.weight for source in data.sources]
         self._batches = Batches(tokens, weights, length=feeding.length, held_out=data.held_out, seed=seed)
-        self._make, self._seed = make, seed
+        self._make, self._seed, self._isolate = make, seed, data.isolate
 
     @property
     def trainable(self) -> list[int]:
@@ -59,16 +62,20 @@ class TokenFeed:
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
         first = self._batches.position
         keys = [rng.key(self._seed, "drawn", first + i) for i in range(rows)]
-        return self._make(self._batches.next(rows, part), keys[part])
+        return self._made(self._batches.draw(rows, part), keys[part])
 
     def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows numbered `places` of the first source; random draws depend on the row's number."""
         keys = [rng.key(self._seed, "drawn", "at", int(place)) for place in places]
-        return self._make(self._batches.at(places.tolist()), keys)
+        return self._made([(0, place) for place in places.tolist()], keys)
 
     def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:
-        read = self._batches.held_out(rows)
-        return self._make(read, [rng.key(self._seed, "drawn", "held out", i) for i in range(len(read))])
+        places = self._batches.kept(rows)
+        return self._made(places, [rng.key(self._seed, "drawn", "held out", i) for i in range(len(places))])
+
+    def _made(self, places: Places, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
+        made = self._make(self._batches.ids(places), keys)
+        return made | {"positions": self._batches.positions(places)} if self._isolate else made
 
     def state(self) -> dict[str, Any]:
         return self._batches.state()

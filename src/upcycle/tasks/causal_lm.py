@@ -9,32 +9,46 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.tasks import Batch, Found, Judge, Question, Task
 from upcycle.tasks._tokens import TokenFeed, beyond_positions
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from upcycle.dense.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(Task):
-    """Predicts each token of a packed row from those before it."""
+    """Predicts each token of a packed row from those before it.
+
+    With `data.isolate`, from those of its own document, and not the first of a document.
+    """
 
     summary = "the next token of a text"
     heads = ("ForCausalLM",)
     counting = {"logits_to_keep": 1}
     by_token = True
+    isolates = True
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         return TokenFeed(feeding, subject, rows_alone)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
-        rows = batch["rows"]
-        return Question({"input_ids": rows[:, :-1], "use_cache": False}, rows[:, 1:])
+        rows, positions = batch["rows"], batch.get("positions")
+        inputs, labels = {"input_ids": rows[:, :-1], "use_cache": False}, rows[:, 1:]
+        if positions is None:
+            return Question(inputs, labels)
+        # The first token of a document is nothing that the document before it could tell.
+        labels = labels.masked_fill(positions[:, 1:] == 0, IGNORED)
+        return Question({**inputs, "position_ids": positions[:, :-1]}, labels)
 
-    def targets(self, batch: Batch) -> int:
+    def targets(self, batch: Batch) -> int | Tensor:
+        if "positions" in batch:
+            return batch["positions"][:, 1:].count_nonzero()
         rows, length = batch["rows"].shape
         return rows * (length - 1)
 

@@ -38,12 +38,13 @@ class SFT(Task):
     reads = "chats"
     counting = {"logits_to_keep": 1}
     by_token = True
+    isolates = True
 
     test: str | None = None  # the set to score on; none: data.held_out of the rows
     chat_template: str | None = None  # a file with a chat template (Jinja); none: that of the tokenizer
     # what becomes of a chat that is longer than a row: left out, or cut at its end
     too_long: Literal["leave_out", "cut"] = "leave_out"
-    pack: bool = True  # whether several chats share a row, where each sees those before it
+    pack: bool = True  # whether several chats share a row; each sees those before it, but for data.isolate
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         source = only_source(feeding, self)
@@ -59,6 +60,7 @@ class SFT(Task):
             length=feeding.length,
             cut=self.too_long == "cut",
             pack=self.pack,
+            isolate=feeding.data.isolate,
             padding=tokenizer.pad_token_id or 0,
         )
         if (largest := int(found.ids.max())) >= subject.vocab_size:
@@ -76,6 +78,8 @@ class SFT(Task):
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"], "use_cache": False}
+        if "positions" in batch:
+            inputs["position_ids"] = batch["positions"]
         return Question(inputs, batch["labels"])
 
     def targets(self, batch: Batch) -> Tensor:

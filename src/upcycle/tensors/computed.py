@@ -7,8 +7,9 @@ from the stream that a key names; the place of an element decides its number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,23 @@ class Affine(Changed):
 
     def describe(self) -> Any:
         return ["affine", self.scale, self.shift, self.base.describe()]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitRows(Changed):
+    """The rows of a matrix divided by their lengths; a row of zeros stays."""
+
+    def read(self, index: Index, dtype: str) -> np.ndarray:
+        rows, (start, stop) = index
+        name = f"the unit rows of {_named(self)}"
+        whole = self.base.read((rows, (0, self.shape[1])), "F32").astype(np.float64)
+        lengths = np.sqrt(np.square(whole).sum(1, keepdims=True))
+        with computing(name):
+            values = (whole / np.where(lengths == 0, 1.0, lengths)).astype(np.float32)
+        return cast(np.ascontiguousarray(values[:, start:stop]), dtype, name)
+
+    def describe(self) -> Any:
+        return ["unit rows", self.base.describe()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +197,35 @@ class Fill(Lazy):
 
     def describe(self) -> Any:
         return ["fill", list(self.shape), self.value]
+
+    def sources(self) -> Iterator[TensorInfo]:
+        return iter(())
+
+
+@dataclass(frozen=True, eq=False)
+class Made(Lazy):
+    """A small matrix that a function returns, float64 or float32, made once for each whole tensor.
+
+    `about` must distinguish the outcome from every other over the same source, because it is what is hashed.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    make: Callable[[], np.ndarray]
+    about: Any
+
+    def read(self, index: Index, dtype: str) -> np.ndarray:
+        whole = self._values
+        assert whole.shape == self.shape
+        values = whole[tuple(slice(a, b) for a, b in index)].astype(np.float32)
+        return cast(values, dtype, "a matrix made of statistics")
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        return self.make()
+
+    def describe(self) -> Any:
+        return ["made", list(self.shape), self.about]
 
     def sources(self) -> Iterator[TensorInfo]:
         return iter(())

@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 from upcycle.data.corruption import IGNORED
 from upcycle.hf.heads import Head
 from upcycle.nn import autocast
+from upcycle.training import distillation
+from upcycle.training.distillation import Lesson, Losses
+from upcycle.training.run import Teacher
 
 WORTH = 1 << 28  # bytes of float32 logits from which on chunks are worth their launches
 
@@ -30,8 +33,16 @@ def is_worth(tokens: int, head: Head) -> bool:
 
 def cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     """Return the cross-entropy in nats summed over targets, [], for hidden states [..., H], labels [...]."""
-    out: Tensor = _Chunked.apply(*_flat(hidden, labels, head), head.weight, head.bias, head)
+    out: Tensor
+    out, _ = _Chunked.apply(*_flat(hidden, labels, head), head.weight, head.bias, head, None)
     return out
+
+
+def distilled(hidden: Tensor, labels: Tensor, head: Head, lesson: Lesson, teacher: Teacher) -> Losses:
+    """Return the losses of `distillation.losses`, in chunks, for hidden states [..., H] and labels [...]."""
+    flat = _flat(hidden, labels, head)
+    total, told = _Chunked.apply(*flat, head.weight, head.bias, head, (lesson, teacher))
+    return Losses(total=total, entropy=told[0], divergence=told[1])
 
 
 @torch.no_grad()
@@ -56,10 +67,14 @@ def _flat(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
 
 def _chunks(states: Tensor, labels: Tensor, weight: Tensor) -> Any:
     """Return pairs of chunks whose logits take about as much memory as all states."""
+    size = _size(states, weight)
+    return zip(states.split(size), labels.split(size), strict=True)
+
+
+def _size(states: Tensor, weight: Tensor) -> int:
     words, width = weight.shape
     size = -(-len(states) // -(-words // width))
-    size = 1 << max(0, size - 1).bit_length()
-    return zip(states.split(size), labels.split(size), strict=True)
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,18 +91,30 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, head: Head
-    ) -> Tensor:
-        of_states, _, of_weight, of_bias, _ = ctx.needs_input_grad
+        ctx: Any,
+        states: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        taught: tuple[Lesson, Teacher] | None,
+    ) -> tuple[Tensor, Tensor]:
+        of_states, _, of_weight, of_bias, *_ = ctx.needs_input_grad
         cast, cast_bias = weight.to(states.dtype), _cast(bias, states.dtype)
         sums = torch.zeros_like(weight) if of_weight else None
         bias_sums = torch.zeros_like(bias) if of_bias and bias is not None else None
-        losses, parts = [], []
+        lessons = iter(taught[0].split(_size(states, cast)) if taught else ())
+        losses, told, parts = [], [], []
         with autocast.off(states.device.type):
             for part, wanted in _chunks(states, labels, cast):
                 products = F.linear(part, cast, cast_bias).requires_grad_()
                 with torch.enable_grad():
-                    loss = _loss(head.finished(products), wanted)
+                    if taught is None:
+                        loss = _loss(head.finished(products), wanted)
+                    else:
+                        found = distillation.losses(head.finished(products), wanted, next(lessons), taught[1])
+                        loss = found.total
+                        told.append(torch.stack(found.told()))
                 losses.append(loss.detach())
                 if not (of_states or of_weight or of_bias):
                     continue
@@ -102,11 +129,14 @@ class _Chunked(torch.autograd.Function):
                 if bias_sums is not None:
                     bias_sums += error.sum(0)
         ctx.made = (torch.cat(parts) if of_states else None, sums, bias_sums)
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        by_kind = torch.stack(told).sum(0) if told else total.new_zeros(0)
+        ctx.mark_non_differentiable(by_kind)
+        return total, by_kind
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, bias = (None if made is None else made.mul_(gradient) for made in ctx.made)
         del ctx.made
-        return states, None, weight, bias, None
+        return states, None, weight, bias, None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.run_folder import read_record
 from upcycle.training.start import Start, plain_model, scales, start_of
+from upcycle.training.teacher import LABEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def export(
             f"{run_folder} was trained with optimizer.name = {run.optimizer.name}, whose state "
             f"has no moments, as it is set, that a later run could take; leave them out"
         )
-    begun = start_of(run)
+    begun = start_of(replace(run, teacher=None))  # it may be gone
     for opened in begun.checkpoints:
         claim.refuse_near([out, partial], opened.folder)
     if (begun.built.hash if begun.built else None) != record.blueprint_hash:
@@ -159,7 +160,7 @@ def _hashes_of_sources(begun: Start, known: Hashes | None, run_folder: Path) -> 
     For a run of an older version, which recorded no hashes, these are the hashes of the current files.
     """
     now = {opened.label: opened.hashes() for opened in begun.checkpoints}
-    before = now if known is None else known
+    before = now if known is None else {label: of for label, of in known.items() if label != LABEL}
     if before.keys() != now.keys():
         raise UpcycleError(f"{run_folder} was trained from other checkpoints than its run file names")
     for opened in begun.checkpoints:

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 
 import torch
 
+from upcycle import tasks
 from upcycle.blueprints import caveats
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
+from upcycle.tasks import Task
 from upcycle.training.run import Run
 
 
@@ -36,6 +39,22 @@ def refuse_pooling(run: Run, built: Blueprint | None) -> None:
     if len(set(sizes.values())) > 1:
         unlike = " and ".join(f"the {name} has {size}" for name, size in sizes.items())
         raise UpcycleError(f"{why} {unlike}; use per_layer, or the same in both")
+
+
+def refuse_isolation(run: Run, task: Task, subject: Subject) -> None:
+    """Refuse `data.isolate` for a task or a model that cannot keep the documents of a row apart."""
+    if not run.data.isolate:
+        return
+    if not task.isolates:
+        able = [name for name in tasks.names() if tasks.find(name).isolates]
+        raise UpcycleError(
+            f"data.isolate = true is for {' and '.join(able)}, and the task is {task.name}; set it to false"
+        )
+    if (why := subject.tells_apart(run.train.sequence_length)) is not None:
+        raise UpcycleError(
+            f"data.isolate = true: {subject.architecture} cannot keep the documents of a row apart, because "
+            f"{why}; set it to false"
+        )
 
 
 def precision(run: Run) -> str:

@@ -108,6 +108,7 @@ class Ledger:
             loss=outcome.loss,
             lr=lr,
             grad_norm=outcome.grad_norm,
+            divergence=outcome.divergence,
         )
         if done == 1 and self.start is not None:
             record = replace(

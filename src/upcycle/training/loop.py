@@ -22,6 +22,7 @@ from upcycle.data import stamps
 from upcycle.data.feeding import Feed
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf import packing
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
@@ -41,6 +42,7 @@ from upcycle.training import (
     saving,
     start,
     step,
+    teacher,
     writers,
 )
 from upcycle.training.ledger import Ledger, Rate
@@ -81,6 +83,8 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     if mine.begun is not None:
         task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
         fit.refuse_pooling(run, mine.begun.built)
+        fit.refuse_isolation(run, task, mine.begun.subject)
+        teacher.refuse_other(run, task, mine.begun.subject, mine.begun.teacher)
     with ExitStack() as stack:
         here = stack.enter_context(
             ranks(
@@ -98,6 +102,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         _warn(run, begun, task, here, begins=checkpoint is None)
         if here.first and before is not None:
             _say_changed_layout(before, here)
+        _refuse_other_teacher(before, begun, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         out = Path(run.out)
@@ -124,7 +129,14 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         if run.router.bias_update_rate and trainee.routers:
             trainee.routers.biases()
         state = _begin(trainee, begun, feed, checkpoint, hashes)
-        begun.dense.checkpoint.close()
+        trainee = replace(
+            trainee,
+            teacher=teacher.teaching(
+                run, begun, task, feed, here, precision=precision, steps=run.train.total_steps - state.step
+            ),
+        )
+        for opened in begun.checkpoints:
+            opened.close()
         if here.first:
             _write_record(trainee, out, state)
         with noted(signal.SIGTERM) as stop:
@@ -154,6 +166,20 @@ def _say_changed_layout(before: RunState, here: Ranks) -> None:
         f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
         f"({here.layout})"
     )
+
+
+def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) -> None:
+    """Refuse to go on with a teacher that has changed: it is read again, unlike what the model came from."""
+    if before is None or before.source_sha256 is None or begun.teacher is None:
+        return
+    checkpoint = begun.teacher.checkpoint
+    then = before.source_sha256.get(checkpoint.label)
+    now = here.share(dict(checkpoint.hashes()) if here.first else None)
+    if now != then:
+        raise UpcycleError(
+            f"the teacher {checkpoint.name} has changed since step {before.step} was saved; put it back as "
+            f"it was, or start a new run"
+        )
 
 
 @contextmanager
@@ -193,6 +219,9 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
+            if run.data.isolate:
+                how = packing.attention(trainee.model)
+                log.say(f"documents in a row do not see each other, by masks for {how}")
             for note in trainee.task.notes():
                 log.say(note)
         first: Score | None = None
@@ -217,7 +246,8 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         while state.step < total:
             now = state.step
             book.begin()
-            batch = _on(here.device, feed.next(run.train.rows, part))
+            arrays = feed.next(run.train.rows, part)
+            batch = _on(here.device, arrays if trainee.teacher is None else trainee.teacher.beside(arrays))
             lr = run.schedule.at(now, total)
             book.add(step.queue_step(trainee, batch, now, lr, stop), lr)
             last = now + 1 == total

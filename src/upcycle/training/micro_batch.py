@@ -24,6 +24,8 @@ _SHARE = 0.7  # usable share of the free memory; the rest is for what is not cou
 _PER_PARAMETER = 16  # bytes for a weight, its gradient and its two moments, in float32
 _PER_COPY = 12  # bytes more, for a weight and its two moments that are written beside the steps
 _LOGITS = 16  # bytes per logit: itself, its float32 copy, its log-softmax, the gradient
+_TAUGHT = 12  # bytes per logit of a teacher: itself, its log-softmax, and the divergence of that word
+_MASK = 5  # bytes per pair of tokens in a row: the mask itself, and its copy in float32 for one layer
 _KEPT = {"float32": 8, "mixed": 6, "bfloat16": 5}
 """Bytes per number that goes into or comes out of a matrix: what the backward pass keeps, and more."""
 
@@ -73,6 +75,9 @@ def _rows_that_fit(
         return None
     copied = here.device.type == "cpu" and run.checkpoint.asynchronous
     free -= (_PER_PARAMETER + _PER_COPY * copied) * begun.parameters // here.layout.replica
+    if begun.teacher is not None and run.teacher is not None and run.teacher.top_logits is None:
+        width = 4 if precision == "float32" else 2
+        free -= width * sum(tensor.size for tensor in begun.teacher.tensors.values()) // here.layout.replica
     return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
 
 
@@ -89,7 +94,8 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
 
     These are the inputs and outputs of every matrix that its tokens pass, and the logits. With activation
     checkpointing they are those of one block of each stack, and the inputs of all blocks; if it is selective,
-    also the outputs, about half of the whole, of the others.
+    also the outputs, about half of the whole, of the others. A teacher adds its logits, and a mask is
+    added if documents are kept apart.
     """
     family = begun.dense.family
     total, recomputed = 0, run.train.activation_checkpointing
@@ -104,7 +110,10 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
             inner = inner // stack.count + stack.hidden * stack.count + others
         total += _KEPT[precision] * inner * lengths[stack.name]
     outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
-    return total + _LOGITS * outputs * lengths[begun.dense.stacks[-1].name]
+    if run.data.isolate:
+        total += sum(_MASK * length * length for length in lengths.values())
+    logit = _LOGITS + (0 if run.teacher is None else _TAUGHT)
+    return total + logit * outputs * lengths[begun.dense.stacks[-1].name]
 
 
 def _numbers(name: str, shape: tuple[int, ...], begun: Start) -> int:

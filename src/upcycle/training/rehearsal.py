@@ -23,16 +23,28 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
 from upcycle import tasks
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
-from upcycle.training import fit, gradients, micro_batch, optimizer, parallel, start, step
+from upcycle.training import (
+    fit,
+    gradients,
+    kept_logits,
+    micro_batch,
+    optimizer,
+    parallel,
+    start,
+    step,
+    teacher,
+)
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -52,11 +64,12 @@ class Held:
     moments: int
     reads: int  # of its tensors, in the type that they are stored in
     over_even_share: float  # weights, in even shares of the whole model
+    teacher: int = 0  # weights of a teacher that runs beside the steps
 
     @property
     def total(self) -> int:
-        """The bytes of weights, gradients and moments."""
-        return self.weights + self.gradients + self.moments
+        """The bytes of weights, gradients and moments, and of the teacher's weights."""
+        return self.weights + self.gradients + self.moments + self.teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +109,8 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     begun = start.start_of(run)
     task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     fit.refuse_pooling(run, begun.built)
+    fit.refuse_isolation(run, task, begun.subject)
+    teacher.refuse_other(run, task, begun.subject, begun.teacher)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
     layout = run.parallel.layout(world)
@@ -184,6 +199,10 @@ def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
         optimizer.fill(updater, run.optimizer)
         parameters = list(model.parameters())
         weights = sum(gradients.local(p).nbytes for p in parameters)
+        beside = 0
+        if begun.teacher is not None and run.teacher is not None and run.teacher.top_logits is None:
+            taught_by = _teacher(begun.teacher, here, precision, asked)
+            beside = sum(gradients.local(p).nbytes for p in taught_by.parameters())
         states = [t for p in parameters for t in updater.state[p].values() if isinstance(t, torch.Tensor)]
         return Held(
             rank=here.rank,
@@ -192,7 +211,14 @@ def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
             moments=sum(gradients.local(t).nbytes for t in states),
             reads=asked.nbytes,
             over_even_share=weights * here.layout.replica / sum(p.nbytes for p in parameters),
+            teacher=beside,
         )
+
+
+def _teacher(dense: Dense, here: Ranks, precision: str, asked: _Asked) -> PreTrainedModel:
+    """Build a rank's part of the teacher; the bytes that it reads are noted."""
+    blank = {name: Entry(_Blank(tensor, asked), "F64") for name, tensor in dense.tensors.items()}
+    return teacher.model_of(dense, here, precision, blank)
 
 
 def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
@@ -220,8 +246,18 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 precision="bfloat16",
             )
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
+            batch = {"rows": rows, **({"positions": rows} if run.data.isolate else {})}
+            if begun.teacher is not None and run.teacher is not None:
+                if (count := run.teacher.top_logits) is None:
+                    model = _teacher(begun.teacher, here, "bfloat16", _Asked())
+                    trainee = replace(trainee, teacher=teacher.Beside(model=model))
+                else:
+                    shape = (size[0], size[1] - 1, count)
+                    batch[kept_logits.LOGS] = torch.zeros(shape, device=here.device)
+                    batch[kept_logits.IDS] = torch.zeros(shape, dtype=torch.long, device=here.device)
+                    trainee = replace(trainee, teacher=kept_logits.Kept(segments=(), places={}))
             for number in range(_STEPS):
-                step.queue_step(trainee, {"rows": rows}, number, run.schedule.at(number, train.total_steps))
+                step.queue_step(trainee, batch, number, run.schedule.at(number, train.total_steps))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         return f"{error.func} depends on values, and a dry run has none"
     except RuntimeError as error:

@@ -106,6 +106,32 @@ class Train(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher(Settings):
+    """A dense model that the run learns from besides the data: distillation (Hinton et al. 2015).
+
+    The loss is (1 - weight) x cross-entropy + weight x temperature^2 x KL(teacher || model), and both models'
+    logits are divided by the temperature in KL. It is for causal_lm and sft, and the score has no part of it.
+    """
+
+    section: ClassVar[str] = "teacher"
+
+    source: str  # a dense checkpoint with the same vocabulary: a folder, or a hub id
+    weight: Annotated[float, Within("(0, 1]")] = 0.5  # share of the teacher in the loss
+    temperature: Annotated[float, Above(0)] = 1.0  # divides the logits of both models
+    # number of the teacher's largest logits per token that are kept on disk before the first step, so that it
+    # is not in memory beside the model; all other words are one; None: it runs beside each step
+    top_logits: Annotated[int, AtLeast(1)] | None = None
+    cache: str | None = None  # folder of kept logits, which several runs can share; None: RUN/teacher
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache is not None and self.top_logits is None:
+            raise UpcycleError(
+                "teacher.cache is a folder of kept logits; set teacher.top_logits, or take it out"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallel(Settings):
     """The parallel layout: replicate x fsdp x tp is the number of ranks, and ep divides fsdp x tp."""
 
@@ -159,6 +185,7 @@ class Run(Settings):
     seed: int = 0  # seed of all random numbers
     recipe: Recipe | None = None
     task: Task | None = None  # None: the one that the source's class is made for
+    teacher: Teacher | None = None
     data: Data
     train: Train
     schedule: Schedule

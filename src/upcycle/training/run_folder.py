@@ -8,13 +8,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from upcycle.data.corpus import Data
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.reader import load
 from upcycle.records.run import RunRecord
+from upcycle.settings import defaults
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import agreement, saving
 from upcycle.training.parallel import Ranks
-from upcycle.training.run import Run, train_of
+from upcycle.training.run import Run, Train, train_of
 
 LOCK = ".upcycle-lock"
 _LENGTH = ("steps", "tokens", "examples")  # the keys for the length of a run; a run file has one of them
@@ -107,13 +109,24 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
             return  # no step was saved, and run.json is written anew
     else:
         return
-    mine = json.loads(json.dumps(run.identity()))
+    mine = _as_known_to(theirs, json.loads(json.dumps(run.identity())))
     _refuse_other_length(run, where, theirs, mine, done)
     if different := _differences(_of_any_length(theirs), _of_any_length(mine)):
         raise UpcycleError(
             f"{where} is of another run: it differs in {listed(different)}; put them back, or choose "
             f"another `out`"
         )
+
+
+def _as_known_to(theirs: Any, mine: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity without keys that an older version did not know, if they have their defaults."""
+    out = dict(mine)
+    for name, usual in (("data", defaults(Data)), ("train", defaults(Train))):
+        known = theirs.get(name) if isinstance(theirs, dict) else None
+        if isinstance(known, dict):
+            new = {key for key in mine[name] if key not in known and mine[name][key] == usual.get(key, known)}
+            out[name] = {key: value for key, value in mine[name].items() if key not in new}
+    return out
 
 
 def _of_any_length(identity: Any) -> Any:

@@ -29,12 +29,13 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
+from upcycle.hf import packing
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.lazy import Folded, Lazy, Stack
-from upcycle.training import drop_path, layer_decay, recomputing, weightless
+from upcycle.training import drop_path, layer_decay, recomputing, teacher, weightless
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -54,6 +55,7 @@ class Start:
     config: dict[str, Any]  # the model's config.json
     entries: Mapping[str, Entry]  # by the name on disk
     from_scratch: bool
+    teacher: Dense | None = None  # the model that the run learns from
 
     @property
     def parameters(self) -> int:
@@ -72,12 +74,17 @@ class Start:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """The checkpoints that tensors come from: the source and any others."""
-        return self.built.checkpoints if self.built else [self.dense.checkpoint]
+        """The checkpoints that a run reads: the source, any others, and the teacher."""
+        own = self.built.checkpoints if self.built else [self.dense.checkpoint]
+        return own if self.teacher is None else [*own, self.teacher.checkpoint]
 
     def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
-        """Return the FLOPs of training on a row with `lengths` tokens per stack: three forward passes."""
-        return 3 * flops_per_row(self.dense, self.built, lengths)
+        """Return the FLOPs of training on a row with `lengths` tokens per stack: three forward passes.
+
+        A teacher adds one of its own.
+        """
+        taught = 0 if self.teacher is None else flops_per_row(self.teacher, None, lengths)
+        return 3 * flops_per_row(self.dense, self.built, lengths) + taught
 
     def training_flops(self, length: int) -> int:
         """Return the same for one token of a row of `length`, for a model with one stack."""
@@ -107,6 +114,7 @@ def start_of(run: Run) -> Start:
         config=dict(config),
         entries=entries,
         from_scratch=run.from_scratch,
+        teacher=teacher.admitted(run),
     )
 
 
@@ -164,6 +172,8 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype)
+    if run.data.isolate:
+        _refuse_unmasked(model)
     if model.device != ranks.device:
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
@@ -176,6 +186,14 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     if run.train.compile:
         _compile(_blocks(model, start))
     return model.train()
+
+
+def _refuse_unmasked(model: PreTrainedModel) -> None:
+    if (found := packing.attention(model)) not in packing.MASKED:
+        raise UpcycleError(
+            f"data.isolate = true: the model runs with attention = {found}, which reads no masks; allowed: "
+            f"{', '.join(packing.MASKED)}"
+        )
 
 
 def scales(

@@ -19,13 +19,15 @@ from upcycle.errors import UpcycleError
 from upcycle.hf import packing
 from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
-from upcycle.training import chunked_entropy, fit, gradients, router_losses, routing
+from upcycle.training import chunked_entropy, distillation, fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
+from upcycle.training.distillation import Losses
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Kind, Routers, Tally
 from upcycle.training.run import Run
 from upcycle.training.seeds import Seeds
 from upcycle.training.start import Start
+from upcycle.training.teacher import Teaching
 from upcycle.training.transfer import Transfer
 
 
@@ -41,6 +43,7 @@ class Trainee:
     run: Run
     ranks: Ranks
     precision: str
+    teacher: Teaching | None = None
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -55,7 +58,7 @@ class Trainee:
 
     def logits(self, question: Question, **options: Any) -> Tensor:
         """Return the model's logits for a question."""
-        with self.autocast(), packing.unpacked():
+        with self.autocast(), packing.told(question.inputs):
             out: Tensor = self.model(**question.inputs, **options).logits
         return out
 
@@ -63,8 +66,23 @@ class Trainee:
         """Return the cross-entropy in nats, summed over the targets of a question."""
         if (head := self._head(question)) is None:
             return self.task.loss(self.logits(question), question.labels)
-        with self.autocast(), packing.unpacked():
+        with self.autocast(), packing.told(question.inputs):
             return chunked_entropy.cross_entropy(self._hidden(question), question.labels, head)
+
+    def losses(self, question: Question, batch: Batch) -> Losses:
+        """Return the losses of a question about a batch: the cross-entropy, and the teacher's part."""
+        settings = self.run.teacher
+        if self.teacher is None or settings is None:
+            entropy = self.entropy(question)
+            return Losses(total=entropy, entropy=entropy)
+        head = self._head(question)
+        with self.autocast(), packing.told(question.inputs):
+            lesson = self.teacher.lesson(question, batch, in_chunks=head is not None)
+            if head is not None:
+                hidden = self._hidden(question)
+                return chunked_entropy.distilled(hidden, question.labels, head, lesson, settings)
+        logits = self.logits(question).flatten(0, -2)
+        return distillation.losses(logits, question.labels.flatten(), lesson, settings)
 
     def scores(self, question: Question, rows: int) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy and the number of right answers of a question's first rows."""
@@ -72,7 +90,7 @@ class Trainee:
         if (head := self._head(question)) is None:
             logits = self.logits(question)[:rows]
             return self.task.loss(logits, labels), self.task.correct(logits, labels)
-        with self.autocast(), packing.unpacked():
+        with self.autocast(), packing.told(question.inputs):
             return chunked_entropy.scores(self._hidden(question)[:rows], labels, head)
 
     def _head(self, question: Question) -> Head | None:
@@ -95,6 +113,7 @@ class Outcome:
 
     loss: float  # cross-entropy, nats per target
     grad_norm: float
+    divergence: float | None = None  # KL(teacher || model), nats per target; None without a teacher
     stopping: bool = False  # whether a rank was asked to stop
     tallies: Sequence[Tally] = ()  # one per layer, on the CPU
     balance_loss: float | None = None  # mean or sum over layers; each is top_k at perfect balance
@@ -113,6 +132,7 @@ class Queued:
     kinds: Sequence[Kind] = ()  # of the routers
     routers: Sequence[str] = ()
     own: Sequence[str] = ()  # names of the routers' own losses
+    taught: bool = False  # whether there is a teacher, whose divergence is the last sum
 
     def outcome(self) -> Outcome:
         """Wait for the step's numbers and return them.
@@ -121,17 +141,19 @@ class Queued:
         """
         read = self.transfer.read()
         loss, *others = read["sums"].tolist()
+        divergence = others.pop() if self.taught else None
         squares = dict(zip(self.gradients, read["squares"].tolist(), strict=True))
         _refuse_nonfinite(self.step, loss, squares)
         norm = sum(squares.values()) ** 0.5
         stopping = bool(read["stopping"].any())
         if not self.kinds:
-            return Outcome(loss=loss, grad_norm=norm, stopping=stopping)
+            return Outcome(loss=loss, grad_norm=norm, stopping=stopping, divergence=divergence)
         balance, z, *own = others
         return Outcome(
             loss=loss,
             grad_norm=norm,
             stopping=stopping,
+            divergence=divergence,
             tallies=routing.split(read["tallies"].long(), self.kinds),
             balance_loss=balance,
             z_loss=z,
@@ -164,12 +186,13 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
     targets = _all_targets(trainee, batch)
     known = _count_ahead(trainee, questions, seeds) if _needs_counts_ahead(run, routers, micros) else None
-    sums: Tensor | None = None  # cross-entropy, balance, z, and the routers' own losses
+    sums: Tensor | None = None  # cross-entropy, balance, z, the routers' own losses, the teacher's divergence
     total: Tensor | None = None
     for place, question in enumerate(questions):
         with _recorded(trainee, seeds, place):
-            entropy = trainee.entropy(question) / targets
-        loss, parts = entropy, [entropy.detach()]
+            found = trainee.losses(question, micros[place])
+        loss, (entropy, *taught) = found.total / targets, [each / targets for each in found.told()]
+        parts = [entropy]
         if routers is not None:
             seen = ranks.sum(routers.tallies())
             total = seen if total is None else total + seen
@@ -177,8 +200,8 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
             extra = _router_losses(trainee, total if known is None else known, share, len(micros))
             loss = loss + extra.total
             parts += extra.values()
-        found = torch.stack(parts).double()
-        sums = found if sums is None else sums + found
+        numbers_here = torch.stack([*parts, *taught]).double()
+        sums = numbers_here if sums is None else sums + numbers_here
         (loss * ranks.dp_size).backward()
     assert sums is not None
     sums = ranks.sum(sums)
@@ -197,6 +220,7 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
         kinds=kinds,
         routers=() if routers is None else routers.names,
         own=own,
+        taught=trainee.teacher is not None,
     )
     if run.train.clip_grad_norm:
         # In double precision: the norm's square of a float32 gradient may be beyond float32.

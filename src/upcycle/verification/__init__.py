@@ -74,8 +74,8 @@ def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, shown: Shown | None) 
         checks += side_by_side.checks(built, out, questions)
         for question in asked:
             found |= question.found
-    for donor in built.donors:
-        donor.checkpoint.close()
+    for opened in built.checkpoints[1:]:
+        opened.close()
     return Proof(
         coverage=all(bool(c.holds) for c in covered),
         bit_identical=bool(same.holds),

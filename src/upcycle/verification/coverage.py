@@ -13,8 +13,15 @@ def of_source(built: Blueprint) -> Check:
     used = {info for entry in built.entries.values() for info in entry.lazy.sources()}
     held = [info for c in built.checkpoints for info in c.tensors.values()]
     spared = built.left_out
-    second = {info: f"{c.label}: {info.name}" for c in built.dense.others for info in c.tensors.values()}
-    unused = [i.name for i in held if i not in used and second.get(i, i.name) not in spared]
+    labelled = {info: f"{c.label}: {info.name}" for c in built.checkpoints[1:] for info in c.tensors.values()}
+    strict = {info for c in built.dense.others for info in c.tensors.values()}
+    unused = [
+        info.name
+        for info in held
+        if info not in used
+        and labelled.get(info) not in spared
+        and (info in strict or info.name not in spared)
+    ]
     reasons = {why: [n for n, w in built.left_out.items() if w == why] for why in built.left_out.values()}
     left = "".join(f"; left out {listed(names)}: {why}" for why, names in reasons.items())
     return Check(

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from upcycle import targets
 from upcycle.cli.screen import grid, out
+from upcycle.cli.views.routers import condition, rows_apart
 from upcycle.system.wording import count, place_of
 
 
@@ -15,10 +16,11 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
     """Show one row for each layer."""
     out.print(f"{anatomy['checkpoint']}: {anatomy['model_type']}, {anatomy['num_layers']} layers")
     columns = ["layer", "experts", "width", "dtype", "cosine between", "cosine to dense", "router norm"]
+    columns += ["router cosine", "condition"]
     table = grid("", *columns)
     for row in anatomy["layers"]:
         if not row["num_experts"]:
-            table.add_row(_place(row), "dense", str(row["width"]), row["dtype"], "", "", "")
+            table.add_row(_place(row), "dense", str(row["width"]), row["dtype"], "", "", "", "", "")
             continue
         dense = row["cosine_to_dense"]
         groups = [row, *([row["universal"]] if "universal" in row else [])]
@@ -31,6 +33,8 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
             + _began(row.get("cosine_between_at_start")),
             f"{sum(dense) / len(dense):.4f}" if dense else "",
             f"{sum(row['router_norms']) / len(row['router_norms']):.4f}",
+            rows_apart(row["router"]["cosine"], short=True),
+            condition(row["router"]["condition"]),
         )
     out.print(table)
     if "routing" in anatomy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from upcycle.cli.screen import grid, out, show_warnings
+from upcycle.cli.views.routers import routers_said
 from upcycle.system.wording import count, size
 
 if TYPE_CHECKING:
@@ -21,5 +22,7 @@ def show_plan(plan: Plan) -> None:
     out.print(plan.made)
     out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
     out.print("computes what the dense model computes: " + ("yes" if plan.preserves_function else "no"))
+    for said in routers_said(plan.routers):
+        out.print(said)
     out.print(f"blueprint {plan.blueprint_hash}")
     show_warnings(plan.warnings)

@@ -27,6 +27,8 @@ def show_rehearsed(found: Rehearsal) -> None:
         sizes = (size(n) for n in (held.weights, held.gradients, held.moments, held.total))
         table.add_row(str(held.rank), *sizes, f"{held.over_even_share:.3f}", size(held.reads))
     out.print(table)
+    if teacher := max((held.teacher for held in found.ranks), default=0):
+        out.print(f"the teacher takes up to {size(teacher)} of a rank, which are counted in together")
     why = f": {found.not_stepped}" if found.not_stepped else ""
     out.print(f"{found.stepped} steps were simulated on tensors without data{why}")
     show_warnings(list(found.warnings))

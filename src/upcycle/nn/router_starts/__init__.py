@@ -1,8 +1,9 @@
 """Initialisations of a router's weight. Each file here is one.
 
 A file `NAME.py` defines a frozen dataclass derived from `RouterStart` and binds it to the module name
-`start`; NAME is the value of `router.init`. These files do not import torch, because a conversion makes the
-weight. Letters: E experts, S slots per expert, H hidden, G the granularity.
+`start`; NAME is the value of `router.init`, or the `name` of the table `[router.init]`, whose other keys
+are the fields. These files do not import torch, because a conversion makes the weight. Letters: E experts, S
+slots per expert, H hidden, G the granularity, D domains.
 """
 
 from __future__ import annotations
@@ -10,27 +11,35 @@ from __future__ import annotations
 import abc
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from upcycle import registry
+from upcycle.settings import Named
 from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
+    from upcycle.dense.source import Dense
     from upcycle.init import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterStart(abc.ABC):
+class RouterStart(Named, abc.ABC):
     """A way to initialise a router's weight, with the properties that expert initialisations rely on."""
+
+    section: ClassVar[str] = "router.init"
+    package: ClassVar[str] = __name__
+    usual: ClassVar[str | None] = "normal"
 
     summary: ClassVar[str]
     needs: ClassVar[str] = "nothing"
     groups: ClassVar[bool] = False  # whether each run of G experts has equal scores for every token
+    from_data: ClassVar[bool] = False  # whether the rows say something about what was measured
 
-    @property
-    def name(self) -> str:
-        """The name in the recipe, which is the file's name."""
-        return type(self).__module__.rpartition(".")[2]
+    @classmethod
+    def find(cls, name: str) -> type[Self]:
+        """Return the start called `name`. Raises `UpcycleError`, with the known names, if there is none."""
+        found: type[Self] = registry.find(sys.modules[cls.package], name, "start", cls.section)
+        return found
 
     @abc.abstractmethod
     def weight(self, site: Site, rows: int, dtype: str, std: float) -> Lazy:
@@ -43,16 +52,18 @@ class RouterStart(abc.ABC):
         """Return whether all experts have the same score for every token."""
         return std == 0
 
-    def check(self, num_experts: int, granularity: int) -> None:  # noqa: B027 - nothing to check is the rule
+    def check(self, num_experts: int, granularity: int) -> None:
         """Raise `UpcycleError` if this start does not work for layers of this shape."""
+
+    def admit(self, dense: Dense) -> None:
+        """Raise `UpcycleError` if a file that this start uses does not belong to the dense model."""
 
 
 def find(name: str) -> RouterStart:
-    """Return the start that `router.init` calls `name`. Raise `UpcycleError` for an unknown name."""
-    found: type[RouterStart] = registry.find(sys.modules[__name__], name, "start", "router.init")
-    return found()
+    """Return the start called `name` with its usual keys. Raise `UpcycleError` for an unknown name."""
+    return RouterStart.find(name)()
 
 
 def names() -> list[str]:
     """Return the names of all starts."""
-    return registry.names(sys.modules[__name__])
+    return RouterStart.names()

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from upcycle import settings
 from upcycle.errors import UpcycleError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from upcycle.nn.routing import Routing, Tokens
+    from upcycle.tensors.feed_forward import FeedForward
+    from upcycle.tensors.lazy import Lazy
 
 Rounding = Literal["vmoe", "flaxformer", "exact"]
 
@@ -62,9 +64,12 @@ class Router(Named, abc.ABC):
     balanced: ClassVar[bool] = False
     has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, equally many each
     untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that get no gradient
+    linear: ClassVar[bool] = True  # whether a token's scores rise with its products with the weight's rows
+    even: ClassVar[bool] = False  # whether chosen experts start with equal weights, whatever the scores
 
-    # how the weight starts: normal, uniform, orthogonal, grouped, or zeros, which scores all experts alike
-    init: str = "normal"
+    # how the weight starts: a name that `upcycle list` prints, such as normal or zeros, which scores all
+    # experts alike; or a table [router.init] with a name and its keys
+    init: str | RouterStart = "normal"
     std: Annotated[float, AtLeast(0)] = 0.02  # standard deviation of the weight
     normalize: bool = True  # whether a token's weights are made to sum to one
     rescale: bool = True  # whether experts are scaled to compensate if weights do not sum to one
@@ -73,13 +78,22 @@ class Router(Named, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init is not None:  # None: other keys of the router decide
+        if isinstance(self.init, RouterStart):
+            if self.init == router_starts.find(
+                self.init.name
+            ):  # a table with nothing but a name is that name
+                object.__setattr__(self, "init", self.init.name)
+        elif self.init is not None:  # None: other keys of the router decide
             router_starts.find(self.init)
 
     @property
     def start(self) -> RouterStart:
         """The initialisation of the weight."""
-        return router_starts.find(self.init)
+        return self.init if isinstance(self.init, RouterStart) else router_starts.find(self.init)
+
+    def as_built(self) -> dict[str, Any]:
+        """Return the settings as a model needs them: how the weight started is a name, without its keys."""
+        return self.as_table() | {"init": self.start.name}
 
     @property
     def causal(self) -> bool:
@@ -111,6 +125,13 @@ class Router(Named, abc.ABC):
 
     def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:
         """Return the extra tensors by name."""
+        return {}
+
+    def from_neurons(self, network: FeedForward, activation: str) -> dict[str, Lazy]:
+        """Return the tensors, by name, that start as neurons of the dense network, one for each expert.
+
+        `network` has these neurons alone. Raises `UpcycleError` if the router cannot compute as they do.
+        """
         return {}
 
     @abc.abstractmethod

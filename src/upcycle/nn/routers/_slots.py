@@ -24,6 +24,7 @@ class SlotRouter(Router):
     looks_ahead = "a slot mixes all tokens of a sequence, later ones included"
     balanced = True
     has_slots = True
+    linear = False
 
     slots: Annotated[int, AtLeast(1)] = 1  # slots per expert
 

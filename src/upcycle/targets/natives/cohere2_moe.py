@@ -1,7 +1,8 @@
 """Cohere2-MoE: the MoE that Cohere 2 becomes."""
 
+from upcycle.targets._clients import ABSENT, ACTIVATION, BIASES, DENSE_LAYERS, UNTIED
 from upcycle.targets._layouts import Shared
-from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets.native import Config, Native
 from upcycle.targets.natives._qwen import LAYOUT
 
 
@@ -33,5 +34,10 @@ native = Native(
     ),
     dense_layers=_dense_layers,
     constants={"expert_selection_fn": "softmax", "norm_topk_prob": True},
-    clients=lambda config: client_limits(config) | {"mlx-lm": "has no cohere2_moe"},
+    clients={
+        "llama.cpp": (BIASES, ACTIVATION),
+        "mlx-lm": (ABSENT,),
+        "vLLM": (BIASES, UNTIED, ACTIVATION),
+        "SGLang": (DENSE_LAYERS, BIASES, UNTIED, ACTIVATION),
+    },
 )

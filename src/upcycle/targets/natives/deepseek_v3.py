@@ -1,8 +1,25 @@
 """DeepSeek-V3: latent attention; the MoE that Youtu-LLM becomes."""
 
-from upcycle.targets.native import Native, client_limits
+from upcycle.targets._clients import ACTIVATION, BIASES, INTERLEAVED, TIED, YARN_ONLY, Gap, always
+from upcycle.targets.native import Native
 from upcycle.targets.natives._deepseek import CONSTANTS, SHARED, bias, dense_layers
 from upcycle.targets.natives._qwen import LAYOUT
+
+_ROUTER = always(
+    "two keys are missing",
+    "needs topk_method = noaux_tc and scoring_func = sigmoid in the config of {name}, and transformers has "
+    "neither",
+)
+_OWN_ROPE = Gap(
+    "scaled rotary positions",
+    "scales rotary positions of {name} in another way",
+    lambda config: config["rope_parameters"]["rope_type"] != "default",
+)
+_QUERIES = Gap(
+    "queries without `q_lora_rank`",
+    "cannot open {name} without q_lora_rank",
+    lambda config: config["q_lora_rank"] is None,
+)
 
 native = Native(
     model_type="deepseek_v3",
@@ -20,6 +37,11 @@ native = Native(
     shared=SHARED,
     dense_layers=dense_layers,
     constants=CONSTANTS,
-    clients=client_limits,
+    clients={
+        "llama.cpp": (_OWN_ROPE, INTERLEAVED, _QUERIES, BIASES, ACTIVATION),
+        "mlx-lm": (TIED, INTERLEAVED, ACTIVATION),
+        "vLLM": (_ROUTER, TIED, YARN_ONLY, INTERLEAVED, BIASES, ACTIVATION),
+        "SGLang": (_ROUTER, YARN_ONLY, BIASES, ACTIVATION),
+    },
     extra=bias,
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """ERNIE 4.5 MoE: the MoE that ERNIE 4.5 becomes; a bias corrects the choice of experts."""
 
+from upcycle.targets._clients import ACTIVATION, ROPE, Gap
 from upcycle.targets._layouts import Shared
-from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets.native import Config, Native
 from upcycle.targets.natives._qwen import LAYOUT
 from upcycle.tensors.computed import Fill
 from upcycle.tensors.lazy import Lazy
@@ -21,16 +22,15 @@ def _dense_layers(dense: Config, moe_layers: frozenset[int]) -> Config | str:
     return "ernie4_5_moe can only have every n-th layer between two layers as MoE"
 
 
-def _clients(config: Config) -> dict[str, str]:
-    out = client_limits(config)
-    if config["moe_num_shared_experts"]:
-        out["llama.cpp"] = "guesses the width of ernie4_5_moe's shared expert and refuses this one"
-    return out
-
-
 def _bias(num_experts: int, dtype: str) -> dict[str, Lazy]:
     return {"mlp.moe_statics.e_score_correction_bias": Fill((1, num_experts), "F32", 0.0)}
 
+
+_SHARED_WIDTH = Gap(
+    "shared experts",
+    "guesses the width of the shared expert of {name} and refuses this one",
+    lambda config: bool(config["moe_num_shared_experts"]),
+)
 
 native = Native(
     model_type="ernie4_5_moe",
@@ -51,6 +51,11 @@ native = Native(
     ),
     dense_layers=_dense_layers,
     constants={"moe_norm_min": 1e-12},
-    clients=_clients,
+    clients={
+        "llama.cpp": (_SHARED_WIDTH, ACTIVATION),
+        "mlx-lm": (ROPE, ACTIVATION),
+        "vLLM": (ACTIVATION,),
+        "SGLang": (ACTIVATION,),
+    },
     extra=_bias,
 )

@@ -1,5 +1,6 @@
 """FlexOlmo: the MoE that OLMo 2 becomes."""
 
+from upcycle.targets._clients import ABSENT, ACTIVATION
 from upcycle.targets.native import Native
 from upcycle.targets.natives._qwen import LAYOUT
 
@@ -12,5 +13,5 @@ native = Native(
     router="mlp.gate.weight",
     fields=("rms_norm_eps", "head_dim", "attention_bias"),
     renormalizes="optional",
-    clients=lambda _: {"llama.cpp": "has no flex_olmo", "mlx-lm": "has no flex_olmo"},
+    clients={"llama.cpp": (ABSENT,), "mlx-lm": (ABSENT,), "vLLM": (ACTIVATION,), "SGLang": (ACTIVATION,)},
 )

@@ -1,8 +1,15 @@
 """GLM-4 MoE: rotates a part of each head; the MoE that GLM-4 and Phi-4-mini become."""
 
-from upcycle.targets.native import Native, client_limits
+from upcycle.targets._clients import ACTIVATION, LONG_ROPE, ROPE, TIED, Gap
+from upcycle.targets.native import Native
 from upcycle.targets.natives._deepseek import CONSTANTS, SHARED, bias, dense_layers
 from upcycle.targets.natives._qwen import LAYOUT
+
+_KEYS = Gap(
+    "configs without `rope_scaling` or `attention_bias`",
+    "cannot open {name} without rope_scaling and attention_bias in its config",
+    lambda config: not {"rope_scaling", "attention_bias"} <= config.keys(),
+)
 
 native = Native(
     model_type="glm4_moe",
@@ -18,6 +25,11 @@ native = Native(
     shared=SHARED,
     dense_layers=dense_layers,
     constants={**CONSTANTS, "use_qk_norm": False},
-    clients=client_limits,
+    clients={
+        "llama.cpp": (LONG_ROPE, ACTIVATION),
+        "mlx-lm": (_KEYS, ROPE, ACTIVATION),
+        "vLLM": (TIED, ACTIVATION),
+        "SGLang": (TIED, ACTIVATION),
+    },
     extra=bias,
 )

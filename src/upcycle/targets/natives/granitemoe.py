@@ -1,7 +1,8 @@
 """GraniteMoE: the MoE for Granite and for other models that fit (Gemma 1, biased attention)."""
 
+from upcycle.targets._clients import ACTIVATION, BIASES, HEAD_DIM, LLAMA3_ROPE, ROPE
 from upcycle.targets._layouts import Fused
-from upcycle.targets.native import Native, client_limits
+from upcycle.targets.native import Native
 
 native = Native(
     model_type="granitemoe",
@@ -18,5 +19,10 @@ native = Native(
     ),
     num_experts_field="num_local_experts",
     renormalizes="always",
-    clients=lambda config: client_limits(config, mlx_scales_rope=True, mlx_head_dim=False),
+    clients={
+        "llama.cpp": (HEAD_DIM, LLAMA3_ROPE, ACTIVATION),
+        "mlx-lm": (HEAD_DIM, ACTIVATION),
+        "vLLM": (HEAD_DIM, BIASES, ACTIVATION),
+        "SGLang": (HEAD_DIM, ROPE, BIASES, ACTIVATION),
+    },
 )  # fmt: skip

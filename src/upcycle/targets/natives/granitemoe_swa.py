@@ -1,7 +1,12 @@
 """GraniteMoE-SWA: rotation and window per layer, attention sinks; the MoE that SmolLM3 becomes."""
 
+from upcycle.targets._clients import ABSENT, ACTIVATION, BIASES, HEAD_DIM, ROPE, always
 from upcycle.targets._layouts import Fused
 from upcycle.targets.native import Native
+
+_OFF = always(
+    "some per cent off", "stops where no layer of {name} slides, and is some per cent off elsewhere"
+)
 
 native = Native(
     model_type="granitemoe_swa",
@@ -18,8 +23,10 @@ native = Native(
     num_experts_field="num_local_experts",
     renormalizes="always",
     constants={"shared_intermediate_size": 0},
-    clients=lambda _: {
-        "mlx-lm": "has no granitemoe_swa",
-        "llama.cpp": "stops where no layer of a granitemoe_swa slides, and is some per cent off elsewhere",
+    clients={
+        "llama.cpp": (_OFF,),
+        "mlx-lm": (ABSENT,),
+        "vLLM": (HEAD_DIM, BIASES, ACTIVATION),
+        "SGLang": (HEAD_DIM, ROPE, BIASES, ACTIVATION),
     },
 )  # fmt: skip

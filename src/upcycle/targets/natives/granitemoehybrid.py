@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from upcycle.targets._clients import ACTIVATION, HEAD_DIM, always
 from upcycle.targets._layouts import Fused, Shared
-from upcycle.targets.native import Native, client_limits
+from upcycle.targets.native import Native
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Concat, Lazy
 
@@ -21,6 +22,11 @@ class _Shared(Shared):
             f"{self.path}.output_linear.weight": network.down,
         }
 
+
+_KINDS = always(
+    "other names of layers",
+    "knows the layers of {name} as mamba and attention, and not by the names that transformers has now",
+)
 
 native = Native(
     model_type="granitemoehybrid",
@@ -45,5 +51,10 @@ native = Native(
         config=lambda width, _: {"shared_intermediate_size": width},
         mandatory="narrow",
     ),
-    clients=lambda config: client_limits(config, mlx_scales_rope=True),
+    clients={
+        "llama.cpp": (_KINDS,),
+        "mlx-lm": (_KINDS,),
+        "vLLM": (HEAD_DIM, ACTIVATION),
+        "SGLang": (HEAD_DIM, ACTIVATION),
+    },
 )  # fmt: skip

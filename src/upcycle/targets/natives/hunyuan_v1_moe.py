@@ -1,7 +1,8 @@
 """Hunyuan V1 MoE: the MoE that Hunyuan V1 dense becomes; it always has a full-size shared network."""
 
+from upcycle.targets._clients import ACTIVATION, BIASES, Gap, always
 from upcycle.targets._layouts import Shared
-from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets.native import Config, Native
 from upcycle.targets.natives._qwen import LAYOUT
 
 
@@ -15,6 +16,13 @@ def _per_layer(config: Config) -> Config:
     return config | {name: [value] * config["num_hidden_layers"] for name, value in values.items()}
 
 
+_TYPE = always("another name of the type", "knows the type as `hunyuan` and not as {name}")
+_ONE = Gap(
+    "top-1 routing",
+    "does not renormalise the weight of a single expert in {name}",
+    lambda config: 1 in config["moe_topk"],
+)
+
 native = Native(
     model_type="hunyuan_v1_moe",
     architecture="HunYuanMoEV1ForCausalLM",
@@ -27,7 +35,10 @@ native = Native(
     shared=Shared(path="mlp.shared_mlp", combine="sum", config=lambda *_: {}, mandatory="full"),
     constants={"use_qk_norm": True, "use_mixed_mlp_moe": True},
     finish=_per_layer,
-    clients=lambda config: (
-        client_limits(config) | {"mlx-lm": "knows the type as `hunyuan` and not as hunyuan_v1_moe"}
-    ),
+    clients={
+        "llama.cpp": (BIASES, ACTIVATION),
+        "mlx-lm": (_TYPE,),
+        "vLLM": (ACTIVATION,),
+        "SGLang": (_ONE, ACTIVATION),
+    },
 )

@@ -1,7 +1,8 @@
 """LFM2-MoE: the MoE that LFM2 becomes."""
 
+from upcycle.targets._clients import ACTIVATION, ROPE, UNTIED, Gap
 from upcycle.targets._layouts import PerExpert
-from upcycle.targets.native import Native, client_limits
+from upcycle.targets.native import Native
 from upcycle.tensors.computed import Fill
 from upcycle.tensors.lazy import Lazy
 
@@ -9,6 +10,12 @@ from upcycle.tensors.lazy import Lazy
 def _bias(num_experts: int, dtype: str) -> dict[str, Lazy]:
     return {"feed_forward.expert_bias": Fill((num_experts,), "F32", 0.0)}
 
+
+_CONVOLUTION_BIAS = Gap(
+    "biases of convolutions",
+    "has no biases in the convolutions of {name}",
+    lambda config: bool(config["conv_bias"]),
+)
 
 native = Native(
     model_type="lfm2_moe",
@@ -24,6 +31,11 @@ native = Native(
     constants={
         "num_dense_layers": 0, "use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
     },
-    clients=client_limits,
+    clients={
+        "llama.cpp": (UNTIED, _CONVOLUTION_BIAS, ACTIVATION),
+        "mlx-lm": (UNTIED, ROPE, ACTIVATION),
+        "vLLM": (UNTIED, ACTIVATION),
+        "SGLang": (ACTIVATION,),
+    },
     extra=_bias,
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Mellum: Qwen3-MoE with windows in some layers; the MoE that such a Qwen3 becomes."""
 
+from upcycle.targets._clients import ABSENT, ACTIVATION, TIED
 from upcycle.targets.native import Config, Native
 from upcycle.targets.natives._qwen import LAYOUT
 
@@ -27,5 +28,10 @@ native = Native(
     renormalizes="optional",
     dense_layers=_dense_layers,
     finish=_rope_by_kind,
-    clients=lambda _: {"mlx-lm": "has no mellum", "llama.cpp": "has no mellum"},
+    clients={
+        "llama.cpp": (ABSENT,),
+        "mlx-lm": (ABSENT,),
+        "vLLM": (ACTIVATION,),
+        "SGLang": (TIED, ACTIVATION),
+    },
 )

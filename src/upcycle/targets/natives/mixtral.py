@@ -1,17 +1,8 @@
 """Mixtral: the MoE that Llama, Mistral and Phi-3 become."""
 
+from upcycle.targets._clients import ACTIVATION, HEAD_DIM, LONG_ROPE, ROPE, TIED, WINDOW
 from upcycle.targets._layouts import PerExpert
-from upcycle.targets.native import Config, Native, client_limits
-
-
-def _clients(config: Config) -> dict[str, str]:
-    out = client_limits(config, mlx_head_dim=False)
-    if config.get("sliding_window") is not None:
-        out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in mixtral")
-    if config["rope_parameters"]["rope_type"] == "longrope":
-        out["llama.cpp"] = "ignores long rope in mixtral"
-    return out
-
+from upcycle.targets.native import Native
 
 native = Native(
     model_type="mixtral",
@@ -24,5 +15,10 @@ native = Native(
     num_experts_field="num_local_experts",
     renormalizes="always",
     constants={"router_jitter_noise": 0.0},
-    clients=_clients,
+    clients={
+        "llama.cpp": (WINDOW, LONG_ROPE, ACTIVATION),
+        "mlx-lm": (WINDOW, HEAD_DIM, ROPE, ACTIVATION),
+        "vLLM": (ACTIVATION,),
+        "SGLang": (WINDOW, HEAD_DIM, ROPE, TIED, ACTIVATION),
+    },
 )

@@ -1,18 +1,17 @@
 """Qwen2-MoE: the MoE that Qwen2 becomes; it always has a shared expert."""
 
-from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets._clients import (
+    ACTIVATION,
+    DENSE_LAYERS,
+    HEAD_DIM,
+    NEVER_RENORMALIZED,
+    ROPE,
+    SOME_WINDOWS,
+    TIED,
+    WINDOW,
+)
+from upcycle.targets.native import Native
 from upcycle.targets.natives._qwen import LAYOUT, SHARED, dense_layers
-
-
-def _clients(config: Config) -> dict[str, str]:
-    out = client_limits(config, mlx_head_dim=False)
-    if "sliding_attention" in config["layer_types"]:
-        out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in qwen2_moe")
-    if config["norm_topk_prob"]:
-        never = "never renormalises the top-k weights of qwen2_moe, whatever norm_topk_prob says"
-        out |= dict.fromkeys(("llama.cpp", "mlx-lm"), never)
-    return out
-
 
 native = Native(
     model_type="qwen2_moe",
@@ -34,5 +33,10 @@ native = Native(
     shared=SHARED,
     dense_layers=dense_layers,
     constants={"qkv_bias": True},
-    clients=_clients,
+    clients={
+        "llama.cpp": (NEVER_RENORMALIZED, TIED, DENSE_LAYERS, WINDOW, HEAD_DIM, ACTIVATION),
+        "mlx-lm": (NEVER_RENORMALIZED, TIED, DENSE_LAYERS, WINDOW, HEAD_DIM, ROPE, ACTIVATION),
+        "vLLM": (SOME_WINDOWS, HEAD_DIM, ACTIVATION),
+        "SGLang": (TIED, DENSE_LAYERS, WINDOW, HEAD_DIM, ACTIVATION),
+    },
 )

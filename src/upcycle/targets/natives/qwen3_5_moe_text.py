@@ -1,8 +1,18 @@
 """Qwen3.5-MoE, text: the MoE that Qwen3.5 becomes; it always renormalises and always has a shared expert."""
 
+from upcycle.targets._clients import ACTIVATION, BIASES, Gap, always
 from upcycle.targets._layouts import FusedOrEach
-from upcycle.targets.native import Native, client_limits
+from upcycle.targets.native import Native
 from upcycle.targets.natives._qwen import LAYOUT, SHARED
+
+_INSIDE = always("only within a qwen3_5_moe", "knows the type inside qwen3_5_moe only")
+_EVERY_FOURTH = Gap(
+    "full attention in other layers than every fourth",
+    "has full attention in every fourth layer of {name}, whatever layer_types says",
+    lambda config: any(
+        (kind == "full_attention") != (i % 4 == 3) for i, kind in enumerate(config["layer_types"])
+    ),
+)
 
 native = Native(
     model_type="qwen3_5_moe_text",
@@ -22,5 +32,10 @@ native = Native(
     width_field="moe_intermediate_size",
     renormalizes="always",
     shared=SHARED,
-    clients=lambda config: client_limits(config) | {"mlx-lm": "knows the type inside qwen3_5_moe only"},
+    clients={
+        "llama.cpp": (ACTIVATION,),
+        "mlx-lm": (_INSIDE,),
+        "vLLM": (BIASES, ACTIVATION),
+        "SGLang": (_EVERY_FOURTH, BIASES, ACTIVATION),
+    },
 )  # fmt: skip

@@ -1,21 +1,17 @@
 """Qwen3-MoE: the MoE that Qwen3 becomes."""
 
-from upcycle.targets.native import Config, Native, client_limits
+from upcycle.targets._clients import (
+    ACTIVATION,
+    ALWAYS_RENORMALIZED,
+    BIASES,
+    DENSE_LAYERS,
+    OUTPUT_BIAS,
+    ROPE,
+    TIED,
+    WINDOW,
+)
+from upcycle.targets.native import Native
 from upcycle.targets.natives._qwen import LAYOUT, dense_layers
-
-
-def _clients(config: Config) -> dict[str, str]:
-    out = client_limits(config)
-    if config["attention_bias"]:
-        out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "has no biases in the attention of qwen3_moe")
-    if config["use_sliding_window"]:
-        out |= dict.fromkeys(("mlx-lm", "llama.cpp"), "ignores sliding_window in qwen3_moe")
-    if config["tie_word_embeddings"]:
-        out["SGLang"] = "never ties the head of qwen3_moe to its embeddings (moe.untie = true stores a head)"
-    if not config["norm_topk_prob"]:
-        out["llama.cpp"] = "always renormalises the top-k weights of qwen3_moe"
-    return out
-
 
 native = Native(
     model_type="qwen3_moe",
@@ -31,5 +27,10 @@ native = Native(
     width_field="moe_intermediate_size",
     renormalizes="optional",
     dense_layers=dense_layers,
-    clients=_clients,
+    clients={
+        "llama.cpp": (ALWAYS_RENORMALIZED, DENSE_LAYERS, WINDOW, BIASES, ACTIVATION),
+        "mlx-lm": (WINDOW, BIASES, ROPE, ACTIVATION),
+        "vLLM": (OUTPUT_BIAS, ACTIVATION),
+        "SGLang": (TIED, DENSE_LAYERS, WINDOW, ACTIVATION),
+    },
 )  # fmt: skip

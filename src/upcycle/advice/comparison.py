@@ -1,0 +1,85 @@
+"""Upcycling beside dense continuation: one result, and whether it covers a model and a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from upcycle.advice.experts import Experts
+from upcycle.advice.situation import Kind, Situation
+from upcycle.advice.statements import share
+from upcycle.system.wording import rounded
+
+NEAR = 2.0  # a paper covers models up to so many times larger or smaller than its own
+NEAR_BUDGET = 4.0  # the same for tokens
+UNREAD = "how many experts of a token and which layers it was found with is not in what was read"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Upcycling and dense continuation on one budget, in `tokens` or as a `share` of the dense cost.
+
+    `trained` is what the dense models had seen, in tokens per parameter, fewest and most; None: not asked.
+    """
+
+    paper: str
+    kind: Kind
+    inits: tuple[str, ...]
+    sizes: tuple[float, float]
+    better: Literal["upcycling", "dense continuation"]
+    found: str
+    experts: Experts
+    tokens: float | None = None
+    share: tuple[float, float] | None = None
+    trained: tuple[float, float] | None = None
+
+
+def inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, str]:
+    """Return whether a comparison covers a situation, and the reason. None: the source does not tell."""
+    if not of_its_init(situation, comparison):
+        name = situation.built.recipe.init.name
+        return False, f"found with init {' or '.join(comparison.inits)}, and init.name = {name}"
+    if reasons := comparison.experts.unlike(situation):
+        return False, "; ".join(reasons)
+    if not near(situation.plan.dense_parameters, comparison.sizes, NEAR):
+        return False, sizes(situation, comparison.sizes)
+    if comparison.tokens is not None:
+        tokens = situation.asked.tokens
+        if not near(tokens, (comparison.tokens, comparison.tokens), NEAR_BUDGET):
+            return False, f"{rounded(tokens)} tokens, found at {rounded(comparison.tokens)}"
+        if not comparison.experts.complete:
+            return None, f"{UNREAD}, nor are the settings of init.name = {situation.built.recipe.init.name}"
+        return (
+            True,
+            f"{rounded(situation.plan.dense_parameters)} parameters, {rounded(tokens)} tokens are near",
+        )
+    assert comparison.share is not None
+    if comparison.trained is not None:
+        if situation.trained is None:
+            return None, "it needs --dense-tokens, what the dense model was trained on"
+        if not near(situation.trained, comparison.trained, NEAR):
+            seen = " to ".join(f"{n:g}" for n in dict.fromkeys(comparison.trained))
+            return False, f"{situation.trained:.2g} tokens per parameter seen before, found at {seen}"
+    taken, (low, high) = situation.share_of_cost, comparison.share
+    if taken is None:
+        return None, "it needs --dense-tokens, what the dense model was trained on"
+    if not low <= taken <= high:
+        return False, f"{share(taken)} of the dense cost, found at {share(low)} to {share(high)}"
+    return True, f"{rounded(situation.plan.dense_parameters)} parameters, {share(taken)} of the dense cost"
+
+
+def of_its_init(situation: Situation, comparison: Comparison) -> bool:
+    """Return whether experts are made as in the result."""
+    named = situation.built.recipe.init.name in comparison.inits
+    return named or (situation.copies and "copy" in comparison.inits)
+
+
+def near(value: float, between: tuple[float, float], factor: float) -> bool:
+    """Return whether a value lies in a range, or outside it by a factor at most."""
+    return between[0] / factor <= value <= between[1] * factor
+
+
+def sizes(situation: Situation, of_result: tuple[float, float]) -> str:
+    """Return the size of the model beside those of a result, in words."""
+    found = " to ".join(rounded(n) for n in dict.fromkeys(of_result))
+    return f"{rounded(situation.plan.dense_parameters)} dense parameters, found on {found}"

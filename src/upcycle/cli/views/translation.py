@@ -1,0 +1,43 @@
+"""Draws the result of `upcycle recipe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upcycle.cli.screen import err, out
+from upcycle.errors import UpcycleError
+
+if TYPE_CHECKING:
+    from upcycle.translation.mergekit_moe import Translation
+
+
+def show_translated(made: Translation, recipe: Path | None) -> None:
+    """Write the recipe to a file, and the prompts beside it, or show the recipe; remarks go to stderr."""
+    for remark in made.remarks:
+        err.print(f"! {remark}", soft_wrap=True, markup=False, highlight=False)
+    if recipe is None:
+        for line in made.recipe_text("RECIPE.toml").removesuffix("\n").split("\n"):
+            out.print(line, soft_wrap=True, markup=False, highlight=False)
+        if made.prompts:
+            err.print("! --out FILE.toml writes the prompts as well, beside the recipe", soft_wrap=True)
+        return
+    prompts = recipe.with_name(f"{recipe.stem}_prompts.toml")
+    files = {recipe: made.recipe_text(str(recipe), str(prompts))}
+    if made.prompts:
+        files[prompts] = made.prompts_text
+    for file in files:
+        if file.exists():
+            raise UpcycleError(f"{file} exists; give another name, or move it away")
+    for file, text in files.items():
+        _write(file, text)
+        out.print(str(file), soft_wrap=True, markup=False, highlight=False)
+    for line in made.commands(str(recipe), str(prompts)):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UpcycleError(f"{file} cannot be written: {error.strerror}") from None

@@ -1,0 +1,161 @@
+"""`data.isolate`: a step, a score and a run compute what they would if each document had a row to itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ranks
+import tiny
+from upcycle import UpcycleError
+from upcycle.data.corruption import IGNORED
+from upcycle.dense.subject import Subject
+from upcycle.training import chunked_entropy, saving, step
+from upcycle.training.loop import train
+from upcycle.training.metrics import read
+from upcycle.training.parallel import ranks as world
+from upcycle.training.rehearsal import rehearse
+from upcycle.training.run import Run
+
+
+def outcome(source: Path, changes: dict[str, Any], batch: dict[str, torch.Tensor]) -> list[float]:
+    """What a step and a score afterwards say."""
+    run = ranks.run_of(str(source), {}, changes)
+    with world(run.parallel) as here:
+        trainee = ranks.trainee_of(run, here)
+    found = step.train_step(trainee, batch, 0, 1e-2)
+    score = step.evaluate(trainee, batch)
+    told = [found.loss, found.grad_norm, found.balance_loss, found.z_loss, score.loss, score.accuracy]
+    assert all(number is not None for number in told)
+    return [float(number) for number in told if number is not None]
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"moe": {"target": "upcycled"}}, {"train": {"micro_batch": 2}}])
+def test_a_step_is_that_of_documents_alone(changes, chunks, tmp_path, monkeypatch):
+    """Two documents a row, of 8 tokens each, against rows of 8; the losses of routers as well."""
+    if chunks:
+        monkeypatch.setattr(chunked_entropy, "WORTH", 0)
+    source = tiny.make_dense(tmp_path / "dense", "llama")
+    ids = torch.randint(3, 96, (8, 8), generator=torch.Generator().manual_seed(0))
+    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1)
+    alone = {"ids": ids, "labels": labels, "mask": torch.ones_like(ids)}
+    changed = {
+        **changes,
+        "task": {"name": "sft"},
+        "train": {**changes.get("train", {}), "sequence_length": 8},
+    }
+    wanted = outcome(source, changed, alone)
+    place = torch.arange(16) % 8
+    rows = torch.cat([ids.view(4, 16), torch.full((4, 1), 5)], 1)
+    packed = {"rows": rows, "positions": torch.cat([place, place[:1]]).expand(4, 17)}
+    assert outcome(source, {**changes, "data": {"isolate": True}}, packed) == pytest.approx(wanted, rel=1e-5)
+    joined = outcome(source, changes, {"rows": rows})
+    assert abs(joined[0] - wanted[0]) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def stories_apart(trainable: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of JSON lines with a hundred characters of a text in each."""
+    file = tmp_path_factory.mktemp("apart") / "stories.jsonl"
+    text = trainable[1].read_text()
+    pieces = [text[start : start + 100] for start in range(0, 20_000, 100)]
+    file.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    return file
+
+
+def table_of(source: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "source": str(source), "out": str(out), "moe": {"num_experts": 4, "top_k": 2},
+        "data": {"sources": [{"path": str(text)}], "held_out": 0.1, "isolate": True},
+        "train": {"steps": 4, "batch_size": 4, "sequence_length": 96, "eval_every": 2, "eval_examples": 6},
+        "schedule": {"name": "constant", "peak": 1e-3},
+        "checkpoint": {"every": 2, "keep": 2},
+    }  # fmt: skip
+    return {k: {**v, **changes.get(k, {})} if isinstance(v, dict) else v for k, v in table.items()} | {
+        k: v for k, v in changes.items() if k not in table
+    }
+
+
+def test_a_run_scores_documents_as_if_alone_and_goes_on_to_the_bit(
+    trainable, stories_apart, tmp_path, caplog
+):
+    """Its first score is that of a loop over the documents of the held-out rows."""
+    with caplog.at_level("INFO", "upcycle"):
+        whole = train(table_of(trainable[0], stories_apart, tmp_path / "whole"))
+    assert "documents in a row do not see each other, by masks for sdpa" in caplog.text
+    shutil.rmtree(dict(saving.found(tmp_path / "whole"))[4])
+    again = train(table_of(trainable[0], stories_apart, tmp_path / "whole"), resume=True)
+    assert (again.loss, again.held_out_loss) == (whole.loss, whole.held_out_loss)
+
+    run = Run.of(table_of(trainable[0], stories_apart, tmp_path / "whole"))
+    with world(run.parallel) as here:
+        trainee = ranks.trainee_of(run, here)
+    feed = trainee.task.feed(run.feeding(trainee.task), Subject.of(trainable[0]))
+    batch = feed.held_out(6)
+    losses, count = 0.0, 0
+    for row, positions in zip(batch["rows"], batch["positions"], strict=True):
+        ends = [i for i in range(1, len(row)) if positions[i] == 0]
+        for first, last in zip([0, *ends], [*ends, len(row)], strict=True):
+            ids = torch.tensor(row[first:last])
+            if len(ids) > 1:
+                with torch.no_grad():
+                    logits = trainee.model(input_ids=ids[None, :-1], use_cache=False).logits[0]
+                losses += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+                count += len(ids) - 1
+    assert 0 < count < batch["rows"].size - len(batch["rows"]), "some row holds several documents"
+    assert read(tmp_path / "whole")[0].held_out_start == pytest.approx(losses / count, rel=1e-5)
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(trainable, tmp_path):
+    """It knows no `data.isolate`, which was false."""
+    table = table_of(trainable[0], trainable[1], tmp_path / "run", data={"isolate": False})
+    whole = train(table)
+    shutil.rmtree(dict(saving.found(tmp_path / "run"))[4])
+    file = dict(saving.found(tmp_path / "run"))[2] / "state.json"
+    state = json.loads(file.read_text())
+    del state["identity"]["data"]["isolate"], state["state_sha256"]
+    file.write_text(json.dumps(state))
+    assert train(table, resume=True).loss == whole.loss
+    other = {**table, "data": {**table["data"], "isolate": True}}
+    with pytest.raises(UpcycleError, match=r"differs in data\.isolate"):
+        train(other, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "said"),
+    [
+        ("BertForMaskedLM", {}, "is for causal_lm and sft, and the task is masked_lm; set it to false"),
+        ("Lfm2ForCausalLM", {}, "its layers of conv read the whole row; set it to false"),
+        ("FalconForCausalLM", {"alibi": True}, "its biases (alibi) are rounded by the place in the row"),
+        (
+            "Phi3ForCausalLM",
+            tiny.VARIANTS["phi3-longrope"][1] | {"original_max_position_embeddings": 16},
+            "its long rope goes by the longest document of a batch if rows have more than",
+        ),
+    ],
+)
+def test_what_cannot_be_kept_apart_is_refused_in_a_sentence(architecture, changes, said, tmp_path):
+    if architecture == "Phi3ForCausalLM":
+        changes["rope_parameters"] = changes["rope_parameters"] | {"original_max_position_embeddings": 16}
+    source = tiny.make(tmp_path / "dense", architecture, **changes)
+    table = table_of(source, tmp_path / "none.txt", tmp_path / "run", train={"sequence_length": 32})
+    del table["moe"]
+    for begin in (train, rehearse):
+        with pytest.raises(UpcycleError) as error:
+            begin(Run.of(table))
+        assert said in str(error.value)
+        assert str(error.value).count(". ") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_steps_with_positions(dense, tmp_path):
+    run = Run.of(table_of(dense("llama"), tmp_path / "none.txt", tmp_path / "run"))
+    run = replace(run, train=replace(run.train, sequence_length=32))
+    assert rehearse(run, world=2).not_stepped is None

@@ -1,0 +1,215 @@
+"""Configurations of mergekit-moe as its own documentation has them, and what people make of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import tiny
+import upcycle
+from upcycle import Recipe, UpcycleError, blueprint, cli
+from upcycle.advice import recipe_file
+
+DOCUMENTED = """
+base_model: {base}
+gate_mode: {mode}
+dtype: bfloat16
+experts:
+  - source_model: {base}
+    positive_prompts:
+      - "<|im_start|>user\\nHello, who are you?<|im_end|>"
+      - "I need help with"
+  - source_model: {donor}
+    positive_prompts: ["As a doctor of medicine,"]
+    negative_prompts: ["> get ye flask"]
+    noise_scale: 0.01
+  - source_model: {base}+{adapter}
+    positive_prompts: ["Das ist ein Satz auf Deutsch."]
+    residual_scale: 0.5
+"""
+
+
+@pytest.fixture
+def named(dense, tmp_path) -> dict[str, str]:
+    base = dense("llama")
+    adapter = tiny.make_adapter(tmp_path / "adapter", base)
+    return {"base": str(base), "donor": str(dense("llama", seed=1)), "adapter": str(adapter)}
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "config.yml"
+    file.write_text(text)
+    return file
+
+
+def test_the_documented_form(named, tmp_path):
+    made = upcycle.translate(written(tmp_path, DOCUMENTED.format(mode="hidden", **named)))
+    assert made.source == named["base"]
+    assert made.table == {
+        "dtype": "bfloat16",
+        "moe": {"num_experts": 3, "top_k": 2},
+        "init": {
+            "name": "experts",
+            "backbone": "base",
+            "expert": [
+                {},
+                {"source": named["donor"], "noise": 0.01, "noise_relative": False},
+                {"adapter": named["adapter"], "residual_scale": 0.5},
+            ],
+        },
+        "router": {"init": {"name": "mergekit_hidden", "statistics": "statistics.safetensors"}},
+    }
+    first, second, _ = made.prompts["domain"]
+    assert first["positive_prompts"][0] == "<|im_start|>user\nHello, who are you?<|im_end|>"
+    assert second["negative_prompts"] == ["> get ye flask"]
+    assert tomllib.loads(made.prompts_text) == made.prompts
+    assert tomllib.loads(made.recipe_text("recipe.toml")) == made.table
+    assert made.commands("recipe.toml")[0] == (
+        f"upcycle calibrate {named['base']} --prompts prompts.toml --collect mergekit_hidden "
+        f"--out statistics.safetensors"
+    )
+
+
+def test_a_random_one_is_what_mergekit_makes(named, tmp_path):
+    """Experts as mergekit-moe computes them (noise first, then the scale); a router of N(0, 1)."""
+    made = upcycle.translate(written(tmp_path, DOCUMENTED.format(mode="random", **named)))
+    assert not made.prompts
+    built = blueprint(made.source, Recipe.of({**made.table, "dtype": "float32"}))
+    base, donor = (load_file(Path(named[key]) / "model.safetensors") for key in ("base", "donor"))
+    at, mine = "model.layers.2.block_sparse_moe", "model.layers.2.mlp"
+    found = {e: built.entries[f"{at}.experts.{e}.w2.weight"].lazy.all("F32") for e in range(3)}
+    assert (found[0] == base[f"{mine}.down_proj.weight"]).all()
+    noise = found[1] - donor[f"{mine}.down_proj.weight"]
+    assert abs(noise.std() / 0.01 - 1) < 5 / (2 * noise.size) ** 0.5
+    pairs = load_file(Path(named["adapter"]) / "adapter_model.safetensors")
+    b, a = (pairs[f"base_model.model.{mine}.down_proj.lora_{part}.weight"] for part in "BA")
+    wanted = (base[f"{mine}.down_proj.weight"] + 2.0 * b @ a) / 2
+    np.testing.assert_allclose(found[2], wanted, rtol=1e-5, atol=1e-6)
+    router = built.entries[f"{at}.gate.weight"].lazy.all("F32")
+    assert abs(router.std() - 1) < 5 / (2 * router.size) ** 0.5
+    name = "model.layers.2.self_attn.q_proj.weight"
+    assert (built.entries[name].lazy.all() == base[name]).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "init", "collect"),
+    [
+        ("hidden_last", {"name": "mergekit_hidden"}, "mergekit_hidden"),
+        ("hidden_avg", {"name": "mergekit_hidden", "average": True}, "mergekit_hidden"),
+        ("cheap_embed", {"name": "cheap_embed"}, "cheap_embed"),
+    ],
+)
+def test_modes_with_prompts(mode, init, collect, named, tmp_path):
+    made = upcycle.translate(written(tmp_path, DOCUMENTED.format(mode=mode, **named)))
+    assert made.table["router"]["init"] == {**init, "statistics": "statistics.safetensors"}
+    assert made.collect == collect
+
+
+def test_uniform_random_has_the_width_of_the_model(named, tmp_path):
+    file = written(tmp_path, DOCUMENTED.format(mode="uniform_random", **named))
+    made = upcycle.translate(file)
+    assert made.table["router"] == {"init": "uniform", "std": pytest.approx(1 / math.sqrt(3 * 32))}
+    file.write_text(DOCUMENTED.format(mode="uniform_random", **{**named, "base": "owner/name"}))
+    made = upcycle.translate(file)
+    assert any("set router.std to 1 / sqrt(3 H)" in remark for remark in made.remarks)
+    assert made.table["init"]["expert"][0] == {}
+
+
+def test_models_as_tables_and_revisions(tmp_path):
+    text = """
+    base_model: {model: {path: owner/base, revision: main}}
+    gate_mode: random
+    experts:
+      - source_model: {model: owner/base@main, lora: {path: owner/lora}}
+      - source_model: {model: {path: owner/other, revision: v2}}
+    """
+    made = upcycle.translate(written(tmp_path, text))
+    assert made.source == "owner/base@main"
+    assert made.table["init"]["expert"] == [{"adapter": "owner/lora"}, {"source": "owner/other@v2"}]
+
+
+def test_what_is_not_translated_is_said(named, tmp_path):
+    text = DOCUMENTED.format(mode="hidden", **named).replace("bfloat16", "int8").replace("0.5", "-0.5")
+    text = text.replace(f"base_model: {named['base']}\n", f"base_model: {named['base']}+some/adapter\n")
+    text += "architecture: deepseek\ntokenizer_source: union\n"
+    text += f"shared_experts: [{{source_model: {named['donor']}, residual_scale: 0.1, weight: 3}}]\n"
+    said = "\n".join(upcycle.translate(written(tmp_path, text)).remarks)
+    for part in (
+        "mergekit-moe does not read shared_experts.weight, tokenizer_source",
+        "base_model has an adapter (some/adapter)",
+        "residual_scale = -0.5 is left out",
+        "dtype = 'int8' is none of",
+        "architecture = 'deepseek' has no target",
+        "shared_experts: the shared expert here is the network of the backbone",
+        "gate_mode hidden compares another vector",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "is not YAML"),
+        ("- 1", "not the keys of a configuration of mergekit-moe"),
+        ("merge_method: slerp\nmodels: []", "mixes weights into one dense model (mergekit-yaml)"),
+        ("experts: []", "base_model is missing"),
+        ("base_model: a\nexperts: 3", "[[experts]] must be a list of sections"),
+        ("base_model: a\nexperts: [3]", "must be a section with keys, not 3"),
+        ("base_model: a\nexperts: [{positive_prompts: [x]}]", "source_model is missing"),
+        ("base_model: {lora: x}\nexperts: []", "it must be a text, or a table with `model`"),
+        ("base_model: a\nexperts: [{source_model: a, positive_prompts: [3]}]", "positive_prompts"),
+        ("base_model: a\ngate_mode: best\nexperts: []", "gate_mode = 'best'; allowed: hidden"),
+        ("base_model: a\nexperts: [{source_model: a}]", "experts[0] has no positive_prompts"),
+        ("base_model: a\nexperts: [{source_model: a, positive_prompts: [' ']}]", "has no positive_prompts"),
+        (
+            "base_model: a\nexperts: [{source_model: a, positive_prompts: [x]}, "
+            "{source_model: b, positive_prompts: [x]}]",
+            "all experts have the same prompts",
+        ),
+        (
+            "base_model: a\ngate_mode: random\nexperts: [{source_model: a}]",
+            "moe.top_k = 2 is more than moe.num_experts = 1",
+        ),
+        ("base_model: a\ngate_mode: random\nexperts: []", "moe.num_experts"),
+        ("[" * 3000, "is not YAML"),
+    ],
+)
+def test_files_that_are_refused(text, said, tmp_path):
+    with pytest.raises(UpcycleError) as found:
+        upcycle.translate(written(tmp_path, text))
+    assert said in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_the_command(named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, DOCUMENTED.format(mode="hidden", **named))
+    cli.main(["recipe", "config.yml"])
+    shown = capsys.readouterr()
+    assert tomllib.loads(shown.out)["moe"] == {"num_experts": 3, "top_k": 2}
+    assert "--out FILE.toml writes the prompts as well" in shown.err
+    cli.main(["recipe", "config.yml", "--out", "recipe.toml"])
+    assert capsys.readouterr().out.splitlines()[:2] == ["recipe.toml", "recipe_prompts.toml"]
+    assert len(tomllib.loads(Path("recipe_prompts.toml").read_text())["domain"]) == 3
+    cli.main(["recipe", "config.yml", "--json"])
+    assert json.loads(capsys.readouterr().out)["source"] == named["base"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["recipe", "config.yml", "--out", "recipe.toml"])
+    assert end.value.code == 2
+    assert "recipe.toml exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["recipe", "nowhere.yml"])
+    assert "no configuration at nowhere.yml" in capsys.readouterr().err
+
+
+def test_a_list_of_experts_is_written_as_toml_and_read_again():
+    """What `advise` writes for a recipe with a list of tables is the same recipe."""
+    tables = [{}, {"source": "a/b", "weight": 0.5, "mix": "slerp"}, {"adapter": "c/d", "noise": 0.1}]
+    recipe = Recipe.of(moe={"num_experts": 3}, init={"name": "experts", "expert": tables})
+    assert Recipe.of(tomllib.loads(recipe_file.text(recipe, ["Why."]))) == recipe
