@@ -307,9 +307,10 @@ def carry_state(
             given = dict(shaped.named_parameters())
             for name, parameter in model.named_parameters():
                 moments[name][moment] = given[name].detach().to(parameter.dtype)
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            optimizer.state[parameter] = run.optimizer.state(parameter, step, moments[name])
+        if parameter in trained:
+            optimizer.state[parameter] = run.optimizer.carried(optimizer, parameter, step, moments[name])
     return step
 
 
