@@ -285,7 +285,6 @@ def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     run = Run.of(table)
     with ranks(run.parallel, experts=experts_of(run)) as here:
         trainee = trainee_of(run, here)
-        optimizer.fill(trainee.optimizer, run.optimizer)
         saving.load(Path(checkpoint), trainee.model, trainee.optimizer)
         moments = {
             f"{name} {moment}": digest(whole(tensor))

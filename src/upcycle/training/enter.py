@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -70,16 +71,20 @@ def first(
 
 def next_stage(trainee: Trainee, leg: Leg, anatomy: Anatomy | None) -> Trainee:
     """Return a model in the next stage. What goes on being trained keeps the optimizer's state."""
-    if trainee.recent is not None and leg.run.data != trainee.run.data:
-        trainee.recent.restore()  # other data has other losses
+    if trainee.recent is not None and _judged_by(leg.run) != _judged_by(trainee.run):
+        trainee.recent.restore()
     if anatomy is None:
         return replace(trainee, run=leg.run)
     model, before = trainee.model, trainee.optimizer
     kept = freeze(leg.run, model, anatomy)
     rates = start.scales(trainee.start, leg.run, model, trainee.routers)
-    made = optimizer.make(model, leg.run.optimizer, rates)
-    optimizer.keep_state(made, before)
+    made = optimizer.make(model, leg.run.optimizer, rates, before)
     return replace(trainee, run=leg.run, optimizer=made, kept=kept)
+
+
+def _judged_by(run: Run) -> tuple[Any, ...]:
+    """Return what the losses and gradients of a stage depend on, apart from the weights."""
+    return run.data, run.router, run.train.only, run.train.freeze
 
 
 def freeze(run: Run, model: PreTrainedModel, anatomy: Anatomy | None) -> freezing.Kept | None:

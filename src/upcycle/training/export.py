@@ -146,9 +146,7 @@ def _optimizer(begun: Start, run: Run, model: PreTrainedModel, step: int) -> tor
     routers, course = Routers.of(model), Course(run)
     leg = course.after(step)
     enter.freeze(leg.run, model, enter.anatomy_of(course, begun, model, routers))
-    made = optimizer.make(model, leg.run.optimizer, scales(begun, leg.run, model, routers))
-    optimizer.fill(made, leg.run.optimizer)
-    return made
+    return optimizer.make(model, leg.run.optimizer, scales(begun, leg.run, model, routers))
 
 
 @contextmanager

@@ -21,12 +21,16 @@ _TOKENS = ("_token", "position_embeddings")
 
 
 def make(
-    model: PreTrainedModel, settings: Optimizer, scales: Mapping[str, float] | None = None
+    model: PreTrainedModel,
+    settings: Optimizer,
+    scales: Mapping[str, float] | None = None,
+    before: torch.optim.Optimizer | None = None,
 ) -> torch.optim.Optimizer:
     """Make the optimizer, with one group for each kind of tensor that must be updated together.
 
-    `scales` are factors on the learning rate by parameter name, which `set_rate` applies. Tensors on
-    different meshes are in different groups, because fused kernels need one kind at a time. Call it before
+    `scales` are factors on the learning rate by parameter name, which `set_rate` applies. Every parameter has
+    a state: the one that the earlier optimizer `before` has of it, or that before the first update. Tensors
+    on different meshes are in different groups, because fused kernels need one kind at a time. Call it before
     the first forward pass: after it, FSDP2 exposes other tensors. Raises `UpcycleError` if the optimizer
     cannot update a sharded parameter.
     """
@@ -40,7 +44,7 @@ def make(
                 scale *= settings.rate(known[name])
             role = known[name] if settings.by_role else None
             groups[(decays(name, parameter), scale, mesh_of(parameter), role)].append(parameter)
-    return settings.make(
+    made = settings.make(
         [
             {
                 "params": members,
@@ -51,6 +55,20 @@ def make(
             for (decayed, scale, _, role), members in groups.items()
         ]
     )
+    _fill(made, settings, {} if before is None else before.state)
+    return made
+
+
+def _fill(made: torch.optim.Optimizer, settings: Optimizer, known: Mapping[Tensor, Any]) -> None:
+    """Give every parameter its `known` state, or that before its first update.
+
+    A checkpoint needs a state for every parameter, also for one without a gradient so far (such as an unused
+    mask token). torch's fused SGD begins all of a group or none, and leaves its memory unwritten if the first
+    update is skipped.
+    """
+    for group in made.param_groups:
+        for p in group["params"]:
+            made.state[p] = known.get(p) or settings.begun(made, p)
 
 
 def _refuse_shards(name: str, parameter: Tensor, settings: Optimizer) -> None:
@@ -92,22 +110,3 @@ def skip_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
         return False
     optimizer.found_inf = flag.float()  # type: ignore[attr-defined]
     return True
-
-
-def keep_state(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state that an earlier one has of the same parameters; others begin without."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if before.state[p]:
-                optimizer.state[p] = before.state[p]
-
-
-def fill(optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
-    """Add a state for parameters without a gradient so far (such as an unused mask token).
-
-    A checkpoint needs a state for every parameter.
-    """
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                optimizer.state[p] = settings.begun(optimizer, p)

@@ -32,6 +32,7 @@ from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
+from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
@@ -163,7 +164,12 @@ def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> I
     try:
         if world > 1:
             dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-        with parallel.ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here:
+        with parallel.ranks(
+            run.parallel,
+            mixed=precision == "mixed",
+            experts=experts,
+            heads=attention_heads(begun.config),
+        ) as here:
             yield here
     finally:
         if dist.is_initialized():
@@ -222,7 +228,6 @@ def _held_in(
     """Return what a rank holds in one stage, without a teacher."""
     enter.freeze(leg.run, model, anatomy)
     updater = optimizer.make(model, leg.run.optimizer, start.scales(begun, leg.run, model, routers))
-    optimizer.fill(updater, leg.run.optimizer)
     parameters = list(model.parameters())
     weights = sum(gradients.local(p).nbytes for p in parameters)
     states = [
@@ -279,7 +284,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 anatomy=anatomy,
             )
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
-            batch = {"rows": rows, **({"positions": rows} if run.data.isolate else {})}
+            batch = {"rows": rows, **({"positions": rows} if course.legs[0].run.data.isolate else {})}
             if begun.teacher is not None and run.teacher is not None:
                 if (count := run.teacher.top_logits) is None:
                     model = _teacher(begun.teacher, here, "bfloat16", _Asked())
