@@ -27,8 +27,8 @@ class Balance(Settings):
     z_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of the loss on the size of the logits
     # step size of the bias on the choice of experts, which replaces the balance loss; 0: no bias
     bias_update_rate: Annotated[float, AtLeast(0)] = 0.0
-    # number of steps in which that bias moves, and after which it stays as it is (DeepSeek-V3, section 4.2);
-    # None: all
+    # number of steps in which that bias moves, and after which it stays as it is (DeepSeek-V3, section 4.2),
+    # counted from the first step of the run, also in a [[stage]]; None: all
     bias_update_steps: Annotated[int, AtLeast(1)] | None = None
     # in training, tokens are multiplied by 1 +- this before the router
     jitter: Annotated[float, Within("[0, 1)")] = 0.0
