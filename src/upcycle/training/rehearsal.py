@@ -38,6 +38,7 @@ from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
     enter,
+    examining,
     fit,
     gradients,
     kept_logits,
@@ -111,6 +112,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError(f"world = {world}; it must be 1 or more")
     if dist.is_initialized() or "RANK" in os.environ:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
+    examining.refuse_several(run, world)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     for leg in Course(run).legs:

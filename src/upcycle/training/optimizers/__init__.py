@@ -85,12 +85,6 @@ class Optimizer(Named, abc.ABC):
         """Return torch's state of `parameter` after `step` updates with these moments."""
         return dict(moments)
 
-    def idle(self, parameter: Tensor) -> dict[str, Any]:
-        """Return the state of a parameter that has had no gradient yet."""
-        import torch
-
-        return self.state(parameter, 0, {name: torch.zeros_like(parameter) for name in self.moments})
-
     def carried(
         self, made: torch.optim.Optimizer, parameter: Tensor, step: int, moments: Mapping[str, Tensor]
     ) -> dict[str, Any]:
@@ -98,8 +92,10 @@ class Optimizer(Named, abc.ABC):
         return self.state(parameter, step, moments)
 
     def begun(self, made: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-        """Return what `idle` does, for a parameter of the optimizer that `make` made."""
-        return self.idle(parameter)
+        """Return the state of a parameter of the optimizer that `make` made, before its first update."""
+        import torch
+
+        return self.state(parameter, 0, {name: torch.zeros_like(parameter) for name in self.moments})
 
     def cannot_shard(self, shape: Sequence[int], dims: Sequence[int]) -> str | None:
         """Return why `parameter` of `shape` cannot be updated if sharded over `dims`; None if it can."""

@@ -47,9 +47,6 @@ class Adafactor(Optimizer):
             start_step=self.start_step,
         )
 
-    def idle(self, parameter: Tensor) -> dict[str, Any]:
-        return self.begun(self.make([{"params": [parameter], "weight_decay": 0.0}]), parameter)
-
     def begun(self, made: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
         from upcycle.training.optimizers import _adafactor
 

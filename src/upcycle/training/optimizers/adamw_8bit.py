@@ -47,9 +47,6 @@ class AdamW8bit(Optimizer):
             ) from None
         return _adamw_8bit.AdamW8bit(groups, betas=(self.beta1, self.beta2), eps=self.eps, least=self.least)
 
-    def idle(self, parameter: Tensor) -> dict[str, Any]:
-        return self.begun(self.make([{"params": [parameter], "weight_decay": 0.0}]), parameter)
-
     def begun(self, made: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
         from upcycle.training.optimizers import _adamw_8bit
 

@@ -71,13 +71,6 @@ class Muon(Optimizer):
             eps=self.eps,
         )
 
-    def state(self, parameter: Tensor, step: int, moments: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the state of a parameter that AdamW updates."""
-        import torch
-
-        own = {name: moments[name] for name in ("exp_avg", "exp_avg_sq")}
-        return {"step": torch.tensor(float(step), device=parameter.device), **own}
-
     def carried(
         self, made: torch.optim.Optimizer, parameter: Tensor, step: int, moments: Mapping[str, Tensor]
     ) -> dict[str, Any]:
