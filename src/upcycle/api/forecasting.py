@@ -57,8 +57,8 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     """Return what a step of a run needs on one of `world` GPUs of the kind `gpu`.
 
     Without train.micro_batch a rank has all its rows in one forward pass. Everything is trained. A teacher
-    and the masks of data.isolate are not counted; `rehearse` counts a teacher and what is frozen. Raises `UpcycleError` if the run
-    does not fit the world, or trains a dense model.
+    and the masks of data.isolate are not counted; `rehearse` counts a teacher and what is frozen. Raises
+    `UpcycleError` if the run does not fit the world, or trains a dense model.
     """
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
