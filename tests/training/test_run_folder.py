@@ -122,7 +122,13 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_sees(table: Tabl
 
 def test_what_a_kill_left_is_cleared_away(table: Table) -> None:
     out = begun(table)
-    left = [out / "tokens" / "0123.77.partial", out / "run.json.77.partial", out / "metrics.partial"]
+    (out / "teacher").mkdir()
+    left = [
+        out / "tokens" / "0123.77.partial",
+        out / "teacher" / "0.logits.77.partial",
+        out / "run.json.77.partial",
+        out / "metrics.partial",
+    ]
     for path in left:
         path.write_bytes(b"half")
     (out / "tokens" / "mine.partial").write_text("not of this program")

@@ -177,7 +177,7 @@ def _clean(out: Path) -> None:
     """Remove the partial files of a killed run."""
     saving.discard_partial(out)
     found = [(out, "metrics.partial"), (out, "metrics.jsonl.*.partial"), (out, f"{RunRecord.FILE}.*.partial")]
-    found += [(out / folder, "*.*.partial") for folder in ("tokens", "images")]
+    found += [(out / folder, "*.*.partial") for folder in ("tokens", "images", "teacher")]
     for folder, pattern in found:
         for left in folder.glob(pattern):
             left.unlink()
