@@ -294,6 +294,21 @@ def test_another_length_of_a_stage_is_named(trainable, tmp_path):
     assert "stage[1].train.steps (2 there, 4 here)" in said
 
 
+def test_a_stage_can_end_what_the_run_began(trainable, tmp_path):
+    """A bias that stays, and no warm-up: TOML cannot take out the keys that go with them."""
+    run = table(
+        trainable, tmp_path, router={"bias_update_rate": 0.1, "bias_update_steps": 2},
+        schedule={"warmup": 2, "warmup_from": 1e-4},
+        stage=[
+            {"train": {"steps": 2}},
+            {"train": {"steps": 2}, "router": {"bias_update_rate": 0.0}, "schedule": {"warmup": 0}},
+        ],
+    )  # fmt: skip
+    first, second = Course(Run.of(run)).legs
+    assert (first.run.router.bias_rate(0), second.run.router.bias_rate(0)) == (0.1, 0.0)
+    assert (first.rate(0), second.rate(2)) == (pytest.approx(5.05e-3), 1e-2)
+
+
 CHANGES = {
     "trained": ({"train": {"only": ["experts"]}}, False),
     "router": ({"router": {"balance_loss_coef": 1.0}}, False),
