@@ -15,14 +15,14 @@ from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import claim, lock
-from upcycle.training import averaging, enter, exports, optimizer, saving
+from upcycle.training import averaging, enter, exports, saving
 from upcycle.training.course import Course
 from upcycle.training.exports import Trained
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.run_folder import read_record
-from upcycle.training.start import Start, plain_model, scales, start_of
+from upcycle.training.start import Start, plain_model, start_of
 from upcycle.training.teacher import LABEL
 
 
@@ -144,9 +144,8 @@ def _refuse_average(average: int | None, decay: float | None, with_optimizer: bo
 def _optimizer(begun: Start, run: Run, model: PreTrainedModel, step: int) -> torch.optim.Optimizer:
     """Make the run's optimizer after `step` updates, with a state that a checkpoint can fill."""
     routers, course = Routers.of(model), Course(run)
-    leg = course.after(step)
-    enter.freeze(leg.run, model, enter.anatomy_of(course, begun, model, routers))
-    return optimizer.make(model, leg.run.optimizer, scales(begun, leg.run, model, routers))
+    anatomy = enter.anatomy_of(course, begun, model, routers)
+    return enter.prepared(course.after(step).run, model, begun, routers, anatomy)[1]
 
 
 @contextmanager

@@ -43,7 +43,6 @@ from upcycle.training import (
     gradients,
     kept_logits,
     micro_batch,
-    optimizer,
     parallel,
     start,
     step,
@@ -228,8 +227,7 @@ def _held_in(
     asked: _Asked,
 ) -> Held:
     """Return what a rank holds in one stage, without a teacher."""
-    enter.freeze(leg.run, model, anatomy)
-    updater = optimizer.make(model, leg.run.optimizer, start.scales(begun, leg.run, model, routers))
+    _, updater = enter.prepared(leg.run, model, begun, routers, anatomy)
     parameters = list(model.parameters())
     weights = sum(gradients.local(p).nbytes for p in parameters)
     states = [

@@ -17,9 +17,9 @@ from upcycle.system import claim, lock, whole_file
 from upcycle.training import agreement, saving
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, Train, train_of
+from upcycle.training.stages import LENGTH
 
 LOCK = ".upcycle-lock"
-_LENGTH = ("steps", "tokens", "examples")  # the keys for the length of a run; a run file has one of them
 
 
 def read_record(out: Path) -> RunRecord:
@@ -132,7 +132,7 @@ def _as_known_to(theirs: Any, mine: dict[str, Any]) -> dict[str, Any]:
 def _of_any_length(identity: Any) -> Any:
     if not isinstance(identity, dict) or not isinstance(identity.get("train"), dict):
         return identity
-    return identity | {"train": {k: v for k, v in identity["train"].items() if k not in _LENGTH}}
+    return identity | {"train": {k: v for k, v in identity["train"].items() if k not in LENGTH}}
 
 
 def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int) -> None:
