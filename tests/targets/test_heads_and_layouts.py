@@ -85,12 +85,13 @@ def test_widths_that_no_block_divides(width, granularity, said, dense):
 
 
 def test_a_config_that_turns_the_cache_off(dense, tmp_path):
-    """It is kept as the source has it, and said; both models generate alike."""
+    """It is a setting of a training script: the result does not have it, and both models generate alike."""
     source = Path(shutil.copytree(dense("llama"), tmp_path / "dense"))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"use_cache": False}))
     assert any("use_cache = false" in w for w in plan(source, Recipe.of(moe=MOE)).warnings)
     convert(source, tmp_path / "moe", Recipe.of(moe=MOE))
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["use_cache"] is True
     assert verify(source, tmp_path / "moe").holds
 
 

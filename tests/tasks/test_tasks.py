@@ -165,6 +165,15 @@ CASES = {
     "dinov2": ("dinov2", {}, "image_classification"),  # whose mask token no gradient reaches
     "t5": ("t5", {}, "span_corruption"),
     "t5, both routers": ("t5", T5, "span_corruption"),
+    "t5, as Sparse Upcycling": (
+        "t5",
+        {
+            **T5,
+            "optimizer": {"name": "adafactor", "start_step": 100},
+            "schedule": {"name": "inverse_sqrt", "peak": 0.1, "start_step": 100},
+        },
+        "span_corruption",
+    ),
     "bert": ("bert", {}, "masked_lm"),
     "bert, top-k": ("bert", UPCYCLED, "masked_lm"),
     "classifier, expert choice": ("classifier", CHOICE, "text_classification"),

@@ -70,6 +70,7 @@ def test_the_documented_form(named, tmp_path):
     assert second["negative_prompts"] == ["> get ye flask"]
     assert tomllib.loads(made.prompts_text) == made.prompts
     assert tomllib.loads(made.recipe_text("recipe.toml")) == made.table
+    assert Recipe.of(made.table).router.start.name == "mergekit_hidden"
     assert made.commands("recipe.toml")[0] == (
         f"upcycle calibrate {named['base']} --prompts prompts.toml --collect mergekit_hidden "
         f"--out statistics.safetensors"

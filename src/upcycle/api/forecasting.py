@@ -81,7 +81,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         precision="mixed" if train.precision == "auto" else train.precision,
         # The selective form computes no product twice. Its memory is at most that without any.
         recompute=train.activation_checkpointing is True,
-        moments=len(run.optimizer.moments),
+        moments=run.optimizer.copies,
     )
     return outlook.of(setting, gpus.find(gpu))
 

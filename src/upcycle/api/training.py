@@ -12,6 +12,7 @@ from upcycle.checkpoints import hub
 from upcycle.dense.source import admit
 from upcycle.errors import UpcycleError
 from upcycle.system.progress import Progress, reporting_to
+from upcycle.training.course import Course
 from upcycle.training.run import Run
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ def train(
     """
     asked = Run.of(run)
     refuse_what_cannot_begin(asked)  # before torch is imported, which takes seconds
+    from upcycle.evaluation.exam import HarnessExaminer
     from upcycle.training import loop
 
     with reporting_to(progress):
-        return loop.train(asked, resume=resume)
+        return loop.train(asked, resume=resume, examiner=HarnessExaminer())
 
 
 def rehearse(run: Run | Mapping[str, Any] | str | Path, *, world: int = 1) -> Rehearsal:
@@ -57,6 +59,6 @@ def refuse_what_cannot_begin(run: Run) -> None:
                 admit(opened)
             else:
                 blueprint(opened, run.recipe)
-    for source in run.data.sources:
+    for source in (each for leg in Course(run).legs for each in leg.run.data.sources):
         if not source.path.startswith("hf:") and not Path(source.path).exists():
             raise UpcycleError(f"no data at {source.path}")

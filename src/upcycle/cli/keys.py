@@ -18,6 +18,7 @@ from upcycle import settings
 from upcycle.nn.balance import Balance
 from upcycle.recipe import Recipe
 from upcycle.training.run import Run
+from upcycle.training.stages import Stage, StageTrain
 
 TITLE = "Keys of recipes and run files"
 ABOUT = """
@@ -26,7 +27,8 @@ tables of stacks; a run file (`upcycle train`) has those and the rest. `--set KE
 `base = FILE`, at the top of a file, lays it over another one; `moe = false` takes that one's experts away.
 `[decoder.moe]` and `[decoder.router]` of an encoder-decoder, and `[stage_1.moe]` to `[stage_4.router]` of a
 ConvNeXt, hold what that stack of blocks has otherwise. Capacity for all tokens, of a router that has a
-capacity, is `capacity_factor = num_experts`.
+capacity, is `capacity_factor = num_experts`. A `[[stage]]` of a run has `[stage.train]` and, with the keys
+that differ from the run's, `[stage.data]`, `[stage.schedule]` and `[stage.router]`.
 """.strip()
 
 
@@ -47,7 +49,9 @@ def everything() -> dict[str, list[Key]]:
         "of a recipe": _plain(Recipe),
         **_tables(Recipe, ""),
         "[router], in a run file": of(Balance),
-        **_tables(Run, "", without=("recipe", "router")),
+        **_tables(Run, "", without=("recipe", "router", "stage")),
+        "[[stage]]": of(Stage),
+        "[stage.train]": of(StageTrain),
     }
     return {section: keys for section, keys in out.items() if keys}
 

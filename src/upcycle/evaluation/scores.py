@@ -146,7 +146,7 @@ def _refuse_other_data(task: Task, architecture: str, asked: Asked) -> None:
 def _refuse_missing(asked: Asked) -> None:
     """Raise an error if files of a task or lm-evaluation-harness are missing, before scoring."""
     if asked.by_harness:
-        _harness()
+        harness()
     if asked.task_files:
         task_files.find(asked.task_files, asked.tasks)
     if asked.superglue:
@@ -165,7 +165,7 @@ def _on_texts(judge: Judge) -> list[Result]:
     if asked.chats:
         results.append(tasks.find("sft")().score(judge, asked.chats))
     if asked.by_harness:
-        results += _harness().score(
+        results += harness().score(
             judge.language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
         )
     if asked.superglue:
@@ -173,17 +173,17 @@ def _on_texts(judge: Judge) -> list[Result]:
     return results
 
 
-def _harness() -> ModuleType:
-    """Import the module that needs lm-evaluation-harness."""
+def harness() -> ModuleType:
+    """Return the module that needs lm-evaluation-harness. Raises `UpcycleError` if that is not installed."""
     try:
-        from upcycle.evaluation import harness
+        from upcycle.evaluation import harness as found
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
         raise UpcycleError(
             "tasks are those of lm-evaluation-harness, which is not installed: pip install 'upcycle[eval]'"
         ) from None
-    return harness
+    return found
 
 
 def _fingerprint(tokenizer: Any) -> str:

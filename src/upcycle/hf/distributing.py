@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -156,6 +156,24 @@ def _policies(config: DistributedConfig) -> dict[str, Any]:
     if config.fsdp_mixed_precision:
         out["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return out
+
+
+def put_shards_back(model: nn.Module) -> None:
+    """Let a model show its sharded parameters; after a forward pass FSDP shows whole ones here and there."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def note_trained(model: nn.Module) -> None:
+    """Tell FSDP that other parameters than before have a gradient.
+
+    It notes the types of those that have one before the first forward pass and never again.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                group._init_mp_dtypes()
 
 
 def materialize(

@@ -34,6 +34,7 @@ class StepMetrics(Document):
 
     format: int = sometimes(Document.FORMAT)
     step: int
+    stage: str | None = sometimes()  # name of the stage, in a run of several
     tokens: int  # tokens since the run began
     loss: float
     lr: float | None = None
@@ -48,6 +49,8 @@ class StepMetrics(Document):
     active_flops_per_s: float | None = None
     mfu: float | None = None  # model FLOPs utilisation, 0 to 1, if the peak of the device is known
     peak_memory: int | None = None  # bytes
+    skipped: str | None = sometimes()  # why the weights were not updated: it stands out, or is not finite
+    scores: Mapping[str, float] | None = sometimes()  # of tasks, by task and metric
     held_out_loss: float | None = sometimes()
     held_out_accuracy: float | None = sometimes()
     held_out_start: float | None = sometimes()  # held-out loss before the first step

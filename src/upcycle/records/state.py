@@ -31,6 +31,8 @@ class RunState(Document):
     held_out_accuracy_start: float | None = sometimes()
     loss: float | None = sometimes()
     batches: Table
+    passed: tuple[int, ...] = sometimes(())  # numbers of the batches that the run leaves out
+    recent: tuple[tuple[float, ...], ...] | None = sometimes()  # loss and gradient norm of the last steps
     identity: Table
     micro_batch: int | None = None  # rows of a forward pass, if fewer than the batch has
     layout: Mapping[str, int] | None = (
@@ -44,6 +46,14 @@ class RunState(Document):
             raise WrongError(f"is {self.step}, not 0 or more", "step")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise WrongError(f"is {self.micro_batch}, not 1 or more", "micro_batch")
+
+    @property
+    def drawn(self) -> int:
+        """The number of batches that were taken from the data, with those that were left out."""
+        drawn = self.step
+        for number in sorted(self.passed):
+            drawn += number < drawn
+        return drawn
 
     def sealed(self) -> Self:
         """Return the state with a hash of itself, by which `read` detects changes."""

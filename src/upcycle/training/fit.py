@@ -14,13 +14,17 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
 from upcycle.tasks import Task
+from upcycle.training.course import Course
 from upcycle.training.run import Run
 
 
 def warnings(run: Run, built: Blueprint | None) -> list[str]:
     """Return warnings for the user before a run costs time: those of `plan` and those of the run itself."""
     out = [] if built is None else caveats.warnings(built)
-    return [*out, *run.schedule.warnings(run.train.total_steps)]
+    for leg in Course(run).legs:
+        found = leg.run.schedule.warnings(leg.steps)
+        out += [f"stage {leg.name}: {each}" if leg.name else each for each in found]
+    return out
 
 
 def _parts(built: Blueprint | None) -> dict[str, Recipe]:

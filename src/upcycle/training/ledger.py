@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from upcycle.errors import UpcycleError
 from upcycle.records.metrics import StepMetrics
 from upcycle.system import memory
+from upcycle.system.wording import count
 from upcycle.training import routing
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks
+from upcycle.training.spikes import Pace
 from upcycle.training.step import Outcome, Queued, Score, Trainee
 
 
@@ -64,7 +67,10 @@ class Ledger:
     lag: int
     loss: float | None = None  # of the newest step that was read
     score: Score | None = None  # the newest one
-    _queue: deque[tuple[Queued, float]] = field(default_factory=deque)
+    bad: Queued | None = None  # the first step because of which the run has to go back
+    _row: int = 0  # steps in a row that were skipped
+    _pace: Pace | None = None
+    _queue: deque[tuple[Queued, float, str | None]] = field(default_factory=deque)
     _clock: float = field(default_factory=time.perf_counter)
 
     def begin(self) -> None:
@@ -72,32 +78,79 @@ class Ledger:
         if not self._queue:
             self._clock = time.perf_counter()
 
-    def add(self, queued: Queued, lr: float) -> None:
-        """Take a step that was just queued."""
-        self._queue.append((queued, lr))
+    def add(self, queued: Queued, lr: float, stage: str | None = None) -> None:
+        """Take a step that was just queued, and the name of its stage, if the run has stages."""
+        self._queue.append((queued, lr, stage))
 
-    def settle(self, *, wait: bool, judge: Callable[[], Score] | None = None) -> bool:
+    def settle(
+        self,
+        *,
+        wait: bool,
+        judge: Callable[[], Score] | None = None,
+        examine: Callable[[], Mapping[str, float]] | None = None,
+    ) -> bool:
         """Write the lines of the steps whose turn it is; with `wait`, of all.
 
-        `judge` scores the model for the line of the last of them. Returns whether a rank was asked to stop.
+        `judge` scores the model for the line of the last of them, and `examine` on tasks. Returns whether a
+        rank was asked to stop.
         Raises `UpcycleError` if the loss or a gradient of such a step was not finite.
         """
         stopping = False
         while len(self._queue) > (0 if wait else self.lag):
-            queued, lr = self._queue.popleft()
+            queued, lr, stage = self._queue.popleft()
             outcome = queued.outcome()
             arrived = time.perf_counter()
-            record = self._record(queued.step + 1, outcome, lr, arrived - self._clock)
+            record = replace(self._record(queued.step + 1, outcome, lr, arrived - self._clock), stage=stage)
             self._clock = arrived
             if judge is not None and not self._queue:
                 self.score = judge()
                 record = replace(record, held_out_loss=self.score.loss, held_out_accuracy=self.score.accuracy)
                 self.begin()
-            self.loss = outcome.loss
+            if examine is not None and not self._queue:
+                record = replace(record, scores=examine())
+                self.begin()
+            if outcome.finite:
+                self.loss = outcome.loss
+            record = replace(record, skipped=self._noticed(queued, outcome))
             stopping = stopping or outcome.stopping
             if self.log is not None:
                 self.log.step(record)
+                self._say_slow(record)
         return stopping
+
+    def go_back(self) -> None:
+        """Forget the steps that are queued: the run goes back to a checkpoint."""
+        self._queue.clear()
+        self.bad, self._row = None, 0
+
+    def _noticed(self, queued: Queued, outcome: Outcome) -> str | None:
+        """Say that a step stands out or is not finite; return why its update was skipped, or None.
+
+        Raises `UpcycleError` if too many in a row were skipped.
+        """
+        spikes = queued.spikes
+        skipped = outcome.skipped(spikes)
+        self._row = self._row + 1 if skipped else 0
+        if outcome.rolls_back(spikes) and self.bad is None:
+            self.bad = queued
+        if self._row > spikes.most:
+            raise UpcycleError(
+                f"step {queued.step + 1}: {outcome.what()}, and {self._row} steps in a row were skipped "
+                f"(spikes.most = {spikes.most}); the last checkpoint is kept; lower schedule.peak, or look "
+                f"at the data"
+            )
+        if self.log is not None and (skipped or outcome.stands_out):
+            then = "; the weights were not updated" if skipped else ""
+            self.log.warn(f"step {queued.step + 1}: {outcome.what()}{then}")
+        return None if not skipped else "not finite" if not outcome.finite else "stands out"
+
+    def _say_slow(self, record: StepMetrics) -> None:
+        """Warn that training has become slow."""
+        assert self.log is not None
+        self._pace = self._pace or Pace(least=self.log.log.slow)
+        if record.tokens_per_s and (found := self._pace.falls(record.tokens_per_s)) is not None:
+            now, usual = map(count, found)
+            self.log.warn(f"step {record.step}: training has become slow, {now} tokens/s instead of {usual}")
 
     def _record(self, done: int, outcome: Outcome, lr: float, seconds: float) -> StepMetrics:
         """Return the record of a step with its rates."""

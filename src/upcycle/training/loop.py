@@ -6,6 +6,7 @@ import functools
 import json
 import platform
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,8 @@ from upcycle.system.wording import count
 from upcycle.tasks import Batch, Task
 from upcycle.training import (
     agreement,
+    back,
+    enter,
     fit,
     ledger,
     metrics,
@@ -45,11 +48,15 @@ from upcycle.training import (
     teacher,
     writers,
 )
+from upcycle.training.anatomy import Anatomy
+from upcycle.training.course import Course
+from upcycle.training.examining import Examiner, examiner_of
+from upcycle.training.feeds import Feeds
 from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
-from upcycle.training.run import Run
+from upcycle.training.run import Run, Spikes
 from upcycle.training.start import Start
 from upcycle.training.step import Score, Trainee
 from upcycle.training.writers import Failure, Writer
@@ -70,7 +77,9 @@ class Result:
         return {**asdict(self), "out": str(self.out)}
 
 
-def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) -> Result:
+def train(
+    run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False, examiner: Examiner | None = None
+) -> Result:
     """Train as `run` says (a `Run`, its table, or its file), on this process or as one of torchrun's.
 
     `resume` continues from the newest checkpoint of `run.out`, bit for bit on one process, or begins if there
@@ -82,9 +91,10 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
     mine = agreement.found(run, parallel.world_size())
     if mine.begun is not None:
         task = tasks.fitting(run.task, Subject.of_dense(mine.begun.dense).architecture)
-        fit.refuse_pooling(run, mine.begun.built)
-        fit.refuse_isolation(run, task, mine.begun.subject)
-        teacher.refuse_other(run, task, mine.begun.subject, mine.begun.teacher)
+        for leg in Course(run).legs:
+            fit.refuse_pooling(leg.run, mine.begun.built)
+            fit.refuse_isolation(leg.run, task, mine.begun.subject)
+            teacher.refuse_other(leg.run, task, mine.begun.subject, mine.begun.teacher)
     with ExitStack() as stack:
         here = stack.enter_context(
             ranks(
@@ -95,6 +105,7 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
             )
         )
         begun = agreement.agreed(mine, here)
+        examiner = examiner_of(run, examiner, begun.subject, here.world)
         folders = [opened.folder for opened in begun.checkpoints]
         stack.enter_context(interrupting(signal.SIGTERM))
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
@@ -105,42 +116,44 @@ def train(run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False) ->
         _refuse_other_teacher(before, begun, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
-        out = Path(run.out)
+        course, out = Course(run), Path(run.out)
         if here.first:
-            feed = task.feed(run.feeding(task), begun.subject)  # the others wait and then find the files
+            feeds = _feeds(course, task, begun)  # the others wait and then find the files
         here.barrier()
         if not here.first:
-            feed = task.feed(run.feeding(task), begun.subject)
+            feeds = _feeds(course, task, begun)
         fit.refuse_uneven_rows(run, here.dp_size)
         fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
         with _sources_kept(begun, here, before) as hashes:
             model = start.model_of(begun, run, here, precision)
         routers = Routers.of(model)
-        trainee = Trainee(
+        anatomy = enter.anatomy_of(course, begun, model, routers)
+        if routers and any(leg.run.router.bias_update_rate for leg in course.legs):
+            routers.biases()
+        trainee = enter.first(
+            course.after(0 if before is None else before.step),
             model=model,
             task=task,
-            start=begun,
-            optimizer=optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers)),
+            begun=begun,
             routers=routers,
-            run=run,
-            ranks=here,
+            here=here,
             precision=precision,
+            anatomy=anatomy,
         )
-        if run.router.bias_update_rate and trainee.routers:
-            trainee.routers.biases()
-        state = _begin(trainee, begun, feed, checkpoint, hashes)
-        trainee = replace(
-            trainee,
-            teacher=teacher.teaching(
-                run, begun, task, feed, here, precision=precision, steps=run.train.total_steps - state.step
-            ),
-        )
+        state = _begin(trainee, begun, feeds, checkpoint, hashes)
+        feed, left = feeds.of(course.after(state.step)), run.train.total_steps - state.step
+        taught = teacher.teaching(run, begun, task, feed, here, precision=precision, steps=left)
+        trainee = replace(trainee, teacher=taught)
         for opened in begun.checkpoints:
             opened.close()
         if here.first:
-            _write_record(trainee, out, state)
+            _write_record(trainee, run, out, state)
         with noted(signal.SIGTERM) as stop:
-            return _loop(trainee, feed, state, out, stop)
+            return _loop(trainee, course, anatomy, feeds, examiner, state, out, stop)
+
+
+def _feeds(course: Course, task: Task, begun: Start) -> Feeds:
+    return Feeds(course, lambda run: task.feed(run.feeding(task), begun.subject))
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
@@ -198,9 +211,20 @@ def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterato
         raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")
 
 
-def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[int]) -> Result:
-    run, here, begun = trainee.run, trainee.ranks, trainee.start
+def _loop(
+    trainee: Trainee,
+    course: Course,
+    anatomy: Anatomy | None,
+    feeds: Feeds,
+    examiner: Examiner | None,
+    state: RunState,
+    out: Path,
+    stop: list[int],
+) -> Result:
+    run, here, begun = course.run, trainee.ranks, trainee.start
     total = run.train.total_steps
+    leg = course.after(state.step)
+    feed = feeds.of(leg)
     held_out = _held_out(run, trainee.task, feed, here.device)
     share = run.train.rows // here.dp_size
     part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
@@ -219,10 +243,10 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
-            if run.data.isolate:
+            if leg.run.data.isolate:
                 how = packing.attention(trainee.model)
                 log.say(f"documents in a row do not see each other, by masks for {how}")
-            for note in trainee.task.notes():
+            for note in filter(None, [*trainee.task.notes(), enter.describe(leg, begun, anatomy)]):
                 log.say(note)
         first: Score | None = None
         if state.step == 0 and held_out is not None:
@@ -236,6 +260,8 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
             )
             if log is not None:
                 log.say(f"step 0: {metrics.score(first.loss, first.accuracy)}")
+        numbers: dict[int, int] = {}  # of the batches of the steps that are queued
+        returns: Counter[int] = Counter()  # to each checkpoint
         book = Ledger(
             trainee=trainee,
             rate=rate,
@@ -245,26 +271,60 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
         )
         while state.step < total:
             now = state.step
+            if now == leg.end:
+                leg = course.at(now)
+                trainee = enter.next_stage(trainee, leg, anatomy)
+                if feeds.of(leg) is not feed:
+                    feed = feeds.of(leg)
+                    held_out = _held_out(run, trainee.task, feed, here.device)
+                if log is not None and (said := enter.describe(leg, begun, anatomy)) is not None:
+                    log.say(said)
             book.begin()
+            number = state.drawn
+            while number in state.passed:
+                feed.next(run.train.rows, part)
+                number += 1
+            numbers = {s: n for s, n in numbers.items() if s + book.lag >= now} | {now: number}
             arrays = feed.next(run.train.rows, part)
             batch = _on(here.device, arrays if trainee.teacher is None else trainee.teacher.beside(arrays))
-            lr = run.schedule.at(now, total)
-            book.add(step.queue_step(trainee, batch, now, lr, stop), lr)
-            last = now + 1 == total
-            judged = held_out is not None and (last or (now + 1) % run.train.eval_every == 0)
-            due = bool(run.checkpoint.every) and (now + 1) % run.checkpoint.every == 0
+            lr = leg.rate(now)
+            book.add(step.queue_step(trainee, batch, now, lr, stop), lr, leg.name)
+            last, ends = now + 1 == total, now + 1 == leg.end
+            judged = held_out is not None and (ends or (now + 1) % run.train.eval_every == 0)
+            due = bool(run.checkpoint.every) and (ends or (now + 1) % run.checkpoint.every == 0)
+            examined = examiner is not None and (last or (now + 1) % run.eval.every == 0)
             stopping = book.settle(
-                wait=last or judged or due,
+                wait=ends or judged or due or examined,
                 judge=functools.partial(step.evaluate, trainee, held_out) if judged and held_out else None,
+                examine=functools.partial(examiner.score, trainee.model, run, begun.subject)
+                if examiner is not None and examined
+                else None,
             )
             if stopping:
                 book.settle(wait=True)
-            state = replace(state, step=now + 1, loss=book.loss, batches=feed.state())
+            if book.bad is not None:
+                harmful = numbers[book.bad.step]
+                book.settle(wait=True)
+                writer.wait()
+                checkpoint = here.share(saving.latest(out))
+                book.go_back()
+                if checkpoint is not None:  # else the update was left out, and that is all that can be done
+                    trainee, state = back.go(
+                        trainee, course, anatomy, feeds, state, checkpoint, harmful, returns
+                    )
+                    leg = course.after(state.step)
+                    feed = feeds.of(leg)
+                    held_out = _held_out(run, trainee.task, feed, here.device)
+                    if log is not None:
+                        log.go_back(state.step)
+                        log.say(f"the run is back at step {state.step} and passes batch {harmful + 1}")
+                    continue
+            state = replace(state, step=now + 1, loss=book.loss, batches=feeds.state())
             if judged and book.score is not None:
                 state = replace(state, held_out_loss=book.score.loss, held_out_accuracy=book.score.accuracy)
             must = last or stopping
             if due or must:
-                _save(trainee, state, writer, must=must)
+                _save(trainee, run, state, writer, must=must)
             _report(writer.failures(), out, log, must=state.step if must else None)
             if stopping and not last:
                 if log is not None:
@@ -279,11 +339,15 @@ def _loop(trainee: Trainee, feed: Feed, state: RunState, out: Path, stop: list[i
     )
 
 
-def _save(trainee: Trainee, state: RunState, writer: Writer, *, must: bool) -> None:
-    """Save a checkpoint; with `must`, return when it is written."""
+def _save(trainee: Trainee, run: Run, state: RunState, writer: Writer, *, must: bool) -> None:
+    """Save a checkpoint of `run`; with `must`, return when it is written."""
+    recent = None
+    if run.spikes != Spikes() and trainee.recent is not None:
+        recent = trainee.recent.known()  # what the next steps are judged by
     saved = replace(
         state,
-        identity=trainee.run.identity(),
+        recent=recent,
+        identity=run.identity(),
         micro_batch=trainee.run.train.micro_batch,
         layout=asdict(trainee.ranks.layout),
     )
@@ -309,7 +373,7 @@ def _report(failures: Sequence[Failure], out: Path, log: Metrics | None, *, must
 
 
 def _begin(
-    trainee: Trainee, begun: Start, feed: Feed, checkpoint: Path | None, hashes: Hashes | None
+    trainee: Trainee, begun: Start, feeds: Feeds, checkpoint: Path | None, hashes: Hashes | None
 ) -> RunState:
     """Return the state to continue from: the checkpoint's, or step 0."""
     run = trainee.run
@@ -319,27 +383,23 @@ def _begin(
             if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
                 progress.warn(wrong)
         return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
-    optimizer.fill(trainee.optimizer, run.optimizer)
-    saving.load(checkpoint, trainee.model, trainee.optimizer)
-    state = saving.read_state(checkpoint)
-    feed.restore(dict(state.batches))
-    return state
+    return back.restore(trainee, feeds, checkpoint)
 
 
-def _write_record(trainee: Trainee, out: Path, state: RunState) -> None:
+def _write_record(trainee: Trainee, run: Run, out: Path, state: RunState) -> None:
     """Write run.json, unless this run's is already there."""
-    identity = json.loads(json.dumps(trainee.run.identity()))
+    identity = json.loads(json.dumps(run.identity()))
     try:
         same = run_folder.read_record(out).identity == identity
     except UpcycleError:
         same = False
     if not state.step or not same:
-        run_folder.write_record(out, _record(trainee, state))
+        run_folder.write_record(out, _record(trainee, run, state))
 
 
-def _record(trainee: Trainee, state: RunState) -> RunRecord:
+def _record(trainee: Trainee, run: Run, state: RunState) -> RunRecord:
     """Return the content of run.json: the description of this run for later readers of its folder."""
-    run, begun, task = trainee.run, trainee.start, trainee.task
+    begun, task = trainee.start, trainee.task
     lengths = trainee.lengths
     flops = begun.training_flops_per_row(lengths)
     source = begun.dense.checkpoint

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from upcycle.errors import UpcycleError
@@ -15,6 +17,8 @@ from upcycle.records.metrics import LayerMetrics, StepMetrics
 from upcycle.system import gpus, progress, whole_file
 from upcycle.system.wording import count
 from upcycle.training.run import Log
+
+_CELL = 16  # pixels of a side
 
 
 def peak_flops(log: Log, device: torch.device) -> float | None:
@@ -51,7 +55,7 @@ class Metrics:
     def __init__(self, out: Path, log: Log, total: int, start: int, settings: dict[str, Any]) -> None:
         self.log, self.total, self.start = log, total, start
         # Steps after the checkpoint are run again, so drop their old lines.
-        path = out / StepMetrics.FILE
+        path = self._path = out / StepMetrics.FILE
         before, damaged = _read(path)
         if damaged:
             lines = "1 line" if damaged == 1 else f"{damaged} lines"
@@ -59,7 +63,7 @@ class Metrics:
         kept = [line + b"\n" for step, line in before if step.step <= start]
         whole_file.write(path, b"".join(kept))
         self.file: IO[str] = path.open("a")
-        self.sinks = [_sink(name, log, out, settings) for name in log.sinks]
+        self.sinks = [_sink(name, log, out, settings, resumed=start > 0) for name in log.sinks]
         self.warned: set[str] = set()
         self.shown = ExitStack()
         self.work = self.shown.enter_context(
@@ -82,9 +86,22 @@ class Metrics:
             self.say(f"step {done}: {score(record.held_out_loss, record.held_out_accuracy)}")
         for layer in record.layers:
             self._watch(done, layer)
+        for name, value in (record.scores or {}).items():
+            self.say(f"step {done}: {name} {value:.4f}")
         flat = _numbers(record)
+        shows = bool(record.layers and self.log.pictures) and (
+            done % self.log.pictures == 0 or done == self.total
+        )
         for sink in self.sinks:
-            sink.log(flat, step=done)
+            picture = {"expert_load": sink.Image(load_picture(record.layers))} if shows else {}
+            sink.log({**flat, **picture}, step=done)
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines after `step`, because those steps are taken again."""
+        self.file.close()
+        path = self._path
+        whole_file.write(path, b"".join(line + b"\n" for each, line in _read(path)[0] if each.step <= step))
+        self.file = path.open("a")
 
     def _watch(self, step: int, layer: LayerMetrics) -> None:
         """Warn once when a layer collapses, and again only after it has recovered."""
@@ -115,6 +132,20 @@ class Metrics:
             sink.finish()
 
 
+def load_picture(layers: Sequence[LayerMetrics]) -> np.ndarray:
+    """Return a picture of the experts' load, uint8 [L x 16, E x 16, 3]: a row a layer, a column an expert.
+
+    A cell is white if the expert got no token, and dark blue if it got twice its even share or more. A layer
+    of fewer experts than the widest ends in grey.
+    """
+    widest = max(len(layer.load) for layer in layers)
+    cells = np.full((len(layers), widest, 3), 128.0)
+    for row, layer in zip(cells, layers, strict=True):
+        shade = np.clip(np.array(layer.load) * len(layer.load) / 2, 0, 1)[:, None]
+        row[: len(layer.load)] = (1 - shade) * (255, 255, 255) + shade * (8, 48, 107)
+    return cells.round().astype(np.uint8).repeat(_CELL, 0).repeat(_CELL, 1)
+
+
 def score(loss: float, accuracy: float | None) -> str:
     """Return a phrase with the held-out loss in nats and the share of right answers."""
     return f"held-out loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.2%}")
@@ -123,17 +154,21 @@ def score(loss: float, accuracy: float | None) -> str:
 def _numbers(record: StepMetrics) -> dict[str, float]:
     """Return the numbers of a step in a flat table, for dashboards."""
     flat = {k: v for k, v in record.as_table().items() if isinstance(v, (int, float))}
+    flat |= {f"eval/{name}": value for name, value in (record.scores or {}).items()}
     for layer in record.layers:
         place = f"layer_{layer.layer}" if layer.stack == "layers" else f"{layer.stack}_layer_{layer.layer}"
         flat |= {f"{place}/{k}": v for k, v in layer.as_table().items() if isinstance(v, float)}
     return flat
 
 
-def _sink(name: str, log: Log, out: Path, settings: dict[str, Any]) -> Any:
-    """Start a dashboard for this run; wandb and trackio share the interface of `log` and `finish`."""
+def _sink(name: str, log: Log, out: Path, settings: dict[str, Any], *, resumed: bool) -> Any:
+    """Start a dashboard for this run; wandb and trackio share `init`, `log`, `Image` and `finish`."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError:
         raise UpcycleError(f"log.sinks names {name}, which is not installed: pip install {name}") from None
-    module.init(project=log.project, name=log.name or out.name, config=settings)
+    more = {"resume": "allow"} if resumed else {}
+    module.init(project=log.project, name=log.name or out.name, config=settings, **more)
+    if name == "trackio":  # wandb says the address of its page itself
+        progress.say(f"the live page of this run: trackio show --project {log.project}")
     return module

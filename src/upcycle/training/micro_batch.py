@@ -16,6 +16,7 @@ import torch
 from upcycle.records.state import RunState
 from upcycle.system import memory
 from upcycle.training import fit
+from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.start import Start
@@ -63,7 +64,8 @@ def _with(run: Run, rows: int) -> Run:
 def _may_be_cut(run: Run, begun: Start) -> bool:
     """Return whether the losses of parts add up to those of the batch."""
     routed = begun.built is not None and bool(begun.built.sites)
-    return not routed or (run.router.balance_loss, run.router.balance_counts) == ("per_layer", "exact")
+    routers = [leg.run.router for leg in Course(run).legs]
+    return not routed or all((r.balance_loss, r.balance_counts) == ("per_layer", "exact") for r in routers)
 
 
 def _rows_that_fit(

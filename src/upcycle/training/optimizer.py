@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
+from upcycle.training import roles
 from upcycle.training.gradients import mesh_of
 from upcycle.training.optimizers import Optimizer
 
@@ -19,7 +21,7 @@ _TOKENS = ("_token", "position_embeddings")
 
 
 def make(
-    model: nn.Module, settings: Optimizer, scales: Mapping[str, float] | None = None
+    model: PreTrainedModel, settings: Optimizer, scales: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
     """Make the optimizer, with one group for each kind of tensor that must be updated together.
 
@@ -29,15 +31,24 @@ def make(
     cannot update a sharded parameter.
     """
     groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    known = roles.roles(model) if settings.needs_roles else {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             _refuse_shards(name, parameter, settings)
             scale = 1.0 if scales is None else scales[name]
-            groups[(decays(name, parameter), scale, mesh_of(parameter))].append(parameter)
+            if known:
+                scale *= settings.rate(known[name])
+            role = known[name] if settings.by_role else None
+            groups[(decays(name, parameter), scale, mesh_of(parameter), role)].append(parameter)
     return settings.make(
         [
-            {"params": members, "weight_decay": settings.weight_decay if decayed else 0.0, "scale": scale}
-            for (decayed, scale, _), members in groups.items()
+            {
+                "params": members,
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+                "scale": scale,
+                **({} if role is None else {"role": role}),
+            }
+            for (decayed, scale, _, role), members in groups.items()
         ]
     )
 
@@ -83,6 +94,14 @@ def skip_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
     return True
 
 
+def keep_state(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that an earlier one has of the same parameters; others begin without."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if before.state[p]:
+                optimizer.state[p] = before.state[p]
+
+
 def fill(optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
     """Add a state for parameters without a gradient so far (such as an unused mask token).
 
@@ -91,4 +110,4 @@ def fill(optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:
-                optimizer.state[p] = settings.idle(p)
+                optimizer.state[p] = settings.begun(optimizer, p)

@@ -32,9 +32,11 @@ from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
+from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
+    enter,
     fit,
     gradients,
     kept_logits,
@@ -45,6 +47,8 @@ from upcycle.training import (
     step,
     teacher,
 )
+from upcycle.training.anatomy import Anatomy
+from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -108,9 +112,10 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     begun = start.start_of(run)
     task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
-    fit.refuse_pooling(run, begun.built)
-    fit.refuse_isolation(run, task, begun.subject)
-    teacher.refuse_other(run, task, begun.subject, begun.teacher)
+    for leg in Course(run).legs:
+        fit.refuse_pooling(leg.run, begun.built)
+        fit.refuse_isolation(leg.run, task, begun.subject)
+        teacher.refuse_other(leg.run, task, begun.subject, begun.teacher)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
     layout = run.parallel.layout(world)
@@ -191,28 +196,50 @@ def _without_values(begun: Start, asked: _Asked) -> Start:
 
 
 def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
-    """Build a rank's part of the model and of the optimizer, and return what it holds."""
+    """Build a rank's part of the model, and return what it holds in the stage that needs the most."""
     asked = _Asked()
     with _without_data():
         model = start.model_of(_without_values(begun, asked), run, here, precision)
-        updater = optimizer.make(model, run.optimizer, start.scales(begun, run, model, Routers.of(model)))
-        optimizer.fill(updater, run.optimizer)
-        parameters = list(model.parameters())
-        weights = sum(gradients.local(p).nbytes for p in parameters)
+        routers, course = Routers.of(model), Course(run)
+        anatomy = enter.anatomy_of(course, begun, model, routers)
         beside = 0
         if begun.teacher is not None and run.teacher is not None and run.teacher.top_logits is None:
             taught_by = _teacher(begun.teacher, here, precision, asked)
             beside = sum(gradients.local(p).nbytes for p in taught_by.parameters())
-        states = [t for p in parameters for t in updater.state[p].values() if isinstance(t, torch.Tensor)]
-        return Held(
-            rank=here.rank,
-            weights=weights,
-            gradients=sum(gradients.local(p).nbytes for p in parameters if p.requires_grad),
-            moments=sum(gradients.local(t).nbytes for t in states),
-            reads=asked.nbytes,
-            over_even_share=weights * here.layout.replica / sum(p.nbytes for p in parameters),
-            teacher=beside,
-        )
+        found = [_held_in(leg, begun, model, routers, anatomy, here, asked) for leg in course.legs]
+        return replace(max(found, key=lambda held: held.total), teacher=beside)
+
+
+def _held_in(
+    leg: Leg,
+    begun: Start,
+    model: PreTrainedModel,
+    routers: Routers | None,
+    anatomy: Anatomy | None,
+    here: Ranks,
+    asked: _Asked,
+) -> Held:
+    """Return what a rank holds in one stage, without a teacher."""
+    enter.freeze(leg.run, model, anatomy)
+    updater = optimizer.make(model, leg.run.optimizer, start.scales(begun, leg.run, model, routers))
+    optimizer.fill(updater, leg.run.optimizer)
+    parameters = list(model.parameters())
+    weights = sum(gradients.local(p).nbytes for p in parameters)
+    states = [
+        t
+        for group in updater.param_groups
+        for p in group["params"]
+        for t in updater.state[p].values()
+        if isinstance(t, torch.Tensor)
+    ]
+    return Held(
+        rank=here.rank,
+        weights=weights,
+        gradients=sum(gradients.local(p).nbytes for p in parameters if p.requires_grad),
+        moments=sum(gradients.local(t).nbytes for t in states),
+        reads=asked.nbytes,
+        over_even_share=weights * here.layout.replica / sum(p.nbytes for p in parameters),
+    )
 
 
 def _teacher(dense: Dense, here: Ranks, precision: str, asked: _Asked) -> PreTrainedModel:
@@ -228,22 +255,28 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
     """
     if task.name != "causal_lm":
         return f"rows of {task.name} are known only with the data"
-    experts = "grouped_mm" if begun.built and begun.built.sites else None
-    train = replace(run.train, precision="bfloat16", experts_implementation=experts, compile=False)
+    train = replace(run.train, precision="bfloat16", experts_implementation=None, compile=False)
+    if begun.built and begun.built.sites:
+        experts = start.experts_implementation(begun, replace(run, train=train), torch.bfloat16)
+        if experts != kernels.GROUPED:
+            return "experts of this width run one after another, and then shapes depend on values"
+        train = replace(train, experts_implementation=experts)
     run = replace(run, train=train)
     size = (run.train.rows // here.dp_size, run.train.sequence_length + 1)
     try:
         with _without_data():
             model = start.model_of(_without_values(begun, _Asked()), run, here, "bfloat16")
-            trainee = step.Trainee(
+            routers, course = Routers.of(model), Course(run)
+            anatomy = enter.anatomy_of(course, begun, model, routers)
+            trainee = enter.first(
+                course.legs[0],
                 model=model,
                 task=task,
-                start=begun,
-                optimizer=optimizer.make(model, run.optimizer),
-                routers=Routers.of(model),
-                run=run,
-                ranks=here,
+                begun=begun,
+                routers=routers,
+                here=here,
                 precision="bfloat16",
+                anatomy=anatomy,
             )
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
             batch = {"rows": rows, **({"positions": rows} if run.data.isolate else {})}
@@ -257,7 +290,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                     batch[kept_logits.IDS] = torch.zeros(shape, dtype=torch.long, device=here.device)
                     trainee = replace(trainee, teacher=kept_logits.Kept(segments=(), places={}))
             for number in range(_STEPS):
-                step.queue_step(trainee, batch, number, run.schedule.at(number, train.total_steps))
+                step.queue_step(trainee, batch, number, course.legs[0].rate(number))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         return f"{error.func} depends on values, and a dry run has none"
     except RuntimeError as error:

@@ -104,6 +104,12 @@ def split(sums: Tensor, kinds: Sequence[Kind]) -> list[Tally]:
     ]
 
 
+def found(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the routers of `model` with their names, in module order; empty for a dense model."""
+    own = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
+    return [*own] or recorded.routers(model)
+
+
 @dataclass(kw_only=True)
 class Routers:
     """The routers of a model and their outputs in the recorded forward passes.
@@ -127,15 +133,14 @@ class Routers:
     @classmethod
     def of(cls, model: nn.Module) -> Routers | None:
         """Return the routers of `model` with hooks installed; None if it is dense."""
-        own = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
-        found: list[tuple[str, nn.Module]] = [*own] or recorded.routers(model)
-        if not found:
+        there = found(model)
+        if not there:
             return None
         routers = cls(
-            layers=[_block(name, module) for name, module in found],
-            stacks=[m.shape.stack if isinstance(m, Router) else "layers" for _, m in found],
-            modules=[module for _, module in found],
-            names=[name for name, _ in found],
+            layers=[_block(name, module) for name, module in there],
+            stacks=[m.shape.stack if isinstance(m, Router) else "layers" for _, m in there],
+            modules=[module for _, module in there],
+            names=[name for name, _ in there],
         )
         for place, module in enumerate(routers.modules):
             module.register_forward_pre_hook(routers._jitter(place))
@@ -198,8 +203,8 @@ class Routers:
     def biases(self) -> list[Tensor | None]:
         """Return the correction biases of the routers, [E] each; None for a router without one.
 
-        They change which experts are chosen, but not the experts' weights. Raises `UpcycleError` if no router
-        has one.
+        They change which experts are chosen, but not the experts' weights. A router that is not trained
+        counts as one without. Raises `UpcycleError` if no router has one.
         """
         found = [
             next((p.detach() for name, p in _tensors(module) if name.endswith(BIAS)), None)
@@ -210,7 +215,8 @@ class Routers:
                 "router.bias_update_rate is set, and the routers of this architecture have no correction "
                 "bias; set it to 0, or take what has one (ernie4_5_moe, router.name = sigmoid)"
             )
-        return found
+        trained = [any(p.requires_grad for p in module.parameters()) for module in self.modules]
+        return [bias if moves else None for bias, moves in zip(found, trained, strict=True)]
 
 
 def _said(module: nn.Module, output: Any) -> Said:
@@ -240,8 +246,8 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: float) -> None:
-    """Raise the bias of experts with less than their share and lower the others' by `rate`.
+def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: float | Tensor) -> None:
+    """Raise the bias of experts with less than their share and lower the others' by `rate`, [] if a tensor.
 
     Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, algorithm 1.
     """

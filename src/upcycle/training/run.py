@@ -22,9 +22,10 @@ from upcycle.recipe import Recipe
 from upcycle.settings import Above, AtLeast, Settings, Within, families, parted, table_at
 from upcycle.sharding.layout import Layout
 from upcycle.tasks import Task
-from upcycle.training import optimizers, schedules
+from upcycle.training import optimizers, schedules, stages
 from upcycle.training.optimizers import Optimizer
 from upcycle.training.schedules import Schedule
+from upcycle.training.stages import Stage
 
 MOST_ROWS = 1 << 20  # limit for a global batch; no published run comes near these
 MOST_TOKENS = 1 << 30
@@ -53,6 +54,10 @@ class Train(Settings):
     # dropout after the experts' activation; None: as in config.json
     expert_dropout: Annotated[float, Within("[0, 1)")] | None = None
     expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # dropout on the experts' output
+    # what is trained: router, experts, experts[0,2-3], shared_expert, network (without experts), attention,
+    # norms, embeddings, head, or patterns of parameter names (*.layers.0.*); none: everything
+    only: tuple[str, ...] | None = None
+    freeze: tuple[str, ...] | None = None  # what is not trained, in the same words; it goes over `only`
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # largest norm of the gradient; 0: no clipping
     # precision of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
@@ -157,10 +162,49 @@ class Log(Settings):
     section: ClassVar[str] = "log"
 
     every: Annotated[int, AtLeast(1)] = 10  # steps between lines if no progress bar can be shown
+    # steps between pictures of the experts' load in the sinks; 0: none
+    pictures: Annotated[int, AtLeast(0)] = 100
     sinks: tuple[Literal["wandb", "trackio"], ...] = ()  # wandb and trackio, if they are installed
     project: str = "upcycle"  # project name for the sinks
     name: str | None = None  # run name for the sinks; None: the name of the run's folder
     peak_flops: Annotated[float, Above(0)] | None = None  # FLOP/s of a device, for MFU; None: known GPUs'
+    # a warning appears if ten steps are slower than this share of the median of the hundred before; 0: none
+    slow: Annotated[float, Within("[0, 1)")] = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(Settings):
+    """Tasks of lm-evaluation-harness that the model is scored on while it is trained, on one process."""
+
+    section: ClassVar[str] = "eval"
+
+    tasks: tuple[str, ...] = ()  # names, as in `upcycle eval --tasks`
+    every: Annotated[int, AtLeast(1)] = 1000  # steps between scores; after the last step there is one
+    task_files: str | None = None  # folder with TASK.jsonl files; none: data from the hub
+    num_fewshot: Annotated[int, AtLeast(0)] | None = (
+        None  # examples before each question; none: the task's own
+    )
+    limit: Annotated[int, AtLeast(0)] = 0  # questions of a task at most; 0: all
+    batch_size: Annotated[int, AtLeast(0)] = 0  # rows of a forward pass; 0: as many as fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spikes(Settings):
+    """What happens at steps whose loss or gradient stands out, or is not finite; see `spikes.py`.
+
+    `skip` leaves out the update of such a step. `roll_back` goes back to the newest checkpoint and passes the
+    batch (PaLM, Chowdhery et al. 2022, section 5.1).
+    """
+
+    section: ClassVar[str] = "spikes"
+
+    act: Literal["warn", "skip", "roll_back"] = "warn"  # at a step that stands out
+    nonfinite: Literal["stop", "skip", "roll_back"] = "stop"  # at a step whose loss or gradient is not finite
+    sigma: Annotated[float, Above(0)] = 6.0  # standard deviations above the mean of the last steps
+    window: Annotated[int, AtLeast(4)] = 128  # steps that the mean is over; half of them must be known
+    most: Annotated[int, AtLeast(1)] = (
+        10  # skipped steps in a row, or returns to one checkpoint; then it stops
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,14 +233,30 @@ class Run(Settings):
     data: Data
     train: Train
     schedule: Schedule
+    stage: tuple[Stage, ...] = ()  # the parts of the run; none: it is one
     router: Balance = dataclasses.field(default_factory=Balance)
     optimizer: Optimizer = dataclasses.field(default_factory=optimizers.usual)
     parallel: Parallel = Parallel()
     log: Log = Log()
     checkpoint: Saving = Saving()
+    spikes: Spikes = Spikes()
+    eval: Eval = Eval()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "roll_back" in (self.spikes.act, self.spikes.nonfinite) and not self.checkpoint.every:
+            raise UpcycleError(
+                "spikes: roll_back goes back to the newest checkpoint, and checkpoint.every = 0 writes none; "
+                "set it"
+            )
+        if self.teacher is not None and self.teacher.top_logits is not None:
+            rolls = "roll_back" in (self.spikes.act, self.spikes.nonfinite)
+            if rolls or any(stage.data is not None for stage in self.stage):
+                what = "spikes with roll_back" if rolls else "a [[stage]] with data of its own"
+                raise UpcycleError(
+                    f"teacher.top_logits keeps logits of the rows of [data] in their order, and {what} reads "
+                    f"others; take top_logits out, and the teacher runs beside the steps"
+                )
         if self.optimizer.carry_state and self.from_scratch:
             raise UpcycleError("optimizer.carry_state = true needs weights to go with; from_scratch has none")
         if self.optimizer.carry_state and self.task is not None and self.task.classes:
@@ -224,17 +284,21 @@ class Run(Settings):
                 f"{shown(given)} is no run; give a Run, a table as a run file has it, or the path of one"
             )
         table = schedules.today(optimizers.today(given))
-        if table.get("moe") is False:
+        if itself := table.get("moe") is False:
             del table["moe"]
         of_experts = {k: table.pop(k) for k in recipes.OF_EXPERTS if k in table}
         table["router"], router = parted(table_at(table.get("router", {}), "router"), Balance)
         recipe = None
-        if "moe" in of_experts:
+        if "moe" in of_experts or ("grow" in of_experts and not itself):
             seed = {"seed": table["seed"]} if "seed" in table else {}
             recipe = Recipe.of({**of_experts, **seed}, router=router)
         elif stray := [*of_experts, *(f"router.{key}" for key in router)]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
+        table = stages.laid_over(table)
+        if table["stage"]:
+            table["train"] = _together(table_at(table.get("train", {}), "train"), table["stage"])
         beside = {**dict.fromkeys(recipes.OF_EXPERTS), "moe": recipes.Moe, "successor": recipes.Successor}
+        beside["grow"] = recipes.Grow
         return settings.read(cls, table, made={"recipe": recipe}, beside=beside)
 
     @classmethod
@@ -256,16 +320,47 @@ class Run(Settings):
         """Return the run as a nested table that `Run.of` accepts."""
         table = super().as_table() | {"schedule": schedules.as_recorded(self.schedule)}
         table = optimizers.as_recorded(table, self.optimizer)
+        if not self.stage:
+            del table["stage"]
+        for later in ("spikes", "eval"):  # sections that older records do not have
+            if getattr(self, later) == type(getattr(self, later))():
+                del table[later]
         recipe = table.pop("recipe", {})
         table["router"] |= recipe.pop("router", {})
         return _with_lists(table | {key: value for key, value in recipe.items() if key not in table})
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must match between a checkpoint and the run that resumes from it."""
-        free = ("parallel", "log", "checkpoint", "out")
+        free = ("parallel", "log", "checkpoint", "spikes", "eval", "out")
         table = {k: v for k, v in self.as_table().items() if k not in free}
         train = {k: v for k, v in table["train"].items() if k not in ("micro_batch", "compile")}
         return table | {"train": train}
+
+
+def _together(train: Mapping[str, Any], parts: list[Any]) -> dict[str, Any]:
+    """Return [train] with the length of all stages together.
+
+    Raises `UpcycleError` if it gives another one.
+    """
+    shared = {key: value for key, value in train.items() if key not in stages.LENGTH}
+    steps = 0
+    for number, stage in enumerate(parts):
+        own = settings.read(
+            stages.StageTrain, table_at(stage.get("train", {}), "stage.train"), f"stage[{number}].train"
+        )
+        if len(own.length) != 1:
+            raise UpcycleError(
+                f"stage {stage['name']}: each [[stage]] has one of train.steps, train.tokens and "
+                f"train.examples"
+            )
+        steps += settings.read(Train, {**shared, **own.length}, "train").total_steps
+    if len(shared) < len(train) and settings.read(Train, train, "train").total_steps != steps:
+        given = next(key for key in stages.LENGTH if key in train)
+        raise UpcycleError(
+            f"train.{given} = {train[given]} and the stages are {steps:,} steps together; each [[stage]] has "
+            f"its own length, so leave train.{given} out"
+        )
+    return {**shared, "steps": steps}
 
 
 LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **families(Run)})

@@ -163,6 +163,11 @@ def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
             for key in sorted({*theirs, *mine})
             for line in _differences(theirs.get(key), mine.get(key), f"{path}.{key}" if path else key)
         ]
+    if path == "stage" and isinstance(theirs, list) and isinstance(mine, list):
+        if len(theirs) == len(mine):
+            pairs = enumerate(zip(theirs, mine, strict=True))
+            return [line for i, pair in pairs for line in _differences(*pair, f"{path}[{i}]")]
+        return [f"stage ({len(theirs)} there, {len(mine)} here)"]
     return [] if theirs == mine else [f"{path} ({theirs!r} there, {mine!r} here)"]
 
 

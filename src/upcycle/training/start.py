@@ -248,13 +248,13 @@ def _build(
         tensors,
         distributed_config=ranks.config,
         dtype=dtype,
-        experts_implementation=_experts_implementation(start, run, dtype)
+        experts_implementation=experts_implementation(start, run, dtype)
         if start.built and start.built.sites
         else None,
     )
 
 
-def _experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
+def experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
     """Return the run's setting, or grouped products if rows are multiples of the 16 bytes they need."""
     if run.train.experts_implementation is not None:
         return run.train.experts_implementation
@@ -307,8 +307,10 @@ def carry_state(
             given = dict(shaped.named_parameters())
             for name, parameter in model.named_parameters():
                 moments[name][moment] = given[name].detach().to(parameter.dtype)
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = run.optimizer.state(parameter, step, moments[name])
+        if parameter in trained:
+            optimizer.state[parameter] = run.optimizer.carried(optimizer, parameter, step, moments[name])
     return step
 
 

@@ -22,10 +22,12 @@ from upcycle.tasks import Batch, Question, Task
 from upcycle.training import chunked_entropy, distillation, fit, gradients, router_losses, routing
 from upcycle.training import optimizer as optim
 from upcycle.training.distillation import Losses
+from upcycle.training.freezing import Kept
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Kind, Routers, Tally
-from upcycle.training.run import Run
+from upcycle.training.run import Run, Spikes
 from upcycle.training.seeds import Seeds
+from upcycle.training.spikes import Recent
 from upcycle.training.start import Start
 from upcycle.training.teacher import Teaching
 from upcycle.training.transfer import Transfer
@@ -43,6 +45,8 @@ class Trainee:
     run: Run
     ranks: Ranks
     precision: str
+    kept: Kept | None = None  # experts of trained stacks that are not trained
+    recent: Recent | None = None  # the last steps, against which the next ones are judged
     teacher: Teaching | None = None
 
     @property
@@ -115,11 +119,26 @@ class Outcome:
     grad_norm: float
     divergence: float | None = None  # KL(teacher || model), nats per target; None without a teacher
     stopping: bool = False  # whether a rank was asked to stop
+    stands_out: bool = False  # whether loss or gradient stand out against the last steps
+    finite: bool = True
     tallies: Sequence[Tally] = ()  # one per layer, on the CPU
     balance_loss: float | None = None  # mean or sum over layers; each is top_k at perfect balance
     z_loss: float | None = None
     own_losses: Mapping[str, float] = field(default_factory=dict)  # the routers' own losses
     router_grad_norms: Sequence[float] = ()
+
+    def skipped(self, spikes: Spikes) -> bool:
+        """Return whether the update was left out."""
+        return not self.finite or (self.stands_out and spikes.act != "warn")
+
+    def rolls_back(self, spikes: Spikes) -> bool:
+        """Return whether the run goes back to a checkpoint because of this step."""
+        return (spikes.nonfinite if not self.finite else spikes.act if self.stands_out else "") == "roll_back"
+
+    def what(self) -> str:
+        """Return a phrase on a step that stands out, or is not finite."""
+        how = "stands out against the last steps" if self.finite else "is not finite"
+        return f"the loss is {self.loss:.4g} and the gradient's norm {self.grad_norm:.4g}, which {how}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,28 +151,36 @@ class Queued:
     kinds: Sequence[Kind] = ()  # of the routers
     routers: Sequence[str] = ()
     own: Sequence[str] = ()  # names of the routers' own losses
+    spikes: Spikes = field(default_factory=Spikes)
     taught: bool = False  # whether there is a teacher, whose divergence is the last sum
 
     def outcome(self) -> Outcome:
         """Wait for the step's numbers and return them.
 
-        Raises `UpcycleError` if the loss or a gradient is not finite.
+        Raises `UpcycleError` if the loss or a gradient is not finite and the run stops at such a step.
         """
         read = self.transfer.read()
         loss, *others = read["sums"].tolist()
         divergence = others.pop() if self.taught else None
         squares = dict(zip(self.gradients, read["squares"].tolist(), strict=True))
-        _refuse_nonfinite(self.step, loss, squares)
+        finite = bool(read["finite"])
+        if not finite and self.spikes.nonfinite == "stop":
+            raise _nonfinite(self.step, loss, squares)
         norm = sum(squares.values()) ** 0.5
         stopping = bool(read["stopping"].any())
-        if not self.kinds:
-            return Outcome(loss=loss, grad_norm=norm, stopping=stopping, divergence=divergence)
-        balance, z, *own = others
-        return Outcome(
+        seen = Outcome(
             loss=loss,
             grad_norm=norm,
             stopping=stopping,
             divergence=divergence,
+            stands_out=bool(read["stands_out"]),
+            finite=finite,
+        )
+        if not self.kinds:
+            return seen
+        balance, z, *own = others
+        return replace(
+            seen,
             tallies=routing.split(read["tallies"].long(), self.kinds),
             balance_loss=balance,
             z_loss=z,
@@ -206,8 +233,17 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     assert sums is not None
     sums = ranks.sum(sums)
     grads = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
+    if trainee.kept is not None:
+        trainee.kept.clear(grads)
     squares = gradients.squared_norms(grads)
+    # Every rank knows the same sums, so all of them skip alike.
+    finite = (squares.sum() + sums[0]).isfinite()
+    stands_out = torch.zeros_like(finite)
+    if trainee.recent is not None:
+        stands_out = trainee.recent.judge(sums[0], squares.sum().sqrt(), finite)
+    skipped = ~finite if run.spikes.act == "warn" else ~finite | stands_out
     numbers = {"sums": sums, "squares": squares, "stopping": ranks.seen(bool(stop))}
+    numbers |= {"finite": finite, "stands_out": stands_out}
     kinds: Sequence[Kind] = ()
     own: Sequence[str] = ()
     if routers is not None and total is not None:
@@ -220,19 +256,23 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
         kinds=kinds,
         routers=() if routers is None else routers.names,
         own=own,
+        spikes=run.spikes,
         taught=trainee.teacher is not None,
     )
     if run.train.clip_grad_norm:
         # In double precision: the norm's square of a float32 gradient may be beyond float32.
         gradients.scale(grads.values(), (run.train.clip_grad_norm / squares.sum().sqrt()).clamp(max=1.0))
     optim.set_rate(trainee.optimizer, lr)
-    if not optim.skip_if(trainee.optimizer, ~(squares.sum() + sums[0]).isfinite()):
-        queued.outcome()  # this optimizer cannot skip an update on the device, so wait
-    trainee.optimizer.step()
+    # An optimizer that cannot skip an update on the device waits.
+    if optim.skip_if(trainee.optimizer, skipped) or not queued.outcome().skipped(run.spikes):
+        trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
+    if trainee.kept is not None:
+        trainee.kept.put_back()
     if routers is not None and total is not None:
-        if run.router.bias_update_rate:
-            routing.update_biases(routers.biases(), routers.read(total), run.router.bias_update_rate)
+        if rate := run.router.bias_rate(step):
+            # biases stay where weights stay
+            routing.update_biases(routers.biases(), routers.read(total), ~skipped * rate)
         routers.said.clear()
     return queued
 
@@ -294,13 +334,11 @@ def _router_losses(trainee: Trainee, tallies: Tensor, share: float, micros: int)
     )
 
 
-def _refuse_nonfinite(step: int, loss: float, squares: dict[str, float]) -> None:
-    """Stop before the weights change, and name the first gradient that is not finite."""
+def _nonfinite(step: int, loss: float, squares: dict[str, float]) -> UpcycleError:
+    """Return the error of a run that stops before its weights change; it names a gradient at fault."""
     bad = next((name for name, square in squares.items() if not square < float("inf")), None)
-    if bad is None and abs(loss) < float("inf"):
-        return
     what = f"the first gradient that is not finite is that of {bad}" if bad else "no gradient is affected"
-    raise UpcycleError(
+    return UpcycleError(
         f"step {step + 1}: the loss is {loss:g}; {what}. The weights were not updated and the last "
         f"checkpoint is kept; lower schedule.peak, lengthen the warm-up, or look at the data of this step"
     )

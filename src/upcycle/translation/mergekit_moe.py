@@ -128,8 +128,8 @@ def translate(path: str | Path) -> Translation:
         "moe": {"num_experts": len(experts), "top_k": config.experts_per_token, **_moe(config, remarks)},
         "init": {"name": "experts", "backbone": "base", "expert": experts},
     }
-    Recipe.of(table)  # refuses what no recipe can be
     table["router"] = _router(config, source, remarks)
+    Recipe.of(table)  # refuses what no recipe can be
     prompts = _prompts(config) if config.gate_mode in _STARTS else {}
     return Translation(source=source, table=table, prompts=prompts, remarks=tuple(remarks))
 

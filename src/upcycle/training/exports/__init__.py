@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from upcycle.training.start import Start
 
 DEFAULT = "huggingface"
+OF_EXPERT = "expert"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,9 @@ class Trained:
     record: RunRecord
     state: RunState
     hashes: Hashes  # hashes of the files that the run started from
+    expert: int | None = None  # the expert that is asked for
+    averaged: tuple[int, ...] = ()  # steps of the checkpoints that the weights are the mean of, if of several
+    decay: float | None = None  # of their exponential moving average
 
     @property
     def step(self) -> int:
@@ -51,6 +55,7 @@ class Format(abc.ABC):
 
     summary: ClassVar[str]
     holds_moments: ClassVar[bool] = False  # whether it can store the optimizer's moments
+    takes_expert: ClassVar[bool] = False  # whether it is of one expert, which has to be named
 
     @abc.abstractmethod
     def write(self, trained: Trained, folder: Path, dtype: str) -> None:

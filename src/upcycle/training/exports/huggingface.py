@@ -8,15 +8,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from upcycle.blueprints.blueprint import with_cache
 from upcycle.conversion import selection
 from upcycle.conversion.write import carry, fit_tokenizer
 from upcycle.errors import UpcycleError
 from upcycle.hf.quiet import quiet
 from upcycle.nn import kernels
 from upcycle.system import whole_file
+from upcycle.training.course import Course
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import card_of, provenance_of
-from upcycle.training.start import OPTIMIZER, Start
+from upcycle.training.start import OPTIMIZER
 
 
 class HuggingFace(Format):
@@ -29,7 +31,7 @@ class HuggingFace(Format):
         begun = trained.start
         if trained.optimizer is not None:
             _write_moments(trained, trained.optimizer, folder / OPTIMIZER)
-        _write_model(trained.model, begun, folder, dtype)
+        write_model(trained.model, trained, folder, dtype)
         carried, left = carry(begun.dense.checkpoint.folder, folder)
         if begun.built:
             made_anew = fit_tokenizer(begun.built, folder)
@@ -45,8 +47,9 @@ class HuggingFace(Format):
         whole_file.write_text(folder / "README.md", card_of(trained))
 
 
-def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str) -> None:
-    """Write the weights in the hub's layout, with the config of the run's start."""
+def write_model(model: PreTrainedModel, trained: Trained, folder: Path, dtype: str) -> None:
+    """Write the weights in the hub's layout, with a config that says what they were trained with."""
+    begun = trained.start
     with torch.no_grad(), quiet():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point() and not name.endswith(("e_score_correction_bias", "inv_freq")):
@@ -58,13 +61,37 @@ def _write_model(model: PreTrainedModel, begun: Start, folder: Path, dtype: str)
                 f"the weights could not be written to {folder}: {error}; make room, or choose another folder"
             ) from None
     (folder / "generation_config.json").unlink(missing_ok=True)  # if the source has one, it is copied
-    config = begun.config | {"dtype": dtype, "torch_dtype": dtype}
+    config = with_cache(begun.config | {"dtype": dtype, "torch_dtype": dtype})
+    config |= {key: value for key, value in _of_training(trained).items() if key in config}
     if begun.built is not None:
         config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
     whole_file.write_json(folder / "config.json", config)
-    mode = (folder / "config.json").stat().st_mode  # a new file's mode, from the umask; safetensors uses 0600
+    open_to_others(folder)
+
+
+def open_to_others(folder: Path) -> None:
+    """Give files of weights the mode of other new files, from the umask; safetensors uses 0600."""
+    mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
+
+
+def _of_training(trained: Trained) -> dict[str, float]:
+    """Return the keys of config.json that say how routers were trained, in the terms of transformers.
+
+    Trainers read them: `router_aux_loss_coef` is the weight of a loss that is top_k at perfect balance, for
+    all layers together. `output_router_logits` stays false: it is a switch of the forward pass, and
+    `generate` with a cache fails with it (transformers 5.23).
+    """
+    balance = Course(trained.run).after(trained.step).run.router
+    built = trained.start.built
+    layers = (
+        len(built.sites) if built and balance.layers == "sum" and balance.balance_loss == "per_layer" else 1
+    )
+    return {
+        "router_aux_loss_coef": balance.balance_loss_coef * layers,
+        "router_jitter_noise": balance.jitter,
+    }
 
 
 def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -72,9 +99,10 @@ def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: P
     model = trained.model
     weights = {name: p.data for name, p in model.named_parameters()}
     for moment in trained.run.optimizer.moments:
-        for parameter in model.parameters():
-            parameter.data = optimizer.state[parameter][moment]
-        _write_model(model, trained.start, folder / moment, "float32")
+        for name, parameter in model.named_parameters():
+            own = optimizer.state.get(parameter, {}).get(moment)
+            parameter.data = torch.zeros_like(weights[name]) if own is None else own
+        write_model(model, trained, folder / moment, "float32")
     for name, parameter in model.named_parameters():
         parameter.data = weights[name]
     whole_file.write_json(folder / "state.json", {"step": trained.step})

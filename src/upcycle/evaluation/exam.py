@@ -1,0 +1,48 @@
+"""Scores a model on tasks of lm-evaluation-harness while it is trained (`training/examining.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from upcycle.data import corpus
+from upcycle.dense.subject import Subject
+from upcycle.errors import UpcycleError
+from upcycle.evaluation import task_files
+from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER, LanguageModel
+from upcycle.evaluation.scores import harness
+from upcycle.training.examining import Examiner
+from upcycle.training.run import Run
+
+
+class HarnessExaminer(Examiner):
+    """Asks what `upcycle eval --tasks` asks, with the same prompts and metrics."""
+
+    def refuse(self, run: Run, subject: Subject) -> None:
+        if not subject.architecture.endswith((DECODER, ENCODER_DECODER)):
+            raise UpcycleError(
+                f"eval.tasks: {subject.architecture} gives no text a likelihood, and tasks ask for one; "
+                f"leave them out"
+            )
+        harness()
+        if run.eval.task_files is not None:
+            task_files.find(Path(run.eval.task_files), run.eval.tasks)
+
+    def score(self, model: PreTrainedModel, run: Run, subject: Subject) -> Mapping[str, float]:
+        words = corpus.tokenizer(run.data, subject.folder)
+        language = LanguageModel.of(model, words, subject, batch_size=run.eval.batch_size)
+        folder = None if run.eval.task_files is None else Path(run.eval.task_files)
+        try:
+            results = harness().score(
+                language, run.eval.tasks, folder, shots=run.eval.num_fewshot, limit=run.eval.limit
+            )
+        finally:
+            model.train()
+        return {
+            f"{result.name}/{name}": metric.value
+            for result in results
+            for name, metric in result.metrics.items()
+            if "part_of" not in result.more
+        }

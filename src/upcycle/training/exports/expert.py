@@ -1,0 +1,94 @@
+"""One expert of each layer with everything around it: the dense model that a later merge takes as a donor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from upcycle.blueprints.blueprint import with_cache
+from upcycle.conversion import provenance
+from upcycle.conversion.write import carry
+from upcycle.errors import UpcycleError
+from upcycle.system import scratch, whole_file
+from upcycle.training.exports import Format, Trained
+from upcycle.training.exports._about import training_of
+from upcycle.training.exports.huggingface import open_to_others, write_model
+from upcycle.training.start import Start
+
+
+class Expert(Format):
+    """Class, names and config of the dense model that a run started from, with expert N as its network."""
+
+    summary = "a dense model with one expert of each layer as its network (--expert N)"
+    takes_expert = True
+
+    def write(self, trained: Trained, folder: Path, dtype: str) -> None:
+        begun, number = trained.start, trained.expert
+        assert number is not None
+        names = _names(begun, number)
+        with scratch.folder() as whole:
+            write_model(trained.model, trained, whole, dtype)
+            stored: dict[str, Tensor] = {}
+            for path in sorted(whole.glob("*.safetensors")):
+                stored |= load_file(path)
+            made = {dense: stored[name].clone() for dense, name in names.items()}
+        save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+        source = begun.dense.checkpoint
+        carried, left = carry(source.folder, folder)
+        config = with_cache({**source.config, "dtype": dtype, "torch_dtype": dtype})
+        whole_file.write_json(folder / "config.json", config)
+        open_to_others(folder)
+        told = provenance.of_dense(
+            source,
+            trained.hashes,
+            folder,
+            carried=carried,
+            left_behind=left,
+            training=(training_of(trained),),
+        )
+        whole_file.write_json(folder / told.FILE, told.as_table())
+
+
+def _names(begun: Start, number: int) -> Mapping[str, str]:
+    """Return where each tensor of the dense model is in the trained one, by its name on disk there.
+
+    Raises `UpcycleError` if a tensor of the dense model is not there whole, or something would be lost.
+    """
+    built = begun.built
+    if built is None or not built.sites:
+        raise UpcycleError(
+            "--expert takes one expert out of a Mixture of Experts, and this run has none; leave it out"
+        )
+    count = min(site.num_experts for site in built.sites)
+    if number >= count:
+        raise UpcycleError(f"--expert {number}, and the experts of a layer have the numbers 0 to {count - 1}")
+    dense = {id(lazy): name for name, lazy in begun.dense.tensors.items()}
+    places: dict[str, list[str]] = {}
+    for name, entry in begun.entries.items():
+        if (own := dense.get(id(entry.lazy))) is not None:
+            places.setdefault(own, []).append(name)
+        elif entry.shape[0] not in built.expert_counts:  # those of routers count experts
+            raise UpcycleError(
+                f"--expert: {name} of this model is no tensor of the dense one and would be lost; begin "
+                f"with init.name = copy and a target without shared experts"
+            )
+    lost = [name for name in begun.dense.tensors if name not in places]
+    if lost:
+        raise UpcycleError(
+            f"--expert: {lost[0]} has no place of its own in this model; start the run with init.name = copy "
+            f"and a target that stores experts one by one"
+        )
+    return {
+        own: sorted(found, key=_naturally)[number if len(found) > 1 else 0] for own, found in places.items()
+    }
+
+
+def _naturally(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+format = Expert

@@ -1,0 +1,465 @@
+"""Parts of a model that are trained while the rest stays to the bit, and runs of several stages."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM
+
+import gloo
+import ranks
+import tiny
+from simulated import Traffic
+from upcycle import Recipe, UpcycleError, convert, tasks
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.families._training import trained
+from upcycle.training import enter, start, step
+from upcycle.training.anatomy import Anatomy
+from upcycle.training.course import Course
+from upcycle.training.export import export
+from upcycle.training.loop import train
+from upcycle.training.metrics import read
+from upcycle.training.parallel import Ranks
+from upcycle.training.rehearsal import rehearse
+from upcycle.training.routing import Routers
+from upcycle.training.run import Run
+
+HERE = Ranks(device=torch.device("cpu"))
+MOE = {"num_experts": 4, "top_k": 2}
+
+
+def table(trainable, out: Path, **changes) -> dict:
+    source, text = trainable
+    made = {
+        "source": str(source),
+        "out": str(out),
+        "moe": MOE,
+        "data": {"sources": [{"path": str(text), "separator": "<|endoftext|>"}], "held_out": 0.1},
+        "train": {"batch_tokens": 256, "sequence_length": 64, "eval_tokens": 512},
+        "schedule": {"name": "constant", "peak": 1e-2},
+        "checkpoint": {"every": 1, "keep": 9},
+    }
+    for key, value in changes.items():
+        made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
+    return made
+
+
+def saved(run: dict, step: int) -> dict[str, dict]:
+    """Everything in a checkpoint: `model` by parameter, and `optimizer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        dcp_to_torch_save(Path(run["out"]) / "checkpoints" / f"step-{step}", Path(folder) / "all")
+        return torch.load(Path(folder) / "all", weights_only=True)
+
+
+def weights(run: dict, step: int) -> dict[str, torch.Tensor]:
+    """The parameters of a checkpoint, by name; those of step 0 are what the run began with."""
+    if step:
+        return saved(run, step)["model"]
+    return {name: p.detach() for name, p in start.plain_model(start.start_of(Run.of(run))).named_parameters()}
+
+
+def digests(run: dict, step: int) -> dict[str, str]:
+    """A digest of every tensor of a checkpoint."""
+    tensors = [
+        pair for part in saved(run, step).values() for pair in part.items() if torch.is_tensor(pair[1])
+    ]
+    return {name: ranks.digest(tensor.flatten()) for name, tensor in tensors}
+
+
+def moved(run: dict, first: int, last: int) -> set[str]:
+    """The parameters that differ between two checkpoints; of stacks, each expert by its number."""
+    return differing(weights(run, first), weights(run, last))
+
+
+def differing(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    out = set()
+    for name, old in before.items():
+        if ".experts." in name:
+            out |= {f"{name}[{e}]" for e in range(len(old)) if not torch.equal(old[e], after[name][e])}
+        elif not torch.equal(old, after[name]):
+            out.add(name)
+    return out
+
+
+# --- the parts of a model ---
+
+
+def parts_of(source: Path, **changes) -> Anatomy:
+    run = Run.of(
+        {"source": str(source), "out": "x", "data": {"sources": [{"path": "x"}]}, "train": {"steps": 1},
+         "schedule": {"peak": 1.0}, **changes}
+    )  # fmt: skip
+    begun = start.start_of(run)
+    model = start.model_of(begun, run, HERE, "float32")
+    return Anatomy(
+        model=model,
+        family=trained(begun.dense.family, "train.only"),
+        stacks=begun.dense.stacks,
+        routers=Routers.of(model),
+    )
+
+
+UP = {"moe": {**MOE, "target": "upcycled"}}
+# A class, its run, and an example of each part: what it has, and what it has not.
+PARTS = {
+    "mixtral": ("llama", {"moe": MOE}, {
+        "router": "model.layers.0.mlp.gate.weight", "experts": "model.layers.1.mlp.experts.down_proj",
+        "attention": "model.layers.0.self_attn.q_proj.weight", "norms": "model.norm.weight",
+        "embeddings": "model.embed_tokens.weight", "head": "lm_head.weight", "network": None,
+        "shared_expert": None,
+    }),
+    "qwen2_moe": ("qwen2", {"moe": {**MOE, "layers": [1]}}, {
+        "shared_expert": "model.layers.1.mlp.shared_expert_gate.weight",
+        "network": "model.layers.0.mlp.up_proj.weight", "experts": "model.layers.1.mlp.experts.gate_up_proj",
+    }),
+    "granitemoehybrid": ("granitemoehybrid", {"moe": MOE}, {
+        "shared_expert": "model.layers.0.shared_mlp.input_linear.weight", "network": None,
+        "attention": "model.layers.0.mamba.A_log", "norms": "model.layers.0.mamba.norm.weight",
+    }),
+    "bert": ("BertForMaskedLM", UP, {
+        "attention": "bert.encoder.layer.0.attention.self.key.weight", "head": "cls.predictions.bias",
+        "norms": "bert.encoder.layer.0.output.LayerNorm.bias",
+        "embeddings": "bert.embeddings.position_embeddings.weight", "network": None,
+    }),
+    "t5": ("T5ForConditionalGeneration", UP, {
+        "attention": "decoder.block.0.layer.1.EncDecAttention.q.weight",
+        "norms": "encoder.final_layer_norm.weight", "embeddings": "shared.weight",
+    }),
+    "vit": ("ViTForImageClassification", UP, {
+        "embeddings": "vit.embeddings.cls_token", "head": "classifier.weight", "norms": "vit.layernorm.bias",
+    }),
+    "convnext": ("ConvNextForImageClassification", UP, {
+        "attention": None, "experts": "convnext.encoder.stages.1.layers.0.pwconv1.experts.down_proj_bias",
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_go_by_their_names(case, dense, tmp_path):
+    kind, changes, wanted = PARTS[case]
+    source = dense(kind) if kind.islower() else tiny.make(tmp_path / kind, kind)
+    anatomy = parts_of(source, **changes)
+    for part, example in wanted.items():
+        if example is None:
+            with pytest.raises(
+                UpcycleError, match=rf"train\.only names {part}, which this model does not have"
+            ):
+                anatomy.chosen((part,), None)
+        else:
+            assert example in anatomy.chosen((part,), None), part
+    # Every parameter is in a part, but for what mixes the places of a ConvNeXt.
+    found = set().union(*(anatomy.chosen((part,), None) for part in anatomy.found()))
+    rest = {name for name in anatomy.everything if name not in found}
+    assert all(".dwconv." in n or "layer_scale" in n or "downsampling" in n for n in rest), rest
+    # What is not frozen is trained.
+    only, freeze = anatomy.chosen(("experts",), None), anatomy.chosen(None, ("experts",))
+    assert {**only, **freeze} == anatomy.everything
+    assert not only.keys() & freeze.keys()
+
+
+def test_experts_go_by_their_numbers(mixtral):
+    some = mixtral.chosen(("experts[1-2]",), None)
+    assert set(some.values()) == {frozenset({1, 2})}
+    assert mixtral.chosen(("experts",), ("experts[0, 3]",)) == some
+    assert mixtral.size(some) * 2 == mixtral.size(mixtral.chosen(("experts",), None))
+    assert len(mixtral.chosen(("*.layers.[01].*",), ("*norm*",))) == 2 * 7
+
+
+BAD = {
+    "name": ({"only": ["routr"]}, r"train\.only names 'routr', which is no part .*did you mean router"),
+    "part": ({"freeze": ["shared_expert"]}, r"names shared_expert.*it has router, experts, att"),
+    "pattern": ({"only": ["*.nothing.*"]}, r"'\*\.nothing\.\*' matches no parameter .*names are like"),
+    "number": ({"freeze": ["experts[1,7]"]}, r"experts of a layer have the numbers 0 to 3, not 7"),
+    "everything": ({"freeze": ["*"]}, r"train\.freeze leave no parameter to train"),
+    "both": ({"only": ["router"], "freeze": ["router"]}, r"train\.only and train\.freeze leave no parameter"),
+    "range": ({"only": ["experts[2-1]"]}, r"experts of a layer have the numbers 0 to 3"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixtral(dense) -> Anatomy:
+    return parts_of(dense("llama"), moe=MOE)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_frozen(case, mixtral):
+    keys, message = BAD[case]
+    with pytest.raises(UpcycleError, match=message):
+        mixtral.chosen(keys.get("only"), keys.get("freeze"))
+
+
+def test_a_stage_that_trains_nothing_is_refused_before_the_first_step(trainable, tmp_path):
+    last = {"train": {"steps": 1, "freeze": ["*"]}}
+    run = table(trainable, tmp_path / "run", stage=[{"train": {"steps": 3}}, last])
+    for refused in (train, rehearse):
+        with pytest.raises(UpcycleError, match=r"train\.freeze leave no parameter to train"):
+            refused(Run.of(run))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --- what stays, stays ---
+
+
+@pytest.fixture(scope="module")
+def staged(trainable, tmp_path_factory):
+    """A run of two stages: the router alone, then all but it and two experts, on other data."""
+    folder = tmp_path_factory.mktemp("staged")
+    (folder / "other.txt").write_text(trainable[1].read_text()[-40_000:])
+    other = {"sources": [{"path": str(folder / "other.txt"), "separator": "<|endoftext|>"}]}
+    rest = {"steps": 2, "freeze": ["router", "experts[0,2]"]}
+    run = table(
+        trainable,
+        folder / "run",
+        router={"balance_loss_coef": 1.0},
+        stage=[
+            {"name": "router", "train": {"steps": 2, "only": ["router"]}},
+            {
+                "name": "rest",
+                "train": rest,
+                "data": other,
+                "schedule": {"name": "cosine", "peak": 4e-3, "warmup": 2},
+            },
+        ],
+        train={"weight_decay": 0.5},
+    )
+    assert train(Run.of(run)).finished
+    return run
+
+
+ROUTERS = {f"model.layers.{i}.mlp.gate.weight" for i in range(5)}
+
+
+def test_frozen_parts_keep_their_bits(staged):
+    """With weight decay, a balance loss on the router, and clipping by the norm of what is trained."""
+    assert moved(staged, 0, 2) == ROUTERS
+    rest = moved(staged, 2, 4)
+    assert not rest & ROUTERS
+    assert {name[-3:] for name in rest if ".experts." in name} == {"[1]", "[3]"}
+    assert rest >= {name for name in weights(staged, 0) if ".experts." not in name} - ROUTERS
+    # The state of the optimizer is that of what is trained.
+    assert saved_moments(staged, 2) == ROUTERS
+    assert saved_moments(staged, 4) == set(weights(staged, 0)) - ROUTERS
+
+
+def test_records_say_which_stage_a_step_is_in(staged):
+    lines = read(Path(staged["out"]))
+    assert [line.stage for line in lines] == ["router", "router", "rest", "rest"]
+    assert [line.lr for line in lines] == [1e-2, 1e-2, 2e-3, 4e-3]  # each schedule begins with its stage
+    assert [line.held_out_loss is not None for line in lines] == [False, True, False, True]
+    record = json.loads((Path(staged["out"]) / "run.json").read_text())
+    assert record["run"]["train"]["steps"] == 4
+    assert Run.of(record["run"]) == Run.of(staged)
+
+
+def test_a_run_resumed_in_any_stage_is_the_run(staged, tmp_path):
+    whole = Path(staged["out"])
+    for done in (1, 2, 3):
+        again = {**staged, "out": str(tmp_path / str(done))}
+        (tmp_path / str(done) / "checkpoints").mkdir(parents=True)
+        shutil.copytree(
+            whole / "checkpoints" / f"step-{done}", Path(again["out"]) / "checkpoints" / f"step-{done}"
+        )
+        assert train(Run.of(again), resume=True).finished
+        assert [r.loss for r in read(Path(again["out"]))] == [r.loss for r in read(whole)][done:]
+        assert digests(again, 4) == digests(staged, 4)
+
+
+def test_a_run_of_other_stages_is_not_gone_on_with(staged):
+    first, second = staged["stage"]
+    other = {**second, "train": {**second["train"], "freeze": ["head"]}}
+    cases = {
+        r"stage\[1\]\.train\.freeze": [first, other],
+        r"stage \(2 there, 3 here\)": [first, second, {**second, "name": "third"}],
+    }
+    for said, stages in cases.items():
+        with pytest.raises(UpcycleError, match=rf"is of another run: it differs in .*{said}"):
+            train(Run.of({**staged, "stage": stages}), resume=True)
+
+
+def saved_moments(run: dict, step: int) -> set[str]:
+    """The parameters whose moments a checkpoint holds."""
+    keys = saved(run, step)["optimizer"]
+    return {k.removeprefix("state.").removesuffix(".exp_avg") for k in keys if k.endswith(".exp_avg")}
+
+
+# Of the others: a class, what is trained, and the ends of the names of what may move.
+NORMS = ("LayerNorm.weight", "LayerNorm.bias")
+HEAD = ("predictions.bias", "transform.dense.weight", "transform.dense.bias")
+OTHERS = {
+    "bert": ("BertForMaskedLM", {"only": ["norms", "experts[2]"]}, (*NORMS, "[2]")),
+    "bert-dense": ("BertForMaskedLM", {"freeze": ["embeddings", "attention", "network"]}, (*NORMS, *HEAD)),
+    "vit": ("ViTForImageClassification", {"only": ["head", "router"]}, ("r.weight", "classifier.bias")),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_encoders_and_images_keep_their_bits(case, tmp_path):
+    kind, keys, ends = OTHERS[case]
+    source = tiny.make(tmp_path / kind, kind)
+    moe = {} if "dense" in case else {**UP, "router": {"std": 0.5}}
+    run = Run.of(
+        {"source": str(source), "out": "x", "data": {"sources": [{"path": "x"}]}, "schedule": {"peak": 1.0},
+         "train": {"steps": 2, "batch_size": 4, "sequence_length": 16, "weight_decay": 0.5, **keys}, **moe}
+    )  # fmt: skip
+    begun = start.start_of(run)
+    task = tasks.of(begun.dense.architecture)
+    model = start.model_of(begun, run, HERE, "float32")
+    routers, course = Routers.of(model), Course(run)
+    trainee = enter.first(
+        course.legs[0], model=model, task=task, begun=begun, routers=routers, here=HERE, precision="float32",
+        anatomy=enter.anatomy_of(course, begun, model, routers),
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = ranks.batch_of(run, task) if task.name != "masked_lm" else masked(run)
+    for number in range(2):
+        step.train_step(trainee, batch, number, 1e-2)
+    changed = differing(before, dict(model.named_parameters()))
+    assert changed
+    assert all(name.endswith(ends) for name in changed), changed
+    assert not [
+        name for name in changed if ("embeddings" in name or "attention" in name) and "freeze" in keys
+    ]
+    held = {name for group in trainee.optimizer.param_groups for name in map(id, group["params"])}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def masked(run: Run) -> dict[str, torch.Tensor]:
+    ids = ranks.rows_of(run, 60)[:, :-1]
+    return {"inputs": ids, "labels": ids.where(ids % 5 == 0, -100)}
+
+
+BAD_STAGES = {
+    "no list": ({"stage": {"train": {"steps": 1}}}, r"\[\[stage\]\] must be a list of sections"),
+    "no length": ({"stage": [{"name": "a"}]}, r"stage a: each \[\[stage\]\] has one of train\.steps"),
+    "two lengths": ({"stage": [{"train": {"steps": 1, "tokens": 9}}]}, r"stage 1: each \[\[stage\]\] has"),
+    "two names": (
+        {"stage": [{"name": "a", "train": {"steps": 1}}] * 2}, r"two stages are called a; give each"
+    ),
+    "both": (
+        {"stage": [{"train": {"steps": 3}}], "train": {"steps": 4}},
+        r"train\.steps = 4 and the stages are 3 steps together; .*leave train\.steps out",
+    ),
+    "key": ({"stage": [{"train": {"steps": 1, "batch_size": 4}}]}, r"key stage\[0\]\.train\.batch_size"),
+    "section": ({"stage": [{"train": {"steps": 1}, "moe": {}}]}, r"unknown key stage\[0\]\.moe"),
+    "schedule": ({"stage": [{"train": {"steps": 1}, "schedule": {"name": "x"}}]}, "unknown schedule x"),
+    "nothing": ({}, "give one of train.steps, train.tokens and train.examples"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_STAGES)
+def test_stages_that_do_not_fit(case, trainable, tmp_path):
+    changes, message = BAD_STAGES[case]
+    made = table(trainable, tmp_path, **{key: value for key, value in changes.items() if key != "stage"})
+    if case != "both":
+        made["train"].pop("steps", None)
+    with pytest.raises(UpcycleError, match=message):
+        Run.of(made | ({"stage": changes["stage"]} if "stage" in changes else {}))
+
+
+@pytest.mark.parametrize("only", [None, ["router"], ["router", "attention"]])
+def test_ranks_reduce_the_gradients_of_what_is_trained_alone(only, dense, tmp_path, monkeypatch):
+    """Two steps in a world of two that is not there: a reduction carries a rank's gradients in bfloat16."""
+    bytes_reduced, queue = [], step.queue_step
+
+    def counted(*arguments):
+        with Traffic(1) as traffic:
+            out = queue(*arguments)
+        bytes_reduced.append(traffic.bytes["reduce_scatter", 2])
+        return out
+
+    monkeypatch.setattr(step, "queue_step", counted)
+    run = table((dense("llama"), "x"), tmp_path, train={"sequence_length": 16, "batch_tokens": 64})
+    if only is not None:
+        run["train"]["only"] = only
+    run["train"]["steps"] = 2
+    assert rehearse(Run.of(run), world=2).stepped == 2
+    anatomy = parts_of(dense("llama"), moe=MOE)
+    assert bytes_reduced == [2 * anatomy.size(anatomy.chosen(only and tuple(only), None))] * 2
+
+
+# --- from domains to one model ---
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("b*/*.toml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_the_recipes_of_several_parts(path, dense, tmp_path):
+    """Each is a run on a model of its kind, in every stage."""
+    source = dense("llama")
+    changes = [
+        f"source={source}",
+        f"out={tmp_path / 'run'}",
+        "train.sequence_length=64",
+        "train.batch_tokens=512",
+    ]
+    if "init" in tomllib.loads(path.read_text()):
+        changes.append(f"init.sources={[str(source)] * 3}")
+    run = Run.load(path, changes)
+    found = rehearse(run)
+    assert found.stepped == 2
+    stages = [stage["name"] for stage in tomllib.loads(path.read_text()).get("stage", [])]
+    assert [leg.name for leg in Course(run).legs] == (stages or [None])
+    assert found.steps == sum(leg.steps for leg in Course(run).legs)
+
+
+def test_an_expert_is_taken_out(trainable, tmp_path):
+    """The anchor is the base's network, the other is what was trained, and all else is as trained."""
+    run = table(
+        trainable,
+        tmp_path / "run",
+        moe={"num_experts": 2},
+        train={"steps": 1, "freeze": ["experts[0]"]},
+        checkpoint={"every": 0},
+    )
+    train(Run.of(run))
+    export(tmp_path / "run", tmp_path / "whole")
+    with Checkpoint.open(tmp_path / "whole") as whole, Checkpoint.open(trainable[0]) as base:
+        for number in (0, 1):
+            made = export(tmp_path / "run", tmp_path / str(number), expert=number)
+            assert made.parameters == sum(math.prod(t.shape) for t in base.tensors.values())
+            with Checkpoint.open(tmp_path / str(number)) as one:
+                assert one.tensors.keys() == base.tensors.keys()
+                for name, tensor in one.tensors.items():
+                    layer, network, matrix = name.partition(".mlp.")
+                    own = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}.get(
+                        matrix
+                    )
+                    there = f"{layer}.block_sparse_moe.experts.{number}.{own}.weight" if network else name
+                    read = one.pread(tensor, 0, tensor.nbytes)
+                    assert (read == whole.pread(whole.tensors[there], 0, tensor.nbytes)).all(), name
+                    same = (read == base.pread(base.tensors[name], 0, tensor.nbytes)).all()
+                    assert same == bool(network and number == 0), name
+    AutoModelForCausalLM.from_pretrained(tmp_path / "1")
+    # What was taken out is a donor like any other.
+    mixed = {"num_experts": 4}, {"name": "branch_train_mix", "sources": [str(tmp_path / "1")]}
+    convert(trainable[0], tmp_path / "mixed", Recipe.of(moe=mixed[0], init=mixed[1]))
+    with pytest.raises(UpcycleError, match=r"--expert 2, and the experts of a layer have the numbers 0 to 1"):
+        export(tmp_path / "run", tmp_path / "2", expert=2)
+    with pytest.raises(UpcycleError, match=r"format = gguf|an expert is a number from 0"):
+        export(tmp_path / "run", tmp_path / "2", format="expert")
+
+
+def test_several_processes_keep_the_same_bits(staged, tmp_path):
+    """fsdp2 x ep2, and gone on with from the first stage as fsdp2: trained and kept as by one process."""
+    out = tmp_path / "two"
+    staged = {**staged, "checkpoint": {"every": 2, "keep": 9}}
+    run = {**staged, "out": str(out), "parallel": {"fsdp": 2, "ep": 2}}
+    on = {**staged, "out": str(tmp_path / "on"), "parallel": {"fsdp": 2}}
+    (tmp_path / "on" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "on" / "checkpoints" / "step-2").symlink_to(out / "checkpoints" / "step-2")
+    gloo.run(2, "ranks:trains", [(run, False), (on, True)])
+    wanted = [r.loss for r in read(Path(staged["out"]))]
+    assert [r.loss for r in read(out)] == pytest.approx(wanted, rel=1e-5)
+    assert [r.loss for r in read(tmp_path / "on")] == pytest.approx(wanted[2:], rel=1e-5)
+    assert moved(run, 0, 2) == ROUTERS
+    for again in (run, on):
+        assert moved({**staged, "out": again["out"]}, 2, 4) == moved(staged, 2, 4)
+        assert saved_moments(again, 4) == saved_moments(staged, 4)
