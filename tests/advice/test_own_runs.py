@@ -11,7 +11,7 @@ import pytest
 import tiny
 from upcycle.advice import own_runs, published
 from upcycle.advice.gather import advise
-from upcycle.advice.situation import Asked
+from upcycle.advice.situation import Budget
 from upcycle.recipe import Recipe
 
 CODE = Path(__file__).parents[2] / "experiments" / "code"
@@ -46,10 +46,10 @@ def test_the_table_is_what_was_recorded(monkeypatch):
 def test_they_speak_of_models_like_theirs_alone(tmp_path):
     source = tiny.make_headers(tmp_path / "llama", LLAMA)
     recipe = Recipe.of(HALVES)
-    size = advise(source, recipe, Asked(tokens=10**6)).plan.dense_parameters
+    size = advise(source, recipe, Budget(tokens=10**6)).plan.dense_parameters
 
     def said(seen: float, extra: float):
-        asked = Asked(tokens=round(extra * seen * size), dense_tokens=round(seen * size))
+        asked = Budget(tokens=round(extra * seen * size), dense_tokens=round(seen * size))
         found = advise(source, recipe, asked)
         own = {s.said.partition(" tokens per")[0].rpartition(" ")[2]: s for s in found.statements
                if s.source == own_runs.SOURCE}  # fmt: skip
@@ -71,7 +71,7 @@ def test_they_speak_of_models_like_theirs_alone(tmp_path):
 def test_a_real_model_is_out_of_their_range(tmp_path):
     larger = LLAMA | {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
     source = tiny.make_headers(tmp_path / "llama", larger)
-    asked = Asked(tokens=10**9, dense_tokens=4 * 10**9)
+    asked = Budget(tokens=10**9, dense_tokens=4 * 10**9)
     own = [s for s in advise(source, Recipe.of(HALVES), asked).statements if s.source == own_runs.SOURCE]
     assert own
     assert not any(s.inside for s in own)
