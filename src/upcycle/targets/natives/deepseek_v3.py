@@ -31,7 +31,7 @@ native = Native(
     renormalizes="always",
     shared=SHARED,
     dense_layers=dense_layers,
-    # transformers reads neither of the two; vLLM and SGLang stop without them, and the hub's configs have them.
+    # transformers reads neither; vLLM and SGLang stop without them, and the hub's configs have them.
     constants={**CONSTANTS, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     clients={
         "llama.cpp": (_OWN_ROPE, INTERLEAVED, _QUERIES, BIASES, ACTIVATION),

@@ -38,7 +38,6 @@ def _as_on_the_hub(config: Config) -> Config:
     }
 
 
-
 def _rotates(config: Config) -> bool:
     """Return whether the attention layers have rotary positions."""
     return bool(config["position_embedding_type"] == "rope")
