@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import signal
 import threading
@@ -15,7 +16,16 @@ from torch.distributed.tensor import DTensor
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
 from upcycle.data.corruption import IGNORED
-from upcycle.training import agreement, chunked_entropy, optimizer, saving, start, step, teacher
+from upcycle.training import (
+    agreement,
+    chunked_entropy,
+    optimizer,
+    optimizers,
+    saving,
+    start,
+    step,
+    teacher,
+)
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
@@ -31,7 +41,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    raw = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 
@@ -62,6 +72,12 @@ def loads(cases: list[tuple[str, dict[str, Any]]], layouts: list[Layout]) -> lis
             total = sum(p.numel() * p.element_size() for p in model.parameters())
             out.append({"digests": digests(model), "held": held / total, "read": read[0], "experts": experts})
     return out
+
+
+def optimizers_here() -> list[str]:
+    """The optimizers whose libraries are installed."""
+    lacks = set() if importlib.util.find_spec("torchao") else {"adamw_8bit"}
+    return [name for name in optimizers.names() if name not in lacks]
 
 
 def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
@@ -188,8 +204,8 @@ def gradients(
     return out
 
 
-def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rate, weight decay and value of every parameter after a step, for each layout and change of the run."""
+def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]], steps: int = 1) -> list[dict[str, Any]]:
+    """Rate, weight decay and value of every parameter after steps, for each layout and change of the run."""
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
@@ -198,7 +214,8 @@ def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dic
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
             mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
-            step.train_step(trainee, mine, 0, 1e-3)
+            for number in range(steps):
+                step.train_step(trainee, mine, number, 1e-3)
             names = {parameter: name for name, parameter in trainee.model.named_parameters()}
             rates = {
                 names[p]: (group["lr"], group["weight_decay"])
@@ -264,15 +281,15 @@ def dies_while_saving(table: dict[str, Any], step: int, said: str) -> None:
 
 
 def restored(table: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """The digests of parameters and Adam moments that a rank gets back from a checkpoint."""
+    """The digests of parameters and the optimizer's state that a rank gets back from a checkpoint."""
     run = Run.of(table)
     with ranks(run.parallel, experts=experts_of(run)) as here:
         trainee = trainee_of(run, here)
         saving.load(Path(checkpoint), trainee.model, trainee.optimizer)
         moments = {
-            f"{name} {moment}": digest(whole(trainee.optimizer.state[p][moment]))
+            f"{name} {moment}": digest(whole(tensor))
             for name, p in trainee.model.named_parameters()
-            for moment in ("exp_avg", "exp_avg_sq")
+            for moment, tensor in trainee.optimizer.state[p].items()
         }
         return {"parameters": digests(trainee.model), "moments": moments}
 

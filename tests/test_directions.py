@@ -45,7 +45,7 @@ FLOORS = (
 # What goes up all the same, and why. A line that is no longer needed must go.
 UPWARDS = {
     ("blueprints", "conversion"): "the plan lays shards out to count their bytes",
-    ("dense", "targets"): "a source that is a Mixture of Experts already is refused by name",
+    ("dense", "targets"): "natives say how a source that has experts is read, and which one is refused",
     ("init", "dense"): "initialisations that select read the statistics that were collected",
     ("nn", "dense"): "routers that start from data read the statistics that were collected",
     ("nn", "hf"): "experts run through transformers' implementations",

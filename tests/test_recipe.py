@@ -152,7 +152,8 @@ def test_the_recipes_that_are_shipped(path, dense, tmp_path):
         assert [r.name for r in routers] == ["expert_choice", "top_k"]
         assert not any(r.normalize or r.rescale for r in routers)
         assert built.moe_layers == {"encoder": [1, 3], "decoder": [1, 3]}
-        assert run.schedule.at(0, run.train.total_steps) == pytest.approx(1e-3 * (10_000 / 1_000_001) ** 0.5)
+        assert run.schedule.at(0, run.train.total_steps) == pytest.approx(1_000_001**-0.5)
+        assert (run.optimizer.name, run.optimizer.start_step) == ("adafactor", 1_000_000)
     else:
         assert built.moe_layers == [2, 3]
         assert run.optimizer.carry_state
@@ -235,8 +236,8 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("num_experts", "did you mean moe.num_experts? Known: base, decoder, drop, dtype, init, moe, router, "
-                        "seed, stage_1, stage_2, stage_3, stage_4, successor"),
+        ("num_experts", "did you mean moe.num_experts? Known: base, decoder, drop, dtype, grow, init, moe, "
+                        "router, seed, stage_1, stage_2, stage_3, stage_4, successor"),
         ("std", "did you mean router.std?"),
         ("hidden_size", "did you mean successor.hidden_size?"),
         ("parts", "unknown key parts"),

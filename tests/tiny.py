@@ -110,6 +110,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5-head_dim": ("ernie4_5", {"head_dim": 12}),
     "hunyuan-head_dim": ("hunyuan_v1_dense", {"head_dim": 12}),
     "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "qwen3_5_text-bias": ("qwen3_5_text", {"attention_bias": True}),
     "qwen3-sliding": ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
     "youtu-whole": ("youtu", {"q_lora_rank": None, "attention_bias": True, "rope_interleave": False}),
     "qwen3-windows": (

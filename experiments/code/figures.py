@@ -104,7 +104,7 @@ def draw_gaps(runs: Runs, starts: Sequence[int], variants: Sequence[str]) -> Non
         "The longer the dense model was trained",
         curves,
         "tokens per parameter of the start",
-        "loss at the end, less that of dense continuation (nats)",
+        "nats against dense, continued",
     )
 
 

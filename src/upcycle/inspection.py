@@ -14,7 +14,8 @@ from upcycle.blueprints.blueprint import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.source import Dense, admit
+from upcycle.dense import mixtures
+from upcycle.dense.source import Dense, admit, has_experts
 from upcycle.errors import UpcycleError, listed
 from upcycle.nn import router_rows, routers
 from upcycle.nn.router_rows import RouterRows
@@ -138,7 +139,7 @@ def _dense_source(
 ) -> Dense | None:
     """Return the dense model that the experts in `folder` are compared with, if it can be found."""
     if source is not None:
-        return admit(open_checkpoint(str(source), allow_nonfinite=True))
+        return _admitted(str(source), notes)
     if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
         return None
@@ -150,10 +151,19 @@ def _dense_source(
         notes.append(f"{lost}; name it with --source to compare experts with it")
         return None
     try:
-        return admit(open_checkpoint(str(recorded), allow_nonfinite=True))
+        return _admitted(str(recorded), notes)
     except UpcycleError as error:
         notes.append(f"its source cannot be compared with: {error}")
         return None
+
+
+def _admitted(source: str, notes: list[str]) -> Dense:
+    """Return the model in `source`, which may be a Mixture of Experts that has grown."""
+    opened = open_checkpoint(source, allow_nonfinite=True)
+    if not has_experts(opened.config):
+        return admit(opened)
+    notes.append("its experts were copied from experts, so there is no dense network to compare with")
+    return mixtures.admit(opened)
 
 
 def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
@@ -164,7 +174,7 @@ def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
     if part.router is None:
         return {**place, "num_experts": 0, "width": part.up.shape[0], "dtype": dtype}
     experts = part.experts
-    original = None if dense is None else dense.feed_forward(part.layer, part.stack)
+    original = None if dense is None else dense.comparable(part.layer, part.stack)
     comparable = original is not None and original.up.shape == experts[0].up.shape
     if original is not None and not comparable and not notes:
         notes.append("experts are not of the shape of the dense networks: no similarity to them")

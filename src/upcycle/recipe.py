@@ -87,6 +87,57 @@ class Successor(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Grow(Settings):
+    """More experts for a source that is a Mixture of Experts already: E experts become m E.
+
+    Experts stay under their numbers. Copies of experts follow, with copies of their rows of the router
+    (Expert Upcycling, arXiv 2604.19835). With `choose = "all"` and m times as many experts per token, the m
+    copies of an expert share its weight, so the function is kept. With fewer experts per token, copies of one
+    expert take the places of other experts, and it is not.
+
+    Copies that tokens always take together have the same gradients, so training alone never tells them apart.
+    `noise` does, and with `noise_on = "down"` the function is still kept, up to rounding.
+    """
+
+    section: ClassVar[str] = "grow"
+
+    factor: Annotated[int, AtLeast(1)] = 2  # m: experts of a layer, divided by those of the source
+    # experts of a layer; 0 means factor times those of the source
+    experts: Annotated[int, AtLeast(0)] = 0
+    # experts per token; 0 means that they grow as the experts do, which keeps the function
+    top_k: Annotated[int, AtLeast(0)] = 0
+    # all copies every expert equally often; utility copies those that tokens choose most, layer by layer
+    choose: Literal["all", "utility"] = "all"
+    # for utility: the routing.json that `upcycle inspect SOURCE --text NAME=FILE` writes
+    statistics: str = ""
+    most_copies: Annotated[int, AtLeast(2)] = 3  # for utility: the most copies of an expert, itself included
+    # noise that tells copies apart, N(0, 1) times so many standard deviations of a matrix
+    noise: Annotated[float, AtLeast(0)] = 0.0
+    # down: on the last matrix of an expert and its copies, in pairs of opposite signs, which cancel if a
+    # token takes both; all: on every matrix of copies, and the source's own experts stay as they are
+    noise_on: Literal["down", "all"] = "down"
+    # likewise on the rows of the router that are copies, so that they score a token differently
+    router_noise: Annotated[float, AtLeast(0)] = 0.0
+    # neurons of the shared expert, where the class has one; more than the source's have no output at first; 0
+    # keeps the source's
+    shared_width: Annotated[int, AtLeast(0)] = 0
+    # layers without experts become MoE layers too, by [init] and [router]
+    dense_layers: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts and self.factor != Grow.factor:
+            raise UpcycleError("grow.factor and grow.experts both say how many experts there are; give one")
+        if (self.choose == "utility") != bool(self.statistics):
+            raise UpcycleError(
+                "grow.choose = utility takes grow.statistics = FILE, the routing.json that `upcycle inspect "
+                "SOURCE --text NAME=FILE` writes; give both or neither"
+            )
+        if Path(self.statistics).is_file():  # the recipe is stored with its result and may be read elsewhere
+            object.__setattr__(self, "statistics", str(Path(self.statistics).resolve()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Part(Settings):
     """The MoE layers of one stack of blocks and their router."""
 
@@ -109,7 +160,13 @@ class Recipe(Settings):
     init: Init = dataclasses.field(default_factory=lambda: settings.read(Init, {}, "init"))
     router: Router = dataclasses.field(default_factory=lambda: settings.read(Router, {}, "router"))
     successor: Successor | None = None
+    grow: Grow | None = None
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grow is not None and self.moe.target == Moe.target:
+            object.__setattr__(self, "moe", dataclasses.replace(self.moe, target="grown"))
 
     @classmethod
     def of(cls, given: Recipe | Mapping[str, Any] | str | Path | None = None, /, **sections: Any) -> Recipe:

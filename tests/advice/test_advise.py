@@ -30,7 +30,7 @@ from upcycle import Recipe, UpcycleError, blueprint, cli, plan
 from upcycle.advice import comparison as compared
 from upcycle.advice import drop_ratio, duration, inference, layout, published, recipe_file, scaling_law
 from upcycle.advice.gather import advise
-from upcycle.advice.situation import Asked, Situation, parse_tokens
+from upcycle.advice.situation import Budget, Situation, parse_tokens
 from upcycle.advice.verdict import verdict
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.checkpoints.checkpoint import Checkpoint
@@ -101,11 +101,11 @@ def large(tmp_path_factory):
 
 
 def situation(source, recipe=None, /, **asked):
-    return Situation(asked=Asked(**asked), built=blueprint(source, Recipe.of(recipe or {})))
+    return Situation(asked=Budget(**asked), built=blueprint(source, Recipe.of(recipe or {})))
 
 
 def said(source, recipe=None, /, **asked):
-    return advise(source, Recipe.of(recipe or {}), Asked(**asked))
+    return advise(source, Recipe.of(recipe or {}), Budget(**asked))
 
 
 # --- the scaling law

@@ -14,7 +14,7 @@ from typing import Any
 import left_behind
 import tiny
 from heard import Counted
-from upcycle.calibration.calibration import Asked, calibrate
+from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.conversion import write
 from upcycle.conversion.write import convert
 from upcycle.training.export import export
@@ -168,10 +168,10 @@ class Workshop:
     def statistics(self) -> Path:
         return tiny.make_statistics(self.folder / "stats.safetensors", self.dense)
 
-    def calibrating(self, **changes: Any) -> Asked:
+    def calibrating(self, **changes: Any) -> ToCalibrate:
         """What is asked of a calibration of four rows."""
         given = {"text": self.text, "length": 16, "limit": 4, "batch_size": 1, "device": "cpu"}
-        return Asked(**{**given, **changes})
+        return ToCalibrate(**{**given, **changes})
 
     @cached_property
     def half_calibrated(self) -> Path:

@@ -27,7 +27,7 @@ from heard import Counted
 from tiny import make
 from upcycle import cli, families
 from upcycle.calibration import calibration
-from upcycle.calibration.calibration import Asked, calibrate
+from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.calibration.observer import Observer
 from upcycle.checkpoints.checkpoint import Checkpoint, read_header
 from upcycle.dense.source import admit
@@ -98,7 +98,7 @@ def collect(data: Path, tmp_path: Path) -> Callable[..., Statistics]:
                 "length": LENGTH,
             }
         hooks = {k: options.pop(k) for k in ("progress", "save_every") if k in options}
-        asked = Asked(**{**where, "limit": ROWS, "batch_size": 4, "device": "cpu", **options})
+        asked = ToCalibrate(**{**where, "limit": ROWS, "batch_size": 4, "device": "cpu", **options})
         return calibrate(data / kind, tmp_path / f"{name}.safetensors", asked, **hooks)
 
     return run
@@ -312,13 +312,15 @@ def test_classes_without_a_task_are_calibrated_too(architecture, data, tmp_path)
     if architecture != "ViTModel":
         make_tokenizer(folder)
         where = {"text": data / "text.txt", "length": LENGTH}
-    asked = Asked(**where, device="cpu", limit=8)
+    asked = ToCalibrate(**where, device="cpu", limit=8)
     found = calibrate(folder, tmp_path / "out.safetensors", asked)
     stacks = ["encoder", "decoder"][: 1 + (architecture == "T5Model")] if "T5" in architecture else ["layers"]
     assert list(found.provenance["tokens"]) == stacks
     assert all(found.of("heads", stack, 1, "l2").min() > 0 for stack in stacks)
     with pytest.raises(UpcycleError, match=f"{architecture} has no head for one"):
-        calibrate(folder, tmp_path / "b.safetensors", Asked(**where, device="cpu", collect=("gradient",)))
+        calibrate(
+            folder, tmp_path / "b.safetensors", ToCalibrate(**where, device="cpu", collect=("gradient",))
+        )
 
 
 @pytest.mark.parametrize("model_type", families.names())
@@ -595,7 +597,7 @@ def test_a_file_that_is_there_stays(collect, data, tmp_path):
         collect("vit")
     assert (tmp_path / "out.safetensors").read_text() == "mine"
     with pytest.raises(UpcycleError, match=r"must end in \.safetensors"):
-        calibrate(data / "vit", tmp_path / "out", Asked(images=data / "images"))
+        calibrate(data / "vit", tmp_path / "out", ToCalibrate(images=data / "images"))
 
 
 @pytest.mark.usefixtures("on_screen")
@@ -618,9 +620,9 @@ def test_activations_that_are_no_numbers_are_refused(data, tmp_path):
     model.save_pretrained(folder)
     asked = {"images": data / "images", "device": "cpu"}
     with pytest.raises(UpcycleError, match="NaN or inf; the checkpoint is damaged"):
-        calibrate(folder, tmp_path / "out.safetensors", Asked(**asked))
+        calibrate(folder, tmp_path / "out.safetensors", ToCalibrate(**asked))
     with pytest.raises(UpcycleError, match=r"neurons\.layers\.2\.l1 of .* is NaN or inf"):
-        calibrate(folder, tmp_path / "out.safetensors", Asked(**asked, allow_nonfinite=True))
+        calibrate(folder, tmp_path / "out.safetensors", ToCalibrate(**asked, allow_nonfinite=True))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -676,7 +678,7 @@ def test_a_trained_model_on_a_text_that_it_knows(stories, tinystories, tmp_path)
         size: calibrate(
             stories,
             tmp_path / f"{size}.safetensors",
-            Asked(
+            ToCalibrate(
                 text=tinystories, collect=(*EVERYTHING, "gradient"), limit=24, length=128, batch_size=size,
                 device="cpu", cache=tmp_path, in_order=True,
             ),

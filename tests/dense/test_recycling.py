@@ -14,7 +14,7 @@ import tiny
 import upcycle
 from arrays import made, stored
 from upcycle import Recipe, blueprint, convert, plan, verify
-from upcycle.calibration.calibration import Asked, calibrate
+from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.cli.views.plan import show_plan
 from upcycle.errors import UpcycleError
 from upcycle.init import Site, _selecting, co_activation
@@ -475,7 +475,7 @@ def test_a_vit_is_calibrated_and_recycled(name, preset, big, small, tmp_path):
     found = calibrate(
         big,
         tmp_path / "found.safetensors",
-        Asked(images=tmp_path / "images", collect=("l2", "co_activation"), device="cpu"),
+        ToCalibrate(images=tmp_path / "images", collect=("l2", "co_activation"), device="cpu"),
     )
     options = {"parts": 8} if name == "co_activation" else {}
     recipe = Recipe.of(
@@ -520,7 +520,7 @@ def test_a_trained_language_model_is_recycled(name, stories, tinystories, tmp_pa
     found = calibrate(
         stories,
         tmp_path / "found.safetensors",
-        Asked(
+        ToCalibrate(
             text=tinystories,
             collect=("l2", "co_activation"),
             limit=16,

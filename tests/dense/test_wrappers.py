@@ -82,6 +82,11 @@ def test_images_and_text_get_the_same_answers(case, made, tmp_path):
     assert len(upcycle.inspect(tmp_path / "moe").blocks) == 2
 
 
+def test_the_text_model_has_the_key_that_vllm_reads(made):
+    built = blueprint(made("qwen3_vl"), Recipe.of(moe={"num_experts": 4}))
+    assert built.config["text_config"]["norm_topk_prob"] is True
+
+
 def test_what_is_around_the_text_model_stays_as_it_is(made, tmp_path):
     convert(made("llava"), tmp_path / "moe", Recipe.of(moe={"num_experts": 2}))
     with Checkpoint.open(made("llava")) as before, Checkpoint.open(tmp_path / "moe") as after:

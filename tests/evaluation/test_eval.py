@@ -20,7 +20,7 @@ from upcycle.evaluation import results, text
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.comparison import compare
 from upcycle.evaluation.differences import Sums, difference
-from upcycle.evaluation.scores import Asked, evaluate, score
+from upcycle.evaluation.scores import ToScore, evaluate, score
 
 STORY = (
     "Once upon a time there was a café called “Zoë’s” 🙂.\nIt sold tea, naïve cakes and 日本 sweets.",
@@ -110,7 +110,7 @@ def naive(folder: Path, documents: list[str], length: int, stride: int) -> dict[
 
 @pytest.mark.parametrize(("length", "stride"), [(48, None), (16, 5), (7, 7)])
 def test_a_text_is_scored_as_a_naive_loop_scores_it(byte_model, story, length, stride):
-    found = evaluate(byte_model, Asked(text=story, length=length, stride=stride, separator="<|>"))
+    found = evaluate(byte_model, ToScore(text=story, length=length, stride=stride, separator="<|>"))
     wanted = naive(byte_model, [s for s in STORY if s], length, stride or length)
     assert {k: found[k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
     assert found["documents"] == 3  # the empty one has no token
@@ -123,7 +123,7 @@ def test_a_real_text_is_scored_as_a_naive_loop_scores_it(stories, tinystories, t
     documents = [s for s in documents if s]
     path = tmp_path / "some.txt"
     path.write_text("\n<|endoftext|>\n".join(documents))
-    found = evaluate(stories, Asked(text=path, length=200, stride=150, separator="<|endoftext|>"))
+    found = evaluate(stories, ToScore(text=path, length=200, stride=150, separator="<|endoftext|>"))
     wanted = naive(stories, documents, 200, 150)
     assert {k: found[k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
     assert 1.0 < found["loss"] < 1.7  # a trained model: random is log 512 = 6.2
@@ -133,12 +133,12 @@ def test_bytes_of_tokens_are_those_of_their_characters(stories, tmp_path):
     """Tokens of several bytes, characters of several tokens: any number of windows has its own bytes."""
     path = tmp_path / "story.txt"
     path.write_text(STORY[0])
-    whole = evaluate(stories, Asked(text=path))
+    whole = evaluate(stories, ToScore(text=path))
     assert whole["bytes"] == len(STORY[0].encode())
     tokenizer = AutoTokenizer.from_pretrained(stories)
     made = tokenizer(STORY[0], add_special_tokens=False, return_offsets_mapping=True)
     for limit in (1, 2, 3):
-        found = evaluate(stories, Asked(text=path, length=5, limit=limit))
+        found = evaluate(stories, ToScore(text=path, length=5, limit=limit))
         assert found["targets"] == 5 * limit
         end = made.offset_mapping[5 * limit][0]  # where the next token begins
         assert found["bytes"] == len(STORY[0][:end].encode())
@@ -149,7 +149,7 @@ def test_a_long_document_is_scored_like_the_whole(byte_model, tmp_path, monkeypa
     words = " ".join(f"word{i * 7919 % 1000}" for i in range(3000))
     path = tmp_path / "long.txt"
     path.write_text(words)
-    asked = Asked(text=path, length=48)
+    asked = ToScore(text=path, length=48)
     whole = evaluate(byte_model, asked)
     monkeypatch.setattr("upcycle.data.corpus._PIECE", 1000)
     pieces = evaluate(byte_model, asked)
@@ -165,10 +165,10 @@ def test_no_bos_is_eos_and_neither_is_an_error(byte_model, story, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     backend = tokenizer.backend_tokenizer
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
-    assert evaluate(folder, Asked(text=story))["loss"] > 0
+    assert evaluate(folder, ToScore(text=story))["loss"] > 0
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
     with pytest.raises(UpcycleError, match="neither BOS nor EOS"):
-        evaluate(folder, Asked(text=story))
+        evaluate(folder, ToScore(text=story))
 
 
 # Several models
@@ -178,7 +178,7 @@ def test_a_copy_differs_by_nothing_and_damage_by_what_it_is(stories, tinystories
     dense, moe, drop = stories, tmp_path / "moe", tmp_path / "drop"
     convert(stories, moe, Recipe.of(init={"name": "copy"}))
     convert(stories, drop, Recipe.of(init={"name": "drop", "ratio": 0.25}))
-    asked = Asked(text=tinystories, separator="<|endoftext|>", limit=30)
+    asked = ToScore(text=tinystories, separator="<|endoftext|>", limit=30)
     scored = [score(folder, asked) for folder in (dense, moe, drop)]
     compared = compare(scored)
     assert not compared["notes"]
@@ -218,7 +218,7 @@ def test_other_tokenizers_are_compared_by_bits_per_byte_alone(trainable, byte_mo
     path = tmp_path / "text.txt"
     path.write_text(trainable[1].read_text()[:9000])
     folder = words_model(tmp_path / "words", path.read_text())
-    both = [score(f, Asked(text=path)) for f in (folder, byte_model)]
+    both = [score(f, ToScore(text=path)) for f in (folder, byte_model)]
     compared = compare(both)
     tokens = [s.results[0].more["targets"] for s in both]
     assert tokens[0] < 0.8 * tokens[1]
@@ -229,7 +229,7 @@ def test_other_tokenizers_are_compared_by_bits_per_byte_alone(trainable, byte_mo
     (note,) = compared["notes"]
     assert "different tokenizers" in note
     assert "bits per byte can" in note
-    cut = compare([score(f, Asked(text=path, limit=2)) for f in (folder, byte_model)])
+    cut = compare([score(f, ToScore(text=path, limit=2)) for f in (folder, byte_model)])
     assert not cut["differences"]
     assert any("under --limit" in note for note in cut["notes"])
 
@@ -246,7 +246,7 @@ def test_images_are_paired(tmp_path):
             pixels = random.integers(0, 256, (12, 12, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / str(label) / f"{i}.png")
     folders = [make(tmp_path / f"vit{s}", "ViTForImageClassification", seed=s) for s in (0, 1)]
-    asked = Asked(images=tmp_path / "images", batch_size=5)
+    asked = ToScore(images=tmp_path / "images", batch_size=5)
     compared = compare([score(folder, asked) for folder in folders])
     right = []
     for folder in folders:
@@ -262,7 +262,7 @@ def test_images_are_paired(tmp_path):
     assert row["difference"] == pytest.approx(float((right[1] - right[0]).mean()))
     assert row["standard_error"] == pytest.approx(float(stats.sem(right[1] - right[0])))
     probes = [
-        score(folder, Asked(images=tmp_path / "images", shots=tmp_path / "images", per_class=2))
+        score(folder, ToScore(images=tmp_path / "images", shots=tmp_path / "images", per_class=2))
         for folder in folders
     ]
     (row,) = compare(probes)["differences"]
@@ -380,7 +380,7 @@ def test_long_rows_are_fewer_at_once():
 
 def test_the_batch_size_changes_nothing(byte_model, story):
     found = [
-        evaluate(byte_model, Asked(text=story, length=20, separator="<|>", batch_size=n))["loss"]
+        evaluate(byte_model, ToScore(text=story, length=20, separator="<|>", batch_size=n))["loss"]
         for n in (0, 1, 3)
     ]
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
@@ -399,8 +399,8 @@ def test_rows_come_again_where_memory_ran_out(tmp_path, monkeypatch):
             pixels = random.integers(0, 256, (12, 12, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / str(label) / f"{i}.png")
     folder = make(tmp_path / "vit", "ViTForImageClassification")
-    asked = [Asked(images=tmp_path / "images", batch_size=8)]
-    asked.append(Asked(images=tmp_path / "images", shots=tmp_path / "images", per_class=2, batch_size=8))
+    asked = [ToScore(images=tmp_path / "images", batch_size=8)]
+    asked.append(ToScore(images=tmp_path / "images", shots=tmp_path / "images", per_class=2, batch_size=8))
     wanted = [evaluate(folder, each) for each in asked]
     opened, tried = models.open, []
 
@@ -555,18 +555,18 @@ def test_a_damaged_record_is_said_and_stays(byte_model, story, tmp_path, capsys,
 )
 def test_mistakes_in_how_a_text_is_scored(byte_model, story, asked, message):
     with pytest.raises(UpcycleError, match=message):
-        evaluate(byte_model, Asked(text=story, **asked))
+        evaluate(byte_model, ToScore(text=story, **asked))
 
 
 def test_mistakes_in_what_is_given(byte_model, story, tmp_path):
     with pytest.raises(UpcycleError, match="one file name"):
-        Asked(text=(story, tmp_path / story.name))
+        ToScore(text=(story, tmp_path / story.name))
     with pytest.raises(UpcycleError, match=r"no data at .*nowhere\.txt"):
-        evaluate(byte_model, Asked(text=tmp_path / "nowhere.txt"))
+        evaluate(byte_model, ToScore(text=tmp_path / "nowhere.txt"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(UpcycleError, match=f"upcycle export {tmp_path}/run OUT"):
-        evaluate(tmp_path / "run", Asked(text=story))
+        evaluate(tmp_path / "run", ToScore(text=story))
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UpcycleError, match=r"empty\.txt holds no text"):
-        evaluate(byte_model, Asked(text=tmp_path / "empty.txt"))
+        evaluate(byte_model, ToScore(text=tmp_path / "empty.txt"))

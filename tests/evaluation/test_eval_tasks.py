@@ -20,7 +20,7 @@ from upcycle.dense.subject import Subject
 from upcycle.evaluation import task_files
 from upcycle.evaluation.comparison import compare
 from upcycle.evaluation.language_model import LanguageModel, Pair
-from upcycle.evaluation.scores import Asked, evaluate, score
+from upcycle.evaluation.scores import ToScore, evaluate, score
 from upcycle.hf import models
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'upcycle[eval]'")
@@ -245,7 +245,7 @@ def test_numbers_are_those_of_the_harness_own_model(dense_model, folders):
 
 def test_blimp_is_the_mean_of_its_paradigms(dense_model, folders):
     """The harness's group does not weigh paradigms by size either."""
-    found = evaluate(dense_model, Asked(tasks=("blimp",), task_files=folders[1]))["results"]
+    found = evaluate(dense_model, ToScore(tasks=("blimp",), task_files=folders[1]))["results"]
     parts = {r["name"]: r["metrics"]["acc"] for r in found}
     whole = parts.pop("blimp")
     assert set(parts) == {"blimp_passive_1", "blimp_wh_island"}
@@ -327,7 +327,7 @@ def test_a_copy_differs_by_nothing(stories, tmp_path):
     if not REAL.is_dir():
         pytest.skip(f"the files of the tasks are not at {REAL}")
     convert(stories, tmp_path / "moe", Recipe.of())
-    asked = Asked(tasks=("arc_easy", "blimp_wh_island"), task_files=REAL, limit=25)
+    asked = ToScore(tasks=("arc_easy", "blimp_wh_island"), task_files=REAL, limit=25)
     rows = compare([score(folder, asked) for folder in (stories, tmp_path / "moe")])["differences"]
     assert {(row["name"], row["metric"]) for row in rows} == {
         ("arc_easy", "acc"), ("arc_easy", "acc_norm"), ("blimp_wh_island", "acc"),
@@ -340,7 +340,7 @@ def test_an_upcycled_model_is_asked_like_any_other(dense_model, folders, tmp_pat
     moe = {"target": "upcycled", "num_experts": 4}
     convert(dense_model, tmp_path / "moe", Recipe.of(moe=moe, init={"name": "drop", "ratio": 0.5}))
     asked = {"tasks": ("arc_easy", "blimp"), "task_files": folders[1]}
-    scored = [score(dense_model, Asked(**asked)), score(tmp_path / "moe", Asked(**asked))]
+    scored = [score(dense_model, ToScore(**asked)), score(tmp_path / "moe", ToScore(**asked))]
     for row in compare(scored)["differences"]:
         one, two = (
             next(r for r in s.results if r.name == row["name"]).metrics[row["metric"]] for s in scored
@@ -385,7 +385,7 @@ def test_the_command(dense_model, folders, tmp_path, capsys):
 def test_missing_files_and_unknown_tasks(dense_model, folders, tmp_path):
     def refused(message: str, **asked: Any) -> None:
         with pytest.raises(UpcycleError, match=message):
-            evaluate(dense_model, Asked(**asked))
+            evaluate(dense_model, ToScore(**asked))
 
     refused(r"has no winogrande\.jsonl for the task winogrande", tasks=("winogrande",), task_files=folders[0])
     refused("no folder", tasks=("piqa",), task_files=tmp_path / "nowhere")
@@ -418,7 +418,7 @@ def test_a_row_with_a_field_missing_or_of_another_kind_is_a_sentence(task, odd, 
             row[field] = odd
         path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
         with pytest.raises(UpcycleError) as said:
-            evaluate(dense_model, Asked(tasks=(task,), task_files=tmp_path))
+            evaluate(dense_model, ToScore(tasks=(task,), task_files=tmp_path))
         assert "line 2" in str(said.value) or f"task {task}, example 2" in str(said.value)
 
 
@@ -426,10 +426,10 @@ def test_rows_of_a_task_that_is_not_known_here(dense_model, tmp_path):
     """The harness's own templates fail on them in ways of their own."""
     (tmp_path / "winogrande.jsonl").write_text('{"query": "a"}\n')
     with pytest.raises(UpcycleError, match="winogrande"):
-        evaluate(dense_model, Asked(tasks=("winogrande",), task_files=tmp_path))
+        evaluate(dense_model, ToScore(tasks=("winogrande",), task_files=tmp_path))
     (tmp_path / "piqa.jsonl").write_text(json.dumps({**HUB["piqa"][0], "label": 9}) + "\n")
     with pytest.raises(UpcycleError, match=r"line 1: 'label' is 9; in a row of piqa it is 0 to 1"):
-        evaluate(dense_model, Asked(tasks=("piqa",), task_files=tmp_path))
+        evaluate(dense_model, ToScore(tasks=("piqa",), task_files=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_rows_of_a_task_that_is_not_known_here(dense_model, tmp_path):
 def test_json_that_is_no_row(line, said, dense_model, tmp_path):
     (tmp_path / "piqa.jsonl").write_text(line)
     with pytest.raises(UpcycleError, match=f"line 1 .*({said})"):
-        evaluate(dense_model, Asked(tasks=("piqa",), task_files=tmp_path))
+        evaluate(dense_model, ToScore(tasks=("piqa",), task_files=tmp_path))
 
 
 @pytest.mark.usefixtures("on_screen")
@@ -453,7 +453,7 @@ def test_a_continuation_longer_than_the_model_reads_loses_its_first_tokens(tmp_p
         {"goal": "Go", "sol1": "x" * 40, "sol2": "No.", "label": 1},
     ]
     (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (result,) = evaluate(folder, Asked(tasks=("piqa",), task_files=tmp_path))["results"]
+    (result,) = evaluate(folder, ToScore(tasks=("piqa",), task_files=tmp_path))["results"]
     assert (result["examples"], result["continuations_shortened"]) == (2, 1)
     said = " ".join(capsys.readouterr().err.split())
     assert "piqa: in 1 of 2 examples a continuation is longer than the 24 tokens" in said
@@ -464,7 +464,7 @@ def test_a_continuation_longer_than_the_model_reads_loses_its_first_tokens(tmp_p
     assert len(cut.nats) == 24
     assert np.array_equal(cut.nats, rest.nats)
     (tmp_path / "piqa.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    (result,) = evaluate(folder, Asked(tasks=("piqa",), task_files=tmp_path))["results"]
+    (result,) = evaluate(folder, ToScore(tasks=("piqa",), task_files=tmp_path))["results"]
     assert "continuations_shortened" not in result
 
 
@@ -475,10 +475,10 @@ def test_without_the_harness_a_sentence_says_how_to_get_it(dense_model, folders,
     monkeypatch.delattr("upcycle.evaluation.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UpcycleError, match=r"pip install 'upcycle\[eval\]'"):
-        evaluate(dense_model, Asked(tasks=("piqa",), task_files=folders[0]))
+        evaluate(dense_model, ToScore(tasks=("piqa",), task_files=folders[0]))
 
 
 def test_a_class_without_likelihoods(tmp_path, folders):
     folder = make(tmp_path / "bert", "BertForMaskedLM")
     with pytest.raises(UpcycleError, match="gives no text a likelihood"):
-        evaluate(folder, Asked(tasks=("piqa",), task_files=folders[0]))
+        evaluate(folder, ToScore(tasks=("piqa",), task_files=folders[0]))

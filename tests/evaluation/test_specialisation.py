@@ -18,7 +18,7 @@ from upcycle import Recipe, cli, convert, families
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.patches import Patches
-from upcycle.evaluation.specialisation import Asked, divergence, specialisation
+from upcycle.evaluation.specialisation import ToWatch, divergence, specialisation
 from upcycle.inspection import inspect
 from upcycle.reporting.plots import plot
 from upcycle.tasks._rows import of_images, of_text
@@ -69,7 +69,7 @@ def test_divergence_in_closed_form():
 def test_a_native_class_is_what_transformers_says(mixtral, texts, tmp_path):
     """Loads, confidence, divergence and favourites from `output_router_logits`, token by token."""
     found = specialisation(
-        mixtral, Asked(text=texts, limit=12, length=64, batch_size=5, cache=tmp_path)
+        mixtral, ToWatch(text=texts, limit=12, length=64, batch_size=5, cache=tmp_path)
     ).as_dict()
     model = upcycle.open(mixtral).eval()
     subject = Subject.of(mixtral)
@@ -141,7 +141,7 @@ def test_images_and_their_patches(router, pictures, tmp_path):
     source = tiny.make(tmp_path / "vit", "ViTForImageClassification", image_size=12, patch_size=3)
     moe = {"num_experts": 4, "target": "upcycled", "layers": "last_half"}
     convert(source, tmp_path / "moe", Recipe.of(moe=moe, router={**router, "std": 1.0}))
-    seen = specialisation(tmp_path / "moe", Asked(images=pictures, batch_size=4, cache=tmp_path))
+    seen = specialisation(tmp_path / "moe", ToWatch(images=pictures, batch_size=4, cache=tmp_path))
     found = seen.as_dict()
     model, subject = upcycle.open(tmp_path / "moe").eval(), Subject.of(tmp_path / "moe")
     routings = []
@@ -189,7 +189,7 @@ def test_both_stacks_of_t5(tmp_path, texts):
         tmp_path / "moe",
         Recipe.of(moe={"target": "upcycled", "num_experts": 4, "layers": "every_other"}),
     )
-    found = specialisation(tmp_path / "moe", Asked(text=texts, limit=4, length=48)).as_dict()
+    found = specialisation(tmp_path / "moe", ToWatch(text=texts, limit=4, length=48)).as_dict()
     assert {row["stack"] for row in found["layers"]} == {"encoder", "decoder"}
     for row in found["layers"]:
         assert sum(row["load"]) == pytest.approx(1, abs=1e-5)
@@ -281,7 +281,7 @@ def test_a_convnext_is_watched(pictures, tmp_path):
         tmp_path / "moe",
         Recipe.of(moe={"target": "upcycled", "num_experts": 4, "layers": "last_half"}),
     )
-    seen = specialisation(tmp_path / "moe", Asked(images=pictures, cache=tmp_path))
+    seen = specialisation(tmp_path / "moe", ToWatch(images=pictures, cache=tmp_path))
     for layer in seen.layers:
         grid = Subject.of(tmp_path / "moe").grid(layer.stack)
         assert layer.patches.pixels.shape[-2:] == (grid.height, grid.width)
@@ -332,4 +332,4 @@ def test_a_source_that_cannot_be_read_is_a_note(trainable, tmp_path, capsys):
 
 def test_nothing_asked_for():
     with pytest.raises(UpcycleError, match="give either"):
-        Asked()
+        ToWatch()

@@ -16,7 +16,7 @@ from conftest import SHARED
 from upcycle import Recipe, UpcycleError, convert
 from upcycle.evaluation import superglue, text_to_text
 from upcycle.evaluation.comparison import compare
-from upcycle.evaluation.scores import Asked, evaluate, score
+from upcycle.evaluation.scores import ToScore, evaluate, score
 from upcycle.evaluation.superglue import TASKS, Example
 
 REAL = SHARED / "real" / "tasks"
@@ -354,7 +354,7 @@ def t5(tmp_path_factory) -> tuple[Path, Path, dict[str, list[Example]]]:
 
 def test_all_eight_tasks_are_scored_as_one_example_at_a_time(t5):
     folder, data, examples = t5
-    found = {r["name"]: r for r in evaluate(folder, Asked(superglue=data))["results"]}
+    found = {r["name"]: r for r in evaluate(folder, ToScore(superglue=data))["results"]}
     assert set(found) == {*TASKS, "superglue"}
     means = []
     for kind, several in examples.items():
@@ -375,7 +375,7 @@ def test_ranks_are_by_the_likelihood_of_the_whole_answer(t5):
         AutoTokenizer.from_pretrained(folder),
         T5ForConditionalGeneration.from_pretrained(folder),
     )
-    found = {r["name"]: r["metrics"] for r in evaluate(folder, Asked(superglue=data))["results"]}
+    found = {r["name"]: r["metrics"] for r in evaluate(folder, ToScore(superglue=data))["results"]}
     for kind in ("cb", "multirc"):
         right = []
         for example in examples[kind]:
@@ -393,7 +393,7 @@ def test_ranks_are_by_the_likelihood_of_the_whole_answer(t5):
 def test_dense_and_upcycled_are_paired(t5, tmp_path):
     folder, data, _ = t5
     convert(folder, tmp_path / "moe", Recipe.of(moe={"target": "upcycled", "num_experts": 4}))
-    rows = compare([score(f, Asked(superglue=data)) for f in (folder, tmp_path / "moe")])["differences"]
+    rows = compare([score(f, ToScore(superglue=data)) for f in (folder, tmp_path / "moe")])["differences"]
     assert {row["name"] for row in rows} == set(TASKS)
     assert {(row["difference"], row["standard_error"]) for row in rows} == {(0.0, 0.0)}
     assert {row["units"] for row in rows} == {"examples", "questions", "queries"}
@@ -425,7 +425,9 @@ def test_real_boolq_and_copa(tmp_path):
     words = sorted({*words_of([e.prompt for e in every]), *labels})
     folder = tmp_path / "t5"
     train(folder, make_tokenizer(folder, words), every, steps=40)
-    found = {r["name"]: r["metrics"] for r in evaluate(folder, Asked(superglue=tmp_path / "data"))["results"]}
+    found = {
+        r["name"]: r["metrics"] for r in evaluate(folder, ToScore(superglue=tmp_path / "data"))["results"]
+    }
     for kind, several in examples.items():
         said = alone(folder, [e.prompt for e in several])
         right = np.mean([text in e.answers for text, e in zip(said, several, strict=True)])
@@ -438,7 +440,7 @@ def test_mistakes(t5, tmp_path):
 
     def refused(message: str, where: Path, model: Path = folder) -> None:
         with pytest.raises(UpcycleError, match=message):
-            evaluate(model, Asked(superglue=where))
+            evaluate(model, ToScore(superglue=where))
 
     refused("no folder", tmp_path / "nowhere")
     refused("has no file of SuperGLUE; it should have some of boolq.jsonl", tmp_path)

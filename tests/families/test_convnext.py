@@ -21,7 +21,7 @@ from promises import claims
 from ranks import trainee_of
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
 from upcycle.blueprints.cost import flops_per_row
-from upcycle.calibration.calibration import Asked, calibrate
+from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.evaluation import scores
 from upcycle.hf.models import architecture
 from upcycle.nn import MoE
@@ -537,7 +537,9 @@ def images(tmp_path_factory) -> Path:
 def measured(wide, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("measured") / "found.safetensors"
     return calibrate(
-        wide, out, Asked(images=images, collect=("l2", "count", "co_activation"), device="cpu", batch_size=8)
+        wide,
+        out,
+        ToCalibrate(images=images, collect=("l2", "count", "co_activation"), device="cpu", batch_size=8),
     )
 
 
@@ -565,7 +567,9 @@ def test_statistics_are_of_all_places_of_all_images(wide, images, measured, tmp_
             both = measured.of("neurons", "stage_3", 1, "co_activation")
             np.testing.assert_allclose(both, (on.T @ on / len(x)).numpy(), atol=1e-3)
     with pytest.raises(UpcycleError, match="convnext has no attention heads"):
-        calibrate(wide, tmp_path / "no.safetensors", Asked(images=images, positions=("heads",), device="cpu"))
+        calibrate(
+            wide, tmp_path / "no.safetensors", ToCalibrate(images=images, positions=("heads",), device="cpu")
+        )
     assert not (tmp_path / "no.safetensors").exists()
 
 
@@ -634,7 +638,7 @@ def test_it_is_trained_exported_and_scored(wide, images, measured, tmp_path):
         ("stage_4", 0),
     ]
     out = export(tmp_path / "run", tmp_path / "out").out
-    found = scores.evaluate(out, scores.Asked(images=images))
+    found = scores.evaluate(out, scores.ToScore(images=images))
     model, right = upcycle.open(out).eval(), 0
     from PIL import Image
 
@@ -667,7 +671,7 @@ def test_features_without_a_head_are_those_that_a_head_sees(wide, images, tmp_pa
     base = tmp_path / "base"
     transformers.ConvNextForImageClassification.from_pretrained(wide).convnext.save_pretrained(base)
     one, other = (
-        scores.evaluate(f, scores.Asked(images=images, shots=images, per_class=3))["few_shot"]
+        scores.evaluate(f, scores.ToScore(images=images, shots=images, per_class=3))["few_shot"]
         for f in (wide, base)
     )
     assert one["accuracies"] == other["accuracies"]
@@ -681,13 +685,15 @@ def test_real_images(tmp_path):
         pytest.skip(f"CIFAR-10 is not at {folder}")
     source = tiny.make(tmp_path / "dense", CLASS, **{**WIDE, "num_labels": 10, "patch_size": 4})
     found = calibrate(
-        source, tmp_path / "found.safetensors", Asked(images=data, limit=64, device="cpu", collect=("l2",))
+        source,
+        tmp_path / "found.safetensors",
+        ToCalibrate(images=data, limit=64, device="cpu", collect=("l2",)),
     )
     task = {"task": {"name": "image_classification", "classes": 10}}
     train(recycled(source, tmp_path / "run", data, found.path, **task))
     out = export(tmp_path / "run", tmp_path / "out").out
     assert sum(isinstance(m, MoE) for m in upcycle.open(out).modules()) == 3
-    assert 0 <= scores.evaluate(out, scores.Asked(images=data, limit=64))["accuracy"] <= 1
+    assert 0 <= scores.evaluate(out, scores.ToScore(images=data, limit=64))["accuracy"] <= 1
 
 
 # --- ConvNeXt V2: a norm over the tokens that an expert has
@@ -846,7 +852,7 @@ def test_v2_is_narrowed_with_its_norms(tmp_path):
 def test_v2_is_calibrated_recycled_and_trained(images, tmp_path):
     source = tiny.make(tmp_path / "wide", V2, **WIDE)
     found = calibrate(
-        source, tmp_path / "found.safetensors", Asked(images=images, collect=("l2",), device="cpu")
+        source, tmp_path / "found.safetensors", ToCalibrate(images=images, collect=("l2",), device="cpu")
     )
     train(recycled(source, tmp_path / "run", images, found.path))
     assert all(np.isfinite(line.loss) for line in read(tmp_path / "run"))

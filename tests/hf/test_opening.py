@@ -18,8 +18,8 @@ import upcycle
 from tiny import make, make_bytes_tokenizer, make_dense
 from upcycle import Recipe, UpcycleError, cli, convert
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.evaluation.asked import Asked
 from upcycle.evaluation.scores import evaluate
+from upcycle.evaluation.to_score import ToScore
 
 NATIVE = Recipe.of(moe={"num_experts": 4, "top_k": 2})
 IDS = torch.arange(24).view(2, 12) % 90
@@ -72,7 +72,7 @@ def test_a_folder_that_is_not_whole_is_refused_by_name(how, llama, tmp_path):
     with pytest.raises(UpcycleError, match=said):
         upcycle.open(folder)
     with pytest.raises(UpcycleError, match=said):
-        evaluate(folder, Asked(text=tmp_path / "text.txt"))
+        evaluate(folder, ToScore(text=tmp_path / "text.txt"))
     assert not (folder / "eval.json").exists()
 
 
@@ -137,7 +137,7 @@ def test_calibrate_and_verify_open_through_the_same_door(llama, tmp_path, monkey
     (tmp_path / "text.txt").write_text("It was a small text. " * 40)
     convert(llama, tmp_path / "moe", NATIVE)
     assert upcycle.verify(llama, tmp_path / "moe").holds
-    asked = calibration.Asked(text=tmp_path / "text.txt", collect=("l1",), limit=2, length=16)
+    asked = calibration.ToCalibrate(text=tmp_path / "text.txt", collect=("l1",), limit=2, length=16)
     calibration.calibrate(llama, tmp_path / "stats.safetensors", asked)
     assert opened == ["dense", "moe", "dense"]
 

@@ -82,6 +82,9 @@ def token_choice(moe: MoE, rows: torch.Tensor, real: list[int]) -> list[tuple[in
             scores = 1 / (1 + torch.exp(-logits))
             rank = scores + moe.router.e_score_correction_bias
         else:
+            if (spread := getattr(settings, "logit_normalization", None)) is not None:  # Skywork-MoE
+                mean = sum(logits) / count
+                logits = spread * (logits - mean) / (sum((z - mean) ** 2 for z in logits) / count) ** 0.5
             scores = rank = logits.exp() / logits.exp().sum()
         best = sorted(range(count), key=lambda e, rank=rank: -rank[e].item())[:top_k]
         sureness[t] = scores.max().item()
@@ -183,6 +186,11 @@ TOP_K = {
     "batch priority, top 1": ({"capacity_factor": 0.5, "batch_priority": True}, {"top_k": 1}),
     "causal": ({"capacity_factor": 0.5}, {"causal": True}),
     "groups": ({"capacity_factor": 0.4, "group": 12}, {}),
+    "normalised logits": ({"logit_normalization": 2.0}, {}),
+    "normalised logits, raw": (
+        {"logit_normalization": 0.5, "normalize": False, "rescale": False, "capacity_factor": 0.5},
+        {"top_k": 3},
+    ),
 }
 EXPERT_CHOICE = {
     "a row": ({}, {}),

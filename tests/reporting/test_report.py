@@ -206,6 +206,11 @@ def test_labels_say_what_tells_alike_runs_apart(tmp_path):
     [
         ({"data": {"held_out": 0.2}}, r"other held-out data: 0\.2, .* have 0\.1"),
         ({"data": {"sources": [{"path": "plays.txt", "weight": 1.0}]}}, r"plays\.txt, .* have corpus\.jsonl"),
+        ({"data": {"isolate": True}}, r"other held-out data: True, .* have False"),
+        (
+            {"stage": [{"train": {"steps": 1}}, {"train": {"steps": 1}, "data": {"held_out": 0.2}}]},
+            r"other held-out data: 0\.2, .* not set \(held-out data\.then\.0\.share",
+        ),
         ({"data": {"tokenizer": "/some/other"}}, r"other tokenizer: /some/other, .* have /nowhere/dense"),
         ({"train": {"eval_tokens": 512}}, r"other rows that are held out: 32, .* have 16"),
         ({"task": "masked_lm"}, r"other task: masked_lm, .* have causal_lm"),

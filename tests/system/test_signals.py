@@ -12,7 +12,7 @@ import tiny
 import upcycle
 from heard import Counted
 from upcycle import cli
-from upcycle.calibration.calibration import Asked, calibrate
+from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.system.signals import interrupting, noted
 
 
@@ -70,7 +70,7 @@ def test_training_ends_while_it_tokenises(number, dense, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_calibrating_ends_while_it_tokenises(number, dense, tmp_path):
-    asked = Asked(text=dense.parent / "text.txt", length=16, limit=2, cache=tmp_path / "cache")
+    asked = ToCalibrate(text=dense.parent / "text.txt", length=16, limit=2, cache=tmp_path / "cache")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

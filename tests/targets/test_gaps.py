@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from upcycle import Recipe, plan
+from upcycle import Recipe, blueprint, plan
 from upcycle.targets import natives
 from upcycle.targets._clients import ACTIVATION, Gap
 
@@ -81,12 +81,14 @@ def both(words: str) -> dict[str, str]:
         ("cohere2", {}, FEWER, {"SGLang": NO_DENSE}),
         ("glm", {}, FEWER, {}),
         ("glm", TIED, {}, both("never ties")),
-        ("youtu", {}, {}, both("needs topk_method")),
+        ("youtu", {}, {}, {}),
+        ("youtu", TIED, {}, {"vLLM": "never ties"}),
         ("lfm2", {}, {}, {}),
         ("lfm2", {"tie_word_embeddings": False}, {}, {"vLLM": "always ties"}),
         ("hunyuan_v1_dense", BIASED, {}, {}),
         ("hunyuan_v1_dense", {}, {"top_k": 1}, {"SGLang": "weight of a single expert"}),
         ("qwen3_5_text", TIED, {}, {}),
+        ("qwen3_5_text", BIASED, {}, both("has no biases")),
         ("qwen3_5_text", {"full_attention_interval": 2}, {}, {"SGLang": "full attention in every fourth"}),
         ("ernie4_5", {**TIED, **LINEAR}, FEWER, {}),
         ("granitemoehybrid", TIED, {}, {}),
@@ -101,6 +103,12 @@ def test_plan_says_what_they_leave_out(model_type, changes, moe, expected, tmp_p
     assert {w.partition(" ")[0] for w in found} == expected.keys()
     for client, words in expected.items():
         assert any(w.startswith(f"{client} ") and words in w for w in found), found
+
+
+def test_youtu_has_the_keys_that_vllm_and_sglang_read(tmp_path):
+    source = tiny.make_headers(tmp_path / "dense", {"model_type": "youtu", **SIZES, **MORE["youtu"]})
+    config = blueprint(source, Recipe.of(moe={"num_experts": 4})).config
+    assert (config["topk_method"], config["scoring_func"]) == ("noaux_tc", "sigmoid")
 
 
 def cell(gaps: tuple[Gap, ...] | None) -> str:

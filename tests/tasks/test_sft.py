@@ -21,7 +21,7 @@ from upcycle.data.chats import chat_of
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feeding
 from upcycle.dense.subject import Subject
-from upcycle.evaluation.scores import Asked, evaluate
+from upcycle.evaluation.scores import ToScore, evaluate
 from upcycle.tasks._chat_tokens import tokens_of
 from upcycle.training import saving
 from upcycle.training.export import export
@@ -182,7 +182,7 @@ def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
 
     out = export(tmp_path / "whole", tmp_path / "out").out
     assert AutoTokenizer.from_pretrained(out).chat_template == MARKED
-    found = evaluate(out, Asked(chats=dense / "chats.jsonl", length=99))["chats"]
+    found = evaluate(out, ToScore(chats=dense / "chats.jsonl", length=99))["chats"]
     model, batch = upcycle.open(out).eval(), feed_of(dense).at(np.arange(14))
     assert found["targets"] == 40 * (len("yes, yes") + 1)
     losses, count = 0.0, 0
@@ -262,4 +262,4 @@ def test_other_mistakes(dense, tmp_path):
     with pytest.raises(UpcycleError, match="sft takes one"):
         train(table(dense, tmp_path / "run", data={"sources": [{"path": "a"}, {"path": "b"}]}))
     with pytest.raises(UpcycleError, match=r"give either --text FILE or .*--chats FILE"):
-        Asked(chats=dense / "chats.jsonl", images=dense)
+        ToScore(chats=dense / "chats.jsonl", images=dense)

@@ -16,9 +16,8 @@ import upcycle
 from tiny import make
 from upcycle import tasks
 from upcycle.cli import keys
-from upcycle.evaluation.scores import Asked, evaluate
-from upcycle.evaluation.specialisation import Asked as Watched
-from upcycle.evaluation.specialisation import specialisation
+from upcycle.evaluation.scores import ToScore, evaluate
+from upcycle.evaluation.specialisation import ToWatch, specialisation
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -113,7 +112,7 @@ def test_a_task_in_one_file(parity, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["task"] == "parity"
 
     out = export(tmp_path / "run", tmp_path / "out").out
-    found = evaluate(out, Asked(text=text, length=24))
+    found = evaluate(out, ToScore(text=text, length=24))
     model, ids = upcycle.open(out).eval(), rows_of(out, text, 24)
     with torch.inference_mode():
         logits = model(input_ids=ids).logits.flatten(0, 1)
@@ -123,7 +122,7 @@ def test_a_task_in_one_file(parity, tmp_path):
     assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).double().mean()))
 
-    seen = specialisation(out, Watched(text={"text": text}, length=24, limit=8)).as_dict()
+    seen = specialisation(out, ToWatch(text={"text": text}, length=24, limit=8)).as_dict()
     assert seen["domains"][0]["shown"] == "parity"
     assert "divisor" in {key.name for key in keys.everything()['[task] name = "parity"']}
 

@@ -28,7 +28,7 @@ from ranks import trainee_of
 from upcycle import Recipe, UpcycleError, families, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.subject import Subject
-from upcycle.evaluation.scores import Asked, evaluate
+from upcycle.evaluation.scores import ToScore, evaluate
 from upcycle.nn.moe import MoE
 from upcycle.training import saving, start
 from upcycle.training.export import export
@@ -165,6 +165,15 @@ CASES = {
     "dinov2": ("dinov2", {}, "image_classification"),  # whose mask token no gradient reaches
     "t5": ("t5", {}, "span_corruption"),
     "t5, both routers": ("t5", T5, "span_corruption"),
+    "t5, as Sparse Upcycling": (
+        "t5",
+        {
+            **T5,
+            "optimizer": {"name": "adafactor", "start_step": 100},
+            "schedule": {"name": "inverse_sqrt", "peak": 0.1, "start_step": 100},
+        },
+        "span_corruption",
+    ),
     "bert": ("bert", {}, "masked_lm"),
     "bert, top-k": ("bert", UPCYCLED, "masked_lm"),
     "classifier, expert choice": ("classifier", CHOICE, "text_classification"),
@@ -224,7 +233,7 @@ def test_images_are_learned_and_scored(data, tmp_path):
     result = train(Run.of(table("vit", data, tmp_path / "run", **CHOICE, **changes)))
     assert read(result.out)[-1].held_out_accuracy == 1.0
     out = export(result.out, tmp_path / "out").out
-    scores = evaluate(out, Asked(images=data / "images"))
+    scores = evaluate(out, ToScore(images=data / "images"))
     model = upcycle.open(out).eval()
     right = 0
     with torch.inference_mode():
@@ -233,16 +242,16 @@ def test_images_are_learned_and_scored(data, tmp_path):
             right += int(model(pixel_values=(pixels - 0.5) / 0.5).logits.argmax()) == int(path.parent.name)
     assert scores["accuracy"] == right / 48
     assert scores["examples"] == 48
-    probe = evaluate(out, Asked(images=data / "images", shots=data / "images"))["few_shot"]
+    probe = evaluate(out, ToScore(images=data / "images", shots=data / "images"))["few_shot"]
     assert probe["accuracy"] == 1.0
     assert len(probe["accuracies"]) == 5
 
 
 def test_texts_are_scored_as_transformers_scores_them(data, tmp_path):
-    found = evaluate(data / "bert", Asked(text=data / "text.txt", length=24, batch_size=8, limit=16))
+    found = evaluate(data / "bert", ToScore(text=data / "text.txt", length=24, batch_size=8, limit=16))
     assert found["task"] == "masked_lm"
     assert found["loss"] == pytest.approx(np.log(len(SPECIAL) + len(WORDS) + 1), rel=0.05)  # untrained
-    found = evaluate(data / "t5", Asked(text=data / "text.txt", length=24, limit=8))
+    found = evaluate(data / "t5", ToScore(text=data / "text.txt", length=24, limit=8))
     assert found["task"] == "span_corruption"
     assert found["targets"] == 8 * tasks.find("span_corruption")().spans(24).targets
 
@@ -486,7 +495,7 @@ def test_classes_are_those_that_the_head_has_by_name(data, tmp_path):
     few = coloured(tmp_path / "few", data, ["red", "green"])
     found = task.images(str(few), subject, tmp_path / "cache")
     assert (found.num_labels, sorted(set(found.labels.tolist()))) == (3, [0, 1])
-    assert evaluate(source, Asked(images=few))["examples"] == 32
+    assert evaluate(source, ToScore(images=few))["examples"] == 32
     source = named(tmp_path / "classifier", data / "classifier", {"0": "none", "1": "dog"})
     subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
     run = Run.of(table("classifier", data, tmp_path / "texts"))
@@ -679,7 +688,7 @@ def test_a_shared_expert_in_one_stack(data):
 def test_mistakes_in_what_to_score(kind, asked, message, data):
     paths = {k: data / v if isinstance(v, str) else v for k, v in asked.items()}
     with pytest.raises(UpcycleError, match=message):
-        evaluate(data / kind, Asked(**paths))
+        evaluate(data / kind, ToScore(**paths))
 
 
 def test_examples_are_all_scored(data, tmp_path):

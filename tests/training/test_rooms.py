@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import gloo
 import pins
 import ranks
 from tiny import make_bytes_tokenizer
@@ -24,11 +23,11 @@ from upcycle.training import exports, optimizers, schedules, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
-from upcycle.training.optimizers.adafactor import Adafactor
 from upcycle.training.optimizers.sgd import SGD
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
 
+HERE = Ranks(device=torch.device("cpu"))
 MOE = {"moe": {"num_experts": 4, "top_k": 2, "target": "upcycled"}}
 
 
@@ -314,10 +313,11 @@ def test_a_strangers_format_is_exported(stranger, table, tmp_path, capsys):
 # --- ours ---
 
 
-@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+@pytest.mark.parametrize("name", sorted({*ranks.optimizers_here()} - {"adamw"}))
 def test_other_optimizers_resume_to_the_bit(name, table, tmp_path):
-    peak = {"sgd": 0.3, "adafactor": 0.05}[name]
-    changes: dict[str, Any] = {"optimizer": {"name": name}, "schedule": {"peak": peak}, **MOE}
+    peak = {"sgd": 0.3, "adafactor": 0.05, "muon": 0.02, "adamw_8bit": 0.01}[name]
+    own = {"least": 1} if name == "adamw_8bit" else {}
+    changes: dict[str, Any] = {"optimizer": {"name": name, **own}, "schedule": {"peak": peak}, **MOE}
     train(Run.of(table(**changes, train={"steps": 6})))
     train(Run.of(table(**changes, train={"steps": 3}, out=str(tmp_path / "cut"))))
     train(Run.of(table(**changes, train={"steps": 6}, out=str(tmp_path / "cut"))), resume=True)
@@ -336,9 +336,8 @@ def test_momentum_is_tiled_to_experts(table, tmp_path):
     later = table(source=str(tmp_path / "dense"), optimizer={**sgd, "carry_state": True}, **MOE)
     later["out"] = str(tmp_path / "moe")
     run = Run.of(later)
-    here = Ranks(device=torch.device("cpu"))
-    trainee = ranks.trainee_of(run, here)
-    assert start.carry_state(trainee.start, run, here, trainee.model, trainee.optimizer) == 2
+    trainee = ranks.trainee_of(run, HERE)
+    assert start.carry_state(trainee.start, run, HERE, trainee.model, trainee.optimizer) == 2
     states = {n: trainee.optimizer.state[p] for n, p in trainee.model.named_parameters()}
     down = "model.layers.1.mlp.down_proj.weight"
     assert stored[down].abs().max() > 0
@@ -355,21 +354,26 @@ def test_momentum_is_tiled_to_experts(table, tmp_path):
             train(Run.of(other))
 
 
-def test_two_ranks_update_as_one_does_or_are_refused(home):
-    source, layouts = str(home / "dense"), [{"fsdp": 2}, {"ep": 2}]
-    sgd = {"optimizer": {"name": "sgd"}, "train": {"weight_decay": 0.3}, **MOE}
-    (alone,) = ranks.updated(source, [({}, sgd)])
-    calls = [
-        ("updated", (source, [(layout, sgd) for layout in layouts])),
-        ("refused", (source, [(layout, {"optimizer": {"name": "adafactor"}, **MOE}) for layout in layouts])),
-    ]
-    for found, refusals in gloo.run(2, "ranks:several", calls):
-        for one in found:
-            for name, value in alone["values"].items():
-                torch.testing.assert_close(one["values"][name], value, rtol=1e-4, atol=1e-6)
-        for said in refusals:
-            assert "optimizer.name = adafactor cannot train" in said
-            assert "which ranks share: its update needs the mean over whole parameters" in said
+def test_moments_of_muon_are_tiled_to_experts_and_adamws_to_the_rest(table, tmp_path):
+    muon = {"name": "muon"}
+    train(Run.of(table(optimizer=muon)))
+    export(tmp_path / "run", tmp_path / "dense", with_optimizer=True)
+    kept = {m: weights(tmp_path / "dense" / "optimizer" / m) for m in ("momentum_buffer", "exp_avg")}
+    down, norm = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+    found = [[bool(kept[moment][name].any()) for name in (down, norm)] for moment in kept]
+    assert found == [[True, False], [False, True]]
+    changes = {"optimizer": {**muon, "carry_state": True}, "out": str(tmp_path / "moe"), **MOE}
+    run = Run.of(table(source=str(tmp_path / "dense"), **changes))
+    trainee = ranks.trainee_of(run, HERE)
+    assert start.carry_state(trainee.start, run, HERE, trainee.model, trainee.optimizer) == 2
+    states = {n: trainee.optimizer.state[p] for n, p in trainee.model.named_parameters()}
+    for e in range(4):
+        tiled = states["model.layers.1.mlp.experts.down_proj"]["momentum_buffer"][e]
+        assert torch.equal(tiled, kept["momentum_buffer"][down])
+    assert torch.equal(states[norm]["exp_avg"], kept["exp_avg"][norm])
+    assert float(states[norm]["step"]) == 2
+    assert {*states["model.layers.1.mlp.router.weight"]} == {"step", "exp_avg", "exp_avg_sq"}
+    assert train(run).finished
 
 
 def test_an_optimizer_without_moments_exports_none(table, tmp_path):
@@ -389,39 +393,6 @@ def test_sgd_is_its_formula():
         buffer = 0.5 * buffer + gradient + 0.1 * value
         value = value - 0.2 * buffer
     assert p.tolist()[0] == pytest.approx(value, rel=1e-6)
-
-
-def test_adafactor_is_its_formula():
-    """Shazeer and Stern, algorithm 4, on a matrix: factored second moments, clipping, a relative rate."""
-    generator = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(3, 4, generator=generator))
-    made = Adafactor().make([{"params": [p], "weight_decay": 0.0, "lr": 0.1}])
-    x, r, c = p.detach().numpy().astype(np.float64), np.zeros((3, 1)), np.zeros((1, 4))
-    for step in (1, 2, 3):
-        p.grad = torch.randn(3, 4, generator=generator)
-        g = p.grad.numpy().astype(np.float64)
-        beta = 1 - step**-0.8
-        r = beta * r + (1 - beta) * (g**2).mean(1, keepdims=True)
-        c = beta * c + (1 - beta) * (g**2).mean(0, keepdims=True)
-        u = g / np.sqrt(r @ c / r.mean())
-        u /= max(1.0, np.sqrt((u**2).mean()))
-        x = x - max(1e-3, np.sqrt((x**2).mean())) * min(0.1, step**-0.5) * u
-        made.step()
-    assert p.detach().numpy() == pytest.approx(x, rel=1e-4, abs=1e-6)
-
-
-def test_every_optimizer_has_a_state_before_the_first_gradient():
-    for name in optimizers.names():
-        for shape in [(3,), (3, 4), (2, 3, 4), (2, 3, 1, 5)]:
-            settings = optimizers.find(name)()
-            idle, stepped = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-            made = settings.make([{"params": [stepped], "weight_decay": 0.0}])
-            stepped.grad = torch.zeros(shape)
-            made.step()
-            found, wanted = settings.idle(idle), made.state[stepped]
-            assert found.keys() == wanted.keys(), name
-            assert [t.shape for t in found.values()] == [wanted[k].shape for k in found], name
-            assert set(settings.moments) <= found.keys()
 
 
 # --- run files and records as they were ---
@@ -455,7 +426,7 @@ def test_records_of_runs_are_what_they_were(table):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": {"name": "adam"}}, r"unknown optimizer adam.*Known: adafactor, adamw, sgd"),
+        ({"optimizer": {"name": "adam"}}, r"unknown optimizer adam.*Known: adafactor, adamw.*muon.*sgd"),
         ({"optimizer": {"momentum": 0.5}}, r"unknown key optimizer \(adamw\)\.momentum"),
         ({"optimizer": {"name": "sgd", "momentum": 1.0}}, r"optimizer\.momentum = 1\.0; it must be in"),
         ({"optimizer": {"name": "sgd", "momentum": 0.0, "nesterov": True}}, "needs a momentum"),

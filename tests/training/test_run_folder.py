@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,7 +122,13 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_sees(table: Tabl
 
 def test_what_a_kill_left_is_cleared_away(table: Table) -> None:
     out = begun(table)
-    left = [out / "tokens" / "0123.77.partial", out / "run.json.77.partial", out / "metrics.partial"]
+    (out / "teacher").mkdir()
+    left = [
+        out / "tokens" / "0123.77.partial",
+        out / "teacher" / "0.logits.77.partial",
+        out / "run.json.77.partial",
+        out / "metrics.partial",
+    ]
     for path in left:
         path.write_bytes(b"half")
     (out / "tokens" / "mine.partial").write_text("not of this program")
@@ -485,6 +492,19 @@ def test_ctrl_c_ends_with_130(table: Table, tmp_path: Path, monkeypatch: pytest.
 
 
 # --- a batch that does not fit
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("adamw", 28), ("muon", 56), ("adamw_8bit", 70), ("adafactor", 84)]
+)
+def test_the_memory_of_an_optimizer_counts(table: Table, monkeypatch, name, rows) -> None:
+    """Of 20 MB, a million weights take 4, their gradients 4, and the moments 8, 4, 2, 0: 0.7 of the rest."""
+    monkeypatch.setattr(micro_batch, "_free", lambda here: 20_000_000)
+    monkeypatch.setattr(micro_batch, "bytes_of_row", lambda *_: 100_000)
+    begun_ = SimpleNamespace(parameters=1_000_000, teacher=None)
+    here = Ranks(device=torch.device("cpu"))
+    run = Run.of(table(optimizer={"name": name}))
+    assert micro_batch._rows_that_fit(run, begun_, {}, here, "float32") == rows
 
 
 def test_a_batch_that_does_not_fit_is_cut(

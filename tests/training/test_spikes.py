@@ -203,7 +203,7 @@ def test_a_run_that_does_not_get_past_bad_steps_ends(trainable, quiet, harmed, t
 
 
 def test_a_step_that_is_not_finite_moves_no_bias(dense, trainable, tmp_path, harmed):
-    """With an optimizer that can skip on the device, and one that cannot."""
+    """With torch's optimizer and with one of our own, which both skip on the device."""
     ernie = dense("ernie4_5", vocab_size=512)
     changes = {"router": {"bias_update_rate": 0.01}, "data": {"tokenizer": str(trainable[0])}}
     for name in ("adamw", "adafactor"):

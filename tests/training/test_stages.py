@@ -21,7 +21,7 @@ from simulated import Traffic
 from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.families._training import trained
-from upcycle.training import enter, start, step
+from upcycle.training import enter, fit, run_folder, start, step
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.export import export
@@ -31,6 +31,7 @@ from upcycle.training.parallel import Ranks
 from upcycle.training.rehearsal import rehearse
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
+from upcycle.training.spikes import Recent
 
 HERE = Ranks(device=torch.device("cpu"))
 MOE = {"num_experts": 4, "top_k": 2}
@@ -282,6 +283,80 @@ def test_a_run_of_other_stages_is_not_gone_on_with(staged):
     for said, stages in cases.items():
         with pytest.raises(UpcycleError, match=rf"is of another run: it differs in .*{said}"):
             train(Run.of({**staged, "stage": stages}), resume=True)
+
+
+def test_another_length_of_a_stage_is_named(trainable, tmp_path):
+    """The run's own schedule, which may be that of no stage, says nothing about it."""
+    run = table(trainable, tmp_path, schedule={"name": "cosine"}, stage=[{"train": {"steps": 2}}] * 2)
+    before, now = Run.of(run), Run.of({**run, "stage": [{"train": {"steps": 2}}, {"train": {"steps": 4}}]})
+    run_folder._refuse_other_length(now, "there", before.identity(), now.identity(), 3)
+    said = run_folder._differences(before.identity(), now.identity())
+    assert "stage[1].train.steps (2 there, 4 here)" in said
+
+
+def test_a_stage_can_end_what_the_run_began(trainable, tmp_path):
+    """A bias that stays, and no warm-up: TOML cannot take out the keys that go with them."""
+    run = table(
+        trainable, tmp_path, router={"bias_update_rate": 0.1, "bias_update_steps": 2},
+        schedule={"warmup": 2, "warmup_from": 1e-4},
+        stage=[
+            {"train": {"steps": 2}},
+            {"train": {"steps": 2}, "router": {"bias_update_rate": 0.0}, "schedule": {"warmup": 0}},
+        ],
+    )  # fmt: skip
+    first, second = Course(Run.of(run)).legs
+    assert (first.run.router.bias_rate(0), second.run.router.bias_rate(0)) == (0.1, 0.0)
+    assert (first.rate(0), second.rate(2)) == (pytest.approx(5.05e-3), 1e-2)
+
+
+CHANGES = {
+    "trained": ({"train": {"only": ["experts"]}}, False),
+    "router": ({"router": {"balance_loss_coef": 1.0}}, False),
+    "data": ({"data": {"held_out": 0.2}}, False),
+    "schedule": ({"schedule": {"peak": 1e-3}}, True),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_stage_is_judged_by_its_own_steps(case, trainable, tmp_path):
+    """The gradient of a router is a thousandth of that of a model; only the rate changes neither."""
+    change, goes_on = CHANGES[case]
+    first = {"train": {"steps": 4, "only": ["router"]}}
+    second = {**change, "train": {**first["train"], **change.get("train", {})}}
+    legs = Course(Run.of(table(trainable, tmp_path, stage=[first, second]))).legs
+    recent = Recent(legs[0].run.spikes, HERE.device)
+    recent.restore([(1.0, 2.0)])
+    begun = step.Trainee(
+        model=None, task=None, start=None, optimizer=None, routers=None, run=legs[0].run, ranks=HERE,
+        precision="float32", recent=recent,
+    )  # fmt: skip
+    assert enter.next_stage(begun, legs[1], None).run == legs[1].run
+    assert recent.known() == (((1.0, 2.0),) if goes_on else ())
+
+
+def test_documents_apart_in_one_stage(trainable, tmp_path, monkeypatch):
+    """Attention that reads no masks is refused as well if a later stage alone needs them."""
+    stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "data": {"isolate": True}}]
+    run = Run.of(table(trainable, tmp_path, stage=stages))
+    monkeypatch.setattr(start.packing, "attention", lambda model: "flash_attention_2")
+    with pytest.raises(
+        UpcycleError, match=r"data\.isolate = true: .* flash_attention_2, which reads no masks"
+    ):
+        start.model_of(start.start_of(run), run, HERE, "float32")
+
+
+def test_what_a_later_stage_cannot_have_is_said(trainable, tmp_path):
+    bias = {"bias_update_rate": 0.1, "bias_update_steps": 2}
+    stages = [{"train": {"steps": 2, "only": ["router"]}}, {"train": {"steps": 2}, "router": bias}]
+    run = table(trainable, tmp_path, stage=stages, optimizer={"carry_state": True})
+    late, carried = fit.warnings(Run.of(run), None)
+    assert "stage 2: router.bias_update_steps = 2 counts from the first step of the run" in late
+    assert "what a later one trains besides begins without" in carried
+    # Those of the run may be over, and more of them reach into the stage.
+    assert not fit.warnings(Run.of({**run, "router": bias, "optimizer": {}}), None)
+    later = {**bias, "bias_update_steps": 3}
+    assert not fit.warnings(Run.of({**run, "stage": [stages[0], {**stages[1], "router": later}],
+                                    "optimizer": {}}), None)  # fmt: skip
 
 
 def saved_moments(run: dict, step: int) -> set[str]:

@@ -19,11 +19,12 @@ import tiny
 import upcycle
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
-from upcycle.training import chunked_entropy, saving, step, teacher
+from upcycle.training import chunked_entropy, kept_logits, saving, step, teacher
 from upcycle.training.distillation import Largest, Whole, losses
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
+from upcycle.training.parallel import Ranks
 from upcycle.training.parallel import ranks as world
 from upcycle.training.rehearsal import rehearse
 from upcycle.training.run import Run, Teacher
@@ -266,6 +267,18 @@ def test_kept_logits_are_those_of_the_teacher_and_are_made_once(trainable, tmp_p
     (other / "letter.txt").write_text("to keep")
     with pytest.raises(UpcycleError, match="holds something else than a teacher's logits"):
         train(changed(kept, tmp_path / "foreign", cache=str(other)))
+
+
+def test_a_shared_folder_is_written_by_several_runs(tmp_path):
+    """What another run is writing there stays."""
+    maker = kept_logits.Maker(
+        folder=tmp_path, about={}, length=1, count=1, vocabulary=2,
+        ranks=Ranks(device=torch.device("cpu")), rows=1,
+    )  # fmt: skip
+    maker._claim()
+    (tmp_path / "0.logits.77.partial").touch()
+    maker._claim()
+    assert (tmp_path / "0.logits.77.partial").exists()
 
 
 def test_ranks_share_the_work_of_keeping_logits(trainable, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ranks
@@ -82,6 +83,9 @@ def test_schedules_are_their_formulas():
     assert [stable.at(i, 10) for i in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     constant = Constant(peak=3.0, warmup=1)
     assert {constant.at(i, 9) for i in range(9)} == {3.0}
+    down = Cosine(peak=2.0, floor=1.0, warmup=4, warmup_from=6.0)
+    assert [down.at(i, 20) for i in range(5)] == [5.0, 4.0, 3.0, 2.0, 2.0]
+    assert Constant(peak=3.0, warmup=2, warmup_from=1.0).at(0, 9) == 2.0
 
 
 def test_inverse_sqrt_goes_on_where_the_dense_run_stopped():
@@ -389,6 +393,12 @@ def test_the_bias_of_a_router_that_has_one(dense, table, source, tmp_path):
         assert torch.allclose(bias, steps * 0.01, atol=1e-6)
         assert bias.abs().max() > 0
         assert bias.abs().max() <= 0.06 + 1e-6
+    # It stays where it is after the steps that it moves in.
+    router = {**made["router"], "bias_update_steps": 2}
+    train(Run.of({**made, "router": router, "out": str(tmp_path / "frozen")}))
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "frozen", tmp_path / "still").out)
+    largest = max(b.abs().max() for n, b in model.state_dict().items() if n.endswith("correction_bias"))
+    assert 0 < largest <= 0.02 + 1e-6
     with pytest.raises(UpcycleError, match="the routers of this architecture have no correction bias"):
         train(Run.of(table(**MOE, router={"bias_update_rate": 0.01}, out=str(tmp_path / "mixtral"))))
 
@@ -511,6 +521,38 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsy
     assert "mixture" not in card.read_text()
 
 
+def test_a_mean_of_checkpoints(table, tmp_path):
+    """Plain and exponential, against the weights that each checkpoint has by itself."""
+    train(Run.of(table(**MOE, checkpoint={"every": 2, "keep": 3})))
+    parts = []
+    for step in (2, 4, 6):
+        export(tmp_path / "run", tmp_path / str(step), step=step, dtype="float32")
+        parts.append(load_file(tmp_path / str(step) / "model.safetensors"))
+    cases = {"mean": ({"average": 3}, (1 / 3, 1 / 3, 1 / 3)), "ema": ({"decay": 0.8}, (0.64, 0.16, 0.2))}
+    cases["two"] = ({"average": 2, "step": 4}, (0.5, 0.5, 0.0))
+    for name, (given, factors) in cases.items():
+        made = export(tmp_path / "run", tmp_path / name, dtype="float32", **{"average": 3, **given})
+        found = load_file(made.out / "model.safetensors")
+        assert found.keys() == parts[0].keys()
+        for tensor, value in found.items():
+            wanted = sum(f * part[tensor].double() for f, part in zip(factors, parts, strict=True))
+            torch.testing.assert_close(value, wanted.float(), rtol=1e-6, atol=1e-7)
+    told = json.loads((tmp_path / "ema" / "upcycle.json").read_text())["training"][0]
+    assert (told["averaged_steps"], told["average_decay"], told["step"]) == ([2, 4, 6], 0.8, 6)
+    assert not {"loss", "held_out_loss", "held_out_accuracy"} & told.keys()
+    assert "average (0.8) of those after steps 2, 4, 6" in (tmp_path / "ema" / "README.md").read_text()
+    for given, message in (
+        ({"average": 4}, r"average = 4, and .* has 3 checkpoints to take \(step-2, step-4, step-6\)"),
+        ({"average": 1}, "give a number from 2"),
+        ({"decay": 0.5}, "decay is for a mean of checkpoints"),
+        ({"average": 2, "decay": 1.0}, r"decay = 1\.0; it must be between 0 and 1"),
+        ({"average": 2, "with_optimizer": True}, "a mean of checkpoints has no optimizer's moments"),
+    ):
+        with pytest.raises(UpcycleError, match=message):
+            export(tmp_path / "run", tmp_path / "no", **given)
+    assert not (tmp_path / "no").exists()
+
+
 # --- mistakes ---
 
 BAD_RUNS = {
@@ -523,6 +565,16 @@ BAD_RUNS = {
     ),
     "floor": ({"schedule": {"floor": 1.0}}, "0 <= floor <= peak"),
     "wsd": ({"schedule": {"name": "warmup_stable_decay"}}, r"needs schedule\.decay"),
+    "warmup_from": ({"schedule": {"warmup": 0, "warmup_from": 1e-4}}, r"set schedule\.warmup"),
+    "bias steps": ({"router": {"bias_update_steps": 5}}, r"set router\.bias_update_rate"),
+    "spread of zeros": (
+        {**MOE, "router": {"logit_normalization": 1.0, "init": "zeros"}},
+        "take another init",
+    ),
+    "spread and scale": (
+        {**MOE, "router": {"logit_normalization": 1.0, "normalize": False}},
+        r"set router\.rescale = false",
+    ),
     "start_step": ({"schedule": {"start_step": 5}}, "start_step is for inverse_sqrt"),
     "layer decay": ({"train": {"layer_decay": 0.0}}, r"train\.layer_decay = 0\.0; it must be in \(0, 1\]"),
     "drop path": ({"train": {"drop_path": 1.0}}, r"train\.drop_path = 1\.0; it must be in \[0, 1\)"),

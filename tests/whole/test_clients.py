@@ -9,12 +9,15 @@ import tiny
 from clients import llama_cpp_logits, mlx_logits, transformers_logits
 from upcycle import Recipe, convert, plan
 
+PART = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+GATED = {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+HYBRID = {"shared_intermediate_size": 64}
 FAMILIES = {
     "llama": {}, "llama-head_dim": {"head_dim": 24}, "mistral": {}, "mistral-full": {"sliding_window": None},
     "phi3": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "olmo2": {}, "granite": {},
     "gemma": {}, "ernie4_5": {}, "cohere2": {}, "hunyuan_v1_dense": {}, "smollm3": {},
     "smollm3-sliding": {"use_sliding_window": True},
-    "qwen3_5_text": {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "qwen3_5_text": GATED, "qwen3_5_text-bias": {**GATED, "attention_bias": True},
 }  # fmt: skip
 FAMILIES |= {
     "llama-rope3": tiny.VARIANTS["llama-rope3"][1],
@@ -50,7 +53,21 @@ FAMILIES |= {
     },
     "youtu-whole": {**tiny.VARIANTS["youtu-whole"][1], "tie_word_embeddings": False},
     "lfm2": {}, "lfm2-untied": {"tie_word_embeddings": False}, "lfm2-bias": {"conv_bias": True},
-    "glm": {}, "granitemoehybrid": {"shared_intermediate_size": 64},
+    "glm": {}, "phi3-part": {"sliding_window": None, "rope_parameters": PART},
+    "granitemoehybrid": HYBRID,
+    "granitemoehybrid-nope": {**HYBRID, "position_embedding_type": None},
+    "granitemoehybrid-attention": {**HYBRID, "layer_types": ["full_attention"] * 4},
+    "granitemoehybrid-linear": {
+        **HYBRID, **tiny.VARIANTS["llama-linear"][1], "layer_types": ["full_attention"] * 4
+    },
+    "granitemoehybrid-still": {
+        **HYBRID, "layer_types": ["full_attention"] * 4, "position_embedding_type": None
+    },
+    "granitemoehybrid-biases": {**HYBRID, "position_embedding_type": None, "mamba_proj_bias": True},
+    "granitemoehybrid-no_bias": {**HYBRID, "position_embedding_type": None, "mamba_conv_bias": False},
+    "granitemoehybrid-groups": {**HYBRID, "position_embedding_type": None, "mamba_n_groups": 2},
+    "granitemoehybrid-limit": {**HYBRID, "position_embedding_type": None, "time_step_limit": [0.05, 0.1]},
+    "granitemoehybrid-head_dim": {**HYBRID, "position_embedding_type": None, "head_dim": 24},
     "youtu-halves": {"tie_word_embeddings": False, "rope_interleave": False},
     "hunyuan_v1_dense-bias": {"attention_bias": True}, "cohere2-bias": {"attention_bias": True},
     "phi3-partial": {**tiny.VARIANTS["phi3-partial"][1], "bos_token_id": None, "eos_token_id": None},

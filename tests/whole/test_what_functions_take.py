@@ -8,9 +8,9 @@ import pytest
 
 import upcycle
 from upcycle import Recipe, UpcycleError
-from upcycle.calibration.calibration import Asked as ToCalibrate
-from upcycle.evaluation.asked import Asked as ToScore
-from upcycle.evaluation.specialisation import Asked as ToWatch
+from upcycle.calibration.calibration import ToCalibrate
+from upcycle.evaluation.specialisation import ToWatch
+from upcycle.evaluation.to_score import ToScore
 from upcycle.training.run import Run
 
 RUN = {"source": "a", "out": "b", "data": {"sources": [{"path": "t.txt"}]}, "train": {"steps": 1},
@@ -63,12 +63,12 @@ def test_paths_as_text():
 
 
 def test_tokens_as_people_say_them():
-    from upcycle.advice.situation import Asked as ToAdvise
+    from upcycle.advice.situation import Budget
 
-    assert ToAdvise(tokens="100B", dense_tokens="15T") == ToAdvise(tokens=10**11, dense_tokens=15 * 10**12)
+    assert Budget(tokens="100B", dense_tokens="15T") == Budget(tokens=10**11, dense_tokens=15 * 10**12)
     for wrong in ({"tokens": 1e9}, {"tokens": "many"}, {"tokens": 1, "gpus": "8"}):
         with pytest.raises(UpcycleError, match=r"--(tokens|gpus)"):
-            ToAdvise(**wrong)
+            Budget(**wrong)
 
 
 def test_dir_shows_what_there_is():

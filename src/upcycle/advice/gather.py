@@ -8,7 +8,7 @@ from typing import Any
 
 from upcycle.advice import drop_ratio, duration, inference, layout, published, scaling_law
 from upcycle.advice.recommended import Recommendation, recommended
-from upcycle.advice.situation import Asked, Situation
+from upcycle.advice.situation import Budget, Situation
 from upcycle.advice.statements import Statement
 from upcycle.advice.verdict import Verdict, verdict
 from upcycle.blueprints.blueprint import blueprint
@@ -24,7 +24,7 @@ SPEAKERS = (scaling_law, published, drop_ratio, duration, layout, inference)
 class Advice:
     """The facts that a person should know before spending: statements, the verdict, and a recipe."""
 
-    asked: Asked
+    asked: Budget
     plan: Plan
     statements: tuple[Statement, ...]
     verdict: Verdict
@@ -52,7 +52,7 @@ class Advice:
         }
 
 
-def advise(source: str | Path | Checkpoint, recipe: Recipe, asked: Asked) -> Advice:
+def advise(source: str | Path | Checkpoint, recipe: Recipe, asked: Budget) -> Advice:
     """Compare dense continuation, upcycling and training from scratch for the MoE of `recipe` and `source`.
 
     Only headers are read. Raises `UpcycleError` if source, recipe and question do not fit.

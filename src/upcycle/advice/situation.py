@@ -37,7 +37,7 @@ def parse_tokens(text: str, option: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Budget:
     """The budget and the machines.
 
     `tokens` are those of the training that would come now, counted as `train.tokens` counts them: a row has
@@ -75,7 +75,7 @@ class Block:
 class Situation:
     """The question and the blueprint, from which every statement is made."""
 
-    asked: Asked
+    asked: Budget
     built: Blueprint
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from upcycle.advice import gather
 from upcycle.advice.gather import Advice
-from upcycle.advice.situation import Asked
+from upcycle.advice.situation import Budget
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.recipe import Recipe, RecipeLike
 
@@ -29,6 +29,6 @@ def advise(
     recipe (`recommended`). Only headers are read. Raises `UpcycleError` if source, recipe and question do not
     fit.
     """
-    # Asked reads texts such as "100B" itself.
-    asked = Asked(tokens=tokens, dense_tokens=dense_tokens, gpus=gpus, gpu=gpu, context=context)  # type: ignore[arg-type]
+    # Budget reads texts such as "100B" itself.
+    asked = Budget(tokens=tokens, dense_tokens=dense_tokens, gpus=gpus, gpu=gpu, context=context)  # type: ignore[arg-type]
     return gather.advise(source, Recipe.of(recipe), asked)

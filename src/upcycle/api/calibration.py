@@ -52,7 +52,7 @@ def calibrate(
 
     experts = of_experts.given(prompts, domains or {})
     usual = ("l1", "l2", "count", "mean") if experts else ("l1", "l2", "count")
-    asked = calibration.Asked(
+    asked = calibration.ToCalibrate(
         images=images, text=text, domains=experts, collect=usual if collect is None else tuple(collect),  # type: ignore[arg-type]
         positions=tuple(positions), limit=limit, length=length, batch_size=batch_size, threshold=threshold,
         sample=sample, marked=marked, seed=seed, in_order=in_order, device=device, cache=cache,  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from upcycle.api._missing import refuse_missing
 from upcycle.checkpoints import hub
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import results
-from upcycle.evaluation.asked import Asked
+from upcycle.evaluation.to_score import ToScore
 from upcycle.records.evaluation import EvaluationRecord
 from upcycle.system import whole_file
 from upcycle.system.progress import Progress, reporting_to
@@ -101,7 +101,7 @@ def evaluate(
     largest number of rows (0: all), and `batch_size` 0 chooses one automatically. Nothing is written; see
     `Evaluation.record`. Raises `UpcycleError`, before the first model is loaded, for what cannot be scored.
     """
-    asked = Asked(
+    asked = ToScore(
         text=text, images=images, chats=chats, shots=few_shot, tasks=tuple(tasks), task_files=task_files,  # type: ignore[arg-type]
         num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,  # type: ignore[arg-type]
         separator=separator, batch_size=batch_size, limit=limit, cache=cache,  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def evaluate(
     )
 
 
-def _refuse_absent(checkpoints: Sequence[str | Path], asked: Asked) -> None:
+def _refuse_absent(checkpoints: Sequence[str | Path], asked: ToScore) -> None:
     """Raise `UpcycleError` if a checkpoint or a data file is missing."""
     for checkpoint in checkpoints:
         refuse_missing(checkpoint)

@@ -56,8 +56,9 @@ def foretell(
 def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     """Return what a step of a run needs on one of `world` GPUs of the kind `gpu`.
 
-    Without train.micro_batch a rank has all its rows in one forward pass. Raises `UpcycleError` if the run
-    does not fit the world, or trains a dense model.
+    Without train.micro_batch a rank has all its rows in one forward pass. Everything is trained. A teacher
+    and the masks of data.isolate are not counted; `rehearse` counts a teacher and what is frozen. Raises
+    `UpcycleError` if the run does not fit the world, or trains a dense model.
     """
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
@@ -81,7 +82,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         precision="mixed" if train.precision == "auto" else train.precision,
         # The selective form computes no product twice. Its memory is at most that without any.
         recompute=train.activation_checkpointing is True,
-        moments=len(run.optimizer.moments),
+        moments=run.optimizer.copies,
     )
     return outlook.of(setting, gpus.find(gpu))
 

@@ -149,9 +149,9 @@ def inspect(
     """
     table, seen = inspection.inspect(checkpoint, source), None
     if text or images:
-        from upcycle.evaluation.specialisation import Asked, specialisation
+        from upcycle.evaluation.specialisation import ToWatch, specialisation
 
-        asked = Asked(
+        asked = ToWatch(
             text=text, images=images, limit=limit, length=length, batch_size=batch_size, seed=seed,  # type: ignore[arg-type]
             cache=cache,  # type: ignore[arg-type]
         )  # fmt: skip

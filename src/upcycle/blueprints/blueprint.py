@@ -21,7 +21,7 @@ from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense import successors
+from upcycle.dense import mixtures, successors
 from upcycle.dense.donors import admit_donors
 from upcycle.dense.source import Dense, admit
 from upcycle.families import Config, Weights
@@ -29,7 +29,7 @@ from upcycle.init import Site
 from upcycle.nn import router_rows
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe, RecipeLike
-from upcycle.targets import Target
+from upcycle.targets import Target, grown
 from upcycle.tensors.lazy import Lazy
 
 
@@ -147,6 +147,8 @@ class Blueprint:
         )
 
     def _preserves(self, site: Site) -> bool:
+        if site.growth is not None:
+            return site.growth.exact and (self._wide or not site.growth.cancels)
         router = self.parts[site.stack].router
         count, top_k = site.num_experts, site.top_k
         gate, up, _ = moe_layer.factors(self.recipe, site)
@@ -183,7 +185,7 @@ class Blueprint:
         found = {}
         for site in self.sites:
             router = self.parts[site.stack].router
-            if router.start.from_data and router.linear:
+            if site.growth is None and router.start.from_data and router.linear:
                 weight = router.start.weight(site, router.rows(site.all_experts), "F32", router.std)
                 found[site] = router_rows.seen(weight.all())
         return found
@@ -216,15 +218,20 @@ class Blueprint:
 def blueprint(
     source: str | Path | Checkpoint, recipe: RecipeLike = None, *, allow_nonfinite: bool = False
 ) -> Blueprint:
-    """Return the blueprint of the MoE that `recipe` makes of the dense checkpoint `source`.
+    """Return the blueprint of the MoE that `recipe` makes of the checkpoint `source`.
 
-    `source` is a folder or a hub id; `recipe` is a `Recipe`, its table, or its file. Only headers are read.
-    Raises `UpcycleError` if source and recipe do not fit.
+    That is dense, or a Mixture of Experts if the recipe has a section [grow]. `source` is a folder or a hub
+    id; `recipe` is a `Recipe`, its table, or its file. Only headers are read. Raises `UpcycleError` if source
+    and recipe do not fit.
     """
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
-    dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
+    if recipe.grow is None:
+        dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
+    else:
+        dense = mixture = mixtures.admit(source, drop=recipe.drop)
+        recipe = grown.resolved(recipe, mixture)
     recipe.init.admit(dense)
     for router in [recipe.router, *(part.router for part in recipe.parts.values())]:
         router.start.admit(dense)

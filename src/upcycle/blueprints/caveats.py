@@ -7,6 +7,7 @@ from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.dense.adapted import Adapted
 from upcycle.errors import listed
+from upcycle.init import Site
 from upcycle.nn import kernels, router_rows
 from upcycle.recipe import Recipe
 from upcycle.system.wording import place_of
@@ -41,8 +42,31 @@ def warnings(built: Blueprint) -> list[str]:
     """Return a warning for each thing that may cost training time or that other programs do differently."""
     if not built.sites:
         return [*built.target.warnings(built), *_adapters(built)]
+    new = next((site for site in built.sites if site.growth is None), None)
+    out = _of_new_layers(built, new) if new else _adapters(built)
+    if odd := _misaligned(built):
+        out.append(
+            f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
+            f'which is slower (experts_implementation="eager")'
+        )
+    if built.config.get("use_cache") is False:
+        out.append(
+            "config.json says use_cache = false, as training scripts write it; the result says true, because "
+            "generation would compute every token anew"
+        )
+    out += router_rows.warnings(
+        {place_of(site.stack, site.layer): rows for site, rows in built.router_rows.items()}
+    )
+    out += _past_a_switch(built)
+    out += _odd_widths(built)
+    out += built.target.warnings(built)
+    # Similar stacks give the same warnings.
+    return [*dict.fromkeys(out + built.dense.family.warnings(built.target.model_type))]
+
+
+def _of_new_layers(built: Blueprint, site: Site) -> list[str]:
+    """Return the warnings about layers that get experts, and about adapters; `site` is the first of them."""
     moe, router = built.recipe.moe, built.recipe.router
-    site = built.sites[0]
     out = [*built.recipe.init.warnings(site), *_adapters(built), *built.remarks, *_lost_changes(built)]
     if moe.pooling == "mean":
         out.append(
@@ -82,24 +106,7 @@ def warnings(built: Blueprint) -> list[str]:
             f"over those that come to it: the function is kept only where every expert has all of them "
             f"(top_k = num_experts)"
         )
-    if odd := _misaligned(built):
-        out.append(
-            f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
-            f'which is slower (experts_implementation="eager")'
-        )
-    if built.config.get("use_cache") is False:
-        out.append(
-            "config.json says use_cache = false, as training scripts write it; the result says true, because "
-            "generation would compute every token anew"
-        )
-    out += router_rows.warnings(
-        {place_of(site.stack, site.layer): rows for site, rows in built.router_rows.items()}
-    )
-    out += _past_a_switch(built)
-    out += _odd_widths(built)
-    out += built.target.warnings(built)
-    # Similar stacks give the same warnings.
-    return [*dict.fromkeys(out + built.dense.family.warnings(built.target.model_type))]
+    return out
 
 
 def _causal(built: Blueprint) -> list[Recipe]:

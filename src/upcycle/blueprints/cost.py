@@ -33,6 +33,7 @@ class Plan:
     family: str
     target: str
     kind: str  # what is made, used as a column heading: MoE, deeper or narrower
+    source_kind: str  # likewise what it is made of: dense, or MoE
     num_layers: int
     moe_layers: list[int] | dict[str, list[int]]
     num_experts: int
@@ -45,6 +46,7 @@ class Plan:
     by_stack: dict[str, dict[str, int]]
     shared_width: int
     dense_parameters: int
+    dense_active_parameters: int  # per token; fewer if the source has experts
     total_parameters: int
     active_parameters: int
     dense_flops_per_token: int
@@ -107,6 +109,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         family=built.dense.family.model_type,
         target=built.target.model_type,
         kind=built.target.kind,
+        source_kind=dense.called,
         num_layers=built.family_config["num_hidden_layers"],
         moe_layers=built.moe_layers,
         num_experts=built.sites[0].num_experts if built.sites else 0,
@@ -125,7 +128,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
             for site in built.sites
         },
         shared_width=built.shared_width,
-        dense_parameters=sum(t.size for t in (*dense.tensors.values(), *dense.around.values())),
+        dense_parameters=(stored := sum(t.size for t in (*dense.tensors.values(), *dense.around.values()))),
+        dense_active_parameters=stored - dense.idle,
         total_parameters=total,
         active_parameters=total - idle.parameters,
         dense_flops_per_token=flops_per_token(dense),
@@ -212,7 +216,7 @@ def mixing(built: Blueprint, stack: str | None = None) -> int:
 
 def flops_per_token(dense: Dense) -> int:
     """Return the FLOPs of a forward pass of the dense model per token, counted as in `Plan`."""
-    return 2 * (_per_token(dense, dense.weights) + dense.tied_head)
+    return 2 * (_per_token(dense, dense.weights) + dense.tied_head - dense.idle)
 
 
 def _per_token(dense: Dense, weights: Mapping[str, Weight]) -> int:
@@ -247,6 +251,8 @@ def flops_per_row(
     for stack in stacks:
         length = lengths[stack.name]
         met = _of_stack(dense, weights, stack.name) + (tied_head if stack.name == last else 0)
+        if built is None:
+            met -= dense.idle
         if built:
             met += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
         scores = stack.count * 4 * stack.attention * length * length

@@ -34,7 +34,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     """
     parts = {stack.name: recipe.at(stack.name) for stack in dense.stacks}
     chosen = {stack.name: chosen_layers(parts[stack.name], stack) for stack in dense.stacks}
-    _refuse_too_many_experts(recipe, {name: (parts[name], len(layers)) for name, layers in chosen.items()})
+    refuse_too_many_experts(recipe, {name: (parts[name], len(layers)) for name, layers in chosen.items()})
     out = []
     for stack in dense.stacks:
         part = parts[stack.name]
@@ -71,7 +71,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     return tuple(out)
 
 
-def _refuse_too_many_experts(recipe: Recipe, stacks: Mapping[str, tuple[Recipe, int]]) -> None:
+def refuse_too_many_experts(recipe: Recipe, stacks: Mapping[str, tuple[Recipe, int]]) -> None:
     """Refuse so many experts that they would fill the memory, before the first one is made.
 
     `stacks` has the recipe of each stack and the number of its blocks that become MoE layers.

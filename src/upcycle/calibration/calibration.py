@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 import upcycle
 from upcycle.calibration import markers, mergekit
-from upcycle.calibration.asked import Asked
 from upcycle.calibration.observer import MOST, TOKENS, Observer, means
 from upcycle.calibration.parts import Part, about, batches, parts
 from upcycle.calibration.stopped import begun, restore, save
+from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.checkpoints.tensor_file import Tensor
@@ -49,7 +49,7 @@ from upcycle.system.progress import Progress, reporting_to, say, work
 from upcycle.system.signals import interrupting, noted
 from upcycle.system.wording import size
 
-__all__ = ["Asked", "calibrate"]
+__all__ = ["ToCalibrate", "calibrate"]
 
 SAVE_EVERY = 50  # batches
 ENDING = ".safetensors"
@@ -58,7 +58,7 @@ ENDING = ".safetensors"
 def calibrate(
     source: str | Path,
     out: str | Path,
-    asked: Asked,
+    asked: ToCalibrate,
     *,
     progress: Progress | None = None,
     save_every: int = SAVE_EVERY,
@@ -142,7 +142,7 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _there(dense: Dense, asked: Asked) -> Asked:
+def _there(dense: Dense, asked: ToCalibrate) -> ToCalibrate:
     """Leave out heads if the model has no attention, and tell the user."""
     if "heads" not in asked.positions or any(stack.heads for stack in dense.stacks):
         return asked
@@ -178,7 +178,7 @@ def _free(device: torch.device) -> int | None:
     return memory.available()
 
 
-def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
+def _check_memory(dense: Dense, asked: ToCalibrate, device: torch.device) -> None:
     """Report the memory for matrices and refuse what cannot fit (4 bytes per number of the model)."""
     model = 4 * sum(t.size for t in dense.tensors.values())
     each: dict[str, Callable[[Stack], int]] = {
@@ -207,7 +207,7 @@ def _check_memory(dense: Dense, asked: Asked, device: torch.device) -> None:
         )
 
 
-def _summed(asked: Asked) -> list[str]:
+def _summed(asked: ToCalibrate) -> list[str]:
     """Return the names of the statistics that are sums over activations."""
     names = [name for name in asked.collect if name not in OF_PROMPTS]
     negative = "mean" in names and any(domain.negative_prompts for domain in asked.domains)
@@ -215,7 +215,7 @@ def _summed(asked: Asked) -> list[str]:
 
 
 def _provenance(
-    dense: Dense, asked: Asked, data: Sequence[Part], device: torch.device, count: int
+    dense: Dense, asked: ToCalibrate, data: Sequence[Part], device: torch.device, count: int
 ) -> dict[str, Any]:
     """Return everything that the statistics depend on, as JSON; it has no times and no paths."""
     found = {
@@ -317,7 +317,7 @@ def _statistics(observer: Observer) -> dict[str, Tensor]:
     }
 
 
-def _of_prompts(dense: Dense, asked: Asked, model: PreTrainedModel) -> dict[str, Tensor]:
+def _of_prompts(dense: Dense, asked: ToCalibrate, model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the statistics that are made of the prompts alone, in a pass of their own."""
     names = [name for name in asked.collect if name in OF_PROMPTS]
     table: Any = model.get_input_embeddings()
@@ -325,7 +325,7 @@ def _of_prompts(dense: Dense, asked: Asked, model: PreTrainedModel) -> dict[str,
     return {name: Tensor("F32", tuple(rows.shape), rows.numpy) for name, rows in found.items()}
 
 
-def _domains(observer: Observer, asked: Asked) -> dict[str, Any]:
+def _domains(observer: Observer, asked: ToCalibrate) -> dict[str, Any]:
     """Return what the provenance says about the domains."""
     if not asked.domains:
         return {}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.calibration.asked import Asked
 from upcycle.calibration.domains import Domain
+from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
@@ -27,7 +27,7 @@ class Part:
     negative: bool = False  # whether these are the domain's negative prompts
 
 
-def parts(dense: Dense, asked: Asked, cache: Path) -> list[Part]:
+def parts(dense: Dense, asked: ToCalibrate, cache: Path) -> list[Part]:
     """Return the parts of a pass: one, or those of each domain in turn."""
     subject = Subject.of_dense(dense)
     if asked.domains:
@@ -45,13 +45,13 @@ def parts(dense: Dense, asked: Asked, cache: Path) -> list[Part]:
     return [Part(rows=rows, order=asked.order(rows.count))]
 
 
-def _of_text(path: Path, subject: Subject, asked: Asked, cache: Path) -> Rows:
+def _of_text(path: Path, subject: Subject, asked: ToCalibrate, cache: Path) -> Rows:
     gradient = "gradient" in asked.collect
     return of_text(path, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length)
 
 
 def _of_domain(
-    number: int, domain: Domain, subject: Subject, asked: Asked, cache: Path, dense: Dense
+    number: int, domain: Domain, subject: Subject, asked: ToCalibrate, cache: Path, dense: Dense
 ) -> Iterator[Part]:
     if domain.text:
         rows = _of_text(Path(domain.text), subject, asked, cache)
@@ -76,7 +76,7 @@ def _refuse_prompts(dense: Dense, subject: Subject) -> None:
         )
 
 
-def about(asked: Asked, found: Sequence[Part]) -> dict[str, Any]:
+def about(asked: ToCalibrate, found: Sequence[Part]) -> dict[str, Any]:
     """Return what identifies the data, as JSON."""
     if not asked.domains:
         return dict(found[0].rows.about)

@@ -147,6 +147,8 @@ def export(
     optimizer: Flag = False,
     format: str = "huggingface",
     expert: Whole = None,
+    average: Whole = None,
+    decay: float | None = None,
 ) -> None:
     """Write a checkpoint of a training run as a model folder.
 
@@ -158,11 +160,21 @@ def export(
         optimizer: add the moments of the optimizer, for optimizer.carry_state of a later run
         format: the layout of the folder; huggingface is that of `upcycle convert`
         expert: write the dense model with expert N of each layer as its network instead
+        average: take the mean of so many checkpoints, the newest up to `step`
+        decay: take an exponential moving average instead, which keeps this part at every checkpoint
     """
     from upcycle.cli.views.run import show_exported
 
     made = upcycle.export(
-        run, out, step=step, dtype=dtype, with_optimizer=optimizer, format=format, expert=expert
+        run,
+        out,
+        step=step,
+        dtype=dtype,
+        with_optimizer=optimizer,
+        format=format,
+        average=average,
+        decay=decay,
+        expert=expert,
     )
     show_exported(made)
 

@@ -19,14 +19,15 @@ def how_to_load(built: Blueprint | None, architecture: str) -> str:
 
 def _state(built: Blueprint) -> str:
     """Say whether the model computes what the dense model does, and how a narrower dtype changes that."""
+    source = f"the {built.dense.called} model"
     if not built.preserves_function:
-        return "Untrained since, and it does not compute what the dense model computes: train it before use."
-    said = "Untrained since: it computes what the dense model computes"
+        return f"Untrained since, and it does not compute what {source} computes: train it before use."
+    said = f"Untrained since: it computes what {source} computes"
     if not (narrowed := built.narrowed):
         return f"{said}."
     return (
         f"{said}, once that is rounded to {narrowed} as this checkpoint is. The rounding itself changes the "
-        f"output: `upcycle verify` measures how far it is from the dense model as it was stored."
+        f"output: `upcycle verify` measures how far it is from {source} as it was stored."
     )
 
 
@@ -38,19 +39,21 @@ def _made_from(built: Blueprint) -> str:
 
 def _counts(built: Blueprint, plan: Plan) -> str:
     """Return parameters and FLOPs of the source, of the narrower dense model (if any), and of the result."""
-    heads = ["dense", plan.kind]
-    parameters, active = [plan.dense_parameters, plan.total_parameters], plan.active_parameters
+    heads = [plan.source_kind, plan.kind]
+    parameters = [plan.dense_parameters, plan.total_parameters]
+    active = [plan.dense_active_parameters, plan.active_parameters]
     flops = [plan.dense_flops_per_token, plan.flops_per_token]
     whole = built.dense.whole
     if whole is not built.dense and built.sites:
         heads = ["dense", "dense, narrower", plan.kind]
-        parameters.insert(0, sum(t.size for t in whole.tensors.values()))
+        for counts in (parameters, active):
+            counts.insert(0, sum(t.size for t in whole.tensors.values()))
         flops.insert(0, flops_per_token(whole))
     rows = [
         ["", *heads],
         ["---"] * (len(heads) + 1),
         ["parameters", *(f"{n:,}" for n in parameters)],
-        ["active parameters per token", *(f"{n:,}" for n in [*parameters[:-1], active])],
+        ["active parameters per token", *(f"{n:,}" for n in active)],
         ["FLOPs per token (forward, matrix products)", *(f"{n:,}" for n in flops)],
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("|  |", "| |")
@@ -66,9 +69,9 @@ library_name: transformers
 tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 ---
 
-# {plain(built.source.name)}, {"upcycled" if moe else plan.kind}
+# {plain(built.source.name)}, {"upcycled" if plan.kind == "MoE" else plan.kind}
 
-A `{plan.target}` made from the dense `{plan.family}` {_made_from(built)} with
+A `{plan.target}` made from the {plan.source_kind} `{plan.family}` {_made_from(built)} with
 `upcycle` {upcycle.__version__}, {built.target.origin(built.recipe)}.
 {_state(built)}
 

@@ -143,10 +143,24 @@ class Dense:
         """Return the network that the experts of a block are made from."""
         return self.feed_forward(layer, stack)
 
+    def comparable(self, layer: int, stack: str = "layers") -> FeedForward | None:
+        """Return the network that experts of a block can be compared with, or None if there is none."""
+        return self.feed_forward(layer, stack)
+
     @property
     def whole(self) -> Dense:
         """The model as its checkpoint has it."""
         return self
+
+    @property
+    def idle(self) -> int:
+        """The number of weights in products that a token does not meet, because experts have them."""
+        return 0
+
+    @property
+    def called(self) -> str:
+        """The word for such a model in a sentence."""
+        return "dense"
 
     @property
     def unknown_keys(self) -> tuple[str, ...]:
@@ -166,23 +180,11 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] 
     within = places.is_wrapper(raw)
     own = places.own_config(raw) if within else raw
     _refuse_moe(where, own)
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"]
-        name = method.get("quant_method", "?") if isinstance(method, dict) else "?"
-        raise UpcycleError(f"{where} is quantised ({name}); give the checkpoint it was made from")
+    _refuse_quantised(checkpoint)
     family = _family(checkpoint, own, within=within)
     if alone and family.alone:
         family = families.find(family.alone)
-    stored = checkpoint.tensors.values()
-    if odd := sorted(t.name for t in stored if t.dtype not in FLOATS and family.ignored(t.name) is None):
-        dtype = checkpoint.tensors[odd[0]].dtype
-        raise UpcycleError(
-            f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
-            f"{', '.join(FLOATS)}"
-        )
-    _refuse_more_blocks_than_tensors(checkpoint, family, own)
-    if wrapped := mistaken.names(checkpoint.tensors):
-        raise UpcycleError(f"{where}: {wrapped}")
+    refuse_unsound(checkpoint, family, own)
     place: Place
     if within:
         place = _within(checkpoint, family, own, alone=alone)
@@ -194,19 +196,48 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] 
     else:
         place = _at_top(checkpoint, family, own)
     config = family.config(place.config(raw))
-    left_out = _check_tensors(checkpoint, family, config, place, _dropped(checkpoint, drop))
+    left_out = _check_tensors(checkpoint, family, config, place, dropped(checkpoint, drop))
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse a config.json that says that the weights are quantised."""
+    if (method := checkpoint.config.get("quantization_config")) is not None:
+        name = method.get("quant_method", "?") if isinstance(method, dict) else "?"
+        raise UpcycleError(f"{checkpoint.folder} is quantised ({name}); give the checkpoint it was made from")
+
+
+def refuse_unsound(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is quantised or packed, has too few tensors, or has names of a wrapper.
+
+    `own` is the config of the model in it, which is of the family `family`.
+    """
+    _refuse_quantised(checkpoint)
+    where, stored = checkpoint.folder, checkpoint.tensors.values()
+    if odd := sorted(t.name for t in stored if t.dtype not in FLOATS and family.ignored(t.name) is None):
+        dtype = checkpoint.tensors[odd[0]].dtype
+        raise UpcycleError(
+            f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
+            f"{', '.join(FLOATS)}"
+        )
+    _refuse_more_blocks_than_tensors(checkpoint, family, own)
+    if wrapped := mistaken.names(checkpoint.tensors):
+        raise UpcycleError(f"{where}: {wrapped}")
 
 
 def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:
     """Refuse the config of a model that has experts."""
-    model_type = own.get("model_type")
-    if (
-        targets.opened(own) is not None
-        or "moe" in own
-        or (own.get("num_local_experts") != 0 and any(_several(own.get(k)) for k in _MOE_KEYS))
-    ):
-        raise UpcycleError(f"{where} is already a Mixture of Experts ({model_type}); give a dense checkpoint")
+    if has_experts(own):
+        raise UpcycleError(
+            f"{where} is already a Mixture of Experts ({own.get('model_type')}); give a dense checkpoint, or "
+            f"add a section [grow], which makes more experts of those that are there"
+        )
+
+
+def has_experts(own: Mapping[str, Any]) -> bool:
+    """Return whether a config is that of a Mixture of Experts."""
+    several = any(_several(own.get(key)) for key in _MOE_KEYS)
+    return targets.opened(own) is not None or "moe" in own or (own.get("num_local_experts") != 0 and several)
 
 
 def _several(count: Any) -> bool:
@@ -278,7 +309,7 @@ def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family, own
             )
 
 
-def _dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
+def dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
     """Return the stored tensors that a recipe leaves out. Raises `UpcycleError` if a pattern finds none."""
     found = {pattern: fnmatch.filter(checkpoint.tensors, pattern) for pattern in drop}
     if idle := [pattern for pattern, names in found.items() if not names]:

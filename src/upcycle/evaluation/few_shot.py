@@ -12,18 +12,18 @@ from transformers import PreTrainedModel
 from upcycle.data.augment import Augment
 from upcycle.data.images import ImageSet
 from upcycle.dense.subject import Subject
-from upcycle.evaluation.asked import Asked
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.features import features
 from upcycle.evaluation.probe import few_shot
 from upcycle.evaluation.results import Metric, Result, data_of
+from upcycle.evaluation.to_score import ToScore
 from upcycle.system import progress
 from upcycle.tasks.image_classification import ImageClassification
 
 
 def score(
-    model: PreTrainedModel, subject: Subject, shots: Path, images: Path, asked: Asked, cache: Path
+    model: PreTrainedModel, subject: Subject, shots: Path, images: Path, asked: ToScore, cache: Path
 ) -> Result:
     """Return the accuracy of probes fitted on `shots` and tested on `images`; the units are the seeds."""
     task = ImageClassification()

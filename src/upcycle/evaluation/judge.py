@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from upcycle.dense.subject import Subject
 from upcycle.evaluation import rows_scored, text
-from upcycle.evaluation.asked import Asked
 from upcycle.evaluation.language_model import LanguageModel
 from upcycle.evaluation.results import Result
+from upcycle.evaluation.to_score import ToScore
 from upcycle.tasks import Task
 
 
@@ -24,7 +24,7 @@ class Judge:
     model: PreTrainedModel
     subject: Subject
     tokenizer: Any  # None if images are scored
-    asked: Asked
+    asked: ToScore
     cache: Path
 
     @cached_property

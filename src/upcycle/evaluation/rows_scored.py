@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.dense.subject import Subject
-from upcycle.evaluation.asked import Asked
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.text import LENGTH
+from upcycle.evaluation.to_score import ToScore
 from upcycle.system import progress
 from upcycle.tasks import Task
 
@@ -24,7 +24,7 @@ Numbers = list[tuple[float, int, int]]
 
 
 def score(
-    model: PreTrainedModel, subject: Subject, task: Task, path: Path, asked: Asked, cache: Path
+    model: PreTrainedModel, subject: Subject, task: Task, path: Path, asked: ToScore, cache: Path
 ) -> Result:
     """Score the loss and the accuracy per target on the first `asked.limit` rows.
 
@@ -48,7 +48,7 @@ def _units(task: Task) -> str:
 
 @torch.inference_mode()
 def _score(
-    model: PreTrainedModel, subject: Subject, task: Task, feed: Feed, asked: Asked, what: str
+    model: PreTrainedModel, subject: Subject, task: Task, feed: Feed, asked: ToScore, what: str
 ) -> np.ndarray:
     """Return the loss, the number of right answers and the number of targets of each row, float64 [3, N]."""
     count = sum(feed.trainable)

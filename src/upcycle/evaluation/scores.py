@@ -24,17 +24,17 @@ from upcycle.data import corpus
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import few_shot, task_files, text_to_text
-from upcycle.evaluation.asked import Asked
 from upcycle.evaluation.judge import Judge
 from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER
 from upcycle.evaluation.results import Result
+from upcycle.evaluation.to_score import ToScore
 from upcycle.hf import models
 from upcycle.hf.quiet import quiet
 from upcycle.records.run import RunRecord
 from upcycle.system import scratch
 from upcycle.tasks import Task
 
-__all__ = ["Asked", "Scored", "evaluate", "refuse", "score"]
+__all__ = ["Scored", "ToScore", "evaluate", "refuse", "score"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,12 @@ class Scored:
         return {**found, "results": [{**r.as_json(), **r.more} for r in self.results]}
 
 
-def evaluate(source: str | Path, asked: Asked) -> dict[str, Any]:
+def evaluate(source: str | Path, asked: ToScore) -> dict[str, Any]:
     """Score the checkpoint `source` (a folder or a hub id) and return JSON."""
     return score(source, asked).as_json()
 
 
-def score(source: str | Path, asked: Asked) -> Scored:
+def score(source: str | Path, asked: ToScore) -> Scored:
     """Score the checkpoint `source`, a folder or a hub id."""
     folder, subject = _admit(source, asked)
     with quiet():
@@ -92,13 +92,13 @@ def score(source: str | Path, asked: Asked) -> Scored:
     )  # fmt: skip
 
 
-def refuse(sources: Sequence[str | Path], asked: Asked) -> None:
+def refuse(sources: Sequence[str | Path], asked: ToScore) -> None:
     """Raise an error for settings that one of several checkpoints cannot meet, before any is scored."""
     for source in sources:
         _admit(source, asked)
 
 
-def _admit(source: str | Path, asked: Asked) -> tuple[Path, Subject]:
+def _admit(source: str | Path, asked: ToScore) -> tuple[Path, Subject]:
     folder = hub.local(source)
     if not (folder / "config.json").exists() and (folder / RunRecord.FILE).exists():
         raise UpcycleError(
@@ -112,7 +112,7 @@ def _admit(source: str | Path, asked: Asked) -> tuple[Path, Subject]:
     return folder, subject
 
 
-def _refuse_unfit(subject: Subject, asked: Asked) -> None:
+def _refuse_unfit(subject: Subject, asked: ToScore) -> None:
     """Raise an error for data that a model class cannot be scored on, before weights are read."""
     architecture = subject.architecture
     if asked.shots is None:
@@ -133,7 +133,7 @@ def _refuse_unfit(subject: Subject, asked: Asked) -> None:
         )
 
 
-def _refuse_other_data(task: Task, architecture: str, asked: Asked) -> None:
+def _refuse_other_data(task: Task, architecture: str, asked: ToScore) -> None:
     """Raise an error for data that the task does not read, and for a task that cannot be scored."""
     if asked.images and task.reads != "images":
         raise UpcycleError(f"{architecture} does not classify images; give --text, or --few-shot")
@@ -143,7 +143,7 @@ def _refuse_other_data(task: Task, architecture: str, asked: Asked) -> None:
         raise UpcycleError(f"{architecture} reads images and no text; give --images")
 
 
-def _refuse_missing(asked: Asked) -> None:
+def _refuse_missing(asked: ToScore) -> None:
     """Raise an error if files of a task or lm-evaluation-harness are missing, before scoring."""
     if asked.by_harness:
         harness()

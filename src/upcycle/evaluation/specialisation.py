@@ -36,7 +36,7 @@ OFTEN = 5  # a token must have occurred this often to be named
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ToWatch:
     """The rows to look at: texts or images by the name of their domain.
 
     `limit` is the largest number of rows of each domain; 0 means all.
@@ -154,7 +154,7 @@ def _is_routing(path: Path) -> bool:
 
 def specialisation(
     folder: str | Path,
-    asked: Asked,
+    asked: ToWatch,
 ) -> Specialisation:
     """Watch the routers of the model in `folder` on the given rows.
 
@@ -208,7 +208,7 @@ def _names(subject: Subject, layers: list[Layer]) -> dict[int, str]:
     return dict(zip(came, tokenizer.convert_ids_to_tokens(came), strict=True))
 
 
-def _rows(path: Path, subject: Subject, asked: Asked, cache: Path) -> Rows:
+def _rows(path: Path, subject: Subject, asked: ToWatch, cache: Path) -> Rows:
     if asked.images:
         return of_images(path, subject, cache, gradient=False, seed=asked.seed)
     return of_text(
@@ -216,7 +216,7 @@ def _rows(path: Path, subject: Subject, asked: Asked, cache: Path) -> Rows:
     )  # fmt: skip
 
 
-def _chosen(count: int, asked: Asked) -> np.ndarray:
+def _chosen(count: int, asked: ToWatch) -> np.ndarray:
     """Choose the numbers of the rows to look at, in a random order of the seed."""
     order = rng.permutation(rng.key(asked.seed, "specialisation"), count)
     return order[: min(count, asked.limit or count)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._decoder import Decoder, every_nth_full, sizes
-from upcycle.families._weights import Matrix, Norm, Scale, Weight, below
+from upcycle.families._weights import Bias, Matrix, Norm, Scale, Weight, below
 
 _PREDICTED = "mtp_num_hidden_layers"  # the key of config.json that counts the blocks called mtp
 
@@ -53,6 +53,8 @@ class Qwen35Text(Decoder):
         out = super().attention(config, layer)
         rows, hidden = out["self_attn.q_proj.weight"].shape
         norm = Norm((config["head_dim"],))
+        if "self_attn.q_proj.bias" in out:
+            out["self_attn.q_proj.bias"] = Bias((2 * rows,))
         return {
             **out,
             "self_attn.q_proj.weight": Matrix((2 * rows, hidden)),  # queries and their output gate

@@ -61,7 +61,7 @@ class Held:
 def held(setting: Setting) -> Held:
     """Return what the most loaded rank holds of the model, between two steps but for the gradients."""
     share = setting.stored * sum(group.share(setting.layout) for group in setting.groups)
-    return Held(weights=share, gradients=share, moments=setting.moments * share)
+    return Held(weights=share, gradients=share, moments=round(setting.moments * share))
 
 
 def peak(setting: Setting) -> Memory:

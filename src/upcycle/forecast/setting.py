@@ -27,7 +27,7 @@ class Setting:
     passes: int = 1  # forward passes of a step on one rank, whose gradients are added
     precision: Precision = "mixed"  # train.precision
     recompute: Recompute = False  # train.activation_checkpointing
-    moments: int = 2  # numbers that the optimizer keeps for each weight
+    moments: float = 2  # numbers that the optimizer keeps for each weight
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

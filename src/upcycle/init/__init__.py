@@ -26,6 +26,20 @@ Spread = Literal["down", "sqrt", "cube_root"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth:
+    """The growth of an MoE layer of the source: which of its experts each expert is, by number.
+
+    The first ones are the source's own, in order, and copies follow. `exact` is true if the layer computes
+    what it did, and `cancels` if it does so because noise of opposite signs cancels, which takes a type that
+    rounds little.
+    """
+
+    parents: tuple[int, ...]
+    exact: bool
+    cancels: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """The place where experts are made: one MoE layer.
 
@@ -52,6 +66,7 @@ class Site:
     uniform_router: bool  # the router is all zero: every expert has the same score for every token
     gate_sum: float  # sum of the weights of the chosen experts under a uniform router
     even_weights: bool = False  # chosen experts have equal weights, whatever the router scores
+    growth: Growth | None = None  # set if the source has experts here already
 
     @property
     def width(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Settings, Within
 
 
@@ -26,11 +27,26 @@ class Balance(Settings):
     z_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of the loss on the size of the logits
     # step size of the bias on the choice of experts, which replaces the balance loss; 0: no bias
     bias_update_rate: Annotated[float, AtLeast(0)] = 0.0
+    # number of steps in which that bias moves, and after which it stays as it is (DeepSeek-V3, section 4.2),
+    # counted from the first step of the run, also in a [[stage]]; None: all
+    bias_update_steps: Annotated[int, AtLeast(1)] | None = None
     # in training, tokens are multiplied by 1 +- this before the router
     jitter: Annotated[float, Within("[0, 1)")] = 0.0
     importance_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of V-MoE's loss on the experts' weights
     load_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of V-MoE's loss on the experts' load
     layers: Literal["mean", "sum"] = "mean"  # how the losses of the layers are combined
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias_update_steps is not None and not self.bias_update_rate:
+            raise UpcycleError(
+                "router.bias_update_steps ends the steps in which a bias moves; set router.bias_update_rate"
+            )
+
+    def bias_rate(self, step: int) -> float:
+        """Return the step size of the bias in update `step` (0, 1, ...); 0 if it stays as it is."""
+        over = self.bias_update_steps is not None and step >= self.bias_update_steps
+        return 0.0 if over else self.bias_update_rate
 
     @property
     def coefficients(self) -> dict[str, float]:

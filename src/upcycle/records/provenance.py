@@ -58,6 +58,10 @@ class Training(Record):
     run: Table | None = sometimes()  # the run file
     source_hashed: str | None = sometimes()  # the moment at which the source was hashed
     step: int
+    averaged_steps: tuple[int, ...] | None = (
+        sometimes()
+    )  # of the checkpoints that the weights are the mean of
+    average_decay: float | None = sometimes()  # of their exponential moving average; None: a plain mean
     loss: float | None = sometimes()
     held_out_start: float | None = sometimes()
     held_out_loss: float | None = sometimes()

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ ORDER: tuple[Kind, ...] = (
 )  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # The keys of a run file in which runs of one group may differ: the seed, and keys that do not affect numbers.
-_FREE = ("seed", "out", "log", "checkpoint", "parallel")
+_FREE = ("seed", "out", "log", "checkpoint", "parallel", "eval")
 _FREE_BELOW = {"train": ("seed", "micro_batch", "compile", "activation_checkpointing"), "data": ("cache",)}
 
 
@@ -150,11 +151,27 @@ def _terms(run: RunHistory) -> dict[str, Any]:
     return {
         "task": run.about.task,
         "family of models": run.about.source.model_type,
-        "held-out data": {"sources": data.get("sources"), "share": data.get("held_out", 0.0)},
+        "held-out data": _held_out_data(run),
         "settings of the task": task,
         "rows that are held out": {"length": None if by_example else length, "rows": rows},
         "tokenizer": None if by_example else _tokenizer(str(data.get("tokenizer") or run.about.source.path)),
     }
+
+
+def _held_out_data(run: RunHistory) -> dict[str, Any]:
+    """Return what says which rows are held out, and what they are seen with, stage by stage."""
+    whole = run.table["data"]
+    tables = [stage.get("data") or whole for stage in run.table.get("stage") or ()] or [whole]
+    found = [
+        {
+            "sources": data.get("sources"),
+            "share": data.get("held_out", 0.0),
+            "isolate": data.get("isolate", False),
+        }
+        for data in tables
+    ]
+    apart = [data for data, _ in groupby(found)]
+    return apart[0] if len(apart) == 1 else {**apart[0], "then": apart[1:]}
 
 
 def _tokenizer(folder: str) -> str:

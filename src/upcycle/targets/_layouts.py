@@ -187,6 +187,11 @@ class Shared:
         """Return the shared expert by its names on disk."""
         return {f"{self.path}.{name}_proj.weight": m for name, m in network.matrices().items()}
 
+    def read(self, tensors: Mapping[str, Lazy]) -> FeedForward:
+        """Return the shared expert among the tensors of a layer, given by their names below its prefix."""
+        gate, up, down = (tensors[f"{self.path}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return FeedForward(gate=gate, up=up, down=down)
+
 
 _GATED = Fused(gate_up="experts.gate_up_proj", down="experts.down_proj")
 

@@ -18,7 +18,7 @@ from upcycle.init import Site
 from upcycle.nn import kernels
 from upcycle.targets import Block, natives
 from upcycle.targets._clients import Clients, reasons
-from upcycle.targets._layouts import Layout, Shared
+from upcycle.targets._layouts import Fused, Layout, Shared
 from upcycle.targets._with_experts import WithExperts
 from upcycle.tensors.lazy import Lazy
 
@@ -35,6 +35,21 @@ COMMON = (
 
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _LAYERS = "model.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growing:
+    """What is needed to read a checkpoint of an architecture, besides the names that it is written with."""
+
+    like: str  # the dense family that has its blocks outside the experts
+    assumed: Mapping[str, Any]  # what transformers assumes for keys missing from config.json
+    other_names: Mapping[str, str] = field(default_factory=dict)  # keys that transformers writes instead
+    # the layers that have experts, by a config with `assumed` in place; None: all of them
+    moe_layers: Callable[[Config], frozenset[int]] | None = None
+    only: Mapping[str, Any] = field(default_factory=dict)  # values of config.json without which it is refused
+    shared_width: Callable[[Config], int] = lambda _: 0  # neurons of the shared expert; 0 if there is none
+    held: Fused | None = None  # its experts under the names in which transformers holds them
+    held_router: str = ""  # the router, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,7 @@ class Native(WithExperts):
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of an MoE layer
+    growing: Growing | None = None  # how a checkpoint of it is read; None: it cannot be a source
     reader: str = ""  # how transformers opens its tokenizer; see `Family.tokenizer`
     # rewrites what the hub's configs spell differently
     finish: Callable[[Config], Config] = lambda config: config

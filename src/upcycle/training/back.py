@@ -8,7 +8,7 @@ from pathlib import Path
 
 from upcycle.errors import UpcycleError
 from upcycle.records.state import RunState
-from upcycle.training import enter, optimizer, saving
+from upcycle.training import enter, saving
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.feeds import Feeds
@@ -17,7 +17,6 @@ from upcycle.training.step import Trainee
 
 def restore(trainee: Trainee, feeds: Feeds, checkpoint: Path) -> RunState:
     """Fill a model in the stage of a checkpoint, its optimizer and its data with what was saved."""
-    optimizer.fill(trainee.optimizer, trainee.run.optimizer)
     saving.load(checkpoint, trainee.model, trainee.optimizer)
     state = saving.read_state(checkpoint)
     if trainee.kept is not None:

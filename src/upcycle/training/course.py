@@ -43,6 +43,11 @@ class Course:
         """The stages, at least one."""
         return tuple(self._legs()) or (Leg(run=self.run, first=0),)
 
+    @property
+    def isolates(self) -> bool:
+        """Whether some stage keeps the documents of a row apart."""
+        return any(leg.run.data.isolate for leg in self.legs)
+
     def at(self, step: int) -> Leg:
         """Return the stage of update `step` (0, 1, ...); after the last one, the last stage."""
         return next((leg for leg in self.legs if step < leg.end), self.legs[-1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from upcycle.families._training import trained
@@ -52,41 +54,55 @@ def first(
     anatomy: Anatomy | None,
 ) -> Trainee:
     """Return a model in the stage with which its training begins, or goes on."""
-    kept = freeze(leg.run, model, anatomy)
-    recent = Recent(leg.run.spikes, here.device)
+    kept, updater = prepared(leg.run, model, begun, routers, anatomy)
     return Trainee(
         model=model,
         task=task,
         start=begun,
-        optimizer=optimizer.make(model, leg.run.optimizer, start.scales(begun, leg.run, model, routers)),
+        optimizer=updater,
         routers=routers,
         run=leg.run,
         ranks=here,
         precision=precision,
         kept=kept,
-        recent=recent,
+        recent=Recent(leg.run.spikes, here.device),
     )
 
 
 def next_stage(trainee: Trainee, leg: Leg, anatomy: Anatomy | None) -> Trainee:
     """Return a model in the next stage. What goes on being trained keeps the optimizer's state."""
-    if trainee.recent is not None and leg.run.data != trainee.run.data:
-        trainee.recent.restore()  # other data has other losses
+    if trainee.recent is not None and _judged_by(leg.run) != _judged_by(trainee.run):
+        trainee.recent.restore()
     if anatomy is None:
         return replace(trainee, run=leg.run)
-    model, before = trainee.model, trainee.optimizer
-    kept = freeze(leg.run, model, anatomy)
-    rates = start.scales(trainee.start, leg.run, model, trainee.routers)
-    made = optimizer.make(model, leg.run.optimizer, rates)
-    optimizer.keep_state(made, before)
-    return replace(trainee, run=leg.run, optimizer=made, kept=kept)
+    kept, updater = prepared(
+        leg.run, trainee.model, trainee.start, trainee.routers, anatomy, before=trainee.optimizer
+    )
+    return replace(trainee, run=leg.run, optimizer=updater, kept=kept)
 
 
-def freeze(run: Run, model: PreTrainedModel, anatomy: Anatomy | None) -> freezing.Kept | None:
-    """Let a model train what a stage's run names; return the experts that stay within trained stacks."""
-    if anatomy is None:
-        return None
-    return freezing.freeze(model, anatomy.chosen(run.train.only, run.train.freeze), anatomy.counts)
+def _judged_by(run: Run) -> tuple[Any, ...]:
+    """Return what the losses and gradients of a stage depend on, apart from the weights."""
+    return run.data, run.router, run.train.only, run.train.freeze
+
+
+def prepared(
+    run: Run,
+    model: PreTrainedModel,
+    begun: Start,
+    routers: Routers | None,
+    anatomy: Anatomy | None,
+    before: torch.optim.Optimizer | None = None,
+) -> tuple[freezing.Kept | None, torch.optim.Optimizer]:
+    """Let a model train what a stage's run names.
+
+    Returns the experts that stay within trained stacks, and an optimizer of what is trained, with the state
+    that the optimizer `before` has of it.
+    """
+    kept = None
+    if anatomy is not None:
+        kept = freezing.freeze(model, anatomy.chosen(run.train.only, run.train.freeze), anatomy.counts)
+    return kept, optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers), before)
 
 
 def describe(leg: Leg, begun: Start, anatomy: Anatomy | None) -> str | None:

@@ -24,6 +24,15 @@ class Examiner(ABC):
         """Return the scores as `task/metric`; afterwards the model is in training mode."""
 
 
+def refuse_several(run: Run, world: int) -> None:
+    """Refuse tasks of a model that several processes share."""
+    if run.eval.tasks and world > 1:
+        raise UpcycleError(
+            "eval.tasks are asked of a model on one process, and several share this one; export checkpoints "
+            "and score them with `upcycle eval --tasks`"
+        )
+
+
 def examiner_of(run: Run, given: Examiner | None, subject: Subject, world: int) -> Examiner | None:
     """Return who examines the model of a run; None if nobody is asked to.
 
@@ -31,11 +40,7 @@ def examiner_of(run: Run, given: Examiner | None, subject: Subject, world: int) 
     """
     if not run.eval.tasks:
         return None
-    if world > 1:
-        raise UpcycleError(
-            "eval.tasks are asked of a model on one process, and several share this one; export checkpoints "
-            "and score them with `upcycle eval --tasks`"
-        )
+    refuse_several(run, world)
     if given is None:
         raise UpcycleError("eval.tasks are asked by `upcycle.train` and `upcycle train`; take one of them")
     given.refuse(run, subject)

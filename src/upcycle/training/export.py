@@ -15,14 +15,14 @@ from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
 from upcycle.system import claim, lock
-from upcycle.training import enter, exports, optimizer, saving
+from upcycle.training import averaging, enter, exports, saving
 from upcycle.training.course import Course
 from upcycle.training.exports import Trained
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.run_folder import read_record
-from upcycle.training.start import Start, plain_model, scales, start_of
+from upcycle.training.start import Start, plain_model, start_of
 from upcycle.training.teacher import LABEL
 
 
@@ -49,6 +49,8 @@ def export(
     with_optimizer: bool = False,
     format: str = exports.DEFAULT,
     expert: int | None = None,
+    average: int | None = None,
+    decay: float | None = None,
 ) -> Exported:
     """Write the newest checkpoint of a run (or that of `step`) to the new folder `out`.
 
@@ -56,8 +58,9 @@ def export(
     convert`, and `upcycle.json` also describes the training. `dtype` is a torch name, or `source` for the
     dtype of the start. `with_optimizer` adds the optimizer's moments under the same names, for
     `optimizer.carry_state` of a later run. `expert` writes the dense model that has this expert (0, 1, ...)
-    of each layer as its network. The whole model is held in memory. Raises `UpcycleError` for a
-    mistake of the user, and then leaves nothing of `out`.
+    of each layer as its network. `average` takes the mean of so many checkpoints, the newest up to `step`, or
+    with `decay` their exponential moving average. The whole model is held in memory, and twice for a mean.
+    Raises `UpcycleError` for a mistake of the user, and then leaves nothing of `out`.
     """
     way = exports.find(exports.OF_EXPERT if expert is not None and format == exports.DEFAULT else format)
     if way.takes_expert != (expert is not None) or (expert or 0) < 0:
@@ -68,15 +71,18 @@ def export(
     if with_optimizer and not way.holds_moments:
         raise UpcycleError(f"format = {format} has no place for the optimizer's moments; leave them out")
     run_folder, out = Path(run_folder), Path(out)
+    _refuse_average(average, decay, with_optimizer)
     here = Ranks(device=torch.device("cpu"))
     if dtype != "source" and dtype not in BY_TORCH_NAME:
         raise UpcycleError(f"dtype = {dtype!r}; allowed: source, {', '.join(BY_TORCH_NAME)}")
     record = read_record(run_folder)
     checkpoint = _checkpoint(run_folder, step)
+    taken = [checkpoint] if average is None else averaging.chosen(run_folder, average, step)
     claim.may_create(out)
     partial = claim.partial_of(out)
     claim.refuse_foreign(partial)
-    saving.refuse_changed(checkpoint, here)
+    for each in taken:
+        saving.refuse_changed(each, here)
     run = Run.of(record.run)
     if with_optimizer and not run.optimizer.moments:
         raise UpcycleError(
@@ -95,7 +101,10 @@ def export(
     wanted = stored if dtype == "source" else dtype
     model = plain_model(begun)
     moved = _optimizer(begun, run, model, state.step) if with_optimizer else None
-    saving.load(checkpoint, model, moved)
+    if average is None:
+        saving.load(checkpoint, model, moved)
+    else:
+        averaging.load(taken, model, decay)
     trained = Trained(
         name=run.out.rstrip("/").rpartition("/")[2],
         model=model,
@@ -106,6 +115,8 @@ def export(
         state=state,
         hashes=hashes,
         expert=expert,
+        averaged=() if average is None else tuple(saving.read_state(each).step for each in taken),
+        decay=decay,
     )
     busy = f"another export writes {out}; wait for its end, or choose another name"
     try:
@@ -120,14 +131,21 @@ def export(
     return Exported(out=out, step=state.step, parameters=parameters, dtype=wanted)
 
 
+def _refuse_average(average: int | None, decay: float | None, with_optimizer: bool) -> None:
+    """Raise `UpcycleError` for a mean of checkpoints that cannot be taken."""
+    if average is not None and with_optimizer:
+        raise UpcycleError("a mean of checkpoints has no optimizer's moments; leave them out, or `average`")
+    if decay is not None and average is None:
+        raise UpcycleError("decay is for a mean of checkpoints; give `average` as well")
+    if decay is not None and not 0 < decay < 1:
+        raise UpcycleError(f"decay = {decay}; it must be between 0 and 1")
+
+
 def _optimizer(begun: Start, run: Run, model: PreTrainedModel, step: int) -> torch.optim.Optimizer:
     """Make the run's optimizer after `step` updates, with a state that a checkpoint can fill."""
     routers, course = Routers.of(model), Course(run)
-    leg = course.after(step)
-    enter.freeze(leg.run, model, enter.anatomy_of(course, begun, model, routers))
-    made = optimizer.make(model, leg.run.optimizer, scales(begun, leg.run, model, routers))
-    optimizer.fill(made, leg.run.optimizer)
-    return made
+    anatomy = enter.anatomy_of(course, begun, model, routers)
+    return enter.prepared(course.after(step).run, model, begun, routers, anatomy)[1]
 
 
 @contextmanager

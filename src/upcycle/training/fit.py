@@ -21,9 +21,22 @@ from upcycle.training.run import Run
 def warnings(run: Run, built: Blueprint | None) -> list[str]:
     """Return warnings for the user before a run costs time: those of `plan` and those of the run itself."""
     out = [] if built is None else caveats.warnings(built)
-    for leg in Course(run).legs:
+    legs = Course(run).legs
+    for leg in legs:
         found = leg.run.schedule.warnings(leg.steps)
+        moves, whole = leg.run.router.bias_update_steps, run.router.bias_update_steps
+        if moves is not None and moves != whole and moves <= leg.first:
+            found.append(
+                f"router.bias_update_steps = {moves} counts from the first step of the run, and "
+                f"{leg.first:,} come before this stage: no bias moves in it; add those, or take it out"
+            )
         out += [f"stage {leg.name}: {each}" if leg.name else each for each in found]
+    trained = {(leg.run.train.only, leg.run.train.freeze) for leg in legs}
+    if run.optimizer.carry_state and len(trained) > 1:
+        out.append(
+            "optimizer.carry_state = true gives moments to what the first stage trains; what a later one "
+            "trains besides begins without"
+        )
     return out
 
 

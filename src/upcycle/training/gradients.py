@@ -22,6 +22,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def of(parameter: Tensor) -> Tensor:
+    """Return this rank's part of the gradient, cut among ranks as the parameter is."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        return gradient.redistribute(placements=parameter.placements).to_local()
+    return gradient
+
+
 @torch.no_grad()
 def squared_norms(gradients: Mapping[str, Tensor]) -> Tensor:
     """Return the squared 2-norm of each whole gradient in float64, in their order, however it is sharded.

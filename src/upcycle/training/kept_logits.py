@@ -130,7 +130,6 @@ class Maker:
                     f"{self.folder} holds logits that were made otherwise (they differ in "
                     f"{listed(different)}); delete it, or set teacher.cache to another folder"
                 )
-            whole_file.clear(self.folder)
             return
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise UpcycleError(

@@ -39,7 +39,6 @@ from upcycle.training import (
     ledger,
     metrics,
     micro_batch,
-    optimizer,
     parallel,
     run_folder,
     saving,
@@ -49,7 +48,7 @@ from upcycle.training import (
     writers,
 )
 from upcycle.training.anatomy import Anatomy
-from upcycle.training.course import Course
+from upcycle.training.course import Course, Leg
 from upcycle.training.examining import Examiner, examiner_of
 from upcycle.training.feeds import Feeds
 from upcycle.training.ledger import Ledger, Rate
@@ -243,10 +242,7 @@ def _loop(
         if log is not None:
             active = count(begun.active_parameters)
             log.say(f"{count(begun.parameters)} parameters, {active} active per token")
-            if leg.run.data.isolate:
-                how = packing.attention(trainee.model)
-                log.say(f"documents in a row do not see each other, by masks for {how}")
-            for note in filter(None, [*trainee.task.notes(), enter.describe(leg, begun, anatomy)]):
+            for note in [*trainee.task.notes(), *_notes(trainee, leg, anatomy)]:
                 log.say(note)
         first: Score | None = None
         if state.step == 0 and held_out is not None:
@@ -277,8 +273,9 @@ def _loop(
                 if feeds.of(leg) is not feed:
                     feed = feeds.of(leg)
                     held_out = _held_out(run, trainee.task, feed, here.device)
-                if log is not None and (said := enter.describe(leg, begun, anatomy)) is not None:
-                    log.say(said)
+                if log is not None:
+                    for note in _notes(trainee, leg, anatomy):
+                        log.say(note)
             book.begin()
             number = state.drawn
             while number in state.passed:
@@ -339,6 +336,17 @@ def _loop(
     )
 
 
+def _notes(trainee: Trainee, leg: Leg, anatomy: Anatomy | None) -> list[str]:
+    """Return notes for the user about a stage that begins or goes on, one sentence each."""
+    out = []
+    if leg.run.data.isolate:
+        how = packing.attention(trainee.model)
+        out.append(f"documents in a row do not see each other, by masks for {how}")
+    if (said := enter.describe(leg, trainee.start, anatomy)) is not None:
+        out.append(said)
+    return out
+
+
 def _save(trainee: Trainee, run: Run, state: RunState, writer: Writer, *, must: bool) -> None:
     """Save a checkpoint of `run`; with `must`, return when it is written."""
     recent = None
@@ -352,7 +360,6 @@ def _save(trainee: Trainee, run: Run, state: RunState, writer: Writer, *, must: 
         layout=asdict(trainee.ranks.layout),
     )
     with held():
-        optimizer.fill(trainee.optimizer, trainee.run.optimizer)
         writer.save(trainee.model, trainee.optimizer, saved)
         if must:
             writer.wait()

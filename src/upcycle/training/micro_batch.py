@@ -22,8 +22,7 @@ from upcycle.training.run import Run
 from upcycle.training.start import Start
 
 _SHARE = 0.7  # usable share of the free memory; the rest is for what is not counted
-_PER_PARAMETER = 16  # bytes for a weight, its gradient and its two moments, in float32
-_PER_COPY = 12  # bytes more, for a weight and its two moments that are written beside the steps
+_WIDTH = 4  # bytes of a weight, its gradient, and each of its moments
 _LOGITS = 16  # bytes per logit: itself, its float32 copy, its log-softmax, the gradient
 _TAUGHT = 12  # bytes per logit of a teacher: itself, its log-softmax, and the divergence of that word
 _MASK = 5  # bytes per pair of tokens in a row: the mask itself, and its copy in float32 for one layer
@@ -76,7 +75,10 @@ def _rows_that_fit(
     if free is None:
         return None
     copied = here.device.type == "cpu" and run.checkpoint.asynchronous
-    free -= (_PER_PARAMETER + _PER_COPY * copied) * begun.parameters // here.layout.replica
+    moments = run.optimizer.copies
+    # A weight, its gradient and its moments, and without the gradient what is written beside the steps.
+    numbers = (2 + moments + (1 + moments) * copied) * begun.parameters
+    free -= int(_WIDTH * numbers) // here.layout.replica
     if begun.teacher is not None and run.teacher is not None and run.teacher.top_logits is None:
         width = 4 if precision == "float32" else 2
         free -= width * sum(tensor.size for tensor in begun.teacher.tensors.values()) // here.layout.replica
@@ -112,7 +114,7 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
             inner = inner // stack.count + stack.hidden * stack.count + others
         total += _KEPT[precision] * inner * lengths[stack.name]
     outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
-    if run.data.isolate:
+    if Course(run).isolates:
         total += sum(_MASK * length * length for length in lengths.values())
     logit = _LOGITS + (0 if run.teacher is None else _TAUGHT)
     return total + logit * outputs * lengths[begun.dense.stacks[-1].name]

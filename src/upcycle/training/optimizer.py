@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
+from upcycle.training import roles
 from upcycle.training.gradients import mesh_of
 from upcycle.training.optimizers import Optimizer
 
@@ -19,27 +21,54 @@ _TOKENS = ("_token", "position_embeddings")
 
 
 def make(
-    model: nn.Module, settings: Optimizer, scales: Mapping[str, float] | None = None
+    model: PreTrainedModel,
+    settings: Optimizer,
+    scales: Mapping[str, float] | None = None,
+    before: torch.optim.Optimizer | None = None,
 ) -> torch.optim.Optimizer:
     """Make the optimizer, with one group for each kind of tensor that must be updated together.
 
-    `scales` are factors on the learning rate by parameter name, which `set_rate` applies. Tensors on
-    different meshes are in different groups, because fused kernels need one kind at a time. Call it before
+    `scales` are factors on the learning rate by parameter name, which `set_rate` applies. Every parameter has
+    a state: the one that the earlier optimizer `before` has of it, or that before the first update. Tensors
+    on different meshes are in different groups, because fused kernels need one kind at a time. Call it before
     the first forward pass: after it, FSDP2 exposes other tensors. Raises `UpcycleError` if the optimizer
     cannot update a sharded parameter.
     """
     groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    known = roles.roles(model) if settings.needs_roles else {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             _refuse_shards(name, parameter, settings)
             scale = 1.0 if scales is None else scales[name]
-            groups[(decays(name, parameter), scale, mesh_of(parameter))].append(parameter)
-    return settings.make(
+            if known:
+                scale *= settings.rate(known[name])
+            role = known[name] if settings.by_role else None
+            groups[(decays(name, parameter), scale, mesh_of(parameter), role)].append(parameter)
+    made = settings.make(
         [
-            {"params": members, "weight_decay": settings.weight_decay if decayed else 0.0, "scale": scale}
-            for (decayed, scale, _), members in groups.items()
+            {
+                "params": members,
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+                "scale": scale,
+                **({} if role is None else {"role": role}),
+            }
+            for (decayed, scale, _, role), members in groups.items()
         ]
     )
+    _fill(made, settings, {} if before is None else before.state)
+    return made
+
+
+def _fill(made: torch.optim.Optimizer, settings: Optimizer, known: Mapping[Tensor, Any]) -> None:
+    """Give every parameter its `known` state, or that before its first update.
+
+    A checkpoint needs a state for every parameter, also for one without a gradient so far (such as an unused
+    mask token). torch's fused SGD begins all of a group or none, and leaves its memory unwritten if the first
+    update is skipped.
+    """
+    for group in made.param_groups:
+        for p in group["params"]:
+            made.state[p] = known.get(p) or settings.begun(made, p)
 
 
 def _refuse_shards(name: str, parameter: Tensor, settings: Optimizer) -> None:
@@ -81,22 +110,3 @@ def skip_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> bool:
         return False
     optimizer.found_inf = flag.float()  # type: ignore[attr-defined]
     return True
-
-
-def keep_state(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state that an earlier one has of the same parameters; others begin without."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if before.state[p]:
-                optimizer.state[p] = before.state[p]
-
-
-def fill(optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
-    """Add a state for parameters without a gradient so far (such as an unused mask token).
-
-    A checkpoint needs a state for every parameter.
-    """
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                optimizer.state[p] = settings.idle(p)

@@ -32,16 +32,17 @@ from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
+from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
     enter,
+    examining,
     fit,
     gradients,
     kept_logits,
     micro_batch,
-    optimizer,
     parallel,
     start,
     step,
@@ -110,6 +111,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError(f"world = {world}; it must be 1 or more")
     if dist.is_initialized() or "RANK" in os.environ:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
+    examining.refuse_several(run, world)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     for leg in Course(run).legs:
@@ -163,7 +165,12 @@ def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> I
     try:
         if world > 1:
             dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-        with parallel.ranks(run.parallel, mixed=precision == "mixed", experts=experts) as here:
+        with parallel.ranks(
+            run.parallel,
+            mixed=precision == "mixed",
+            experts=experts,
+            heads=attention_heads(begun.config),
+        ) as here:
             yield here
     finally:
         if dist.is_initialized():
@@ -220,9 +227,7 @@ def _held_in(
     asked: _Asked,
 ) -> Held:
     """Return what a rank holds in one stage, without a teacher."""
-    enter.freeze(leg.run, model, anatomy)
-    updater = optimizer.make(model, leg.run.optimizer, start.scales(begun, leg.run, model, routers))
-    optimizer.fill(updater, leg.run.optimizer)
+    _, updater = enter.prepared(leg.run, model, begun, routers, anatomy)
     parameters = list(model.parameters())
     weights = sum(gradients.local(p).nbytes for p in parameters)
     states = [
@@ -279,7 +284,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 anatomy=anatomy,
             )
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
-            batch = {"rows": rows, **({"positions": rows} if run.data.isolate else {})}
+            batch = {"rows": rows, **({"positions": rows} if course.legs[0].run.data.isolate else {})}
             if begun.teacher is not None and run.teacher is not None:
                 if (count := run.teacher.top_logits) is None:
                     model = _teacher(begun.teacher, here, "bfloat16", _Asked())

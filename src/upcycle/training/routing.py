@@ -104,6 +104,12 @@ def split(sums: Tensor, kinds: Sequence[Kind]) -> list[Tally]:
     ]
 
 
+def found(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the routers of `model` with their names, in module order; empty for a dense model."""
+    own = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
+    return [*own] or recorded.routers(model)
+
+
 @dataclass(kw_only=True)
 class Routers:
     """The routers of a model and their outputs in the recorded forward passes.
@@ -127,15 +133,14 @@ class Routers:
     @classmethod
     def of(cls, model: nn.Module) -> Routers | None:
         """Return the routers of `model` with hooks installed; None if it is dense."""
-        own = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
-        found: list[tuple[str, nn.Module]] = [*own] or recorded.routers(model)
-        if not found:
+        there = found(model)
+        if not there:
             return None
         routers = cls(
-            layers=[_block(name, module) for name, module in found],
-            stacks=[m.shape.stack if isinstance(m, Router) else "layers" for _, m in found],
-            modules=[module for _, module in found],
-            names=[name for name, _ in found],
+            layers=[_block(name, module) for name, module in there],
+            stacks=[m.shape.stack if isinstance(m, Router) else "layers" for _, m in there],
+            modules=[module for _, module in there],
+            names=[name for name, _ in there],
         )
         for place, module in enumerate(routers.modules):
             module.register_forward_pre_hook(routers._jitter(place))

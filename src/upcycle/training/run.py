@@ -284,12 +284,12 @@ class Run(Settings):
                 f"{shown(given)} is no run; give a Run, a table as a run file has it, or the path of one"
             )
         table = schedules.today(optimizers.today(given))
-        if table.get("moe") is False:
+        if itself := table.get("moe") is False:
             del table["moe"]
         of_experts = {k: table.pop(k) for k in recipes.OF_EXPERTS if k in table}
         table["router"], router = parted(table_at(table.get("router", {}), "router"), Balance)
         recipe = None
-        if "moe" in of_experts:
+        if "moe" in of_experts or ("grow" in of_experts and not itself):
             seed = {"seed": table["seed"]} if "seed" in table else {}
             recipe = Recipe.of({**of_experts, **seed}, router=router)
         elif stray := [*of_experts, *(f"router.{key}" for key in router)]:
@@ -298,6 +298,7 @@ class Run(Settings):
         if table["stage"]:
             table["train"] = _together(table_at(table.get("train", {}), "train"), table["stage"])
         beside = {**dict.fromkeys(recipes.OF_EXPERTS), "moe": recipes.Moe, "successor": recipes.Successor}
+        beside["grow"] = recipes.Grow
         return settings.read(cls, table, made={"recipe": recipe}, beside=beside)
 
     @classmethod

@@ -17,9 +17,9 @@ from upcycle.system import claim, lock, whole_file
 from upcycle.training import agreement, saving
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, Train, train_of
+from upcycle.training.stages import LENGTH
 
 LOCK = ".upcycle-lock"
-_LENGTH = ("steps", "tokens", "examples")  # the keys for the length of a run; a run file has one of them
 
 
 def read_record(out: Path) -> RunRecord:
@@ -132,7 +132,7 @@ def _as_known_to(theirs: Any, mine: dict[str, Any]) -> dict[str, Any]:
 def _of_any_length(identity: Any) -> Any:
     if not isinstance(identity, dict) or not isinstance(identity.get("train"), dict):
         return identity
-    return identity | {"train": {k: v for k, v in identity["train"].items() if k not in _LENGTH}}
+    return identity | {"train": {k: v for k, v in identity["train"].items() if k not in LENGTH}}
 
 
 def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int) -> None:
@@ -146,6 +146,8 @@ def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int
         return  # the caller names the keys that differ
     if new < done:
         raise UpcycleError(f"{where} is of step {done}, and the run file ends it at {new}; give more steps")
+    if run.stage:
+        return  # each stage has a schedule of its own, and the caller names those that differ
     if all(run.schedule.at(step, old) == run.schedule.at(step, new) for step in range(done)):
         return
     raise UpcycleError(
@@ -175,7 +177,7 @@ def _clean(out: Path) -> None:
     """Remove the partial files of a killed run."""
     saving.discard_partial(out)
     found = [(out, "metrics.partial"), (out, "metrics.jsonl.*.partial"), (out, f"{RunRecord.FILE}.*.partial")]
-    found += [(out / folder, "*.*.partial") for folder in ("tokens", "images")]
+    found += [(out / folder, "*.*.partial") for folder in ("tokens", "images", "teacher")]
     for folder, pattern in found:
         for left in folder.glob(pattern):
             left.unlink()

@@ -80,7 +80,7 @@ def save(
 ) -> str | None:
     """Write checkpoint `state.step`; if that fails, change nothing and return the reason.
 
-    Every rank must call it, with an optimizer that has a state for every parameter (`optimizer.fill`). Older
+    Every rank must call it, with an optimizer that has a state for every parameter (`optimizer.make`). Older
     checkpoints beyond `keep` are removed once the new one is in place.
     """
     with alone():

@@ -16,6 +16,8 @@ from upcycle.nn.balance import Balance
 from upcycle.settings import AtLeast, Settings, table_at
 from upcycle.training.schedules import Schedule
 
+# Keys that are refused if another one is 0; a stage that sets that one to 0 has no way to take them out.
+_OF_ANOTHER = {"warmup_from": "warmup", "bias_update_steps": "bias_update_rate"}
 LENGTH = ("steps", "tokens", "examples")  # keys of a length, of which a run or a stage has one
 
 
@@ -69,5 +71,6 @@ def _whole(stage: Mapping[str, Any], number: int, run: Mapping[str, Any]) -> dic
             own, base = table_at(stage[key], f"stage.{key}"), table_at(run.get(key, {}), key)
             if key == "schedule" and own.get("name", usual := base.get("name", Schedule.usual)) != usual:
                 base = {k: v for k, v in base.items() if k in Schedule.common}
+            base = {k: v for k, v in base.items() if own.get(_OF_ANOTHER.get(k, "")) != 0}
             out[key] = {**base, **own}
     return out

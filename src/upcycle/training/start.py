@@ -36,6 +36,7 @@ from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.lazy import Folded, Lazy, Stack
 from upcycle.training import drop_path, layer_decay, recomputing, teacher, weightless
+from upcycle.training.course import Course
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -172,7 +173,7 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype)
-    if run.data.isolate:
+    if Course(run).isolates:
         _refuse_unmasked(model)
     if model.device != ranks.device:
         model = model.to(ranks.device)
@@ -307,9 +308,10 @@ def carry_state(
             given = dict(shaped.named_parameters())
             for name, parameter in model.named_parameters():
                 moments[name][moment] = given[name].detach().to(parameter.dtype)
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            optimizer.state[parameter] = run.optimizer.state(parameter, step, moments[name])
+        if parameter in trained:
+            optimizer.state[parameter] = run.optimizer.carried(optimizer, parameter, step, moments[name])
     return step
 
 

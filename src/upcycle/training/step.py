@@ -270,9 +270,9 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     if trainee.kept is not None:
         trainee.kept.put_back()
     if routers is not None and total is not None:
-        if run.router.bias_update_rate:
-            rate = ~skipped * run.router.bias_update_rate  # biases stay where weights stay
-            routing.update_biases(routers.biases(), routers.read(total), rate)
+        if rate := run.router.bias_rate(step):
+            # biases stay where weights stay
+            routing.update_biases(routers.biases(), routers.read(total), ~skipped * rate)
         routers.said.clear()
     return queued
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from upcycle import loading
@@ -20,7 +19,7 @@ from upcycle.data.feeding import Feed
 from upcycle.dense.source import Dense, admit
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.hf import packing
+from upcycle.hf import distributing, packing
 from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.training import kept_logits
@@ -134,9 +133,7 @@ class Beside:
     def logits(self, question: Question) -> Tensor:
         """Return all of its logits, [T, V]."""
         logits: Tensor = self.model(**question.inputs).logits
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # there is no backward pass that would
+        distributing.put_shards_back(self.model)  # there is no backward pass that would
         return logits.flatten(0, -2)
 
 

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 def show_plan(plan: Plan) -> None:
     """Show the plan as a table."""
-    table = grid(f"{plan.family} -> {plan.target}", "", "dense", plan.kind)
+    table = grid(f"{plan.family} -> {plan.target}", "", plan.source_kind, plan.kind)
     table.add_row("parameters", count(plan.dense_parameters), count(plan.total_parameters))
-    table.add_row("active per token", count(plan.dense_parameters), count(plan.active_parameters))
+    table.add_row("active per token", count(plan.dense_active_parameters), count(plan.active_parameters))
     table.add_row("FLOPs per token (forward)", count(plan.dense_flops_per_token), count(plan.flops_per_token))
     out.print(table)
     out.print(plan.made)
     out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
-    out.print("computes what the dense model computes: " + ("yes" if plan.preserves_function else "no"))
+    out.print(
+        f"computes what the {plan.source_kind} model computes: "
+        + ("yes" if plan.preserves_function else "no")
+    )
     for said in routers_said(plan.routers):
         out.print(said)
     out.print(f"blueprint {plan.blueprint_hash}")

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from upcycle.nn.routing import Routing, Tokens
 
 
+_LEAST_VARIANCE = 1e-20  # of a token's logits, so that equal ones are not divided by zero
+
+
 @dataclass(frozen=True, kw_only=True)
 class TopK(Router):
     """Softmax over experts; each token takes the K largest.
@@ -28,6 +31,10 @@ class TopK(Router):
     `batch_priority`, the token with the higher score (Riquelme et al. 2021). In a causal stack, a token's
     choices come before those of all later tokens: otherwise a later token could take its place.
 
+    `logit_normalization` L makes the logits z of a token L (z - mean z) / std z before the softmax, so that
+    the weights of all tokens are as sharp as each other (Skywork-MoE, arXiv 2406.06563). MoE classes of
+    transformers cannot do so.
+
     `noise_std` adds N(0, (noise_std / E)^2) to the logits in training (V-MoE).
     """
 
@@ -38,6 +45,8 @@ class TopK(Router):
     capacity_factor: Annotated[float, Above(0)] | None = None
     # how those places are rounded: as in the code of V-MoE or Flaxformer, or to the nearest (exact)
     rounding: Rounding = "exact"
+    # the standard deviation that a token's logits over the experts are given; None: as they are
+    logit_normalization: Annotated[float, Above(0)] | None = None
     batch_priority: bool = False  # whether the surer token gets a place first, not the earlier one
     # noise on the logits in training, divided by the number of experts (V-MoE)
     noise_std: Annotated[float, AtLeast(0)] = 0.0
@@ -47,6 +56,17 @@ class TopK(Router):
         if self.batch_priority and self.capacity_factor is None:
             raise UpcycleError(
                 "router.batch_priority orders tokens for places that are short; set router.capacity_factor"
+            )
+
+        if self.logit_normalization is not None and self.init == "zeros":
+            raise UpcycleError(
+                "router.init = zeros scores all experts alike, and router.logit_normalization divides by how "
+                "unlike scores are; take another init"
+            )
+        if self.logit_normalization is not None and self.rescale and not self.normalize:
+            raise UpcycleError(
+                "router.rescale scales experts by what weights sum to if all experts score alike, and with "
+                "router.logit_normalization they never do; set router.rescale = false, or normalize = true"
             )
 
     @property
@@ -81,6 +101,9 @@ class TopK(Router):
 
         num_experts, top_k, real = tokens.num_experts, tokens.top_k, tokens.real
         clean = torch.nn.functional.linear(tokens.hidden, tokens.tensors["weight"])
+        if self.logit_normalization is not None:
+            centred = torch.nn.functional.layer_norm(clean, (num_experts,), eps=_LEAST_VARIANCE)
+            clean = self.logit_normalization * centred
         logits = clean
         noise = self.noise_std / num_experts if tokens.training else 0.0
         if noise:

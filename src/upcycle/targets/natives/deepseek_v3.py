@@ -1,15 +1,10 @@
 """DeepSeek-V3: latent attention; the MoE that Youtu-LLM becomes."""
 
-from upcycle.targets._clients import ACTIVATION, BIASES, INTERLEAVED, TIED, YARN_ONLY, Gap, always
+from upcycle.targets._clients import ACTIVATION, BIASES, INTERLEAVED, TIED, YARN_ONLY, Gap
 from upcycle.targets.native import Native
 from upcycle.targets.natives._deepseek import CONSTANTS, SHARED, bias, dense_layers
 from upcycle.targets.natives._qwen import LAYOUT
 
-_ROUTER = always(
-    "two keys are missing",
-    "needs topk_method = noaux_tc and scoring_func = sigmoid in the config of {name}, and transformers has "
-    "neither",
-)
 _OWN_ROPE = Gap(
     "scaled rotary positions",
     "scales rotary positions of {name} in another way",
@@ -36,12 +31,13 @@ native = Native(
     renormalizes="always",
     shared=SHARED,
     dense_layers=dense_layers,
-    constants=CONSTANTS,
+    # transformers reads neither; vLLM and SGLang stop without them, and the hub's configs have them.
+    constants={**CONSTANTS, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     clients={
         "llama.cpp": (_OWN_ROPE, INTERLEAVED, _QUERIES, BIASES, ACTIVATION),
         "mlx-lm": (TIED, INTERLEAVED, ACTIVATION),
-        "vLLM": (_ROUTER, TIED, YARN_ONLY, INTERLEAVED, BIASES, ACTIVATION),
-        "SGLang": (_ROUTER, YARN_ONLY, BIASES, ACTIVATION),
+        "vLLM": (TIED, YARN_ONLY, INTERLEAVED, BIASES, ACTIVATION),
+        "SGLang": (YARN_ONLY, BIASES, ACTIVATION),
     },
     extra=bias,
 )  # fmt: skip

@@ -1,15 +1,12 @@
 """GLM-4 MoE: rotates a part of each head; the MoE that GLM-4 and Phi-4-mini become."""
 
-from upcycle.targets._clients import ACTIVATION, LONG_ROPE, ROPE, TIED, Gap
+from upcycle.targets._clients import ACTIVATION, LONG_ROPE, ROPE, TIED
 from upcycle.targets.native import Native
 from upcycle.targets.natives._deepseek import CONSTANTS, SHARED, bias, dense_layers
 from upcycle.targets.natives._qwen import LAYOUT
 
-_KEYS = Gap(
-    "configs without `rope_scaling` or `attention_bias`",
-    "cannot open {name} without rope_scaling and attention_bias in its config",
-    lambda config: not {"rope_scaling", "attention_bias"} <= config.keys(),
-)
+# transformers assumes these; mlx-lm cannot open a config without them, and the hub's configs have them.
+_WRITTEN = {"rope_scaling": None, "attention_bias": False}
 
 native = Native(
     model_type="glm4_moe",
@@ -25,9 +22,10 @@ native = Native(
     shared=SHARED,
     dense_layers=dense_layers,
     constants={**CONSTANTS, "use_qk_norm": False},
+    finish=lambda config: {**_WRITTEN, **config},
     clients={
         "llama.cpp": (LONG_ROPE, ACTIVATION),
-        "mlx-lm": (_KEYS, ROPE, ACTIVATION),
+        "mlx-lm": (ROPE, ACTIVATION),
         "vLLM": (TIED, ACTIVATION),
         "SGLang": (TIED, ACTIVATION),
     },

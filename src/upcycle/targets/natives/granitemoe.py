@@ -2,7 +2,7 @@
 
 from upcycle.targets._clients import ACTIVATION, BIASES, HEAD_DIM, LLAMA3_ROPE, ROPE
 from upcycle.targets._layouts import Fused
-from upcycle.targets.native import Native
+from upcycle.targets.native import Growing, Native
 
 native = Native(
     model_type="granitemoe",
@@ -25,4 +25,12 @@ native = Native(
         "vLLM": (HEAD_DIM, BIASES, ACTIVATION),
         "SGLang": (HEAD_DIM, ROPE, BIASES, ACTIVATION),
     },
+    growing=Growing(
+        like="granite",
+        assumed={"num_local_experts": 8, "num_experts_per_tok": 2},
+        held=Fused(
+            gate_up="block_sparse_moe.experts.gate_up_proj", down="block_sparse_moe.experts.down_proj"
+        ),
+        held_router="block_sparse_moe.router.weight",
+    ),
 )  # fmt: skip

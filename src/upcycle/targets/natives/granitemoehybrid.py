@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from upcycle.targets._clients import ACTIVATION, HEAD_DIM, always
+from upcycle.targets._clients import ACTIVATION, HEAD_DIM, LLAMA3_ROPE, ROPE, Gap
 from upcycle.targets._layouts import Fused, Shared
-from upcycle.targets.native import Native
+from upcycle.targets.native import Config, Native
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Concat, Lazy
 
@@ -23,10 +23,62 @@ class _Shared(Shared):
         }
 
 
-_KINDS = always(
-    "other names of layers",
-    "knows the layers of {name} as mamba and attention, and not by the names that transformers has now",
+_ON_THE_HUB = {"linear_attention": "mamba", "full_attention": "attention"}
+
+
+def _as_on_the_hub(config: Config) -> Config:
+    """Return the config in the hub's words, which transformers reads as well.
+
+    llama.cpp and mlx-lm know no others, and mlx-lm rotates if it is not told `nope`.
+    """
+    return {
+        **config,
+        "layer_types": [_ON_THE_HUB[kind] for kind in config["layer_types"]],
+        "position_embedding_type": config["position_embedding_type"] or "nope",
+    }
+
+
+def _rotates(config: Config) -> bool:
+    """Return whether the attention layers have rotary positions."""
+    return bool(config["position_embedding_type"] == "rope")
+
+
+def _has_mamba(config: Config) -> bool:
+    """Return whether any layer is one of Mamba."""
+    return "mamba" in config["layer_types"]
+
+
+_ROTATED_MAMBA = Gap(
+    "rotary positions beside Mamba layers",
+    "does not rotate in a {name} that has Mamba layers",
+    lambda config: _rotates(config) and _has_mamba(config),
 )
+_STILL_ATTENTION = Gap(
+    "attention alone without rotary positions",
+    "always rotates in a {name} without Mamba layers",
+    lambda config: not _rotates(config) and not _has_mamba(config),
+)
+_MAMBA_BIASES = Gap(
+    "`mamba_proj_bias = true`",
+    "has no biases on the projections of Mamba in {name}",
+    lambda config: _has_mamba(config) and bool(config["mamba_proj_bias"]),
+)
+_NO_CONVOLUTION_BIAS = Gap(
+    "`mamba_conv_bias = false`",
+    "cannot open {name} without biases of Mamba's convolutions",
+    lambda config: _has_mamba(config) and not config["mamba_conv_bias"],
+)
+_LIMIT = Gap(
+    "`time_step_limit`",
+    "ignores time_step_limit in {name}",
+    lambda config: _has_mamba(config) and "time_step_limit" in config,
+)
+_GROUPS = Gap(
+    "`mamba_n_groups` other than 1",
+    "is wrong in {name} if Mamba has several groups",
+    lambda config: _has_mamba(config) and config["mamba_n_groups"] != 1,
+)
+_ROPE = Gap(ROPE.label, ROPE.why, lambda config: _rotates(config) and ROPE.shows(config))
 
 native = Native(
     model_type="granitemoehybrid",
@@ -51,9 +103,13 @@ native = Native(
         config=lambda width, _: {"shared_intermediate_size": width},
         mandatory="narrow",
     ),
+    finish=_as_on_the_hub,
     clients={
-        "llama.cpp": (_KINDS,),
-        "mlx-lm": (_KINDS,),
+        "llama.cpp": (
+            HEAD_DIM, _ROTATED_MAMBA, _STILL_ATTENTION, LLAMA3_ROPE, _MAMBA_BIASES, _NO_CONVOLUTION_BIAS,
+            _LIMIT, ACTIVATION,
+        ),
+        "mlx-lm": (HEAD_DIM, _ROPE, _GROUPS, ACTIVATION),
         "vLLM": (HEAD_DIM, ACTIVATION),
         "SGLang": (HEAD_DIM, ACTIVATION),
     },

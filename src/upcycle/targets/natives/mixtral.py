@@ -1,8 +1,8 @@
 """Mixtral: the MoE that Llama, Mistral and Phi-3 become."""
 
 from upcycle.targets._clients import ACTIVATION, HEAD_DIM, LONG_ROPE, ROPE, TIED, WINDOW
-from upcycle.targets._layouts import PerExpert
-from upcycle.targets.native import Native
+from upcycle.targets._layouts import Fused, PerExpert
+from upcycle.targets.native import Growing, Native
 
 native = Native(
     model_type="mixtral",
@@ -21,4 +21,16 @@ native = Native(
         "vLLM": (ACTIVATION,),
         "SGLang": (WINDOW, HEAD_DIM, ROPE, TIED, ACTIVATION),
     },
+    growing=Growing(
+        like="mistral",
+        assumed={
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+            "rms_norm_eps": 1e-5,
+        },
+        other_names={"num_experts": "num_local_experts"},
+        held=Fused(gate_up="mlp.experts.gate_up_proj", down="mlp.experts.down_proj"),
+        held_router="mlp.gate.weight",
+    ),
 )

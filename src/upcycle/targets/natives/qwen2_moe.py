@@ -10,8 +10,8 @@ from upcycle.targets._clients import (
     TIED,
     WINDOW,
 )
-from upcycle.targets.native import Native
-from upcycle.targets.natives._qwen import LAYOUT, SHARED, dense_layers
+from upcycle.targets.native import Growing, Native
+from upcycle.targets.natives._qwen import HELD, LAYOUT, SHARED, dense_layers, moe_layers
 
 native = Native(
     model_type="qwen2_moe",
@@ -39,4 +39,23 @@ native = Native(
         "vLLM": (SOME_WINDOWS, HEAD_DIM, ACTIVATION),
         "SGLang": (TIED, DENSE_LAYERS, WINDOW, HEAD_DIM, ACTIVATION),
     },
+    growing=Growing(
+        like="qwen2",
+        assumed={
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "norm_topk_prob": False,
+            "mlp_only_layers": (),
+            "decoder_sparse_step": 1,
+            "intermediate_size": 5632,
+            "num_key_value_heads": 16,
+        },
+        moe_layers=moe_layers,
+        only={"qkv_bias": True},
+        shared_width=lambda config: int(config["shared_expert_intermediate_size"]),
+        held=HELD,
+        held_router="mlp.gate.weight",
+    ),
 )

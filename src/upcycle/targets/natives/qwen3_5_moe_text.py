@@ -33,7 +33,7 @@ native = Native(
     renormalizes="always",
     shared=SHARED,
     clients={
-        "llama.cpp": (ACTIVATION,),
+        "llama.cpp": (BIASES, ACTIVATION),
         "mlx-lm": (_INSIDE,),
         "vLLM": (BIASES, ACTIVATION),
         "SGLang": (_EVERY_FOURTH, BIASES, ACTIVATION),

@@ -10,8 +10,8 @@ from upcycle.targets._clients import (
     TIED,
     WINDOW,
 )
-from upcycle.targets.native import Native
-from upcycle.targets.natives._qwen import LAYOUT, dense_layers
+from upcycle.targets.native import Growing, Native
+from upcycle.targets.natives._qwen import HELD, LAYOUT, dense_layers, moe_layers
 
 native = Native(
     model_type="qwen3_moe",
@@ -33,4 +33,16 @@ native = Native(
         "vLLM": (OUTPUT_BIAS, ACTIVATION),
         "SGLang": (TIED, DENSE_LAYERS, WINDOW, ACTIVATION),
     },
+    growing=Growing(
+        like="qwen3",
+        assumed={
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+            "norm_topk_prob": False, "mlp_only_layers": (), "decoder_sparse_step": 1,
+            "intermediate_size": 6144, "num_key_value_heads": 4, "head_dim": None,
+        },
+        other_names={"num_local_experts": "num_experts"},
+        moe_layers=moe_layers,
+        held=HELD,
+        held_router="mlp.gate.weight",
+    ),
 )  # fmt: skip

@@ -1,14 +1,9 @@
 """Qwen3-VL-MoE, text: the text model within a qwen3_vl_moe; the hub stores its matrices transposed."""
 
-from upcycle.targets._clients import ACTIVATION, DENSE_LAYERS, OUTPUT_BIAS, always
+from upcycle.targets._clients import ACTIVATION, DENSE_LAYERS, OUTPUT_BIAS
 from upcycle.targets._layouts import FusedAcross
 from upcycle.targets.native import Native
 from upcycle.targets.natives._qwen import dense_layers
-
-_KEY = always(
-    "a key is missing",
-    "needs norm_topk_prob = true in the config of {name}, and transformers has no such key",
-)
 
 native = Native(
     model_type="qwen3_vl_moe_text",
@@ -20,5 +15,7 @@ native = Native(
     width_field="moe_intermediate_size",
     renormalizes="always",
     dense_layers=dense_layers,
-    clients={"vLLM": (_KEY, OUTPUT_BIAS, ACTIVATION), "SGLang": (DENSE_LAYERS, ACTIVATION)},
+    # transformers does not read it; vLLM stops without it, and the hub's configs have it.
+    constants={"norm_topk_prob": True},
+    clients={"vLLM": (OUTPUT_BIAS, ACTIVATION), "SGLang": (DENSE_LAYERS, ACTIVATION)},
 )

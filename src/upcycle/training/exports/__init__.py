@@ -41,6 +41,8 @@ class Trained:
     state: RunState
     hashes: Hashes  # hashes of the files that the run started from
     expert: int | None = None  # the expert that is asked for
+    averaged: tuple[int, ...] = ()  # steps of the checkpoints that the weights are the mean of, if of several
+    decay: float | None = None  # of their exponential moving average
 
     @property
     def step(self) -> int:

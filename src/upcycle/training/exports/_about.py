@@ -24,6 +24,7 @@ def provenance_of(trained: Trained, folder: Path, carried: list[str], left: list
 def training_of(trained: Trained) -> Training:
     """Return the run's entry in upcycle.json, up to the exported state."""
     record, state = trained.record, trained.state
+    measured = not trained.averaged  # the losses are those of a checkpoint, and nobody measured the mean
     known = state.source_sha256 or record.source_sha256
     return Training(
         upcycle_version=record.upcycle_version,
@@ -35,10 +36,12 @@ def training_of(trained: Trained) -> Training:
         run=record.run,
         source_hashed="at the export" if known is None else "at the start",
         step=state.step,
-        loss=state.loss,
+        averaged_steps=trained.averaged or None,
+        average_decay=trained.decay,
+        loss=state.loss if measured else None,
         held_out_start=state.held_out_start,
-        held_out_loss=state.held_out_loss,
-        held_out_accuracy=state.held_out_accuracy,
+        held_out_loss=state.held_out_loss if measured else None,
+        held_out_accuracy=state.held_out_accuracy if measured else None,
         tokens=state.step * trained.run.train.rows * record.tokens_per_row,
     )
 
@@ -56,8 +59,13 @@ def card_of(trained: Trained) -> str:
     losses = "".join(
         f"| {name} | {loss:.4f} |\n"
         for name, loss in (("last training loss", state.loss), ("held-out loss", state.held_out_loss))
-        if loss is not None
+        if loss is not None and not trained.averaged
     )
+    mean = ""
+    if trained.averaged:
+        kind_of_mean = "mean" if trained.decay is None else f"exponential moving average ({trained.decay:g})"
+        steps = ", ".join(map(str, trained.averaged))
+        mean = f"\nThe weights are the {kind_of_mean} of those after steps {steps}.\n"
     return f"""---
 library_name: transformers
 tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
@@ -67,7 +75,7 @@ tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 
 A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state.step} steps of
 {trained.run.train.rows:,} rows. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
-
+{mean}
 | | nats per {tasks.find(record.task).unit} |
 |---|---|
 {losses}

@@ -99,9 +99,9 @@ def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: P
     model = trained.model
     weights = {name: p.data for name, p in model.named_parameters()}
     for moment in trained.run.optimizer.moments:
-        for parameter in model.parameters():
-            known = optimizer.state[parameter].get(moment)  # what was not trained has none
-            parameter.data = torch.zeros_like(parameter) if known is None else known
+        for name, parameter in model.named_parameters():
+            own = optimizer.state.get(parameter, {}).get(moment)
+            parameter.data = torch.zeros_like(weights[name]) if own is None else own
         write_model(model, trained, folder / moment, "float32")
     for name, parameter in model.named_parameters():
         parameter.data = weights[name]

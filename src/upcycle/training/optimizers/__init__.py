@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from upcycle.training.roles import Kind, Role
+
+# the key of the factor on the rate of each kind of parameter
+_RATES: dict[Kind, str] = {"router": "router_rate", "experts": "expert_rate", "rest": "rest_rate"}
 _ONCE_OF_TRAIN = ("weight_decay", "beta1", "beta2", "eps")  # keys that run files may have in [train]
 
 
@@ -30,35 +34,65 @@ class Optimizer(Named, abc.ABC):
     section: ClassVar[str] = "optimizer"
     package: ClassVar[str] = __name__
     usual: ClassVar[str | None] = "adamw"
-    common: ClassVar[tuple[str, ...]] = ("carry_state", "weight_decay")
+    common: ClassVar[tuple[str, ...]] = ("carry_state", "weight_decay", *_RATES.values())
 
     summary: ClassVar[str]
+    by_role: ClassVar[bool] = False  # whether groups of `make` have a `role`, which it takes out
 
     # start from the moments that `upcycle export --optimizer` left in the source, tiled to experts
     carry_state: bool = False
     weight_decay: Annotated[float, AtLeast(0)] = 0.1  # weight decay of matrices; see `optimizer.decays`
+    router_rate: Annotated[float, AtLeast(0)] = 1.0  # factor on the learning rate of routers
+    expert_rate: Annotated[float, AtLeast(0)] = 1.0  # factor on the learning rate of routed experts
+    rest_rate: Annotated[float, AtLeast(0)] = 1.0  # factor on the learning rate of everything else
+
+    def as_table(self) -> dict[str, Any]:
+        """Return the settings as a table, without factors of 1, which older records do not have."""
+        return {k: v for k, v in super().as_table().items() if k not in _RATES.values() or v != 1}
 
     @property
     def moments(self) -> tuple[str, ...]:
         """The parts of the state that have the shape of their parameter, element by element.
 
-        An export writes them, and a later run takes them for weights that are copies.
+        An export writes them, with zeros for parameters that lack one, and a later run takes them for weights
+        that are copies.
         """
         return ()
+
+    @property
+    def copies(self) -> float:
+        """The size of the state, in sizes of the parameters in float32, for a forecast of memory."""
+        return len(self.moments)
+
+    @property
+    def needs_roles(self) -> bool:
+        """Whether `make` or a rate depends on what a parameter is."""
+        return self.by_role or any(getattr(self, key) != 1 for key in _RATES.values())
+
+    def rate(self, role: Role) -> float:
+        """Return the factor on the learning rate of a parameter."""
+        return float(getattr(self, _RATES[role.kind]))
 
     @abc.abstractmethod
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         """Make torch's optimizer over `groups`, each with `params` and a `weight_decay`.
 
-        The learning rate is 0 here and is set before every step.
+        The learning rate is 0 here and is set before every step. With `by_role`, each group has the `role` of
+        its parameters (`training/roles.py`), which must not stay in torch's groups: checkpoints hold those.
         """
 
     def state(self, parameter: Tensor, step: int, moments: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return torch's state of `parameter` after `step` updates with these moments."""
         return dict(moments)
 
-    def idle(self, parameter: Tensor) -> dict[str, Any]:
-        """Return the state of a parameter that has had no gradient yet."""
+    def carried(
+        self, made: torch.optim.Optimizer, parameter: Tensor, step: int, moments: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Return what `state` does, for a parameter of the optimizer that `make` made."""
+        return self.state(parameter, step, moments)
+
+    def begun(self, made: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+        """Return the state of a parameter of the optimizer that `make` made, before its first update."""
         import torch
 
         return self.state(parameter, 0, {name: torch.zeros_like(parameter) for name in self.moments})

@@ -42,7 +42,7 @@ class AdamW(Optimizer):
     def state(self, parameter: Tensor, step: int, moments: Mapping[str, Tensor]) -> dict[str, Any]:
         import torch
 
-        return {"step": torch.tensor(float(step), device=parameter.device), **moments}
+        return {"step": torch.full((), float(step), device=parameter.device), **moments}
 
 
 optimizer = AdamW

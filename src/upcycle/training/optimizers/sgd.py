@@ -37,14 +37,16 @@ class SGD(Optimizer):
         import torch
         from torch.distributed.tensor import DTensor
 
-        # The fused kernel of SGD has no rule for sharded tensors, unlike that of AdamW.
+        from upcycle.training.optimizers._sgd import ShardedSGD
+
         sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])
-        return torch.optim.SGD(
+        kind = ShardedSGD if sharded else torch.optim.SGD
+        return kind(
             [dict(group) for group in groups],
             lr=0.0,
             momentum=self.momentum,
             nesterov=self.nesterov,
-            fused=not sharded,
+            fused=True,
         )
 
 

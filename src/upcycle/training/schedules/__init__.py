@@ -21,18 +21,24 @@ _ONCE_SHARED = ("decay", "start_step")  # keys that every schedule had in older 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(Named, abc.ABC):
-    """A linear warm-up to `peak`, then the shape of the schedule. `floor` is the final rate if it decays."""
+    """A linear warm-up to `peak`, then the shape of the schedule. `floor` is the final rate if it decays.
+
+    A warm-up from 0 warms a trained model up anew. With `warmup_from`, the rate that the dense run ended
+    with, a run goes on there and comes to its peak without a jump (Ibrahim et al. 2024).
+    """
 
     section: ClassVar[str] = "schedule"
     package: ClassVar[str] = __name__
     usual: ClassVar[str | None] = "cosine"
-    common: ClassVar[tuple[str, ...]] = ("peak", "floor", "warmup")
+    common: ClassVar[tuple[str, ...]] = ("peak", "floor", "warmup", "warmup_from")
 
     summary: ClassVar[str]
 
     peak: float  # the largest learning rate
     floor: float = 0.0  # the learning rate at the end
     warmup: Annotated[int, AtLeast(0)] = 0  # number of warm-up steps
+    # the learning rate before the warm-up, which may be above the peak; None: 0
+    warmup_from: Annotated[float, AtLeast(0)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,12 +47,15 @@ class Schedule(Named, abc.ABC):
                 f"schedule.peak = {self.peak:g} and schedule.floor = {self.floor:g}; it must be that "
                 f"0 <= floor <= peak"
             )
+        if self.warmup_from is not None and not self.warmup:
+            raise UpcycleError("schedule.warmup_from is the rate before the warm-up; set schedule.warmup")
 
     def at(self, step: int, total: int) -> float:
         """Return the learning rate of update `step` (0, 1, ...) of `total`."""
         now = self.count(step)
         if self.warmup and now <= self.warmup:
-            return self.peak * now / self.warmup
+            begin = self.warmup_from or 0.0
+            return begin + (self.peak - begin) * now / self.warmup
         return self.after_warmup(step, total)
 
     @abc.abstractmethod

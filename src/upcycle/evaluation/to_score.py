@@ -11,7 +11,7 @@ from upcycle.system.paths import as_paths
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ToScore:
     """The data to evaluate on, and how much of it.
 
     `limit` is the largest number of images, rows, windows or examples; 0 means all. Raises `UpcycleError` for

@@ -23,7 +23,7 @@ SAMPLE = 2_048  # tokens; about as many as k-means needs for some tens of expert
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ToCalibrate:
     """The statistics to collect, and the data to collect them on.
 
     `limit` is the maximum number of images or rows (of each domain); 0 means all, None means `IMAGES` or

@@ -1,0 +1,82 @@
+"""Our own runs as a source of advice: the table is what the experiment recorded, and it has a range."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from upcycle.advice import own_runs, published
+from upcycle.advice.gather import advise
+from upcycle.advice.situation import Budget
+from upcycle.recipe import Recipe
+
+CODE = Path(__file__).parents[2] / "experiments" / "code"
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 4,
+    "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1024,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+HALVES = {
+    "moe": {"num_experts": 16, "top_k": 2, "granularity": 2},
+    "init": {"name": "virtual_group"},
+    "router": {"init": "grouped"},
+}
+
+
+def test_the_table_is_what_was_recorded(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(CODE), str(CODE.parent), *sys.path])
+    import figures
+
+    runs = figures.read()
+    for measured in own_runs.MEASURED:
+        key = (int(measured.trained), measured.variant)
+        assert len(runs[key]) == 3
+        gap, error = figures.gap(runs, *key)
+        assert (round(gap, 4), round(error, 4)) == (measured.less_dense, measured.error)
+        ahead = figures.crossing(runs, *key)
+        assert (None if ahead is None else round(ahead, 2)) == measured.ahead
+    recorded = {run["start"] for run in json.loads((CODE / "results.json").read_text())["runs"]}
+    assert {measured.trained for measured in own_runs.MEASURED} <= recorded
+
+
+def test_they_speak_of_models_like_theirs_alone(tmp_path):
+    source = tiny.make_headers(tmp_path / "llama", LLAMA)
+    recipe = Recipe.of(HALVES)
+    size = advise(source, recipe, Budget(tokens=10**6)).plan.dense_parameters
+
+    def said(seen: float, extra: float):
+        asked = Budget(tokens=round(extra * seen * size), dense_tokens=round(seen * size))
+        found = advise(source, recipe, asked)
+        own = {s.said.partition(" tokens per")[0].rpartition(" ")[2]: s for s in found.statements
+               if s.source == own_runs.SOURCE}  # fmt: skip
+        return found.verdict, own
+
+    verdict, own = said(80, 0.25)
+    assert own["80"].inside
+    assert not own["10"].inside
+    assert "80 tokens per parameter seen before, found at 10" in own["10"].why
+    assert verdict.choice == "upcycling"
+    assert own_runs.SOURCE in verdict.sentence
+    verdict, own = said(10, 0.25)
+    assert own["10"].inside
+    assert verdict.choice == "dense continuation"
+    _, own = said(80, 0.05)  # before the curves cross
+    assert not own["80"].inside
+
+
+def test_a_real_model_is_out_of_their_range(tmp_path):
+    larger = LLAMA | {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
+    source = tiny.make_headers(tmp_path / "llama", larger)
+    asked = Budget(tokens=10**9, dense_tokens=4 * 10**9)
+    own = [s for s in advise(source, Recipe.of(HALVES), asked).statements if s.source == own_runs.SOURCE]
+    assert own
+    assert not any(s.inside for s in own)
+
+
+@pytest.mark.parametrize("comparison", own_runs.COMPARISONS, ids=lambda c: f"{c.trained[0]}-{c.inits[0]}")
+def test_every_line_is_one_of_the_comparisons(comparison):
+    assert comparison in published.EVERY_COMPARISON
