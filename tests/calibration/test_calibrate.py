@@ -566,7 +566,7 @@ def _last(found: Statistics) -> tuple[str, str, int, str]:
         (
             "vit",
             {"collect": ("l3",)},
-            "--collect l3 has 'l3'; allowed: l1, l2, count, co_activation, gradient",
+            "--collect l3 has 'l3'; allowed: l1, l2, count, co_activation, co_marker, gradient, mean",
         ),
         ("vit", {"collect": ()}, "names none"),
         ("vit", {"collect": ("l1", "l1")}, "or one twice"),

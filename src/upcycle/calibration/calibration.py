@@ -320,8 +320,10 @@ def _statistics(observer: Observer) -> dict[str, Tensor]:
 def _of_prompts(dense: Dense, asked: ToCalibrate, model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the statistics that are made of the prompts alone, in a pass of their own."""
     names = [name for name in asked.collect if name in OF_PROMPTS]
+    if not names:
+        return {}
     table: Any = model.get_input_embeddings()
-    found = mergekit.rows(dense, asked.domains, names, table.weight) if names else {}
+    found = mergekit.rows(dense, asked.domains, names, table.weight)
     return {name: Tensor("F32", tuple(rows.shape), rows.numpy) for name, rows in found.items()}
 
 

@@ -14,6 +14,7 @@ from upcycle.cli.options import (
     File,
     Flag,
     Names,
+    Number,
     Out,
     Source,
     Text,
@@ -148,7 +149,7 @@ def export(
     format: str = "huggingface",
     expert: Whole = None,
     average: Whole = None,
-    decay: float | None = None,
+    decay: Number = None,
 ) -> None:
     """Write a checkpoint of a training run as a model folder.
 

@@ -119,7 +119,11 @@ class Settings:
         return heeded.settings(model)
 
     def compare(self, dense: dict[str, Any], moe: dict[str, Any], stored: Any | None) -> Check:
-        """Return the check that both models have the same settings."""
+        """Return the check that both models have the same settings.
+
+        A source's `use_cache = false` is a setting of a training script, and the result does not have it.
+        """
+        dense = {key: value for key, value in dense.items() if (key, value) != ("use_cache", False)}
         different = sorted(
             f"{key} {dense.get(key)} became {moe.get(key)}"
             for key in {*dense, *moe}

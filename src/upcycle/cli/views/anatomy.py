@@ -15,8 +15,9 @@ from upcycle.system.wording import count, place_of
 def show_anatomy(anatomy: dict[str, Any]) -> None:
     """Show one row for each layer."""
     out.print(f"{anatomy['checkpoint']}: {anatomy['model_type']}, {anatomy['num_layers']} layers")
+    trained = any("cosine_between_at_start" in row for row in anatomy["layers"])
     columns = ["layer", "experts", "width", "dtype", "cosine between", "cosine to dense", "router norm"]
-    columns += ["router cosine", "condition"]
+    columns += ["router cosine", "condition", *(["began at"] if trained else [])]
     table = grid("", *columns)
     for row in anatomy["layers"]:
         if not row["num_experts"]:
@@ -29,12 +30,12 @@ def show_anatomy(anatomy: dict[str, Any]) -> None:
             " + ".join(str(group["num_experts"]) for group in groups),
             " + ".join(str(group["width"]) for group in groups),
             row["dtype"],
-            " and ".join(_range(group["cosine_between"]) for group in groups if group["cosine_between"])
-            + _began(row.get("cosine_between_at_start")),
+            " and ".join(_range(group["cosine_between"]) for group in groups if group["cosine_between"]),
             f"{sum(dense) / len(dense):.4f}" if dense else "",
             f"{sum(row['router_norms']) / len(row['router_norms']):.4f}",
             rows_apart(row["router"]["cosine"], short=True),
             condition(row["router"]["condition"]),
+            *_began(row.get("cosine_between_at_start")),
         )
     out.print(table)
     if "routing" in anatomy:
@@ -79,8 +80,9 @@ def _range(found: dict[str, float]) -> str:
     return f"{found['mean']:.4f} ({found['min']:.4f}..{found['max']:.4f})"
 
 
-def _began(found: dict[str, float] | None) -> str:
-    return f", began at {found['mean']:.4f}" if found else ""
+def _began(found: dict[str, float] | None) -> list[str]:
+    """Return the mean cosine between experts when training began, in a cell of its own."""
+    return [f"{found['mean']:.4f}"] if found else []
 
 
 def _how(recipe: dict[str, Any]) -> str:
