@@ -161,13 +161,13 @@ def table(dense: Path, out: Path, **changes: Any) -> dict[str, Any]:
             for key, value in made.items()}  # fmt: skip
 
 
-def feed_of(dense: Path, length: int = 99) -> Any:
+def feed_of(dense: Path, length: int = 99, **keys: Any) -> Any:
     feeding = Feeding.of_file(dense / "chats.jsonl", length=length, cache=dense)
-    return tasks.find("sft")().feed(feeding, Subject.of(dense))
+    return tasks.find("sft")(**keys).feed(feeding, Subject.of(dense))
 
 
 def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
-    """It is resumed to the bit, keeps its template, and `eval` scores the assistant's tokens alone."""
+    """It is resumed to the bit, keeps its template, and `eval` scores the assistant's tokens, by chat."""
     whole = train(table(dense, tmp_path / "whole"))
     lines = read(tmp_path / "whole")
     (begun,) = [line.held_out_start for line in lines if line.held_out_start is not None]
@@ -183,7 +183,7 @@ def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
     out = export(tmp_path / "whole", tmp_path / "out").out
     assert AutoTokenizer.from_pretrained(out).chat_template == MARKED
     found = evaluate(out, ToScore(chats=dense / "chats.jsonl", length=99))["chats"]
-    model, batch = upcycle.open(out).eval(), feed_of(dense).at(np.arange(14))
+    model, batch = upcycle.open(out).eval(), feed_of(dense, pack=False).at(np.arange(40))
     assert found["targets"] == 40 * (len("yes, yes") + 1)
     losses, count = 0.0, 0
     for ids, labels, mask in zip(batch["ids"], batch["labels"], batch["mask"], strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from upcycle.data import chats
@@ -13,7 +14,7 @@ from upcycle.data.examples import Examples
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.system import progress
-from upcycle.tasks import Batch, Question, Task
+from upcycle.tasks import Batch, Found, Judge, Question, Task
 from upcycle.tasks._chat_tokens import read_template, tokens_of, with_template
 from upcycle.tasks._labelled import only_source
 from upcycle.tasks._tokens import beyond_positions, tokenizer_of
@@ -81,6 +82,10 @@ class SFT(Task):
         if "positions" in batch:
             inputs["position_ids"] = batch["positions"]
         return Question(inputs, batch["labels"])
+
+    def score(self, judge: Judge[Found], path: Path) -> Found:
+        """Score each chat in a row of its own, so that none sees another."""
+        return judge.rows(replace(self, pack=False), path)
 
     def targets(self, batch: Batch) -> Tensor:
         return (batch["labels"] != IGNORED).sum()
