@@ -19,7 +19,7 @@ from pathlib import Path
 from upcycle.checkpoints import mistaken
 from upcycle.checkpoints.checkpoint import CONFIG
 from upcycle.errors import UpcycleError, cut
-from upcycle.system import claim
+from upcycle.system import claim, whole_file
 
 SOURCES = "LLAMA_CPP"  # an environment variable: the folder of llama.cpp's sources
 TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -53,18 +53,13 @@ def gguf(folder: Path, out: Path, *, outtype: str = "auto", llama_cpp: Path | No
         raise UpcycleError(f"{out} is no name of a GGUF file; give one that ends in .gguf")
     claim.may_create(out)
     script = converter(llama_cpp)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_file.making(out) as partial:
         command = [sys.executable, str(script), str(folder), "--outfile", str(partial), "--outtype", outtype]
         ran = subprocess.run(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
         )
         if ran.returncode or not partial.is_file():
             raise UpcycleError(f"llama.cpp's converter refuses {folder}: {_reason(ran.stderr)}")
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return Written(out, out.stat().st_size, script)
 
 

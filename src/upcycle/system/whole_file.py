@@ -20,18 +20,27 @@ def named(path: Path) -> Iterator[None]:
         raise
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write `path` and create its folder; the old file stays until the new one is on disk."""
+@contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """Yield the name under which the file `path` is made; it gets its own name at the end of the block.
+
+    The folder is created. If the block raises, nothing is left of the file, and an older one stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with named(path), partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write `path` and create its folder; the old file stays until the new one is on disk."""
+    with making(path) as partial, named(path), partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def clear(folder: Path) -> None:
