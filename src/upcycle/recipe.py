@@ -133,8 +133,7 @@ class Grow(Settings):
                 "grow.choose = utility takes grow.statistics = FILE, the routing.json that `upcycle inspect "
                 "SOURCE --text NAME=FILE` writes; give both or neither"
             )
-        if Path(self.statistics).is_file():  # the recipe is stored with its result and may be read elsewhere
-            object.__setattr__(self, "statistics", str(Path(self.statistics).resolve()))
+        self._make_absolute("statistics")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

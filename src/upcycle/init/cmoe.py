@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,8 +48,7 @@ class CMoE(Init):
                 "init cmoe chooses by activations: measure them with `upcycle calibrate SOURCE --collect "
                 "co_marker --out FILE` and set init.statistics = FILE"
             )
-        if Path(self.statistics).is_file():  # the recipe is stored with its result and may be read elsewhere
-            object.__setattr__(self, "statistics", str(Path(self.statistics).resolve()))
+        self._make_absolute("statistics")
 
     @property
     def measured(self) -> Statistics:

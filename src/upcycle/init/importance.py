@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -40,8 +39,7 @@ class Measured(Selecting):
                 f"init {self.name} chooses by activations: measure them with `upcycle calibrate SOURCE "
                 f"--out FILE` and set init.statistics = FILE"
             )
-        if Path(self.statistics).is_file():  # the recipe is stored with its result and may be read elsewhere
-            object.__setattr__(self, "statistics", str(Path(self.statistics).resolve()))
+        self._make_absolute("statistics")
 
     @property
     def measured(self) -> Statistics:

@@ -49,8 +49,7 @@ class Split(Init):
         super().__post_init__()
         if (self.by == "file") != bool(self.labels):
             raise UpcycleError('init.labels names the file of init.by = "file"; give both or neither')
-        if Path(self.labels).is_file():  # the recipe is stored with its result and may be read elsewhere
-            object.__setattr__(self, "labels", str(Path(self.labels).resolve()))
+        self._make_absolute("labels")
 
     def check(self, site: Site) -> None:
         super().check(site)

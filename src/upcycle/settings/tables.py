@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Self, cast, get_type_hints
 
@@ -50,6 +51,12 @@ class Settings:
         prefix = f"{self.section}." if self.section else ""
         for name, hint in hints(type(self)).items():
             refuse_outside(getattr(self, name), hint, prefix + name)
+
+    def _make_absolute(self, key: str) -> None:
+        """Make the path of an existing file absolute, because a recipe is stored with its result and may be
+        read elsewhere."""
+        if (path := Path(getattr(self, key))).is_file():
+            object.__setattr__(self, key, str(path.resolve()))
 
     def as_table(self) -> dict[str, Any]:
         """Return the settings as a nested table.

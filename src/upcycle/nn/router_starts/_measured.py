@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
@@ -41,8 +40,7 @@ class Measured(RouterStart, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if Path(self.statistics).is_file():  # the recipe is stored with its result and may be read elsewhere
-            object.__setattr__(self, "statistics", str(Path(self.statistics).resolve()))
+        self._make_absolute("statistics")
 
     @property
     def measured(self) -> Statistics:
