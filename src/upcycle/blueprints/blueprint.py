@@ -29,7 +29,7 @@ from upcycle.init import Site
 from upcycle.nn import router_rows
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe, RecipeLike
-from upcycle.targets import Target, grown
+from upcycle.targets import Target, _growing
 from upcycle.tensors.lazy import Lazy
 
 
@@ -231,7 +231,7 @@ def blueprint(
         dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
     else:
         dense = mixture = mixtures.admit(source, drop=recipe.drop)
-        recipe = grown.resolved(recipe, mixture)
+        recipe = _growing.resolved(recipe, mixture)
     recipe.init.admit(dense)
     for router in [recipe.router, *(part.router for part in recipe.parts.values())]:
         router.start.admit(dense)

@@ -10,10 +10,8 @@ renormalised or not. With fewer than m k, it takes copies of one expert in place
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.blueprints import moe_layer
@@ -24,10 +22,7 @@ from upcycle.families import Config, Family, Weights
 from upcycle.families._training import Trained
 from upcycle.families._weights import Initial, Weight
 from upcycle.init import Growth, Site
-from upcycle.nn.routers.top_k import TopK
-from upcycle.records.reader import load
-from upcycle.records.routing import RoutingRecord
-from upcycle.system.once import once
+from upcycle.targets._parents import growth
 from upcycle.targets._with_experts import WithExperts
 from upcycle.targets.native import Native
 from upcycle.tensors.computed import Drawn, Fill, Noise
@@ -54,7 +49,7 @@ class Grown(WithExperts):
     architecture: str
 
     def admit(self, dense: Dense, recipe: Recipe) -> None:
-        """Accept it: `resolved` has refused what does not fit."""
+        """Accept it: `_growing.resolved` has refused what does not fit."""
 
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
         """Return the layers that have experts: those that grow, and dense ones if they get experts."""
@@ -193,129 +188,6 @@ def of(dense: Dense, recipe: Recipe) -> Grown:
     return Grown(native=native, model_type=native.model_type, architecture=native.architecture)
 
 
-def resolved(recipe: Recipe, source: Mixture) -> Recipe:
-    """Return the recipe with the numbers of experts that `[grow]` makes of this source.
-
-    Raises `UpcycleError` if the two do not fit, or if the recipe asks for what growth would ignore.
-    """
-    grow = recipe.grow
-    assert grow is not None
-    if recipe.successor is not None:
-        raise UpcycleError(
-            "[successor] makes a narrower model of a dense source, and [grow] does not; take one out"
-        )
-    if recipe.parts:
-        raise UpcycleError(
-            f"[{next(iter(recipe.parts))}]: a source that grows has one stack of blocks; take it out"
-        )
-    if not isinstance(recipe.router, TopK):
-        raise UpcycleError(
-            f"router.name = {recipe.router.name}: a source that grows keeps its router; take it out"
-        )
-    count, found = _count(grow, source), dataclasses.replace
-    moe = found(
-        recipe.moe,
-        num_experts=count,
-        top_k=_top_k(grow, source, count),
-        granularity=_granularity(source) if grow.dense_layers else 1,
-    )
-    router = found(recipe.router, normalize=source.renormalizes)
-    out = found(recipe, moe=moe, router=router)
-    _refuse_ignored(recipe, out, source)
-    return out
-
-
-def _count(grow: Grow, source: Mixture) -> int:
-    """Return the number of experts of a layer."""
-    old = source.num_experts
-    count = grow.experts or grow.factor * old
-    if count < old:
-        raise UpcycleError(
-            f"grow.experts = {count}, and {source.checkpoint.folder} has {old} experts; give more"
-        )
-    if count == old and not grow.dense_layers and grow.shared_width <= source.shared_width:
-        raise UpcycleError(
-            f"[grow] makes {count} experts of {old}, which are the same; raise grow.factor or grow.experts, "
-            f"or set grow.dense_layers = true"
-        )
-    if grow.dense_layers and len(source.moe_layers) == source.config["num_hidden_layers"]:
-        raise UpcycleError(
-            f"grow.dense_layers: all layers of {source.checkpoint.folder} have experts; take it out"
-        )
-    _refuse_shared_width(grow, source)
-    if grow.choose == "all" and count % old:
-        raise UpcycleError(
-            f"grow.choose = all copies all {old} experts equally often, and grow.experts = {count} is no "
-            f"multiple of {old}; take a multiple, or choose = utility"
-        )
-    if grow.choose == "utility" and count > grow.most_copies * old:
-        raise UpcycleError(
-            f"{count} experts need more than grow.most_copies = {grow.most_copies} copies of some of the "
-            f"{old} experts; take fewer experts, or raise it"
-        )
-    return count
-
-
-def _refuse_shared_width(grow: Grow, source: Mixture) -> None:
-    """Refuse a shared expert where the class has none, or one narrower than the source's."""
-    if grow.shared_width and not source.shared_width:
-        raise UpcycleError(
-            f"grow.shared_width = {grow.shared_width}: a {source.family.model_type} has no shared expert; "
-            f"take it out"
-        )
-    if 0 < grow.shared_width < source.shared_width:
-        raise UpcycleError(
-            f"grow.shared_width = {grow.shared_width}, and the shared expert of {source.checkpoint.folder} "
-            f"has {source.shared_width} neurons; give more, or 0 to keep these"
-        )
-
-
-def _top_k(grow: Grow, source: Mixture, count: int) -> int:
-    """Return the number of experts per token."""
-    if grow.top_k > count:
-        raise UpcycleError(f"grow.top_k = {grow.top_k} is more than the {count} experts that there are")
-    if not grow.top_k and source.top_k * count % source.num_experts:
-        raise UpcycleError(
-            f"{count} experts are {count / source.num_experts:.4g} times those of the source, and a token "
-            f"cannot take {source.top_k} times as many; set grow.top_k"
-        )
-    return grow.top_k or source.top_k * count // source.num_experts
-
-
-def _granularity(source: Mixture) -> int:
-    """Return the number of experts that the network of a dense layer is cut into."""
-    whole, part = source.config["intermediate_size"], source.config[source.native.width_field]
-    if whole % part:
-        raise UpcycleError(
-            f"grow.dense_layers: the {whole} neurons of a dense layer cannot be cut into experts of {part} "
-            f"neurons, which all experts of a {source.family.model_type} have; leave these layers dense"
-        )
-    return int(whole // part)
-
-
-def _refuse_ignored(given: Recipe, out: Recipe, source: Mixture) -> None:
-    """Refuse keys of other sections that growth would ignore."""
-    table, settled, usual = given.as_table(), out.as_table(), type(given).of().as_table()
-    new_layers = out.grow is not None and out.grow.dense_layers  # they are made by [init] and [router]
-    for section in ("moe", "router") if new_layers else ("moe", "init", "router"):
-        for key, value in table[section].items():
-            if key in ("untie", "target") or (new_layers and section == "router" and key != "normalize"):
-                continue
-            known = [usual[section].get(key)]
-            if key in ("num_experts", "top_k", "granularity", "normalize"):  # a recorded recipe has them
-                known.append(settled[section][key])
-            if value not in known:
-                raise UpcycleError(
-                    f"{section}.{key} = {value} is about experts that are made of dense networks, and [grow] "
-                    f"copies those that are there; take it out, or set a key of [grow]"
-                )
-    allowed = ("native", "grown", source.family.model_type)
-    if given.moe.target not in allowed:
-        raise UpcycleError(
-            f"moe.target = {given.moe.target}: a {source.family.model_type} that grows stays one; take it out"
-        )
-
-
 def _parts(dense: Dense, recipe: Recipe) -> tuple[Mixture, Grow]:
     assert isinstance(dense, Mixture)
     assert recipe.grow is not None
@@ -342,7 +214,7 @@ def _site(source: Mixture, recipe: Recipe, layer: int) -> Site:
         grouped_router=router.start.groups,
         uniform_router=not grows and router.start.uniform(router.std),
         gate_sum=1.0 if grows or not router.rescale else router.gate_sum(moe.num_experts, moe.top_k),
-        growth=_growth(source, recipe, layer) if grows else None,
+        growth=growth(source, recipe, layer) if grows else None,
     )
     if not grows:
         router.start.check(moe.num_experts, moe.granularity)
@@ -353,54 +225,6 @@ def _site(source: Mixture, recipe: Recipe, layer: int) -> Site:
                 f"has {site.dense_width} to start it from; leave these layers dense"
             )
     return site
-
-
-def _growth(source: Mixture, recipe: Recipe, layer: int) -> Growth:
-    """Return which expert of the source each expert of a layer is."""
-    grow, old, count = recipe.grow, source.num_experts, recipe.moe.num_experts
-    assert grow is not None
-    if grow.choose == "all":
-        parents = tuple(e % old for e in range(count))
-    else:
-        parents = _most_used(_loads(source, grow, layer), count, grow.most_copies)
-    even = len(set(Counter(parents).values())) == 1
-    together = even and recipe.moe.top_k == source.top_k * count // old
-    noisy = grow.router_noise > 0 or (grow.noise > 0 and grow.noise_on == "all")
-    return Growth(
-        parents=parents,
-        exact=together and not (count > old and noisy),
-        cancels=count > old and grow.noise > 0,
-    )
-
-
-def _most_used(loads: tuple[float, ...], count: int, most: int) -> tuple[int, ...]:
-    """Return the experts and their copies: each next one is of the expert with the most load per copy."""
-    copies = [1] * len(loads)
-    parents = [*range(len(loads))]
-    while len(parents) < count:
-        open_ = [e for e in range(len(loads)) if copies[e] < most]
-        best = max(open_, key=lambda e: (loads[e] / copies[e], -copies[e], -e))
-        copies[best] += 1
-        parents.append(best)
-    return tuple(parents)
-
-
-def _loads(source: Mixture, grow: Grow, layer: int) -> tuple[float, ...]:
-    """Return each expert's share of the tokens of a layer, as routing.json has it."""
-    path = Path(grow.statistics)
-    record = _routing(path, path.stat().st_mtime_ns if path.is_file() else 0)
-    found = [row.load for row in record.layers if row.layer == layer]
-    if len(found) != 1 or len(found[0]) != source.num_experts:
-        raise UpcycleError(
-            f"grow.statistics: {path} does not have the routing of the {source.num_experts} experts of layer "
-            f"{layer}; make it with `upcycle inspect {source.checkpoint.folder} --text NAME=FILE`"
-        )
-    return found[0]
-
-
-@once(maxsize=2)
-def _routing(path: Path, mtime: int) -> RoutingRecord:
-    return RoutingRecord.of(load(path, f"grow.statistics: there is no file {path}"), str(path))
 
 
 def _layer(source: Mixture, site: Site, growth: Growth, grow: Grow) -> dict[str, Lazy]:
