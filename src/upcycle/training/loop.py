@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import platform
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,24 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import upcycle
 from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
 from upcycle.data import stamps
-from upcycle.data.feeding import Feed
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.hf import packing
-from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
 from upcycle.system import progress
 from upcycle.system.signals import held, interrupting, noted
 from upcycle.system.wording import count
-from upcycle.tasks import Batch, Task
+from upcycle.tasks import Task
 from upcycle.training import (
     agreement,
     back,
@@ -40,6 +32,7 @@ from upcycle.training import (
     metrics,
     micro_batch,
     parallel,
+    recording,
     run_folder,
     saving,
     start,
@@ -55,6 +48,7 @@ from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
 from upcycle.training.parallel import Ranks, ranks
 from upcycle.training.routing import Routers
+from upcycle.training.rows import Rows
 from upcycle.training.run import Run, Spikes
 from upcycle.training.start import Start
 from upcycle.training.step import Score, Trainee
@@ -146,7 +140,7 @@ def train(
         for opened in begun.checkpoints:
             opened.close()
         if here.first:
-            _write_record(trainee, run, out, state)
+            recording.write(trainee, run, out, state)
         with noted(signal.SIGTERM) as stop:
             return _loop(trainee, course, anatomy, feeds, examiner, state, out, stop)
 
@@ -223,10 +217,7 @@ def _loop(
     run, here, begun = course.run, trainee.ranks, trainee.start
     total = run.train.total_steps
     leg = course.after(state.step)
-    feed = feeds.of(leg)
-    held_out = _held_out(run, trainee.task, feed, here.device)
-    share = run.train.rows // here.dp_size
-    part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
+    rows = Rows(run, trainee.task, feeds, here, leg)
     log = Metrics(out, run.log, total, state.step, run.as_table()) if here.first else None
     lengths = trainee.lengths
     rate = Rate(
@@ -245,15 +236,9 @@ def _loop(
             for note in [*trainee.task.notes(), *_notes(trainee, leg, anatomy)]:
                 log.say(note)
         first: Score | None = None
-        if state.step == 0 and held_out is not None:
-            first = step.evaluate(trainee, held_out)
-            state = replace(
-                state,
-                held_out_loss=first.loss,
-                held_out_start=first.loss,
-                held_out_accuracy=first.accuracy,
-                held_out_accuracy_start=first.accuracy,
-            )
+        if state.step == 0 and rows.held_out is not None:
+            first = step.evaluate(trainee, rows.held_out)
+            state = _scored_at_first(state, first)
             if log is not None:
                 log.say(f"step 0: {metrics.score(first.loss, first.accuracy)}")
         numbers: dict[int, int] = {}  # of the batches of the steps that are queued
@@ -270,29 +255,25 @@ def _loop(
             if now == leg.end:
                 leg = course.at(now)
                 trainee = enter.next_stage(trainee, leg, anatomy)
-                if feeds.of(leg) is not feed:
-                    feed = feeds.of(leg)
-                    held_out = _held_out(run, trainee.task, feed, here.device)
+                rows.enter(leg)
                 if log is not None:
                     for note in _notes(trainee, leg, anatomy):
                         log.say(note)
             book.begin()
-            number = state.drawn
-            while number in state.passed:
-                feed.next(run.train.rows, part)
-                number += 1
+            number, arrays = rows.next(state)
             numbers = {s: n for s, n in numbers.items() if s + book.lag >= now} | {now: number}
-            arrays = feed.next(run.train.rows, part)
-            batch = _on(here.device, arrays if trainee.teacher is None else trainee.teacher.beside(arrays))
+            batch = rows.on_device(arrays if trainee.teacher is None else trainee.teacher.beside(arrays))
             lr = leg.rate(now)
             book.add(step.queue_step(trainee, batch, now, lr, stop), lr, leg.name)
             last, ends = now + 1 == total, now + 1 == leg.end
-            judged = held_out is not None and (ends or (now + 1) % run.train.eval_every == 0)
+            judged = rows.held_out is not None and (ends or (now + 1) % run.train.eval_every == 0)
             due = bool(run.checkpoint.every) and (ends or (now + 1) % run.checkpoint.every == 0)
             examined = examiner is not None and (last or (now + 1) % run.eval.every == 0)
             stopping = book.settle(
                 wait=ends or judged or due or examined,
-                judge=functools.partial(step.evaluate, trainee, held_out) if judged and held_out else None,
+                judge=functools.partial(step.evaluate, trainee, rows.held_out)
+                if judged and rows.held_out
+                else None,
                 examine=functools.partial(examiner.score, trainee.model, run, begun.subject)
                 if examiner is not None and examined
                 else None,
@@ -310,8 +291,7 @@ def _loop(
                         trainee, course, anatomy, feeds, state, checkpoint, harmful, returns
                     )
                     leg = course.after(state.step)
-                    feed = feeds.of(leg)
-                    held_out = _held_out(run, trainee.task, feed, here.device)
+                    rows.enter(leg)
                     if log is not None:
                         log.go_back(state.step)
                         log.say(f"the run is back at step {state.step} and passes batch {harmful + 1}")
@@ -333,6 +313,17 @@ def _loop(
         finished=state.step >= total,
         loss=state.loss,
         held_out_loss=state.held_out_loss,
+    )
+
+
+def _scored_at_first(state: RunState, first: Score) -> RunState:
+    """Return the state at step 0 with the score before any training."""
+    return replace(
+        state,
+        held_out_loss=first.loss,
+        held_out_start=first.loss,
+        held_out_accuracy=first.accuracy,
+        held_out_accuracy_start=first.accuracy,
     )
 
 
@@ -391,64 +382,3 @@ def _begin(
                 progress.warn(wrong)
         return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
     return back.restore(trainee, feeds, checkpoint)
-
-
-def _write_record(trainee: Trainee, run: Run, out: Path, state: RunState) -> None:
-    """Write run.json, unless this run's is already there."""
-    identity = json.loads(json.dumps(run.identity()))
-    try:
-        same = run_folder.read_record(out).identity == identity
-    except UpcycleError:
-        same = False
-    if not state.step or not same:
-        run_folder.write_record(out, _record(trainee, run, state))
-
-
-def _record(trainee: Trainee, run: Run, state: RunState) -> RunRecord:
-    """Return the content of run.json: the description of this run for later readers of its folder."""
-    begun, task = trainee.start, trainee.task
-    lengths = trainee.lengths
-    flops = begun.training_flops_per_row(lengths)
-    source = begun.dense.checkpoint
-    return RunRecord(
-        format=RunRecord.FORMAT,
-        upcycle_version=upcycle.__version__,
-        versions={
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        precision=trainee.precision,
-        task=task.name,
-        tokens_per_row=sum(lengths.values()),
-        training_flops_per_row=flops,
-        training_flops_per_token=flops // sum(lengths.values()),
-        source=StartedFrom(
-            name=source.name, path=str(source.folder.resolve()), model_type=begun.dense.family.model_type
-        ),
-        blueprint_hash=begun.built.hash if begun.built else None,
-        architecture=begun.architecture,
-        parameters=begun.parameters,
-        active_parameters=begun.active_parameters,
-        from_scratch=begun.from_scratch,
-        run=run.as_table(),
-        identity=run.identity(),
-        source_sha256=state.source_sha256,
-    )
-
-
-def _on(device: torch.device, batch: dict[str, np.ndarray]) -> Batch:
-    """Return a batch on the device. From pinned memory the copy waits for nothing that is queued."""
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-
-
-def _held_out(run: Run, task: Task, feed: Feed, device: torch.device) -> Batch | None:
-    """Return the held-out rows: for examples all, unless the run asks for fewer."""
-    if not run.train.eval_every:
-        return None
-    everything = task.by_example and run.train.eval_examples is None
-    batch = feed.held_out(None if everything else run.train.eval_rows)
-    return _on(device, batch) if len(next(iter(batch.values()))) else None
