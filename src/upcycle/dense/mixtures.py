@@ -12,10 +12,16 @@ from functools import cache, cached_property
 from typing import Any, ClassVar
 
 from upcycle import families, targets
-from upcycle.checkpoints import mistaken
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.source import Dense, dropped, has_experts, refuse_unsound
-from upcycle.errors import UpcycleError, listed, shown
+from upcycle.dense.source import (
+    Dense,
+    dropped,
+    has_experts,
+    refuse_other_shapes,
+    refuse_surplus,
+    refuse_unsound,
+)
+from upcycle.errors import UpcycleError, shown
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._checked import check
 from upcycle.families._decoder import Decoder
@@ -315,18 +321,6 @@ def _spared(family: MixtureFamily, config: Config, stored: Iterable[str]) -> dic
 def _check_tensors(found: Mixture) -> None:
     """Compare the headers with what the config promises."""
     where, expected = found.checkpoint.folder, found.family.shapes(found.config)
-    if missing := [name for name in expected if name not in found.tensors]:
-        raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
-    shapes = {name: found.tensors[name].shape for name in expected}
-    if said := mistaken.empty(shapes):
-        raise UpcycleError(f"{where}: {said}")
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise UpcycleError(
-                f"{where}: {name} has shape {list(shapes[name])} and config.json says {list(shape)}"
-            )
-    if surplus := [name for name in found.tensors if name not in expected]:
-        raise UpcycleError(
-            f"{where} holds {listed(surplus)}, which a {found.family.model_type} of this config does not "
-            f"have; nothing is dropped in silence (--drop NAME leaves a tensor out)"
-        )
+    refuse_other_shapes(where, expected, {name: (name, t.shape) for name, t in found.tensors.items()})
+    surplus = [name for name in found.tensors if name not in expected]
+    refuse_surplus(where, surplus, found.family.model_type)

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -330,16 +331,7 @@ def _check_tensors(
     expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
     for name in family.may_lack(config) - found.keys():
         del expected[name]
-    if missing := [n for n in expected if n not in found]:
-        raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
-    if said := mistaken.empty({name: found[name].shape for name in expected}):
-        raise UpcycleError(f"{where}: {said}")
-    for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise UpcycleError(
-                f"{where}: {found[name].name} has shape {list(found[name].shape)} and config.json says "
-                f"{list(shape)}"
-            )
+    refuse_other_shapes(where, expected, {name: (info.name, info.shape) for name, info in found.items()})
     left_out = dict(dropped)
     surplus = []
     for name in stored:
@@ -350,14 +342,36 @@ def _check_tensors(
             left_out[name] = reason
         elif own is not None:
             surplus.append(name)
-    if surplus:
-        if said := mistaken.heads(surplus):
-            raise UpcycleError(f"{where}: {said}")
-        raise UpcycleError(
-            f"{where} holds {listed(surplus)}, which a {family.model_type} of this config does not have; "
-            f"nothing is dropped in silence (--drop NAME leaves a tensor out)"
-        )
+    if surplus and (said := mistaken.heads(surplus)):
+        raise UpcycleError(f"{where}: {said}")
+    refuse_surplus(where, surplus, family.model_type)
     return left_out
+
+
+def refuse_other_shapes(
+    where: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """Refuse tensors that are missing, empty, or not of the shape that config.json says.
+
+    `found` has the name on disk and the shape of each tensor, by the name that `expected` has.
+    """
+    if missing := [name for name in expected if name not in found]:
+        raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
+    if said := mistaken.empty({name: found[name][1] for name in expected}):
+        raise UpcycleError(f"{where}: {said}")
+    for name, shape in expected.items():
+        stored, own = found[name]
+        if own != shape:
+            raise UpcycleError(f"{where}: {stored} has shape {list(own)} and config.json says {list(shape)}")
+
+
+def refuse_surplus(where: Path, surplus: list[str], model_type: str) -> None:
+    """Refuse tensors that a model of this config does not have."""
+    if surplus:
+        raise UpcycleError(
+            f"{where} holds {listed(surplus)}, which a {model_type} of this config does not have; nothing is "
+            f"dropped in silence (--drop NAME leaves a tensor out)"
+        )
 
 
 def _spared(family: Family, config: Config, place: Place, name: str, own: str | None) -> str | None:
