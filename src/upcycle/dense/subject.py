@@ -38,7 +38,10 @@ class Subject:
     @classmethod
     def of_dense(cls, dense: Dense) -> Subject:
         """Return a dense checkpoint as the class that it was admitted as."""
+        tower = isinstance(dense.place, places.Tower)
         config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
+        if tower:
+            config = {**dense.raw, "architectures": [dense.own_class]}
         return cls(folder=dense.checkpoint.folder, config=config)
 
     @property

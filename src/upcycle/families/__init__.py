@@ -80,6 +80,7 @@ class Family(abc.ABC):
     alone = ""  # the family of such a text model when it is taken out of a wrapper; empty: the same
     assumed: Mapping[str, Any] = {}  # sizes that transformers assumes if the config of a part leaves them out
     class_tokens = 0  # tokens before the patches of an image; a head reads the first of them
+    sees = False  # True if its class without a head is a vision tower that multimodal models can hold
     centred_norms = False  # True if norms multiply by 1 + w
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16
 
