@@ -149,7 +149,7 @@ def write_part(entry: Entry, part: Part, memory: torch.Tensor) -> None:
         raise AssertionError(f"a rank holds {tuple(memory.shape)} and the layout says {shape}")
     if not memory.numel():
         return
-    dtype = TORCH_NAMES[entry.dtype]
+    dtype = TORCH_NAMES.get(entry.dtype, "int64")
     direct = memory.device.type == "cpu" and memory.dtype == getattr(torch, dtype) and memory.is_contiguous()
     array = as_array(memory) if direct else None
     for whole, own in placement.pieces(part):

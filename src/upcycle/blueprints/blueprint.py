@@ -20,7 +20,7 @@ from upcycle import targets
 from upcycle.blueprints import heads, moe_layer, spared
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
+from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, FLOATS, TORCH_NAMES, holds
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures, successors
 from upcycle.dense.donors import admit_donors
@@ -235,7 +235,7 @@ class Blueprint:
     @property
     def _wide(self) -> bool:
         """True if weights are stored in a dtype wide enough to keep rounding below what is promised."""
-        return all(e.dtype in ("F32", "F64") for e in self.entries.values())
+        return all(e.dtype in ("F32", "F64", *COUNTERS) for e in self.entries.values())
 
 
 def blueprint(
@@ -311,7 +311,7 @@ def _of_part(source: Checkpoint, recipe: Recipe, *, allow_nonfinite: bool) -> Bl
     )
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
-        name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)
+        name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name, lazy) else dtype)
         for name, lazy in _in_order(lazies).items()
     }
     stored = TORCH_NAMES[Counter(e.dtype for e in entries.values()).most_common(1)[0][0]]
@@ -335,9 +335,12 @@ def _keeps_bits(factor: float) -> bool:
     return math.frexp(factor)[0] == 0.5
 
 
-def _keeps_dtype(name: str) -> bool:
-    """Return whether no recipe may narrow this tensor; a correction bias accumulates tiny steps."""
-    return name.endswith("e_score_correction_bias")
+def _keeps_dtype(name: str, lazy: Lazy) -> bool:
+    """Return whether no recipe may narrow this tensor: a counter, or a correction bias.
+
+    A correction bias accumulates tiny steps.
+    """
+    return lazy.dtype in COUNTERS or name.endswith("e_score_correction_bias")
 
 
 def _in_order(tensors: Mapping[str, T]) -> dict[str, T]:

@@ -14,7 +14,7 @@ import numpy as np
 from upcycle import families, targets
 from upcycle.checkpoints import mistaken
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint, TensorInfo
-from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.dtypes import COUNTERS, FLOATS
 from upcycle.dense import places
 from upcycle.dense.places import Place
 from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
@@ -250,7 +250,7 @@ def refuse_unsound(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any
     """
     _refuse_quantised(checkpoint)
     where, stored = checkpoint.folder, checkpoint.tensors.values()
-    if odd := sorted(t.name for t in stored if t.dtype not in FLOATS and family.ignored(t.name) is None):
+    if odd := sorted(t.name for t in stored if _is_odd(t) and family.ignored(t.name) is None):
         dtype = checkpoint.tensors[odd[0]].dtype
         raise UpcycleError(
             f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
@@ -259,6 +259,11 @@ def refuse_unsound(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any
     _refuse_more_blocks_than_tensors(checkpoint, family, own)
     if wrapped := mistaken.names(checkpoint.tensors):
         raise UpcycleError(f"{where}: {wrapped}")
+
+
+def _is_odd(tensor: TensorInfo) -> bool:
+    """Return whether a tensor is neither of floating-point numbers nor a single counter, as norms keep."""
+    return tensor.dtype not in FLOATS and (tensor.dtype not in COUNTERS or tensor.shape != ())
 
 
 def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ def _twin(native: str, model_type: str, architecture: str) -> Mapping[str, tuple
     return {native: (model_type, architecture)}
 
 
-TEXT, VISION = "text", "vision"  # the parts of a wrapper that can have experts
+TEXT: Final = "text"  # the parts of a wrapper that can have experts
+VISION: Final = "vision"
 
 
 def config_key(part: str) -> str:

@@ -54,7 +54,7 @@ def around_blocks(vision: Mapping[str, Any]) -> Weights:
     return out | (below("head.", _head(vision)) if vision["vision_use_head"] else {})
 
 
-def _head(vision: Config) -> Weights:
+def _head(vision: Mapping[str, Any]) -> Weights:
     """Return the tensors of the head that attends to the patches."""
     hidden, width = vision["hidden_size"], vision["intermediate_size"]
     out: Weights = {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from upcycle import families, targets
 from upcycle.blueprints import moe_layer
 from upcycle.blueprints.entries import Entry
+from upcycle.checkpoints.dtypes import COUNTERS
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
 from upcycle.families._names import Names
@@ -207,7 +208,10 @@ class Around(Renamed):
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return the tensors of the target inside by their names on disk, and all that is around it."""
         mixed = moe_layer.in_backbone(models, recipe)
-        around = {name: recipe.init.merge([m.around[name] for m in mixed]) for name in models[0].around}
+        around = {
+            name: tensor if tensor.dtype in COUNTERS else recipe.init.merge([m.around[name] for m in mixed])
+            for name, tensor in models[0].around.items()
+        }
         return super().tensors(models, recipe, sites) | around
 
     def own_config(self, config: Mapping[str, Any]) -> Config:
