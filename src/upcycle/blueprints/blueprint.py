@@ -33,6 +33,7 @@ from upcycle.nn import router_rows
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.targets import Target, _growing
+from upcycle.tensors.lazy import Lazy
 
 T = TypeVar("T")
 
