@@ -50,6 +50,9 @@ class Moe(Settings):
     part: Literal["text", "vision", "text+vision"] = "text"
     # text takes the text model out of a multimodal one and leaves out the rest; empty keeps all of it
     part_only: Literal["", "text"] = ""
+    # blocks of the source that predict further tokens (DeepSeek-V3, 2412.19437, 2.2), which serving programs
+    # draft with: left out, kept as they are (upcycled targets), or with experts as the layers (native ones)
+    mtp: Literal["drop", "keep", "upcycle"] = "drop"
     depth: int = 2  # how many times each block is repeated, for the target depth_tiled
 
     def __post_init__(self) -> None:
@@ -239,6 +242,7 @@ def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:
         "untie": Moe.untie,
         "part": Moe.part,
         "part_only": Moe.part_only,
+        "mtp": Moe.mtp,
     }
     if name.startswith("stage_"):
         of_the_model["layers"] = Moe.layers  # block numbers count through all stages

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from upcycle import targets
-from upcycle.blueprints import heads, moe_layer, spared
+from upcycle.blueprints import further, heads, moe_layer, spared
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, FLOATS, TORCH_NAMES, holds
@@ -27,6 +27,7 @@ from upcycle.dense.donors import admit_donors
 from upcycle.dense.source import Dense, admit
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
+from upcycle.families._weights import Weight
 from upcycle.families._wrappers import TEXT, VISION, config_key
 from upcycle.init import Site
 from upcycle.nn import router_rows
@@ -85,6 +86,7 @@ class Blueprint:
             own
             | heads.weights(self.dense, self.recipe, self.entries)
             | {name: self.tower.weights[name] for name in tower if self.tower}
+            | {n: Weight(e.shape) for n, e in self.entries.items() if self.predicts_further(n)}
         )
 
     @property
@@ -118,7 +120,13 @@ class Blueprint:
         aside = self.dense.left_aside({(site.stack, site.layer) for site in self.sites})
         tower = self.tower.dense if self.tower else None
         theirs = {n: why for n, why in tower.left_out.items() if tower.place.own(n)} if tower else {}
-        return dict(self.dense.left_out) | aside | self._spared | theirs
+        own = {n: why for n, why in self.dense.left_out.items() if not self.predicts_further(n)}
+        return own | aside | self._spared | theirs
+
+    def predicts_further(self, name: str) -> bool:
+        """Return whether a tensor is of a block that predicts further tokens and is in the result."""
+        known = self.dense.family.further
+        return known is not None and self.recipe.moe.mtp != "drop" and known.owns(name)
 
     @cached_property
     def _spared(self) -> dict[str, str]:
@@ -295,6 +303,7 @@ def _of_part(source: Checkpoint, recipe: Recipe, *, allow_nonfinite: bool) -> Bl
     if recipe.grow is None:
         alone = recipe.moe.part_only == TEXT
         dense = admit(source, alone=alone, part=recipe.moe.part, drop=recipe.drop)
+        dense = further.admitted(dense, recipe)
     else:
         dense = mixture = mixtures.admit(source, drop=recipe.drop)
         recipe = _growing.resolved(recipe, mixture)
@@ -310,6 +319,7 @@ def _of_part(source: Checkpoint, recipe: Recipe, *, allow_nonfinite: bool) -> Bl
     config, lazies = heads.untied(
         dense, recipe, config, target.tensors([dense, *donors.models], recipe, sites)
     )
+    config, lazies = further.added(dense, recipe, target, sites, config, lazies)
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
         name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name, lazy) else dtype)

@@ -133,6 +133,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         dense_active_parameters=stored - dense.idle,
         total_parameters=total,
         active_parameters=total
+        - sum(e.lazy.size for n, e in built.entries.items() if built.predicts_further(n))
         - idle.parameters
         - (idle_weights(built.tower).parameters if built.tower else 0),
         dense_flops_per_token=flops_per_token(dense),

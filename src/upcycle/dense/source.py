@@ -37,6 +37,7 @@ class Dense:
     config: Config
     left_out: Mapping[str, str]  # stored tensors that the model does not have, and why they may be left out
     place: Place = places.WHOLE  # where it stands in the checkpoint
+    keeps_further: bool = False  # whether blocks that predict further tokens stay beside it
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
@@ -71,7 +72,8 @@ class Dense:
     @property
     def raw(self) -> Mapping[str, Any]:
         """The model's own config as config.json has it, without what is left out."""
-        return self.family.tidied(self.place.config(self.checkpoint.config))
+        raw = self.place.config(self.checkpoint.config)
+        return raw if self.keeps_further else self.family.tidied(raw)
 
     @property
     def others(self) -> tuple[Checkpoint, ...]:

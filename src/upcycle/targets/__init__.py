@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from upcycle.dense.source import Dense
     from upcycle.families._training import Trained
     from upcycle.recipe import Recipe
+    from upcycle.targets._layouts import MoeNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,14 @@ class Target(abc.ABC):
     def own_config(self, config: Mapping[str, Any]) -> Config:
         """Return the part of config.json that is about the model whose blocks these are."""
         return dict(config)
+
+    def layer_names(self) -> MoeNames | None:
+        """Return the names of a layer with experts that other programs know as well, or None."""
+        return None
+
+    def with_own(self, config: Config, changes: Mapping[str, Any]) -> Config:
+        """Return config.json with other keys of the model whose blocks these are."""
+        return {**config, **changes}
 
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
         """Return the config of the dense class within that of a folder, or None if there is none."""

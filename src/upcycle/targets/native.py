@@ -108,6 +108,10 @@ class Native(WithExperts):
         if self.renormalizes == "always" and not recipe.router.normalize:
             raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
 
+    def layer_names(self) -> Native:
+        """Return itself."""
+        return self
+
     def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
         """Return the wrapper itself if it builds any text model, or its twin for this one."""
         if wrapper.free:

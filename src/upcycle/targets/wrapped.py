@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from upcycle.blueprints.blueprint import Blueprint
     from upcycle.dense.source import Dense
     from upcycle.recipe import Recipe
+    from upcycle.targets._layouts import MoeNames
 
 _BLOCKS = "layers."
 _EXPERTS = ".experts."
@@ -103,6 +104,10 @@ class Renamed(Target):
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
         """Return that of the target inside."""
         return self.inner.dense_config(self.own_config(config))
+
+    def layer_names(self) -> MoeNames | None:
+        """Ask the target inside."""
+        return self.inner.layer_names()
 
     def refuse_layout(self, config: Mapping[str, Any], *, tp_size: int, ep_size: int) -> None:
         """Ask the target inside."""
@@ -217,6 +222,11 @@ class Around(Renamed):
     def own_config(self, config: Mapping[str, Any]) -> Config:
         """Return the config of the target inside."""
         return self.inner.own_config(config[config_key(self.part)])
+
+    def with_own(self, config: Config, changes: Mapping[str, Any]) -> Config:
+        """Return config.json with other keys in the part of the target inside."""
+        key = config_key(self.part)
+        return {**config, key: self.inner.with_own(config[key], changes)}
 
     @classmethod
     def found(cls, config: Mapping[str, Any]) -> Self | None:

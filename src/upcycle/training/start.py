@@ -101,6 +101,11 @@ def start_of(run: Run) -> Start:
             f"tower, so its experts would not be trained; set moe.part = text, or build the model with "
             f"upcycle.load and train it in a loop of your own"
         )
+    if run.recipe and run.recipe.moe.mtp != "drop":
+        raise UpcycleError(
+            f"moe.mtp = {run.recipe.moe.mtp}: transformers does not run blocks that predict further tokens, "
+            f"so `upcycle train` would not train them, and they would not fit the model; set it to drop"
+        )
     source = weightless.opened(run.source) if run.from_scratch else None
     built = blueprint(source or run.source, run.recipe) if run.recipe else None
     dense = built.dense if built else admit(source or open_checkpoint(run.source))
