@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import tiny
 import tiny_wrappers
 import upcycle
 from upcycle import Recipe, UpcycleError, blueprint, convert, verify
@@ -229,6 +230,26 @@ def test_a_vision_tower_as_the_hub_has_it(kind, made, tmp_path):
     wanted = tiny_wrappers.logits(opened(made(kind)), kind)
     found = tiny_wrappers.logits(opened(tmp_path / "moe"), kind)
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [{"model_type": "vit"}, {"model_type": "dinov2", "mlp_ratio": 2}, {"model_type": "dinov3_vit"}],
+    ids=lambda vision: vision["model_type"],
+)
+def test_other_vision_towers(vision, tmp_path):
+    config = tiny_wrappers.KINDS["llava"].config
+    sizes = {"num_register_tokens": 0} if vision["model_type"] == "dinov3_vit" else {}
+    tower = {**tiny_wrappers._VISION, **vision, **sizes}
+    made = transformers.LlavaConfig(**{**config, "vision_config": tower})
+    model = tiny.shake(transformers.LlavaForConditionalGeneration(made).float(), 0)
+    model.save_pretrained(tmp_path / "dense")
+    recipe = Recipe.of(moe={"num_experts": 2, "part": "text+vision"}, router={"std": 0.5})
+    convert(tmp_path / "dense", tmp_path / "moe", recipe)
+    wanted, found = (tiny_wrappers.logits(each, "llava") for each in (model, opened(tmp_path / "moe")))
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    seen = upcycle.inspect(tmp_path / "moe").blocks
+    assert [block.stack for block in seen] == ["layers"] * 2 + ["vision"] * 2
 
 
 @pytest.mark.parametrize(
@@ -468,6 +489,11 @@ def test_the_table_is_what_transformers_does():
         module = importlib.import_module(cls.__module__.replace("configuration_", "modeling_"))
         builds = re.search(r"AutoModel\.from_config\(\s*config\.text_config", inspect.getsource(module))
         assert builds, model_type
+        sees = re.search(r"AutoModel\.from_config\(\s*config\.vision_config", inspect.getsource(module))
+        usual = default.vision_config.model_type if sees else ""
+        siglip = {"model_type": "siglip_vision_model"}
+        named = sees and type(cls(vision_config=siglip).vision_config).__name__ == "SiglipVisionConfig"
+        assert wrapper.vision == (usual if named else ""), model_type
         for name in families.names():
             family = families.find(name)
             if family.assumed and name == wrapper.text:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ CHUNK = 8 << 20  # bytes of a stored tensor that are read at once
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(
+    r"(.+)-\d+-of-(\d+)\.safetensors"
+)  # one of several files: its stem, and how many there are
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
     "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -333,10 +337,25 @@ def _refuse_two_sets(folder: Path) -> None:
         )
 
 
+def _refuse_shards_of_two(folder: Path, names: Collection[str]) -> None:
+    """Refuse an index that names files of two sets, as `a-00001-of-00002` and `a-00001-of-00003` are."""
+    sets: dict[str, set[str]] = {}
+    for name in names:
+        if found := _SHARD.fullmatch(name):
+            sets.setdefault(found[1], set()).add(found[2])
+    for stem, totals in sets.items():
+        if len(totals) > 1:
+            raise UpcycleError(
+                f"{folder / INDEX} names files of two sets, {stem}-...-of-{' and '.join(sorted(totals))}; "
+                f"give the index and the files of one"
+            )
+
+
 def _sharded(folder: Path) -> dict[str, TensorInfo]:
     index = read_json(folder / INDEX, f"{folder / INDEX} is gone").get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
         raise UpcycleError(f"{folder / INDEX} has no weight_map of names to files")
+    _refuse_shards_of_two(folder, set(index.values()))
     tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(index.values())):
         # A hub cache links files to a store outside the folder, but the name itself must not leave the
