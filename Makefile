@@ -34,7 +34,7 @@ check: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	for folder in experiments/*/; do MYPYPATH=$$folder .venv/bin/mypy $$folder*.py || exit 1; done
+	for folder in $$(dirname experiments/*/*.py | sort -u); do MYPYPATH=$$folder .venv/bin/mypy $$folder/*.py || exit 1; done
 
 format: .venv/.ready
 	.venv/bin/ruff format .
