@@ -71,9 +71,7 @@ def export(
     record = read_record(run_folder)
     checkpoint = _checkpoint(run_folder, step)
     averaged = None if average is None else averaging.chosen(run_folder, average, step)
-    claim.may_create(out)
-    partial = claim.partial_of(out)
-    claim.refuse_foreign(partial)
+    partial = _place(out)
     for each in averaged or [checkpoint]:
         saving.refuse_changed(each, Ranks(device=torch.device("cpu")))
     origin = _origin(record, run_folder, [out, partial], with_optimizer=with_optimizer)
