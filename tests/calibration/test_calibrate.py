@@ -29,7 +29,8 @@ from upcycle import cli, families
 from upcycle.calibration import calibration, sweep
 from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.calibration.observer import Observer
-from upcycle.checkpoints.checkpoint import Checkpoint, read_header
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.header import read_header
 from upcycle.dense.source import admit
 from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError

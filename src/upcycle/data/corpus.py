@@ -199,7 +199,7 @@ class _Written:
     dtype: str
     count: int = 0  # of ids
     documents: int = 0
-    bytes: int = 0  # of text
+    nbytes: int = 0  # of text
     largest: int = 0  # id
     begins: list[int] = field(default_factory=list)  # the number of the first id of each document
     digest: Any = field(default_factory=hashlib.sha256)  # of the ids
@@ -212,7 +212,7 @@ class _Written:
         self.digest.update(raw)
         self.count += len(ids)
         self.documents += piece.ends
-        self.bytes += piece.bytes
+        self.nbytes += piece.bytes
         return raw
 
 
@@ -242,7 +242,7 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
             "count": written.count,
             "dtype": written.dtype,
             "documents": written.documents,
-            "bytes": written.bytes,
+            "bytes": written.nbytes,
             "sha256": written.digest.hexdigest(),
             "files": text,
             "starts_sha256": hashlib.sha256(first_ids).hexdigest(),
@@ -258,7 +258,7 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
         count=written.count,
         dtype=written.dtype,
         documents=written.documents,
-        bytes=written.bytes,
+        bytes=written.nbytes,
         sha256=written.digest.hexdigest(),
         starts=starts,
     )
@@ -270,12 +270,12 @@ def _write(
     """Write the ids of a source."""
     written = _Written(dtype=_dtype(vocab_size))
     for batch in batches(pieces(documents(source), tokenizer, source)):
-        before = written.bytes
+        before = written.nbytes
         for piece, ids in zip(batch, encode(batch, tokenizer, data.append_eos), strict=True):
             written.largest = max(written.largest, int(ids.max(initial=0)))
             _refuse(written.largest, vocab_size, source)
             file.write(written.take(piece, ids))
-        work.advance(written.bytes - before)
+        work.advance(written.nbytes - before)
     return written
 
 

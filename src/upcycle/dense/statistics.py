@@ -19,7 +19,7 @@ import numpy as np
 
 from upcycle import families
 from upcycle.checkpoints import tensor_file
-from upcycle.checkpoints.checkpoint import TensorInfo, read_header, read_metadata
+from upcycle.checkpoints.header import TensorInfo, read_header, read_metadata
 from upcycle.errors import UpcycleError, listed
 from upcycle.system.once import once
 

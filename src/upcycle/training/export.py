@@ -116,6 +116,14 @@ class _Origin:
     start: Start
 
 
+def _place(out: Path) -> Path:
+    """Return the folder in which `out` is made, until it is whole."""
+    claim.may_create(out)
+    partial = claim.partial_of(out)
+    claim.refuse_foreign(partial)
+    return partial
+
+
 def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, with_optimizer: bool) -> _Origin:
     """Open what a run started from; raise `UpcycleError` if it changed, or lies in or around `written`."""
     run = Run.of(record.run)

@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from upcycle.blueprints.entries import Entry
-from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, cut
 from upcycle.loading import attention_heads
