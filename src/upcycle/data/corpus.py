@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -218,16 +217,11 @@ class _Written:
 
 def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: int) -> Tokens:
     """Tokenise a source into the file `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that share a cache may make the same file at the same time: each writes its own, and the last one
-    # stays.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     read = [p.resolve() for p in files(source)]
     before, starts = stamps(read), path.with_suffix(".starts")
-    try:
-        with whole_file.named(path), partial.open("wb") as file, _tokenising(source) as work:
+    with whole_file.filling(path) as file:
+        with _tokenising(source) as work:
             written = _write(source, data, tokenizer, file, vocab_size, work)
-            _sync(file)
         if not written.count:
             raise UpcycleError(
                 f"{source.path} holds no text; give one that does, or take it out of data.sources"
@@ -237,21 +231,18 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
             raise UpcycleError(f"{source.path} changed while it was read; begin again")
         first_ids = np.array(written.begins, _STARTS).tobytes()
         whole_file.write(starts, first_ids)
-        partial.rename(path)
-        about = {
-            "count": written.count,
-            "dtype": written.dtype,
-            "documents": written.documents,
-            "bytes": written.nbytes,
-            "sha256": written.digest.hexdigest(),
-            "files": text,
-            "starts_sha256": hashlib.sha256(first_ids).hexdigest(),
-            "largest_id": written.largest,
-            "made_from": {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos},
-        }
-        whole_file.write_json(path.with_suffix(".json"), about)
-    finally:
-        partial.unlink(missing_ok=True)
+    about = {
+        "count": written.count,
+        "dtype": written.dtype,
+        "documents": written.documents,
+        "bytes": written.nbytes,
+        "sha256": written.digest.hexdigest(),
+        "files": text,
+        "starts_sha256": hashlib.sha256(first_ids).hexdigest(),
+        "largest_id": written.largest,
+        "made_from": {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos},
+    }
+    whole_file.write_json(path.with_suffix(".json"), about)
     return Tokens(
         path=path,
         name=source.path,
@@ -277,11 +268,6 @@ def _write(
             file.write(written.take(piece, ids))
         work.advance(written.nbytes - before)
     return written
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _refuse(largest: int, vocab_size: int, source: Source) -> None:

@@ -244,6 +244,18 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def unmeasured(who: str, key: str, collect: str = "") -> UpcycleError:
+    """Return the error for something that is made of statistics, which `key` has to name.
+
+    `who` is the beginning of the sentence; `collect` names statistics that are not the usual ones.
+    """
+    option = f"--collect {collect} " if collect else ""
+    return UpcycleError(
+        f"{who} activations: measure them with `upcycle calibrate SOURCE {option}--out FILE` and set "
+        f"{key} = FILE"
+    )
+
+
 def refuse_unknown(what: str, given: tuple[str, ...], known: Mapping[str, str]) -> None:
     """Refuse a list of names that is empty, repeats one, or has an unknown one."""
     wrong = [name for name in given if name not in known]
