@@ -32,11 +32,11 @@ from upcycle.evaluation.scores import ToScore, evaluate
 from upcycle.nn.moe import MoE
 from upcycle.training import saving, start
 from upcycle.training.export import export
+from upcycle.training.held_out import _parts
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
-from upcycle.training.step import _parts
 from words import SPECIAL, WORDS, make_tokenizer, sentence
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
