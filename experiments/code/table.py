@@ -67,6 +67,11 @@ VARIANTS = CORE | FACTORS
 SHORTER = {"virtual_group_equal_seconds": 1.25}
 
 
+def from_scratch(variant: str) -> bool:
+    """Return whether a variant starts from random weights."""
+    return bool(VARIANTS[variant].get("from_scratch"))
+
+
 def budget(variant: str) -> float:
     """Return the training FLOPs of a run, relative to those of the start."""
-    return (EXTRA + (1 if VARIANTS[variant].get("from_scratch") else 0)) / SHORTER.get(variant, 1)
+    return (EXTRA + from_scratch(variant)) / SHORTER.get(variant, 1)
