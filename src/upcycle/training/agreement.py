@@ -25,7 +25,7 @@ _PATIENCE = 60.0  # seconds; a network file system may show a new file late
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class StartHere:
     """What one rank found: the start of the run, or why there is none."""
 
     begun: Start | None
@@ -45,18 +45,18 @@ class Found:
         return [] if self.begun is None else attention_heads(self.begun.config)
 
 
-def found(run: Run, world: int) -> Found:
+def start_here(run: Run, world: int) -> StartHere:
     """Return what this rank finds. Raises `UpcycleError` in a world of one, where there is nobody to ask."""
     try:
         begun = start.start_of(run)
     except UpcycleError as error:
         if world == 1:
             raise
-        return Found(begun=None, reason=str(error))
-    return Found(begun=begun, prints=_prints(run, begun) if world > 1 else {})
+        return StartHere(begun=None, reason=str(error))
+    return StartHere(begun=begun, prints=_prints(run, begun) if world > 1 else {})
 
 
-def agreed(mine: Found, ranks: Ranks) -> Start:
+def agreed(mine: StartHere, ranks: Ranks) -> Start:
     """Return the start that every rank has found; raise the same `UpcycleError` on all if one has not."""
     told = ranks.gathered((mine.reason, mine.prints or {}))
     for rank, (reason, prints) in enumerate(told):

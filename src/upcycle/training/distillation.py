@@ -105,7 +105,7 @@ class Losses:
     entropy: Tensor
     divergence: Tensor | None = None  # None without a teacher
 
-    def told(self) -> list[Tensor]:
+    def terms(self) -> list[Tensor]:
         """Return the parts without a gradient: the cross-entropy, and the divergence if there is one."""
         found = [self.entropy] if self.divergence is None else [self.entropy, self.divergence]
         return [each.detach() for each in found]

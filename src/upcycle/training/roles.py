@@ -31,7 +31,7 @@ class Role:
 
 def roles(model: PreTrainedModel) -> dict[str, Role]:
     """Return the role of every parameter, by name. Shared experts, which all tokens see, are of the rest."""
-    names = [name for name, _ in routing.found(model)]
+    names = [name for name, _ in routing.routers_of(model)]
     routers = tuple(f"{name}." for name in names)
     experts = tuple(stack.prefix for stack in moe_layers.stacks(model, names))
     base = moe_layers.base_of(model)

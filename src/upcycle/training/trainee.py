@@ -15,7 +15,7 @@ from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.training import chunked_entropy, distillation
 from upcycle.training.distillation import Losses
-from upcycle.training.freezing import Kept
+from upcycle.training.freezing import KeptExperts
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -36,7 +36,7 @@ class Trainee:
     run: Run
     ranks: Ranks
     precision: str
-    kept: Kept | None = None  # experts of trained stacks that are not trained
+    kept: KeptExperts | None = None  # experts of trained stacks that are not trained
     recent: Recent | None = None  # the last steps, against which the next ones are judged
     teacher: Teaching | None = None
 

@@ -13,7 +13,7 @@ from upcycle.blueprints.blueprint import Blueprint
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
-from upcycle.verification.proof import Check, Difference, reason, share
+from upcycle.verification.proof import Check, Difference, reason, relative_to
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ class Outputs:
         if (far := difference.source_difference) is not None:
             said += (
                 f", to the dense model rounded to {self.built.narrowed}; {far:.2g} "
-                f"({share(far, difference.scale):.1g}) to the dense model as it is stored"
+                f"({relative_to(far, difference.scale):.1g}) to the dense model as it is stored"
             )
         return said
 
