@@ -24,6 +24,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from heard import Counted
+from marks import quick
 from tiny import make
 from upcycle import cli, families
 from upcycle.calibration import calibration, sweep
@@ -435,7 +436,7 @@ def test_no_flipped_bit_in_what_was_left_changes_the_statistics(collect, tmp_pat
     assert collect("vit", positions=("neurons",), batch_size=6).path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", quick([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_signal_saves_and_ends(number, data, tmp_path):
     """The command is told to end amid its batches, saves, and goes on when it is given again."""
     out = tmp_path / "out.safetensors"

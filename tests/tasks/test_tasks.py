@@ -24,6 +24,7 @@ from transformers import (
 )  # fmt: skip
 
 import upcycle
+from marks import quick
 from ranks import trainee_of
 from upcycle import Recipe, UpcycleError, families, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
@@ -180,7 +181,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "vit, sigmoid", "bert, top-k", "t5"))
 def test_a_run_trains_is_resumed_to_the_bit_and_exported(case, data, tmp_path):
     kind, changes, task = CASES[case]
     whole = train(Run.of(table(kind, data, tmp_path / "whole", **changes)))
