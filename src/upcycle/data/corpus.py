@@ -193,7 +193,7 @@ def _is_of(made_from: dict[str, Any], source: Source) -> bool:
 
 @dataclass(kw_only=True)
 class _Written:
-    """What has been written of a token file."""
+    """The part of a token file that has been written."""
 
     dtype: str
     count: int = 0  # of ids

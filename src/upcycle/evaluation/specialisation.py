@@ -1,4 +1,4 @@
-"""What the experts of a trained model specialise in: which tokens go to which expert, domain by domain.
+"""The specialisation of a trained model's experts: which tokens go to which expert, domain by domain.
 
 It takes a Mixture of Experts and named sets of rows, and gives sums over the real tokens for each MoE layer.
 """

@@ -1,4 +1,4 @@
-"""What all ranks of a run must see alike: its run file, the checkpoints that it starts from, and its folder.
+"""Makes sure that all ranks see the same run file, the same checkpoints to start from, and one folder.
 
 On nodes with disks of their own these may differ, and then each rank would train another model.
 """
@@ -26,7 +26,7 @@ _PATIENCE = 60.0  # seconds; a network file system may show a new file late
 
 @dataclass(frozen=True, kw_only=True)
 class StartHere:
-    """What one rank found: the start of the run, or why there is none."""
+    """The start of the run as one rank sees it, or the reason why there is none."""
 
     begun: Start | None
     reason: str | None = None

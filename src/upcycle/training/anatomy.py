@@ -75,7 +75,7 @@ class Anatomy:
 
     @cached_property
     def counts(self) -> Mapping[str, int]:
-        """How many experts are stacked in each parameter that a run may train; 1 if it is no stack."""
+        """The number of experts in each parameter that a run may train; 1 if it is no stack."""
         return {name: len(numbers) for name, numbers in self.everything.items()}
 
     def _count(self, name: str) -> int:

@@ -19,7 +19,7 @@ from upcycle.training.run import Teacher
 
 
 class Lesson(Protocol):
-    """What a teacher says about T tokens."""
+    """A teacher's probabilities of the words after T tokens."""
 
     def split(self, size: int) -> Sequence[Lesson]:
         """Return lessons about `size` tokens each, in order."""

@@ -64,7 +64,7 @@ class KeptLogits:
 
 @dataclass(frozen=True, kw_only=True)
 class Maker:
-    """What is needed to make the logits that are not there yet."""
+    """The settings with which logits are made that are not there yet."""
 
     folder: Path
     about: Mapping[str, Any]

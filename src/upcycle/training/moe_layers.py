@@ -1,4 +1,4 @@
-"""Where the MoE layers of a model are, with routers and experts, as prefixes of the names of parameters.
+"""The places of MoE layers, routers and experts in a model, as prefixes of the names of parameters.
 
 Roles, parts and rates of parameters all ask here, so that one file knows what an expert is.
 """

@@ -60,7 +60,7 @@ _STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What one rank holds between two steps, in bytes."""
+    """The memory that one rank holds between two steps, in bytes."""
 
     rank: int
     weights: int
@@ -78,7 +78,7 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What a run would be in a world of `world` processes."""
+    """The layout of a run in a world of `world` processes."""
 
     world: int
     layout: Mapping[str, int]

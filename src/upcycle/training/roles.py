@@ -21,7 +21,7 @@ _GATE_ABOVE = {"gate_up_proj", "input_linear", "Wi"}
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """What a parameter is to an optimizer."""
+    """The form and the kind of a parameter, for an optimizer."""
 
     kind: Kind = "rest"
     stacked: bool = False  # whether the first axis counts experts, so that each entry is a tensor of its own

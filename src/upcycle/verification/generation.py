@@ -108,7 +108,7 @@ def generation(built: Blueprint) -> list[Generation]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What generation heeds besides the weights: the ids of special tokens, and generation_config.json."""
+    """The settings that generation heeds: the ids of special tokens, and generation_config.json."""
 
     name: ClassVar[str] = "generation settings"
 

@@ -171,7 +171,7 @@ def _ends(groups: Sequence[Group], unit: str) -> Table:
             "accuracy after",
         ),
         rows=tuple(rows),
-        note=f"Losses are held-out, in {unit}; ± is one standard error over seeds, where there are several.",
+        note=f"Losses are held-out, in {unit}; ± is one standard error over seeds, if there are several.",
     )  # fmt: skip
 
 
