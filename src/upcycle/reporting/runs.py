@@ -107,7 +107,7 @@ def read_run(folder: Path, name: str) -> RunHistory:
         if step.tokens != due:
             raise UpcycleError(
                 f"its {StepMetrics.FILE} is of another run than its {RunRecord.FILE}: step {step.step} says "
-                f"{step.tokens:,} tokens, where {due:,} are due"
+                f"{step.tokens:,} tokens and not {due:,}"
             )
         routed.add(step)
         steps.append(replace(step, layers=()))
