@@ -574,8 +574,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_shown(tmp_path, given_fold
         "junk is left out: it has neither run.json",
         "broken is left out: ",
         "newer is left out: its run.json has format 2; this version reads 1",
-        "mixed is left out: its metrics.jsonl is of another run than its run.json: step 1 says 64 tokens, "
-        "where 128",
+        "mixed is left out: its metrics.jsonl is of another run than its run.json: step 1 says 64 tokens "
+        "and not 128",
         "damaged: line 21 of its metrics.jsonl is damaged: it is not valid JSON (",
         "line 1 column 2 (char 1)); nothing after it is shown",
         "damaged is unfinished: 20 of 40 steps",
