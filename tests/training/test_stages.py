@@ -523,6 +523,7 @@ def test_an_expert_is_taken_out(trainable, tmp_path):
         export(tmp_path / "run", tmp_path / "2", format="expert")
 
 
+@pytest.mark.slow
 def test_several_processes_keep_the_same_bits(staged, tmp_path):
     """fsdp2 x ep2, and gone on with from the first stage as fsdp2: trained and kept as by one process."""
     out = tmp_path / "two"
