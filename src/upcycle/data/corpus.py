@@ -70,7 +70,7 @@ class Tokens:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
     def first_ids(self) -> np.ndarray:
-        """Return the numbers of the first ids of all documents, in order, int64."""
+        """Return the numbers of the first ids of all documents, in order, int64 [documents]."""
         assert self.starts is not None
         return np.fromfile(self.starts, _STARTS)
 

@@ -258,6 +258,6 @@ def _error_at(flops: float, group: Group) -> float:
 
 
 def measured(group: Group, values: np.ndarray, flops: float) -> tuple[float, float]:
-    """Return the bounds of a curve of a group after `flops` FLOPs, as implied by the measurements."""
+    """Return the bounds of a curve [n] of a group after `flops` FLOPs, as implied by the measurements."""
     low, high = bounds(np.array([flops]), group.flops, values)
     return float(low[0]), float(high[0])

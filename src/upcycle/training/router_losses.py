@@ -30,7 +30,7 @@ class Contribution:
     own: Mapping[str, Tensor]
 
     def values(self) -> list[Tensor]:
-        """Return all losses but the total, detached: balance, z, and the routers' own in their order."""
+        """Return all losses but the total, detached, [] each: balance, z, the routers' own in their order."""
         return [loss.detach() for loss in (self.balance, self.z, *self.own.values())]
 
 
@@ -117,7 +117,7 @@ def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float | T
 
 
 def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
-    """Compute transformers' own loss, which pools the tokens of all layers before it multiplies.
+    """Compute transformers' own loss for logits [T', E] of each layer, whose tokens it pools first.
 
     It does not see the collapse of a single layer, and is kept to reproduce models trained with it. It is K
     at what it considers perfect balance.

@@ -60,7 +60,7 @@ class RouterOutput:
         return rows if self.real is None else rows[self.real]
 
     def tallies(self) -> Tensor:
-        """Return the numbers that are summed over the global batch: counts, tokens, left behind, groups."""
+        """Return what is summed over the global batch, [E + 3]: counts, tokens, left behind, groups."""
         counts = self.counts
         tokens = counts.new_full((), len(self.logits)) if self.real is None else self.real.sum()
         rest = [tokens, self.left_behind, counts.new_full((), self.groups)]
@@ -89,7 +89,7 @@ class RouterKind:
 
 
 def split(sums: Tensor, kinds: Sequence[RouterKind]) -> list[Tally]:
-    """Split summed tallies of all layers by layer."""
+    """Split summed tallies of all layers, one vector with [E + 3] of each, by layer."""
     parts = sums.split([kind.experts + 3 for kind in kinds])
     return [
         Tally(
@@ -189,7 +189,7 @@ class Routers:
             setattr(module, _KEPT, output)
 
     def tallies(self) -> Tensor:
-        """Return the tallies of the recorded forward pass, concatenated over layers, ready to be summed."""
+        """Return the tallies of all layers in the recorded forward pass, one vector, ready to be summed."""
         return torch.cat([output.tallies() for output in self.outputs])
 
     def kinds(self) -> list[RouterKind]:
