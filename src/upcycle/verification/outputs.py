@@ -51,7 +51,7 @@ class Outputs:
         return output if self.kept is None or output.shape[:2] != self.kept.shape else output[self.kept]
 
     def compare(self, dense: torch.Tensor, moe: torch.Tensor, stored: torch.Tensor | None) -> Check:
-        """Return the check of the largest difference of outputs [...] of one shape, relative to the largest output."""
+        """Return the check of the largest difference of outputs of one shape, relative to the largest one."""
         difference = Difference(
             max_difference=float((dense - moe).abs().max()),
             scale=float(dense.abs().max()),
