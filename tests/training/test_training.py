@@ -339,7 +339,7 @@ def test_a_full_disk_stops_nothing_but_the_last_save(asynchronous, table, tmp_pa
     said = " ".join(capsys.readouterr().err.split())
     assert "step 4 could not be saved (" in said
     assert "step-2 is kept; training goes on" in said
-    assert [step for step, _ in saving.found(tmp_path / "run")] == [2, 6]
+    assert [step for step, _ in saving.checkpoints(tmp_path / "run")] == [2, 6]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
     full = {4, 6}
     with pytest.raises(
