@@ -1,4 +1,4 @@
-"""What our own runs measured (experiments/code): upcycling beside dense continuation, at equal FLOPs.
+"""The measurements of our own runs (experiments/code): upcycling beside dense continuation, at equal FLOPs.
 
 A Llama of 312 thousand parameters was trained on Python code at a constant rate. It, and a Mixture of Experts
 made from it, went on for 30 % of what it had cost, and the rate fell to zero in the last quarter. A test

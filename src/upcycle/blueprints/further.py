@@ -33,7 +33,7 @@ class Predictor(Dense):
     further: Further
 
     @cached_property
-    def tensors(self) -> dict[str, Lazy]:  # type: ignore[override]
+    def tensors(self) -> dict[str, Lazy]:
         return {_ROOT + name.removeprefix(self.further.prefix): t for name, t in self.stored.items()}
 
     @property
