@@ -12,12 +12,19 @@ import tiny_wrappers
 from upcycle import Recipe, UpcycleError, blueprint, convert, families
 from upcycle.families._wrappers import WRAPPERS
 
+# One with each tower that can have experts, one with a class of its own, one with two towers, one that keeps
+# counters, one of sound; tests/dense/test_wrappers.py has seven more.
+QUICK = {"lighton_ocr", "llava_onevision", "idefics2", "video_llava", "granite_speech", "voxtral"}
+
 
 def test_none_is_missing():
     assert {*every_wrapper.CASES, *tiny_wrappers.KINDS} == {*WRAPPERS}
 
 
-@pytest.mark.parametrize("model_type", every_wrapper.CASES)
+@pytest.mark.parametrize(
+    "model_type",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in every_wrapper.CASES],
+)
 def test_images_sound_and_text_get_the_same_answers(model_type, tmp_path):
     dense = every_wrapper.make(tmp_path / "dense", model_type)
     known = WRAPPERS[model_type]

@@ -234,13 +234,12 @@ def test_a_vision_tower_as_the_hub_has_it(kind, made, tmp_path):
 
 @pytest.mark.parametrize(
     "vision",
-    [{"model_type": "vit"}, {"model_type": "dinov2", "mlp_ratio": 2}, {"model_type": "dinov3_vit"}],
+    [{"model_type": "vit"}, {"model_type": "dinov2", "mlp_ratio": 2}],
     ids=lambda vision: vision["model_type"],
 )
 def test_other_vision_towers(vision, tmp_path):
     config = tiny_wrappers.KINDS["llava"].config
-    sizes = {"num_register_tokens": 0} if vision["model_type"] == "dinov3_vit" else {}
-    tower = {**tiny_wrappers._VISION, **vision, **sizes}
+    tower = {**tiny_wrappers._VISION, **vision}
     made = transformers.LlavaConfig(**{**config, "vision_config": tower})
     model = tiny.shake(transformers.LlavaForConditionalGeneration(made).float(), 0)
     model.save_pretrained(tmp_path / "dense")

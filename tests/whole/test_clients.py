@@ -139,12 +139,13 @@ def test_llama_cpp(family, recipe, dense, tmp_path):
 
 
 # Multimodal models: the kind, what its text_config has otherwise, [moe], and who reads the text model in it.
+_FOUR = {"num_hidden_layers": 4, "layer_types": [*["linear_attention"] * 3, "full_attention"]}
 WRAPPED = {
     "qwen3_vl": ("qwen3_vl", {}, {}, {"llama.cpp", "mlx-lm"}),
     "qwen3_vl-bias": ("qwen3_vl", {"attention_bias": True}, {}, set()),
     "qwen3_vl-fewer": ("qwen3_vl", {}, {"layers": "last_half"}, {"mlx-lm"}),
-    "qwen3_5": ("qwen3_5", GATED, {}, {"llama.cpp", "mlx-lm"}),
-    "mistral3": ("mistral3", {}, {}, {"llama.cpp"}),
+    "qwen3_5": ("qwen3_5", {**GATED, **_FOUR}, {}, {"llama.cpp", "mlx-lm"}),
+    "mistral3": ("mistral3", {"sliding_window": None}, {}, {"llama.cpp"}),
 }
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}
 

@@ -67,6 +67,7 @@ class Target(abc.ABC):
     has_experts: ClassVar[bool]
     # whether FSDP gathers the embedding apart from the rest, and the last norm with the head
     gathers_ends: ClassVar[bool] = True
+    is_around: ClassVar[bool] = False  # whether it is a multimodal model around another target
     parts: tuple[str, ...] = (TEXT,)  # of a multimodal model, those with experts
     root = "model."  # what the names of the base model's tensors begin with, in a model with a head
 

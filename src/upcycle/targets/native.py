@@ -296,7 +296,8 @@ class Native(WithExperts):
                 f"neurons is there with a zero down projection, and training may use it"
             )
         config = built.target.own_config(built.config)
-        for client, why in reasons(self.clients, config, self.model_type).items():
+        found = reasons(self.clients, config, self.model_type, within=built.target.is_around)
+        for client, why in found.items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
         if unknown := built.dense.unknown_keys:
             out.append(

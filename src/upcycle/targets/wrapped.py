@@ -195,6 +195,7 @@ class Around(Renamed):
     """A multimodal model around a target, which is one of its parts."""
 
     part: ClassVar[str]
+    is_around: ClassVar[bool] = True
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
