@@ -9,11 +9,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import ranks
 import tiny
 import tiny_wrappers
 import upcycle
 from upcycle import Recipe, UpcycleError, blueprint, convert, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.subject import Subject
+from upcycle.training.start import start_of
 
 # The wrapper, the target, and the text model that its result holds.
 CASES = {
@@ -203,6 +206,21 @@ def test_a_vision_tower_has_settings_of_its_own(made, tmp_path):
     alone = blueprint(made("llava"), Recipe.of(moe={"num_experts": 2, "part": "vision"}, vision=vision))
     mine = (name for name in alone.entries if name.startswith("vision_tower."))
     assert all(alone.entries[name].lazy.describe() == built.entries[name].lazy.describe() for name in mine)
+
+
+def test_what_never_reaches_a_vision_tower_says_so(made, tmp_path):
+    convert(made("llava"), tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "part": "vision"}))
+    with pytest.raises(UpcycleError, match="has experts in its vision tower, and what is watched"):
+        upcycle.inspect(tmp_path / "moe", text={"a": __file__})
+    subject = Subject.of(tmp_path / "moe")
+    assert (subject.vocab_size, subject.length) == (96, 64)
+    assert subject.architecture == "LlavaForCausalLM"
+    run = ranks.run_of(str(made("llava")), {}, {"moe": {"part": "vision"}})
+    with pytest.raises(UpcycleError, match=r"never reach a vision tower.*; set moe\.part = text"):
+        start_of(run)
+    run = ranks.run_of(str(made("qwen3_5")), {}, {"moe": {"mtp": "upcycle"}})
+    with pytest.raises(UpcycleError, match=r"so `upcycle train` would not train them.*; set it to drop"):
+        start_of(run)
 
 
 def test_one_tower_after_the_other(made, tmp_path):

@@ -13,6 +13,7 @@ from upcycle.checkpoints.checkpoint import read_json
 from upcycle.dense import places
 from upcycle.errors import UpcycleError
 from upcycle.families import Family, Grid
+from upcycle.families._wrappers import TEXT, VISION
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -60,10 +61,18 @@ class Subject:
     def _is_wrapper(self) -> bool:
         return places.is_wrapper(self.config)
 
+    @property
+    def tower_has_experts(self) -> bool:
+        """True if its vision tower, which no task reaches, has experts."""
+        target = targets.opened(self.config)
+        return target is not None and VISION in target.parts
+
     @cached_property
     def _dense_config(self) -> Mapping[str, Any]:
         """The config of the dense class within the config, or the whole config if there is none."""
         target = targets.opened(self.config)
+        if target and TEXT not in target.parts:  # tasks are about its text model, which is dense
+            target = None
         own = places.own_config(self.config) if self._is_wrapper else self.config
         return (target.dense_config(self.config) if target else None) or own
 
