@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -36,13 +37,21 @@ def outcome(source: Path, changes: dict[str, Any], batch: dict[str, torch.Tensor
     return [float(number) for number in told if number is not None]
 
 
-@pytest.mark.parametrize("chunks", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"moe": {"target": "upcycled"}}, {"train": {"micro_batch": 2}}])
-def test_a_step_is_that_of_documents_alone(changes, chunks, tmp_path, monkeypatch):
+UP = {"moe": {"target": "upcycled"}}
+RECOMPUTED = {"train": {"micro_batch": 2, "activation_checkpointing": True}}
+STEPS = [
+    *itertools.product(["llama"], [{}, UP, {"train": {"micro_batch": 2}}], [False, True]),
+    *itertools.product(["lfm2", "granitemoehybrid", "qwen3_5_text"], [RECOMPUTED | UP], [False]),
+    *itertools.product(["lfm2", "qwen3_5_text"], [{}], [True]),
+]
+
+
+@pytest.mark.parametrize(("model", "changes", "chunks"), STEPS)
+def test_a_step_is_that_of_documents_alone(model, changes, chunks, tmp_path, monkeypatch):
     """Two documents a row, of 8 tokens each, against rows of 8; the losses of routers as well."""
     if chunks:
         monkeypatch.setattr(chunked_entropy, "WORTH", 0)
-    source = tiny.make_dense(tmp_path / "dense", "llama")
+    source = tiny.make_dense(tmp_path / "dense", model)
     ids = torch.randint(3, 96, (8, 8), generator=torch.Generator().manual_seed(0))
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1)
     alone = {"ids": ids, "labels": labels, "mask": torch.ones_like(ids)}
@@ -132,7 +141,6 @@ def test_a_checkpoint_of_an_older_version_goes_on(trainable, tmp_path):
     ("architecture", "changes", "said"),
     [
         ("BertForMaskedLM", {}, "is for causal_lm and sft, and the task is masked_lm; set it to false"),
-        ("Lfm2ForCausalLM", {}, "its layers of conv read the whole row; set it to false"),
         ("FalconForCausalLM", {"alibi": True}, "its biases (alibi) are rounded by the place in the row"),
         (
             "Phi3ForCausalLM",

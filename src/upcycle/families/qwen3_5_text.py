@@ -19,6 +19,7 @@ class Qwen35Text(Decoder):
     natives = ("qwen3_5_moe_text",)
     tokenizer = "Qwen3_5Tokenizer"
     reads = Decoder.reads | {"full_attention_interval"}
+    carriers = {"linear_attention": "linear_attn"}
     assumed = sizes(248_320, 4096, 12288, 32, 16)
     defaults = {
         "hidden_act": "silu",

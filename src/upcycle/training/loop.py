@@ -331,8 +331,8 @@ def _notes(trainee: Trainee, leg: Leg, anatomy: Anatomy | None) -> list[str]:
     """Return notes for the user about a stage that begins or goes on, one sentence each."""
     out = []
     if leg.run.data.isolate:
-        how = packing.attention(trainee.model)
-        out.append(f"documents in a row do not see each other, by masks for {how}")
+        how = packing.way(trainee.model)
+        out.append(f"documents in a row do not see each other, {how}")
     if (said := enter.describe(leg, trainee.start, anatomy)) is not None:
         out.append(said)
     return out

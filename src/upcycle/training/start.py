@@ -29,7 +29,7 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
-from upcycle.hf import packing
+from upcycle.hf import carriers, packing
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
@@ -174,7 +174,8 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype)
     if Course(run).isolates:
-        _refuse_unmasked(model)
+        _refuse_joined(model)
+        carriers.install(model, start.dense.family.carrying(start.dense.config))
     if model.device != ranks.device:
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
@@ -189,11 +190,12 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     return model.train()
 
 
-def _refuse_unmasked(model: PreTrainedModel) -> None:
-    if (found := packing.attention(model)) not in packing.MASKED:
+def _refuse_joined(model: PreTrainedModel) -> None:
+    able = (*packing.MASKED, *packing.BORDERED)
+    if (found := packing.attention(model)) not in able:
         raise UpcycleError(
-            f"data.isolate = true: the model runs with attention = {found}, which reads no masks; allowed: "
-            f"{', '.join(packing.MASKED)}"
+            f"data.isolate = true: the model runs with attention = {found}, which cannot keep documents "
+            f"apart; allowed: {', '.join(able)}"
         )
 
 
