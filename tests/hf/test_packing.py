@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import naive_flash
 import tiny
 from upcycle import families
 from upcycle.hf import carriers, packing
@@ -50,6 +51,17 @@ def rows_of(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def flashed(model: Any, inputs: dict[str, Any]) -> tuple[set[int], Tensor]:
+    """The logits with flash attention, which is naive here, and how many sequences it was asked about."""
+    usual = model.config._attn_implementation
+    model.config._attn_implementation = "flash_attention_2"
+    with naive_flash.installed() as calls, packing.told(model, inputs) as given:
+        logits = model(**given).logits
+    model.config._attn_implementation = usual
+    return {*calls}, logits
+
+
+@torch.no_grad()
 def distance(model: Any, ids: Tensor, packed: Tensor) -> float:
     """How far the logits of documents in rows are from those of each document alone."""
     furthest, beginning = 0.0, [0] * len(ROWS)
@@ -76,6 +88,10 @@ def test_documents_in_a_row_are_those_alone(name):
     assert (joined is not None) == (name in JOINED)
     if joined is None:
         assert distance(model, ids, packed) < 1e-5
+    if model._supports_flash_attn and model.config.model_type != "falcon":
+        sequences, logits = flashed(model, inputs)
+        assert (sequences == {sum(map(len, ROWS))}) == family.borders, "some layer has not seen the borders"
+        assert (float((logits - packed).abs().max() / packed.abs().max()) < 1e-5) == family.borders
     plain = model(input_ids=ids, use_cache=False).logits
     assert float((plain - packed).detach().abs().max()) > (0 if name == "falcon-alibi" else 1e-2)
 

@@ -84,6 +84,7 @@ class Family(abc.ABC):
     # Kinds of layers that carry a state or a convolution along the row, and what their module is called in a
     # block. It is causal, and takes `hidden_states` [B, L, H] and nothing else that it needs.
     carriers: Mapping[str, str] = {}
+    borders = True  # True if its class hands the borders of documents on to flash attention
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16
 
     def meant(self, raw: Mapping[str, Any]) -> str:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface, and_masks, packed_sequence_mask_function
+from transformers.utils.generic import is_flash_attention_requested
 
 from upcycle.hf import carriers
 from upcycle.hf.documents import Documents
 
 POSITIONS = "position_ids"  # the argument of a model with positions that start anew at each document
 MASKED = ("sdpa", "eager", "flex_attention")  # implementations of attention that read these masks
-BORDERED = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # those that read borders
 
 
 @contextmanager
@@ -44,13 +44,13 @@ def told(
         apart = None
         if POSITIONS in inputs:
             masks = _limited(documents(inputs[POSITIONS]))
-            stack.enter_context(_in_place("ALL_MASK_ATTENTION_FUNCTIONS", masks))
-            bordered = attention(model) in BORDERED
-            if bordered or layers is not None:
+            if asks_lengths(model):
                 on_host = inputs[POSITIONS] if positions is None else positions
                 apart = Documents.of(on_host, inputs[POSITIONS].device)
-            if bordered and apart is not None:
+            if apart is not None and reads_borders(model):
+                masks[attention(model)] = _no_mask
                 given |= _borders(apart)
+            stack.enter_context(_in_place("ALL_MASK_ATTENTION_FUNCTIONS", masks))
         if layers is not None:
             stack.enter_context(layers.told(apart))
         yield given
@@ -64,8 +64,7 @@ def _borders(apart: Documents) -> dict[str, Any]:
 
 def way(model: PreTrainedModel) -> str:
     """Return how a model keeps the documents of a row apart, in words."""
-    found = attention(model)
-    how = f"by {'borders' if found in BORDERED else 'masks'} for {found}"
+    how = f"by {'borders' if reads_borders(model) else 'masks'} for {attention(model)}"
     return how if carriers.of(model) is None else f"{how}, and one by one in layers that carry a state"
 
 
@@ -79,14 +78,28 @@ def attention(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
+def reads_borders(model: PreTrainedModel) -> bool:
+    """Return whether a decoder runs with flash attention."""
+    asked: bool = is_flash_attention_requested(requested_attention_implementation=attention(model))
+    return asked
+
+
+def asks_lengths(model: PreTrainedModel) -> bool:
+    """Return whether a decoder has to know on the host how long the documents are to keep them apart."""
+    return reads_borders(model) or carriers.of(model) is not None
+
+
+def can_keep_apart(model: PreTrainedModel) -> bool:
+    """Return whether a decoder runs with attention that can keep documents apart."""
+    return attention(model) in MASKED or reads_borders(model)
+
+
 def _limited(numbers: Tensor) -> AttentionMaskInterface:
     """Return transformers' makers of masks, which hide what has another number, [B, L]."""
     inside = packed_sequence_mask_function(numbers)
     limited = AttentionMaskInterface()
     for name in MASKED:
         limited[name] = _maker(limited[name], inside)
-    for name in BORDERED:
-        limited[name] = _no_mask
     return limited
 
 

@@ -98,7 +98,7 @@ def train(
             )
         )
         begun = agreement.agreed(mine, here)
-        examiner = examiner_of(run, examiner, begun.subject, here.world)
+        examiner = examiner_of(run, examiner, begun.subject)
         folders = [opened.folder for opened in begun.checkpoints]
         stack.enter_context(interrupting(signal.SIGTERM))
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
@@ -274,7 +274,7 @@ def _loop(
                 judge=functools.partial(step.evaluate, trainee, rows.held_out)
                 if judged and rows.held_out
                 else None,
-                examine=functools.partial(examiner.score, trainee.model, run, begun.subject)
+                examine=functools.partial(examiner.score, trainee.model, run, begun.subject, here)
                 if examiner is not None and examined
                 else None,
             )

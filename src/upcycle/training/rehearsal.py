@@ -33,12 +33,12 @@ from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
 from upcycle.loading import attention_heads
+from upcycle.hf import packing
 from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
     enter,
-    examining,
     fit,
     gradients,
     kept_logits,
@@ -111,7 +111,6 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError(f"world = {world}; it must be 1 or more")
     if dist.is_initialized() or "RANK" in os.environ:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
-    examining.refuse_several(run, world)
     begun = start.start_of(run)
     task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
     for leg in Course(run).legs:
@@ -283,6 +282,8 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 precision="bfloat16",
                 anatomy=anatomy,
             )
+            if course.legs[0].run.data.isolate and packing.asks_lengths(model):
+                return "how long documents are is known only with the data"
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
             batch = {"rows": rows, **({"positions": rows} if course.legs[0].run.data.isolate else {})}
             if begun.teacher is not None and run.teacher is not None:

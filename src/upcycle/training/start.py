@@ -27,6 +27,7 @@ from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.source import Dense, admit, refuse_two_heads
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
+from upcycle.families import Family
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
 from upcycle.hf import carriers, packing
@@ -173,8 +174,9 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype)
+    _refuse_wide(model, ranks, precision)
     if Course(run).isolates:
-        _refuse_joined(model)
+        _refuse_joined(model, start.dense.family)
         carriers.install(model, start.dense.family.carrying(start.dense.config))
     if model.device != ranks.device:
         model = model.to(ranks.device)
@@ -190,12 +192,24 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     return model.train()
 
 
-def _refuse_joined(model: PreTrainedModel) -> None:
-    able = (*packing.MASKED, *packing.BORDERED)
-    if (found := packing.attention(model)) not in able:
+def _refuse_wide(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
+    if precision == "float32" and ranks.device.type == "cuda" and packing.reads_borders(model):
         raise UpcycleError(
-            f"data.isolate = true: the model runs with attention = {found}, which cannot keep documents "
-            f"apart; allowed: {', '.join(able)}"
+            f"train.attn_implementation = {packing.attention(model)} computes in 16 bits, and train.precision "
+            f"is float32; set it to mixed or bfloat16, or take sdpa"
+        )
+
+
+def _refuse_joined(model: PreTrainedModel, family: Family) -> None:
+    if not packing.can_keep_apart(model):
+        raise UpcycleError(
+            f"data.isolate = true: the model runs with attention = {packing.attention(model)}, which cannot "
+            f"keep documents apart; allowed: {', '.join(packing.MASKED)} and flash attention"
+        )
+    if packing.reads_borders(model) and not family.borders:
+        raise UpcycleError(
+            f"data.isolate = true: {type(model).__name__} of transformers does not tell flash attention where "
+            f"documents begin; set train.attn_implementation to sdpa or eager"
         )
 
 
@@ -251,6 +265,7 @@ def _build(
         tensors,
         distributed_config=ranks.config,
         dtype=dtype,
+        attn_implementation=run.train.attn_implementation,
         experts_implementation=experts_implementation(start, run, dtype)
         if start.built and start.built.sites
         else None,
