@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+import naive_flash
 import ranks
 import tiny
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
-from upcycle.training import chunked_entropy, saving, step
+from upcycle.training import chunked_entropy, saving, start, step
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import ranks as world
@@ -67,6 +69,37 @@ def test_a_step_is_that_of_documents_alone(model, changes, chunks, tmp_path, mon
     assert outcome(source, {**changes, "data": {"isolate": True}}, packed) == pytest.approx(wanted, rel=1e-5)
     joined = outcome(source, changes, {"rows": rows})
     assert abs(joined[0] - wanted[0]) > 1e-3
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3_5_text"])
+def test_a_step_with_flash_attention_is_that_with_masks(model, tmp_path):
+    """Recomputed blocks know the borders as well; layers with a state do not see them."""
+    source = tiny.make_dense(tmp_path / "dense", model)
+    rows = torch.randint(3, 96, (4, 17), generator=torch.Generator().manual_seed(0))
+    batch = {"rows": rows, "positions": ranks.positions_of(rows)}
+    changes = {**UP, "data": {"isolate": True}}
+    train = {"train": {"micro_batch": 2, "activation_checkpointing": True}}
+    wanted = outcome(source, changes, batch)
+    flash = {"train": {**train["train"], "attn_implementation": "flash_attention_2"}}
+    with naive_flash.installed() as calls:
+        assert outcome(source, changes | flash, batch) == pytest.approx(wanted, rel=1e-5)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "said"),
+    [
+        ("llama", "flash_attention_2", "flash_attention_2 cannot be used with LlamaForCausalLM here"),
+        ("stablelm", "flash_attention_2", "does not tell flash attention where documents begin"),
+    ],
+)
+def test_flash_attention_that_cannot_is_refused_in_a_sentence(model, name, said, tmp_path):
+    source = tiny.make_dense(tmp_path / "dense", model)
+    run = ranks.run_of(str(source), {}, {"data": {"isolate": True}, "train": {"attn_implementation": name}})
+    run = replace(run, recipe=None)
+    usual = naive_flash.installed() if model == "stablelm" else nullcontext()
+    with usual, world(run.parallel) as here, pytest.raises(UpcycleError, match=said):
+        start.model_of(start.start_of(run), run, here, "float32")
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,12 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         {"num_hidden_layers": 2},
         {"moe": MOE, "data": {"isolate": True}, "train": {"micro_batch": 1}},
     ),
+    "lfm2-apart": ("Lfm2ForCausalLM", {}, {"moe": MOE, "data": {"isolate": True}}),
+    "qwen3_5-apart": (
+        "Qwen3_5ForCausalLM",
+        {"num_hidden_layers": 4},
+        {"moe": MOE, "data": {"isolate": True}},
+    ),
     "vit": (
         "ViTForImageClassification",
         {"num_hidden_layers": 2},
