@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,11 +65,11 @@ def installed() -> Iterator[list[int]]:
         assert cu_seqlens_q.dtype == torch.int32
         assert ends[-1] == len(q)
         assert type(max_seqlen_q) is int
-        assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in zip(ends, ends[1:], strict=False))
+        assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in itertools.pairwise(ends))
         calls.append(len(ends) - 1)
         options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
         options |= {"softcap": softcap, "s_aux": s_aux}
-        parts = [attend(q[a:b], k[a:b], v[a:b], **options) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [attend(q[a:b], k[a:b], v[a:b], **options) for a, b in itertools.pairwise(ends)]
         return torch.cat(parts)
 
     def whole(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -81,9 +82,9 @@ def installed() -> Iterator[list[int]]:
     from transformers.integrations import flash_attention
 
     with (
-        mock.patch.object(flash_attention, "get_target_dtype", lambda *_: None),  # it would ask for 16 bits
+        mock.patch.object(flash_attention, "get_target_dtype", return_value=None),  # it would ask for 16 bits
         mock.patch.object(
-            modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *_, **__: functions
+            modeling_flash_attention_utils, "lazy_import_flash_attention", return_value=functions
         ),
         mock.patch.object(
             PreTrainedModel,

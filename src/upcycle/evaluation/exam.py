@@ -38,9 +38,7 @@ class HarnessExaminer(Examiner):
         if run.eval.task_files is not None:
             task_files.find(Path(run.eval.task_files), run.eval.tasks)
 
-    def score(
-        self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks
-    ) -> Mapping[str, float]:
+    def score(self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks) -> Mapping[str, float]:
         words = corpus.tokenizer(run.data, subject.folder)
         language = LanguageModel.of(model, words, subject, batch_size=run.eval.batch_size)
         if here.world > 1:

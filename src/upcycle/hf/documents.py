@@ -68,7 +68,7 @@ class Documents:
         )
 
     def _alike(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield the number of documents, the longest length and both kinds of places, [2, N], of each group."""
+        """Yield of each group the documents, the longest length, and both kinds of places, [2, N]."""
         lengths = self.lengths
         starts = lengths.cumsum() - lengths
         kinds = np.ceil(np.log2(lengths)).astype(int)

@@ -21,9 +21,7 @@ class Examiner(ABC):
         """Raise `UpcycleError` if the tasks cannot be asked, before the first step."""
 
     @abstractmethod
-    def score(
-        self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks
-    ) -> Mapping[str, float]:
+    def score(self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks) -> Mapping[str, float]:
         """Return the scores as `task/metric`; afterwards the model is in training mode.
 
         Every rank calls this, because each holds a part of the model.

@@ -26,6 +26,7 @@ from upcycle.tasks import Task
 from upcycle.training import (
     agreement,
     back,
+    effort,
     enter,
     fit,
     ledger,
@@ -140,7 +141,7 @@ def train(
         for opened in begun.checkpoints:
             opened.close()
         if here.first:
-            recording.write(trainee, run, out, state)
+            recording.write(trainee, course, anatomy, out, state)
         with noted(signal.SIGTERM) as stop:
             return _loop(trainee, course, anatomy, feeds, examiner, state, out, stop)
 
@@ -221,7 +222,7 @@ def _loop(
     log = Metrics(out, run.log, total, state.step, run.as_table()) if here.first else None
     lengths = trainee.lengths
     rate = Rate(
-        flops=begun.training_flops_per_row(lengths),
+        flops=effort.flops_per_row(begun, anatomy, leg, lengths),
         tokens=sum(lengths.values()),
         peak=metrics.peak_flops(run.log, here.device),
         ranks=here,
@@ -256,6 +257,7 @@ def _loop(
                 leg = course.at(now)
                 trainee = enter.next_stage(trainee, leg, anatomy)
                 rows.enter(leg)
+                book.rate = replace(rate, flops=effort.flops_per_row(begun, anatomy, leg, lengths))
                 if log is not None:
                     for note in _notes(trainee, leg, anatomy):
                         log.say(note)
@@ -292,6 +294,7 @@ def _loop(
                     )
                     leg = course.after(state.step)
                     rows.enter(leg)
+                    book.rate = replace(rate, flops=effort.flops_per_row(begun, anatomy, leg, lengths))
                     if log is not None:
                         log.go_back(state.step)
                         log.say(f"the run is back at step {state.step} and passes batch {harmful + 1}")

@@ -13,27 +13,29 @@ import upcycle
 from upcycle.errors import UpcycleError
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
-from upcycle.training import run_folder
-from upcycle.training.run import Run
+from upcycle.training import effort, run_folder
+from upcycle.training.anatomy import Anatomy
+from upcycle.training.course import Course
 from upcycle.training.step import Trainee
 
 
-def write(trainee: Trainee, run: Run, out: Path, state: RunState) -> None:
+def write(trainee: Trainee, course: Course, anatomy: Anatomy | None, out: Path, state: RunState) -> None:
     """Write run.json, unless this run's is already there."""
+    run = course.run
     identity = json.loads(json.dumps(run.identity()))
     try:
         same = run_folder.read_record(out).identity == identity
     except UpcycleError:
         same = False
     if not state.step or not same:
-        run_folder.write_record(out, _record(trainee, run, state))
+        run_folder.write_record(out, _record(trainee, course, anatomy, state))
 
 
-def _record(trainee: Trainee, run: Run, state: RunState) -> RunRecord:
+def _record(trainee: Trainee, course: Course, anatomy: Anatomy | None, state: RunState) -> RunRecord:
     """Return the content of run.json."""
-    begun, task = trainee.start, trainee.task
+    begun, task, run = trainee.start, trainee.task, course.run
     lengths = trainee.lengths
-    flops = begun.training_flops_per_row(lengths)
+    flops = effort.mean_flops_per_row(begun, anatomy, course, lengths)
     source = begun.dense.checkpoint
     return RunRecord(
         format=RunRecord.FORMAT,

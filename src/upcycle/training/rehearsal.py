@@ -32,12 +32,13 @@ from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
-from upcycle.loading import attention_heads
 from upcycle.hf import packing
+from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
+    effort,
     enter,
     fit,
     gradients,
@@ -52,7 +53,7 @@ from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
-from upcycle.training.run import Run
+from upcycle.training.run import Parallel, Run
 from upcycle.training.start import Start
 
 _MOST = 8  # ranks that are built, spread evenly over a larger world
@@ -214,6 +215,17 @@ def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
             beside = sum(gradients.local(p).nbytes for p in taught_by.parameters())
         found = [_held_in(leg, begun, model, routers, anatomy, here, asked) for leg in course.legs]
         return replace(max(found, key=lambda held: held.total), teacher=beside)
+
+
+def trained(run: Run, lengths: Mapping[str, int]) -> tuple[frozenset[str], float]:
+    """Return the names of what a run without stages trains, and the forward passes that a step costs."""
+    run, begun = replace(run, parallel=Parallel()), start.start_of(run)
+    with _as_rank(run, begun, 0, 1, "float32") as here, _without_data():
+        model = start.model_of(_without_values(begun, _Asked()), run, here, "float32")
+        anatomy = enter.anatomy_of(Course(run), begun, model, Routers.of(model))
+        assert anatomy is not None
+        chosen = anatomy.chosen(run.train.only, run.train.freeze)
+        return frozenset(chosen), effort.passes(anatomy, chosen, lengths, begun)
 
 
 def _held_in(

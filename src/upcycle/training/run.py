@@ -68,7 +68,9 @@ class Train(Settings):
     experts_implementation: str | None = None  # None: the one that benchmarks/train_step.py found fastest
     # how attention is computed, in transformers' names; None: what transformers takes, most often sdpa
     attn_implementation: (
-        Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
+        Literal[
+            "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+        ]
         | None
     ) = None
     seed: int | None = None  # None: the seed of the run

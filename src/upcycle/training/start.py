@@ -80,13 +80,13 @@ class Start:
         own = self.built.checkpoints if self.built else [self.dense.checkpoint]
         return own if self.teacher is None else [*own, self.teacher.checkpoint]
 
-    def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
+    def training_flops_per_row(self, lengths: Mapping[str, int], passes: float = 3) -> int:
         """Return the FLOPs of training on a row with `lengths` tokens per stack: three forward passes.
 
-        A teacher adds one of its own.
+        They are fewer if a part is not trained (`effort.py`). A teacher adds one of its own.
         """
         taught = 0 if self.teacher is None else flops_per_row(self.teacher, None, lengths)
-        return 3 * flops_per_row(self.dense, self.built, lengths) + taught
+        return round(passes * flops_per_row(self.dense, self.built, lengths)) + taught
 
     def training_flops(self, length: int) -> int:
         """Return the same for one token of a row of `length`, for a model with one stack."""
@@ -195,21 +195,21 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
 def _refuse_wide(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
     if precision == "float32" and ranks.device.type == "cuda" and packing.reads_borders(model):
         raise UpcycleError(
-            f"train.attn_implementation = {packing.attention(model)} computes in 16 bits, and train.precision "
-            f"is float32; set it to mixed or bfloat16, or take sdpa"
+            f"train.attn_implementation = {packing.attention(model)} computes in 16 bits, and "
+            f"train.precision is float32; set it to mixed or bfloat16, or take sdpa"
         )
 
 
 def _refuse_joined(model: PreTrainedModel, family: Family) -> None:
     if not packing.can_keep_apart(model):
         raise UpcycleError(
-            f"data.isolate = true: the model runs with attention = {packing.attention(model)}, which cannot "
-            f"keep documents apart; allowed: {', '.join(packing.MASKED)} and flash attention"
+            f"data.isolate = true: the model runs with attention = {packing.attention(model)}, which "
+            f"cannot keep documents apart; allowed: {', '.join(packing.MASKED)} and flash attention"
         )
     if packing.reads_borders(model) and not family.borders:
         raise UpcycleError(
-            f"data.isolate = true: {type(model).__name__} of transformers does not tell flash attention where "
-            f"documents begin; set train.attn_implementation to sdpa or eager"
+            f"data.isolate = true: {type(model).__name__} of transformers does not tell flash attention "
+            f"where documents begin; set train.attn_implementation to sdpa or eager"
         )
 
 
