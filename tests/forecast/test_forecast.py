@@ -151,7 +151,7 @@ def test_what_a_rank_holds_is_what_a_dry_run_counts(case, tmp_path):
 
 
 def test_a_teacher_masks_and_frozen_parts_change_the_forecast(tmp_path):
-    """The FLOPs of a teacher's forward pass, the copies of masks that sdpa keeps, the reductions that fall out."""
+    """A teacher's forward pass and weights, the copies of masks that sdpa keeps, reductions that fall out."""
     built = blueprint(tiny.make_headers(tmp_path / "llama", LLAMA_8B), Recipe.of(moe=NATIVE))
     layout, lengths = Layout(fsdp=8, ep=8), {"layers": 4096}
     plain = Setting(built=built, layout=layout, lengths=lengths)

@@ -40,15 +40,18 @@ def passes(anatomy: Anatomy, chosen: Members, lengths: Mapping[str, int], start:
     """Return the forward passes that a step costs which trains `chosen`; `WHOLE` if that is everything.
 
     Matrices count by their weights times the tokens of a row that meet them, and attention scores with what
-    lies behind the first trained block. In that block itself all inputs count.
+    lies behind the first trained block. In that block itself all inputs count, or none if a single parameter
+    of it is trained: a router, or the head.
     """
     depths, met = _depths(anatomy), _met(anatomy, lengths, start)
     whole = sum(met.values())
     forward = cost.flops_per_row(start.dense, start.built, lengths)
     matrices = min(1.0, 2 * whole / forward)  # the rest is attention scores
     first = min(depths[name] for name in chosen)
-    ends = {name for name, p in anatomy.model.named_parameters() if id(p) in _head(anatomy)}  # perhaps tied
-    behind = sum(size for name, size in met.items() if depths[name] >= first or name in ends) / whole
+    first += sum(depths[name] == first for name in chosen) == 1 and first > 0
+    ends = {name for name, p in anatomy.model.named_parameters() if id(p) in _head(anatomy)}
+    used = {name: max(depths.values()) if name in ends else depth for name, depth in depths.items()}
+    behind = sum(size for name, size in met.items() if used[name] >= first) / whole
     weights = sum(size for name, size in met.items() if name in chosen) / whole
     # Both factors of a score have gradients, so scores cost two passes where gradients go through.
     return 1 + matrices * (behind + weights) + (1 - matrices) * 2 * behind
