@@ -32,7 +32,7 @@ from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
-from upcycle.hf import packing
+from upcycle.hf import building, meshes, packing
 from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
@@ -171,6 +171,8 @@ def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> I
             experts=experts,
             heads=attention_heads(begun.config),
         ) as here:
+            if begun.teacher is not None and world > 1:  # it has no experts, and meshes of its own
+                meshes.meshes(replace(here.layout, ep=1))
             yield here
     finally:
         if dist.is_initialized():
@@ -218,14 +220,20 @@ def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
 
 
 def trained(run: Run, lengths: Mapping[str, int]) -> tuple[frozenset[str], float]:
-    """Return the names of what a run without stages trains, and the forward passes that a step costs."""
+    """Return what a run without stages trains, and the forward passes that a step costs.
+
+    Parameters go by the names of their tensors (`Target.in_memory`).
+    """
     run, begun = replace(run, parallel=Parallel()), start.start_of(run)
     with _as_rank(run, begun, 0, 1, "float32") as here, _without_data():
         model = start.model_of(_without_values(begun, _Asked()), run, here, "float32")
         anatomy = enter.anatomy_of(Course(run), begun, model, Routers.of(model))
         assert anatomy is not None
         chosen = anatomy.chosen(run.train.only, run.train.freeze)
-        return frozenset(chosen), effort.passes(anatomy, chosen, lengths, begun)
+        tensors = begun.built.target.in_memory(begun.entries) if begun.built else begun.entries
+        names = building.renamed(model, tensors)
+        told = frozenset(names[name] for name in chosen if name in names)
+        return told, effort.passes(anatomy, chosen, lengths, begun)
 
 
 def _held_in(
