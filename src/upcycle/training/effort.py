@@ -85,7 +85,7 @@ def _met(anatomy: Anatomy, lengths: Mapping[str, int], start: Start) -> dict[str
         if parameter.ndim < 2:
             continue
         stack = next((own for prefix, own in blocks if name.startswith(prefix)), start.dense.stacks[-1].name)
-        share = used.get(stack, 1.0) if any(name.startswith(s) for s, _, _ in anatomy.stacked) else 1.0
+        share = used.get(stack, 1.0) if any(name.startswith(s.prefix) for s in anatomy.stacked) else 1.0
         out[name] = 0.0 if id(parameter) in tables else share * math.prod(parameter.shape) * lengths[stack]
     return out
 
