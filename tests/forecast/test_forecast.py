@@ -132,7 +132,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c != "8 bits" else c for c in RUNS]
+)
 def test_what_a_rank_holds_is_what_a_dry_run_counts(case, tmp_path):
     """Weights, gradients, moments and the teacher's weights, on eight ranks; 8 bits in a run of bfloat16."""
     if case == "8 bits":

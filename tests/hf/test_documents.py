@@ -78,6 +78,7 @@ def test_a_layer_reads_documents_only_while_it_is_told_to():
     assert carriers.of(Model()) is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_blocks_read_documents_as_well(tmp_path, monkeypatch):
     source = tiny.make_dense(tmp_path / "dense", "lfm2")
