@@ -20,6 +20,7 @@ from upcycle.training import (
     agreement,
     chunked_entropy,
     held_out,
+    metrics,
     optimizer,
     optimizers,
     saving,
@@ -249,6 +250,30 @@ def trains(jobs: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
         result = train(Run.of(table), resume=resume)
         results.append({"steps": result.steps, "loss": result.loss, "held_out": result.held_out_loss})
     return results
+
+
+def examined(table: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
+    """`upcycle train` of a table with tasks, and what the model at its end writes after some prompts."""
+    from upcycle.evaluation import exam
+
+    wrote: list[str] = []
+
+    class Writes(exam.HarnessExaminer):
+        def score(self, model: Any, run: Run, subject: Any, here: Any) -> Any:
+            scores = super().score(model, run, subject, here)
+            words = exam.corpus.tokenizer(run.data, subject.folder)
+            language = exam.LanguageModel.of(model, words, subject, batch_size=2)
+            shared = exam.replace(language, shared=here.world > 1)
+            wrote[:] = shared.generate(prompts, most=4, until=("\n",))
+            model.train()
+            return scores
+
+    train(Run.of(table), examiner=Writes())
+    lines = metrics.read(Path(table["out"]))
+    return {
+        "losses": [line.loss for line in lines], "scores": [dict(line.scores or {}) for line in lines],
+        "wrote": wrote,
+    }  # fmt: skip
 
 
 def refused_apart(table: dict[str, Any], folders: list[str]) -> list[tuple[str, bool]]:

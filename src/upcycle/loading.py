@@ -80,6 +80,7 @@ def build(
     distributed_config: DistributedConfig | dict[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
     experts_implementation: str | None = None,
+    attn_implementation: str | None = None,
     experts: Collection[int] | None = None,
 ) -> PreTrainedModel:
     """Return a model of the class `architecture` with each of its parameters read from `tensors`.
@@ -97,6 +98,7 @@ def build(
         config,
         dtype=_dtype(dtype if dtype is not None else str(config.get("dtype") or "float32")),
         experts_implementation=experts_implementation,
+        attn_implementation=attn_implementation,
     )
     found = building.renamed(model, tensors)
     building.untie(model, found)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import gloo
+import ranks
 import upcycle
 from upcycle import UpcycleError
+from upcycle.evaluation.batch_size import BatchSize
 from upcycle.training import loop
 from upcycle.training.metrics import read
 from upcycle.training.run import Run
@@ -16,12 +19,17 @@ from upcycle.training.run import Run
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'upcycle[eval]'")
 
 
-def test_tasks_are_scored_during_training(trainable, tmp_path):
-    source, text = trainable
+@pytest.fixture
+def tasks(tmp_path):
     rows = [{"text": f"Once upon a time there were {n} cats who liked to"} for n in range(6)]
     (tmp_path / "lambada_openai.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tasks = {"tasks": ["lambada_openai"], "task_files": str(tmp_path), "batch_size": 2}
-    table = {
+    return {"tasks": ["lambada_openai"], "task_files": str(tmp_path), "batch_size": 2}
+
+
+@pytest.fixture
+def table(trainable, tasks, tmp_path):
+    source, text = trainable
+    return {
         "source": str(source),
         "out": str(tmp_path / "run"),
         "moe": {"num_experts": 4},
@@ -30,6 +38,9 @@ def test_tasks_are_scored_during_training(trainable, tmp_path):
         "schedule": {"name": "constant", "peak": 1e-3},
         "eval": {**tasks, "every": 2},
     }
+
+
+def test_tasks_are_scored_during_training(table, tasks, tmp_path):
     upcycle.train(table)
     lines = read(tmp_path / "run")
     assert [line.scores is not None for line in lines] == [False, True, True]
@@ -46,3 +57,31 @@ def test_tasks_are_scored_during_training(trainable, tmp_path):
     with pytest.raises(UpcycleError, match="piqa"):
         upcycle.train(bad)
     assert not Path(bad["out"]).exists()
+
+
+def test_ranks_that_share_a_model_score_as_one_process_does(table, tmp_path):
+    """Likelihoods and greedy texts, in the middle of training and at its end; no loss is another one."""
+    prompts = [[1, 300, 301], [1, 290], [1, 310, 311, 312, 313]]
+    table |= {"train": {**table["train"], "steps": 2}, "eval": {**table["eval"], "every": 1, "limit": 3}}
+    wanted = ranks.examined(table, prompts)
+    shared = {**table, "out": str(tmp_path / "shared"), "parallel": {"fsdp": 2, "ep": 2}}
+    for found in gloo.run(2, "ranks:examined", shared, prompts):
+        assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        assert found["wrote"] == wanted["wrote"]
+        for scores, expected in zip(found["scores"], wanted["scores"], strict=True):
+            assert scores == pytest.approx(expected, rel=1e-5)
+    assert all(wanted["wrote"])
+    assert len(wanted["scores"]) == 2
+    assert all(scores for scores in wanted["scores"])
+
+
+def test_batches_that_ranks_agree_on_fit_everywhere_and_stay():
+    size = BatchSize.agreed([BatchSize(8, 100), BatchSize(4, None), BatchSize(6, 70)])
+    assert size == BatchSize(4, 70, fixed=True)
+
+    def work(rows: list[int]) -> list[int]:
+        raise MemoryError
+
+    with pytest.raises(UpcycleError, match=r"on 4 rows of up to 7 tokens, .* set eval\.batch_size"):
+        size.over([7, 6, 5, 4, 3], work, length=int)
+    assert size.rows == 4

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+import ranks
 import simulated
 import tiny
+from upcycle.api.forecasting import foretell_run
 from upcycle.blueprints.blueprint import blueprint
-from upcycle.forecast import memory, traffic
+from upcycle.blueprints.cost import flops_per_row
+from upcycle.forecast import memory, time, traffic
 from upcycle.forecast.setting import Setting
 from upcycle.recipe import Recipe
 from upcycle.sharding.layout import Layout
+from upcycle.training.rehearsal import rehearse
 
 ROWS, LENGTH = 2, 64
 NATIVE = {"num_experts": 8, "top_k": 2}
@@ -115,3 +122,62 @@ def test_one_gpu_computes_its_head_in_chunks(tmp_path):
         setting = Setting(built=built, layout=layout, lengths={"layers": tokens})
         moment = "the gradient of the loss"
         assert next(m for m in memory.moments(setting) if m.moment == moment).logits == logits
+
+
+RUNS = {
+    "a teacher": {"teacher": {}, "train": {"precision": "mixed"}},
+    "8 bits": {"optimizer": {"name": "adamw_8bit"}, "train": {"precision": "bfloat16"}},
+    "a part": {"train": {"freeze": ["experts", "embeddings"]}},
+    "routers": {"train": {"only": ["router"]}},
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c != "8 bits" else c for c in RUNS]
+)
+def test_what_a_rank_holds_is_what_a_dry_run_counts(case, tmp_path):
+    """Weights, gradients, moments and the teacher's weights, on eight ranks; 8 bits in a run of bfloat16."""
+    if case == "8 bits":
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    source = tiny.make_dense(tmp_path / "dense", "llama", hidden_size=256, intermediate_size=512)
+    changes = {key: dict(table) for key, table in RUNS[case].items()}
+    if "teacher" in changes:
+        changes["teacher"]["source"] = str(source)
+    train = {"batch_tokens": 8 * 16, **changes.pop("train", {})}
+    run = ranks.run_of(
+        str(source), {"fsdp": 8, "ep": 4}, {"init": {"name": "copy"}, "train": train, **changes}
+    )
+    found = foretell_run(run, world=8).held
+    counted = max(rehearse(run, world=8).ranks, key=lambda rank: rank.total)
+    for part in ("weights", "gradients", "moments", "teacher"):
+        assert getattr(found, part) == pytest.approx(getattr(counted, part), rel=0.05), part
+
+
+def test_a_teacher_masks_and_frozen_parts_change_the_forecast(tmp_path):
+    """A teacher's forward pass and weights, the copies of masks that sdpa keeps, reductions that fall out."""
+    built = blueprint(tiny.make_headers(tmp_path / "llama", LLAMA_8B), Recipe.of(moe=NATIVE))
+    layout, lengths = Layout(fsdp=8, ep=8), {"layers": 4096}
+    plain = Setting(built=built, layout=layout, lengths=lengths)
+    taught = replace(plain, teacher=built.dense)
+    forward = flops_per_row(built.dense, None, lengths, all_scores=True)
+    assert time.flops(taught) - time.flops(plain) == forward
+    assert memory.peak(taught).total > memory.peak(plain).total + 2 * 8e9 / 8
+    for recompute, copies in ((True, 1), (False, 32)):
+        setting = replace(plain, recompute=recompute)
+        loss, masked = (next(memory.moments(each)).total for each in (setting, replace(setting, masked=True)))
+        assert masked - loss == 4096**2 * (1 + 2 * copies)
+    names = [name for group in plain.groups for name in group.names]
+    routers = frozenset(name for name in names if name.endswith(".gate.weight"))
+    part = replace(plain, trained=routers)
+    assert memory.held(part).gradients == 4 * 32 * 8 * 4096 / 8
+    reduced = [c for c in traffic.collectives(part) if c.kind == "reduce_scatter"]
+    assert sum(c.bytes for c in reduced) == 4 * 32 * 8 * 4096
+
+
+def test_a_mask_of_truth_values_becomes_numbers_that_attention_keeps():
+    """What `memory.masks` counts: torch saves the copy, and not the mask that all layers share."""
+    saved = []
+    q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, torch.ones(1, 1, 64, 64, dtype=torch.bool))
+    assert any(t.dtype == q.dtype and t.shape[-2:] == (64, 64) for t in saved)

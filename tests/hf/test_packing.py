@@ -9,9 +9,10 @@ import torch
 import transformers
 from torch import Tensor
 
+import naive_flash
 import tiny
 from upcycle import families
-from upcycle.hf import packing
+from upcycle.hf import carriers, packing
 
 ROWS = [[13, 1, 10], [4, 20]]  # lengths of the documents of each row; a sliding window has 8 tokens
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,7 +28,7 @@ NAMES = [
     "qwen3-windows",
     *PLAIN,
 ]
-JOINED = {"lfm2", "granitemoehybrid", "qwen3_5_text", "falcon-alibi"}
+JOINED = {"falcon-alibi"}
 
 
 def model_of(name: str) -> Any:
@@ -50,6 +51,17 @@ def rows_of(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def flashed(model: Any, inputs: dict[str, Any]) -> tuple[set[int], Tensor]:
+    """The logits with flash attention, which is naive here, and how many sequences it was asked about."""
+    usual = model.config._attn_implementation
+    model.config._attn_implementation = "flash_attention_2"
+    with naive_flash.installed() as calls, packing.told(model, inputs) as given:
+        logits = model(**given).logits
+    model.config._attn_implementation = usual
+    return {*calls}, logits
+
+
+@torch.no_grad()
 def distance(model: Any, ids: Tensor, packed: Tensor) -> float:
     """How far the logits of documents in rows are from those of each document alone."""
     furthest, beginning = 0.0, [0] * len(ROWS)
@@ -68,15 +80,18 @@ def test_documents_in_a_row_are_those_alone(name):
     model = model_of(name)
     family = families.find(model.config.model_type)
     ids, positions = rows_of(model)
+    carriers.install(model, family.carrying(family.config(model.config.to_dict())))
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    with torch.no_grad(), packing.told(inputs):
-        packed = model(**inputs).logits
+    with torch.no_grad(), packing.told(model, inputs) as given:
+        packed = model(**given).logits
     joined = family.tells_apart(family.config(model.config.to_dict()), ids.shape[1])
     assert (joined is not None) == (name in JOINED)
     if joined is None:
         assert distance(model, ids, packed) < 1e-5
-    elif name != "falcon-alibi":  # its rounding shows in rows of more than 256 tokens
-        assert distance(model, ids, packed) > 1e-2
+    if model._supports_flash_attn and model.config.model_type != "falcon":
+        sequences, logits = flashed(model, inputs)
+        assert (sequences == {sum(map(len, ROWS))}) == family.borders, "some layer has not seen the borders"
+        assert (float((logits - packed).abs().max() / packed.abs().max()) < 1e-5) == family.borders
     plain = model(input_ids=ids, use_cache=False).logits
     assert float((plain - packed).detach().abs().max()) > (0 if name == "falcon-alibi" else 1e-2)
 
@@ -103,8 +118,8 @@ def test_masks_are_those_of_a_naive_loop(implementation):
     mask = torch.ones_like(ids)
     mask[0, -10:] = 0
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
-    with torch.no_grad(), packing.told(inputs):
-        model(**inputs)
+    with torch.no_grad(), packing.told(model, inputs) as given:
+        model(**given)
     shown = seen[0][:, 0] if seen[0].dtype == torch.bool else seen[0][:, 0] == 0
     window = model.config.sliding_window
     for row, lengths in enumerate(ROWS):
@@ -121,9 +136,9 @@ def test_transformers_is_as_it_was_afterwards():
     ids, positions = rows_of(model)
     before = dict(vars(transformers.masking_utils))
     plain = model(input_ids=ids, use_cache=False).logits
-    with pytest.raises(ZeroDivisionError), packing.told({"position_ids": positions}):
+    with pytest.raises(ZeroDivisionError), packing.told(model, {"position_ids": positions}):
         1 / 0  # noqa: B018
-    with packing.told({"input_ids": ids}):
+    with packing.told(model, {"input_ids": ids}):
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)
     assert vars(transformers.masking_utils) == before
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)

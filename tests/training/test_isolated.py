@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+import naive_flash
 import ranks
 import tiny
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
-from upcycle.training import chunked_entropy, held_out, saving, step
+from upcycle.training import chunked_entropy, held_out, saving, start, step
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import ranks as world
@@ -36,13 +39,21 @@ def outcome(source: Path, changes: dict[str, Any], batch: dict[str, torch.Tensor
     return [float(number) for number in told if number is not None]
 
 
-@pytest.mark.parametrize("chunks", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"moe": {"target": "upcycled"}}, {"train": {"micro_batch": 2}}])
-def test_a_step_is_that_of_documents_alone(changes, chunks, tmp_path, monkeypatch):
+UP = {"moe": {"target": "upcycled"}}
+RECOMPUTED = {"train": {"micro_batch": 2, "activation_checkpointing": True}}
+STEPS = [
+    *itertools.product(["llama"], [{}, UP, {"train": {"micro_batch": 2}}], [False, True]),
+    *itertools.product(["lfm2", "granitemoehybrid", "qwen3_5_text"], [RECOMPUTED | UP], [False]),
+    *itertools.product(["lfm2", "qwen3_5_text"], [{}], [True]),
+]
+
+
+@pytest.mark.parametrize(("model", "changes", "chunks"), STEPS)
+def test_a_step_is_that_of_documents_alone(model, changes, chunks, tmp_path, monkeypatch):
     """Two documents a row, of 8 tokens each, against rows of 8; the losses of routers as well."""
     if chunks:
         monkeypatch.setattr(chunked_entropy, "WORTH", 0)
-    source = tiny.make_dense(tmp_path / "dense", "llama")
+    source = tiny.make_dense(tmp_path / "dense", model)
     ids = torch.randint(3, 96, (8, 8), generator=torch.Generator().manual_seed(0))
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1)
     alone = {"ids": ids, "labels": labels, "mask": torch.ones_like(ids)}
@@ -58,6 +69,37 @@ def test_a_step_is_that_of_documents_alone(changes, chunks, tmp_path, monkeypatc
     assert outcome(source, {**changes, "data": {"isolate": True}}, packed) == pytest.approx(wanted, rel=1e-5)
     joined = outcome(source, changes, {"rows": rows})
     assert abs(joined[0] - wanted[0]) > 1e-3
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3_5_text"])
+def test_a_step_with_flash_attention_is_that_with_masks(model, tmp_path):
+    """Recomputed blocks know the borders as well; layers with a state do not see them."""
+    source = tiny.make_dense(tmp_path / "dense", model)
+    rows = torch.randint(3, 96, (4, 17), generator=torch.Generator().manual_seed(0))
+    batch = {"rows": rows, "positions": ranks.positions_of(rows)}
+    changes = {**UP, "data": {"isolate": True}}
+    train = {"train": {"micro_batch": 2, "activation_checkpointing": True}}
+    wanted = outcome(source, changes, batch)
+    flash = {"train": {**train["train"], "attn_implementation": "flash_attention_2"}}
+    with naive_flash.installed() as calls:
+        assert outcome(source, changes | flash, batch) == pytest.approx(wanted, rel=1e-5)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "said"),
+    [
+        ("llama", "flash_attention_2", "flash_attention_2 cannot be used with LlamaForCausalLM here"),
+        ("stablelm", "flash_attention_2", "does not tell flash attention where documents begin"),
+    ],
+)
+def test_flash_attention_that_cannot_is_refused_in_a_sentence(model, name, said, tmp_path):
+    source = tiny.make_dense(tmp_path / "dense", model)
+    run = ranks.run_of(str(source), {}, {"data": {"isolate": True}, "train": {"attn_implementation": name}})
+    run = replace(run, recipe=None)
+    usual = naive_flash.installed() if model == "stablelm" else nullcontext()
+    with usual, world(run.parallel) as here, pytest.raises(UpcycleError, match=said):
+        start.model_of(start.start_of(run), run, here, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +174,6 @@ def test_a_checkpoint_of_an_older_version_goes_on(trainable, tmp_path):
     ("architecture", "changes", "said"),
     [
         ("BertForMaskedLM", {}, "is for causal_lm and sft, and the task is masked_lm; set it to false"),
-        ("Lfm2ForCausalLM", {}, "its layers of conv read the whole row; set it to false"),
         ("FalconForCausalLM", {"alibi": True}, "its biases (alibi) are rounded by the place in the row"),
         (
             "Phi3ForCausalLM",

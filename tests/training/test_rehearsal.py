@@ -91,10 +91,6 @@ def test_the_command(source: Path, capsys: Any) -> None:
             ["--dry-run", "--world", "2", "--set", "train.batch_tokens=48"],
             "2 data-parallel ranks cannot share",
         ),
-        (
-            ["--dry-run", "--world", "2", "--set", 'eval.tasks=["piqa"]'],
-            "eval.tasks are asked of a model on one process",
-        ),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["train", str(file), *arguments])

@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -286,13 +287,35 @@ def test_a_run_of_other_stages_is_not_gone_on_with(staged):
             train(Run.of({**staged, "stage": stages}), resume=True)
 
 
-def test_another_length_of_a_stage_is_named(trainable, tmp_path):
-    """The run's own schedule, which may be that of no stage, says nothing about it."""
-    run = table(trainable, tmp_path, schedule={"name": "cosine"}, stage=[{"train": {"steps": 2}}] * 2)
-    before, now = Run.of(run), Run.of({**run, "stage": [{"train": {"steps": 2}}, {"train": {"steps": 4}}]})
-    run_folder._refuse_other_length(now, "there", before.identity(), now.identity(), 3)
-    said = run_folder._differences(before.identity(), now.identity())
-    assert "stage[1].train.steps (2 there, 4 here)" in said
+def test_the_last_stage_is_extended(trainable, tmp_path):
+    """To the run that it would have been; steps that would have had other rates are refused."""
+    stages = [{"train": {"steps": 1, "only": ["router"]}}, {"train": {"steps": 1}}]
+    longer = [stages[0], {"train": {"steps": 3}}]
+    run = table(trainable, tmp_path / "run", stage=stages)
+    train(Run.of(run))
+    assert train(Run.of({**run, "stage": longer}), resume=True).steps == 4
+    whole = {**run, "stage": longer, "out": str(tmp_path / "whole")}
+    train(Run.of(whole))
+    assert [line.loss for line in read(tmp_path / "run")] == [line.loss for line in read(tmp_path / "whole")]
+    assert digests(run, 4) == digests(whole, 4)
+    with pytest.raises(UpcycleError, match="is of step 4, and the run file ends it at 3"):
+        train(Run.of({**run, "stage": [stages[0], {"train": {"steps": 2}}]}), resume=True)
+    with pytest.raises(UpcycleError, match=r"differs in stage\[0\]\.train\.steps \(1 there, 2 here\)"):
+        train(Run.of({**run, "stage": [{"train": {"steps": 2, "only": ["router"]}}, longer[1]]}), resume=True)
+
+
+@pytest.mark.parametrize("done", [2, 4])
+def test_a_last_stage_that_has_come_down_is_not_extended(done, trainable, tmp_path):
+    """With a schedule of its own; a stage of which no step is taken can have any length."""
+    down = {"name": "cosine"}
+    run = table(
+        trainable, tmp_path, stage=[{"train": {"steps": 2}}, {"train": {"steps": 3}, "schedule": down}]
+    )
+    longer = {"train": {"steps": 4}, "schedule": down}
+    before, now = Run.of(run), Run.of({**run, "stage": [run["stage"][0], longer]})
+    refused = pytest.raises(UpcycleError, match=r"cannot go on to 6 steps instead of 5.*the 2 steps")
+    with refused if done == 4 else nullcontext():
+        run_folder._refuse_other_length(now, "there", before.identity(), now.identity(), done)
 
 
 def test_a_stage_can_end_what_the_run_began(trainable, tmp_path):
@@ -339,9 +362,9 @@ def test_documents_apart_in_one_stage(trainable, tmp_path, monkeypatch):
     """Attention that reads no masks is refused as well if a later stage alone needs them."""
     stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "data": {"isolate": True}}]
     run = Run.of(table(trainable, tmp_path, stage=stages))
-    monkeypatch.setattr(start.packing, "attention", lambda model: "flash_attention_2")
+    monkeypatch.setattr(start.packing, "attention", lambda model: "something")
     with pytest.raises(
-        UpcycleError, match=r"data\.isolate = true: .* flash_attention_2, which reads no masks"
+        UpcycleError, match=r"data\.isolate = true: .* something, which cannot keep documents"
     ):
         start.model_of(start.start_of(run), run, HERE, "float32")
 

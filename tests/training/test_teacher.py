@@ -318,7 +318,7 @@ def test_a_dry_run_has_the_teacher(top, dense, tmp_path):
         (("llama", {"vocab_size": 64}), {}, "has a vocabulary of 64 tokens and the model one of 96"),
         (("llama", {"max_position_embeddings": 16}), {}, "= 32 and the model has 16 positions"),
         (("llama", {}), {"teacher": {"top_logits": 97}}, "top_logits = 97 and the vocabulary has 96 tokens"),
-        (("lfm2", {}), {"data": {"isolate": True}}, "cannot keep the documents of a row apart"),
+        (("falcon", {"alibi": True}), {"data": {"isolate": True}}, "cannot keep the documents of a row"),
         (("llama", {}), {"task": {"name": "masked_lm"}}, "the task is masked_lm; take it out"),
     ],
 )  # fmt: skip

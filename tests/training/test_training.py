@@ -12,6 +12,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -714,6 +716,25 @@ def test_sinks_get_every_step(table, monkeypatch):
         UpcycleError, match=r"log\.sinks names wandb, which is not installed: pip install wandb"
     ):
         train(Run.of(table(log={"sinks": ["wandb"]}, out=run.out + "2")))
+
+
+def test_a_wandb_run_keeps_its_id(table, tmp_path, monkeypatch):
+    """Over a resume; a run that begins has another one."""
+    seen: list[dict[str, Any]] = []
+
+    class Wandb:
+        Image = log = finish = staticmethod(lambda *_, **__: None)
+
+        @staticmethod
+        def init(**options: Any) -> Any:
+            seen.append(options)
+            return SimpleNamespace(id=options.get("id", "abc123"))
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    run = table(log={"sinks": ["wandb"]}, train={"steps": 1})
+    for table_of, resume in ((run, False), ({**run, "train": {**run["train"], "steps": 2}}, True)):
+        train(Run.of(table_of), resume=resume)
+    assert [(each.get("id"), each.get("resume")) for each in seen] == [(None, None), ("abc123", "allow")]
 
 
 @pytest.mark.usefixtures("on_screen")

@@ -32,6 +32,16 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         {"num_hidden_layers": 2},
         {"moe": MOE, "data": {"isolate": True}, "train": {"micro_batch": 1}},
     ),
+    "lfm2-apart": (
+        "Lfm2ForCausalLM",
+        {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+        {"moe": MOE, "data": {"isolate": True}},
+    ),
+    "granite-apart": (
+        "GraniteMoeHybridForCausalLM",
+        {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+        {"moe": MOE, "data": {"isolate": True}},
+    ),
     "vit": (
         "ViTForImageClassification",
         {"num_hidden_layers": 2},

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.checkpoints.hub import peek
+from upcycle.dense.source import admit
 from upcycle.errors import UpcycleError
 from upcycle.forecast import outlook
 from upcycle.forecast.outlook import Outlook
-from upcycle.forecast.setting import Recompute, Setting
+from upcycle.forecast.setting import Precision, Recompute, Setting
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
+from upcycle.training.course import Course, Leg
 
 if TYPE_CHECKING:
     from upcycle.training.run import Run
@@ -56,9 +59,10 @@ def foretell(
 def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     """Return what a step of a run needs on one of `world` GPUs of the kind `gpu`.
 
-    Without train.micro_batch a rank has all its rows in one forward pass. Everything is trained. A teacher
-    and the masks of data.isolate are not counted; `rehearse` counts a teacher and what is frozen. Raises
-    `UpcycleError` if the run does not fit the world, or trains a dense model.
+    Without train.micro_batch a rank has all its rows in one forward pass. Of several stages it is the one
+    that needs the most memory. If a part is not trained, this asks torch for the names of parameters, and
+    takes the backward pass to go through all blocks. Raises `UpcycleError` if the run does not fit the
+    world, or trains a dense model.
     """
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
@@ -73,18 +77,35 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
             f"change train.batch_tokens, train.batch_size or the layout"
         )
     rows = min(train.micro_batch or share, share)
+    precision: Precision = "mixed" if train.precision == "auto" else train.precision
+    beside = run.teacher is not None and run.teacher.top_logits is None
     setting = Setting(
         built=built,
         layout=layout,
         lengths=_lengths(built, train.sequence_length),
         rows=rows,
         passes=-(-share // rows),
-        precision="mixed" if train.precision == "auto" else train.precision,
+        precision=precision,
         # The selective form computes no product twice. Its memory is at most that without any.
         recompute=train.activation_checkpointing is True,
-        moments=run.optimizer.copies,
+        state=run.optimizer.state_bytes(2 if precision == "bfloat16" else 4),
+        teacher=admit(peek(run.teacher.source)) if beside and run.teacher is not None else None,
     )
-    return outlook.of(setting, gpus.find(gpu))
+    found = [outlook.of(_of_leg(setting, leg), gpus.find(gpu)) for leg in Course(run).legs]
+    return max(found, key=lambda each: each.peak.total)
+
+
+def _of_leg(setting: Setting, leg: Leg) -> Setting:
+    """Return the step of a stage: what is trained in it, and whether masks keep its documents apart."""
+    train = leg.run.train
+    flash = (train.attn_implementation or "").startswith("flash")
+    setting = replace(setting, masked=leg.run.data.isolate and not flash)
+    if train.only is None and train.freeze is None:
+        return setting
+    from upcycle.training import rehearsal  # torch
+
+    names, passes = rehearsal.trained(leg.run, setting.lengths)
+    return replace(setting, trained=names, effort=passes)
 
 
 def _refuse(layout: Layout, built: Blueprint, world: int) -> None:

@@ -101,7 +101,7 @@ class Subject:
         return family.lengths(dict(self.settings))
 
     def tells_apart(self, length: int) -> str | None:
-        """Return why masks do not keep the documents in a row apart; None if they do."""
+        """Return why the documents in a row cannot be kept apart; None if they can."""
         return None if self._family is None else self._family.tells_apart(dict(self.settings), length)
 
     def grid(self, stack: str) -> Grid:

@@ -22,11 +22,12 @@ Found = TypeVar("Found")
 class BatchSize:
     """The largest number of rows and of tokens (with padding) in a forward pass.
 
-    Both may be lowered after memory ran out.
+    Both may be lowered after memory ran out, unless other processes run the same batches.
     """
 
     rows: int
     tokens: int | None = None  # None: any number
+    fixed: bool = False  # whether it stays when memory runs out
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], device: torch.device, *, fixed: int = 0) -> BatchSize:
@@ -41,6 +42,12 @@ class BatchSize:
         if fixed or free is None or not token:
             return cls(fixed or MOST)
         return cls(MOST, max(1, int(_SHARE * free) // token))
+
+    @classmethod
+    def agreed(cls, sizes: Sequence[BatchSize]) -> BatchSize:
+        """Return the size that fits wherever one of `sizes` does, and stays as it is."""
+        tokens = [size.tokens for size in sizes if size.tokens is not None]
+        return cls(min(size.rows for size in sizes), min(tokens, default=None), fixed=True)
 
     def over(
         self,
@@ -67,6 +74,11 @@ class BatchSize:
                     raise UpcycleError(
                         f"memory ran out on a single row, of {length(part[0])} tokens; take a machine "
                         "with more, or shorten the rows"
+                    ) from None
+                if self.fixed:
+                    raise UpcycleError(
+                        f"memory ran out on {len(part)} rows of up to {max(map(length, part))} tokens, and "
+                        f"processes that share a model cannot take fewer one by one; set eval.batch_size"
                     ) from None
                 self.rows = len(part) // 2
                 if torch.accelerator.is_available():

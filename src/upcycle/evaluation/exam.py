@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -11,14 +12,21 @@ from upcycle.data import corpus
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import task_files
+from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER, LanguageModel
 from upcycle.evaluation.scores import harness
+from upcycle.hf import distributing
 from upcycle.training.examining import Examiner
+from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
 
 class HarnessExaminer(Examiner):
-    """Asks what `upcycle eval --tasks` asks, with the same prompts and metrics."""
+    """Asks what `upcycle eval --tasks` asks, with the same prompts and metrics.
+
+    Ranks that share a model run the same calls in the same order on the same rows, so that their collectives
+    meet; each of them works out all scores.
+    """
 
     def refuse(self, run: Run, subject: Subject) -> None:
         if not subject.architecture.endswith((DECODER, ENCODER_DECODER)):
@@ -30,15 +38,19 @@ class HarnessExaminer(Examiner):
         if run.eval.task_files is not None:
             task_files.find(Path(run.eval.task_files), run.eval.tasks)
 
-    def score(self, model: PreTrainedModel, run: Run, subject: Subject) -> Mapping[str, float]:
+    def score(self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks) -> Mapping[str, float]:
         words = corpus.tokenizer(run.data, subject.folder)
         language = LanguageModel.of(model, words, subject, batch_size=run.eval.batch_size)
+        if here.world > 1:
+            size = BatchSize.agreed(here.gathered(language.size))
+            language = replace(language, size=size, shared=True)
         folder = None if run.eval.task_files is None else Path(run.eval.task_files)
         try:
             results = harness().score(
                 language, run.eval.tasks, folder, shots=run.eval.num_fewshot, limit=run.eval.limit
             )
         finally:
+            distributing.put_shards_back(model)  # there is no backward pass that would
             model.train()
         return {
             f"{result.name}/{name}": metric.value

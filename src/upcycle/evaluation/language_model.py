@@ -54,6 +54,7 @@ class LanguageModel:
     subject: Subject
     length: int | None  # the most tokens it can read at once; None: no limit
     size: BatchSize
+    shared: bool = False  # whether other processes hold parts of the model, and run the same calls
 
     @classmethod
     def of(
@@ -95,7 +96,7 @@ class LanguageModel:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode FSDP would gather parameters that cannot be trained afterwards
     def likelihoods(self, pairs: Sequence[Pair], advance: Advance = lambda n: None) -> list[Likelihood]:
         """Return the likelihood of the continuation of each pair.
 
@@ -146,7 +147,7 @@ class LanguageModel:
             for logits, pair in zip(found.logits, pairs, strict=True)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -187,6 +188,7 @@ class LanguageModel:
         made = self.model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=most,
             pad_token_id=self._filler, eos_token_id=self.tokenizer.eos_token_id, stopping_criteria=stop,
+            synced_gpus=self.shared,  # no process stops before the others
         )  # fmt: skip
         texts = self.tokenizer.batch_decode(made[:, skip:], skip_special_tokens=True)
         return [_before(text, until) for text in texts]

@@ -84,6 +84,10 @@ class Family(abc.ABC):
     further: Further | None = None  # blocks beside the model that predict further tokens
     sees = False  # True if its class without a head is a vision tower that multimodal models can hold
     centred_norms = False  # True if norms multiply by 1 + w
+    # Kinds of layers that carry a state or a convolution along the row, and what their module is called in a
+    # block. It is causal, and takes `hidden_states` [B, L, H] and nothing else that it needs.
+    carriers: Mapping[str, str] = {}
+    borders = True  # True if its class hands the borders of documents on to flash attention
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16
 
     def meant(self, raw: Mapping[str, Any]) -> str:
@@ -151,9 +155,21 @@ class Family(abc.ABC):
         return {}
 
     def tells_apart(self, config: Config, length: int) -> str | None:
-        """Return why masks do not keep the documents in a row of `length` tokens apart; None if they do."""
-        others = {*(config.get("layer_types") or ())} - _MASKED
+        """Return why the documents in a row of `length` tokens cannot be kept apart; None if they can."""
+        others = {*(config.get("layer_types") or ())} - _MASKED - {*self.carriers}
         return f"its layers of {listed(sorted(others))} read the whole row" if others else None
+
+    def carrying(self, config: Config) -> list[str]:
+        """Return the modules in memory, below the base model, that carry something along the row.
+
+        Blocks of another kind have no such module.
+        """
+        return [
+            f"{stack.blocks}.{i}.{name}"
+            for stack in self.stacks(config)
+            for i in range(stack.count)
+            for name in dict.fromkeys(self.carriers.values())
+        ]
 
     def parts_ways(self, config: Config, native: str) -> str | None:
         """Return why `native` generates other texts past a switch, or None if it does not.

@@ -10,6 +10,7 @@ from upcycle.families._weights import Table, linear, norm
 
 class Falcon(PlainDecoder):
     model_type = "falcon"
+    borders = False  # its own class of flash attention takes none
     architectures = ("FalconForCausalLM",)
     base_class = "FalconModel"
     summary = "Falcon 1 and 2, Falcon-RW"

@@ -23,6 +23,7 @@ class GraniteMoeHybrid(FusedGate):
     both = "input_linear"
     network = {"down": "output_linear"}
     residual = ("self_attn", "mamba", "shared_mlp")
+    carriers = {"linear_attention": "mamba"}
     reads = FusedGate.reads | {"layers_block_type"}
     defaults = {
         "hidden_act": "silu",

@@ -24,6 +24,7 @@ class Lfm2(Decoder):
     final_norm = "embedding_norm"
     after = ("embedding_norm.",)
     residual = ("self_attn", "conv", "feed_forward")
+    carriers = {"conv": "conv"}
     defaults = {
         "max_position_embeddings": 128_000,
         "initializer_range": 0.02,

@@ -5,6 +5,7 @@ from upcycle.families._decoder import Decoder
 
 class Nemotron(Decoder):
     model_type = "nemotron"
+    borders = False  # its blocks leave out the arguments of flash attention
     architectures = ("NemotronForCausalLM",)
     summary = "Nemotron-3, Nemotron-4, Minitron"
     natives = ()

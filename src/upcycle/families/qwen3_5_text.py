@@ -21,6 +21,7 @@ class Qwen35Text(Decoder):
     further = _FURTHER
     tokenizer = "Qwen3_5Tokenizer"
     reads = Decoder.reads | {"full_attention_interval"}
+    carriers = {"linear_attention": "linear_attn"}
     assumed = sizes(248_320, 4096, 12288, 32, 16)
     defaults = {
         "hidden_act": "silu",

@@ -7,6 +7,7 @@ from upcycle.families._weights import norm
 
 class StableLM(Decoder):
     model_type = "stablelm"
+    borders = False  # its blocks leave out the arguments of flash attention
     architectures = ("StableLmForCausalLM",)
     summary = "StableLM 2 and 3B"
     natives = ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.sharding.layout import Layout
@@ -27,6 +27,7 @@ class Group:
 
     name: str
     parameters: tuple[Sharded, ...]
+    names: tuple[str, ...]  # of the parameters, in memory
     block: tuple[str, int] | None = None  # the stack and the number of their block; None outside the blocks
     experts: bool = False  # whether expert parallelism shares them out
     kept: bool = False  # whether they stay gathered from the forward to the end of the backward pass
@@ -38,6 +39,13 @@ class Group:
     def share(self, layout: Layout) -> int:
         """Return the elements of the most loaded rank, to which FSDP pads the share of every other."""
         return sum(elements(part(each, layout, 0)) for each in self.parameters)
+
+    def trained(self, names: frozenset[str] | None) -> Group:
+        """Return the parameters that have gradients: those called `names`; None: all."""
+        if names is None:
+            return self
+        pairs = [pair for pair in zip(self.names, self.parameters, strict=True) if pair[0] in names]
+        return replace(self, names=tuple(n for n, _ in pairs), parameters=tuple(p for _, p in pairs))
 
     def gathered(self, layout: Layout) -> int:
         """Return the elements of the gathered group, padding included."""
@@ -73,13 +81,14 @@ def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
         shape = tuple(entry.shape)
         split = None if expert or layout.tp == 1 else _cut(name, shape)
         cuts[name] = Sharded(shape=shape, expert=expert, tp=split)
-    found: dict[tuple[int, str], list[Sharded]] = {}
+    found: dict[tuple[int, str], dict[str, Sharded]] = {}
     for name, each in planned(cuts, layout).items():
-        found.setdefault(keys[name], []).append(each)
+        found.setdefault(keys[name], {})[name] = each
     made = [
         Group(
             name=name,
-            parameters=tuple(members),
+            parameters=tuple(members.values()),
+            names=tuple(members),
             block=_block(name, starts),
             experts=name.endswith(_OF_EXPERTS),
             kept=place in (_ROOT, _HEAD),

@@ -22,6 +22,7 @@ from upcycle.sharding.placement import elements, part
 F32 = 4
 CHUNKED = 1 << 28  # bytes of float32 logits from which on a head that no ranks share computes them in chunks
 LOGITS_MADE = 4 + 4  # bytes a logit in the forward pass, beside itself: in float32, and its log-softmax
+LOGITS_TAUGHT = 4 + 4  # of a teacher, beside themselves: their log-softmax, and the divergence of each word
 LOGITS_BACK = 3 * 4  # as the backward pass begins: the log-softmax, and the gradients behind and before it
 
 
@@ -37,6 +38,8 @@ class Memory:
     reduced: float = 0.0  # gradients that are whole, and the buffers from which they are reduced
     activations: float = 0.0
     logits: float = 0.0
+    teacher: float = 0.0  # weights of the model that is learned from
+    masks: float = 0.0  # that keep documents apart
 
     @property
     def total(self) -> float:
@@ -51,17 +54,42 @@ class Held:
     weights: int
     gradients: int
     moments: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts in bytes."""
-        return self.weights + self.gradients + self.moments
+        return self.weights + self.gradients + self.moments + self.teacher
 
 
 def held(setting: Setting) -> Held:
     """Return what the most loaded rank holds of the model, between two steps but for the gradients."""
-    share = setting.stored * sum(group.share(setting.layout) for group in setting.groups)
-    return Held(weights=share, gradients=share, moments=round(setting.moments * share))
+    count = sum(group.share(setting.layout) for group in setting.groups)
+    trained = sum(group.trained(setting.trained).share(setting.layout) for group in setting.groups)
+    return Held(
+        weights=setting.stored * count,
+        gradients=setting.stored * trained,
+        moments=round(setting.state_bytes * trained),
+        teacher=taught(setting),
+    )
+
+
+def taught(setting: Setting) -> int:
+    """Return the bytes of a rank's even share of the teacher, which is in the type of the arithmetic."""
+    if setting.teacher is None:
+        return 0
+    return setting.width * sum(t.size for t in setting.teacher.tensors.values()) // setting.layout.replica
+
+
+def masks(setting: Setting, blocks: int) -> float:
+    """Return the bytes of a mask of the rows of a pass, and of its copy in each of `blocks` blocks.
+
+    sdpa turns a mask of truth values into numbers, and keeps those for the backward pass.
+    """
+    if not setting.masked:
+        return 0.0
+    pairs = max(setting.rows * length**2 for length in setting.lengths.values())
+    return float(pairs * (1 + blocks * setting.width))
 
 
 def peak(setting: Setting) -> Memory:
@@ -107,12 +135,18 @@ class _Walk:
         self.embedding = next((g for g in outside if not g.kept), None)
         self.head = next((g for g in outside if g.kept and g is not self.root), None)
         self.kept = [activations.kept(setting, b.stack, b.layer) for b in self.blocks]
-        self.shares = [setting.stored * sum(self._share(g) for g in (b.own, *b.experts)) for b in self.blocks]
+        self.shares = [
+            setting.stored * sum(self._share(self._trained(g)) for g in (b.own, *b.experts))
+            for b in self.blocks
+        ]
         whole = held(setting)
-        self.always = {"weights": whole.weights, "moments": whole.moments}
+        self.always = {"weights": whole.weights, "moments": whole.moments, "teacher": whole.teacher}
         self.accumulated = whole.gradients if setting.passes > 1 else 0  # gradients of earlier passes
 
     # --- sizes in bytes
+
+    def _trained(self, group: Group | None) -> Group | None:
+        return None if group is None else group.trained(self.setting.trained)
 
     def _share(self, group: Group | None) -> int:
         return group.share(self.layout) if group else 0
@@ -137,13 +171,14 @@ class _Walk:
         """The gradients of whole parameters."""
         if not self.setting.sharded:
             return 0.0  # they are the gradients that the optimizer takes
-        return self.setting.width * sum(group.gathered(self.layout) for group in groups)
+        own = [group.trained(self.setting.trained) for group in groups]
+        return self.setting.width * sum(group.gathered(self.layout) for group in own)
 
     def _reduced(self, group: Group | None) -> float:
         """The buffer from which gradients are reduced."""
         if group is None or not self.setting.sharded:
             return 0.0
-        return self.setting.stored * group.gathered(self.layout)
+        return self.setting.stored * group.trained(self.setting.trained).gathered(self.layout)
 
     def _root(self, *, backward: bool) -> tuple[float, float]:
         """The parameters that are gathered all the time, and the gradients that wait with them."""
@@ -172,9 +207,11 @@ class _Walk:
         if not setting.sharded and setting.precision == "mixed":
             gathered += sum(self._whole(g) for b in self.blocks for g in (b.own, *b.experts))
         common = {"gradients": float(self.accumulated), "activations": alive, "gathered": gathered}
+        common["masks"] = masks(setting, 1 if setting.recompute is True else len(self.blocks))
         narrow = width if width < 4 else 0
-        yield self._memory("the loss", **common, logits=count * (narrow + LOGITS_MADE))
-        yield self._memory("the gradient of the loss", **common, logits=count * LOGITS_BACK)
+        said = count * (width + LOGITS_TAUGHT) if setting.teacher is not None else 0
+        yield self._memory("the loss", **common, logits=count * (narrow + LOGITS_MADE) + said)
+        yield self._memory("the gradient of the loss", **common, logits=count * LOGITS_BACK + said)
         if self.head is None or not setting.sharded:
             return
         common["gathered"] = self._root(backward=False)[0] + self._buffer(self.blocks[-1].own)
@@ -186,8 +223,10 @@ class _Walk:
         setting, block, after = self.setting, self.blocks[number], number + 1
         gathered, waiting = self._root(backward=True)
         tokens = setting.tokens(block.stack.name)
+        masked = masks(setting, 1 if setting.recompute is True else after)
         back = tokens * block.stack.hidden * setting.width  # the gradient of the block's output
         entered = sum(self.kept[:number]) + back * (2 if setting.recompute else 1)  # with its input
+        entered += masked
         grads = self._gradients(after)
         previous = self._previous(number)
         before = self.blocks[number - 1].own if number else self.embedding
@@ -243,7 +282,7 @@ class _Walk:
 
     def _gradients(self, after: int) -> float:
         """The sharded gradients once all blocks from number `after` on have theirs."""
-        done = self.setting.stored * self._share(self.head) + sum(self.shares[after:])
+        done = self.setting.stored * self._share(self._trained(self.head)) + sum(self.shares[after:])
         return float(max(self.accumulated, done))
 
     def _previous(self, number: int) -> float:
@@ -258,7 +297,7 @@ class _Walk:
         sizes = [
             self.setting.width * (g.ranks(self.layout) * elements(part(p, self.layout, 0)))
             for g in groups
-            for p in g.parameters
+            for p in g.trained(self.setting.trained).parameters
             if len(p.shape) == 3
         ]
         if not self.setting.sharded or not sizes:
@@ -267,7 +306,8 @@ class _Walk:
 
     def _reductions(self, group: Group) -> Iterator[tuple[str, float]]:
         """Return the bytes of reducing a group's gradients: cut to pieces in order, then in the buffer."""
-        if not self.setting.sharded:
+        group = group.trained(self.setting.trained)
+        if not self.setting.sharded or not group.parameters:
             return
         grads, ranks = self._grads(group), group.ranks(self.layout)
         if ranks == 1:  # copied, divided and summed by hand

@@ -40,7 +40,8 @@ class Outlook:
     def mfu(self, seconds: float) -> float:
         """Return the share of the peak FLOP/s that a step of so many seconds reaches.
 
-        It counts the FLOPs of three forward passes with all attention scores, as papers do.
+        It counts the FLOPs of three forward passes with all attention scores, as papers do; fewer if a part
+        is not trained, and those of a teacher.
         """
         flops = time.flops(self.setting, recomputed=False)
         return flops / (seconds * self.gpu.peak_flops)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.dense.source import Dense
 from upcycle.forecast import groups
 from upcycle.forecast.groups import Group
 from upcycle.sharding.layout import Layout
@@ -27,7 +28,11 @@ class Setting:
     passes: int = 1  # forward passes of a step on one rank, whose gradients are added
     precision: Precision = "mixed"  # train.precision
     recompute: Recompute = False  # train.activation_checkpointing
-    moments: float = 2  # numbers that the optimizer keeps for each weight
+    state: float | None = None  # bytes that the optimizer keeps for each weight; None: two moments
+    trained: frozenset[str] | None = None  # the parameters in memory that have gradients; None: all
+    effort: float = 3  # forward passes that a step is worth, in arithmetic, without a teacher
+    teacher: Dense | None = None  # a model that runs beside the steps, without gradients
+    masked: bool = False  # whether documents are kept apart by masks
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -36,8 +41,13 @@ class Setting:
 
     @property
     def stored(self) -> int:
-        """The bytes of a weight, of its gradient and of a moment."""
+        """The bytes of a weight and of its gradient."""
         return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def state_bytes(self) -> float:
+        """The bytes of the optimizer's state for each weight that is trained."""
+        return 2.0 * self.stored if self.state is None else self.state
 
     @property
     def width(self) -> int:

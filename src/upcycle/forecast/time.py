@@ -57,11 +57,16 @@ def of(setting: Setting, gpu: Gpu) -> Time:
 def flops(setting: Setting, *, recomputed: bool = True) -> float:
     """Return the FLOPs of a step on one rank: three forward passes, and one more to recompute blocks.
 
+    They are fewer if a part is not trained. A teacher adds a forward pass of its own.
+
     All attention scores count, as in the measurement that `ARITHMETIC` comes from.
     """
     row = flops_per_row(setting.built.dense, setting.built, setting.lengths, all_scores=True)
-    passes = 4 if recomputed and setting.recompute is True else 3
-    return passes * row * setting.rows * setting.passes / setting.layout.tp
+    passes = setting.effort + (1 if recomputed and setting.recompute is True else 0)
+    taught = 0
+    if setting.teacher is not None:
+        taught = flops_per_row(setting.teacher, None, setting.lengths, all_scores=True)
+    return (passes * row + taught) * setting.rows * setting.passes / setting.layout.tp
 
 
 def arithmetic(setting: Setting, gpu: Gpu) -> float:

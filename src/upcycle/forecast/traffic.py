@@ -62,17 +62,26 @@ def _parameters(setting: Setting) -> Iterator[Collective]:
     for group in setting.groups:
         ranks, apart = group.ranks(layout), layout.ep if group.experts else layout.tp
         share = group.share(layout)
+        reduced = group.trained(setting.trained).share(layout)
         yield Collective(
             kind="all_gather", what=group.name, ranks=ranks, apart=apart,
             times=setting.passes * (1 if group.kept else 2), bytes=ranks * share * setting.width,
         )  # fmt: skip
         yield Collective(
             kind="reduce_scatter", what=group.name, ranks=ranks, apart=apart, times=setting.passes,
-            bytes=ranks * share * setting.stored,
+            bytes=ranks * reduced * setting.stored,
         )  # fmt: skip
         yield Collective(
             kind="all_reduce", what=group.name, ranks=layout.replicate, apart=layout.replica,
-            times=setting.passes, bytes=share * setting.stored,
+            times=setting.passes, bytes=reduced * setting.stored,
+        )  # fmt: skip
+    if (teacher := setting.teacher) is not None:
+        # It is gathered block by block in its forward pass, which is the only one.
+        blocks = sum(stack.count for stack in teacher.stacks) + 1
+        whole = sum(tensor.size for tensor in teacher.tensors.values()) // layout.tp
+        yield Collective(
+            kind="all_gather", what="the teacher", ranks=layout.fsdp, apart=layout.tp,
+            times=setting.passes * blocks, bytes=setting.width * whole // blocks,
         )  # fmt: skip
 
 
@@ -105,7 +114,7 @@ def _norms(setting: Setting) -> Iterator[Collective]:
     plain: Counter[tuple[int, Split | None]] = Counter()
     shared: Counter[tuple[int, Split | None]] = Counter()
     for group in setting.groups:
-        (shared if group.experts else plain).update(group.cuts(layout))
+        (shared if group.experts else plain).update(group.trained(setting.trained).cuts(layout))
     for kinds, ranks, apart, inner in (
         (plain, layout.fsdp, layout.tp, layout.tp),
         (shared, layout.efsdp, layout.ep, layout.ep),

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
 from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from upcycle.errors import UpcycleError, cut
 from upcycle.hf.quiet import quiet
 
 
@@ -28,10 +29,12 @@ def on_meta(
     *,
     dtype: torch.dtype,
     experts_implementation: str | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Return a model of class `cls` on the meta device, with the dtypes that `from_pretrained` gives it.
 
-    Parameters that the class ties are still two (`tie`), because transformers' plans name both.
+    Parameters that the class ties are still two (`tie`), because transformers' plans name both. Raises
+    `UpcycleError` if attention cannot run in the way that is asked for.
     """
     made: PreTrainedConfig = cls.config_class.from_dict(
         cls.config_class._decode_special_floats({k: v for k, v in config.items() if k != "torch_dtype"})
@@ -43,16 +46,33 @@ def on_meta(
         # A multimodal class knows no such setting, and the text model within it does.
         of_experts = made if cls._can_set_experts_implementation() else made.get_text_config()
         of_experts._experts_implementation = experts_implementation
+    if attn_implementation is not None:
+        made._attn_implementation = attn_implementation
     with ExitStack() as contexts:
         contexts.enter_context(quiet())
         for context in cls.get_init_context(dtype, False, False, None):
             contexts.enter_context(context)
-        model: PreTrainedModel = cls(made)
+        model = _made(cls, made, attn_implementation)
         patch_output_recorders(model)
     _widen(model, dtype)
     model.name_or_path = model.config.name_or_path = ""
     model._weight_conversions = None  # else save_pretrained would write the in-memory names
     return model
+
+
+def _made(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, attn_implementation: str | None
+) -> PreTrainedModel:
+    try:
+        return cls(config)
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None:
+            raise
+        reason = cut(str(error).splitlines()[0], 200)
+        raise UpcycleError(
+            f"train.attn_implementation = {attn_implementation} cannot be used with {cls.__name__} here "
+            f"({reason}); take it out, or take another one"
+        ) from None
 
 
 def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:

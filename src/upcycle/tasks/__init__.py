@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
 
 Batch = dict[str, "Tensor"]  # tensors with the same rows
+POSITIONS = "positions"  # in a batch: positions that start anew at each document of a row
+ON_HOST = "positions_on_host"  # the same on the host, for what must not ask the device where documents begin
 Found = TypeVar("Found", covariant=True)
 
 
@@ -33,6 +35,7 @@ class Question:
 
     inputs: dict[str, Any]
     labels: Tensor
+    positions: Tensor | None = None  # those of the inputs, on the host if they are there, [B, L]
 
 
 class Judge(Protocol[Found]):

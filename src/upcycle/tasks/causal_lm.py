@@ -11,7 +11,7 @@ import numpy as np
 
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
-from upcycle.tasks import Batch, Found, Judge, Question, Task
+from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
 from upcycle.tasks._tokens import TokenFeed, beyond_positions
 from upcycle.tensors import rng
 
@@ -38,17 +38,18 @@ class CausalLM(Task):
         return TokenFeed(feeding, subject, rows_alone)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
-        rows, positions = batch["rows"], batch.get("positions")
+        rows, positions = batch["rows"], batch.get(POSITIONS)
         inputs, labels = {"input_ids": rows[:, :-1], "use_cache": False}, rows[:, 1:]
         if positions is None:
             return Question(inputs, labels)
         # The first token of a document is nothing that the document before it could tell.
         labels = labels.masked_fill(positions[:, 1:] == 0, IGNORED)
-        return Question({**inputs, "position_ids": positions[:, :-1]}, labels)
+        known = batch.get(ON_HOST, positions)[:, :-1]
+        return Question({**inputs, "position_ids": positions[:, :-1]}, labels, known)
 
     def targets(self, batch: Batch) -> int | Tensor:
-        if "positions" in batch:
-            return batch["positions"][:, 1:].count_nonzero()
+        if POSITIONS in batch:
+            return batch[POSITIONS][:, 1:].count_nonzero()
         rows, length = batch["rows"].shape
         return rows * (length - 1)
 

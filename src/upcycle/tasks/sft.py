@@ -14,7 +14,7 @@ from upcycle.data.examples import Examples
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.system import progress
-from upcycle.tasks import Batch, Found, Judge, Question, Task
+from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
 from upcycle.tasks._chat_tokens import read_template, tokens_of, with_template
 from upcycle.tasks._labelled import only_source
 from upcycle.tasks._tokens import beyond_positions, tokenizer_of
@@ -79,9 +79,9 @@ class SFT(Task):
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"], "use_cache": False}
-        if "positions" in batch:
-            inputs["position_ids"] = batch["positions"]
-        return Question(inputs, batch["labels"])
+        if POSITIONS in batch:
+            inputs["position_ids"] = batch[POSITIONS]
+        return Question(inputs, batch["labels"], batch.get(ON_HOST, batch.get(POSITIONS)))
 
     def score(self, judge: Judge[Found], path: Path) -> Found:
         """Score each chat in a row of its own, so that none sees another."""

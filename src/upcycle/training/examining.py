@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
+from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
 
@@ -20,27 +21,20 @@ class Examiner(ABC):
         """Raise `UpcycleError` if the tasks cannot be asked, before the first step."""
 
     @abstractmethod
-    def score(self, model: PreTrainedModel, run: Run, subject: Subject) -> Mapping[str, float]:
-        """Return the scores as `task/metric`; afterwards the model is in training mode."""
+    def score(self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks) -> Mapping[str, float]:
+        """Return the scores as `task/metric`; afterwards the model is in training mode.
+
+        Every rank calls this, because each holds a part of the model.
+        """
 
 
-def refuse_several(run: Run, world: int) -> None:
-    """Refuse tasks of a model that several processes share."""
-    if run.eval.tasks and world > 1:
-        raise UpcycleError(
-            "eval.tasks are asked of a model on one process, and several share this one; export checkpoints "
-            "and score them with `upcycle eval --tasks`"
-        )
-
-
-def examiner_of(run: Run, given: Examiner | None, subject: Subject, world: int) -> Examiner | None:
+def examiner_of(run: Run, given: Examiner | None, subject: Subject) -> Examiner | None:
     """Return who examines the model of a run; None if nobody is asked to.
 
     Raises `UpcycleError` if that is not possible.
     """
     if not run.eval.tasks:
         return None
-    refuse_several(run, world)
     if given is None:
         raise UpcycleError("eval.tasks are asked by `upcycle.train` and `upcycle train`; take one of them")
     given.refuse(run, subject)

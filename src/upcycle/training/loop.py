@@ -55,14 +55,14 @@ def train(
         )
         begun = agreement.agreed(mine, here)
         assert task is not None, "ranks agree on a start only if each has one"
-        examiner = examiner_of(run, examiner, begun.subject, here.world)
+        examiner = examiner_of(run, examiner, begun.subject)
         folders = [opened.folder for opened in begun.checkpoints]
         stack.enter_context(interrupting(signal.SIGTERM))
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
         ready = beginning.ready(run, begun, task, here, precision=precision, checkpoint=checkpoint)
         run, out = ready.course.run, Path(run.out)
         if here.first:
-            recording.write(ready.trainee, run, out, ready.state)
+            recording.write(ready, out)
         with noted(signal.SIGTERM) as stop:
             state = stepping.take(ready, examiner, out, stop)
     return Result(

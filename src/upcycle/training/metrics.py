@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from upcycle.checkpoints.checkpoint import read_json
 from upcycle.errors import UpcycleError
 from upcycle.records.metrics import LayerMetrics, StepMetrics
 from upcycle.system import gpus, progress, whole_file
@@ -19,6 +20,7 @@ from upcycle.system.wording import count
 from upcycle.training.run import Log
 
 _CELL = 16  # pixels of a side
+_SINKS = "sinks.json"  # a file of a run: the ids of its runs in dashboards
 
 
 def peak_flops(log: Log, device: torch.device) -> float | None:
@@ -167,8 +169,13 @@ def _sink(name: str, log: Log, out: Path, settings: dict[str, Any], *, resumed: 
         module = importlib.import_module(name)
     except ModuleNotFoundError:
         raise UpcycleError(f"log.sinks names {name}, which is not installed: pip install {name}") from None
-    more = {"resume": "allow"} if resumed else {}
-    module.init(project=log.project, name=log.name or out.name, config=settings, **more)
+    more: dict[str, Any] = {}
+    if resumed:
+        known = read_json(out / _SINKS, "") if (out / _SINKS).is_file() else {}
+        more = {"resume": "allow", **({"id": known[name]} if isinstance(known.get(name), str) else {})}
+    begun = module.init(project=log.project, name=log.name or out.name, config=settings, **more)
+    if name == "wandb":  # trackio finds a run by its name
+        whole_file.write_json(out / _SINKS, {name: begun.id})
     if name == "trackio":  # wandb says the address of its page itself
         progress.say(f"the live page of this run: trackio show --project {log.project}")
     return module

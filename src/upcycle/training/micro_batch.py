@@ -114,7 +114,7 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
             inner = inner // stack.count + stack.hidden * stack.count + others
         total += _KEPT[precision] * inner * lengths[stack.name]
     outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
-    if Course(run).isolates:
+    if Course(run).isolates and not (run.train.attn_implementation or "").startswith("flash"):
         total += sum(_MASK * length * length for length in lengths.values())
     logit = _LOGITS + (0 if run.teacher is None else _TAUGHT)
     return total + logit * outputs * lengths[begun.dense.stacks[-1].name]

@@ -12,28 +12,28 @@ import torch
 import upcycle
 from upcycle.errors import UpcycleError
 from upcycle.records.run import RunRecord, StartedFrom
-from upcycle.records.state import RunState
-from upcycle.training import run_folder
-from upcycle.training.run import Run
-from upcycle.training.trainee import Trainee
+from upcycle.training import effort, run_folder
+from upcycle.training.beginning import Ready
 
 
-def write(trainee: Trainee, run: Run, out: Path, state: RunState) -> None:
+def write(ready: Ready, out: Path) -> None:
     """Write run.json, unless this run's is already there."""
+    run, state = ready.course.run, ready.state
     identity = json.loads(json.dumps(run.identity()))
     try:
         same = run_folder.read_record(out).identity == identity
     except UpcycleError:
         same = False
     if not state.step or not same:
-        run_folder.write_record(out, _record(trainee, run, state))
+        run_folder.write_record(out, _record(ready))
 
 
-def _record(trainee: Trainee, run: Run, state: RunState) -> RunRecord:
+def _record(ready: Ready) -> RunRecord:
     """Return the content of run.json."""
+    trainee, run, state = ready.trainee, ready.course.run, ready.state
     begun, task = trainee.start, trainee.task
     lengths = trainee.lengths
-    flops = begun.training_flops_per_row(lengths)
+    flops = effort.mean_flops_per_row(begun, ready.anatomy, ready.course, lengths)
     source = begun.dense.checkpoint
     return RunRecord(
         format=RunRecord.FORMAT,

@@ -30,14 +30,15 @@ from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, cut
+from upcycle.hf import building, meshes, packing
 from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
     beginning,
+    effort,
     enter,
-    examining,
     fit,
     gradients,
     kept_logits,
@@ -51,7 +52,7 @@ from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
-from upcycle.training.run import Run
+from upcycle.training.run import Parallel, Run
 from upcycle.training.start import Start
 
 _MOST = 8  # ranks that are built, spread evenly over a larger world
@@ -110,7 +111,6 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError(f"world = {world}; it must be 1 or more")
     if dist.is_initialized() or "RANK" in os.environ:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
-    examining.refuse_several(run, world)
     begun = start.start_of(run)
     task = beginning.admitted(run, begun)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
@@ -166,6 +166,8 @@ def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> I
             experts=experts,
             heads=attention_heads(begun.config),
         ) as here:
+            if begun.teacher is not None and world > 1:  # it has no experts, and meshes of its own
+                meshes.meshes(replace(here.layout, ep=1))
             yield here
     finally:
         if dist.is_initialized():
@@ -210,6 +212,23 @@ def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
             beside = sum(gradients.local(p).nbytes for p in taught_by.parameters())
         found = [_held_in(leg, begun, model, routers, anatomy, here, asked) for leg in course.legs]
         return replace(max(found, key=lambda held: held.total), teacher=beside)
+
+
+def trained(run: Run, lengths: Mapping[str, int]) -> tuple[frozenset[str], float]:
+    """Return what a run without stages trains, and the forward passes that a step costs.
+
+    Parameters go by the names of their tensors (`Target.in_memory`).
+    """
+    run, begun = replace(run, parallel=Parallel()), start.start_of(run)
+    with _as_rank(run, begun, 0, 1, "float32") as here, _without_data():
+        model = start.model_of(_without_values(begun, _Asked()), run, here, "float32")
+        anatomy = enter.anatomy_of(Course(run), begun, model, Routers.of(model))
+        assert anatomy is not None
+        chosen = anatomy.chosen(run.train.only, run.train.freeze)
+        tensors = begun.built.target.in_memory(begun.entries) if begun.built else begun.entries
+        names = building.renamed(model, tensors)
+        told = frozenset(names[name] for name in chosen if name in names)
+        return told, effort.passes(anatomy, chosen, lengths, begun)
 
 
 def _held_in(
@@ -278,6 +297,8 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 precision="bfloat16",
                 anatomy=anatomy,
             )
+            if course.legs[0].run.data.isolate and packing.asks_lengths(model):
+                return "how long documents are is known only with the data"
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
             batch = {"rows": rows, **({"positions": rows} if course.legs[0].run.data.isolate else {})}
             if begun.teacher is not None and run.teacher is not None:

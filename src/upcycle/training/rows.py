@@ -7,7 +7,7 @@ import torch
 
 from upcycle.data.feeding import Feed
 from upcycle.records.state import RunState
-from upcycle.tasks import Batch, Task
+from upcycle.tasks import ON_HOST, POSITIONS, Batch, Task
 from upcycle.training.course import Leg
 from upcycle.training.feeds import Feeds
 from upcycle.training.parallel import Ranks
@@ -40,11 +40,16 @@ class Rows:
         return number, self._drawn()
 
     def on_device(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Return a batch on the device. From pinned memory the copy waits for nothing that is queued."""
+        """Return a batch on the device. From pinned memory the copy waits for nothing that is queued.
+
+        Positions are on the host as well, where they tell what documents a row has.
+        """
         tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
+        kept = {ON_HOST: tensors[POSITIONS]} if POSITIONS in tensors else {}
         if self._device.type != "cuda":
-            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
-        return {n: tensor.pin_memory().to(self._device, non_blocking=True) for n, tensor in tensors.items()}
+            return {name: tensor.to(self._device) for name, tensor in tensors.items()} | kept
+        moved = {n: tensor.pin_memory().to(self._device, non_blocking=True) for n, tensor in tensors.items()}
+        return moved | kept
 
     def _drawn(self) -> dict[str, np.ndarray]:
         assert self._feed is not None

@@ -66,6 +66,13 @@ class Train(Settings):
     activation_checkpointing: bool | Literal["selective"] = False
     compile: bool = False  # whether to use torch.compile
     experts_implementation: str | None = None  # None: the one that benchmarks/train_step.py found fastest
+    # how attention is computed, in transformers' names; None: what transformers takes, most often sdpa
+    attn_implementation: (
+        Literal[
+            "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+        ]
+        | None
+    ) = None
     seed: int | None = None  # None: the seed of the run
     eval_every: Annotated[int, AtLeast(0)] = 100  # steps between evaluations on the held-out part; 0: none
     eval_tokens: Annotated[int, AtLeast(1)] = 262_144  # held-out tokens, at most
@@ -174,7 +181,10 @@ class Log(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(Settings):
-    """Tasks of lm-evaluation-harness that the model is scored on while it is trained, on one process."""
+    """Tasks of lm-evaluation-harness that the model is scored on while it is trained.
+
+    Processes that share the model all work on the same rows.
+    """
 
     section: ClassVar[str] = "eval"
 

@@ -15,6 +15,7 @@ from upcycle.records.run import RunRecord
 from upcycle.settings import defaults
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import agreement, saving
+from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, Train, train_of
 from upcycle.training.stages import LENGTH
@@ -130,9 +131,19 @@ def _as_known_to(theirs: Any, mine: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_any_length(identity: Any) -> Any:
-    if not isinstance(identity, dict) or not isinstance(identity.get("train"), dict):
+    """Return an identity without the length of the run, which is that of its last stage if it has stages."""
+    if not isinstance(identity, dict):
         return identity
-    return identity | {"train": {k: v for k, v in identity["train"].items() if k not in LENGTH}}
+    out = _without_length(identity)
+    if isinstance(stages := identity.get("stage"), list) and stages and isinstance(stages[-1], dict):
+        out["stage"] = [*stages[:-1], _without_length(stages[-1])]
+    return out
+
+
+def _without_length(table: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(table.get("train"), dict):
+        return dict(table)
+    return table | {"train": {k: v for k, v in table["train"].items() if k not in LENGTH}}
 
 
 def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int) -> None:
@@ -140,20 +151,23 @@ def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int
     before, now = theirs.get("train"), mine["train"]
     if before == now or theirs.get("schedule") != mine["schedule"]:
         return
+    if _of_any_length(theirs).get("stage") != _of_any_length(mine).get("stage"):
+        return  # the caller names what differs
     try:
         old, new = train_of(theirs).total_steps, run.train.total_steps
     except (UpcycleError, TypeError, AttributeError):
         return  # the caller names the keys that differ
     if new < done:
         raise UpcycleError(f"{where} is of step {done}, and the run file ends it at {new}; give more steps")
-    if run.stage:
-        return  # each stage has a schedule of its own, and the caller names those that differ
-    if all(run.schedule.at(step, old) == run.schedule.at(step, new) for step in range(done)):
+    last = Course(run).legs[-1]
+    schedule, first = last.run.schedule, last.first
+    taken = range(done - first)
+    if all(schedule.at(s, old - first) == schedule.at(s, new - first) for s in taken):
         return
     raise UpcycleError(
-        f"{where} cannot go on to {new:,} steps instead of {old:,}: with schedule.name = {run.schedule.name} "
-        f"the {done:,} steps that are done would have had other learning rates; constant can be extended, "
-        f"and warmup_stable_decay before its decay"
+        f"{where} cannot go on to {new:,} steps instead of {old:,}: with schedule.name = {schedule.name} "
+        f"the {len(taken):,} steps that are done would have had other learning rates; constant can be "
+        f"extended, and warmup_stable_decay before its decay"
     )
 
 

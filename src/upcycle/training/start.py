@@ -27,10 +27,11 @@ from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.source import Dense, admit, refuse_two_heads
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
+from upcycle.families import Family
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
 from upcycle.families._wrappers import TEXT
-from upcycle.hf import packing
+from upcycle.hf import carriers, packing
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
@@ -81,13 +82,13 @@ class Start:
         own = self.built.checkpoints if self.built else [self.dense.checkpoint]
         return own if self.teacher is None else [*own, self.teacher.checkpoint]
 
-    def training_flops_per_row(self, lengths: Mapping[str, int]) -> int:
+    def training_flops_per_row(self, lengths: Mapping[str, int], passes: float = 3) -> int:
         """Return the FLOPs of training on a row with `lengths` tokens per stack: three forward passes.
 
-        A teacher adds one of its own.
+        They are fewer if a part is not trained (`effort.py`). A teacher adds one of its own.
         """
         taught = 0 if self.teacher is None else flops_per_row(self.teacher, None, lengths)
-        return 3 * flops_per_row(self.dense, self.built, lengths) + taught
+        return round(passes * flops_per_row(self.dense, self.built, lengths)) + taught
 
     def training_flops(self, length: int) -> int:
         """Return the same for one token of a row of `length`, for a model with one stack."""
@@ -186,8 +187,10 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
     model = _build(start, start.entries, run, ranks, dtype)
+    _refuse_wide(model, ranks, precision)
     if Course(run).isolates:
-        _refuse_unmasked(model)
+        _refuse_joined(model, start.dense.family)
+        carriers.install(model, start.dense.family.carrying(start.dense.config))
     if model.device != ranks.device:
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
@@ -202,11 +205,24 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     return model.train()
 
 
-def _refuse_unmasked(model: PreTrainedModel) -> None:
-    if (found := packing.attention(model)) not in packing.MASKED:
+def _refuse_wide(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
+    if precision == "float32" and ranks.device.type == "cuda" and packing.reads_borders(model):
         raise UpcycleError(
-            f"data.isolate = true: the model runs with attention = {found}, which reads no masks; allowed: "
-            f"{', '.join(packing.MASKED)}"
+            f"train.attn_implementation = {packing.attention(model)} computes in 16 bits, and "
+            f"train.precision is float32; set it to mixed or bfloat16, or take sdpa"
+        )
+
+
+def _refuse_joined(model: PreTrainedModel, family: Family) -> None:
+    if not packing.can_keep_apart(model):
+        raise UpcycleError(
+            f"data.isolate = true: the model runs with attention = {packing.attention(model)}, which "
+            f"cannot keep documents apart; allowed: {', '.join(packing.MASKED)} and flash attention"
+        )
+    if packing.reads_borders(model) and not family.borders:
+        raise UpcycleError(
+            f"data.isolate = true: {type(model).__name__} of transformers does not tell flash attention "
+            f"where documents begin; set train.attn_implementation to sdpa or eager"
         )
 
 
@@ -262,6 +278,7 @@ def _build(
         tensors,
         distributed_config=ranks.config,
         dtype=dtype,
+        attn_implementation=run.train.attn_implementation,
         experts_implementation=experts_implementation(start, run, dtype)
         if start.built and start.built.sites
         else None,

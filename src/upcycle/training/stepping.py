@@ -14,7 +14,7 @@ from upcycle.hf import packing
 from upcycle.records.state import RunState
 from upcycle.system.signals import held
 from upcycle.system.wording import count
-from upcycle.training import back, enter, held_out, ledger, metrics, saving, step, writers
+from upcycle.training import back, effort, enter, held_out, ledger, metrics, saving, step, writers
 from upcycle.training.beginning import Ready
 from upcycle.training.examining import Examiner
 from upcycle.training.ledger import Ledger, Rate
@@ -76,12 +76,16 @@ class Stepping:
         self._returns: Counter[int] = Counter()  # to each checkpoint
         lengths, here = self.trainee.lengths, self.trainee.ranks
         rate = Rate(
-            flops=self.trainee.start.training_flops_per_row(lengths),
+            flops=self._flops(),
             tokens=sum(lengths.values()),
             peak=metrics.peak_flops(self._run.log, here.device),
             ranks=here,
         )
         self._book = Ledger(trainee=self.trainee, rate=rate, log=log, start=None, lag=ledger.lag(here.device))
+
+    def _flops(self) -> int:
+        """Return the FLOPs of training on a row in the stage."""
+        return effort.flops_per_row(self.trainee.start, self._anatomy, self._leg, self.trainee.lengths)
 
     def begin(self) -> None:
         """Say what is trained, and score a model that has not been trained yet."""
@@ -119,6 +123,7 @@ class Stepping:
         self._leg = self._course.at(self.state.step)
         self.trainee = enter.next_stage(self.trainee, self._leg, self._anatomy)
         self._rows.enter(self._leg)
+        self._book.rate = replace(self._book.rate, flops=self._flops())
         self._say(*self._notes())
 
     def _due(self) -> Due:
@@ -149,8 +154,8 @@ class Stepping:
         if due.score and self._rows.held_out is not None:
             judge = functools.partial(held_out.score, self.trainee, self._rows.held_out)
         if due.exam and self._examiner is not None:
-            subject = self.trainee.start.subject
-            examine = functools.partial(self._examiner.score, self.trainee.model, self._run, subject)
+            subject, here = self.trainee.start.subject, self.trainee.ranks
+            examine = functools.partial(self._examiner.score, self.trainee.model, self._run, subject, here)
         stopping = self._book.settle(wait=due.waits, judge=judge, examine=examine)
         if stopping or self._book.bad is not None:
             self._book.settle(wait=True)
@@ -178,6 +183,7 @@ class Stepping:
         )
         self._leg = self._course.after(self.state.step)
         self._rows.enter(self._leg)
+        self._book.rate = replace(self._book.rate, flops=self._flops())
         if self._log is not None:
             self._log.go_back(self.state.step)
         self._say(f"the run is back at step {self.state.step} and passes batch {harmful + 1}")
@@ -228,8 +234,8 @@ class Stepping:
         """Return notes for the user about the stage, one sentence each."""
         out = []
         if self._leg.run.data.isolate:
-            how = packing.attention(self.trainee.model)
-            out.append(f"documents in a row do not see each other, by masks for {how}")
+            how = packing.way(self.trainee.model)
+            out.append(f"documents in a row do not see each other, {how}")
         if (trained := enter.describe(self._leg, self.trainee.start, self._anatomy)) is not None:
             out.append(trained)
         return out

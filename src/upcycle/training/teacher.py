@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from upcycle.data.feeding import Feed
 from upcycle.dense.source import Dense, admit
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.hf import distributing, packing
+from upcycle.hf import carriers, distributing, packing
 from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.training import kept_logits
@@ -94,6 +95,7 @@ def model_of(
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
+    carriers.install(model, dense.family.carrying(dense.config))
     return model.requires_grad_(False).eval()
 
 
@@ -124,7 +126,8 @@ class Beside:
         head = Head.of(self.model) if in_chunks else None
         found: Lesson
         if head is not None:
-            states = self.model.base_model(**question.inputs).last_hidden_state
+            with self._told(question) as inputs:
+                states = self.model.base_model(**inputs).last_hidden_state
             found = Unheaded(states=states.flatten(0, -2).to(head.weight.dtype), head=head)
         else:
             found = Whole(logits=self.logits(question))
@@ -132,9 +135,13 @@ class Beside:
 
     def logits(self, question: Question) -> Tensor:
         """Return all of its logits, [T, V]."""
-        logits: Tensor = self.model(**question.inputs).logits
+        with self._told(question) as inputs:
+            logits: Tensor = self.model(**inputs).logits
         distributing.put_shards_back(self.model)  # there is no backward pass that would
         return logits.flatten(0, -2)
+
+    def _told(self, question: Question) -> AbstractContextManager[dict[str, Any]]:
+        return packing.told(self.model, question.inputs, question.positions)
 
 
 def teaching(
@@ -151,8 +158,7 @@ def teaching(
     @torch.no_grad()
     def say(model: PreTrainedModel, rows: Arrays) -> Largest:
         question = task.question(kept_logits.on(ranks.device, rows), begun.subject, training=True)
-        with packing.told(question.inputs):
-            return Largest.of(Beside(model=model).logits(question), count, temperature)
+        return Largest.of(Beside(model=model).logits(question), count, temperature)
 
     about = {
         "files": ranks.share(dict(dense.checkpoint.hashes()) if ranks.first else None),

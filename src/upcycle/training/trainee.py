@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,16 +54,16 @@ class Trainee:
 
     def logits(self, question: Question, **options: Any) -> Tensor:
         """Return the model's logits for a question: [B, L, V], or [B, classes]."""
-        with self.autocast(), packing.told(question.inputs):
-            out: Tensor = self.model(**question.inputs, **options).logits
+        with self._told(question) as inputs:
+            out: Tensor = self.model(**inputs, **options).logits
         return out
 
     def entropy(self, question: Question) -> Tensor:
         """Return the cross-entropy in nats, summed over the targets of a question, []."""
         if (head := self._head(question)) is None:
             return self.task.loss(self.logits(question), question.labels)
-        with self.autocast(), packing.told(question.inputs):
-            return chunked_entropy.cross_entropy(self._hidden(question), question.labels, head)
+        with self._told(question) as inputs:
+            return chunked_entropy.cross_entropy(self._hidden(inputs), question.labels, head)
 
     def losses(self, question: Question, batch: Batch) -> Losses:
         """Return the losses of a question about a batch: the cross-entropy, and the teacher's part."""
@@ -71,10 +72,11 @@ class Trainee:
             entropy = self.entropy(question)
             return Losses(total=entropy, entropy=entropy)
         head = self._head(question)
-        with self.autocast(), packing.told(question.inputs):
+        with self.autocast():
             lesson = self.teacher.lesson(question, batch, in_chunks=head is not None)
-            if head is not None:
-                hidden = self._hidden(question)
+        if head is not None:
+            with self._told(question) as inputs:
+                hidden = self._hidden(inputs)
                 return chunked_entropy.distilled(hidden, question.labels, head, lesson, settings)
         logits = self.logits(question).flatten(0, -2)
         return distillation.losses(logits, question.labels.flatten(), lesson, settings)
@@ -85,8 +87,8 @@ class Trainee:
         if (head := self._head(question)) is None:
             logits = self.logits(question)[:rows]
             return self.task.loss(logits, labels), self.task.correct(logits, labels)
-        with self.autocast(), packing.told(question.inputs):
-            return chunked_entropy.scores(self._hidden(question)[:rows], labels, head)
+        with self._told(question) as inputs:
+            return chunked_entropy.scores(self._hidden(inputs)[:rows], labels, head)
 
     def _head(self, question: Question) -> Head | None:
         """Return the model's head if its logits are so many that they are computed in chunks.
@@ -97,6 +99,12 @@ class Trainee:
         head = Head.of(self.model) if self.task.by_token and self.ranks.world == 1 else None
         return head if head and chunked_entropy.is_worth(question.labels.numel(), head) else None
 
-    def _hidden(self, question: Question) -> Tensor:
-        hidden: Tensor = self.model.base_model(**question.inputs).last_hidden_state
+    @contextmanager
+    def _told(self, question: Question) -> Iterator[dict[str, Any]]:
+        """Yield the inputs of the model for a question; inside, it knows which tokens see each other."""
+        with self.autocast(), packing.told(self.model, question.inputs, question.positions) as inputs:
+            yield inputs
+
+    def _hidden(self, inputs: Mapping[str, Any]) -> Tensor:
+        hidden: Tensor = self.model.base_model(**inputs).last_hidden_state
         return hidden

@@ -64,6 +64,10 @@ class Optimizer(Named, abc.ABC):
         """The size of the state, in sizes of the parameters in float32, for a forecast of memory."""
         return len(self.moments)
 
+    def state_bytes(self, width: int) -> float:
+        """Return the bytes of the state for each weight of `width` bytes."""
+        return self.copies * width
+
     @property
     def needs_roles(self) -> bool:
         """True if `make` or a rate depends on what a parameter is."""

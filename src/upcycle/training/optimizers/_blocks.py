@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_BLOCK = 256  # most numbers that share a scale
+LARGEST = 256  # most numbers that share a scale
 _FEWEST = 32  # fewest
 
 
@@ -13,4 +13,4 @@ def block_of(shape: Sequence[int], least: int) -> int | None:
     """Return how many numbers of the last axis share a scale; None if the moments are not quantised."""
     if len(shape) < 2 or math.prod(shape) < least:
         return None
-    return next((size for size in range(_BLOCK, _FEWEST - 1, -1) if shape[-1] % size == 0), None)
+    return next((size for size in range(LARGEST, _FEWEST - 1, -1) if shape[-1] % size == 0), None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Within
 from upcycle.training.optimizers import Optimizer
-from upcycle.training.optimizers._blocks import block_of
+from upcycle.training.optimizers._blocks import LARGEST, block_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,10 @@ class AdamW8bit(Optimizer):
     @property
     def copies(self) -> float:
         return 0.5
+
+    def state_bytes(self, width: int) -> float:
+        """Two codes, and two scales in float32 for each block of 256; whatever the type of the weights."""
+        return 2 * (1 + 4 / LARGEST)
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         try:
