@@ -108,6 +108,7 @@ def train(
             _say_changed_layout(before, here)
         _refuse_other_teacher(before, begun, here)
         lengths = task.lengths(run.train.sequence_length, begun.subject)
+        run = run_folder.settled(run, checkpoint)
         run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
         course, out = Course(run), Path(run.out)
         if here.first:
