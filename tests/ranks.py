@@ -88,7 +88,10 @@ def run_of(source: str, parallel: Layout, changes: dict[str, Any]) -> Run:
         "init": {"name": "drop", "ratio": 0.5},
         # exact, because most tests compare a batch in parts with the whole
         "router": {
-            "balance_loss_coef": 0.1, "z_loss_coef": 0.01, "std": 0.5, "balance_counts": "exact",
+            "balance_loss_coef": 0.1,
+            "z_loss_coef": 0.01,
+            "std": 0.5,
+            "balance_counts": "exact",
         },
         "data": {"sources": [{"path": "unused.txt"}]},
         "train": {"steps": 1, "batch_tokens": 64, "sequence_length": 16, "clip_grad_norm": 0.0},

@@ -1,4 +1,4 @@
-"""What does it change if the balance loss has the shares of the micro batches so far, and not of the batch?
+"""What changes if the balance loss has the shares of the micro batches so far, and not of the batch?
 
 The script trains a small MoE with four micro batches a step in both ways (`router.balance_counts`) and gathers
 `results.json`. Runs that are there are not repeated. Then it times both steps in turns, in processor time.
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     results = HERE / "results.json"

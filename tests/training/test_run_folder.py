@@ -525,7 +525,10 @@ def test_a_run_keeps_the_counts_it_began_with(table: Table, tmp_path: Path) -> N
     ("then", "wanted"),
     [
         (None, ("buffered", "buffered")),
-        ({"router": {"balance_counts": "exact"}, "stage": [{"router": {"balance_counts": "exact"}}]}, ("exact", "exact")),
+        (
+            {"router": {"balance_counts": "exact"}, "stage": [{"router": {"balance_counts": "exact"}}]},
+            ("exact", "exact"),
+        ),
         ({"router": {"balance_counts": "buffered"}, "stage": [{}]}, ("buffered", "buffered")),
         ({"router": {}, "stage": 5}, ("exact", "buffered")),
         ([], ("buffered", "buffered")),

@@ -66,7 +66,7 @@ class Head:
 
 
 def words(model: PreTrainedModel) -> int | None:
-    """Return the number of words of the head of `model`, on all ranks together; None if it is no linear map."""
+    """Return the number of words of the head of `model`, on all ranks; None if it is no linear map."""
     linear = _linear(model)
     return None if linear is None else len(linear.weight)
 

@@ -146,7 +146,11 @@ class _Chunked(torch.autograd.Function):
         together = torch.cat(parts) if of_states else None
         if together is not None and head.group is not None:
             dist.all_reduce(together, group=head.group)  # each rank's words have had a part in it
-        ctx.made = (together, _cast(sums, weight.dtype), None if bias is None else _cast(bias_sums, bias.dtype))
+        ctx.made = (
+            together,
+            _cast(sums, weight.dtype),
+            None if bias is None else _cast(bias_sums, bias.dtype),
+        )
         total = torch.stack(losses).sum()
         by_kind = torch.stack(told).sum(0) if told else total.new_zeros(0)
         ctx.mark_non_differentiable(by_kind)

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits of which each rank has those of some words, as tensor parallelism shares a head out.
+"""Cross-entropy of logits of which each rank has those of some words, as under tensor parallelism.
 
 Ranks exchange three numbers a token instead of its logits (Megatron-LM, Shoeybi et al. 2019, section 3).
 
