@@ -1,7 +1,8 @@
 """What changes if the balance loss has the shares of the micro batches so far, and not of the batch?
 
-The script trains a small MoE with four micro batches a step in both ways (`router.balance_counts`) and gathers
-`results.json`. Runs that are there are not repeated. Then it times both steps in turns, in processor time.
+The script times a step of both kinds (`router.balance_counts`) in turns, in processor time. Then it trains a
+small MoE with four micro batches a step in both ways and gathers `results.json`. Runs that are there are not
+repeated.
 
     python experiments/balance_counts/run.py --checkpoint stories260k --text tinystories.txt
 """
