@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from upcycle.recipe import read_toml
 
 HERE = Path(__file__).parent
@@ -25,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
 
 VARIANTS = ("exact", "buffered")
-LAST = 50  # steps over which the load is averaged
+LAST = 40  # steps over which the load is averaged
 PAIRS = 12  # steps of each kind that are timed
 
 
@@ -41,9 +43,11 @@ def table(counts: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
 
 def go(counts: str, seed: int, options: argparse.Namespace) -> common.Result:
-    """Train one run in its own process; return its scores and how the load lay on the experts."""
+    """Train one run; return its scores and how the load lay on the experts."""
+    from upcycle.training.loop import train
+
     run = table(counts, seed, options)
-    common.train(run, 1)
+    train(run, resume=True)
     lines = common.lines_of(run["out"])
     busiest = [layer["busiest"] * len(layer["load"]) for line in lines[-LAST:] for layer in line["layers"]]
     return {
@@ -59,15 +63,12 @@ def go(counts: str, seed: int, options: argparse.Namespace) -> common.Result:
 
 def seconds_of_steps(options: argparse.Namespace) -> dict[str, float]:
     """Return the processor time of a step of both kinds, the median of steps taken in turns."""
-    import torch
-
     from upcycle import tasks
     from upcycle.training import optimizer, start, step
     from upcycle.training.parallel import ranks
     from upcycle.training.routing import Routers
     from upcycle.training.run import Run
 
-    torch.set_num_threads(1)
     trainees = {}
     for counts in VARIANTS:
         run = Run.of(table(counts, 0, options))
@@ -96,9 +97,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     results = HERE / "results.json"
     about = json.loads(results.read_text()) if results.exists() else {}
     about["steps"] = options.steps
