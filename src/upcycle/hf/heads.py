@@ -85,7 +85,8 @@ def without_logits(
     def instead(hidden: Tensor) -> Tensor:
         head = Head.of(model)
         assert head is not None
-        return compute(hidden, head).view(1, 1, 1)  # as logits are, for what the class does with them
+        # As logits are, for what the class does with them; FSDP warns of views.
+        return compute(hidden, head).view(1, 1, 1).clone()
 
     before = linear.__dict__.get("forward")  # tensor parallelism has put one there
     linear.forward = instead  # type: ignore[method-assign]
