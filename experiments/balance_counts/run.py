@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
 
 VARIANTS = ("exact", "buffered")
-LAST = 40  # steps over which the load is averaged
+LAST = 20  # steps over which the load is averaged
 PAIRS = 12  # steps of each kind that are timed
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)

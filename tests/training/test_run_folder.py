@@ -491,6 +491,23 @@ def test_ctrl_c_ends_with_130(table: Table, tmp_path: Path, monkeypatch: pytest.
     assert ended.value.code == 130
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_one_of_several_processes_says_what_ends_them_all(
+    elsewhere: bool, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refused(*_: Any) -> None:
+        error = UpcycleError("process 1 of 2 sees another config of the source than process 0")
+        error.elsewhere = elsewhere
+        raise error
+
+    (tmp_path / "run.toml").write_text(f"source = {json.dumps(table()['source'])}\n")
+    monkeypatch.setattr(Run, "load", refused)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(tmp_path / "run.toml")])
+    assert ended.value.code == 2
+    assert ("process 1 of 2 sees" in capsys.readouterr().err) != elsewhere
+
+
 # --- settings that a run file leaves open
 
 
