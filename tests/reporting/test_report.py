@@ -614,6 +614,7 @@ def spoil_file(drawn: random.Random, path: Path, text: str) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, monkeypatch):
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)

@@ -16,7 +16,7 @@ import tiny
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
-from upcycle.training import chunked_entropy, saving, step
+from upcycle.training import chunked_entropy, held_out, saving, step
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import ranks as world
@@ -30,7 +30,7 @@ def outcome(source: Path, changes: dict[str, Any], batch: dict[str, torch.Tensor
     with world(run.parallel) as here:
         trainee = ranks.trainee_of(run, here)
     found = step.train_step(trainee, batch, 0, 1e-2)
-    score = step.evaluate(trainee, batch)
+    score = held_out.score(trainee, batch)
     told = [found.loss, found.grad_norm, found.balance_loss, found.z_loss, score.loss, score.accuracy]
     assert all(number is not None for number in told)
     return [float(number) for number in told if number is not None]

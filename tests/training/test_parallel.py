@@ -81,7 +81,7 @@ def test_load_on_one_process(cases):
         assert found["digests"] == wanted
 
 
-@pytest.mark.parametrize("layouts", [TWO, FOUR], ids=["two", "four"])
+@pytest.mark.parametrize("layouts", [TWO, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["two", "four"])
 def test_load_is_convert_at_every_layout(cases, layouts):
     tables, expected = cases
     world = max(layout.get("fsdp", 1) * layout.get("tp", 1) for layout in layouts)
@@ -178,7 +178,9 @@ def test_recomputed_layers_are_recorded_once(llama, one_process):
     assert 0 < counts[False] == counts["selective"] < counts[True]
 
 
-@pytest.mark.parametrize("layouts", [TWO, FOUR[:2]], ids=["two", "four"])
+@pytest.mark.parametrize(
+    "layouts", [TWO, pytest.param(FOUR[:2], marks=pytest.mark.slow)], ids=["two", "four"]
+)
 def test_gradients_of_several_processes_are_those_of_one(llama, one_process, layouts):
     wanted = [(layout, changes) for layout in layouts for changes in ({}, PIECES)]
     world = max(layout.get("fsdp", 1) * layout.get("tp", 1) for layout in layouts)
@@ -269,6 +271,7 @@ def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
             assert result == reference
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_saving(trainable, tmp_path):
     """The other says so, the checkpoint before stays, and the run goes on from it as if nothing had been."""
     source, text = trainable

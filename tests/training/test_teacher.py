@@ -231,6 +231,7 @@ def changed(table: dict[str, Any], out: Path, **teacher: Any) -> dict[str, Any]:
     return {**table, "out": str(out), "teacher": {**table["teacher"], **teacher}}
 
 
+@pytest.mark.slow
 def test_kept_logits_are_those_of_the_teacher_and_are_made_once(trainable, tmp_path, monkeypatch):
     """With every word, they give the losses of a run beside its teacher. Rows come twice."""
     train_ = {"steps": 6, "batch_size": 3, "micro_batch": 2, "sequence_length": 64, "eval_every": 0}
@@ -283,6 +284,7 @@ def test_a_shared_folder_is_written_by_several_runs(tmp_path):
     assert (tmp_path / "0.logits.77.partial").exists()
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_of_keeping_logits(trainable, tmp_path):
     """Two ranks write what one does, and take the same steps."""
     table = table_of(trainable, tmp_path / "one", teacher={"top_logits": 8})

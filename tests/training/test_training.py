@@ -275,6 +275,7 @@ def test_a_run_resumed_is_the_run(table, tmp_path):
     assert len(losses(tmp_path / "again")) == 6
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     """SIGKILL at three random moments, saving after every step, then SIGTERM: the losses are those of a run
     that nobody disturbed. Checkpoints are written before the next step, and beside it, by turns."""

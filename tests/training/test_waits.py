@@ -31,6 +31,7 @@ from upcycle.training.loop import train
 from upcycle.training.parallel import ranks as world
 from upcycle.training.run import Run
 from upcycle.training.seeds import Seeds
+from upcycle.training.trainee import Trainee
 
 # Operators that wait on an accelerator, whatever their arguments. Indexing by a mask is `nonzero` too, and
 # `torch.tensor(list, device=...)` calls `lift_fresh`.
@@ -75,7 +76,7 @@ def batch_of(run: Any, task: Any) -> dict[str, torch.Tensor]:
     return ranks.batch_of(run, task)
 
 
-def without_data(trainee: step.Trainee, device: str) -> step.Trainee:
+def without_data(trainee: Trainee, device: str) -> Trainee:
     """The same with parameters and buffers that have no data. Call it inside a FakeTensorMode."""
     for module in trainee.model.modules():
         for name, old in [*module._parameters.items()]:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.checkpoints import hub
-from upcycle.checkpoints.checkpoint import Checkpoint, TensorInfo, read_header, read_json, stamp
+from upcycle.checkpoints.checkpoint import Checkpoint, read_json, stamp
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.header import TensorInfo, read_header
 from upcycle.errors import UpcycleError, listed, shown
-from upcycle.tensors.lazy import Lazy, Stored, Transposed
+from upcycle.tensors.lazy import Lazy, Stored
+from upcycle.tensors.moved import Transposed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

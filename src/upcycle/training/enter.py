@@ -18,7 +18,7 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.spikes import Recent
 from upcycle.training.start import Start
-from upcycle.training.step import Trainee
+from upcycle.training.trainee import Trainee
 
 
 def anatomy_of(

@@ -25,12 +25,10 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from upcycle import tasks
 from upcycle.blueprints.entries import Entry
-from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense.source import Dense
-from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
 from upcycle.hf.even_dispatch import EvenDispatch
 from upcycle.loading import attention_heads
@@ -38,6 +36,7 @@ from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
+    beginning,
     enter,
     examining,
     fit,
@@ -114,11 +113,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     examining.refuse_several(run, world)
     begun = start.start_of(run)
-    task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
-    for leg in Course(run).legs:
-        fit.refuse_pooling(leg.run, begun.built)
-        fit.refuse_isolation(leg.run, task, begun.subject)
-        teacher.refuse_other(leg.run, task, begun.subject, begun.teacher)
+    task = beginning.admitted(run, begun)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
     layout = run.parallel.layout(world)
