@@ -68,6 +68,7 @@ def seconds_of_steps(options: argparse.Namespace) -> dict[str, float]:
     from upcycle.training.parallel import ranks
     from upcycle.training.routing import Routers
     from upcycle.training.run import Run
+    from upcycle.training.trainee import Trainee
 
     trainees = {}
     for counts in VARIANTS:
@@ -75,7 +76,7 @@ def seconds_of_steps(options: argparse.Namespace) -> dict[str, float]:
         with ranks(run.parallel) as here:
             begun = start.start_of(run)
             model = start.model_of(begun, run, here, "float32")
-        trainees[counts] = step.Trainee(
+        trainees[counts] = Trainee(
             model=model, task=tasks.of(begun.dense.architecture), start=begun, routers=Routers.of(model),
             optimizer=optimizer.make(model, run.optimizer), run=run, ranks=here, precision="float32",
         )  # fmt: skip
