@@ -90,7 +90,7 @@ def test_metadata_is_what_safetensors_takes(metadata, tmp_path):
     if theirs:
         read_header(path)
         return
-    with pytest.raises(UpcycleError, match="__metadata__ of the header holds what is no text"):
+    with pytest.raises(UpcycleError, match="__metadata__ of the header holds a value that is not text"):
         read_header(path)
 
 

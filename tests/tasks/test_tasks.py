@@ -192,7 +192,7 @@ def test_a_run_trains_is_resumed_to_the_bit_and_exported(case, data, tmp_path):
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["task"] == task
     # Stopped after four steps, and gone on with.
     train(Run.of(table(kind, data, tmp_path / "parts", **changes)))
-    for step, path in saving.found(tmp_path / "parts"):
+    for step, path in saving.checkpoints(tmp_path / "parts"):
         if step > 4:
             shutil.rmtree(path)
     again = train(Run.of(table(kind, data, tmp_path / "parts", **changes)), resume=True)

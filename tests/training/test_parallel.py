@@ -282,7 +282,7 @@ def test_a_rank_that_dies_while_saving(trainable, tmp_path):
         gloo.run(2, "ranks:dies_while_saving", broken, 3, str(tmp_path / "said"))
     assert "a process of this run has ended" in (tmp_path / "said").read_text()
     checkpoints = tmp_path / "broken" / "checkpoints"
-    assert [path.name for _, path in saving.found(tmp_path / "broken")] == ["step-1", "step-2"]
+    assert [path.name for _, path in saving.checkpoints(tmp_path / "broken")] == ["step-1", "step-2"]
     assert (checkpoints / "step-3.partial").is_dir()
     loop.train(Run.of({**broken, "parallel": {}}), resume=True)
     assert not list(checkpoints.glob("*.partial"))

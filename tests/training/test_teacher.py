@@ -197,10 +197,10 @@ def test_a_run_goes_on_to_the_bit_and_is_exported_without_its_teacher(trainable,
     whole = train(table)
     lines = read(tmp_path / "run")
     assert all(line.divergence is not None and line.divergence > 0 for line in lines)
-    shutil.rmtree(dict(saving.found(tmp_path / "run"))[4])
+    shutil.rmtree(dict(saving.checkpoints(tmp_path / "run"))[4])
     again = train(table, resume=True)
     assert (again.loss, again.held_out_loss) == (whole.loss, whole.held_out_loss)
-    shutil.rmtree(dict(saving.found(tmp_path / "run"))[4])
+    shutil.rmtree(dict(saving.checkpoints(tmp_path / "run"))[4])
     config = teacher / "config.json"
     weights = teacher / "model.safetensors"
     raw = bytearray(weights.read_bytes())
@@ -256,7 +256,7 @@ def test_kept_logits_are_those_of_the_teacher_and_are_made_once(trainable, tmp_p
     train(again)
     losses_ = [[line.loss for line in read(tmp_path / name)] for name in ("kept", "again")]
     assert losses_[0] == losses_[1]
-    shutil.rmtree(dict(saving.found(tmp_path / "again"))[6])
+    shutil.rmtree(dict(saving.checkpoints(tmp_path / "again"))[6])
     train(again, resume=True)
     assert [line.loss for line in read(tmp_path / "again")] == losses_[0]
 

@@ -26,7 +26,7 @@ import tiny
 from upcycle import UpcycleError, families
 from upcycle.nn import routers
 from upcycle.training import ledger, optimizer, start, step, teacher
-from upcycle.training.kept_logits import IDS, LOGS, Kept
+from upcycle.training.kept_logits import IDS, LOGS, KeptLogits
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks as world
 from upcycle.training.run import Run
@@ -232,7 +232,7 @@ def test_a_teacher_waits_for_nothing(top, source):
             batch[LOGS] = torch.full((*batch["rows"][:, 1:].shape, top), 0.1).log()
             batch[IDS] = torch.arange(top).expand_as(batch[LOGS])
         beside = teacher.Beside(model=teacher.model_of(start.start_of(run).teacher, here, "float32"))
-    trainee = replace(trainee, run=run, teacher=Kept(segments=(), places={}) if top else beside)
+    trainee = replace(trainee, run=run, teacher=KeptLogits(segments=(), places={}) if top else beside)
     with Watch() as watch:
         queued = step.queue_step(trainee, batch, 0, 1e-3)
     assert watch.waits == []

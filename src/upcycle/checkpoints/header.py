@@ -59,15 +59,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UpcycleError(f"{file}: __metadata__ of the header holds what is no text")
+        raise UpcycleError(f"{file}: __metadata__ of the header holds a value that is not text")
     data = 8 + length
     tensors = {name: _tensor(file, name, entry, data) for name, entry in header.items()}
     end = 0
     for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if info.offset != data + end:
             raise UpcycleError(
-                f"{file}: tensor {info.name} starts at byte {info.offset - data} of the data where "
-                f"{end} is due; tensors overlap or leave a hole"
+                f"{file}: tensor {info.name} starts at byte {info.offset - data} of the data and not "
+                f"at byte {end}; tensors overlap or leave a hole"
             )
         end += info.nbytes
     if data + end != size:

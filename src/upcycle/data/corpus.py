@@ -70,7 +70,7 @@ class Tokens:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
     def first_ids(self) -> np.ndarray:
-        """Return the numbers of the first ids of all documents, in order, int64."""
+        """Return the numbers of the first ids of all documents, in order, int64 [documents]."""
         assert self.starts is not None
         return np.fromfile(self.starts, _STARTS)
 
@@ -193,7 +193,7 @@ def _is_of(made_from: dict[str, Any], source: Source) -> bool:
 
 @dataclass(kw_only=True)
 class _Written:
-    """What has been written of a token file."""
+    """The part of a token file that has been written."""
 
     dtype: str
     count: int = 0  # of ids

@@ -239,7 +239,7 @@ def _joined(hashes: Iterable[str]) -> str:
 
 @dataclass(kw_only=True)
 class _Decoded:
-    """What has been decoded of a set of images."""
+    """The images of a set that have been decoded."""
 
     keeps_pixels: bool
     count: int = 0

@@ -49,7 +49,7 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What an adapter adds to a module's matrix: scale x left right, with left [N, r] and right [r, M]."""
+    """The matrix that an adapter adds to another: scale x left right, with left [N, r] and right [r, M]."""
 
     left: Lazy
     right: Lazy
@@ -75,7 +75,7 @@ class Adapter:
 
     @cached_property
     def pairs(self) -> dict[str, Pair]:
-        """What it adds, by the names of the modules in the model's class.
+        """The matrices that it adds, by the names of the modules in the model's class.
 
         Raises `UpcycleError` for a tensor that belongs to no pair, and for a pair of another rank than the
         settings have.

@@ -36,7 +36,7 @@ class Measured(FromStatistics, Selecting):
         return self._computed(choice, self.sampled, [kind, stack, layer, list(self._key(choice))])
 
     def sampled(self, choice: Choice) -> np.ndarray:
-        """Return positions drawn in proportion to their importance, ascending (equation 5)."""
+        """Return positions [count] drawn in proportion to their importance, ascending (equation 5)."""
         return np.sort(drawn(self._key(choice), self._scores(choice))[: choice.count])
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
-from upcycle.reporting.crossing import Crossing, Told, bounds, crossing, told
+from upcycle.reporting.crossing import Crossing, Standing, bounds, crossing, standing
 from upcycle.reporting.labels import ORDER, Kind, flat, kind_of, labels_of, settings, short
 from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.starts import Given, StartCost, start_cost
@@ -67,15 +67,15 @@ class Group:
 class Pair:
     """A comparison of a Mixture of Experts with another group by held-out loss.
 
-    The crossings are those of the drawn curves. Statements about them use `told`, which rests on measurements
-    alone.
+    The crossings are those of the drawn curves. Statements about them use `standing`, which rests on
+    measurements alone.
     """
 
     group: Group
     against: Group
-    told: Told  # along FLOPs
-    told_tokens: Told
-    told_with_start: Told | None
+    standing: Standing  # along FLOPs
+    standing_by_tokens: Standing
+    standing_with_start: Standing | None
     tokens: Crossing
     flops: Crossing
     with_start: Crossing | None  # along FLOPs that include those of the starts; None if a start is unknown
@@ -87,7 +87,7 @@ class Pair:
 
         It is judged by the measurements and by two standard errors over seeds; one seed cannot decide it.
         """
-        found, error = self.told, self.error
+        found, error = self.standing, self.error
         if found.low is None or found.high is None:
             return "cannot be told"
         if error is None:
@@ -221,19 +221,19 @@ def _pairs(groups: Sequence[Group]) -> Iterable[Pair]:
 def _pair(group: Group, against: Group) -> Pair:
     flops = crossing(group.flops, group.loss.value, against.flops, against.loss.value)
     starts = (group.start.flops, against.start.flops)
-    with_start = told_with_start = None
+    with_start = standing_with_start = None
     if starts[0] is not None and starts[1] is not None:
         curves = (group.flops + starts[0], group.loss.value, against.flops + starts[1], against.loss.value)
-        with_start, told_with_start = crossing(*curves), told(*curves)
+        with_start, standing_with_start = crossing(*curves), standing(*curves)
     error = None
     if flops.end is not None and group.loss.error is not None and against.loss.error is not None:
         error = math.hypot(*(_error_at(flops.end, each) for each in (group, against)))
     return Pair(
         group=group,
         against=against,
-        told=told(group.flops, group.loss.value, against.flops, against.loss.value),
-        told_tokens=told(group.tokens, group.loss.value, against.tokens, against.loss.value),
-        told_with_start=told_with_start,
+        standing=standing(group.flops, group.loss.value, against.flops, against.loss.value),
+        standing_by_tokens=standing(group.tokens, group.loss.value, against.tokens, against.loss.value),
+        standing_with_start=standing_with_start,
         tokens=crossing(group.tokens, group.loss.value, against.tokens, against.loss.value),
         flops=flops,
         with_start=with_start,
@@ -243,7 +243,7 @@ def _pair(group: Group, against: Group) -> Pair:
 
 def difference_of(pair: Pair) -> str:
     """Describe the difference in loss at the end, as an interval."""
-    low, high = pair.told.low, pair.told.high
+    low, high = pair.standing.low, pair.standing.high
     if low is None or high is None:
         return formats.MISSING
     one, two = formats.signed(low), formats.signed(high)
@@ -258,6 +258,6 @@ def _error_at(flops: float, group: Group) -> float:
 
 
 def measured(group: Group, values: np.ndarray, flops: float) -> tuple[float, float]:
-    """Return the bounds of a curve of a group after `flops` FLOPs, as implied by the measurements."""
+    """Return the bounds of a curve [n] of a group after `flops` FLOPs, as implied by the measurements."""
     low, high = bounds(np.array([flops]), group.flops, values)
     return float(low[0]), float(high[0])

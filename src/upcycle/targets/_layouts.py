@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Layout(Protocol):
-    """Where the experts of a layer are stored."""
+    """The names under which the experts of a layer are stored."""
 
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
         """Return the experts by their names on disk, below the layer's prefix."""

@@ -39,7 +39,7 @@ _LAYERS = "model.layers."
 
 @dataclass(frozen=True, kw_only=True)
 class Growing:
-    """What is needed to read a checkpoint of an architecture, besides the names that it is written with."""
+    """The facts that are needed to read a checkpoint of an architecture, besides its names."""
 
     like: str  # the dense family that has its blocks outside the experts
     assumed: Mapping[str, Any]  # what transformers assumes for keys missing from config.json

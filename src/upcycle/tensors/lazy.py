@@ -44,7 +44,7 @@ class Lazy(abc.ABC):
 
     @abc.abstractmethod
     def read(self, index: Index, dtype: str) -> np.ndarray:
-        """Return the slice `index`, in `dtype`, as a new array."""
+        """Return the slice `index` as a new array of `dtype`, [stop - start, ...]."""
 
     def into(self, index: Index, out: np.ndarray, dtype: str) -> None:
         """Write the slice `index`, in `dtype`, into `out`, which has its shape and that dtype.

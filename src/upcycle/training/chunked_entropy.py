@@ -123,7 +123,7 @@ class _Chunked(torch.autograd.Function):
                     if taught is not None:
                         found = distillation.losses(logits, wanted, next(lessons), taught[1])
                         loss = found.total
-                        told.append(torch.stack(found.told()))
+                        told.append(torch.stack(found.terms()))
                     elif head.group is None:
                         loss = _loss(logits, wanted)
                     else:

@@ -225,7 +225,7 @@ def _hashes_of_sources(begun: Start, known: Hashes | None, run_folder: Path) -> 
 
 
 def _checkpoint(run_folder: Path, step: int | None) -> Path:
-    there = dict(saving.found(run_folder))
+    there = dict(saving.checkpoints(run_folder))
     if not there:
         raise UpcycleError(f"{run_folder} has no checkpoint yet; it saves every `checkpoint.every` steps")
     if step is not None and step not in there:

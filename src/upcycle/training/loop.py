@@ -42,7 +42,7 @@ def train(
     """
     run = Run.of(run)
     precision = fit.precision(run)
-    mine = agreement.found(run, parallel.world_size())
+    mine = agreement.start_here(run, parallel.world_size())
     task = None if mine.begun is None else beginning.admitted(run, mine.begun)
     with ExitStack() as stack:
         here = stack.enter_context(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from upcycle.errors import UpcycleError
 from upcycle.training import routing
-from upcycle.training.routing import Kind, Tally
+from upcycle.training.routing import RouterKind, Tally
 from upcycle.training.run import Spikes
 from upcycle.training.transfer import Transfer
 
@@ -49,7 +49,7 @@ class Queued:
     step: int
     transfer: Transfer
     gradients: Sequence[str]  # names of the parameters that had one
-    kinds: Sequence[Kind] = ()  # of the routers
+    kinds: Sequence[RouterKind] = ()  # of the routers
     routers: Sequence[str] = ()
     own: Sequence[str] = ()  # names of the routers' own losses
     spikes: Spikes = field(default_factory=Spikes)

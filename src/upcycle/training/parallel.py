@@ -65,7 +65,7 @@ class Ranks:
         return bool(seen)
 
     def seen(self, flag: bool) -> torch.Tensor:
-        """Return on how many ranks `flag` is set, as a tensor on the device; nobody waits for it."""
+        """Return on how many ranks `flag` is set, [] on the device; the host does not wait for it."""
         count = torch.full((), int(flag), device=self.device)
         if self.world > 1:
             dist.all_reduce(count)

@@ -61,7 +61,7 @@ _STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What one rank holds between two steps, in bytes."""
+    """The memory that one rank holds between two steps, in bytes."""
 
     rank: int
     weights: int
@@ -79,7 +79,7 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What a run would be in a world of `world` processes."""
+    """The layout of a run in a world of `world` processes."""
 
     world: int
     layout: Mapping[str, int]
@@ -290,7 +290,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                     shape = (size[0], size[1] - 1, count)
                     batch[kept_logits.LOGS] = torch.zeros(shape, device=here.device)
                     batch[kept_logits.IDS] = torch.zeros(shape, dtype=torch.long, device=here.device)
-                    trainee = replace(trainee, teacher=kept_logits.Kept(segments=(), places={}))
+                    trainee = replace(trainee, teacher=kept_logits.KeptLogits(segments=(), places={}))
             with EvenDispatch(trainee.model, ep=here.layout.ep, tp=here.layout.tp):
                 for number in range(_STEPS):
                     step.queue_step(trainee, batch, number, course.legs[0].rate(number))

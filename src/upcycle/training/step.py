@@ -85,7 +85,7 @@ def _backward(trainee: Trainee, batch: Batch, seeds: Seeds) -> _BatchSums:
     for place, question in enumerate(questions):
         with _recorded(trainee, seeds, place):
             of_micro = trainee.losses(question, micros[place])
-        loss, (entropy, *taught) = of_micro.total / targets, [each / targets for each in of_micro.told()]
+        loss, (entropy, *taught) = of_micro.total / targets, [each / targets for each in of_micro.terms()]
         parts = [entropy]
         if routers is not None:
             seen = ranks.sum(routers.tallies())
@@ -115,7 +115,7 @@ def _queued(
     )
     if routers is None:
         return queued
-    own = router_losses.own_names(routers.said)
+    own = router_losses.own_names(routers.outputs)
     return replace(queued, kinds=routers.kinds(), routers=routers.names, own=own)
 
 
@@ -133,7 +133,7 @@ def _update(trainee: Trainee, queued: Queued, skipped: Tensor, lr: float, tallie
         if rate := trainee.run.router.bias_rate(queued.step):
             # biases stay where weights stay
             routing.update_biases(routers.biases(), routers.read(tallies), ~skipped * rate)
-        routers.said.clear()
+        routers.outputs.clear()
 
 
 def _all_targets(trainee: Trainee, batch: Batch) -> Tensor | int:
@@ -180,12 +180,14 @@ def _count_ahead(trainee: Trainee, questions: Sequence[Question], seeds: Seeds) 
     return trainee.ranks.sum(total)
 
 
-def _router_losses(trainee: Trainee, tallies: Tensor, share: float, micros: int) -> router_losses.Part:
+def _router_losses(
+    trainee: Trainee, tallies: Tensor, share: float, micros: int
+) -> router_losses.Contribution:
     """Compute this micro batch's part of the router losses; `tallies` cover the part `share` of the batch."""
     routers = trainee.routers
     assert routers is not None
-    return router_losses.part(
-        routers.said,
+    return router_losses.contribution(
+        routers.outputs,
         routers.read(tallies),
         trainee.run.router,
         share=share,

@@ -41,7 +41,7 @@ def take(ready: Ready, examiner: Examiner | None, out: Path, stop: Sequence[int]
 
 @dataclass(frozen=True, kw_only=True)
 class Due:
-    """What follows a step."""
+    """The things that follow a step."""
 
     last: bool  # it is the last step of the run
     stage_ends: bool
@@ -51,7 +51,7 @@ class Due:
 
     @property
     def waits(self) -> bool:
-        """Whether the numbers of the step must be there before the next one is queued."""
+        """True if the numbers of the step must be there before the next one is queued."""
         return self.stage_ends or self.score or self.exam or self.checkpoint
 
 

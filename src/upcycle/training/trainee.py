@@ -16,7 +16,7 @@ from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.training import chunked_entropy, distillation
 from upcycle.training.distillation import Losses
-from upcycle.training.freezing import Kept
+from upcycle.training.freezing import KeptExperts
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -37,7 +37,7 @@ class Trainee:
     run: Run
     ranks: Ranks
     precision: str
-    kept: Kept | None = None  # experts of trained stacks that are not trained
+    kept: KeptExperts | None = None  # experts of trained stacks that are not trained
     recent: Recent | None = None  # the last steps, against which the next ones are judged
     teacher: Teaching | None = None
 
@@ -53,13 +53,13 @@ class Trainee:
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def logits(self, question: Question, **options: Any) -> Tensor:
-        """Return the model's logits for a question."""
+        """Return the model's logits for a question: [B, L, V], or [B, classes]."""
         with self.autocast(), packing.told(question.inputs):
             out: Tensor = self.model(**question.inputs, **options).logits
         return out
 
     def entropy(self, question: Question) -> Tensor:
-        """Return the cross-entropy in nats, summed over the targets of a question."""
+        """Return the cross-entropy in nats, summed over the targets of a question, []."""
         if not self._in_chunks(question):
             return self.task.loss(self.logits(question), question.labels)
         return self._without_logits(
@@ -88,7 +88,7 @@ class Trainee:
         return replace(found[0], total=total)
 
     def scores(self, question: Question, rows: int) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy and the number of right answers of a question's first rows."""
+        """Return the summed cross-entropy and the right answers of a question's first rows, [] each."""
         labels = question.labels[:rows]
         if not self._in_chunks(question):
             logits = self.logits(question)[:rows]

@@ -79,7 +79,7 @@ class Translation:
 
     @property
     def collect(self) -> str:
-        """What `upcycle calibrate` has to collect for the router; empty if nothing."""
+        """The statistics that `upcycle calibrate` has to collect for the router; empty if none."""
         return str(self.table["router"]["init"]["name"]) if self.prompts else ""
 
     def commands(self, recipe: str, prompts: str = PROMPTS) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ class OfDomains(Measured):
 
 
 def unit(rows: np.ndarray, scale: np.ndarray | float = 1.0) -> np.ndarray:
-    """Return rows divided by their lengths, in float64; one without a direction stays zero.
+    """Return rows [N, H] divided by their lengths, in float64; one without a direction stays zero.
 
     `scale` is the length of the vectors that a row is a difference of.
     """

@@ -114,7 +114,7 @@ def _table(groups: list[tuple[Group, Health]]) -> Table:
                 f"{busiest:.2f}",
                 f"{dead:g} of {experts}",
                 f"{collapsed:g}",
-                formats.share(float(left)),
+                formats.percent(float(left)),
             )
         )
     return Table(
