@@ -35,7 +35,9 @@ class Head:
         linear = _linear(model)
         if linear is None:
             return None
-        weight, bias, group, first = linear.weight, linear.bias, None, 0
+        weight: Tensor = linear.weight
+        bias: Tensor | None = linear.bias
+        group, first = None, 0
         if isinstance(weight, DTensor):
             if weight.device_mesh.mesh_dim_names != ("tp",) or weight.placements != (Shard(0),):
                 return None
@@ -89,7 +91,7 @@ def without_logits(
         return compute(hidden, head).view(1, 1, 1).clone()
 
     before = linear.__dict__.get("forward")  # tensor parallelism has put one there
-    linear.forward = instead  # type: ignore[method-assign]
+    linear.forward = instead  # type: ignore[method-assign, assignment]
     hook = linear.register_forward_hook(lambda module, args, output: made.append(output))
     try:
         model(**inputs)
