@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Settings, Within
 
-BUFFERED, EXACT = "buffered", "exact"  # values of `balance_counts`
+BUFFERED: Final = "buffered"  # values of `balance_counts`
+EXACT: Final = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
