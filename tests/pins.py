@@ -202,7 +202,16 @@ def _runs() -> Iterator[tuple[str, str, Table]]:
         "llama",
         {**text, "moe": _UP, "router": {"name": "sigmoid", "bias_update_rate": 0.01}},
     )
-    yield "llama: accumulated", "llama", {**text, "moe": _MOE, "train": {**text["train"], "micro_batch": 1}}
+    yield (
+        "llama: accumulated",
+        "llama",
+        {
+            **text,
+            "moe": _MOE,
+            "train": {**text["train"], "micro_batch": 1},
+            "router": {"balance_counts": "exact"},
+        },
+    )
     yield (
         "qwen3: drop",
         "qwen3",

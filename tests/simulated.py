@@ -30,10 +30,10 @@ from transformers.distributed import DistributedConfig
 
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.forecast.setting import Recompute
-from upcycle.hf import building, distributing, meshes, models, opening
+from upcycle.hf import building, distributing, heads, meshes, models, opening
 from upcycle.nn import kernels
 from upcycle.sharding.layout import Layout
-from upcycle.training import gradients, recomputing
+from upcycle.training import chunked_entropy, gradients, recomputing
 
 aten = torch.ops.aten
 
@@ -45,6 +45,7 @@ class Step:
     peak: int
     parts: dict[str, int]
     traffic: dict[tuple[str, int], tuple[int, int]]  # kind and number of ranks: times, bytes
+    waits: tuple[int, ...] = ()  # all-gathers that are on their way whenever the host reads a number
 
 
 class Traffic(TorchDispatchMode):
@@ -61,11 +62,13 @@ class Traffic(TorchDispatchMode):
         self.seen: Counter[tuple[str, int]] = Counter()
         self.bytes: Counter[tuple[str, int]] = Counter()
         self.pairs = pairs
+        self.waits: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented
         if func is aten._local_scalar_dense.default:  # the numbers of rows sent to and got from a rank
+            self.waits.append(sum(n for (kind, _), n in self.seen.items() if kind == "all_gather"))
             return self.pairs
         if func is aten.bincount.default:  # whose shape depends on values if there are more than `minlength`
             return args[0].new_zeros((kwargs or {}).get("minlength", 0) or args[2])
@@ -102,6 +105,17 @@ def world(size: int, rank: int = 0) -> Iterator[None]:
         _clear_sharding_prop_cache()  # it holds meshes, and the next world may have equal ones
         os.environ.clear()
         os.environ.update(before)
+
+
+def entropy(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy as a step of training computes it: in chunks, if there are many logits."""
+    if chunked_entropy.is_worth(ids.numel(), heads.words(model)):
+        return heads.without_logits(
+            model, {"input_ids": ids}, lambda hidden, head: chunked_entropy.cross_entropy(hidden, ids, head)
+        )
+    logits = model(input_ids=ids).logits
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, ids.flatten(), reduction="sum")
 
 
 def step(
@@ -145,10 +159,7 @@ def step(
             memory, traffic = Peak(), Traffic(pairs)
             memory.track_external(model, *itertools.chain(*moments))
             with memory, traffic:
-                logits = model(input_ids=ids).logits
-                wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-                loss = torch.nn.functional.cross_entropy(wide, ids.flatten(), reduction="sum")
-                del wide, logits
+                loss = entropy(model, ids)
                 (loss * layout.dp).backward()
                 del loss
             with traffic:
@@ -158,4 +169,4 @@ def step(
     found = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
     parts = {getattr(kind, "value", kind): size for kind, size in found.items()}
     counted = {kind: (traffic.seen[kind], traffic.bytes[kind]) for kind in traffic.seen if kind[1] > 1}
-    return Step(parts.pop("Total"), parts, counted)
+    return Step(parts.pop("Total"), parts, counted, tuple(traffic.waits))

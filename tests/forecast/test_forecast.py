@@ -13,10 +13,11 @@ import tiny
 from upcycle.api.forecasting import foretell_run
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.blueprints.cost import flops_per_row
-from upcycle.forecast import memory, time, traffic
+from upcycle.forecast import head, memory, time, traffic
 from upcycle.forecast.setting import Setting
 from upcycle.recipe import Recipe
 from upcycle.sharding.layout import Layout
+from upcycle.training import chunked_entropy
 from upcycle.training.rehearsal import rehearse
 
 ROWS, LENGTH = 2, 64
@@ -80,6 +81,27 @@ def test_the_peak_is_the_one_that_torch_tracks(both, number):
     assert memory.peak(setting).total == pytest.approx(step.peak, rel=0.1)
 
 
+def test_the_next_block_is_gathered_before_a_layer_waits(both):
+    """Each layer reads how many rows it sends to and gets from each of four ranks, in forward order first."""
+    setting, step = both(1)
+    assert len(setting.groups) == 8  # embedding, three blocks and their experts, and the head
+    assert step.waits[:24:8] == (5, 7, 8)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(fsdp=8, ep=4), Layout(fsdp=2, tp=2), Layout(fsdp=4, tp=2, ep=4)], ids=str
+)
+def test_logits_in_chunks(layout, sources, monkeypatch):
+    """128 tokens in two chunks, or in one of as many as there are hidden states' bytes for."""
+    for module, name in ((head, "CHUNKED"), (chunked_entropy, "WORTH")):
+        monkeypatch.setattr(module, name, 0)
+    built = blueprint(sources[False], Recipe.of(moe=NATIVE))
+    setting = Setting(built=built, layout=layout, lengths={"layers": LENGTH}, rows=ROWS, recompute=True)
+    step = simulated.step(built, layout, rows=ROWS, length=LENGTH, recompute=True)
+    assert traffic.by_kind(traffic.collectives(setting)) == step.traffic
+    assert memory.peak(setting).total == pytest.approx(step.peak, rel=0.1)
+
+
 LLAMA_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -107,21 +129,25 @@ def test_llama_3_8b(tmp_path, layout, length, recompute):
     assert memory.peak(setting).total == pytest.approx(step.peak, rel=0.1)
 
 
-def test_one_gpu_computes_its_head_in_chunks(tmp_path):
+def test_many_logits_are_foretold_in_chunks(tmp_path):
     """From as many logits on as `training/chunked_entropy.py` says; a chunk takes about what states take."""
-    from upcycle.training import chunked_entropy
-
-    assert memory.CHUNKED == chunked_entropy.WORTH
+    assert head.CHUNKED == chunked_entropy.WORTH
     built = blueprint(tiny.make_headers(tmp_path / "llama", LLAMA_8B), Recipe.of(moe=NATIVE))
     words, hidden = LLAMA_8B["vocab_size"], LLAMA_8B["hidden_size"]
-    for layout, tokens, logits in (
-        (Layout(), 8192, 12 * words * -(-8192 // -(-words // hidden))),
-        (Layout(), 512, 12 * words * 512),
-        (Layout(fsdp=8, ep=8), 8192, 12 * words * 8192),
+    for layout, tokens, chunk, mine in (
+        (Layout(), 8192, 256, words),
+        (Layout(), 512, None, words),
+        (Layout(fsdp=8, ep=8), 8192, 256, words),
+        (Layout(fsdp=8, tp=2), 8192, 512, words // 2),
     ):
-        setting = Setting(built=built, layout=layout, lengths={"layers": tokens})
-        moment = "the gradient of the loss"
-        assert next(m for m in memory.moments(setting) if m.moment == moment).logits == logits
+        found = head.of(Setting(built=built, layout=layout, lengths={"layers": tokens}))
+        assert (found.chunk, found.words) == (chunk, mine)
+        if chunk:
+            states, weight = (
+                torch.empty(tokens, hidden, device="meta"),
+                torch.empty(mine, hidden, device="meta"),
+            )
+            assert chunked_entropy._size(states, weight) == chunk
 
 
 RUNS = {

@@ -30,9 +30,9 @@ def layouts(world: int, experts: int) -> list[Layout]:
     return found
 
 
-def llama(experts: int, *, layers: int = 32) -> dict[str, Sharded]:
+def llama(experts: int, *, layers: int = 32, hidden: int = 4096, inner: int = 14336) -> dict[str, Sharded]:
     """The parameters of Llama 3 8B with so many experts in every layer, in the cuts of a Mixtral."""
-    hidden, inner, heads, vocabulary = 4096, 14336, 1024, 128256
+    heads, vocabulary = hidden // 4, 128256
     out = {
         "embed": Sharded(shape=(vocabulary, hidden), tp=Split(0)),
         "head": Sharded(shape=(vocabulary, hidden), tp=Split(0)),
@@ -62,6 +62,27 @@ def test_the_most_loaded_rank_holds_an_even_share(world, experts):
         assert 1 <= placement.unevenness(parameters.values(), layout) <= 1.05, layout
         # Columns of a matrix on disk are read with what lies between them.
         assert all(each.fsdp < 2 and (each.expert or not each.fsdp) for each in parameters.values())
+
+
+@pytest.mark.parametrize("world", [8, 64, 512, 4096])
+@pytest.mark.parametrize("experts", [8, 64])
+@pytest.mark.parametrize("tp", [2, 8])
+def test_tensor_parallel_ranks_hold_little_twice(world, experts, tp):
+    """Norms and routers alone, at the sizes of Llama 3.2 1B (with small experts) and Llama 3 8B."""
+    for size in ({"layers": 16, "hidden": 2048, "inner": 8192 * 8 // experts}, {}):
+        for ep in (1, 8):
+            layout, given = Layout(fsdp=world // tp, tp=tp, ep=ep), llama(experts, **size)
+            if ep == 1:  # tensor parallelism cuts experts inside
+                cuts = {"gate_up": Split(1, 2), "down": Split(2)}
+                for name, each in given.items():
+                    if each.expert:
+                        given[name] = Sharded(shape=each.shape, tp=cuts[name.partition(".")[2]])
+            parameters = placement.planned(given, layout)
+            assert placement.unevenness(parameters.values(), layout) <= 1.05, layout
+            total = sum(each.size for each in parameters.values())
+            whole = [n for n, each in parameters.items() if each.tp is None and not each.expert]
+            assert all("norm" in name or "router" in name for name in whole)
+            assert sum(parameters[name].size for name in whole) < 4e-4 * total
 
 
 def test_no_rank_holds_more_than_the_first():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from upcycle import Recipe, convert
 from upcycle.checkpoints import checkpoint
 from upcycle.system.progress import Unheard, reporting_to
 from upcycle.training import loop, saving
+from upcycle.training.parallel import ranks as world
 from upcycle.training.run import Run
 
 TWO = [{"fsdp": 2}, {"fsdp": 2, "ep": 2}, {"tp": 2}, {"tp": 2, "ep": 2}]
@@ -107,6 +109,7 @@ def same_gradients(found, reference, tolerance=1e-6):
 
 
 PIECES = {"train": {"micro_batch": 1}}
+BUFFERED = {**PIECES, "router": {"balance_counts": "buffered"}}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,39 @@ def one_process(llama):
 def test_accumulated_gradients_are_those_of_one_batch(llama, one_process):
     """f_e is that of the global batch whichever way it is cut."""
     same_gradients(ranks.gradients(llama, [({}, PIECES)])[0], one_process)
+
+
+def buffered(llama, parts):
+    """A step written out whose balance loss has the shares of the parts so far; its gradients and loss."""
+    run = ranks.run_of(llama, {}, BUFFERED)
+    with world(run.parallel) as here:
+        model = ranks.trainee_of(run, here).model
+    rows, counts, total = ranks.rows_of(run), torch.zeros(2, 4), 0.0
+    tokens = rows[:, 1:].numel()
+    for part in parts:
+        out = model(input_ids=rows[part, :-1], output_router_logits=True)
+        loss = F.cross_entropy(out.logits.flatten(0, 1), rows[part, 1:].flatten(), reduction="sum") / tokens
+        for logits, seen in zip(out.router_logits, counts, strict=True):
+            chances = logits.softmax(-1)
+            seen += F.one_hot(chances.topk(2).indices, 4).sum((0, 1))
+            balance = 4 * (2 * seen / seen.sum() * chances.sum(0)).sum() / tokens / 2
+            loss = loss + 0.1 * balance + 0.01 * logits.logsumexp(-1).square().sum() / tokens / 2
+            total += float(balance.detach())
+        loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, total
+
+
+def test_buffered_shares_are_those_of_the_parts_so_far(llama, one_process):
+    """Of all processes: the second of two has rows 2 and 3."""
+    alone = ranks.gradients(llama, [({}, BUFFERED)])[0]
+    two = [result[0] for result in gloo.run(2, "ranks:gradients", llama, [({"fsdp": 2}, BUFFERED)])]
+    for found, parts in ((alone, [[0], [1], [2], [3]]), *((each, [[0, 2], [1, 3]]) for each in two)):
+        wanted, balance = buffered(llama, parts)
+        assert found["balance"] == pytest.approx(balance, rel=1e-6)
+        assert abs(balance / one_process["balance"] - 1) > 1e-4  # or this says nothing
+        for name, gradient in wanted.items():
+            off = float((found["gradients"][name] - gradient).norm() / gradient.norm())
+            assert off <= 3e-6, (name, off)
 
 
 class Products(TorchDispatchMode):
@@ -153,12 +189,19 @@ def test_gradients_of_several_processes_are_those_of_one(llama, one_process, lay
             same_gradients(found, one_process)
 
 
-def test_a_score_changes_nothing_about_the_step_after_it(tmp_path):
-    """FSDP leaves a tied head whole after a score; ranks compute all of its logits nevertheless."""
-    tied = str(make_dense(tmp_path / "tied", "llama", num_hidden_layers=2, tie_word_embeddings=True))
-    wanted = ranks.gradients(tied, [({}, {})])[0]
-    for result in gloo.run(2, "ranks:gradients", tied, [({"fsdp": 2}, {})], True):
-        same_gradients(result[0], wanted)
+def test_logits_in_chunks_on_several_processes(llama, one_process, tmp_path):
+    """Of a head that FSDP or tensor parallelism shares out, in a step after a score.
+
+    FSDP leaves a tied head whole after a score. A vocabulary of 97 words is cut unevenly.
+    """
+    tied = {"num_hidden_layers": 2, "tie_word_embeddings": True, "vocab_size": 97}
+    other = str(make_dense(tmp_path / "tied", "llama", **tied))
+    wanted = {llama: one_process, other: ranks.gradients(other, [({}, {})])[0]}
+    calls = [("gradients", (source, [(layout, {}) for layout in TWO], True)) for source in wanted]
+    for result in gloo.run(2, "ranks:several", calls):
+        for reference, found in zip(wanted.values(), result, strict=True):
+            for each in found:
+                same_gradients(each, reference)
 
 
 def table(source: str, out: Path, text: Path, **changes) -> dict:

@@ -12,6 +12,7 @@ import pytest
 from files import toml
 from tiny import make_dense
 from upcycle import Recipe, UpcycleError, blueprint, cli
+from upcycle.training import chunked_entropy
 from upcycle.training.rehearsal import rehearse
 from upcycle.training.run import Run
 
@@ -65,13 +66,19 @@ def test_the_ranks_hold_the_whole_together(layout: dict[str, int], source: Path)
     assert sum(each.reads for each in held) == alone.reads * layout.get("replicate", 1)
     assert max(each.over_even_share for each in held) < 1.2
     assert all(each.gradients == each.weights for each in held)
-    if "ep" in layout:  # transformers reads how many tokens go to each rank
-        assert (found.stepped, found.not_stepped) == (
-            0,
-            "aten._local_scalar_dense.default depends on values, and a dry run has none",
-        )
-    else:
-        assert (found.stepped, found.not_stepped) == (2, None)
+    assert (found.stepped, found.not_stepped) == (2, None)
+
+
+@pytest.mark.parametrize("layout", [{"fsdp": 2, "tp": 2, "ep": 4}, {"fsdp": 2, "tp": 2}, {"tp": 2}])
+def test_steps_of_tensor_parallel_ranks(
+    layout: dict[str, int], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With logits in chunks, of which each rank has those of some words."""
+    monkeypatch.setattr(chunked_entropy, "WORTH", 0)
+    world = layout["tp"] * layout.get("fsdp", 1)
+    changes = {"parallel": layout, "train": {**table(source)["train"], "activation_checkpointing": True}}
+    found = rehearse(Run.of(table(source, **changes)), world=world)
+    assert (found.stepped, found.not_stepped) == (2, None)
 
 
 def test_the_command(source: Path, capsys: Any) -> None:

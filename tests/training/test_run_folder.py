@@ -25,7 +25,7 @@ from upcycle import Recipe, UpcycleError, cli, plan
 from upcycle.records.state import RunState
 from upcycle.system import lock
 from upcycle.system.signals import held
-from upcycle.training import loop, micro_batch, run_folder, saving, start
+from upcycle.training import micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -491,6 +491,76 @@ def test_ctrl_c_ends_with_130(table: Table, tmp_path: Path, monkeypatch: pytest.
     assert ended.value.code == 130
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_one_of_several_processes_says_what_ends_them_all(
+    elsewhere: bool, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refused(*_: Any) -> None:
+        error = UpcycleError("process 1 of 2 sees another config of the source than process 0")
+        error.elsewhere = elsewhere
+        raise error
+
+    (tmp_path / "run.toml").write_text(f"source = {json.dumps(table()['source'])}\n")
+    monkeypatch.setattr(Run, "load", refused)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(tmp_path / "run.toml")])
+    assert ended.value.code == 2
+    assert ("process 1 of 2 sees" in capsys.readouterr().err) != elsewhere
+
+
+# --- settings that a run file leaves open
+
+
+def counts_of(out: Path, step: int) -> Any:
+    """What the records of a run say about `balance_counts`: run.json and a checkpoint."""
+    record = json.loads((out / "run.json").read_text())
+    state = saving.read_state(out / "checkpoints" / f"step-{step}").identity
+    (found,) = {each["router"]["balance_counts"] for each in (record["run"], record["identity"], state)}
+    return found
+
+
+def test_a_run_keeps_the_counts_it_began_with(table: Table, tmp_path: Path) -> None:
+    """Runs of earlier versions took exact counts if their run file said nothing."""
+    parts = {**MOE, "train": {"micro_batch": 1, "steps": 4}, "schedule": {"peak": 1e-2}}
+    exact, buffered = ({"router": {"balance_counts": counts}} for counts in ("exact", "buffered"))
+    wanted = {}
+    for name, changes in (("exact", exact), ("buffered", buffered), ("open", {})):
+        wanted[name] = losses(begun(table, out=str(tmp_path / name), **parts, **changes))
+    assert wanted["open"] == wanted["buffered"] != wanted["exact"]
+    assert counts_of(tmp_path / "open", 4) == "buffered"
+    for name in ("exact", "buffered"):
+        for number in (3, 4):
+            shutil.rmtree(tmp_path / name / "checkpoints" / f"step-{number}")
+        train(Run.of(table(out=str(tmp_path / name), **parts)), resume=True)
+        assert losses(tmp_path / name) == wanted[name]
+        assert counts_of(tmp_path / name, 4) == name
+    with pytest.raises(UpcycleError, match=r"router\.balance_counts \('exact' there, 'buffered' here\)"):
+        train(Run.of(table(out=str(tmp_path / "exact"), **parts, **buffered)), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("then", "wanted"),
+    [
+        (None, ("buffered", "buffered")),
+        (
+            {"router": {"balance_counts": "exact"}, "stage": [{"router": {"balance_counts": "exact"}}]},
+            ("exact", "exact"),
+        ),
+        ({"router": {"balance_counts": "buffered"}, "stage": [{}]}, ("buffered", "buffered")),
+        ({"router": {}, "stage": 5}, ("exact", "buffered")),
+        ([], ("buffered", "buffered")),
+    ],
+)
+def test_counts_of_stages(then: Any, wanted: tuple[str, str], table: Table) -> None:
+    stages = [{"train": {"steps": 1}, "router": {"z_loss_coef": 0.1}}, {"train": {"steps": 1}}]
+    run = run_folder._settled_as(Run.of(table(**MOE, stage=stages)), then)
+    assert run.stage[0].router is not None
+    assert (run.router.balance_counts, run.stage[0].router.balance_counts) == wanted
+    assert run.stage[1].router is None
+    said = Run.of(table(**MOE, router={"balance_counts": "exact"}))
+    assert run_folder._settled_as(said, then) == said
+
+
 # --- a batch that does not fit
 
 
@@ -510,14 +580,15 @@ def test_the_memory_of_an_optimizer_counts(table: Table, monkeypatch, name, rows
 def test_a_batch_that_does_not_fit_is_cut(
     table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = begun(table, out=str(tmp_path / "whole"), **MOE)
+    exact = {**MOE, "router": {"balance_counts": "exact"}}
+    whole = begun(table, out=str(tmp_path / "whole"), **exact)
     assert json.loads((whole / "run.json").read_text())["run"]["train"].get("micro_batch") is None
     free = 16 * json.loads((whole / "run.json").read_text())["parameters"] + 1_500_000
     monkeypatch.setattr(micro_batch.memory, "available", lambda: free)
-    cut = begun(table, **MOE, train={"steps": 1})
+    cut = begun(table, **exact, train={"steps": 1})
     assert json.loads((cut / "run.json").read_text())["run"]["train"]["micro_batch"] in (1, 2)
     monkeypatch.undo()  # on a machine with more memory it goes on as it began
-    train(Run.of(table(**MOE)), resume=True)
+    train(Run.of(table(**exact)), resume=True)
     state = saving.read_state(cut / "checkpoints" / "step-2")
     assert state.micro_batch in (1, 2)
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
@@ -530,7 +601,7 @@ def test_the_parts_are_equal(
     run = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE))
     start_ = start.start_of(run)
     monkeypatch.setattr(micro_batch, "_rows_that_fit", lambda *_: most)
-    here = loop.Ranks(device=torch.device("cpu"))
+    here = Ranks(device=torch.device("cpu"))
     found = micro_batch.chosen(run, start_, {"layers": 16}, here, None)
     assert found.train.micro_batch == wanted
     pooled = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE, router={"balance_loss": "pooled"}))

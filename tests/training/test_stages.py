@@ -221,7 +221,7 @@ def staged(trainable, tmp_path_factory):
     run = table(
         trainable,
         folder / "run",
-        router={"balance_loss_coef": 1.0},
+        router={"balance_loss_coef": 1.0, "balance_counts": "buffered"},
         stage=[
             {"name": "router", "train": {"steps": 2, "only": ["router"]}},
             {

@@ -160,12 +160,14 @@ def test_a_step_in_chunks_is_the_plain_step(changes, pair, monkeypatch):
 
 
 def test_several_processes_learn_what_one_does(pair):
-    """The teacher is shared out as well, without experts."""
+    """The teacher is shared out as well, without experts. The model's logits are whole, or in chunks."""
     changes = taught(pair[1], data={"isolate": True})
     (wanted,) = ranks.gradients(pair[0], [({}, changes)])
     layouts = [{"fsdp": 2}, {"fsdp": 2, "ep": 2}, {"tp": 2}]
-    for results in gloo.run(2, "ranks:gradients", pair[0], [(layout, changes) for layout in layouts]):
-        for found in results:
+    cases = [(layout, changes) for layout in layouts]
+    calls = [("gradients", (pair[0], cases)), ("gradients", (pair[0], cases, True))]
+    for plain, chunked in gloo.run(2, "ranks:several", calls):
+        for found in plain + chunked:
             assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
             assert found["divergence"] == pytest.approx(wanted["divergence"], rel=1e-5)
             for name, gradient in wanted["gradients"].items():

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from upcycle.families import Stack
-from upcycle.forecast import activations
+from upcycle.forecast import activations, head
 from upcycle.forecast.groups import Group
 from upcycle.forecast.setting import Setting
 from upcycle.sharding.placement import elements, part
 
 F32 = 4
-CHUNKED = 1 << 28  # bytes of float32 logits from which on a head that no ranks share computes them in chunks
 LOGITS_MADE = 4 + 4  # bytes a logit in the forward pass, beside itself: in float32, and its log-softmax
 LOGITS_TAUGHT = 4 + 4  # of a teacher, beside themselves: their log-softmax, and the divergence of each word
 LOGITS_BACK = 3 * 4  # as the backward pass begins: the log-softmax, and the gradients behind and before it
@@ -196,10 +195,13 @@ class _Walk:
         setting, dense = self.setting, self.setting.built.dense
         last = dense.stacks[-1]
         tokens, width = setting.tokens(last.name), setting.width
-        words = int(dense.config["vocab_size"]) if dense.has_language_head else 0
-        count = tokens * words
-        if not setting.sharded and setting.layout.tp == 1 and F32 * count >= CHUNKED:
-            count = -(-tokens // -(-words // last.hidden)) * words
+        narrow = width if width < 4 else 0
+        logits, made, added = head.of(setting), 0, 0
+        count = logits.at_once if logits else 0
+        if logits and logits.chunk is not None:
+            # The gradients of chunks are summed up in float32, and those of the states are kept.
+            matrix = logits.words * logits.hidden
+            made, added = F32 * matrix + tokens * last.hidden * width, narrow * matrix
         # The last norm keeps its input in float32 and twice in the precision of the arithmetic.
         norm = tokens * last.hidden * (4 + 2 * width)
         alive = sum(self.kept) + tokens * last.hidden * width + norm
@@ -208,10 +210,10 @@ class _Walk:
             gathered += sum(self._whole(g) for b in self.blocks for g in (b.own, *b.experts))
         common = {"gradients": float(self.accumulated), "activations": alive, "gathered": gathered}
         common["masks"] = masks(setting, 1 if setting.recompute is True else len(self.blocks))
-        narrow = width if width < 4 else 0
         said = count * (width + LOGITS_TAUGHT) if setting.teacher is not None else 0
-        yield self._memory("the loss", **common, logits=count * (narrow + LOGITS_MADE) + said)
-        yield self._memory("the gradient of the loss", **common, logits=count * LOGITS_BACK + said)
+        yield self._memory("the loss", **common, logits=made + count * (narrow + LOGITS_MADE) + said)
+        back = made + max(count * LOGITS_BACK, count * width + added) + said
+        yield self._memory("the gradient of the loss", **common, logits=back)
         if self.head is None or not setting.sharded:
             return
         common["gathered"] = self._root(backward=False)[0] + self._buffer(self.blocks[-1].own)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from upcycle.forecast import activations
+from upcycle.forecast import activations, head
 from upcycle.forecast.setting import Setting
 from upcycle.sharding.placement import Split
 
@@ -162,13 +162,20 @@ def _tensor_parallel(setting: Setting) -> Iterator[Collective]:
             else:
                 yield _of_activations("all_gather", setting, 2, hidden[site.stack])
                 yield _of_activations("all_gather", setting, 1, weights * width)
-    if dense.has_language_head:
+    if (logits := head.of(setting)) is not None:
         last = dense.stacks[-1].name
         yield _of_activations(
             "all_reduce", setting, 2, hidden[last]
         )  # the embedding's, and the head's gradient
-        logits = setting.tokens(last) * int(dense.config["vocab_size"]) * width
-        yield _of_activations("all_gather", setting, 1, logits)
+        if logits.chunk is None:
+            yield _of_activations("all_gather", setting, 1, logits.tokens * logits.words * width)
+        else:  # three numbers a token: its largest logit; the sum of powers, and the label's logit
+            for numbers in (1, 2):
+                rest = logits.tokens % logits.chunk
+                yield _of_activations(
+                    "all_reduce", setting, logits.tokens // logits.chunk, numbers * 4 * logits.chunk
+                )
+                yield _of_activations("all_reduce", setting, bool(rest), numbers * 4 * rest)
 
 
 def _of_activations(kind: Kind, setting: Setting, times: int, size: int) -> Collective:

@@ -7,6 +7,7 @@ number.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -134,6 +135,29 @@ def _fully_shard(
         **_policies(config),
     )
     model._is_fsdp_managed_module = True  # generate looks at it
+    if layout.ep > 1:
+        _gather_ahead(model, fsdp_plan, ep_plan)
+
+
+def _gather_ahead(model: PreTrainedModel, fsdp_plan: Mapping[str, str], ep_plan: Mapping[str, str]) -> None:
+    """Let FSDP gather the next block, and its experts, as a block begins in the forward pass.
+
+    FSDP gathers a block when the host comes to it, which is soon enough while the host runs ahead of the
+    device. Under expert parallelism it does not: in every layer it reads how many tokens go to each rank. In
+    the backward pass FSDP gathers the block before by itself, and nothing is read there. torchtitan does this
+    in both passes.
+    """
+    chain: list[list[FSDPModule]] = []
+    for name, module in model.named_modules():
+        if name not in fsdp_plan or not isinstance(module, FSDPModule):
+            continue
+        if chain and module._get_fsdp_state() is chain[-1][0]._get_fsdp_state():
+            continue  # two modules that are gathered together
+        inside = (n for n in ep_plan if n.startswith(f"{name}.") and ep_plan[n] == DISPATCHED)
+        experts = [model.get_submodule(n) for n in inside]
+        chain.append([module, *(each for each in experts if isinstance(each, FSDPModule))])
+    for (module, *_), following in itertools.pairwise(chain):
+        module.set_modules_to_forward_prefetch(following)
 
 
 def _average_experts(module: nn.Module, layout: Layout) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 
@@ -16,28 +17,43 @@ class Head:
     """The head of a model of transformers: logits of [T, V] from hidden states [T, H].
 
     Cohere multiplies them by `factor`, Granite divides them by `divisor`, and Gemma 2 and 3 bound them by
-    `cap` x tanh(logits / cap).
+    `cap` x tanh(logits / cap). Under tensor parallelism the ranks of `group` share the words, and this one
+    has V' of them, from number `first` on.
     """
 
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
+    weight: Tensor  # [V', H]
+    bias: Tensor | None  # [V']
     factor: float | None = None
     divisor: float | None = None
     cap: float | None = None
+    group: Any = None  # None: this rank has all words
+    first: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head | None:
-        """Return the head of `model`; None if it is no linear map, or if ranks share its weight."""
-        linear = model.get_output_embeddings()
-        if type(linear) is not nn.Linear or isinstance(linear.weight, DTensor):
+        """Return the head of `model`; None if it is no linear map, or if FSDP shards its weight now."""
+        linear = _linear(model)
+        if linear is None:
             return None
+        weight: Tensor = linear.weight
+        bias: Tensor | None = linear.bias
+        group, first = None, 0
+        if isinstance(weight, DTensor):
+            if weight.device_mesh.mesh_dim_names != ("tp",) or weight.placements != (Shard(0),):
+                return None
+            group = weight.device_mesh.get_group()
+            first = weight.device_mesh.get_local_rank() * -(-len(weight) // weight.device_mesh.size())
+            weight = weight.to_local()
+            bias = bias.to_local() if isinstance(bias, DTensor) else bias
         config: Any = model.config.get_text_config()
         return cls(
-            weight=linear.weight,
-            bias=linear.bias,
+            weight=weight,
+            bias=bias,
             factor=getattr(config, "logit_scale", None),
             divisor=getattr(config, "logits_scaling", None),
             cap=getattr(config, "final_logit_softcapping", None),
+            group=group,
+            first=first,
         )
 
     def finished(self, products: Tensor) -> Tensor:
@@ -49,3 +65,49 @@ class Head:
         if self.cap is not None:
             products = torch.tanh(products / self.cap) * self.cap
         return products
+
+
+def words(model: PreTrainedModel) -> int | None:
+    """Return the number of words of the head of `model`, on all ranks; None if it is no linear map."""
+    linear = _linear(model)
+    return None if linear is None else len(linear.weight)
+
+
+def without_logits(
+    model: PreTrainedModel, inputs: Mapping[str, Any], compute: Callable[[Tensor, Head], Tensor]
+) -> Tensor:
+    """Run `model` and return what `compute` makes, [], of the head's hidden states [..., H], and of the head.
+
+    It runs in place of the head's own module, where FSDP has gathered the weight, and what it returns goes
+    through the hooks by which FSDP learns of the backward pass.
+    """
+    linear, made = _linear(model), []
+    assert linear is not None
+
+    def instead(hidden: Tensor) -> Tensor:
+        head = Head.of(model)
+        assert head is not None
+        # As logits are, for what the class does with them; FSDP warns of views.
+        return compute(hidden, head).view(1, 1, 1).clone()
+
+    before = linear.__dict__.get("forward")  # tensor parallelism has put one there
+    linear.forward = instead  # type: ignore[method-assign, assignment]
+    hook = linear.register_forward_hook(lambda module, args, output: made.append(output))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+        if before is None:
+            del linear.forward
+        else:
+            linear.forward = before  # type: ignore[method-assign]
+    (only,) = made
+    found: Tensor = only.view(())
+    return found
+
+
+def _linear(model: PreTrainedModel) -> nn.Linear | None:
+    """Return the head's module if it is a plain linear one; FSDP gives it a class of its own."""
+    linear = model.get_output_embeddings()
+    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    return linear if plain else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Settings, Within
+
+BUFFERED: Final = "buffered"  # values of `balance_counts`
+EXACT: Final = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +24,10 @@ class Balance(Settings):
     # compute the loss in each layer separately, or pool all layers as transformers does
     balance_loss: Literal["per_layer", "pooled"] = "per_layer"
     balance_loss_coef: Annotated[float, AtLeast(0)] = 0.01  # weight of the load-balancing loss
-    # take the experts' shares from the whole batch (exact; costs one more forward pass with accumulation), or
-    # from the batches before (buffered)
-    balance_counts: Literal["exact", "buffered"] = "exact"
+    # with accumulation, take the experts' shares in the balance loss from this micro batch and those before
+    # it in the step (buffered; Qiu et al. 2025, "Demons in the Detail"), or from the whole batch (exact),
+    # which costs one more forward pass; None: buffered, or what the run has had if it goes on
+    balance_counts: Literal["exact", "buffered"] | None = None
     z_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of the loss on the size of the logits
     # step size of the bias on the choice of experts, which replaces the balance loss; 0: no bias
     bias_update_rate: Annotated[float, AtLeast(0)] = 0.0

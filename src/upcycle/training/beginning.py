@@ -16,7 +16,7 @@ from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
 from upcycle.system import progress
 from upcycle.tasks import Task
-from upcycle.training import back, enter, fit, micro_batch, saving, start, teacher
+from upcycle.training import back, enter, fit, micro_batch, run_folder, saving, start, teacher
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.feeds import Feeds
@@ -58,6 +58,7 @@ def ready(
         _say_changed_layout(before, here)
     _refuse_other_teacher(before, begun, here)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
+    run = run_folder.settled(run, checkpoint)
     run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
     course = Course(run)
     feeds = _feeds(course, task, begun, here)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -19,16 +20,16 @@ from torch.autograd.function import once_differentiable
 from upcycle.data.corruption import IGNORED
 from upcycle.hf.heads import Head
 from upcycle.nn import autocast
-from upcycle.training import distillation
+from upcycle.training import distillation, shared_words
 from upcycle.training.distillation import Lesson, Losses
 from upcycle.training.run import Teacher
 
 WORTH = 1 << 28  # bytes of float32 logits from which on chunks are worth their launches
 
 
-def is_worth(tokens: int, head: Head) -> bool:
+def is_worth(tokens: int, words: int) -> bool:
     """Return whether the logits of that many tokens take so much memory that chunks are better."""
-    return 4 * tokens * len(head.weight) >= WORTH
+    return 4 * tokens * words >= WORTH
 
 
 def cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
@@ -54,8 +55,12 @@ def scores(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     with autocast.off(states.device.type):
         for part, wanted in _chunks(states, targets, weight):
             logits = head.finished(F.linear(part, weight, bias))
-            loss += _loss(logits, wanted)
-            right += (logits.argmax(-1) == wanted).sum()
+            if head.group is None:
+                loss += _loss(logits, wanted)
+                right += (logits.argmax(-1) == wanted).sum()
+            else:
+                loss += shared_words.Chances.of(logits, wanted, head).loss
+                right += (shared_words.argmax(logits, head) == wanted).sum()
     return loss, right
 
 
@@ -86,6 +91,11 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
+def _zeros(like: Tensor) -> Tensor:
+    """Return where gradients of many chunks are summed: in float32 at least."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
 class _Chunked(torch.autograd.Function):
     """Works out the gradients of all inputs in the forward pass; the backward pass scales them."""
 
@@ -101,24 +111,29 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         of_states, _, of_weight, of_bias, *_ = ctx.needs_input_grad
         cast, cast_bias = weight.to(states.dtype), _cast(bias, states.dtype)
-        sums = torch.zeros_like(weight) if of_weight else None
-        bias_sums = torch.zeros_like(bias) if of_bias and bias is not None else None
+        sums = _zeros(weight) if of_weight else None
+        bias_sums = _zeros(bias) if of_bias and bias is not None else None
         lessons = iter(taught[0].split(_size(states, cast)) if taught else ())
         losses, told, parts = [], [], []
         with autocast.off(states.device.type):
             for part, wanted in _chunks(states, labels, cast):
                 products = F.linear(part, cast, cast_bias).requires_grad_()
                 with torch.enable_grad():
-                    if taught is None:
-                        loss = _loss(head.finished(products), wanted)
-                    else:
-                        found = distillation.losses(head.finished(products), wanted, next(lessons), taught[1])
+                    logits, back = head.finished(products), None
+                    if taught is not None:
+                        found = distillation.losses(logits, wanted, next(lessons), taught[1])
                         loss = found.total
                         told.append(torch.stack(found.terms()))
+                    elif head.group is None:
+                        loss = _loss(logits, wanted)
+                    else:
+                        chances = shared_words.Chances.of(logits.detach(), wanted, head)
+                        loss, logits = chances.loss, logits.to(chances.powers.dtype)
+                        back = chances.gradient()
                 losses.append(loss.detach())
                 if not (of_states or of_weight or of_bias):
                     continue
-                (error,) = torch.autograd.grad(loss, products)
+                (error,) = torch.autograd.grad(loss if back is None else logits, products, back)
                 if of_states:
                     parts.append(error @ cast)
                 if sums is not None:
@@ -128,7 +143,14 @@ class _Chunked(torch.autograd.Function):
                         sums += error.T @ part
                 if bias_sums is not None:
                     bias_sums += error.sum(0)
-        ctx.made = (torch.cat(parts) if of_states else None, sums, bias_sums)
+        together = torch.cat(parts) if of_states else None
+        if together is not None and head.group is not None:
+            dist.all_reduce(together, group=head.group)  # each rank's words have had a part in it
+        ctx.made = (
+            together,
+            _cast(sums, weight.dtype),
+            None if bias is None else _cast(bias_sums, bias.dtype),
+        )
         total = torch.stack(losses).sum()
         by_kind = torch.stack(told).sum(0) if told else total.new_zeros(0)
         ctx.mark_non_differentiable(by_kind)

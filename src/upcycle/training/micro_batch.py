@@ -1,7 +1,8 @@
 """Chooses the number of rows per forward pass if the run file does not: as many as fit in memory.
 
-A batch that fits is one part. Otherwise it is cut into equal parts, whose gradients add up to the same. The
-number is stored in checkpoints, so that a resumed run uses the same one.
+A batch that fits is one part. Otherwise it is cut into equal parts, whose gradients add up to the same, apart
+from the balance loss if its shares are buffered. The number is stored in checkpoints, so that a resumed run
+uses the same one.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def _with(run: Run, rows: int) -> Run:
 
 
 def _may_be_cut(run: Run, begun: Start) -> bool:
-    """Return whether the losses of parts add up to those of the batch."""
+    """Return whether the losses of parts add up to those of the batch, or nearly so (`balance_counts`)."""
     routed = begun.built is not None and bool(begun.built.sites)
     routers = [leg.run.router for leg in Course(run).legs]
-    return not routed or all((r.balance_loss, r.balance_counts) == ("per_layer", "exact") for r in routers)
+    return not routed or all(router.balance_loss == "per_layer" for router in routers)
 
 
 def _rows_that_fit(

@@ -31,6 +31,7 @@ from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, cut
 from upcycle.hf import building, meshes, packing
+from upcycle.hf.even_dispatch import EvenDispatch
 from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
@@ -270,7 +271,8 @@ def _teacher(dense: Dense, here: Ranks, precision: str, asked: _Asked) -> PreTra
 def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
     """Simulate steps; return the reason if that cannot be done.
 
-    They run in bfloat16 with grouped products, because torch knows the shapes of those alone.
+    They run in bfloat16 with grouped products, because torch knows the shapes of those alone. As many tokens
+    go to each rank that has experts.
     """
     if task.name != "causal_lm":
         return f"rows of {task.name} are known only with the data"
@@ -310,8 +312,9 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                     batch[kept_logits.LOGS] = torch.zeros(shape, device=here.device)
                     batch[kept_logits.IDS] = torch.zeros(shape, dtype=torch.long, device=here.device)
                     trainee = replace(trainee, teacher=kept_logits.KeptLogits(segments=(), places={}))
-            for number in range(_STEPS):
-                step.queue_step(trainee, batch, number, course.legs[0].rate(number))
+            with EvenDispatch(trainee.model, ep=here.layout.ep, tp=here.layout.tp):
+                for number in range(_STEPS):
+                    step.queue_step(trainee, batch, number, course.legs[0].rate(number))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         return f"{error.func} depends on values, and a dry run has none"
     except RuntimeError as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from upcycle.data.corpus import Data
 from upcycle.errors import UpcycleError, listed
+from upcycle.nn.balance import BUFFERED, EXACT, Balance
 from upcycle.records.reader import load
 from upcycle.records.run import RunRecord
 from upcycle.settings import defaults
@@ -100,23 +103,62 @@ def _refuse_content(run: Run, out: Path, resume: bool) -> None:
 
 def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
     """Refuse to resume another run, or this run with another length if its schedule does not allow it."""
-    if checkpoint is not None:
-        where, state = str(checkpoint), saving.read_state(checkpoint)
-        theirs, done = state.identity, state.step
-    elif (out / RunRecord.FILE).exists():
-        try:
-            where, theirs, done = str(out), read_record(out).identity, 0
-        except UpcycleError:
-            return  # no step was saved, and run.json is written anew
-    else:
+    recorded = _recorded(out, checkpoint)
+    if recorded is None:
         return
-    mine = _as_known_to(theirs, json.loads(json.dumps(run.identity())))
+    where, theirs, done = recorded
+    mine = _as_known_to(theirs, json.loads(json.dumps(_settled_as(run, theirs).identity())))
     _refuse_other_length(run, where, theirs, mine, done)
     if different := _differences(_of_any_length(theirs), _of_any_length(mine)):
         raise UpcycleError(
             f"{where} is of another run: it differs in {listed(different)}; put them back, or choose "
             f"another `out`"
         )
+
+
+def _recorded(out: Path, checkpoint: Path | None) -> tuple[str, Any, int] | None:
+    """Return the place of a run's record, its identity and the steps done; None if there is none."""
+    if checkpoint is not None:
+        state = saving.read_state(checkpoint)
+        return str(checkpoint), state.identity, state.step
+    if not (out / RunRecord.FILE).exists():
+        return None
+    try:
+        return str(out), read_record(out).identity, 0
+    except UpcycleError:
+        return None  # no step was saved, and run.json is written anew
+
+
+def settled(run: Run, checkpoint: Path | None) -> Run:
+    """Return `run` with a value for settings that it leaves open: what it has had if it goes on, or today's.
+
+    Records always have a value, so that a run keeps it if a later version has another default.
+    """
+    recorded = _recorded(Path(run.out), checkpoint)
+    return _settled_as(run, None if recorded is None else recorded[1])
+
+
+def _settled_as(run: Run, theirs: Any) -> Run:
+    """Return `run` with what it leaves open as in the identity `theirs`; None: as a new run."""
+    there = theirs.get("stage") if isinstance(theirs, dict) else None
+    stages = itertools.zip_longest(run.stage, (there if isinstance(there, list) else [])[: len(run.stage)])
+    return replace(
+        run,
+        router=_with_counts(run.router, theirs),
+        stage=tuple(
+            stage if stage.router is None else replace(stage, router=_with_counts(stage.router, then))
+            for stage, then in stages
+        ),
+    )
+
+
+def _with_counts(router: Balance, then: Any) -> Balance:
+    """Return [router] with its `balance_counts`, which the table `then` may have recorded."""
+    if router.balance_counts is not None:
+        return router
+    recorded = then.get("router") if isinstance(then, dict) else None
+    counts = recorded.get("balance_counts", EXACT) if isinstance(recorded, dict) else BUFFERED
+    return replace(router, balance_counts=EXACT if counts == EXACT else BUFFERED)
 
 
 def _as_known_to(theirs: Any, mine: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Teaching(Protocol):
     def lesson(self, question: Question, batch: Batch, *, in_chunks: bool) -> Lesson:
         """Return what the teacher says about every token of a question, in their order.
 
-        With `in_chunks`, logits are computed when they are asked for, if they can be.
+        With `in_chunks`, logits are computed when they are asked for, if no ranks share the teacher.
         """
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from upcycle.hf import packing
+from upcycle.hf import heads, packing
 from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.training import chunked_entropy, distillation
@@ -60,10 +60,11 @@ class Trainee:
 
     def entropy(self, question: Question) -> Tensor:
         """Return the cross-entropy in nats, summed over the targets of a question, []."""
-        if (head := self._head(question)) is None:
+        if not self._in_chunks(question):
             return self.task.loss(self.logits(question), question.labels)
-        with self._told(question) as inputs:
-            return chunked_entropy.cross_entropy(self._hidden(inputs), question.labels, head)
+        return self._without_logits(
+            question, lambda hidden, head: chunked_entropy.cross_entropy(hidden, question.labels, head)
+        )
 
     def losses(self, question: Question, batch: Batch) -> Losses:
         """Return the losses of a question about a batch: the cross-entropy, and the teacher's part."""
@@ -71,33 +72,45 @@ class Trainee:
         if self.teacher is None or settings is None:
             entropy = self.entropy(question)
             return Losses(total=entropy, entropy=entropy)
-        head = self._head(question)
+        in_chunks = self._in_chunks(question)
         with self.autocast():
-            lesson = self.teacher.lesson(question, batch, in_chunks=head is not None)
-        if head is not None:
-            with self._told(question) as inputs:
-                hidden = self._hidden(inputs)
-                return chunked_entropy.distilled(hidden, question.labels, head, lesson, settings)
-        logits = self.logits(question).flatten(0, -2)
-        return distillation.losses(logits, question.labels.flatten(), lesson, settings)
+            lesson = self.teacher.lesson(question, batch, in_chunks=in_chunks)
+        if not in_chunks:
+            logits = self.logits(question).flatten(0, -2)
+            return distillation.losses(logits, question.labels.flatten(), lesson, settings)
+        found: list[Losses] = []
+
+        def distilled(hidden: Tensor, head: Head) -> Tensor:
+            found.append(chunked_entropy.distilled(hidden, question.labels, head, lesson, settings))
+            return found[0].total
+
+        total = self._without_logits(question, distilled)
+        return replace(found[0], total=total)
 
     def scores(self, question: Question, rows: int) -> tuple[Tensor, Tensor]:
         """Return the summed cross-entropy and the right answers of a question's first rows, [] each."""
         labels = question.labels[:rows]
-        if (head := self._head(question)) is None:
+        if not self._in_chunks(question):
             logits = self.logits(question)[:rows]
             return self.task.loss(logits, labels), self.task.correct(logits, labels)
-        with self._told(question) as inputs:
-            return chunked_entropy.scores(self._hidden(inputs)[:rows], labels, head)
+        found: list[Tensor] = []
 
-    def _head(self, question: Question) -> Head | None:
-        """Return the model's head if its logits are so many that they are computed in chunks.
+        def score(hidden: Tensor, head: Head) -> Tensor:
+            loss, right = chunked_entropy.scores(hidden[:rows], labels, head)
+            found.append(right)
+            return loss
 
-        Ranks that share the model have none. FSDP leaves a tied head whole after a score, and a base model
-        that is called by itself would go past FSDP's hooks.
+        return self._without_logits(question, score), found[0]
+
+    def _in_chunks(self, question: Question) -> bool:
+        """Return whether the logits are so many that they are computed in chunks.
+
+        A teacher's are not compared with logits of which each rank has a part.
         """
-        head = Head.of(self.model) if self.task.by_token and self.ranks.world == 1 else None
-        return head if head and chunked_entropy.is_worth(question.labels.numel(), head) else None
+        if not self.task.by_token or (self.teacher is not None and self.ranks.layout.tp > 1):
+            return False
+        words = heads.words(self.model)
+        return words is not None and chunked_entropy.is_worth(question.labels.numel(), words)
 
     @contextmanager
     def _told(self, question: Question) -> Iterator[dict[str, Any]]:
@@ -105,6 +118,6 @@ class Trainee:
         with self.autocast(), packing.told(self.model, question.inputs, question.positions) as inputs:
             yield inputs
 
-    def _hidden(self, inputs: Mapping[str, Any]) -> Tensor:
-        hidden: Tensor = self.model.base_model(**inputs).last_hidden_state
-        return hidden
+    def _without_logits(self, question: Question, compute: Callable[[Tensor, Head], Tensor]) -> Tensor:
+        with self._told(question) as inputs:
+            return heads.without_logits(self.model, inputs, compute)
