@@ -326,6 +326,14 @@ _SIZES = {
         "projection_dim": 8,
     },
     "siglip": {"text_config": _TEXT, "vision_config": {**_IMAGES, "num_hidden_layers": 2}},
+    "siglip2": {
+        "text_config": _TEXT,
+        "vision_config": {**_BLOCKS, "num_hidden_layers": 2, "num_patches": 9, "patch_size": 2},
+    },
+    "wav2vec2": {
+        **_BLOCKS, "vocab_size": 60, "conv_dim": (8, 8), "conv_stride": (3, 2), "conv_kernel": (4, 3),
+        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    },
     "opt": {
         "hidden_size": 16,
         "ffn_dim": 24,

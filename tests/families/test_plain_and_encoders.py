@@ -34,6 +34,11 @@ CASES = {
     "distilbert, classes": ("DistilBertForSequenceClassification", {}),
     "clip": ("CLIPModel", {}),
     "siglip": ("SiglipModel", {}),
+    "siglip2": ("Siglip2Model", {}),
+    "wav2vec2": ("Wav2Vec2Model", {"add_adapter": True, "output_hidden_size": 12}),
+    "wav2vec2, text": ("Wav2Vec2ForCTC", {"feat_extract_norm": "layer", "do_stable_layer_norm": True,
+                                          "conv_bias": True, "adapter_attn_dim": 3, "mask_time_prob": 0.0}),
+    "wav2vec2, before training": ("Wav2Vec2ForPreTraining", {}),
     "falcon": ("FalconForCausalLM", {}),
     "falcon, two norms": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 1}),
     "falcon, alibi": (
@@ -64,8 +69,14 @@ CASES = {
 def outputs(model):
     generator = torch.Generator().manual_seed(3)
     ids, name = torch.randint(3, 60, (2, 20), generator=generator), type(model).__name__
-    given = {} if re.search("DINO|Dino|Whisper", name) else {"input_ids": ids}
-    if re.search("CLIP|Siglip|DINO|Dino", name):
+    given = {} if re.search("DINO|Dino|Whisper|Wav2Vec2", name) else {"input_ids": ids}
+    if "Siglip2" in name:  # nine places, of which the second image fills six
+        given["pixel_values"] = torch.randn(2, 9, 12, generator=generator)
+        given["spatial_shapes"] = torch.tensor([[3, 3], [2, 3]])
+        given["pixel_attention_mask"] = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    elif "Wav2Vec2" in name:
+        given["input_values"] = torch.randn(2, 200, generator=generator)
+    elif re.search("CLIP|Siglip|DINO|Dino", name):
         given["pixel_values"] = torch.randn(2, 3, 12, 12, generator=generator)
     if "Whisper" in name:
         given["input_features"] = torch.randn(2, 8, 40, generator=generator)
@@ -81,7 +92,7 @@ def test_the_dense_function(case, tmp_path):
     recipe = Recipe.of(moe={"num_experts": 4, "target": "upcycled"}, router={"std": 0.5})
     built = convert(source, tmp_path / "moe", recipe)
     assert built.preserves_function
-    assert len(built.sites) == (6 if case in ("clip", "siglip") else 4)
+    assert len(built.sites) == (6 if case in ("clip", "siglip", "siglip2") else 4)
     dense = getattr(transformers, architecture).from_pretrained(source)
     model = upcycle.open(tmp_path / "moe")
     assert isinstance(model, getattr(transformers, architecture))

@@ -35,10 +35,8 @@ SILENT = frozenset(
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
     "nomic_bert": "its class splits stored matrices when it opens them, which an upcycled twin does not",
-    "siglip2": "it reads images as lists of patches with their shapes, which was never tried",
     "nemotron_h": "its networks are layers of their own between others, not parts of blocks",
     "gemma4": "its class has experts beside the network (enable_moe_block), which was never tried",
-    "wav2vec2": "it reads waves of sound, which was never tried",
     "bloom": "its networks add the residual stream themselves, so that experts cannot take their place",
     "apertus": "its activation (xIELU) learns numbers of its own, which experts do not have",
     "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
@@ -135,9 +133,14 @@ class Family(abc.ABC):
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the inputs of a forward pass for a comparison of two models.
 
-        Each name maps to `tokens` or `pixels` and a shape of about so many tokens in four short rows.
+        Each name maps to `tokens`, `pixels` or `sound` and a shape of about so many tokens in four short
+        rows. Inputs of other kinds are in `beside`.
         """
         return {"input_ids": ("tokens", (4, min(tokens // 4, self.length(config))))}
+
+    def beside(self, config: Config) -> dict[str, list[list[int]]]:
+        """Return the inputs of that forward pass that say what the others are: rows of whole numbers."""
+        return {}
 
     def switches(self, config: Config) -> dict[str, int]:
         """Return the numbers of tokens from which on the model computes otherwise, by name."""

@@ -83,6 +83,7 @@ _SIDES = Kind(
     "a whole number of 1 or more, or two of them",
     lambda v: _SIZE.fits(v) or (_is_list(v) and len(v) == 2 and all(map(_SIZE.fits, v))),
 )
+_SIZES = Kind(f"{_SIZE.said}, or a list of them", lambda v: _SIZE.fits(v) or _SIZE.listed().fits(v))
 _SIZE_OR_AUTO = Kind(f"{_SIZE.said}, or auto", lambda v: v == "auto" or _SIZE.fits(v))
 _TEXTS = Kind("text, or a list of text", lambda v: _TEXT.fits(v) or _TEXT.listed().fits(v))
 _ACT = _one_of(ACTIVATIONS)
@@ -122,12 +123,14 @@ KINDS: Mapping[str, Kind] = {
         "kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_n_heads "
         "mamba_n_groups mamba_d_state mamba_d_conv mamba_expand num_mel_bins max_source_positions "
         "max_target_positions encoder_ffn_dim "
-        "decoder_ffn_dim encoder_attention_heads decoder_attention_heads",
+        "decoder_ffn_dim encoder_attention_heads decoder_attention_heads num_patches "
+        "num_conv_pos_embeddings num_conv_pos_embedding_groups adapter_kernel_size adapter_stride "
+        "num_adapter_layers",
     ),
     **_each(
         _SIZE.or_null(),
         "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim "
-        "projection_size q_lora_rank num_kv_heads ffn_hidden_size",
+        "projection_size q_lora_rank num_kv_heads ffn_hidden_size output_hidden_size adapter_attn_dim",
     ),
     **_each(
         _BLOCKS,
@@ -155,7 +158,7 @@ KINDS: Mapping[str, Kind] = {
         _FLAG,
         "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
         "use_qkv_bias qk_layernorm use_parallel_residual attention_out_bias conv_bias "
-        "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias",
+        "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias do_stable_layer_norm add_adapter",
     ),
     **_each(
         _FLAG.or_null(),
@@ -175,7 +178,7 @@ KINDS: Mapping[str, Kind] = {
     **_each(
         _SHARE,
         "attention_dropout embd_pdrop resid_pdrop dropout_rate drop_path_rate hidden_dropout_prob "
-        "attention_probs_dropout_prob residual_dropout",
+        "attention_probs_dropout_prob residual_dropout activation_dropout hidden_dropout",
     ),
     **_each(_SHARE.or_null(), "partial_rotary_factor classifier_dropout"),
     **_each(
@@ -186,6 +189,9 @@ KINDS: Mapping[str, Kind] = {
     **_each(_POSITIVE, "logits_scaling query_pre_attn_scalar mlp_ratio"),
     **_each(_POSITIVE.or_null(), "attn_logit_softcapping final_logit_softcapping clip_qkv rope_theta"),
     **_each(_SIDES, "image_size patch_size"),
+    **_each(_SIZE.listed(), "conv_dim conv_stride"),
+    "conv_kernel": _SIZES,
+    "feat_extract_norm": _one_of(frozenset({"group", "layer"})),
     "hidden_sizes": _a_stage(_SIZE),
     "depths": _a_stage(_BLOCKS),
     "architectures": _TEXT.listed().or_null(),

@@ -11,7 +11,7 @@ from upcycle.families import Config, Grid, Stack, Weights
 from upcycle.families._checked import check
 from upcycle.families._encoder import pair
 from upcycle.families._training import Trained
-from upcycle.families._weights import Table, below, linear, norm
+from upcycle.families._weights import Bias, RowMatrix, Table, below, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
@@ -89,7 +89,11 @@ class DualEncoder(Trained):
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         vision = config["vision"]
         image = (4, vision["num_channels"], *pair(vision["image_size"]))
-        return {**super().inputs(config, tokens), "pixel_values": ("pixels", image)}
+        return {**self.words(config, tokens), "pixel_values": ("pixels", image)}
+
+    def words(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the part of `inputs` that the text model reads."""
+        return super().inputs(config, tokens)
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         return tuple(self._stack(config[tower], tower) for tower in TOWERS)
@@ -142,3 +146,15 @@ class DualEncoder(Trained):
         if name.endswith("embeddings.position_ids"):
             return "a buffer that transformers counts out"
         return super().ignored(name)
+
+
+def attending_head(vision: Config) -> Weights:
+    """Return the tensors of SigLIP's head, which attends to the patches."""
+    hidden, width = vision["hidden_size"], vision["intermediate_size"]
+    out: Weights = {
+        "probe": Table((1, 1, hidden)),
+        "attention.in_proj_weight": RowMatrix((3 * hidden, hidden)),
+        "attention.in_proj_bias": Bias((3 * hidden,)),
+    }
+    out |= row_linear("attention.out_proj", hidden, hidden) | norm("layernorm", hidden)
+    return out | row_linear("mlp.fc1", width, hidden) | row_linear("mlp.fc2", hidden, width)

@@ -1,9 +1,9 @@
 """SigLIP: CLIP with a sigmoid loss, and a head that attends to the patches."""
 
 from upcycle.families import Config, Weights
-from upcycle.families._dual import DualEncoder
+from upcycle.families._dual import DualEncoder, attending_head
 from upcycle.families._encoder import pair
-from upcycle.families._weights import Bias, Matrix, RowMatrix, Table, Weight, below, norm, row_linear
+from upcycle.families._weights import Bias, Matrix, Weight, below, norm, row_linear
 
 
 class SigLIP(DualEncoder):
@@ -40,19 +40,7 @@ class SigLIP(DualEncoder):
         out |= norm("text_model.final_layer_norm", text["hidden_size"])
         joint = text["projection_size"] or text["hidden_size"]
         out |= row_linear("text_model.head", joint, text["hidden_size"])
-        return out | (below("vision_model.head.", _head(vision)) if vision["vision_use_head"] else {})
-
-
-def _head(vision: Config) -> Weights:
-    """Return the tensors of the head that attends to the patches."""
-    hidden, width = vision["hidden_size"], vision["intermediate_size"]
-    out: Weights = {
-        "probe": Table((1, 1, hidden)),
-        "attention.in_proj_weight": RowMatrix((3 * hidden, hidden)),
-        "attention.in_proj_bias": Bias((3 * hidden,)),
-    }
-    out |= row_linear("attention.out_proj", hidden, hidden) | norm("layernorm", hidden)
-    return out | row_linear("mlp.fc1", width, hidden) | row_linear("mlp.fc2", hidden, width)
+        return out | (below("vision_model.head.", attending_head(vision)) if vision["vision_use_head"] else {})
 
 
 family = SigLIP()

@@ -54,7 +54,7 @@ class Whisper(Seq2Seq):
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         sound = (1, config["num_mel_bins"], 2 * config["max_source_positions"])
         return {
-            "input_features": ("pixels", sound),
+            "input_features": ("sound", sound),
             "decoder_input_ids": ("tokens", (1, min(tokens // 4, self.length(config)))),
         }
 

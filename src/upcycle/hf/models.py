@@ -66,7 +66,7 @@ class UpcycledModel:
 def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give the attention mask to the MoE layers of a stack before its forward pass."""
     given = dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | kwargs
-    mask = given.get("attention_mask")
+    mask = given.get("attention_mask", given.get("pixel_attention_mask"))
     padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
     for layer in layers:
         layer.padding = padding

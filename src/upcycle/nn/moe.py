@@ -162,8 +162,10 @@ class MoE(nn.Module):
         batch, length, size = rows.shape
         padding = self.padding
         if padding is not None:
-            # With a cache of earlier tokens the mask is longer than the current input.
-            fits = padding.shape[0] == batch and padding.shape[1] >= length
+            # With a cache of earlier tokens the mask is longer than the current input. Otherwise a mask of
+            # another length is one of what the positions were made from: of samples of sound, for example.
+            longer = self.shape.causal and padding.shape[1] > length
+            fits = padding.shape[0] == batch and (longer or padding.shape[1] == length)
             padding = padding[:, padding.shape[1] - length :] if fits else None
         group = self.router.settings.group
         if not group:

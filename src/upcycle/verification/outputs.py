@@ -83,9 +83,12 @@ class Outputs:
 
 def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
     """Return the questions about logits: on random input, and on what `shown` names."""
+    import torch
+
     dense = built.dense
     kinds = dense.family.inputs(dense.config, TOKENS)
-    inputs = {"random": _random(kinds, dense.config)}
+    beside = {name: torch.tensor(rows) for name, rows in dense.family.beside(dense.config).items()}
+    inputs = {"random": _random(kinds, dense.config) | beside}
     if shown.text is not None:
         ids = _tokens(built.source.folder, shown.text, dense.family.length(dense.config))
         names = [name for name, (kind, _) in kinds.items() if kind == "tokens"]
@@ -152,7 +155,7 @@ def _pixels(dense: Dense, images: Path) -> dict[str, torch.Tensor]:
     from upcycle.system import scratch
     from upcycle.tasks._rows import of_images
 
-    if not any(kind != "tokens" for kind, _ in dense.family.inputs(dense.config, TOKENS).values()):
+    if not any(kind == "pixels" for kind, _ in dense.family.inputs(dense.config, TOKENS).values()):
         raise UpcycleError(f"--images is for models that read images, and {dense.family.model_type} does not")
     with scratch.folder() as cache:
         found = of_images(images, Subject.of_dense(dense), cache, gradient=False, seed=0)
