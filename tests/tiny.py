@@ -25,13 +25,14 @@ DECODERS = [
 
 OTHERS = [
     "olmo", "olmo3", "gemma2", "gemma3_text", "exaone4", "glm4", "starcoder2", "phi", "stablelm", "cohere",
-    "nemotron", "arcee", "helium",
+    "nemotron", "arcee", "helium", "apertus",
 ]  # fmt: skip
 """Decoders with Llama's names that have none."""
 
 RECENT = [
     "glm", "lfm2", "youtu", "granitemoehybrid", "seed_oss", "ministral", "ministral3", "cwm", "granite_swa",
     "starcoder2", "phi", "stablelm", "cohere", "nemotron", "arcee", "helium",
+    "apertus",
 ]  # fmt: skip
 """Decoders of which only the native form is pinned."""
 
@@ -326,6 +327,8 @@ _SIZES = {
         "projection_dim": 8,
     },
     "siglip": {"text_config": _TEXT, "vision_config": {**_IMAGES, "num_hidden_layers": 2}},
+    "nomic_bert": _TEXT,
+    "bloom": {"hidden_size": 16, "n_layer": 4, "n_head": 2, "vocab_size": 60},
     "siglip2": {
         "text_config": _TEXT,
         "vision_config": {**_BLOCKS, "num_hidden_layers": 2, "num_patches": 9, "patch_size": 2},

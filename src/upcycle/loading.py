@@ -98,6 +98,7 @@ def build(
         dtype=_dtype(dtype if dtype is not None else str(config.get("dtype") or "float32")),
         experts_implementation=experts_implementation,
     )
+    tensors = building.split(model, tensors)
     found = building.renamed(model, tensors)
     building.untie(model, found)
     cuts: dict[str, Sharded] = {}
@@ -117,8 +118,8 @@ def build(
         if name is None:
             return False
         entry = tensors[found[name]]
-        cut = next((cuts[name] for name in names if name in cuts), Sharded(shape=tuple(entry.shape)))
-        part = placement.part(cut, layout, rank)
+        cut = next((cuts[name] for name in names if name in cuts), None)
+        part = placement.whole(entry.shape) if cut is None else placement.part(cut, layout, rank)
         write_part(entry, part, memory)
         return True
 

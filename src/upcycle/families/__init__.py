@@ -34,11 +34,8 @@ SILENT = frozenset(
 # Dense model types without a file here, and why (each was run, or its block compared).
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
-    "nomic_bert": "its class splits stored matrices when it opens them, which an upcycled twin does not",
     "nemotron_h": "its networks are layers of their own between others, not parts of blocks",
     "gemma4": "its class has experts beside the network (enable_moe_block), which was never tried",
-    "bloom": "its networks add the residual stream themselves, so that experts cannot take their place",
-    "apertus": "its activation (xIELU) learns numbers of its own, which experts do not have",
     "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
 }
 
