@@ -155,7 +155,7 @@ def write_part(entry: Entry, part: Part, memory: torch.Tensor) -> None:
     array = as_array(memory) if direct else None
     for whole, own in placement.pieces(part):
         if array is not None:
-            entry.lazy.into(whole, array[tuple(slice(*r) for r in own)], entry.dtype)
+            entry.lazy.into(whole, array[(*(slice(*r) for r in own), ...)], entry.dtype)
             continue
         for index in blocks(whole):
             place = tuple(
