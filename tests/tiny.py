@@ -30,7 +30,7 @@ OTHERS = [
 """Decoders with Llama's names that have none."""
 
 RECENT = [
-    "glm", "lfm2", "youtu", "granitemoehybrid", "seed_oss", "ministral", "ministral3", "cwm", "granite_swa",
+    "nemotron_h", "glm", "lfm2", "youtu", "granitemoehybrid", "seed_oss", "ministral", "ministral3", "cwm", "granite_swa",
     "starcoder2", "phi", "stablelm", "cohere", "nemotron", "arcee", "helium",
     "apertus",
 ]  # fmt: skip
@@ -67,6 +67,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"] * 2, "mamba_n_heads": 4, "mamba_d_state": 8,
         "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
         "attention_multiplier": 0.2,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "mamba_num_heads": 4,
+        "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16, "sliding_window": None,
     },
     "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"] * 2},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -141,7 +145,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-NEEDED: dict[str, dict[str, Any]] = {"granitemoehybrid": {"num_local_experts": 0, "mamba_n_heads": 4}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"num_local_experts": 0, "mamba_n_heads": 4},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+}
 """Fields without which a config would be of another kind of model."""
 
 ROUTER_STD = {"lfm2": 0.05}

@@ -22,6 +22,7 @@ from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._names import Names, spelled
 from upcycle.families._weights import Weight
 from upcycle.families._wrappers import WRAPPERS, Wrapper
+from upcycle.targets import natives
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
 
@@ -237,8 +238,10 @@ def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:
 
 def has_experts(own: Mapping[str, Any]) -> bool:
     """Return whether a config is that of a Mixture of Experts."""
-    several = any(_several(own.get(key)) for key in _MOE_KEYS)
-    return targets.opened(own) is not None or "moe" in own or (own.get("num_local_experts") != 0 and several)
+    if targets.opened(own) is not None or "moe" in own:
+        return True
+    # The class of some dense models can have experts, and knows how many it would have.
+    return own.get("model_type") not in natives.names() and any(_several(own.get(key)) for key in _MOE_KEYS)
 
 
 def _several(count: Any) -> bool:

@@ -34,7 +34,6 @@ SILENT = frozenset(
 # Dense model types without a file here, and why (each was run, or its block compared).
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
-    "nemotron_h": "its networks are layers of their own between others, not parts of blocks",
     "gemma4": "its class has experts beside the network (enable_moe_block), which was never tried",
     "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
 }

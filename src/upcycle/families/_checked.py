@@ -125,7 +125,7 @@ KINDS: Mapping[str, Kind] = {
         "max_target_positions encoder_ffn_dim "
         "decoder_ffn_dim encoder_attention_heads decoder_attention_heads num_patches "
         "num_conv_pos_embeddings num_conv_pos_embedding_groups adapter_kernel_size adapter_stride "
-        "num_adapter_layers",
+        "num_adapter_layers ssm_state_size mamba_num_heads mamba_head_dim n_groups expand chunk_size",
     ),
     **_each(
         _SIZE.or_null(),
@@ -158,7 +158,8 @@ KINDS: Mapping[str, Kind] = {
         _FLAG,
         "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
         "use_qkv_bias qk_layernorm use_parallel_residual attention_out_bias conv_bias "
-        "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias do_stable_layer_norm add_adapter",
+        "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias do_stable_layer_norm add_adapter "
+        "use_conv_bias slow_but_exact residual_in_fp32",
     ),
     **_each(
         _FLAG.or_null(),
@@ -169,7 +170,7 @@ KINDS: Mapping[str, Kind] = {
         "use_gated_mlp alibi new_decoder_architecture multi_query parallel_attn bias relative_attention "
         "position_biased_input share_att_key",
     ),
-    **_each(_ACT, "hidden_act activation_function activation"),
+    **_each(_ACT, "hidden_act activation_function activation mlp_hidden_act mamba_hidden_act"),
     "hidden_activation": _ACT.or_null(),
     "feed_forward_proj": _GATED_ACT,
     **_each(_NOT_NEGATIVE, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon "

@@ -56,8 +56,9 @@ class UpcycledModel:
                     setattr(base.get_submodule(owner), name, nn.Identity())
             # Register the hook on the stack, not on the whole model: generation runs an encoder alone, and
             # an image has no mask. A partial, not a closure: a copy of the model calls its own layers.
-            alone = shape.stack == "layers"
-            stack = base if alone else base.get_submodule(shape.module.partition(".")[0])
+            owner = base.get_submodule(shape.module.partition(".")[0])
+            alone = shape.stack == "layers" or isinstance(owner, nn.ModuleList)
+            stack = base if alone else owner
             stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
         if after := getattr(config, "mean_pooling_after", 0):
             base.register_forward_hook(functools.partial(_pool, after))
