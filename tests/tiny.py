@@ -30,7 +30,8 @@ OTHERS = [
 """Decoders with Llama's names that have none."""
 
 RECENT = [
-    "nemotron_h", "glm", "lfm2", "youtu", "granitemoehybrid", "seed_oss", "ministral", "ministral3", "cwm", "granite_swa",
+    "nemotron_h",
+    "glm", "lfm2", "youtu", "granitemoehybrid", "seed_oss", "ministral", "ministral3", "cwm", "granite_swa",
     "starcoder2", "phi", "stablelm", "cohere", "nemotron", "arcee", "helium",
     "apertus",
 ]  # fmt: skip
@@ -341,8 +342,13 @@ _SIZES = {
         "vision_config": {**_BLOCKS, "num_hidden_layers": 2, "num_patches": 9, "patch_size": 2},
     },
     "wav2vec2": {
-        **_BLOCKS, "vocab_size": 60, "conv_dim": (8, 8), "conv_stride": (3, 2), "conv_kernel": (4, 3),
-        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+        **_BLOCKS,
+        "vocab_size": 60,
+        "conv_dim": (8, 8),
+        "conv_stride": (3, 2),
+        "conv_kernel": (4, 3),
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
     },
     "opt": {
         "hidden_size": 16,

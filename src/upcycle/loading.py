@@ -155,7 +155,8 @@ def write_part(entry: Entry, part: Part, memory: torch.Tensor) -> None:
     array = as_array(memory) if direct else None
     for whole, own in placement.pieces(part):
         if array is not None:
-            entry.lazy.into(whole, array[(*(slice(*r) for r in own), ...)], entry.dtype)
+            target = array[(*(slice(*r) for r in own), ...)]  # type: ignore[arg-type]  # a view at rank 0, too
+            entry.lazy.into(whole, target, entry.dtype)
             continue
         for index in blocks(whole):
             place = tuple(

@@ -202,6 +202,8 @@ def test_what_transformers_refuses_is_refused():
                         cls.from_dict(cls._decode_special_floats(changed))  # as from a file, with Infinity
                     except Exception:
                         taken.append((model_type, key, value))
+    with pytest.raises(ValueError, match="expected int"):  # as does ours, whatever an older version took
+        CONFIG_MAPPING["llama"].from_dict(small_config("llama") | {"max_position_embeddings": 131072.0})
     # The class of Gemma 2 takes no such float, and it is the same number.
     assert {key for _, key, _ in taken} <= {"query_pre_attn_scalar"}
 

@@ -40,8 +40,16 @@ CASES = {
     "bloom, residuals of norms": ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}),
     "siglip2": ("Siglip2Model", {}),
     "wav2vec2": ("Wav2Vec2Model", {"add_adapter": True, "output_hidden_size": 12}),
-    "wav2vec2, text": ("Wav2Vec2ForCTC", {"feat_extract_norm": "layer", "do_stable_layer_norm": True,
-                                          "conv_bias": True, "adapter_attn_dim": 3, "mask_time_prob": 0.0}),
+    "wav2vec2, text": (
+        "Wav2Vec2ForCTC",
+        {
+            "feat_extract_norm": "layer",
+            "do_stable_layer_norm": True,
+            "conv_bias": True,
+            "adapter_attn_dim": 3,
+            "mask_time_prob": 0.0,
+        },
+    ),
     "wav2vec2, before training": ("Wav2Vec2ForPreTraining", {}),
     "falcon": ("FalconForCausalLM", {}),
     "falcon, two norms": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 1}),
@@ -109,6 +117,8 @@ def test_the_dense_function(case, tmp_path):
     assert float((outputs(model) - due).abs().max() / due.abs().max()) > 1e-3
     proof = verify(source, tmp_path / "moe")
     assert proof.holds, proof.checks
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    assert generates == any(check.name == "generation" for check in proof.checks)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -121,6 +131,50 @@ def test_shapes_are_those_of_transformers(case, tmp_path):
     whole = family.config(raw)
     found = family.shapes(whole) | {name: weight.shape for name, weight in family.optional(whole).items()}
     assert found == {name: shape for name, shape in wanted.items() if not family.unlisted(whole, name)}
+
+
+def test_a_wav2vec2_as_the_hub_has_it(tmp_path):
+    """Its positions under their former names, and no vector for masked frames, which only training reads."""
+    from safetensors.torch import load_file, save_file
+
+    source = tiny.make(tmp_path / "dense", "Wav2Vec2ForCTC")
+    tensors = load_file(source / "model.safetensors")
+    former = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    for now, then in former.items():
+        tensors = {name.replace(now, then): tensor for name, tensor in tensors.items()}
+    del tensors["wav2vec2.masked_spec_embed"]
+    assert any(name.endswith("weight_g") for name in tensors)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+
+
+def test_a_mask_of_samples_is_not_one_of_frames(tmp_path):
+    """Routers learn which positions are padding from a mask of as many positions, and from no other."""
+    source = tiny.make(tmp_path / "dense", "WhisperForConditionalGeneration")
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    model = upcycle.open(tmp_path / "moe").eval()
+    given = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.full((2, 5), 7)}
+    heard = torch.ones(2, 40, dtype=torch.long)  # twice as long as the encoder's positions
+    heard[1, 20:] = 0
+    seen = []
+    layer = model.model.encoder.layers[0].fc1
+    layer.router.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    with torch.inference_mode():
+        model(**given, attention_mask=heard)
+        model.model.encoder(given["input_features"], attention_mask=heard[:, ::2])
+    assert seen[0] is None
+    assert seen[1].tolist() == (heard[:, ::2] == 0).tolist()
+
+
+def test_a_nomic_bert_built_without_a_folder(tmp_path):
+    """Its class splits stored matrices, and so does the loader that training uses."""
+    source = tiny.make(tmp_path / "dense", "NomicBertModel")
+    recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"}, router={"std": 0.5})
+    convert(source, tmp_path / "moe", recipe)
+    opened, built = upcycle.open(tmp_path / "moe"), upcycle.load(source, recipe)
+    assert torch.equal(outputs(opened), outputs(built))
 
 
 def test_gpt2_as_the_hub_has_it(tmp_path):

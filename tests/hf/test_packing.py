@@ -27,7 +27,7 @@ NAMES = [
     "qwen3-windows",
     *PLAIN,
 ]
-JOINED = {"lfm2", "granitemoehybrid", "qwen3_5_text", "falcon-alibi"}
+JOINED = {"lfm2", "granitemoehybrid", "nemotron_h", "qwen3_5_text", "falcon-alibi"}
 
 
 def model_of(name: str) -> Any:

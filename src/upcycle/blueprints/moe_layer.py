@@ -103,9 +103,8 @@ def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
         return [number for place, number in places.items() if place >= count // 2]
     if stack.having:  # the numbers are those of blocks
         if wrong := sorted({*layers} - {*(range(stack.count) if stack.total else stack.numbers)}):
-            raise UpcycleError(
-                f"moe.layers has {wrong}; the layers that have a network are {listed(stack.numbers, 12)}"
-            )
+            having = listed([*map(str, stack.numbers)], 12)
+            raise UpcycleError(f"moe.layers has {wrong}; the layers that have a network are {having}")
         return sorted({*layers} & {*stack.numbers})
     if wrong := [i for i in sorted(set(layers)) if not 0 <= i < count]:
         where = "model" if stack.name == "layers" or stack.total else stack.name

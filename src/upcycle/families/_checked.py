@@ -125,7 +125,8 @@ KINDS: Mapping[str, Kind] = {
         "max_target_positions encoder_ffn_dim "
         "decoder_ffn_dim encoder_attention_heads decoder_attention_heads num_patches "
         "num_conv_pos_embeddings num_conv_pos_embedding_groups adapter_kernel_size adapter_stride "
-        "num_adapter_layers ssm_state_size mamba_num_heads mamba_head_dim n_groups expand chunk_size",
+        "num_adapter_layers ssm_state_size pretraining_tp "
+        "mamba_num_heads mamba_head_dim n_groups expand chunk_size",
     ),
     **_each(
         _SIZE.or_null(),
@@ -145,6 +146,10 @@ KINDS: Mapping[str, Kind] = {
     ),
     **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels num_ln_in_parallel_attn"),
     "max_relative_positions": _ID,
+    "num_logits_to_keep": _COUNT,
+    "mamba_ssm_cache_dtype": _TEXT,
+    "layers_block_type": _TEXT.listed().or_null(),
+    "hybrid_override_pattern": _TEXT.or_null(),
     "mamba_d_head": _SIZE_OR_AUTO,
     "pos_att_type": _TEXTS.or_null(),
     "position_embedding_type": _TEXT.or_null(),
@@ -159,7 +164,8 @@ KINDS: Mapping[str, Kind] = {
         "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
         "use_qkv_bias qk_layernorm use_parallel_residual attention_out_bias conv_bias "
         "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias do_stable_layer_norm add_adapter "
-        "use_conv_bias slow_but_exact residual_in_fp32",
+        "use_conv_bias slow_but_exact residual_in_fp32 "
+        "rescale_prenorm_residual apply_residual_connection_post_layernorm",
     ),
     **_each(
         _FLAG.or_null(),
@@ -179,7 +185,8 @@ KINDS: Mapping[str, Kind] = {
     **_each(
         _SHARE,
         "attention_dropout embd_pdrop resid_pdrop dropout_rate drop_path_rate hidden_dropout_prob "
-        "attention_probs_dropout_prob residual_dropout activation_dropout hidden_dropout",
+        "attention_probs_dropout_prob residual_dropout activation_dropout hidden_dropout "
+        "mask_time_prob mask_feature_prob",
     ),
     **_each(_SHARE.or_null(), "partial_rotary_factor classifier_dropout"),
     **_each(
@@ -187,6 +194,7 @@ KINDS: Mapping[str, Kind] = {
         "logit_scale logit_scale_init_value embedding_multiplier "
         "residual_multiplier attention_multiplier",
     ),
+    **_each(_NOT_NEGATIVE, "time_step_min time_step_max time_step_floor"),
     **_each(_POSITIVE, "logits_scaling query_pre_attn_scalar mlp_ratio"),
     **_each(_POSITIVE.or_null(), "attn_logit_softcapping final_logit_softcapping clip_qkv rope_theta"),
     **_each(_SIDES, "image_size patch_size"),

@@ -59,7 +59,7 @@ class Apertus(Decoder):
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         """Return the stack; the activation is no part of what becomes experts."""
-        stack, = super().stacks(config)
+        (stack,) = super().stacks(config)
         owned = tuple(f"model.layers.{{i}}.mlp.{name}." for name in self.network.values())
         return (replace(stack, owned=owned),)
 

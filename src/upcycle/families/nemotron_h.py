@@ -1,6 +1,5 @@
 """Nemotron-H: Mamba layers, a few of attention, and networks that are layers of their own."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,13 +80,17 @@ class NemotronH(PlainDecoder):
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         given = {_OLD_NAMES.get(key, key): value for key, value in raw.items()}
-        given = {key: value for key, value in given.items() if key not in ("time_step_limit", "mamba_dt_limit")}
+        given = {
+            key: value for key, value in given.items() if key not in ("time_step_limit", "mamba_dt_limit")
+        }
         kinds = _kinds(given)
         if "moe" in kinds or not kinds.count("mlp"):
             said = "experts already" if "moe" in kinds else "no layer that is a network (mlp)"
-            raise UpcycleError(f"config.json of a nemotron_h model names {said}; give a dense one with networks")
+            raise UpcycleError(
+                f"config.json of a nemotron_h model names {said}; give a dense one with networks"
+            )
         config = super().config({**given, "num_hidden_layers": len(kinds)})
-        head = raw.get("head_dim", raw.get("attention_head_dim", self.defaults["head_dim"]))
+        head = raw.get("head_dim") or self.defaults["head_dim"]
         config |= {"layers_block_type": kinds, "layer_types": kinds, "head_dim": head}
         if config["num_key_value_heads"] is None:
             config["num_key_value_heads"] = config["num_attention_heads"]
@@ -155,15 +158,20 @@ class NemotronH(PlainDecoder):
 
 def _kinds(raw: Mapping[str, Any]) -> list[str]:
     """Return what each layer is, from the list or the pattern of letters in config.json."""
-    listed, pattern = raw.get("layers_block_type") or raw.get("layer_types"), raw.get("hybrid_override_pattern")
+    listed, pattern = (
+        raw.get("layers_block_type") or raw.get("layer_types"),
+        raw.get("hybrid_override_pattern"),
+    )
     if listed is None and pattern is None:
         return ["linear_attention", "moe", "full_attention", "mlp"]  # as its class assumes
     kinds = [_LETTERS.get(c, c) for c in pattern] if listed is None and isinstance(pattern, str) else listed
-    kinds = [_FORMERLY.get(k, k) if isinstance(k, str) else k for k in kinds or ()]
-    if not kinds or not all(kind in _LETTERS.values() for kind in kinds):
+    given = kinds if isinstance(kinds, (list, tuple)) else ()
+    kinds = [_FORMERLY.get(kind, kind) for kind in given if isinstance(kind, str)]
+    if not kinds or len(kinds) != len(given) or not {*kinds} <= {*_LETTERS.values()}:
         raise UpcycleError(
-            f"config.json of a nemotron_h model: layers_block_type = {shown(listed)}, hybrid_override_pattern "
-            f"= {shown(pattern)}; layers are {', '.join(_LETTERS.values())}, or the letters {''.join(_LETTERS)}"
+            f"config.json of a nemotron_h model: layers_block_type = {shown(listed)} and "
+            f"hybrid_override_pattern = {shown(pattern)}; layers are {', '.join(_LETTERS.values())}, or the "
+            f"letters {''.join(_LETTERS)}"
         )
     return kinds
 

@@ -1,4 +1,4 @@
-"""Nomic BERT: rotary positions, post-norm blocks, gated networks; files have queries, keys and values as one."""
+"""Nomic BERT: rotary positions, post-norm blocks, gated networks; queries, keys and values stored as one."""
 
 from collections.abc import Mapping
 

@@ -40,7 +40,9 @@ class SigLIP(DualEncoder):
         out |= norm("text_model.final_layer_norm", text["hidden_size"])
         joint = text["projection_size"] or text["hidden_size"]
         out |= row_linear("text_model.head", joint, text["hidden_size"])
-        return out | (below("vision_model.head.", attending_head(vision)) if vision["vision_use_head"] else {})
+        return out | (
+            below("vision_model.head.", attending_head(vision)) if vision["vision_use_head"] else {}
+        )
 
 
 family = SigLIP()

@@ -1,6 +1,8 @@
 """SigLIP 2 of any resolution: images are lists of patches, of as many rows and columns as each has."""
 
+from collections.abc import Mapping
 from math import isqrt
+from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Grid, Weights
@@ -40,7 +42,7 @@ class SigLIP2(DualEncoder):
         head = attending_head(vision) if vision["vision_use_head"] else {}
         return out | below("vision_model.head.", head)
 
-    def grid(self, config: Config, stack: str) -> Grid | None:
+    def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
         """Return the square of patches that the table of positions has rows for; images may have others."""
         if stack != "vision":
             return None

@@ -57,6 +57,10 @@ class Wav2Vec2(Encoder):
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         config = super().config(raw)
+        if not isinstance(config["conv_kernel"], (list, tuple)):
+            raise UpcycleError(
+                f"config.json: conv_kernel = {config['conv_kernel']}; it must be a list of sizes"
+            )
         lengths = {key: len(config[key]) for key in ("conv_dim", "conv_stride", "conv_kernel")}
         if len({*lengths.values()}) > 1:
             said = ", ".join(f"{key} {length}" for key, length in lengths.items())
@@ -103,7 +107,10 @@ class Wav2Vec2(Encoder):
             out[f"{layer}.conv.weight"] = Matrix((size, sizes[i], kernel))
             out |= {f"{layer}.conv.bias": Bias((size,))} if config["conv_bias"] else {}
             if config["feat_extract_norm"] == "layer" or i == 0:
-                out |= {f"{layer}.layer_norm.weight": Norm((size,)), f"{layer}.layer_norm.bias": Bias((size,))}
+                out |= {
+                    f"{layer}.layer_norm.weight": Norm((size,)),
+                    f"{layer}.layer_norm.bias": Bias((size,)),
+                }
         return out
 
     def _block(self, config: Config) -> Weights:

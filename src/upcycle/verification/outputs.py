@@ -12,7 +12,6 @@ import numpy as np
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
-from upcycle.families import Config
 from upcycle.verification.proof import Check, Difference, reason, share
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
     dense = built.dense
     kinds = dense.family.inputs(dense.config, TOKENS)
     beside = {name: torch.tensor(rows) for name, rows in dense.family.beside(dense.config).items()}
-    inputs = {"random": _random(kinds, dense.config) | beside}
+    inputs = {"random": random(kinds, dense.config["vocab_size"]) | beside}
     if shown.text is not None:
         ids = _tokens(built.source.folder, shown.text, dense.family.length(dense.config))
         names = [name for name, (kind, _) in kinds.items() if kind == "tokens"]
@@ -97,7 +96,10 @@ def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
         inputs["text"] = dict.fromkeys(names, ids)
     if shown.images is not None:
         inputs["images"] = _pixels(dense, shown.images)
-    return [Outputs(name=f"logits, {name}", inputs=given, built=built) for name, given in inputs.items()]
+    return [
+        Outputs(name=f"logits, {name}", inputs=_as_read(dense, given), built=built)
+        for name, given in inputs.items()
+    ]
 
 
 def padded(built: Blueprint) -> list[Outputs]:
@@ -108,21 +110,41 @@ def padded(built: Blueprint) -> list[Outputs]:
     if "input_ids" not in kinds or any(kind != "tokens" for kind, _ in kinds.values()):
         return []
     rows, length = 2, min(kinds["input_ids"][1][1], TOKENS // 4)
-    given = _random({n: (kind, (rows, length)) for n, (kind, _) in kinds.items()}, built.dense.config)
+    shapes = {n: (kind, (rows, length)) for n, (kind, _) in kinds.items()}
+    given = random(shapes, built.dense.config["vocab_size"])
     mask = torch.ones(rows, length, dtype=torch.long)
     mask[0, : length // 3] = 0
     given["attention_mask"] = mask
     kept = None if "decoder_input_ids" in kinds else mask.bool()
+    given = _as_read(built.dense, given)
     return [Outputs(name="logits, padded on the left", inputs=given, built=built, kept=kept)]
 
 
-def _random(shapes: Mapping[str, tuple[str, tuple[int, ...]]], config: Config) -> dict[str, torch.Tensor]:
+def _as_read(dense: Dense, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return rows of tokens in the form that the head reads.
+
+    BART and T5 read a class at the end of a text, so each row has one end. A head that chooses between rows
+    reads [B, rows, L].
+    """
+    rows = {n for n, given in inputs.items() if n.endswith("input_ids") or n == "attention_mask"}
+    out, ids = dict(inputs), inputs.get("input_ids")
+    ends = dense.config.get("eos_token_id")
+    if ids is not None and "decoder_input_ids" in inputs and dense.architecture.endswith("Classification"):
+        end = ends[0] if isinstance(ends, list) else 2 if ends is None else ends
+        out["input_ids"] = ids.where(ids != end, (end + 1) % dense.config["vocab_size"])
+        out["input_ids"][:, -1] = end
+    if dense.architecture.endswith("ForMultipleChoice"):
+        out |= {n: out[n].view(-1, min(2, len(out[n])), *out[n].shape[1:]) for n in rows}
+    return out
+
+
+def random(shapes: Mapping[str, tuple[str, tuple[int, ...]]], vocabulary: int) -> dict[str, torch.Tensor]:
     """Return random input of the given kinds and shapes; it is the same in every call."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randint(config["vocab_size"], shape, generator=generator)
+        name: torch.randint(vocabulary, shape, generator=generator)
         if kind == "tokens"
         else torch.randn(shape, generator=generator)
         for name, (kind, shape) in shapes.items()

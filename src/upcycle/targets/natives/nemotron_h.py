@@ -1,4 +1,4 @@
-"""Nemotron-H with experts: some of its layers are plain experts with a sigmoid router and a shared network."""
+"""Nemotron-H with experts: layers of plain experts, with a sigmoid router and a shared network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
