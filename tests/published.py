@@ -85,6 +85,7 @@ _ENCODER = {
     "n_embed": 16, "n_head": 2, "n_layer": 2, "n_positions": 40, "n_ctx": 40, "ffn_dim": 24, "word_embed_proj_dim": 16,
     "image_size": 64, "stage_names": ["stem", "stage1", "stage2"],
     "out_features": ["stage2"], "out_indices": [2], "num_patches": 16,
+    "projection_size": 16,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Nomic BERT: rotary positions, post-norm blocks, gated networks; queries, keys and values stored as one."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._encoder import Encoder
@@ -40,6 +41,10 @@ class NomicBert(Encoder):
         "head_dim": None,
         "tie_word_embeddings": True,
     }
+
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        # Configs of the hub also hold the keys of the code that came with it, which names the gate: swiglu.
+        return super().config({key: value for key, value in raw.items() if key != "activation_function"})
 
     def finish(self, config: Config) -> Config:
         given = config["head_dim"]

@@ -36,6 +36,16 @@ class UpcycledModel:
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a prompt as the dense class takes it, which transformers knows by its model_type (Whisper)."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        config.model_type = config.model_type.removeprefix(PREFIX)
+        try:
+            prepare = super()._prepare_decoder_input_ids_for_generation  # type: ignore[misc]
+            return prepare(*args, **kwargs)
+        finally:
+            del config.model_type  # that of the class is seen again
+
     def replace(self) -> None:
         """Replace modules with MoE layers as `config.moe` says."""
         base: nn.Module = self.base_model  # type: ignore[attr-defined]
