@@ -82,7 +82,8 @@ _SEQ2SEQ = {
 _ENCODER = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 40, "dim": 16, "hidden_dim": 24, "n_heads": 2, "n_layers": 2, "n_embd": 16,
-    "n_embed": 16, "n_head": 2, "n_layer": 2, "n_positions": 40, "n_ctx": 40, "ffn_dim": 24, "word_embed_proj_dim": 16,
+    "n_embed": 16, "n_head": 2, "n_layer": 2,
+    "n_positions": 40, "n_ctx": 40, "ffn_dim": 24, "word_embed_proj_dim": 16,
     "image_size": 64, "stage_names": ["stem", "stage1", "stage2"],
     "out_features": ["stage2"], "out_indices": [2], "num_patches": 16,
     "projection_size": 16,

@@ -25,7 +25,7 @@ DECODERS = [
 
 OTHERS = [
     "olmo", "olmo3", "gemma2", "gemma3_text", "exaone4", "glm4", "starcoder2", "phi", "stablelm", "cohere",
-    "nemotron", "arcee", "helium", "apertus",
+    "nemotron", "arcee", "helium", "apertus", "gemma4_text",
 ]  # fmt: skip
 """Decoders with Llama's names that have none."""
 
@@ -33,7 +33,7 @@ RECENT = [
     "nemotron_h",
     "glm", "lfm2", "youtu", "granitemoehybrid", "seed_oss", "ministral", "ministral3", "cwm", "granite_swa",
     "starcoder2", "phi", "stablelm", "cohere", "nemotron", "arcee", "helium",
-    "apertus",
+    "apertus", "gemma4_text",
 ]  # fmt: skip
 """Decoders of which only the native form is pinned."""
 
@@ -68,6 +68,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"] * 2, "mamba_n_heads": 4, "mamba_d_state": 8,
         "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
         "attention_multiplier": 0.2,
+    },
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 96, "global_head_dim": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
     },
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "mamba_num_heads": 4,
@@ -135,6 +139,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "original_max_position_embeddings": 64,
             },
         },
+    ),
+    "gemma4_text-wide": ("gemma4_text", {"use_double_wide_mlp": True, "final_logit_softcapping": 30.0}),
+    "gemma4_text-keys": (
+        "gemma4_text",
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
+         "num_kv_shared_layers": 0},
     ),
     "glm-no-bias": ("glm", {"attention_bias": False, "head_dim": 12}),
     "granite-bias": ("granite", {"attention_bias": True}),

@@ -64,9 +64,13 @@ CASES = {
     "classes of a T5": ("T5ForSequenceClassification", None, {}, "UpcycledT5ForSequenceClassification"),
     "tokens of a T5": ("T5ForTokenClassification", None, {}, "UpcycledT5ForTokenClassification"),
     "answers of a T5": ("T5ForQuestionAnswering", None, {}, "UpcycledT5ForQuestionAnswering"),
-    "classes of a BART": ("BartForSequenceClassification", None, {}, "UpcycledBartForSequenceClassification"),
+    "classes of a BART": (
+        "BartForSequenceClassification", None, {}, "UpcycledBartForSequenceClassification",
+    ),
     "answers of a BART": ("BartForQuestionAnswering", None, {}, "UpcycledBartForQuestionAnswering"),
-    "classes of a Whisper": ("WhisperForAudioClassification", None, {}, "UpcycledWhisperForAudioClassification"),
+    "classes of a Whisper": (
+        "WhisperForAudioClassification", None, {}, "UpcycledWhisperForAudioClassification",
+    ),
     "masked images": ("ViTForMaskedImageModeling", None, {}, "UpcycledViTForMaskedImageModeling"),
 }  # fmt: skip
 

@@ -139,8 +139,8 @@ def test_a_wav2vec2_as_the_hub_has_it(tmp_path):
 
     source = tiny.make(tmp_path / "dense", "Wav2Vec2ForCTC")
     tensors = load_file(source / "model.safetensors")
-    former = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
-    for now, then in former.items():
+    for number, then in enumerate(("weight_g", "weight_v")):
+        now = f"parametrizations.weight.original{number}"
         tensors = {name.replace(now, then): tensor for name, tensor in tensors.items()}
     del tensors["wav2vec2.masked_spec_embed"]
     assert any(name.endswith("weight_g") for name in tensors)

@@ -34,7 +34,7 @@ SILENT = frozenset(
 # Dense model types without a file here, and why (each was run, or its block compared).
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
-    "gemma4": "its class has experts beside the network (enable_moe_block), which was never tried",
+    "gemma4": "the multimodal model was never tried; --part-only text takes its text model out of it",
     "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
 }
 

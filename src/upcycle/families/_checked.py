@@ -114,6 +114,7 @@ def _each(kind: Kind, keys: str) -> dict[str, Kind]:
 KINDS: Mapping[str, Kind] = {
     **_each(
         _SIZE,
+        "vocab_size_per_layer_input "
         "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings "
         "original_max_position_embeddings no_rope_layer_interval "
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
@@ -130,6 +131,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     **_each(
         _SIZE.or_null(),
+        "global_head_dim num_global_key_value_heads "
         "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim "
         "projection_size q_lora_rank num_kv_heads ffn_hidden_size output_hidden_size adapter_attn_dim",
     ),
@@ -142,6 +144,7 @@ KINDS: Mapping[str, Kind] = {
     "sliding_window_pattern": _PATTERN.or_null(),
     **_each(
         _COUNT,
+        "hidden_size_per_layer_input num_kv_shared_layers "
         "max_window_layers num_register_tokens type_vocab_size num_local_experts shared_intermediate_size",
     ),
     **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels num_ln_in_parallel_attn"),
@@ -164,7 +167,7 @@ KINDS: Mapping[str, Kind] = {
         "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
         "use_qkv_bias qk_layernorm use_parallel_residual attention_out_bias conv_bias "
         "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias do_stable_layer_norm add_adapter "
-        "use_conv_bias slow_but_exact residual_in_fp32 "
+        "attention_k_eq_v enable_moe_block use_double_wide_mlp use_conv_bias slow_but_exact residual_in_fp32 "
         "rescale_prenorm_residual apply_residual_connection_post_layernorm",
     ),
     **_each(
