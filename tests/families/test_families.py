@@ -217,3 +217,19 @@ def test_imports_have_no_cycle():
         visit(name, ())
     assert not imports["upcycle.errors"]
     assert imports["upcycle.checkpoints.dtypes"] == {"upcycle.errors"}
+
+
+@pytest.mark.parametrize("target", ["native", "upcycled"])
+@pytest.mark.parametrize("pad", [0, 5, 95])
+def test_the_padding_token_of_a_youtu(pad, target, tmp_path):
+    """Its class empties the token's row when it opens a checkpoint, and so does the conversion."""
+    from upcycle import verify
+
+    source = tiny.make_dense(tmp_path / "dense", "youtu", pad_token_id=pad, tie_word_embeddings=True)
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": target}))
+    proof = verify(source, tmp_path / "moe", logits=pad == 5)
+    assert proof.holds, proof.checks
+    opened = [AutoModelForCausalLM.from_pretrained(each) for each in (source, tmp_path / "moe")]
+    dense, moe = (model.get_input_embeddings().weight for model in opened)
+    assert torch.equal(dense, moe)
+    assert not moe[pad].any()

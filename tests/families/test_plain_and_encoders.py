@@ -191,13 +191,19 @@ def test_gpt2_as_the_hub_has_it(tmp_path):
     assert verify(source, tmp_path / "moe").holds
 
 
-def test_llama_under_another_name(dense, tmp_path):
+@pytest.mark.parametrize("model_type", ["internlm3", "aquila"])
+def test_llama_under_another_name(model_type, dense, tmp_path):
+    """Transformers knows the first; the second is nobody's type, and its config names the class of Llama."""
     import shutil
 
     source = shutil.copytree(dense("llama"), tmp_path / "dense")
-    config = json.loads((source / "config.json").read_text()) | {"model_type": "internlm3"}
+    config = json.loads((source / "config.json").read_text()) | {"model_type": model_type}
     (source / "config.json").write_text(json.dumps(config))
     for target, wanted in (("native", "mixtral"), ("upcycled", "upcycled_llama")):
         built = convert(source, tmp_path / target, Recipe.of(moe={"num_experts": 2, "target": target}))
         assert built.config["model_type"] == wanted
-        assert verify(source, tmp_path / target).holds
+        proof = verify(source, tmp_path / target)
+        assert proof.holds, proof.checks
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "no", "architectures": ["NoLM"]}))
+    with pytest.raises(upcycle.UpcycleError, match="unknown model_type 'no'"):
+        convert(source, tmp_path / "no")

@@ -43,7 +43,10 @@ class Dense:
     def tensors(self) -> dict[str, Lazy]:
         """The model's tensors by the names of its family."""
         found = ((self.place.own(name), info) for name, info in self._kept())
-        return {own: Stored(self.checkpoint, info) for own, info in found if own is not None}
+        stored: dict[str, Lazy] = {
+            own: Stored(self.checkpoint, info) for own, info in found if own is not None
+        }
+        return self.family.as_opened(self.config, stored)
 
     @cached_property
     def around(self) -> dict[str, Lazy]:
@@ -260,7 +263,8 @@ def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> 
             f"{shown(model_type)}, which upcycle does not know"
             f"{nearest_of_many(model_type, families.names(), 'upcycle list')}"
         )
-    return families.find(families.find(model_type).meant(own))
+    known = families.by_class(own) or model_type
+    return families.find(families.find(known).meant(own))
 
 
 def _within(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any], *, alone: bool) -> places.Within:

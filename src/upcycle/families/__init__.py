@@ -99,6 +99,10 @@ class Family(abc.ABC):
     def weights(self, config: Config) -> Weights:
         """Return every tensor of the dense checkpoint by its name on disk: its shape and its kind."""
 
+    def as_opened(self, config: Config, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+        """Return the tensors with the values that they have once transformers has opened the checkpoint."""
+        return tensors
+
     def optional(self, config: Config) -> Weights:
         """Return the tensors that a checkpoint may have besides those of `weights`."""
         return {}
@@ -232,6 +236,16 @@ def find(model_type: str) -> Family:
     raise UpcycleError(
         f"unknown model_type {shown(model_type)}{nearest_of_many(model_type, names(), 'upcycle list')}"
     )
+
+
+def by_class(raw: Mapping[str, Any]) -> str | None:
+    """Return the type of the family whose class a config.json names, if nobody knows its own model_type."""
+    model_type, named = raw.get("model_type"), raw.get("architectures")
+    if not isinstance(model_type, str) or model_type in {*names(), *SAME, *REFUSED}:
+        return None
+    name = named[0] if isinstance(named, list) and named else None
+    found = [known for known in names() if name in find(known).architectures]
+    return found[0] if len(found) == 1 else None
 
 
 def names() -> list[str]:
