@@ -1,5 +1,6 @@
 # make demo    the whole story on this machine, no network needed once installed
-# make test    the test suite
+# make test    the test suite: every kind of test, in under five minutes on two cores
+# make test-slow  the same kinds for every family, at every moment, over long runs
 # make test-ranks  8 and 16 processes, and one rank of 512 at true size
 # make attack  a million damaged inputs, a hundred kills of each command; it goes on where it stopped
 # make check   formatting, linting, types
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test attack check format bench test-ranks clean
+.PHONY: demo test test-slow attack check format bench test-ranks clean
 
 # torch first and by its exact version: any other spelling may fetch another build of it.
 .venv/.ready: pyproject.toml constraints.txt
@@ -24,6 +25,9 @@ demo: .venv/.ready
 test: .venv/.ready
 	.venv/bin/python -m pytest -n 2
 
+test-slow: .venv/.ready
+	.venv/bin/python -m pytest -n 2 -m slow
+
 # UPCYCLE_ATTACK="--cases 1000000 --minutes 600 --kills 100": how much, and for how long at most. attack.json keeps
 # the counts, and the next call goes on after them; without the file it begins anew.
 attack: .venv/.ready
@@ -34,7 +38,7 @@ check: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	for folder in experiments/*/; do MYPYPATH=$$folder .venv/bin/mypy $$folder*.py || exit 1; done
+	for folder in $$(dirname experiments/*/*.py | sort -u); do MYPYPATH=$$folder .venv/bin/mypy $$folder/*.py || exit 1; done
 
 format: .venv/.ready
 	.venv/bin/ruff format .

@@ -15,6 +15,7 @@ from upcycle.training import optimizer, start, step
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
+from upcycle.training.trainee import Trainee
 
 
 def precision() -> str:
@@ -22,12 +23,12 @@ def precision() -> str:
     return "float32" if machine.device().type == "cpu" else "mixed"
 
 
-def trainee_of(run: Run, precision: str) -> step.Trainee:
+def trainee_of(run: Run, precision: str) -> Trainee:
     """Return the model of a run with everything that a step needs."""
     with ranks(run.parallel) as here:
         begun = start.start_of(run)
         model = start.model_of(begun, run, here, precision)
-        return step.Trainee(
+        return Trainee(
             model=model,
             task=tasks.of(begun.dense.architecture),
             start=begun,

@@ -63,6 +63,13 @@ def curve(out: str | Path, rows: int, flops: int) -> list[dict[str, Any]]:
     ]
 
 
+def missing(results: Path, jobs: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the jobs (variant, seed) that `results` does not have yet."""
+    known = json.loads(results.read_text())["runs"] if results.exists() else []
+    done = {(r["variant"], r["seed"]) for r in known}
+    return [job for job in jobs if job not in done]
+
+
 def gather(
     results: Path,
     jobs: Iterable[tuple[str, int]],
@@ -74,7 +81,7 @@ def gather(
     """Run the jobs (variant, seed) that `results` does not have yet, and add each result when it ends."""
     known = json.loads(results.read_text())["runs"] if results.exists() else []
     done = {(r["variant"], r["seed"]): r for r in known}
-    wanted = [job for job in jobs if job not in done]
+    wanted = missing(results, jobs)
     with ThreadPoolExecutor(parallel) as pool:
         for result in pool.map(lambda job: go(*job), wanted):
             done[(result["variant"], result["seed"])] = result

@@ -19,6 +19,7 @@ from upcycle.data.corruption import IGNORED
 from upcycle.training import (
     agreement,
     chunked_entropy,
+    held_out,
     optimizer,
     optimizers,
     saving,
@@ -31,6 +32,7 @@ from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
+from upcycle.training.trainee import Trainee
 
 Layout = dict[str, int]
 
@@ -103,11 +105,11 @@ def experts_of(run: Run) -> list[int]:
     return [run.recipe.moe.num_experts] if run.recipe else []
 
 
-def trainee_of(run: Run, here: Any, precision: str = "float32") -> step.Trainee:
+def trainee_of(run: Run, here: Any, precision: str = "float32") -> Trainee:
     begun = start.start_of(run)
     model = start.model_of(begun, run, here, precision)
     routers = Routers.of(model)
-    return step.Trainee(
+    return Trainee(
         model=model,
         task=run.task or tasks.of(begun.dense.architecture),
         start=begun,
@@ -184,7 +186,7 @@ def gradients(
             share = run.train.rows // here.dp_size
             mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
             if scored:
-                step.evaluate(trainee, batch)
+                held_out.score(trainee, batch)
                 question = trainee.task.question(mine, trainee.start.subject, training=True)
                 assert (trainee._head(question) is not None) == (here.world == 1)
             outcome = step.train_step(trainee, mine, 0, 1e-3)
@@ -198,7 +200,7 @@ def gradients(
                     "z": outcome.z_loss,
                     "router_norms": list(outcome.router_grad_norms),
                     "counts": torch.stack([tally.counts for tally in outcome.tallies]),
-                    "held_out": step.evaluate(trainee, {name: t[:3] for name, t in batch.items()}).loss,
+                    "held_out": held_out.score(trainee, {name: t[:3] for name, t in batch.items()}).loss,
                 }
             )
     return out

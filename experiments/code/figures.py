@@ -46,7 +46,7 @@ def spent(runs: Runs, start: int) -> float:
 def share(runs: Runs, start: int, variant: str) -> list[np.ndarray]:
     """Return a curve for each seed: [points, (extra FLOPs relative to the start's, held-out loss)]."""
     unit = spent(runs, start)
-    before = table.budget(variant) - table.EXTRA  # a run from scratch spends the start's FLOPs as well
+    before = float(table.from_scratch(variant))  # a run from scratch spends the start's FLOPs as well
     curves = [np.array(each["curve"], np.float64) for each in runs[start, variant]]
     return [np.stack([each[:, FLOPS] / unit - before, each[:, LOSS]], axis=1) for each in curves]
 

@@ -52,6 +52,10 @@ FACTORS: dict[str, Changes] = {
         "moe": {"num_experts": 8, "top_k": 1, "target": "upcycled"}, "router": {"normalize": False},
     },
     "copy_every_other": {"moe": {**_TOP_2, "layers": "every_other", "target": "upcycled"}},
+    "virtual_group_equal_seconds": {
+        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
+    },
+    "split_8": {"moe": {"num_experts": 8, "top_k": 4, "granularity": 8}, "init": {"name": "split"}},
     "virtual_group_small_router": {
         "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped", "std": 0.002},
     },
@@ -59,7 +63,15 @@ FACTORS: dict[str, Changes] = {
 
 VARIANTS = CORE | FACTORS
 
+# A step of these experts takes 1.25 times the seconds of the dense step (benchmarks/equal_flops.py).
+SHORTER = {"virtual_group_equal_seconds": 1.25}
+
+
+def from_scratch(variant: str) -> bool:
+    """Return whether a variant starts from random weights."""
+    return bool(VARIANTS[variant].get("from_scratch"))
+
 
 def budget(variant: str) -> float:
     """Return the training FLOPs of a run, relative to those of the start."""
-    return EXTRA + (1 if VARIANTS[variant].get("from_scratch") else 0)
+    return (EXTRA + from_scratch(variant)) / SHORTER.get(variant, 1)

@@ -227,7 +227,7 @@ def score(checkpoint: Path, given: argparse.Namespace, **config: Any) -> Score:
         with torch.inference_mode(), routers.recording() if routers else nullcontext():
             logits = model(rows).logits
         loss[domain] = round(float(cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())), 5)
-        firsts = [said.logits.argmax(-1) for said in routers.said] if routers else []
+        firsts = [output.logits.argmax(-1) for output in routers.outputs] if routers else []
         chosen.append([torch.bincount(first, minlength=len(DOMAINS)) / len(first) for first in firsts])
     shares = [[[round(float(x), 4) for x in share] for share in layer] for layer in zip(*chosen, strict=True)]
     return Score(loss, shares)

@@ -8,7 +8,7 @@ MoE", online upcycling).
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,12 +85,8 @@ def build(
     from upcycle.hf import building, distributing, meshes, models, opening
 
     cls = models.architecture(architecture)
-    device, layout, shared = torch.device("cpu"), Layout(), None
-    if distributed_config is not None:
-        shared = _layout(distributed_config, experts, config)
-        layout = distributing.layout_of(shared)
-        if (target := targets.opened(config)) is not None:
-            target.refuse_layout(config, tp_size=layout.tp, ep_size=layout.ep)
+    shared = None if distributed_config is None else _layout(distributed_config, experts, config)
+    layout = Layout() if shared is None else distributing.layout_of(shared)
     opening.refuse_unknown(experts_implementation)
     model = building.on_meta(
         cls,
@@ -101,8 +97,8 @@ def build(
     tensors = building.split(model, tensors)
     found = building.renamed(model, tensors)
     building.untie(model, found)
+    device, rank = torch.device("cpu"), 0
     cuts: dict[str, Sharded] = {}
-    rank = 0
     if shared is None or layout.world == 1:
         building.tie(model)
     else:
@@ -113,20 +109,28 @@ def build(
         if rank == 0:
             _warn_uneven(cuts, layout)
 
+    filler = _filler({name: tensors[own] for name, own in found.items()}, cuts, layout, rank)
+    distributing.materialize(model, filler, device)
+    building.finish(model, device)
+    opening.choose_experts(model, experts_implementation)
+    return model
+
+
+def _filler(
+    entries: Mapping[str, Entry], cuts: Mapping[str, Sharded], layout: Layout, rank: int
+) -> Callable[[list[str], torch.Tensor], bool]:
+    """Return a function that writes this rank's part of a parameter, which has one or more names."""
+
     def fill(names: list[str], memory: torch.Tensor) -> bool:
-        name = next((name for name in names if name in found), None)
-        if name is None:
+        entry = next((entries[name] for name in names if name in entries), None)
+        if entry is None:
             return False
-        entry = tensors[found[name]]
         cut = next((cuts[name] for name in names if name in cuts), None)
         part = placement.whole(entry.shape) if cut is None else placement.part(cut, layout, rank)
         write_part(entry, part, memory)
         return True
 
-    distributing.materialize(model, fill, device)
-    building.finish(model, device)
-    opening.choose_experts(model, experts_implementation)
-    return model
+    return fill
 
 
 def _warn_uneven(cuts: Mapping[str, Sharded], layout: Layout) -> None:
@@ -212,12 +216,15 @@ def _layout(
             f"pp_size = {made.pp_size}: upcycle has no pipeline parallelism; use fsdp_size, tp_size, ep_size "
             f"and dp_replicate_size"
         )
-    distributing.layout_of(made).refuse(
+    layout = distributing.layout_of(made)
+    layout.refuse(
         int(os.environ.get("WORLD_SIZE", "1")),
         experts=experts,
         heads=attention_heads(config),
         names=OF_TRANSFORMERS,
     )
+    if (target := targets.opened(config)) is not None:
+        target.refuse_layout(config, tp_size=layout.tp, ep_size=layout.ep)
     return made
 
 

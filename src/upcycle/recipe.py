@@ -118,7 +118,7 @@ class Grow(Settings):
     noise_on: Literal["down", "all"] = "down"
     # likewise on the rows of the router that are copies, so that they score a token differently
     router_noise: Annotated[float, AtLeast(0)] = 0.0
-    # neurons of the shared expert, where the class has one; more than the source's have no output at first; 0
+    # neurons of the shared expert, if the class has one; more than the source's have no output at first; 0
     # keeps the source's
     shared_width: Annotated[int, AtLeast(0)] = 0
     # layers without experts become MoE layers too, by [init] and [router]

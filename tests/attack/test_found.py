@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from workshop import WORDS, Workshop
 
 from upcycle import UpcycleError, convert, verify
-from upcycle.checkpoints.checkpoint import read_header
+from upcycle.checkpoints.header import read_header
 from upcycle.data import documents
 from upcycle.data.corpus import read_tokenizer
 from upcycle.data.documents import Source

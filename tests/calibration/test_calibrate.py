@@ -24,12 +24,14 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from heard import Counted
+from marks import quick
 from tiny import make
 from upcycle import cli, families
-from upcycle.calibration import calibration
+from upcycle.calibration import calibration, sweep
 from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.calibration.observer import Observer
-from upcycle.checkpoints.checkpoint import Checkpoint, read_header
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.header import read_header
 from upcycle.dense.source import admit
 from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
@@ -214,14 +216,14 @@ def test_statistics_are_those_of_all_activations(kind, threshold, collect, data)
 def test_both_stacks_of_t5(collect, data, monkeypatch):
     """Encoder and decoder see other tokens; `heads` is self-attention's."""
     asked: list[dict[str, torch.Tensor]] = []
-    batch = calibration._batch
+    batch = sweep._batch
 
     def spied(model: Any, observer: Any, dense: Any, part: Any, places: Any, **options: Any) -> None:
         read = {k: torch.from_numpy(v) for k, v in part.rows.read(places).items()}
         asked.append(part.rows.ask(read).inputs)
         batch(model, observer, dense, part, places, **options)
 
-    monkeypatch.setattr(calibration, "_batch", spied)
+    monkeypatch.setattr(sweep, "_batch", spied)
     found = collect("t5", collect=EVERYTHING, in_order=True)
     inputs = {k: torch.cat([a[k] for a in asked]) for k in ("input_ids", "decoder_input_ids")}
     model = transformers.T5ForConditionalGeneration.from_pretrained(data / "t5").eval()
@@ -434,15 +436,15 @@ def test_no_flipped_bit_in_what_was_left_changes_the_statistics(collect, tmp_pat
     assert collect("vit", positions=("neurons",), batch_size=6).path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", quick([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_signal_saves_and_ends(number, data, tmp_path):
     """The command is told to end amid its batches, saves, and goes on when it is given again."""
     out = tmp_path / "out.safetensors"
     (tmp_path / "slow.py").write_text(
-        "import sys, time\nfrom upcycle import cli\nfrom upcycle.calibration import calibration\n"
-        "batch = calibration._batch\n"
+        "import sys, time\nfrom upcycle import cli\nfrom upcycle.calibration import sweep\n"
+        "batch = sweep._batch\n"
         "def slow(*a, **k):\n    print('batch', flush=True)\n    time.sleep(0.2)\n    batch(*a, **k)\n"
-        "calibration._batch = slow\ncli.main(sys.argv[1:])\n"
+        "sweep._batch = slow\ncli.main(sys.argv[1:])\n"
     )
     arguments = [
         "calibrate", str(data / "vit"), "--out", str(out), "--images", str(data / "images"),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from upcycle.checkpoints.checkpoint import Checkpoint, file_hash, read_header
+from upcycle.checkpoints.checkpoint import Checkpoint, file_hash
+from upcycle.checkpoints.header import read_header
 from upcycle.errors import UpcycleError
 
 BASE = save({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)})
@@ -89,7 +90,7 @@ def test_metadata_is_what_safetensors_takes(metadata, tmp_path):
     if theirs:
         read_header(path)
         return
-    with pytest.raises(UpcycleError, match="__metadata__ of the header holds what is no text"):
+    with pytest.raises(UpcycleError, match="__metadata__ of the header holds a value that is not text"):
         read_header(path)
 
 

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from upcycle import cli
+from upcycle.demo import corpus, story
 
 COMMANDS = [
     [], ["plan"], ["convert"], ["verify"], ["inspect"], ["list"], ["demo"], ["train"], ["export"],
@@ -29,7 +30,9 @@ def test_help_is_quick_and_imports_nothing_heavy(command):
         "print(*[m for m in ('numpy', 'torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
     best = float("inf")
-    for _ in range(3):  # the machine may be busy with other things; CPU seconds are not all ours
+    for _ in range(3):  # other processes take caches, and so CPU seconds that are not all ours
+        if best < 0.5:
+            break
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run = subprocess.run(
             [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, check=True
@@ -241,8 +244,11 @@ def test_public_names():
         upcycle.nosuch  # noqa: B018
 
 
-def test_demo(tmp_path, capsys):
-    """The whole story on the standard library's sources, with a second of training, from the model within."""
+def test_demo(tmp_path, capsys, monkeypatch):
+    """The whole story on some of the standard library's sources, with a second of training, from the model
+    within."""
+    monkeypatch.setattr(corpus, "BYTES", 400_000)
+    monkeypatch.setattr(story, "EVAL_ROWS", 16)
     cli.main(["demo", "--out", str(tmp_path / "demo"), "--seconds", "1"])
     out = capsys.readouterr().out
     assert "At equal FLOPs the best MoE" in out

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from marks import quick
 from upcycle import cli
 from upcycle.cli import bars, screen
 from upcycle.errors import UpcycleError, printable
@@ -231,7 +232,10 @@ def test_json_of_odd_texts_is_json(capsys):
     assert json.loads(capsys.readouterr().out)["a"].startswith("a\n")
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "verify", "inspect", "calibrate", "eval", "train"])
+COMMANDS = ["plan", "convert", "verify", "inspect", "calibrate", "eval", "train"]
+
+
+@pytest.mark.parametrize("command", quick(COMMANDS, "convert", "verify"))
 def test_ctrl_c_in_the_middle_of_a_command(command, trainable, tmp_path):
     """At any moment: 130 and one sentence, or the command was done before."""
     source, text = trainable

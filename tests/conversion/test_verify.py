@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from upcycle import Recipe, cli, convert, plan, verify
-from upcycle.checkpoints.checkpoint import Checkpoint, read_header
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.header import read_header
 from upcycle.conversion import provenance
 from upcycle.errors import UpcycleError
 from upcycle.inspection import inspect

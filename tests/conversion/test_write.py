@@ -161,6 +161,7 @@ def killed(source: Path, out: Path, at: int, init: str, *resume: str) -> subproc
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["copy", "drop"])
 def test_a_kill_at_any_moment(init, dense, tmp_path):
     """SIGKILL before the n-th system call, for n spread over the whole run; then resume."""

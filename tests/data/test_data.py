@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from heard import Counted
 from upcycle.data import corpus, documents
+from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
 from upcycle.errors import UpcycleError
@@ -188,8 +189,8 @@ def test_pieces_give_the_ids_of_the_whole(
     if not separated:
         text = text.replace("<|endoftext|>", "")
     (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(corpus, "_PIECE", 300)
-    monkeypatch.setattr(corpus, "_BATCH", 1000)
+    monkeypatch.setattr(cut, "_PIECE", 300)
+    monkeypatch.setattr(cut, "_BATCH", 1000)
     calls: list[int] = []
     data = Data(sources=(Source(path=str(tmp_path / "a.txt"), separator="<|endoftext|>"),))
     with reporting_to(Counted("tokenising", calls.append)):
@@ -208,7 +209,7 @@ def test_pieces_give_the_ids_of_the_whole(
 def test_text_without_blanks_is_cut_all_the_same(
     tmp_path: Path, tokenised: Any, bytes_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "_PIECE", 50)
+    monkeypatch.setattr(cut, "_PIECE", 50)
     text = "".join(chr(0x4E00 + i) for i in range(500))
     (tmp_path / "a.txt").write_text(text)
     assert documents_of(tokenised(tmp_path / "a.txt"), bytes_folder) == [text]
@@ -230,8 +231,8 @@ def test_pieces_are_the_documents(documents: list[str], data: st.DataObject) -> 
             return type("Encoded", (), {"input_ids": [ord(c) for c in text]})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_PIECE", 10)
-        pieces = list(corpus.pieces(stream, Characters(), Source(path="x")))
+        patch.setattr(cut, "_PIECE", 10)
+        pieces = list(cut.pieces(stream, Characters(), Source(path="x")))
     joined = "".join("[" * p.begins + p.text + "]" * p.ends for p in pieces)
     assert joined == "".join(f"[{text}]" for text in documents)
     assert max(len(p.text) for p in pieces) <= 11
@@ -269,7 +270,7 @@ def test_tokenised_once(tmp_path: Path, tokenised: Any, monkeypatch: pytest.Monk
     assert sorted(p.suffix for p in first.path.parent.iterdir()) == [".bin", ".json", ".starts"]
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_encode", None)  # whoever tokenises again fails
+        patch.setattr(corpus, "encode", None)  # whoever tokenises again fails
         again = tokenised("a.txt")
     assert again.path == first.path
     np.testing.assert_array_equal(again.ids(), first.ids())

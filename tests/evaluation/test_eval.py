@@ -151,7 +151,7 @@ def test_a_long_document_is_scored_like_the_whole(byte_model, tmp_path, monkeypa
     path.write_text(words)
     asked = ToScore(text=path, length=48)
     whole = evaluate(byte_model, asked)
-    monkeypatch.setattr("upcycle.data.corpus._PIECE", 1000)
+    monkeypatch.setattr("upcycle.data.pieces._PIECE", 1000)
     pieces = evaluate(byte_model, asked)
     assert pieces["bytes"] == whole["bytes"] == len(words)
     assert pieces["loss"] == pytest.approx(whole["loss"], rel=1e-4)

@@ -275,7 +275,7 @@ def test_real_numbers_are_those_of_the_harness_own_model(name, stories):
 def test_likelihoods_and_texts_are_those_of_the_harness_own_model(dense_model):
     from lm_eval.api.instance import Instance
 
-    from upcycle.evaluation.harness import HarnessModel
+    from upcycle.evaluation.harness_model import HarnessModel
 
     ours, other = HarnessModel(language(dense_model)), theirs(dense_model)
     asked = [
@@ -306,7 +306,7 @@ def test_likelihoods_and_texts_are_those_of_the_harness_own_model(dense_model):
 def test_an_encoder_decoder_is_scored_as_the_harness_own_model_scores_it(tmp_path):
     from lm_eval.api.instance import Instance
 
-    from upcycle.evaluation.harness import HarnessModel
+    from upcycle.evaluation.harness_model import HarnessModel
 
     folder = make(tmp_path / "t5", "T5ForConditionalGeneration", vocab_size=300, eos_token_id=2)
     make_bytes_tokenizer(folder)
@@ -422,6 +422,7 @@ def test_a_row_with_a_field_missing_or_of_another_kind_is_a_sentence(task, odd, 
         assert "line 2" in str(said.value) or f"task {task}, example 2" in str(said.value)
 
 
+@pytest.mark.slow
 def test_rows_of_a_task_that_is_not_known_here(dense_model, tmp_path):
     """The harness's own templates fail on them in ways of their own."""
     (tmp_path / "winogrande.jsonl").write_text('{"query": "a"}\n')

@@ -20,6 +20,7 @@ from torch import nn
 
 import tiny
 import upcycle
+from marks import quick
 from promises import MOE, claims
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
 from upcycle.families._encoder import Encoder
@@ -174,7 +175,7 @@ def test_the_head_of_t5_1_1_is_its_own(made):
     assert not model.config.scale_decoder_outputs
 
 
-@pytest.mark.parametrize("case", ["vit", "dinov2-swiglu", "convnext", "bert", "t5", "llama"])
+@pytest.mark.parametrize("case", quick(["vit", "dinov2-swiglu", "convnext", "bert", "t5", "llama"], "bert"))
 def test_every_claim_of_every_initialisation(case, tmp_path):
     """Biases, granularity, shared experts, raw gates: what is said to keep the function does."""
     architecture, changes, _ = CASES[case]
@@ -454,7 +455,7 @@ assert type(upcycle.open({folder!r})).__mro__[2] is ViTForImageClassification
 
 @pytest.mark.parametrize(
     "script",
-    [TRANSFORMERS_FIRST, UPCYCLE_FIRST, ONE_CONFIG_FIRST],
+    quick([TRANSFORMERS_FIRST, UPCYCLE_FIRST, ONE_CONFIG_FIRST], ONE_CONFIG_FIRST),
     ids=["transformers", "upcycle", "one config"],
 )
 def test_importing_upcycle_is_enough(script, made, tmp_path):

@@ -82,6 +82,7 @@ def test_importing_upcycle_imports_and_changes_no_other_library():
     assert said == "[]"
 
 
+@pytest.mark.slow
 def test_names_are_added_to_the_registry_of_transformers_and_nothing_else():
     """Whichever is imported first; classes come with the first config of ours, and torch with them."""
     look = (
@@ -98,6 +99,7 @@ def test_names_are_added_to_the_registry_of_transformers_and_nothing_else():
     assert in_a_process(f"{look}import upcycle, sys\nprint('upcycle.hf.models' in sys.modules)") == "False"
 
 
+@pytest.mark.slow
 def test_an_old_transformers_can_still_be_imported():
     said = in_a_process(
         "import importlib.metadata as m; real = m.version\n"

@@ -21,7 +21,7 @@ from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
 from upcycle import UpcycleError, cli
 from upcycle.reporting import drawing, figures, report, sections
 from upcycle.reporting.comparison import Comparison, Group, compare
-from upcycle.reporting.crossing import crossing, told
+from upcycle.reporting.crossing import crossing, standing
 from upcycle.reporting.document import Document, Picture, Sentence, Table
 from upcycle.reporting.inks import DARK, LIGHT, VARIABLES, Inks
 from upcycle.reporting.markdown import render as render_markdown
@@ -394,13 +394,13 @@ def test_what_was_measured_tells_the_same_however_often(tmp_path):
         for every in (2, 5, 12, 20, 60):
             folders = runs(every, shift)
             (found,) = compared(*folders).pairs
-            assert found.told.low <= exact.told.low <= exact.told.high <= found.told.high
+            assert found.standing.low <= exact.standing.low <= exact.standing.high <= found.standing.high
             assert found.paid in (paid, "cannot be told")
             said = sentences(document(*folders))[0]
             assert said.startswith(start if found.paid == paid else "That cannot be told. ")
-            if paid == "yes" and found.told.since is not None:
-                after, by = found.told.since
-                assert (after or 0) <= exact.told.since[0] <= exact.told.since[1] <= by
+            if paid == "yes" and found.standing.since is not None:
+                after, by = found.standing.since
+                assert (after or 0) <= exact.standing.since[0] <= exact.standing.since[1] <= by
     # At its start and its end alone.
     assert "FLOPs one of them was not evaluated, but at 0 and 5.76e06" in said
     assert found.paid == "no"
@@ -412,11 +412,11 @@ def test_what_was_measured_tells_the_same_however_often(tmp_path):
 
 def test_points_that_differ_by_rounding_are_one():
     x = np.array([0.0, 0.1 + 0.2, 1.0])
-    found = told(x, np.array([3.0, 2.0, 1.0]), np.array([0.0, 0.3]), np.array([4.0, 2.5]))
+    found = standing(x, np.array([3.0, 2.0, 1.0]), np.array([0.0, 0.3]), np.array([4.0, 2.5]))
     assert (found.low, found.high, found.between) == (-0.5, -0.5, None)
-    apart = told(np.array([5.0, 6.0]), np.ones(2), np.array([0.0, 1.0]), np.ones(2))
-    assert apart.sign == told(np.array([]), np.array([]), x, x).sign == "apart"
-    again = told(x, np.array([3.0, 2.0, 3.0]), x, np.array([2.5, 2.5, 2.5]))
+    apart = standing(np.array([5.0, 6.0]), np.ones(2), np.array([0.0, 1.0]), np.ones(2))
+    assert apart.sign == standing(np.array([]), np.array([]), x, x).sign == "apart"
+    again = standing(x, np.array([3.0, 2.0, 3.0]), x, np.array([2.5, 2.5, 2.5]))
     assert (again.sign, again.lost_again, again.since) == ("above", True, None)
 
 
@@ -574,8 +574,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_shown(tmp_path, given_fold
         "junk is left out: it has neither run.json",
         "broken is left out: ",
         "newer is left out: its run.json has format 2; this version reads 1",
-        "mixed is left out: its metrics.jsonl is of another run than its run.json: step 1 says 64 tokens, "
-        "where 128",
+        "mixed is left out: its metrics.jsonl is of another run than its run.json: step 1 says 64 tokens "
+        "and not 128",
         "damaged: line 21 of its metrics.jsonl is damaged: it is not valid JSON (",
         "line 1 column 2 (char 1)); nothing after it is shown",
         "damaged is unfinished: 20 of 40 steps",
@@ -614,6 +614,7 @@ def spoil_file(drawn: random.Random, path: Path, text: str) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, monkeypatch):
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)

@@ -23,7 +23,7 @@ def test_what_may_be_made(tmp_path):
     for name, said in (
         ("file", "exists already"),
         ("file/new", "a part of the path is a file"),
-        ("nowhere", "a link to gone, where nothing is"),
+        ("nowhere", "a link to gone, which does not exist"),
         ("loop", "leads nowhere"),
         ("loop/new", "leads nowhere"),
         ("a\0b", "leads nowhere"),

@@ -174,7 +174,7 @@ def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
     assert lines[-1].held_out_loss < begun - 1
     assert lines[-1].held_out_accuracy > 0.8
     train(table(dense, tmp_path / "parts"))
-    for step, path in saving.found(tmp_path / "parts"):
+    for step, path in saving.checkpoints(tmp_path / "parts"):
         if step > 3:
             shutil.rmtree(path)
     again = train(table(dense, tmp_path / "parts"), resume=True)

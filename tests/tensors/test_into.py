@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from upcycle.checkpoints.checkpoint import Checkpoint, read_header
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.header import read_header
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Affine, Drawn, Fill, Mean
-from upcycle.tensors.lazy import Concat, Folded, Lazy, Pick, Slice, Stack, Stored, Take
+from upcycle.tensors.lazy import Lazy, Stored
+from upcycle.tensors.moved import Concat, Folded, Pick, Slice, Stack, Take
 from upcycle.tensors.positions import Given
 
 

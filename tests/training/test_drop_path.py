@@ -19,7 +19,7 @@ from upcycle.nn.experts import Experts
 from upcycle.training import drop_path, step
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
-from upcycle.training.step import Trainee
+from upcycle.training.trainee import Trainee
 
 HERE = Ranks(device=torch.device("cpu"))
 UPCYCLED = {"moe": {"num_experts": 4, "target": "upcycled"}}

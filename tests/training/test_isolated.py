@@ -16,7 +16,7 @@ import tiny
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
-from upcycle.training import chunked_entropy, saving, step
+from upcycle.training import chunked_entropy, held_out, saving, step
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import ranks as world
@@ -30,7 +30,7 @@ def outcome(source: Path, changes: dict[str, Any], batch: dict[str, torch.Tensor
     with world(run.parallel) as here:
         trainee = ranks.trainee_of(run, here)
     found = step.train_step(trainee, batch, 0, 1e-2)
-    score = step.evaluate(trainee, batch)
+    score = held_out.score(trainee, batch)
     told = [found.loss, found.grad_norm, found.balance_loss, found.z_loss, score.loss, score.accuracy]
     assert all(number is not None for number in told)
     return [float(number) for number in told if number is not None]
@@ -90,7 +90,7 @@ def test_a_run_scores_documents_as_if_alone_and_goes_on_to_the_bit(
     with caplog.at_level("INFO", "upcycle"):
         whole = train(table_of(trainable[0], stories_apart, tmp_path / "whole"))
     assert "documents in a row do not see each other, by masks for sdpa" in caplog.text
-    shutil.rmtree(dict(saving.found(tmp_path / "whole"))[4])
+    shutil.rmtree(dict(saving.checkpoints(tmp_path / "whole"))[4])
     again = train(table_of(trainable[0], stories_apart, tmp_path / "whole"), resume=True)
     assert (again.loss, again.held_out_loss) == (whole.loss, whole.held_out_loss)
 
@@ -117,8 +117,8 @@ def test_a_checkpoint_of_an_older_version_goes_on(trainable, tmp_path):
     """It knows no `data.isolate`, which was false."""
     table = table_of(trainable[0], trainable[1], tmp_path / "run", data={"isolate": False})
     whole = train(table)
-    shutil.rmtree(dict(saving.found(tmp_path / "run"))[4])
-    file = dict(saving.found(tmp_path / "run"))[2] / "state.json"
+    shutil.rmtree(dict(saving.checkpoints(tmp_path / "run"))[4])
+    file = dict(saving.checkpoints(tmp_path / "run"))[2] / "state.json"
     state = json.loads(file.read_text())
     del state["identity"]["data"]["isolate"], state["state_sha256"]
     file.write_text(json.dumps(state))

@@ -62,6 +62,7 @@ def settings(made: Path, name: str) -> dict:
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRY)
 def test_a_dry_run(name, made, tmp_path):
     """Two steps, 98 core and 196 universal experts in the last six of twelve blocks, all augmentation on."""

@@ -15,7 +15,7 @@ from upcycle.training import optimizer
 from upcycle.training.optimizers.adamw import AdamW
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
-from upcycle.training.step import Trainee
+from upcycle.training.trainee import Trainee
 
 HERE = Ranks(device=torch.device("cpu"))
 UPCYCLED = {"moe": {"num_experts": 4, "layers": "last_half", "target": "upcycled"}}

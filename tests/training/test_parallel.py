@@ -79,7 +79,7 @@ def test_load_on_one_process(cases):
         assert found["digests"] == wanted
 
 
-@pytest.mark.parametrize("layouts", [TWO, FOUR], ids=["two", "four"])
+@pytest.mark.parametrize("layouts", [TWO, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["two", "four"])
 def test_load_is_convert_at_every_layout(cases, layouts):
     tables, expected = cases
     world = max(layout.get("fsdp", 1) * layout.get("tp", 1) for layout in layouts)
@@ -142,7 +142,9 @@ def test_recomputed_layers_are_recorded_once(llama, one_process):
     assert 0 < counts[False] == counts["selective"] < counts[True]
 
 
-@pytest.mark.parametrize("layouts", [TWO, FOUR[:2]], ids=["two", "four"])
+@pytest.mark.parametrize(
+    "layouts", [TWO, pytest.param(FOUR[:2], marks=pytest.mark.slow)], ids=["two", "four"]
+)
 def test_gradients_of_several_processes_are_those_of_one(llama, one_process, layouts):
     wanted = [(layout, changes) for layout in layouts for changes in ({}, PIECES)]
     world = max(layout.get("fsdp", 1) * layout.get("tp", 1) for layout in layouts)
@@ -226,6 +228,7 @@ def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
             assert result == reference
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_saving(trainable, tmp_path):
     """The other says so, the checkpoint before stays, and the run goes on from it as if nothing had been."""
     source, text = trainable
@@ -236,7 +239,7 @@ def test_a_rank_that_dies_while_saving(trainable, tmp_path):
         gloo.run(2, "ranks:dies_while_saving", broken, 3, str(tmp_path / "said"))
     assert "a process of this run has ended" in (tmp_path / "said").read_text()
     checkpoints = tmp_path / "broken" / "checkpoints"
-    assert [path.name for _, path in saving.found(tmp_path / "broken")] == ["step-1", "step-2"]
+    assert [path.name for _, path in saving.checkpoints(tmp_path / "broken")] == ["step-1", "step-2"]
     assert (checkpoints / "step-3.partial").is_dir()
     loop.train(Run.of({**broken, "parallel": {}}), resume=True)
     assert not list(checkpoints.glob("*.partial"))

@@ -50,7 +50,12 @@ def test_one_process_holds_the_whole(source: Path) -> None:
     assert (found.rows, found.tokens_per_step) == (8, 128)
 
 
-@pytest.mark.parametrize("layout", [{"fsdp": 4}, {"fsdp": 4, "ep": 4}, {"fsdp": 2, "ep": 2, "replicate": 2}])
+FOUR = [{"fsdp": 4}, {"fsdp": 4, "ep": 4}, {"fsdp": 2, "ep": 2, "replicate": 2}]
+
+
+@pytest.mark.parametrize(
+    "layout", [*FOUR[:1], *(pytest.param(layout, marks=pytest.mark.slow) for layout in FOUR[1:])]
+)
 def test_the_ranks_hold_the_whole_together(layout: dict[str, int], source: Path) -> None:
     (alone,) = rehearse(Run.of(table(source))).ranks
     found = rehearse(Run.of(table(source, parallel=layout)), world=4)

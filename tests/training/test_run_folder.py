@@ -155,7 +155,7 @@ def test_a_damaged_record_is_said_and_mended(content_: bytes, table: Table, tmp_
 
 def test_a_damaged_record_without_checkpoints_begins(table: Table) -> None:
     out = begun(table)
-    for _, path in saving.found(out):
+    for _, path in saving.checkpoints(out):
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
@@ -351,7 +351,7 @@ def test_ctrl_c_while_a_checkpoint_is_saved_is_heeded(
     with pytest.raises(KeyboardInterrupt):
         train(Run.of(table(checkpoint={"asynchronous": asynchronous}, train={"steps": 9})))
     out = tmp_path / "run"
-    assert [step for step, _ in saving.found(out)] == [1]  # it is whole
+    assert [step for step, _ in saving.checkpoints(out)] == [1]  # it is whole
     assert train(Run.of(table()), resume=True).finished
     assert not list((out / "checkpoints").glob("*.partial"))
 
@@ -596,6 +596,7 @@ def test_damaged_moments_are_said(damaged: str, table: Table, tmp_path: Path) ->
 # --- the whole command, interrupted
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment(table: Table, server: forked.Server, tmp_path: Path) -> None:
     """Each ends with 130 and a sentence, and a run that was interrupted five times has the losses of one that
     was not."""

@@ -32,6 +32,7 @@ from upcycle.training.rehearsal import rehearse
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.spikes import Recent
+from upcycle.training.trainee import Trainee
 
 HERE = Ranks(device=torch.device("cpu"))
 MOE = {"num_experts": 4, "top_k": 2}
@@ -326,7 +327,7 @@ def test_a_stage_is_judged_by_its_own_steps(case, trainable, tmp_path):
     legs = Course(Run.of(table(trainable, tmp_path, stage=[first, second]))).legs
     recent = Recent(legs[0].run.spikes, HERE.device)
     recent.restore([(1.0, 2.0)])
-    begun = step.Trainee(
+    begun = Trainee(
         model=None, task=None, start=None, optimizer=None, routers=None, run=legs[0].run, ranks=HERE,
         precision="float32", recent=recent,
     )  # fmt: skip
@@ -522,6 +523,7 @@ def test_an_expert_is_taken_out(trainable, tmp_path):
         export(tmp_path / "run", tmp_path / "2", format="expert")
 
 
+@pytest.mark.slow
 def test_several_processes_keep_the_same_bits(staged, tmp_path):
     """fsdp2 x ep2, and gone on with from the first stage as fsdp2: trained and kept as by one process."""
     out = tmp_path / "two"

@@ -195,10 +195,10 @@ def test_a_run_goes_on_to_the_bit_and_is_exported_without_its_teacher(trainable,
     whole = train(table)
     lines = read(tmp_path / "run")
     assert all(line.divergence is not None and line.divergence > 0 for line in lines)
-    shutil.rmtree(dict(saving.found(tmp_path / "run"))[4])
+    shutil.rmtree(dict(saving.checkpoints(tmp_path / "run"))[4])
     again = train(table, resume=True)
     assert (again.loss, again.held_out_loss) == (whole.loss, whole.held_out_loss)
-    shutil.rmtree(dict(saving.found(tmp_path / "run"))[4])
+    shutil.rmtree(dict(saving.checkpoints(tmp_path / "run"))[4])
     config = teacher / "config.json"
     weights = teacher / "model.safetensors"
     raw = bytearray(weights.read_bytes())
@@ -229,6 +229,7 @@ def changed(table: dict[str, Any], out: Path, **teacher: Any) -> dict[str, Any]:
     return {**table, "out": str(out), "teacher": {**table["teacher"], **teacher}}
 
 
+@pytest.mark.slow
 def test_kept_logits_are_those_of_the_teacher_and_are_made_once(trainable, tmp_path, monkeypatch):
     """With every word, they give the losses of a run beside its teacher. Rows come twice."""
     train_ = {"steps": 6, "batch_size": 3, "micro_batch": 2, "sequence_length": 64, "eval_every": 0}
@@ -253,7 +254,7 @@ def test_kept_logits_are_those_of_the_teacher_and_are_made_once(trainable, tmp_p
     train(again)
     losses_ = [[line.loss for line in read(tmp_path / name)] for name in ("kept", "again")]
     assert losses_[0] == losses_[1]
-    shutil.rmtree(dict(saving.found(tmp_path / "again"))[6])
+    shutil.rmtree(dict(saving.checkpoints(tmp_path / "again"))[6])
     train(again, resume=True)
     assert [line.loss for line in read(tmp_path / "again")] == losses_[0]
 
@@ -281,6 +282,7 @@ def test_a_shared_folder_is_written_by_several_runs(tmp_path):
     assert (tmp_path / "0.logits.77.partial").exists()
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_of_keeping_logits(trainable, tmp_path):
     """Two ranks write what one does, and take the same steps."""
     table = table_of(trainable, tmp_path / "one", teacher={"top_logits": 8})

@@ -275,6 +275,7 @@ def test_a_run_resumed_is_the_run(table, tmp_path):
     assert len(losses(tmp_path / "again")) == 6
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     """SIGKILL at three random moments, saving after every step, then SIGTERM: the losses are those of a run
     that nobody disturbed. Checkpoints are written before the next step, and beside it, by turns."""
@@ -338,7 +339,7 @@ def test_a_full_disk_stops_nothing_but_the_last_save(asynchronous, table, tmp_pa
     said = " ".join(capsys.readouterr().err.split())
     assert "step 4 could not be saved (" in said
     assert "step-2 is kept; training goes on" in said
-    assert [step for step, _ in saving.found(tmp_path / "run")] == [2, 6]
+    assert [step for step, _ in saving.checkpoints(tmp_path / "run")] == [2, 6]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
     full = {4, 6}
     with pytest.raises(
@@ -358,6 +359,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(table, tmp_pat
     assert saving.latest(tmp_path / "run").name == f"step-{step - 1}"
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_and_bfloat16_train(table, tmp_path):
     whole = train(Run.of(table(**MOE, out=str(tmp_path / "a"))))
     changes = {"activation_checkpointing": True, "precision": "mixed"}
@@ -368,6 +370,7 @@ def test_activation_checkpointing_and_bfloat16_train(table, tmp_path):
     assert pure.loss == pytest.approx(whole.loss, rel=5e-2)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_run(table, tmp_path, monkeypatch):
     if not shutil.which("c++"):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")

@@ -110,7 +110,9 @@ def four(sources, tables):
     return gloo.run(4, "ranks:several", calls)
 
 
-@pytest.mark.parametrize(("world", "layouts"), [("two", TWO), ("four", FOUR)])
+@pytest.mark.parametrize(
+    ("world", "layouts"), [("two", TWO), pytest.param("four", FOUR, marks=pytest.mark.slow)]
+)
 def test_load_is_convert_at_every_layout(world, layouts, tables, request, tmp_path):
     """Every parameter is bit-identical; each rank reads its own experts and holds its part."""
     results = [each[0] for each in request.getfixturevalue(world)]
@@ -183,6 +185,7 @@ def test_a_response_norm_has_its_image_on_two_processes(two, sources):
         same(result[-2][0], reference)
 
 
+@pytest.mark.slow
 def test_gradients_of_four_processes_are_those_of_one(four, one_process):
     for _, gradients in four:
         for found in gradients:

@@ -26,11 +26,12 @@ import tiny
 from upcycle import UpcycleError, families
 from upcycle.nn import routers
 from upcycle.training import ledger, optimizer, start, step, teacher
-from upcycle.training.kept_logits import IDS, LOGS, Kept
+from upcycle.training.kept_logits import IDS, LOGS, KeptLogits
 from upcycle.training.loop import train
 from upcycle.training.parallel import ranks as world
 from upcycle.training.run import Run
 from upcycle.training.seeds import Seeds
+from upcycle.training.trainee import Trainee
 
 # Operators that wait on an accelerator, whatever their arguments. Indexing by a mask is `nonzero` too, and
 # `torch.tensor(list, device=...)` calls `lift_fresh`.
@@ -75,7 +76,7 @@ def batch_of(run: Any, task: Any) -> dict[str, torch.Tensor]:
     return ranks.batch_of(run, task)
 
 
-def without_data(trainee: step.Trainee, device: str) -> step.Trainee:
+def without_data(trainee: Trainee, device: str) -> Trainee:
     """The same with parameters and buffers that have no data. Call it inside a FakeTensorMode."""
     for module in trainee.model.modules():
         for name, old in [*module._parameters.items()]:
@@ -231,7 +232,7 @@ def test_a_teacher_waits_for_nothing(top, source):
             batch[LOGS] = torch.full((*batch["rows"][:, 1:].shape, top), 0.1).log()
             batch[IDS] = torch.arange(top).expand_as(batch[LOGS])
         beside = teacher.Beside(model=teacher.model_of(start.start_of(run).teacher, here, "float32"))
-    trainee = replace(trainee, run=run, teacher=Kept(segments=(), places={}) if top else beside)
+    trainee = replace(trainee, run=run, teacher=KeptLogits(segments=(), places={}) if top else beside)
     with Watch() as watch:
         queued = step.queue_step(trainee, batch, 0, 1e-3)
     assert watch.waits == []

@@ -6,6 +6,7 @@ The models are tiny, and nothing is trained.
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -18,15 +19,15 @@ import pytest
 import tiny
 
 ROOT = Path(__file__).parents[2] / "experiments"
-SCRIPTS = sorted(path.parent.name for path in ROOT.glob("*/run.py"))
+SCRIPTS = ["language", *sorted(path.parent.name for path in ROOT.glob("*/run.py"))]
 VIT = {"image_size": 32, "patch_size": 8, "num_labels": 10}
 
 
 @pytest.fixture
 def script(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The run.py of an experiment, without what it leaves in Python's tables."""
+    """The script of an experiment, without what it leaves in Python's tables."""
     paths, modules = [*sys.path], {*sys.modules}
-    path = ROOT / request.param / "run.py"
+    path = ROOT / ("language.py" if request.param == "language" else f"{request.param}/run.py")
     spec = importlib.util.spec_from_file_location(f"experiment_{request.param}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -53,8 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_language(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     given = Namespace(checkpoint=folder / "checkpoint", texts=folder, base=folder, runs=folder / "runs")
-    changes = {n: c[0] if isinstance(c, tuple) else c for n, c in script.VARIANTS.items()}
-    return {n: script.language.table(c, 0, 8, given) | {"out": str(folder / n)} for n, c in changes.items()}
+    script.base_curve = lambda _: [[0, 0, 9.0], [800, 10**12, 3.0]]
+    for study in script.studies.STUDIES.values():
+        assert min(script.steps_of(study, given).values()) > 0
+    return {
+        f"{name}/{variant}": script.table(changes, 0, 8, given) | {"out": str(folder / name / variant)}
+        for name, study in script.studies.STUDIES.items()
+        for variant, changes in study.variants.items()
+    }
 
 
 def of_code(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
@@ -116,9 +123,7 @@ TABLES: dict[str, Callable[[ModuleType, Path], dict[str, dict[str, Any]]]] = {
     "code": of_code,
     "distillation": of_distillation,
     "donors": of_donors,
-    "drop_upcycling": of_language,
-    "extra_compute": of_language,
-    "llama3_meets_moe": of_language,
+    "language": of_language,
     "moe_jetpack": of_jetpack,
     "sparse_upcycling_t5": of_t5,
     "sparse_upcycling_vit": of_vit,
@@ -127,7 +132,7 @@ TABLES: dict[str, Callable[[ModuleType, Path], dict[str, dict[str, Any]]]] = {
 
 
 def test_every_experiment_is_here():
-    assert sorted(TABLES) == SCRIPTS
+    assert sorted(TABLES) == sorted(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
@@ -137,3 +142,10 @@ def test_every_run_of_an_experiment_is_taken_and_counted(script, folder):
     flops = {variant: script.common.flops_per_row(table) for variant, table in tables.items()}
     assert len(flops) >= 2
     assert min(flops.values()) > 0
+
+
+@pytest.mark.parametrize("script", ["language"], indirect=True)
+def test_committed_results_are_of_the_variants_in_the_table(script):
+    for name, study in script.studies.STUDIES.items():
+        runs = json.loads((ROOT / name / "results.json").read_text())["runs"]
+        assert {run["variant"]: run["changes"] for run in runs} == study.variants

@@ -185,7 +185,7 @@ class Situation:
 
     @property
     def trained(self) -> float | None:
-        """What the dense model has seen, in tokens per parameter; None if that is not known."""
+        """The number of tokens per parameter that the dense model has seen; None if that is not known."""
         return self.asked.dense_tokens / self.plan.dense_parameters if self.asked.dense_tokens else None
 
     @property

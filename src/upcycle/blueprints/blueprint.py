@@ -181,7 +181,7 @@ class Blueprint:
 
     @cached_property
     def router_rows(self) -> dict[Site, RouterRows]:
-        """How the rows of each router that starts from data lie to one another."""
+        """The similarities of the rows of each router that starts from data."""
         found = {}
         for site in self.sites:
             router = self.parts[site.stack].router

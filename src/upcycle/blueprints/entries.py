@@ -34,7 +34,7 @@ class Entry:
         return self.lazy.extents() if self.dtype == self.lazy.dtype else None
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the bytes (uint8) of the tensor in order and in pieces, each with its offset."""
+        """Yield the bytes of the tensor in order and in pieces, uint8 [n], each with its offset."""
         start = 0
         for data in self._stored() if self.extents is not None else self._computed():
             yield start, data

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from upcycle.checkpoints.checkpoint import TensorInfo
+from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense.adapted import Adapted
 from upcycle.errors import UpcycleError, listed
 

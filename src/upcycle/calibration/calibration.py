@@ -10,33 +10,28 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIGTERM
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel
 
 import upcycle
-from upcycle.calibration import markers, mergekit
-from upcycle.calibration.observer import MOST, TOKENS, Observer, means
-from upcycle.calibration.parts import Part, about, batches, parts
-from upcycle.calibration.stopped import begun, restore, save
+from upcycle.calibration import markers
+from upcycle.calibration.observer import Observer
+from upcycle.calibration.parts import Part, about, parts
+from upcycle.calibration.stopped import begun, restore
+from upcycle.calibration.sweep import Sweep
 from upcycle.calibration.to_calibrate import ToCalibrate
-from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.checkpoints.tensor_file import Tensor
 from upcycle.dense.source import Dense, admit
 from upcycle.dense.statistics import (
     FORMAT,
-    KEY,
     NEGATIVE,
     OF_PROMPTS,
     PARTIAL,
-    WIDE,
     Statistics,
     fingerprint,
 )
@@ -46,7 +41,7 @@ from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.system import claim, lock, memory, scratch
 from upcycle.system.progress import Progress, reporting_to, say, work
-from upcycle.system.signals import interrupting, noted
+from upcycle.system.signals import interrupting
 from upcycle.system.wording import size
 
 __all__ = ["ToCalibrate", "calibrate"]
@@ -76,55 +71,49 @@ def calibrate(
         open_checkpoint(source, allow_nonfinite=asked.allow_nonfinite) as opened,
         scratch.folder() as made_here,
     ):
-        dense, device = admit(opened), _device(asked.device)
-        asked = _there(dense, asked)
-        if "co_marker" in asked.collect:
-            markers.refuse(dense, asked.marked)
-        _check_memory(dense, asked, device)
-        data = parts(dense, asked, asked.cache or made_here)
-        examples = sum(len(part.order) for part in data)
-        provenance = _provenance(dense, asked, data, device, examples)
-        partial_file = out.with_name(out.name + PARTIAL)
-        done = begun(partial_file, provenance)
-        model = _model(dense, device)
-        observer = Observer(
-            model,
-            dense.stacks,
-            positions=asked.positions,
-            names=_summed(asked),
-            threshold=asked.threshold,
-            domains=len(asked.domains),
-            sample=asked.sample,
-            seed=asked.seed,
-            markers=markers.markers(dense, asked.marked, device) if "co_marker" in asked.collect else None,
-        )
-        if done:
-            restore(partial_file, observer)
+        sweep, done = _begun(admit(opened), asked, out, asked.cache or made_here)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(out), work("calibrating", "examples", total=examples, done=done) as calibrating:
-            with noted(SIGINT, SIGTERM, twice_stops=True) as came:
-                rest = batches(data, asked.batch_size, done)
-                for number, (part, places) in enumerate(rest, start=1):
-                    _batch(model, observer, dense, part, places, gradient="gradient" in asked.collect)
-                    done += len(places)
-                    if max(observer.tokens.values()) > MOST:
-                        raise UpcycleError(f"more than {MOST} tokens; lower --limit {examples}")
-                    stop = bool(came) and done < examples
-                    if stop or number % save_every == 0:
-                        _refuse_nonfinite(observer, dense)
-                        save(partial_file, observer, provenance, done)
-                    calibrating.advance(len(places))
-                    if stop:
-                        raise KeyboardInterrupt
-            _refuse_nonfinite(observer, dense)
-            tensors = _statistics(observer) | _of_prompts(dense, asked, model)
-            found = provenance | {"tokens": observer.tokens} | _domains(observer, asked)
-            tensor_file.write(out, tensors, {"format": "pt", KEY: json.dumps(found)})
-            partial_file.unlink(missing_ok=True)
+        with _alone(out), work("calibrating", "examples", total=sweep.examples, done=done) as calibrating:
+            sweep.run(done, save_every, calibrating)
+            sweep.write(out)
     return Statistics.open(out)
 
 
-# --- before the first batch
+def _begun(dense: Dense, asked: ToCalibrate, out: Path, cache: Path) -> tuple[Sweep, int]:
+    """Return the sweep over the examples, and how many of them an interrupted one has seen already."""
+    device = _device(asked.device)
+    asked = _there(dense, asked)
+    if "co_marker" in asked.collect:
+        markers.refuse(dense, asked.marked)
+    _check_memory(dense, asked, device)
+    data = parts(dense, asked, cache)
+    provenance = _provenance(dense, asked, data, device)
+    partial_file = out.with_name(out.name + PARTIAL)
+    done = begun(partial_file, provenance)
+    model = _model(dense, device)
+    observer = Observer(
+        model,
+        dense.stacks,
+        positions=asked.positions,
+        names=_summed(asked),
+        threshold=asked.threshold,
+        domains=len(asked.domains),
+        sample=asked.sample,
+        seed=asked.seed,
+        markers=markers.markers(dense, asked.marked, device) if "co_marker" in asked.collect else None,
+    )
+    if done:
+        restore(partial_file, observer)
+    sweep = Sweep(
+        dense=dense,
+        asked=asked,
+        data=data,
+        model=model,
+        observer=observer,
+        provenance=provenance,
+        partial_file=partial_file,
+    )
+    return sweep, done
 
 
 def _refuse_target(out: Path) -> None:
@@ -215,7 +204,7 @@ def _summed(asked: ToCalibrate) -> list[str]:
 
 
 def _provenance(
-    dense: Dense, asked: ToCalibrate, data: Sequence[Part], device: torch.device, count: int
+    dense: Dense, asked: ToCalibrate, data: Sequence[Part], device: torch.device
 ) -> dict[str, Any]:
     """Return everything that the statistics depend on, as JSON; it has no times and no paths."""
     found = {
@@ -230,7 +219,7 @@ def _provenance(
             "fingerprint": fingerprint(dense),
         },
         "data": about(asked, data),
-        "examples": count,
+        "examples": sum(len(part.order) for part in data),
         "collect": sorted(asked.collect),
         "positions": sorted(asked.positions),
         "threshold": asked.threshold,
@@ -252,93 +241,3 @@ def _model(dense: Dense, device: torch.device) -> PreTrainedModel:
         model = opening.fill(cls, dense.checkpoint.folder, dtype=torch.float32)
     model.requires_grad_(False)
     return model.to(device).eval()
-
-
-# --- a batch
-
-
-def _batch(
-    model: PreTrainedModel,
-    observer: Observer,
-    dense: Dense,
-    part: Part,
-    places: np.ndarray,
-    *,
-    gradient: bool,
-) -> None:
-    """Run the model on the examples numbered `places`. Without gradients the head is left out."""
-    rows = part.rows
-    read = rows.read(places)
-    batch = {name: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for name, a in read.items()}
-    question = rows.ask(batch)
-    real = rows.real(batch, question.inputs, [stack.name for stack in dense.stacks])
-    watching = observer.watching(real, part.domain, negative=part.negative)
-    try:
-        with watching, torch.set_grad_enabled(gradient):
-            if not gradient:
-                model.base_model(**question.inputs)
-                return
-            assert rows.task is not None
-            logits = model(**question.inputs).logits
-            rows.task.loss(logits, question.labels).backward()
-    except torch.OutOfMemoryError:
-        raise UpcycleError(
-            f"a batch of {len(places)} does not fit in the memory of {model.device}; lower --batch-size"
-        ) from None
-
-
-def _refuse_nonfinite(observer: Observer, dense: Dense) -> None:
-    for name, total in observer.sums.items():
-        if total.is_floating_point() and not bool(total.isfinite().all()):
-            raise UpcycleError(
-                f"{name} of {dense.checkpoint.folder} is NaN or inf on these examples; look for them in the "
-                f"model (upcycle inspect) and in the data"
-            )
-
-
-def _statistics(observer: Observer) -> dict[str, Tensor]:
-    def made(name: str) -> np.ndarray:
-        _, stack, _, kind = name.split(".")
-        tokens: int | torch.Tensor = observer.tokens[stack]
-        if kind in ("mean", NEGATIVE):
-            tokens = observer.sums[f"{TOKENS}.{stack}"][int(kind == NEGATIVE)]
-        found: np.ndarray = means(kind, observer.sums[name], tokens).cpu().numpy()
-        return found[: shape(name)[0]]  # a sample of fewer tokens than it has places for
-
-    def shape(name: str) -> tuple[int, ...]:
-        whole = tuple(observer.sums[name].shape)
-        full = not name.endswith(".sample") or observer.tokens[name.split(".")[1]] >= whole[0]
-        return whole if full else (observer.tokens[name.split(".")[1]], *whole[1:])
-
-    return {
-        name: Tensor("F64" if name.endswith(WIDE) else "F32", shape(name), partial(made, name))
-        for name in observer.sums
-        if not name.startswith(f"{TOKENS}.")
-    }
-
-
-def _of_prompts(dense: Dense, asked: ToCalibrate, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the statistics that are made of the prompts alone, in a pass of their own."""
-    names = [name for name in asked.collect if name in OF_PROMPTS]
-    if not names:
-        return {}
-    table: Any = model.get_input_embeddings()
-    found = mergekit.rows(dense, asked.domains, names, table.weight)
-    return {name: Tensor("F32", tuple(rows.shape), rows.numpy) for name, rows in found.items()}
-
-
-def _domains(observer: Observer, asked: ToCalibrate) -> dict[str, Any]:
-    """Return what the provenance says about the domains."""
-    if not asked.domains:
-        return {}
-    counts = {stack: observer.sums[f"{TOKENS}.{stack}"].tolist() for stack in observer.tokens}
-    return {
-        "domains": [
-            {
-                "name": domain.name,
-                "tokens": {stack: found[0][number] for stack, found in counts.items()},
-                "negative_tokens": {stack: found[1][number] for stack, found in counts.items()},
-            }
-            for number, domain in enumerate(asked.domains)
-        ]
-    }

@@ -19,7 +19,7 @@ from upcycle.settings import Layout, Settings, Verbatim
 
 @dataclass(frozen=True, kw_only=True)
 class Domain(Settings):
-    """What an expert is for: examples of it, and of what it is not for."""
+    """The domain of an expert: examples of it, and of what does not belong to it."""
 
     section: ClassVar[str] = "domain"
 
@@ -40,7 +40,7 @@ class Domain(Settings):
 
     @property
     def examples(self) -> tuple[object, ...]:
-        """What distinguishes it from another domain."""
+        """The examples that distinguish it from another domain."""
         return self.positive_prompts, self.negative_prompts, self.text
 
     def about(self) -> dict[str, Any]:

@@ -211,7 +211,7 @@ _SUMS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def means(name: str, total: Tensor, tokens: int | Tensor) -> Tensor:
-    """Return a statistic from its sum over `tokens`, float32, or float64 if equations are solved with it.
+    """Return a statistic [...] from its sum over `tokens`: float32, or float64 if equations need that.
 
     That of a domain without tokens is zero.
     """

@@ -18,7 +18,7 @@ import torch
 
 from upcycle.calibration.observer import Observer
 from upcycle.checkpoints import tensor_file
-from upcycle.checkpoints.checkpoint import read_header, read_metadata
+from upcycle.checkpoints.header import read_header, read_metadata
 from upcycle.checkpoints.tensor_file import Tensor
 from upcycle.dense.statistics import KEY, PARTIAL
 from upcycle.errors import UpcycleError, listed

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from upcycle.checkpoints import carried
-from upcycle.checkpoints.checkpoint import INDEX, Checkpoint, TensorInfo
+from upcycle.checkpoints.checkpoint import INDEX, Checkpoint
+from upcycle.checkpoints.header import TensorInfo
 from upcycle.errors import UpcycleError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")

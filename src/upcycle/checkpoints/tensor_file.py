@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from upcycle.errors import UpcycleError
+from upcycle.system import whole_file
 
 _ITEMS: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
@@ -68,19 +68,12 @@ def header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> tup
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors`, in order, to `path`; an existing file is replaced."""
-    begun = path.with_name(path.name + ".writing")
-    try:
-        with begun.open("wb") as file:
-            file.write(header(tensors, metadata)[0])
-            for tensor in tensors.values():
-                values = np.ascontiguousarray(tensor.make(), _ITEMS[tensor.dtype])
-                assert values.shape == tensor.shape
-                file.write(values.data)
-            file.flush()
-            os.fsync(file.fileno())
-        begun.rename(path)
-    finally:
-        begun.unlink(missing_ok=True)
+    with whole_file.filling(path) as file:
+        file.write(header(tensors, metadata)[0])
+        for tensor in tensors.values():
+            values = np.ascontiguousarray(tensor.make(), _ITEMS[tensor.dtype])
+            assert values.shape == tensor.shape
+            file.write(values.data)
 
 
 def read(path: Path, dtype: str, shape: tuple[int, ...], offset: int) -> np.ndarray:

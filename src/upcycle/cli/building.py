@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -25,26 +26,15 @@ from upcycle.cli.options import (
 from upcycle.cli.screen import show_json
 from upcycle.errors import UpcycleError
 
+if TYPE_CHECKING:
+    from upcycle.forecast.outlook import Outlook
+    from upcycle.recipe import Recipe
+    from upcycle.training.run import Run
 
-@app.command
-def plan(
-    source: RunOrSource,
-    recipe: OmitArgPrefixes[RecipeOptions],
-    *,
-    world: Whole = None,
-    gpu: str = "H100",
-    replicate: Count = 1,
-    tp: Count = 1,
-    ep: Count = 1,
-    rows: Count = 1,
-    context: Whole = None,
-    recompute: bool = True,
-    json: Flag = False,
-    jobs: Jobs = 2,
-) -> None:
-    """Show what a recipe makes of SOURCE and what it costs, reading headers only.
 
-    With --world, it foretells a step of training on so many GPUs: memory, traffic, time.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForecastOptions:
+    """The training that --world foretells.
 
     Args:
         world: number of GPUs to train on; RUN.toml has the layout itself
@@ -54,38 +44,61 @@ def plan(
         ep: GPUs that share out the experts of a layer
         rows: rows of one forward pass on a GPU
         context: tokens of a row of text (4096, or as many as the model takes, if absent)
-        recompute: recompute blocks in the backward pass (train.activation_checkpointing)
+        recompute: keep all activations; without it, blocks are computed again in the backward pass
+    """
+
+    world: Whole = None
+    gpu: str = "H100"
+    replicate: Count = 1
+    tp: Count = 1
+    ep: Count = 1
+    rows: Count = 1
+    context: Whole = None
+    recompute: Flag = True
+
+    def of_run(self, run: Run) -> Outlook | None:
+        """Return the outlook of a run file; None if none is asked for."""
+        from upcycle.api.forecasting import foretell_run
+
+        return None if self.world is None else foretell_run(run, world=self.world, gpu=self.gpu)
+
+    def of_recipe(self, source: str, recipe: Recipe) -> Outlook | None:
+        """Return the outlook of what a recipe makes; None if none is asked for."""
+        if self.world is None:
+            return None
+        return upcycle.foretell(source, recipe, **dataclasses.asdict(self))
+
+
+@app.command
+def plan(
+    source: RunOrSource,
+    recipe: OmitArgPrefixes[RecipeOptions],
+    forecast: OmitArgPrefixes[ForecastOptions],
+    *,
+    json: Flag = False,
+    jobs: Jobs = 2,
+) -> None:
+    """Show what a recipe makes of SOURCE and what it costs, reading headers only.
+
+    With --world, it foretells a step of training on so many GPUs: memory, traffic, time.
+
+    Args:
         json: print JSON
     """
-    from upcycle.api.forecasting import foretell_run
     from upcycle.cli.views.forecast import show_outlook
     from upcycle.cli.views.plan import show_plan
 
-    outlook = None
     if source.endswith(".toml"):
         from upcycle.training.run import Run
 
         run = Run.load(source, recipe.overrides())
         if run.recipe is None:
             raise UpcycleError(f"{source} has no [moe], so there is nothing to plan; add one")
-        if world is not None:
-            outlook = foretell_run(run, world=world, gpu=gpu)
+        outlook = forecast.of_run(run)
         source, given = run.source, run.recipe
     else:
         given = recipe.read()
-        if world is not None:
-            outlook = upcycle.foretell(
-                source,
-                given,
-                world=world,
-                gpu=gpu,
-                replicate=replicate,
-                tp=tp,
-                ep=ep,
-                rows=rows,
-                context=context,
-                recompute=recompute,
-            )
+        outlook = forecast.of_recipe(source, given)
     result = upcycle.plan(source, given, jobs=jobs)
     if json:
         show_json(result.as_dict() | ({"forecast": outlook.as_dict()} if outlook else {}))

@@ -49,7 +49,7 @@ Jobs = Annotated[int, arg(metavar="N", help="threads that read, compute and writ
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """What to build."""
+    """The model to build."""
 
     recipe: Annotated[Path | None, _plain("FILE.toml", "a recipe; the options below go over it")] = None
     set: Annotated[

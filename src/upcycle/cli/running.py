@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import upcycle
 from upcycle.cli.options import (
@@ -27,38 +28,15 @@ from upcycle.cli.screen import out as screen
 from upcycle.cli.screen import show_json
 from upcycle.system.wording import size
 
+if TYPE_CHECKING:
+    from upcycle.dense.statistics import Statistics
 
-@app.command
-def calibrate(
-    source: Source,
-    *,
-    out: Path,
-    images: File = None,
-    text: File = None,
-    prompts: File = None,
-    domain: Domains = (),
-    collect: Names = "",
-    positions: str = "neurons,channels,heads",
-    limit: Whole = None,
-    length: Whole = None,
-    batch_size: Count = 32,
-    threshold: float = 0.0,
-    sample: Count = 2_048,
-    marked: Count = 10,
-    seed: Count = 0,
-    in_order: Flag = False,
-    device: Text = None,
-    cache: File = None,
-    allow_nonfinite: Flag = False,
-    json: Flag = False,
-) -> None:
-    """Collect statistics of SOURCE's activations on images or text, for initialisations that need them.
 
-    With --prompts or --domain, one for each expert in their order, they are also those that routers start
-    from. The same command resumes a pass that was stopped.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """The statistics, and the data that they are taken on.
 
     Args:
-        out: the file to make, FILE.safetensors; until it is complete, sums are in FILE.safetensors.partial
         images: a parquet file, or a folder with one folder a class
         text: text, JSON lines or parquet, as `upcycle train` reads them
         prompts: a TOML file with a [[domain]] for each expert: name, positive_prompts,
@@ -80,16 +58,49 @@ def calibrate(
         device: device, such as cpu or cuda:1 (an accelerator if there is one, if absent)
         cache: folder for decoded images and token files
         allow_nonfinite: accept NaN and inf in the weights
+    """
+
+    images: File = None
+    text: File = None
+    prompts: File = None
+    domain: Domains = ()
+    collect: Names = ""
+    positions: str = "neurons,channels,heads"
+    limit: Whole = None
+    length: Whole = None
+    batch_size: Count = 32
+    threshold: float = 0.0
+    sample: Count = 2_048
+    marked: Count = 10
+    seed: Count = 0
+    in_order: Flag = False
+    device: Text = None
+    cache: File = None
+    allow_nonfinite: Flag = False
+
+    def calibrate(self, source: str, out: Path) -> Statistics:
+        """Collect these statistics of a model, and write them to `out`."""
+        given = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        given |= {"collect": names(self.collect) or None, "positions": names(self.positions)}
+        return upcycle.calibrate(source, out, domains=domains(given.pop("domain")), **given)
+
+
+@app.command
+def calibrate(
+    source: Source, statistics: OmitArgPrefixes[CalibrationOptions], *, out: Path, json: Flag = False
+) -> None:
+    """Collect statistics of SOURCE's activations on images or text, for initialisations that need them.
+
+    With --prompts or --domain, one for each expert in their order, they are also those that routers start
+    from. The same command resumes a pass that was stopped.
+
+    Args:
+        out: the file to make, FILE.safetensors; until it is complete, sums are in FILE.safetensors.partial
         json: print JSON
     """
     from upcycle.cli.views.statistics import show_calibrated
 
-    found = upcycle.calibrate(
-        source, out, images=images, text=text, prompts=prompts, domains=domains(domain),
-        collect=names(collect) or None, positions=names(positions), limit=limit, length=length,
-        batch_size=batch_size, threshold=threshold, sample=sample, marked=marked, seed=seed,
-        in_order=in_order, device=device, cache=cache, allow_nonfinite=allow_nonfinite,
-    )  # fmt: skip
+    found = statistics.calibrate(source, out)
     show_json(found.as_dict()) if json else show_calibrated(found)
 
 

@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import upcycle
 from upcycle.cli.options import Count, Domains, File, Flag, Names, Number, Text, Whole, app, domains, names
 from upcycle.cli.screen import show_json
 from upcycle.errors import printable
 
+if TYPE_CHECKING:
+    from upcycle.api.evaluation import Evaluation
 
-@app.command(name="eval")
-def eval_(
-    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT...", help_behavior_hint="")],
-    *,
-    text: Annotated[
-        UseAppendAction[tuple[str, ...]],
-        arg(
-            metavar="[NAME=]PATH",
-            help="score on a text what the model is made for: the next token (loss, perplexity, "
-            "bits per byte), spans cut out (T5), masked tokens",
-        ),
-    ] = (),
-    chats: File = None,
-    images: File = None,
-    few_shot: File = None,
-    tasks: Names = "",
-    task_files: File = None,
-    num_fewshot: Whole = None,
-    superglue: File = None,
-    per_class: Count = 10,
-    length: Whole = None,
-    stride: Whole = None,
-    separator: Text = None,
-    batch_size: Count = 0,
-    limit: Count = 0,
-    cache: File = None,
-    out: File = None,
-    json: Flag = False,
-) -> None:
-    """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
 
-    Several checkpoints are compared with the first, with a standard error over the same examples.
-    Results are written to eval.json in each checkpoint's folder, or with --out to that file alone.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """The data to score on.
 
     Args:
-        checkpoints: folders of models, or hub ids
         chats: score what the assistant says in the chats of a JSON lines or parquet file
         images: top-1 accuracy on labelled images: a parquet file, or a folder with one folder a class
         few_shot: fit a linear probe on a few of these images, and test it on those of --images
@@ -64,6 +37,53 @@ def eval_(
         batch_size: rows of a forward pass; 0: automatic
         limit: largest number of images, rows, windows or examples of a task; 0: all
         cache: folder for decoded images and token files
+    """
+
+    text: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(
+            metavar="[NAME=]PATH",
+            help="score on a text what the model is made for: the next token (loss, perplexity, "
+            "bits per byte), spans cut out (T5), masked tokens",
+        ),
+    ] = ()
+    chats: File = None
+    images: File = None
+    few_shot: File = None
+    tasks: Names = ""
+    task_files: File = None
+    num_fewshot: Whole = None
+    superglue: File = None
+    per_class: Count = 10
+    length: Whole = None
+    stride: Whole = None
+    separator: Text = None
+    batch_size: Count = 0
+    limit: Count = 0
+    cache: File = None
+
+    def evaluate(self, checkpoints: tuple[str, ...]) -> Evaluation:
+        """Score the checkpoints on this data."""
+        given = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        given |= {"text": domains(self.text, lambda path: path.name), "tasks": names(self.tasks)}
+        return upcycle.evaluate(checkpoints, **given)
+
+
+@app.command(name="eval")
+def eval_(
+    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT...", help_behavior_hint="")],
+    data: OmitArgPrefixes[ScoreOptions],
+    *,
+    out: File = None,
+    json: Flag = False,
+) -> None:
+    """Score checkpoints, dense or Mixture of Experts, on data they were not trained on.
+
+    Several checkpoints are compared with the first, with a standard error over the same examples.
+    Results are written to eval.json in each checkpoint's folder, or with --out to that file alone.
+
+    Args:
+        checkpoints: folders of models, or hub ids
         out: write everything, comparison included, to this JSON file, and nothing beside the checkpoints
         json: print JSON
     """
@@ -72,12 +92,7 @@ def eval_(
 
     if out is not None:
         results.refuse_target(out)
-    found = upcycle.evaluate(
-        checkpoints, text=domains(text, lambda path: path.name), chats=chats, images=images,
-        few_shot=few_shot, tasks=names(tasks), task_files=task_files, num_fewshot=num_fewshot,
-        superglue=superglue, per_class=per_class, length=length, stride=stride, separator=separator,
-        batch_size=batch_size, limit=limit, cache=cache,
-    )  # fmt: skip
+    found = data.evaluate(checkpoints)
     show_json(found.as_dict()) if json else show_scores(found.as_dict())
     sys.stdout.flush()
     if out is not None:

@@ -28,6 +28,7 @@ from upcycle.conversion.journal import JOURNAL, Journal
 from upcycle.conversion.shard_files import ShardFiles
 from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.conversion.source_hashes import SourceHashes, sources
+from upcycle.conversion.syncing import Syncing
 from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
@@ -202,37 +203,21 @@ def _write_tensors(
         for name, crc in journal.done.items()
         if shards.places[name].shard not in files.new and files.crc(shards.places[name]) == crc
     }
-    tasks = _tasks(built, done)
     progress(sum(shards.places[name].nbytes for name in done))
-    written: dict[str, int] = {}
-    syncs: list[Future[Any]] = []
-
-    def sync(crcs: dict[str, int]) -> None:
-        files.sync({shards.places[n].shard for n in crcs})
-        journal.record(crcs)
-
-    def collect(finished: set[Future[dict[str, int]]], at_least: int) -> None:
-        for future in finished:
-            written.update(future.result())
-        if sum(shards.places[n].nbytes for n in written) >= at_least:
-            syncs.append(syncer.submit(sync, written.copy()))
-            written.clear()
-        for earlier in [*syncs, hashed]:
-            if earlier.done():
-                earlier.result()  # a full disk or a changed source may raise here first
-
-    writers, syncer, hasher = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    writers, hasher = ThreadPoolExecutor(jobs), ThreadPoolExecutor(1)
+    syncing = Syncing(files, shards, journal)
     hashed: Future[Any] = hasher.submit(read.take)
     try:
         running: set[Future[dict[str, int]]] = set()
-        for task in tasks:
+        for task in _tasks(built, done):
             running.add(writers.submit(_write_task, task, shards, files, stop, progress))
             if len(running) > 2 * jobs:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
-                collect(finished, SYNC_EVERY)
-        collect(running, at_least=0)
-        for last in syncs:
-            last.result()
+                syncing.add(finished, at_least=SYNC_EVERY)
+                if hashed.done():
+                    hashed.result()  # a changed source may raise here first
+        syncing.add(running, at_least=0)
+        syncing.wait()
         for number, header in enumerate(shards.headers):
             files.write(Place(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
         files.sync(set(range(len(shards.names))))
@@ -240,8 +225,9 @@ def _write_tensors(
         return read.at_the_end()
     finally:
         stop.set()
-        for pool in (writers, syncer, hasher):
-            pool.shutdown(cancel_futures=True)
+        writers.shutdown(cancel_futures=True)
+        syncing.close()
+        hasher.shutdown(cancel_futures=True)
         files.close()
 
 

@@ -1,28 +1,25 @@
 """Token files: each source is tokenised once, into a file that is memory-mapped and never parsed again.
 
 `KEY.bin` holds the ids, little endian, and `KEY.starts` the number of the first id of each document.
-`KEY.json`, written last, describes them. The key is a hash of
-everything that the ids depend on, with the text by name, size and time. Existing files are checked: the ids
-by their hash, which costs a thousandth of tokenising; the text by its stamp and, if that differs, by its hash
-(`stamps.py`). A long document is tokenised in pieces, cut where the ids stay the same as for the whole.
+`KEY.json`, written last, describes them. The key is a hash of everything that the ids depend on, with the
+text by name, size and time. Existing files are checked: the ids by their hash, which costs a thousandth of
+tokenising; the text by its stamp and, if that differs, by its hash (`stamps.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import IO, Annotated, Any, ClassVar
 
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.data.documents import Source, documents, files
+from upcycle.data.pieces import Piece, batches, encode, pieces
 from upcycle.data.stamps import is_as_it_was, stamps
 from upcycle.errors import UpcycleError
 from upcycle.settings import Settings, Within
@@ -31,10 +28,7 @@ from upcycle.system.progress import Work
 
 FORMAT = 2
 _STARTS = np.dtype("<i8")
-_PIECE = 1 << 18  # maximum number of characters of a document tokenised as one string
-_BATCH = 1 << 20  # number of characters given to the tokenizer at once
 _MOST_IDS = 1 << 24  # upper limit for a tokenizer's ids; no vocabulary comes near it
-_NEAR = 256  # number of characters compared on either side of a cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +70,9 @@ class Tokens:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
     def first_ids(self) -> np.ndarray:
-        """Return the numbers of the first ids of all documents, in order, int64."""
+        """Return the numbers of the first ids of all documents, in order, int64 [documents]."""
         assert self.starts is not None
         return np.fromfile(self.starts, _STARTS)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a document, and the bytes of text that it covers (a cut may swallow a blank)."""
-
-    text: str
-    begins: bool
-    ends: bool
-    bytes: int
 
 
 def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) -> list[Tokens]:
@@ -207,66 +191,83 @@ def _is_of(made_from: dict[str, Any], source: Source) -> bool:
     )
 
 
+@dataclass(kw_only=True)
+class _Written:
+    """The part of a token file that has been written."""
+
+    dtype: str
+    count: int = 0  # of ids
+    documents: int = 0
+    nbytes: int = 0  # of text
+    largest: int = 0  # id
+    begins: list[int] = field(default_factory=list)  # the number of the first id of each document
+    digest: Any = field(default_factory=hashlib.sha256)  # of the ids
+
+    def take(self, piece: Piece, ids: np.ndarray) -> bytes:
+        """Count a piece, and return its ids as they are written."""
+        if piece.begins:
+            self.begins.append(self.count)
+        raw = ids.astype(self.dtype).tobytes()
+        self.digest.update(raw)
+        self.count += len(ids)
+        self.documents += piece.ends
+        self.nbytes += piece.bytes
+        return raw
+
+
 def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: int) -> Tokens:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that share a cache may make the same file at the same time: each writes its own, and the last one
-    # stays.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    dtype = _dtype(vocab_size)
-    count = number = size = largest = 0
+    """Tokenise a source into the file `path`."""
     read = [p.resolve() for p in files(source)]
-    starts, begins = path.with_suffix(".starts"), []
-    before, digest = stamps(read), hashlib.sha256()
-    try:
-        with whole_file.named(path), partial.open("wb") as file, _tokenising(source) as work:
-            for batch in _batches(pieces(documents(source), tokenizer, source)):
-                for piece, ids in zip(batch, _encode(batch, tokenizer, data.append_eos), strict=True):
-                    if piece.begins:
-                        begins.append(count)
-                    largest = max(largest, int(ids.max(initial=0)))
-                    _refuse(largest, vocab_size, source)
-                    raw = ids.astype(dtype).tobytes()
-                    file.write(raw)
-                    digest.update(raw)
-                    count += len(ids)
-                number += sum(piece.ends for piece in batch)
-                done = sum(piece.bytes for piece in batch)
-                size += done
-                work.advance(done)
-            _sync(file)
-        if not count:
+    before, starts = stamps(read), path.with_suffix(".starts")
+    with whole_file.filling(path) as file:
+        with _tokenising(source) as work:
+            written = _write(source, data, tokenizer, file, vocab_size, work)
+        if not written.count:
             raise UpcycleError(
                 f"{source.path} holds no text; give one that does, or take it out of data.sources"
             )
         text = {str(p): [before[str(p)], file_hash(p)] for p in read}
         if stamps(read) != before:
             raise UpcycleError(f"{source.path} changed while it was read; begin again")
-        first_ids = np.array(begins, _STARTS).tobytes()
+        first_ids = np.array(written.begins, _STARTS).tobytes()
         whole_file.write(starts, first_ids)
-        partial.rename(path)
-        known: dict[str, Any] = {"count": count, "dtype": dtype, "documents": number, "bytes": size}
-        known |= {"sha256": digest.hexdigest(), "files": text}
-        known["starts_sha256"] = hashlib.sha256(first_ids).hexdigest()
-        made_from = {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos}
-        about = {**known, "largest_id": largest, "made_from": made_from}
-        whole_file.write_json(path.with_suffix(".json"), about)
-    finally:
-        partial.unlink(missing_ok=True)
+    about = {
+        "count": written.count,
+        "dtype": written.dtype,
+        "documents": written.documents,
+        "bytes": written.nbytes,
+        "sha256": written.digest.hexdigest(),
+        "files": text,
+        "starts_sha256": hashlib.sha256(first_ids).hexdigest(),
+        "largest_id": written.largest,
+        "made_from": {"format": FORMAT, "source": asdict(source), "append_eos": data.append_eos},
+    }
+    whole_file.write_json(path.with_suffix(".json"), about)
     return Tokens(
         path=path,
         name=source.path,
-        count=count,
-        dtype=dtype,
-        documents=number,
-        bytes=size,
-        sha256=digest.hexdigest(),
+        count=written.count,
+        dtype=written.dtype,
+        documents=written.documents,
+        bytes=written.nbytes,
+        sha256=written.digest.hexdigest(),
         starts=starts,
     )
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write(
+    source: Source, data: Data, tokenizer: Any, file: IO[bytes], vocab_size: int, work: Work
+) -> _Written:
+    """Write the ids of a source."""
+    written = _Written(dtype=_dtype(vocab_size))
+    for batch in batches(pieces(documents(source), tokenizer, source)):
+        before = written.nbytes
+        for piece, ids in zip(batch, encode(batch, tokenizer, data.append_eos), strict=True):
+            written.largest = max(written.largest, int(ids.max(initial=0)))
+            _refuse(written.largest, vocab_size, source)
+            file.write(written.take(piece, ids))
+        work.advance(written.nbytes - before)
+    return written
 
 
 def _refuse(largest: int, vocab_size: int, source: Source) -> None:
@@ -283,93 +284,3 @@ def _tokenising(source: Source) -> AbstractContextManager[Work]:
     plain = bool(found) and all(p.suffix in (".txt", ".text", ".jsonl") for p in found)
     total = sum(p.stat().st_size for p in found) if plain else None
     return progress.work(f"tokenising {Path(source.path).name}", "bytes", total=total)
-
-
-def pieces(stream: Iterable[tuple[str, bool]], tokenizer: Any, source: Source) -> Iterator[Piece]:
-    """Cut the documents of `stream` into pieces of about 262,144 characters.
-
-    `stream` has pairs of a text and whether it begins a document. Documents without text are left out.
-    """
-    rest, begins = "", True
-    for text, begins_document in stream:
-        if begins_document:
-            if rest or not begins:
-                yield Piece(rest, begins, True, _bytes(rest, source))
-            rest, begins = "", True
-        rest, start = rest + text, 0
-        while len(rest) - start > _PIECE:
-            stop, after = _cut(rest, start + _PIECE, tokenizer)
-            yield Piece(rest[start:stop], begins, False, _bytes(rest[start:after], source))
-            start, begins = after, False
-        rest = rest[start:]
-    if rest or not begins:
-        yield Piece(rest, begins, True, _bytes(rest, source))
-
-
-def _bytes(text: str, source: Source) -> int:
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError as error:
-        raise UpcycleError(
-            f"{source.path} has a document that is no Unicode text ({error.reason}); take it out"
-        ) from None
-
-
-def _cut(text: str, end: int, tokenizer: Any) -> tuple[int, int]:
-    """Return where the piece before about `end` stops and where the next one starts.
-
-    The two pieces must give the ids of the whole, compared over `_NEAR` characters on either side. A
-    tokenizer that adds a blank before a text needs the blank between the pieces dropped; another needs it
-    kept.
-    """
-    first = max(1, end - _PIECE // 2)
-    between_words = re.finditer(r"(?<=\S)\s(?=\S)", text[first - 1 : end + 1])
-    blanks = [first - 1 + m.start() for m in between_words][:-33:-1]
-    tried = [cut for p in blanks for cut in ((p, p + 1), (p, p), (p + 1, p + 1))]
-    tried += [(p, p) for p in range(end, max(first, end - 32), -1)]
-    for stop, start in tried:
-        a, b = max(0, stop - _NEAR), start + _NEAR
-        apart = [*_ids(text[a:stop], tokenizer), *_ids(text[start:b], tokenizer)]
-        if apart == _ids(text[a:b], tokenizer):
-            return stop, start
-    place = blanks[0] if blanks else end
-    return place, place
-
-
-def _ids(text: str, tokenizer: Any) -> list[int]:
-    found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return found
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group pieces into batches of about `_BATCH` characters."""
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(pieces: list[Piece], tokenizer: Any, append_eos: bool) -> Iterator[np.ndarray]:
-    """Yield the ids of each piece, int64 [N], with the special tokens before and after a document."""
-    bare = tokenizer(
-        [p.text for p in pieces], add_special_tokens=False, return_attention_mask=False
-    ).input_ids
-    before, after = _special(tokenizer)
-    for piece, ids in zip(pieces, bare, strict=True):
-        whole = [*(before if piece.begins else []), *ids, *(after if piece.ends else [])]
-        if append_eos and piece.ends and tokenizer.eos_token_id not in (None, *whole[-1:]):
-            whole.append(tokenizer.eos_token_id)
-        yield np.array(whole, np.int64)
-
-
-def _special(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer adds before and after a text."""
-    full, bare = tokenizer("a").input_ids, _ids("a", tokenizer)
-    start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
-    return full[:start], full[start + len(bare) :]

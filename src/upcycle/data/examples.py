@@ -127,7 +127,7 @@ class Examples:
         return self._train.rows(self._trained[places[part]])
 
     def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the training examples numbered `places`."""
+        """Return the training examples numbered `places` [B]: arrays [B, ...] by name."""
         return self._train.rows(self._trained[places])
 
     def held_out(self, rows: int | None = None) -> dict[str, np.ndarray]:

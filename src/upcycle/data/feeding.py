@@ -38,7 +38,7 @@ class Feed(Protocol):
         """The number of training rows of each source."""
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
-        """Advance by `rows` rows and return those in `part`."""
+        """Advance by `rows` rows and return those in `part`: arrays [B, ...] by name."""
 
     def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
         """Return the rows numbered `places`, int64 [N], of the first source, without moving the position."""

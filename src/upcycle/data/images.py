@@ -15,12 +15,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -237,59 +237,65 @@ def _joined(hashes: Iterable[str]) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+@dataclass(kw_only=True)
+class _Decoded:
+    """The images of a set that have been decoded."""
+
+    keeps_pixels: bool
+    count: int = 0
+    left_out: list[int] = field(default_factory=list)  # images that cannot be decoded
+    lengths: list[int] = field(default_factory=list)  # bytes of the encoded images, if these are kept
+    digest: Any = field(default_factory=hashlib.sha256)  # of the pixels, or of the encoded images
+    hashes: list[str] = field(default_factory=list)  # of the files
+
+    def take(self, source: ImageFiles, number: int, data: bytes, pixels: np.ndarray | None) -> bytes:
+        """Note image `number`, and return what is kept of it."""
+        if isinstance(source, ImageFolder):  # an image is a file
+            self.hashes.append(hashlib.sha256(data).hexdigest())
+        if pixels is None:
+            self.left_out.append(number)
+            return b""
+        self.count += 1
+        kept = pixels.tobytes() if self.keeps_pixels else data
+        self.digest.update(kept)
+        if self.keeps_pixels:
+            return kept
+        if isinstance(source, ImageFolder):
+            return b""  # it is read from its own file
+        self.lengths.append(len(kept))
+        return kept
+
+
 def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bool) -> dict[str, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that share a cache may make the same file at the same time: each writes its own, and the last one
-    # stays.
-    started = path.with_suffix(f".{os.getpid()}.partial")
-    left_out: list[int] = []
-    lengths: list[int] = []
-    hashes: list[str] = []  # of the files
-    count, digest = 0, hashlib.sha256()
-    before = stamp_of_all(source.files)
-    try:
-        with whole_file.named(path), started.open("wb") as file, _decoding(source) as work:
+    """Decode all images, and keep the pixels in `path`, or the encoded images of a parquet file."""
+    before, made = stamp_of_all(source.files), _Decoded(keeps_pixels=whole)
+    with _kept(path, whole or isinstance(source, ImageParquet)) as file:
+        with _decoding(source) as work:
             for number, (data, pixels) in enumerate(_all_decoded(source.encoded(), shape)):
                 work.advance(len(data))
-                if isinstance(source, ImageFolder):  # an image is a file
-                    hashes.append(hashlib.sha256(data).hexdigest())
-                if pixels is None:
-                    left_out.append(number)
-                    continue
-                count += 1
-                digest.update(pixels.tobytes() if whole else data)
-                if whole:
-                    file.write(pixels.tobytes())
-                elif isinstance(source, ImageParquet):
-                    file.write(data)
-                    lengths.append(len(data))
-            _sync(file)
-        if not count:
+                file.write(made.take(source, number, data, pixels))
+        if not made.count:
             raise UpcycleError(
-                f"none of the {len(left_out)} images can be decoded, the first being {source.where(0)}; "
-                f"give images that Pillow opens"
+                f"none of the {len(made.left_out)} images can be decoded, the first being "
+                f"{source.where(0)}; give images that Pillow opens"
             )
         if isinstance(source, ImageParquet):
-            hashes = [file_hash(each) for each in source.files]
+            made.hashes = [file_hash(each) for each in source.files]
         if stamp_of_all(source.files) != before:
             raise UpcycleError(f"the files of {source.where(0)} changed while they were read; begin again")
-        if whole or lengths:
-            started.rename(path)
-        known: dict[str, Any] = {"count": count, "left_out": left_out, "lengths": lengths}
-        known |= {"sha256": digest.hexdigest(), "stamp": before, "content": _joined(hashes)}
-        made_from = {"format": FORMAT, "shape": list(shape), "first": source.where(0)}
-        whole_file.write_json(path.with_suffix(".json"), {**known, "made_from": made_from})
-    finally:
-        started.unlink(missing_ok=True)
+    known: dict[str, Any] = {"count": made.count, "left_out": made.left_out, "lengths": made.lengths}
+    known |= {"sha256": made.digest.hexdigest(), "stamp": before, "content": _joined(made.hashes)}
+    made_from = {"format": FORMAT, "shape": list(shape), "first": source.where(0)}
+    whole_file.write_json(path.with_suffix(".json"), {**known, "made_from": made_from})
     return known
+
+
+def _kept(path: Path, keeps: bool) -> AbstractContextManager[IO[bytes]]:
+    """Return the file that becomes `path`, or one that nobody keeps."""
+    return whole_file.filling(path) if keeps else nullcontext(io.BytesIO())
 
 
 def _decoding(source: ImageFiles) -> AbstractContextManager[Work]:
     first = source.files[0]
     name = first.name if isinstance(source, ImageParquet) else source.root.name
     return progress.work(f"decoding {name}", "bytes", total=sum(p.stat().st_size for p in source.files))
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from upcycle.training.run import Run
 
 MODEL = Path(__file__).parent / "model"
-LENGTH, BATCH = 256, 16
+LENGTH, BATCH, EVAL_ROWS = 256, 16, 256
 PEAK = 2e-3  # the constant rate of the dense model's training
 DECAY = 0.25  # the share of the steps at the end in which the rate falls to zero
 PROBE = 16  # steps of the dense model, to measure how many fit into the time
@@ -144,7 +144,7 @@ def _run(folder: Path, corpus: Corpus, name: str, table: Mapping[str, Any], step
             },
             "train": {
                 "steps": steps, "batch_tokens": BATCH * LENGTH, "sequence_length": LENGTH,
-                "eval_every": max(1, steps // 8), "eval_tokens": 256 * LENGTH,
+                "eval_every": max(1, steps // 8), "eval_tokens": EVAL_ROWS * LENGTH,
             },
             "schedule": {
                 "name": "warmup_stable_decay", "peak": PEAK, "decay": max(1, round(DECAY * steps)),

@@ -42,7 +42,7 @@ class Adapted(Dense):
 
     @cached_property
     def changes(self) -> dict[str, Pair]:
-        """What the adapter adds, by the names of the tensors that it is added to."""
+        """The changes that the adapter makes, by the names of the tensors that it changes."""
         pairs = self.adapter.pairs
         return {name: pairs[module] for module, name in self._places.items() if name is not None}
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.checkpoints import hub
-from upcycle.checkpoints.checkpoint import Checkpoint, TensorInfo, read_header, read_json, stamp
+from upcycle.checkpoints.checkpoint import Checkpoint, read_json, stamp
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.header import TensorInfo, read_header
 from upcycle.errors import UpcycleError, listed, shown
-from upcycle.tensors.lazy import Lazy, Stored, Transposed
+from upcycle.tensors.lazy import Lazy, Stored
+from upcycle.tensors.moved import Transposed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -47,7 +49,7 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What an adapter adds to a module's matrix: scale x left right, with left [N, r] and right [r, M]."""
+    """The matrix that an adapter adds to another: scale x left right, with left [N, r] and right [r, M]."""
 
     left: Lazy
     right: Lazy
@@ -73,7 +75,7 @@ class Adapter:
 
     @cached_property
     def pairs(self) -> dict[str, Pair]:
-        """What it adds, by the names of the modules in the model's class.
+        """The matrices that it adds, by the names of the modules in the model's class.
 
         Raises `UpcycleError` for a tensor that belongs to no pair, and for a pair of another rank than the
         settings have.

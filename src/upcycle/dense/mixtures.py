@@ -43,7 +43,7 @@ class MixtureFamily(Decoder):
 
     @property
     def growing(self) -> Growing:
-        """What is needed to read the architecture."""
+        """The spelling of the architecture, which is needed to read it."""
         return _growing(self.native)
 
     def tidied(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:

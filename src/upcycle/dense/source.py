@@ -13,8 +13,9 @@ import numpy as np
 
 from upcycle import families, targets
 from upcycle.checkpoints import mistaken
-from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint, TensorInfo
+from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense import places
 from upcycle.dense.places import Place
 from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown

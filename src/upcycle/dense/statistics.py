@@ -19,7 +19,7 @@ import numpy as np
 
 from upcycle import families
 from upcycle.checkpoints import tensor_file
-from upcycle.checkpoints.checkpoint import TensorInfo, read_header, read_metadata
+from upcycle.checkpoints.header import TensorInfo, read_header, read_metadata
 from upcycle.errors import UpcycleError, listed
 from upcycle.system.once import once
 
@@ -242,6 +242,18 @@ def fingerprint(dense: Dense) -> dict[str, str]:
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def unmeasured(who: str, key: str, collect: str = "") -> UpcycleError:
+    """Return the error for something that is made of statistics, which `key` has to name.
+
+    `who` is the beginning of the sentence; `collect` names statistics that are not the usual ones.
+    """
+    option = f"--collect {collect} " if collect else ""
+    return UpcycleError(
+        f"{who} activations: measure them with `upcycle calibrate SOURCE {option}--out FILE` and set "
+        f"{key} = FILE"
+    )
 
 
 def refuse_unknown(what: str, given: tuple[str, ...], known: Mapping[str, str]) -> None:

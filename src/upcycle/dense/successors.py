@@ -20,7 +20,8 @@ from upcycle.families._narrowing import Axes, Axis, narrowable
 from upcycle.init._selecting import Choice, Selecting
 from upcycle.recipe import Recipe, Successor
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Lazy, Take
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Take
 from upcycle.tensors.positions import Positions, Units
 
 

@@ -117,7 +117,7 @@ def few_shot(
 ) -> FewShot:
     """Fit a probe to `per_class` training examples of each class for each seed, and test it.
 
-    Raises `UpcycleError` for the same reasons as `fit` and `shots`.
+    Features are [N, H] and labels [N]. Raises `UpcycleError` for the same reasons as `fit` and `shots`.
     """
     train_labels, test_labels = _labels(train_labels, num_classes), _labels(test_labels, num_classes)
     _refuse_shape(train_features, train_labels)

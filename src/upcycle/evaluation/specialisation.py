@@ -1,4 +1,4 @@
-"""What the experts of a trained model specialise in: which tokens go to which expert, domain by domain.
+"""The specialisation of a trained model's experts: which tokens go to which expert, domain by domain.
 
 It takes a Mixture of Experts and named sets of rows, and gives sums over the real tokens for each MoE layer.
 """
@@ -30,7 +30,7 @@ from upcycle.system.paths import as_paths
 from upcycle.system.progress import work
 from upcycle.tasks._rows import Rows, of_images, of_text
 from upcycle.tensors import rng
-from upcycle.training.routing import Routers, Said
+from upcycle.training.routing import RouterOutput, Routers
 
 OFTEN = 5  # a token must have occurred this often to be named
 
@@ -243,53 +243,54 @@ def _watch(
             Layer(
                 stack=stack,
                 layer=layer,
-                balanced=said.balanced,
+                balanced=output.balanced,
                 domains={},
                 kinds=Kinds(weights={}, counts={}),
                 patches=Patches.none() if "pixel_values" in inputs else None,
             )
-            for stack, layer, said in zip(routers.stacks, routers.layers, routers.said, strict=True)
+            for stack, layer, output in zip(routers.stacks, routers.layers, routers.outputs, strict=True)
         ]  # fmt: skip
-    for layer, said in zip(layers, routers.said, strict=True):
-        _add(layer, name, said, _kinds(inputs, layer.stack, said, len(places)))
+    for layer, output in zip(layers, routers.outputs, strict=True):
+        _add(layer, name, output, _kinds(inputs, layer.stack, output, len(places)))
         if layer.patches is not None:
-            given = said.probabilities.cpu().numpy().reshape(len(places), -1, said.probabilities.shape[-1])
+            given = output.probabilities.cpu().numpy()
+            given = given.reshape(len(places), -1, given.shape[-1])
             grid = subject.grid(layer.stack)
             layer.patches.add(inputs["pixel_values"].cpu().numpy(), given, grid)
     return [None] * len(places)
 
 
-def _kinds(inputs: Mapping[str, Any], stack: str, said: Said, rows: int) -> np.ndarray:
+def _kinds(inputs: Mapping[str, Any], stack: str, output: RouterOutput, rows: int) -> np.ndarray:
     """Return the kind of each real token of a stack, [T'].
 
     It is the id in the vocabulary, or the place in an image.
     """
     if "pixel_values" in inputs:
-        return np.tile(np.arange(len(said.logits) // rows), rows)
+        return np.tile(np.arange(len(output.logits) // rows), rows)
     ids, mask = (
         ("decoder_input_ids", "decoder_attention_mask")
         if stack == "decoder"
         else ("input_ids", "attention_mask")
     )
     tokens = inputs[ids].flatten()
-    if said.real is not None:
-        tokens = tokens[said.real]
-    elif (real := inputs.get(mask)) is not None and len(said.logits) < len(tokens):
+    if output.real is not None:
+        tokens = tokens[output.real]
+    elif (real := inputs.get(mask)) is not None and len(output.logits) < len(tokens):
         tokens = tokens[real.flatten().bool()]
     out: np.ndarray = tokens.cpu().numpy()
     return out
 
 
-def _add(layer: Layer, name: str, said: Said, kinds: np.ndarray) -> None:
-    given = said.of_tokens(said.probabilities).cpu().double()
+def _add(layer: Layer, name: str, output: RouterOutput, kinds: np.ndarray) -> None:
+    given = output.of_tokens(output.probabilities).cpu().double()
     experts = given.shape[-1]
     domain = layer.domains.setdefault(
         name, Domain(counts=np.zeros(experts, np.int64), weights=np.zeros(experts))
     )
-    domain.counts += said.counts.cpu().numpy()
+    domain.counts += output.counts.cpu().numpy()
     domain.weights += given.sum(0).numpy()
     domain.tokens += len(given)
-    domain.left_behind += int(said.left_behind)
+    domain.left_behind += int(output.left_behind)
     domain.confidence += float(given.amax(-1).sum())
     domain.entropy += float(torch.special.entr(given).sum())
     layer.kinds.add(kinds, given.numpy())

@@ -18,7 +18,7 @@ from upcycle.evaluation.task_files import Row
 _KINDS: Mapping[str, type] = {
     "label": int, "idx": dict, "entities": list, "answers": list, "span2_index": int,
 }  # fmt: skip
-"""What a field of a row is; text where it does not stand here."""
+"""The types of the fields of a row; a field that is not listed is text."""
 _TRUTH = ("False", "True")
 
 
@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class SuperGlueTask:
-    """How the rows of a task become examples.
+    """The way in which rows of a task become examples.
 
     `labels` are the only possible answers, if the task has a fixed set.
     """

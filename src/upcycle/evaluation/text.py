@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.data import corpus
 from upcycle.data.documents import Source, documents
+from upcycle.data.pieces import Piece, pieces
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.language_model import Advance, LanguageModel, Pair
@@ -175,8 +175,8 @@ def _parts(
 
 def _documents(source: Source, language: LanguageModel) -> Iterator[Document]:
     """Yield the documents that have at least one token."""
-    begun: list[corpus.Piece] = []
-    for piece in corpus.pieces(documents(source), language.tokenizer, source):
+    begun: list[Piece] = []
+    for piece in pieces(documents(source), language.tokenizer, source):
         begun.append(piece)
         if piece.ends:
             made = _document(begun, language)
@@ -185,9 +185,9 @@ def _documents(source: Source, language: LanguageModel) -> Iterator[Document]:
                 yield made
 
 
-def _document(pieces: list[corpus.Piece], language: LanguageModel) -> Document:
+def _document(parts: list[Piece], language: LanguageModel) -> Document:
     ids, sizes, passages, place = [], [], [], 0
-    for piece in pieces:
+    for piece in parts:
         made, size, starts = _tokens(piece, language)
         ids.append(made)
         sizes.append(size)
@@ -196,7 +196,7 @@ def _document(pieces: list[corpus.Piece], language: LanguageModel) -> Document:
     return Document(*map(np.concatenate, (ids, sizes, passages)))
 
 
-def _tokens(piece: corpus.Piece, language: LanguageModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokens(piece: Piece, language: LanguageModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the ids of a piece, the bytes of each, and the character where each begins, int64 [N] each."""
     tokenizer = language.tokenizer
     if tokenizer.is_fast:

@@ -52,7 +52,7 @@ class ToScore:
             if given is not None and given < least:
                 raise UpcycleError(f"--{name.replace('_', '-')} {given}; it must be {least} or more")
         if self.separator == "":
-            raise UpcycleError('--separator ""; leave it out where a file is one document')
+            raise UpcycleError('--separator ""; leave it out if a file is one document')
         if len(self.named) < len(self.texts):
             raise UpcycleError(
                 "two texts have one file name, and results are called by it; give them names: NAME=PATH"

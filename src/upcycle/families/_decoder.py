@@ -12,7 +12,8 @@ from upcycle.families._decoder_width import DecoderWidth
 from upcycle.families._training import Trained
 from upcycle.families._weights import Bias, Matrix, Table, Weights, below, linear, norm, rms_norm
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Lazy, Slice
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Slice
 
 LONGEST = 1024  # the longest sliding window, in tokens, that a comparison of two models goes beyond
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

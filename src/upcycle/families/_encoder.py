@@ -51,7 +51,7 @@ class Encoder(Trained):
 
     @property
     def stem(self) -> str:
-        """What the names of its classes begin with."""
+        """The beginning of the names of its classes."""
         return re.split("For|EncoderModel|Model", self.architectures[0])[0] + "For"
 
     def finish(self, config: Config) -> Config:

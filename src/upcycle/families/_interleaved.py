@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from upcycle.families import Config
 from upcycle.families._decoder import Decoder
-from upcycle.tensors.lazy import Lazy, Take
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Take
 from upcycle.tensors.positions import Given
 
 

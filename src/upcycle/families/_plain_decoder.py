@@ -14,7 +14,8 @@ from upcycle.families._stacks import only_stack
 from upcycle.families._training import Trained
 from upcycle.families._weights import Matrix, below
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Lazy, Transposed
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Transposed
 
 
 class PlainDecoder(Trained):

@@ -9,7 +9,8 @@ from upcycle.families._convnext_width import NarrowableConvNeXt
 from upcycle.families._narrowing import Axes, Axis
 from upcycle.families._weights import Bias, Scale
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Lazy, Pick
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Pick
 
 
 class ConvNextV2(NarrowableConvNeXt):

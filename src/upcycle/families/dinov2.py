@@ -8,7 +8,8 @@ from upcycle.families._encoder import num_labels
 from upcycle.families._vision import DEFAULTS, Encoder, VisionTransformer
 from upcycle.families._weights import Scale, Table, linear, row_linear
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Lazy, Slice
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Slice
 
 
 class DINOv2(VisionTransformer):

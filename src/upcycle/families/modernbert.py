@@ -7,7 +7,8 @@ from upcycle.families._encoder import Encoder
 from upcycle.families._stacks import only_stack
 from upcycle.families._weights import Norm, Table, Weight, below, linear
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Lazy, Slice
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Slice
 
 
 class ModernBert(Encoder):

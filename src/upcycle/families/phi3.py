@@ -7,7 +7,8 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
 from upcycle.families._decoder import FusedGate, outside_window
 from upcycle.families._weights import Matrix
-from upcycle.tensors.lazy import Lazy, Slice
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Slice
 
 
 class Phi3(FusedGate):

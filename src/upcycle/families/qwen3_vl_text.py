@@ -1,4 +1,4 @@
-"""Qwen3-VL, text: Qwen3 with positions on three axes, which are one where there is only text."""
+"""Qwen3-VL, text: Qwen3 with positions on three axes, which are one if there is only text."""
 
 from collections.abc import Mapping
 from typing import Any

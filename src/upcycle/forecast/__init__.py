@@ -1,4 +1,4 @@
-"""What a step of training needs on one rank of a layout, foretold from headers alone: memory, traffic, time.
+"""A forecast, from headers alone, of what a step of training needs on a rank: memory, traffic, time.
 
 `groups.py` says which parameters are gathered together, `shape.py` what a step computes on. `memory.py`,
 `traffic.py` and `time.py` follow the step of `upcycle train`: FSDP2, tensor parallelism, experts that tokens

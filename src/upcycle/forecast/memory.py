@@ -266,7 +266,7 @@ class _Walk:
         return float(min(sizes)), float(sum(sizes))
 
     def _reductions(self, group: Group) -> Iterator[tuple[str, float]]:
-        """What reducing a group's gradients takes: cut to pieces in order, then in the buffer."""
+        """Return the bytes of reducing a group's gradients: cut to pieces in order, then in the buffer."""
         if not self.setting.sharded:
             return
         grads, ranks = self._grads(group), group.ranks(self.layout)

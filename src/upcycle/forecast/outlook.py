@@ -28,7 +28,7 @@ class Outlook:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak fits into a GPU."""
+        """True if the peak fits into a GPU."""
         return self.peak.total <= USABLE * self.gpu.memory
 
     @property

@@ -46,7 +46,7 @@ class Setting:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP is at work at all."""
+        """True if FSDP is at work at all."""
         return self.layout.dp > 1
 
     def tokens(self, stack: str) -> int:

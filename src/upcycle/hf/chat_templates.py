@@ -35,7 +35,7 @@ class Template:
 
     @property
     def marks(self) -> bool:
-        """Whether the template says which text is the assistant's ({% generation %})."""
+        """True if the template says which text is the assistant's ({% generation %})."""
         return _GENERATION.search(self.source) is not None
 
     def render(

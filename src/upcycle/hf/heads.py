@@ -41,7 +41,7 @@ class Head:
         )
 
     def finished(self, products: Tensor) -> Tensor:
-        """Return the logits for the products of hidden states and the weight."""
+        """Return the logits [..., V] for the products [..., V] of hidden states and the weight."""
         if self.factor is not None:
             products = products * self.factor
         if self.divisor is not None:

@@ -1,4 +1,4 @@
-"""What initialisations with several dense models have in common: a table for each kind of expert."""
+"""The common part of initialisations with several dense models: a table for each kind of expert."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def absolute(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Expert(Settings):
-    """Where one expert comes from. Without any key it is the network of SOURCE, an anchor."""
+    """The origin of one expert. Without any key it is the network of SOURCE, an anchor."""
 
     section: ClassVar[str] = "init.expert"
 

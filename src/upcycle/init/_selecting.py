@@ -122,7 +122,7 @@ class Selecting(Init):
 
 
 def spread(total: int, count: int) -> np.ndarray:
-    """Return `count` evenly spaced positions of range(total), first and last included.
+    """Return `count` evenly spaced positions of range(total), int64 [count], first and last included.
 
     They are round(linspace(0, total - 1)).
     """

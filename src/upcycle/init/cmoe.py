@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
-from upcycle.init import Init, Site
+from upcycle.init import Site
 from upcycle.init._assignment import balanced
+from upcycle.init._from_statistics import FromStatistics
 from upcycle.system.once import once
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.positions import Computed, Positions
 
-if TYPE_CHECKING:
-    from upcycle.dense.source import Dense
-
 
 @dataclass(frozen=True, kw_only=True)
-class CMoE(Init):
+class CMoE(FromStatistics):
     """Neurons that are active for most tokens are the shared expert, and the rest are dealt out once.
 
     A neuron is active for a token if it is among the K_a with the largest |h|, h = act(g^ x^) (u^ x^), with
@@ -38,25 +35,9 @@ class CMoE(Init):
     needs = "moe.granularity = moe.num_experts + moe.shared_experts, init.statistics = FILE"
     fine_grained = True
     chooses_shared = True
+    collect = "co_marker"
 
     statistics: str = ""  # the file of `upcycle calibrate --collect co_marker`
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.statistics:
-            raise UpcycleError(
-                "init cmoe chooses by activations: measure them with `upcycle calibrate SOURCE --collect "
-                "co_marker --out FILE` and set init.statistics = FILE"
-            )
-        self._make_absolute("statistics")
-
-    @property
-    def measured(self) -> Statistics:
-        """The file of statistics."""
-        return Statistics.shared(self.statistics)
-
-    def admit(self, dense: Dense) -> None:
-        self.measured.refuse_other(dense)
 
     def check(self, site: Site) -> None:
         super().check(site)

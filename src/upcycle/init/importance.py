@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-from upcycle.dense.statistics import Statistics
-from upcycle.errors import UpcycleError
+from upcycle.init._from_statistics import FromStatistics
 from upcycle.init._selecting import Choice, Selecting, drawn
 from upcycle.tensors import rng
 from upcycle.tensors.positions import Computed, Positions
 
-if TYPE_CHECKING:
-    from upcycle.dense.source import Dense
-
 
 @dataclass(frozen=True, kw_only=True)
-class Measured(Selecting):
+class Measured(FromStatistics, Selecting):
     """A choice based on what `upcycle calibrate` measured; `statistics` is its file.
 
     `statistic` defines importance. The channels are those with the highest mean of it over the layers of a
@@ -29,25 +25,7 @@ class Measured(Selecting):
 
     needs = "init.statistics = FILE, from upcycle calibrate"
 
-    statistics: str = ""  # the file written by `upcycle calibrate`
     statistic: Literal["l2", "l1", "count", "gradient"] = "l2"  # the measure of importance
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.statistics:
-            raise UpcycleError(
-                f"init {self.name} chooses by activations: measure them with `upcycle calibrate SOURCE "
-                f"--out FILE` and set init.statistics = FILE"
-            )
-        self._make_absolute("statistics")
-
-    @property
-    def measured(self) -> Statistics:
-        """The file of statistics."""
-        return Statistics.shared(self.statistics)
-
-    def admit(self, dense: Dense) -> None:
-        self.measured.refuse_other(dense)
 
     def choose(self, choice: Choice) -> Positions:
         kind, stack, layer = choice.kind, choice.stack, choice.layer
@@ -58,7 +36,7 @@ class Measured(Selecting):
         return self._computed(choice, self.sampled, [kind, stack, layer, list(self._key(choice))])
 
     def sampled(self, choice: Choice) -> np.ndarray:
-        """Return positions drawn in proportion to their importance, ascending (equation 5)."""
+        """Return positions [count] drawn in proportion to their importance, ascending (equation 5)."""
         return np.sort(drawn(self._key(choice), self._scores(choice))[: choice.count])
 
     @property

@@ -155,7 +155,10 @@ class Experts(nn.Module):
         return chosen if fits or chosen != kernels.GROUPED else kernels.ONE_BY_ONE
 
     def loop(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
-        """The reference: run one expert after another. An index of E or more is an expert of another rank."""
+        """Run one expert after another (the reference) on rows [M, H] with indices and weights [M, K].
+
+        An index of E or more is an expert of another rank. Returns [M, H].
+        """
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()

@@ -21,7 +21,7 @@ _INSIDE = 1e-5  # distance below which a row lies between others, relative to th
 
 @dataclass(frozen=True, kw_only=True)
 class RouterRows:
-    """How the rows of one router lie to one another.
+    """The similarities of the rows of one router.
 
     `condition` is the largest over the smallest singular value of the weight, as mergekit-moe has it; None
     if the smallest is zero. `spread` is that of the rows without what they have in common, which no softmax

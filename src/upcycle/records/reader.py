@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
-from upcycle.checkpoints.checkpoint import refuse_special
+from upcycle.checkpoints.header import refuse_special
 from upcycle.errors import UpcycleError, shown
 
 Table = Mapping[str, Any]  # part of a document whose keys are those of a recipe or a run file

@@ -17,22 +17,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from upcycle import targets
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
-from upcycle.reporting.crossing import Crossing, Told, bounds, crossing, told
+from upcycle.reporting.crossing import Crossing, Standing, bounds, crossing, standing
+from upcycle.reporting.labels import ORDER, Kind, flat, kind_of, labels_of, settings, short
 from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.starts import Given, StartCost, start_cost
 
 Paid = Literal["yes", "no", "within two standard errors", "one seed", "cannot be told"]
-Kind = Literal["dense, continued", "dense, from scratch", "dense, rebuilt", "upcycled", "MoE, from scratch"]
-ORDER: tuple[Kind, ...] = (
-    "dense, continued", "dense, rebuilt", "dense, from scratch", "upcycled", "MoE, from scratch",
-)  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-# The keys of a run file in which runs of one group may differ: the seed, and keys that do not affect numbers.
-_FREE = ("seed", "out", "log", "checkpoint", "parallel", "eval")
-_FREE_BELOW = {"train": ("seed", "micro_batch", "compile", "activation_checkpointing"), "data": ("cache",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +67,15 @@ class Group:
 class Pair:
     """A comparison of a Mixture of Experts with another group by held-out loss.
 
-    The crossings are those of the drawn curves. Statements about them use `told`, which rests on measurements
-    alone.
+    The crossings are those of the drawn curves. Statements about them use `standing`, which rests on
+    measurements alone.
     """
 
     group: Group
     against: Group
-    told: Told  # along FLOPs
-    told_tokens: Told
-    told_with_start: Told | None
+    standing: Standing  # along FLOPs
+    standing_by_tokens: Standing
+    standing_with_start: Standing | None
     tokens: Crossing
     flops: Crossing
     with_start: Crossing | None  # along FLOPs that include those of the starts; None if a start is unknown
@@ -94,7 +87,7 @@ class Pair:
 
         It is judged by the measurements and by two standard errors over seeds; one seed cannot decide it.
         """
-        found, error = self.told, self.error
+        found, error = self.standing, self.error
         if found.low is None or found.high is None:
             return "cannot be told"
         if error is None:
@@ -185,21 +178,17 @@ def _tokenizer(folder: str) -> str:
 def _reason(name: str, own: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     theirs, ours = (dict(flat(t[name], name)) for t in (own, reference))
     key = next(k for k in [*ours, *theirs] if theirs.get(k) != ours.get(k))
-    found, wanted = (_short(str(leaves.get(key, "not set")), 80) for leaves in (theirs, ours))
+    found, wanted = (short(str(leaves.get(key, "not set")), 80) for leaves in (theirs, ours))
     return f"other {name}: {found}, where the runs compared have {wanted} ({key})"
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _groups(runs: Sequence[RunHistory], given: Given) -> tuple[Group, ...]:
     together: dict[str, list[RunHistory]] = {}
     for run in runs:
-        key = json.dumps([_settings(run), run.held_out.tokens.tolist()], sort_keys=True, default=str)
+        key = json.dumps([settings(run), run.held_out.tokens.tolist()], sort_keys=True, default=str)
         together.setdefault(key, []).append(run)
-    found = sorted(together.values(), key=lambda runs: ORDER.index(_kind(runs[0])))
-    labels = _labels([runs[0] for runs in found])
+    found = sorted(together.values(), key=lambda runs: ORDER.index(kind_of(runs[0])))
+    labels = labels_of([runs[0] for runs in found])
     return tuple(_group(label, members, given) for label, members in zip(labels, found, strict=True))
 
 
@@ -207,7 +196,7 @@ def _group(label: str, runs: list[RunHistory], given: Given) -> Group:
     tokens = runs[0].held_out.tokens
     return Group(
         label=label,
-        kind=_kind(runs[0]),
+        kind=kind_of(runs[0]),
         runs=tuple(runs),
         tokens=tokens,
         flops=runs[0].flops(tokens),
@@ -215,91 +204,6 @@ def _group(label: str, runs: list[RunHistory], given: Given) -> Group:
         accuracy=Mean.of([r.held_out.accuracy for r in runs]),
         start=start_cost(runs[0], given),
     )
-
-
-def _settings(run: RunHistory) -> dict[str, Any]:
-    """Return the run file without the keys that may differ between seeds."""
-    table = {k: v for k, v in run.table.items() if k not in _FREE}
-    for section, free in _FREE_BELOW.items():
-        table[section] = {k: v for k, v in table[section].items() if k not in free}
-    return table
-
-
-def _kind(run: RunHistory) -> Kind:
-    moe = run.table.get("moe")
-    if run.about.from_scratch:
-        return "dense, from scratch" if moe is None or _is_dense(moe) else "MoE, from scratch"
-    if moe is None:
-        return "dense, continued"
-    return "dense, rebuilt" if _is_dense(moe) else "upcycled"
-
-
-def _is_dense(moe: Mapping[str, Any]) -> bool:
-    return not targets.recorded(moe).has_experts
-
-
-def _labels(runs: Sequence[RunHistory]) -> list[str]:
-    """Return a label for each run; equal labels are extended by the settings in which the runs differ."""
-    plain = [_label(run) for run in runs]
-    leaves = [dict(flat(_settings(run))) for run in runs]
-    out = []
-    for label, own in zip(plain, leaves, strict=True):
-        alike = [other for other, same in zip(leaves, plain, strict=True) if same == label]
-        out.append(_short(", ".join([label, *(_said(key, own.get(key)) for key in _telling(alike))]), 70))
-    return [
-        label if out.count(label) == 1 else f"{label} ({_short(run.name, 30)})"
-        for label, run in zip(out, runs, strict=True)
-    ]
-
-
-def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
-    """Return the settings that best distinguish the runs in `alike`, with the source before others."""
-    keys = sorted(
-        {key for leaves in alike for key in leaves}, key=lambda key: (key != "source", len(key), key)
-    )
-    chosen: list[str] = []
-
-    def kinds(more: str | None) -> int:
-        return len({tuple(repr(one.get(k)) for k in (*chosen, *([more] if more else ()))) for one in alike})
-
-    while keys and len(chosen) < most and kinds(None) < len(alike):
-        best = max(keys, key=kinds)
-        if kinds(best) == kinds(None):
-            break
-        chosen.append(best)
-    return chosen
-
-
-def _said(key: str, value: Any) -> str:
-    """Format a setting for a label: `peak 0.001`, `schedule cosine`, `source small`."""
-    if key == "source":
-        return f"source {_short(Path(str(value)).name, 24)}"
-    parts = [part for part in key.split(".") if part != "name"]
-    return f"{parts[-1]} {_short(str(value), 24)}"
-
-
-def _label(run: RunHistory) -> str:
-    kind = _kind(run)
-    short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
-    init = (run.table.get("init") or {}).get("name", "copy")
-    if kind == "dense, rebuilt":
-        return targets.recorded(run.table["moe"]).label(run.table) + short
-    if kind.startswith("dense"):
-        return kind + short
-    how = init if kind == "upcycled" else "from scratch"
-    return f"{targets.recorded(run.table['moe']).label(run.table)}, {how}{short}"
-
-
-def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield every leaf of a nested table with its dotted key."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from flat(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, (list, tuple)):
-        for place, inner in enumerate(value):
-            yield from flat(inner, f"{path}.{place}")
-    else:
-        yield path, value
 
 
 def _pairs(groups: Sequence[Group]) -> Iterable[Pair]:
@@ -317,19 +221,19 @@ def _pairs(groups: Sequence[Group]) -> Iterable[Pair]:
 def _pair(group: Group, against: Group) -> Pair:
     flops = crossing(group.flops, group.loss.value, against.flops, against.loss.value)
     starts = (group.start.flops, against.start.flops)
-    with_start = told_with_start = None
+    with_start = standing_with_start = None
     if starts[0] is not None and starts[1] is not None:
         curves = (group.flops + starts[0], group.loss.value, against.flops + starts[1], against.loss.value)
-        with_start, told_with_start = crossing(*curves), told(*curves)
+        with_start, standing_with_start = crossing(*curves), standing(*curves)
     error = None
     if flops.end is not None and group.loss.error is not None and against.loss.error is not None:
         error = math.hypot(*(_error_at(flops.end, each) for each in (group, against)))
     return Pair(
         group=group,
         against=against,
-        told=told(group.flops, group.loss.value, against.flops, against.loss.value),
-        told_tokens=told(group.tokens, group.loss.value, against.tokens, against.loss.value),
-        told_with_start=told_with_start,
+        standing=standing(group.flops, group.loss.value, against.flops, against.loss.value),
+        standing_by_tokens=standing(group.tokens, group.loss.value, against.tokens, against.loss.value),
+        standing_with_start=standing_with_start,
         tokens=crossing(group.tokens, group.loss.value, against.tokens, against.loss.value),
         flops=flops,
         with_start=with_start,
@@ -339,7 +243,7 @@ def _pair(group: Group, against: Group) -> Pair:
 
 def difference_of(pair: Pair) -> str:
     """Describe the difference in loss at the end, as an interval."""
-    low, high = pair.told.low, pair.told.high
+    low, high = pair.standing.low, pair.standing.high
     if low is None or high is None:
         return formats.MISSING
     one, two = formats.signed(low), formats.signed(high)
@@ -354,6 +258,6 @@ def _error_at(flops: float, group: Group) -> float:
 
 
 def measured(group: Group, values: np.ndarray, flops: float) -> tuple[float, float]:
-    """Return the bounds of a curve of a group after `flops` FLOPs, as implied by the measurements."""
+    """Return the bounds of a curve [n] of a group after `flops` FLOPs, as implied by the measurements."""
     low, high = bounds(np.array([flops]), group.flops, values)
     return float(low[0]), float(high[0])

@@ -1,8 +1,8 @@
 """The point where one curve falls below another for good.
 
 `crossing` takes both curves as straight between their points, as a figure draws them; the result then depends
-on the number of points. `told` uses the points alone: between two of them a falling loss lies between their
-values, so that fewer points make its answers wider but never different.
+on the number of points. `standing` uses the points alone: between two of them a falling loss lies between
+their values, so that fewer points make its answers wider but never different.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Sign = Literal["below", "above", "cannot be told", "apart"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class Standing:
     """The relation of curve a to curve b, by the measured points alone.
 
     `sign` is the sign of a - b at `end`, the last common x, where a - b is between `low` and `high`.
@@ -77,13 +77,13 @@ class Told:
     lost_again: bool = False  # True if a was below for a while and is above at the end
 
 
-def told(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray) -> Told:
+def standing(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray) -> Standing:
     """Compare curve a with curve b at their points. Both have strictly rising x [n]; lower y is better."""
     if not x_a.size or not x_b.size:
-        return Told(sign="apart")
+        return Standing(sign="apart")
     first, last = max(x_a[0], x_b[0]), min(x_a[-1], x_b[-1])
     if first >= last:
-        return Told(sign="apart")
+        return Standing(sign="apart")
     x = np.unique(np.concatenate([x_a, x_b]))
     x = x[(x >= first) & (x <= last)]
     (low_a, high_a), (low_b, high_b) = bounds(x, x_a, y_a), bounds(x, x_b, y_b)
@@ -97,7 +97,7 @@ def told(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray) -> 
         by = int(doubtful[-1]) + 1 if doubtful.size else 0
         since = (float(x[surely[-1]]) if surely.size else None, float(x[by]))
     around = next((b for b in (_around(last, x_a), _around(last, x_b)) if b is not None), None)
-    return Told(
+    return Standing(
         sign=sign,
         end=float(last),
         low=float(low[-1]),

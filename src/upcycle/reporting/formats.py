@@ -16,7 +16,7 @@ UNITS = {
 }
 MISSING = "–"
 
-__all__ = ["MISSING", "UNITS", "count", "duration", "flops", "loss", "share", "signed", "size", "unit"]
+__all__ = ["MISSING", "UNITS", "count", "duration", "flops", "loss", "percent", "signed", "size", "unit"]
 
 
 def unit(task: str) -> str:
@@ -51,7 +51,7 @@ def signed(value: float, error: float | None = None) -> str:
     return f"{value:+.4f}".replace("-", "−") + ("" if error is None else f" ± {error:.4f}")
 
 
-def share(value: float, error: float | None = None) -> str:
+def percent(value: float, error: float | None = None) -> str:
     """Format a share as a percentage."""
     if not math.isfinite(value):
         return MISSING

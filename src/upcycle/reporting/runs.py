@@ -86,7 +86,7 @@ class RunHistory:
         return self.rows * self.about.tokens_per_row
 
     def flops(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the training FLOPs of the run itself after `tokens` tokens (active weights only)."""
+        """Return the training FLOPs [n] of the run itself after `tokens` [n] tokens (active weights only)."""
         return tokens / self.about.tokens_per_row * self.about.training_flops_per_row
 
 
@@ -107,7 +107,7 @@ def read_run(folder: Path, name: str) -> RunHistory:
         if step.tokens != due:
             raise UpcycleError(
                 f"its {StepMetrics.FILE} is of another run than its {RunRecord.FILE}: step {step.step} says "
-                f"{step.tokens:,} tokens, where {due:,} are due"
+                f"{step.tokens:,} tokens and not {due:,}"
             )
         routed.add(step)
         steps.append(replace(step, layers=()))

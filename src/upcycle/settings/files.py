@@ -23,7 +23,7 @@ Without = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What is needed to merge one file over another. Places are dotted: `decoder.router`."""
+    """The facts that are needed to merge one file over another. Places are dotted: `decoder.router`."""
 
     named: Mapping[str, type[Named]] = field(default_factory=dict)  # families of tables, by place
     shared: Mapping[str, type] = field(default_factory=dict)  # other types that read keys of a table

@@ -1,4 +1,4 @@
-"""Which part of a parameter a rank holds.
+"""The part of a parameter that a rank holds.
 
 Expert parallelism gives a rank whole experts, tensor parallelism a part of an axis. FSDP then cuts what is
 left along one axis (`planned`). Along the first, ranks get whole rows, some of them a row less or none.

@@ -31,7 +31,7 @@ def may_create(path: Path) -> None:
         resolved(path)
         if not path.exists():
             raise UpcycleError(
-                f"{path} is a link to {os.readlink(path)}, where nothing is; give that path itself"
+                f"{path} is a link to {os.readlink(path)}, which does not exist; give that path itself"
             )
     if os.path.lexists(path):
         raise UpcycleError(f"{path} exists already; nothing is overwritten. Choose another name or delete it")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
@@ -35,12 +36,23 @@ def making(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write `path` and create its folder; the old file stays until the new one is on disk."""
+@contextmanager
+def filling(path: Path) -> Iterator[IO[bytes]]:
+    """Yield the open file that becomes `path` at the end of the block, when all of it is on disk.
+
+    Several processes may fill the same path: each writes a file of its own, and the last one stays. If the
+    block raises, nothing is left, and an older file stays.
+    """
     with making(path) as partial, named(path), partial.open("wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write `path` and create its folder; the old file stays until the new one is on disk."""
+    with filling(path) as file:
+        file.write(data)
 
 
 def clear(folder: Path) -> None:

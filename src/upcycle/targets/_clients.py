@@ -1,4 +1,4 @@
-"""What other programs do in their own way with an architecture, and the configs in which that shows.
+"""The ways in which other programs treat an architecture differently, and the configs in which that shows.
 
 The tests run llama.cpp and mlx-lm. vLLM and SGLang were read; `docs/clients.md` names versions and files.
 """
@@ -21,7 +21,7 @@ class Gap:
 
     @property
     def everywhere(self) -> bool:
-        """Whether it shows in every config, so that the program has no use for the architecture."""
+        """True if it shows in every config, so that the program has no use for the architecture."""
         return self.shows is _any
 
 

@@ -1,4 +1,4 @@
-"""What a section [grow] makes of a recipe: the numbers of experts, or the reason why the two do not fit."""
+"""The numbers of experts that a section [grow] gives a recipe, or the reason why the two do not fit."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _count(grow: Grow, source: Mixture) -> int:
 
 
 def _refuse_shared_width(grow: Grow, source: Mixture) -> None:
-    """Refuse a shared expert where the class has none, or one narrower than the source's."""
+    """Refuse a shared expert if the class has none, or one narrower than the source's."""
     if grow.shared_width and not source.shared_width:
         raise UpcycleError(
             f"grow.shared_width = {grow.shared_width}: a {source.family.model_type} has no shared expert; "

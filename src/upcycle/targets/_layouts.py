@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from upcycle.families import Config
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Concat, Lazy, Pick, Slice, Stack, Transposed
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Concat, Pick, Slice, Stack, Transposed
 
 if TYPE_CHECKING:
     from upcycle.init import Site
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Layout(Protocol):
-    """Where the experts of a layer are stored."""
+    """The names under which the experts of a layer are stored."""
 
     @property
     def first(self) -> str:

@@ -1,4 +1,4 @@
-"""Which expert of its source each expert of a grown layer is: all copied equally often, or by utility."""
+"""The source's expert that each expert of a grown layer is: all are copied equally often, or by utility."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ from upcycle.targets._with_experts import WithExperts
 from upcycle.targets.native import Native
 from upcycle.tensors.computed import Drawn, Fill, Noise
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Concat, Lazy, Take
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Concat, Take
 from upcycle.tensors.positions import Given, Order
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 @dataclass(frozen=True, kw_only=True)
 class Growing:
-    """What is needed to read a checkpoint of an architecture, besides the names that it is written with."""
+    """The facts that are needed to read a checkpoint of an architecture, besides its names."""
 
     like: str  # the dense family that has its blocks outside the experts
     assumed: Mapping[str, Any]  # what transformers assumes for keys missing from config.json

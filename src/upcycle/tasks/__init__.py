@@ -123,7 +123,7 @@ class Task(Named, abc.ABC):
         return judge.rows(self, path)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy in nats, summed over targets, computed in float32 or wider."""
+        """Return the cross-entropy in nats, summed over targets, []. It is computed in float32 or wider."""
         import torch
         import torch.nn.functional as F  # noqa: N812
 
@@ -133,7 +133,7 @@ class Task(Named, abc.ABC):
         return F.cross_entropy(wide, flat, reduction="sum", ignore_index=IGNORED)
 
     def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return for how many targets the largest logit is right."""
+        """Return the number of targets for which the largest logit is right, []."""
         return (logits.argmax(-1) == labels).sum()
 
 

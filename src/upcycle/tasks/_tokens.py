@@ -65,7 +65,7 @@ class TokenFeed:
         return self._made(self._batches.draw(rows, part), keys[part])
 
     def at(self, places: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the rows numbered `places` of the first source; random draws depend on the row's number."""
+        """Return rows number `places` [B] of the first source; random draws depend on the row's number."""
         keys = [rng.key(self._seed, "drawn", "at", int(place)) for place in places]
         return self._made([(0, place) for place in places.tolist()], keys)
 

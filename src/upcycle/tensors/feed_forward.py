@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from upcycle.tensors.computed import Affine
-from upcycle.tensors.lazy import Lazy, Slice, Take
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Slice, Take
 from upcycle.tensors.positions import Positions
 
 

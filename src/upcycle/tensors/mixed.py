@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import cast, computing
+from upcycle.checkpoints.header import TensorInfo
 from upcycle.errors import listed
 from upcycle.system.once import once
 from upcycle.tensors.lazy import Changed, Index, Joined, Lazy, blocks

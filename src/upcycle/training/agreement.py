@@ -1,4 +1,4 @@
-"""What all ranks of a run must see alike: its run file, the checkpoints that it starts from, and its folder.
+"""Makes sure that all ranks see the same run file, the same checkpoints to start from, and one folder.
 
 On nodes with disks of their own these may differ, and then each rank would train another model.
 """
@@ -25,8 +25,8 @@ _PATIENCE = 60.0  # seconds; a network file system may show a new file late
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What one rank found: the start of the run, or why there is none."""
+class StartHere:
+    """The start of the run as one rank sees it, or the reason why there is none."""
 
     begun: Start | None
     reason: str | None = None
@@ -45,18 +45,18 @@ class Found:
         return [] if self.begun is None else attention_heads(self.begun.config)
 
 
-def found(run: Run, world: int) -> Found:
+def start_here(run: Run, world: int) -> StartHere:
     """Return what this rank finds. Raises `UpcycleError` in a world of one, where there is nobody to ask."""
     try:
         begun = start.start_of(run)
     except UpcycleError as error:
         if world == 1:
             raise
-        return Found(begun=None, reason=str(error))
-    return Found(begun=begun, prints=_prints(run, begun) if world > 1 else {})
+        return StartHere(begun=None, reason=str(error))
+    return StartHere(begun=begun, prints=_prints(run, begun) if world > 1 else {})
 
 
-def agreed(mine: Found, ranks: Ranks) -> Start:
+def agreed(mine: StartHere, ranks: Ranks) -> Start:
     """Return the start that every rank has found; raise the same `UpcycleError` on all if one has not."""
     told = ranks.gathered((mine.reason, mine.prints or {}))
     for rank, (reason, prints) in enumerate(told):

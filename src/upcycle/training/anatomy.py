@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from upcycle.errors import UpcycleError, listed, nearest
 from upcycle.families import Stack
 from upcycle.families._training import Trained
-from upcycle.nn.moe import MoE
-from upcycle.training.layer_decay import base_of
+from upcycle.training import moe_layers
+from upcycle.training.moe_layers import ExpertStack
 from upcycle.training.routing import Routers
 
 _EXPERTS = re.compile(r"experts\[([\d,\s-]+)\]")  # experts[0], experts[1,3], experts[2-5]
@@ -75,11 +75,11 @@ class Anatomy:
 
     @cached_property
     def counts(self) -> Mapping[str, int]:
-        """How many experts are stacked in each parameter that a run may train; 1 if it is no stack."""
+        """The number of experts in each parameter that a run may train; 1 if it is no stack."""
         return {name: len(numbers) for name, numbers in self.everything.items()}
 
     def _count(self, name: str) -> int:
-        return next((count for start, count, _ in self.stacked if name.startswith(start)), 1)
+        return next((stack.count for stack in self.stacked if name.startswith(stack.prefix)), 1)
 
     def _all_of(self, key: str, names: tuple[str, ...]) -> dict[str, frozenset[int]]:
         out: dict[str, frozenset[int]] = {}
@@ -115,7 +115,7 @@ class Anatomy:
     def _some_experts(self, key: str, given: str, text: str) -> Members:
         if not self.stacked:
             raise UpcycleError(self._nothing(key, "experts"))
-        most = max(first + count for _, count, first in self.stacked)
+        most = max(stack.first + stack.count for stack in self.stacked)
         wanted: set[int] = set()
         for piece in text.replace(" ", "").split(","):
             low, dash, high = piece.partition("-")
@@ -131,9 +131,10 @@ class Anatomy:
             )
         out = {}
         for name in self.everything:
-            for start, count, first in self.stacked:
-                if name.startswith(start) and (mine := {e - first for e in wanted} & set(range(count))):
-                    out[name] = frozenset(mine)
+            for stack in self.stacked:
+                own = {e - stack.first for e in wanted} & set(range(stack.count))
+                if own and name.startswith(stack.prefix):
+                    out[name] = frozenset(own)
         return out
 
     # --- where the parts are ---
@@ -141,26 +142,21 @@ class Anatomy:
     @cached_property
     def base(self) -> str:
         """The prefix of the base model's parameters."""
-        return base_of(self.model)
+        return moe_layers.base_of(self.model)
+
+    @property
+    def _routers(self) -> list[str]:
+        return self.routers.names if self.routers else []
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
         """The prefixes of the parameters of MoE layers."""
-        return tuple(f"{name.rpartition('.')[0]}." for name in (self.routers.names if self.routers else ()))
+        return moe_layers.layers(self._routers)
 
     @cached_property
-    def stacked(self) -> list[tuple[str, int, int]]:
-        """The prefix of each stack of experts, its size, and the number of its first one in the layer."""
-        out = []
-        for layer in self.layers:
-            module = self.model.get_submodule(layer.rstrip("."))
-            first = 0
-            for own in ("experts", "universal") if isinstance(module, MoE) else ("experts",):
-                if (stack := getattr(module, own)) is not None:
-                    count = next(p.shape[0] for p in stack.parameters())
-                    out.append((f"{layer}{own}.", count, first))
-                    first += count
-        return out
+    def stacked(self) -> list[ExpertStack]:
+        """The stacks of experts."""
+        return moe_layers.stacks(self.model, self._routers)
 
     @cached_property
     def blocks(self) -> list[tuple[Stack, int, str]]:
@@ -184,12 +180,11 @@ class Anatomy:
 
 
 def _router(anatomy: Anatomy) -> Iterator[str]:
-    names = anatomy.routers.names if anatomy.routers else []
-    return _below(anatomy, *(f"{name}." for name in names))
+    return _below(anatomy, *(f"{name}." for name in anatomy._routers))
 
 
 def _experts(anatomy: Anatomy) -> Iterator[str]:
-    return _below(anatomy, *(start for start, _, _ in anatomy.stacked))
+    return _below(anatomy, *(stack.prefix for stack in anatomy.stacked))
 
 
 def _shared_expert(anatomy: Anatomy) -> Iterator[str]:

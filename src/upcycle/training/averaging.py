@@ -29,7 +29,7 @@ def chosen(run: Path, count: int, step: int | None) -> list[Path]:
 
     Raises `UpcycleError` if there are fewer.
     """
-    there = [path for done, path in saving.found(run) if step is None or done <= step]
+    there = [path for done, path in saving.checkpoints(run) if step is None or done <= step]
     if count < 2 or len(there) < count:
         names = ", ".join(path.name for path in there)
         raise UpcycleError(

@@ -12,7 +12,7 @@ from upcycle.training import enter, saving
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.feeds import Feeds
-from upcycle.training.step import Trainee
+from upcycle.training.trainee import Trainee
 
 
 def restore(trainee: Trainee, feeds: Feeds, checkpoint: Path) -> RunState:

@@ -114,7 +114,7 @@ class _Chunked(torch.autograd.Function):
                     else:
                         found = distillation.losses(head.finished(products), wanted, next(lessons), taught[1])
                         loss = found.total
-                        told.append(torch.stack(found.told()))
+                        told.append(torch.stack(found.terms()))
                 losses.append(loss.detach())
                 if not (of_states or of_weight or of_bias):
                     continue

@@ -45,7 +45,7 @@ class Course:
 
     @property
     def isolates(self) -> bool:
-        """Whether some stage keeps the documents of a row apart."""
+        """True if some stage keeps the documents of a row apart."""
         return any(leg.run.data.isolate for leg in self.legs)
 
     def at(self, step: int) -> Leg:

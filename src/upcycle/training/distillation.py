@@ -19,7 +19,7 @@ from upcycle.training.run import Teacher
 
 
 class Lesson(Protocol):
-    """What a teacher says about T tokens."""
+    """A teacher's probabilities of the words after T tokens."""
 
     def split(self, size: int) -> Sequence[Lesson]:
         """Return lessons about `size` tokens each, in order."""
@@ -105,7 +105,7 @@ class Losses:
     entropy: Tensor
     divergence: Tensor | None = None  # None without a teacher
 
-    def told(self) -> list[Tensor]:
+    def terms(self) -> list[Tensor]:
         """Return the parts without a gradient: the cross-entropy, and the divergence if there is one."""
         found = [self.entropy] if self.divergence is None else [self.entropy, self.divergence]
         return [each.detach() for each in found]

@@ -18,7 +18,7 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.spikes import Recent
 from upcycle.training.start import Start
-from upcycle.training.step import Trainee
+from upcycle.training.trainee import Trainee
 
 
 def anatomy_of(
@@ -93,7 +93,7 @@ def prepared(
     routers: Routers | None,
     anatomy: Anatomy | None,
     before: torch.optim.Optimizer | None = None,
-) -> tuple[freezing.Kept | None, torch.optim.Optimizer]:
+) -> tuple[freezing.KeptExperts | None, torch.optim.Optimizer]:
     """Let a model train what a stage's run names.
 
     Returns the experts that stay within trained stacks, and an optimizer of what is trained, with the state

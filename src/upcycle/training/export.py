@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
+from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock
 from upcycle.training import averaging, enter, exports, saving
 from upcycle.training.course import Course
@@ -62,62 +63,23 @@ def export(
     with `decay` their exponential moving average. The whole model is held in memory, and twice for a mean.
     Raises `UpcycleError` for a mistake of the user, and then leaves nothing of `out`.
     """
-    way = exports.find(exports.OF_EXPERT if expert is not None and format == exports.DEFAULT else format)
-    if way.takes_expert != (expert is not None) or (expert or 0) < 0:
-        raise UpcycleError(
-            f"format = {format} and expert = {expert}; an expert is a number from 0, and format = "
-            f"{exports.OF_EXPERT} alone takes one"
-        )
-    if with_optimizer and not way.holds_moments:
-        raise UpcycleError(f"format = {format} has no place for the optimizer's moments; leave them out")
+    way = _way(format, expert, with_optimizer)
     run_folder, out = Path(run_folder), Path(out)
     _refuse_average(average, decay, with_optimizer)
-    here = Ranks(device=torch.device("cpu"))
     if dtype != "source" and dtype not in BY_TORCH_NAME:
         raise UpcycleError(f"dtype = {dtype!r}; allowed: source, {', '.join(BY_TORCH_NAME)}")
     record = read_record(run_folder)
     checkpoint = _checkpoint(run_folder, step)
-    taken = [checkpoint] if average is None else averaging.chosen(run_folder, average, step)
-    claim.may_create(out)
-    partial = claim.partial_of(out)
-    claim.refuse_foreign(partial)
-    for each in taken:
-        saving.refuse_changed(each, here)
-    run = Run.of(record.run)
-    if with_optimizer and not run.optimizer.moments:
-        raise UpcycleError(
-            f"{run_folder} was trained with optimizer.name = {run.optimizer.name}, whose state "
-            f"has no moments, as it is set, that a later run could take; leave them out"
-        )
-    begun = start_of(replace(run, teacher=None))  # it may be gone
-    for opened in begun.checkpoints:
-        claim.refuse_near([out, partial], opened.folder)
-    if (begun.built.hash if begun.built else None) != record.blueprint_hash:
-        raise UpcycleError(f"the source {run.source} is not the one that {run_folder} was trained from")
-    state = saving.read_state(checkpoint)
-    known = state.source_sha256 or record.source_sha256
-    hashes = _hashes_of_sources(begun, known, run_folder)
+    averaged = None if average is None else averaging.chosen(run_folder, average, step)
+    partial = _place(out)
+    for each in averaged or [checkpoint]:
+        saving.refuse_changed(each, Ranks(device=torch.device("cpu")))
+    origin = _origin(record, run_folder, [out, partial], with_optimizer=with_optimizer)
+    begun = origin.start
     stored = begun.config.get("dtype") or begun.config.get("torch_dtype") or "float32"
     wanted = stored if dtype == "source" else dtype
-    model = plain_model(begun)
-    moved = _optimizer(begun, run, model, state.step) if with_optimizer else None
-    if average is None:
-        saving.load(checkpoint, model, moved)
-    else:
-        averaging.load(taken, model, decay)
-    trained = Trained(
-        name=run.out.rstrip("/").rpartition("/")[2],
-        model=model,
-        optimizer=moved,
-        start=begun,
-        run=run,
-        record=record,
-        state=state,
-        hashes=hashes,
-        expert=expert,
-        averaged=() if average is None else tuple(saving.read_state(each).step for each in taken),
-        decay=decay,
-    )
+    trained = _trained(origin, checkpoint, averaged, decay, with_optimizer=with_optimizer)
+    trained = replace(trained, expert=expert)
     busy = f"another export writes {out}; wait for its end, or choose another name"
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +90,86 @@ def export(
     finally:
         begun.dense.checkpoint.close()
     parameters = begun.parameters if expert is None else sum(t.size for t in begun.dense.tensors.values())
-    return Exported(out=out, step=state.step, parameters=parameters, dtype=wanted)
+    return Exported(out=out, step=trained.state.step, parameters=parameters, dtype=wanted)
+
+
+def _way(format: str, expert: int | None, with_optimizer: bool) -> exports.Format:
+    """Return the format; raise `UpcycleError` if it has no place for what is asked."""
+    way = exports.find(exports.OF_EXPERT if expert is not None and format == exports.DEFAULT else format)
+    if way.takes_expert != (expert is not None) or (expert or 0) < 0:
+        raise UpcycleError(
+            f"format = {format} and expert = {expert}; an expert is a number from 0, and format = "
+            f"{exports.OF_EXPERT} alone takes one"
+        )
+    if with_optimizer and not way.holds_moments:
+        raise UpcycleError(f"format = {format} has no place for the optimizer's moments; leave them out")
+    return way
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """The run that a checkpoint is of, and what it started from."""
+
+    folder: Path
+    record: RunRecord
+    run: Run
+    start: Start
+
+
+def _place(out: Path) -> Path:
+    """Return the folder in which `out` is made, until it is whole."""
+    claim.may_create(out)
+    partial = claim.partial_of(out)
+    claim.refuse_foreign(partial)
+    return partial
+
+
+def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, with_optimizer: bool) -> _Origin:
+    """Open what a run started from; raise `UpcycleError` if it changed, or lies in or around `written`."""
+    run = Run.of(record.run)
+    if with_optimizer and not run.optimizer.moments:
+        raise UpcycleError(
+            f"{run_folder} was trained with optimizer.name = {run.optimizer.name}, whose state "
+            f"has no moments, as it is set, that a later run could take; leave them out"
+        )
+    begun = start_of(replace(run, teacher=None))  # it may be gone
+    for opened in begun.checkpoints:
+        claim.refuse_near(written, opened.folder)
+    if (begun.built.hash if begun.built else None) != record.blueprint_hash:
+        raise UpcycleError(f"the source {run.source} is not the one that {run_folder} was trained from")
+    return _Origin(folder=run_folder, record=record, run=run, start=begun)
+
+
+def _trained(
+    origin: _Origin,
+    checkpoint: Path,
+    averaged: Sequence[Path] | None,
+    decay: float | None,
+    *,
+    with_optimizer: bool,
+) -> Trained:
+    """Fill the model with a checkpoint, or with the mean of those that are `averaged`."""
+    begun, run, record = origin.start, origin.run, origin.record
+    state = saving.read_state(checkpoint)
+    hashes = _hashes_of_sources(begun, state.source_sha256 or record.source_sha256, origin.folder)
+    model = plain_model(begun)
+    moved = _optimizer(begun, run, model, state.step) if with_optimizer else None
+    if averaged is None:
+        saving.load(checkpoint, model, moved)
+    else:
+        averaging.load(averaged, model, decay)
+    return Trained(
+        name=run.out.rstrip("/").rpartition("/")[2],
+        model=model,
+        optimizer=moved,
+        start=begun,
+        run=run,
+        record=record,
+        state=state,
+        hashes=hashes,
+        averaged=tuple(saving.read_state(each).step for each in averaged or ()),
+        decay=decay,
+    )
 
 
 def _refuse_average(average: int | None, decay: float | None, with_optimizer: bool) -> None:
@@ -184,7 +225,7 @@ def _hashes_of_sources(begun: Start, known: Hashes | None, run_folder: Path) -> 
 
 
 def _checkpoint(run_folder: Path, step: int | None) -> Path:
-    there = dict(saving.found(run_folder))
+    there = dict(saving.checkpoints(run_folder))
     if not there:
         raise UpcycleError(f"{run_folder} has no checkpoint yet; it saves every `checkpoint.every` steps")
     if step is not None and step not in there:

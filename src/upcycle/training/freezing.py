@@ -21,7 +21,7 @@ from upcycle.training.gradients import local
 
 
 @dataclass(kw_only=True)
-class Kept:
+class KeptExperts:
     """The experts of a model's stacks that are not trained, on this rank."""
 
     rows: Mapping[str, tuple[slice, ...]]  # by parameter: places on the first axis of this rank's part
@@ -50,7 +50,7 @@ class Kept:
                 local(self.parameters[name])[place].copy_(value)
 
 
-def freeze(model: nn.Module, trained: Members, counts: Mapping[str, int]) -> Kept | None:
+def freeze(model: nn.Module, trained: Members, counts: Mapping[str, int]) -> KeptExperts | None:
     """Let only `trained` be trained from now on; return the experts that stay within stacks.
 
     `counts` are the experts of each stacked parameter. Optimizers that were made before are of no use
@@ -67,7 +67,7 @@ def freeze(model: nn.Module, trained: Members, counts: Mapping[str, int]) -> Kep
     distributing.note_trained(model)
     if not rows:
         return None
-    kept = Kept(rows=rows, parameters={name: parameters[name] for name in rows})
+    kept = KeptExperts(rows=rows, parameters={name: parameters[name] for name in rows})
     kept.remember()
     return kept
 

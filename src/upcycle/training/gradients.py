@@ -33,7 +33,7 @@ def of(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def squared_norms(gradients: Mapping[str, Tensor]) -> Tensor:
-    """Return the squared 2-norm of each whole gradient in float64, in their order, however it is sharded.
+    """Return the squared 2-norm of each of N whole gradients, [N] in float64, however they are sharded.
 
     `torch.nn.utils.clip_grad_norm_` does not accept tensors on several meshes.
     """

@@ -39,7 +39,7 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class KeptLogits:
     """The logits in a folder, by the hashes of their rows."""
 
     segments: tuple[np.ndarray, ...]  # records, memory-mapped
@@ -64,7 +64,7 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Maker:
-    """What is needed to make the logits that are not there yet."""
+    """The settings with which logits are made that are not there yet."""
 
     folder: Path
     about: Mapping[str, Any]
@@ -87,7 +87,7 @@ class Maker:
         rows: int,
         build: Callable[[], PreTrainedModel],
         say: Callable[[PreTrainedModel, Arrays], Largest],
-    ) -> Kept:
+    ) -> KeptLogits:
         """Return the logits of the next `steps` batches of `rows` rows; make those that are not there.
 
         `build` returns the teacher, and is called only if something has to be made. `say` returns what it
@@ -138,7 +138,7 @@ class Maker:
             )
         whole_file.write_json(path, mine)
 
-    def _found(self) -> Kept:
+    def _found(self) -> KeptLogits:
         """Return the logits that are there; a segment that is not as it was written is made anew."""
         segments: list[np.ndarray] = []
         places: dict[bytes, tuple[int, int]] = {}
@@ -150,7 +150,7 @@ class Maker:
             for number, row in enumerate(segment["row"]):
                 places.setdefault(row.tobytes(), (len(segments), number))
             segments.append(segment)
-        return Kept(segments=tuple(segments), places=places)
+        return KeptLogits(segments=tuple(segments), places=places)
 
     def _made(
         self, rows: list[Arrays], model: PreTrainedModel, say: Callable[[PreTrainedModel, Arrays], Largest]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from upcycle.families import Config, Family
 from upcycle.families._training import trained
+from upcycle.training import moe_layers
 
 
 def scales(
@@ -23,12 +24,12 @@ def scales(
 
     `routers` are the names of the model's routers.
     """
-    base = base_of(model)
+    base = moe_layers.base_of(model)
     known = trained(family, f"train.layer_decay = {decay}")
     stacks = known.stacks(config)
     counts = {s.blocks: len(list(model.base_model.get_submodule(s.blocks).children())) for s in stacks}
     last = sum(counts.values()) + 1
-    layers = tuple(f"{name.rpartition('.')[0]}." for name in routers)
+    layers = moe_layers.layers(routers)
     norms = tuple(
         f"{base}{norm}."
         for stack in stacks
@@ -42,9 +43,3 @@ def scales(
         else decay ** (last - known.depth(name.removeprefix(base), counts))
         for name, _ in model.named_parameters()
     }
-
-
-def base_of(model: PreTrainedModel) -> str:
-    """Return the prefix of the base model's parameter names."""
-    path = next(name for name, module in model.named_modules() if module is model.base_model)
-    return f"{path}." if path else ""

@@ -14,10 +14,12 @@ from upcycle.records.metrics import StepMetrics
 from upcycle.system import memory
 from upcycle.system.wording import count
 from upcycle.training import routing
+from upcycle.training.held_out import Score
 from upcycle.training.metrics import Metrics
+from upcycle.training.outcome import Outcome, Queued
 from upcycle.training.parallel import Ranks
 from upcycle.training.spikes import Pace
-from upcycle.training.step import Outcome, Queued, Score, Trainee
+from upcycle.training.trainee import Trainee
 
 
 @dataclass(frozen=True, kw_only=True)

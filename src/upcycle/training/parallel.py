@@ -65,7 +65,7 @@ class Ranks:
         return bool(seen)
 
     def seen(self, flag: bool) -> torch.Tensor:
-        """Return on how many ranks `flag` is set, as a tensor on the device; nobody waits for it."""
+        """Return on how many ranks `flag` is set, [] on the device; the host does not wait for it."""
         count = torch.full((), int(flag), device=self.device)
         if self.world > 1:
             dist.all_reduce(count)
@@ -130,18 +130,7 @@ def ranks(
     if world == 1:
         yield Ranks(device=device)
         return
-    mine = not dist.is_initialized()
-    if mine:
-        if lacking := [name for name in _RENDEZVOUS if not os.environ.get(name)]:
-            raise UpcycleError(
-                f"WORLD_SIZE = {world} and there is no {listed(lacking)} in the environment; start with "
-                f"torchrun, which sets them, or unset WORLD_SIZE"
-            )
-        if _of_environment("RANK", 0) >= world:
-            raise UpcycleError(f"RANK = {os.environ['RANK']} and WORLD_SIZE = {world}; start with torchrun")
-        meshes.start()
-    elif device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
+    mine = _join(world, device)
     try:
         place = layout.at(dist.get_rank())
         with _one_voice():
@@ -164,6 +153,23 @@ def ranks(
     finally:
         if mine and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(world: int, device: torch.device) -> bool:
+    """Join the other processes; return whether this call did, and not somebody before."""
+    if dist.is_initialized():
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device.index)
+        return False
+    if lacking := [name for name in _RENDEZVOUS if not os.environ.get(name)]:
+        raise UpcycleError(
+            f"WORLD_SIZE = {world} and there is no {listed(lacking)} in the environment; start with "
+            f"torchrun, which sets them, or unset WORLD_SIZE"
+        )
+    if _of_environment("RANK", 0) >= world:
+        raise UpcycleError(f"RANK = {os.environ['RANK']} and WORLD_SIZE = {world}; start with torchrun")
+    meshes.start()
+    return True
 
 
 def world_size() -> int:

@@ -29,7 +29,7 @@ def install(model: PreTrainedModel, how: Literal[True, "selective"]) -> None:
     if not model.supports_gradient_checkpointing:
         raise UpcycleError(
             f"train.activation_checkpointing: transformers has none for {type(model).__name__}; set it to "
-            f"false, and lower train.micro_batch where memory is short"
+            f"false, and lower train.micro_batch if memory is short"
         )
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":

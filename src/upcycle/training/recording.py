@@ -15,7 +15,7 @@ from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.records.state import RunState
 from upcycle.training import run_folder
 from upcycle.training.run import Run
-from upcycle.training.step import Trainee
+from upcycle.training.trainee import Trainee
 
 
 def write(trainee: Trainee, run: Run, out: Path, state: RunState) -> None:

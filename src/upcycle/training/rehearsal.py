@@ -25,18 +25,17 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from upcycle import tasks
 from upcycle.blueprints.entries import Entry
-from upcycle.checkpoints.checkpoint import TensorInfo
 from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense.source import Dense
-from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, cut
 from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
+    beginning,
     enter,
     examining,
     fit,
@@ -61,7 +60,7 @@ _STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What one rank holds between two steps, in bytes."""
+    """The memory that one rank holds between two steps, in bytes."""
 
     rank: int
     weights: int
@@ -79,7 +78,7 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What a run would be in a world of `world` processes."""
+    """The layout of a run in a world of `world` processes."""
 
     world: int
     layout: Mapping[str, int]
@@ -113,11 +112,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     examining.refuse_several(run, world)
     begun = start.start_of(run)
-    task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
-    for leg in Course(run).legs:
-        fit.refuse_pooling(leg.run, begun.built)
-        fit.refuse_isolation(leg.run, task, begun.subject)
-        teacher.refuse_other(leg.run, task, begun.subject, begun.teacher)
+    task = beginning.admitted(run, begun)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
     layout = run.parallel.layout(world)
@@ -293,7 +288,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                     shape = (size[0], size[1] - 1, count)
                     batch[kept_logits.LOGS] = torch.zeros(shape, device=here.device)
                     batch[kept_logits.IDS] = torch.zeros(shape, dtype=torch.long, device=here.device)
-                    trainee = replace(trainee, teacher=kept_logits.Kept(segments=(), places={}))
+                    trainee = replace(trainee, teacher=kept_logits.KeptLogits(segments=(), places={}))
             for number in range(_STEPS):
                 step.queue_step(trainee, batch, number, course.legs[0].rate(number))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

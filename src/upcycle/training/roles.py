@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.hf.parts import Conv1D
-from upcycle.training import layer_decay, routing
+from upcycle.training import moe_layers, routing
 
 Kind = Literal["router", "experts", "rest"]
 
@@ -21,7 +21,7 @@ _GATE_ABOVE = {"gate_up_proj", "input_linear", "Wi"}
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """What a parameter is to an optimizer."""
+    """The form and the kind of a parameter, for an optimizer."""
 
     kind: Kind = "rest"
     stacked: bool = False  # whether the first axis counts experts, so that each entry is a tensor of its own
@@ -31,19 +31,22 @@ class Role:
 
 def roles(model: PreTrainedModel) -> dict[str, Role]:
     """Return the role of every parameter, by name. Shared experts, which all tokens see, are of the rest."""
-    routers = tuple(f"{name}." for name, _ in routing.found(model))
-    base = layer_decay.base_of(model)
-    return {
-        name: Role(kind="router")
-        if name.startswith(routers)
-        else _role(
-            name, parameter, model.get_submodule(name.rpartition(".")[0]), inside=name.startswith(base)
-        )
-        for name, parameter in model.named_parameters()
-    }
+    names = [name for name, _ in routing.routers_of(model)]
+    routers = tuple(f"{name}." for name in names)
+    experts = tuple(stack.prefix for stack in moe_layers.stacks(model, names))
+    base = moe_layers.base_of(model)
+    out = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(routers):
+            out[name] = Role(kind="router")
+            continue
+        kind: Kind = "experts" if name.startswith(experts) else "rest"
+        owner = model.get_submodule(name.rpartition(".")[0])
+        out[name] = _role(kind, name, parameter, owner, inside=name.startswith(base))
+    return out
 
 
-def _role(name: str, parameter: nn.Parameter, owner: nn.Module, *, inside: bool) -> Role:
+def _role(kind: Kind, name: str, parameter: nn.Parameter, owner: nn.Module, *, inside: bool) -> Role:
     """Return the role of a parameter that is no router's; `inside` if it is below the head."""
     path = name.split(".")
     own = path[-1].removesuffix("_bias")
@@ -52,7 +55,7 @@ def _role(name: str, parameter: nn.Parameter, owner: nn.Module, *, inside: bool)
     linear = isinstance(owner, (nn.Linear, Conv1D)) and parameter.ndim == 2
     matrix = parameter.ndim == 3 if stacked else linear and min(parameter.shape) > 1
     return Role(
-        kind="experts" if stacked and "shared" not in path else "rest",
+        kind=kind,
         stacked=stacked,
         matrices=2 if matrix and leaf in _GATE_ABOVE else 1,
         hidden=matrix and inside,

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from upcycle.nn.balance import Balance
-from upcycle.training.routing import Said, Tally
+from upcycle.training.routing import RouterOutput, Tally
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Contribution:
     """The contribution of one micro batch to the router losses, [] each.
 
     `total` is weighted and added to the task's loss; the others are not weighted. `own` are the routers' own
@@ -30,28 +30,28 @@ class Part:
     own: Mapping[str, Tensor]
 
     def values(self) -> list[Tensor]:
-        """Return all losses but the total, detached: balance, z, and the routers' own in their order."""
+        """Return all losses but the total, detached, [] each: balance, z, the routers' own in their order."""
         return [loss.detach() for loss in (self.balance, self.z, *self.own.values())]
 
 
-def own_names(said: Sequence[Said]) -> list[str]:
+def own_names(outputs: Sequence[RouterOutput]) -> list[str]:
     """Return the names of the routers' own losses, sorted."""
-    return sorted({name for one in said for name in one.loss_coefs})
+    return sorted({name for one in outputs for name in one.loss_coefs})
 
 
-def part(
-    said: Sequence[Said], tallies: Sequence[Tally], settings: Balance, *, share: float, parts: int
-) -> Part:
+def contribution(
+    outputs: Sequence[RouterOutput], tallies: Sequence[Tally], settings: Balance, *, share: float, parts: int
+) -> Contribution:
     """Compute the losses of one micro batch from the recorded outputs of every layer's router.
 
     `tallies` cover the fraction `share` of the global batch; in buffered mode (Qiu et al. 2025) they are
     scaled up to all of it. `parts` is the number of micro batches on all ranks. In a mean over layers, layers
     without a loss count as zero, as in t5x.
     """
-    zero = said[0].logits.new_zeros(())
-    own = own_names(said)
+    zero = outputs[0].logits.new_zeros(())
+    own = own_names(outputs)
     each: dict[str, list[Tensor]] = {name: [] for name in ("balance", "z", *settings.coefficients, *own)}
-    for one, tally in zip(said, tallies, strict=True):
+    for one, tally in zip(outputs, tallies, strict=True):
         tokens = _scaled(tally.tokens, share, one.logits)
         groups = _scaled(tally.groups, share, one.logits)
         balance = load_balancing_loss(_real(one, one.probabilities), tally.counts / share, tokens)
@@ -61,8 +61,8 @@ def part(
             each[name].append(one.losses[name] / groups if name in one.losses else zero)
     losses = {name: _together(layers, settings) for name, layers in each.items()}
     if settings.balance_loss == "pooled":
-        logits = [one.of_tokens(one.logits) for one in said]
-        losses["balance"] = pooled_loss(logits, said[0].top_k) / parts
+        logits = [one.of_tokens(one.logits) for one in outputs]
+        losses["balance"] = pooled_loss(logits, outputs[0].top_k) / parts
     coefficients = {
         "balance": settings.balance_loss_coef,
         "z": settings.z_loss_coef,
@@ -70,8 +70,8 @@ def part(
     }
     # Skip losses with factor 0: an unused loss may be infinite, and 0 x inf is not 0.
     asked = [factor * losses[name] for name, factor in coefficients.items() if factor]
-    asked += [_weighed(name, said, each[name], settings) for name in own]
-    return Part(
+    asked += [_weighed(name, outputs, each[name], settings) for name in own]
+    return Contribution(
         total=sum(asked, zero),
         balance=losses["balance"],
         z=losses["z"],
@@ -84,7 +84,7 @@ def _scaled(number: Tensor | int, share: float, like: Tensor) -> Tensor | float:
     return (number.double() / share).to(like.dtype) if isinstance(number, Tensor) else number / share
 
 
-def _real(one: Said, rows: Tensor) -> Tensor:
+def _real(one: RouterOutput, rows: Tensor) -> Tensor:
     """Return rows [T', E] with zeros where they are padding."""
     return rows if one.real is None else rows * one.real[:, None]
 
@@ -94,9 +94,11 @@ def _together(layers: Sequence[Tensor], settings: Balance) -> Tensor:
     return torch.stack([*layers]).mean() if settings.layers == "mean" else torch.stack([*layers]).sum()
 
 
-def _weighed(name: str, said: Sequence[Said], layers: Sequence[Tensor], settings: Balance) -> Tensor:
+def _weighed(
+    name: str, outputs: Sequence[RouterOutput], layers: Sequence[Tensor], settings: Balance
+) -> Tensor:
     """Combine one of the routers' own losses, with each layer weighted by its router's coefficient."""
-    factors = [one.loss_coefs.get(name, 0.0) for one in said]
+    factors = [one.loss_coefs.get(name, 0.0) for one in outputs]
     zero = torch.zeros_like(layers[0])
     return _together([f * loss if f else zero for f, loss in zip(factors, layers, strict=True)], settings)
 
@@ -115,7 +117,7 @@ def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: float | T
 
 
 def pooled_loss(logits: list[Tensor], top_k: int) -> Tensor:
-    """Compute transformers' own loss, which pools the tokens of all layers before it multiplies.
+    """Compute transformers' own loss for logits [T', E] of each layer, whose tokens it pools first.
 
     It does not see the collapse of a single layer, and is kept to reproduce models trained with it. It is K
     at what it considers perfect balance.

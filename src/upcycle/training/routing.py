@@ -30,7 +30,7 @@ COLLAPSED = 0.9  # a layer counts as collapsed if its K busiest experts take a l
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class RouterOutput:
     """The output of one router in one forward pass, for T' tokens and E experts.
 
     A router that is `balanced` needs no balance loss. `real` is False at rows that are padding.
@@ -60,7 +60,7 @@ class Said:
         return rows if self.real is None else rows[self.real]
 
     def tallies(self) -> Tensor:
-        """Return the numbers that are summed over the global batch: counts, tokens, left behind, groups."""
+        """Return what is summed over the global batch, [E + 3]: counts, tokens, left behind, groups."""
         counts = self.counts
         tokens = counts.new_full((), len(self.logits)) if self.real is None else self.real.sum()
         rest = [tokens, self.left_behind, counts.new_full((), self.groups)]
@@ -80,7 +80,7 @@ class Tally:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class RouterKind:
     """The facts about a layer's router that do not change from step to step."""
 
     experts: int
@@ -88,8 +88,8 @@ class Kind:
     balanced: bool
 
 
-def split(sums: Tensor, kinds: Sequence[Kind]) -> list[Tally]:
-    """Split summed tallies of all layers by layer."""
+def split(sums: Tensor, kinds: Sequence[RouterKind]) -> list[Tally]:
+    """Split summed tallies of all layers, one vector with [E + 3] of each, by layer."""
     parts = sums.split([kind.experts + 3 for kind in kinds])
     return [
         Tally(
@@ -104,7 +104,7 @@ def split(sums: Tensor, kinds: Sequence[Kind]) -> list[Tally]:
     ]
 
 
-def found(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def routers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the routers of `model` with their names, in module order; empty for a dense model."""
     own = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
     return [*own] or recorded.routers(model)
@@ -125,7 +125,7 @@ class Routers:
     stacks: list[str]
     modules: list[nn.Module]
     names: list[str]
-    said: list[Said] = field(default_factory=list)
+    outputs: list[RouterOutput] = field(default_factory=list)
     _on: bool = False
     _jitters: bool = False
     _noise: tuple[float, Seeds] | None = None
@@ -133,7 +133,7 @@ class Routers:
     @classmethod
     def of(cls, model: nn.Module) -> Routers | None:
         """Return the routers of `model` with hooks installed; None if it is dense."""
-        there = found(model)
+        there = routers_of(model)
         if not there:
             return None
         routers = cls(
@@ -154,13 +154,13 @@ class Routers:
         `jitter` multiplies the routers' input by U(1 - jitter, 1 + jitter), with the seed that `seeds` has
         for the layer (Switch Transformers, section 2.2).
         """
-        self.said = []
+        self.outputs = []
         self._on, self._jitters = True, bool(jitter)
         self._noise = (jitter, seeds) if jitter and seeds is not None else None
         try:
             yield
-            self.said = [
-                _said(module, module.__dict__[_KEPT]) for module in self.modules if _KEPT in module.__dict__
+            self.outputs = [
+                _output(module, module.__dict__[_KEPT]) for module in self.modules if _KEPT in module.__dict__
             ]
         finally:
             self._on = False
@@ -189,12 +189,12 @@ class Routers:
             setattr(module, _KEPT, output)
 
     def tallies(self) -> Tensor:
-        """Return the tallies of the recorded forward pass, concatenated over layers, ready to be summed."""
-        return torch.cat([said.tallies() for said in self.said])
+        """Return the tallies of all layers in the recorded forward pass, one vector, ready to be summed."""
+        return torch.cat([output.tallies() for output in self.outputs])
 
-    def kinds(self) -> list[Kind]:
+    def kinds(self) -> list[RouterKind]:
         """Return the facts about the recorded routers that `split` needs."""
-        return [Kind(experts=len(s.counts), top_k=s.top_k, balanced=s.balanced) for s in self.said]
+        return [RouterKind(experts=len(s.counts), top_k=s.top_k, balanced=s.balanced) for s in self.outputs]
 
     def read(self, sums: Tensor) -> list[Tally]:
         """Split summed `tallies` by layer."""
@@ -219,11 +219,11 @@ class Routers:
         return [bias if moves else None for bias, moves in zip(found, trained, strict=True)]
 
 
-def _said(module: nn.Module, output: Any) -> Said:
+def _output(module: nn.Module, output: Any) -> RouterOutput:
     """Return the output of a router in the form that all routers share."""
     if isinstance(output, Routing):
         assert isinstance(module, Router)
-        return Said(
+        return RouterOutput(
             logits=output.logits,
             scores=output.probabilities,
             real=output.real,
@@ -238,7 +238,9 @@ def _said(module: nn.Module, output: Any) -> Said:
     raw, _, indices = output
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
     counts = counted(indices, logits.shape[-1])
-    return Said(logits=logits, counts=counts, left_behind=counts.new_zeros(()), top_k=indices.shape[-1])
+    return RouterOutput(
+        logits=logits, counts=counts, left_behind=counts.new_zeros(()), top_k=indices.shape[-1]
+    )
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

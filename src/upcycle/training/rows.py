@@ -15,7 +15,7 @@ from upcycle.training.run import Run
 
 
 class Rows:
-    """What the model reads next, and what it is scored on."""
+    """The rows that the model reads next, and those that it is scored on."""
 
     held_out: Batch | None  # on the device; None if there are none, or if the run has no scores
 

@@ -190,7 +190,7 @@ class Eval(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spikes(Settings):
-    """What happens at steps whose loss or gradient stands out, or is not finite; see `spikes.py`.
+    """The way to deal with steps whose loss or gradient stands out, or is not finite; see `spikes.py`.
 
     `skip` leaves out the update of such a step. `roll_back` goes back to the newest checkpoint and passes the
     batch (PaLM, Chowdhery et al. 2022, section 5.1).

@@ -29,7 +29,7 @@ def read_record(out: Path) -> RunRecord:
         missing = f"{out} has no {path.name}; give a folder that `upcycle train` made"
         return RunRecord.of(load(path, missing), str(path))
     except UpcycleError as error:
-        if not saving.found(out):
+        if not saving.checkpoints(out):
             raise
         raise UpcycleError(f"{error}; `upcycle train RUN.toml --resume` writes it anew") from None
 

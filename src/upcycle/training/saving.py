@@ -48,7 +48,7 @@ def folder_of(out: Path) -> Path:
     return out / "checkpoints"
 
 
-def found(out: Path) -> list[tuple[int, Path]]:
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
     """Return the complete checkpoints of a run with their steps, oldest first."""
     names = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in folder_of(out).glob("step-*")]
     return sorted((int(m.group(1)), p) for m, p in names if m and (p / RunState.FILE).is_file())
@@ -56,7 +56,7 @@ def found(out: Path) -> list[tuple[int, Path]]:
 
 def latest(out: Path) -> Path | None:
     """Return the newest complete checkpoint of a run; None if there is none."""
-    return checkpoints[-1][1] if (checkpoints := found(out)) else None
+    return there[-1][1] if (there := checkpoints(out)) else None
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -142,7 +142,7 @@ def write(
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         whole_file.sync_folder(final.parent)
-        for _, old in found(out)[:-keep]:
+        for _, old in checkpoints(out)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     ranks.barrier()
     return None

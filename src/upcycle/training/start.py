@@ -34,7 +34,8 @@ from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
-from upcycle.tensors.lazy import Folded, Lazy, Stack
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Folded, Stack
 from upcycle.training import drop_path, layer_decay, recomputing, teacher, weightless
 from upcycle.training.course import Course
 from upcycle.training.head import renewed

@@ -1,4 +1,4 @@
-"""One training step (forward, losses, backward, update), and the score on held-out rows.
+"""One training step: forward, losses, backward, update.
 
 Every loss is a mean over the global batch. A rank computes its part of the sum. FSDP2 averages gradients over
 the ranks that see different rows, so each part is multiplied by their number.
@@ -6,189 +6,23 @@ the ranks that see different rows, so each part is multiplied by their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from upcycle.errors import UpcycleError
-from upcycle.hf import packing
-from upcycle.hf.heads import Head
-from upcycle.tasks import Batch, Question, Task
-from upcycle.training import chunked_entropy, distillation, fit, gradients, router_losses, routing
+from upcycle.tasks import Batch, Question
+from upcycle.training import gradients, router_losses, routing
 from upcycle.training import optimizer as optim
-from upcycle.training.distillation import Losses
-from upcycle.training.freezing import Kept
-from upcycle.training.parallel import Ranks
-from upcycle.training.routing import Kind, Routers, Tally
-from upcycle.training.run import Run, Spikes
+from upcycle.training.outcome import Outcome, Queued
+from upcycle.training.routing import Routers
+from upcycle.training.run import Run
 from upcycle.training.seeds import Seeds
-from upcycle.training.spikes import Recent
-from upcycle.training.start import Start
-from upcycle.training.teacher import Teaching
+from upcycle.training.trainee import Trainee
 from upcycle.training.transfer import Transfer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainee:
-    """A model in training, with everything that a step needs."""
-
-    model: PreTrainedModel
-    task: Task
-    start: Start
-    optimizer: torch.optim.Optimizer
-    routers: Routers | None
-    run: Run
-    ranks: Ranks
-    precision: str
-    kept: Kept | None = None  # experts of trained stacks that are not trained
-    recent: Recent | None = None  # the last steps, against which the next ones are judged
-    teacher: Teaching | None = None
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The tokens of a row in each stack of blocks."""
-        return self.task.lengths(self.run.train.sequence_length, self.start.subject)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context for bfloat16 arithmetic with float32 weights, unless FSDP2 does this itself."""
-        if self.precision != "mixed" or self.ranks.dp_size > 1:
-            return nullcontext()
-        return torch.autocast(self.ranks.device.type, torch.bfloat16)
-
-    def logits(self, question: Question, **options: Any) -> Tensor:
-        """Return the model's logits for a question."""
-        with self.autocast(), packing.told(question.inputs):
-            out: Tensor = self.model(**question.inputs, **options).logits
-        return out
-
-    def entropy(self, question: Question) -> Tensor:
-        """Return the cross-entropy in nats, summed over the targets of a question."""
-        if (head := self._head(question)) is None:
-            return self.task.loss(self.logits(question), question.labels)
-        with self.autocast(), packing.told(question.inputs):
-            return chunked_entropy.cross_entropy(self._hidden(question), question.labels, head)
-
-    def losses(self, question: Question, batch: Batch) -> Losses:
-        """Return the losses of a question about a batch: the cross-entropy, and the teacher's part."""
-        settings = self.run.teacher
-        if self.teacher is None or settings is None:
-            entropy = self.entropy(question)
-            return Losses(total=entropy, entropy=entropy)
-        head = self._head(question)
-        with self.autocast(), packing.told(question.inputs):
-            lesson = self.teacher.lesson(question, batch, in_chunks=head is not None)
-            if head is not None:
-                hidden = self._hidden(question)
-                return chunked_entropy.distilled(hidden, question.labels, head, lesson, settings)
-        logits = self.logits(question).flatten(0, -2)
-        return distillation.losses(logits, question.labels.flatten(), lesson, settings)
-
-    def scores(self, question: Question, rows: int) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy and the number of right answers of a question's first rows."""
-        labels = question.labels[:rows]
-        if (head := self._head(question)) is None:
-            logits = self.logits(question)[:rows]
-            return self.task.loss(logits, labels), self.task.correct(logits, labels)
-        with self.autocast(), packing.told(question.inputs):
-            return chunked_entropy.scores(self._hidden(question)[:rows], labels, head)
-
-    def _head(self, question: Question) -> Head | None:
-        """Return the model's head if its logits are so many that they are computed in chunks.
-
-        Ranks that share the model have none. FSDP leaves a tied head whole after a score, and a base model
-        that is called by itself would go past FSDP's hooks.
-        """
-        head = Head.of(self.model) if self.task.by_token and self.ranks.world == 1 else None
-        return head if head and chunked_entropy.is_worth(question.labels.numel(), head) else None
-
-    def _hidden(self, question: Question) -> Tensor:
-        hidden: Tensor = self.model.base_model(**question.inputs).last_hidden_state
-        return hidden
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The results of a step, over the global batch."""
-
-    loss: float  # cross-entropy, nats per target
-    grad_norm: float
-    divergence: float | None = None  # KL(teacher || model), nats per target; None without a teacher
-    stopping: bool = False  # whether a rank was asked to stop
-    stands_out: bool = False  # whether loss or gradient stand out against the last steps
-    finite: bool = True
-    tallies: Sequence[Tally] = ()  # one per layer, on the CPU
-    balance_loss: float | None = None  # mean or sum over layers; each is top_k at perfect balance
-    z_loss: float | None = None
-    own_losses: Mapping[str, float] = field(default_factory=dict)  # the routers' own losses
-    router_grad_norms: Sequence[float] = ()
-
-    def skipped(self, spikes: Spikes) -> bool:
-        """Return whether the update was left out."""
-        return not self.finite or (self.stands_out and spikes.act != "warn")
-
-    def rolls_back(self, spikes: Spikes) -> bool:
-        """Return whether the run goes back to a checkpoint because of this step."""
-        return (spikes.nonfinite if not self.finite else spikes.act if self.stands_out else "") == "roll_back"
-
-    def what(self) -> str:
-        """Return a phrase on a step that stands out, or is not finite."""
-        how = "stands out against the last steps" if self.finite else "is not finite"
-        return f"the loss is {self.loss:.4g} and the gradient's norm {self.grad_norm:.4g}, which {how}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Queued:
-    """A step that is queued on the device, or done, and whose numbers are on their way to the host."""
-
-    step: int
-    transfer: Transfer
-    gradients: Sequence[str]  # names of the parameters that had one
-    kinds: Sequence[Kind] = ()  # of the routers
-    routers: Sequence[str] = ()
-    own: Sequence[str] = ()  # names of the routers' own losses
-    spikes: Spikes = field(default_factory=Spikes)
-    taught: bool = False  # whether there is a teacher, whose divergence is the last sum
-
-    def outcome(self) -> Outcome:
-        """Wait for the step's numbers and return them.
-
-        Raises `UpcycleError` if the loss or a gradient is not finite and the run stops at such a step.
-        """
-        read = self.transfer.read()
-        loss, *others = read["sums"].tolist()
-        divergence = others.pop() if self.taught else None
-        squares = dict(zip(self.gradients, read["squares"].tolist(), strict=True))
-        finite = bool(read["finite"])
-        if not finite and self.spikes.nonfinite == "stop":
-            raise _nonfinite(self.step, loss, squares)
-        norm = sum(squares.values()) ** 0.5
-        stopping = bool(read["stopping"].any())
-        seen = Outcome(
-            loss=loss,
-            grad_norm=norm,
-            stopping=stopping,
-            divergence=divergence,
-            stands_out=bool(read["stands_out"]),
-            finite=finite,
-        )
-        if not self.kinds:
-            return seen
-        balance, z, *own = others
-        return replace(
-            seen,
-            tallies=routing.split(read["tallies"].long(), self.kinds),
-            balance_loss=balance,
-            z_loss=z,
-            own_losses=dict(zip(self.own, own, strict=True)),
-            router_grad_norms=[
-                sum(s for n, s in squares.items() if n.startswith(f"{name}.")) ** 0.5 for name in self.routers
-            ],
-        )
 
 
 def train_step(trainee: Trainee, batch: Batch, step: int, lr: float) -> Outcome:
@@ -206,32 +40,11 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     skipped on the device if the loss or a gradient is not finite. `stop` holds the signals by which this rank
     was asked to stop, which the others learn from the step's numbers.
     """
-    run, ranks, routers = trainee.run, trainee.ranks, trainee.routers
+    run, ranks = trainee.run, trainee.ranks
     seeds = Seeds(run=run.train_seed, step=step, rank=ranks.dp_rank)
     torch.manual_seed(seeds.of_step)
-    micros = _split(batch, run.train.micro_batch)
-    questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
-    targets = _all_targets(trainee, batch)
-    known = _count_ahead(trainee, questions, seeds) if _needs_counts_ahead(run, routers, micros) else None
-    sums: Tensor | None = None  # cross-entropy, balance, z, the routers' own losses, the teacher's divergence
-    total: Tensor | None = None
-    for place, question in enumerate(questions):
-        with _recorded(trainee, seeds, place):
-            found = trainee.losses(question, micros[place])
-        loss, (entropy, *taught) = found.total / targets, [each / targets for each in found.told()]
-        parts = [entropy]
-        if routers is not None:
-            seen = ranks.sum(routers.tallies())
-            total = seen if total is None else total + seen
-            share = 1.0 if known is not None else (place + 1) / len(micros)
-            extra = _router_losses(trainee, total if known is None else known, share, len(micros))
-            loss = loss + extra.total
-            parts += extra.values()
-        numbers_here = torch.stack([*parts, *taught]).double()
-        sums = numbers_here if sums is None else sums + numbers_here
-        (loss * ranks.dp_size).backward()
-    assert sums is not None
-    sums = ranks.sum(sums)
+    batch_sums = _backward(trainee, batch, seeds)
+    sums = ranks.sum(batch_sums.losses)
     grads = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
     if trainee.kept is not None:
         trainee.kept.clear(grads)
@@ -241,40 +54,86 @@ def queue_step(trainee: Trainee, batch: Batch, step: int, lr: float, stop: Seque
     stands_out = torch.zeros_like(finite)
     if trainee.recent is not None:
         stands_out = trainee.recent.judge(sums[0], squares.sum().sqrt(), finite)
-    skipped = ~finite if run.spikes.act == "warn" else ~finite | stands_out
     numbers = {"sums": sums, "squares": squares, "stopping": ranks.seen(bool(stop))}
     numbers |= {"finite": finite, "stands_out": stands_out}
-    kinds: Sequence[Kind] = ()
-    own: Sequence[str] = ()
-    if routers is not None and total is not None:
-        kinds, own = routers.kinds(), router_losses.own_names(routers.said)
-        numbers["tallies"] = total
-    queued = Queued(
-        step=step,
-        transfer=Transfer(numbers),
-        gradients=[*grads],
-        kinds=kinds,
-        routers=() if routers is None else routers.names,
-        own=own,
-        spikes=run.spikes,
-        taught=trainee.teacher is not None,
-    )
+    queued = _queued(trainee, step, numbers, [*grads], batch_sums.tallies)
     if run.train.clip_grad_norm:
         # In double precision: the norm's square of a float32 gradient may be beyond float32.
         gradients.scale(grads.values(), (run.train.clip_grad_norm / squares.sum().sqrt()).clamp(max=1.0))
+    skipped = ~finite if run.spikes.act == "warn" else ~finite | stands_out
+    _update(trainee, queued, skipped, lr, batch_sums.tallies)
+    return queued
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BatchSums:
+    """The sums over the micro batches of a step."""
+
+    losses: Tensor  # [n], this rank's: cross-entropy, balance, z, the routers' own, the teacher's divergence
+    tallies: Tensor | None  # of the routers, over all ranks; None without routers
+
+
+def _backward(trainee: Trainee, batch: Batch, seeds: Seeds) -> _BatchSums:
+    """Run all micro batches forward and backward, so that the gradients are those of the batch."""
+    run, ranks, routers = trainee.run, trainee.ranks, trainee.routers
+    micros = _split(batch, run.train.micro_batch)
+    questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
+    targets = _all_targets(trainee, batch)
+    known = _count_ahead(trainee, questions, seeds) if _needs_counts_ahead(run, routers, micros) else None
+    sums: Tensor | None = None
+    tallies: Tensor | None = None
+    for place, question in enumerate(questions):
+        with _recorded(trainee, seeds, place):
+            of_micro = trainee.losses(question, micros[place])
+        loss, (entropy, *taught) = of_micro.total / targets, [each / targets for each in of_micro.terms()]
+        parts = [entropy]
+        if routers is not None:
+            seen = ranks.sum(routers.tallies())
+            tallies = seen if tallies is None else tallies + seen
+            covered = 1.0 if known is not None else (place + 1) / len(micros)
+            extra = _router_losses(trainee, tallies if known is None else known, covered, len(micros))
+            loss = loss + extra.total
+            parts += extra.values()
+        numbers = torch.stack([*parts, *taught]).double()
+        sums = numbers if sums is None else sums + numbers
+        (loss * ranks.dp_size).backward()
+    assert sums is not None
+    return _BatchSums(losses=sums, tallies=tallies)
+
+
+def _queued(
+    trainee: Trainee, step: int, numbers: dict[str, Tensor], names: Sequence[str], tallies: Tensor | None
+) -> Queued:
+    """Send the numbers of a step to the host; `names` are the parameters that have a gradient."""
+    routers = trainee.routers
+    queued = Queued(
+        step=step,
+        transfer=Transfer(numbers if tallies is None else numbers | {"tallies": tallies}),
+        gradients=names,
+        spikes=trainee.run.spikes,
+        taught=trainee.teacher is not None,
+    )
+    if routers is None:
+        return queued
+    own = router_losses.own_names(routers.outputs)
+    return replace(queued, kinds=routers.kinds(), routers=routers.names, own=own)
+
+
+def _update(trainee: Trainee, queued: Queued, skipped: Tensor, lr: float, tallies: Tensor | None) -> None:
+    """Update the weights and the routers' biases unless the step is `skipped`, [] on the device."""
     optim.set_rate(trainee.optimizer, lr)
     # An optimizer that cannot skip an update on the device waits.
-    if optim.skip_if(trainee.optimizer, skipped) or not queued.outcome().skipped(run.spikes):
+    if optim.skip_if(trainee.optimizer, skipped) or not queued.outcome().skipped(queued.spikes):
         trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
     if trainee.kept is not None:
         trainee.kept.put_back()
-    if routers is not None and total is not None:
-        if rate := run.router.bias_rate(step):
+    routers = trainee.routers
+    if routers is not None and tallies is not None:
+        if rate := trainee.run.router.bias_rate(queued.step):
             # biases stay where weights stay
-            routing.update_biases(routers.biases(), routers.read(total), ~skipped * rate)
-        routers.said.clear()
-    return queued
+            routing.update_biases(routers.biases(), routers.read(tallies), ~skipped * rate)
+        routers.outputs.clear()
 
 
 def _all_targets(trainee: Trainee, batch: Batch) -> Tensor | int:
@@ -321,68 +180,16 @@ def _count_ahead(trainee: Trainee, questions: Sequence[Question], seeds: Seeds) 
     return trainee.ranks.sum(total)
 
 
-def _router_losses(trainee: Trainee, tallies: Tensor, share: float, micros: int) -> router_losses.Part:
+def _router_losses(
+    trainee: Trainee, tallies: Tensor, share: float, micros: int
+) -> router_losses.Contribution:
     """Compute this micro batch's part of the router losses; `tallies` cover the part `share` of the batch."""
     routers = trainee.routers
     assert routers is not None
-    return router_losses.part(
-        routers.said,
+    return router_losses.contribution(
+        routers.outputs,
         routers.read(tallies),
         trainee.run.router,
         share=share,
         parts=micros * trainee.ranks.dp_size,
     )
-
-
-def _nonfinite(step: int, loss: float, squares: dict[str, float]) -> UpcycleError:
-    """Return the error of a run that stops before its weights change; it names a gradient at fault."""
-    bad = next((name for name, square in squares.items() if not square < float("inf")), None)
-    what = f"the first gradient that is not finite is that of {bad}" if bad else "no gradient is affected"
-    return UpcycleError(
-        f"step {step + 1}: the loss is {loss:g}; {what}. The weights were not updated and the last "
-        f"checkpoint is kept; lower schedule.peak, lengthen the warm-up, or look at the data of this step"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """The score of a model on held-out rows: nats and right answers per target."""
-
-    loss: float
-    accuracy: float
-
-
-@torch.no_grad()
-def evaluate(trainee: Trainee, batch: Batch) -> Score:
-    """Return the score on held-out rows; every rank gets the same score and has all rows."""
-    ranks, model, task = trainee.ranks, trainee.model, trainee.task
-    rows = len(next(iter(batch.values())))
-    share = -(-rows // ranks.dp_size)
-    size = trainee.run.train.micro_batch or max(1, trainee.run.train.rows // ranks.dp_size)
-    sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)
-    model.eval()
-    whole = fit.rows_of_groups(trainee.start.built, trainee.lengths)
-    for micro, count in _parts(batch, rows, ranks.dp_rank * share, share, size, whole):
-        question = task.question(micro, trainee.start.subject, training=False)
-        # All ranks run the same number of passes; the last may have rows that another rank counts.
-        found = trainee.scores(question, count)
-        if count:
-            sums[:2] += torch.stack([x.double() for x in found])
-            sums[2] += task.targets({name: t[:count] for name, t in micro.items()})
-    model.train()
-    loss, correct, targets = ranks.sum(sums).tolist()
-    return Score(loss=loss / targets, accuracy=correct / targets)
-
-
-def _parts(
-    batch: Batch, rows: int, first: int, share: int, size: int, whole: int
-) -> Iterator[tuple[Batch, int]]:
-    """Yield micro batches of this rank's share, and the number of their rows that count.
-
-    All ranks run the same number of passes, on multiples of `whole` rows.
-    """
-    for start in range(first, first + share, size):
-        stop = min(start + size, first + share, rows)
-        count = max(0, stop - start)
-        chosen = (start + torch.arange(-(-max(count, 1) // whole) * whole)) % rows
-        yield {name: t[chosen.to(t.device)] for name, t in batch.items()}, count

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from upcycle import families
-from upcycle.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, read_json
+from upcycle.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, read_json
+from upcycle.checkpoints.header import TensorInfo
 from upcycle.checkpoints.hub import is_id
 from upcycle.errors import UpcycleError
 

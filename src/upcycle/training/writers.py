@@ -69,7 +69,7 @@ class Before(Writer):
         self._note(state.step, saving.save(self._out, model, optimizer, state, self._ranks, self._keep))
 
     def wait(self) -> None:
-        """Nothing is left to wait for."""
+        """Return at once, because nothing is left to wait for."""
 
 
 class Beside(Writer):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from upcycle.checkpoints.checkpoint import read_json, refuse_special
+from upcycle.checkpoints.checkpoint import read_json
+from upcycle.checkpoints.header import refuse_special
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.recipe import Recipe
 from upcycle.settings import AtLeast, Settings, keys, read, table_at, writing
@@ -78,7 +79,7 @@ class Translation:
 
     @property
     def collect(self) -> str:
-        """What `upcycle calibrate` has to collect for the router; empty if nothing."""
+        """The statistics that `upcycle calibrate` has to collect for the router; empty if none."""
         return str(self.table["router"]["init"]["name"]) if self.prompts else ""
 
     def commands(self, recipe: str, prompts: str = PROMPTS) -> tuple[str, ...]:

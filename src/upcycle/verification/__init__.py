@@ -55,7 +55,7 @@ def _verify(dense: Checkpoint, moe: Checkpoint, out: Path, shown: Shown | None) 
     if record.training:
         steps = record.training[-1].step
         raise UpcycleError(
-            f"{out} was trained for {steps} steps since it was built, so its bytes are no recipe's; "
+            f"{out} was trained for {steps} steps since it was built, so no recipe describes its bytes; "
             f"verify checks what `upcycle convert` wrote"
         )
     built = blueprint(dense, Recipe.of(record.recipe), allow_nonfinite=True)

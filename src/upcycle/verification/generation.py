@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.verification.outputs import TOLERANCE, random
-from upcycle.verification.proof import Check, share
+from upcycle.verification.proof import Check, relative_to
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class Generation:
             scale = float(logits[:until].abs().max())
             steps = (logits[:until] - their_logits[:until]).abs().amax(1).tolist()
             for number, difference in enumerate(steps):
-                relative = share(difference, scale)
+                relative = relative_to(difference, scale)
                 worst = worst if relative <= worst else relative
                 if not relative <= TOLERANCE:  # NaN is not
                     parted.append(number)
@@ -118,7 +118,7 @@ def generation(built: Blueprint) -> list[Generation]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What generation heeds besides the weights: the ids of special tokens, and generation_config.json."""
+    """The settings that generation heeds: the ids of special tokens, and generation_config.json."""
 
     name: ClassVar[str] = "generation settings"
 

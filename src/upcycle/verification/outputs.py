@@ -12,7 +12,7 @@ import numpy as np
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
-from upcycle.verification.proof import Check, Difference, reason, share
+from upcycle.verification.proof import Check, Difference, reason, relative_to
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Outputs:
         return output if self.kept is None or output.shape[:2] != self.kept.shape else output[self.kept]
 
     def compare(self, dense: torch.Tensor, moe: torch.Tensor, stored: torch.Tensor | None) -> Check:
-        """Return the check of the largest difference, relative to the largest output."""
+        """Return the check of the largest difference of outputs of one shape, relative to the largest one."""
         difference = Difference(
             max_difference=float((dense - moe).abs().max()),
             scale=float(dense.abs().max()),
@@ -75,7 +75,7 @@ class Outputs:
         if (far := difference.source_difference) is not None:
             said += (
                 f", to the dense model rounded to {self.built.narrowed}; {far:.2g} "
-                f"({share(far, difference.scale):.1g}) to the dense model as it is stored"
+                f"({relative_to(far, difference.scale):.1g}) to the dense model as it is stored"
             )
         return said
 

@@ -29,10 +29,10 @@ class Difference:
     @property
     def relative(self) -> float:
         """The difference relative to the scale."""
-        return share(self.max_difference, self.scale)
+        return relative_to(self.max_difference, self.scale)
 
 
-def share(difference: float, scale: float) -> float:
+def relative_to(difference: float, scale: float) -> float:
     """Return `difference` / `scale`; for a scale of zero, zero or infinity."""
     if scale:
         return difference / scale

@@ -14,7 +14,7 @@ from upcycle.verification.proof import Check, reason
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """What an Auto class opens beside the weights, or why it cannot."""
+    """The object that an Auto class opens beside the weights, or the reason why it cannot."""
 
     name: str
     thing: Any = None

@@ -1,4 +1,4 @@
-"""What is stored: config, bytes, provenance, and the files beside the weights."""
+"""Checks of what is stored: config, bytes, provenance, and the files beside the weights."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 
-from upcycle.dense.statistics import Statistics
+from upcycle.dense.statistics import Statistics, unmeasured
 from upcycle.errors import UpcycleError, listed, nearest
 from upcycle.nn.router_starts import RouterStart
 from upcycle.settings import Above
@@ -46,10 +46,8 @@ class Measured(RouterStart, abc.ABC):
     def measured(self) -> Statistics:
         """The file of statistics."""
         if not self.statistics:
-            raise UpcycleError(
-                f"router.init = {self.name} starts from activations: measure them with `upcycle calibrate "
-                f"SOURCE --collect {self.collect} --out FILE` and set router.init.statistics = FILE"
-            )
+            who = f"router.init = {self.name} starts from"
+            raise unmeasured(who, "router.init.statistics", self.collect)
         return Statistics.shared(self.statistics)
 
     def admit(self, dense: Dense) -> None:
@@ -124,7 +122,7 @@ class OfDomains(Measured):
 
 
 def unit(rows: np.ndarray, scale: np.ndarray | float = 1.0) -> np.ndarray:
-    """Return rows divided by their lengths, in float64; one without a direction stays zero.
+    """Return rows [N, H] divided by their lengths, in float64; one without a direction stays zero.
 
     `scale` is the length of the vectors that a row is a difference of.
     """

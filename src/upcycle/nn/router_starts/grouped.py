@@ -10,7 +10,8 @@ import numpy as np
 from upcycle.errors import UpcycleError
 from upcycle.nn.router_starts import RouterStart
 from upcycle.tensors.computed import Drawn
-from upcycle.tensors.lazy import Lazy, Take
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Take
 from upcycle.tensors.positions import Given
 
 if TYPE_CHECKING:

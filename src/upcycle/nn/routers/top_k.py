@@ -12,6 +12,7 @@ from upcycle.settings import Above, AtLeast
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from upcycle.nn.dispatch import Dispatch
     from upcycle.nn.routing import Routing, Tokens
 
 
@@ -96,65 +97,67 @@ class TopK(Router):
     def route(self, tokens: Tokens) -> Routing:
         import torch
 
-        from upcycle.nn.dispatch import Choices, Dispatch, Rows
         from upcycle.nn.routing import Routing
 
-        num_experts, top_k, real = tokens.num_experts, tokens.top_k, tokens.real
         clean = torch.nn.functional.linear(tokens.hidden, tokens.tensors["weight"])
         if self.logit_normalization is not None:
-            centred = torch.nn.functional.layer_norm(clean, (num_experts,), eps=_LEAST_VARIANCE)
+            centred = torch.nn.functional.layer_norm(clean, (tokens.num_experts,), eps=_LEAST_VARIANCE)
             clean = self.logit_normalization * centred
         logits = clean
-        noise = self.noise_std / num_experts if tokens.training else 0.0
+        noise = self.noise_std / tokens.num_experts if tokens.training else 0.0
         if noise:
             logits = clean + noise * torch.randn_like(clean)
         probabilities = logits.softmax(-1)
-        weights, index = probabilities.topk(top_k, dim=-1)  # [G, N, K]
-        sureness = weights[..., 0]  # before normalisation, which makes a single weight one
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        counts = tokens.counts_of(index)
-        losses = {"importance": _importance(clean.softmax(-1), real)}
+        weights, index = probabilities.topk(tokens.top_k, dim=-1)  # [G, N, K]
+        losses = {"importance": _importance(clean.softmax(-1), tokens.real)}
         if noise:
-            losses["load"] = _load(clean, logits, top_k, noise, real)
-        if (share := self.share(num_experts, top_k)) is None:
-            dispatch: Dispatch = Choices(
-                index=index.flatten(0, 1), weights=weights.flatten(0, 1), length=tokens.length
-            )
-            left = counts.new_zeros(())
-        else:
-            room = places(tokens.length, tokens.padding, share, self.rounding)
-            kept = _keep(
-                index,
-                sureness if self.batch_priority else None,
-                real,
-                num_experts,
-                room,
-                causal=tokens.causal,
-            )
-            if self.normalize:  # after routing: a choice without a place leaves its weight to the others
-                sums = (weights * kept).sum(-1, keepdim=True)
-                weights = weights / sums.masked_fill(sums == 0, 1.0)
-            # A choice without a place has no expert. Taking it out would need to know how many there are.
-            token = torch.arange(tokens.groups * tokens.length, device=index.device)
-            dispatch = Rows(
-                tokens=token.repeat_interleave(top_k),
-                experts=index.where(kept, num_experts).flatten(),
-                weights=(weights * kept).flatten(),
-                length=tokens.length,
-                some_left=True,
-            )
-            left = tokens.number_of(~kept.any(-1))
+            losses["load"] = _load(clean, logits, tokens.top_k, noise, tokens.real)
+        counts = tokens.counts_of(index)
+        dispatch, left = self._dispatch(tokens, weights, index)
         return Routing(
             dispatch=dispatch,
             logits=logits.flatten(0, 1),
             probabilities=probabilities.flatten(0, 1),
             real=tokens.real_rows,
             counts=counts,
-            left_behind=left,
+            left_behind=counts.new_zeros(()) if left is None else left,
             losses=losses,
             groups=tokens.groups,
         )
+
+    def _dispatch(self, tokens: Tokens, weights: Tensor, index: Tensor) -> tuple[Dispatch, Tensor | None]:
+        """Return where tokens go, for choices [G, N, K], and how many are left behind; None if never any."""
+        import torch
+
+        from upcycle.nn.dispatch import Choices, Rows
+
+        sureness = weights[..., 0]  # before normalisation, which makes a single weight one
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if (share := self.share(tokens.num_experts, tokens.top_k)) is None:
+            weights, index = weights.flatten(0, 1), index.flatten(0, 1)
+            return Choices(index=index, weights=weights, length=tokens.length), None
+        kept = _keep(
+            index,
+            sureness if self.batch_priority else None,
+            tokens.real,
+            tokens.num_experts,
+            places(tokens.length, tokens.padding, share, self.rounding),
+            causal=tokens.causal,
+        )
+        if self.normalize:  # after routing: a choice without a place leaves its weight to the others
+            sums = (weights * kept).sum(-1, keepdim=True)
+            weights = weights / sums.masked_fill(sums == 0, 1.0)
+        # A choice without a place has no expert. Taking it out would need to know how many there are.
+        token = torch.arange(tokens.groups * tokens.length, device=index.device)
+        rows = Rows(
+            tokens=token.repeat_interleave(tokens.top_k),
+            experts=index.where(kept, tokens.num_experts).flatten(),
+            weights=(weights * kept).flatten(),
+            length=tokens.length,
+            some_left=True,
+        )
+        return rows, tokens.number_of(~kept.any(-1))
 
 
 def _keep(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from upcycle.errors import listed
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
-from upcycle.reporting.comparison import flat
 from upcycle.reporting.document import Block, Section, Table
+from upcycle.reporting.labels import flat
 from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.study import Study
 

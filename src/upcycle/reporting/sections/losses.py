@@ -11,7 +11,7 @@ import numpy as np
 
 from upcycle.reporting import figures, formats
 from upcycle.reporting.comparison import Group, Mean, Pair, difference_of
-from upcycle.reporting.crossing import Crossing, Told
+from upcycle.reporting.crossing import Crossing, Standing
 from upcycle.reporting.document import Block, Picture, Section, Sentence, Table
 from upcycle.reporting.figures import Axis, Line, Mark
 from upcycle.reporting.study import Study
@@ -161,7 +161,7 @@ def _ends(groups: Sequence[Group], unit: str) -> Table:
                 ),
                 formats.loss(float(group.loss.value[0])) if started else formats.MISSING,
                 formats.loss(float(group.loss.value[-1]), loss),
-                formats.share(float(group.accuracy.value[-1]), accuracy),
+                formats.percent(float(group.accuracy.value[-1]), accuracy),
             )
         )
     return Table(
@@ -171,7 +171,7 @@ def _ends(groups: Sequence[Group], unit: str) -> Table:
             "accuracy after",
         ),
         rows=tuple(rows),
-        note=f"Losses are held-out, in {unit}; ± is one standard error over seeds, where there are several.",
+        note=f"Losses are held-out, in {unit}; ± is one standard error over seeds, if there are several.",
     )  # fmt: skip
 
 
@@ -180,9 +180,11 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
         (
             pair.group.label,
             pair.against.label,
-            _where(pair.told_tokens, formats.count),
-            _where(pair.told, formats.flops),
-            "not known" if pair.told_with_start is None else _where(pair.told_with_start, formats.flops),
+            _where(pair.standing_by_tokens, formats.count),
+            _where(pair.standing, formats.flops),
+            "not known"
+            if pair.standing_with_start is None
+            else _where(pair.standing_with_start, formats.flops),
             difference_of(pair),
         )
         for pair in pairs
@@ -204,7 +206,7 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
     )  # fmt: skip
 
 
-def _where(found: Told, number: Callable[[float], str]) -> str:
+def _where(found: Standing, number: Callable[[float], str]) -> str:
     if found.since is None:
         return {"above": "none that lasts" if found.lost_again else "none", "apart": "no overlap"}.get(
             found.sign, found.sign

@@ -114,7 +114,7 @@ def _table(groups: list[tuple[Group, Health]]) -> Table:
                 f"{busiest:.2f}",
                 f"{dead:g} of {experts}",
                 f"{collapsed:g}",
-                formats.share(float(left)),
+                formats.percent(float(left)),
             )
         )
     return Table(
@@ -131,61 +131,71 @@ def _table(groups: list[tuple[Group, Health]]) -> Table:
 
 def on_shown(number: int, name: str, routing: RoutingRecord) -> list[Block]:
     """Return the routing of a checkpoint on the domains that it was inspected on."""
-    layers = routing.layers
-    blocks: list[Block] = []
+    blocks = (_use(number, name, routing), _confidence(name, routing), _liked(name, routing))
+    return [block for block in blocks if block is not None]
+
+
+def _use(number: int, name: str, routing: RoutingRecord) -> Picture | None:
+    """Return a heat map of the experts' load on each domain; None if no layer has a load."""
     loads = [
         (f"{place_of(layer.stack, layer.layer)}, {domain}", load)
-        for layer in layers
+        for layer in routing.layers
         for domain, load in layer.by_domain.items()
         if is_load(load)
     ]
-    if loads:
-        title = "Use of the experts by domain"
-        blocks.append(
-            Picture(
-                name=f"routing-{number + 1}",
-                title=title,
-                caption=f"{name}: on what it was inspected on; weights where a router gives every "
-                "expert as many tokens.",
-                draw=partial(
-                    figures.heat_map,
-                    title=title,
-                    rows=[place for place, _ in loads],
-                    values=_even(load for _, load in loads),
-                    labels=_LABELS,
-                ),
-            )
-        )
+    if not loads:
+        return None
+    title = "Use of the experts by domain"
+    return Picture(
+        name=f"routing-{number + 1}",
+        title=title,
+        caption=f"{name}: on what it was inspected on; weights where a router gives every "
+        "expert as many tokens.",
+        draw=partial(
+            figures.heat_map,
+            title=title,
+            rows=[place for place, _ in loads],
+            values=_even(load for _, load in loads),
+            labels=_LABELS,
+        ),
+    )
+
+
+def _confidence(name: str, routing: RoutingRecord) -> Table | None:
+    """Return the numbers of every layer's router; None if there are none."""
+    layers = routing.layers
     columns = [
         ("confidence", [layer.confidence for layer in layers]),
         ("tokens left behind", [layer.left_behind for layer in layers]),
         ("divergence of domains, bits", [_apart(layer.divergence) for layer in layers]),
     ]
     columns = [(head, numbers) for head, numbers in columns if any(map(is_number, numbers))]
-    if columns:
-        rows = zip(layers, *(numbers for _, numbers in columns), strict=True)
-        blocks.append(
-            Table(
-                caption=f"Routers of {name} on what it was shown",
-                head=("layer", *(head for head, _ in columns)),
-                rows=tuple(
-                    (place_of(layer.stack, layer.layer), *(formats.loss(_known(n)) for n in numbers))
-                    for layer, *numbers in rows
-                ),
-                note=f"Domains: {', '.join(domain.name for domain in routing.domains)}.",
-            )
-        )
-    if liked := _favourites(routing):
-        blocks.append(
-            Table(
-                caption=f"Tokens that the experts of {name} like best",
-                head=("layer", "expert", "tokens"),
-                rows=tuple(liked),
-                left=3,
-                note="Largest mean probability of tokens that came five times or more; the last MoE layer.",
-            )
-        )
-    return blocks
+    if not columns:
+        return None
+    rows = zip(layers, *(numbers for _, numbers in columns), strict=True)
+    return Table(
+        caption=f"Routers of {name} on what it was shown",
+        head=("layer", *(head for head, _ in columns)),
+        rows=tuple(
+            (place_of(layer.stack, layer.layer), *(formats.loss(_known(n)) for n in numbers))
+            for layer, *numbers in rows
+        ),
+        note=f"Domains: {', '.join(domain.name for domain in routing.domains)}.",
+    )
+
+
+def _liked(name: str, routing: RoutingRecord) -> Table | None:
+    """Return the tokens that each expert of the last layer likes best; None without text."""
+    liked = _favourites(routing)
+    if not liked:
+        return None
+    return Table(
+        caption=f"Tokens that the experts of {name} like best",
+        head=("layer", "expert", "tokens"),
+        rows=tuple(liked),
+        left=3,
+        note="Largest mean probability of tokens that came five times or more; the last MoE layer.",
+    )
 
 
 def _favourites(routing: RoutingRecord) -> list[tuple[str, ...]]:

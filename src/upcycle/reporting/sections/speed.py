@@ -27,7 +27,7 @@ def section(study: Study) -> Section | None:
         rows=tuple(_row(run, group_of.get(id(run), "not compared")) for run in runs),
         left=2,
         note="Medians over the steps after the first tenth. Memory is the most of one process, or of one "
-        "accelerator where there is one. Runs on different machines, or beside other work, say little about "
+        "accelerator if there is one. Runs on different machines, or beside other work, say little about "
         "each other.",
     )  # fmt: skip
     return Section(name="speed", title="Speed and memory", blocks=(table,))

@@ -23,7 +23,7 @@ def section(study: Study) -> Section:
         for pair in study.comparison.pairs
         if pair.group.kind == "upcycled"
         and pair.against.kind == "dense, continued"
-        and pair.told.end is not None
+        and pair.standing.end is not None
     ]
     blocks: list[Block] = [Sentence(text=_answer(study, pairs) if pairs else _nothing(study))]
     if pairs:
@@ -44,7 +44,7 @@ _STARTS = {
 def _answer(study: Study, pairs: Sequence[Pair]) -> str:
     """Return the best result in one or two sentences; a clear yes or no needs several seeds."""
     whole = [pair for pair in pairs if not any(run.unfinished for run in pair.group.runs)]
-    best = min(whole or pairs, key=lambda pair: (pair.told.high or 0.0) + (pair.told.low or 0.0))
+    best = min(whole or pairs, key=lambda pair: (pair.standing.high or 0.0) + (pair.standing.low or 0.0))
     unit = formats.unit(best.group.runs[0].about.task)
     seeds = min(len(best.group.runs), len(best.against.runs))
     counted = "one seed" if seeds == 1 else f"{seeds} seeds"
@@ -67,7 +67,7 @@ _HINT = (
 
 def _how_far(pair: Pair, unit: str) -> str:
     """Return words such as `0.0100 ± 0.0020 nats per token ahead of`, or an interval."""
-    low, high = pair.told.low or 0.0, pair.told.high or 0.0
+    low, high = pair.standing.low or 0.0, pair.standing.high or 0.0
     error = "" if pair.error is None else f" ± {pair.error:.4f}"
     least, most = sorted((abs(low), abs(high)))
     where = "behind" if low > 0 else "ahead of"
@@ -79,12 +79,11 @@ def _how_far(pair: Pair, unit: str) -> str:
 
 def _between(pair: Pair) -> str:
     """Say which evaluations bound the end, if one of the two curves has none there."""
-    if pair.told.between is None:
+    if pair.standing.between is None:
         return ""
-    first, last = map(formats.flops, pair.told.between)
-    return (
-        f"; at {formats.flops(pair.told.end)} FLOPs one of them was not evaluated, but at {first} and {last}"
-    )
+    first, last = map(formats.flops, pair.standing.between)
+    end = formats.flops(pair.standing.end)
+    return f"; at {end} FLOPs one of them was not evaluated, but at {first} and {last}"
 
 
 def _on_documents(study: Study, pair: Pair) -> str:
@@ -124,7 +123,7 @@ def _exports(study: Study, group: Group) -> list[tuple[float, CheckpointRecord]]
 def _table(pairs: Sequence[Pair]) -> Table:
     rows = []
     for pair in pairs:
-        end = pair.told.end or 0.0
+        end = pair.standing.end or 0.0
         losses = (_range(*measured(group, group.loss.value, end)) for group in (pair.group, pair.against))
         rows.append(
             (

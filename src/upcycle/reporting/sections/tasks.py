@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 
 from upcycle.reporting import figures, formats
-from upcycle.reporting.comparison import flat
 from upcycle.reporting.document import Block, Picture, Section, Table
+from upcycle.reporting.labels import flat
 from upcycle.reporting.study import Column, Study
 
 _KINDS = {

@@ -6,7 +6,8 @@ from upcycle.targets._clients import ACTIVATION, HEAD_DIM, LLAMA3_ROPE, ROPE, Ga
 from upcycle.targets._layouts import Fused, Shared
 from upcycle.targets.native import Config, Native
 from upcycle.tensors.feed_forward import FeedForward
-from upcycle.tensors.lazy import Concat, Lazy
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Concat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ class Optimizer(Named, abc.ABC):
 
     @property
     def needs_roles(self) -> bool:
-        """Whether `make` or a rate depends on what a parameter is."""
+        """True if `make` or a rate depends on what a parameter is."""
         return self.by_role or any(getattr(self, key) != 1 for key in _RATES.values())
 
     def rate(self, role: Role) -> float:

@@ -1,0 +1,35 @@
+"""The base of the initialisations that choose by what `upcycle calibrate` measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from upcycle.dense.statistics import Statistics, unmeasured
+from upcycle.init import Init
+
+if TYPE_CHECKING:
+    from upcycle.dense.source import Dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromStatistics(Init):
+    """An initialisation with a file of statistics, which must be those of its source."""
+
+    collect: ClassVar[str] = ""  # what `upcycle calibrate` has to collect, if it is not the usual
+
+    statistics: str = ""  # the file written by `upcycle calibrate`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.statistics:
+            raise unmeasured(f"init {self.name} chooses by", "init.statistics", self.collect)
+        self._make_absolute("statistics")
+
+    @property
+    def measured(self) -> Statistics:
+        """The file of statistics."""
+        return Statistics.shared(self.statistics)
+
+    def admit(self, dense: Dense) -> None:
+        self.measured.refuse_other(dense)

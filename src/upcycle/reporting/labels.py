@@ -1,0 +1,109 @@
+"""The kind of a run, and its label among others: what it is, and the settings in which it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from upcycle import targets
+from upcycle.reporting.runs import RunHistory
+
+Kind = Literal["dense, continued", "dense, from scratch", "dense, rebuilt", "upcycled", "MoE, from scratch"]
+ORDER: tuple[Kind, ...] = (
+    "dense, continued", "dense, rebuilt", "dense, from scratch", "upcycled", "MoE, from scratch",
+)  # fmt: skip
+# The keys of a run file in which runs of one group may differ: the seed, and keys that do not affect numbers.
+_FREE = ("seed", "out", "log", "checkpoint", "parallel", "eval")
+_FREE_BELOW = {"train": ("seed", "micro_batch", "compile", "activation_checkpointing"), "data": ("cache",)}
+
+
+def settings(run: RunHistory) -> dict[str, Any]:
+    """Return the run file without the keys that may differ between seeds."""
+    table = {k: v for k, v in run.table.items() if k not in _FREE}
+    for section, free in _FREE_BELOW.items():
+        table[section] = {k: v for k, v in table[section].items() if k not in free}
+    return table
+
+
+def kind_of(run: RunHistory) -> Kind:
+    """Return the kind of model that a run trained, and what it started from."""
+    moe = run.table.get("moe")
+    if run.about.from_scratch:
+        return "dense, from scratch" if moe is None or _is_dense(moe) else "MoE, from scratch"
+    if moe is None:
+        return "dense, continued"
+    return "dense, rebuilt" if _is_dense(moe) else "upcycled"
+
+
+def _is_dense(moe: Mapping[str, Any]) -> bool:
+    return not targets.recorded(moe).has_experts
+
+
+def labels_of(runs: Sequence[RunHistory]) -> list[str]:
+    """Return a label for each run; equal labels are extended by the settings in which the runs differ."""
+    plain = [_label(run) for run in runs]
+    leaves = [dict(flat(settings(run))) for run in runs]
+    out = []
+    for label, own in zip(plain, leaves, strict=True):
+        alike = [other for other, same in zip(leaves, plain, strict=True) if same == label]
+        out.append(short(", ".join([label, *(_said(key, own.get(key)) for key in _telling(alike))]), 70))
+    return [
+        label if out.count(label) == 1 else f"{label} ({short(run.name, 30)})"
+        for label, run in zip(out, runs, strict=True)
+    ]
+
+
+def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
+    """Return the settings that best distinguish the runs in `alike`, with the source before others."""
+    keys = sorted(
+        {key for leaves in alike for key in leaves}, key=lambda key: (key != "source", len(key), key)
+    )
+    chosen: list[str] = []
+
+    def kinds(more: str | None) -> int:
+        return len({tuple(repr(one.get(k)) for k in (*chosen, *([more] if more else ()))) for one in alike})
+
+    while keys and len(chosen) < most and kinds(None) < len(alike):
+        best = max(keys, key=kinds)
+        if kinds(best) == kinds(None):
+            break
+        chosen.append(best)
+    return chosen
+
+
+def _said(key: str, value: Any) -> str:
+    """Format a setting for a label: `peak 0.001`, `schedule cosine`, `source small`."""
+    if key == "source":
+        return f"source {short(Path(str(value)).name, 24)}"
+    parts = [part for part in key.split(".") if part != "name"]
+    return f"{parts[-1]} {short(str(value), 24)}"
+
+
+def _label(run: RunHistory) -> str:
+    kind = kind_of(run)
+    short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
+    init = (run.table.get("init") or {}).get("name", "copy")
+    if kind == "dense, rebuilt":
+        return targets.recorded(run.table["moe"]).label(run.table) + short
+    if kind.startswith("dense"):
+        return kind + short
+    how = init if kind == "upcycled" else "from scratch"
+    return f"{targets.recorded(run.table['moe']).label(run.table)}, {how}{short}"
+
+
+def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield every leaf of a nested table with its dotted key."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for place, inner in enumerate(value):
+            yield from flat(inner, f"{path}.{place}")
+    else:
+        yield path, value
+
+
+def short(text: str, most: int) -> str:
+    """Return a text, cut to `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,0 +1,165 @@
+"""A run before its first step here: what is refused, the model in its stage, and the data at their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from upcycle import tasks
+from upcycle.conversion.provenance import Hashes
+from upcycle.data import stamps
+from upcycle.dense.subject import Subject
+from upcycle.errors import UpcycleError, listed
+from upcycle.records.state import RunState
+from upcycle.sharding.layout import Layout
+from upcycle.system import progress
+from upcycle.tasks import Task
+from upcycle.training import back, enter, fit, micro_batch, saving, start, teacher
+from upcycle.training.anatomy import Anatomy
+from upcycle.training.course import Course
+from upcycle.training.feeds import Feeds
+from upcycle.training.parallel import Ranks
+from upcycle.training.routing import Routers
+from upcycle.training.run import Run
+from upcycle.training.start import Start
+from upcycle.training.trainee import Trainee
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A run that is ready for its next step."""
+
+    course: Course
+    trainee: Trainee
+    anatomy: Anatomy | None  # the parts of the model; None if every stage trains everything
+    feeds: Feeds
+    state: RunState
+
+
+def admitted(run: Run, begun: Start) -> Task:
+    """Return the task of a run; raise `UpcycleError` if some stage of the run does not fit the model."""
+    task = tasks.fitting(run.task, Subject.of_dense(begun.dense).architecture)
+    for leg in Course(run).legs:
+        fit.refuse_pooling(leg.run, begun.built)
+        fit.refuse_isolation(leg.run, task, begun.subject)
+        teacher.refuse_other(leg.run, task, begun.subject, begun.teacher)
+    return task
+
+
+def ready(
+    run: Run, begun: Start, task: Task, here: Ranks, *, precision: str, checkpoint: Path | None
+) -> Ready:
+    """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
+    before = None if checkpoint is None else saving.read_state(checkpoint)
+    _warn(run, begun, task, here, begins=checkpoint is None)
+    if here.first and before is not None:
+        _say_changed_layout(before, here)
+    _refuse_other_teacher(before, begun, here)
+    lengths = task.lengths(run.train.sequence_length, begun.subject)
+    run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
+    course = Course(run)
+    feeds = _feeds(course, task, begun, here)
+    fit.refuse_uneven_rows(run, here.dp_size)
+    fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
+    with _sources_kept(begun, here, before) as hashes:
+        model = start.model_of(begun, run, here, precision)
+    routers = Routers.of(model)
+    anatomy = enter.anatomy_of(course, begun, model, routers)
+    if routers and any(leg.run.router.bias_update_rate for leg in course.legs):
+        routers.biases()
+    trainee = enter.first(
+        course.after(0 if before is None else before.step),
+        model=model,
+        task=task,
+        begun=begun,
+        routers=routers,
+        here=here,
+        precision=precision,
+        anatomy=anatomy,
+    )
+    state = _first_state(trainee, hashes) if checkpoint is None else back.restore(trainee, feeds, checkpoint)
+    feed, left = feeds.of(course.after(state.step)), run.train.total_steps - state.step
+    taught = teacher.teaching(run, begun, task, feed, here, precision=precision, steps=left)
+    trainee = replace(trainee, teacher=taught)
+    for opened in begun.checkpoints:
+        opened.close()
+    return Ready(course=course, trainee=trainee, anatomy=anatomy, feeds=feeds, state=state)
+
+
+def _feeds(course: Course, task: Task, begun: Start, here: Ranks) -> Feeds:
+    """Open the data of all stages. The first rank prepares the files; the others wait and then find them."""
+
+    def opened() -> Feeds:
+        return Feeds(course, lambda run: task.feed(run.feeding(task), begun.subject))
+
+    if here.first:
+        feeds = opened()
+    here.barrier()
+    return feeds if here.first else opened()
+
+
+def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
+    """Return the state at step 0. If the run asks for it, the optimizer gets the moments of its source."""
+    run = trainee.run
+    if run.optimizer.carry_state:
+        stopped = start.carry_state(trainee.start, run, trainee.ranks, trainee.model, trainee.optimizer)
+        if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
+            progress.warn(wrong)
+    return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
+
+
+def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
+    """Warn the user before a run costs time, and refuse rows that are too long for the model.
+
+    A run that has already trained on such rows only gets a warning.
+    """
+    long = task.beyond_positions(run.train.sequence_length, begun.subject)
+    if long is not None and begins:
+        raise UpcycleError(long)
+    if here.first:
+        found = fit.warnings(run, begun.built) if begins else []
+        for sentence in [*found, *filter(None, [long])]:
+            progress.warn(sentence)
+
+
+def _say_changed_layout(before: RunState, here: Ranks) -> None:
+    """Say that a run goes on in another world than the one that saved it, which it may."""
+    if before.layout is None or dict(before.layout) == asdict(here.layout):
+        return
+    then = Layout(**before.layout)
+    progress.say(
+        f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
+        f"({here.layout})"
+    )
+
+
+def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) -> None:
+    """Refuse to go on if the teacher has changed, because it is read again and the model learned from it."""
+    if before is None or before.source_sha256 is None or begun.teacher is None:
+        return
+    checkpoint = begun.teacher.checkpoint
+    then = before.source_sha256.get(checkpoint.label)
+    now = here.share(dict(checkpoint.hashes()) if here.first else None)
+    if now != then:
+        raise UpcycleError(
+            f"the teacher {checkpoint.name} has changed since step {before.step} was saved; put it back as "
+            f"it was, or start a new run"
+        )
+
+
+@contextmanager
+def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterator[Hashes | None]:
+    """Yield the hashes of the files that a run starts from; these must not change while they are read.
+
+    Yields None for a resumed run, which keeps its recorded hashes, and on all ranks but the first.
+    """
+    if before is not None or not here.first:
+        yield None
+        return
+    files = [file for opened in begun.checkpoints for file in opened.files]
+    stamped = stamps.stamps(files)
+    yield {opened.label: opened.hashes() for opened in begun.checkpoints}
+    if changed := [path for path in stamped if stamps.stamp(Path(path)) != stamped[path]]:
+        raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")
