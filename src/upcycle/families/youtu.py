@@ -8,7 +8,8 @@ from upcycle.families import Config, Stack, Weights
 from upcycle.families._decoder import Decoder
 from upcycle.families._weights import Initial, Normal, Weight, linear, rms_norm
 from upcycle.tensors.computed import Fill
-from upcycle.tensors.lazy import Concat, Lazy, Slice
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Concat, Slice
 
 
 class Youtu(Decoder):

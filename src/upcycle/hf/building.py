@@ -24,7 +24,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from upcycle.blueprints.entries import Entry
 from upcycle.hf.quiet import quiet
-from upcycle.tensors.lazy import Slice
+from upcycle.tensors.moved import Slice
 
 
 def on_meta(
