@@ -140,12 +140,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "gemma4_text-wide": ("gemma4_text", {"use_double_wide_mlp": True, "final_logit_softcapping": 30.0}),
-    "gemma4_text-keys": (
-        "gemma4_text",
-        {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0,
-         "num_kv_shared_layers": 0},
-    ),
     "glm-no-bias": ("glm", {"attention_bias": False, "head_dim": 12}),
     "granite-bias": ("granite", {"attention_bias": True}),
     "olmo2-bias": ("olmo2", {"attention_bias": True}),

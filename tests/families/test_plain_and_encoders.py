@@ -34,6 +34,19 @@ CASES = {
     "distilbert, classes": ("DistilBertForSequenceClassification", {}),
     "clip": ("CLIPModel", {}),
     "siglip": ("SiglipModel", {}),
+    "gemma4_text, wider last layers": (
+        "Gemma4ForCausalLM",
+        {"use_double_wide_mlp": True, "final_logit_softcapping": 30.0},
+    ),
+    "gemma4_text, keys that are values": (
+        "Gemma4ForCausalLM",
+        {
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+        },
+    ),
     "nomic_bert": ("NomicBertModel", {}),
     "nomic_bert, masked": ("NomicBertForMaskedLM", {}),
     "bloom": ("BloomForCausalLM", {}),
