@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -172,11 +173,18 @@ def file_hash(file: Path, stop: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
+def _whole_number(digits: str) -> int:
+    """Convert a whole number of a JSON file. Raises `ValueError` for one that no float can hold."""
+    if len(digits) > sys.float_info.max_10_exp:
+        raise ValueError(f"a whole number of {len(digits)} digits, which no setting has")
+    return int(digits)
+
+
 def read_json(path: Path, missing: str) -> dict[str, Any]:
     """Return the JSON object in `path`; `missing` is the error message if there is no such file."""
     refuse_special(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole_number)
     except FileNotFoundError:
         raise UpcycleError(missing) from None
     except UnicodeDecodeError as error:
