@@ -33,7 +33,7 @@ class Gemma4(Decoder):
         "post_feedforward_layernorm",
     )  # fmt: skip
     network_norm = "pre_feedforward_layernorm"
-    residual = ("post_attention_layernorm", "post_feedforward_layernorm")
+    residual = ("post_attention_layernorm", "post_feedforward_layernorm", "post_per_layer_input_norm")
     theta = 10_000.0
     before = ("embed_tokens.", "embed_tokens_per_layer.", "per_layer_")
     assumed = sizes(262_144, 2304, 9216, 30, 8)
