@@ -44,6 +44,15 @@ def table() -> dict[str, Row]:
 def small(config: dict[str, Any]) -> dict[str, Any]:
     """The config with small sizes."""
     out = _with_small_vocabulary(deepcopy(config))
+    if "vision_config" in config:
+        towers = {key: small(config[key]) for key in ("text_config", "vision_config")}
+        return out | towers
+    if "hybrid_override_pattern" in config:
+        return _small_hybrid(out)
+    if "conv_dim" in config:
+        out |= {"conv_dim": [8] * len(config["conv_dim"])}
+    if "encoder_layers" in config:
+        return out | {k: v for k, v in _SEQ2SEQ.items() if k in config}
     if "d_model" in config:
         return out | {k: v for k, v in _T5.items() if k in config or k in ("d_model", "num_heads")}
     if "hidden_sizes" in config:
@@ -53,14 +62,35 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     return _small_decoder(out)
 
 
+def _small_hybrid(config: dict[str, Any]) -> dict[str, Any]:
+    """A Nemotron-H with one layer of each kind, or two."""
+    pattern = "M-M*-"
+    return config | {
+        "hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern), "hidden_size": 32,
+        "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "attention_head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8,
+        "n_groups": 2, "chunk_size": 16, "max_position_embeddings": LONGEST,
+    }  # fmt: skip
+
+
 _T5 = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
+_SEQ2SEQ = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 8, "num_hidden_layers": 2,
+    "max_source_positions": 20, "max_target_positions": 40, "max_position_embeddings": 40,
+}  # fmt: skip
 _ENCODER = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 40, "dim": 16, "hidden_dim": 24, "n_heads": 2, "n_layers": 2, "n_embd": 16,
-    "n_head": 2, "n_layer": 2, "n_positions": 40, "n_ctx": 40, "ffn_dim": 24, "word_embed_proj_dim": 16,
+    "n_embed": 16, "n_head": 2, "n_layer": 2,
+    "n_positions": 40, "n_ctx": 40, "ffn_dim": 24, "word_embed_proj_dim": 16,
     "image_size": 64, "stage_names": ["stem", "stage1", "stage2"],
-    "out_features": ["stage2"], "out_indices": [2],
+    "out_features": ["stage2"], "out_indices": [2], "num_patches": 16,
+    "projection_size": 16,
 }  # fmt: skip
+
+
+_IDS = ("_token_id", "suppress_tokens", "forced_decoder_ids")
 
 
 def _with_small_vocabulary(config: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +108,7 @@ def _with_small_vocabulary(config: dict[str, Any]) -> dict[str, Any]:
             return VOCABULARY + value - config["vocab_size"]
         return VOCABULARY // 2 + seen.setdefault(value, len(seen))
 
-    ids = {key: into(value) for key, value in config.items() if key.endswith("_token_id")}
+    ids = {key: into(value) for key, value in config.items() if key.endswith(_IDS)}
     return {**config, **ids, "vocab_size": VOCABULARY}
 
 

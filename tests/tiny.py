@@ -25,13 +25,15 @@ DECODERS = [
 
 OTHERS = [
     "olmo", "olmo3", "gemma2", "gemma3_text", "exaone4", "glm4", "starcoder2", "phi", "stablelm", "cohere",
-    "nemotron", "arcee", "helium",
+    "nemotron", "arcee", "helium", "apertus", "gemma4_text",
 ]  # fmt: skip
 """Decoders with Llama's names that have none."""
 
 RECENT = [
+    "nemotron_h",
     "glm", "lfm2", "youtu", "granitemoehybrid", "seed_oss", "ministral", "ministral3", "cwm", "granite_swa",
     "starcoder2", "phi", "stablelm", "cohere", "nemotron", "arcee", "helium",
+    "apertus", "gemma4_text",
 ]  # fmt: skip
 """Decoders of which only the native form is pinned."""
 
@@ -66,6 +68,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"] * 2, "mamba_n_heads": 4, "mamba_d_state": 8,
         "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
         "attention_multiplier": 0.2,
+    },
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 96, "global_head_dim": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "mamba_num_heads": 4,
+        "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16, "sliding_window": None,
     },
     "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"] * 2},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -140,7 +150,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-NEEDED: dict[str, dict[str, Any]] = {"granitemoehybrid": {"num_local_experts": 0, "mamba_n_heads": 4}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"num_local_experts": 0, "mamba_n_heads": 4},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+}
 """Fields without which a config would be of another kind of model."""
 
 ROUTER_STD = {"lfm2": 0.05}
@@ -329,6 +342,21 @@ _SIZES = {
     "siglip_vision_model": _IMAGES,
     "pixtral": _IMAGES,
     "siglip": {"text_config": _TEXT, "vision_config": {**_IMAGES, "num_hidden_layers": 2}},
+    "nomic_bert": _TEXT,
+    "bloom": {"hidden_size": 16, "n_layer": 4, "n_head": 2, "vocab_size": 60},
+    "siglip2": {
+        "text_config": _TEXT,
+        "vision_config": {**_BLOCKS, "num_hidden_layers": 2, "num_patches": 9, "patch_size": 2},
+    },
+    "wav2vec2": {
+        **_BLOCKS,
+        "vocab_size": 60,
+        "conv_dim": (8, 8),
+        "conv_stride": (3, 2),
+        "conv_kernel": (4, 3),
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    },
     "opt": {
         "hidden_size": 16,
         "ffn_dim": 24,

@@ -104,7 +104,7 @@ def _refuse_odd_shapes(part: Block) -> None:
 
 def _refuse_other_depth(dense: Dense, parts: list[Block]) -> None:
     """Refuse a dense model with fewer blocks, because the experts cannot come from it."""
-    blocks = {(stack.name, i) for stack in dense.stacks for i in range(stack.count)}
+    blocks = {(stack.name, i) for stack in dense.stacks for i in stack.numbers}
     if missing := sorted({(part.stack, part.layer) for part in parts if part.experts} - blocks):
         raise UpcycleError(
             f"{dense.checkpoint.folder} has no layer {missing[0][1]} to compare experts with; it is not the "
@@ -259,5 +259,5 @@ def _dense_layers(dense: Dense) -> list[dict[str, Any]]:
             [],
         )
         for stack in dense.stacks
-        for i in range(stack.count)
+        for i in stack.numbers
     ]

@@ -100,6 +100,7 @@ def build(
         experts_implementation=experts_implementation,
         attn_implementation=attn_implementation,
     )
+    tensors = building.split(model, tensors)
     found = building.renamed(model, tensors)
     building.untie(model, found)
     device, rank = torch.device("cpu"), 0
@@ -130,8 +131,9 @@ def _filler(
         entry = next((entries[name] for name in names if name in entries), None)
         if entry is None:
             return False
-        cut = next((cuts[name] for name in names if name in cuts), Sharded(shape=tuple(entry.shape)))
-        write_part(entry, placement.part(cut, layout, rank), memory)
+        cut = next((cuts[name] for name in names if name in cuts), None)
+        part = placement.whole(entry.shape) if cut is None else placement.part(cut, layout, rank)
+        write_part(entry, part, memory)
         return True
 
     return fill
@@ -163,7 +165,8 @@ def write_part(entry: Entry, part: Part, memory: torch.Tensor) -> None:
     array = as_array(memory) if direct else None
     for whole, own in placement.pieces(part):
         if array is not None:
-            entry.lazy.into(whole, array[tuple(slice(*r) for r in own)], entry.dtype)
+            target = array[(*(slice(*r) for r in own), ...)]  # type: ignore[arg-type]  # a view at rank 0, too
+            entry.lazy.into(whole, target, entry.dtype)
             continue
         for index in blocks(whole):
             place = tuple(

@@ -187,6 +187,7 @@ def test_natives_write_no_value_that_a_family_would_refuse(opened):
 
 def test_what_transformers_refuses_is_refused():
     """A value that its own class does not open makes neither a source nor a result."""
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
     from transformers import CONFIG_MAPPING
 
     taken = []
@@ -203,6 +204,8 @@ def test_what_transformers_refuses_is_refused():
                         cls.from_dict(cls._decode_special_floats(changed))  # as from a file, with Infinity
                     except Exception:
                         taken.append((model_type, key, value))
+    with pytest.raises(StrictDataclassFieldValidationError, match="expected int"):  # as ours is, too
+        CONFIG_MAPPING["llama"].from_dict(small_config("llama") | {"max_position_embeddings": 131072.0})
     # The class of Gemma 2 takes no such float, and it is the same number.
     assert {key for _, key, _ in taken} <= {"query_pre_attn_scalar"}
 

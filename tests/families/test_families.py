@@ -40,6 +40,8 @@ def test_a_config_that_says_little_means_what_transformers_makes_of_it(model_typ
         assert found[key] == getattr(wanted, key), key
     if getattr(wanted, "head_dim", None) is not None:
         assert found["head_dim"] == wanted.head_dim
+    if not hasattr(wanted, "rope_parameters"):
+        return
     rope = {k: v for k, v in wanted.rope_parameters.items() if v is not None}
     assert {k: found["rope_parameters"].get(k) for k in ("rope_type", "rope_theta")} == {
         k: rope[k] for k in ("rope_type", "rope_theta")
@@ -47,11 +49,12 @@ def test_a_config_that_says_little_means_what_transformers_makes_of_it(model_typ
 
 
 # What transformers saves and our config.json does not say: version, a second name for the number of
-# experts, what layer_types or other sizes say already, limits that are none, a token id and a flag
-# that nothing reads.
+# experts, what layer_types or other sizes say already, limits that are none, a token id and flags
+# that nothing reads, layers that predict several tokens and are not there.
 SAVED_ONLY = {
     "transformers_version", "num_local_experts", "rope_parameters", "sliding_window_pattern",
     "prefix_dense_sliding_window_pattern", "sep_token_id", "pretraining_tp", "qk_head_dim", "time_step_limit",
+    "use_mamba_kernels", "moe_shared_expert_overlap", "mtp_layers_block_type",
 }  # fmt: skip
 CASES = {
     **{name: (name, {}) for name in [*tiny.DECODERS, *tiny.OTHERS]},
@@ -70,8 +73,13 @@ def test_shapes_are_those_of_transformers(case):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
-    wanted = {n: tuple(p.shape) for n, p in model.state_dict().items() if n not in tied}
-    family = families.find(model_type)
+    family, prefix = families.find(model_type), f"{model.base_model_prefix}."
+    shapes = {n: tuple(p.shape) for n, p in model.state_dict().items() if n not in tied}
+    # Files may call the base model otherwise than its class does.
+    wanted = {
+        family.root + n.removeprefix(prefix) if n.startswith(prefix) else n: shape
+        for n, shape in shapes.items()
+    }
     assert family.shapes(family.config(config.to_dict())) == wanted
     assert family.architectures == (type(model).__name__,)
 
@@ -209,3 +217,19 @@ def test_imports_have_no_cycle():
         visit(name, ())
     assert not imports["upcycle.errors"]
     assert imports["upcycle.checkpoints.dtypes"] == {"upcycle.errors"}
+
+
+@pytest.mark.parametrize("target", ["native", "upcycled"])
+@pytest.mark.parametrize("pad", [0, 5, 95])
+def test_the_padding_token_of_a_youtu(pad, target, tmp_path):
+    """Its class empties the token's row when it opens a checkpoint, and so does the conversion."""
+    from upcycle import verify
+
+    source = tiny.make_dense(tmp_path / "dense", "youtu", pad_token_id=pad, tie_word_embeddings=True)
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": target}))
+    proof = verify(source, tmp_path / "moe", logits=pad == 5)
+    assert proof.holds, proof.checks
+    opened = [AutoModelForCausalLM.from_pretrained(each) for each in (source, tmp_path / "moe")]
+    dense, moe = (model.get_input_embeddings().weight for model in opened)
+    assert torch.equal(dense, moe)
+    assert not moe[pad].any()

@@ -37,6 +37,36 @@ CASES = {
     "clip_vision_model": ("CLIPVisionModel", {}),
     "siglip_vision_model": ("SiglipVisionModel", {}),
     "pixtral": ("PixtralVisionModel", {}),
+    "gemma4_text, wider last layers": (
+        "Gemma4ForCausalLM",
+        {"use_double_wide_mlp": True, "final_logit_softcapping": 30.0},
+    ),
+    "gemma4_text, keys that are values": (
+        "Gemma4ForCausalLM",
+        {
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+        },
+    ),
+    "nomic_bert": ("NomicBertModel", {}),
+    "nomic_bert, masked": ("NomicBertForMaskedLM", {}),
+    "bloom": ("BloomForCausalLM", {}),
+    "bloom, residuals of norms": ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}),
+    "siglip2": ("Siglip2Model", {}),
+    "wav2vec2": ("Wav2Vec2Model", {"add_adapter": True, "output_hidden_size": 12}),
+    "wav2vec2, text": (
+        "Wav2Vec2ForCTC",
+        {
+            "feat_extract_norm": "layer",
+            "do_stable_layer_norm": True,
+            "conv_bias": True,
+            "adapter_attn_dim": 3,
+            "mask_time_prob": 0.0,
+        },
+    ),
+    "wav2vec2, before training": ("Wav2Vec2ForPreTraining", {}),
     "falcon": ("FalconForCausalLM", {}),
     "falcon, two norms": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 1}),
     "falcon, alibi": (
@@ -67,8 +97,14 @@ CASES = {
 def outputs(model):
     generator = torch.Generator().manual_seed(3)
     ids, name = torch.randint(3, 60, (2, 20), generator=generator), type(model).__name__
-    given = {} if re.search("DINO|Dino|Whisper|Vision", name) else {"input_ids": ids}
-    if re.search("CLIP|Siglip|Pixtral|DINO|Dino", name):
+    given = {} if re.search("DINO|Dino|Whisper|Wav2Vec2|Vision", name) else {"input_ids": ids}
+    if "Siglip2" in name:  # nine places, of which the second image fills six
+        given["pixel_values"] = torch.randn(2, 9, 12, generator=generator)
+        given["spatial_shapes"] = torch.tensor([[3, 3], [2, 3]])
+        given["pixel_attention_mask"] = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    elif "Wav2Vec2" in name:
+        given["input_values"] = torch.randn(2, 200, generator=generator)
+    elif re.search("CLIP|Siglip|Pixtral|DINO|Dino", name):
         given["pixel_values"] = torch.randn(2, 3, 12, 12, generator=generator)
     if "Whisper" in name:
         given["input_features"] = torch.randn(2, 8, 40, generator=generator)
@@ -84,7 +120,7 @@ def test_the_dense_function(case, tmp_path):
     recipe = Recipe.of(moe={"num_experts": 4, "target": "upcycled"}, router={"std": 0.5})
     built = convert(source, tmp_path / "moe", recipe)
     assert built.preserves_function
-    assert len(built.sites) == (6 if case in ("clip", "siglip") else 4)
+    assert len(built.sites) == (6 if case in ("clip", "siglip", "siglip2") else 4)
     dense = getattr(transformers, architecture).from_pretrained(source)
     model = upcycle.open(tmp_path / "moe")
     assert isinstance(model, getattr(transformers, architecture))
@@ -97,6 +133,8 @@ def test_the_dense_function(case, tmp_path):
     assert float((outputs(model) - due).abs().max() / due.abs().max()) > 1e-3
     proof = verify(source, tmp_path / "moe")
     assert proof.holds, proof.checks
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    assert generates == any(check.name == "generation" for check in proof.checks)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,6 +147,50 @@ def test_shapes_are_those_of_transformers(case, tmp_path):
     whole = family.config(raw)
     found = family.shapes(whole) | {name: weight.shape for name, weight in family.optional(whole).items()}
     assert found == {name: shape for name, shape in wanted.items() if not family.unlisted(whole, name)}
+
+
+def test_a_wav2vec2_as_the_hub_has_it(tmp_path):
+    """Its positions under their former names, and no vector for masked frames, which only training reads."""
+    from safetensors.torch import load_file, save_file
+
+    source = tiny.make(tmp_path / "dense", "Wav2Vec2ForCTC")
+    tensors = load_file(source / "model.safetensors")
+    for number, then in enumerate(("weight_g", "weight_v")):
+        now = f"parametrizations.weight.original{number}"
+        tensors = {name.replace(now, then): tensor for name, tensor in tensors.items()}
+    del tensors["wav2vec2.masked_spec_embed"]
+    assert any(name.endswith("weight_g") for name in tensors)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+
+
+def test_a_mask_of_samples_is_not_one_of_frames(tmp_path):
+    """Routers learn which positions are padding from a mask of as many positions, and from no other."""
+    source = tiny.make(tmp_path / "dense", "WhisperForConditionalGeneration")
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    model = upcycle.open(tmp_path / "moe").eval()
+    given = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.full((2, 5), 7)}
+    heard = torch.ones(2, 40, dtype=torch.long)  # twice as long as the encoder's positions
+    heard[1, 20:] = 0
+    seen = []
+    layer = model.model.encoder.layers[0].fc1
+    layer.router.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    with torch.inference_mode():
+        model(**given, attention_mask=heard)
+        model.model.encoder(given["input_features"], attention_mask=heard[:, ::2])
+    assert seen[0] is None
+    assert seen[1].tolist() == (heard[:, ::2] == 0).tolist()
+
+
+def test_a_nomic_bert_built_without_a_folder(tmp_path):
+    """Its class splits stored matrices, and so does the loader that training uses."""
+    source = tiny.make(tmp_path / "dense", "NomicBertModel")
+    recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"}, router={"std": 0.5})
+    convert(source, tmp_path / "moe", recipe)
+    opened, built = upcycle.open(tmp_path / "moe"), upcycle.load(source, recipe)
+    assert torch.equal(outputs(opened), outputs(built))
 
 
 def test_gpt2_as_the_hub_has_it(tmp_path):
@@ -125,13 +207,19 @@ def test_gpt2_as_the_hub_has_it(tmp_path):
     assert verify(source, tmp_path / "moe").holds
 
 
-def test_llama_under_another_name(dense, tmp_path):
+@pytest.mark.parametrize("model_type", ["internlm3", "aquila"])
+def test_llama_under_another_name(model_type, dense, tmp_path):
+    """Transformers knows the first; the second is nobody's type, and its config names the class of Llama."""
     import shutil
 
     source = shutil.copytree(dense("llama"), tmp_path / "dense")
-    config = json.loads((source / "config.json").read_text()) | {"model_type": "internlm3"}
+    config = json.loads((source / "config.json").read_text()) | {"model_type": model_type}
     (source / "config.json").write_text(json.dumps(config))
     for target, wanted in (("native", "mixtral"), ("upcycled", "upcycled_llama")):
         built = convert(source, tmp_path / target, Recipe.of(moe={"num_experts": 2, "target": target}))
         assert built.config["model_type"] == wanted
-        assert verify(source, tmp_path / target).holds
+        proof = verify(source, tmp_path / target)
+        assert proof.holds, proof.checks
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "no", "architectures": ["NoLM"]}))
+    with pytest.raises(upcycle.UpcycleError, match="unknown model_type 'no'"):
+        convert(source, tmp_path / "no")

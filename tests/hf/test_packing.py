@@ -28,7 +28,7 @@ NAMES = [
     "qwen3-windows",
     *PLAIN,
 ]
-JOINED = {"falcon-alibi"}
+JOINED = {"nemotron_h", "falcon-alibi"}
 
 
 def model_of(name: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, listed
 from upcycle.families import Stack
 from upcycle.init import Site
 from upcycle.recipe import Recipe
@@ -90,22 +90,26 @@ def refuse_too_many_experts(recipe: Recipe, stacks: Mapping[str, tuple[Recipe, i
 def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
     """Return the blocks that `moe.layers` selects, by their numbers in the stack.
 
-    `every_other` is 1, 3, 5, ...; `last_half` is those from count // 2 on. In a model of stages the numbers
-    continue from stage to stage.
+    `every_other` is 1, 3, 5, ...; `last_half` is those from count // 2 on. Both count networks, because some
+    blocks may have none. In a model of stages the numbers continue from stage to stage.
     """
-    layers, count = recipe.moe.layers, stack.total or stack.count
+    layers, count = recipe.moe.layers, stack.total or len(stack.numbers)
+    places = {stack.first + place: number for place, number in enumerate(stack.numbers)}
     if layers == "all":
-        chosen = list(range(count))
-    elif layers == "every_other":
-        chosen = list(range(1, count, 2))
-    elif layers == "last_half":
-        chosen = list(range(count // 2, count))
-    else:
-        chosen = sorted(set(layers))
-        if wrong := [i for i in chosen if not 0 <= i < count]:
-            where = "model" if stack.name == "layers" or stack.total else stack.name
-            raise UpcycleError(f"moe.layers has {wrong}; the {where} has layers 0 to {count - 1}")
-    return [i - stack.first for i in chosen if stack.first <= i < stack.first + stack.count]
+        return list(places.values())
+    if layers == "every_other":
+        return [number for place, number in places.items() if place % 2]
+    if layers == "last_half":
+        return [number for place, number in places.items() if place >= count // 2]
+    if stack.having:  # the numbers are those of blocks
+        if wrong := sorted({*layers} - {*(range(stack.count) if stack.total else stack.numbers)}):
+            having = listed([*map(str, stack.numbers)], 12)
+            raise UpcycleError(f"moe.layers has {wrong}; the layers that have a network are {having}")
+        return sorted({*layers} & {*stack.numbers})
+    if wrong := [i for i in sorted(set(layers)) if not 0 <= i < count]:
+        where = "model" if stack.name == "layers" or stack.total else stack.name
+        raise UpcycleError(f"moe.layers has {wrong}; the {where} has layers 0 to {count - 1}")
+    return [number for place, number in places.items() if place in layers]
 
 
 def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:

@@ -177,11 +177,11 @@ def _check_memory(dense: Dense, asked: ToCalibrate, device: torch.device) -> Non
         "sample": lambda stack: 4 * asked.sample * stack.hidden,
     }
     large = {
-        name: sum(stack.count * nbytes(stack) for stack in dense.stacks)
+        name: sum(len(stack.numbers) * nbytes(stack) for stack in dense.stacks)
         for name, nbytes in each.items()
         if name in asked.collect
     }
-    layers = sum(stack.count for stack in dense.stacks)
+    layers = sum(len(stack.numbers) for stack in dense.stacks)
     for name, nbytes in large.items():
         say(f"{name} of {layers} layers takes {size(nbytes)} of memory, and of the file")
     free = _free(device)

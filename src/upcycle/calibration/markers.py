@@ -41,7 +41,7 @@ class Markers:
 def refuse(dense: Dense, marked: int) -> None:
     """Refuse networks without a gate or with biases, for which CMoE has no formula, and narrow ones."""
     for stack in dense.stacks:
-        for i in range(stack.count):
+        for i in stack.numbers:
             network = dense.feed_forward(i, stack.name)
             if network.gate is None or network.biases():
                 raise UpcycleError(
@@ -61,7 +61,7 @@ def markers(dense: Dense, marked: int, device: torch.device) -> dict[tuple[str, 
 
     out = {}
     for stack in dense.stacks:
-        for i in range(stack.count):
+        for i in stack.numbers:
             network = dense.feed_forward(i, stack.name)
             assert network.gate is not None
             out[stack.name, i] = Markers(

@@ -71,7 +71,7 @@ class Observer:
                 self.sums[f"{TOKENS}.{stack.name}"] = torch.zeros(
                     2, domains, dtype=torch.int64, device=device
                 )
-            for i in range(stack.count):
+            for i in stack.numbers:
                 for position in positions:
                     found = self._place(stack, position, i)
                     if found is None:

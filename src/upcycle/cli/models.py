@@ -44,7 +44,8 @@ def markdown() -> str:
         "## Models that become an upcycled one",
         _table(("model", "model_type", "why there is no native one"), (_row(f, f.no_native) for f in other)),
         f"The types {_names(families.SAME)} are the class of {_names(set(families.SAME.values()))} in "
-        f"transformers and are taken as such.",
+        f"transformers and are taken as such. So is a type that nobody knows if `architectures` in its "
+        f"config.json names a class of this page: `LlamaForCausalLM`, for example.",
         "## Multimodal models around a text model",
         AROUND,
         textwrap.fill(TOWERS.format(sees=", ".join(f"`{f.model_type}`" for f in known if f.sees)), 110),

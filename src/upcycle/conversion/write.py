@@ -23,7 +23,7 @@ from upcycle.blueprints.blueprint import Blueprint, Entry, blueprint
 from upcycle.checkpoints.carried import carried
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
 from upcycle.checkpoints.dtypes import TooLargeError
-from upcycle.conversion import card, provenance, selection, tokenizer
+from upcycle.conversion import card, generation_settings, provenance, selection, tokenizer
 from upcycle.conversion.journal import JOURNAL, Journal
 from upcycle.conversion.shard_files import ShardFiles
 from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
@@ -256,7 +256,7 @@ def _finish(
     """Write the files that make a folder of tensors a model, and rename the folder into place."""
     whole_file.clear(partial)
     names, left = carry(built.source.folder, partial)
-    made_anew = fit_tokenizer(built, partial)
+    made_anew = fit_tokenizer(built, partial) | generation_settings.write(built, partial)
     if shards.index is not None:
         whole_file.write_json(partial / INDEX, shards.index)
     selection.write(built, partial)

@@ -23,6 +23,7 @@ from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._names import Names, spelled
 from upcycle.families._weights import Weight
 from upcycle.families._wrappers import TEXT, VISION, WRAPPERS, Wrapper
+from upcycle.targets import natives
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
 
@@ -44,7 +45,10 @@ class Dense:
     def tensors(self) -> dict[str, Lazy]:
         """The model's tensors by the names of its family."""
         found = ((self.place.own(name), info) for name, info in self._kept())
-        return {own: Stored(self.checkpoint, info) for own, info in found if own is not None}
+        stored: dict[str, Lazy] = {
+            own: Stored(self.checkpoint, info) for own, info in found if own is not None
+        }
+        return self.family.as_opened(self.config, stored)
 
     @cached_property
     def around(self) -> dict[str, Lazy]:
@@ -280,8 +284,10 @@ def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:
 
 def has_experts(own: Mapping[str, Any]) -> bool:
     """Return whether a config is that of a Mixture of Experts."""
-    several = any(_several(own.get(key)) for key in _MOE_KEYS)
-    return targets.opened(own) is not None or "moe" in own or (own.get("num_local_experts") != 0 and several)
+    if targets.opened(own) is not None or "moe" in own:
+        return True
+    # The class of some dense models can have experts, and knows how many it would have.
+    return own.get("model_type") not in natives.names() and any(_several(own.get(key)) for key in _MOE_KEYS)
 
 
 def _several(count: Any) -> bool:
@@ -300,7 +306,8 @@ def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> 
             f"{shown(model_type)}, which upcycle does not know"
             f"{nearest_of_many(model_type, families.names(), 'upcycle list')}"
         )
-    return families.find(families.find(model_type).meant(own))
+    known = families.by_class(own) or model_type
+    return families.find(families.find(known).meant(own))
 
 
 def _within(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any], *, alone: bool) -> places.Within:

@@ -35,13 +35,7 @@ SILENT = frozenset(
 # Dense model types without a file here, and why (each was run, or its block compared).
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
-    "nomic_bert": "its class splits stored matrices when it opens them, which an upcycled twin does not",
-    "siglip2": "it reads images as lists of patches with their shapes, which was never tried",
-    "nemotron_h": "its networks are layers of their own between others, not parts of blocks",
-    "gemma4": "its class has experts beside the network (enable_moe_block), which was never tried",
-    "wav2vec2": "it reads waves of sound, which was never tried",
-    "bloom": "its networks add the residual stream themselves, so that experts cannot take their place",
-    "apertus": "its activation (xIELU) learns numbers of its own, which experts do not have",
+    "gemma4": "the multimodal model was never tried; --part-only text takes its text model out of it",
     "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
 }
 
@@ -112,6 +106,10 @@ class Family(abc.ABC):
     def weights(self, config: Config) -> Weights:
         """Return every tensor of the dense checkpoint by its name on disk: its shape and its kind."""
 
+    def as_opened(self, config: Config, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+        """Return the tensors with the values that they have once transformers has opened the checkpoint."""
+        return tensors
+
     def optional(self, config: Config) -> Weights:
         """Return the tensors that a checkpoint may have besides those of `weights`."""
         return {}
@@ -146,9 +144,14 @@ class Family(abc.ABC):
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the inputs of a forward pass for a comparison of two models.
 
-        Each name maps to `tokens` or `pixels` and a shape of about so many tokens in four short rows.
+        Each name maps to `tokens`, `pixels` or `sound` and a shape of about so many tokens in four short
+        rows. Inputs of other kinds are in `beside`.
         """
         return {"input_ids": ("tokens", (4, min(tokens // 4, self.length(config))))}
+
+    def beside(self, config: Config) -> dict[str, list[list[int]]]:
+        """Return the inputs of that forward pass that say what the others are: rows of whole numbers."""
+        return {}
 
     def switches(self, config: Config) -> dict[str, int]:
         """Return the numbers of tokens from which on the model computes otherwise, by name."""
@@ -256,6 +259,16 @@ def find(model_type: str) -> Family:
     raise UpcycleError(
         f"unknown model_type {shown(model_type)}{nearest_of_many(model_type, names(), 'upcycle list')}"
     )
+
+
+def by_class(raw: Mapping[str, Any]) -> str | None:
+    """Return the type of the family whose class a config.json names, if nobody knows its own model_type."""
+    model_type, named = raw.get("model_type"), raw.get("architectures")
+    if not isinstance(model_type, str) or model_type in {*names(), *SAME, *REFUSED}:
+        return None
+    name = named[0] if isinstance(named, list) and named else None
+    found = [known for known in names() if name in find(known).architectures]
+    return found[0] if len(found) == 1 else None
 
 
 def names() -> list[str]:

@@ -83,6 +83,7 @@ _SIDES = Kind(
     "a whole number of 1 or more, or two of them",
     lambda v: _SIZE.fits(v) or (_is_list(v) and len(v) == 2 and all(map(_SIZE.fits, v))),
 )
+_SIZES = Kind(f"{_SIZE.said}, or a list of them", lambda v: _SIZE.fits(v) or _SIZE.listed().fits(v))
 _SIZE_OR_AUTO = Kind(f"{_SIZE.said}, or auto", lambda v: v == "auto" or _SIZE.fits(v))
 _TEXTS = Kind("text, or a list of text", lambda v: _TEXT.fits(v) or _TEXT.listed().fits(v))
 _ACT = _one_of(ACTIVATIONS)
@@ -113,6 +114,7 @@ def _each(kind: Kind, keys: str) -> dict[str, Kind]:
 KINDS: Mapping[str, Kind] = {
     **_each(
         _SIZE,
+        "vocab_size_per_layer_input "
         "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings "
         "original_max_position_embeddings no_rope_layer_interval "
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
@@ -122,12 +124,16 @@ KINDS: Mapping[str, Kind] = {
         "kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_n_heads "
         "mamba_n_groups mamba_d_state mamba_d_conv mamba_expand num_mel_bins max_source_positions "
         "max_target_positions encoder_ffn_dim "
-        "decoder_ffn_dim encoder_attention_heads decoder_attention_heads",
+        "decoder_ffn_dim encoder_attention_heads decoder_attention_heads num_patches "
+        "num_conv_pos_embeddings num_conv_pos_embedding_groups adapter_kernel_size adapter_stride "
+        "num_adapter_layers ssm_state_size pretraining_tp "
+        "mamba_num_heads mamba_head_dim n_groups expand chunk_size",
     ),
     **_each(
         _SIZE.or_null(),
+        "global_head_dim num_global_key_value_heads "
         "num_key_value_heads head_dim pooler_output_size attention_chunk_size n_inner word_embed_proj_dim "
-        "projection_size q_lora_rank num_kv_heads ffn_hidden_size",
+        "projection_size q_lora_rank num_kv_heads ffn_hidden_size output_hidden_size adapter_attn_dim",
     ),
     **_each(
         _BLOCKS,
@@ -138,10 +144,15 @@ KINDS: Mapping[str, Kind] = {
     "sliding_window_pattern": _PATTERN.or_null(),
     **_each(
         _COUNT,
+        "hidden_size_per_layer_input num_kv_shared_layers "
         "max_window_layers num_register_tokens type_vocab_size num_local_experts shared_intermediate_size",
     ),
     **_each(_COUNT.or_null(), "chunk_size_feed_forward num_labels num_ln_in_parallel_attn"),
     "max_relative_positions": _ID,
+    "num_logits_to_keep": _COUNT,
+    "mamba_ssm_cache_dtype": _TEXT,
+    "layers_block_type": _TEXT.listed().or_null(),
+    "hybrid_override_pattern": _TEXT.or_null(),
     "mamba_d_head": _SIZE_OR_AUTO,
     "pos_att_type": _TEXTS.or_null(),
     "position_embedding_type": _TEXT.or_null(),
@@ -155,7 +166,9 @@ KINDS: Mapping[str, Kind] = {
         _FLAG,
         "attention_bias mlp_bias use_bias qkv_bias tie_word_embeddings use_cache use_sliding_window "
         "use_qkv_bias qk_layernorm use_parallel_residual attention_out_bias conv_bias "
-        "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias",
+        "block_auto_adjust_ff_dim mamba_conv_bias mamba_proj_bias do_stable_layer_norm add_adapter "
+        "attention_k_eq_v enable_moe_block use_double_wide_mlp use_conv_bias slow_but_exact residual_in_fp32 "
+        "rescale_prenorm_residual apply_residual_connection_post_layernorm",
     ),
     **_each(
         _FLAG.or_null(),
@@ -166,7 +179,7 @@ KINDS: Mapping[str, Kind] = {
         "use_gated_mlp alibi new_decoder_architecture multi_query parallel_attn bias relative_attention "
         "position_biased_input share_att_key",
     ),
-    **_each(_ACT, "hidden_act activation_function activation"),
+    **_each(_ACT, "hidden_act activation_function activation mlp_hidden_act mamba_hidden_act"),
     "hidden_activation": _ACT.or_null(),
     "feed_forward_proj": _GATED_ACT,
     **_each(_NOT_NEGATIVE, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon "
@@ -175,7 +188,8 @@ KINDS: Mapping[str, Kind] = {
     **_each(
         _SHARE,
         "attention_dropout embd_pdrop resid_pdrop dropout_rate drop_path_rate hidden_dropout_prob "
-        "attention_probs_dropout_prob residual_dropout",
+        "attention_probs_dropout_prob residual_dropout activation_dropout hidden_dropout "
+        "mask_time_prob mask_feature_prob",
     ),
     **_each(_SHARE.or_null(), "partial_rotary_factor classifier_dropout"),
     **_each(
@@ -183,9 +197,13 @@ KINDS: Mapping[str, Kind] = {
         "logit_scale logit_scale_init_value embedding_multiplier "
         "residual_multiplier attention_multiplier",
     ),
+    **_each(_NOT_NEGATIVE, "time_step_min time_step_max time_step_floor"),
     **_each(_POSITIVE, "logits_scaling query_pre_attn_scalar mlp_ratio"),
     **_each(_POSITIVE.or_null(), "attn_logit_softcapping final_logit_softcapping clip_qkv rope_theta"),
     **_each(_SIDES, "image_size patch_size"),
+    **_each(_SIZE.listed(), "conv_dim conv_stride"),
+    "conv_kernel": _SIZES,
+    "feat_extract_norm": _one_of(frozenset({"group", "layer"})),
     "hidden_sizes": _a_stage(_SIZE),
     "depths": _a_stage(_BLOCKS),
     "architectures": _TEXT.listed().or_null(),

@@ -30,7 +30,7 @@ class Decoder(DecoderWidth, Trained):
     }  # fmt: skip
     per_block: tuple[str, ...] = ("layer_types",)
     tied = ("lm_head.weight", "model.embed_tokens.weight")
-    before = ("embed_tokens.",)
+    before: tuple[str, ...] = ("embed_tokens.",)
     after = ("norm.",)
     network_norm = "post_attention_layernorm"  # the norm that only the feed-forward network reads, if any
     part = "mlp"  # the feed-forward network, by its name in a block

@@ -11,7 +11,7 @@ from upcycle.families import Config, Grid, Stack, Weights
 from upcycle.families._checked import check
 from upcycle.families._encoder import pair
 from upcycle.families._training import Trained
-from upcycle.families._weights import Table, below, linear, norm
+from upcycle.families._weights import Bias, RowMatrix, Table, below, linear, norm, row_linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
@@ -56,7 +56,7 @@ class DualEncoder(Trained):
             out |= below(f"{tower}_model.", blocks(config[tower]))
         return out
 
-    def words(self, config: Config) -> Weights:
+    def tables(self, config: Config) -> Weights:
         """Return words and positions of the encoder of texts."""
         text = config["text"]
         places = (text["max_position_embeddings"], text["hidden_size"])
@@ -66,14 +66,20 @@ class DualEncoder(Trained):
         }
 
     def lengths(self, config: Config) -> dict[str, int]:
-        patches = positions(config["vision"], class_token=self.class_token)
+        grid = self.grid(config, "vision")
+        assert grid is not None
+        patches = grid.rows * grid.columns + self.class_token
         return {"text": config["text"]["max_position_embeddings"], "vision": patches}
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
         return patches(config["vision"]) if stack == "vision" else None
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {**super().inputs(config, tokens), "pixel_values": ("pixels", (4, *image(config["vision"])))}
+        return {**self.words(config, tokens), "pixel_values": ("pixels", (4, *image(config["vision"])))}
+
+    def words(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the part of `inputs` that the text model reads."""
+        return super().inputs(config, tokens)
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         return tuple(
@@ -174,3 +180,15 @@ def image(vision: Mapping[str, Any]) -> tuple[int, int, int]:
 def counted_out(name: str) -> str | None:
     """Return why a buffer of positions is not in the result, or None for another tensor."""
     return "a buffer that transformers counts out" if name.endswith("embeddings.position_ids") else None
+
+
+def attending_head(vision: Mapping[str, Any]) -> Weights:
+    """Return the tensors of SigLIP's head, which attends to the patches."""
+    hidden, width = vision["hidden_size"], vision["intermediate_size"]
+    out: Weights = {
+        "probe": Table((1, 1, hidden)),
+        "attention.in_proj_weight": RowMatrix((3 * hidden, hidden)),
+        "attention.in_proj_bias": Bias((3 * hidden,)),
+    }
+    out |= row_linear("attention.out_proj", hidden, hidden) | norm("layernorm", hidden)
+    return out | row_linear("mlp.fc1", width, hidden) | row_linear("mlp.fc2", hidden, width)

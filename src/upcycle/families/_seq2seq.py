@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._encoder import Encoder
 from upcycle.families._weights import Table, below, linear, norm
@@ -38,13 +39,38 @@ class Seq2Seq(Encoder):
             "hidden_act": config["activation_function"],
         }
 
+    def config(self, raw: Mapping[str, Any]) -> Config:
+        config = super().config(raw)
+        if (name := config["architectures"][0]).endswith("ForCausalLM"):
+            raise UpcycleError(
+                f"config.json names the class {name}, which is the decoder alone; give the encoder with its "
+                f"decoder ({self.architectures[-1]})"
+            )
+        return config
+
+    def parts(self, config: Config) -> tuple[str, ...]:
+        """Return the stacks that the class has; one that classifies sound has the encoder alone."""
+        return STACKS[:1] if config["architectures"][0].endswith("ForAudioClassification") else STACKS
+
+    def base(self, config: Config) -> str:
+        return super().base(config) if len(self.parts(config)) > 1 else ""
+
+    def unlisted(self, config: Config, name: str) -> bool:
+        body = tuple(self.base(config) + part for part in ("shared.", "encoder.", "decoder."))
+        return config["architectures"][0] not in self.architectures and not name.startswith(body)
+
     @abc.abstractmethod
     def outside(self, config: Config) -> Weights:
         """Return the tensors of the base model outside its blocks, by their names in it."""
 
     def body(self, config: Config) -> Weights:
-        hidden, out = config["d_model"], self.outside(config)
-        for stack in STACKS:
+        hidden, parts = config["d_model"], self.parts(config)
+        out = {
+            name: weight
+            for name, weight in self.outside(config).items()
+            if name.startswith(("shared.", *parts))
+        }
+        for stack in parts:
             block = self._attention(hidden, "self_attn") | norm("final_layer_norm", hidden)
             block |= self._attention(hidden, "encoder_attn") if stack == "decoder" else {}
             width = config[f"{stack}_ffn_dim"]
@@ -64,7 +90,7 @@ class Seq2Seq(Encoder):
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         read = super().inputs(config, tokens)
-        return {**read, "decoder_input_ids": read["input_ids"]}
+        return {**read, "decoder_input_ids": read["input_ids"]} if "decoder" in self.parts(config) else read
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         base = self.base(config)
@@ -85,7 +111,7 @@ class Seq2Seq(Encoder):
                 causal=name == "decoder",
                 activation=config["hidden_act"],
             )
-            for name in STACKS
+            for name in self.parts(config)
         )
 
     def stack_of(self, name: str) -> str:

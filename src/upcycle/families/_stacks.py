@@ -23,8 +23,9 @@ class Stack:
 
     name: str = "layers"
     count: int
-    first: int = 0  # number of its first block, if moe.layers counts on from stack to stack
-    total: int = 0  # blocks that moe.layers counts over; 0 means its own
+    having: tuple[int, ...] = ()  # the blocks that have a network, if some of them have none of this stack
+    first: int = 0  # number of its first network, if moe.layers counts on from stack to stack
+    total: int = 0  # networks that moe.layers counts over; 0 means its own
     hidden: int  # channels of its blocks
     width: int  # neurons of its networks
     attention: int = 0  # channels of all heads of a block, whose scores cost FLOPs; 0 means no attention
@@ -41,6 +42,11 @@ class Stack:
     activation: str
     dropout: float = 0.0  # between the activation and the last matrix
     norm_path: str = ""  # path on disk of the norm that only the network reads; empty if there is none
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The numbers of its blocks that have a network."""
+        return self.having or range(self.count)
 
     @property
     def blocks(self) -> str:

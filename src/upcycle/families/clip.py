@@ -31,7 +31,7 @@ class CLIP(DualEncoder):
 
     def outside(self, config: Config) -> Weights:
         text, vision, joint = config["text"], config["vision"], config["projection_dim"]
-        out = self.words(config) | below("vision_model.", around_blocks(vision))
+        out = self.tables(config) | below("vision_model.", around_blocks(vision))
         out |= {
             "logit_scale": Scale((), float(config.get("logit_scale_init_value", 2.6592))),
             "text_projection.weight": RowMatrix((joint, text["hidden_size"])),

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config, Weights
-from upcycle.families._dual import DualEncoder, positions
+from upcycle.families._dual import DualEncoder, attending_head, positions
 from upcycle.families._encoder import pair
-from upcycle.families._weights import Bias, Matrix, RowMatrix, Table, Weight, below, norm, row_linear
+from upcycle.families._weights import Bias, Matrix, Table, Weight, below, norm, row_linear
 
 VISION = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -33,7 +33,7 @@ class SigLIP(DualEncoder):
 
     def outside(self, config: Config) -> Weights:
         text = config["text"]
-        out = self.words(config) | below("vision_model.", around_blocks(config["vision"]))
+        out = self.tables(config) | below("vision_model.", around_blocks(config["vision"]))
         out |= {"logit_scale": Weight((1,)), "logit_bias": Weight((1,))}
         out |= norm("text_model.final_layer_norm", text["hidden_size"])
         joint = text["projection_size"] or text["hidden_size"]
@@ -51,19 +51,7 @@ def around_blocks(vision: Mapping[str, Any]) -> Weights:
         "embeddings.position_embedding.weight": Table((positions(vision, class_token=False), hidden)),
     }
     out |= norm("post_layernorm", hidden)
-    return out | (below("head.", _head(vision)) if vision["vision_use_head"] else {})
-
-
-def _head(vision: Mapping[str, Any]) -> Weights:
-    """Return the tensors of the head that attends to the patches."""
-    hidden, width = vision["hidden_size"], vision["intermediate_size"]
-    out: Weights = {
-        "probe": Table((1, 1, hidden)),
-        "attention.in_proj_weight": RowMatrix((3 * hidden, hidden)),
-        "attention.in_proj_bias": Bias((3 * hidden,)),
-    }
-    out |= row_linear("attention.out_proj", hidden, hidden) | norm("layernorm", hidden)
-    return out | row_linear("mlp.fc1", width, hidden) | row_linear("mlp.fc2", hidden, width)
+    return out | (below("head.", attending_head(vision)) if vision["vision_use_head"] else {})
 
 
 family = SigLIP()

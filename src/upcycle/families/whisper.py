@@ -53,10 +53,9 @@ class Whisper(Seq2Seq):
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         sound = (1, config["num_mel_bins"], 2 * config["max_source_positions"])
-        return {
-            "input_features": ("pixels", sound),
-            "decoder_input_ids": ("tokens", (1, min(tokens // 4, self.length(config)))),
-        }
+        words = ("tokens", (1, min(tokens // 4, self.length(config))))
+        read: dict[str, tuple[str, tuple[int, ...]]] = {"input_features": ("sound", sound)}
+        return read | ({"decoder_input_ids": words} if "decoder" in self.parts(config) else {})
 
     def ignored(self, name: str) -> str | None:
         if name == "proj_out.weight":

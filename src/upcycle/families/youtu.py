@@ -7,6 +7,9 @@ from typing import Any
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._decoder import Decoder
 from upcycle.families._weights import Initial, Normal, Weight, linear, rms_norm
+from upcycle.tensors.computed import Fill
+from upcycle.tensors.lazy import Lazy
+from upcycle.tensors.moved import Concat, Slice
 
 
 class Youtu(Decoder):
@@ -57,6 +60,17 @@ class Youtu(Decoder):
         out |= rms_norm("self_attn.kv_a_layernorm", keys)
         out |= linear("self_attn.kv_b_proj", heads * (nope + values), keys, bias=False)
         return out | linear("self_attn.o_proj", hidden, heads * values, bias=bias)
+
+    def as_opened(self, config: Config, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+        """Empty the row of the padding token, as its class does whenever it opens a checkpoint."""
+        name, pad = "model.embed_tokens.weight", config["pad_token_id"]
+        if pad is None or (table := tensors.get(name)) is None:
+            return tensors
+        rows, hidden = table.shape
+        place = pad % rows
+        parts: list[Lazy] = [Slice(table, 0, a, b) for a, b in ((0, place), (place + 1, rows)) if a < b]
+        parts.insert(place > 0, Fill((1, hidden), table.dtype, 0.0))
+        return {**tensors, name: Concat(tuple(parts), 0)}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         attention = config["num_attention_heads"] * config["v_head_dim"]

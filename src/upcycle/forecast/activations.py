@@ -24,6 +24,8 @@ def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
     and 4 I + 8 if it is not. Experts keep K (4 H + 8 I + 40) + 4 E + 12. A block of ConvNeXt keeps 8 H beside
     its network. A block of ConvNeXt V2, which has a response norm, keeps 6 H beside it and 8 I in it.
     """
+    if layer not in stack.numbers:
+        return float(beside_network(built, stack, convnet_scales=True))
     network = built.dense.feed_forward(layer, stack.name)
     neuron = 8 if network.gate is not None or network.response() else 4
     beside = float(beside_network(built, stack, convnet_scales=not network.response()))
@@ -79,6 +81,8 @@ def costly(setting: Setting, stack: Stack, layer: int) -> float:
     heads, size = config["num_attention_heads"], config["head_dim"]
     keys = 2 * (config.get("num_key_value_heads") or heads or 0) * (size or 0)
     numbers = float(2 * heads * size + keys + stack.hidden) if heads else 0.0
+    if layer not in stack.numbers:
+        return width * numbers / setting.layout.tp + 4 * (heads or 0)
     gate = built.dense.feed_forward(layer, stack.name).gate is not None
     site = site_of(built, stack, layer)
     up = 2 if gate else 1
@@ -96,6 +100,8 @@ def alive_in_network(setting: Setting, stack: Stack, layer: int) -> tuple[float,
     At the activation these are the first matrix's outputs and the activation's with their gradients, and the
     input. At the first matrix they are the gradient of its output, its input and that one's gradient.
     """
+    if layer not in stack.numbers:
+        return 0.0, 0.0
     site = site_of(setting.built, stack, layer)
     gate = setting.built.dense.feed_forward(layer, stack.name).gate is not None
     sets = (
@@ -111,6 +117,6 @@ def alive_in_network(setting: Setting, stack: Stack, layer: int) -> tuple[float,
 
 def attention(setting: Setting, stack: Stack, layer: int) -> float:
     """Return the bytes that a block keeps beside its network, of all tokens of a pass."""
-    network = setting.built.dense.feed_forward(layer, stack.name)
-    of_token = beside_network(setting.built, stack, convnet_scales=not network.response())
+    scales = layer not in stack.numbers or not setting.built.dense.feed_forward(layer, stack.name).response()
+    of_token = beside_network(setting.built, stack, convnet_scales=scales)
     return setting.tokens(stack.name) * of_token * setting.width / BF16

@@ -26,6 +26,11 @@ def auto_class(model_type: str, architecture: str) -> Any:
     return None
 
 
+def knows(model_type: str) -> bool:
+    """Return whether the Auto classes know a model_type."""
+    return model_type in CONFIG_MAPPING
+
+
 def autos() -> list[Any]:
     """Return transformers' Auto classes of models."""
     found = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
+    WeightConverter,
     WeightRenaming,
     build_glob_alternation,
     dot_natural_key,
@@ -19,8 +22,10 @@ from transformers.core_model_loading import (
 from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError, cut
 from upcycle.hf.quiet import quiet
+from upcycle.tensors.moved import Slice
 
 
 def on_meta(
@@ -138,6 +143,26 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
             f"{type(model).__name__} and its tensors do not agree: missing {lacking}, without a place {left}"
         )
     return found
+
+
+def split(model: PreTrainedModel, tensors: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return `tensors` with those that the class splits when it opens a folder (Nomic BERT) in their parts.
+
+    The rules are transformers' own.
+    """
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+    out = dict(tensors)
+    for rule in rules:
+        if len(rule.source_patterns) != 1 or [type(done) for done in rule.operations] != [Chunk]:
+            continue  # what a target writes in memory's form is not affected by the others
+        whole, parts, dim = rule.source_patterns[0], rule.target_patterns, rule.operations[0].dim
+        for name in [name for name in out if re.search(whole, name)]:
+            entry = out.pop(name)
+            size = entry.shape[dim] // len(parts)
+            for i, part in enumerate(parts):
+                lazy = Slice(entry.lazy, dim, i * size, (i + 1) * size)
+                out[re.sub(whole, part, name)] = Entry(lazy, entry.dtype)
+    return out
 
 
 def untie(model: PreTrainedModel, found: Collection[str]) -> None:

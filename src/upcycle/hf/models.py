@@ -36,6 +36,16 @@ class UpcycledModel:
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a prompt as the dense class takes it, which transformers knows by its model_type (Whisper)."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        config.model_type = config.model_type.removeprefix(PREFIX)
+        try:
+            prepare = super()._prepare_decoder_input_ids_for_generation  # type: ignore[misc]
+            return prepare(*args, **kwargs)
+        finally:
+            del config.model_type  # that of the class is seen again
+
     def replace(self) -> None:
         """Replace modules with MoE layers as `config.moe` says."""
         base: nn.Module = self.base_model  # type: ignore[attr-defined]
@@ -56,8 +66,9 @@ class UpcycledModel:
                     setattr(base.get_submodule(owner), name, nn.Identity())
             # Register the hook on the stack, not on the whole model: generation runs an encoder alone, and
             # an image has no mask. A partial, not a closure: a copy of the model calls its own layers.
-            alone = shape.stack == "layers"
-            stack = base if alone else base.get_submodule(shape.module.partition(".")[0])
+            owner = base.get_submodule(shape.module.partition(".")[0])
+            alone = shape.stack == "layers" or isinstance(owner, nn.ModuleList)
+            stack = base if alone else owner
             stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
         if after := getattr(config, "mean_pooling_after", 0):
             base.register_forward_hook(functools.partial(_pool, after))
@@ -66,7 +77,7 @@ class UpcycledModel:
 def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give the attention mask to the MoE layers of a stack before its forward pass."""
     given = dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | kwargs
-    mask = given.get("attention_mask")
+    mask = given.get("attention_mask", given.get("pixel_attention_mask"))
     padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
     for layer in layers:
         layer.padding = padding

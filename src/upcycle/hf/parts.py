@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["ACT2FN", "ALL_EXPERTS_FUNCTIONS", "Conv1D", "tower"]
+__all__ = ["ACT2CLS", "ACT2FN", "ALL_EXPERTS_FUNCTIONS", "Conv1D", "tower"]
 
 
 def tower(model: PreTrainedModel, types: Collection[str]) -> PreTrainedModel:

@@ -13,9 +13,29 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from upcycle.hf.parts import ACT2FN, ALL_EXPERTS_FUNCTIONS
+from upcycle.hf.parts import ACT2CLS, ACT2FN, ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import autocast, kernels
 from upcycle.nn.response_norm import normalise
+
+
+def learned(activation: str) -> nn.Module | None:
+    """Return an activation that learns numbers, as transformers makes it; None for one that does not."""
+    if activation != "xielu":
+        return None
+    made: nn.Module = ACT2CLS[activation](dtype=torch.get_default_dtype())  # bfloat16 if nothing is said
+    return made
+
+
+class _Borrowed(nn.Module):
+    """A module that somebody else has; its parameters are not among those of the module that calls it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._owned_elsewhere = (module,)  # a tuple, so that it is no submodule
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self._owned_elsewhere[0](hidden)
+        return out
 
 
 class Experts(nn.Module):
@@ -31,6 +51,8 @@ class Experts(nn.Module):
     `set_dropout` changes the dropout for a training run and adds one on the output. That one acts on each
     expert's output if a row has one expert (slots, expert choice, top_k with a capacity), and otherwise on
     the weighted sum.
+
+    `act_fn` is an activation with numbers of its own, which its owner shares with others (`learned`).
 
     `config._experts_implementation` chooses the implementation. `eager` is the loop, which also takes over
     for rows that grouped products do not accept (`kernels.py`).
@@ -53,6 +75,7 @@ class Experts(nn.Module):
         bias: bool,
         dropout: float = 0.0,
         response_norm: bool = False,
+        act_fn: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -69,7 +92,7 @@ class Experts(nn.Module):
         if response_norm:
             self.grn_weight = nn.Parameter(torch.zeros(num_experts, intermediate_size))
             self.grn_bias = nn.Parameter(torch.zeros(num_experts, intermediate_size))
-        activated = ACT2FN[activation]
+        activated = ACT2FN[activation] if act_fn is None else _Borrowed(act_fn)
         self.act_fn = nn.Sequential(activated, nn.Dropout(dropout)) if dropout and not gated else activated
         self.dropout = nn.Dropout(dropout if gated else 0.0)
         self.output_dropout = nn.Dropout(0.0)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from upcycle.errors import UpcycleError
 from upcycle.nn import autocast, routers
 from upcycle.nn.dispatch import Groups
-from upcycle.nn.experts import Experts
+from upcycle.nn.experts import Experts, learned
 from upcycle.nn.routing import Routing, Tokens
 from upcycle.nn.shape import Shape
 
@@ -50,9 +50,9 @@ class Router(nn.Module):
 class Shared(nn.Module):
     """The shared expert: a feed-forward network that sees every token of a row."""
 
-    def __init__(self, config: PreTrainedConfig, shape: Shape) -> None:
+    def __init__(self, config: PreTrainedConfig, shape: Shape, act_fn: nn.Module | None = None) -> None:
         super().__init__()
-        self.one = _experts(config, shape, 1, shape.shared_size)
+        self.one = _experts(config, shape, 1, shape.shared_size, act_fn)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Apply the shared expert to rows of tokens [B, L, H]; returns [B, L, H]."""
@@ -61,7 +61,9 @@ class Shared(nn.Module):
         return out.view(rows.shape)
 
 
-def _experts(config: PreTrainedConfig, shape: Shape, count: int, width: int) -> Experts:
+def _experts(
+    config: PreTrainedConfig, shape: Shape, count: int, width: int, act_fn: nn.Module | None
+) -> Experts:
     return Experts(
         config,
         num_experts=count,
@@ -72,6 +74,7 @@ def _experts(config: PreTrainedConfig, shape: Shape, count: int, width: int) -> 
         bias=shape.bias,
         response_norm=shape.response_norm,
         dropout=shape.dropout,
+        act_fn=act_fn,
     )
 
 
@@ -92,13 +95,16 @@ class MoE(nn.Module):
         if shape.causal and not settings.causal:
             raise UpcycleError(f"router {settings.name} in a causal stack: {settings.not_in_a_decoder}")
         self.router = Router(settings, shape)
-        self.experts = _experts(config, shape, shape.num_experts, shape.intermediate_size)
+        act_fn = learned(shape.activation)
+        if act_fn is not None:
+            self.act_fn = act_fn  # as the dense network has it; all experts share it
+        self.experts = _experts(config, shape, shape.num_experts, shape.intermediate_size, act_fn)
         self.universal = (
-            _experts(config, shape, shape.universal_experts, shape.universal_size)
+            _experts(config, shape, shape.universal_experts, shape.universal_size, act_fn)
             if shape.universal_experts
             else None
         )
-        self.shared = Shared(config, shape) if shape.shared_size else None
+        self.shared = Shared(config, shape, act_fn) if shape.shared_size else None
         self.padding: Tensor | None = None
 
     def reset_parameters(self, std: float) -> None:
@@ -162,8 +168,10 @@ class MoE(nn.Module):
         batch, length, size = rows.shape
         padding = self.padding
         if padding is not None:
-            # With a cache of earlier tokens the mask is longer than the current input.
-            fits = padding.shape[0] == batch and padding.shape[1] >= length
+            # With a cache of earlier tokens the mask is longer than the current input. Otherwise a mask of
+            # another length is one of what the positions were made from: of samples of sound, for example.
+            longer = self.shape.causal and padding.shape[1] > length
+            fits = padding.shape[0] == batch and (longer or padding.shape[1] == length)
             padding = padding[:, padding.shape[1] - length :] if fits else None
         group = self.router.settings.group
         if not group:

@@ -77,6 +77,8 @@ def unevenness(parameters: Iterable[Sharded], layout: Layout) -> float:
 def _axis(sharded: Sharded, layout: Layout) -> int:
     """Return the first axis along which a tensor is cut evenly enough, or else the most even one."""
     shape, size = _lengths(_before_fsdp(sharded, layout, 0)), _shards(sharded, layout)
+    if not shape:
+        return 0
     closed = _closed(sharded, layout)
     shares = {0: -(-shape[0] // size) * size / shape[0]} if 0 not in closed else {}
     shares |= {axis: 1.0 for axis, n in enumerate(shape) if axis and axis not in closed and n % size == 0}
@@ -86,10 +88,17 @@ def _axis(sharded: Sharded, layout: Layout) -> int:
 
 def part(sharded: Sharded, layout: Layout, rank: int) -> Part:
     """Return the part of a parameter that a rank holds."""
+    if not sharded.shape:
+        return ()
     place = layout.at(rank)
     number = place.efsdp if sharded.expert and layout.ep > 1 else place.fsdp
     held, axis = _before_fsdp(sharded, layout, rank), sharded.fsdp
     return (*held[:axis], _cut(held[axis], _shards(sharded, layout), number), *held[axis + 1 :])
+
+
+def whole(shape: tuple[int, ...]) -> Part:
+    """Return the part of a tensor that no rank shares, as buffers are."""
+    return tuple(((0, n),) for n in shape)
 
 
 def shape_of(held: Part) -> tuple[int, ...]:
@@ -123,7 +132,7 @@ def pieces(held: Part) -> Iterator[tuple[Ranges, Ranges]]:
 def _before_fsdp(sharded: Sharded, layout: Layout, rank: int) -> Part:
     """Return the part of a parameter that a rank would hold if FSDP did not cut it."""
     place = layout.at(rank)
-    held: list[Ranges] = [((0, n),) for n in sharded.shape]
+    held: list[Ranges] = list(whole(sharded.shape))
     if sharded.expert:
         held[0] = _cut(held[0], layout.ep, place.ep)
     elif sharded.tp is not None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 class Layout(Protocol):
     """The names under which the experts of a layer are stored."""
 
+    @property
+    def first(self) -> str:
+        """The first matrix of a network: gate, or up if it has no gate."""
+
     def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
         """Return the experts by their names on disk, below the layer's prefix."""
 
@@ -61,6 +65,7 @@ class MoeNames(Protocol):
 class PerExpert:
     """One tensor per matrix and expert, below the layer's prefix."""
 
+    first: ClassVar[str] = "gate"
     path: str  # contains {e}
     gate: str
     up: str
@@ -101,9 +106,44 @@ class PerExpert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlainPerExpert:
+    """One tensor per matrix and expert, of networks without a gate, below the layer's prefix."""
+
+    first: ClassVar[str] = "up"
+    path: str  # what the names begin with, without the number of the expert
+
+    def write(self, experts: list[FeedForward]) -> dict[str, Lazy]:
+        """Return the experts by their names on disk."""
+        return {
+            f"{self.path}.{e}.{name}_proj.weight": matrix
+            for e, expert in enumerate(experts)
+            for name, matrix in expert.matrices().items()
+        }
+
+    def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
+        """Return the experts among the tensors of a layer, given by their names below its prefix."""
+        out: list[FeedForward] = []
+        while (up := tensors.get(f"{self.path}.{len(out)}.up_proj.weight")) is not None:
+            out.append(FeedForward(up=up, down=tensors[f"{self.path}.{len(out)}.down_proj.weight"]))
+        return out
+
+    def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return a layer's tensors with its experts as transformers holds them: [E, I, H] and [E, H, I]."""
+        experts = self.read(tensors)
+        if not experts:
+            return dict(tensors)
+        rest = {name: t for name, t in tensors.items() if not name.startswith(f"{self.path}.")}
+        return rest | {
+            f"{self.path}.up_proj": Stack(tuple(x.up for x in experts)),
+            f"{self.path}.down_proj": Stack(tuple(x.down for x in experts)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fused:
     """All experts in two tensors: gate stacked on up [E, 2I, H], and down [E, H, I]."""
 
+    first: ClassVar[str] = "gate"
     gate_up: str
     down: str
 
@@ -201,6 +241,7 @@ _GATED = Fused(gate_up="experts.gate_up_proj", down="experts.down_proj")
 class Stacked:
     """Experts in three-dimensional tensors, as `nn.Experts` holds them; disk and memory are the same."""
 
+    first: ClassVar[str] = "gate"
     path: ClassVar[str] = "experts"  # below the layer
     matrices: ClassVar[tuple[str, ...]] = ("gate_up_proj", "up_proj", "down_proj")
 

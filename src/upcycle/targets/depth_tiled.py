@@ -89,14 +89,13 @@ def _tensors(dense: Dense, times: int) -> dict[str, Lazy]:
     """Return every tensor of the deeper model: block j is block j // `times` of the dense one."""
     wanted = dense.family.shapes(dense.family.config(_config(dense, times)))
     out = dict(dense.tensors)
-    for stack in dense.stacks:
-        prefix = stack.path.partition("{i}")[0]
+    for prefix, count in {s.path.partition("{i}")[0]: s.count for s in dense.stacks}.items():
         blocks: dict[int, dict[str, Lazy]] = {}
         for name in [name for name in out if name.startswith(prefix)]:
             number, _, rest = name.removeprefix(prefix).partition(".")
             if number.isdigit():
                 blocks.setdefault(int(number), {})[rest] = out.pop(name)
-        for j in range(stack.count * times):
+        for j in range(count * times):
             for rest, tensor in blocks[j // times].items():
                 if (name := f"{prefix}{j}.{rest}") in wanted:  # T5 has its position biases in block 0 only
                     out[name] = tensor

@@ -34,7 +34,6 @@ COMMON = (
 )  # fmt: skip
 
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-_LAYERS = "model.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +61,8 @@ class Native(WithExperts):
     base: str = ""  # the class without a head, if its name does not follow from `architecture`
     layout: Layout
     router: str  # name of the router weight [E, H] below the layer's prefix
+    blocks: str = "model.layers."  # what the names of the layers begin with
+    part: str = "mlp"  # a network that stays dense, by its name in a layer
     fields: tuple[str, ...]  # config fields besides COMMON that the dense config gives
     num_experts_field: str = "num_experts"
     top_k_field: str = "num_experts_per_tok"
@@ -169,13 +170,13 @@ class Native(WithExperts):
         every = moe_layer.averaged(models, recipe)
         out = family.backbone(config, self.model_type, every)
         moe = {site.layer: site for site in sites}
-        for layer in range(config["num_hidden_layers"]):
+        for layer in models[0].stacks[0].numbers:
             if layer in moe:
                 made = moe_layer.tensors(models, moe[layer], recipe, self, every)
             else:
                 network = family.feed_forward(config, layer, every)
-                made = {f"mlp.{name}_proj.weight": m for name, m in network.matrices().items()}
-            moe_layer.add(out, f"{_LAYERS}{layer}", made)
+                made = {f"{self.part}.{name}_proj.weight": m for name, m in network.matrices().items()}
+            moe_layer.add(out, f"{self.blocks}{layer}", made)
         return out
 
     def beside_router(
@@ -202,28 +203,34 @@ class Native(WithExperts):
         """Return the architecture that config.json names."""
         name = config.get("model_type")
         found = natives.find(str(name)) if name in natives.names() else None
-        if not isinstance(found, cls) or config.get(found.num_experts_field) == 0:
-            return None  # the same class without experts is a dense model
-        return found
+        return found if isinstance(found, cls) and found.holds_experts(config) else None
 
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
         """Return the blocks by the numbers in the names of their tensors."""
         by_layer: dict[int, dict[str, Lazy]] = {}
         for name, tensor in tensors.items():
-            if name.startswith(_LAYERS):
-                layer, _, rest = name.removeprefix(_LAYERS).partition(".")
+            if name.startswith(self.blocks):
+                layer, _, rest = name.removeprefix(self.blocks).partition(".")
                 if not (layer.isascii() and layer.isdecimal()):
                     raise UpcycleError(f"{folder} holds {name!r}: {layer!r} is no number of a layer")
                 by_layer.setdefault(int(layer), {})[rest] = tensor
         if not by_layer:
-            raise UpcycleError(f"{folder} has no tensors of layers (model.layers.N. ...)")
-        return [self._block(number, layer) for number, layer in sorted(by_layer.items())]
+            raise UpcycleError(f"{folder} has no tensors of layers ({self.blocks}N. ...)")
+        return [self._block(number, layer) for number, layer in sorted(by_layer.items()) if self.has(layer)]
+
+    def has(self, tensors: Mapping[str, Lazy]) -> bool:
+        """Return whether a layer, of which these are the tensors, has a network."""
+        return True
+
+    def holds_experts(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a model of this class and config.json has experts; the same class may have none."""
+        return config.get(self.num_experts_field) != 0
 
     def _block(self, number: int, tensors: Mapping[str, Lazy]) -> Block:
         """Return one block, given its tensors by their names in it."""
         experts = self.layout.read(tensors)
         router = tensors[self.router] if experts else None
-        up = experts[0].up if experts else tensors["mlp.gate_proj.weight"]
+        up = experts[0].up if experts else tensors[f"{self.part}.{self.layout.first}_proj.weight"]
         return Block(stack="layers", layer=number, experts=experts, router=router, up=up)
 
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:
@@ -253,9 +260,9 @@ class Native(WithExperts):
         layers: dict[str, dict[str, Entry]] = {}
         out: dict[str, Entry] = {}
         for name, entry in entries.items():
-            if name.startswith(_LAYERS):
-                number, _, rest = name.removeprefix(_LAYERS).partition(".")
-                layers.setdefault(f"{_LAYERS}{number}", {})[rest] = entry
+            if name.startswith(self.blocks):
+                number, _, rest = name.removeprefix(self.blocks).partition(".")
+                layers.setdefault(f"{self.blocks}{number}", {})[rest] = entry
             else:
                 out[name] = entry
         for prefix, layer in layers.items():

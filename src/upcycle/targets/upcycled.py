@@ -158,7 +158,7 @@ class Upcycled(WithExperts):
         moe = _moe_layers(config, folder)
         out = []
         for stack in family.stacks(whole):
-            for i in range(stack.count):
+            for i in stack.numbers:
                 if (stack.name, i) in moe:
                     out.append(_block(stack, i, tensors))
                 else:

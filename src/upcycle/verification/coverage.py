@@ -64,7 +64,9 @@ def of_transformers(built: Blueprint, moe: Checkpoint) -> Check:
             model, report = headers.loaded(architecture, moe.folder, state)
         except Exception as error:  # whatever it rejects in a damaged folder is the finding
             return Check(name=name, holds=False, detail=f"cannot be loaded: {reason(error)}")
-    found = {kind.split("_")[0]: sorted(map(str, report[kind])) for kind in report}
+    dense = built.dense  # a source may lack what its class can do without, and then the result does
+    spared = dense.family.may_lack(dense.config) - dense.tensors.keys()
+    found = {kind.split("_")[0]: sorted({*map(str, report[kind])} - spared) for kind in report}
     count = sum(1 for _ in model.parameters())
     return Check(
         name=name,

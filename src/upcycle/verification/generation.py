@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.blueprints.blueprint import Blueprint
-from upcycle.verification.outputs import TOLERANCE
+from upcycle.verification.outputs import TOLERANCE, random
 from upcycle.verification.proof import Check, relative_to
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Generation:
     prompts: tuple[int, ...]  # tokens of each prompt
     at_switches: bool  # each prompt ends `BEFORE` tokens before a switch
     vocabulary: int
+    heard: Mapping[str, tuple[str, tuple[int, ...]]]  # inputs besides the prompt: those of an encoder
     beyond: str  # says which switches lie too far to be checked
     differs: str | None  # why the target is known to differ past a switch
     promised: bool
@@ -34,14 +36,19 @@ class Generation:
     def ask(self, model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return, for each prompt, the new tokens [T] and the logits that chose them [T, V]."""
         import torch
+        from transformers import GenerationMixin
 
         out = []
         for length in self.prompts:
             generator = torch.Generator().manual_seed(length)
             given = torch.randint(self.vocabulary, (1, length), generator=generator)
-            made: Any = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+            said = {"inputs": given, "attention_mask": torch.ones_like(given)}
+            if self.heard:
+                said = random(self.heard, self.vocabulary) | {"decoder_input_ids": given}
+            # The common method: Whisper's own one cuts sound into pieces, and wants settings for it.
+            made: Any = GenerationMixin.generate(
+                model,
+                **said,
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
@@ -83,9 +90,12 @@ class Generation:
 def generation(built: Blueprint) -> list[Generation]:
     """Return the question about generation; none for a model that does not go on from a text."""
     dense = built.dense
-    if "input_ids" not in dense.family.inputs(dense.config, NEW):
+    kinds = dense.family.inputs(dense.config, NEW)
+    causal = [stack.name for stack in dense.stacks if stack.causal]
+    if not causal or not {"input_ids", "decoder_input_ids"} & {*kinds}:
         return []
-    if not dense.architecture.endswith(("ForCausalLM", "ForConditionalGeneration")):
+    heard = {} if "input_ids" in kinds else {n: k for n, k in kinds.items() if n != "decoder_input_ids"}
+    if not dense.architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
         return []
     switches = dense.family.switches(dense.config)
     length = dense.family.length(dense.config)
@@ -93,14 +103,14 @@ def generation(built: Blueprint) -> list[Generation]:
     near = {name: at for name, at in switches.items() if at <= length and at - BEFORE <= LONGEST - NEW}
     far = [f"{name} at {at:,} tokens" for name, at in switches.items() if name not in near]
     prompts = {max(1, at - BEFORE) for at in near.values()} or {min(8, room)}
-    causal = [stack.name for stack in dense.stacks if stack.causal]
     return [
         Generation(
             prompts=tuple(sorted(prompts)),
             at_switches=bool(near),
             vocabulary=dense.config["vocab_size"],
+            heard=heard,
             beyond=f"; not checked, as it lies far out: {', '.join(far)}" if far else "",
-            differs=dense.family.parts_ways(dense.config, built.target.model_type) if causal else None,
+            differs=dense.family.parts_ways(dense.config, built.target.model_type),
             promised=built.preserves_function,
         )
     ]

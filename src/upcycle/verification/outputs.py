@@ -13,7 +13,6 @@ from upcycle.blueprints.blueprint import Blueprint
 from upcycle.dense.places import Tower
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
-from upcycle.families import Config
 from upcycle.nn.upcycled_config import PREFIX
 from upcycle.verification.proof import Check, Difference, reason, relative_to
 
@@ -91,12 +90,15 @@ class Outputs:
 
 def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
     """Return the questions about logits: on random input, and on what `shown` names."""
+    import torch
+
     if built.tower is not None:
         text, seen = replace(shown, images=None), replace(shown, text=None)
         return [*outputs(replace(built, tower=None), text), *outputs(built.tower, seen)]
     dense = built.dense
     kinds = dense.family.inputs(dense.config, TOKENS)
-    inputs = {"random": _random(kinds, dense.config)}
+    beside = {name: torch.tensor(rows) for name, rows in dense.family.beside(dense.config).items()}
+    inputs = {"random": random(kinds, dense.config["vocab_size"]) | beside}
     if shown.text is not None:
         ids = _tokens(built.source.folder, shown.text, dense.family.length(dense.config))
         names = [name for name, (kind, _) in kinds.items() if kind == "tokens"]
@@ -111,7 +113,10 @@ def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
             Outputs(name=f"vision tower, {name}", inputs=given, built=built, tower=types)
             for name, given in inputs.items()
         ]
-    return [Outputs(name=f"logits, {name}", inputs=given, built=built) for name, given in inputs.items()]
+    return [
+        Outputs(name=f"logits, {name}", inputs=_as_read(dense, given), built=built)
+        for name, given in inputs.items()
+    ]
 
 
 def padded(built: Blueprint) -> list[Outputs]:
@@ -122,21 +127,41 @@ def padded(built: Blueprint) -> list[Outputs]:
     if "input_ids" not in kinds or any(kind != "tokens" for kind, _ in kinds.values()):
         return []
     rows, length = 2, min(kinds["input_ids"][1][1], TOKENS // 4)
-    given = _random({n: (kind, (rows, length)) for n, (kind, _) in kinds.items()}, built.dense.config)
+    shapes = {n: (kind, (rows, length)) for n, (kind, _) in kinds.items()}
+    given = random(shapes, built.dense.config["vocab_size"])
     mask = torch.ones(rows, length, dtype=torch.long)
     mask[0, : length // 3] = 0
     given["attention_mask"] = mask
     kept = None if "decoder_input_ids" in kinds else mask.bool()
+    given = _as_read(built.dense, given)
     return [Outputs(name="logits, padded on the left", inputs=given, built=built, kept=kept)]
 
 
-def _random(shapes: Mapping[str, tuple[str, tuple[int, ...]]], config: Config) -> dict[str, torch.Tensor]:
+def _as_read(dense: Dense, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return rows of tokens in the form that the head reads.
+
+    BART and T5 read a class at the end of a text, so each row has one end. A head that chooses between rows
+    reads [B, rows, L].
+    """
+    rows = {n for n, given in inputs.items() if n.endswith("input_ids") or n == "attention_mask"}
+    out, ids = dict(inputs), inputs.get("input_ids")
+    ends = dense.config.get("eos_token_id")
+    if ids is not None and "decoder_input_ids" in inputs and dense.architecture.endswith("Classification"):
+        end = ends[0] if isinstance(ends, list) else 2 if ends is None else ends
+        out["input_ids"] = ids.where(ids != end, (end + 1) % dense.config["vocab_size"])
+        out["input_ids"][:, -1] = end
+    if dense.architecture.endswith("ForMultipleChoice"):
+        out |= {n: out[n].view(-1, min(2, len(out[n])), *out[n].shape[1:]) for n in rows}
+    return out
+
+
+def random(shapes: Mapping[str, tuple[str, tuple[int, ...]]], vocabulary: int) -> dict[str, torch.Tensor]:
     """Return random input of the given kinds and shapes; it is the same in every call."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randint(config["vocab_size"], shape, generator=generator)
+        name: torch.randint(vocabulary, shape, generator=generator)
         if kind == "tokens"
         else torch.randn(shape, generator=generator)
         for name, (kind, shape) in shapes.items()
@@ -169,7 +194,7 @@ def _pixels(dense: Dense, images: Path) -> dict[str, torch.Tensor]:
     from upcycle.system import scratch
     from upcycle.tasks._rows import of_images
 
-    if not any(kind != "tokens" for kind, _ in dense.family.inputs(dense.config, TOKENS).values()):
+    if not any(kind == "pixels" for kind, _ in dense.family.inputs(dense.config, TOKENS).values()):
         raise UpcycleError(f"--images is for models that read images, and {dense.family.model_type} does not")
     with scratch.folder() as cache:
         found = of_images(images, Subject.of_dense(dense), cache, gradient=False, seed=0)

@@ -130,9 +130,12 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
         {"experts_implementation": "eager"} if side.one_by_one else {"left_out": built.left_out}
     )
     try:
-        opening.read_config(side.folder)  # registers an upcycled type
-        known = (autos.auto_class(model_type, side.architecture) for model_type in side.model_types)
-        by = next(filter(None, known), None) or models.architecture(side.architecture)
+        if autos.knows(side.model_types[0]):
+            opening.read_config(side.folder)  # registers an upcycled type
+            known = (autos.auto_class(model_type, side.architecture) for model_type in side.model_types)
+            by = next(filter(None, known), None) or models.architecture(side.architecture)
+        else:  # of a type that is nobody's, which a user can only open by the class that config.json names
+            by = models.architecture(side.architecture)
         model = opening.fill(by, side.folder, dtype=side.dtype or torch.float32, **options)
     except UpcycleError as error:
         raise FailedError(f"the {side.role} cannot be opened: {error}") from error

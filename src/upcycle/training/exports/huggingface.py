@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from upcycle.blueprints.blueprint import with_cache
-from upcycle.conversion import selection
+from upcycle.conversion import generation_settings, selection
 from upcycle.conversion.write import carry, fit_tokenizer
 from upcycle.errors import UpcycleError
 from upcycle.hf.quiet import quiet
@@ -34,7 +34,7 @@ class HuggingFace(Format):
         write_model(trained.model, trained, folder, dtype)
         carried, left = carry(begun.dense.checkpoint.folder, folder)
         if begun.built:
-            made_anew = fit_tokenizer(begun.built, folder)
+            made_anew = fit_tokenizer(begun.built, folder) | generation_settings.write(begun.built, folder)
             carried = [name for name in carried if name not in made_anew]
         of_task = {} if trained.run.task is None else trained.run.task.files()
         for name, text in of_task.items():
