@@ -109,6 +109,7 @@ def test_no_command_opens_what_is_not_its_own(
         assert mine or words[0] == "train", "the watch sees nothing"
 
 
+@pytest.mark.slow
 def test_the_watch_sees_what_is_stray(opened: Opened, shop: Workshop, home: Path, tmp_path: Path) -> None:
     """A base of a recipe that lies elsewhere, and a file that is not the output."""
     (tmp_path / "base.toml").write_text("[moe]\nnum_experts = 4\n")

@@ -422,6 +422,7 @@ def test_a_row_with_a_field_missing_or_of_another_kind_is_a_sentence(task, odd, 
         assert "line 2" in str(said.value) or f"task {task}, example 2" in str(said.value)
 
 
+@pytest.mark.slow
 def test_rows_of_a_task_that_is_not_known_here(dense_model, tmp_path):
     """The harness's own templates fail on them in ways of their own."""
     (tmp_path / "winogrande.jsonl").write_text('{"query": "a"}\n')

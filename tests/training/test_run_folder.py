@@ -596,6 +596,7 @@ def test_damaged_moments_are_said(damaged: str, table: Table, tmp_path: Path) ->
 # --- the whole command, interrupted
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment(table: Table, server: forked.Server, tmp_path: Path) -> None:
     """Each ends with 130 and a sentence, and a run that was interrupted five times has the losses of one that
     was not."""

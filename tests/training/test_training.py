@@ -359,6 +359,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(table, tmp_pat
     assert saving.latest(tmp_path / "run").name == f"step-{step - 1}"
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_and_bfloat16_train(table, tmp_path):
     whole = train(Run.of(table(**MOE, out=str(tmp_path / "a"))))
     changes = {"activation_checkpointing": True, "precision": "mixed"}
@@ -369,6 +370,7 @@ def test_activation_checkpointing_and_bfloat16_train(table, tmp_path):
     assert pure.loss == pytest.approx(whole.loss, rel=5e-2)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_run(table, tmp_path, monkeypatch):
     if not shutil.which("c++"):
         pytest.skip("torch.compile needs a C++ compiler on a CPU")

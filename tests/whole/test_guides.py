@@ -30,12 +30,14 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import gloo
+from marks import quick
 from upcycle import cli, families
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ("architecture.md", "keys.md")
 PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in REFERENCE)
 GUIDES = [ROOT / "README.md", *PAGES]
+LONG = ("train.md", "merge.md")
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n+)?"
     r"^```(?P<kind>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$",
@@ -200,7 +202,9 @@ def see_new_files() -> None:
             CONFIG_MAPPING._modules[f"upcycled_{name}"] = CONFIG_MAPPING._modules["upcycled_llama"]
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda g: g.name)
+@pytest.mark.parametrize(
+    "guide", quick(GUIDES, *(g for g in GUIDES if g.name not in LONG)), ids=lambda g: g.name
+)
 def test_what_a_guide_says_is_what_happens(guide, room, capfd):
     stale = []
     for block in blocks(guide):

@@ -106,6 +106,7 @@ def test_other_exact_initialisations(init, moe_keys, router, stories, tinystorie
     assert proof.holds, proof.checks
 
 
+@pytest.mark.slow
 def test_damage_grows_with_the_dropped_share(stories, tinystories, tmp_path):
     """On trained weights: more neurons redrawn, more loss; independent indices cost more than shared."""
     losses = []
