@@ -43,7 +43,7 @@ class Moe(Settings):
     # 0 or G; with G, the dense network itself stands beside the experts
     shared_experts: Annotated[int, AtLeast(0)] = 0
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT reads
-    # store a copy of the embeddings as the head where the dense model ties the two; some clients never tie
+    # store a copy of the embeddings as the head if the dense model ties the two; some clients never tie
     untie: bool = False
     # text takes the text model out of a multimodal one and leaves out the rest; empty keeps all of it
     part_only: Literal["", "text"] = ""
