@@ -25,7 +25,7 @@ from upcycle import Recipe, UpcycleError, cli, plan
 from upcycle.records.state import RunState
 from upcycle.system import lock
 from upcycle.system.signals import held
-from upcycle.training import loop, micro_batch, run_folder, saving, start
+from upcycle.training import micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -530,7 +530,7 @@ def test_the_parts_are_equal(
     run = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE))
     start_ = start.start_of(run)
     monkeypatch.setattr(micro_batch, "_rows_that_fit", lambda *_: most)
-    here = loop.Ranks(device=torch.device("cpu"))
+    here = Ranks(device=torch.device("cpu"))
     found = micro_batch.chosen(run, start_, {"layers": 16}, here, None)
     assert found.train.micro_batch == wanted
     pooled = Run.of(table(train={"batch_tokens": 16 * rows}, **MOE, router={"balance_loss": "pooled"}))
