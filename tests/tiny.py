@@ -325,6 +325,9 @@ _SIZES = {
         "vision_config": {**_IMAGES, "num_hidden_layers": 2},
         "projection_dim": 8,
     },
+    "clip_vision_model": _IMAGES,
+    "siglip_vision_model": _IMAGES,
+    "pixtral": _IMAGES,
     "siglip": {"text_config": _TEXT, "vision_config": {**_IMAGES, "num_hidden_layers": 2}},
     "opt": {
         "hidden_size": 16,

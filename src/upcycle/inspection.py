@@ -17,6 +17,7 @@ from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures
 from upcycle.dense.source import Dense, admit, has_experts
 from upcycle.errors import UpcycleError, listed
+from upcycle.families._wrappers import TEXT
 from upcycle.nn import router_rows, routers
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe
@@ -39,23 +40,24 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
         notes: list[str] = []
         target = targets.opened(opened.config)
         if target is not None:
-            dense = _dense_source(source, made, opened.folder, notes)
+            dense = _dense_source(source, made, opened.folder, target.parts, notes)
             try:
                 tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
                 _refuse_empty(opened)
                 parts = target.layers(opened.config, tensors, opened.folder)
                 for part in parts:
                     _refuse_odd_shapes(part)
-                if dense is not None:
-                    _refuse_other_depth(dense, parts)
-                    if made is not None and dense.family.model_type != made.source.model_type:
-                        notes.append(
-                            f"compared with a {dense.family.model_type}, which is not what it was made from"
-                        )
-                layers = [_row(part, dense, notes) for part in parts]
+                for name, each in dense.items():
+                    _refuse_other_depth(each, [part for part in parts if part.part == name])
+                first = next(iter(dense.values()), None)
+                if made is not None and first and first.family.model_type != made.source.model_type:
+                    notes.append(
+                        f"compared with a {first.family.model_type}, which is not what it was made from"
+                    )
+                layers = [_row(part, dense.get(part.part), notes) for part in parts]
                 notes += _of_routers(parts, layers, opened.config)
-                if made is not None and dense is not None and made.training:
-                    _add_start(layers, target, opened, made, dense, notes)
+                if made is not None and first is not None and made.training:
+                    _add_start(layers, target, opened, made, first, notes)
             except KeyError as error:
                 raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
             except (AttributeError, IndexError, TypeError, ValueError) as error:
@@ -64,8 +66,8 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
                     f"{opened.folder} does not hold the tensors of a {model_type}: {error}"
                 ) from error
             finally:
-                if dense is not None:
-                    dense.checkpoint.close()
+                for each in dense.values():
+                    each.checkpoint.close()
         else:
             layers = _dense_layers(admit(opened))
         return {
@@ -87,7 +89,7 @@ def _refuse_empty(opened: Checkpoint) -> None:
 
 def _refuse_odd_shapes(part: Block) -> None:
     """Refuse experts that are not networks of one shape."""
-    where = place_of(part.stack, part.layer)
+    where = place_of(part.place, part.layer)
     for group in (part.experts, part.universal):
         shapes = [{name: matrix.shape for name, matrix in x.matrices().items()} for x in group]
         for shape in shapes:
@@ -135,41 +137,45 @@ def _add_start(
 
 
 def _dense_source(
-    source: str | Path | None, made: Provenance | None, folder: Path, notes: list[str]
-) -> Dense | None:
-    """Return the dense model that the experts in `folder` are compared with, if it can be found."""
+    source: str | Path | None,
+    made: Provenance | None,
+    folder: Path,
+    parts: Sequence[str],
+    notes: list[str],
+) -> dict[str, Dense]:
+    """Return the dense model that the experts of each part in `folder` are compared with, if it is found."""
     if source is not None:
-        return _admitted(str(source), notes)
+        return _admitted(str(source), parts, notes)
     if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
-        return None
+        return {}
     recorded = made.source.seen_from(folder)
     if not recorded.is_dir():
         lost = f"its source {recorded} is not there"
         if made.source.path == made.source.name:  # it lay far from the folder
             lost = f"where its source {made.source.name} lies is not recorded"
         notes.append(f"{lost}; name it with --source to compare experts with it")
-        return None
+        return {}
     try:
-        return _admitted(str(recorded), notes)
+        return _admitted(str(recorded), parts, notes)
     except UpcycleError as error:
         notes.append(f"its source cannot be compared with: {error}")
-        return None
+        return {}
 
 
-def _admitted(source: str, notes: list[str]) -> Dense:
-    """Return the model in `source`, which may be a Mixture of Experts that has grown."""
+def _admitted(source: str, parts: Sequence[str], notes: list[str]) -> dict[str, Dense]:
+    """Return the model in `source`, which may be a Mixture of Experts that has grown, for each part."""
     opened = open_checkpoint(source, allow_nonfinite=True)
     if not has_experts(opened.config):
-        return admit(opened)
+        return {part: admit(opened, part=part) for part in parts}
     notes.append("its experts were copied from experts, so there is no dense network to compare with")
-    return mixtures.admit(opened)
+    return {TEXT: mixtures.admit(opened)}
 
 
 def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
     place: dict[str, Any] = {"layer": part.layer}
-    if part.stack != "layers":
-        place["stack"] = part.stack
+    if part.place != "layers":
+        place["stack"] = part.place
     dtype = TORCH_NAMES[part.up.dtype]
     if part.router is None:
         return {**place, "num_experts": 0, "width": part.up.shape[0], "dtype": dtype}
@@ -212,7 +218,7 @@ def _of_routers(
     table = moe if isinstance(moe, list) else []
     names = {entry["stack"]: entry.get("router", {}).get("name", "top_k") for entry in table}
     found = {
-        place_of(part.stack, part.layer): RouterRows.of(row["router"])
+        place_of(part.place, part.layer): RouterRows.of(row["router"])
         for part, row in zip(parts, layers, strict=True)
         if part.router is not None and routers.find(names.get(part.stack, "top_k")).linear
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import FLOATS, TORCH_NAMES
 from upcycle.dense.source import refuse_two_heads
 from upcycle.errors import UpcycleError
-from upcycle.recipe import RecipeLike
+from upcycle.recipe import Recipe, RecipeLike
 from upcycle.sharding import placement
 from upcycle.sharding.layout import OF_TRANSFORMERS, Layout
 from upcycle.sharding.placement import Part, Sharded
@@ -51,6 +52,9 @@ def load(
     `dtype` is a torch dtype or its name; None takes that of the blueprint. Raises `UpcycleError` if source,
     recipe and layout do not fit.
     """
+    recipe = Recipe.of(recipe)
+    if recipe.moe.mtp != "drop":  # no class of transformers holds such blocks
+        recipe = replace(recipe, moe=replace(recipe.moe, mtp="drop"))
     built = blueprint(source, recipe)
     try:
         refuse_two_heads(built.dense)
@@ -152,7 +156,7 @@ def write_part(entry: Entry, part: Part, memory: torch.Tensor) -> None:
         raise AssertionError(f"a rank holds {tuple(memory.shape)} and the layout says {shape}")
     if not memory.numel():
         return
-    dtype = TORCH_NAMES[entry.dtype]
+    dtype = TORCH_NAMES.get(entry.dtype, "int64")
     direct = memory.device.type == "cpu" and memory.dtype == getattr(torch, dtype) and memory.is_contiguous()
     array = as_array(memory) if direct else None
     for whole, own in placement.pieces(part):

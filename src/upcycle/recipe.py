@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from upcycle import settings
 from upcycle.errors import UpcycleError, shown
+from upcycle.families._wrappers import TEXT, VISION
 from upcycle.init import Init
 from upcycle.nn.balance import Balance
 from upcycle.nn.routers import Router
@@ -17,7 +18,7 @@ from upcycle.settings import AtLeast, Layout, Settings, families, keys, parted, 
 Layers = Literal["all", "every_other", "last_half"]
 
 # The stacks of blocks that may have a table of their own.
-STACKS = ("decoder", "stage_1", "stage_2", "stage_3", "stage_4")
+STACKS = ("decoder", "vision", "stage_1", "stage_2", "stage_3", "stage_4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,13 @@ class Moe(Settings):
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT reads
     # store a copy of the embeddings as the head if the dense model ties the two; some clients never tie
     untie: bool = False
+    # which parts of a multimodal model get experts; the others stay as they are
+    part: Literal["text", "vision", "text+vision"] = "text"
     # text takes the text model out of a multimodal one and leaves out the rest; empty keeps all of it
     part_only: Literal["", "text"] = ""
+    # blocks of the source that predict further tokens (DeepSeek-V3, 2412.19437, 2.2), which serving programs
+    # draft with: left out, kept as they are (upcycled targets), or with experts as the layers (native ones)
+    mtp: Literal["drop", "keep", "upcycle"] = "drop"
     depth: int = 2  # how many times each block is repeated, for the target depth_tiled
 
     def __post_init__(self) -> None:
@@ -54,6 +60,11 @@ class Moe(Settings):
         if self.expert_width and self.granularity > 1:
             raise UpcycleError(
                 "moe.expert_width and moe.granularity both say how wide an expert is; give one"
+            )
+        if self.part_only and self.part != Moe.part:
+            raise UpcycleError(
+                f"moe.part = {self.part} is about a whole multimodal model, and moe.part_only takes the text "
+                f"model out of it; give one"
             )
         if self.top_k > self.num_experts:
             raise UpcycleError(
@@ -194,6 +205,14 @@ class Recipe(Settings):
         part = self.parts.get(stack) or Part(moe=self.moe, router=self.router)
         return dataclasses.replace(self, moe=part.moe, router=part.router, parts={})
 
+    def of_part(self, part: str) -> Recipe:
+        """Return the recipe for one part of a multimodal model; a vision tower becomes an upcycled one."""
+        if part == TEXT:
+            parts = {name: own for name, own in self.parts.items() if name != VISION}
+            return dataclasses.replace(self, moe=dataclasses.replace(self.moe, part=TEXT), parts=parts)
+        own = self.at(VISION)
+        return dataclasses.replace(own, moe=dataclasses.replace(own.moe, part=VISION, target="upcycled"))
+
     def as_table(self) -> dict[str, Any]:
         """Return the recipe as a nested table, the form that `Recipe.of` takes and the provenance keeps.
 
@@ -221,7 +240,9 @@ def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:
         "pooling": Moe.pooling,
         "depth": Moe.depth,
         "untie": Moe.untie,
+        "part": Moe.part,
         "part_only": Moe.part_only,
+        "mtp": Moe.mtp,
     }
     if name.startswith("stage_"):
         of_the_model["layers"] = Moe.layers  # block numbers count through all stages

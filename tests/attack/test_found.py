@@ -15,12 +15,15 @@ from safetensors import SafetensorError, safe_open
 from workshop import WORDS, Workshop
 
 from upcycle import UpcycleError, convert, verify
+from upcycle.checkpoints.checkpoint import read_json
 from upcycle.checkpoints.header import read_header
-from upcycle.data import documents
+from upcycle.data import batches, documents, image_files
 from upcycle.data.corpus import read_tokenizer
 from upcycle.data.documents import Source
 from upcycle.data.texts import TextSet
+from upcycle.evaluation import results
 from upcycle.hf import models
+from upcycle.records.state import RunState
 from upcycle.reporting.starts import DenseCost
 from upcycle.reporting.study import study
 
@@ -181,3 +184,41 @@ def test_what_json_cannot_say_is_not_converted(key: str, shop: Workshop, tmp_pat
     with pytest.raises(UpcycleError, match=f"{key} .*nan"):
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_no_float_can_hold(shop: Workshop, tmp_path: Path) -> None:
+    """transformers reads them, and every division by them would end in an OverflowError."""
+    (tmp_path / "config.json").write_text('{"r": 1' + "0" * 400 + "}")
+    with pytest.raises(UpcycleError, match="a whole number of 401 digits, which no setting has"):
+        read_json(tmp_path / "config.json", "it is not there")
+
+
+def test_scores_that_are_nested_too_deep_to_be_written_again(tmp_path: Path) -> None:
+    entry = '{"kind": "text", "name": "t", "metrics": {}, "data": ' + "[" * 200 + "]" * 200 + "}"
+    (tmp_path / "eval.json").write_text('{"format": 1, "results": [' + entry + "]}")
+    with pytest.raises(UpcycleError, match="nested deeper than 128 levels"):
+        results.record(tmp_path, [])
+
+
+def test_columns_of_images_whose_names_are_no_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="images in parquet need pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image": [{"bytes": b"", "path": ""}], "label": [0]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"label", b"\xecabel"))
+    with pytest.raises(UpcycleError, match="is no whole parquet file"):
+        image_files.images_at(tmp_path / "a.parquet", "image", "label")
+
+
+@pytest.mark.parametrize("layout", [{"": 1, "fsdp": 1}, {"fsdp": 0}])
+def test_a_state_of_ranks_that_do_not_exist(layout: dict[str, int]) -> None:
+    table = {"format": 1, "step": 2, "batches": {}, "identity": {}, "layout": layout}
+    with pytest.raises(UpcycleError, match="axes are replicate, fsdp, tp, ep"):
+        RunState.of(table, "state.json")
+
+
+def test_a_place_before_the_first_row(tmp_path: Path) -> None:
+    state = {"sample": -1, "consumed": [8], "tokens": [20]}
+    with pytest.raises(UpcycleError, match="its place in the data is damaged"):
+        batches._refuse_damaged(state)

@@ -9,10 +9,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import ranks
+import tiny
 import tiny_wrappers
 import upcycle
 from upcycle import Recipe, UpcycleError, blueprint, convert, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.subject import Subject
+from upcycle.training.start import start_of
 
 # The wrapper, the target, and the text model that its result holds.
 CASES = {
@@ -137,6 +141,266 @@ def test_a_block_for_further_tokens_is_left_out_and_the_config_says_so(made, tmp
         assert verify(source, tmp_path / target).holds
 
 
+# The wrapper, its text model's target, and the vision tower that its result holds.
+TOWERS = {
+    "llava": ("native", "UpcycledCLIPVisionModel"),
+    "gemma3": ("upcycled", "UpcycledSiglipVisionModel"),
+    "mistral3": ("native", "UpcycledPixtralVisionModel"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("llava", "vision"), ("gemma3", "text+vision"), ("mistral3", "text+vision")]
+)
+def test_experts_in_the_vision_tower(kind, part, made, tmp_path):
+    source, (target, tower), out = made(kind), TOWERS[kind], tmp_path / "moe"
+    wanted, before = tiny_wrappers.logits(opened(source), kind), load_file(source / "model.safetensors")
+    recipe = Recipe.of(moe={"num_experts": 3, "part": part, "target": target}, router={"std": 0.5})
+    built = convert(source, out, recipe)
+    assert built.preserves_function
+    model = opened(out)
+    assert tower in {type(module).__name__ for module in model.modules()}
+    found = tiny_wrappers.logits(model, kind)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    after = load_file(out / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
+    gone = {name for name in before if name not in after and (part == "vision" or "vision_tower" in name)}
+    assert len(gone) == (6 if kind == "mistral3" else 8)
+    model.save_pretrained(tmp_path / "again")
+    again, loaded = opened(tmp_path / "again"), upcycle.load(source, recipe)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+    proof = verify(source, out)
+    assert proof.holds, proof.checks
+    blocks = 2 if part == "vision" else 4
+    assert ("vision tower, random" in proof.logits, "random" in proof.logits) == (True, blocks == 4)
+    seen = upcycle.inspect(out).blocks
+    assert [block.stack for block in seen[-2:]] == ["vision"] * 2
+    assert len(seen) == blocks
+    assert min(seen[-1].to_dense) > 0.9999
+    plan = upcycle.plan(source, recipe)
+    assert plan.total_parameters == sum(t.numel() for t in after.values())
+    assert plan.num_moe_layers == blocks
+    with torch.no_grad():  # experts count
+        for name, parameter in model.named_parameters():
+            if "vision_tower" in name and name.endswith("experts.down_proj"):
+                parameter.zero_()
+    assert float((tiny_wrappers.logits(model, kind) - wanted).abs().max()) > 1e-3
+
+
+def test_a_vision_tower_has_settings_of_its_own(made, tmp_path):
+    recipe = Recipe.of(
+        moe={"num_experts": 2, "part": "text+vision"},
+        vision={"moe": {"num_experts": 4, "layers": [1]}, "router": {"name": "expert_choice"}},
+    )
+    built = convert(made("llava"), tmp_path / "moe", recipe)
+    assert [site.num_experts for site in built.all_sites] == [2, 2, 4]
+    assert built.moe_layers == {"layers": [0, 1], "vision": [1]}
+    proof = verify(made("llava"), tmp_path / "moe")
+    assert proof.holds, proof.checks
+    text = blueprint(made("llava"), Recipe.of(moe={"num_experts": 2}))
+    same = (name for name in text.entries if name.startswith("language_model."))
+    assert all(text.entries[name].lazy.describe() == built.entries[name].lazy.describe() for name in same)
+    vision = {"moe": {"num_experts": 4, "layers": [1]}, "router": {"name": "expert_choice"}}
+    alone = blueprint(made("llava"), Recipe.of(moe={"num_experts": 2, "part": "vision"}, vision=vision))
+    mine = (name for name in alone.entries if name.startswith("vision_tower."))
+    assert all(alone.entries[name].lazy.describe() == built.entries[name].lazy.describe() for name in mine)
+
+
+def test_what_never_reaches_a_vision_tower_says_so(made, tmp_path):
+    convert(made("llava"), tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "part": "vision"}))
+    with pytest.raises(UpcycleError, match="has experts in its vision tower, and what is watched"):
+        upcycle.inspect(tmp_path / "moe", text={"a": __file__})
+    subject = Subject.of(tmp_path / "moe")
+    assert (subject.vocab_size, subject.length) == (96, 64)
+    assert subject.architecture == "LlavaForCausalLM"
+    run = ranks.run_of(str(made("llava")), {}, {"moe": {"part": "vision"}})
+    with pytest.raises(UpcycleError, match=r"never reach a vision tower.*; set moe\.part = text"):
+        start_of(run)
+    run = ranks.run_of(str(made("qwen3_5")), {}, {"moe": {"mtp": "upcycle"}})
+    with pytest.raises(UpcycleError, match=r"so `upcycle train` would not train them.*; set it to drop"):
+        start_of(run)
+
+
+def test_one_tower_after_the_other(made, tmp_path):
+    """What has experts in its text model already is a source for its vision tower."""
+    convert(made("llava"), tmp_path / "text", Recipe.of(moe={"num_experts": 2}, router={"std": 0.5}))
+    recipe = Recipe.of(moe={"num_experts": 3, "part": "vision"}, router={"std": 0.5})
+    convert(tmp_path / "text", tmp_path / "both", recipe)
+    assert verify(tmp_path / "text", tmp_path / "both").holds
+    wanted = tiny_wrappers.logits(opened(made("llava")), "llava")
+    found = tiny_wrappers.logits(opened(tmp_path / "both"), "llava")
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_a_vision_tower_as_the_hub_has_it(kind, made, tmp_path):
+    """Below `vision_model.`, which transformers has left out since."""
+    stored = load_file(made(kind) / "model.safetensors")
+    old = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in stored.items()}
+    position = {"vision_tower.vision_model.embeddings.position_ids": torch.arange(4.0)[None]}
+    source = edit(made(kind), tmp_path / "dense", old | position)
+    target = TOWERS[kind][0]
+    recipe = Recipe.of(moe={"num_experts": 2, "part": "text+vision", "target": target}, router={"std": 0.5})
+    built = convert(source, tmp_path / "moe", recipe)
+    assert [*built.left_out] == [*position]
+    wanted = tiny_wrappers.logits(opened(made(kind)), kind)
+    found = tiny_wrappers.logits(opened(tmp_path / "moe"), kind)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [{"model_type": "vit"}, {"model_type": "dinov2", "mlp_ratio": 2}],
+    ids=lambda vision: vision["model_type"],
+)
+def test_other_vision_towers(vision, tmp_path):
+    config = tiny_wrappers.KINDS["llava"].config
+    tower = {**tiny_wrappers._VISION, **vision}
+    made = transformers.LlavaConfig(**{**config, "vision_config": tower})
+    model = tiny.shake(transformers.LlavaForConditionalGeneration(made).float(), 0)
+    model.save_pretrained(tmp_path / "dense")
+    recipe = Recipe.of(moe={"num_experts": 2, "part": "text+vision"}, router={"std": 0.5})
+    convert(tmp_path / "dense", tmp_path / "moe", recipe)
+    wanted, found = (tiny_wrappers.logits(each, "llava") for each in (model, opened(tmp_path / "moe")))
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    seen = upcycle.inspect(tmp_path / "moe").blocks
+    assert [block.stack for block in seen] == ["layers"] * 2 + ["vision"] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "said"),
+    [
+        ("qwen3_vl", {}, r"'qwen3_vl_vision'\) that cannot have experts: its class is fixed; moe.part"),
+        ("internvl", {}, r"cannot have experts: its class is fixed"),
+        ("llava", {"grow": {}}, r"\[grow\] is about a text model, and moe.part = vision"),
+        ("llava", {"init": {"name": "branch_train_mix", "sources": ["x"]}}, None),
+        ("mistral3", {"router": {"name": "expert_choice"}}, r"a row of pixtral has all images of a batch"),
+    ],
+)  # fmt: skip
+def test_a_vision_tower_that_cannot_have_experts(kind, recipe, said, made):
+    moe = {"part": "text+vision" if said is None else "vision"}
+    said = said or "takes other checkpoints for one part of a multimodal model"
+    with pytest.raises(UpcycleError, match=said):
+        blueprint(made(kind), Recipe.of(moe=moe, **recipe))
+
+
+def test_what_is_said_of_vision_where_there_is_none(made, dense, tmp_path):
+    with pytest.raises(
+        UpcycleError, match=r"is for a multimodal model, and .* \(llama\) has no vision tower"
+    ):
+        blueprint(dense("llama"), Recipe.of(moe={"part": "vision"}))
+    with pytest.raises(UpcycleError, match="part_only takes the text model out of it; give one"):
+        Recipe.of(moe={"part": "vision", "part_only": "text"})
+    for vision, why in (({"model_type": "siglip2_vision_model"}, "it must be one of"), (None, "must be the")):
+        source = edit(made("llava"), tmp_path / str(bool(vision)), vision_config=vision)
+        with pytest.raises(UpcycleError, match=why):
+            blueprint(source, Recipe.of(moe={"part": "vision"}))
+    stored = load_file(made("llava") / "model.safetensors")
+    again = {
+        f"other_tower.{n.partition('.')[2]}": t.clone() for n, t in stored.items() if "vision_tower" in n
+    }
+    source = edit(made("llava"), tmp_path / "two", stored | again)
+    with pytest.raises(UpcycleError, match=r"a vision tower more than once, below other_tower\., vision_tow"):
+        blueprint(source, Recipe.of(moe={"part": "vision"}))
+
+
+def with_further_blocks(folder, out):
+    """A Qwen3.5 with a block that predicts a further token, made of its last one, of full attention."""
+    tensors = load_file(folder / "model.safetensors")
+    last = {n.partition("layers.1.")[2]: t for n, t in tensors.items() if "language_model.layers.1." in n}
+    draw = torch.Generator().manual_seed(5)
+    further = {f"mtp.layers.0.{n}": t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in last.items()}
+    norms = {
+        f"mtp.{n}.weight": torch.ones(32) for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    }
+    further |= {"mtp.fc.weight": torch.ones(32, 64), **norms}
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    config = {**text, "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    return edit(folder, out, tensors | further, text_config=config), further
+
+
+def test_blocks_for_further_tokens_get_experts_like_the_layers(made, tmp_path):
+    """Under the names and in the form of the layers, which is how vLLM and SGLang read them."""
+    source, stored = with_further_blocks(made("qwen3_5"), tmp_path / "dense")
+    recipe = Recipe.of(moe={"num_experts": 3, "mtp": "upcycle"}, router={"std": 0.5})
+    built = convert(source, tmp_path / "moe", recipe)
+    assert not built.left_out
+    assert built.config["text_config"]["mtp_num_hidden_layers"] == 1
+    after = load_file(tmp_path / "moe" / "model.safetensors")
+    start, block = "model.language_model.layers.1.", "mtp.layers.0."
+    shapes = [
+        {name.removeprefix(at): tensor.shape for name, tensor in after.items() if name.startswith(at)}
+        for at in (start, block)
+    ]
+    assert shapes[0] == shapes[1]
+    gate, up, down = (stored[f"{block}mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    for expert in range(3):
+        assert torch.equal(after[f"{block}mlp.experts.gate_up_proj"][expert], torch.cat([gate, up]))
+        assert torch.equal(after[f"{block}mlp.experts.down_proj"][expert], down)
+    assert not torch.equal(after[f"{block}mlp.gate.weight"], after[f"{start}mlp.gate.weight"])
+    kept = [name for name in stored if ".mlp." not in name]
+    assert len(kept) == 12
+    assert all(torch.equal(stored[name], after[name]) for name in kept)
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+    assert len(upcycle.inspect(tmp_path / "moe").blocks) == 2
+    loaded = upcycle.load(source, recipe)  # transformers has no such blocks
+    opened(tmp_path / "moe").save_pretrained(tmp_path / "again")
+    assert {*load_file(tmp_path / "again" / "model.safetensors")} == {n for n in after if "mtp." not in n}
+    assert sum(p.numel() for p in loaded.parameters()) == sum(
+        t.numel() for n, t in after.items() if "mtp." not in n
+    )
+    plan = upcycle.plan(source, recipe)
+    without = upcycle.plan(source, Recipe.of(moe={"num_experts": 3}, router={"std": 0.5}))
+    assert plan.active_parameters == without.active_parameters
+    assert plan.total_parameters > without.total_parameters
+
+
+def test_blocks_for_further_tokens_stay_as_they_are(made, tmp_path):
+    source, stored = with_further_blocks(made("qwen3_5"), tmp_path / "dense")
+    moe = {"num_experts": 2, "mtp": "keep", "target": "upcycled"}
+    built = convert(source, tmp_path / "moe", Recipe.of(moe=moe))
+    assert not built.left_out
+    assert built.config["text_config"]["mtp_num_hidden_layers"] == 1
+    after = load_file(tmp_path / "moe" / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in stored.items())
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+
+
+@pytest.mark.parametrize(
+    ("moe", "said"),
+    [
+        ({"mtp": "keep"}, r"expects experts in them; set it to upcycle or drop"),
+        ({"mtp": "upcycle", "target": "upcycled"}, r"is for a native target"),
+    ],
+)
+def test_blocks_for_further_tokens_that_the_target_does_not_have(moe, said, made, tmp_path):
+    source, _ = with_further_blocks(made("qwen3_5"), tmp_path / "dense")
+    with pytest.raises(UpcycleError, match=said):
+        blueprint(source, Recipe.of(moe=moe))
+
+
+def test_blocks_for_further_tokens_that_are_not_as_the_config_says(made, tmp_path):
+    recipe = Recipe.of(moe={"mtp": "upcycle"})
+    with pytest.raises(UpcycleError, match="a llama has no blocks that predict further tokens"):
+        blueprint(made("llava"), recipe)
+    with pytest.raises(
+        UpcycleError, match=r"holds 0 tensors .* mtp_num_hidden_layers = 0; set moe.mtp = drop"
+    ):
+        blueprint(made("qwen3_5"), recipe)
+    source, _ = with_further_blocks(made("qwen3_5"), tmp_path / "dense")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["mtp.norm.weight"]
+    with pytest.raises(UpcycleError, match=r"lacks mtp\.norm\.weight"):
+        blueprint(edit(source, tmp_path / "lacks", tensors), recipe)
+    tensors |= {"mtp.norm.weight": torch.ones(32), "mtp.embed_tokens.weight": torch.ones(96, 32)}
+    with pytest.raises(UpcycleError, match=r"holds mtp\.embed_tokens\.weight, which"):
+        blueprint(edit(source, tmp_path / "more", tensors), recipe)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_text_model_that_keeps_the_names_of_its_wrapper(tied, dense, tmp_path):
     """As transformers saves the text of a Qwen3.5: model.language_model.layers.0..."""
@@ -242,6 +506,11 @@ def test_the_table_is_what_transformers_does():
         module = importlib.import_module(cls.__module__.replace("configuration_", "modeling_"))
         builds = re.search(r"AutoModel\.from_config\(\s*config\.text_config", inspect.getsource(module))
         assert builds, model_type
+        sees = re.search(r"AutoModel\.from_config\(\s*config\.vision_config", inspect.getsource(module))
+        usual = default.vision_config.model_type if sees else ""
+        siglip = {"model_type": "siglip_vision_model"}
+        named = sees and type(cls(vision_config=siglip).vision_config).__name__ == "SiglipVisionConfig"
+        assert wrapper.vision == (usual if named else ""), model_type
         for name in families.names():
             family = families.find(name)
             if family.assumed and name == wrapper.text:

@@ -21,7 +21,8 @@ ENCODERS = {
     "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM", "roberta": "RobertaForMaskedLM",
     "xlm-roberta": "XLMRobertaModel", "camembert": "CamembertModel", "electra": "ElectraModel",
     "mpnet": "MPNetModel", "distilbert": "DistilBertForMaskedLM", "modernbert": "ModernBertModel",
-    "clip": "CLIPModel", "siglip": "SiglipModel",
+    "clip": "CLIPModel", "siglip": "SiglipModel", "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel", "pixtral": "PixtralVisionModel",
 }  # fmt: skip
 
 ODD = [

@@ -34,6 +34,9 @@ CASES = {
     "distilbert, classes": ("DistilBertForSequenceClassification", {}),
     "clip": ("CLIPModel", {}),
     "siglip": ("SiglipModel", {}),
+    "clip_vision_model": ("CLIPVisionModel", {}),
+    "siglip_vision_model": ("SiglipVisionModel", {}),
+    "pixtral": ("PixtralVisionModel", {}),
     "falcon": ("FalconForCausalLM", {}),
     "falcon, two norms": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 1}),
     "falcon, alibi": (
@@ -64,8 +67,8 @@ CASES = {
 def outputs(model):
     generator = torch.Generator().manual_seed(3)
     ids, name = torch.randint(3, 60, (2, 20), generator=generator), type(model).__name__
-    given = {} if re.search("DINO|Dino|Whisper", name) else {"input_ids": ids}
-    if re.search("CLIP|Siglip|DINO|Dino", name):
+    given = {} if re.search("DINO|Dino|Whisper|Vision", name) else {"input_ids": ids}
+    if re.search("CLIP|Siglip|Pixtral|DINO|Dino", name):
         given["pixel_values"] = torch.randn(2, 3, 12, 12, generator=generator)
     if "Whisper" in name:
         given["input_features"] = torch.randn(2, 8, 40, generator=generator)

@@ -226,6 +226,35 @@ def test_file_holds_what_the_index_does_not_know(fails, source, tmp_path):
     assert GATE in fails("convert", source, tmp_path / "out")
 
 
+def test_an_index_that_names_files_of_both(fails, source, tmp_path):
+    """Of the single file and of shards, and of shards of two sets."""
+    whole = (source / "model.safetensors").read_bytes()
+    index, file = shard(source), source / "model.safetensors.index.json"
+    second = source / "model-00002-of-00002.safetensors"
+    (source / "model.safetensors").write_bytes(whole)
+    mixed = {name: "model.safetensors" if "2-of" in at else at for name, at in index["weight_map"].items()}
+    file.write_text(json.dumps({**index, "weight_map": mixed}))
+    assert "two sets of weights" in fails("convert", source, tmp_path / "out")
+    (source / "model.safetensors").unlink()
+    other = second.rename(source / "model-00003-of-00003.safetensors")
+    mixed = {name: other.name if "2-of" in at else at for name, at in index["weight_map"].items()}
+    file.write_text(json.dumps({**index, "weight_map": mixed}))
+    said = fails("convert", source, tmp_path / "out")
+    assert "files of two sets, model-...-of-00002 and 00003" in said
+
+
+def test_a_shard_with_other_values_than_its_twin(fails, source, tmp_path):
+    """Two files hold one tensor, and a reader of either would take other numbers."""
+    index = shard(source)
+    name, first = next((name, at) for name, at in index["weight_map"].items() if "1-of" in at)
+    tensor = load_file(source / first)[name]
+    second = source / "model-00002-of-00002.safetensors"
+    save_file({**load_file(second), name: tensor + 1}, second)
+    said = fails("convert", source, tmp_path / "out")
+    assert f"{second.name} holds {name}, which" in said
+    assert f"places in {first}" in said
+
+
 def test_missing_tensor(fails, source, tmp_path):
     edit_tensors(source, lambda t: t.pop(GATE))
     message = fails("convert", source, tmp_path / "out")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 import tiny
+import tiny_wrappers
 from clients import llama_cpp_logits, mlx_logits, transformers_logits
 from upcycle import Recipe, convert, plan
 
@@ -133,3 +136,53 @@ def test_mlx_lm(family, recipe, dense, tmp_path):
 def test_llama_cpp(family, recipe, dense, tmp_path):
     pytest.importorskip("cyllama", reason="cyllama, which carries llama.cpp, is not installed")
     compare(family, recipe, llama_cpp_logits, "llama.cpp", 5e-4, dense, tmp_path)
+
+
+# Multimodal models: the kind, what its text_config has otherwise, [moe], and who reads the text model in it.
+_FOUR = {"num_hidden_layers": 4, "layer_types": [*["linear_attention"] * 3, "full_attention"]}
+WRAPPED = {
+    "qwen3_vl": ("qwen3_vl", {}, {}, {"llama.cpp", "mlx-lm"}),
+    "qwen3_vl-bias": ("qwen3_vl", {"attention_bias": True}, {}, set()),
+    "qwen3_vl-fewer": ("qwen3_vl", {}, {"layers": "last_half"}, {"mlx-lm"}),
+    "qwen3_5": ("qwen3_5", {**GATED, **_FOUR}, {}, {"llama.cpp", "mlx-lm"}),
+    "mistral3": ("mistral3", {"sliding_window": None}, {}, {"llama.cpp"}),
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}
+
+
+@pytest.mark.parametrize("client", ["llama.cpp", "mlx-lm"])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_multimodal_models(case, client, tmp_path):
+    """They are asked about a text."""
+    package, read = {"llama.cpp": ("cyllama", llama_cpp_logits), "mlx-lm": ("mlx_lm", mlx_logits)}[client]
+    pytest.importorskip(package, reason=f"{client} is not installed")
+    kind, changes, moe, readers = WRAPPED[case]
+    config = tiny_wrappers.KINDS[kind].config
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "head_dim": 16,
+        **(_MROPE if kind == "qwen3_vl" else {}),
+    }
+    text = {**config["text_config"], **sizes, **changes}
+    vision = {**config["vision_config"], **({} if kind == "mistral3" else {"out_hidden_size": 64})}
+    whole = {**config, "text_config": text, "vision_config": vision}
+    made = transformers.AutoModelForImageTextToText.from_config(transformers.CONFIG_MAPPING[kind](**whole))
+    tiny.shake(made.float(), 0).save_pretrained(tmp_path / "dense")
+    recipe = Recipe.of(moe={"num_experts": 4, **moe})
+    warned = any(w.startswith(f"{client} ") for w in plan(tmp_path / "dense", recipe).warnings)
+    assert warned == (
+        client not in readers and kind != "mistral3"
+    )  # which mlx-lm knows with its own text model
+    convert(tmp_path / "dense", tmp_path / "moe", recipe)
+    if client not in readers:
+        with pytest.raises((RuntimeError, ValueError)):
+            read(tmp_path / "moe", SHORT)
+        return
+    with torch.inference_mode():
+        wanted = made.eval()(input_ids=torch.tensor([SHORT])).logits[0].numpy()
+    found = read(tmp_path / "moe", SHORT)
+    assert np.abs(found - wanted).max() / np.abs(wanted).max() < 1e-5
+
+
+SHORT = [i for i in IDS if i != tiny_wrappers.IMAGE]

@@ -11,26 +11,32 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from upcycle import targets
-from upcycle.blueprints import heads, moe_layer, spared
+from upcycle.blueprints import further, heads, moe_layer, spared
 from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES, holds
+from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, FLOATS, TORCH_NAMES, holds
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures, successors
 from upcycle.dense.donors import admit_donors
 from upcycle.dense.source import Dense, admit
+from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
+from upcycle.families._weights import Weight
+from upcycle.families._wrappers import TEXT, VISION, config_key
 from upcycle.init import Site
 from upcycle.nn import router_rows
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.targets import Target, _growing
 from upcycle.tensors.lazy import Lazy
+
+T = TypeVar("T")
 
 
 def with_cache(config: Config) -> Config:
@@ -54,6 +60,7 @@ class Blueprint:
     entries: Mapping[str, Entry]
     sites: tuple[Site, ...]  # the blocks that become MoE layers, stack by stack
     remarks: tuple[str, ...] = ()  # what differs between the dense models and does not matter
+    tower: Blueprint | None = None  # that of a vision tower which gets experts beside the text model
 
     @property
     def shared_width(self) -> int:
@@ -73,9 +80,25 @@ class Blueprint:
     @cached_property
     def weights(self) -> Weights:
         """The kind of every tensor of the result."""
-        return self.target.weights(self.dense, self.config, self.entries) | heads.weights(
-            self.dense, self.recipe, self.entries
+        own = self.target.weights(self.dense, self.config, self.entries)
+        tower = self.tower.own_entries if self.tower else ()
+        return (
+            own
+            | heads.weights(self.dense, self.recipe, self.entries)
+            | {name: self.tower.weights[name] for name in tower if self.tower}
+            | {n: Weight(e.shape) for n, e in self.entries.items() if self.predicts_further(n)}
         )
+
+    @property
+    def own_entries(self) -> Mapping[str, Entry]:
+        """The tensors of the model itself, by their names on disk, without what is around it."""
+        return {name: entry for name, entry in self.entries.items() if self.target.owns(name)}
+
+    @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """The blocks that become MoE layers, those of a vision tower beside the text model included."""
+        towers = self.tower.sites if self.tower else ()
+        return self.sites + tuple(replace(site, stack=VISION) for site in towers)
 
     @property
     def tied_head(self) -> int:
@@ -95,7 +118,15 @@ class Blueprint:
             none = dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
             return none | {name: why for name, why in self._spared.items() if name not in none}
         aside = self.dense.left_aside({(site.stack, site.layer) for site in self.sites})
-        return dict(self.dense.left_out) | aside | self._spared
+        tower = self.tower.dense if self.tower else None
+        theirs = {n: why for n, why in tower.left_out.items() if tower.place.own(n)} if tower else {}
+        own = {n: why for n, why in self.dense.left_out.items() if not self.predicts_further(n)}
+        return own | aside | self._spared | theirs
+
+    def predicts_further(self, name: str) -> bool:
+        """Return whether a tensor is of a block that predicts further tokens and is in the result."""
+        known = self.dense.family.further
+        return known is not None and self.recipe.moe.mtp != "drop" and known.owns(name)
 
     @cached_property
     def _spared(self) -> dict[str, str]:
@@ -117,7 +148,7 @@ class Blueprint:
         """
         stored = dtype or str(self.config["dtype"])
         config = with_cache({**self.config, "dtype": stored, "torch_dtype": stored})
-        lengths = [length for site in self.sites for length in (site.width, site.hidden)]
+        lengths = [length for site in self.all_sites for length in (site.width, site.hidden)]
         itemsize = FLOATS[BY_TORCH_NAME[stored]].itemsize
         return config | self.target.kernel(lengths, itemsize)
 
@@ -144,6 +175,7 @@ class Blueprint:
             and self.recipe.moe.pooling == "class_token"
             and all(self._preserves(site) for site in self.sites)
             and (self._wide or self.target.keeps_narrow_bits(self.dense.family))
+            and (self.tower is None or self.tower.preserves_function)
         )
 
     def _preserves(self, site: Site) -> bool:
@@ -198,21 +230,21 @@ class Blueprint:
     @property
     def expert_counts(self) -> set[int]:
         """The numbers of experts of one width in a layer, which expert parallelism must divide."""
-        counts = {n for site in self.sites for n in (site.num_experts, site.universal_experts)}
+        counts = {n for site in self.all_sites for n in (site.num_experts, site.universal_experts)}
         return counts - {0}
 
     @property
     def moe_layers(self) -> list[int] | dict[str, list[int]]:
         """The numbers of the blocks that become MoE layers, by stack if there are several."""
         by_stack: dict[str, list[int]] = {}
-        for site in self.sites:
+        for site in self.all_sites:
             by_stack.setdefault(site.stack, []).append(site.layer)
         return by_stack.get("layers", []) if set(by_stack) <= {"layers"} else by_stack
 
     @property
     def _wide(self) -> bool:
         """True if weights are stored in a dtype wide enough to keep rounding below what is promised."""
-        return all(e.dtype in ("F32", "F64") for e in self.entries.values())
+        return all(e.dtype in ("F32", "F64", *COUNTERS) for e in self.entries.values())
 
 
 def blueprint(
@@ -227,8 +259,51 @@ def blueprint(
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
+    if recipe.moe.part != TEXT:
+        _refuse_for_towers(recipe)
+    if recipe.moe.part == TEXT:
+        return _of_part(source, recipe, allow_nonfinite=allow_nonfinite)
+    tower = _of_part(source, recipe.of_part(VISION), allow_nonfinite=allow_nonfinite)
+    if recipe.moe.part == VISION:
+        return replace(tower, recipe=recipe)
+    text = _of_part(source, recipe.of_part(TEXT), allow_nonfinite=allow_nonfinite)
+    return _together(text, tower, recipe)
+
+
+def _refuse_for_towers(recipe: Recipe) -> None:
+    """Refuse what only a text model can have."""
+    if recipe.grow is not None or recipe.successor is not None:
+        section = "grow" if recipe.grow is not None else "successor"
+        raise UpcycleError(
+            f"[{section}] is about a text model, and moe.part = {recipe.moe.part} about a vision tower; take "
+            f"one of them out"
+        )
+    if recipe.moe.part != VISION and recipe.init.donors:
+        raise UpcycleError(
+            f"init {recipe.init.name} takes other checkpoints for one part of a multimodal model; convert "
+            f"with moe.part = text, and what that makes with moe.part = vision"
+        )
+
+
+def _together(text: Blueprint, tower: Blueprint, recipe: Recipe) -> Blueprint:
+    """Return the blueprint of a multimodal model whose text model and vision tower both get experts."""
+    around = {name: entry for name, entry in text.entries.items() if tower.dense.place.own(name) is None}
+    key = config_key(VISION)
+    return replace(
+        text,
+        recipe=recipe,
+        tower=tower,
+        config={**text.config, key: tower.config[key]},
+        entries=_in_order({**around, **tower.own_entries}),
+    )
+
+
+def _of_part(source: Checkpoint, recipe: Recipe, *, allow_nonfinite: bool) -> Blueprint:
+    """Return the blueprint for a model that is all of its checkpoint, or one part of it."""
     if recipe.grow is None:
-        dense = admit(source, alone=recipe.moe.part_only == "text", drop=recipe.drop)
+        alone = recipe.moe.part_only == TEXT
+        dense = admit(source, alone=alone, part=recipe.moe.part, drop=recipe.drop)
+        dense = further.admitted(dense, recipe)
     else:
         dense = mixture = mixtures.admit(source, drop=recipe.drop)
         recipe = _growing.resolved(recipe, mixture)
@@ -244,9 +319,10 @@ def blueprint(
     config, lazies = heads.untied(
         dense, recipe, config, target.tensors([dense, *donors.models], recipe, sites)
     )
+    config, lazies = further.added(dense, recipe, target, sites, config, lazies)
     dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
     entries = {
-        name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name) else dtype)
+        name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name, lazy) else dtype)
         for name, lazy in _in_order(lazies).items()
     }
     stored = TORCH_NAMES[Counter(e.dtype for e in entries.values()).most_common(1)[0][0]]
@@ -270,12 +346,15 @@ def _keeps_bits(factor: float) -> bool:
     return math.frexp(factor)[0] == 0.5
 
 
-def _keeps_dtype(name: str) -> bool:
-    """Return whether no recipe may narrow this tensor; a correction bias accumulates tiny steps."""
-    return name.endswith("e_score_correction_bias")
+def _keeps_dtype(name: str, lazy: Lazy) -> bool:
+    """Return whether no recipe may narrow this tensor: a counter, or a correction bias.
+
+    A correction bias accumulates tiny steps.
+    """
+    return lazy.dtype in COUNTERS or name.endswith("e_score_correction_bias")
 
 
-def _in_order(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+def _in_order(tensors: Mapping[str, T]) -> dict[str, T]:
     """Sort tensors: embeddings, then layer by layer, then the rest, so that related tensors lie together."""
 
     def place(name: str) -> tuple[int, list[tuple[int, str]]]:

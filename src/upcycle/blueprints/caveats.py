@@ -6,6 +6,7 @@ from upcycle.blueprints import spared
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.dense.adapted import Adapted
+from upcycle.dense.places import Alone, Part
 from upcycle.errors import listed
 from upcycle.init import Site
 from upcycle.nn import kernels, router_rows
@@ -40,6 +41,23 @@ def _lost_changes(built: Blueprint) -> list[str]:
 
 def warnings(built: Blueprint) -> list[str]:
     """Return a warning for each thing that may cost training time or that other programs do differently."""
+    out = _of_part(built) + (_of_part(built.tower) if built.tower else []) + _counted(built)
+    # Similar stacks give the same warnings.
+    return [*dict.fromkeys(out)]
+
+
+def _counted(built: Blueprint) -> list[str]:
+    """Say which part of a multimodal model FLOPs are counted in."""
+    if not isinstance(built.dense.place, Part) or isinstance(built.dense.place, Alone):
+        return []
+    rest = "its vision tower has others" if built.tower else "the rest of it is as it was"
+    return [
+        f"FLOPs per token are those of the {built.dense.place.called} of a {built.target.model_type}; {rest}"
+    ]
+
+
+def _of_part(built: Blueprint) -> list[str]:
+    """Return the warnings about one model, or one part of a multimodal one."""
     if not built.sites:
         return [*built.target.warnings(built), *_adapters(built)]
     new = next((site for site in built.sites if site.growth is None), None)
@@ -60,8 +78,7 @@ def warnings(built: Blueprint) -> list[str]:
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)
-    # Similar stacks give the same warnings.
-    return [*dict.fromkeys(out + built.dense.family.warnings(built.target.model_type))]
+    return out + built.dense.family.warnings(built.target.model_type)
 
 
 def _of_new_layers(built: Blueprint, site: Site) -> list[str]:

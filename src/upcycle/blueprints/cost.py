@@ -110,7 +110,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         target=built.target.model_type,
         kind=built.target.kind,
         source_kind=dense.called,
-        num_layers=built.family_config["num_hidden_layers"],
+        num_layers=built.family_config["num_hidden_layers"]
+        + (built.tower.family_config["num_hidden_layers"] if built.tower else 0),
         moe_layers=built.moe_layers,
         num_experts=built.sites[0].num_experts if built.sites else 0,
         top_k=built.sites[0].top_k if built.sites else 0,
@@ -125,13 +126,16 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
                 "universal_experts": site.universal_experts,
                 "universal_width": site.universal_width,
             }
-            for site in built.sites
+            for site in built.all_sites
         },
         shared_width=built.shared_width,
         dense_parameters=(stored := sum(t.size for t in (*dense.tensors.values(), *dense.around.values()))),
         dense_active_parameters=stored - dense.idle,
         total_parameters=total,
-        active_parameters=total - idle.parameters,
+        active_parameters=total
+        - sum(e.lazy.size for n, e in built.entries.items() if built.predicts_further(n))
+        - idle.parameters
+        - (idle_weights(built.tower).parameters if built.tower else 0),
         dense_flops_per_token=flops_per_token(dense),
         flops_per_token=2 * (met + mixing(built)),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
@@ -149,7 +153,8 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
 def _routing(built: Blueprint) -> str:
     """Return how tokens are routed to experts, in a few words for each stack that differs."""
     said = []
-    for part in built.parts.values():
+    recipes = [*built.parts.values(), *(built.tower.parts.values() if built.tower else ())]
+    for part in recipes:
         factor = getattr(part.router, "capacity_factor", None)
         way = f"top-{part.moe.top_k}" if part.router.name == "top_k" else part.router.name.replace("_", " ")
         said.append(way if factor is None else f"{way} with capacity factor {factor:g}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import CHUNK
-from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.dtypes import ITEMS
 from upcycle.tensors.lazy import Extent, Lazy, blocks
 
 
@@ -26,7 +26,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """The number of bytes on disk."""
-        return self.lazy.size * FLOATS[self.dtype].itemsize
+        return self.lazy.size * ITEMS[self.dtype].itemsize
 
     @property
     def extents(self) -> list[Extent] | None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ CHUNK = 8 << 20  # bytes of a stored tensor that are read at once
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# one of several files: its stem, and how many there are
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
 _PIECE = 1 << 20  # bytes that are read and looked through at once; a multiple of any element's size
 _HASHED = 1 << 20  # bytes of a file that are hashed at once
 _REMEMBERED = 1 << 20  # bytes; smaller ranges are scanned each time instead of being remembered
@@ -172,11 +176,18 @@ def file_hash(file: Path, stop: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
+def _whole_number(digits: str) -> int:
+    """Convert a whole number of a JSON file. Raises `ValueError` for one that no float can hold."""
+    if len(digits) > sys.float_info.max_10_exp:
+        raise ValueError(f"a whole number of {len(digits)} digits, which no setting has")
+    return int(digits)
+
+
 def read_json(path: Path, missing: str) -> dict[str, Any]:
     """Return the JSON object in `path`; `missing` is the error message if there is no such file."""
     refuse_special(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole_number)
     except FileNotFoundError:
         raise UpcycleError(missing) from None
     except UnicodeDecodeError as error:
@@ -225,10 +236,25 @@ def _refuse_two_sets(folder: Path) -> None:
         )
 
 
+def _refuse_shards_of_two(folder: Path, names: Collection[str]) -> None:
+    """Refuse an index that names files of two sets, as `a-00001-of-00002` and `a-00001-of-00003` are."""
+    sets: dict[str, set[str]] = {}
+    for name in names:
+        if found := _SHARD.fullmatch(name):
+            sets.setdefault(found[1], set()).add(found[2])
+    for stem, totals in sets.items():
+        if len(totals) > 1:
+            raise UpcycleError(
+                f"{folder / INDEX} names files of two sets, {stem}-...-of-{' and '.join(sorted(totals))}; "
+                f"give the index and the files of one"
+            )
+
+
 def _sharded(folder: Path) -> dict[str, TensorInfo]:
     index = read_json(folder / INDEX, f"{folder / INDEX} is gone").get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
         raise UpcycleError(f"{folder / INDEX} has no weight_map of names to files")
+    _refuse_shards_of_two(folder, set(index.values()))
     tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(index.values())):
         # A hub cache links files to a store outside the folder, but the name itself must not leave the

@@ -14,6 +14,8 @@ FLOATS: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+COUNTERS: dict[str, np.dtype] = {"I64": np.dtype(np.int64)}  # single numbers beside the weights, only copied
+ITEMS = {**FLOATS, **COUNTERS}
 BY_TORCH_NAME = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TORCH_NAMES = {name: torch_name for torch_name, name in BY_TORCH_NAME.items()}
 
@@ -29,6 +31,8 @@ _SCAN = 1 << 15
 
 def is_finite(raw: np.ndarray, dtype: str) -> bool:
     """Return whether no element of `raw` (uint8, the bytes of an array of `dtype`) is NaN or infinite."""
+    if dtype not in _EXPONENTS:
+        return True
     unsigned, mask = _EXPONENTS[dtype]
     words: np.ndarray = raw.view(unsigned)
     limit = unsigned(mask)
@@ -56,12 +60,12 @@ def _overflow(name: str, dtype: str) -> TooLargeError:
 
 def holds(wide: str, narrow: str) -> bool:
     """Return whether dtype `wide` can represent every value of dtype `narrow`."""
-    return _LARGEST[wide] >= _LARGEST[narrow] and _MANTISSA[wide] >= _MANTISSA[narrow]
+    return wide == narrow or (_LARGEST[wide] >= _LARGEST[narrow] and _MANTISSA[wide] >= _MANTISSA[narrow])
 
 
 def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """Return `values` in `dtype`, rounded to nearest even; an overflow is an error that names the tensor."""
-    target = FLOATS[dtype]
+    target = ITEMS[dtype]
     if values.dtype == target:
         return values
     with np.errstate(over="ignore"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 from upcycle import families
@@ -18,8 +19,13 @@ prints this page.
 """.strip()
 AROUND = """
 The networks of the text model inside become experts, and everything around it (vision, audio, projector)
-stays as it is, byte for byte. `--part-only text` takes the text model out as a plain language model. A
-wrapper that holds any text model holds every Mixture of Experts that it can become.
+stays as it is, byte for byte. `--part vision` gives experts to the vision tower instead, and `--part
+text+vision` to both. `--part-only text` takes the text model out as a plain language model. A wrapper that
+holds any text model holds every Mixture of Experts that it can become.
+""".strip()
+TOWERS = """
+A wrapper that builds the vision tower that its config names can have experts there. The tower must be one of
+{sees}. `video_llava` has two of them and is refused.
 """.strip()
 NOT = """
 These are refused, with the reason.
@@ -41,9 +47,10 @@ def markdown() -> str:
         f"transformers and are taken as such.",
         "## Multimodal models around a text model",
         AROUND,
+        textwrap.fill(TOWERS.format(sees=", ".join(f"`{f.model_type}`" for f in known if f.sees)), 110),
         _table(
-            ("wrapper", "its usual text model", "holds"),
-            ((f"`{name}`", f"`{w.text}`", _held(w)) for name, w in WRAPPERS.items()),
+            ("wrapper", "its usual text model", "holds", "its usual vision tower"),
+            ((f"`{name}`", f"`{w.text}`", _held(w), _tower(w)) for name, w in WRAPPERS.items()),
         ),
         "## Not taken",
         NOT,
@@ -62,6 +69,11 @@ def _held(wrapper: Wrapper) -> str:
         return "any text model"
     twins = [f"`{text}`, as a `{model_type}`" for text, (model_type, _) in wrapper.twins.items()]
     return ", ".join([*twins, "an upcycled one"])
+
+
+def _tower(wrapper: Wrapper) -> str:
+    """Name the vision tower of a wrapper that builds the one that its config names."""
+    return f"`{wrapper.vision}`" if wrapper.vision else "its own, or none"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -66,6 +66,9 @@ class RecipeOptions:
         str | None, _plain("SPEC", "moe.layers: all, every_other, last_half or 1,3,5 (all)")
     ] = None
     target: Annotated[str | None, _plain("NAME", "moe.target (native); see `upcycle list`")] = None
+    part: Annotated[
+        str | None, _plain("PART", "moe.part: text, vision or text+vision, of a multimodal model (text)")
+    ] = None
     part_only: Annotated[
         str | None, _plain("PART", "text takes the text model out of a multimodal one (moe.part_only)")
     ] = None
@@ -91,6 +94,7 @@ class RecipeOptions:
             "init.name": self.init,
             "moe.layers": _layers(self.layers),
             "moe.target": self.target,
+            "moe.part": self.part,
             "moe.part_only": self.part_only,
             "drop": json.dumps(self.drop) if self.drop else None,
             "dtype": self.dtype,

@@ -167,11 +167,15 @@ class Batches:
 def _refuse_damaged(state: dict[str, Any]) -> None:
     """Raise `UpcycleError` for a malformed position."""
     lists = [state.get("tokens"), state.get("consumed")]
-    whole = type(state.get("sample")) is int and all(
-        isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in lists
+    whole = _is_count(state.get("sample")) and all(
+        isinstance(each, list) and all(map(_is_count, each)) for each in lists
     )
     if not whole or len(state["consumed"]) != len(state["tokens"]):
         raise UpcycleError("what the checkpoint says of its place in the data is damaged; delete its folder")
     hashes = state.get("sha256", state["tokens"])
     if not isinstance(hashes, list) or len(hashes) != len(state["tokens"]):
         raise UpcycleError("what the checkpoint says of its data is damaged; delete its folder")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0

@@ -201,7 +201,7 @@ def _rows(path: Path) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
 
 

@@ -61,7 +61,7 @@ def admit_donors(source: Dense, recipe: Recipe, *, allow_nonfinite: bool) -> Don
         if checkpoint not in bare:
             assert checkpoint is not None
             alone = recipe.moe.part_only == "text" and places.is_wrapper(checkpoint.config)
-            bare[checkpoint] = admit(checkpoint, alone=alone)
+            bare[checkpoint] = admit(checkpoint, alone=alone, part=recipe.moe.part)
             remarks += _compared(source, bare[checkpoint], recipe)
     adapters = _open_adapters(named, allow_nonfinite=allow_nonfinite)
     models = []

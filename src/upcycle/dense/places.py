@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle import families
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families import Config, Family, Shapes
 from upcycle.families._names import Names
-from upcycle.families._wrappers import WRAPPERS, Wrapper
+from upcycle.families._wrappers import TEXT, VISION, WRAPPERS, Wrapper, config_key
 from upcycle.targets import wrapped
 
 if TYPE_CHECKING:
     from upcycle.targets import Target
 
-TEXT = "text_config"  # the key of config.json that holds the config of a text model
+_CALLED = {TEXT: "text model", VISION: "vision tower"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,24 +80,48 @@ class WithoutHead(Place):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Within(Place):
-    """A text model within a multimodal one."""
+class Part(Place):
+    """A part of a multimodal model."""
 
+    called: ClassVar[str]  # the word for it in a sentence
     model_type: str
     wrapper: Wrapper
+
+    def architecture(self, family: Family, named: str) -> str:
+        return self.wrapper.architecture
+
+    def own(self, stored: str) -> str | None:
+        return self.names.own(stored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower(Part):
+    """A vision tower within a multimodal model."""
+
+    called: ClassVar[str] = _CALLED[VISION]
+
+    def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {key: value for key, value in own_config(raw, VISION).items() if key != "architectures"}
+
+    def own_class(self, family: Family, named: str) -> str:
+        return family.architectures[0]
+
+    def around(self, target: Target) -> Target:
+        return wrapped.Seeing.of(target, self.names, self.model_type, self.wrapper)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Within(Part):
+    """A text model within a multimodal one."""
+
+    called: ClassVar[str] = _CALLED[TEXT]
     tied: bool
 
     def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**own_config(raw), "tie_word_embeddings": self.tied}
 
-    def architecture(self, family: Family, named: str) -> str:
-        return self.wrapper.architecture
-
     def own_class(self, family: Family, named: str) -> str:
         return family.base_class
-
-    def own(self, stored: str) -> str | None:
-        return self.names.own(stored)
 
     def around(self, target: Target) -> Target:
         return wrapped.Wrapped.of(target, self.names, self.model_type, self.wrapper)
@@ -128,17 +152,19 @@ def is_wrapper(raw: Mapping[str, Any]) -> bool:
     if not isinstance(model_type, str):
         return False  # whoever reads it as a dense model says what it lacks
     return model_type in WRAPPERS or (
-        isinstance(raw.get(TEXT), Mapping) and model_type not in families.names()
+        isinstance(raw.get(config_key(TEXT)), Mapping) and model_type not in families.names()
     )
 
 
-def own_config(raw: Mapping[str, Any]) -> Config:
-    """Return the config of the text model within that of a wrapper, with the type that it assumes."""
-    inner = raw.get(TEXT)
+def own_config(raw: Mapping[str, Any], part: str = TEXT) -> Config:
+    """Return the config of a part within that of a wrapper, with the type that it assumes."""
+    key = config_key(part)
+    inner = raw.get(key)
     if not isinstance(inner, Mapping):
-        raise UpcycleError(f"config.json: {TEXT} = {shown(inner)}; it must be the config of a text model")
+        raise UpcycleError(f"config.json: {key} = {shown(inner)}; it must be the config of a {_CALLED[part]}")
     known = WRAPPERS.get(str(raw.get("model_type")))
-    own = {**({"model_type": known.text} if known else {}), **inner}
+    usual = {TEXT: known.text, VISION: known.vision}[part] if known else ""
+    own = {**({"model_type": usual} if usual else {}), **inner}
     model_type = own.get("model_type")
     found = families.find(str(model_type)) if model_type in families.names() else None
     return {**(found.assumed if found else {}), **own}
@@ -154,7 +180,7 @@ def head_is_tied(raw: Mapping[str, Any], head_is_stored: bool) -> bool:
     known = WRAPPERS.get(str(raw.get("model_type")))
     if head_is_stored and None not in (inner, outer) and bool(inner) != bool(outer):
         raise UpcycleError(
-            f"config.json: tie_word_embeddings = {shown(outer)} and {TEXT}.tie_word_embeddings = "
+            f"config.json: tie_word_embeddings = {shown(outer)} and text_config.tie_word_embeddings = "
             f"{shown(inner)}, and a head is stored; set both to the same"
         )
     if outer is not None:
@@ -164,11 +190,11 @@ def head_is_tied(raw: Mapping[str, Any], head_is_stored: bool) -> bool:
     return known.tied and not head_is_stored if known else not head_is_stored
 
 
-def refuse_two(where: object, found: list[Names]) -> None:
-    """Refuse a checkpoint that holds the tensors of a text model twice."""
+def refuse_two(where: object, found: list[Names], part: str = TEXT) -> None:
+    """Refuse a checkpoint that holds the tensors of a part twice."""
     if len(found) > 1:
         starts = listed([names.body or "no prefix" for names in found])
         raise UpcycleError(
-            f"{where} holds the tensors of a text model more than once, below {starts}; give a checkpoint "
-            f"with one of them"
+            f"{where} holds the tensors of a {_CALLED[part]} more than once, below {starts}; give a "
+            f"checkpoint with one of them"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from upcycle import families, targets
 from upcycle.checkpoints import mistaken
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
-from upcycle.checkpoints.dtypes import FLOATS
+from upcycle.checkpoints.dtypes import COUNTERS, FLOATS
 from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense import places
 from upcycle.dense.places import Place
@@ -22,7 +22,7 @@ from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
 from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._names import Names, spelled
 from upcycle.families._weights import Weight
-from upcycle.families._wrappers import WRAPPERS, Wrapper
+from upcycle.families._wrappers import TEXT, VISION, WRAPPERS, Wrapper
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
 
@@ -38,6 +38,7 @@ class Dense:
     config: Config
     left_out: Mapping[str, str]  # stored tensors that the model does not have, and why they may be left out
     place: Place = places.WHOLE  # where it stands in the checkpoint
+    keeps_further: bool = False  # whether blocks that predict further tokens stay beside it
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
@@ -72,7 +73,8 @@ class Dense:
     @property
     def raw(self) -> Mapping[str, Any]:
         """The model's own config as config.json has it, without what is left out."""
-        return self.family.tidied(self.place.config(self.checkpoint.config))
+        raw = self.place.config(self.checkpoint.config)
+        return raw if self.keeps_further else self.family.tidied(raw)
 
     @property
     def others(self) -> tuple[Checkpoint, ...]:
@@ -171,15 +173,19 @@ class Dense:
         return tuple(sorted(key for key in self.raw if key not in known))
 
 
-def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] = ()) -> Dense:
+def admit(
+    checkpoint: Checkpoint, *, alone: bool = False, part: str = TEXT, drop: tuple[str, ...] = ()
+) -> Dense:
     """Return the dense model in a checkpoint; that of a multimodal one is its text model.
 
-    `alone` takes that out of the model around it. `drop` has names and patterns of stored tensors to leave
-    out. Raises `UpcycleError`, with the reason, for anything that is not exactly a dense model of a known
-    family.
+    `alone` takes that out of the model around it, and `part` can be its vision tower instead. `drop` has
+    names and patterns of stored tensors to leave out. Raises `UpcycleError`, with the reason, for anything
+    that is not exactly a dense model of a known family.
     """
     raw, where = checkpoint.config, checkpoint.folder
     within = places.is_wrapper(raw)
+    if part == VISION:
+        return _admit_tower(checkpoint, within=within, drop=drop)
     own = places.own_config(raw) if within else raw
     _refuse_moe(where, own)
     _refuse_quantised(checkpoint)
@@ -202,6 +208,37 @@ def admit(checkpoint: Checkpoint, *, alone: bool = False, drop: tuple[str, ...] 
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
+def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...]) -> Dense:
+    """Return the vision tower of a multimodal model."""
+    raw, where, outer = checkpoint.config, checkpoint.folder, cut(str(checkpoint.config.get("model_type")))
+    if not within:
+        raise UpcycleError(
+            f"moe.part = vision is for a multimodal model, and {where} ({outer}) has no vision tower of its "
+            f"own; take it out of the recipe"
+        )
+    own = places.own_config(raw, VISION)
+    wrapper = WRAPPERS.get(outer)
+    named = own.get("model_type", "of its own")
+    known = named in families.names() and families.find(str(named)).sees
+    if wrapper is None or not wrapper.vision or not known:
+        sees = [name for name in families.names() if families.find(name).sees]
+        why = f"it must be one of {', '.join(sees)}" if wrapper and wrapper.vision else "its class is fixed"
+        raise UpcycleError(
+            f"{where} is a {outer} around a vision tower ({shown(named)}) that cannot have experts: {why}; "
+            f"moe.part = text gives them to the text model"
+        )
+    _refuse_moe(where, own)
+    family = families.find(str(named))
+    refuse_unsound(checkpoint, family, own)
+    place = places.Tower(model_type=outer, wrapper=wrapper)
+    config = family.config(place.config(raw))
+    found = spelled(family, family.shapes(config), checkpoint.tensors)
+    places.refuse_two(where, found, VISION)
+    place = replace(place, names=found[0] if found else Names())
+    left_out = _check_tensors(checkpoint, family, config, place, dropped(checkpoint, drop))
+    return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
+
+
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
     """Refuse a config.json that says that the weights are quantised."""
     if (method := checkpoint.config.get("quantization_config")) is not None:
@@ -216,7 +253,7 @@ def refuse_unsound(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any
     """
     _refuse_quantised(checkpoint)
     where, stored = checkpoint.folder, checkpoint.tensors.values()
-    if odd := sorted(t.name for t in stored if t.dtype not in FLOATS and family.ignored(t.name) is None):
+    if odd := sorted(t.name for t in stored if _is_odd(t) and family.ignored(t.name) is None):
         dtype = checkpoint.tensors[odd[0]].dtype
         raise UpcycleError(
             f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
@@ -225,6 +262,11 @@ def refuse_unsound(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any
     _refuse_more_blocks_than_tensors(checkpoint, family, own)
     if wrapped := mistaken.names(checkpoint.tensors):
         raise UpcycleError(f"{where}: {wrapped}")
+
+
+def _is_odd(tensor: TensorInfo) -> bool:
+    """Return whether a tensor is neither of floating-point numbers nor a single counter, as norms keep."""
+    return tensor.dtype not in FLOATS and (tensor.dtype not in COUNTERS or tensor.shape != ())
 
 
 def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from upcycle.checkpoints.checkpoint import read_json
 from upcycle.dense import places
 from upcycle.errors import UpcycleError
 from upcycle.families import Family, Grid
+from upcycle.families._wrappers import TEXT, VISION
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -38,7 +39,10 @@ class Subject:
     @classmethod
     def of_dense(cls, dense: Dense) -> Subject:
         """Return a dense checkpoint as the class that it was admitted as."""
+        tower = isinstance(dense.place, places.Tower)
         config = {**dense.checkpoint.config, "architectures": [dense.architecture]}
+        if tower:
+            config = {**dense.raw, "architectures": [dense.own_class]}
         return cls(folder=dense.checkpoint.folder, config=config)
 
     @property
@@ -57,10 +61,18 @@ class Subject:
     def _is_wrapper(self) -> bool:
         return places.is_wrapper(self.config)
 
+    @property
+    def tower_has_experts(self) -> bool:
+        """True if its vision tower, which no task reaches, has experts."""
+        target = targets.opened(self.config)
+        return target is not None and VISION in target.parts
+
     @cached_property
     def _dense_config(self) -> Mapping[str, Any]:
         """The config of the dense class within the config, or the whole config if there is none."""
         target = targets.opened(self.config)
+        if target and TEXT not in target.parts:  # tasks are about its text model, which is dense
+            target = None
         own = places.own_config(self.config) if self._is_wrapper else self.config
         return (target.dense_config(self.config) if target else None) or own
 

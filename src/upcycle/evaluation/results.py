@@ -20,7 +20,7 @@ from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
 from upcycle.records.evaluation import EvaluationEntry, EvaluationRecord, MetricRecord, PairedSums
-from upcycle.records.reader import DamagedError
+from upcycle.records.reader import DamagedError, refuse_deep
 from upcycle.system import claim, whole_file
 
 MOST = 1 << 28  # the largest size of a file that is read, in bytes
@@ -182,6 +182,7 @@ def read(path: Path) -> EvaluationRecord:
         found = _parsed(path)
         if not isinstance(found, dict) or "format" not in found:
             raise ValueError
+        refuse_deep(found, str(path))
         json.dumps(found, ensure_ascii=False).encode()  # fails for lone surrogates, which cannot be rewritten
         return EvaluationRecord.of(found, str(path))
     except DamagedError as error:

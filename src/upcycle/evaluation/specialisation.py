@@ -165,6 +165,11 @@ def specialisation(
     """
     folder = Path(folder)
     subject = Subject.of(folder)
+    if subject.tower_has_experts:
+        raise UpcycleError(
+            f"{folder} has experts in its vision tower, and what is watched are the routers of a model that "
+            f"reads texts or images alone; leave the sets out"
+        )
     with scratch.folder() as made_here:
         cache = asked.cache or made_here
         sets = {

@@ -12,6 +12,7 @@ from typing import Any
 
 from upcycle import registry
 from upcycle.errors import UpcycleError, listed, nearest_of_many, shown
+from upcycle.families._further import Further
 from upcycle.families._stacks import Grid as Grid
 from upcycle.families._stacks import Stack as Stack
 from upcycle.families._weights import Shapes as Shapes
@@ -80,6 +81,8 @@ class Family(abc.ABC):
     alone = ""  # the family of such a text model when it is taken out of a wrapper; empty: the same
     assumed: Mapping[str, Any] = {}  # sizes that transformers assumes if the config of a part leaves them out
     class_tokens = 0  # tokens before the patches of an image; a head reads the first of them
+    further: Further | None = None  # blocks beside the model that predict further tokens
+    sees = False  # True if its class without a head is a vision tower that multimodal models can hold
     centred_norms = False  # True if norms multiply by 1 + w
     exact_when_narrow = True  # True if the backbone keeps its bits in bfloat16 and float16
 
@@ -112,6 +115,10 @@ class Family(abc.ABC):
     def may_lack(self, config: Config) -> frozenset[str]:
         """Return the tensors of `weights` that a checkpoint need not have."""
         return frozenset()
+
+    def further_weights(self, config: Config, count: int) -> Weights:
+        """Return the tensors of `count` blocks that predict further tokens, by their names on disk."""
+        return {}
 
     def shapes(self, config: Config) -> Shapes:
         """Return the shapes of the tensors of `weights`."""

@@ -53,63 +53,32 @@ class DualEncoder(Trained):
     def weights(self, config: Config) -> Weights:
         out = self.outside(config)
         for tower in TOWERS:
-            hidden, width = config[tower]["hidden_size"], config[tower]["intermediate_size"]
-            block = norm("layer_norm1", hidden) | norm("layer_norm2", hidden)
-            for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                block |= linear(f"self_attn.{part}", hidden, hidden)
-            block |= linear("mlp.fc1", width, hidden) | linear("mlp.fc2", hidden, width)
-            for i in range(config[tower]["num_hidden_layers"]):
-                out |= below(f"{tower}_model.encoder.layers.{i}.", block)
+            out |= below(f"{tower}_model.", blocks(config[tower]))
         return out
 
-    def tables(self, config: Config) -> Weights:
-        """Return words and positions of both encoders, without the kernel that reads patches."""
-        text, vision = config["text"], config["vision"]
-        places = {"text": (text["max_position_embeddings"], text["hidden_size"])}
-        places["vision"] = (self.lengths(config)["vision"], vision["hidden_size"])
-        out: Weights = {
-            f"{tower}_model.embeddings.position_embedding.weight": Table(shape)
-            for tower, shape in places.items()
+    def words(self, config: Config) -> Weights:
+        """Return words and positions of the encoder of texts."""
+        text = config["text"]
+        places = (text["max_position_embeddings"], text["hidden_size"])
+        return {
+            "text_model.embeddings.position_embedding.weight": Table(places),
+            "text_model.embeddings.token_embedding.weight": Table((text["vocab_size"], text["hidden_size"])),
         }
-        words = (text["vocab_size"], text["hidden_size"])
-        return out | {"text_model.embeddings.token_embedding.weight": Table(words)}
 
     def lengths(self, config: Config) -> dict[str, int]:
-        grid = self.grid(config, "vision")
-        assert grid is not None
-        patches = grid.rows * grid.columns + self.class_token
+        patches = positions(config["vision"], class_token=self.class_token)
         return {"text": config["text"]["max_position_embeddings"], "vision": patches}
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
-        if stack != "vision":
-            return None
-        image, patch = (pair(config["vision"][key]) for key in ("image_size", "patch_size"))
-        return Grid(rows=image[0] // patch[0], columns=image[1] // patch[1], height=patch[0], width=patch[1])
+        return patches(config["vision"]) if stack == "vision" else None
 
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        vision = config["vision"]
-        image = (4, vision["num_channels"], *pair(vision["image_size"]))
-        return {**super().inputs(config, tokens), "pixel_values": ("pixels", image)}
+        return {**super().inputs(config, tokens), "pixel_values": ("pixels", (4, *image(config["vision"])))}
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
-        return tuple(self._stack(config[tower], tower) for tower in TOWERS)
-
-    def _stack(self, config: Mapping[str, Any], tower: str) -> Stack:
-        block = f"{tower}_model.encoder.layers.{{i}}."
-        return Stack(
-            name=tower,
-            count=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            width=config["intermediate_size"],
-            attention=config["hidden_size"],
-            path=block + "mlp",
-            owned=(block + "mlp.",),
-            module=block + "mlp",
-            norm_path=block + "layer_norm2",
-            down=block + "mlp.fc2",
-            heads=(block + "self_attn.out_proj",),
-            causal=tower == "text" and self.causal,
-            activation=config["hidden_act"],
+        return tuple(
+            stack(config[tower], tower, f"{tower}_model.", causal=tower == "text" and self.causal)
+            for tower in TOWERS
         )
 
     def stack_of(self, name: str) -> str:
@@ -125,20 +94,83 @@ class DualEncoder(Trained):
         }
 
     def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
-        return (f"{stack.blocks}.{{i}}.self_attn", f"{stack.blocks}.{{i}}.mlp")
+        return branches(stack)
 
     def feed_forward(
         self, config: Config, layer: int, tensors: Mapping[str, Lazy], stack: str = "text"
     ) -> FeedForward:
-        network = f"{stack}_model.encoder.layers.{layer}.mlp."
-        return FeedForward(
-            up=tensors[network + "fc1.weight"],
-            up_bias=tensors[network + "fc1.bias"],
-            down=tensors[network + "fc2.weight"],
-            down_bias=tensors[network + "fc2.bias"],
-        )
+        return network(tensors, f"{stack}_model.", layer)
 
     def ignored(self, name: str) -> str | None:
-        if name.endswith("embeddings.position_ids"):
-            return "a buffer that transformers counts out"
-        return super().ignored(name)
+        return counted_out(name) or super().ignored(name)
+
+
+def blocks(tower: Mapping[str, Any]) -> Weights:
+    """Return the tensors of the blocks of one encoder, by their names in it."""
+    hidden, width = tower["hidden_size"], tower["intermediate_size"]
+    block = norm("layer_norm1", hidden) | norm("layer_norm2", hidden)
+    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        block |= linear(f"self_attn.{part}", hidden, hidden)
+    block |= linear("mlp.fc1", width, hidden) | linear("mlp.fc2", hidden, width)
+    out: Weights = {}
+    for i in range(tower["num_hidden_layers"]):
+        out |= below(f"encoder.layers.{i}.", block)
+    return out
+
+
+def stack(tower: Mapping[str, Any], name: str, prefix: str, *, causal: bool) -> Stack:
+    """Return the stack of one encoder, whose names begin with `prefix`."""
+    block = f"{prefix}encoder.layers.{{i}}."
+    return Stack(
+        name=name,
+        count=tower["num_hidden_layers"],
+        hidden=tower["hidden_size"],
+        width=tower["intermediate_size"],
+        attention=tower["hidden_size"],
+        path=block + "mlp",
+        owned=(block + "mlp.",),
+        module=block + "mlp",
+        norm_path=block + "layer_norm2",
+        down=block + "mlp.fc2",
+        heads=(block + "self_attn.out_proj",),
+        causal=causal,
+        activation=tower["hidden_act"],
+    )
+
+
+def branches(stack: Stack) -> tuple[str, ...]:
+    """Return the modules of a block whose output joins the residual stream."""
+    return (f"{stack.blocks}.{{i}}.self_attn", f"{stack.blocks}.{{i}}.mlp")
+
+
+def network(tensors: Mapping[str, Lazy], prefix: str, layer: int) -> FeedForward:
+    """Return the network of a block of an encoder, whose names begin with `prefix`."""
+    start = f"{prefix}encoder.layers.{layer}.mlp."
+    return FeedForward(
+        up=tensors[start + "fc1.weight"],
+        up_bias=tensors[start + "fc1.bias"],
+        down=tensors[start + "fc2.weight"],
+        down_bias=tensors[start + "fc2.bias"],
+    )
+
+
+def patches(vision: Mapping[str, Any]) -> Grid:
+    """Return the patches that the encoder of images cuts."""
+    size, patch = (pair(vision[key]) for key in ("image_size", "patch_size"))
+    return Grid(rows=size[0] // patch[0], columns=size[1] // patch[1], height=patch[0], width=patch[1])
+
+
+def positions(vision: Mapping[str, Any], *, class_token: bool) -> int:
+    """Return the number of tokens of an image."""
+    grid = patches(vision)
+    return grid.rows * grid.columns + class_token
+
+
+def image(vision: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return channels, height and width of an image."""
+    return (vision["num_channels"], *pair(vision["image_size"]))
+
+
+def counted_out(name: str) -> str | None:
+    """Return why a buffer of positions is not in the result, or None for another tensor."""
+    return "a buffer that transformers counts out" if name.endswith("embeddings.position_ids") else None

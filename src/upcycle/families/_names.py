@@ -47,7 +47,7 @@ def spelled(family: Family, expected: Iterable[str], stored: Collection[str]) ->
     root, heads = family.root, {family.tied[0]} if family.tied else set()
     body = [name.removeprefix(root) for name in expected if name.startswith(root) and name not in heads]
     anchor = next((name for name in body if ".0." in name), "")
-    if not root or not anchor:
+    if not anchor:
         return [Names(former=family.former)]
     before = {name.removesuffix(anchor) for name in stored if f".{name}".endswith(f".{anchor}")}
     whole = [start for start in sorted(before) if all(start + name in stored for name in body)]

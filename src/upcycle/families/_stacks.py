@@ -37,6 +37,7 @@ class Stack:
     # paths in memory of the matrix that ends self-attention; a block has one of them
     heads: tuple[str, ...] = ()
     causal: bool
+    joined: bool = False  # whether a row can have several inputs, which only a mask keeps apart
     activation: str
     dropout: float = 0.0  # between the activation and the last matrix
     norm_path: str = ""  # path on disk of the norm that only the network reads; empty if there is none

@@ -15,6 +15,7 @@ from upcycle.tensors.lazy import Lazy
 class VisionTransformer(Encoder):
     """Pre-norm blocks with a plain network of two matrices; `tokens` are those before the patches."""
 
+    sees = True
     sizes = (*Encoder.sizes, "intermediate_size")
     tokens: tuple[str, ...] = ("cls_token",)
     pooler = "pooler."

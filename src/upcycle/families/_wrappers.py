@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,9 @@ class Wrapper:
     text: str = "llama"  # the text model of a text_config that names none
     tied: bool = True  # what the wrapper assumes if config.json does not say whether the head is tied
     free: bool = True  # it builds the text model that text_config names
+    # the vision tower of a vision_config that names none, if it builds the one that is named there; empty if
+    # it has a class of its own for that, or sees nothing
+    vision: str = ""
     # its second class, by the model_type of the MoE text model: model_type and architecture
     twins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -26,33 +30,62 @@ def _twin(native: str, model_type: str, architecture: str) -> Mapping[str, tuple
     return {native: (model_type, architecture)}
 
 
+TEXT: Final = "text"  # the parts of a wrapper that can have experts
+VISION: Final = "vision"
+
+
+def config_key(part: str) -> str:
+    """Return the key of config.json that holds the config of a part."""
+    return f"{part}_config"
+
+
 WRAPPERS: Mapping[str, Wrapper] = {
-    "aya_vision": Wrapper(architecture="AyaVisionForConditionalGeneration", text="cohere2"),
+    "aya_vision": Wrapper(
+        architecture="AyaVisionForConditionalGeneration", vision="siglip_vision_model", text="cohere2"
+    ),
     "audioflamingo3": Wrapper(architecture="AudioFlamingo3ForConditionalGeneration", text="qwen2"),
-    "cohere2_vision": Wrapper(architecture="Cohere2VisionForConditionalGeneration", text="cohere2"),
+    "cohere2_vision": Wrapper(
+        architecture="Cohere2VisionForConditionalGeneration", vision="siglip_vision_model", text="cohere2"
+    ),
     "exaone4_5": Wrapper(architecture="Exaone4_5_ForConditionalGeneration", text="exaone4", tied=False),
-    "fast_vlm": Wrapper(architecture="FastVlmForConditionalGeneration", text="qwen2", tied=False),
-    "gemma3": Wrapper(architecture="Gemma3ForConditionalGeneration", text="gemma3_text", free=False),
+    "fast_vlm": Wrapper(
+        architecture="FastVlmForConditionalGeneration", vision="timm_wrapper", text="qwen2", tied=False
+    ),
+    "gemma3": Wrapper(
+        architecture="Gemma3ForConditionalGeneration",
+        vision="siglip_vision_model",
+        text="gemma3_text",
+        free=False,
+    ),
     "glmasr": Wrapper(architecture="GlmAsrForConditionalGeneration"),
     "got_ocr2": Wrapper(architecture="GotOcr2ForConditionalGeneration", text="qwen2"),
     "granite_speech": Wrapper(architecture="GraniteSpeechForConditionalGeneration", text="granite"),
     "idefics2": Wrapper(architecture="Idefics2ForConditionalGeneration", text="mistral", tied=False),
     "idefics3": Wrapper(architecture="Idefics3ForConditionalGeneration", tied=False),
     "internvl": Wrapper(architecture="InternVLForConditionalGeneration", text="qwen2"),
-    "lighton_ocr": Wrapper(architecture="LightOnOcrForConditionalGeneration", text="qwen3"),
-    "llava": Wrapper(architecture="LlavaForConditionalGeneration", tied=False),
-    "llava_next": Wrapper(architecture="LlavaNextForConditionalGeneration", tied=False),
-    "llava_next_video": Wrapper(architecture="LlavaNextVideoForConditionalGeneration", tied=False),
+    "lighton_ocr": Wrapper(architecture="LightOnOcrForConditionalGeneration", vision="pixtral", text="qwen3"),
+    "llava": Wrapper(architecture="LlavaForConditionalGeneration", vision="clip_vision_model", tied=False),
+    "llava_next": Wrapper(
+        architecture="LlavaNextForConditionalGeneration", vision="clip_vision_model", tied=False
+    ),
+    "llava_next_video": Wrapper(
+        architecture="LlavaNextVideoForConditionalGeneration", vision="clip_vision_model", tied=False
+    ),
     "llava_onevision": Wrapper(
-        architecture="LlavaOnevisionForConditionalGeneration", text="qwen2", tied=False
+        architecture="LlavaOnevisionForConditionalGeneration",
+        vision="siglip_vision_model",
+        text="qwen2",
+        tied=False,
     ),
     "minicpmv4_6": Wrapper(
         architecture="MiniCPMV4_6ForConditionalGeneration", text="qwen3_5_text", tied=False
     ),
-    "mistral3": Wrapper(architecture="Mistral3ForConditionalGeneration", text="mistral"),
+    "mistral3": Wrapper(architecture="Mistral3ForConditionalGeneration", vision="pixtral", text="mistral"),
     "musicflamingo": Wrapper(architecture="MusicFlamingoForConditionalGeneration", text="qwen2"),
     "ovis2": Wrapper(architecture="Ovis2ForConditionalGeneration", text="qwen2"),
-    "perception_lm": Wrapper(architecture="PerceptionLMForConditionalGeneration", tied=False),
+    "perception_lm": Wrapper(
+        architecture="PerceptionLMForConditionalGeneration", vision="timm_wrapper", tied=False
+    ),
     "qwen2_audio": Wrapper(architecture="Qwen2AudioForConditionalGeneration", text="qwen2"),
     "qwen3_5": Wrapper(
         architecture="Qwen3_5ForConditionalGeneration",
@@ -72,7 +105,11 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "smolvlm": Wrapper(architecture="SmolVLMForConditionalGeneration", tied=False),
     "vibevoice_asr": Wrapper(architecture="VibeVoiceAsrForConditionalGeneration", text="qwen2"),
     "video_llama_3": Wrapper(architecture="VideoLlama3ForConditionalGeneration", text="qwen2", tied=False),
-    "video_llava": Wrapper(architecture="VideoLlavaForConditionalGeneration", tied=False),
-    "vipllava": Wrapper(architecture="VipLlavaForConditionalGeneration", tied=False),
+    "video_llava": Wrapper(
+        architecture="VideoLlavaForConditionalGeneration", vision="clip_vision_model", tied=False
+    ),
+    "vipllava": Wrapper(
+        architecture="VipLlavaForConditionalGeneration", vision="clip_vision_model", tied=False
+    ),
     "voxtral": Wrapper(architecture="VoxtralForConditionalGeneration"),
 }

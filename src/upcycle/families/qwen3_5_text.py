@@ -6,9 +6,10 @@ from typing import Any
 
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._decoder import Decoder, every_nth_full, sizes
+from upcycle.families._further import Further
 from upcycle.families._weights import Bias, Matrix, Norm, Scale, Weight, below
 
-_PREDICTED = "mtp_num_hidden_layers"  # the key of config.json that counts the blocks called mtp
+_FURTHER = Further()
 
 
 class Qwen35Text(Decoder):
@@ -17,6 +18,7 @@ class Qwen35Text(Decoder):
     base_class = "Qwen3_5TextModel"
     summary = "Qwen3.5 dense language models (hybrid linear attention)"
     natives = ("qwen3_5_moe_text",)
+    further = _FURTHER
     tokenizer = "Qwen3_5Tokenizer"
     reads = Decoder.reads | {"full_attention_interval"}
     assumed = sizes(248_320, 4096, 12288, 32, 16)
@@ -63,10 +65,22 @@ class Qwen35Text(Decoder):
         }
 
     def tidied(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**raw, _PREDICTED: 0} if raw.get(_PREDICTED) else raw
+        return {**raw, _FURTHER.counted: 0} if raw.get(_FURTHER.counted) else raw
+
+    def further_weights(self, config: Config, count: int) -> Weights:
+        hidden, every = config["hidden_size"], {**config, "layer_types": ["full_attention"] * count}
+        out: Weights = {"fc.weight": Matrix((hidden, 2 * hidden))}
+        for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+            out |= self.norm(name, hidden)
+        for i in range(count):
+            block = {**self.attention(every, i), **self.mlp(config)}
+            for name in self.norms:
+                block |= self.norm(name, hidden)
+            out |= below(f"layers.{i}.", block)
+        return below(_FURTHER.prefix, out)
 
     def ignored(self, name: str) -> str | None:
-        if name.startswith("mtp."):
+        if _FURTHER.owns(name):
             return "a block that predicts further tokens, which transformers never reads"
         return super().ignored(name)
 

@@ -104,9 +104,14 @@ def load(path: Path, missing: str, file: str | None = None) -> dict[str, Any]:
         raise DamagedError(file, f"it is not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise DamagedError(file, f"it holds {shown(found)}, not a JSON object")
-    if _depth(found) > DEEPEST:
-        raise DamagedError(file, f"it is nested deeper than {DEEPEST} levels, which no file of upcycle is")
+    refuse_deep(found, file)
     return found
+
+
+def refuse_deep(table: object, file: str) -> None:
+    """Raise `DamagedError` for a JSON value that is nested too deep to be written again."""
+    if _depth(table) > DEEPEST:
+        raise DamagedError(file, f"it is nested deeper than {DEEPEST} levels, which no file of upcycle is")
 
 
 def _depth(value: Any) -> int:

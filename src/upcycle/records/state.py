@@ -11,6 +11,8 @@ from typing import ClassVar, Self
 
 from upcycle.records.reader import DamagedError, Document, Table, WrongError, load, sometimes
 
+_AXES = ("replicate", "fsdp", "tp", "ep")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunState(Document):
@@ -46,6 +48,9 @@ class RunState(Document):
             raise WrongError(f"is {self.step}, not 0 or more", "step")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise WrongError(f"is {self.micro_batch}, not 1 or more", "micro_batch")
+        for axis, ranks in (self.layout or {}).items():
+            if axis not in _AXES or ranks < 1:
+                raise WrongError(f"has {ranks} ranks, and axes are {', '.join(_AXES)}", "layout", axis)
 
     @property
     def drawn(self) -> int:

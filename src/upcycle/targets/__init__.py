@@ -21,7 +21,7 @@ from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
 from upcycle.families._weights import Initial, Weight
-from upcycle.families._wrappers import Wrapper
+from upcycle.families._wrappers import TEXT, VISION, Wrapper
 from upcycle.init import Site
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from upcycle.dense.source import Dense
     from upcycle.families._training import Trained
     from upcycle.recipe import Recipe
+    from upcycle.targets._layouts import MoeNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,12 @@ class Block:
     router: Lazy | None
     up: Lazy  # [I, H], of the first expert or of the dense network
     universal: Sequence[FeedForward] = ()
+    part: str = TEXT  # the part of a multimodal model that it stands in
+
+    @property
+    def place(self) -> str:
+        """The name of its stack for a reader of the whole model."""
+        return VISION if self.part == VISION else self.stack
 
 
 class Target(abc.ABC):
@@ -60,6 +67,8 @@ class Target(abc.ABC):
     has_experts: ClassVar[bool]
     # whether FSDP gathers the embedding apart from the rest, and the last norm with the head
     gathers_ends: ClassVar[bool] = True
+    is_around: ClassVar[bool] = False  # whether it is a multimodal model around another target
+    parts: tuple[str, ...] = (TEXT,)  # of a multimodal model, those with experts
     root = "model."  # what the names of the base model's tensors begin with, in a model with a head
 
     @property
@@ -127,6 +136,14 @@ class Target(abc.ABC):
         """Return the part of config.json that is about the model whose blocks these are."""
         return dict(config)
 
+    def layer_names(self) -> MoeNames | None:
+        """Return the names of a layer with experts that other programs know as well, or None."""
+        return None
+
+    def with_own(self, config: Config, changes: Mapping[str, Any]) -> Config:
+        """Return config.json with other keys of the model whose blocks these are."""
+        return {**config, **changes}
+
     def dense_config(self, config: Mapping[str, Any]) -> Config | None:
         """Return the config of the dense class within that of a folder, or None if there is none."""
         return None
@@ -140,6 +157,10 @@ class Target(abc.ABC):
     def moments(cls, recipe: Recipe) -> Recipe:
         """Return the recipe that makes the result's optimizer moments out of the dense model's."""
         return type(recipe).of(recipe.as_table() | {"init": {"name": "copy"}, "dtype": "source"})
+
+    def owns(self, name: str) -> bool:
+        """Return whether the tensor of that name on disk belongs to the model itself."""
+        return True
 
     def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the tensors under the names and in the shapes in which the class holds them in memory."""

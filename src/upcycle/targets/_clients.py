@@ -18,6 +18,7 @@ class Gap:
     label: str  # as docs/clients.md calls it
     why: str  # what the program does; {name} stands for the architecture
     shows: Callable[[Config], bool]  # whether it makes a difference to a model of this config
+    alone: bool = False  # it makes none to a model within a multimodal one
 
     @property
     def everywhere(self) -> bool:
@@ -28,10 +29,15 @@ class Gap:
 Clients = Mapping[str, tuple[Gap, ...]]
 
 
-def reasons(clients: Clients, config: Config, name: str) -> dict[str, str]:
-    """Return the programs that will not compute the function of a model of this config, and why."""
+def reasons(clients: Clients, config: Config, name: str, *, within: bool = False) -> dict[str, str]:
+    """Return the programs that will not compute the function of a model of this config, and why.
+
+    `within` says that it stands within a multimodal model.
+    """
     found = {
-        client: [gap.why.format(name=name) for gap in gaps if gap.shows(config)]
+        client: [
+            gap.why.format(name=name) for gap in gaps if gap.shows(config) and not (within and gap.alone)
+        ]
         for client, gaps in clients.items()
     }
     return {client: ", and it ".join(whys) for client, whys in found.items() if whys}

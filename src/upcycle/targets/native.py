@@ -108,6 +108,10 @@ class Native(WithExperts):
         if self.renormalizes == "always" and not recipe.router.normalize:
             raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
 
+    def layer_names(self) -> Native:
+        """Return itself."""
+        return self
+
     def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
         """Return the wrapper itself if it builds any text model, or its twin for this one."""
         if wrapper.free:
@@ -292,7 +296,8 @@ class Native(WithExperts):
                 f"neurons is there with a zero down projection, and training may use it"
             )
         config = built.target.own_config(built.config)
-        for client, why in reasons(self.clients, config, self.model_type).items():
+        found = reasons(self.clients, config, self.model_type, within=built.target.is_around)
+        for client, why in found.items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
         if unknown := built.dense.unknown_keys:
             out.append(

@@ -54,6 +54,7 @@ class Upcycled(WithExperts):
         for stack in dense.stacks:
             part = recipe.at(stack.name)
             _refuse_look_ahead(stack, part)
+            _refuse_mixed(family.model_type, stack, part)
             if part.moe.universal_experts and not part.router.has_slots:
                 raise UpcycleError(
                     f"moe.universal_experts needs a router that fills slots, spherical or soft; "
@@ -298,4 +299,13 @@ def _refuse_look_ahead(stack: Stack, recipe: Recipe) -> None:
         why = recipe.router.not_in_a_decoder
         raise UpcycleError(
             f"router {recipe.router.name} cannot stand in {where}: {why} (in a T5, under [decoder.router])"
+        )
+
+
+def _refuse_mixed(model_type: str, stack: Stack, recipe: Recipe) -> None:
+    """Refuse a router that compares or mixes the tokens of a row, if a row can have several images."""
+    if stack.joined and not recipe.router.causal:
+        raise UpcycleError(
+            f"router {recipe.router.name} compares or mixes the tokens of a row, and a row of {model_type} "
+            f"has all images of a batch; use top_k or sigmoid (for a vision tower, under [vision.router])"
         )

@@ -6,21 +6,24 @@ target, and this file says how it is spelled on disk and what else the folder ho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from upcycle import targets
+from upcycle import families, targets
 from upcycle.blueprints import moe_layer
 from upcycle.blueprints.entries import Entry
+from upcycle.checkpoints.dtypes import COUNTERS
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
 from upcycle.families._names import Names
 from upcycle.families._training import Trained
 from upcycle.families._weights import Initial, Weight
-from upcycle.families._wrappers import Wrapper
+from upcycle.families._wrappers import TEXT, VISION, Wrapper, config_key
 from upcycle.init import Site
+from upcycle.nn.upcycled_config import PREFIX
 from upcycle.targets import Block, Target
 from upcycle.tensors.lazy import Lazy
 
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
     from upcycle.blueprints.blueprint import Blueprint
     from upcycle.dense.source import Dense
     from upcycle.recipe import Recipe
+    from upcycle.targets._layouts import MoeNames
 
-TEXT = "text_config"
 _BLOCKS = "layers."
 _EXPERTS = ".experts."
 
@@ -102,9 +105,17 @@ class Renamed(Target):
         """Return that of the target inside."""
         return self.inner.dense_config(self.own_config(config))
 
+    def layer_names(self) -> MoeNames | None:
+        """Ask the target inside."""
+        return self.inner.layer_names()
+
     def refuse_layout(self, config: Mapping[str, Any], *, tp_size: int, ep_size: int) -> None:
         """Ask the target inside."""
         self.inner.refuse_layout(self.own_config(config), tp_size=tp_size, ep_size=ep_size)
+
+    def owns(self, name: str) -> bool:
+        """Return whether the tensor belongs to the model inside, and not to what is around it."""
+        return self.names.own(name) is not None
 
     def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the tensors in the shapes in which the class holds them, by names that its loader knows."""
@@ -180,41 +191,48 @@ class WithoutHead(Renamed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wrapped(Renamed):
-    """A multimodal model around a target."""
+class Around(Renamed):
+    """A multimodal model around a target, which is one of its parts."""
 
-    @classmethod
-    def of(cls, inner: Target, names: Names, model_type: str, wrapper: Wrapper) -> Self:
-        """Return the wrapper around `inner`. Raises `UpcycleError` if it cannot hold it."""
-        own, architecture = inner.within(model_type, wrapper)
-        return cls(inner=inner, names=names, model_type=own, architecture=architecture)
+    part: ClassVar[str]
+    is_around: ClassVar[bool] = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The part that is a target."""
+        return (self.part,)
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
-        """Return config.json of the wrapper, with the config of the target inside."""
-        inner = self.inner.config(dense, recipe, sites)
-        inner["tie_word_embeddings"] = dense.config["tie_word_embeddings"]
+        """Return config.json of the multimodal model, with the config of the target inside."""
         return {
             **dense.checkpoint.config,
             "architectures": [self.architecture],
             "model_type": self.model_type,
-            "tie_word_embeddings": dense.config["tie_word_embeddings"],
-            TEXT: inner,
+            config_key(self.part): self.inner.config(dense, recipe, sites),
         }
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return the tensors of the target inside by their names on disk, and all that is around it."""
         mixed = moe_layer.in_backbone(models, recipe)
-        around = {name: recipe.init.merge([m.around[name] for m in mixed]) for name in models[0].around}
+        around = {
+            name: tensor if tensor.dtype in COUNTERS else recipe.init.merge([m.around[name] for m in mixed])
+            for name, tensor in models[0].around.items()
+        }
         return super().tensors(models, recipe, sites) | around
 
     def own_config(self, config: Mapping[str, Any]) -> Config:
-        """Return the config of the text model."""
-        return self.inner.own_config(config[TEXT])
+        """Return the config of the target inside."""
+        return self.inner.own_config(config[config_key(self.part)])
+
+    def with_own(self, config: Config, changes: Mapping[str, Any]) -> Config:
+        """Return config.json with other keys in the part of the target inside."""
+        key = config_key(self.part)
+        return {**config, key: self.inner.with_own(config[key], changes)}
 
     @classmethod
-    def opened(cls, config: Mapping[str, Any]) -> Self | None:
-        """Return the wrapper whose text model is a target; `layers` finds its names."""
-        within = config.get(TEXT)
+    def found(cls, config: Mapping[str, Any]) -> Self | None:
+        """Return the multimodal model whose part is a target; `layers` finds its names."""
+        within = config.get(config_key(cls.part))
         inner = targets.opened(within) if isinstance(within, Mapping) else None
         if inner is None:
             return None
@@ -226,21 +244,6 @@ class Wrapped(Renamed):
             architecture=str(named[0]) if isinstance(named, list) and named else "",
         )
 
-    def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
-        """Return the blocks of the text model, which is the part that has experts."""
-        start = next((name.partition(_BLOCKS)[0] for name in tensors if _EXPERTS in name), None)
-        if start is None:
-            raise UpcycleError(f"{folder} has no tensors of experts")
-        found = replace(self, names=Names(root=self.inner.root, body=start, head=start))
-        return super(Wrapped, found).layers(config, tensors, folder)
-
-    def warnings(self, built: Blueprint) -> list[str]:
-        """Ask the target inside, and say how FLOPs are counted."""
-        return [
-            *self.inner.warnings(built),
-            f"FLOPs per token are those of the text model; the rest of the {self.model_type} is as it was",
-        ]
-
     def snippet(self) -> str:
         """Return Python code that opens the folder."""
         extra = "" if "import upcycle" not in self.inner.snippet() else "import upcycle\n"
@@ -249,6 +252,85 @@ class Wrapped(Renamed):
             f'model = {self.architecture}.from_pretrained("path/to/this/folder")\n'
             'processor = AutoProcessor.from_pretrained("path/to/this/folder")\n'
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeing(Around):
+    """A multimodal model whose vision tower is a target."""
+
+    part: ClassVar[str] = VISION
+
+    @classmethod
+    def of(cls, inner: Target, names: Names, model_type: str, wrapper: Wrapper) -> Self:
+        """Return the multimodal model around `inner`, whose class is the same."""
+        return cls(inner=inner, names=names, model_type=model_type, architecture=wrapper.architecture)
+
+    def start(self, config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
+        """Return what the names of the tower begin with in a folder, or None if it has no experts there."""
+        own = self.own_config(config)
+        family = families.find(str(own.get("model_type")).removeprefix(PREFIX))
+        stacks = family.stacks(family.config(self.inner.dense_config(own) or own))
+        ends = [stack.path.partition("{i}")[0] for stack in stacks]
+        experts = (name.partition(_EXPERTS)[0] for name in tensors if _EXPERTS in name)
+        found = (re.match(rf"(.*?)({'|'.join(map(re.escape, ends))})\d+\.", name) for name in experts)
+        return next((at[1] for at in found if at), None)
+
+    def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
+        """Return the blocks of the vision tower."""
+        start = self.start(config, tensors)
+        if start is None:
+            raise UpcycleError(f"{folder} has no tensors of experts in its vision tower")
+        at = replace(self, names=Names(root=self.inner.root, body=start, head=start))
+        return [replace(block, part=VISION) for block in super(Seeing, at).layers(config, tensors, folder)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapped(Around):
+    """A multimodal model around a text model that is a target."""
+
+    part: ClassVar[str] = TEXT
+    beside: Seeing | None = None  # its vision tower, if that has experts too
+
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The text model, and the vision tower if it has experts."""
+        return (TEXT, VISION) if self.beside else (TEXT,)
+
+    @classmethod
+    def of(cls, inner: Target, names: Names, model_type: str, wrapper: Wrapper) -> Self:
+        """Return the wrapper around `inner`. Raises `UpcycleError` if it cannot hold it."""
+        own, architecture = inner.within(model_type, wrapper)
+        return cls(inner=inner, names=names, model_type=own, architecture=architecture)
+
+    def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
+        """Return config.json of the wrapper, in which both configs say whether the head is tied."""
+        config, key = super().config(dense, recipe, sites), "tie_word_embeddings"
+        own = config[config_key(TEXT)] | {key: dense.config[key]}
+        return config | {key: dense.config[key], config_key(TEXT): own}
+
+    @classmethod
+    def opened(cls, config: Mapping[str, Any]) -> Target | None:  # type: ignore[override]
+        """Return the multimodal model whose text model or vision tower is a target, or both."""
+        text, vision = cls.found(config), Seeing.found(config)
+        return vision if text is None else replace(text, beside=vision)
+
+    def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
+        """Return the blocks of the text model, and those of the vision tower if it has experts."""
+        tower = self.beside.start(config, tensors) if self.beside else None
+        others = ("mtp.",) if tower is None else ("mtp.", tower)
+        names = (name for name in tensors if _EXPERTS in name and not name.startswith(others))
+        start = next((name.partition(_BLOCKS)[0] for name in names), None)
+        if start is None:
+            raise UpcycleError(f"{folder} has no tensors of experts")
+        found = replace(self, names=Names(root=self.inner.root, body=start, head=start))
+        more = self.beside.layers(config, tensors, folder) if self.beside else []
+        return [*super(Wrapped, found).layers(config, tensors, folder), *more]
+
+    def refuse_layout(self, config: Mapping[str, Any], *, tp_size: int, ep_size: int) -> None:
+        """Ask the targets inside."""
+        super().refuse_layout(config, tp_size=tp_size, ep_size=ep_size)
+        if self.beside:
+            self.beside.refuse_layout(config, tp_size=tp_size, ep_size=ep_size)
 
 
 target = Wrapped

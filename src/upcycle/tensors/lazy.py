@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
-from upcycle.checkpoints.dtypes import FLOATS, cast
+from upcycle.checkpoints.dtypes import ITEMS, cast
 from upcycle.checkpoints.header import TensorInfo
 
 Index = tuple[tuple[int, int], ...]
@@ -109,7 +109,7 @@ class Stored(Lazy):
         return self.info.dtype
 
     def read(self, index: Index, dtype: str) -> np.ndarray:
-        item = FLOATS[self.dtype]
+        item = ITEMS[self.dtype]
         if not index:
             return cast(self._rows(0, 1, (), item), dtype, self.info.name).reshape(())
         (start, stop), *rest = index

@@ -29,6 +29,7 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
+from upcycle.families._wrappers import TEXT
 from upcycle.hf import packing
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
@@ -95,6 +96,17 @@ class Start:
 
 def start_of(run: Run) -> Start:
     """Return the start of a run, read from headers alone."""
+    if run.recipe and run.recipe.moe.part != TEXT:
+        raise UpcycleError(
+            f"moe.part = {run.recipe.moe.part}: `upcycle train` reads texts, which never reach a vision "
+            f"tower, so its experts would not be trained; set moe.part = text, or build the model with "
+            f"upcycle.load and train it in a loop of your own"
+        )
+    if run.recipe and run.recipe.moe.mtp != "drop":
+        raise UpcycleError(
+            f"moe.mtp = {run.recipe.moe.mtp}: transformers does not run blocks that predict further tokens, "
+            f"so `upcycle train` would not train them, and they would not fit the model; set it to drop"
+        )
     source = weightless.opened(run.source) if run.from_scratch else None
     built = blueprint(source or run.source, run.recipe) if run.recipe else None
     dense = built.dense if built else admit(source or open_checkpoint(run.source))

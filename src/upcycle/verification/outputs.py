@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.dense.places import Tower
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
+from upcycle.nn.upcycled_config import PREFIX
 from upcycle.verification.proof import Check, Difference, reason, relative_to
 
 if TYPE_CHECKING:
@@ -36,17 +38,23 @@ class Shown:
 class Outputs:
     """Logits, or the last hidden states of a model without a head, of one forward pass.
 
-    `kept` says which positions of a row count, [B, L]; without it, all do.
+    `kept` says which positions of a row count, [B, L]; without it, all do. `tower` has the model types of a
+    vision tower within a multimodal model, which is asked by itself.
     """
 
     name: str
     inputs: Mapping[str, torch.Tensor]
     built: Blueprint
     kept: torch.Tensor | None = None
+    tower: tuple[str, ...] = ()
     found: dict[str, Difference] = field(default_factory=dict)  # filled in by `compare`, under the name
 
     def ask(self, model: PreTrainedModel) -> torch.Tensor:
         """Return the output, [B, ..., V], or [N, V] for the positions that count."""
+        if self.tower:
+            from upcycle.hf import parts
+
+            model = parts.tower(model, self.tower)
         output: torch.Tensor = model(**self.inputs)[0]
         return output if self.kept is None or output.shape[:2] != self.kept.shape else output[self.kept]
 
@@ -83,6 +91,9 @@ class Outputs:
 
 def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
     """Return the questions about logits: on random input, and on what `shown` names."""
+    if built.tower is not None:
+        text, seen = replace(shown, images=None), replace(shown, text=None)
+        return [*outputs(replace(built, tower=None), text), *outputs(built.tower, seen)]
     dense = built.dense
     kinds = dense.family.inputs(dense.config, TOKENS)
     inputs = {"random": _random(kinds, dense.config)}
@@ -94,6 +105,12 @@ def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
         inputs["text"] = dict.fromkeys(names, ids)
     if shown.images is not None:
         inputs["images"] = _pixels(dense, shown.images)
+    if isinstance(dense.place, Tower):
+        types = dense.family.model_type, PREFIX + dense.family.model_type
+        return [
+            Outputs(name=f"vision tower, {name}", inputs=given, built=built, tower=types)
+            for name, given in inputs.items()
+        ]
     return [Outputs(name=f"logits, {name}", inputs=given, built=built) for name, given in inputs.items()]
 
 

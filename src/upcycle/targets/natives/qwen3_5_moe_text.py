@@ -1,11 +1,13 @@
 """Qwen3.5-MoE, text: the MoE that Qwen3.5 becomes; it always renormalises and always has a shared expert."""
 
+from dataclasses import replace
+
 from upcycle.targets._clients import ACTIVATION, BIASES, Gap, always
 from upcycle.targets._layouts import FusedOrEach
 from upcycle.targets.native import Native
 from upcycle.targets.natives._qwen import LAYOUT, SHARED
 
-_INSIDE = always("only within a qwen3_5_moe", "knows the type inside qwen3_5_moe only")
+_INSIDE = replace(always("only within a qwen3_5_moe", "knows the type inside qwen3_5_moe only"), alone=True)
 _EVERY_FOURTH = Gap(
     "full attention in other layers than every fourth",
     "has full attention in every fourth layer of {name}, whatever layer_types says",

@@ -1,9 +1,16 @@
 """Qwen3-VL-MoE, text: the text model within a qwen3_vl_moe; the hub stores its matrices transposed."""
 
-from upcycle.targets._clients import ACTIVATION, DENSE_LAYERS, OUTPUT_BIAS
+from upcycle.families import Config
+from upcycle.targets._clients import ACTIVATION, BIASES, DENSE_LAYERS, OUTPUT_BIAS
 from upcycle.targets._layouts import FusedAcross
 from upcycle.targets.native import Native
 from upcycle.targets.natives._qwen import dense_layers
+
+
+def _without_class(config: Config) -> Config:
+    """Return the config without its class, as the hub has it; llama.cpp stops at a class it cannot know."""
+    return {key: value for key, value in config.items() if key != "architectures"}
+
 
 native = Native(
     model_type="qwen3_vl_moe_text",
@@ -17,5 +24,11 @@ native = Native(
     dense_layers=dense_layers,
     # transformers does not read it; vLLM stops without it, and the hub's configs have it.
     constants={"norm_topk_prob": True},
-    clients={"vLLM": (OUTPUT_BIAS, ACTIVATION), "SGLang": (DENSE_LAYERS, ACTIVATION)},
+    finish=_without_class,
+    clients={
+        "llama.cpp": (DENSE_LAYERS, BIASES, ACTIVATION),
+        "mlx-lm": (BIASES, ACTIVATION),
+        "vLLM": (OUTPUT_BIAS, ACTIVATION),
+        "SGLang": (DENSE_LAYERS, ACTIVATION),
+    },
 )
