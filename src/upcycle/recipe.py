@@ -44,7 +44,7 @@ class Moe(Settings):
     # 0 or G; with G, the dense network itself stands beside the experts
     shared_experts: Annotated[int, AtLeast(0)] = 0
     pooling: Literal["class_token", "mean"] = "class_token"  # what the head of an upcycled ViT reads
-    # store a copy of the embeddings as the head where the dense model ties the two; some clients never tie
+    # store a copy of the embeddings as the head if the dense model ties the two; some clients never tie
     untie: bool = False
     # which parts of a multimodal model get experts; the others stay as they are
     part: Literal["text", "vision", "text+vision"] = "text"

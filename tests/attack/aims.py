@@ -36,7 +36,7 @@ from upcycle.recipe import Recipe, of_run_file, read_toml
 from upcycle.records.evaluation import EvaluationRecord
 from upcycle.records.provenance import Provenance
 from upcycle.reporting import report, sections
-from upcycle.reporting.starts import Given
+from upcycle.reporting.starts import DenseCost
 from upcycle.reporting.study import study
 from upcycle.training.export import export
 from upcycle.training.loop import train
@@ -492,7 +492,7 @@ def _set(source: Path, before: list[str], data: bytes) -> None:
 
 
 def _told(folders: list[Path]) -> None:
-    about = study(folders, Given())
+    about = study(folders, DenseCost())
     sections.document(about, "A title")
     about.troubles()
 

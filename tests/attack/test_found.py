@@ -24,7 +24,7 @@ from upcycle.data.texts import TextSet
 from upcycle.evaluation import results
 from upcycle.hf import models
 from upcycle.records.state import RunState
-from upcycle.reporting.starts import Given
+from upcycle.reporting.starts import DenseCost
 from upcycle.reporting.study import study
 
 
@@ -103,7 +103,7 @@ def test_an_architecture_that_is_no_class_of_models(names: Any, shop: Workshop) 
 def test_a_run_of_more_parameters_than_there_are_numbers(shop: Workshop) -> None:
     run, checkpoint = (shop.copied(folder, f"huge {i}") for i, folder in enumerate(shop.reported))
     changed(run, "run.json", active_parameters=10**400)
-    assert "active_parameters" in " ".join(study([run, checkpoint], Given()).troubles())
+    assert "active_parameters" in " ".join(study([run, checkpoint], DenseCost()).troubles())
 
 
 def read(path: Path, **options: Any) -> list[tuple[str, bool]]:

@@ -223,8 +223,8 @@ def test_pieces_are_the_documents(documents: list[str], data: st.DataObject) -> 
     """However the readers cut them, with a tokenizer of characters."""
     stream = []
     for text in documents:
-        cut = data.draw(st.integers(0, len(text)))
-        stream += [(text[:cut], True), (text[cut:], False)]
+        place = data.draw(st.integers(0, len(text)))
+        stream += [(text[:place], True), (text[place:], False)]
 
     class Characters:
         def __call__(self, text: str, add_special_tokens: bool) -> Any:

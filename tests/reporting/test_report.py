@@ -27,14 +27,14 @@ from upcycle.reporting.inks import DARK, LIGHT, VARIABLES, Inks
 from upcycle.reporting.markdown import render as render_markdown
 from upcycle.reporting.page import render
 from upcycle.reporting.runs import read_run
-from upcycle.reporting.starts import Given, start_cost
+from upcycle.reporting.starts import DenseCost, start_cost
 from upcycle.reporting.study import study
 
 BATCH = ROWS * LENGTH
 
 
-def compared(*folders: Path, given: Given | None = None) -> Comparison:
-    return study(folders, given or Given()).comparison
+def compared(*folders: Path, given: DenseCost | None = None) -> Comparison:
+    return study(folders, given or DenseCost()).comparison
 
 
 def group(found: Comparison, kind: str) -> Group:
@@ -42,8 +42,8 @@ def group(found: Comparison, kind: str) -> Group:
     return only
 
 
-def document(*folders: Path, given: Given | None = None) -> Document:
-    return sections.document(study(folders, given or Given()), "Report")
+def document(*folders: Path, given: DenseCost | None = None) -> Document:
+    return sections.document(study(folders, given or DenseCost()), "Report")
 
 
 def tables(made: Document) -> dict[str, Table]:
@@ -144,7 +144,7 @@ def test_the_cost_of_the_start_is_added_to_what_began_there(tmp_path):
     """Both start from it: the crossing moves by it. A run from scratch has none: there it moves alone."""
     dense, moe = pair_of_runs(tmp_path)
     scratch = write_run(tmp_path / "scratch", lambda t: 2.05, from_scratch=True, steps=400)
-    found = compared(dense, moe, scratch, given=Given(flops=5e5, tokens=500))
+    found = compared(dense, moe, scratch, given=DenseCost(flops=5e5, tokens=500))
     pairs = {pair.against.kind: pair for pair in found.pairs}
     both = pairs["dense, continued"]
     assert both.with_start.x == pytest.approx(both.flops.x + 5e5)
@@ -176,7 +176,7 @@ def test_an_unfinished_seed_is_a_curve_of_its_own(tmp_path):
         "4 experts, top-2, copy", "4 experts, top-2, copy (25 of 40 steps)",
     ]  # fmt: skip
     assert found.groups[1].tokens.tolist() == [0, 10 * BATCH, 20 * BATCH]
-    assert study([whole, cut], Given()).troubles() == [
+    assert study([whole, cut], DenseCost()).troubles() == [
         "b is unfinished: 25 of 40 steps; shown as far as it goes"
     ]
 
@@ -219,7 +219,7 @@ def test_labels_say_what_tells_alike_runs_apart(tmp_path):
 def test_runs_that_are_not_comparable_are_named_and_the_rest_is_compared(tmp_path, changes, said):
     dense, moe = pair_of_runs(tmp_path)
     foreign = write_run(tmp_path / "foreign", lambda t: 0.5, **changes)
-    found = study([foreign, dense, moe], Given())
+    found = study([foreign, dense, moe], DenseCost())
     ((run, reason),) = found.comparison.foreign
     assert run.name == "foreign"
     assert re.search(said, reason)
@@ -246,7 +246,7 @@ def test_provenance_tells_the_cost_of_a_start_back_to_random_weights(tmp_path):
     second = write_run(tmp_path / "r1", lambda t: 2.5, source=str(dense))
     further = write_checkpoint(tmp_path / "further", second, step=30)
     last = read_run(write_run(tmp_path / "r2", lambda t: 2.0, source=str(further), moe={}), "r2")
-    cost = start_cost(last, Given())
+    cost = start_cost(last, DenseCost())
     assert cost.tokens == 70 * BATCH
     assert cost.flops == 70 * BATCH * DENSE
     assert "dense was trained from random weights" in cost.why
@@ -258,18 +258,18 @@ def test_a_start_of_unknown_cost_says_so_and_takes_what_is_given(tmp_path):
     second = write_run(tmp_path / "r1", lambda t: 2.5, source=str(silent))
     further = write_checkpoint(tmp_path / "further", second, step=30)
     run = read_run(write_run(tmp_path / "r2", lambda t: 2.0, source=str(further)), "r2")
-    assert start_cost(run, Given()).flops is None
-    assert start_cost(run, Given()).why.endswith("silent does not say how it was trained")
-    assert start_cost(run, Given(flops=1e6)).flops == 1e6 + 30 * BATCH * DENSE
-    assert start_cost(run, Given(flops=1e6)).tokens is None
+    assert start_cost(run, DenseCost()).flops is None
+    assert start_cost(run, DenseCost()).why.endswith("silent does not say how it was trained")
+    assert start_cost(run, DenseCost(flops=1e6)).flops == 1e6 + 30 * BATCH * DENSE
+    assert start_cost(run, DenseCost(flops=1e6)).tokens is None
     gone = read_run(write_run(tmp_path / "r3", lambda t: 2.0), "r3")
-    assert start_cost(gone, Given()).why == "dense is not there any more"
+    assert start_cost(gone, DenseCost()).why == "dense is not there any more"
 
 
 def test_provenance_that_goes_round_in_a_circle_ends(tmp_path):
     run = write_run(tmp_path / "r", lambda t: 2.0, source=str(tmp_path / "a"))
     write_checkpoint(tmp_path / "a", run)
-    assert start_cost(read_run(run, "r"), Given()).flops is None
+    assert start_cost(read_run(run, "r"), DenseCost()).flops is None
 
 
 # --- the document ---
@@ -348,7 +348,7 @@ def test_with_the_start_given_curves_are_shown_both_ways(given_folders):
     names = [p.name for p in pictures(document(*given_folders))]
     assert "loss-flops" in names
     assert "loss-flops-with-start" not in names
-    given = document(*given_folders, given=Given(flops=1e6, tokens=1e3))
+    given = document(*given_folders, given=DenseCost(flops=1e6, tokens=1e3))
     assert "loss-flops-with-start" in [p.name for p in pictures(given)]
     assert {row[3] for row in tables(given)["The cost of the start"].rows} == {"1.00e06"}
     assert len({p.name for p in pictures(given)}) == len(pictures(given))
@@ -591,7 +591,7 @@ def test_a_line_cut_off_by_a_kill_and_no_metrics_at_all(tmp_path):
     (cut / "metrics.jsonl").write_bytes((cut / "metrics.jsonl").read_bytes()[:-40])
     empty = write_run(tmp_path / "empty", lambda t: 2.0)
     (empty / "metrics.jsonl").unlink()
-    said = study([cut, empty], Given()).troubles()
+    said = study([cut, empty], DenseCost()).troubles()
     assert "cut: line 40 of its metrics.jsonl was cut off, as a kill leaves it" in said
     assert "cut is unfinished: 39 of 40 steps; shown as far as it goes" in said
     assert "empty: it has no metrics.jsonl: no step was recorded" in said
@@ -631,7 +631,7 @@ def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, mo
             render(made).encode()
             render_markdown(made, "r")[0].encode()
         path.write_text(text)
-    assert len(study(folders, Given()).runs) == 6
+    assert len(study(folders, DenseCost()).runs) == 6
 
 
 def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path, monkeypatch):
@@ -696,7 +696,7 @@ def test_mistakes_in_what_is_asked(tmp_path, given_folders, monkeypatch):
 
 
 def test_legends_and_texts_lie_beside_the_data_and_inside_the_figure(given_folders):
-    for picture in pictures(document(*given_folders, given=Given(flops=1e6))):
+    for picture in pictures(document(*given_folders, given=DenseCost(flops=1e6))):
         with drawing._settings():
             figure = picture.draw(LIGHT)
             figure.draw_without_rendering()
@@ -906,7 +906,7 @@ def test_a_report_on_real_runs(trainable, tmp_path):
         init={"name": "drop", "ratio": 0.5},
     )
     export(moe, tmp_path / "end")
-    found = study([first, dense, moe, tmp_path / "end"], Given())
+    found = study([first, dense, moe, tmp_path / "end"], DenseCost())
     assert found.troubles() == []
     assert [g.kind for g in found.groups] == ["dense, continued", "dense, from scratch", "upcycled"]
     record = json.loads((moe / "run.json").read_text())
@@ -941,4 +941,4 @@ def test_reading_needs_no_torch(tmp_path):
 
 
 def test_compare_takes_nothing():
-    assert compare([], Given()).groups == ()
+    assert compare([], DenseCost()).groups == ()

@@ -34,3 +34,28 @@ def test_what_was_there_stays_if_the_new_file_cannot_be_written(tmp_path, monkey
     assert raised.value.filename == str(path)
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_that_is_filled_has_its_name_at_the_end_and_leaves_nothing_after_an_error(tmp_path):
+    path = tmp_path / "a" / "b.bin"
+    with whole_file.filling(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+
+    def broken() -> None:
+        with whole_file.filling(path) as file:
+            file.write(b"two")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    assert path.read_bytes() == b"one"
+    assert [p.name for p in path.parent.iterdir()] == ["b.bin"]
+
+
+def test_leftovers_of_one_file_go_and_those_of_others_stay(tmp_path):
+    names = ["a[1].bin", "a[1].bin.partial", "a1.bin.7.partial", "a[1].bin.partial.7.partial"]
+    for name in [*names, "a[1].bin.7.partial", "a[1].bin.88.partial"]:
+        (tmp_path / name).touch()
+    whole_file.clear_of(tmp_path / "a[1].bin")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)

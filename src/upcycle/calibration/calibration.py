@@ -39,7 +39,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Stack
 from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
-from upcycle.system import claim, lock, memory, scratch
+from upcycle.system import claim, lock, memory, scratch, whole_file
 from upcycle.system.progress import Progress, reporting_to, say, work
 from upcycle.system.signals import interrupting
 from upcycle.system.wording import size
@@ -128,6 +128,8 @@ def _alone(out: Path) -> Iterator[None]:
     busy = f"another pass is writing {out}; wait for it or stop it"
     with lock.held(out.with_name(out.name + ".lock"), busy):
         _refuse_target(out)
+        for file in (out, out.with_name(out.name + PARTIAL)):
+            whole_file.clear_of(file)
         yield
 
 

@@ -29,7 +29,7 @@ class Experts(Merging):
 
     # Two keys have the names of methods, which is why everybody asks `make` and `merge` instead.
     expert: tuple[Expert, ...] = ()  # type: ignore[assignment]
-    # where everything that is no expert comes from: SOURCE, or the models of the experts mixed
+    # the origin of everything but the experts: SOURCE, or the models of the experts mixed
     backbone: Literal["base", "average", "slerp"] = "base"  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

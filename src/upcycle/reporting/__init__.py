@@ -29,7 +29,7 @@ def report(
     """
     from upcycle.reporting import drawing, page, sections
     from upcycle.reporting import markdown as twin
-    from upcycle.reporting.starts import Given
+    from upcycle.reporting.starts import DenseCost
     from upcycle.reporting.study import study
 
     out = Path(out)
@@ -43,7 +43,7 @@ def report(
     _refuse_foreign(out, page.SIGN)
     if text is not None:
         _refuse_foreign(text, twin.SIGN)
-    about = study(folders, Given(flops=dense_flops, tokens=dense_tokens))
+    about = study(folders, DenseCost(flops=dense_flops, tokens=dense_tokens))
     document = sections.document(about, title)
     files = {out: page.render(document).encode("utf-8", "replace")}
     if text is not None:

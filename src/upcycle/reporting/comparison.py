@@ -22,7 +22,7 @@ from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.crossing import Crossing, Standing, bounds, crossing, standing
 from upcycle.reporting.labels import ORDER, Kind, flat, kind_of, labels_of, settings, short
 from upcycle.reporting.runs import RunHistory
-from upcycle.reporting.starts import Given, StartCost, start_cost
+from upcycle.reporting.starts import DenseCost, StartCost, start_cost
 
 Paid = Literal["yes", "no", "within two standard errors", "one seed", "cannot be told"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -118,7 +118,7 @@ class Comparison:
         return found[0] if found else None
 
 
-def compare(runs: Sequence[RunHistory], given: Given) -> Comparison:
+def compare(runs: Sequence[RunHistory], given: DenseCost) -> Comparison:
     """Compare the comparable runs, which are those that share the terms of most runs."""
     terms = [_terms(run) for run in runs]
     keys = [json.dumps(t, sort_keys=True, default=str) for t in terms]
@@ -182,7 +182,7 @@ def _reason(name: str, own: Mapping[str, Any], reference: Mapping[str, Any]) -> 
     return f"other {name}: {found}, where the runs compared have {wanted} ({key})"
 
 
-def _groups(runs: Sequence[RunHistory], given: Given) -> tuple[Group, ...]:
+def _groups(runs: Sequence[RunHistory], given: DenseCost) -> tuple[Group, ...]:
     together: dict[str, list[RunHistory]] = {}
     for run in runs:
         key = json.dumps([settings(run), run.held_out.tokens.tolist()], sort_keys=True, default=str)
@@ -192,7 +192,7 @@ def _groups(runs: Sequence[RunHistory], given: Given) -> tuple[Group, ...]:
     return tuple(_group(label, members, given) for label, members in zip(labels, found, strict=True))
 
 
-def _group(label: str, runs: list[RunHistory], given: Given) -> Group:
+def _group(label: str, runs: list[RunHistory], given: DenseCost) -> Group:
     tokens = runs[0].held_out.tokens
     return Group(
         label=label,

@@ -14,7 +14,7 @@ from upcycle.reporting.runs import RunHistory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class DenseCost:
     """The cost of the dense checkpoint as given by the user; it is used if no file records it."""
 
     flops: float | None = None
@@ -30,7 +30,7 @@ class StartCost:
     why: str
 
 
-def start_cost(run: RunHistory, given: Given) -> StartCost:
+def start_cost(run: RunHistory, given: DenseCost) -> StartCost:
     """Return the cost of the start of `run`.
 
     It is zero from scratch. Otherwise it is what the provenance of the source records, followed back through
@@ -52,7 +52,7 @@ def _others(table: Mapping[str, Any]) -> list[str]:
     return named + ["successor.rest"] * (rest != "predecessor")
 
 
-def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
+def _of_folder(folder: Path, given: DenseCost, seen: tuple[Path, ...]) -> StartCost:
     if not folder.is_dir():
         return _told(given, f"{folder.name} is not there any more")
     if folder in seen:
@@ -81,7 +81,7 @@ def _of_folder(folder: Path, given: Given, seen: tuple[Path, ...]) -> StartCost:
     )
 
 
-def _told(given: Given, why: str) -> StartCost:
+def _told(given: DenseCost, why: str) -> StartCost:
     """Return the cost given by the user, or an unknown cost."""
     if given.flops is None and given.tokens is None:
         return StartCost(flops=None, tokens=None, why=why)

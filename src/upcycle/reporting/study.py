@@ -12,7 +12,7 @@ from upcycle.reporting.checkpoints import CheckpointRecord, is_checkpoint, read_
 from upcycle.reporting.comparison import Comparison, Group, compare
 from upcycle.reporting.document import clean
 from upcycle.reporting.runs import RunHistory, is_run, read_run
-from upcycle.reporting.starts import Given
+from upcycle.reporting.starts import DenseCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Study:
         return said
 
 
-def study(folders: Sequence[str | Path], given: Given) -> Study:
+def study(folders: Sequence[str | Path], given: DenseCost) -> Study:
     """Read and compare `folders`.
 
     Unusable folders are listed in `refused`. Raises `UpcycleError` if none can be used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -58,6 +59,12 @@ def write(path: Path, data: bytes) -> None:
 def clear(folder: Path) -> None:
     """Delete the half-written files that a killed process left in `folder`; nobody else may write there."""
     for left in folder.glob("*.[0-9]*.partial"):
+        left.unlink(missing_ok=True)
+
+
+def clear_of(path: Path) -> None:
+    """Delete what a killed process left of the file `path`; nobody else may write that file."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.[0-9]*.partial"):
         left.unlink(missing_ok=True)
 
 

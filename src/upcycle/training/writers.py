@@ -58,7 +58,7 @@ class Writer(ABC):
             self._failures = [*self._failures, Failure(step=step, reason=reason)]
 
 
-class Before(Writer):
+class BetweenSteps(Writer):
     """Writes a checkpoint before the next step begins."""
 
     def __init__(self, out: Path, keep: int, ranks: Ranks) -> None:
@@ -72,7 +72,7 @@ class Before(Writer):
         """Return at once, because nothing is left to wait for."""
 
 
-class Beside(Writer):
+class BesideSteps(Writer):
     """Writes a checkpoint while the steps go on: one at a time, from a copy in the host's memory.
 
     The memory of the copy is taken at the first checkpoint and used again for the others.
@@ -141,10 +141,10 @@ class Beside(Writer):
 def writer(out: Path, settings: Saving, ranks: Ranks) -> Iterator[Writer]:
     """Yield the writer of a run; what it is writing at the end is finished, whatever ended the run."""
     if not settings.asynchronous:
-        yield Before(out, settings.keep, ranks)
+        yield BetweenSteps(out, settings.keep, ranks)
         return
     with saving.alone(), ranks.beside() as beside:
-        made = Beside(out, settings.keep, ranks, beside)
+        made = BesideSteps(out, settings.keep, ranks, beside)
         try:
             yield made
         finally:
