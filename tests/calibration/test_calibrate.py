@@ -348,12 +348,12 @@ def test_every_family_is_watched(model_type, tmp_path):
         }
         with observer.watching({}):
             model(**inputs)[0].square().sum().backward()
-    positions = sum(stack.count * (3 if stack.heads else 2) for stack in dense.stacks)
+    positions = sum(len(stack.numbers) * (3 if stack.heads else 2) for stack in dense.stacks)
     assert len(observer.sums) == 2 * positions
     for name, total in observer.sums.items():
         assert float(total.max()) > 0, name
     for stack in dense.stacks:
-        for i in range(stack.count):
+        for i in stack.numbers:
             network = dense.feed_forward(i, stack.name)
             assert len(observer.sums[f"neurons.{stack.name}.{i}.l1"]) == network.width
             assert len(observer.sums[f"channels.{stack.name}.{i}.l1"]) == network.hidden
