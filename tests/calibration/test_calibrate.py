@@ -346,6 +346,7 @@ def test_every_family_is_watched(model_type, tmp_path):
             name: torch.randint(dense.config["vocab_size"], shape) if kind == "tokens" else torch.randn(shape)
             for name, (kind, shape) in shapes.items()
         }
+        inputs |= {name: torch.tensor(rows) for name, rows in family.beside(dense.config).items()}
         with observer.watching({}):
             model(**inputs)[0].square().sum().backward()
     positions = sum(len(stack.numbers) * (3 if stack.heads else 2) for stack in dense.stacks)

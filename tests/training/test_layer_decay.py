@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,5 +191,11 @@ def test_every_family_says_where_its_parameters_are(dense: Any) -> None:
         found = trainee(dense(model_type), train={"steps": 1, "layer_decay": 0.5})
         for name, (scale, _) in groups(found).items():
             parts = name.split(".")
-            depth = int(parts[2]) + 1 if parts[1] == "layers" else 0 if "embed" in name else 5
+            depth = (
+                int(parts[2]) + 1
+                if parts[1] == "layers"
+                else 0
+                if re.search("embed_tokens|embeddings[.]", name)
+                else 5
+            )
             assert scale == 0.5 ** (5 - depth), (model_type, name)
