@@ -20,6 +20,7 @@ from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
 from upcycle.training import chunked_entropy, held_out, saving, start, step
+from upcycle.training.examining import Examiner
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import ranks as world
@@ -84,6 +85,31 @@ def test_a_step_with_flash_attention_is_that_with_masks(model, tmp_path):
     with naive_flash.installed() as calls:
         assert outcome(source, changes | flash, batch) == pytest.approx(wanted, rel=1e-5)
     assert calls
+
+
+class Asks(Examiner):
+    """An examiner that notes whether it is asked under autocast."""
+
+    def __init__(self) -> None:
+        self.narrow: list[bool] = []
+
+    def refuse(self, run: Run, subject: Subject) -> None:
+        pass
+
+    def score(self, *_: Any) -> dict[str, float]:
+        self.narrow.append(torch.is_autocast_enabled("cpu"))
+        return {}
+
+
+def test_flash_attention_is_examined_in_16_bits(trainable, tmp_path):
+    """It takes no float32, which the weights of a mixed run on one process are."""
+    for name, narrow in (("flash_attention_2", True), ("sdpa", False)):
+        run = table_of(*trainable, tmp_path / name)
+        run["train"] |= {"steps": 1, "precision": "mixed", "attn_implementation": name, "eval_every": 0}
+        asks = Asks()
+        with naive_flash.installed():
+            train(run | {"eval": {"tasks": ["any"]}}, examiner=asks)
+        assert asks.narrow == [narrow]
 
 
 @pytest.mark.parametrize(
