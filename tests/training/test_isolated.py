@@ -19,7 +19,7 @@ import tiny
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
-from upcycle.training import chunked_entropy, held_out, saving, start, step
+from upcycle.training import chunked_entropy, held_out, micro_batch, saving, start, step
 from upcycle.training.examining import Examiner
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -226,3 +226,19 @@ def test_a_dry_run_steps_with_positions(dense, tmp_path):
     run = Run.of(table_of(dense("llama"), tmp_path / "none.txt", tmp_path / "run"))
     run = replace(run, train=replace(run.train, sequence_length=32))
     assert rehearse(run, world=2).not_stepped is None
+    taught = {"teacher": {"source": str(dense("lfm2"))}, "data": {"isolate": True}}
+    found = rehearse(ranks.run_of(str(dense("llama")), {}, taught))
+    assert found.not_stepped == "how long documents are is known only with the data"
+
+
+@pytest.mark.parametrize(("recompute", "copies"), [(False, 3), ("selective", 3), (True, 1)])
+def test_masks_count_in_the_memory_of_a_row(recompute, copies, dense):
+    """Each block that is not recomputed keeps a copy in numbers, as the forecast counts it."""
+    source = str(dense("llama", num_hidden_layers=3))
+    found = []
+    for isolate in (False, True):
+        changes = {"data": {"isolate": isolate}, "train": {"activation_checkpointing": recompute}}
+        run = ranks.run_of(source, {}, changes)
+        begun = start.start_of(run)
+        found.append(micro_batch.bytes_of_row(run, begun, {"layers": 16}, "float32"))
+    assert found[1] - found[0] == 16**2 * (1 + 4 * copies)
