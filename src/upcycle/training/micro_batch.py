@@ -2,8 +2,7 @@
 
 A batch that fits is one part. Otherwise it is cut into equal parts, whose gradients add up to the same, apart
 from the routers' losses if the shares of experts are buffered: the balance loss, and the others if rows have
-padding. The number is stored in checkpoints, so that a resumed run
-uses the same one.
+padding. The number is stored in checkpoints, so that a resumed run uses the same one.
 """
 
 from __future__ import annotations
