@@ -153,6 +153,26 @@ def test_many_logits_are_foretold_in_chunks(tmp_path):
             assert chunked_entropy._size(states, weight) == chunk
 
 
+def test_logits_in_chunks_beside_a_teacher_and_with_a_frozen_head(tmp_path):
+    """As `trainee.py` has it: tensor parallelism compares all logits, and FSDP leaves a teacher no head."""
+    built = blueprint(tiny.make_headers(tmp_path / "llama", LLAMA_8B), Recipe.of(moe=NATIVE))
+    words, hidden, lengths = LLAMA_8B["vocab_size"], LLAMA_8B["hidden_size"], {"layers": 8192}
+
+    def logits(layout, **changes):
+        setting = Setting(built=built, layout=layout, lengths=lengths, recompute=True, **changes)
+        return next(memory.moments(setting)).logits
+
+    for layout, more in ((Layout(), 256 * words * 2), (Layout(fsdp=8, ep=8), 8192 * words * 2)):
+        extra = logits(layout, teacher=built.dense) - logits(layout)
+        assert extra == more + 256 * words * memory.LOGITS_TAUGHT
+    taught = Setting(built=built, layout=Layout(fsdp=8, tp=2), lengths=lengths, teacher=built.dense)
+    assert (head.of(taught).chunk, head.of(taught).words) == (None, words)
+    names = frozenset(name for group in taught.groups for name in group.names)
+    part = logits(Layout(), trained=names - {"lm_head.weight"})
+    assert logits(Layout(), trained=names) - part == memory.F32 * words * hidden
+    assert logits(Layout(), trained=names) == logits(Layout())
+
+
 RUNS = {
     "a teacher": {"teacher": {}, "train": {"precision": "mixed"}},
     "8 bits": {"optimizer": {"name": "adamw_8bit"}, "train": {"precision": "bfloat16"}},

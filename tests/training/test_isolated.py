@@ -20,7 +20,8 @@ from marks import sampled
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
-from upcycle.training import chunked_entropy, held_out, saving, start, step
+from upcycle.training import chunked_entropy, held_out, micro_batch, saving, start, step
+from upcycle.training.examining import Examiner
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import ranks as world
@@ -85,6 +86,31 @@ def test_a_step_with_flash_attention_is_that_with_masks(model, tmp_path):
     with naive_flash.installed() as calls:
         assert outcome(source, changes | flash, batch) == pytest.approx(wanted, rel=1e-5)
     assert calls
+
+
+class Asks(Examiner):
+    """An examiner that notes whether it is asked under autocast."""
+
+    def __init__(self) -> None:
+        self.narrow: list[bool] = []
+
+    def refuse(self, run: Run, subject: Subject) -> None:
+        pass
+
+    def score(self, *_: Any) -> dict[str, float]:
+        self.narrow.append(torch.is_autocast_enabled("cpu"))
+        return {}
+
+
+def test_flash_attention_is_examined_in_16_bits(trainable, tmp_path):
+    """It takes no float32, which the weights of a mixed run on one process are."""
+    for name, narrow in (("flash_attention_2", True), ("sdpa", False)):
+        run = table_of(*trainable, tmp_path / name)
+        run["train"] |= {"steps": 1, "precision": "mixed", "attn_implementation": name, "eval_every": 0}
+        asks = Asks()
+        with naive_flash.installed():
+            train(run | {"eval": {"tasks": ["any"]}}, examiner=asks)
+        assert asks.narrow == [narrow]
 
 
 @pytest.mark.parametrize(
@@ -201,3 +227,19 @@ def test_a_dry_run_steps_with_positions(dense, tmp_path):
     run = Run.of(table_of(dense("llama"), tmp_path / "none.txt", tmp_path / "run"))
     run = replace(run, train=replace(run.train, sequence_length=32))
     assert rehearse(run, world=2).not_stepped is None
+    taught = {"teacher": {"source": str(dense("lfm2"))}, "data": {"isolate": True}}
+    found = rehearse(ranks.run_of(str(dense("llama")), {}, taught))
+    assert found.not_stepped == "how long documents are is known only with the data"
+
+
+@pytest.mark.parametrize(("recompute", "copies"), [(False, 3), ("selective", 3), (True, 1)])
+def test_masks_count_in_the_memory_of_a_row(recompute, copies, dense):
+    """Each block that is not recomputed keeps a copy in numbers, as the forecast counts it."""
+    source = str(dense("llama", num_hidden_layers=3))
+    found = []
+    for isolate in (False, True):
+        changes = {"data": {"isolate": isolate}, "train": {"activation_checkpointing": recompute}}
+        run = ranks.run_of(source, {}, changes)
+        begun = start.start_of(run)
+        found.append(micro_batch.bytes_of_row(run, begun, {"layers": 16}, "float32"))
+    assert found[1] - found[0] == 16**2 * (1 + 4 * copies)

@@ -143,10 +143,12 @@ def buffered(llama, parts):
 
 
 def test_buffered_shares_are_those_of_the_parts_so_far(llama, one_process):
-    """Of all processes: the second of two has rows 2 and 3."""
-    alone = ranks.gradients(llama, [({}, BUFFERED)])[0]
+    """Of all processes: the second of two has rows 2 and 3. The last part may have fewer rows."""
+    short = {**BUFFERED, "train": {"micro_batch": 3}}
+    alone, uneven = ranks.gradients(llama, [({}, BUFFERED), ({}, short)])
     two = [result[0] for result in gloo.run(2, "ranks:gradients", llama, [({"fsdp": 2}, BUFFERED)])]
-    for found, parts in ((alone, [[0], [1], [2], [3]]), *((each, [[0, 2], [1, 3]]) for each in two)):
+    cases = ((alone, [[0], [1], [2], [3]]), (uneven, [[0, 1, 2], [3]]))
+    for found, parts in (*cases, *((each, [[0, 2], [1, 3]]) for each in two)):
         wanted, balance = buffered(llama, parts)
         assert found["balance"] == pytest.approx(balance, rel=1e-6)
         assert abs(balance / one_process["balance"] - 1) > 1e-4  # or this says nothing

@@ -18,6 +18,7 @@ class Logits:
     words: int  # of this rank; tensor parallelism shares them out
     hidden: int
     chunk: int | None  # tokens at a time; None: all
+    trained: bool = True  # whether the head's matrix has a gradient
 
     @property
     def at_once(self) -> int:
@@ -31,13 +32,31 @@ class Logits:
 
 
 def of(setting: Setting) -> Logits | None:
-    """Return the logits of a setting; None if the model has no language head."""
+    """Return the logits of a setting; None if the model has no language head.
+
+    A teacher's are not compared with logits of which each rank has a part, so these are not in chunks.
+    """
     dense = setting.built.dense
     if not dense.has_language_head:
         return None
     last, words, chunk = dense.stacks[-1], int(dense.config["vocab_size"]), None
     tokens, mine = setting.tokens(last.name), -(-words // setting.layout.tp)
-    if F32 * tokens * words >= CHUNKED:
+    whole = setting.teacher is not None and setting.layout.tp > 1
+    if F32 * tokens * words >= CHUNKED and not whole:
         about = -(-tokens // -(-mine // last.hidden))
         chunk = 1 << max(0, about - 1).bit_length()
-    return Logits(tokens=tokens, words=words if chunk is None else mine, hidden=last.hidden, chunk=chunk)
+    return Logits(
+        tokens=tokens,
+        words=words if chunk is None else mine,
+        hidden=last.hidden,
+        chunk=chunk,
+        trained=_is_trained(setting),
+    )
+
+
+def _is_trained(setting: Setting) -> bool:
+    """Return whether the head's matrix, which may be the embedding, is trained."""
+    ends = setting.built.dense.family.tied
+    if setting.trained is None or ends is None:
+        return True
+    return ends[1 if setting.built.dense.tied_head else 0] in setting.trained

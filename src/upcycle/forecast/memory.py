@@ -200,7 +200,7 @@ class _Walk:
         count = logits.at_once if logits else 0
         if logits and logits.chunk is not None:
             # The gradients of chunks are summed up in float32, and those of the states are kept.
-            matrix = logits.words * logits.hidden
+            matrix = logits.words * logits.hidden if logits.trained else 0
             made, added = F32 * matrix + tokens * last.hidden * width, narrow * matrix
         # The last norm keeps its input in float32 and twice in the precision of the arithmetic.
         norm = tokens * last.hidden * (4 + 2 * width)
@@ -210,7 +210,11 @@ class _Walk:
             gathered += sum(self._whole(g) for b in self.blocks for g in (b.own, *b.experts))
         common = {"gradients": float(self.accumulated), "activations": alive, "gathered": gathered}
         common["masks"] = masks(setting, 1 if setting.recompute is True else len(self.blocks))
-        said = count * (width + LOGITS_TAUGHT) if setting.teacher is not None else 0
+        said = 0
+        if logits and setting.teacher is not None:
+            # FSDP frees a teacher's head after its forward pass, so all of its logits are there by then.
+            whole = logits.tokens * logits.words if setting.sharded else count
+            said = whole * width + count * LOGITS_TAUGHT
         yield self._memory("the loss", **common, logits=made + count * (narrow + LOGITS_MADE) + said)
         back = made + max(count * LOGITS_BACK, count * width + added) + said
         yield self._memory("the gradient of the loss", **common, logits=back)

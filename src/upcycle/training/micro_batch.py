@@ -1,8 +1,8 @@
 """Chooses the number of rows per forward pass if the run file does not: as many as fit in memory.
 
 A batch that fits is one part. Otherwise it is cut into equal parts, whose gradients add up to the same, apart
-from the balance loss if its shares are buffered. The number is stored in checkpoints, so that a resumed run
-uses the same one.
+from the routers' losses if the shares of experts are buffered: the balance loss, and the others if rows have
+padding. The number is stored in checkpoints, so that a resumed run uses the same one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ _SHARE = 0.7  # usable share of the free memory; the rest is for what is not cou
 _WIDTH = 4  # bytes of a weight, its gradient, and each of its moments
 _LOGITS = 16  # bytes per logit: itself, its float32 copy, its log-softmax, the gradient
 _TAUGHT = 12  # bytes per logit of a teacher: itself, its log-softmax, and the divergence of that word
-_MASK = 5  # bytes per pair of tokens in a row: the mask itself, and its copy in float32 for one layer
 _KEPT = {"float32": 8, "mixed": 6, "bfloat16": 5}
 """Bytes per number that goes into or comes out of a matrix: what the backward pass keeps, and more."""
 
@@ -99,8 +98,8 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
 
     These are the inputs and outputs of every matrix that its tokens pass, and the logits. With activation
     checkpointing they are those of one block of each stack, and the inputs of all blocks; if it is selective,
-    also the outputs, about half of the whole, of the others. A teacher adds its logits, and a mask is
-    added if documents are kept apart.
+    also the outputs, about half of the whole, of the others. A teacher adds its logits. If masks keep
+    documents apart, a byte is added for each pair of tokens, and a number for each block that keeps its copy.
     """
     family = begun.dense.family
     total, recomputed = 0, run.train.activation_checkpointing
@@ -116,7 +115,10 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
         total += _KEPT[precision] * inner * lengths[stack.name]
     outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
     if Course(run).isolates and not (run.train.attn_implementation or "").startswith("flash"):
-        total += sum(_MASK * length * length for length in lengths.values())
+        width = 4 if precision == "float32" else 2
+        for stack in begun.dense.stacks:
+            copies = 1 if recomputed is True else stack.count
+            total += (1 + width * copies) * lengths[stack.name] ** 2
     logit = _LOGITS + (0 if run.teacher is None else _TAUGHT)
     return total + logit * outputs * lengths[begun.dense.stacks[-1].name]
 

@@ -299,8 +299,6 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 precision="bfloat16",
                 anatomy=anatomy,
             )
-            if course.legs[0].run.data.isolate and packing.asks_lengths(model):
-                return "how long documents are is known only with the data"
             rows = torch.zeros(size, dtype=torch.long, device=here.device)
             batch = {"rows": rows, **({"positions": rows} if course.legs[0].run.data.isolate else {})}
             if begun.teacher is not None and run.teacher is not None:
@@ -312,6 +310,9 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                     batch[kept_logits.LOGS] = torch.zeros(shape, device=here.device)
                     batch[kept_logits.IDS] = torch.zeros(shape, dtype=torch.long, device=here.device)
                     trainee = replace(trainee, teacher=kept_logits.KeptLogits(segments=(), places={}))
+            readers = [trainee.model, model]  # and a teacher beside it
+            if course.legs[0].run.data.isolate and any(map(packing.asks_lengths, readers)):
+                return "how long documents are is known only with the data"
             with EvenDispatch(trainee.model, ep=here.layout.ep, tp=here.layout.tp):
                 for number in range(_STEPS):
                     step.queue_step(trainee, batch, number, course.legs[0].rate(number))

@@ -44,9 +44,9 @@ def contribution(
 ) -> Contribution:
     """Compute the losses of one micro batch from the recorded outputs of every layer's router.
 
-    `tallies` cover the fraction `share` of the global batch; in buffered mode (Qiu et al. 2025) they are
-    scaled up to all of it. `parts` is the number of micro batches on all ranks. In a mean over layers, layers
-    without a loss count as zero, as in t5x.
+    `tallies` cover the fraction `share` of the rows of the global batch; in buffered mode (Qiu et al. 2025)
+    they are scaled up to all of it, which is only about right if rows have padding. `parts` is the number of
+    micro batches on all ranks. In a mean over layers, layers without a loss count as zero, as in t5x.
     """
     zero = outputs[0].logits.new_zeros(())
     own = own_names(outputs)

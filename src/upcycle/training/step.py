@@ -6,6 +6,7 @@ the ranks that see different rows, so each part is multiplied by their number.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -80,6 +81,7 @@ def _backward(trainee: Trainee, batch: Batch, seeds: Seeds) -> _BatchSums:
     questions = [trainee.task.question(micro, trainee.start.subject, training=True) for micro in micros]
     targets = _all_targets(trainee, batch)
     known = _count_ahead(trainee, questions, seeds) if _needs_counts_ahead(run, routers, micros) else None
+    shares = _shares(micros)
     sums: Tensor | None = None
     tallies: Tensor | None = None
     for place, question in enumerate(questions):
@@ -90,7 +92,7 @@ def _backward(trainee: Trainee, batch: Batch, seeds: Seeds) -> _BatchSums:
         if routers is not None:
             seen = ranks.sum(routers.tallies())
             tallies = seen if tallies is None else tallies + seen
-            covered = 1.0 if known is not None else (place + 1) / len(micros)
+            covered = 1.0 if known is not None else shares[place]
             extra = _router_losses(trainee, tallies if known is None else known, covered, len(micros))
             loss = loss + extra.total
             parts += extra.values()
@@ -148,6 +150,12 @@ def _split(batch: Batch, size: int | None) -> list[Batch]:
     names = list(batch)
     parts = zip(*(batch[name].split(size or len(batch[name])) for name in names), strict=True)
     return [dict(zip(names, part, strict=True)) for part in parts]
+
+
+def _shares(micros: Sequence[Batch]) -> list[float]:
+    """Return the share of the batch's rows in each micro batch and those before it; the last may be short."""
+    rows = [*itertools.accumulate(len(next(iter(micro.values()))) for micro in micros)]
+    return [seen / rows[-1] for seen in rows]
 
 
 def _recorded(trainee: Trainee, seeds: Seeds, place: int) -> AbstractContextManager[Any]:

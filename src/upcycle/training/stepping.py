@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -154,12 +154,18 @@ class Stepping:
         if due.score and self._rows.held_out is not None:
             judge = functools.partial(held_out.score, self.trainee, self._rows.held_out)
         if due.exam and self._examiner is not None:
-            subject, here = self.trainee.start.subject, self.trainee.ranks
-            examine = functools.partial(self._examiner.score, self.trainee.model, self._run, subject, here)
+            examine = functools.partial(self._examined, self._examiner)
         stopping = self._book.settle(wait=due.waits, judge=judge, examine=examine)
         if stopping or self._book.bad is not None:
             self._book.settle(wait=True)
         return stopping
+
+    def _examined(self, examiner: Examiner) -> Mapping[str, float]:
+        """Return the scores on tasks. Flash attention takes no float32, so it is asked in 16 bits."""
+        trainee = self.trainee
+        narrow = trainee.autocast() if packing.reads_borders(trainee.model) else nullcontext()
+        with narrow:
+            return examiner.score(trainee.model, self._run, trainee.start.subject, trainee.ranks)
 
     def _go_back(self, harmful: int) -> bool:
         """Go back to the newest checkpoint and leave out batch number `harmful`.
