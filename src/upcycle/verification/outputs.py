@@ -98,7 +98,7 @@ def outputs(built: Blueprint, shown: Shown) -> list[Outputs]:
     dense = built.dense
     kinds = dense.family.inputs(dense.config, TOKENS)
     beside = {name: torch.tensor(rows) for name, rows in dense.family.beside(dense.config).items()}
-    inputs = {"random": random(kinds, dense.config["vocab_size"]) | beside}
+    inputs = {"random": random(kinds, dense.config.get("vocab_size", 0)) | beside}
     if shown.text is not None:
         ids = _tokens(built.source.folder, shown.text, dense.family.length(dense.config))
         names = [name for name, (kind, _) in kinds.items() if kind == "tokens"]
