@@ -370,6 +370,25 @@ def test_blocks_for_further_tokens_stay_as_they_are(made, tmp_path):
     assert proof.holds, proof.checks
 
 
+def test_blocks_for_further_tokens_stay_whatever_else_the_recipe_says(made, tmp_path):
+    """With a text model that is taken out, and with a backbone that is the mean of two models."""
+    source, stored = with_further_blocks(made("qwen3_5"), tmp_path / "dense")
+    donor, _ = with_further_blocks(made("qwen3_5"), tmp_path / "donor")
+    moe = {"num_experts": 2, "mtp": "keep", "target": "upcycled"}
+    others = {
+        "alone": Recipe.of(moe={**moe, "part_only": "text"}),
+        "mean": Recipe.of(moe=moe, init={"name": "branch_train_mix", "sources": [str(donor)]}),
+    }
+    for name, recipe in others.items():
+        convert(source, tmp_path / name, recipe)
+        after = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(tensor, after[n]) for n, tensor in stored.items())
+        proof = verify(source, tmp_path / name)
+        assert proof.holds, proof.checks
+    with pytest.raises(UpcycleError, match=r"drop leaves out mtp.* and moe\.mtp = keep wants such blocks"):
+        blueprint(source, Recipe.of(drop=["mtp.*"], moe=moe))
+
+
 @pytest.mark.parametrize(
     ("moe", "said"),
     [

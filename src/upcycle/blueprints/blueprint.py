@@ -115,7 +115,8 @@ class Blueprint:
     def left_out(self) -> dict[str, str]:
         """The unused source tensors, with the reason; those of a second checkpoint carry its label."""
         if not self.recipe.init.uses_source:
-            none = dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
+            unused = [name for name in self.source.tensors if not self.predicts_further(name)]
+            none = dict.fromkeys(unused, "the recipe takes no weights of the source")
             return none | {name: why for name, why in self._spared.items() if name not in none}
         aside = self.dense.left_aside({(site.stack, site.layer) for site in self.sites})
         tower = self.tower.dense if self.tower else None
