@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from upcycle.families.nemotron_h import holds_experts
 from upcycle.targets._layouts import PlainPerExpert, Shared
@@ -16,7 +16,7 @@ from upcycle.tensors.lazy import Lazy
 class _NemotronH(Native):
     """A class whose layers are a network, experts, attention or Mamba, one of them each."""
 
-    root: ClassVar[str] = "backbone."
+    root = "backbone."
 
     def has(self, tensors: Mapping[str, Lazy]) -> bool:
         """Return whether a layer is a network or experts."""
