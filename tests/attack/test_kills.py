@@ -10,6 +10,7 @@ import pytest
 from workshop import Workshop
 
 import forked
+from marks import quick
 
 TIMES = 10
 
@@ -19,7 +20,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("killed"))
 
 
-@pytest.mark.parametrize("command", kills.KILLED)
+@pytest.mark.parametrize("command", quick(kills.KILLED, "convert"))
 def test_a_kill_at_any_moment(command: str, server: forked.Server, shop: Workshop, tmp_path: Path) -> None:
     arena = kills.Arena(shop, server, tmp_path, random.Random(command))
     kills.KILLED[command](arena, TIMES)

@@ -86,6 +86,7 @@ def stray(
     }
 
 
+@pytest.mark.slow
 def test_no_command_opens_what_is_not_its_own(
     opened: Opened, shop: Workshop, home: Path, tmp_path: Path
 ) -> None:

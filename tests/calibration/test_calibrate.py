@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from heard import Counted
-from marks import quick
+from marks import quick, sampled
 from tiny import make
 from upcycle import cli, families
 from upcycle.calibration import calibration, sweep
@@ -325,7 +325,7 @@ def test_classes_without_a_task_are_calibrated_too(architecture, data, tmp_path)
         )
 
 
-@pytest.mark.parametrize("model_type", families.names())
+@pytest.mark.parametrize("model_type", sampled(families.names(), 4))
 def test_every_family_is_watched(model_type, tmp_path):
     """Each block gives all positions that it has, of the sizes that its matrices have."""
     family = families.find(model_type)
@@ -346,14 +346,15 @@ def test_every_family_is_watched(model_type, tmp_path):
             name: torch.randint(dense.config["vocab_size"], shape) if kind == "tokens" else torch.randn(shape)
             for name, (kind, shape) in shapes.items()
         }
+        inputs |= {name: torch.tensor(rows) for name, rows in family.beside(dense.config).items()}
         with observer.watching({}):
             model(**inputs)[0].square().sum().backward()
-    positions = sum(stack.count * (3 if stack.heads else 2) for stack in dense.stacks)
+    positions = sum(len(stack.numbers) * (3 if stack.heads else 2) for stack in dense.stacks)
     assert len(observer.sums) == 2 * positions
     for name, total in observer.sums.items():
         assert float(total.max()) > 0, name
     for stack in dense.stacks:
-        for i in range(stack.count):
+        for i in stack.numbers:
             network = dense.feed_forward(i, stack.name)
             assert len(observer.sums[f"neurons.{stack.name}.{i}.l1"]) == network.width
             assert len(observer.sums[f"channels.{stack.name}.{i}.l1"]) == network.hidden

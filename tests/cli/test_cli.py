@@ -244,6 +244,7 @@ def test_public_names():
         upcycle.nosuch  # noqa: B018
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, capsys, monkeypatch):
     """The whole story on some of the standard library's sources, with a second of training, from the model
     within."""

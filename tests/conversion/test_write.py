@@ -281,6 +281,7 @@ def test_a_really_full_disk(dense, tmp_path, capsys):
         subprocess.run(["umount", str(small)], check=True)
 
 
+@pytest.mark.slow
 def test_memory_stays_below_the_plan(dense, tmp_path):
     """The peak of a real run, in a process of its own, is below what plan says."""
     script = (

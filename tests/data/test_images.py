@@ -957,6 +957,7 @@ def cifar() -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_cifar(cifar: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": (32, 32), "channels": 3, "cache": tmp_path}
     found = ImageSet.open(cifar, **options)

@@ -59,6 +59,7 @@ def test_tasks_are_scored_during_training(table, tasks, tmp_path):
     assert not Path(bad["out"]).exists()
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_model_score_as_one_process_does(table, tmp_path):
     """Likelihoods and greedy texts, in the middle of training and at its end; no loss is another one."""
     prompts = [[1, 300, 301], [1, 290], [1, 310, 311, 312, 313]]

@@ -677,6 +677,7 @@ def test_features_without_a_head_are_those_that_a_head_sees(wide, images, tmp_pa
     assert one["accuracies"] == other["accuracies"]
 
 
+@pytest.mark.slow
 def test_real_images(tmp_path):
     """CIFAR-10: calibrated, recycled, trained for a few steps, exported, scored."""
     folder = SHARED / "real" / "images"

@@ -11,6 +11,7 @@ import transformers
 
 import tiny
 import upcycle
+from marks import sampled
 from upcycle import Recipe, convert, families, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 
@@ -113,7 +114,7 @@ def outputs(model):
         return model.eval()(**given)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, 4))
 def test_the_dense_function(case, tmp_path):
     architecture, changes = CASES[case]
     source = tiny.make(tmp_path / "dense", architecture, **changes)

@@ -10,6 +10,7 @@ import torch
 import ranks
 import simulated
 import tiny
+from marks import sampled
 from upcycle.api.forecasting import foretell_run
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.blueprints.cost import flops_per_row
@@ -89,7 +90,9 @@ def test_the_next_block_is_gathered_before_a_layer_waits(both):
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(fsdp=8, ep=4), Layout(fsdp=2, tp=2), Layout(fsdp=4, tp=2, ep=4)], ids=str
+    "layout",
+    sampled([Layout(fsdp=8, ep=4), Layout(fsdp=2, tp=2), Layout(fsdp=4, tp=2, ep=4)], 3),
+    ids=str,
 )
 def test_logits_in_chunks(layout, sources, monkeypatch):
     """128 tokens in two chunks, or in one of as many as there are hidden states' bytes for."""
@@ -158,9 +161,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if c != "8 bits" else c for c in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RUNS)
 def test_what_a_rank_holds_is_what_a_dry_run_counts(case, tmp_path):
     """Weights, gradients, moments and the teacher's weights, on eight ranks; 8 bits in a run of bfloat16."""
     if case == "8 bits":

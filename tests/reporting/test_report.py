@@ -530,6 +530,7 @@ def test_what_files_say_is_text_and_nothing_else(tmp_path, given_folders):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(tmp_path, given_folders):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -655,6 +656,7 @@ def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(
         ElementTree.fromstring(drawn)
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_but_a_report(tmp_path):
     given = [*pair_of_runs(tmp_path / "given")]
     mine = tmp_path / "mine.html"
@@ -876,6 +878,7 @@ def test_both_papers_have_the_same_names():
 # --- real runs ---
 
 
+@pytest.mark.slow
 def test_a_report_on_real_runs(trainable, tmp_path):
     """A dense model and a Mixture of Experts made of it, trained by `upcycle train`, exported, and shown."""
     from upcycle.training import loop, metrics

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import tiny
+from marks import sampled
 from ranks import batch_of, trainee_of
 from upcycle import UpcycleError, families
 from upcycle.nn.experts import Experts
@@ -115,7 +116,7 @@ def passes_by(found: Trainee, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("target", ["dense", "upcycled"])
-@pytest.mark.parametrize("model_type", [*CLASSES, *tiny.DECODERS, *tiny.OTHERS])
+@pytest.mark.parametrize("model_type", sampled([*CLASSES, *tiny.DECODERS, *tiny.OTHERS], 4))
 def test_the_branches_of_every_family(
     model_type: str, target: str, dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 import naive_flash
 import ranks
 import tiny
+from marks import sampled
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
@@ -48,7 +49,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "changes", "chunks"), STEPS)
+@pytest.mark.parametrize(("model", "changes", "chunks"), sampled(STEPS, 3))
 def test_a_step_is_that_of_documents_alone(model, changes, chunks, tmp_path, monkeypatch):
     """Two documents a row, of 8 tokens each, against rows of 8; the losses of routers as well."""
     if chunks:

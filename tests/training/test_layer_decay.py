@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +186,11 @@ def test_updates_are_scaled(tmp_path: Path) -> None:
 
 
 def test_every_family_says_where_its_parameters_are(dense: Any) -> None:
-    """Blocks by their numbers, one table of embeddings at 0, the rest behind the blocks."""
+    """Blocks by their numbers, what makes their inputs at 0, the rest behind the blocks."""
     for model_type in (*tiny.DECODERS, *tiny.OTHERS):
         found = trainee(dense(model_type), train={"steps": 1, "layer_decay": 0.5})
         for name, (scale, _) in groups(found).items():
             parts = name.split(".")
-            depth = int(parts[2]) + 1 if parts[1] == "layers" else 0 if "embed_tokens" in name else 5
+            first = re.search("embed_tokens|embeddings[.]|per_layer_", name)
+            depth = int(parts[2]) + 1 if parts[1] == "layers" else 0 if first else 5
             assert scale == 0.5 ** (5 - depth), (model_type, name)

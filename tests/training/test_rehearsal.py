@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from files import toml
+from marks import sampled
 from tiny import make_dense
 from upcycle import Recipe, UpcycleError, blueprint, cli
 from upcycle.training import chunked_entropy
@@ -69,7 +70,9 @@ def test_the_ranks_hold_the_whole_together(layout: dict[str, int], source: Path)
     assert (found.stepped, found.not_stepped) == (2, None)
 
 
-@pytest.mark.parametrize("layout", [{"fsdp": 2, "tp": 2, "ep": 4}, {"fsdp": 2, "tp": 2}, {"tp": 2}])
+@pytest.mark.parametrize(
+    "layout", sampled([{"fsdp": 2, "tp": 2, "ep": 4}, {"fsdp": 2, "tp": 2}, {"tp": 2}], 3)
+)
 def test_steps_of_tensor_parallel_ranks(
     layout: dict[str, int], source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

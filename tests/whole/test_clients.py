@@ -10,6 +10,7 @@ import transformers
 import tiny
 import tiny_wrappers
 from clients import llama_cpp_logits, mlx_logits, transformers_logits
+from marks import sampled
 from upcycle import Recipe, convert, plan
 
 PART = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
@@ -126,13 +127,13 @@ def compare(family: str, recipe: str, client, name: str, tolerance: float, dense
         assert difference < tolerance
 
 
-@pytest.mark.parametrize(("family", "recipe"), CASES)
+@pytest.mark.parametrize(("family", "recipe"), sampled(CASES, 6))
 def test_mlx_lm(family, recipe, dense, tmp_path):
     pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     compare(family, recipe, mlx_logits, "mlx-lm", 1e-5, dense, tmp_path)
 
 
-@pytest.mark.parametrize(("family", "recipe"), CASES)
+@pytest.mark.parametrize(("family", "recipe"), sampled(CASES, 6))
 def test_llama_cpp(family, recipe, dense, tmp_path):
     pytest.importorskip("cyllama", reason="cyllama, which carries llama.cpp, is not installed")
     compare(family, recipe, llama_cpp_logits, "llama.cpp", 5e-4, dense, tmp_path)

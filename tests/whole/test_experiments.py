@@ -64,6 +64,11 @@ def of_language(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def of_balance(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    given = Namespace(checkpoint=folder / "checkpoint", text=folder / "text.txt", runs=folder, steps=8)
+    return {n: script.table(n, 0, given) for n in script.VARIANTS}
+
+
 def of_code(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     script.dense.corpus.write = lambda _: {"held_out": 0.1}
     return {n: script.run_file(folder, 10, n, 0, 8) for n in script.table.VARIANTS}
@@ -120,6 +125,7 @@ def of_jetpack(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 TABLES: dict[str, Callable[[ModuleType, Path], dict[str, dict[str, Any]]]] = {
+    "balance_counts": of_balance,
     "code": of_code,
     "distillation": of_distillation,
     "donors": of_donors,

@@ -7,7 +7,7 @@ from typing import Any
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Grid, Weights
 from upcycle.families._dual import DualEncoder, attending_head
-from upcycle.families._weights import Weight, below, linear, norm, row_linear
+from upcycle.families._weights import Table, Weight, below, linear, norm, row_linear
 
 
 class SigLIP2(DualEncoder):
@@ -35,6 +35,7 @@ class SigLIP2(DualEncoder):
         hidden, out = vision["hidden_size"], self.tables(config)
         out |= {"logit_scale": Weight((1,)), "logit_bias": Weight((1,))}
         out |= linear("vision_model.embeddings.patch_embedding", hidden, _patch(vision))
+        out["vision_model.embeddings.position_embedding.weight"] = Table((vision["num_patches"], hidden))
         out |= norm("vision_model.post_layernorm", hidden)
         out |= norm("text_model.final_layer_norm", text["hidden_size"])
         joint = text["projection_size"] or text["hidden_size"]

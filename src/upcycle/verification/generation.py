@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.blueprints.blueprint import Blueprint
@@ -26,10 +26,10 @@ class Generation:
     prompts: tuple[int, ...]  # tokens of each prompt
     at_switches: bool  # each prompt ends `BEFORE` tokens before a switch
     vocabulary: int
-    heard: Mapping[str, tuple[str, tuple[int, ...]]]  # inputs besides the prompt: those of an encoder
     beyond: str  # says which switches lie too far to be checked
     differs: str | None  # why the target is known to differ past a switch
     promised: bool
+    heard: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # the inputs of an encoder
 
     name: ClassVar[str] = "generation"
 
