@@ -208,6 +208,16 @@ def test_a_vision_tower_has_settings_of_its_own(made, tmp_path):
     assert all(alone.entries[name].lazy.describe() == built.entries[name].lazy.describe() for name in mine)
 
 
+def test_a_text_model_with_another_root_is_inspected(tmp_path):
+    """The names of a Nemotron-H begin with `backbone.` on disk, and not within a multimodal model."""
+    text = tiny.config_of("nemotron_h").to_dict()
+    config = transformers.LlavaConfig(**{**tiny_wrappers.KINDS["llava"].config, "text_config": text})
+    model = tiny.shake(transformers.LlavaForConditionalGeneration(config).float())
+    model.save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "moe", Recipe.of(moe={"num_experts": 2}))
+    assert [block.layer for block in upcycle.inspect(tmp_path / "moe").blocks] == [1, 3]
+
+
 def test_what_never_reaches_a_vision_tower_says_so(made, tmp_path):
     convert(made("llava"), tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "part": "vision"}))
     with pytest.raises(UpcycleError, match="has experts in its vision tower, and what is watched"):
@@ -274,6 +284,8 @@ def test_other_vision_towers(vision, tmp_path):
     [
         ("qwen3_vl", {}, r"'qwen3_vl_vision'\) that cannot have experts: its class is fixed; moe.part"),
         ("internvl", {}, r"cannot have experts: its class is fixed"),
+        ("llava", {"moe": {"target": "dense"}}, r"moe\.target = dense is about a text model, and a vision"),
+        ("llava", {"moe": {"target": "mixtral"}}, r"moe\.target = mixtral is about a text model"),
         ("llava", {"grow": {}}, r"\[grow\] is about a text model, and moe.part = vision"),
         ("llava", {"init": {"name": "branch_train_mix", "sources": ["x"]}}, None),
         ("mistral3", {"router": {"name": "expert_choice"}}, r"a row of pixtral has all images of a batch"),
@@ -283,7 +295,7 @@ def test_a_vision_tower_that_cannot_have_experts(kind, recipe, said, made):
     moe = {"part": "text+vision" if said is None else "vision"}
     said = said or "takes other checkpoints for one part of a multimodal model"
     with pytest.raises(UpcycleError, match=said):
-        blueprint(made(kind), Recipe.of(moe=moe, **recipe))
+        blueprint(made(kind), Recipe.of({**recipe, "moe": moe | recipe.get("moe", {})}))
 
 
 def test_what_is_said_of_vision_where_there_is_none(made, dense, tmp_path):
@@ -368,6 +380,25 @@ def test_blocks_for_further_tokens_stay_as_they_are(made, tmp_path):
     assert all(torch.equal(tensor, after[name]) for name, tensor in stored.items())
     proof = verify(source, tmp_path / "moe")
     assert proof.holds, proof.checks
+
+
+def test_blocks_for_further_tokens_stay_whatever_else_the_recipe_says(made, tmp_path):
+    """With a text model that is taken out, and with a backbone that is the mean of two models."""
+    source, stored = with_further_blocks(made("qwen3_5"), tmp_path / "dense")
+    donor, _ = with_further_blocks(made("qwen3_5"), tmp_path / "donor")
+    moe = {"num_experts": 2, "mtp": "keep", "target": "upcycled"}
+    others = {
+        "alone": Recipe.of(moe={**moe, "part_only": "text"}),
+        "mean": Recipe.of(moe=moe, init={"name": "branch_train_mix", "sources": [str(donor)]}),
+    }
+    for name, recipe in others.items():
+        convert(source, tmp_path / name, recipe)
+        after = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(tensor, after[n]) for n, tensor in stored.items())
+        proof = verify(source, tmp_path / name)
+        assert proof.holds, proof.checks
+    with pytest.raises(UpcycleError, match=r"drop leaves out mtp.* and moe\.mtp = keep wants such blocks"):
+        blueprint(source, Recipe.of(drop=["mtp.*"], moe=moe))
 
 
 @pytest.mark.parametrize(

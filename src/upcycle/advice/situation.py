@@ -109,9 +109,9 @@ class Situation:
     def blocks(self) -> tuple[Block, ...]:
         """The parameters of every block of the MoE."""
         sizes: dict[tuple[str, str], list[int]] = {}
-        starts = [(stack.name, stack.path.partition("{i}")[0]) for stack in self.built.dense.stacks]
+        starts = {stack.path.partition("{i}")[0]: stack.name for stack in self.built.dense.stacks}
         for name, entry in self.built.entries.items():
-            for stack, start in starts:
+            for start, stack in starts.items():
                 if name.startswith(start):
                     block = sizes.setdefault((stack, name.removeprefix(start).partition(".")[0]), [0, 0])
                     block[".experts." in name or ".universal." in name] += entry.lazy.size

@@ -32,7 +32,7 @@ from upcycle.families._wrappers import TEXT, VISION, config_key
 from upcycle.init import Site
 from upcycle.nn import router_rows
 from upcycle.nn.router_rows import RouterRows
-from upcycle.recipe import Recipe, RecipeLike
+from upcycle.recipe import Moe, Recipe, RecipeLike
 from upcycle.targets import Target, _growing
 from upcycle.tensors.lazy import Lazy
 
@@ -115,7 +115,8 @@ class Blueprint:
     def left_out(self) -> dict[str, str]:
         """The unused source tensors, with the reason; those of a second checkpoint carry its label."""
         if not self.recipe.init.uses_source:
-            none = dict.fromkeys(self.source.tensors, "the recipe takes no weights of the source")
+            unused = [name for name in self.source.tensors if not self.predicts_further(name)]
+            none = dict.fromkeys(unused, "the recipe takes no weights of the source")
             return none | {name: why for name, why in self._spared.items() if name not in none}
         aside = self.dense.left_aside({(site.stack, site.layer) for site in self.sites})
         tower = self.tower.dense if self.tower else None
@@ -277,6 +278,13 @@ def _refuse_for_towers(recipe: Recipe) -> None:
         raise UpcycleError(
             f"[{section}] is about a text model, and moe.part = {recipe.moe.part} about a vision tower; take "
             f"one of them out"
+        )
+    target = recipe.moe.target
+    usual = target in (Moe.target, "upcycled")
+    if not usual and (recipe.moe.part == VISION or not targets.recorded(recipe.moe.as_table()).has_experts):
+        raise UpcycleError(
+            f"moe.target = {target} is about a text model, and a vision tower becomes an upcycled one; set "
+            f"moe.part = text, or leave moe.target out"
         )
     if recipe.moe.part != VISION and recipe.init.donors:
         raise UpcycleError(

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from upcycle.blueprints import moe_layer
-from upcycle.dense.source import Dense, refuse_other_shapes, refuse_surplus
-from upcycle.errors import UpcycleError
+from upcycle.dense.source import Dense, dropped, refuse_other_shapes, refuse_surplus
+from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Stack
 from upcycle.families._further import Further
 from upcycle.init import Site
@@ -50,17 +50,14 @@ class Predictor(Dense):
 
 
 def admitted(dense: Dense, recipe: Recipe) -> Dense:
-    """Return the dense model, with the blocks beside it if the recipe keeps them as they are.
+    """Return the dense model, whose config counts the blocks if the recipe keeps them as they are.
 
     Raises `UpcycleError` if it has none, or if they are not what its config says.
     """
     if recipe.moe.mtp == "drop":
         return dense
-    found = _predictor(dense, recipe)
-    if recipe.moe.mtp == "upcycle":
-        return dense
-    left_out = {name: why for name, why in dense.left_out.items() if name not in found.stored}
-    return replace(dense, left_out=left_out, keeps_further=True)
+    _predictor(dense, recipe)
+    return replace(dense, keeps_further=True) if recipe.moe.mtp == "keep" else dense
 
 
 def _predictor(dense: Dense, recipe: Recipe) -> Predictor:
@@ -74,6 +71,11 @@ def _predictor(dense: Dense, recipe: Recipe) -> Predictor:
     count = dense.place.config(opened.config).get(further.counted) or 0
     expected = dense.family.further_weights(dense.config, count)
     stored = {name: info for name, info in opened.tensors.items() if further.owns(name)}
+    if gone := sorted(stored.keys() & dropped(opened, recipe.drop).keys()):
+        raise UpcycleError(
+            f"drop leaves out {listed(gone)}, and moe.mtp = {recipe.moe.mtp} wants such blocks; take one of "
+            f"them out"
+        )
     if not stored or not count:
         raise UpcycleError(
             f"moe.mtp = {recipe.moe.mtp}: {opened.folder} holds {len(stored)} tensors of blocks that predict "
@@ -103,7 +105,10 @@ def added(
     config: Config,
     tensors: Mapping[str, Lazy],
 ) -> tuple[Config, Mapping[str, Lazy]]:
-    """Return config and tensors with blocks that have experts as the last layer has, if the recipe asks.
+    """Return config and tensors with the blocks that the recipe asks for.
+
+    They are those of the source itself, whatever else experts and backbone are made of. With
+    `moe.mtp = upcycle` they have experts as the last layer has.
 
     Raises `UpcycleError` if the target cannot have the blocks that the recipe asks for.
     """
@@ -116,7 +121,7 @@ def added(
                 f"moe.mtp = keep: whoever reads the blocks of a {target.model_type} that predict further "
                 f"tokens expects experts in them; set it to upcycle or drop"
             )
-        return config, tensors
+        return config, {**tensors, **_predictor(dense, recipe).stored}
     if names is None:
         raise UpcycleError(
             "moe.mtp = upcycle is for a native target: no program reads experts in such blocks of an "

@@ -32,7 +32,8 @@ def of(built: Blueprint) -> dict[str, str]:
         if info not in used
     }
     for model in built.donors:
-        theirs = {n: why for n, why in model.left_out.items() if n not in built.dense.left_out}
+        said = {name for name in built.dense.left_out if not built.predicts_further(name)}
+        theirs = {n: why for n, why in model.left_out.items() if n not in said}
         out |= {f"{model.checkpoint.label}: {name}": reason for name, reason in theirs.items()}
     return out
 

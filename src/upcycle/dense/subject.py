@@ -100,6 +100,11 @@ class Subject:
         family = self._family or families.find(str(self._dense_config.get("model_type")))
         return family.lengths(dict(self.settings))
 
+    def all_of(self, length: int) -> dict[str, int]:
+        """Return `length` as the number of tokens of a row in each stack of a decoder's blocks."""
+        stacks = () if self._family is None else self._family.stacks(dict(self.settings))
+        return dict.fromkeys([stack.name for stack in stacks] or ["layers"], length)
+
     def tells_apart(self, length: int) -> str | None:
         """Return why the documents in a row cannot be kept apart; None if they can."""
         return None if self._family is None else self._family.tells_apart(dict(self.settings), length)

@@ -58,6 +58,17 @@ class Stack:
         return name.startswith(tuple(start.format(i=i) for start in self.owned))
 
 
+def lists_of(stacks: Sequence[Stack]) -> list[str]:
+    """Return the path of each list of blocks in memory, which several stacks may share (Gemma 4), once."""
+    return list(dict.fromkeys(stack.blocks for stack in stacks))
+
+
+def at(stacks: Sequence[Stack], blocks: str, i: int) -> Stack:
+    """Return the stack of block `i` in the list at `blocks`; without a network, it is of the first one."""
+    there = [stack for stack in stacks if stack.blocks == blocks]
+    return next((stack for stack in there if i in stack.numbers), there[0])
+
+
 def only_stack(
     config: Mapping[str, Any],
     *,

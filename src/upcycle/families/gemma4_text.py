@@ -162,10 +162,29 @@ class Gemma4(Decoder):
         total = stack.count
         return (
             replace(stack, having=tuple(range(first)), total=total),
+            # The first stack counts the attention of all blocks.
             replace(
-                stack, name="wide", width=wide, having=tuple(range(first, total)), first=first, total=total
+                stack,
+                name="wide",
+                width=wide,
+                attention=0,
+                having=tuple(range(first, total)),
+                first=first,
+                total=total,
             ),
         )
+
+    def repeated(self, config: Config, raw: Mapping[str, Any], times: int) -> Config:
+        if config["hidden_size_per_layer_input"] or config["num_kv_shared_layers"]:
+            raise UpcycleError(
+                "a gemma4_text has a part of one embedding for each layer, or layers that take the keys and "
+                "values of others, so its blocks cannot be repeated; give another moe.target"
+            )
+        out, own = super().repeated(config, raw, times), raw.get("per_layer_config")
+        if not isinstance(own, Mapping):
+            return out
+        layers = {int(i) * times + n: special for i, special in own.items() for n in range(times)}
+        return out | {"per_layer_config": {str(i): special for i, special in layers.items()}}
 
     def ignored(self, name: str) -> str | None:
         if ".self_attn.v_norm." in name or ".self_attn.k_" in name or ".self_attn.v_proj" in name:

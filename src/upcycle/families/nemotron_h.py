@@ -83,11 +83,11 @@ class NemotronH(PlainDecoder):
         given = {
             key: value for key, value in given.items() if key not in ("time_step_limit", "mamba_dt_limit")
         }
-        kinds = _kinds(given)
-        if "moe" in kinds or not kinds.count("mlp"):
-            said = "experts already" if "moe" in kinds else "no layer that is a network (mlp)"
+        kinds = _kinds(given)  # of its native Mixture of Experts, too, whose settings tasks read
+        if not {"mlp", "moe"} & {*kinds}:
             raise UpcycleError(
-                f"config.json of a nemotron_h model names {said}; give a dense one with networks"
+                "config.json of a nemotron_h model names no layer that is a network (mlp); give a dense one "
+                "with networks"
             )
         config = super().config({**given, "num_hidden_layers": len(kinds)})
         head = raw.get("head_dim") or self.defaults["head_dim"]
@@ -99,7 +99,7 @@ class NemotronH(PlainDecoder):
         return config | {"tie_word_embeddings": False, "rope_parameters": rope}
 
     def tells_apart(self, config: Config, length: int) -> str | None:
-        mixing = [kind for kind in config["layer_types"] if kind != "mlp"]
+        mixing = [kind for kind in config["layer_types"] if kind not in ("mlp", "moe")]
         return super().tells_apart({**config, "layer_types": mixing}, length)
 
     def outside(self, config: Config) -> Weights:
@@ -112,6 +112,10 @@ class NemotronH(PlainDecoder):
         return rms_norm("norm", config["hidden_size"])
 
     def weights(self, config: Config) -> Weights:
+        if "moe" in config["layer_types"]:
+            raise UpcycleError(
+                "config.json of a nemotron_h model names experts already; give a dense one with networks"
+            )
         out = super().weights(config)
         makers = {"mlp": _network, "full_attention": _attention, "linear_attention": _mamba}
         for i, kind in enumerate(config["layer_types"]):

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.families import Stack, _stacks
 from upcycle.sharding.layout import Layout
 from upcycle.sharding.placement import Sharded, Split, elements, part, planned
 
@@ -65,7 +66,8 @@ class Group:
 
 def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
     """Return the groups of a blueprint's model, in the order in which the forward pass gathers them."""
-    starts = {stack.path.partition("{i}")[0]: stack.name for stack in built.dense.stacks}
+    stacks = built.dense.stacks
+    starts = {stack.path.partition("{i}")[0]: stack.blocks for stack in stacks}
     tied = bool(built.dense.tied_head)
     keys: dict[str, tuple[int, str]] = {}
     cuts: dict[str, Sharded] = {}
@@ -89,7 +91,7 @@ def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
             name=name,
             parameters=tuple(members.values()),
             names=tuple(members),
-            block=_block(name, starts),
+            block=_block(name, starts, stacks),
             experts=name.endswith(_OF_EXPERTS),
             kept=place in (_ROOT, _HEAD),
         )
@@ -114,11 +116,12 @@ def _end(name: str, *, apart: bool, tied: bool) -> tuple[int, str]:
     return _ROOT, "the rest"
 
 
-def _block(name: str, starts: Mapping[str, str]) -> tuple[str, int] | None:
+def _block(name: str, starts: Mapping[str, str], stacks: Sequence[Stack]) -> tuple[str, int] | None:
     """Return the stack and the number of the block that a group belongs to."""
-    for start, stack in starts.items():
+    for start, blocks in starts.items():
         if name.startswith(start):
-            return stack, int(name.removeprefix(start).partition(".")[0])
+            number = int(name.removeprefix(start).partition(".")[0])
+            return _stacks.at(stacks, blocks, number).name, number
     return None
 
 

@@ -19,6 +19,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import WeightRenaming
 
 from upcycle.errors import UpcycleError, cut
 from upcycle.families._wrappers import WRAPPERS
@@ -27,6 +28,8 @@ from upcycle.hf.autos import autos
 from upcycle.hf.configs import config_class
 from upcycle.nn.moe import MoE
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
+
+_MATRICES = {"gate_proj", "up_proj", "down_proj"}  # of a network, and in a name of stacked experts
 
 
 class UpcycledModel:
@@ -126,8 +129,22 @@ def _renamed_as(dense: type[PreTrainedModel], made: type[PreTrainedModel]) -> ty
     for ours, theirs in ((made.__name__, dense.__name__), (PREFIX + model_type, model_type)):
         # The names on disk are those of the dense model, and so is their renaming on loading.
         if (renaming := get_checkpoint_conversion_mapping(theirs)) is not None:
-            register_checkpoint_conversion_mapping(ours, renaming, overwrite=True)
+            kept = [own for rule in renaming if (own := _beside_experts(rule)) is not None]
+            register_checkpoint_conversion_mapping(ours, kept, overwrite=True)
     return made
+
+
+def _beside_experts(rule: Any) -> Any:
+    """Return a rule of transformers without its effect on our experts; None if none is left.
+
+    Some dense classes can have experts (Nemotron-H), and some rename every matrix of that name (Nomic BERT).
+    """
+    if any(".experts." in pattern for pattern in rule.source_patterns):
+        return None
+    if isinstance(rule, WeightRenaming) and {*rule.target_patterns} <= _MATRICES:
+        ((stored, own),) = zip(rule.source_patterns, rule.target_patterns, strict=True)
+        return WeightRenaming(f"mlp.{stored}", f"mlp.{own}")
+    return rule
 
 
 def architecture(name: str) -> type[PreTrainedModel]:

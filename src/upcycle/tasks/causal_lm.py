@@ -57,7 +57,7 @@ class CausalLM(Task):
         return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
-        return {"layers": length}
+        return subject.all_of(length)
 
     def score(self, judge: Judge[Found], path: Path) -> Found:
         return judge.windows(path)

@@ -94,7 +94,7 @@ class SFT(Task):
         return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
-        return {"layers": length}
+        return subject.all_of(length)
 
 
 task = SFT

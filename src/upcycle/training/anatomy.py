@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError, listed, nearest
-from upcycle.families import Stack
+from upcycle.families import Stack, _stacks
 from upcycle.families._training import Trained
 from upcycle.training import moe_layers
 from upcycle.training.moe_layers import ExpertStack
@@ -162,11 +162,9 @@ class Anatomy:
     def blocks(self) -> list[tuple[Stack, int, str]]:
         """Every block: its stack, its number, and the prefix of its parameters."""
         out = []
-        for stack in self.stacks:
-            count = len(list(self.model.base_model.get_submodule(stack.blocks).children()))
-            before, _, after = stack.module.partition("{i}")
-            assert after.startswith(".") or not after
-            out += [(stack, i, f"{self.base}{before}{i}.") for i in range(count)]
+        for path in _stacks.lists_of(self.stacks):
+            count = len(list(self.model.base_model.get_submodule(path).children()))
+            out += [(_stacks.at(self.stacks, path, i), i, f"{self.base}{path}.{i}.") for i in range(count)]
         return out
 
     def networks(self) -> Iterator[tuple[bool, str]]:

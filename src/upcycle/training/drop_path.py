@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Family
+from upcycle.families import Config, Family, _stacks
 from upcycle.families._training import trained
 
 
@@ -28,10 +28,11 @@ def install(model: PreTrainedModel, family: Family, config: Config, rate: float)
     """
     base: nn.Module = model.base_model
     known = trained(family, f"train.drop_path = {rate}")
+    stacks = known.stacks(config)
     blocks = [
-        [path.format(i=i) for path in known.branches(config, stack)]
-        for stack in known.stacks(config)
-        for i in range(len(list(base.get_submodule(stack.blocks).children())))
+        [path.format(i=i) for path in known.branches(config, _stacks.at(stacks, blocks, i))]
+        for blocks in _stacks.lists_of(stacks)
+        for i in range(len(list(base.get_submodule(blocks).children())))
     ]
     present = {name for name, _ in base.named_modules()}
     if rate and not all(block and present.issuperset(block) for block in blocks):

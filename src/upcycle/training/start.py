@@ -27,7 +27,7 @@ from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.source import Dense, admit, refuse_two_heads
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
-from upcycle.families import Family
+from upcycle.families import Family, _stacks
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
 from upcycle.families._wrappers import TEXT
@@ -91,8 +91,8 @@ class Start:
         return round(passes * flops_per_row(self.dense, self.built, lengths)) + taught
 
     def training_flops(self, length: int) -> int:
-        """Return the same for one token of a row of `length`, for a model with one stack."""
-        return self.training_flops_per_row({"layers": length}) // length
+        """Return the same for one token of a row of `length`, for a model of text with one length."""
+        return self.training_flops_per_row(dict.fromkeys(self.dense.lengths, length)) // length
 
 
 def start_of(run: Run) -> Start:
@@ -252,7 +252,7 @@ def _set_expert_dropout(model: PreTrainedModel, train: Train) -> None:
 
 def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
     """Return the blocks of all stacks."""
-    lists = [stack.blocks for stack in start.dense.stacks]
+    lists = _stacks.lists_of(start.dense.stacks)
     return [block for path in lists for block in model.base_model.get_submodule(path).children()]
 
 

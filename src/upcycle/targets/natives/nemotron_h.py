@@ -16,6 +16,8 @@ from upcycle.tensors.lazy import Lazy
 class _NemotronH(Native):
     """A class whose layers are a network, experts, attention or Mamba, one of them each."""
 
+    root = "backbone."
+
     def has(self, tensors: Mapping[str, Lazy]) -> bool:
         """Return whether a layer is a network or experts."""
         return any(name.startswith(("mixer.up_proj.", "mixer.experts.")) for name in tensors)
