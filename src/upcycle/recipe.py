@@ -211,7 +211,9 @@ class Recipe(Settings):
             parts = {name: own for name, own in self.parts.items() if name != VISION}
             return dataclasses.replace(self, moe=dataclasses.replace(self.moe, part=TEXT), parts=parts)
         own = self.at(VISION)
-        return dataclasses.replace(own, moe=dataclasses.replace(own.moe, part=VISION, target="upcycled"))
+        further = own.moe.mtp if self.moe.part == VISION else "drop"  # they belong to the text model
+        moe = dataclasses.replace(own.moe, part=VISION, target="upcycled", mtp=further)
+        return dataclasses.replace(own, moe=moe)
 
     def as_table(self) -> dict[str, Any]:
         """Return the recipe as a nested table, the form that `Recipe.of` takes and the provenance keeps.

@@ -547,3 +547,9 @@ def test_the_table_is_what_transformers_does():
             if family.assumed and name == wrapper.text:
                 made = transformers.CONFIG_MAPPING[name]()
                 assert {k: getattr(made, k) for k in family.assumed} == family.assumed
+
+
+def test_blocks_that_predict_further_tokens_belong_to_the_text_model():
+    both = Recipe.of(moe={"part": "text+vision", "mtp": "upcycle"})
+    assert [both.of_part(part).moe.mtp for part in ("text", "vision")] == ["upcycle", "drop"]
+    assert Recipe.of(moe={"part": "vision", "mtp": "upcycle"}).of_part("vision").moe.mtp == "upcycle"
