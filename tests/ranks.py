@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 import upcycle
@@ -294,6 +295,7 @@ def refused_apart(table: dict[str, Any], folders: list[str]) -> list[tuple[str, 
         except UpcycleError as error:
             out.append((str(error), error.elsewhere))
         os.chdir(home)
+    dist.barrier()  # the store in which a sentence is noted ends with rank 0; torchrun's does not
     return out
 
 

@@ -76,10 +76,10 @@ def test_a_tokenizer_whose_template_names_tokens_that_do_not_exist(shop: Worksho
     assert not tokens.holds
 
 
-@pytest.mark.parametrize("layers", [10**400, 2**70, 10_001])
+@pytest.mark.parametrize("layers", [10**300, 2**70, 10_001])
 def test_a_folder_of_endlessly_many_blocks(layers: int, shop: Workshop) -> None:
     folder = changed(shop.copied(shop.out, "deep"), "config.json", num_hidden_layers=layers)
-    with pytest.raises(UpcycleError, match=r"a model has 10,000 blocks at most|a whole number of 401 digits"):
+    with pytest.raises(UpcycleError, match="a model has 10,000 blocks at most"):
         models.open(folder)
     assert not verify(shop.dense, folder, logits=False).holds
 

@@ -319,7 +319,7 @@ def test_ranks_that_see_different_files(trainable, tmp_path):
         said = [rank[place] for rank in told]
         assert said[0][0] == said[1][0]
         assert sentence in said[0][0]
-        assert sorted(elsewhere for _, elsewhere in said) == [False, True]  # one of them says it
+        assert sorted(elsewhere for _, elsewhere in said) == [False, True], said  # one of them says it
 
 
 def test_peak_memory_of_a_rank_is_its_shard(tmp_path):
