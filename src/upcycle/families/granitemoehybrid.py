@@ -57,11 +57,6 @@ class GraniteMoeHybrid(FusedGate):
     }
 
     def config(self, raw: Mapping[str, Any]) -> Config:
-        if (experts := raw.get("num_local_experts", 8)) != 0:
-            raise UpcycleError(
-                f"config.json of a granitemoehybrid model: num_local_experts = {experts}, so it is a Mixture "
-                f"of Experts already; upcycle takes those with 0"
-            )
         if raw.get("shared_intermediate_size") == 0:
             raise UpcycleError(
                 "config.json of a granitemoehybrid model: shared_intermediate_size = 0, so it has no network "
@@ -79,6 +74,15 @@ class GraniteMoeHybrid(FusedGate):
             config["mamba_d_head"] = config["mamba_expand"] * config["hidden_size"] // config["mamba_n_heads"]
         finite = isinstance(limit, (list, tuple)) and all(map(_is_finite, limit))
         return config | ({"time_step_limit": list(limit)} if limit and finite else {})
+
+    def weights(self, config: Config) -> Weights:
+        # Not in `config`: tasks read the settings of its native Mixture of Experts, too.
+        if (experts := config.get("num_local_experts", 8)) != 0:
+            raise UpcycleError(
+                f"config.json of a granitemoehybrid model: num_local_experts = {experts}, so it is a Mixture "
+                f"of Experts already; upcycle takes those with 0"
+            )
+        return super().weights(config)
 
     def width(self, config: Config) -> int:
         """Return the number of neurons, which its class keeps apart from that of its experts."""
