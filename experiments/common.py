@@ -63,11 +63,10 @@ def curve(out: str | Path, rows: int, flops: int) -> list[dict[str, Any]]:
     ]
 
 
-def missing(results: Path, jobs: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Return the jobs (variant, seed) that `results` does not have yet."""
-    known = json.loads(results.read_text())["runs"] if results.exists() else []
-    done = {(r["variant"], r["seed"]) for r in known}
-    return [job for job in jobs if job not in done]
+def known(results: Path) -> dict[tuple[str, int], Result]:
+    """Return the runs in `results` by variant and seed; none if there is no file."""
+    runs = json.loads(results.read_text())["runs"] if results.exists() else []
+    return {(r["variant"], r["seed"]): r for r in runs}
 
 
 def gather(
@@ -79,9 +78,8 @@ def gather(
     about: dict[str, Any],
 ) -> list[Result]:
     """Run the jobs (variant, seed) that `results` does not have yet, and add each result when it ends."""
-    known = json.loads(results.read_text())["runs"] if results.exists() else []
-    done = {(r["variant"], r["seed"]): r for r in known}
-    wanted = missing(results, jobs)
+    done = known(results)
+    wanted = [job for job in jobs if job not in done]
     with ThreadPoolExecutor(parallel) as pool:
         for result in pool.map(lambda job: go(*job), wanted):
             done[(result["variant"], result["seed"])] = result

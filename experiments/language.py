@@ -215,15 +215,16 @@ def main() -> None:
     given = options()
     study = studies.STUDIES[given.study]
     jobs = [(name, seed) for seed in range(given.seeds) for name in study.variants]
-    if missing := common.missing(given.results, jobs):
+    done = common.known(given.results)
+    if missing := [job for job in jobs if job not in done]:
         if given.checkpoint is None or given.texts is None:
             sys.exit(f"{len(missing)} runs are missing: give --checkpoint and --texts to train them")
         train(study, jobs, given)
-    known = json.loads(given.results.read_text())
-    _, budget, loss = known["dense_training"][-1]
+    found = json.loads(given.results.read_text())
+    _, budget, loss = found["dense_training"][-1]
     print(f"dense model: held-out loss {loss:.4f} after {budget:.3g} FLOPs")
-    print("\n".join(rows(study, known["runs"], budget)))
-    draw(study, known["runs"], budget, given.results.parent / "figure.png")
+    print("\n".join(rows(study, found["runs"], budget)))
+    draw(study, found["runs"], budget, given.results.parent / "figure.png")
 
 
 if __name__ == "__main__":
