@@ -2,6 +2,8 @@
 
     python benchmarks/train_step.py [--size small|1b] [--rounds 8] [--out results.json]
 
+`upcycle compiled` is a run with `train.compile`; the time of compiling is not counted.
+
 All contenders are in one process and take turns, one step each, in rotating order; ratios are of medians.
 `dense` has a feed-forward network that is top-k times as wide. `transformers` is the loss of the model class
 (with its own balance loss), clip_grad_norm_ and torch.optim.AdamW, with the default implementation of
@@ -56,8 +58,10 @@ def make_dense(folder: Path, size: dict[str, int], width: int) -> Path:
     return folder
 
 
-def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> tuple[Callable[[], Any], int]:
-    """Return a step of `upcycle train`, and its active FLOPs per token."""
+def ours(
+    source: Path, size: dict[str, int], moe: bool, **train: str | bool
+) -> tuple[Callable[[], Any], int]:
+    """Return a step of `upcycle train` with more settings of its section `train`, and its active FLOPs per token."""
     table: dict[str, Any] = {
         "source": str(source),
         "out": "unused",
@@ -66,7 +70,7 @@ def ours(source: Path, size: dict[str, int], moe: bool, experts: str | None) -> 
             "steps": 1,
             "batch_tokens": size["rows"] * size["length"],
             "sequence_length": size["length"],
-            **({"experts_implementation": experts} if experts else {}),
+            **train,
         },
         "schedule": {"peak": 1e-4},
         **({"moe": {"num_experts": EXPERTS, "top_k": TOP_K}} if moe else {}),
@@ -88,12 +92,14 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
     wide = make_dense(work / "wide", size, TOP_K * size["width"])
     convert(source, work / "moe", Run.of({**_MINIMAL, "source": str(source)}).recipe)
     contenders: dict[str, Callable[[], Any]] = {}
-    contenders["dense"], dense_flops = ours(wide, size, moe=False, experts=None)
-    contenders["upcycle"], flops = ours(source, size, moe=True, experts=None)
+    contenders["dense"], dense_flops = ours(wide, size, moe=False)
+    contenders["upcycle"], flops = ours(source, size, moe=True)
+    contenders["upcycle compiled"], _ = ours(source, size, moe=True, compile=True)
     for name in ("grouped_mm", "eager"):
-        contenders[f"upcycle {name}"], _ = ours(source, size, moe=True, experts=name)
+        contenders[f"upcycle {name}"], _ = ours(source, size, moe=True, experts_implementation=name)
     contenders["transformers"] = steps.theirs(work / "moe", rows_of(size))
-    for contender in contenders.values():
+    for contender in contenders.values():  # compiled blocks are ready after the second step
+        machine.timed(contender)
         machine.timed(contender)
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -130,6 +136,7 @@ def measure(size: dict[str, int], rounds: int, work: Path) -> dict[str, Any]:
         "mfu": None if peak is None else {n: round(s * flops_of[n] / peak, 4) for n, s in speed.items()},
         "activation_bytes": memory or None,
         "upcycle_over_transformers": ratio("upcycle", "transformers"),
+        "compiled_over_transformers": ratio("upcycle compiled", "transformers"),
         "upcycle_over_dense": ratio("upcycle", "dense"),
         "grouped_mm_over_eager": ratio("upcycle grouped_mm", "upcycle eager"),
     }  # fmt: skip
@@ -155,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="upcycle-bench-") as work:
         if options.profile:
             source = make_dense(Path(work) / "dense", SIZES[options.size], SIZES[options.size]["width"])
-            contender, _ = ours(source, SIZES[options.size], moe=True, experts=None)
+            contender, _ = ours(source, SIZES[options.size], moe=True)
             contender()
             with torch.profiler.profile() as profile:
                 contender()

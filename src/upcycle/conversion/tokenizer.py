@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,29 @@ class OtherTokensError(Exception):
 def there(folder: Path) -> bool:
     """Return whether a folder has files of a tokenizer."""
     return any(True for pattern in FILES for _ in folder.glob(pattern))
+
+
+@contextmanager
+def imported_beside(source: Path) -> Iterator[None]:
+    """Import what `fit` will need in a thread, beside the body of the `with` statement.
+
+    transformers takes seconds of a processor to import, and writing tensors leaves one idle.
+    """
+    thread = threading.Thread(target=_import, args=(source,), name="import transformers")
+    if there(source) and "transformers" not in sys.modules:
+        thread.start()
+    try:
+        yield
+    finally:
+        if thread.ident is not None:
+            thread.join()
+
+
+def _import(source: Path) -> None:
+    with suppress(ImportError):  # `fit` imports again, and says what is missing
+        from transformers import AutoTokenizer
+
+        _opened(AutoTokenizer, source)  # which imports as much again
 
 
 def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

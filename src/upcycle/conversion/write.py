@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def _write(built: Blueprint, shards: Shards, partial: Path, out: Path, jobs: int
     fresh = _make_folder(partial)
     try:
         with Journal(partial / JOURNAL, _begun(built, shards)) as journal:
-            hashes = _write_tensors(built, shards, partial, journal, jobs, progress)
+            with _ready_to_fit_tokenizer(built):
+                hashes = _write_tensors(built, shards, partial, journal, jobs, progress)
             _finish(built, shards, partial, out, hashes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -316,9 +318,19 @@ def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
     return names, left
 
 
+def _ready_to_fit_tokenizer(built: Blueprint) -> AbstractContextManager[None]:
+    """Return a context beside whose body `fit_tokenizer` is prepared."""
+    return tokenizer.imported_beside(built.source.folder) if _reads_otherwise(built) else nullcontext()
+
+
+def _reads_otherwise(built: Blueprint) -> bool:
+    """Return whether the new model type names another tokenizer than the family's."""
+    family = built.dense.family
+    return built.target.tokenizer(family) != family.tokenizer
+
+
 def fit_tokenizer(built: Blueprint, folder: Path) -> dict[str, str]:
     """Make the tokenizer in `folder` open as the source's does; return what was made anew, and why."""
-    family = built.dense.family
-    if built.target.tokenizer(family) == family.tokenizer:
+    if not _reads_otherwise(built):
         return {}
     return tokenizer.fit(built.source.folder, folder, built.stored_config())
