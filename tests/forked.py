@@ -24,19 +24,39 @@ from typing import Any
 class Server:
     """Starts command lines, and knows how they ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         )
 
-    def start(self, arguments: list[str], said: Path, opened: Path | None = None) -> int:
-        """The process of `upcycle ARGUMENTS`; what it prints goes to the file `said`, and with `opened` what
-        it opens goes there: a JSON list of a path and whether it is written to, line by line."""
-        return int(self._ask({"start": arguments, "said": str(said), "opened": opened and str(opened)}))
+    def start(
+        self,
+        arguments: list[str],
+        said: Path,
+        *,
+        errors: Path | None = None,
+        opened: Path | None = None,
+        before: str = "",
+    ) -> int:
+        """The process of `upcycle ARGUMENTS`; what it prints goes to the file `said`.
+
+        What it prints as errors goes to `errors`, if that is given. What it opens goes to `opened`: a JSON
+        list of a path and whether it is written to, line by line. `before` ("module:name", a module of this
+        folder) is called first.
+        """
+        told = {"said": str(said), "errors": errors and str(errors), "opened": opened and str(opened)}
+        return int(self._ask({"start": arguments, "before": before, **told}))
+
+    def run(self, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        """`upcycle ARGUMENTS` when it has ended. What it prints goes through files of `folder`."""
+        said, errors = folder / "said", folder / "errors"
+        code = self.wait(self.start(arguments, said, errors=errors))
+        assert code is not None
+        return subprocess.CompletedProcess(arguments, code, said.read_text(), errors.read_text())
 
     def call(self, function: str, folder: Path, name: str, more: Mapping[str, str], seconds: float) -> int:
         """The process of `function` ("module:name", a module of this folder) with `more` in its environment.
@@ -86,14 +106,28 @@ def shared() -> Server:
     return Server()
 
 
-def serve() -> None:
+def warm() -> None:
+    """Import what a fork should find imported, and build what transformers builds once a process."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     import upcycle.calibration.calibration
     import upcycle.cli.program
     import upcycle.evaluation.comparison
     import upcycle.evaluation.scores
-    import upcycle.training.export
-    import upcycle.training.loop  # noqa: F401  what a fork should find imported
+    import upcycle.training.export  # noqa: F401
+    from upcycle import families, init
+    from upcycle.training import optimizers, schedules
 
+    get_checkpoint_conversion_mapping("mixtral")
+    families.find("llama")
+    init.find("drop")
+    for room in (optimizers, schedules):
+        for name in room.names():
+            room.find(name)
+
+
+def serve() -> None:
+    warm()
     ended: dict[int, int] = {}
     for line in sys.stdin:
         question = json.loads(line)
@@ -158,23 +192,27 @@ def _compute(
         os._exit(code)
 
 
-def _detach(said: Path | str) -> None:
+def _detach(said: Path | str, errors: str | None = None) -> None:
     """Leave the streams and the signals of the server."""
-    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
+    for stream, path in ((1, said), (2, errors or said)):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.ftruncate(handle, 0)
         os.dup2(handle, stream)
     os.close(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
 
-def _become(start: list[str], said: str, opened: str | None) -> None:
+def _become(start: list[str], said: str, errors: str | None, opened: str | None, before: str) -> None:
     """Run the command line in this fork and end it."""
     from upcycle import cli
 
-    _detach(said)
+    _detach(said, errors)
     code: Any = 1
     try:
+        if before:
+            module, name = before.split(":")
+            getattr(importlib.import_module(module), name)()
         if opened:
             _watch(opened)
         cli.main(start)

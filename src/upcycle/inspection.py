@@ -15,7 +15,8 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures
-from upcycle.dense.source import Dense, admit, has_experts
+from upcycle.dense.admission import admit, has_experts
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
 from upcycle.families._wrappers import TEXT
 from upcycle.nn import router_rows, routers

@@ -34,7 +34,7 @@ from upcycle.advice.situation import Budget, Situation, parse_tokens
 from upcycle.advice.verdict import verdict
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.source import admit
+from upcycle.dense.admission import admit
 from upcycle.forecast import activations, memory
 from upcycle.recipe import override
 from upcycle.system import gpus

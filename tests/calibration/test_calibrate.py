@@ -32,7 +32,7 @@ from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.calibration.observer import Observer
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import read_header
-from upcycle.dense.source import admit
+from upcycle.dense.admission import admit
 from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
 

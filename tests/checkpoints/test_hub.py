@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
+import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+import forked
 from marks import quick
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -23,7 +25,7 @@ REPO = "someone/tiny-llama"
 class Hub:
     """Serves one folder as REPO and remembers how many bytes of each file it sent."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.sent = folder, {}
         hub = self
 
@@ -83,14 +85,35 @@ class Hub:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-@pytest.fixture
-def hub(dense, tmp_path) -> Iterator[Hub]:
-    import shutil
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """Processes for which the hub is at a port of this machine; it is read when they are imported."""
 
+    port: int
+    cache: Path
+    server: forked.Server
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory) -> Iterator[Client]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cache = tmp_path_factory.mktemp("hub") / "cache"
+    server = forked.Server(
+        HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HOME=str(cache), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1"
+    )
+    yield Client(port=port, cache=cache, server=server)
+    server.close()
+
+
+@pytest.fixture
+def hub(client, dense, tmp_path) -> Iterator[Hub]:
+    shutil.rmtree(client.cache, ignore_errors=True)
     folder = Path(shutil.copytree(dense("llama", intermediate_size=480), tmp_path / "repo"))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
@@ -100,29 +123,24 @@ def hub(dense, tmp_path) -> Iterator[Hub]:
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"no")
     (folder / "pytorch_model.bin").write_bytes(b"no")
-    served = Hub(folder)
+    served = Hub(folder, client.port)
     yield served
     served.server.shutdown()
     served.server.server_close()
 
 
-def upcycle(hub: Hub, tmp_path: Path, *args: object) -> subprocess.CompletedProcess:
-    host, port = hub.server.server_address[:2]
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://{host}:{port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "upcycle", *map(str, args)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+@pytest.fixture
+def upcycle(client, tmp_path):
+    """A function that runs a command line in a process of its own."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return client.server.run([*map(str, arguments)], tmp_path)
+
+    return run
 
 
-def test_plan_fetches_headers_only(hub, tmp_path):
-    run = upcycle(hub, tmp_path, "plan", REPO, "--json")
+def test_plan_fetches_headers_only(upcycle, hub, tmp_path):
+    run = upcycle("plan", REPO, "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["source"] == REPO
     weights = (hub.folder / "model.safetensors").stat().st_size
@@ -131,8 +149,8 @@ def test_plan_fetches_headers_only(hub, tmp_path):
 
 
 @pytest.mark.parametrize("revision", quick(["", "@main", f"@{COMMIT}"], "@main"))
-def test_convert_and_verify(revision, hub, dense, tmp_path):
-    run = upcycle(hub, tmp_path, "convert", REPO + revision, tmp_path / "moe")
+def test_convert_and_verify(revision, upcycle, hub, dense, tmp_path):
+    run = upcycle("convert", REPO + revision, tmp_path / "moe")
     assert run.returncode == 0, run.stderr
     assert not {"onnx/model.safetensors", "pytorch_model.bin"} & set(hub.sent)
     record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
@@ -142,37 +160,37 @@ def test_convert_and_verify(revision, hub, dense, tmp_path):
     assert {"tokenizer.json", "modules.json", *below} <= set(record["carried_files"])
     assert record["source"]["name"] == REPO + revision
     assert f"# {REPO}{revision}, upcycled" in (tmp_path / "moe" / "README.md").read_text()
-    run = upcycle(hub, tmp_path, "verify", REPO + revision, tmp_path / "moe", "--no-logits")
+    run = upcycle("verify", REPO + revision, tmp_path / "moe", "--no-logits")
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_no_such_model(hub, tmp_path):
+def test_no_such_model(upcycle, hub, tmp_path):
     for command in (["plan", "nobody/nothing"], ["convert", "nobody/nothing", tmp_path / "moe"]):
-        run = upcycle(hub, tmp_path, *command)
+        run = upcycle(*command)
         assert run.returncode == 2
         assert "no such model on the hub" in run.stderr
         assert "Traceback" not in run.stderr
 
 
-def test_no_hub(hub, tmp_path):
+def test_no_hub(upcycle, hub, tmp_path):
     hub.server.shutdown()
     hub.server.server_close()
-    run = upcycle(hub, tmp_path, "convert", REPO, tmp_path / "moe")
+    run = upcycle("convert", REPO, tmp_path / "moe")
     assert run.returncode == 2
     assert "no such folder" in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_a_model_without_safetensors(hub, tmp_path):
+def test_a_model_without_safetensors(upcycle, hub, tmp_path):
     (hub.folder / "model.safetensors").unlink()
     for command in (["plan", REPO], ["convert", REPO, tmp_path / "moe"]):
-        run = upcycle(hub, tmp_path, *command)
+        run = upcycle(*command)
         assert run.returncode == 2, run.stderr
         assert "safetensors" in run.stderr
         assert "Traceback" not in run.stderr
 
 
-def test_an_adapter_from_the_hub(hub, dense, tmp_path):
+def test_an_adapter_from_the_hub(upcycle, hub, dense, tmp_path):
     """Its two files are fetched, and nothing of what lies beside them."""
     from tiny import make_adapter
 
@@ -181,7 +199,7 @@ def test_an_adapter_from_the_hub(hub, dense, tmp_path):
         file.rename(hub.folder / file.name)
     tables = f'init.expert=[{{}}, {{adapter="{REPO}"}}]'
     asked = ["--init", "experts", "--experts", "2", "--set", tables]
-    run = upcycle(hub, tmp_path, "convert", source, tmp_path / "moe", *asked)
+    run = upcycle("convert", source, tmp_path / "moe", *asked)
     assert run.returncode == 0, run.stderr
     assert set(hub.sent) == {"adapter_config.json", "adapter_model.safetensors"}
     record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())

@@ -108,7 +108,7 @@ def test_a_native_that_the_wrapper_cannot_hold_is_refused(made, monkeypatch):
     from upcycle.families._wrappers import WRAPPERS, Wrapper
 
     closed = Wrapper(architecture="LlavaForConditionalGeneration", tied=False, free=False)
-    monkeypatch.setattr("upcycle.dense.source.WRAPPERS", {**WRAPPERS, "llava": closed})
+    monkeypatch.setattr("upcycle.dense.admission.WRAPPERS", {**WRAPPERS, "llava": closed})
     with pytest.raises(UpcycleError, match=r"llava of transformers cannot hold a mixtral.*part_only"):
         blueprint(made("llava"), Recipe.of())
 

@@ -30,6 +30,7 @@ from upcycle.training import drop_path, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
+from upcycle.training.moments import carry_state
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
@@ -490,7 +491,7 @@ def test_moments_are_tiled(small_v2, images, tmp_path):
     run = Run.of(carried(tmp_path / "trained", images, tmp_path / "moe") | changes)
     here, begun = Ranks(device=torch.device("cpu")), start.start_of(run)
     found = trainee_of(run, here)
-    assert start.carry_state(begun, run, here, found.model, found.optimizer) == 2
+    assert carry_state(begun, run, here, found.model, found.optimizer) == 2
     moments = stored(tmp_path / "trained" / "optimizer" / "exp_avg_sq")
     states = {n: found.optimizer.state[p]["exp_avg_sq"].numpy() for n, p in found.model.named_parameters()}
     block = "convnextv2.encoder.stages.2.layers.0."

@@ -16,7 +16,7 @@ import upcycle
 from upcycle import Recipe, blueprint, cli, convert, plan, verify
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.checkpoints.hub import peek
-from upcycle.dense.source import admit
+from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
 from upcycle.inspection import inspect
 from upcycle.nn import MoE, routers

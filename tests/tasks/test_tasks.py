@@ -31,7 +31,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.subject import Subject
 from upcycle.evaluation.scores import ToScore, evaluate
 from upcycle.nn.moe import MoE
-from upcycle.training import saving, start
+from upcycle.training import moments, saving, start
 from upcycle.training.export import export
 from upcycle.training.held_out import _parts
 from upcycle.training.loop import train
@@ -266,7 +266,7 @@ def test_moments_of_a_vit_are_tiled(data, tmp_path):
     begun = start.start_of(run)
     here = Ranks(device=torch.device("cpu"))
     trainee = trainee_of(run, here)
-    assert start.carry_state(begun, run, here, trainee.model, trainee.optimizer) == 6
+    assert moments.carry_state(begun, run, here, trainee.model, trainee.optimizer) == 6
     from safetensors.torch import load_file
 
     stored = load_file(tmp_path / "trained" / "optimizer" / "exp_avg_sq" / "model.safetensors")
@@ -354,7 +354,7 @@ def test_a_router_has_no_moments_of_the_dense_model(data, tmp_path):
     """Not in its query norm either, which starts as a copy of a norm of the dense model."""
     changes = {**UPCYCLED, "router": {"name": "spherical"}, "optimizer": {"carry_state": True}}
     run = Run.of(table("vit", data, tmp_path / "run", **changes))
-    entries = start._moments(Checkpoint.open(data / "vit"), run)
+    entries = moments.moments_of(Checkpoint.open(data / "vit"), run)
     routers = {n: e for n, e in entries.items() if ".router." in n}
     assert any("query_norm_weight" in n for n in routers)
     assert not any(e.lazy.all("F32").any() for e in routers.values())

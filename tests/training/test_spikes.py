@@ -15,7 +15,8 @@ from upcycle.training import step
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
-from upcycle.training.run import Run, Spikes
+from upcycle.training.run import Run
+from upcycle.training.sections import Spikes
 from upcycle.training.spikes import Pace, Recent
 
 CPU = torch.device("cpu")

@@ -27,7 +27,8 @@ from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
 from upcycle.training.parallel import ranks as world
 from upcycle.training.rehearsal import rehearse
-from upcycle.training.run import Run, Teacher
+from upcycle.training.run import Run
+from upcycle.training.sections import Teacher
 
 WORDS = 11
 

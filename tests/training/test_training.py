@@ -29,7 +29,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import prepare
 from upcycle.system import memory
-from upcycle.training import router_losses, routing, saving, start
+from upcycle.training import moments, router_losses, routing, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -486,7 +486,7 @@ def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsy
     run = Run.of(made)
     trainee = ranks.trainee_of(run, HERE)
     begun = start.start_of(run)
-    assert start.carry_state(begun, run, HERE, trainee.model, trainee.optimizer) == 6
+    assert moments.carry_state(begun, run, HERE, trainee.model, trainee.optimizer) == 6
     for moment in run.optimizer.moments:
         with Checkpoint.open(tmp_path / "trained" / "optimizer" / moment) as opened:
             tensor = {

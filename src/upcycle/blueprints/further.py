@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from upcycle.blueprints import moe_layer
-from upcycle.dense.source import Dense, dropped, refuse_other_shapes, refuse_surplus
+from upcycle.dense.admission import dropped, refuse_other_shapes, refuse_surplus
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Stack
 from upcycle.families._further import Further

@@ -26,7 +26,8 @@ from upcycle.calibration.stopped import begun, restore
 from upcycle.calibration.sweep import Sweep
 from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.source import Dense, admit
+from upcycle.dense.admission import admit
+from upcycle.dense.source import Dense
 from upcycle.dense.statistics import (
     FORMAT,
     NEGATIVE,

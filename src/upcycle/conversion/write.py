@@ -30,7 +30,7 @@ from upcycle.conversion.shard_files import ShardFiles
 from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.conversion.source_hashes import SourceHashes, sources
 from upcycle.conversion.syncing import Syncing
-from upcycle.dense.source import refuse_two_heads
+from upcycle.dense.admission import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
 from upcycle.records.provenance import Provenance
