@@ -24,13 +24,13 @@ from typing import Any
 class Server:
     """Starts command lines, and knows how they ended."""
 
-    def __init__(self, **environment: str) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
     def start(
@@ -40,21 +40,22 @@ class Server:
         *,
         errors: Path | None = None,
         opened: Path | None = None,
+        more: Mapping[str, str] | None = None,
         before: str = "",
     ) -> int:
-        """The process of `upcycle ARGUMENTS`; what it prints goes to the file `said`.
+        """The process of `upcycle ARGUMENTS` with `more` in its environment; it prints to the file `said`.
 
         What it prints as errors goes to `errors`, if that is given. What it opens goes to `opened`: a JSON
         list of a path and whether it is written to, line by line. `before` ("module:name", a module of this
         folder) is called first.
         """
         told = {"said": str(said), "errors": errors and str(errors), "opened": opened and str(opened)}
-        return int(self._ask({"start": arguments, "before": before, **told}))
+        return int(self._ask({"start": arguments, "more": dict(more or {}), "before": before, **told}))
 
-    def run(self, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, arguments: list[str], folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """`upcycle ARGUMENTS` when it has ended. What it prints goes through files of `folder`."""
         said, errors = folder / "said", folder / "errors"
-        code = self.wait(self.start(arguments, said, errors=errors))
+        code = self.wait(self.start(arguments, said, errors=errors, **options))
         assert code is not None
         return subprocess.CompletedProcess(arguments, code, said.read_text(), errors.read_text())
 
@@ -203,11 +204,19 @@ def _detach(said: Path | str, errors: str | None = None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
 
-def _become(start: list[str], said: str, errors: str | None, opened: str | None, before: str) -> None:
+def _become(
+    start: list[str],
+    said: str,
+    errors: str | None,
+    opened: str | None,
+    more: dict[str, str],
+    before: str,
+) -> None:
     """Run the command line in this fork and end it."""
     from upcycle import cli
 
     _detach(said, errors)
+    os.environ.update(more)
     code: Any = 1
     try:
         if before:

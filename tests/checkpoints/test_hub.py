@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-import forked
 from marks import quick
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,7 +22,7 @@ REPO = "someone/tiny-llama"
 class Hub:
     """Serves one folder as REPO and remembers how many bytes of each file it sent."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.sent = folder, {}
         hub = self
 
@@ -85,35 +82,12 @@ class Hub:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Client:
-    """Processes for which the hub is at a port of this machine; it is read when they are imported."""
-
-    port: int
-    cache: Path
-    server: forked.Server
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory) -> Iterator[Client]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cache = tmp_path_factory.mktemp("hub") / "cache"
-    server = forked.Server(
-        HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HOME=str(cache), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1"
-    )
-    yield Client(port=port, cache=cache, server=server)
-    server.close()
-
-
 @pytest.fixture
-def hub(client, dense, tmp_path) -> Iterator[Hub]:
-    shutil.rmtree(client.cache, ignore_errors=True)
+def hub(dense, tmp_path) -> Iterator[Hub]:
     folder = Path(shutil.copytree(dense("llama", intermediate_size=480), tmp_path / "repo"))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
@@ -123,18 +97,26 @@ def hub(client, dense, tmp_path) -> Iterator[Hub]:
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"no")
     (folder / "pytorch_model.bin").write_bytes(b"no")
-    served = Hub(folder, client.port)
+    served = Hub(folder)
     yield served
     served.server.shutdown()
     served.server.server_close()
 
 
 @pytest.fixture
-def upcycle(client, tmp_path):
-    """A function that runs a command line in a process of its own."""
+def upcycle(hub, server, tmp_path):
+    """A function that runs a command line in a process of its own, for which this is the hub."""
+    host, port = hub.server.server_address[:2]
+    more = {
+        "HF_ENDPOINT": f"http://{host}:{port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return client.server.run([*map(str, arguments)], tmp_path)
+        line = [*map(str, arguments)]
+        return server.run(line, tmp_path, more=more, before="before:import_the_hub_anew")
 
     return run
 
