@@ -59,6 +59,8 @@ class Server:
             warnings.resetwarnings()
             warnings.simplefilter("ignore")
             serve()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
 

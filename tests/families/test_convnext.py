@@ -17,6 +17,7 @@ import tiny
 import upcycle
 from arrays import made, stored
 from conftest import SHARED
+from marks import quick
 from promises import claims
 from ranks import trainee_of
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
@@ -309,7 +310,7 @@ def moe_parameters(repo: bool) -> int:
     return total
 
 
-@pytest.mark.parametrize("preset", ["paper", "repo"])
+@pytest.mark.parametrize("preset", quick(["paper", "repo"], "paper"))
 def test_parameters_of_c_jetmoe_f(preset, headers):
     recipe = Recipe.of(
         moe={"target": "upcycled", "layers": "last_half", "num_experts": 98, "universal_experts": 196},
@@ -574,7 +575,9 @@ def test_statistics_are_of_all_places_of_all_images(wide, images, measured, tmp_
     assert not (tmp_path / "no.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["importance", "co_activation", "uniform", "random"])
+@pytest.mark.parametrize(
+    "name", quick(["importance", "co_activation", "uniform", "random"], "co_activation", "uniform")
+)
 def test_it_is_recycled(name, wide, measured, tmp_path):
     """Half the channels, core and universal experts under the spherical router, in two stages' blocks."""
     options = {"importance": {}, "co_activation": {"parts": 8}}.get(name)
