@@ -44,12 +44,10 @@ FLOORS = (
 )
 # What goes up all the same, and why. A line that is no longer needed must go.
 UPWARDS = {
-    ("blueprints", "conversion"): "the plan lays shards out to count their bytes",
     ("dense", "targets"): "natives say how a source that has experts is read, and which one is refused",
     ("init", "dense"): "initialisations that select read the statistics that were collected",
     ("nn", "dense"): "routers that start from data read the statistics that were collected",
     ("nn", "hf"): "experts run through transformers' implementations",
-    ("targets", "blueprints"): "targets speak of the entries and layers of a blueprint",
 }
 # Circles of modules that are known and not yet broken. A line that is no longer needed must go.
 CIRCLES: tuple[set[str], ...] = ()
