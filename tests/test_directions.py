@@ -136,6 +136,15 @@ def doors() -> dict[tuple[str, str], list[str]]:
     return found
 
 
+def test_the_page_draws_the_same_floors() -> None:
+    """docs/architecture.md shows the floors, and a table says what each room knows."""
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    drawn = page.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert [set(floor.split()) for floor in drawn] == [set(floor) for floor in FLOORS]
+    told = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert told == set().union(*FLOORS) - {"__main__"}
+
+
 def test_every_room_has_a_floor():
     rooms = {room_of(module) for module in modules()} - {""}
     assert rooms == set().union(*FLOORS)
