@@ -24,7 +24,7 @@ import common
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Changes = dict[str, Any]  # to a run file
+Changes = dict[str, Any]  # to a run file; {folder} and {start} stand for those of the run
 Key = tuple[int, str]  # a start and a variant
 
 
@@ -77,7 +77,7 @@ class Continuation:
     decay: float = 0.25  # the share of these at the end with a falling rate
     points: int = 16  # evaluations per run
     scores: tuple[str, ...] = ("loss",)  # on held-out rows
-    # The steps of a variant are divided by the seconds of its step, relative to those of a dense step.
+    # What a variant's FLOPs are divided by, so that it takes the seconds of another run and not its FLOPs.
     shorter: Mapping[str, float] = field(default_factory=dict)
 
     def from_scratch(self, variant: str) -> bool:
@@ -90,7 +90,8 @@ class Continuation:
 
     def run_file(self, folder: Path, start: int, variant: str, seed: int, steps: int) -> dict[str, Any]:
         """Return the run file of a variant from the dense model after a training of length `start`."""
-        changes, dense = self.variants[variant], self.start.table(folder)
+        changes = filled(self.variants[variant], str(folder), start)
+        dense = self.start.table(folder)
         falling = self.decay * self.extra / self.budget(variant)
         made = dense | {
             "source": str(self.start.at(folder, start)),
@@ -188,3 +189,12 @@ class Continuation:
         names = [n for v in given.variants for n in (self.core if v == "core" else [v])]
         jobs = [(s, v, seed) for s in given.starts for seed in range(given.seeds) for v in names]
         self.gather(given.folder, jobs, given.jobs)
+
+
+def filled(value: Any, folder: str, start: int) -> Any:
+    """Return `value` with {folder} and {start} in its texts replaced."""
+    if isinstance(value, dict):
+        return {key: filled(each, folder, start) for key, each in value.items()}
+    if isinstance(value, str):
+        return value.replace("{folder}", folder).replace("{start}", str(start))
+    return value

@@ -20,7 +20,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import corpus  # noqa: E402
-
 from continuation import Start  # noqa: E402
 from upcycle.demo.story import MODEL  # noqa: E402
 

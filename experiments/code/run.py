@@ -15,7 +15,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import table  # noqa: E402
 
-import common  # noqa: E402, F401
 import dense  # noqa: E402
 from continuation import Continuation  # noqa: E402
 
