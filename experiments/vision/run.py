@@ -2,7 +2,7 @@
 
 A run that is in `results.json` is not repeated, and an interrupted one resumes where it stopped.
 
-    python experiments/vision/run.py FOLDER --starts 84 --variants core --seeds 3
+    python experiments/vision/run.py FOLDER --starts 70 --variants core --seeds 3
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXPERIMENT = Continuation(
     variants=table.VARIANTS,
     core=[*table.CORE],
     results=HERE / "results.json",
-    default=84,
+    default=70,
     scores=("loss", "accuracy"),
 )
 

@@ -26,8 +26,8 @@ CORE: dict[str, Changes] = {
     "expert_choice_2": expert_choice(2.0) | CARRIED,
 }
 
-# Each changes one factor of the core. `virtual_group` is the best of the experiments on code. Its optimizer is
-# fresh, as moments are carried to copies alone.
+# Each changes one factor of the core. `virtual_group` is the best of the experiments on code. Its optimizer
+# is fresh, as moments are carried to copies alone.
 FACTORS: dict[str, Changes] = {
     "virtual_group": {
         "moe": {
@@ -37,7 +37,7 @@ FACTORS: dict[str, Changes] = {
     },
     "expert_choice_1_all": expert_choice(1.0, layers="all") | CARRIED,
     "expert_choice_2_fresh": expert_choice(2.0),
-    "expert_choice_1_32_experts": expert_choice(1.0, experts=32) | CARRIED,
+    "expert_choice_1_16_experts": expert_choice(1.0, experts=16) | CARRIED,
     "scratch": expert_choice(2.0) | {"from_scratch": True, "schedule": {"warmup": 200}},
 }  # fmt: skip
 

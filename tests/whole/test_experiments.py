@@ -83,7 +83,7 @@ def of_vision(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     made = folder / script.__name__
     for size in script.dense.WIDTHS:
         script.dense.model(size).save_pretrained(made / f"{size}-42")
-    for name in ("small-168", "selected-42"):
+    for name in ("small-154", "selected-42"):
         (made / name).symlink_to(made / "small-42")
     if "jetpack" in script.__name__:
         tiny.make_statistics(made / "large-42.safetensors", made / "large-42")
