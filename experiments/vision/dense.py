@@ -56,7 +56,7 @@ def table(size: str, folder: Path) -> dict[str, Any]:
             "weight_decay": 0.05, "beta2": 0.999, "eval_every": 7 * EPOCH // 2, "eval_examples": 10_000,
         },
         "schedule": {"name": "constant", "peak": RATE, "warmup": 200},
-        "checkpoint": {"every": 7 * EPOCH, "keep": 24},
+        "checkpoint": {"every": 7 * EPOCH, "keep": 40},
     }  # fmt: skip
 
 
