@@ -106,25 +106,47 @@ class Outcome:
             curves[name] = [[(start, ends[start][seed]) for start in starts] for seed in range(seeds)]
         figure.write(path, title, curves, x, y)
 
-    def rows(self, start: int, score: int = LOSS) -> list[str]:
-        """Return the rows of a table in Markdown: first and final score, gap, and crossing of one start."""
-        return [self._row(start, n, score) for n in self.experiment.variants if (start, n) in self]
+    def report(self, unit: str, nats: str, *, name: str = "start", highest: float = np.inf) -> None:
+        """Print the table, and draw the figures beside the results.
 
-    def _row(self, start: int, name: str, score: int) -> str:
-        each = self[start, name]
-        begins = common.mean_and_error([r["curve"][0][score] for r in each])[0]
-        ends, error = common.mean_and_error([r["curve"][-1][score] for r in each])
-        gap, doubt = self.gap(start, name, score)
-        at = self.crossing(start, name)
-        crosses = "" if name == "dense" else "no" if at is None else f"{at:.0%}"
-        around = [f" ± {e:.4f}" if len(each) > 1 else "" for e in (error, doubt)]  # unknown for one seed
-        less = "" if name == "dense" else f"{gap:+.4f}{around[1]}"
-        return (
-            f"| {start} | {name} | {len(each)} | {begins:.3f} | {ends:.4f}{around[0]} | {less} | {crosses} |"
-        )
+        `unit` is that of the lengths of starts, and `nats` that of the loss. For `highest` see `draw`.
+        """
+        here = self.experiment.results.parent
+        print(*self.head(), sep="\n")
+        for start in self.starts:
+            y = f"held-out loss ({nats})"
+            self.draw(here / f"{name}-{start}.png", start, f"From {start} {unit}", y, highest)
+            for variant in self.experiment.variants:
+                if (start, variant) in self:
+                    print(self.row(start, variant))
+        title, x = "The longer the dense model was trained", f"{unit} of the start"
+        gaps = here / ("gaps.png" if name == "start" else f"{name}-gaps.png")
+        self.draw_gaps(gaps, title, x, "nats against dense, continued")
 
+    def head(self) -> list[str]:
+        """Return the head of the table in Markdown."""
+        columns = ["start", "variant", "seeds", "loss at the start", "at the end", "less dense", "crosses at"]
+        columns += [each for score in self.experiment.scores[1:] for each in (score, "less dense")]
+        return [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
 
-HEAD = (
-    "| start | variant | seeds | loss at the start | at the end | less dense | crosses at |",
-    f"{'|---' * 7}|",
-)
+    def row(self, start: int, name: str) -> str:
+        """Return the row of a variant: first and final loss, gap, crossing, and the other final scores."""
+        each, dense = self[start, name], name == "dense"
+        begins = common.mean_and_error([r["curve"][0][LOSS] for r in each])[0]
+        at = None if dense else self.crossing(start, name)
+        cells = [str(start), name, str(len(each)), f"{begins:.3f}", self._end(start, name, LOSS)]
+        cells += ["", ""] if dense else [self._gap(start, name, LOSS), "no" if at is None else f"{at:.0%}"]
+        for score in range(LOSS + 1, LOSS + len(self.experiment.scores)):
+            cells += [self._end(start, name, score), "" if dense else self._gap(start, name, score)]
+        return f"| {' | '.join(cells)} |"
+
+    def _end(self, start: int, name: str, score: int) -> str:
+        mean, error = common.mean_and_error([r["curve"][-1][score] for r in self[start, name]])
+        return f"{mean:.4f}" + self._around(start, name, error)
+
+    def _gap(self, start: int, name: str, score: int) -> str:
+        mean, error = self.gap(start, name, score)
+        return f"{mean:+.4f}" + self._around(start, name, error)
+
+    def _around(self, start: int, name: str, error: float) -> str:
+        return f" ± {error:.4f}" if len(self[start, name]) > 1 else ""  # unknown for one seed

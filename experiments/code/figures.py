@@ -13,7 +13,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import run  # noqa: E402
 
-from outcome import HEAD, Outcome  # noqa: E402
+from outcome import Outcome  # noqa: E402
 
 
 def read() -> Outcome:
@@ -26,18 +26,7 @@ gap, crossing = Outcome.gap, Outcome.crossing
 
 def main() -> None:
     """Draw every figure and print the table of final losses."""
-    found = read()
-    print(*HEAD, sep="\n")
-    for start in found.starts:
-        title, y = f"From {start} tokens per parameter", "held-out loss (nats per token)"
-        found.draw(HERE / f"start-{start}.png", start, title, y, highest=3.5)
-        print(*found.rows(start), sep="\n")
-    found.draw_gaps(
-        HERE / "gaps.png",
-        "The longer the dense model was trained",
-        "tokens per parameter of the start",
-        "nats against dense, continued",
-    )
+    read().report("tokens per parameter", "nats per token", highest=3.5)
 
 
 if __name__ == "__main__":
