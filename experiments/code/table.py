@@ -1,19 +1,13 @@
 """The variants on the code corpus: each as changes to the run file of the dense continuation.
 
-A variant continues from a start of `dense.py` (10 to 320 tokens per parameter) for a share of that start's
-own training FLOPs. The learning rate stays at that of the start, and falls to zero in the last quarter. A run
+A variant continues from a start of `dense.py` (10 to 320 tokens per parameter) for 30 % of that start's own
+training FLOPs. The learning rate stays at that of the start, and falls to zero in the last quarter. A run
 from scratch gets the FLOPs of the start as well, and its rate falls over the same FLOPs at the end.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-Changes = dict[str, Any]
-
-EXTRA = 0.3  # training FLOPs after the start, relative to those of the start
-DECAY = 0.25  # the share of these at the end with a falling rate
-POINTS = 16  # evaluations per run
+from continuation import Changes
 
 _TOP_2 = {"num_experts": 8, "top_k": 2}
 _HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2}
@@ -65,13 +59,3 @@ VARIANTS = CORE | FACTORS
 
 # A step of these experts takes 1.25 times the seconds of the dense step (benchmarks/equal_flops.py).
 SHORTER = {"virtual_group_equal_seconds": 1.25}
-
-
-def from_scratch(variant: str) -> bool:
-    """Return whether a variant starts from random weights."""
-    return bool(VARIANTS[variant].get("from_scratch"))
-
-
-def budget(variant: str) -> float:
-    """Return the training FLOPs of a run, relative to those of the start."""
-    return (EXTRA + from_scratch(variant)) / SHORTER.get(variant, 1)

@@ -52,14 +52,14 @@ class Upcycled(WithExperts):
         family, lengths = dense.family, dense.family.lengths(dense.config)
         for stack in dense.stacks:
             part = recipe.at(stack.name)
-            _refuse_look_ahead(stack, part)
-            _refuse_mixed(family.model_type, stack, part)
             if part.moe.universal_experts and not part.router.has_slots:
                 raise UpcycleError(
                     f"moe.universal_experts needs a router that fills slots, spherical or soft; "
                     f"{part.router.name} sends tokens to experts of one width"
                 )
             if _moe_layer.chosen_layers(part, stack):
+                _refuse_look_ahead(stack, part)
+                _refuse_mixed(family.model_type, stack, part)
                 part.router.check(part.moe.num_experts, part.moe.top_k, lengths[stack.name])
             elif stack.name in recipe.parts and stack.total > stack.count:
                 raise UpcycleError(
