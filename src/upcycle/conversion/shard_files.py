@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from upcycle.blueprints.shards import Extent, Shards
 from upcycle.conversion import direct
-from upcycle.conversion.shards import Extent, Shards
 from upcycle.system import whole_file
 from upcycle.system.open_files import OpenFiles
 

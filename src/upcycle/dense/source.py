@@ -10,7 +10,7 @@ from typing import Any
 from upcycle import families
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import TensorInfo
-from upcycle.dense import places
+from upcycle.dense import fingerprint, places
 from upcycle.dense.places import Place
 from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._weights import Weight
@@ -28,6 +28,11 @@ class Dense:
     left_out: Mapping[str, str]  # stored tensors that the model does not have, and why they may be left out
     place: Place = places.WHOLE  # where it stands in the checkpoint
     keeps_further: bool = False  # whether blocks that predict further tokens stay beside it
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of config, tensors and content, whatever the checkpoint is called."""
+        return fingerprint.of(self)
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:

@@ -24,4 +24,4 @@ class FourNorms(Decoder):
         "post_feedforward_layernorm",
     )  # fmt: skip
     network_norm = "pre_feedforward_layernorm"
-    residual = ("post_attention_layernorm", "post_feedforward_layernorm")
+    residual: tuple[str, ...] = ("post_attention_layernorm", "post_feedforward_layernorm")

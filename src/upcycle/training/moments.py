@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from upcycle import targets
-from upcycle.blueprints import moe_layer
 from upcycle.blueprints.blueprint import blueprint
-from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError, listed
+from upcycle.targets import _moe_layer
 from upcycle.tensors.computed import Fill
+from upcycle.tensors.entries import Entry
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.start import Start, build
@@ -45,7 +45,7 @@ def carry_state(
             f"{start.built.target.model_type}, and moments do not change with them; set it to false"
         )
     sites = start.built.sites if start.built else ()
-    if run.recipe and any(moe_layer.factors(run.recipe.at(s.stack), s) != (1.0, 1.0, 1.0) for s in sites):
+    if run.recipe and any(_moe_layer.factors(run.recipe.at(s.stack), s) != (1.0, 1.0, 1.0) for s in sites):
         raise UpcycleError(
             "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
             "moments would have to be; set one of the two, or router.rescale = false"

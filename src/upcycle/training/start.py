@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from upcycle import loading
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.blueprints.cost import flops_per_row, plan_of
-from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.admission import admit, refuse_two_heads
@@ -35,6 +34,7 @@ from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 from upcycle.tensors.moved import Folded, Stack
 from upcycle.training import drop_path, layer_decay, recomputing, teacher, weightless
