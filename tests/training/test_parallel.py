@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import gloo
 import ranks
+from marks import quick
 from tiny import make_adapter, make_dense
 from upcycle import Recipe, convert
 from upcycle.checkpoints import checkpoint
@@ -81,19 +82,27 @@ def test_load_on_one_process(cases):
         assert found["digests"] == wanted
 
 
-@pytest.mark.parametrize("layouts", [TWO, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["two", "four"])
-def test_load_is_convert_at_every_layout(cases, layouts):
+SHARES = {  # which of the cases are loaded at which layouts: every second one at half of them, or all
+    "half of two": [(slice(0, None, 2), [TWO[0], TWO[3]]), (slice(1, None, 2), [TWO[1], TWO[2]])],
+    "two": [(slice(None), TWO)],
+    "four": [(slice(None), FOUR)],
+}
+
+
+@pytest.mark.parametrize("name", quick(SHARES, "half of two"))
+def test_load_is_convert_at_every_layout(cases, name):
     tables, expected = cases
-    world = max(layout.get("fsdp", 1) * layout.get("tp", 1) for layout in layouts)
-    results = gloo.run(world, "ranks:loads", tables, layouts)
-    for number, (_, wanted) in enumerate(zip(tables, expected, strict=True)):
-        for place, layout in enumerate(layouts):
-            found = [result[number * len(layouts) + place] for result in results]
-            for result in found:
-                assert result["digests"] == wanted, (tables[number], layout)
-            # Experts are read once in all, however many ranks there are: each its own slices.
-            assert sum(result["read"] for result in found) == found[0]["experts"], (tables[number], layout)
-            assert max(result["held"] for result in found) < 1.2 / world, (tables[number], layout)
+    world = 4 if name == "four" else 2
+    results = gloo.run(world, "ranks:several", [("loads", (tables[of], at)) for of, at in SHARES[name]])
+    for share, (of, layouts) in enumerate(SHARES[name]):
+        for number, (table, wanted) in enumerate(zip(tables[of], expected[of], strict=True)):
+            for place, layout in enumerate(layouts):
+                found = [result[share][number * len(layouts) + place] for result in results]
+                for result in found:
+                    assert result["digests"] == wanted, (table, layout)
+                # Experts are read once in all, however many ranks there are: each its own slices.
+                assert sum(result["read"] for result in found) == found[0]["experts"], (table, layout)
+                assert max(result["held"] for result in found) < 1.2 / world, (table, layout)
 
 
 def same_gradients(found, reference, tolerance=1e-6):
