@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Changes = dict[str, Any]  # to a run file; {folder} and {start} stand for those of the run
 Key = tuple[int, str]  # a start and a variant
+CARRIED: Changes = {"optimizer": {"carry_state": True}}  # the start is exported with its moments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def model() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**CONFIG))
 
 
-START = Start(table=table, model=model, steps=STARTS)
+START = Start(table=table, model=model, steps=STARTS, exported=("--dtype", "float32", "--optimizer"))
 
 
 def publish(folder: Path, tokens: int) -> None:

@@ -7,7 +7,7 @@ from scratch gets the FLOPs of the start as well, and its rate falls over the sa
 
 from __future__ import annotations
 
-from continuation import Changes
+from continuation import CARRIED, Changes
 
 _TOP_2 = {"num_experts": 8, "top_k": 2}
 _HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2}
@@ -40,6 +40,7 @@ FACTORS: dict[str, Changes] = {
     },
     "virtual_group_ungrouped": {"moe": _HALVES, "init": {"name": "virtual_group"}},
     "shuffle_slice": {"moe": _HALVES, "init": {"name": "shuffle_slice"}},
+    "shuffle_slice_redrawn": {"moe": _HALVES, "init": {"name": "shuffle_slice", "redraw": 0.5}},
     "copy_4_experts": {"moe": {"num_experts": 4, "top_k": 2}},
     "copy_16_experts": {"moe": {"num_experts": 16, "top_k": 2}},
     "copy_top_1": {
@@ -53,6 +54,13 @@ FACTORS: dict[str, Changes] = {
     "virtual_group_small_router": {
         "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped", "std": 0.002},
     },
+    "virtual_group_warm": {
+        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
+        "schedule": {"warmup": 200},
+    },
+    # Moments are carried to copies alone, and dense continuation shows what they are worth without experts.
+    "dense_moments": CARRIED,
+    "copy_moments": {"moe": _TOP_2} | CARRIED,
 }  # fmt: skip
 
 VARIANTS = CORE | FACTORS

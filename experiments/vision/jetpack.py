@@ -21,13 +21,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import common  # noqa: E402
 import dense  # noqa: E402
-from continuation import Changes, Continuation  # noqa: E402
+from continuation import CARRIED, Changes, Continuation  # noqa: E402
 
 # Seconds per FLOP of the larger model's training, relative to those of the MoE: measured, see README.md.
 LARGE_SECONDS = 0.54
 
 STATISTICS = "{folder}/large-{start}.safetensors"
-CARRIED: Changes = {"optimizer": {"carry_state": True}}
 WARM: Changes = {"schedule": {"warmup": 200}}  # a narrower model has lost its function
 NARROWER: Changes = {"source": "{folder}/large-{start}", "successor": {"hidden_size": dense.WIDTHS["small"]}}
 # An image has 16 patches: half as many core experts and as many universal ones, as in the paper; or 16 alike.

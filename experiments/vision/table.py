@@ -6,9 +6,7 @@ and the moments of the optimizer are carried. A group of tokens is an image: 16 
 
 from __future__ import annotations
 
-from continuation import Changes
-
-CARRIED: Changes = {"optimizer": {"carry_state": True}}
+from continuation import CARRIED, Changes
 
 
 def expert_choice(factor: float, experts: int = 8, layers: str = "last_half") -> Changes:

@@ -33,8 +33,8 @@ from upcycle.calibration.observer import Observer
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import read_header
 from upcycle.dense.source import admit
-from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
+from upcycle.records.statistics import Statistics
 
 EVERYTHING = ("l1", "l2", "count", "co_activation")
 ROWS, LENGTH = 13, 16
@@ -501,7 +501,7 @@ def test_statistics_know_their_checkpoint(collect, data, tmp_path):
 
     def refuse(folder: Path) -> None:
         with Checkpoint.open(folder) as opened:
-            found.refuse_other(admit(opened))
+            found.refuse_other(admit(opened).fingerprint, folder)
 
     renamed = tmp_path / "another name"
     renamed.mkdir()
@@ -664,7 +664,7 @@ def test_the_command(data, tmp_path, capsys):
 def test_opening_a_file_needs_no_torch(collect):
     found = collect("vit")
     script = (
-        "import sys\nfrom upcycle.dense.statistics import Statistics\n"
+        "import sys\nfrom upcycle.records.statistics import Statistics\n"
         "found = Statistics.open(sys.argv[1])\n"
         "print(found.of('neurons', 'layers', 1, 'l2').shape, found.digest)\n"
         "print(*[m for m in ('torch', 'transformers') if m in sys.modules])"

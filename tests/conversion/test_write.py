@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from files import digests
 from upcycle import Recipe, blueprint, cli, convert, plan
+from upcycle.blueprints.shards import parse_size
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.conversion.shards import parse_size
 from upcycle.errors import UpcycleError
 
 INITS = [

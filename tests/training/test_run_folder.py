@@ -538,6 +538,26 @@ def test_a_run_keeps_the_counts_it_began_with(table: Table, tmp_path: Path) -> N
         train(Run.of(table(out=str(tmp_path / "exact"), **parts, **buffered)), resume=True)
 
 
+def forget(checkpoint: Path, *keys: str) -> None:
+    """Make the record of a checkpoint one of a version that did not know some keys."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    for key in keys:
+        section, _, name = key.partition(".")
+        del state["identity"][section][name]
+    del state["state_sha256"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def test_a_run_goes_on_whose_keys_were_fewer(table: Table) -> None:
+    """A key that an older version did not know has its default there."""
+    newest = saving.latest(begun(table, **MOE))
+    assert newest is not None
+    forget(newest, "moe.part", "moe.mtp", "moe.granularity", "router.rounding", "init.name", "data.isolate")
+    with pytest.raises(UpcycleError, match=r"differs in data\.isolate \(False there, True here\)"):
+        train(Run.of(table(**MOE, train={"steps": 3}, data={"isolate": True})), resume=True)
+    assert train(Run.of(table(**MOE, train={"steps": 3})), resume=True).steps == 3
+
+
 @pytest.mark.parametrize(
     ("then", "wanted"),
     [

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from upcycle.blueprints.shards import Place, Shards
 from upcycle.conversion import direct
-from upcycle.conversion.shards import Place, Shards
 from upcycle.system import whole_file
 from upcycle.system.open_files import OpenFiles
 

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from upcycle.blueprints.blueprint import Blueprint, Entry, blueprint
+from upcycle.blueprints.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.checkpoints.carried import carried
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
 from upcycle.checkpoints.dtypes import TooLargeError
 from upcycle.conversion import card, generation_settings, provenance, selection, tokenizer
 from upcycle.conversion.journal import JOURNAL, Journal
 from upcycle.conversion.shard_files import ShardFiles
-from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.conversion.source_hashes import SourceHashes, sources
 from upcycle.conversion.syncing import Syncing
 from upcycle.dense.source import refuse_two_heads

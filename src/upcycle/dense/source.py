@@ -16,7 +16,7 @@ from upcycle.checkpoints import mistaken
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
 from upcycle.checkpoints.dtypes import COUNTERS, FLOATS
 from upcycle.checkpoints.header import TensorInfo
-from upcycle.dense import places
+from upcycle.dense import fingerprint, places
 from upcycle.dense.places import Place
 from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
 from upcycle.families import Config, Family, Stack, Weights
@@ -40,6 +40,11 @@ class Dense:
     left_out: Mapping[str, str]  # stored tensors that the model does not have, and why they may be left out
     place: Place = places.WHOLE  # where it stands in the checkpoint
     keeps_further: bool = False  # whether blocks that predict further tokens stay beside it
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of config, tensors and content, whatever the checkpoint is called."""
+        return fingerprint.of(self)
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:

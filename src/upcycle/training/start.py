@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upcycle import loading, targets
-from upcycle.blueprints import moe_layer
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.blueprints.cost import flops_per_row, plan_of
-from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.source import Dense, admit, refuse_two_heads
@@ -34,8 +32,10 @@ from upcycle.families._wrappers import TEXT
 from upcycle.hf import carriers, packing
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
+from upcycle.targets import _moe_layer
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 from upcycle.tensors.moved import Folded, Stack
 from upcycle.training import drop_path, layer_decay, recomputing, teacher, weightless
@@ -322,7 +322,7 @@ def carry_state(
             f"{start.built.target.model_type}, and moments do not change with them; set it to false"
         )
     sites = start.built.sites if start.built else ()
-    if run.recipe and any(moe_layer.factors(run.recipe.at(s.stack), s) != (1.0, 1.0, 1.0) for s in sites):
+    if run.recipe and any(_moe_layer.factors(run.recipe.at(s.stack), s) != (1.0, 1.0, 1.0) for s in sites):
         raise UpcycleError(
             "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
             "moments would have to be; set one of the two, or router.rescale = false"
