@@ -128,15 +128,17 @@ class Continuation:
             "changes": self.variants[variant],
             "parameters": record["parameters"],
             "active_parameters": record["active_parameters"],
-            "curve": self.curve(run, record),
+            "curve": self.curve(run, record["training_flops_per_row"]),
         }
 
-    def curve(self, run: dict[str, Any], record: dict[str, Any]) -> list[list[float]]:
+    def curve(self, run: dict[str, Any], flops_per_row: int) -> list[list[float]]:
         """Return the points [step, tokens, FLOPs, seconds, *scores] of a run; images take the place of
         tokens."""
         lines = common.lines_of(run["out"])
-        batch = run["train"].get("batch_size")
-        rows = batch or run["train"]["batch_tokens"] // record["tokens_per_row"]
+        rows, row = run["train"].get("batch_size"), 1
+        if rows is None:
+            row = run["train"]["sequence_length"]
+            rows = run["train"]["batch_tokens"] // row
         begun = {
             "loss": lines[0]["held_out_start"],
             "accuracy": lines[0].get("held_out_accuracy_start"),
@@ -147,10 +149,9 @@ class Continuation:
             seconds += line["seconds"]
             if "held_out_loss" in line:
                 step = line["step"]
-                seen = step * (batch or run["train"]["batch_tokens"])
-                flops = step * rows * record["training_flops_per_row"]
+                flops = step * rows * flops_per_row
                 scores = [round(line[f"held_out_{name}"], 5) for name in self.scores]
-                points.append([step, seen, flops, round(seconds, 1), *scores])
+                points.append([step, step * rows * row, flops, round(seconds, 1), *scores])
         return points
 
     def known(self) -> dict[tuple[int, str, int], common.Result]:

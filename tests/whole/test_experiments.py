@@ -193,3 +193,17 @@ def test_committed_results_are_of_the_variants_in_the_table(script):
     for name, study in script.studies.STUDIES.items():
         runs = json.loads((ROOT / name / "results.json").read_text())["runs"]
         assert {run["variant"]: run["changes"] for run in runs} == study.variants
+
+
+@pytest.mark.parametrize("script", ["encoder"], indirect=True)
+def test_a_curve_counts_the_rows_that_the_encoder_reads(script, tmp_path):
+    """A row of T5 has the tokens of the decoder too, which `train.batch_tokens` does not count."""
+    lines = [
+        {"step": 1, "seconds": 2.0, "held_out_start": 7.0, "held_out_accuracy_start": 0.1},
+        {"step": 2, "seconds": 3.0, "held_out_loss": 6.0, "held_out_accuracy": 0.2},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = {"out": str(tmp_path), "train": {"batch_tokens": 4096, "sequence_length": 128}}
+    assert script.EXPERIMENT.curve(run, 10) == [[0, 0, 0, 0.0, 7.0, 0.1], [2, 8192, 640, 5.0, 6.0, 0.2]]
+    run["train"] = {"batch_size": 100}
+    assert script.EXPERIMENT.curve(run, 10)[-1] == [2, 200, 2000, 5.0, 6.0, 0.2]
