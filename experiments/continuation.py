@@ -89,11 +89,14 @@ class Continuation:
         """Return the training FLOPs of a run, relative to those of the start."""
         return (self.extra + self.from_scratch(variant)) / self.shorter.get(variant, 1)
 
+    def falling(self, variant: str) -> float:
+        """Return the share of a run's steps with a falling rate: all runs spend the same FLOPs on it."""
+        return self.decay * self.extra / self.budget(variant)
+
     def run_file(self, folder: Path, start: int, variant: str, seed: int, steps: int) -> dict[str, Any]:
         """Return the run file of a variant from the dense model after a training of length `start`."""
         changes = filled(self.variants[variant], str(folder), start)
         dense = self.start.table(folder)
-        falling = self.decay * self.extra / self.budget(variant)
         made = dense | {
             "source": str(self.start.at(folder, start)),
             "out": str(folder / "runs" / f"{start}-{variant}-{seed}"),
@@ -101,7 +104,7 @@ class Continuation:
             "seed": seed,
             "schedule": {
                 "name": "warmup_stable_decay", "peak": dense["schedule"]["peak"],
-                "decay": max(1, round(falling * steps)),
+                "decay": max(1, round(self.falling(variant) * steps)),
             } | changes.get("schedule", {}),
             "checkpoint": {"every": max(1, steps // 4), "keep": 1},
         }  # fmt: skip
