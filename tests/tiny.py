@@ -432,7 +432,7 @@ def make_statistics(file: Path, folder: Path, seed: int = 0, *, marked: bool = F
     from safetensors.numpy import save_file
 
     from upcycle.checkpoints.checkpoint import Checkpoint
-    from upcycle.dense.source import admit
+    from upcycle.dense.admission import admit
     from upcycle.records.statistics import FORMAT, KEY
 
     dense, random = admit(Checkpoint.open(folder)), np.random.default_rng(seed)

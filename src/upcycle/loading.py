@@ -20,7 +20,7 @@ from upcycle import targets
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import FLOATS, TORCH_NAMES
-from upcycle.dense.source import refuse_two_heads
+from upcycle.dense.admission import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.sharding import placement

@@ -22,8 +22,9 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, FLOATS, TORCH_NAMES, holds
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures, successors
+from upcycle.dense.admission import admit
 from upcycle.dense.donors import admit_donors
-from upcycle.dense.source import Dense, admit
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
 from upcycle.families._weights import Weight

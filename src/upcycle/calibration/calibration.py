@@ -26,7 +26,8 @@ from upcycle.calibration.stopped import begun, restore
 from upcycle.calibration.sweep import Sweep
 from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.source import Dense, admit
+from upcycle.dense.admission import admit
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
 from upcycle.hf import models, opening

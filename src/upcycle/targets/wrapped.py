@@ -167,7 +167,7 @@ class Renamed(Target):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithoutHead(Renamed):
+class HeadlessTarget(Renamed):
     """The base model of a target."""
 
     @classmethod

@@ -53,7 +53,8 @@ from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
-from upcycle.training.run import Parallel, Run
+from upcycle.training.run import Run
+from upcycle.training.sections import Parallel
 from upcycle.training.start import Start
 
 _MOST = 8  # ranks that are built, spread evenly over a larger world

@@ -16,7 +16,8 @@ from upcycle import loading
 from upcycle.checkpoints import vocabularies
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.data.feeding import Feed
-from upcycle.dense.source import Dense, admit
+from upcycle.dense.admission import admit
+from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.hf import carriers, distributing, packing
