@@ -64,6 +64,17 @@ class Start:
         run = self.table(folder)["out"]
         common.upcycle("export", run, str(out), "--step", str(self.steps[start]), *options)
 
+    def record(self, folder: Path, out: Path) -> None:
+        """Write the points [step, mean loss in training since the last point, held-out loss, accuracy]."""
+        points, losses = [], []
+        for line in common.lines_of(self.table(folder)["out"]):
+            losses.append(line["loss"])
+            if "held_out_loss" in line:
+                scores = (sum(losses) / len(losses), line["held_out_loss"], line["held_out_accuracy"])
+                points.append([line["step"], *(round(score, 5) for score in scores)])
+                losses = []
+        out.write_text(json.dumps({**about(), "curve": points}, indent=1) + "\n")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
@@ -165,24 +176,20 @@ class Continuation:
     def gather(self, folder: Path, jobs: Sequence[tuple[int, str, int]], parallel: int) -> None:
         """Run the missing jobs, one thread each, and add every result when it ends."""
         done = self.known()
-        about = {
-            "machine": platform.processor() or platform.machine(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "upcycle")},
-        }
         with ThreadPoolExecutor(parallel) as pool:
             wanted = [job for job in jobs if job not in done]
             for result in pool.map(lambda job: self.go(folder, *job), wanted):
                 done[result["start"], result["variant"], result["seed"]] = result
                 runs = [done[key] for key in sorted(done)]
-                self.results.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
+                self.results.write_text(json.dumps({**about(), "runs": runs}, indent=1) + "\n")
         for (start, variant, seed), result in sorted(done.items()):
             begins, ends = result["curve"][0], result["curve"][-1]
             shown = "  ".join(f"{a:.4f} -> {b:.4f}" for a, b in zip(begins[4:], ends[4:], strict=True))
             print(f"{start:4} {variant:28} {seed}  {shown}")
 
-    def main(self, about: str | None) -> None:
+    def main(self, doc: str | None) -> None:
         """Run the jobs that the command line names."""
-        parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
         parser.add_argument("folder", type=Path, help="the folder that dense.py filled")
         parser.add_argument(
             "--starts", type=int, nargs="+", choices=[*self.start.steps], default=[self.default]
@@ -194,6 +201,14 @@ class Continuation:
         names = [n for v in given.variants for n in (self.core if v == "core" else [v])]
         jobs = [(s, v, seed) for s in given.starts for seed in range(given.seeds) for v in names]
         self.gather(given.folder, jobs, given.jobs)
+
+
+def about() -> dict[str, Any]:
+    """Return the machine and the versions, for a file of results."""
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "upcycle")},
+    }
 
 
 def filled(value: Any, folder: str, start: int) -> Any:
