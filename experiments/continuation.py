@@ -64,6 +64,17 @@ class Start:
         run = self.table(folder)["out"]
         common.upcycle("export", run, str(out), "--step", str(self.steps[start]), *options)
 
+    def record(self, folder: Path, out: Path) -> None:
+        """Write the points [step, mean loss in training since the last point, held-out loss, accuracy]."""
+        points, losses = [], []
+        for line in common.lines_of(self.table(folder)["out"]):
+            losses.append(line["loss"])
+            if "held_out_loss" in line:
+                scores = (sum(losses) / len(losses), line["held_out_loss"], line["held_out_accuracy"])
+                points.append([line["step"], *(round(score, 5) for score in scores)])
+                losses = []
+        out.write_text(json.dumps({**about(), "curve": points}, indent=1) + "\n")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
@@ -89,11 +100,14 @@ class Continuation:
         """Return the training FLOPs of a run, relative to those of the start."""
         return (self.extra + self.from_scratch(variant)) / self.shorter.get(variant, 1)
 
+    def falling(self, variant: str) -> float:
+        """Return the share of a run's steps with a falling rate: all runs spend the same FLOPs on it."""
+        return self.decay * self.extra / self.budget(variant)
+
     def run_file(self, folder: Path, start: int, variant: str, seed: int, steps: int) -> dict[str, Any]:
         """Return the run file of a variant from the dense model after a training of length `start`."""
         changes = filled(self.variants[variant], str(folder), start)
         dense = self.start.table(folder)
-        falling = self.decay * self.extra / self.budget(variant)
         made = dense | {
             "source": str(self.start.at(folder, start)),
             "out": str(folder / "runs" / f"{start}-{variant}-{seed}"),
@@ -101,7 +115,7 @@ class Continuation:
             "seed": seed,
             "schedule": {
                 "name": "warmup_stable_decay", "peak": dense["schedule"]["peak"],
-                "decay": max(1, round(falling * steps)),
+                "decay": max(1, round(self.falling(variant) * steps)),
             } | changes.get("schedule", {}),
             "checkpoint": {"every": max(1, steps // 4), "keep": 1},
         }  # fmt: skip
@@ -162,24 +176,20 @@ class Continuation:
     def gather(self, folder: Path, jobs: Sequence[tuple[int, str, int]], parallel: int) -> None:
         """Run the missing jobs, one thread each, and add every result when it ends."""
         done = self.known()
-        about = {
-            "machine": platform.processor() or platform.machine(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "upcycle")},
-        }
         with ThreadPoolExecutor(parallel) as pool:
             wanted = [job for job in jobs if job not in done]
             for result in pool.map(lambda job: self.go(folder, *job), wanted):
                 done[result["start"], result["variant"], result["seed"]] = result
                 runs = [done[key] for key in sorted(done)]
-                self.results.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
+                self.results.write_text(json.dumps({**about(), "runs": runs}, indent=1) + "\n")
         for (start, variant, seed), result in sorted(done.items()):
             begins, ends = result["curve"][0], result["curve"][-1]
             shown = "  ".join(f"{a:.4f} -> {b:.4f}" for a, b in zip(begins[4:], ends[4:], strict=True))
             print(f"{start:4} {variant:28} {seed}  {shown}")
 
-    def main(self, about: str | None) -> None:
+    def main(self, doc: str | None) -> None:
         """Run the jobs that the command line names."""
-        parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
         parser.add_argument("folder", type=Path, help="the folder that dense.py filled")
         parser.add_argument(
             "--starts", type=int, nargs="+", choices=[*self.start.steps], default=[self.default]
@@ -191,6 +201,14 @@ class Continuation:
         names = [n for v in given.variants for n in (self.core if v == "core" else [v])]
         jobs = [(s, v, seed) for s in given.starts for seed in range(given.seeds) for v in names]
         self.gather(given.folder, jobs, given.jobs)
+
+
+def about() -> dict[str, Any]:
+    """Return the machine and the versions, for a file of results."""
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "upcycle")},
+    }
 
 
 def filled(value: Any, folder: str, start: int) -> Any:

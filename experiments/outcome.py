@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -150,3 +151,13 @@ class Outcome:
 
     def _around(self, start: int, name: str, error: float) -> str:
         return f" ± {error:.4f}" if len(self[start, name]) > 1 else ""  # unknown for one seed
+
+
+def draw_start(recorded: Path, unit: str, steps: float) -> None:
+    """Draw the curve that `Start.record` wrote, beside it; a unit of training is so many steps."""
+    if not recorded.exists():
+        return
+    points = json.loads(recorded.read_text())["curve"]
+    names = {"in training": 1, "held out": 2}
+    curves = {name: [[(p[0] / steps, p[column]) for p in points]] for name, column in names.items()}
+    figure.write(recorded.with_suffix(".png"), f"The {recorded.stem} model", curves, unit, "loss (nats)")

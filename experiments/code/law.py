@@ -55,7 +55,7 @@ def points(runs: Sequence[dict[str, Any]]) -> np.ndarray:
     found = []
     for each in runs:
         last = each["curve"][-1][0]
-        before = last - CODE.decay * CODE.extra / CODE.budget(each["variant"]) * last
+        before = last - CODE.falling(each["variant"]) * last
         d1 = dense.STARTS[each["start"]] * dense.BATCH
         found += [(d1, p[TOKENS], p[LOSS]) for p in each["curve"][1:] if p[0] <= before]
     return np.array(found, np.float64)

@@ -87,12 +87,13 @@ START = Start(table=table, model=model, steps=STARTS)
 
 
 def main() -> None:
-    """Train the model, or resume its training, and export every start."""
+    """Train the model, or resume its training, export every start, and record the curve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the corpus, the run and the models go")
     parser.add_argument("--until", type=int, choices=[*STARTS], required=True, help="tokens per parameter")
     given = parser.parse_args()
     START.train(given.folder, given.until)
+    START.record(given.folder, HERE / "dense.json")
 
 
 if __name__ == "__main__":

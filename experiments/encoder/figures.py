@@ -13,11 +13,13 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import run  # noqa: E402
 
-from outcome import Outcome  # noqa: E402
+import dense  # noqa: E402
+from outcome import Outcome, draw_start  # noqa: E402
 
 
 def main() -> None:
     """Draw every figure and print the tables."""
+    draw_start(HERE / "dense.json", "tokens per parameter", dense.UNIT / 10)
     Outcome.of(run.EXPERIMENT).report("tokens per parameter", "nats per token")
 
 

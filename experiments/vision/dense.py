@@ -86,7 +86,7 @@ STARTS = {
 
 
 def main() -> None:
-    """Train a model, or resume its training, and export every start."""
+    """Train a model, or resume its training, export every start, and record the curve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the images are, and the runs and models go")
     parser.add_argument("size", choices=[*STARTS])
@@ -96,6 +96,7 @@ def main() -> None:
     if given.until not in start.steps:
         parser.error(f"the {given.size} model stops after {', '.join(map(str, start.steps))} epochs")
     start.train(given.folder, given.until)
+    start.record(given.folder, HERE / f"{given.size}.json")
 
 
 if __name__ == "__main__":

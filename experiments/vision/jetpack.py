@@ -60,6 +60,10 @@ FACTORS: dict[str, Changes] = {
 class Recycling(Continuation):
     """Variants that need statistics of the larger model, or a dense selection from it."""
 
+    def falling(self, variant: str) -> float:
+        """Return the same share of the steps for every run, as they have other FLOPs per second."""
+        return self.decay
+
     def gather(self, folder: Path, jobs: Sequence[tuple[int, str, int]], parallel: int) -> None:
         for start in {start for start, *_ in jobs}:
             prepare(folder, start)
