@@ -59,7 +59,8 @@ def _is_plain(experts: Any) -> bool:
     else:
         usual = getattr(type(experts), "_apply_gate", None) is default_gate
     laid_out = experts.is_concatenated and not experts.is_transposed
-    return usual and laid_out and type(experts.act_fn) in _SILU
+    silu = type(experts.act_fn) in _SILU and not experts.act_fn._forward_hooks
+    return usual and laid_out and silu
 
 
 class _ExpertByExpert(torch.autograd.Function):
@@ -70,10 +71,9 @@ class _ExpertByExpert(torch.autograd.Function):
         ctx: Any, hidden: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, keeps: bool
     ) -> Tensor:
         chosen, order = index.flatten().sort()  # not stable, as it is for grouped products
-        rows, factors = order // index.shape[1], weights.flatten()[order, None]
-        places = torch.empty_like(order)  # of each choice among the rows that are sorted by experts
-        places[order] = torch.arange(len(order))
-        places = places.view(index.shape)
+        rows, factors = order // index.shape[1], weights.flatten().index_select(0, order)[:, None]
+        # of each choice among the rows that are sorted by experts
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(index.shape)
         ends = torch.searchsorted(chosen, torch.arange(len(down)), right=True).tolist()
         weighted = hidden.new_empty(len(order), hidden.shape[-1])
         kept: list[Tensor] = []
@@ -104,6 +104,7 @@ class _ExpertByExpert(torch.autograd.Function):
         for place, (e, part) in enumerate(_parts(ctx.ends)):
             used.add(e)
             given, both, active, inner, made = kept[5 * place : 5 * place + 5]
+            gate, up = both.chunk(2, dim=-1)
             d_made = gradient.index_select(0, rows[part])
             if of_weights:
                 torch.sum(d_made * made, -1, keepdim=True, out=d_factors[part])
@@ -112,7 +113,6 @@ class _ExpertByExpert(torch.autograd.Function):
                 torch.mm(d_made.T, inner, out=d_down[e])
             d_inner = d_made @ down[e]
             d_both = torch.empty_like(both)
-            gate, up = both.chunk(2, dim=-1)
             d_gate, d_up = d_both.chunk(2, dim=-1)
             torch.mul(d_inner, active, out=d_up)
             torch.ops.aten.silu_backward.grad_input(d_inner.mul_(up), gate, grad_input=d_gate)
@@ -126,7 +126,7 @@ class _ExpertByExpert(torch.autograd.Function):
                     of_expert[e].zero_()
         # Grouped products sum a token's gradients in the order of experts.
         d_hidden = None if d_rows is None else _summed(d_rows, places.sort(-1).values)
-        d_weights = d_factors[places].squeeze(-1) if of_weights else None
+        d_weights = d_factors.take(places) if of_weights else None
         return d_hidden, None, d_weights, d_gate_up, d_down, None
 
 
