@@ -648,7 +648,8 @@ def test_experts_are_the_same_however_they_run(implementation, gated, bias):
 
 
 @pytest.mark.parametrize(
-    ("rows", "hidden", "experts", "top_k"), [(7, 24, 5, 4), (600, 64, 16, 2), (64, 128, 3, 1), (300, 32, 8, 5)]
+    ("rows", "hidden", "experts", "top_k"),
+    [(7, 24, 5, 4), (600, 64, 16, 2), (64, 128, 3, 1), (300, 32, 8, 5)],
 )
 def test_expert_by_expert_has_the_bits_of_grouped_products(rows, hidden, experts, top_k):
     """Outputs and all gradients, in experts of transformers, also if one has no rows."""
