@@ -58,10 +58,8 @@ def make_dense(folder: Path, size: dict[str, int], width: int) -> Path:
     return folder
 
 
-def ours(
-    source: Path, size: dict[str, int], moe: bool, **train: str | bool
-) -> tuple[Callable[[], Any], int]:
-    """Return a step of `upcycle train` with more settings of its section `train`, and its active FLOPs per token."""
+def ours(source: Path, size: dict[str, int], moe: bool, **train: str | bool) -> tuple[Callable[[], Any], int]:
+    """Return a step of `upcycle train` with these settings of `train`, and its active FLOPs per token."""
     table: dict[str, Any] = {
         "source": str(source),
         "out": "unused",

@@ -20,6 +20,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    forked.shared()  # before a test computes gradients, whose threads a fork does not have
 
 
 SHARED = Path(os.environ.get("UPCYCLE_SHARED", Path(__file__).parents[2] / "shared"))
@@ -43,7 +44,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def server() -> forked.Server:
-    """A server that forks command lines of `upcycle`, started when a test first asks for it."""
+    """A server that forks command lines of `upcycle`."""
     return forked.shared()
 
 

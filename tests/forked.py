@@ -1,6 +1,7 @@
 """`upcycle` in processes of their own that need not import torch again: forks of a server that has.
 
-As a script, the server: a JSON line in is a command line or a function to start, or a process to ask after.
+The server takes JSON lines: a command line or a function to start, or a process to ask after. It is this file
+as a script, or a fork of the tests themselves, which have imported nearly everything once they are collected.
 """
 
 from __future__ import annotations
@@ -15,28 +16,79 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class Server:
     """Starts command lines, and knows how they ended."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
+    def __init__(self, process: int, questions: IO[str], answers: IO[str]) -> None:
+        self._process, self._questions, self._answers = process, questions, answers
+
+    @classmethod
+    def as_script(cls) -> Server:
+        """A server that shares nothing with this process."""
+        process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        return cls(process.pid, process.stdin, process.stdout)
 
-    def start(self, arguments: list[str], said: Path, opened: Path | None = None) -> int:
-        """The process of `upcycle ARGUMENTS`; what it prints goes to the file `said`, and with `opened` what
-        it opens goes there: a JSON list of a path and whether it is written to, line by line."""
-        return int(self._ask({"start": arguments, "said": str(said), "opened": opened and str(opened)}))
+    @classmethod
+    def of_this_process(cls) -> Server:
+        """A server that has imported what this process has, which must not have computed gradients yet."""
+        (asked, questions), (answers, told) = os.pipe(), os.pipe()
+        if process := os.fork():
+            os.close(asked)
+            os.close(told)
+            return cls(process, os.fdopen(questions, "w"), os.fdopen(answers))
+        try:
+            os.dup2(asked, 0)
+            os.dup2(told, 1)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # with them, a worker would not seem to end
+            sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+            warnings.resetwarnings()
+            warnings.simplefilter("ignore")
+            serve()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+
+    def start(
+        self,
+        arguments: list[str],
+        said: Path,
+        *,
+        errors: Path | None = None,
+        opened: Path | None = None,
+        more: Mapping[str, str] | None = None,
+        before: str = "",
+    ) -> int:
+        """The process of `upcycle ARGUMENTS` with `more` in its environment; it prints to the file `said`.
+
+        What it prints as errors goes to `errors`, if that is given. What it opens goes to `opened`: a JSON
+        list of a path and whether it is written to, line by line. `before` ("module:name", a module of this
+        folder) is called first.
+        """
+        told = {"said": str(said), "errors": errors and str(errors), "opened": opened and str(opened)}
+        return int(self._ask({"start": arguments, "more": dict(more or {}), "before": before, **told}))
+
+    def run(self, arguments: list[str], folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        """`upcycle ARGUMENTS` when it has ended. What it prints goes through files of `folder`."""
+        said, errors = folder / "said", folder / "errors"
+        code = self.wait(self.start(arguments, said, errors=errors, **options))
+        assert code is not None
+        return subprocess.CompletedProcess(arguments, code, said.read_text(), errors.read_text())
 
     def call(self, function: str, folder: Path, name: str, more: Mapping[str, str], seconds: float) -> int:
         """The process of `function` ("module:name", a module of this folder) with `more` in its environment.
@@ -69,33 +121,48 @@ class Server:
         return code
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
+        self._questions.close()
+        self._answers.close()
 
     def _ask(self, question: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._questions.write(json.dumps(question) + "\n")
+        self._questions.flush()
+        return json.loads(self._answers.readline())
 
 
 @cache
 def shared() -> Server:
-    """The server of this session, which ends with it."""
-    return Server()
+    """The server of this session, which ends with it. It is asked for first when the tests are collected."""
+    return Server.of_this_process()
 
 
-def serve() -> None:
+@cache
+def warm() -> None:
+    """Import what a fork should find imported, and build what transformers builds once a process."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     import upcycle.calibration.calibration
     import upcycle.cli.program
     import upcycle.evaluation.comparison
     import upcycle.evaluation.scores
-    import upcycle.training.export
-    import upcycle.training.loop  # noqa: F401  what a fork should find imported
+    import upcycle.training.export  # noqa: F401
+    from upcycle import families, init
+    from upcycle.training import optimizers, schedules
 
+    get_checkpoint_conversion_mapping("mixtral")
+    families.find("llama")
+    init.find("drop")
+    for room in (optimizers, schedules):
+        for name in room.names():
+            room.find(name)
+
+
+def serve() -> None:
     ended: dict[int, int] = {}
     for line in sys.stdin:
+        warm()
         question = json.loads(line)
         if "start" in question:
             answer: int | None = os.fork()
@@ -158,23 +225,35 @@ def _compute(
         os._exit(code)
 
 
-def _detach(said: Path | str) -> None:
+def _detach(said: Path | str, errors: str | None = None) -> None:
     """Leave the streams and the signals of the server."""
-    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
+    for stream, path in ((1, said), (2, errors or said)):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.ftruncate(handle, 0)
         os.dup2(handle, stream)
     os.close(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
 
-def _become(start: list[str], said: str, opened: str | None) -> None:
+def _become(
+    start: list[str],
+    said: str,
+    errors: str | None,
+    opened: str | None,
+    more: dict[str, str],
+    before: str,
+) -> None:
     """Run the command line in this fork and end it."""
     from upcycle import cli
 
-    _detach(said)
+    _detach(said, errors)
+    os.environ.update(more)
     code: Any = 1
     try:
+        if before:
+            module, name = before.split(":")
+            getattr(importlib.import_module(module), name)()
         if opened:
             _watch(opened)
         cli.main(start)

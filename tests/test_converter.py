@@ -8,10 +8,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from pathlib import Path
-
-import pytest
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
 
@@ -24,9 +23,18 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
+import json
 from upcycle.cli import main
 
-main(sys.argv[1:])
+for words in json.loads(sys.argv[1]):
+    print("\\f", end="")
+    print("\\f", end="", file=sys.stderr)
+    try:
+        main(words)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    print("\\f", code, sep="", end="")
 """
 
 
@@ -45,10 +53,26 @@ def left_out() -> set[str]:
     return {top for top, several in owners.items() if several & needless} | {"tokenizers"}
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """How a command line ended, and what it printed."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def run(*lines: list[object]) -> list[Done]:
+    """Command lines, one after another in one process of such a machine."""
     script = BLOCKED.format(missing=sorted(left_out()))
-    line = [sys.executable, "-c", script, *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+    words = json.dumps([[str(word) for word in line] for line in lines])
+    done = subprocess.run([sys.executable, "-c", script, words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    printed, errors = done.stdout.split("\f")[1:], done.stderr.split("\f")[1:]
+    return [
+        Done(code=int(code), output=output, errors=said)
+        for output, code, said in zip(printed[::2], printed[1::2], errors, strict=True)
+    ]
 
 
 def test_the_group_is_the_head_of_what_is_asked_for():
@@ -59,7 +83,7 @@ def test_the_group_is_the_head_of_what_is_asked_for():
 
 def test_a_conversion_without_torch(dense, tmp_path):
     source, out = dense("llama"), tmp_path / "moe"
-    for words in (
+    lines = [
         ["plan", source, "--json"],
         ["convert", source, out, "--experts", "4", "--init", "drop"],
         ["advise", source, "--tokens", "1B", "--json"],
@@ -67,24 +91,25 @@ def test_a_conversion_without_torch(dense, tmp_path):
         ["list", "--json"],
         ["keys", "--json"],
         ["--version"],
-    ):
-        done = run(*words)
-        assert done.returncode == 0, done.stderr
+    ]
+    for words, done in zip(lines, run(*lines), strict=True):
+        assert done.code == 0, done.errors
         if "--json" in words:
-            assert json.loads(done.stdout)
+            assert json.loads(done.output)
     assert (out / "config.json").is_file()
 
 
-@pytest.mark.parametrize("command", ["verify", "eval", "train"])
-def test_what_needs_torch_says_so(command, dense, tmp_path):
+def test_what_needs_torch_says_so(dense, tmp_path):
     source, out, run_file = dense("llama"), tmp_path / "moe", tmp_path / "run.toml"
-    assert run("convert", source, out).returncode == 0
     run_file.write_text(
         f'source = "{source}"\nout = "{tmp_path}/out"\ntrain = {{steps = 1}}\nschedule.peak = 1e-3\n'
         f'data.sources = [{{path = "{run_file}"}}]\n'
     )
-    words = {"verify": [source, out], "eval": [out, "--text", run_file], "train": [run_file]}[command]
-    done = run(command, *words)
-    assert done.returncode == 2
-    assert re.search(r"this needs \w+, which is not installed: pip install upcycle", done.stderr), done.stderr
-    assert done.stderr.count("\n") == 1
+    commands = [["verify", source, out], ["eval", out, "--text", run_file], ["train", run_file]]
+    converted, *others = run(["convert", source, out], *commands)
+    assert converted.code == 0
+    for done in others:
+        assert done.code == 2
+        said = r"this needs \w+, which is not installed: pip install upcycle"
+        assert re.search(said, done.errors), done.errors
+        assert done.errors.count("\n") == 1

@@ -432,8 +432,8 @@ def make_statistics(file: Path, folder: Path, seed: int = 0, *, marked: bool = F
     from safetensors.numpy import save_file
 
     from upcycle.checkpoints.checkpoint import Checkpoint
-    from upcycle.dense.source import admit
-    from upcycle.dense.statistics import FORMAT, KEY, fingerprint
+    from upcycle.dense.admission import admit
+    from upcycle.records.statistics import FORMAT, KEY
 
     dense, random = admit(Checkpoint.open(folder)), np.random.default_rng(seed)
     tensors = {}
@@ -453,7 +453,7 @@ def make_statistics(file: Path, folder: Path, seed: int = 0, *, marked: bool = F
                 tensors[f"neurons.{stack.name}.{layer}.co_marker"] = marks.T @ marks / 200
     about = {
         "format": FORMAT,
-        "source": {"name": folder.name, "fingerprint": fingerprint(dense)},
+        "source": {"name": folder.name, "fingerprint": dense.fingerprint},
         "tokens": {stack.name: 200 for stack in dense.stacks},
     }
     save_file(tensors, file, metadata={KEY: json.dumps(about)})

@@ -14,15 +14,17 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import corpus  # noqa: E402
-
-import common  # noqa: E402
+from continuation import Start  # noqa: E402
 from upcycle.demo.story import MODEL  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 256,
@@ -65,31 +67,20 @@ def table(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_shape(folder: Path) -> None:
-    """Write a folder with the config of the model, and with weights that are not used."""
+def model() -> PreTrainedModel:
+    """Return the model with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if not folder.exists():
-        LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder)
+    return LlamaForCausalLM(LlamaConfig(**CONFIG))
 
 
-def export(folder: Path) -> None:
-    """Export every start that the run has reached."""
-    for tokens, step in STARTS.items():
-        out = folder / f"dense-{tokens}"
-        if not out.exists() and (folder / "dense-run" / "checkpoints" / f"step-{step}").exists():
-            _export(folder, out, tokens, "float32")
-
-
-def _export(folder: Path, out: Path, tokens: int, dtype: str) -> None:
-    run = str(folder / "dense-run")
-    common.upcycle("export", run, str(out), "--step", str(STARTS[tokens]), "--dtype", dtype)
+START = Start(table=table, model=model, steps=STARTS, exported=("--dtype", "float32", "--optimizer"))
 
 
 def publish(folder: Path, tokens: int) -> None:
     """Write a start in bfloat16, with its tokenizer, to the folder of the demo; no path of this machine."""
     shutil.rmtree(MODEL, ignore_errors=True)
-    _export(folder, MODEL, tokens, "bfloat16")
+    START.write(folder, tokens, MODEL, "--dtype", "bfloat16")
     shutil.copyfile(folder / "corpus" / "about.json", HERE / "corpus.json")
     for file in (folder / "corpus" / "tokenizer").iterdir():
         shutil.copyfile(file, MODEL / file.name)
@@ -109,10 +100,7 @@ def main() -> None:
     if given.publish:
         publish(given.folder, given.publish)
         return
-    run = table(given.folder)
-    write_shape(given.folder / "shape")
-    common.train(run, threads=1)
-    export(given.folder)
+    START.train(given.folder, max(STARTS))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import figures  # noqa: E402
-import table  # noqa: E402
+from run import CODE  # noqa: E402
 
 import dense  # noqa: E402
 
@@ -55,7 +55,7 @@ def points(runs: Sequence[dict[str, Any]]) -> np.ndarray:
     found = []
     for each in runs:
         last = each["curve"][-1][0]
-        before = last - table.DECAY * table.EXTRA / table.budget(each["variant"]) * last
+        before = last - CODE.falling(each["variant"]) * last
         d1 = dense.STARTS[each["start"]] * dense.BATCH
         found += [(d1, p[TOKENS], p[LOSS]) for p in each["curve"][1:] if p[0] <= before]
     return np.array(found, np.float64)
@@ -83,11 +83,11 @@ def off(law: Law, given: np.ndarray) -> float:
 def main() -> None:
     """Fit each variant of the core, and print constants, errors and an extrapolation."""
     runs = figures.read()
-    starts = sorted({start for start, _ in runs})
+    starts = runs.starts
     print("| variant | ln A | a1 | a2 | a3 | E | rms error | rms error at the longest start, left out |")
     print(f"{'|---' * 8}|")
     for variant in ("dense", "copy", "virtual_group", "drop_0.5"):
-        own = [run for start in starts for run in runs.get((start, variant), [])]
+        own = [run for start in starts for run in runs[start, variant]]
         seeds = sorted({run["seed"] for run in own})
         law = fit(points(own))
         values = [*law.constants, law.floor]

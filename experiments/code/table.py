@@ -1,19 +1,13 @@
 """The variants on the code corpus: each as changes to the run file of the dense continuation.
 
-A variant continues from a start of `dense.py` (10 to 320 tokens per parameter) for a share of that start's
-own training FLOPs. The learning rate stays at that of the start, and falls to zero in the last quarter. A run
+A variant continues from a start of `dense.py` (10 to 320 tokens per parameter) for 30 % of that start's own
+training FLOPs. The learning rate stays at that of the start, and falls to zero in the last quarter. A run
 from scratch gets the FLOPs of the start as well, and its rate falls over the same FLOPs at the end.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-Changes = dict[str, Any]
-
-EXTRA = 0.3  # training FLOPs after the start, relative to those of the start
-DECAY = 0.25  # the share of these at the end with a falling rate
-POINTS = 16  # evaluations per run
+from continuation import CARRIED, Changes
 
 _TOP_2 = {"num_experts": 8, "top_k": 2}
 _HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2}
@@ -46,6 +40,7 @@ FACTORS: dict[str, Changes] = {
     },
     "virtual_group_ungrouped": {"moe": _HALVES, "init": {"name": "virtual_group"}},
     "shuffle_slice": {"moe": _HALVES, "init": {"name": "shuffle_slice"}},
+    "shuffle_slice_redrawn": {"moe": _HALVES, "init": {"name": "shuffle_slice", "redraw": 0.5}},
     "copy_4_experts": {"moe": {"num_experts": 4, "top_k": 2}},
     "copy_16_experts": {"moe": {"num_experts": 16, "top_k": 2}},
     "copy_top_1": {
@@ -59,19 +54,16 @@ FACTORS: dict[str, Changes] = {
     "virtual_group_small_router": {
         "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped", "std": 0.002},
     },
+    "virtual_group_warm": {
+        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
+        "schedule": {"warmup": 200},
+    },
+    # Moments are carried to copies alone, and dense continuation shows what they are worth without experts.
+    "dense_moments": CARRIED,
+    "copy_moments": {"moe": _TOP_2} | CARRIED,
 }  # fmt: skip
 
 VARIANTS = CORE | FACTORS
 
 # A step of these experts takes 1.25 times the seconds of the dense step (benchmarks/equal_flops.py).
 SHORTER = {"virtual_group_equal_seconds": 1.25}
-
-
-def from_scratch(variant: str) -> bool:
-    """Return whether a variant starts from random weights."""
-    return bool(VARIANTS[variant].get("from_scratch"))
-
-
-def budget(variant: str) -> float:
-    """Return the training FLOPs of a run, relative to those of the start."""
-    return (EXTRA + from_scratch(variant)) / SHORTER.get(variant, 1)

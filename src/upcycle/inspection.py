@@ -15,7 +15,8 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures
-from upcycle.dense.source import Dense, admit, has_experts
+from upcycle.dense.admission import admit, has_experts
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
 from upcycle.families._wrappers import TEXT
 from upcycle.nn import router_rows, routers
@@ -36,49 +37,53 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
     """
     with open_checkpoint(checkpoint, allow_nonfinite=True) as opened:
         made = Provenance.read(opened.folder) if (opened.folder / Provenance.FILE).exists() else None
-        model_type = opened.config.get("model_type")
         notes: list[str] = []
         target = targets.opened(opened.config)
-        if target is not None:
-            dense = _dense_source(source, made, opened.folder, target.parts, notes)
-            try:
-                tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
-                _refuse_empty(opened)
-                parts = target.layers(opened.config, tensors, opened.folder)
-                for part in parts:
-                    _refuse_odd_shapes(part)
-                for name, each in dense.items():
-                    _refuse_other_depth(each, [part for part in parts if part.part == name])
-                first = next(iter(dense.values()), None)
-                if made is not None and first and first.family.model_type != made.source.model_type:
-                    notes.append(
-                        f"compared with a {first.family.model_type}, which is not what it was made from"
-                    )
-                layers = [_row(part, dense.get(part.part), notes) for part in parts]
-                notes += _of_routers(parts, layers, opened.config)
-                if made is not None and first is not None and made.training:
-                    _add_start(layers, target, opened, made, first, notes)
-            except KeyError as error:
-                raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
-            except (AttributeError, IndexError, TypeError, ValueError) as error:
-                # The tensors and the config can be anything, so the readers of layouts can raise any error.
-                raise UpcycleError(
-                    f"{opened.folder} does not hold the tensors of a {model_type}: {error}"
-                ) from error
-            finally:
-                for each in dense.values():
-                    each.checkpoint.close()
-        else:
+        if target is None:
             layers = _dense_layers(admit(opened))
+        else:
+            layers = _layers_with_experts(opened, target, made, source, notes)
         return {
             "checkpoint": str(opened.folder),
-            "model_type": model_type,
+            "model_type": opened.config.get("model_type"),
             "num_layers": len(layers),
             "parameters": sum(math.prod(t.shape) for t in opened.tensors.values()),
             "layers": layers,
             "provenance": None if made is None else made.as_table(),
             "notes": notes,
         }
+
+
+def _layers_with_experts(
+    opened: Checkpoint, target: Target, made: Provenance | None, source: str | Path | None, notes: list[str]
+) -> list[dict[str, Any]]:
+    """Return the layers of a model with experts, compared with those of the dense model if it is there."""
+    dense = _dense_source(source, made, opened.folder, target.parts, notes)
+    try:
+        tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
+        _refuse_empty(opened)
+        parts = target.layers(opened.config, tensors, opened.folder)
+        for part in parts:
+            _refuse_odd_shapes(part)
+        for name, each in dense.items():
+            _refuse_other_depth(each, [part for part in parts if part.part == name])
+        first = next(iter(dense.values()), None)
+        if made is not None and first and first.family.model_type != made.source.model_type:
+            notes.append(f"compared with a {first.family.model_type}, which is not what it was made from")
+        layers = [_row(part, dense.get(part.part), notes) for part in parts]
+        notes += _of_routers(parts, layers, opened.config)
+        if made is not None and first is not None and made.training:
+            _add_start(layers, target, opened, made, first, notes)
+        return layers
+    except KeyError as error:
+        raise UpcycleError(f"{opened.folder} lacks {error.args[0]} in one of its layers") from None
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        # The tensors and the config can be anything, so the readers of layouts can raise any error.
+        model_type = opened.config.get("model_type")
+        raise UpcycleError(f"{opened.folder} does not hold the tensors of a {model_type}: {error}") from error
+    finally:
+        for each in dense.values():
+            each.checkpoint.close()
 
 
 def _refuse_empty(opened: Checkpoint) -> None:

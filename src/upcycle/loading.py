@@ -18,16 +18,16 @@ import torch
 
 from upcycle import targets
 from upcycle.blueprints.blueprint import blueprint
-from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import FLOATS, TORCH_NAMES
-from upcycle.dense.source import refuse_two_heads
+from upcycle.dense.admission import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.sharding import placement
 from upcycle.sharding.layout import OF_TRANSFORMERS, Layout
 from upcycle.sharding.placement import Part, Sharded
 from upcycle.system import progress
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import blocks
 
 _LARGE = 100_000_000  # parameters; who trains fewer has memory to spare

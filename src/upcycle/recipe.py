@@ -13,7 +13,7 @@ from upcycle.families._wrappers import TEXT, VISION
 from upcycle.init import Init
 from upcycle.nn.balance import Balance
 from upcycle.nn.routers import Router
-from upcycle.settings import AtLeast, Layout, Settings, families, keys, parted, table_at
+from upcycle.settings import AtLeast, FileLayout, Settings, families, keys, parted, table_at
 
 Layers = Literal["all", "every_other", "last_half"]
 
@@ -293,9 +293,9 @@ def without_experts(table: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _layout() -> Layout:
+def _layout() -> FileLayout:
     of_stacks = [place for stack in STACKS for place in families(Part, stack)]
-    return Layout(
+    return FileLayout(
         named={**families(Recipe), **dict.fromkeys(of_stacks, Router)},
         shared={"router": Balance, **dict.fromkeys(of_stacks, Balance)},
         follows=dict.fromkeys(of_stacks, "router"),
@@ -306,7 +306,7 @@ def _layout() -> Layout:
 LAYOUT = _layout()
 
 
-def read_toml(path: str | Path, what: str = "recipe", layout: Layout = LAYOUT) -> dict[str, Any]:
+def read_toml(path: str | Path, what: str = "recipe", layout: FileLayout = LAYOUT) -> dict[str, Any]:
     """Read the table in a TOML file and lay it over that of its `base`; see `settings.read_toml`.
 
     `moe = false` takes away the experts of the base.
@@ -314,6 +314,6 @@ def read_toml(path: str | Path, what: str = "recipe", layout: Layout = LAYOUT) -
     return settings.read_toml(path, what, layout)
 
 
-def override(table: Mapping[str, Any], given: Iterable[str], layout: Layout = LAYOUT) -> dict[str, Any]:
+def override(table: Mapping[str, Any], given: Iterable[str], layout: FileLayout = LAYOUT) -> dict[str, Any]:
     """Return `table` with each `section.key=value` applied; see `settings.override`."""
     return settings.override(table, given, layout)

@@ -28,13 +28,13 @@ from upcycle.data import corpus
 from upcycle.data.documents import Source, documents
 from upcycle.data.images import ImageSet
 from upcycle.data.texts import TextSet
-from upcycle.dense.statistics import Statistics
 from upcycle.evaluation import results, superglue, task_files
 from upcycle.hf import models
 from upcycle.inspection import inspect
 from upcycle.recipe import Recipe, of_run_file, read_toml
 from upcycle.records.evaluation import EvaluationRecord
 from upcycle.records.provenance import Provenance
+from upcycle.records.statistics import Statistics
 from upcycle.reporting import report, sections
 from upcycle.reporting.starts import DenseCost
 from upcycle.reporting.study import study

@@ -15,7 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from workshop import Workshop, in_memory
 
+from marks import quick
+
 TARGETS = list(aims.targets(Workshop(Path())))
+PAGE = "the whole page: report"  # a second for each of its cases, and reports have tests of their own
 SHARE = 4  # the suite tries a fourth of the cases that give a target its share of a campaign
 JSON = [name for name in TARGETS if name.partition(":")[0].endswith(".json")]
 
@@ -33,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield aims.targets(Workshop(Path(folder)))
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", quick(TARGETS, *(name for name in TARGETS if name != PAGE)))
 def test_damage_is_refused_or_taken(name: str, made: dict[str, Any]) -> None:
     target = made[name]()
     for start in target.starts:

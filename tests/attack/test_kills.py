@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, ten for each command. `make attack` does a hundred."""
+"""SIGKILL at random moments, six for each command. `make attack` does a hundred."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workshop import Workshop
 import forked
 from marks import quick
 
-TIMES = 10
+TIMES = 6
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def server(home: Path) -> Iterator[forked.Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(home / "temporary"))
         patch.setenv("HF_HOME", str(home / "hub"))
-        started = forked.Server()
+        started = forked.Server.as_script()
     yield started
     started.close()
 
@@ -56,7 +56,7 @@ def opened(server: forked.Server, tmp_path: Path) -> Opened:
     def run(*words: object, code: int = 0) -> list[tuple[Path, bool]]:
         said, notes = tmp_path / "said", tmp_path / "notes"
         notes.unlink(missing_ok=True)
-        process = server.start([*map(str, words)], said, notes)
+        process = server.start([*map(str, words)], said, opened=notes)
         assert server.wait(process) == code, said.read_text()
         lines = map(json.loads, notes.read_text().splitlines())
         return [(Path(os.path.realpath(path)), writes) for path, writes in lines]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from upcycle import Recipe, convert, plan
-from upcycle.conversion.shards import parse_size
+from upcycle.blueprints.shards import parse_size
 
 
 def recipe_for(model_type: str) -> Recipe:

@@ -32,9 +32,9 @@ from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.calibration.observer import Observer
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import read_header
-from upcycle.dense.source import admit
-from upcycle.dense.statistics import Statistics
+from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
+from upcycle.records.statistics import Statistics
 
 EVERYTHING = ("l1", "l2", "count", "co_activation")
 ROWS, LENGTH = 13, 16
@@ -438,31 +438,19 @@ def test_no_flipped_bit_in_what_was_left_changes_the_statistics(collect, tmp_pat
 
 
 @pytest.mark.parametrize("number", quick([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
-def test_a_signal_saves_and_ends(number, data, tmp_path):
+def test_a_signal_saves_and_ends(number, data, server, tmp_path):
     """The command is told to end amid its batches, saves, and goes on when it is given again."""
-    out = tmp_path / "out.safetensors"
-    (tmp_path / "slow.py").write_text(
-        "import sys, time\nfrom upcycle import cli\nfrom upcycle.calibration import sweep\n"
-        "batch = sweep._batch\n"
-        "def slow(*a, **k):\n    print('batch', flush=True)\n    time.sleep(0.2)\n    batch(*a, **k)\n"
-        "sweep._batch = slow\ncli.main(sys.argv[1:])\n"
-    )
+    out, said = tmp_path / "out.safetensors", tmp_path / "said"
     arguments = [
         "calibrate", str(data / "vit"), "--out", str(out), "--images", str(data / "images"),
         "--batch-size", "1", "--device", "cpu",
     ]  # fmt: skip
-    command = [sys.executable, str(tmp_path / "slow.py"), *arguments]
-    run = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # whoever runs the tests may ignore it
-    )  # fmt: skip
-    assert run.stdout is not None
-    assert run.stdout.readline() == "batch\n"
+    process = server.start(arguments, said, before="before:calibrate_slowly")
+    assert server.wait(process, lambda: said.exists() and "batch" in said.read_text()) is None
     time.sleep(0.05)
-    os.kill(run.pid, number)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130
-    assert "interrupted" in errors
+    os.kill(process, number)
+    assert server.wait(process) == 130
+    assert "interrupted" in said.read_text()
     assert not out.exists()
     partial = out.with_name(out.name + ".partial")
     with safetensors.safe_open(partial, "np") as file:
@@ -501,7 +489,7 @@ def test_statistics_know_their_checkpoint(collect, data, tmp_path):
 
     def refuse(folder: Path) -> None:
         with Checkpoint.open(folder) as opened:
-            found.refuse_other(admit(opened))
+            found.refuse_other(admit(opened).fingerprint, folder)
 
     renamed = tmp_path / "another name"
     renamed.mkdir()
@@ -664,7 +652,7 @@ def test_the_command(data, tmp_path, capsys):
 def test_opening_a_file_needs_no_torch(collect):
     found = collect("vit")
     script = (
-        "import sys\nfrom upcycle.dense.statistics import Statistics\n"
+        "import sys\nfrom upcycle.records.statistics import Statistics\n"
         "found = Statistics.open(sys.argv[1])\n"
         "print(found.of('neurons', 'layers', 1, 'l2').shape, found.digest)\n"
         "print(*[m for m in ('torch', 'transformers') if m in sys.modules])"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,8 +88,6 @@ class Hub:
 
 @pytest.fixture
 def hub(dense, tmp_path) -> Iterator[Hub]:
-    import shutil
-
     folder = Path(shutil.copytree(dense("llama", intermediate_size=480), tmp_path / "repo"))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
@@ -106,23 +103,26 @@ def hub(dense, tmp_path) -> Iterator[Hub]:
     served.server.server_close()
 
 
-def upcycle(hub: Hub, tmp_path: Path, *args: object) -> subprocess.CompletedProcess:
+@pytest.fixture
+def upcycle(hub, server, tmp_path):
+    """A function that runs a command line in a process of its own, for which this is the hub."""
     host, port = hub.server.server_address[:2]
-    environment = {
-        **os.environ,
+    more = {
         "HF_ENDPOINT": f"http://{host}:{port}",
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }
-    return subprocess.run(
-        [sys.executable, "-m", "upcycle", *map(str, args)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        line = [*map(str, arguments)]
+        return server.run(line, tmp_path, more=more, before="before:import_the_hub_anew")
+
+    return run
 
 
-def test_plan_fetches_headers_only(hub, tmp_path):
-    run = upcycle(hub, tmp_path, "plan", REPO, "--json")
+def test_plan_fetches_headers_only(upcycle, hub, tmp_path):
+    run = upcycle("plan", REPO, "--json")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["source"] == REPO
     weights = (hub.folder / "model.safetensors").stat().st_size
@@ -131,8 +131,8 @@ def test_plan_fetches_headers_only(hub, tmp_path):
 
 
 @pytest.mark.parametrize("revision", quick(["", "@main", f"@{COMMIT}"], "@main"))
-def test_convert_and_verify(revision, hub, dense, tmp_path):
-    run = upcycle(hub, tmp_path, "convert", REPO + revision, tmp_path / "moe")
+def test_convert_and_verify(revision, upcycle, hub, dense, tmp_path):
+    run = upcycle("convert", REPO + revision, tmp_path / "moe")
     assert run.returncode == 0, run.stderr
     assert not {"onnx/model.safetensors", "pytorch_model.bin"} & set(hub.sent)
     record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
@@ -142,37 +142,37 @@ def test_convert_and_verify(revision, hub, dense, tmp_path):
     assert {"tokenizer.json", "modules.json", *below} <= set(record["carried_files"])
     assert record["source"]["name"] == REPO + revision
     assert f"# {REPO}{revision}, upcycled" in (tmp_path / "moe" / "README.md").read_text()
-    run = upcycle(hub, tmp_path, "verify", REPO + revision, tmp_path / "moe", "--no-logits")
+    run = upcycle("verify", REPO + revision, tmp_path / "moe", "--no-logits")
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_no_such_model(hub, tmp_path):
+def test_no_such_model(upcycle, hub, tmp_path):
     for command in (["plan", "nobody/nothing"], ["convert", "nobody/nothing", tmp_path / "moe"]):
-        run = upcycle(hub, tmp_path, *command)
+        run = upcycle(*command)
         assert run.returncode == 2
         assert "no such model on the hub" in run.stderr
         assert "Traceback" not in run.stderr
 
 
-def test_no_hub(hub, tmp_path):
+def test_no_hub(upcycle, hub, tmp_path):
     hub.server.shutdown()
     hub.server.server_close()
-    run = upcycle(hub, tmp_path, "convert", REPO, tmp_path / "moe")
+    run = upcycle("convert", REPO, tmp_path / "moe")
     assert run.returncode == 2
     assert "no such folder" in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_a_model_without_safetensors(hub, tmp_path):
+def test_a_model_without_safetensors(upcycle, hub, tmp_path):
     (hub.folder / "model.safetensors").unlink()
     for command in (["plan", REPO], ["convert", REPO, tmp_path / "moe"]):
-        run = upcycle(hub, tmp_path, *command)
+        run = upcycle(*command)
         assert run.returncode == 2, run.stderr
         assert "safetensors" in run.stderr
         assert "Traceback" not in run.stderr
 
 
-def test_an_adapter_from_the_hub(hub, dense, tmp_path):
+def test_an_adapter_from_the_hub(upcycle, hub, dense, tmp_path):
     """Its two files are fetched, and nothing of what lies beside them."""
     from tiny import make_adapter
 
@@ -181,7 +181,7 @@ def test_an_adapter_from_the_hub(hub, dense, tmp_path):
         file.rename(hub.folder / file.name)
     tables = f'init.expert=[{{}}, {{adapter="{REPO}"}}]'
     asked = ["--init", "experts", "--experts", "2", "--set", tables]
-    run = upcycle(hub, tmp_path, "convert", source, tmp_path / "moe", *asked)
+    run = upcycle("convert", source, tmp_path / "moe", *asked)
     assert run.returncode == 0, run.stderr
     assert set(hub.sent) == {"adapter_config.json", "adapter_model.safetensors"}
     record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from marks import quick
 from upcycle import cli
 from upcycle.demo import corpus, story
 
@@ -20,7 +21,22 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c) or "upcycle")
+def test_help_imports_nothing_heavy():
+    """Of any command: all of them are asked in one process."""
+    script = (
+        "import sys\nfrom upcycle.cli import main\n"
+        "for words in eval(sys.argv[1]):\n"
+        "    try: main([*words, '--help'])\n"
+        "    except SystemExit as e: print('exit', e.code)\n"
+        "print(*[m for m in ('numpy', 'torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script, repr(COMMANDS)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == ""
+    assert run.stdout.count("exit 0") == run.stdout.count("usage: upcycle") == len(COMMANDS)
+
+
+@pytest.mark.parametrize("command", quick(COMMANDS, [], ["train"]), ids=lambda c: " ".join(c) or "upcycle")
 def test_help_is_quick_and_imports_nothing_heavy(command):
     """Under 0.5 s of CPU; neither numpy nor torch nor transformers is loaded."""
     script = (

@@ -181,11 +181,11 @@ def test_ctrl_c_is_ctrl_c_whatever_a_library_makes_of_it(monkeypatch, capsys):
     ("line", "codes"),
     [
         ("$UPCYCLE list | head -1; exit ${PIPESTATUS[0]}", {0, 141}),
-        ("$UPCYCLE list >&-", {0}),
+        pytest.param("$UPCYCLE list >&-", {0}, marks=pytest.mark.slow),
         ("$UPCYCLE list --json >/dev/full", {2}),
-        ("$UPCYCLE plan nowhere 2>&-", {2}),
+        pytest.param("$UPCYCLE plan nowhere 2>&-", {2}, marks=pytest.mark.slow),
         ("$UPCYCLE list >&- 2>&-", {0}),
-        ("PYTHONIOENCODING=ascii LC_ALL=C $UPCYCLE list", {0}),
+        pytest.param("PYTHONIOENCODING=ascii LC_ALL=C $UPCYCLE list", {0}, marks=pytest.mark.slow),
     ],
 )
 def test_outputs_that_nobody_takes(line, codes):

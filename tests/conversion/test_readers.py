@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import tiny
 from upcycle import Recipe, convert, families, verify
+from upcycle.conversion import tokenizer
 from upcycle.targets import natives
 
 MOE = {"num_experts": 2, "top_k": 1}
@@ -204,3 +207,17 @@ def test_the_rules_by_which_tokenizers_are_opened_are_those_of_transformers():
             assert family.tokenizer == rule(model_type), model_type
             for native in family.natives:
                 assert natives.find(native).reader == rule(native), native
+
+
+def test_transformers_is_imported_beside_the_writing_if_there_is_a_tokenizer(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.setattr(tokenizer, "_import", lambda source: seen.append(threading.current_thread()))
+    with tokenizer.imported_beside(tmp_path):
+        pass
+    assert seen == []
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with tokenizer.imported_beside(tmp_path):
+        pass
+    assert [thread.is_alive() for thread in seen] == [False]
+    assert seen[0] is not threading.main_thread()

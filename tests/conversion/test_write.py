@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from files import digests
 from upcycle import Recipe, blueprint, cli, convert, plan
+from upcycle.blueprints.shards import parse_size
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.conversion.shards import parse_size
 from upcycle.errors import UpcycleError
 
 INITS = [
@@ -130,44 +131,30 @@ def test_model_card(dense, tmp_path):
 
 # --- crashes ------------------------------------------------------------------------------------
 
-KILLER = """
-import os, signal, sys
-from upcycle import Recipe
-from upcycle.conversion import write
-write.SYNC_EVERY = 60_000
-count = 0
-def killing(function):
-    def wrapped(*args, **kwargs):
-        global count
-        count += 1
-        if count == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
-for name in ("pwrite", "fdatasync", "fsync"):
-    setattr(os, name, killing(getattr(os, name)))
-write.whole_file.write_json = killing(write.whole_file.write_json)
-write.whole_file.sync_folder = killing(write.whole_file.sync_folder)
-write.Path.rename = killing(write.Path.rename)
-write.Path.unlink = killing(write.Path.unlink)
-write.convert(sys.argv[1], sys.argv[2], Recipe.of(init={"name": sys.argv[4]}),
-              shard_size=120_000, jobs=2, resume=len(sys.argv) > 5)
-print(count)
-"""
 
+@pytest.fixture
+def killed(server, tmp_path):
+    """A function that converts in a process of its own, which is killed before call number `at`.
 
-def killed(source: Path, out: Path, at: int, init: str, *resume: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", KILLER, str(source), str(out), str(at), init, *resume]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    It returns how the process ended: its exit code, or minus the signal.
+    """
+    folder = tmp_path / "process"
+    folder.mkdir()
+
+    def run(source: Path, out: Path, at: int, init: str, *, resume: bool = False) -> int:
+        (folder / "arguments").write_bytes(pickle.dumps((str(source), str(out), at, init, resume)))
+        return server.wait(server.call("killing:convert", folder, "calls", {}, 100))
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["copy", "drop"])
-def test_a_kill_at_any_moment(init, dense, tmp_path):
+def test_a_kill_at_any_moment(init, dense, killed, tmp_path):
     """SIGKILL before the n-th system call, for n spread over the whole run; then resume."""
     source = dense("llama")
-    whole = killed(source, tmp_path / "whole", 0, init)
-    calls = int(whole.stdout)
+    assert killed(source, tmp_path / "whole", 0, init) == 0
+    calls = pickle.loads((tmp_path / "process" / "calls").read_bytes())
     reference = digests(tmp_path / "whole")
     moments = sorted({1, 2, *range(3, calls + 1, max(1, calls // 10)), *range(calls - 9, calls + 1)})
     deaths = 0
@@ -175,7 +162,7 @@ def test_a_kill_at_any_moment(init, dense, tmp_path):
         out = tmp_path / f"at-{at}"
         partial = tmp_path / f"at-{at}.partial"
         # How often threads sync varies by a few calls, so the last moments may come too late.
-        deaths += killed(source, out, at, init).returncode == -signal.SIGKILL
+        deaths += killed(source, out, at, init) == -signal.SIGKILL
         if not (out / "config.json").exists():
             assert_nothing_takes_it_for_a_model(out if out.exists() else partial)
             recipe = Recipe.of(init={"name": init})
@@ -193,24 +180,24 @@ def assert_nothing_takes_it_for_a_model(partial: Path) -> None:
         Checkpoint.open(partial)
 
 
-def test_shards_are_no_safetensors_before_their_data_is_there(dense, tmp_path):
+def test_shards_are_no_safetensors_before_their_data_is_there(dense, killed, tmp_path):
     source = dense("llama")
-    assert killed(source, tmp_path / "out", 30, "copy").returncode == -signal.SIGKILL
+    assert killed(source, tmp_path / "out", 30, "copy") == -signal.SIGKILL
     for shard in (tmp_path / "out.partial").glob("*.safetensors"):
         with pytest.raises(SafetensorError):
             safe_open(shard, "pt").__enter__()
 
 
-def test_killed_twice_and_resumed_twice(dense, tmp_path):
+def test_killed_twice_and_resumed_twice(dense, killed, tmp_path):
     source = dense("llama")
     killed(source, tmp_path / "whole", 0, "drop")
-    assert killed(source, tmp_path / "out", 60, "drop").returncode == -signal.SIGKILL
-    assert killed(source, tmp_path / "out", 60, "drop", "resume").returncode == -signal.SIGKILL
-    assert killed(source, tmp_path / "out", 0, "drop", "resume").returncode == 0
+    assert killed(source, tmp_path / "out", 60, "drop") == -signal.SIGKILL
+    assert killed(source, tmp_path / "out", 60, "drop", resume=True) == -signal.SIGKILL
+    assert killed(source, tmp_path / "out", 0, "drop", resume=True) == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_resume_does_not_write_what_is_there(dense, tmp_path, monkeypatch):
+def test_resume_does_not_write_what_is_there(dense, killed, tmp_path, monkeypatch):
     source = dense("llama")
     killed(source, tmp_path / "out", 150, "copy")
     journal = (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()
@@ -228,7 +215,7 @@ def test_resume_does_not_write_what_is_there(dense, tmp_path, monkeypatch):
     assert len({(p.shard, p.offset) for p in written if p.offset}) == len(entries) - len(done)
 
 
-def test_a_torn_journal_line_is_ignored(dense, tmp_path):
+def test_a_torn_journal_line_is_ignored(dense, killed, tmp_path):
     source = dense("llama")
     killed(source, tmp_path / "whole", 0, "copy")
     killed(source, tmp_path / "out", 150, "copy")
@@ -238,7 +225,7 @@ def test_a_torn_journal_line_is_ignored(dense, tmp_path):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_resume_notices_another_source(dense, tmp_path):
+def test_resume_notices_another_source(dense, killed, tmp_path):
     source = Path(shutil.copytree(dense("llama"), tmp_path / "source"))
     killed(source, tmp_path / "out", 150, "copy")
     shutil.copyfile(dense("llama", seed=1) / "model.safetensors", source / "model.safetensors")
@@ -303,7 +290,7 @@ def test_memory_stays_below_the_plan(dense, tmp_path):
     assert peak < planned < 400_000_000
 
 
-def test_resume_after_a_shard_was_lost(dense, tmp_path):
+def test_resume_after_a_shard_was_lost(dense, killed, tmp_path):
     """A shard that is gone is written again, whatever the journal says of it."""
     source = dense("llama")
     killed(source, tmp_path / "whole", 0, "copy")

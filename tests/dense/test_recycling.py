@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import tiny
 import upcycle
 from arrays import made, stored
+from marks import quick
 from upcycle import Recipe, blueprint, convert, plan, verify
 from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.cli.views.plan import show_plan
@@ -461,7 +462,7 @@ def test_statistics_of_another_checkpoint_are_refused(big, small, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["importance", "co_activation"])
-@pytest.mark.parametrize("preset", ["paper", "repo"])
+@pytest.mark.parametrize("preset", quick(["paper", "repo"], "paper"))
 def test_a_vit_is_calibrated_and_recycled(name, preset, big, small, tmp_path):
     """Calibrated on images, narrowed to half, core and universal experts under the spherical router."""
     from PIL import Image
@@ -513,7 +514,7 @@ def test_a_vit_is_calibrated_and_recycled(name, preset, big, small, tmp_path):
         np.testing.assert_array_equal(model.vit.layernorm.weight.detach().numpy(), wanted)
 
 
-@pytest.mark.parametrize("name", ["importance", "co_activation"])
+@pytest.mark.parametrize("name", quick(["importance", "co_activation"], "co_activation"))
 def test_a_trained_language_model_is_recycled(name, stories, tinystories, tmp_path):
     """stories260k, measured on a text that it knows: eight experts of half the neurons, top-2, in Mixtral's
     class. It is better than a uniform guess before any training, and its experts favour important neurons."""

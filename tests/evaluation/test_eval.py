@@ -178,7 +178,7 @@ def test_a_copy_differs_by_nothing_and_damage_by_what_it_is(stories, tinystories
     dense, moe, drop = stories, tmp_path / "moe", tmp_path / "drop"
     convert(stories, moe, Recipe.of(init={"name": "copy"}))
     convert(stories, drop, Recipe.of(init={"name": "drop", "ratio": 0.25}))
-    asked = ToScore(text=tinystories, separator="<|endoftext|>", limit=30)
+    asked = ToScore(text=tinystories, separator="<|endoftext|>", limit=12)
     scored = [score(folder, asked) for folder in (dense, moe, drop)]
     compared = compare(scored)
     assert not compared["notes"]

@@ -399,6 +399,7 @@ def test_dense_and_upcycled_are_paired(t5, tmp_path):
     assert {row["units"] for row in rows} == {"examples", "questions", "queries"}
 
 
+@pytest.mark.slow
 def test_real_boolq_and_copa(tmp_path):
     """The real rows, a T5 that learned some of them."""
     if not REAL.is_dir():

@@ -9,7 +9,7 @@ import tiny
 from upcycle import Recipe, UpcycleError, blueprint, convert, verify
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.source import admit
+from upcycle.dense.admission import admit
 from upcycle.dense.subject import Subject
 from upcycle.families import _stacks
 from upcycle.forecast import groups

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import upcycle
+from marks import sampled
 from upcycle import Recipe, UpcycleError, blueprint, convert, verify
 
 MOE = Recipe.of(moe={"num_experts": 2, "target": "upcycled"}, router={"std": 0.5})
@@ -94,7 +95,7 @@ def outputs(model):
         return model.eval()(**given)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, 2))
 def test_it_becomes_experts_with_the_same_head(case, tmp_path):
     name, change, keys, wanted = CASES[case]
     made = tiny.make(tmp_path / "made", name, **({"patch_size": 4} if "ViT" in name else {}))

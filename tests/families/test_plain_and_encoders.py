@@ -114,7 +114,7 @@ def outputs(model):
         return model.eval()(**given)[0]
 
 
-@pytest.mark.parametrize("case", sampled(CASES, 4))
+@pytest.mark.parametrize("case", sampled(CASES, 8))
 def test_the_dense_function(case, tmp_path):
     architecture, changes = CASES[case]
     source = tiny.make(tmp_path / "dense", architecture, **changes)

@@ -665,6 +665,9 @@ def test_routers_that_look_ahead_are_refused(router, why, made, tmp_path):
         blueprint(made(case), recipe)
     mixed = Recipe.of(moe=MOE, router=router, decoder={"router": {"name": "top_k", "batch_priority": False}})
     blueprint(made("t5"), mixed)
+    # Where no block of the decoder has experts, there is nothing to look ahead.
+    above = blueprint(made("t5"), Recipe.of(moe=MOE, router=router, decoder={"moe": {"layers": []}}))
+    assert not any("decoder" in name and "expert" in name for name in above.entries)
     # A folder that says so all the same does not open.
     convert(made("llama"), tmp_path / "moe", Recipe.of(moe=MOE))
     entry = json.loads((tmp_path / "moe" / "config.json").read_text())["moe"][0]

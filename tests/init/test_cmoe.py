@@ -16,9 +16,9 @@ import tiny
 import upcycle
 from upcycle import Recipe, blueprint, convert
 from upcycle.api.calibration import calibrate
-from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
 from upcycle.init.cmoe import groups
+from upcycle.records.statistics import Statistics
 
 MARKED, LENGTH, ROWS = 20, 64, 12
 CUT = {"num_experts": 3, "granularity": 4, "shared_experts": 1, "target": "upcycled"}

@@ -21,11 +21,11 @@ from upcycle import Recipe, blueprint, cli
 from upcycle.advice import recipe_file
 from upcycle.api.calibration import calibrate
 from upcycle.blueprints.cost import plan
-from upcycle.dense.statistics import KEY, NEGATIVE, Statistics
 from upcycle.errors import UpcycleError
 from upcycle.init._assignment import balanced
 from upcycle.nn.router_rows import seen
 from upcycle.nn.router_starts.centroids import spherical_kmeans
+from upcycle.records.statistics import KEY, NEGATIVE, Statistics
 from upcycle.tensors import rng
 
 PROMPTS = """

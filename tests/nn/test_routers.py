@@ -15,7 +15,7 @@ import upcycle.hf.opening  # noqa: F401 - names our own implementation of expert
 from upcycle import UpcycleError
 from upcycle.nn import MoE, routers
 from upcycle.nn.experts import Experts
-from upcycle.nn.moe import Router
+from upcycle.nn.moe import RouterLayer
 from upcycle.nn.routing import Tokens
 from upcycle.nn.shape import Shape
 from upcycle.training.router_losses import load_balancing_loss
@@ -741,7 +741,7 @@ def test_a_router_decides_in_float32(name):
     narrow = layer({"name": name}).bfloat16().eval()  # noise of training would be another each time
     hidden = tokens(2, 8).bfloat16()
     found = narrow.router(hidden, None)
-    wide = Router(narrow.router.settings, narrow.shape).eval()
+    wide = RouterLayer(narrow.router.settings, narrow.shape).eval()
     wide.load_state_dict({key: p.float() for key, p in narrow.router.state_dict().items()})
     wanted = wide(hidden.float(), None)
     assert found.logits.dtype == found.probabilities.dtype == torch.float32

@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 
 import tiny
 import upcycle
+from marks import sampled
 from upcycle import Recipe, blueprint, cli, convert, plan, verify
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.checkpoints.hub import peek
-from upcycle.dense.source import admit
+from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
 from upcycle.inspection import inspect
 from upcycle.nn import MoE, routers
@@ -308,7 +309,7 @@ TABLE_4 = [  # model, first block (of 1 to 12), core and universal experts, mill
 ]
 
 
-@pytest.mark.parametrize(("model", "first", "experts", "millions"), TABLE_4)
+@pytest.mark.parametrize(("model", "first", "experts", "millions"), sampled(TABLE_4, 4))
 def test_parameters_of_table_4(model, first, experts, millions, tmp_path):
     """Every count that the paper prints, to its last digit; without universal experts it is Soft MoE."""
     core, universal = experts

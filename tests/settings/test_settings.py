@@ -14,7 +14,7 @@ import pytest
 from upcycle import UpcycleError, settings
 from upcycle.nn import routers
 from upcycle.nn.balance import Balance
-from upcycle.settings import Above, AtLeast, Finite, Layout, Named, Settings, Verbatim, Within
+from upcycle.settings import Above, AtLeast, FileLayout, Finite, Named, Settings, Verbatim, Within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ def test_a_field_of_a_family_s_type_is_all_that_the_reader_needs(family):
 
 def test_a_name_that_changes_takes_its_keys_with_it(family, tmp_path):
     cls = holder(family)
-    layout = Layout(named=settings.families(cls), shared={"shape": Inner})
+    layout = FileLayout(named=settings.families(cls), shared={"shape": Inner})
     assert layout.named == {"shape": family}
     (tmp_path / "base.toml").write_text('shape = {name = "circle", radius = 2, colour = "blue", depth = 4}\n')
     (tmp_path / "over.toml").write_text('base = "base.toml"\nshape = {name = "square"}\n')

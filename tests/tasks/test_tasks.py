@@ -31,7 +31,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.subject import Subject
 from upcycle.evaluation.scores import ToScore, evaluate
 from upcycle.nn.moe import MoE
-from upcycle.training import saving, start
+from upcycle.training import moments, saving, start
 from upcycle.training.export import export
 from upcycle.training.held_out import _parts
 from upcycle.training.loop import train
@@ -191,7 +191,7 @@ def test_a_run_trains_is_resumed_to_the_bit_and_exported(case, data, tmp_path):
     assert 0 <= lines[-1].held_out_accuracy <= 1
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["task"] == task
     # Stopped after four steps, and gone on with.
-    train(Run.of(table(kind, data, tmp_path / "parts", **changes)))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     for step, path in saving.checkpoints(tmp_path / "parts"):
         if step > 4:
             shutil.rmtree(path)
@@ -230,7 +230,7 @@ def test_the_loss_is_that_of_transformers(data, tmp_path):
 
 def test_images_are_learned_and_scored(data, tmp_path):
     """Three colours are told apart after a few steps, and every way to score says the same."""
-    changes = {"train": {"steps": 40, "batch_size": 16}, "schedule": {"peak": 3e-3}}
+    changes = {"train": {"steps": 40, "batch_size": 16, "eval_every": 40}, "schedule": {"peak": 3e-3}}
     result = train(Run.of(table("vit", data, tmp_path / "run", **CHOICE, **changes)))
     assert read(result.out)[-1].held_out_accuracy == 1.0
     out = export(result.out, tmp_path / "out").out
@@ -266,7 +266,7 @@ def test_moments_of_a_vit_are_tiled(data, tmp_path):
     begun = start.start_of(run)
     here = Ranks(device=torch.device("cpu"))
     trainee = trainee_of(run, here)
-    assert start.carry_state(begun, run, here, trainee.model, trainee.optimizer) == 6
+    assert moments.carry_state(begun, run, here, trainee.model, trainee.optimizer) == 6
     from safetensors.torch import load_file
 
     stored = load_file(tmp_path / "trained" / "optimizer" / "exp_avg_sq" / "model.safetensors")
@@ -354,7 +354,7 @@ def test_a_router_has_no_moments_of_the_dense_model(data, tmp_path):
     """Not in its query norm either, which starts as a copy of a norm of the dense model."""
     changes = {**UPCYCLED, "router": {"name": "spherical"}, "optimizer": {"carry_state": True}}
     run = Run.of(table("vit", data, tmp_path / "run", **changes))
-    entries = start._moments(Checkpoint.open(data / "vit"), run)
+    entries = moments.moments_of(Checkpoint.open(data / "vit"), run)
     routers = {n: e for n, e in entries.items() if ".router." in n}
     assert any("query_norm_weight" in n for n in routers)
     assert not any(e.lazy.all("F32").any() for e in routers.values())

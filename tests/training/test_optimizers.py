@@ -389,7 +389,7 @@ def test_ranks_update_as_one_does(llama, layouts):
     kinds = {"muon": MUON, "adafactor": ADAFACTOR, **({"sgd": SGD} if layouts is TWO else {})}
     (before,) = ranks.updated(llama, [({}, {})], 0)
     alone = dict(zip(kinds, ranks.updated(llama, [({}, kind) for kind in kinds.values()], 2), strict=True))
-    cases = [(name, layout) for name in kinds for layout in layouts]
+    cases = [(name, layout) for name in kinds for layout in (layouts if name != "sgd" else layouts[1:])]
     wanted = [(layout, kinds[name]) for name, layout in cases]
     world = math.prod(layouts[0].get(axis, 1) for axis in ("replicate", "fsdp", "tp"))
     for found in gloo.run(world, "ranks:updated", llama, wanted, 2):

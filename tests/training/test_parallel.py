@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import gloo
 import ranks
+from marks import quick
 from tiny import make_adapter, make_dense
 from upcycle import Recipe, convert
 from upcycle.checkpoints import checkpoint
@@ -81,19 +82,27 @@ def test_load_on_one_process(cases):
         assert found["digests"] == wanted
 
 
-@pytest.mark.parametrize("layouts", [TWO, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["two", "four"])
-def test_load_is_convert_at_every_layout(cases, layouts):
+SHARES = {  # which of the cases are loaded at which layouts: every second one at half of them, or all
+    "half of two": [(slice(0, None, 2), [TWO[0], TWO[3]]), (slice(1, None, 2), [TWO[1], TWO[2]])],
+    "two": [(slice(None), TWO)],
+    "four": [(slice(None), FOUR)],
+}
+
+
+@pytest.mark.parametrize("name", quick(SHARES, "half of two"))
+def test_load_is_convert_at_every_layout(cases, name):
     tables, expected = cases
-    world = max(layout.get("fsdp", 1) * layout.get("tp", 1) for layout in layouts)
-    results = gloo.run(world, "ranks:loads", tables, layouts)
-    for number, (_, wanted) in enumerate(zip(tables, expected, strict=True)):
-        for place, layout in enumerate(layouts):
-            found = [result[number * len(layouts) + place] for result in results]
-            for result in found:
-                assert result["digests"] == wanted, (tables[number], layout)
-            # Experts are read once in all, however many ranks there are: each its own slices.
-            assert sum(result["read"] for result in found) == found[0]["experts"], (tables[number], layout)
-            assert max(result["held"] for result in found) < 1.2 / world, (tables[number], layout)
+    world = 4 if name == "four" else 2
+    results = gloo.run(world, "ranks:several", [("loads", (tables[of], at)) for of, at in SHARES[name]])
+    for share, (of, layouts) in enumerate(SHARES[name]):
+        for number, (table, wanted) in enumerate(zip(tables[of], expected[of], strict=True)):
+            for place, layout in enumerate(layouts):
+                found = [result[share][number * len(layouts) + place] for result in results]
+                for result in found:
+                    assert result["digests"] == wanted, (table, layout)
+                # Experts are read once in all, however many ranks there are: each its own slices.
+                assert sum(result["read"] for result in found) == found[0]["experts"], (table, layout)
+                assert max(result["held"] for result in found) < 1.2 / world, (table, layout)
 
 
 def same_gradients(found, reference, tolerance=1e-6):
@@ -238,39 +247,39 @@ def losses(out: Path) -> list[float]:
 
 
 def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
-    """fsdp2 x ep2 stopped after step 3, gone on as itself, as fsdp2, as tp2 x ep2 and on one process."""
+    """fsdp2 x ep2 stopped after step 2, gone on as itself, as fsdp2, as tp2 x ep2 and on one process."""
     source, text = trainable
     start = table(str(source), tmp_path / "whole", text, parallel={"fsdp": 2, "ep": 2})
-    start["train"]["layer_decay"] = 0.8  # parameter groups of many rates
-    start["checkpoint"]["asynchronous"] = True
+    start["train"] |= {"steps": 4, "eval_every": 2, "layer_decay": 0.8}  # parameter groups of many rates
+    start["checkpoint"] |= {"every": 2, "asynchronous": True}
     layouts = [{"fsdp": 2, "ep": 2}, {"fsdp": 2}, {"tp": 2, "ep": 2}]
     gloo.run(2, "ranks:trains", [(start, False)])
     jobs = []
     for number, layout in enumerate([*layouts, {}]):
         out = tmp_path / str(number)
         (out / "checkpoints").mkdir(parents=True)
-        (out / "checkpoints" / "step-3").symlink_to(tmp_path / "whole" / "checkpoints" / "step-3")
+        (out / "checkpoints" / "step-2").symlink_to(tmp_path / "whole" / "checkpoints" / "step-2")
         (out / "run.json").write_text((tmp_path / "whole" / "run.json").read_text())
         jobs.append(({**start, "out": str(out), "parallel": layout}, True))
-    gloo.run(2, "ranks:trains", jobs[:-1])
+    checkpoint = str(tmp_path / "whole" / "checkpoints" / "step-2")
+    calls = [("trains", (jobs[:-1],)), *(("restored", (job, checkpoint)) for job, _ in jobs[:-1])]
+    found = gloo.run(2, "ranks:several", calls)
     said: list[str] = []
     with reporting_to(Said(said)):
         loop.train(Run.of(jobs[-1][0]), resume=True)
-    changed = "step 3 was saved by 2 process(es) (fsdp 2 x ep 2); it goes on with 1 (one process)"
+    changed = "step 2 was saved by 2 process(es) (fsdp 2 x ep 2); it goes on with 1 (one process)"
     assert said.count(changed) == 1
-    wanted = losses(tmp_path / "whole")[3:]
+    wanted = losses(tmp_path / "whole")[2:]
     for number in range(len(jobs)):
-        found = losses(tmp_path / str(number))
-        assert found == pytest.approx(wanted, abs=1e-5)
-        assert found != wanted or number == 0
+        theirs = losses(tmp_path / str(number))
+        assert theirs == pytest.approx(wanted, abs=1e-5)
+        assert theirs != wanted or number == 0
     # Every parameter and moment, by name, is what one process reads of that checkpoint.
-    checkpoint = str(tmp_path / "whole" / "checkpoints" / "step-3")
     reference = ranks.restored(jobs[-1][0], checkpoint)
     assert any("experts" in name for name in reference["parameters"])
     assert any("gate" in name for name in reference["parameters"])
-    for job, _ in jobs[:-1]:
-        for result in gloo.run(2, "ranks:restored", job, checkpoint):
-            assert result == reference
+    for _, *restored in found:
+        assert restored == [reference] * len(layouts)
 
 
 @pytest.mark.slow

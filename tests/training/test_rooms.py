@@ -19,7 +19,7 @@ import ranks
 from tiny import make_bytes_tokenizer
 from upcycle import UpcycleError, cli
 from upcycle.nn import routers
-from upcycle.training import exports, optimizers, schedules, start
+from upcycle.training import exports, moments, optimizers, schedules
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -337,7 +337,7 @@ def test_momentum_is_tiled_to_experts(table, tmp_path):
     later["out"] = str(tmp_path / "moe")
     run = Run.of(later)
     trainee = ranks.trainee_of(run, HERE)
-    assert start.carry_state(trainee.start, run, HERE, trainee.model, trainee.optimizer) == 2
+    assert moments.carry_state(trainee.start, run, HERE, trainee.model, trainee.optimizer) == 2
     states = {n: trainee.optimizer.state[p] for n, p in trainee.model.named_parameters()}
     down = "model.layers.1.mlp.down_proj.weight"
     assert stored[down].abs().max() > 0
@@ -365,7 +365,7 @@ def test_moments_of_muon_are_tiled_to_experts_and_adamws_to_the_rest(table, tmp_
     changes = {"optimizer": {**muon, "carry_state": True}, "out": str(tmp_path / "moe"), **MOE}
     run = Run.of(table(source=str(tmp_path / "dense"), **changes))
     trainee = ranks.trainee_of(run, HERE)
-    assert start.carry_state(trainee.start, run, HERE, trainee.model, trainee.optimizer) == 2
+    assert moments.carry_state(trainee.start, run, HERE, trainee.model, trainee.optimizer) == 2
     states = {n: trainee.optimizer.state[p] for n, p in trainee.model.named_parameters()}
     for e in range(4):
         tiled = states["model.layers.1.mlp.experts.down_proj"]["momentum_buffer"][e]

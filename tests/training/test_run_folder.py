@@ -11,6 +11,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 import forked
 import tiny
 from files import toml
+from marks import quick
 from upcycle import Recipe, UpcycleError, cli, plan
 from upcycle.records.state import RunState
-from upcycle.system import lock
+from upcycle.system import lock, whole_file
 from upcycle.system.signals import held
-from upcycle.training import micro_batch, run_folder, saving, start
+from upcycle.training import metrics, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -50,13 +52,14 @@ Table = Callable[..., dict[str, Any]]
 @pytest.fixture
 def table(source: Path, tmp_path: Path) -> Table:
     """A function that gives a run file of a few small steps, as a table."""
-    (tmp_path / "text.txt").write_text(WORDS * 40)
+    text = source.with_name("text.txt")
+    text.write_text(WORDS * 40)
 
     def make(**changes: Any) -> dict[str, Any]:
         made: dict[str, Any] = {
             "source": str(source),
             "out": str(tmp_path / "run"),
-            "data": {"sources": [{"path": str(tmp_path / "text.txt")}], "held_out": 0.1},
+            "data": {"sources": [{"path": str(text)}], "held_out": 0.1},
             "train": {"steps": 2, "batch_tokens": 64, "sequence_length": 16, "eval_every": 0},
             "schedule": {"name": "constant", "peak": 1e-3},
             "checkpoint": {"every": 1, "keep": 9},
@@ -69,10 +72,19 @@ def table(source: Path, tmp_path: Path) -> Table:
 
 
 def begun(table: Table, **changes: Any) -> Path:
-    """The folder of a run that is done."""
+    """The folder of a run that is done. A run that only says what it becomes is made once, and copied."""
     run = Run.of(table(**changes))
-    train(run)
-    return Path(run.out)
+    out, kept = Path(run.out), Path(run.source).with_name("moe" if changes else "dense run")
+    if changes not in ({}, MOE):
+        train(run)
+        return out
+    if not kept.exists():
+        train(replace(run, out=str(kept)))
+    shutil.copytree(kept, out)
+    record = json.loads((out / "run.json").read_text())
+    record["run"]["out"] = str(out)
+    whole_file.write_json(out / "run.json", record)
+    return out
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -137,13 +149,22 @@ def test_what_a_kill_left_is_cleared_away(table: Table) -> None:
     assert (out / "tokens" / "mine.partial").exists()
 
 
-@pytest.mark.parametrize("content_", [b"", b"5", b"[]", b"{}", b'{"run": {}}', b"\xff", b"[" * 100_000])
-def test_a_damaged_record_is_said_and_mended(content_: bytes, table: Table, tmp_path: Path) -> None:
+DAMAGED = [b"", b"5", b"[]", b"{}", b'{"run": {}}', b"\xff", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content_", DAMAGED)
+def test_a_damaged_record_is_said(content_: bytes, table: Table, tmp_path: Path) -> None:
     out = begun(table)
-    whole = json.loads((out / "run.json").read_text())
     (out / "run.json").write_bytes(content_)
     with pytest.raises(UpcycleError, match=r"run\.json is damaged: .*--resume` writes it anew"):
         export(out, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content_", quick(DAMAGED, b'{"run": {}}'))
+def test_a_damaged_record_is_mended(content_: bytes, table: Table, tmp_path: Path) -> None:
+    out = begun(table)
+    whole = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_bytes(content_)
     assert train(Run.of(table()), resume=True).finished
     assert json.loads((out / "run.json").read_text()) == whole
     (out / "run.json").unlink()
@@ -185,10 +206,20 @@ def test_a_damaged_state_is_said(content_: bytes, table: Table, tmp_path: Path) 
             work()
 
 
+LINES = [b"\xff\n", b"5\n", b"{}\n", b'{"step": "x"}\n', b"\0\0\0\n", b"[" * 100_000 + b"\n"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_damaged_metrics_are_counted(line: bytes, table: Table) -> None:
+    path = begun(table) / "metrics.jsonl"
+    whole, before = metrics._read(path), path.read_bytes()
+    assert whole[1] == 0
+    path.write_bytes(line + before)
+    assert metrics._read(path) == (whole[0], 1)
+
+
 @pytest.mark.usefixtures("on_screen")
-@pytest.mark.parametrize(
-    "line", [b"\xff\n", b"5\n", b"{}\n", b'{"step": "x"}\n', b"\0\0\0\n", b"[" * 100_000 + b"\n"]
-)
+@pytest.mark.parametrize("line", quick(LINES, LINES[-1]))
 def test_damaged_metrics_lose_no_other_line(line: bytes, table: Table, capsys: Any) -> None:
     out = begun(table)
     path = out / "metrics.jsonl"
@@ -536,6 +567,26 @@ def test_a_run_keeps_the_counts_it_began_with(table: Table, tmp_path: Path) -> N
         assert counts_of(tmp_path / name, 4) == name
     with pytest.raises(UpcycleError, match=r"router\.balance_counts \('exact' there, 'buffered' here\)"):
         train(Run.of(table(out=str(tmp_path / "exact"), **parts, **buffered)), resume=True)
+
+
+def forget(checkpoint: Path, *keys: str) -> None:
+    """Make the record of a checkpoint one of a version that did not know some keys."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    for key in keys:
+        section, _, name = key.partition(".")
+        del state["identity"][section][name]
+    del state["state_sha256"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def test_a_run_goes_on_whose_keys_were_fewer(table: Table) -> None:
+    """A key that an older version did not know has its default there."""
+    newest = saving.latest(begun(table, **MOE))
+    assert newest is not None
+    forget(newest, "moe.part", "moe.mtp", "moe.granularity", "router.rounding", "init.name", "data.isolate")
+    with pytest.raises(UpcycleError, match=r"differs in data\.isolate \(False there, True here\)"):
+        train(Run.of(table(**MOE, train={"steps": 3}, data={"isolate": True})), resume=True)
+    assert train(Run.of(table(**MOE, train={"steps": 3})), resume=True).steps == 3
 
 
 @pytest.mark.parametrize(

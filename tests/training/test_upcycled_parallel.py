@@ -102,8 +102,9 @@ def tables(sources):
 
 @pytest.fixture(scope="module")
 def two(sources, tables):
-    """What two ranks load, and the gradients of each case at each layout."""
-    wanted = [(sources[case], [(layout, run) for layout in TWO]) for case, (*_, run) in CASES.items()]
+    """What two ranks load, and the gradients of each case: of the first at each layout, of others at one."""
+    at = dict.fromkeys(CASES, TWO[1:]) | {next(iter(CASES)): TWO}
+    wanted = [(sources[case], [(layout, run) for layout in at[case]]) for case, (*_, run) in CASES.items()]
     calls = [("loads", (tables, TWO)), *(("gradients", each) for each in wanted)]
     calls.append(("gradients", (sources["ConvNextV2ForImageClassification"], [({"fsdp": 2}, RESPONSE_NORM)])))
     calls.append(("updated", (sources["vit"], [(layout, DECAYED) for layout in TWO])))
@@ -184,6 +185,16 @@ def test_accumulated_gradients_are_those_of_one_batch(case, sources, one_process
 def test_gradients_of_two_processes_are_those_of_one(case, two, one_process):
     for result in two:
         for found in result[1 + list(CASES).index(case)]:
+            same(found, one_process[case], rounding(case))
+
+
+@pytest.mark.slow
+def test_gradients_of_two_processes_that_share_no_experts(sources, one_process):
+    """The cases of which the test above has one layout."""
+    others = [*CASES][1:]
+    calls = [("gradients", (sources[case], [(TWO[0], CASES[case][2])])) for case in others]
+    for result in gloo.run(2, "ranks:several", calls):
+        for case, (found,) in zip(others, result, strict=True):
             same(found, one_process[case], rounding(case))
 
 

@@ -177,7 +177,7 @@ def test_every_router_is_here():
     assert {table.get("name", "top_k") for table in tables} == {*routers.names()}
 
 
-@pytest.mark.parametrize("name", sampled(ROUTERS, 5))
+@pytest.mark.parametrize("name", sampled(ROUTERS, 8))
 def test_no_router_waits(name, source):
     """The only copy of a step is that of its numbers."""
     model, changes = ROUTERS[name]
@@ -193,7 +193,7 @@ NATIVES = {native: name for name in reversed(tiny.DECODERS) for native in famili
 """A causal language model that becomes each native; natives of wrapped models have none."""
 
 
-@pytest.mark.parametrize("name", sampled(NATIVES, 5))
+@pytest.mark.parametrize("name", sampled(NATIVES, 9))
 def test_no_native_waits(name, source):
     """With grouped products. Looped experts (`eager`) wait in transformers' own code, once an expert."""
     changes = {"moe": {"target": name}, "train": {"experts_implementation": "grouped_mm"}}

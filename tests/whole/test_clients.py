@@ -133,7 +133,7 @@ def test_mlx_lm(family, recipe, dense, tmp_path):
     compare(family, recipe, mlx_logits, "mlx-lm", 1e-5, dense, tmp_path)
 
 
-@pytest.mark.parametrize(("family", "recipe"), sampled(CASES, 6))
+@pytest.mark.parametrize(("family", "recipe"), sampled(CASES, 11))
 def test_llama_cpp(family, recipe, dense, tmp_path):
     pytest.importorskip("cyllama", reason="cyllama, which carries llama.cpp, is not installed")
     compare(family, recipe, llama_cpp_logits, "llama.cpp", 5e-4, dense, tmp_path)
@@ -152,7 +152,7 @@ _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_
 
 
 @pytest.mark.parametrize("client", ["llama.cpp", "mlx-lm"])
-@pytest.mark.parametrize("case", WRAPPED)
+@pytest.mark.parametrize("case", sampled(WRAPPED, 2))
 def test_multimodal_models(case, client, tmp_path):
     """They are asked about a text."""
     package, read = {"llama.cpp": ("cyllama", llama_cpp_logits), "mlx-lm": ("mlx_lm", mlx_logits)}[client]

@@ -19,7 +19,11 @@ import pytest
 import tiny
 
 ROOT = Path(__file__).parents[2] / "experiments"
-SCRIPTS = ["language", *sorted(path.parent.name for path in ROOT.glob("*/run.py"))]
+SCRIPTS = [
+    "language",
+    "vision/jetpack",
+    *sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("*/run.py")),
+]
 VIT = {"image_size": 32, "patch_size": 8, "num_labels": 10}
 
 
@@ -27,7 +31,8 @@ VIT = {"image_size": 32, "patch_size": 8, "num_labels": 10}
 def script(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The script of an experiment, without what it leaves in Python's tables."""
     paths, modules = [*sys.path], {*sys.modules}
-    path = ROOT / ("language.py" if request.param == "language" else f"{request.param}/run.py")
+    path = ROOT / f"{request.param}.py"
+    path = path if path.exists() else ROOT / request.param / "run.py"
     spec = importlib.util.spec_from_file_location(f"experiment_{request.param}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -72,6 +77,35 @@ def of_balance(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
 def of_code(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     script.dense.corpus.write = lambda _: {"held_out": 0.1}
     return {n: script.run_file(folder, 10, n, 0, 8) for n in script.table.VARIANTS}
+
+
+def of_vision(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    made = folder / script.__name__
+    for size in script.dense.WIDTHS:
+        script.dense.model(size).save_pretrained(made / f"{size}-42")
+    for name in ("small-154", "selected-42"):
+        (made / name).symlink_to(made / "small-42")
+    if "jetpack" in script.__name__:
+        tiny.make_statistics(made / "large-42.safetensors", made / "large-42")
+    return run_files(script.EXPERIMENT, made, 42)
+
+
+def of_encoder(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
+    script.dense.corpus.write = lambda _: {"held_out": 0.1}
+    made = folder / "encoder"
+    (made / "tokenizer").mkdir(parents=True)
+    script.dense.model().save_pretrained(made / "dense-10")
+    return run_files(script.EXPERIMENT, made, 10)
+
+
+def run_files(experiment: Any, folder: Path, start: int) -> dict[str, dict[str, Any]]:
+    """The run file of every variant, each with the steps of its budget."""
+    made = {}
+    for name in experiment.variants:
+        steps = experiment.steps_of(folder, start, name)
+        assert steps > 0
+        made[name] = experiment.run_file(folder, start, name, 0, steps)
+    return made
 
 
 def of_stories(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
@@ -129,11 +163,14 @@ TABLES: dict[str, Callable[[ModuleType, Path], dict[str, dict[str, Any]]]] = {
     "code": of_code,
     "distillation": of_distillation,
     "donors": of_donors,
+    "encoder": of_encoder,
     "language": of_language,
     "moe_jetpack": of_jetpack,
     "sparse_upcycling_t5": of_t5,
     "sparse_upcycling_vit": of_vit,
     "stories260k": of_stories,
+    "vision": of_vision,
+    "vision/jetpack": of_vision,
 }
 
 
@@ -145,7 +182,8 @@ def test_every_experiment_is_here():
 def test_every_run_of_an_experiment_is_taken_and_counted(script, folder):
     name = script.__name__.removeprefix("experiment_")
     tables = TABLES[name](script, folder)
-    flops = {variant: script.common.flops_per_row(table) for variant, table in tables.items()}
+    cost = sys.modules["common"].flops_per_row
+    flops = {variant: cost(table) for variant, table in tables.items()}
     assert len(flops) >= 2
     assert min(flops.values()) > 0
 
@@ -155,3 +193,17 @@ def test_committed_results_are_of_the_variants_in_the_table(script):
     for name, study in script.studies.STUDIES.items():
         runs = json.loads((ROOT / name / "results.json").read_text())["runs"]
         assert {run["variant"]: run["changes"] for run in runs} == study.variants
+
+
+@pytest.mark.parametrize("script", ["encoder"], indirect=True)
+def test_a_curve_counts_the_rows_that_the_encoder_reads(script, tmp_path):
+    """A row of T5 has the tokens of the decoder too, which `train.batch_tokens` does not count."""
+    lines = [
+        {"step": 1, "seconds": 2.0, "held_out_start": 7.0, "held_out_accuracy_start": 0.1},
+        {"step": 2, "seconds": 3.0, "held_out_loss": 6.0, "held_out_accuracy": 0.2},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = {"out": str(tmp_path), "train": {"batch_tokens": 4096, "sequence_length": 128}}
+    assert script.EXPERIMENT.curve(run, 10) == [[0, 0, 0, 0.0, 7.0, 0.1], [2, 8192, 640, 5.0, 6.0, 0.2]]
+    run["train"] = {"batch_size": 100}
+    assert script.EXPERIMENT.curve(run, 10)[-1] == [2, 200, 2000, 5.0, 6.0, 0.2]

@@ -93,8 +93,8 @@ def test_llama_cpp(stories, moe):
     ("init", "moe_keys", "router"),
     [
         ({"name": "virtual_group"}, {"granularity": 4, "num_experts": 16, "top_k": 4}, {"init": "grouped"}),
-        ({"name": "shuffle_slice"}, {}, {}),
-        ({"name": "drop", "ratio": 0.0}, {}, {}),
+        pytest.param({"name": "shuffle_slice"}, {}, {}, marks=pytest.mark.slow),
+        pytest.param({"name": "drop", "ratio": 0.0}, {}, {}, marks=pytest.mark.slow),
         ({"name": "split"}, {"granularity": 4, "num_experts": 4, "top_k": 4}, {"init": "zeros"}),
     ],
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from upcycle.system.progress import Progress
 
 if TYPE_CHECKING:
-    from upcycle.dense.statistics import Statistics
+    from upcycle.records.statistics import Statistics
 
 
 def calibrate(
@@ -40,7 +40,7 @@ def calibrate(
     The statistics of `source` are written to the file `out`. Give `images` (a parquet file, or a folder with
     one folder per class), `text`, or the domains of the experts: `prompts`, a TOML file with a `[[domain]]`
     for each expert, `domains`, a text for each name, or both, one after the other. `collect` names the
-    statistics (those of `upcycle.dense.statistics.NAMES`; by default l1, l2, count and, with domains, mean)
+    statistics (those of `upcycle.records.statistics.NAMES`; by default l1, l2, count and, with domains, mean)
     and `positions` the activations they are taken of (neurons, channels, heads). At most `limit` images or
     rows (of each domain) are read (None: 30,000 images or 2,048 rows; 0: all). `length` is the number of
     tokens of a row, and `sample` that of a sample. `marked` is the number of neurons of a token that

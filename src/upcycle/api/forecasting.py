@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.checkpoints.hub import peek
-from upcycle.dense.source import admit
+from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
 from upcycle.forecast import outlook
 from upcycle.forecast.outlook import Outlook

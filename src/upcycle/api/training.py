@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle.api._missing import refuse_missing
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.checkpoints import hub
-from upcycle.dense.source import admit
+from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
 from upcycle.system.progress import Progress, reporting_to
 from upcycle.training.course import Course

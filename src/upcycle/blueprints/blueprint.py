@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from upcycle import targets
-from upcycle.blueprints import further, heads, moe_layer, spared
-from upcycle.blueprints.entries import Entry
+from upcycle.blueprints import further, heads, spared
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, FLOATS, TORCH_NAMES, holds
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures, successors
+from upcycle.dense.admission import admit
 from upcycle.dense.donors import admit_donors
-from upcycle.dense.source import Dense, admit
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
 from upcycle.families._weights import Weight
@@ -33,7 +33,8 @@ from upcycle.init import Site
 from upcycle.nn import router_rows
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Moe, Recipe, RecipeLike
-from upcycle.targets import Target, _growing
+from upcycle.targets import Target, _growing, _moe_layer
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 
 T = TypeVar("T")
@@ -184,7 +185,7 @@ class Blueprint:
             return site.growth.exact and (self._wide or not site.growth.cancels)
         router = self.parts[site.stack].router
         count, top_k = site.num_experts, site.top_k
-        gate, up, _ = moe_layer.factors(self.recipe, site)
+        gate, up, _ = _moe_layer.factors(self.recipe, site)
         network = self.dense.feed_forward(site.layer, site.stack)
         gated = network.gate is not None
         return (
@@ -199,7 +200,7 @@ class Blueprint:
                 or (site.uniform_router and router.rescale)
                 or site.even_weights
             )
-            and (self._wide or all(map(_keeps_bits, moe_layer.factors(self.recipe, site))))
+            and (self._wide or all(map(_keeps_bits, _moe_layer.factors(self.recipe, site))))
         )
 
     def _all_meet_all(self, site: Site) -> bool:

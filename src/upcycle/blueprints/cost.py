@@ -9,9 +9,9 @@ from typing import Any
 
 from upcycle.blueprints import caveats
 from upcycle.blueprints.blueprint import Blueprint, blueprint
+from upcycle.blueprints.shards import DEFAULT_SHARD, lay_out
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
 from upcycle.checkpoints.hub import peek
-from upcycle.conversion.shards import DEFAULT_SHARD, lay_out
 from upcycle.dense.source import Dense
 from upcycle.families._weights import Weight, products
 from upcycle.recipe import RecipeLike

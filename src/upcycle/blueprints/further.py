@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from upcycle.blueprints import moe_layer
-from upcycle.dense.source import Dense, dropped, refuse_other_shapes, refuse_surplus
+from upcycle.dense.admission import dropped, refuse_other_shapes, refuse_surplus
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Stack
 from upcycle.families._further import Further
 from upcycle.init import Site
 from upcycle.recipe import Recipe
-from upcycle.targets import Target
+from upcycle.targets import Target, _moe_layer
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
 
@@ -139,8 +139,8 @@ def added(
     }
     for layer in range(model.config["num_hidden_layers"]):
         site = replace(sites[-1], stack=STACK, layer=layer, blocks=model.config["num_hidden_layers"])
-        made = moe_layer.tensors([model], site, recipe, names, model.tensors)
-        moe_layer.add(out, f"{prefix}layers.{layer}", made)
+        made = _moe_layer.tensors([model], site, recipe, names, model.tensors)
+        _moe_layer.add(out, f"{prefix}layers.{layer}", made)
     raw = dense.place.config(dense.checkpoint.config)
     about = {key: value for key, value in raw.items() if key.startswith(model.further.keys)}
     return target.with_own(config, about), {**tensors, **out}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from upcycle.blueprints.entries import Entry
 from upcycle.dense.places import Place
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
 from upcycle.families._weights import Matrix
 from upcycle.recipe import Recipe
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 
 

@@ -26,19 +26,19 @@ from upcycle.calibration.stopped import begun, restore
 from upcycle.calibration.sweep import Sweep
 from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.source import Dense, admit
-from upcycle.dense.statistics import (
+from upcycle.dense.admission import admit
+from upcycle.dense.source import Dense
+from upcycle.errors import UpcycleError
+from upcycle.families import Stack
+from upcycle.hf import models, opening
+from upcycle.hf.quiet import quiet
+from upcycle.records.statistics import (
     FORMAT,
     NEGATIVE,
     OF_PROMPTS,
     PARTIAL,
     Statistics,
-    fingerprint,
 )
-from upcycle.errors import UpcycleError
-from upcycle.families import Stack
-from upcycle.hf import models, opening
-from upcycle.hf.quiet import quiet
 from upcycle.system import claim, lock, memory, scratch, whole_file
 from upcycle.system.progress import Progress, reporting_to, say, work
 from upcycle.system.signals import interrupting
@@ -218,7 +218,7 @@ def _provenance(
             "name": dense.checkpoint.name,
             "model_type": dense.family.model_type,
             "architecture": dense.architecture,
-            "fingerprint": fingerprint(dense),
+            "fingerprint": dense.fingerprint,
         },
         "data": about(asked, data),
         "examples": sum(len(part.order) for part in data),

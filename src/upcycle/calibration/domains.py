@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from upcycle import settings
 from upcycle.errors import UpcycleError, listed
-from upcycle.settings import Layout, Settings, Verbatim
+from upcycle.settings import FileLayout, Settings, Verbatim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def read(path: str | Path) -> tuple[Domain, ...]:
 
     Raises `UpcycleError` if it is not TOML or has other keys.
     """
-    table = settings.read_toml(path, "file of prompts", Layout())
+    table = settings.read_toml(path, "file of prompts", FileLayout())
     try:
         found = settings.read(_Prompts, table).domain
     except UpcycleError as error:

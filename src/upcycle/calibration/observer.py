@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upcycle.calibration.markers import Markers
-from upcycle.dense.statistics import NEGATIVE, ONLY_AT, WIDE
 from upcycle.families import Stack
+from upcycle.records.statistics import NEGATIVE, ONLY_AT, WIDE
 from upcycle.tensors import rng
 
 _ELEMENTS = 1 << 22  # the most to sum at once

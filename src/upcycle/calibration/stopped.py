@@ -20,8 +20,8 @@ from upcycle.calibration.observer import Observer
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.header import read_header, read_metadata
 from upcycle.checkpoints.tensor_file import Tensor
-from upcycle.dense.statistics import KEY, PARTIAL
 from upcycle.errors import UpcycleError, listed
+from upcycle.records.statistics import KEY, PARTIAL
 
 _STATE = KEY + PARTIAL  # its key in the metadata
 _KEYS = {"begun", "done", "tokens"}  # of the state, without its hash

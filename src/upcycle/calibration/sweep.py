@@ -22,8 +22,8 @@ from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.tensor_file import Tensor
 from upcycle.dense.source import Dense
-from upcycle.dense.statistics import KEY, NEGATIVE, OF_PROMPTS, WIDE
 from upcycle.errors import UpcycleError
+from upcycle.records.statistics import KEY, NEGATIVE, OF_PROMPTS, WIDE
 from upcycle.system.progress import Work
 from upcycle.system.signals import noted
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from upcycle.calibration import domains
 from upcycle.calibration.domains import Domain
-from upcycle.dense.statistics import NAMES, OF_DOMAINS, OF_PROMPTS, ONLY_AT, POSITIONS, refuse_unknown
 from upcycle.errors import UpcycleError
+from upcycle.records.statistics import NAMES, OF_DOMAINS, OF_PROMPTS, ONLY_AT, POSITIONS, refuse_unknown
 from upcycle.system.paths import as_paths
 from upcycle.tensors import rng
 

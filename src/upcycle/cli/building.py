@@ -161,8 +161,8 @@ def convert(
         allow_nonfinite: accept NaN and inf in the weights
     """
     from upcycle.blueprints.cost import plan_of
+    from upcycle.blueprints.shards import parse_size
     from upcycle.cli.views.conversion import show_converted
-    from upcycle.conversion.shards import parse_size
 
     built = upcycle.convert(
         source,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import re
@@ -162,6 +163,7 @@ def _sentence(cls: type[Any], name: str) -> str:
     return ""
 
 
+@functools.cache
 def _comments(cls: type[Any]) -> dict[str, str]:
     """Return the comments beside and above the fields of a class, by field."""
     source = textwrap.dedent(inspect.getsource(cls))

@@ -29,7 +29,7 @@ from upcycle.cli.screen import show_json
 from upcycle.system.wording import size
 
 if TYPE_CHECKING:
-    from upcycle.dense.statistics import Statistics
+    from upcycle.records.statistics import Statistics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

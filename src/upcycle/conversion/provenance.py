@@ -12,7 +12,7 @@ import numpy as np
 import upcycle
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.records.provenance import Donor, MadeFrom, Provenance, Training
+from upcycle.records.provenance import DonorRecord, MadeFrom, Provenance, Training
 
 Hashes = Mapping[str, Mapping[str, str]]  # SHA-256 of source files, by checkpoint and name
 
@@ -88,7 +88,9 @@ def _made_from(
         path=_place(source, out),
         model_type=model_type,
         sha256=hashes[source.label],
-        donors={c.label: Donor(name=c.name, path=_place(c, out), sha256=hashes[c.label]) for c in donors},
+        donors={
+            c.label: DonorRecord(name=c.name, path=_place(c, out), sha256=hashes[c.label]) for c in donors
+        },
     )
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from upcycle.blueprints.shards import Extent, Shards
 from upcycle.conversion import direct
-from upcycle.conversion.shards import Place, Shards
 from upcycle.system import whole_file
 from upcycle.system.open_files import OpenFiles
 
@@ -37,7 +37,7 @@ class ShardFiles:
         whole_file.sync_folder(partial)
         whole_file.sync_folder(partial.parent)
 
-    def write(self, place: Place, start: int, data: np.ndarray) -> None:
+    def write(self, place: Extent, start: int, data: np.ndarray) -> None:
         """Write `data` (uint8) at byte `start` of the tensor at `place`."""
         position, path = place.offset + start, self.paths[place.shard]
         done = self.direct.write(path, data, position)
@@ -49,7 +49,7 @@ class ShardFiles:
                     count = os.pwrite(descriptor, view, at)
                     view, at = view[count:], at + count
 
-    def crc(self, place: Place) -> int:
+    def crc(self, place: Extent) -> int:
         """Return the CRC-32 of the tensor at `place` as it is on disk."""
         crc = 0
         with self.opened.use(self.paths[place.shard]) as descriptor:

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from upcycle.blueprints.shards import Shards
 from upcycle.conversion.journal import Journal
 from upcycle.conversion.shard_files import ShardFiles
-from upcycle.conversion.shards import Shards
 
 
 class Syncing:

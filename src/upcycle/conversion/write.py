@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from upcycle.blueprints.blueprint import Blueprint, Entry, blueprint
+from upcycle.blueprints.shards import DEFAULT_SHARD, Extent, Shards, lay_out
 from upcycle.checkpoints.carried import carried
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
 from upcycle.checkpoints.dtypes import TooLargeError
 from upcycle.conversion import card, generation_settings, provenance, selection, tokenizer
 from upcycle.conversion.journal import JOURNAL, Journal
 from upcycle.conversion.shard_files import ShardFiles
-from upcycle.conversion.shards import DEFAULT_SHARD, Place, Shards, lay_out
 from upcycle.conversion.source_hashes import SourceHashes, sources
 from upcycle.conversion.syncing import Syncing
-from upcycle.dense.source import refuse_two_heads
+from upcycle.dense.admission import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
 from upcycle.records.provenance import Provenance
@@ -45,7 +45,7 @@ Advance = Callable[[int], None]  # called with the number of bytes written since
 
 
 @dataclass(frozen=True)
-class Task:
+class Portion:
     """Tensors that are written together: one that is computed, or all that copy the same stored bytes."""
 
     entry: Entry
@@ -177,15 +177,15 @@ def _begun(built: Blueprint, shards: Shards) -> dict[str, Any]:
     return {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
 
 
-def _tasks(built: Blueprint, done: set[str]) -> list[Task]:
+def _portions(built: Blueprint, done: set[str]) -> list[Portion]:
     """Return what is left to write, in the order of the output."""
-    tasks: dict[Any, Task] = {}
+    portions: dict[Any, Portion] = {}
     for name, entry in built.entries.items():
         if name not in done:
             extents = entry.extents
             same = name if extents is None else tuple((e.info, e.start, e.stop) for e in extents)
-            tasks.setdefault(same, Task(entry, [])).names.append(name)
-    return list(tasks.values())
+            portions.setdefault(same, Portion(entry, [])).names.append(name)
+    return list(portions.values())
 
 
 def _write_tensors(
@@ -211,8 +211,8 @@ def _write_tensors(
     hashed: Future[Any] = hasher.submit(read.take)
     try:
         running: set[Future[dict[str, int]]] = set()
-        for task in _tasks(built, done):
-            running.add(writers.submit(_write_task, task, shards, files, stop, progress))
+        for portion in _portions(built, done):
+            running.add(writers.submit(_write_portion, portion, shards, files, stop, progress))
             if len(running) > 2 * jobs:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 syncing.add(finished, at_least=SYNC_EVERY)
@@ -221,7 +221,7 @@ def _write_tensors(
         syncing.add(running, at_least=0)
         syncing.wait()
         for number, header in enumerate(shards.headers):
-            files.write(Place(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
+            files.write(Extent(number, 0, len(header)), 0, np.frombuffer(header, np.uint8))
         files.sync(set(range(len(shards.names))))
         hashed.result()
         return read.at_the_end()
@@ -233,14 +233,14 @@ def _write_tensors(
         files.close()
 
 
-def _write_task(
-    task: Task, shards: Shards, files: ShardFiles, stop: threading.Event, progress: Advance
+def _write_portion(
+    portion: Portion, shards: Shards, files: ShardFiles, stop: threading.Event, progress: Advance
 ) -> dict[str, int]:
-    """Write the tensors of a task; return the CRC-32 of each."""
-    places = [shards.places[name] for name in task.names]
+    """Write the tensors of a portion; return the CRC-32 of each."""
+    places = [shards.places[name] for name in portion.names]
     crc = 0
     try:
-        for start, data in task.entry.pieces():
+        for start, data in portion.entry.pieces():
             if stop.is_set():
                 break
             crc = zlib.crc32(data.data, crc)
@@ -248,8 +248,8 @@ def _write_task(
                 files.write(place, start, data)
                 progress(data.size)
     except TooLargeError as error:
-        raise UpcycleError(f"{task.names[0]} cannot be made: {error}") from None
-    return dict.fromkeys(task.names, crc)
+        raise UpcycleError(f"{portion.names[0]} cannot be made: {error}") from None
+    return dict.fromkeys(portion.names, crc)
 
 
 def _finish(

@@ -17,7 +17,8 @@ from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import places
 from upcycle.dense.adapted import Adapted, adapted
 from upcycle.dense.adapters import Adapter, open_adapter
-from upcycle.dense.source import Dense, admit
+from upcycle.dense.admission import admit
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.init import Donor
 from upcycle.recipe import Recipe

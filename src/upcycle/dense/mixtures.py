@@ -13,14 +13,8 @@ from typing import Any, ClassVar
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.source import (
-    Dense,
-    dropped,
-    has_experts,
-    refuse_other_shapes,
-    refuse_surplus,
-    refuse_unsound,
-)
+from upcycle.dense.admission import dropped, has_experts, refuse_other_shapes, refuse_surplus, refuse_unsound
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, shown
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._checked import check

@@ -76,7 +76,7 @@ class WithoutHead(Place):
         return {name: shape for name, shape in family.shapes(config).items() if name != head}
 
     def around(self, target: Target) -> Target:
-        return wrapped.WithoutHead.of(target)
+        return wrapped.HeadlessTarget.of(target)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,33 +1,21 @@
-"""The dense side: a checkpoint that is checked to be a complete, sound dense model of a known family."""
+"""The dense side: a checkpoint that was admitted as a dense model of a known family (`admission.py`)."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from upcycle import families, targets
-from upcycle.checkpoints import mistaken
-from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
-from upcycle.checkpoints.dtypes import COUNTERS, FLOATS
+from upcycle import families
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import TensorInfo
-from upcycle.dense import places
+from upcycle.dense import fingerprint, places
 from upcycle.dense.places import Place
-from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
 from upcycle.families import Config, Family, Stack, Weights
-from upcycle.families._names import Names, spelled
 from upcycle.families._weights import Weight
-from upcycle.families._wrappers import TEXT, VISION, WRAPPERS, Wrapper
-from upcycle.targets import natives
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
-
-_MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +28,11 @@ class Dense:
     left_out: Mapping[str, str]  # stored tensors that the model does not have, and why they may be left out
     place: Place = places.WHOLE  # where it stands in the checkpoint
     keeps_further: bool = False  # whether blocks that predict further tokens stay beside it
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of config, tensors and content, whatever the checkpoint is called."""
+        return fingerprint.of(self)
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
@@ -175,281 +168,3 @@ class Dense:
         """The keys of config.json that the family does not know."""
         known = {*self.family.defaults, *families.SILENT, *self.family.reads}
         return tuple(sorted(key for key in self.raw if key not in known))
-
-
-def admit(
-    checkpoint: Checkpoint, *, alone: bool = False, part: str = TEXT, drop: tuple[str, ...] = ()
-) -> Dense:
-    """Return the dense model in a checkpoint; that of a multimodal one is its text model.
-
-    `alone` takes that out of the model around it, and `part` can be its vision tower instead. `drop` has
-    names and patterns of stored tensors to leave out. Raises `UpcycleError`, with the reason, for anything
-    that is not exactly a dense model of a known family.
-    """
-    raw, where = checkpoint.config, checkpoint.folder
-    within = places.is_wrapper(raw)
-    if part == VISION:
-        return _admit_tower(checkpoint, within=within, drop=drop)
-    own = places.own_config(raw) if within else raw
-    _refuse_moe(where, own)
-    _refuse_quantised(checkpoint)
-    family = _family(checkpoint, own, within=within)
-    if alone and family.alone:
-        family = families.find(family.alone)
-    refuse_unsound(checkpoint, family, own)
-    place: Place
-    if within:
-        place = _within(checkpoint, family, own, alone=alone)
-    elif alone:
-        raise UpcycleError(
-            f"moe.part_only takes a text model out of a multimodal one, and {where} ({own['model_type']}) "
-            f"has nothing around it; take it out of the recipe"
-        )
-    else:
-        place = _at_top(checkpoint, family, own)
-    config = family.config(place.config(raw))
-    left_out = _check_tensors(checkpoint, family, config, place, dropped(checkpoint, drop))
-    return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
-
-
-def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...]) -> Dense:
-    """Return the vision tower of a multimodal model."""
-    raw, where, outer = checkpoint.config, checkpoint.folder, cut(str(checkpoint.config.get("model_type")))
-    if not within:
-        raise UpcycleError(
-            f"moe.part = vision is for a multimodal model, and {where} ({outer}) has no vision tower of its "
-            f"own; take it out of the recipe"
-        )
-    own = places.own_config(raw, VISION)
-    wrapper = WRAPPERS.get(outer)
-    named = own.get("model_type", "of its own")
-    known = named in families.names() and families.find(str(named)).sees
-    if wrapper is None or not wrapper.vision or not known:
-        sees = [name for name in families.names() if families.find(name).sees]
-        why = f"it must be one of {', '.join(sees)}" if wrapper and wrapper.vision else "its class is fixed"
-        raise UpcycleError(
-            f"{where} is a {outer} around a vision tower ({shown(named)}) that cannot have experts: {why}; "
-            f"moe.part = text gives them to the text model"
-        )
-    _refuse_moe(where, own)
-    family = families.find(str(named))
-    refuse_unsound(checkpoint, family, own)
-    place = places.Tower(model_type=outer, wrapper=wrapper)
-    config = family.config(place.config(raw))
-    found = spelled(family, family.shapes(config), checkpoint.tensors)
-    places.refuse_two(where, found, VISION)
-    place = replace(place, names=found[0] if found else Names())
-    left_out = _check_tensors(checkpoint, family, config, place, dropped(checkpoint, drop))
-    return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
-
-
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse a config.json that says that the weights are quantised."""
-    if (method := checkpoint.config.get("quantization_config")) is not None:
-        name = method.get("quant_method", "?") if isinstance(method, dict) else "?"
-        raise UpcycleError(f"{checkpoint.folder} is quantised ({name}); give the checkpoint it was made from")
-
-
-def refuse_unsound(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that is quantised or packed, has too few tensors, or has names of a wrapper.
-
-    `own` is the config of the model in it, which is of the family `family`.
-    """
-    _refuse_quantised(checkpoint)
-    where, stored = checkpoint.folder, checkpoint.tensors.values()
-    if odd := sorted(t.name for t in stored if _is_odd(t) and family.ignored(t.name) is None):
-        dtype = checkpoint.tensors[odd[0]].dtype
-        raise UpcycleError(
-            f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
-            f"{', '.join(FLOATS)}"
-        )
-    _refuse_more_blocks_than_tensors(checkpoint, family, own)
-    if wrapped := mistaken.names(checkpoint.tensors):
-        raise UpcycleError(f"{where}: {wrapped}")
-
-
-def _is_odd(tensor: TensorInfo) -> bool:
-    """Return whether a tensor is neither of floating-point numbers nor a single counter, as norms keep."""
-    return tensor.dtype not in FLOATS and (tensor.dtype not in COUNTERS or tensor.shape != ())
-
-
-def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:
-    """Refuse the config of a model that has experts."""
-    if has_experts(own):
-        raise UpcycleError(
-            f"{where} is already a Mixture of Experts ({own.get('model_type')}); give a dense checkpoint, or "
-            f"add a section [grow], which makes more experts of those that are there"
-        )
-
-
-def has_experts(own: Mapping[str, Any]) -> bool:
-    """Return whether a config is that of a Mixture of Experts."""
-    if targets.opened(own) is not None or "moe" in own:
-        return True
-    # The class of some dense models can have experts, and knows how many it would have.
-    return own.get("model_type") not in natives.names() and any(_several(own.get(key)) for key in _MOE_KEYS)
-
-
-def _several(count: Any) -> bool:
-    """Return whether a number of experts is more than one."""
-    return isinstance(count, int) and count > 1
-
-
-def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> Family:
-    """Return the family of a model's own config."""
-    model_type, where = own.get("model_type"), checkpoint.folder
-    if not isinstance(model_type, str):
-        raise UpcycleError(f"{where}/config.json has no model_type; `upcycle list` prints the known ones")
-    if within and model_type not in families.names():
-        raise UpcycleError(
-            f"{where} is a {shown(checkpoint.config.get('model_type'))} around a text model of type "
-            f"{shown(model_type)}, which upcycle does not know"
-            f"{nearest_of_many(model_type, families.names(), 'upcycle list')}"
-        )
-    known = families.by_class(own) or model_type
-    return families.find(families.find(known).meant(own))
-
-
-def _within(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any], *, alone: bool) -> places.Within:
-    """Return where the text model stands in a multimodal one."""
-    raw, stored = checkpoint.config, checkpoint.tensors
-    outer = str(raw.get("model_type"))
-    wrapper = WRAPPERS.get(outer)
-    if wrapper is None and not alone:
-        raise UpcycleError(
-            f"{checkpoint.folder} is a {cut(outer)} around a {family.model_type}, and upcycle does not know "
-            f"whether a {cut(outer)} can hold experts; moe.part_only (--part-only text) takes the text model "
-            f"out of it"
-        )
-    found = spelled(family, family.shapes(family.config(own)), stored)
-    places.refuse_two(checkpoint.folder, found)
-    names = found[0] if found else Names(root=family.root)
-    tied = places.head_is_tied(raw, _head_is_stored(family, names, stored))
-    kind = places.Alone if alone else places.Within
-    return kind(names=names, model_type=outer, wrapper=wrapper or Wrapper(architecture=""), tied=tied)
-
-
-def _head_is_stored(family: Family, names: Names, stored: Collection[str]) -> bool:
-    return family.tied is not None and names.stored(family.tied[0]) in stored
-
-
-def _at_top(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> Place:
-    """Return where a model stands that is all of its checkpoint: its names, and whether it has a head."""
-    config, stored = family.config(own), checkpoint.tensors
-    found = spelled(family, family.shapes(config), stored)
-    places.refuse_two(checkpoint.folder, found)
-    names = found[0] if found else Names(former=family.former)
-    named = own.get("architectures") or [""]
-    bare = family.base_class == named[0] or (not names.body and not config["tie_word_embeddings"])
-    if found and family.base_class and bare and not _head_is_stored(family, names, stored):
-        return places.WithoutHead(names=names)
-    return Place(names=names)
-
-
-def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> None:
-    """Refuse a config with more blocks than there are tensors, before the blocks are enumerated.
-
-    Every block has tensors of its own.
-    """
-    for key in family.counts:
-        count = own.get(key)
-        if isinstance(count, int) and count > len(checkpoint.tensors):
-            raise UpcycleError(
-                f"{checkpoint.folder}/config.json: {key} = {shown(count)}, and its files hold only "
-                f"{len(checkpoint.tensors)} tensors; give the config that belongs to these weights"
-            )
-
-
-def dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
-    """Return the stored tensors that a recipe leaves out. Raises `UpcycleError` if a pattern finds none."""
-    found = {pattern: fnmatch.filter(checkpoint.tensors, pattern) for pattern in drop}
-    if idle := [pattern for pattern, names in found.items() if not names]:
-        raise UpcycleError(f"drop: {checkpoint.folder} holds no tensor called {shown(idle[0])}")
-    return {name: f"the recipe drops {pattern}" for pattern, names in found.items() for name in names}
-
-
-def _check_tensors(
-    checkpoint: Checkpoint, family: Family, config: Config, place: Place, dropped: Mapping[str, str]
-) -> dict[str, str]:
-    """Compare the headers with what the config promises; return the tensors that may be left out, and why."""
-    stored = [name for name in checkpoint.tensors if name not in dropped]
-    mine = {name: own for name in stored if (own := place.own(name)) is not None}
-    found = {own: checkpoint.tensors[name] for name, own in mine.items()}
-    expected = place.shapes(family, config)
-    where = checkpoint.folder
-    expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
-    expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
-    for name in family.may_lack(config) - found.keys():
-        del expected[name]
-    refuse_other_shapes(where, expected, {name: (info.name, info.shape) for name, info in found.items()})
-    left_out = dict(dropped)
-    surplus = []
-    for name in stored:
-        own = mine.get(name)
-        if own in expected:
-            continue
-        if (reason := _spared(family, config, place, name, own)) is not None:
-            left_out[name] = reason
-        elif own is not None:
-            surplus.append(name)
-    if surplus and (said := mistaken.heads(surplus)):
-        raise UpcycleError(f"{where}: {said}")
-    refuse_surplus(where, surplus, family.model_type)
-    return left_out
-
-
-def refuse_other_shapes(
-    where: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> None:
-    """Refuse tensors that are missing, empty, or not of the shape that config.json says.
-
-    `found` has the name on disk and the shape of each tensor, by the name that `expected` has.
-    """
-    if missing := [name for name in expected if name not in found]:
-        raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
-    if said := mistaken.empty({name: found[name][1] for name in expected}):
-        raise UpcycleError(f"{where}: {said}")
-    for name, shape in expected.items():
-        stored, own = found[name]
-        if own != shape:
-            raise UpcycleError(f"{where}: {stored} has shape {list(own)} and config.json says {list(shape)}")
-
-
-def refuse_surplus(where: Path, surplus: list[str], model_type: str) -> None:
-    """Refuse tensors that a model of this config does not have."""
-    if surplus:
-        raise UpcycleError(
-            f"{where} holds {listed(surplus)}, which a {model_type} of this config does not have; nothing is "
-            f"dropped in silence (--drop NAME leaves a tensor out)"
-        )
-
-
-def _spared(family: Family, config: Config, place: Place, name: str, own: str | None) -> str | None:
-    """Return why a stored tensor that the model does not have may be left out, or None if it may not."""
-    if own is None:
-        return place.set_aside(name) or family.ignored(name)
-    if family.tied and own == family.tied[0] and config["tie_word_embeddings"]:
-        return f"tied to {family.tied[1]} by the config"
-    return family.ignored(own)
-
-
-def refuse_two_heads(dense: Dense) -> None:
-    """Refuse a config that ties a head although a head with other values is stored, which is ambiguous.
-
-    transformers 5 keeps the two apart if they differ. This reads both tensors.
-    """
-    opened, names = dense.checkpoint, dense.family.tied
-    tied = None if names is None else tuple(map(dense.place.names.stored, names))
-    if tied is None or tied[0] not in dense.left_out:
-        return
-    head, embedding = (opened.tensors[name] for name in tied)
-    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
-        np.array_equal(opened.pread(head, i, j), opened.pread(embedding, i, j))
-        for i in range(0, head.nbytes, CHUNK)
-        for j in (min(head.nbytes, i + CHUNK),)
-    )
-    if not same:
-        raise UpcycleError(
-            f"{opened.folder} stores an {tied[0]} that differs from the embedding its config ties it "
-            f"to; set tie_word_embeddings to false in config.json, or take {tied[0]} out"
-        )

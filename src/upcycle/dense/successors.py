@@ -13,7 +13,8 @@ from typing import Any
 
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.source import Dense, admit
+from upcycle.dense.admission import admit
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config
 from upcycle.families._narrowing import Axes, Axis, narrowable

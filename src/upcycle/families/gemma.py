@@ -6,6 +6,7 @@ from typing import Any
 
 from upcycle.families import Config
 from upcycle.families._decoder import Decoder, as_granite
+from upcycle.families._gemma import DEFAULTS
 from upcycle.tensors.computed import Affine
 from upcycle.tensors.lazy import Lazy
 
@@ -22,14 +23,7 @@ class Gemma(Decoder):
     defaults = {
         "hidden_act": "gelu_pytorch_tanh",
         "max_position_embeddings": 8192,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
+        **DEFAULTS,
         "use_bidirectional_attention": None,
         "num_key_value_heads": 16,
         "head_dim": 256,

@@ -5,33 +5,20 @@ from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config
-from upcycle.families._decoder import Decoder, every_nth_full
+from upcycle.families._decoder import every_nth_full
+from upcycle.families._gemma import DEFAULTS, FourNorms
 
 
-class Gemma2(Decoder):
+class Gemma2(FourNorms):
     model_type = "gemma2"
     architectures = ("Gemma2ForCausalLM",)
     summary = "Gemma 2"
-    natives = ()
     no_native = "no native MoE has its four norms and soft-capping"
     centred_norms = True
-    norms = (
-        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    )  # fmt: skip
-    network_norm = "pre_feedforward_layernorm"
-    residual = ("post_attention_layernorm", "post_feedforward_layernorm")
     defaults = {
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 8192,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
+        **DEFAULTS,
         "num_key_value_heads": 4,
         "head_dim": 256,
         "query_pre_attn_scalar": 256,

@@ -8,6 +8,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._checked import check
 from upcycle.families._decoder import Decoder, every_nth_full, sizes
+from upcycle.families._gemma import DEFAULTS, FourNorms
 from upcycle.families._weights import Matrix, Norm, Scale, Table, linear
 
 _ROPE = {
@@ -18,22 +19,16 @@ _ROPE = {
 }  # fmt: skip
 
 
-class Gemma4(Decoder):
+class Gemma4(FourNorms):
     model_type = "gemma4_text"
     architectures = ("Gemma4ForCausalLM",)
     base_class = "Gemma4TextModel"
     summary = "Gemma 4, text"
-    natives = ()
     no_native = (
         "the experts of its own class stand beside the network, and what both give is normalised once more, "
         "with an epsilon of its own"
     )
-    norms = (
-        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    )  # fmt: skip
-    network_norm = "pre_feedforward_layernorm"
-    residual = ("post_attention_layernorm", "post_feedforward_layernorm", "post_per_layer_input_norm")
+    residual = (*FourNorms.residual, "post_per_layer_input_norm")
     theta = 10_000.0
     before = ("embed_tokens.", "embed_tokens_per_layer.", "per_layer_")
     assumed = sizes(262_144, 2304, 9216, 30, 8)
@@ -45,14 +40,7 @@ class Gemma4(Decoder):
     defaults = {
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 131_072,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
+        **DEFAULTS,
         "num_key_value_heads": 4,
         "head_dim": 256,
         "sliding_window": 512,

@@ -196,16 +196,18 @@ class _Walk:
         last = dense.stacks[-1]
         tokens, width = setting.tokens(last.name), setting.width
         narrow = width if width < 4 else 0
+        gathered = self._whole(self.head) + self._root(backward=False)[0]
         logits, made, added = head.of(setting), 0, 0
         count = logits.at_once if logits else 0
         if logits and logits.chunk is not None:
             # The gradients of chunks are summed up in float32, and those of the states are kept.
             matrix = logits.words * logits.hidden if logits.trained else 0
             made, added = F32 * matrix + tokens * last.hidden * width, narrow * matrix
+            # FSDP frees the last buffer after the forward pass, and chunks are computed inside it.
+            gathered += self._buffer(self.head or (self.blocks[-1].own, *self.blocks[-1].experts)[-1])
         # The last norm keeps its input in float32 and twice in the precision of the arithmetic.
         norm = tokens * last.hidden * (4 + 2 * width)
         alive = sum(self.kept) + tokens * last.hidden * width + norm
-        gathered = self._whole(self.head) + self._root(backward=False)[0]
         if not setting.sharded and setting.precision == "mixed":
             gathered += sum(self._whole(g) for b in self.blocks for g in (b.own, *b.experts))
         common = {"gradients": float(self.accumulated), "activations": alive, "gathered": gathered}

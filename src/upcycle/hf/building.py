@@ -22,9 +22,9 @@ from transformers.core_model_loading import (
 from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError, cut
 from upcycle.hf.quiet import quiet
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.moved import Slice
 
 

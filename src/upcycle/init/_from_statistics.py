@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from upcycle.dense.statistics import Statistics, unmeasured
 from upcycle.init import Init
+from upcycle.records.statistics import Statistics, unmeasured
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -32,4 +32,4 @@ class FromStatistics(Init):
         return Statistics.shared(self.statistics)
 
     def admit(self, dense: Dense) -> None:
-        self.measured.refuse_other(dense)
+        self.measured.refuse_other(dense.fingerprint, dense.checkpoint.folder)

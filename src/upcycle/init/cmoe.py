@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
 from upcycle.init import Site
 from upcycle.init._assignment import balanced
 from upcycle.init._from_statistics import FromStatistics
+from upcycle.records.statistics import Statistics
 from upcycle.system.once import once
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.positions import Computed, Positions

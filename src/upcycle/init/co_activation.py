@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from upcycle.dense.statistics import Statistics
 from upcycle.errors import UpcycleError
 from upcycle.init._selecting import Choice, drawn
 from upcycle.init.importance import Measured
 from upcycle.init.split import balanced_kmeans
+from upcycle.records.statistics import Statistics
 from upcycle.settings import AtLeast
 from upcycle.system.once import once
 from upcycle.tensors import rng

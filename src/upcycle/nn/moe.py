@@ -18,7 +18,7 @@ from upcycle.nn.routing import Routing, Tokens
 from upcycle.nn.shape import Shape
 
 
-class Router(nn.Module):
+class RouterLayer(nn.Module):
     """The tensors of a router and its decision about hidden states, computed in float32."""
 
     def __init__(self, settings: routers.Router, shape: Shape) -> None:
@@ -47,7 +47,7 @@ class Router(nn.Module):
             )
 
 
-class Shared(nn.Module):
+class SharedExpert(nn.Module):
     """The shared expert: a feed-forward network that sees every token of a row."""
 
     def __init__(self, config: PreTrainedConfig, shape: Shape, act_fn: nn.Module | None = None) -> None:
@@ -94,7 +94,7 @@ class MoE(nn.Module):
         settings = routers.read(shape.router)
         if shape.causal and not settings.causal:
             raise UpcycleError(f"router {settings.name} in a causal stack: {settings.not_in_a_decoder}")
-        self.router = Router(settings, shape)
+        self.router = RouterLayer(settings, shape)
         act_fn = learned(shape.activation)
         if act_fn is not None:
             self.act_fn = act_fn  # as the dense network has it; all experts share it
@@ -104,7 +104,7 @@ class MoE(nn.Module):
             if shape.universal_experts
             else None
         )
-        self.shared = Shared(config, shape, act_fn) if shape.shared_size else None
+        self.shared = SharedExpert(config, shape, act_fn) if shape.shared_size else None
         self.padding: Tensor | None = None
 
     def reset_parameters(self, std: float) -> None:

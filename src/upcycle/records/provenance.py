@@ -13,7 +13,7 @@ from upcycle.records.reader import Document, Record, Table, WrongError, load, so
 
 
 @dataclass(frozen=True, kw_only=True)
-class Donor(Record):
+class DonorRecord(Record):
     """A checkpoint that tensors come from, with the SHA-256 of its files by name."""
 
     name: str
@@ -33,7 +33,7 @@ class MadeFrom(Record):
     path: str
     model_type: str = sometimes("")
     sha256: Mapping[str, str]
-    donors: Mapping[str, Donor]
+    donors: Mapping[str, DonorRecord]
 
     def seen_from(self, made: Path) -> Path:
         """Return the path of its folder, for the folder `made` that was made from it."""

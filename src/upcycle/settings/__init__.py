@@ -6,12 +6,12 @@ depend on a name derives from `Named`. The reader (`reading.py`) knows no table 
 `files.py` reads TOML and merges files and `--set`. Nothing here imports numpy or torch.
 """
 
-from upcycle.settings.files import Layout, families, override, read_toml
+from upcycle.settings.files import FileLayout, families, override, read_toml
 from upcycle.settings.ranges import Above, AtLeast, Finite, Verbatim, Within, alternatives, options
 from upcycle.settings.reading import parted, read, table_at
-from upcycle.settings.tables import Named, Settings, defaults, hints, keys
+from upcycle.settings.tables import Named, Settings, hints, keys
 
 __all__ = [
-    "Above", "AtLeast", "Finite", "Layout", "Named", "Settings", "Verbatim", "Within", "alternatives",
-    "defaults", "families", "hints", "keys", "options", "override", "parted", "read", "read_toml", "table_at",
+    "Above", "AtLeast", "FileLayout", "Finite", "Named", "Settings", "Verbatim", "Within", "alternatives",
+    "families", "hints", "keys", "options", "override", "parted", "read", "read_toml", "table_at",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ Without = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class FileLayout:
     """The facts that are needed to merge one file over another. Places are dotted: `decoder.router`."""
 
     named: Mapping[str, type[Named]] = field(default_factory=dict)  # families of tables, by place
@@ -64,7 +64,7 @@ def families(cls: type, at: str = "") -> dict[str, type[Named]]:
     }
 
 
-def read_toml(path: str | Path, what: str, layout: Layout) -> dict[str, Any]:
+def read_toml(path: str | Path, what: str, layout: FileLayout) -> dict[str, Any]:
     """Read the table in a TOML file.
 
     If it has `base = FILE` (relative to the file's own folder), it is merged over that file: tables key by
@@ -73,7 +73,7 @@ def read_toml(path: str | Path, what: str, layout: Layout) -> dict[str, Any]:
     return _read_toml(Path(path), what, layout, ())
 
 
-def override(table: Mapping[str, Any], settings: Iterable[str], layout: Layout) -> dict[str, Any]:
+def override(table: Mapping[str, Any], settings: Iterable[str], layout: FileLayout) -> dict[str, Any]:
     """Return `table` with each `section.key=value` of `settings` set.
 
     A value that is not TOML is a string.
@@ -103,7 +103,7 @@ def override(table: Mapping[str, Any], settings: Iterable[str], layout: Layout) 
     return out
 
 
-def _read_toml(path: Path, what: str, layout: Layout, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_toml(path: Path, what: str, layout: FileLayout, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -26,12 +26,6 @@ def _hints(cls: Any) -> dict[str, Any]:
     return {field.name: found[field.name] for field in dataclasses.fields(cls)}
 
 
-def defaults(cls: type) -> dict[str, Any]:
-    """Return the keys of a table that have a plain default, with it."""
-    given = {field.name: field.default for field in dataclasses.fields(cls)}
-    return {name: _plain(value) for name, value in given.items() if value is not dataclasses.MISSING}
-
-
 def keys(cls: type) -> tuple[str, ...]:
     """Return the keys of a table, which are the fields of its dataclass."""
     return tuple(field.name for field in dataclasses.fields(cls))

@@ -24,7 +24,7 @@ OF_TRANSFORMERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Coordinates:
     """The coordinates of one rank."""
 
     replicate: int
@@ -63,12 +63,12 @@ class Layout:
         """The number of ranks of a copy that hold the same experts and shard them among each other."""
         return self.replica // self.ep
 
-    def at(self, rank: int) -> Place:
+    def at(self, rank: int) -> Coordinates:
         """Return the coordinates of a rank of the world."""
         copy, within = divmod(rank, self.replica)
         fsdp, tp = divmod(within, self.tp)
         efsdp, ep = divmod(within, self.ep)
-        return Place(replicate=copy, fsdp=fsdp, tp=tp, efsdp=efsdp, ep=ep)
+        return Coordinates(replicate=copy, fsdp=fsdp, tp=tp, efsdp=efsdp, ep=ep)
 
     def refuse(
         self,

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from upcycle import registry
-from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
 from upcycle.families._weights import Initial, Weight
 from upcycle.families._wrappers import TEXT, VISION, Wrapper
 from upcycle.init import Site
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from upcycle.blueprints.entries import Entry
 from upcycle.families import Config, Weights
 from upcycle.init import Site
 from upcycle.targets import Target, dense_snippet
+from upcycle.tensors.entries import Entry
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense

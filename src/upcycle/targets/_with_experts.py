@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from upcycle.blueprints.entries import Entry
 from upcycle.families import Config, Weights
 from upcycle.families._weights import Weight
 from upcycle.targets import Target
+from upcycle.tensors.entries import Entry
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense

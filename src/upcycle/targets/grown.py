@@ -14,18 +14,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from upcycle.blueprints import moe_layer
-from upcycle.blueprints.entries import Entry
 from upcycle.dense.mixtures import Mixture
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
 from upcycle.families._training import Trained
 from upcycle.families._weights import Initial, Weight
 from upcycle.init import Growth, Site
+from upcycle.targets import _moe_layer
 from upcycle.targets._parents import growth
 from upcycle.targets._with_experts import WithExperts
 from upcycle.targets.native import Native
 from upcycle.tensors.computed import Drawn, Fill, Noise
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 from upcycle.tensors.moved import Concat, Take
@@ -57,7 +57,7 @@ class Grown(WithExperts):
         source, grow = _parts(dense, recipe)
         layers = range(source.config["num_hidden_layers"])
         chosen = sorted(source.moe_layers) if not grow.dense_layers else list(layers)
-        moe_layer.refuse_too_many_experts(recipe, {"layers": (recipe, len(chosen))})
+        _moe_layer.refuse_too_many_experts(recipe, {"layers": (recipe, len(chosen))})
         return tuple(_site(source, recipe, layer) for layer in chosen)
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
@@ -95,8 +95,8 @@ class Grown(WithExperts):
                     name for name in source.layers[site.layer] if stack.owns(f"{prefix}.{name}", site.layer)
                 ]:
                     del out[f"{prefix}.{name}"]
-                made = moe_layer.tensors([source], site, recipe, self.native, source.tensors)
-                moe_layer.add(out, prefix, made)
+                made = _moe_layer.tensors([source], site, recipe, self.native, source.tensors)
+                _moe_layer.add(out, prefix, made)
         return out
 
     def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from upcycle.blueprints import moe_layer
-from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
 from upcycle.families._training import Trained
@@ -16,10 +14,11 @@ from upcycle.families._weights import AsMade, Initial, Matrix, Weight
 from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import kernels
-from upcycle.targets import Block, natives
+from upcycle.targets import Block, _moe_layer, natives
 from upcycle.targets._clients import Clients, reasons
 from upcycle.targets._layouts import Fused, Layout, Shared
 from upcycle.targets._with_experts import WithExperts
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class Native(WithExperts):
 
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
         """Return the layers that become MoE layers."""
-        return moe_layer.sites(recipe, dense, self)
+        return _moe_layer.sites(recipe, dense, self)
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
         """Return config.json in this architecture's spelling, without its dtype."""
@@ -167,16 +166,16 @@ class Native(WithExperts):
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return every tensor by its name on disk; a name that two rules define is a bug of ours."""
         family, config = models[0].family, models[0].config
-        every = moe_layer.averaged(models, recipe)
+        every = _moe_layer.averaged(models, recipe)
         out = family.backbone(config, self.model_type, every)
         moe = {site.layer: site for site in sites}
         for layer in models[0].stacks[0].numbers:
             if layer in moe:
-                made = moe_layer.tensors(models, moe[layer], recipe, self, every)
+                made = _moe_layer.tensors(models, moe[layer], recipe, self, every)
             else:
                 network = family.feed_forward(config, layer, every)
                 made = {f"{self.part}.{name}_proj.weight": m for name, m in network.matrices().items()}
-            moe_layer.add(out, f"{self.blocks}{layer}", made)
+            _moe_layer.add(out, f"{self.blocks}{layer}", made)
         return out
 
     def beside_router(

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from upcycle import families
-from upcycle.blueprints import moe_layer
-from upcycle.blueprints.entries import Entry
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack
 from upcycle.families._training import Trained
@@ -22,10 +20,11 @@ from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import upcycled_config
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
-from upcycle.targets import Block
+from upcycle.targets import Block, _moe_layer
 from upcycle.targets._layouts import Shared, SharedExpert, Stacked
 from upcycle.targets._with_experts import WithExperts
 from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -53,14 +52,14 @@ class Upcycled(WithExperts):
         family, lengths = dense.family, dense.family.lengths(dense.config)
         for stack in dense.stacks:
             part = recipe.at(stack.name)
-            _refuse_look_ahead(stack, part)
-            _refuse_mixed(family.model_type, stack, part)
             if part.moe.universal_experts and not part.router.has_slots:
                 raise UpcycleError(
                     f"moe.universal_experts needs a router that fills slots, spherical or soft; "
                     f"{part.router.name} sends tokens to experts of one width"
                 )
-            if moe_layer.chosen_layers(part, stack):
+            if _moe_layer.chosen_layers(part, stack):
+                _refuse_look_ahead(stack, part)
+                _refuse_mixed(family.model_type, stack, part)
                 part.router.check(part.moe.num_experts, part.moe.top_k, lengths[stack.name])
             elif stack.name in recipe.parts and stack.total > stack.count:
                 raise UpcycleError(
@@ -80,7 +79,7 @@ class Upcycled(WithExperts):
 
     def sites(self, dense: Dense, recipe: Recipe) -> tuple[Site, ...]:
         """Return the blocks that become MoE layers, stack by stack."""
-        return moe_layer.sites(recipe, dense, self)
+        return _moe_layer.sites(recipe, dense, self)
 
     def config(self, dense: Dense, recipe: Recipe, sites: tuple[Site, ...]) -> Config:
         """Return the dense config with an entry in `moe` for each stack that has MoE layers."""
@@ -96,7 +95,7 @@ class Upcycled(WithExperts):
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return every tensor by its name on disk; a name that two rules define is a bug of ours."""
-        every = moe_layer.averaged(models, recipe)
+        every = _moe_layer.averaged(models, recipe)
         stacks = {stack.name: stack for stack in models[0].stacks}
         parts = {name: recipe.at(name) for name in stacks}
         out = {
@@ -105,8 +104,8 @@ class Upcycled(WithExperts):
             if not any(stacks[site.stack].owns(name, site.layer) for site in sites)
         }
         for site in sites:
-            made = moe_layer.tensors(models, site, parts[site.stack], self, every)
-            moe_layer.add(out, stacks[site.stack].path.format(i=site.layer), made)
+            made = _moe_layer.tensors(models, site, parts[site.stack], self, every)
+            _moe_layer.add(out, stacks[site.stack].path.format(i=site.layer), made)
         return out
 
     def beside_router(

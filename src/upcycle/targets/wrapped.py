@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from upcycle import families, targets
-from upcycle.blueprints import moe_layer
-from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.dtypes import COUNTERS
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, Weights
@@ -24,7 +22,8 @@ from upcycle.families._weights import Initial, Weight
 from upcycle.families._wrappers import TEXT, VISION, Wrapper, config_key
 from upcycle.init import Site
 from upcycle.nn.upcycled_config import PREFIX
-from upcycle.targets import Block, Target
+from upcycle.targets import Block, Target, _moe_layer
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ class Renamed(Target):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithoutHead(Renamed):
+class HeadlessTarget(Renamed):
     """The base model of a target."""
 
     @classmethod
@@ -213,7 +212,7 @@ class Around(Renamed):
 
     def tensors(self, models: list[Dense], recipe: Recipe, sites: tuple[Site, ...]) -> dict[str, Lazy]:
         """Return the tensors of the target inside by their names on disk, and all that is around it."""
-        mixed = moe_layer.in_backbone(models, recipe)
+        mixed = _moe_layer.in_backbone(models, recipe)
         around = {
             name: tensor if tensor.dtype in COUNTERS else recipe.init.merge([m.around[name] for m in mixed])
             for name, tensor in models[0].around.items()

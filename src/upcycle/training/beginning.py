@@ -16,7 +16,17 @@ from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
 from upcycle.system import progress
 from upcycle.tasks import Task
-from upcycle.training import back, enter, fit, micro_batch, run_folder, saving, start, teacher
+from upcycle.training import (
+    back,
+    enter,
+    fit,
+    micro_batch,
+    moments,
+    run_folder,
+    saving,
+    start,
+    teacher,
+)
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.feeds import Feeds
@@ -105,7 +115,7 @@ def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
     """Return the state at step 0. If the run asks for it, the optimizer gets the moments of its source."""
     run = trainee.run
     if run.optimizer.carry_state:
-        stopped = start.carry_state(trainee.start, run, trainee.ranks, trainee.model, trainee.optimizer)
+        stopped = moments.carry_state(trainee.start, run, trainee.ranks, trainee.model, trainee.optimizer)
         if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
             progress.warn(wrong)
     return RunState(step=0, batches={}, identity={}, source_sha256=hashes)

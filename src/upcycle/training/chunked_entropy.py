@@ -22,7 +22,7 @@ from upcycle.hf.heads import Head
 from upcycle.nn import autocast
 from upcycle.training import distillation, shared_words
 from upcycle.training.distillation import Lesson, Losses
-from upcycle.training.run import Teacher
+from upcycle.training.sections import Teacher
 
 WORTH = 1 << 28  # bytes of float32 logits from which on chunks are worth their launches
 

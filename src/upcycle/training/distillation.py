@@ -15,7 +15,7 @@ from torch import Tensor
 
 from upcycle.data.corruption import IGNORED
 from upcycle.hf.heads import Head
-from upcycle.training.run import Teacher
+from upcycle.training.sections import Teacher
 
 
 class Lesson(Protocol):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.blueprints.entries import Entry
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Normal
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 
 Classes = int | tuple[str, ...]

@@ -17,7 +17,7 @@ from upcycle.errors import UpcycleError
 from upcycle.records.metrics import LayerMetrics, StepMetrics
 from upcycle.system import gpus, progress, whole_file
 from upcycle.system.wording import count
-from upcycle.training.run import Log
+from upcycle.training.sections import Log
 
 _CELL = 16  # pixels of a side
 _SINKS = "sinks.json"  # a file of a run: the ids of its runs in dashboards

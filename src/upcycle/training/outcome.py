@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from upcycle.errors import UpcycleError
 from upcycle.training import routing
 from upcycle.training.routing import RouterKind, Tally
-from upcycle.training.run import Spikes
+from upcycle.training.sections import Spikes
 from upcycle.training.transfer import Transfer
 
 

@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 from upcycle.errors import UpcycleError, listed
 from upcycle.hf import meshes
 from upcycle.sharding.layout import Layout
-from upcycle.training.run import Parallel
+from upcycle.training.sections import Parallel
 
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables by which processes find each other
 

@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints.dtypes import FLOATS
 from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense.source import Dense
@@ -35,6 +34,7 @@ from upcycle.hf.even_dispatch import EvenDispatch
 from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
     beginning,
@@ -53,7 +53,8 @@ from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
-from upcycle.training.run import Parallel, Run
+from upcycle.training.run import Run
+from upcycle.training.sections import Parallel
 from upcycle.training.start import Start
 
 _MOST = 8  # ranks that are built, spread evenly over a larger world

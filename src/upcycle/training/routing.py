@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from upcycle.errors import UpcycleError
 from upcycle.hf import recorded
 from upcycle.nn.counts import counted
-from upcycle.nn.moe import Router
+from upcycle.nn.moe import RouterLayer
 from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Routing
 from upcycle.records.metrics import LayerMetrics
@@ -106,7 +106,7 @@ def split(sums: Tensor, kinds: Sequence[RouterKind]) -> list[Tally]:
 
 def routers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the routers of `model` with their names, in module order; empty for a dense model."""
-    own = [(name, m) for name, m in model.named_modules() if isinstance(m, Router)]
+    own = [(name, m) for name, m in model.named_modules() if isinstance(m, RouterLayer)]
     return [*own] or recorded.routers(model)
 
 
@@ -114,8 +114,8 @@ def routers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 class Routers:
     """The routers of a model and their outputs in the recorded forward passes.
 
-    They are recorded with forward hooks on `nn.moe.Router`, which returns a `Routing`, or on the class whose
-    `router_logits` transformers records, which returns (logits [T, E], weights [T, K], indices [T, K]).
+    They are recorded with forward hooks on `nn.moe.RouterLayer`, which returns a `Routing`, or on the class
+    whose `router_logits` transformers records, which returns (logits [T, E], weights [T, K], indices [T, K]).
 
     A hook only leaves a router's output on the router, so that a compiled block contains it. `recording`
     reads it after the forward pass.
@@ -138,7 +138,7 @@ class Routers:
             return None
         routers = cls(
             layers=[_block(name, module) for name, module in there],
-            stacks=[m.shape.stack if isinstance(m, Router) else "layers" for _, m in there],
+            stacks=[m.shape.stack if isinstance(m, RouterLayer) else "layers" for _, m in there],
             modules=[module for _, module in there],
             names=[name for name, _ in there],
         )
@@ -222,7 +222,7 @@ class Routers:
 def _output(module: nn.Module, output: Any) -> RouterOutput:
     """Return the output of a router in the form that all routers share."""
     if isinstance(output, Routing):
-        assert isinstance(module, Router)
+        assert isinstance(module, RouterLayer)
         return RouterOutput(
             logits=output.logits,
             scores=output.probabilities,
@@ -265,7 +265,7 @@ def update_biases(biases: Sequence[Tensor | None], tallies: list[Tally], rate: f
 
 def _block(name: str, module: nn.Module) -> int:
     """Return the number of a router's block in its stack."""
-    path = re.escape(module.shape.module if isinstance(module, Router) else ".{i}.")
+    path = re.escape(module.shape.module if isinstance(module, RouterLayer) else ".{i}.")
     found = re.search(path.replace(r"\{i\}", r"(\d+)"), name)
     assert found is not None
     return int(found.group(1))

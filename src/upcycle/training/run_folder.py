@@ -10,17 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from upcycle.data.corpus import Data
 from upcycle.errors import UpcycleError, listed
 from upcycle.nn.balance import BUFFERED, EXACT, Balance
 from upcycle.records.reader import load
 from upcycle.records.run import RunRecord
-from upcycle.settings import defaults
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import agreement, saving
 from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
-from upcycle.training.run import Run, Train, train_of
+from upcycle.training.run import Run, train_of
 from upcycle.training.stages import LENGTH
 
 LOCK = ".upcycle-lock"
@@ -107,7 +105,8 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
     if recorded is None:
         return
     where, theirs, done = recorded
-    mine = _as_known_to(theirs, json.loads(json.dumps(_settled_as(run, theirs).identity())))
+    mine = _plain(_settled_as(run, theirs).identity())
+    theirs = _as_read_today(theirs)
     _refuse_other_length(run, where, theirs, mine, done)
     if different := _differences(_of_any_length(theirs), _of_any_length(mine)):
         raise UpcycleError(
@@ -161,15 +160,20 @@ def _with_counts(router: Balance, then: Any) -> Balance:
     return replace(router, balance_counts=EXACT if counts == EXACT else BUFFERED)
 
 
-def _as_known_to(theirs: Any, mine: dict[str, Any]) -> dict[str, Any]:
-    """Return an identity without keys that an older version did not know, if they have their defaults."""
-    out = dict(mine)
-    for name, usual in (("data", defaults(Data)), ("train", defaults(Train))):
-        known = theirs.get(name) if isinstance(theirs, dict) else None
-        if isinstance(known, dict):
-            new = {key for key in mine[name] if key not in known and mine[name][key] == usual.get(key, known)}
-            out[name] = {key: value for key, value in mine[name].items() if key not in new}
-    return out
+def _as_read_today(theirs: Any) -> Any:
+    """Return an identity with the keys that an older version did not know, at their defaults."""
+    if not isinstance(theirs, dict):
+        return theirs
+    try:
+        run = _settled_as(Run.of({**theirs, "out": "unused"}), theirs)
+    except UpcycleError:
+        return theirs  # damaged, or of a version with other keys
+    return _plain(run.identity())
+
+
+def _plain(identity: dict[str, Any]) -> Any:
+    """Return an identity as a JSON file gives it back."""
+    return json.loads(json.dumps(identity))
 
 
 def _of_any_length(identity: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -149,16 +149,34 @@ def write(
 
 
 class _Stoppable(dcp.DefaultSavePlanner):
-    """The default plan, which gives up before the next tensor once `stop` is set."""
+    """The default plan, which gives up before the next tensor once `stop` is set.
+
+    The optimizer's settings are stored with every parameter, so each of their few values is pickled once.
+    """
 
     def __init__(self, stop: threading.Event | None) -> None:
         super().__init__()
         self._stop = stop
+        self._pickled: dict[str, bytes] = {}  # by what Python writes for a value, of plain ones alone
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         _heed(self._stop)
         found: torch.Tensor | io.BytesIO = super().resolve_data(write_item)
         return found
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        if write_item.type != WriteItemType.BYTE_IO or not _is_plain(object):
+            return super().transform_object(write_item, object)
+        if (key := repr(object)) not in self._pickled:
+            self._pickled[key] = super().transform_object(write_item, object).getvalue()
+        return io.BytesIO(self._pickled[key])
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is nothing, a number, a text, or a tuple of these; `repr` tells them apart."""
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _heed(stop: threading.Event | None) -> None:

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from upcycle.training.run import Spikes
+from upcycle.training.sections import Spikes
 
 
 class Recent:

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from upcycle import loading, targets
-from upcycle.blueprints import moe_layer
+from upcycle import loading
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.blueprints.cost import flops_per_row, plan_of
-from upcycle.blueprints.entries import Entry
-from upcycle.checkpoints.checkpoint import Checkpoint, read_json
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.source import Dense, admit, refuse_two_heads
+from upcycle.dense.admission import admit, refuse_two_heads
+from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError
 from upcycle.families import Family, _stacks
 from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
@@ -36,6 +34,7 @@ from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 from upcycle.tensors.moved import Folded, Stack
 from upcycle.training import drop_path, layer_decay, recomputing, teacher, weightless
@@ -46,7 +45,6 @@ from upcycle.training.routing import Routers
 from upcycle.training.run import Run, Train
 
 _MAY_SKIP = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # a setting of torch.compile
-OPTIMIZER = "optimizer"  # folder of the moments next to an exported model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +184,7 @@ def _drawn(shape: tuple[int, ...], deviation: float, name: str, seed: int, place
 def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrainedModel:
     """Build the model in training mode, each rank with its own part; the source's files stay open."""
     dtype = torch.float32 if precision == "mixed" else getattr(torch, precision)
-    model = _build(start, start.entries, run, ranks, dtype)
+    model = build(start, start.entries, run, ranks, dtype)
     _refuse_wide(model, ranks, precision)
     if Course(run).isolates:
         _refuse_joined(model, start.dense.family)
@@ -268,9 +266,10 @@ def _compile(blocks: Iterable[nn.Module]) -> None:
         block.compile()
 
 
-def _build(
+def build(
     start: Start, entries: Mapping[str, Entry], run: Run, ranks: Ranks, dtype: torch.dtype
 ) -> PreTrainedModel:
+    """Build a model of the run's class from `entries`, by their names on disk; each rank has its own part."""
     tensors = start.built.target.in_memory(entries) if start.built else entries
     return loading.build(
         start.architecture,
@@ -307,81 +306,3 @@ def plain_model(start: Start) -> PreTrainedModel:
     """Build the model on one process with its starting weights, for an export to fill."""
     tensors = start.built.target.in_memory(start.entries) if start.built else start.entries
     return loading.build(start.architecture, start.config, tensors, dtype=torch.float32)
-
-
-def carry_state(
-    start: Start, run: Run, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
-    """Give the optimizer the dense run's moments, tiled to experts, and return the dense run's step.
-
-    The router's moments are zero. The moments have the dense model's names and shapes, so the blueprint that
-    makes the weights makes them too (Sparse Upcycling, B.6). Raises `UpcycleError` if they are missing or do
-    not fit.
-    """
-    folder = start.dense.checkpoint.folder / OPTIMIZER
-    if not (folder / "state.json").is_file():
-        raise UpcycleError(
-            f"optimizer.carry_state = true, and {start.dense.checkpoint.folder} has no {OPTIMIZER}/; make it "
-            f"with `upcycle export RUN OUT --optimizer`, or set it to false"
-        )
-    if start.built and not start.built.target.keeps_narrow_bits(start.dense.family):
-        raise UpcycleError(
-            f"optimizer.carry_state = true: {start.dense.family.model_type} changes weights on their way to "
-            f"{start.built.target.model_type}, and moments do not change with them; set it to false"
-        )
-    sites = start.built.sites if start.built else ()
-    if run.recipe and any(moe_layer.factors(run.recipe.at(s.stack), s) != (1.0, 1.0, 1.0) for s in sites):
-        raise UpcycleError(
-            "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
-            "moments would have to be; set one of the two, or router.rescale = false"
-        )
-    step = read_json(folder / "state.json", f"{folder} has no state.json").get("step")
-    if type(step) is not int or step < 0:
-        raise UpcycleError(f"{folder / 'state.json'} is damaged: step = {step!r}; export the run again")
-    moments: dict[str, dict[str, Tensor]] = {name: {} for name, _ in model.named_parameters()}
-    for moment in _stored_moments(folder, run):
-        with Checkpoint.open(folder / moment) as stored:
-            entries = _moments(stored, run)
-            shaped = _build(start, entries, run, ranks, torch.float32).to(ranks.device)
-            given = dict(shaped.named_parameters())
-            for name, parameter in model.named_parameters():
-                moments[name][moment] = given[name].detach().to(parameter.dtype)
-    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter in trained:
-            optimizer.state[parameter] = run.optimizer.carried(optimizer, parameter, step, moments[name])
-    return step
-
-
-def _stored_moments(folder: Path, run: Run) -> tuple[str, ...]:
-    """Return the names of the optimizer's moments. Raises `UpcycleError` if `folder` lacks one."""
-    wanted = run.optimizer.moments
-    if not wanted:
-        raise UpcycleError(
-            f"optimizer.carry_state = true: optimizer.name = {run.optimizer.name}, as it is set, has no "
-            f"moments that could be tiled to experts; set it to false"
-        )
-    if any(not (folder / moment).is_dir() for moment in wanted):
-        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise UpcycleError(
-            f"optimizer.carry_state = true: {folder} has {listed(there)}, and optimizer.name = "
-            f"{run.optimizer.name} takes {listed([*wanted])}; take the optimizer of that run, or set it "
-            f"to false"
-        )
-    return wanted
-
-
-def _moments(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
-    """Return the moments of every tensor of the model, made from those of the dense model."""
-    if run.recipe is None:
-        return {n: Entry(t, t.dtype) for n, t in admit(stored).tensors.items()}
-    kind = targets.recorded({"target": run.recipe.moe.target})
-    copied = blueprint(stored, kind.moments(run.recipe))
-    # Tensors that come from no source tensor (constants, gates of shared experts) have no moments yet. The
-    # same holds for a router, even if it contains a norm of the dense model.
-    return {
-        n: e
-        if not copied.target.draws(n) and any(True for _ in e.lazy.sources())
-        else replace(e, lazy=Fill(e.shape, e.lazy.dtype, 0.0))
-        for n, e in copied.entries.items()
-    }

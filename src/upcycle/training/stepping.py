@@ -20,7 +20,7 @@ from upcycle.training.examining import Examiner
 from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
 from upcycle.training.rows import Rows
-from upcycle.training.run import Spikes
+from upcycle.training.sections import Spikes
 from upcycle.training.writers import Writer
 
 

@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upcycle import loading
-from upcycle.blueprints.entries import Entry
 from upcycle.checkpoints import vocabularies
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.data.feeding import Feed
-from upcycle.dense.source import Dense, admit
+from upcycle.dense.admission import admit
+from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.hf import carriers, distributing, packing
 from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
+from upcycle.tensors.entries import Entry
 from upcycle.training import kept_logits
 from upcycle.training.distillation import Largest, Lesson, Unheaded, Whole
 from upcycle.training.kept_logits import Arrays

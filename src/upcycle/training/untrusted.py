@@ -56,13 +56,22 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """The default plan, except that values other than tensors may only be numbers and text."""
+    """The default plan, except that values other than tensors may only be numbers and text.
+
+    A checkpoint has each of its few values many times, so every pickle is examined once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._examined: dict[bytes, bytes] = {}  # by a pickle, one of the same value that torch has written
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
-        plain.seek(0)
-        super().load_bytes(read_item, plain)
+        given = value.getvalue()
+        if given not in self._examined:
+            plain = io.BytesIO()
+            torch.save(torch.load(value, weights_only=True), plain)
+            self._examined[given] = plain.getvalue()
+        super().load_bytes(read_item, io.BytesIO(self._examined[given]))
 
 
 def _metadata(path: Path) -> Metadata:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from upcycle.records.state import RunState
 from upcycle.training import saving
 from upcycle.training.parallel import Ranks
-from upcycle.training.run import Saving
+from upcycle.training.sections import Saving
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ def generation(built: Blueprint) -> list[Generation]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class GenerationSettings:
     """The settings that generation heeds: the ids of special tokens, and generation_config.json."""
 
     name: ClassVar[str] = "generation settings"
@@ -147,6 +147,6 @@ class Settings:
         )
 
 
-def settings(built: Blueprint) -> list[Settings]:
+def settings(built: Blueprint) -> list[GenerationSettings]:
     """Return the question about settings; none for a model that does not generate."""
-    return [Settings()] if generation(built) else []
+    return [GenerationSettings()] if generation(built) else []

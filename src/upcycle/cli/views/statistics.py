@@ -8,7 +8,7 @@ from upcycle.cli.screen import grid, out
 from upcycle.system.wording import count, place_of, size
 
 if TYPE_CHECKING:
-    from upcycle.dense.statistics import Statistics
+    from upcycle.records.statistics import Statistics
 
 
 def show_calibrated(found: Statistics) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 
-from upcycle.dense.statistics import Statistics, unmeasured
 from upcycle.errors import UpcycleError, listed, nearest
 from upcycle.nn.router_starts import RouterStart
+from upcycle.records.statistics import Statistics, unmeasured
 from upcycle.settings import Above
 from upcycle.tensors.computed import Made
 from upcycle.tensors.lazy import Lazy
@@ -51,7 +51,7 @@ class Measured(RouterStart, abc.ABC):
         return Statistics.shared(self.statistics)
 
     def admit(self, dense: Dense) -> None:
-        self.measured.refuse_other(dense)
+        self.measured.refuse_other(dense.fingerprint, dense.checkpoint.folder)
 
     def uniform(self, std: float) -> bool:
         return False

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from upcycle.dense.statistics import NEGATIVE
 from upcycle.nn.router_starts._measured import OfDomains, unit
+from upcycle.records.statistics import NEGATIVE
 
 if TYPE_CHECKING:
     from upcycle.init import Site

@@ -18,7 +18,7 @@ from upcycle.system import whole_file
 from upcycle.training.course import Course
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import card_of, provenance_of
-from upcycle.training.start import OPTIMIZER
+from upcycle.training.moments import OPTIMIZER
 
 
 class HuggingFace(Format):

@@ -16,7 +16,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """The place of a tensor: `nbytes` from byte `offset` of shard number `shard`."""
 
     shard: int
@@ -31,7 +31,7 @@ class Shards:
     names: tuple[str, ...]
     headers: tuple[bytes, ...]
     sizes: tuple[int, ...]
-    places: Mapping[str, Place]
+    places: Mapping[str, Extent]
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +63,7 @@ def lay_out(entries: Mapping[str, Entry], shard_size: int = DEFAULT_SHARD) -> Sh
         header, ends = tensor_file.header(group, {"format": "pt"})
         start = len(header)
         for (name, entry), end in zip(group.items(), ends, strict=True):
-            places[name] = Place(number, start + end - entry.nbytes, entry.nbytes)
+            places[name] = Extent(number, start + end - entry.nbytes, entry.nbytes)
         headers.append(header)
         sizes.append(start + (ends[-1] if ends else 0))
     count = len(groups)

@@ -1,0 +1,163 @@
+"""What came out of a `Continuation`: gaps to the dense continuation, crossings, tables and figures."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import common
+import figure
+from continuation import Continuation, Key
+
+FLOPS, SECONDS, LOSS = 2, 3, 4  # columns of a curve; after the loss come further scores
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The recorded runs of an experiment by start and variant: one per seed."""
+
+    experiment: Continuation
+    runs: Mapping[Key, Sequence[common.Result]]
+
+    @staticmethod
+    def of(experiment: Continuation) -> Outcome:
+        """Read the results of an experiment."""
+        runs: dict[Key, list[common.Result]] = defaultdict(list)
+        for (start, variant, _), result in experiment.known().items():
+            runs[start, variant].append(result)
+        return Outcome(experiment, dict(runs))
+
+    def __getitem__(self, key: Key) -> Sequence[common.Result]:
+        return self.runs.get(key, ())
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.runs
+
+    @property
+    def starts(self) -> list[int]:
+        """The starts that have runs, in order."""
+        return sorted({start for start, _ in self.runs})
+
+    def spent(self, start: int) -> float:
+        """Return the training FLOPs of a start."""
+        steps, _, flops, *_ = self[start, "dense"][0]["curve"][-1]
+        return float(flops) / steps * self.experiment.start.steps[start]
+
+    def share(self, start: int, variant: str, score: int = LOSS) -> list[np.ndarray]:
+        """Return a curve for each seed: [points, (extra FLOPs relative to the start's, held-out score)]."""
+        unit = self.spent(start)
+        before = float(self.experiment.from_scratch(variant))  # it spends the start's FLOPs as well
+        curves = [np.array(each["curve"], np.float64) for each in self[start, variant]]
+        return [np.stack([each[:, FLOPS] / unit - before, each[:, score]], axis=1) for each in curves]
+
+    def gaps(self, start: int, variant: str, score: int = LOSS) -> list[float]:
+        """Return the final score of each seed, less that of dense continuation."""
+        ends = {each["seed"]: each["curve"][-1][score] for each in self[start, "dense"]}
+        return [
+            each["curve"][-1][score] - ends[each["seed"]]
+            for each in self[start, variant]
+            if each["seed"] in ends
+        ]
+
+    def gap(self, start: int, variant: str, score: int = LOSS) -> tuple[float, float]:
+        """Return mean and standard error of `gaps`."""
+        return common.mean_and_error(self.gaps(start, variant, score))
+
+    def crossing(self, start: int, variant: str) -> float | None:
+        """Return the extra FLOPs, relative to the start's, from which the mean curve stays below the dense
+        one.
+
+        The dense curve is interpolated between its points; the answer is a point of the variant's. None if
+        the variant ends above it.
+        """
+        theirs, ours = (np.mean(self.share(start, name), axis=0) for name in ("dense", variant))
+        below = ours[:, 1] < np.interp(ours[:, 0], theirs[:, 0], theirs[:, 1])
+        if not below[-1]:
+            return None
+        above = np.flatnonzero(~below)
+        return float(ours[above[-1] + 1 if len(above) else 0, 0])
+
+    def draw(self, path: Path, start: int, title: str, y: str, highest: float = np.inf) -> None:
+        """Draw the held-out loss of the core from one start; a first point above `highest` is left out."""
+        shown = [name for name in self.experiment.core if (start, name) in self]
+        curves = {
+            name: [
+                [(100 * x, y) for x, y in curve if x >= 0.01 or (x == 0 and y < highest)]
+                for curve in self.share(start, name)
+            ]
+            for name in shown
+        }
+        figure.write(path, title, curves, "extra training FLOPs (% of the dense model's)", y)
+
+    def draw_gaps(self, path: Path, title: str, x: str, y: str) -> None:
+        """Draw the final gap to dense continuation against the length of the start's training."""
+        starts = self.starts
+        names = [n for n in self.experiment.core if n != "dense" and all((s, n) in self for s in starts)]
+        if len(starts) < 2 or not names:
+            return
+        curves = {}
+        for name in names:
+            ends = {start: self.gaps(start, name) for start in starts}
+            seeds = min(map(len, ends.values()))
+            curves[name] = [[(start, ends[start][seed]) for start in starts] for seed in range(seeds)]
+        figure.write(path, title, curves, x, y)
+
+    def report(self, unit: str, nats: str, *, name: str = "start", highest: float = np.inf) -> None:
+        """Print the table, and draw the figures beside the results.
+
+        `unit` is that of the lengths of starts, and `nats` that of the loss. For `highest` see `draw`.
+        """
+        here = self.experiment.results.parent
+        print(*self.head(), sep="\n")
+        for start in self.starts:
+            y = f"held-out loss ({nats})"
+            self.draw(here / f"{name}-{start}.png", start, f"From {start} {unit}", y, highest)
+            for variant in self.experiment.variants:
+                if (start, variant) in self:
+                    print(self.row(start, variant))
+        title, x = "The longer the dense model was trained", f"{unit} of the start"
+        gaps = here / ("gaps.png" if name == "start" else f"{name}-gaps.png")
+        self.draw_gaps(gaps, title, x, "nats against dense, continued")
+
+    def head(self) -> list[str]:
+        """Return the head of the table in Markdown."""
+        columns = ["start", "variant", "seeds", "loss at the start", "at the end", "less dense", "crosses at"]
+        columns += [each for score in self.experiment.scores[1:] for each in (score, "less dense")]
+        return [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
+
+    def row(self, start: int, name: str) -> str:
+        """Return the row of a variant: first and final loss, gap, crossing, and the other final scores."""
+        each, dense = self[start, name], name == "dense"
+        begins = common.mean_and_error([r["curve"][0][LOSS] for r in each])[0]
+        at = None if dense else self.crossing(start, name)
+        cells = [str(start), name, str(len(each)), f"{begins:.3f}", self._end(start, name, LOSS)]
+        cells += ["", ""] if dense else [self._gap(start, name, LOSS), "no" if at is None else f"{at:.0%}"]
+        for score in range(LOSS + 1, LOSS + len(self.experiment.scores)):
+            cells += [self._end(start, name, score), "" if dense else self._gap(start, name, score)]
+        return f"| {' | '.join(cells)} |"
+
+    def _end(self, start: int, name: str, score: int) -> str:
+        mean, error = common.mean_and_error([r["curve"][-1][score] for r in self[start, name]])
+        return f"{mean:.4f}" + self._around(start, name, error)
+
+    def _gap(self, start: int, name: str, score: int) -> str:
+        mean, error = self.gap(start, name, score)
+        return f"{mean:+.4f}" + self._around(start, name, error)
+
+    def _around(self, start: int, name: str, error: float) -> str:
+        return f" ± {error:.4f}" if len(self[start, name]) > 1 else ""  # unknown for one seed
+
+
+def draw_start(recorded: Path, unit: str, steps: float) -> None:
+    """Draw the curve that `Start.record` wrote, beside it; a unit of training is so many steps."""
+    if not recorded.exists():
+        return
+    points = json.loads(recorded.read_text())["curve"]
+    names = {"in training": 1, "held out": 2}
+    curves = {name: [[(p[0] / steps, p[column]) for p in points]] for name, column in names.items()}
+    figure.write(recorded.with_suffix(".png"), f"The {recorded.stem} model", curves, unit, "loss (nats)")

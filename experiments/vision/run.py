@@ -1,0 +1,32 @@
+"""Run the variants of `table.py` from the small ViT of `dense.py`, and gather `results.json`.
+
+A run that is in `results.json` is not repeated, and an interrupted one resumes where it stopped.
+
+    python experiments/vision/run.py FOLDER --starts 70 --variants core --seeds 3
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import table  # noqa: E402
+
+import dense  # noqa: E402
+from continuation import Continuation  # noqa: E402
+
+EXPERIMENT = Continuation(
+    start=dense.STARTS["small"],
+    variants=table.VARIANTS,
+    core=[*table.CORE],
+    results=HERE / "results.json",
+    default=70,
+    scores=("loss", "accuracy"),
+)
+
+
+if __name__ == "__main__":
+    EXPERIMENT.main(__doc__)
