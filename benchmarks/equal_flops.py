@@ -1,9 +1,9 @@
 """The seconds of a training step with experts, relative to the dense step of equal active FLOPs, on a CPU.
 
 The experts are those of `recipes/equal_flops.toml`: 16 of half the width, top-2. The seconds are those of the
-processor in one thread, so that other processes disturb little; the contenders take turns, and a ratio is of a
-round (`of_fastest`: of each contender's fastest step). `grouped_mm` is the MoE with grouped products, which
-ran by default before. `products` is the ratio of the matrix products of the feed-forward networks
+processor in one thread, so that other processes disturb little; the contenders take turns, and a ratio is
+of a round (`of_fastest`: of each contender's fastest step). `grouped_mm` is the MoE with grouped products,
+which ran by default before. `products` is the ratio of the matrix products of the feed-forward networks
 alone. `--profile` names the operations that cost the MoE more than the dense model.
 
     python benchmarks/equal_flops.py [--hidden 64 128 256 512] [--rounds 8] [--out results.json]
