@@ -1,8 +1,10 @@
 """The seconds of a training step with experts, relative to the dense step of equal active FLOPs, on a CPU.
 
 The experts are those of `recipes/equal_flops.toml`: 16 of half the width, top-2. The seconds are those of the
-processor in one thread, so that other processes disturb little; dense and MoE take turns, and a ratio is of a
-round. `--profile` names the operations that cost the MoE more than the dense model.
+processor in one thread, so that other processes disturb little; the contenders take turns, and a ratio is
+of a round (`of_fastest`: of each contender's fastest step). `grouped_mm` is the MoE with grouped products,
+which ran by default before. `products` is the ratio of the matrix products of the feed-forward networks
+alone. `--profile` names the operations that cost the MoE more than the dense model.
 
     python benchmarks/equal_flops.py [--hidden 64 128 256 512] [--rounds 8] [--out results.json]
 """
@@ -27,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import machine
 import steps
+from upcycle.nn import kernels
 from upcycle.training.run import Run
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "equal_flops.toml"
@@ -34,7 +37,7 @@ ROWS, LENGTH, LAYERS, VOCABULARY = 16, 256, 4, 1024
 
 
 def contenders(hidden: int, work: Path) -> dict[str, Callable[[], Any]]:
-    """Return the step of the dense model and the step of the MoE."""
+    """Return the step of the dense model, and that of the MoE as a run has it and with grouped products."""
     torch.manual_seed(0)
     heads = max(2, hidden // 32)
     config = LlamaConfig(
@@ -49,9 +52,12 @@ def contenders(hidden: int, work: Path) -> dict[str, Callable[[], Any]]:
         "schedule": {"peak": 1.0},
         "train": {"steps": 1, "batch_tokens": ROWS * LENGTH, "sequence_length": LENGTH},
     }  # fmt: skip
+    recipe = tomllib.loads(RECIPE.read_text())
+    grouped = {"train": {**table["train"], "experts_implementation": kernels.GROUPED}}
     return {
         "dense": steps.ours(Run.of(table), rows),
-        "moe": steps.ours(Run.of(table | tomllib.loads(RECIPE.read_text())), rows),
+        "moe": steps.ours(Run.of(table | recipe), rows),
+        "grouped_mm": steps.ours(Run.of(table | recipe | grouped), rows),
     }
 
 
@@ -63,7 +69,7 @@ def seconds(step: Callable[[], Any]) -> float:
 
 
 def measure(hidden: int, rounds: int, work: Path) -> dict[str, Any]:
-    """Return the seconds of both steps, and their ratio within rounds."""
+    """Return the seconds of all steps, their ratios to the dense one, and the ratio of products alone."""
     steps_of = contenders(hidden, work)
     for step in steps_of.values():
         step()
@@ -74,8 +80,40 @@ def measure(hidden: int, rounds: int, work: Path) -> dict[str, Any]:
     return {
         "hidden": hidden,
         "seconds": {name: round(statistics.median(each), 4) for name, each in taken.items()},
-        "moe_over_dense": machine.ratio(taken["moe"], taken["dense"]),
+        "moe_over_dense": _ratio(taken["moe"], taken["dense"]),
+        "grouped_mm_over_dense": _ratio(taken["grouped_mm"], taken["dense"]),
+        "products": products(hidden),
     }
+
+
+def _ratio(of: list[float], to: list[float]) -> dict[str, float]:
+    return {**machine.ratio(of, to), "of_fastest": round(min(of) / min(to), 3)}
+
+
+def products(hidden: int, rounds: int = 5) -> float:
+    """Return the time of the experts' matrix products over that of the dense network's, the fastest of each.
+
+    They are those of a forward and a backward pass of one layer, with as many tokens for each expert.
+    """
+    width, experts, tokens = 4 * hidden, 16, ROWS * LENGTH
+
+    def layer(rows: int, *shapes: tuple[int, int]) -> list[tuple[torch.Tensor, ...]]:
+        return [tuple(map(torch.randn, ((rows, i), (o, i), (rows, o)))) for i, o in shapes]
+
+    dense = layer(tokens, (hidden, width), (hidden, width), (width, hidden))
+    each = [layer(2 * tokens // experts, (hidden, width), (width // 2, hidden)) for _ in range(experts)]
+
+    def run(parts: list[tuple[torch.Tensor, ...]]) -> None:
+        for given, weight, gradient in parts:
+            torch.mm(given, weight.T)
+            torch.mm(gradient, weight)
+            torch.mm(gradient.T, given)
+
+    taken: dict[str, list[float]] = {"dense": [], "expert": []}
+    for _ in range(rounds + 1):
+        taken["dense"].append(seconds(lambda: run(dense)))
+        taken["expert"].append(seconds(lambda: run([part for parts in each for part in parts])))
+    return round(min(taken["expert"]) / min(taken["dense"]), 3)
 
 
 def dearer(hidden: int, work: Path, count: int = 12) -> dict[str, float]:

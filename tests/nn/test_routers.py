@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import MixtralConfig, PreTrainedConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+import upcycle.hf.opening  # noqa: F401 - names our own implementation of experts
 from upcycle import UpcycleError
 from upcycle.nn import MoE, routers
 from upcycle.nn.experts import Experts
@@ -572,7 +574,7 @@ def test_settings_survive_a_table(name):
 
 # Experts.
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "expert_by_expert")
 KINDS = [(gated, bias) for gated in (True, False) for bias in (True, False)]
 
 
@@ -643,6 +645,46 @@ def test_experts_are_the_same_however_they_run(implementation, gated, bias):
         off = (found[name] - value).abs().max()
         assert off <= 1e-6 * value.abs().max(), (name, float(off))
     assert (found["down_proj"][3] == 0).all()  # nobody chose it
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "experts", "top_k"),
+    [(7, 24, 5, 4), (600, 64, 16, 2), (64, 128, 3, 1), (300, 32, 8, 5)],
+)
+def test_expert_by_expert_has_the_bits_of_grouped_products(rows, hidden, experts, top_k):
+    """Outputs and all gradients, in experts of transformers, also if one has no rows."""
+    config = MixtralConfig(
+        hidden_size=hidden, intermediate_size=2 * hidden, num_local_experts=experts, num_experts_per_tok=top_k
+    )
+    theirs = shaken(MixtralExperts(config), scale=0.4)
+    generator = torch.Generator().manual_seed(rows)
+    given = torch.randn(rows, hidden, generator=generator)
+    index = torch.rand(rows, experts - (top_k < experts), generator=generator).argsort(-1)[:, :top_k]
+    weights = torch.rand(rows, top_k, generator=generator)
+    found = {}
+    for implementation in ("grouped_mm", "expert_by_expert"):
+        config._experts_implementation = implementation
+        leaves = [given.clone().requires_grad_(), weights.clone().requires_grad_()]
+        out = theirs(leaves[0], index, leaves[1])
+        assert ("ExpertByExpert" in type(out.grad_fn).__name__) == (implementation == "expert_by_expert")
+        gradients = torch.autograd.grad(out.square().sum(), [*leaves, *theirs.parameters()])
+        with torch.no_grad():
+            assert torch.equal(theirs(given, index, weights), out)
+        found[implementation] = [out, *gradients]
+    threads = torch.get_num_threads()
+    for ours, wanted in zip(*found.values(), strict=True):
+        assert torch.equal(ours, wanted) if threads == 1 else torch.allclose(ours, wanted, rtol=1e-5)
+
+
+def test_expert_by_expert_leaves_out_what_needs_no_gradient():
+    experts = experts_of("expert_by_expert", True, False)
+    wanted = results(experts)
+    experts.down_proj.requires_grad_(False)
+    rows, index, weights = routed()
+    out = experts(rows, index, weights)
+    mass = torch.randn(50, 16, generator=torch.Generator().manual_seed(6))
+    (gradient,) = torch.autograd.grad((out * mass).sum(), experts.gate_up_proj)
+    assert torch.equal(gradient, wanted["gate_up_proj"])
 
 
 @pytest.mark.parametrize(("gated", "bias"), KINDS)

@@ -16,8 +16,9 @@ from upcycle.checkpoints.checkpoint import CONFIG, Checkpoint, read_json
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families._checked import MOST_BLOCKS
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
-from upcycle.nn import kernels
+from upcycle.nn import expert_by_expert, kernels
 
+ALL_EXPERTS_FUNCTIONS.register(kernels.EXPERT_BY_EXPERT, expert_by_expert.run)
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # stacked over all experts of a layer
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
 

@@ -7,9 +7,10 @@ from collections.abc import Collection
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import _default_apply_gate as default_gate
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["ACT2CLS", "ACT2FN", "ALL_EXPERTS_FUNCTIONS", "Conv1D", "tower"]
+__all__ = ["ACT2CLS", "ACT2FN", "ALL_EXPERTS_FUNCTIONS", "Conv1D", "default_gate", "tower"]
 
 
 def tower(model: PreTrainedModel, types: Collection[str]) -> PreTrainedModel:

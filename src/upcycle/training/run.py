@@ -65,7 +65,9 @@ class Train(Settings):
     # matrix products and attention
     activation_checkpointing: bool | Literal["selective"] = False
     compile: bool = False  # whether to use torch.compile
-    experts_implementation: str | None = None  # None: the one that benchmarks/train_step.py found fastest
+    # how experts run, in transformers' names, or expert_by_expert; None: grouped_mm, and on a CPU
+    # expert_by_expert, whose results are the same; eager if rows are no multiple of 16 bytes
+    experts_implementation: str | None = None
     # how attention is computed, in transformers' names; None: what transformers takes, most often sdpa
     attn_implementation: (
         Literal[

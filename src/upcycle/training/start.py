@@ -278,10 +278,18 @@ def build(
         distributed_config=ranks.config,
         dtype=dtype,
         attn_implementation=run.train.attn_implementation,
-        experts_implementation=experts_implementation(start, run, dtype)
+        experts_implementation=_experts_on(ranks.device, start, run, dtype)
         if start.built and start.built.sites
         else None,
     )
+
+
+def _experts_on(device: torch.device, start: Start, run: Run, dtype: torch.dtype) -> str:
+    """Return how experts run on a device: as `experts_implementation` says, and one by one on a CPU."""
+    chosen = experts_implementation(start, run, dtype)
+    if run.train.experts_implementation is None and chosen == kernels.GROUPED and device.type == "cpu":
+        return kernels.EXPERT_BY_EXPERT
+    return chosen
 
 
 def experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
