@@ -73,11 +73,11 @@ class Outcome:
         one.
 
         The dense curve is interpolated between its points; the answer is a point of the variant's. None if
-        the variant ends above it.
+        the variant ends above it, or after it.
         """
         theirs, ours = (np.mean(self.share(start, name), axis=0) for name in ("dense", variant))
         below = ours[:, 1] < np.interp(ours[:, 0], theirs[:, 0], theirs[:, 1])
-        if not below[-1]:
+        if not below[-1] or ours[-1, 0] > 1.01 * theirs[-1, 0]:
             return None
         above = np.flatnonzero(~below)
         return float(ours[above[-1] + 1 if len(above) else 0, 0])

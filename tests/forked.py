@@ -260,6 +260,8 @@ def _become(
         code = 0
     except SystemExit as end:
         code = end.code or 0
+    except BaseException:  # as Python does at the end of a process
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -210,14 +210,21 @@ def test_the_rules_by_which_tokenizers_are_opened_are_those_of_transformers():
 
 
 def test_transformers_is_imported_beside_the_writing_if_there_is_a_tokenizer(tmp_path, monkeypatch):
-    seen = []
+    seen, goes_on = [], threading.Event()
     monkeypatch.delitem(sys.modules, "transformers")
-    monkeypatch.setattr(tokenizer, "_import", lambda source: seen.append(threading.current_thread()))
+    monkeypatch.setattr(
+        tokenizer, "_import", lambda source: (seen.append(threading.current_thread()), goes_on.wait(5))
+    )
     with tokenizer.imported_beside(tmp_path):
         pass
     assert seen == []
     (tmp_path / "tokenizer.json").write_text("{}")
     with tokenizer.imported_beside(tmp_path):
-        pass
+        threading.Timer(0.2, goes_on.set).start()
     assert [thread.is_alive() for thread in seen] == [False]
     assert seen[0] is not threading.main_thread()
+    goes_on.clear()
+    with pytest.raises(KeyboardInterrupt), tokenizer.imported_beside(tmp_path):
+        raise KeyboardInterrupt
+    assert seen[1].is_alive(), "the one who interrupts does not wait"
+    goes_on.set()

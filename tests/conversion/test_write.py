@@ -270,7 +270,7 @@ def test_a_really_full_disk(dense, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_memory_stays_below_the_plan(dense, tmp_path):
-    """The peak of a real run, in a process of its own, is below what plan says."""
+    """The peak of a real run, in a process of its own, is below what plan says, with a tokenizer or not."""
     script = (
         "import sys; from upcycle import convert, plan, Recipe\n"
         "r = Recipe.of(init={'name': 'drop'})\n"
@@ -281,13 +281,16 @@ def test_memory_stays_below_the_plan(dense, tmp_path):
     if not os.path.exists("/proc/self/status"):
         pytest.skip("no /proc to read the peak memory from")
     source = dense("llama", hidden_size=512, intermediate_size=4096, num_attention_heads=4, head_dim=128)
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(source), str(tmp_path / "out")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    peak, planned = map(int, run.stdout.split())
-    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 700_000_000
-    assert peak < planned < 400_000_000
+    spoken = shutil.copytree(source, tmp_path / "spoken")
+    tiny.make_bytes_tokenizer(spoken)
+    for folder, most in ((source, 400_000_000), (spoken, 720_000_000)):
+        run = subprocess.run(
+            [sys.executable, "-c", script, str(folder), str(tmp_path / folder.name / "out")],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peak, planned = map(int, run.stdout.split())
+        assert (tmp_path / folder.name / "out" / "model.safetensors").stat().st_size > 700_000_000
+        assert 0.6 * planned < peak < planned < most
 
 
 def test_resume_after_a_shard_was_lost(dense, killed, tmp_path):

@@ -92,7 +92,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("name", quick(CASES, "places", "documents apart"))
+@pytest.mark.parametrize("name", quick(CASES, "places", "documents apart", "recomputed"))
 def test_blocks_share_one_graph_and_no_routing_makes_another(name, tmp_path):
     """Ten blocks, more than torch compiles of one function (8) before it gives up."""
     source = tiny.make_dense(tmp_path / "dense", "llama", num_hidden_layers=10)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import gloo
 import ranks
 import tiny
-from marks import sampled
+from marks import quick, sampled
 from simulated import Traffic
 from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
@@ -491,7 +491,9 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.mark.parametrize(
-    "path", sampled(sorted(RECIPES.glob("b*/*.toml")), 2), ids=lambda p: f"{p.parent.name}-{p.stem}"
+    "path",
+    quick(sorted(RECIPES.glob("b*/*.toml")), *RECIPES.glob("b*/2_*.toml")),
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
 def test_the_recipes_of_several_parts(path, dense, tmp_path):
     """Each is a run on a model of its kind, in every stage."""

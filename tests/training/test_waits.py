@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ranks
 import tiny
-from marks import sampled
+from marks import quick, sampled
 from upcycle import UpcycleError, families
 from upcycle.nn import routers
 from upcycle.training import ledger, optimizer, start, step, teacher
@@ -177,7 +177,9 @@ def test_every_router_is_here():
     assert {table.get("name", "top_k") for table in tables} == {*routers.names()}
 
 
-@pytest.mark.parametrize("name", sampled(ROUTERS, 8))
+@pytest.mark.parametrize(
+    "name", quick(ROUTERS, "top_k", "sigmoid", "spherical", "expert_choice, texts", "buffered")
+)
 def test_no_router_waits(name, source):
     """The only copy of a step is that of its numbers."""
     model, changes = ROUTERS[name]

@@ -11,6 +11,7 @@ decimal point may differ, runs of spaces count as one, and `...` stands for anyt
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import os
@@ -281,3 +282,13 @@ def test_the_readme_is_short():
 )  # fmt: skip
 def test_the_comparison_itself(wanted, printed, same):
     assert matches(wanted, printed) == same
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_a_long_guide_imports_is_there(name: str) -> None:
+    """The guides themselves are run by the slow form of the test above."""
+    for block in blocks(ROOT / "docs" / name):
+        if block.kind == "python" and not block.reason:
+            lines = ast.parse(block.body).body
+            imports = [line for line in lines if isinstance(line, ast.Import | ast.ImportFrom)]
+            exec(compile(ast.Module(imports, []), name, "exec"), {})

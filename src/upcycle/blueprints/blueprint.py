@@ -156,6 +156,11 @@ class Blueprint:
         return config | self.target.kernel(lengths, itemsize)
 
     @property
+    def reads_otherwise(self) -> bool:
+        """Whether the new model type opens the files of a tokenizer by another rule than the source's."""
+        return self.target.tokenizer(self.dense.family) != self.dense.family.tokenizer
+
+    @property
     def nbytes(self) -> int:
         """The number of bytes of all tensors."""
         return sum(e.nbytes for e in self.entries.values())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from upcycle.blueprints import caveats
 from upcycle.blueprints.blueprint import Blueprint, blueprint
 from upcycle.blueprints.shards import DEFAULT_SHARD, lay_out
+from upcycle.checkpoints.carried import has_tokenizer
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
 from upcycle.checkpoints.hub import peek
 from upcycle.dense.source import Dense
@@ -17,6 +19,7 @@ from upcycle.families._weights import Weight, products
 from upcycle.recipe import RecipeLike
 
 BASE_MEMORY = 90_000_000  # bytes used by an interpreter with numpy and the other imports of a conversion
+READER_MEMORY = 320_000_000  # bytes of transformers, which opens the tokenizers of source and result
 BLOCK_MEMORY = 32 << 20  # most bytes that computing one block of a tensor takes, besides whole tensors
 
 
@@ -273,4 +276,5 @@ def peak_memory(built: Blueprint, jobs: int) -> int:
     whole = built.recipe.init.working_memory(config["intermediate_size"], config["hidden_size"])
     computed = any(e.extents is None for e in built.entries.values())
     block = BLOCK_MEMORY + built.recipe.moe.granularity * (4 << 20) if computed else 0
-    return BASE_MEMORY + jobs * (2 * CHUNK + block + whole)
+    opens = built.reads_otherwise and has_tokenizer(built.source.folder) and find_spec("transformers")
+    return BASE_MEMORY + (READER_MEMORY if opens else 0) + jobs * (2 * CHUNK + block + whole)

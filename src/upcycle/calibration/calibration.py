@@ -1,7 +1,7 @@
 """Streams examples through a dense model and collects statistics of its activations (`upcycle calibrate`).
 
-Takes a dense checkpoint and images or text; writes a file that `statistics.py` reads. The sums are saved next
-to it every few batches, so that an interrupted pass resumes with bit-identical results.
+Takes a dense checkpoint and images or text; writes a file that `records/statistics.py` reads. The sums are
+saved next to it every few batches, so that an interrupted pass resumes with bit-identical results.
 """
 
 from __future__ import annotations

@@ -18,10 +18,16 @@ CARRIED = (
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "modules.json",
     "config_sentence_transformers.json", "sentence_*_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 MODULES = "modules.json"  # of sentence-transformers: the modules behind the model, and their folders
 TEMPLATES = "additional_chat_templates"
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")  # a folder directly below the model's, and nothing else
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has files of a tokenizer."""
+    return any(True for pattern in TOKENIZER for _ in folder.glob(pattern))
 
 
 def folders(folder: Path) -> list[str]:

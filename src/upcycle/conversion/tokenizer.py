@@ -16,12 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from upcycle.checkpoints.carried import TEMPLATES, carriable
+from upcycle.checkpoints.carried import TEMPLATES, carriable, has_tokenizer
 from upcycle.checkpoints.checkpoint import CONFIG
 from upcycle.system import panics, progress, scratch, whole_file
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 TEXTS = (
     "The cat sat on the mat.\n\nIt was\na  good   mat.\n",
     "  def f(x):\n\treturn x + 1\r\n\n\n",
@@ -39,29 +38,23 @@ class OtherTokensError(Exception):
     """Two tokenizers differ; the text says how."""
 
 
-def there(folder: Path) -> bool:
-    """Return whether a folder has files of a tokenizer."""
-    return any(True for pattern in FILES for _ in folder.glob(pattern))
-
-
 @contextmanager
 def imported_beside(source: Path) -> Iterator[None]:
     """Import what `fit` will need in a thread, beside the body of the `with` statement.
 
-    transformers takes seconds of a processor to import, and writing tensors leaves one idle.
+    transformers takes seconds of a processor to import, and writing tensors leaves one idle. Whoever leaves
+    the body by an exception does not wait for it.
     """
-    thread = threading.Thread(target=_import, args=(source,), name="import transformers")
-    if there(source) and "transformers" not in sys.modules:
+    thread = threading.Thread(target=_import, args=(source,), name="import transformers", daemon=True)
+    if has_tokenizer(source) and "transformers" not in sys.modules:
         thread.start()
-    try:
-        yield
-    finally:
-        if thread.ident is not None:
-            thread.join()
+    yield
+    if thread.ident is not None:
+        thread.join()
 
 
 def _import(source: Path) -> None:
-    with suppress(ImportError):  # `fit` imports again, and says what is missing
+    with suppress(Exception):  # `fit` imports again, and says what is wrong
         from transformers import AutoTokenizer
 
         _opened(AutoTokenizer, source)  # which imports as much again
@@ -74,7 +67,7 @@ def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]
     files that were made anew, with the reason. Nothing is written if both give the same tokens already, or if
     transformers does not open the source's.
     """
-    if not there(source):
+    if not has_tokenizer(source):
         return {}
     try:
         from transformers import AutoTokenizer

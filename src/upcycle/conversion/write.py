@@ -194,7 +194,7 @@ def _write_tensors(
     """Write what the journal does not have yet.
 
     Tensors are written by `jobs` threads. One more thread flushes them to disk as they come, so that the disk
-    works while they compute, and two more hash the sources. Returns the hashes of the source files, by
+    works while they compute, and two hash the sources. Returns the hashes of the source files, by
     checkpoint and name.
     """
     stop = threading.Event()
@@ -320,17 +320,11 @@ def carry(source: Path, partial: Path) -> tuple[list[str], list[str]]:
 
 def _ready_to_fit_tokenizer(built: Blueprint) -> AbstractContextManager[None]:
     """Return a context beside whose body `fit_tokenizer` is prepared."""
-    return tokenizer.imported_beside(built.source.folder) if _reads_otherwise(built) else nullcontext()
-
-
-def _reads_otherwise(built: Blueprint) -> bool:
-    """Return whether the new model type names another tokenizer than the family's."""
-    family = built.dense.family
-    return built.target.tokenizer(family) != family.tokenizer
+    return tokenizer.imported_beside(built.source.folder) if built.reads_otherwise else nullcontext()
 
 
 def fit_tokenizer(built: Blueprint, folder: Path) -> dict[str, str]:
     """Make the tokenizer in `folder` open as the source's does; return what was made anew, and why."""
-    if not _reads_otherwise(built):
+    if not built.reads_otherwise:
         return {}
     return tokenizer.fit(built.source.folder, folder, built.stored_config())

@@ -1,5 +1,5 @@
 """The former place of `upcycle.records.statistics`, for code that imports from here."""
 
-from upcycle.records.statistics import Statistics
+from upcycle.records.statistics import NAMES, Statistics
 
-__all__ = ["Statistics"]
+__all__ = ["NAMES", "Statistics"]

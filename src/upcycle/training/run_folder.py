@@ -106,7 +106,8 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
         return
     where, theirs, done = recorded
     mine = _plain(_settled_as(run, theirs).identity())
-    theirs = _as_read_today(theirs)
+    if _differences(_of_any_length(theirs), _of_any_length(mine)):
+        theirs = _as_read_today(theirs)
     _refuse_other_length(run, where, theirs, mine, done)
     if different := _differences(_of_any_length(theirs), _of_any_length(mine)):
         raise UpcycleError(
@@ -201,7 +202,7 @@ def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int
         return  # the caller names what differs
     try:
         old, new = train_of(theirs).total_steps, run.train.total_steps
-    except (UpcycleError, TypeError, AttributeError):
+    except (UpcycleError, TypeError, AttributeError, KeyError):
         return  # the caller names the keys that differ
     if new < done:
         raise UpcycleError(f"{where} is of step {done}, and the run file ends it at {new}; give more steps")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle.checkpoints.carried import has_tokenizer
 from upcycle.conversion import tokenizer
 from upcycle.system import panics
 from upcycle.verification.proof import Check, reason
@@ -33,7 +34,7 @@ class Reader:
 def checks(source: Path, out: Path) -> list[Check]:
     """Return a check for the tokenizer and one for the processors, of those that the source has."""
     found = []
-    if tokenizer.there(source):
+    if has_tokenizer(source):
         found.append(tokenizers(source, out))
     if (source / "preprocessor_config.json").is_file() or (source / "processor_config.json").is_file():
         found.append(processors(source, out))
