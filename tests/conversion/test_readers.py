@@ -212,9 +212,12 @@ def test_the_rules_by_which_tokenizers_are_opened_are_those_of_transformers():
 def test_transformers_is_imported_beside_the_writing_if_there_is_a_tokenizer(tmp_path, monkeypatch):
     seen, goes_on = [], threading.Event()
     monkeypatch.delitem(sys.modules, "transformers")
-    monkeypatch.setattr(
-        tokenizer, "_import", lambda source: (seen.append(threading.current_thread()), goes_on.wait(5))
-    )
+
+    def slow(source):
+        seen.append(threading.current_thread())
+        goes_on.wait(5)
+
+    monkeypatch.setattr(tokenizer, "_import", slow)
     with tokenizer.imported_beside(tmp_path):
         pass
     assert seen == []

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+import tiny
 from files import digests
 from upcycle import Recipe, blueprint, cli, convert, plan
 from upcycle.blueprints.shards import parse_size

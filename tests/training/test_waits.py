@@ -177,9 +177,10 @@ def test_every_router_is_here():
     assert {table.get("name", "top_k") for table in tables} == {*routers.names()}
 
 
-@pytest.mark.parametrize(
-    "name", quick(ROUTERS, "top_k", "sigmoid", "spherical", "expert_choice, texts", "buffered")
-)
+QUICK = ("top_k", "sigmoid", "spherical", "expert_choice, texts", "buffered")
+
+
+@pytest.mark.parametrize("name", quick(ROUTERS, *QUICK))
 def test_no_router_waits(name, source):
     """The only copy of a step is that of its numbers."""
     model, changes = ROUTERS[name]
