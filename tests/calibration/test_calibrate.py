@@ -670,15 +670,15 @@ def test_a_trained_model_on_a_text_that_it_knows(stories, tinystories, tmp_path)
             stories,
             tmp_path / f"{size}.safetensors",
             ToCalibrate(
-                text=tinystories, collect=(*EVERYTHING, "gradient"), limit=24, length=128, batch_size=size,
+                text=tinystories, collect=(*EVERYTHING, "gradient"), limit=12, length=128, batch_size=size,
                 device="cpu", cache=tmp_path, in_order=True,
             ),
         )
-        for size in (8, 24)
+        for size in (4, 12)
     }  # fmt: skip
-    tokens = np.memmap(next(tmp_path.glob("*.bin")), np.uint16, "r")[: 24 * 128 + 1].astype(np.int64)
-    rows = torch.tensor(tokens[:-1].reshape(24, 128))
-    labels = torch.tensor(tokens[1:].reshape(24, 128))
+    tokens = np.memmap(next(tmp_path.glob("*.bin")), np.uint16, "r")[: 12 * 128 + 1].astype(np.int64)
+    rows = torch.tensor(tokens[:-1].reshape(12, 128))
+    labels = torch.tensor(tokens[1:].reshape(12, 128))
     model = transformers.AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
     with recorded(model, places_of("llama", 5), leaves=True) as kept:
         logits = model(input_ids=rows).logits
@@ -701,5 +701,5 @@ def test_a_trained_model_on_a_text_that_it_knows(stories, tinystories, tmp_path)
             np.testing.assert_allclose(
                 found.of(position, stack, int(layer), "gradient"), gradient, rtol=2e-3, atol=1e-6
             )
-    norms = made[8].of("neurons", "layers", 2, "l2")
+    norms = made[4].of("neurons", "layers", 2, "l2")
     assert norms.max() > 2 * np.median(norms)  # neurons of a trained network differ

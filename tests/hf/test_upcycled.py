@@ -145,7 +145,7 @@ def expert_choice(source: Path, **router) -> dict:
     sampled(
         [(case, "top_k") for case in CASES]
         + [(case, "expert_choice") for case in CASES if case not in CAUSAL],
-        3,
+        5,
     ),
 )
 def test_the_dense_function(case, router, made, tmp_path):

@@ -70,6 +70,7 @@ class Blueprint:
 
     @property
     def source(self) -> Checkpoint:
+        """The dense checkpoint that it is made from."""
         return self.dense.checkpoint
 
     @property
