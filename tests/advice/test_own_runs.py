@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+import scripts
 import tiny
 from upcycle.advice import own_runs, published
 from upcycle.advice.gather import advise
@@ -27,18 +27,16 @@ HALVES = {
 }
 
 
-def test_the_table_is_what_was_recorded(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(CODE), str(CODE.parent), *sys.path])
-    import figures
-
-    runs = figures.read()
-    for measured in own_runs.MEASURED:
-        key = (int(measured.trained), measured.variant)
-        assert len(runs[key]) == 3
-        gap, error = figures.gap(runs, *key)
-        assert (round(gap, 4), round(error, 4)) == (measured.less_dense, measured.error)
-        ahead = figures.crossing(runs, *key)
-        assert (None if ahead is None else round(ahead, 2)) == measured.ahead
+def test_the_table_is_what_was_recorded():
+    with scripts.loaded("code/figures") as figures:
+        runs = figures.read()
+        for measured in own_runs.MEASURED:
+            key = (int(measured.trained), measured.variant)
+            assert len(runs[key]) == 3
+            gap, error = figures.gap(runs, *key)
+            assert (round(gap, 4), round(error, 4)) == (measured.less_dense, measured.error)
+            ahead = figures.crossing(runs, *key)
+            assert (None if ahead is None else round(ahead, 2)) == measured.ahead
     recorded = {run["start"] for run in json.loads((CODE / "results.json").read_text())["runs"]}
     assert {measured.trained for measured in own_runs.MEASURED} <= recorded
 

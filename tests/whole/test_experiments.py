@@ -5,7 +5,6 @@ The models are tiny, and nothing is trained.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from argparse import Namespace
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import scripts
 import tiny
 
 ROOT = Path(__file__).parents[2] / "experiments"
@@ -30,21 +30,8 @@ VIT = {"image_size": 32, "patch_size": 8, "num_labels": 10}
 @pytest.fixture
 def script(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The script of an experiment, without what it leaves in Python's tables."""
-    paths, modules = [*sys.path], {*sys.modules}
-    path = ROOT / f"{request.param}.py"
-    path = path if path.exists() else ROOT / request.param / "run.py"
-    spec = importlib.util.spec_from_file_location(f"experiment_{request.param}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    with scripts.loaded(request.param) as module:
         yield module
-    finally:
-        sys.path[:] = paths
-        for name in {*sys.modules} - modules:
-            if ROOT in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
-                del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
