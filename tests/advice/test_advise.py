@@ -566,10 +566,10 @@ def test_a_large_model_needs_many_gpus(large):
 
 
 def test_gathered_blocks_by_hand(large):
-    """The head stays in bfloat16 until its gradient is there, with the buffer that it came in. In the backward
-    pass a block is whole with an eighth of the experts, the attention of the block before it is on its way,
-    and the gradients of the one after it are still in float32. One GPU keeps a bfloat16 copy of every
-    matrix."""
+    """The head stays in bfloat16 until its gradient is there, with the buffer that it came in. In the
+    backward pass a block is whole with an eighth of the experts, the attention of the block before it is on
+    its way, and the gradients of the one after it are still in float32. One GPU keeps a bfloat16 copy of
+    every matrix."""
     here = situation(large["8B"], tokens=1)
     h, i, words = 4096, 14336, 128256
     end = next(m for m in memory.moments(layout.setting(here, 512)) if m.moment == "the gradient of the loss")
