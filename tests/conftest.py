@@ -20,7 +20,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    forked.shared()  # before a test computes gradients, whose threads a fork does not have
 
 
 SHARED = Path(os.environ.get("UPCYCLE_SHARED", Path(__file__).parents[2] / "shared"))

@@ -1,7 +1,6 @@
 """`upcycle` in processes of their own that need not import torch again: forks of a server that has.
 
-The server takes JSON lines: a command line or a function to start, or a process to ask after. It is this file
-as a script, or a fork of the tests themselves, which have imported nearly everything once they are collected.
+As a script, the server: a JSON line in is a command line or a function to start, or a process to ask after.
 """
 
 from __future__ import annotations
@@ -16,53 +15,23 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
 class Server:
     """Starts command lines, and knows how they ended."""
 
-    def __init__(self, process: int, questions: IO[str], answers: IO[str]) -> None:
-        self._process, self._questions, self._answers = process, questions, answers
-
-    @classmethod
-    def as_script(cls) -> Server:
-        """A server that shares nothing with this process."""
-        process = subprocess.Popen(
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        return cls(process.pid, process.stdin, process.stdout)
-
-    @classmethod
-    def of_this_process(cls) -> Server:
-        """A server that has imported what this process has, which must not have computed gradients yet."""
-        (asked, questions), (answers, told) = os.pipe(), os.pipe()
-        if process := os.fork():
-            os.close(asked)
-            os.close(told)
-            return cls(process, os.fdopen(questions, "w"), os.fdopen(answers))
-        try:
-            os.dup2(asked, 0)
-            os.dup2(told, 1)
-            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # with them, a worker would not seem to end
-            sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
-            warnings.resetwarnings()
-            warnings.simplefilter("ignore")
-            serve()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
 
     def start(
         self,
@@ -121,21 +90,24 @@ class Server:
         return code
 
     def close(self) -> None:
-        os.kill(self._process, signal.SIGKILL)
-        os.waitpid(self._process, 0)
-        self._questions.close()
-        self._answers.close()
+        self._process.kill()
+        self._process.communicate()
 
     def _ask(self, question: dict[str, Any]) -> Any:
-        self._questions.write(json.dumps(question) + "\n")
-        self._questions.flush()
-        return json.loads(self._answers.readline())
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
 
 
 @cache
 def shared() -> Server:
-    """The server of this session, which ends with it. It is asked for first when the tests are collected."""
-    return Server.of_this_process()
+    """The server of this session, which ends with it.
+
+    It is no fork of the tests: four ranks that are forks of a worker of xdist wait for each other for ever.
+    """
+    return Server()
 
 
 @cache

@@ -158,7 +158,7 @@ def main() -> int:
         print(table(damage), flush=True)
         deaths = []
         if given.kills and not given.only:
-            server = forked.Server.as_script()
+            server = forked.Server()
             for name in kills.KILLED:
                 deaths.append(tally.row(KILL + name))
                 killed(deaths[-1], server, given.kills, Path(at) / f"kills {name}", tally)

@@ -41,7 +41,7 @@ def server(home: Path) -> Iterator[forked.Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(home / "temporary"))
         patch.setenv("HF_HOME", str(home / "hub"))
-        started = forked.Server.as_script()
+        started = forked.Server()
     yield started
     started.close()
 

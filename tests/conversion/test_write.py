@@ -291,7 +291,7 @@ def test_memory_stays_below_the_plan(dense, tmp_path):
         )  # fmt: skip
         peak, planned = map(int, run.stdout.split())
         assert (tmp_path / folder.name / "out" / "model.safetensors").stat().st_size > 700_000_000
-        assert 0.6 * planned < peak < planned < most
+        assert 0.5 * planned < peak < planned < most
 
 
 def test_resume_after_a_shard_was_lost(dense, killed, tmp_path):
