@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ranks
 import tiny
 from files import toml
+from marks import quick
 from upcycle import Recipe, UpcycleError, cli, convert, load, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
@@ -324,7 +325,7 @@ def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     assert not list((out / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", quick([False, True], True))
 @pytest.mark.usefixtures("on_screen")
 def test_a_full_disk_stops_nothing_but_the_last_save(asynchronous, table, tmp_path, monkeypatch, capsys):
     real = saving.write

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = ("architecture.md", "keys.md")
 PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in REFERENCE)
 GUIDES = [ROOT / "README.md", *PAGES]
-LONG = ("train.md", "merge.md", "cluster.md", "recycle.md", "encoders.md")
+LONG = ("train.md", "evaluate.md", "merge.md", "cluster.md", "recycle.md", "encoders.md")
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n+)?"
     r"^```(?P<kind>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$",
