@@ -95,16 +95,20 @@ class Outcome:
         figure.write(path, title, curves, "extra training FLOPs (% of the dense model's)", y)
 
     def draw_gaps(self, path: Path, title: str, x: str, y: str) -> None:
-        """Draw the final gap to dense continuation against the length of the start's training."""
-        starts = self.starts
-        names = [n for n in self.experiment.core if n != "dense" and all((s, n) in self for s in starts)]
-        if len(starts) < 2 or not names:
-            return
+        """Draw the final gap to dense continuation against the length of the start's training.
+
+        A variant is there with the starts it has run from, if they are several.
+        """
         curves = {}
-        for name in names:
-            ends = {start: self.gaps(start, name) for start in starts}
-            seeds = min(map(len, ends.values()))
-            curves[name] = [[(start, ends[start][seed]) for start in starts] for seed in range(seeds)]
+        for name in (each for each in self.experiment.core if each != "dense"):
+            ends = {start: self.gaps(start, name) for start in self.starts if (start, name) in self}
+            if len(ends) > 1:
+                seeds = min(map(len, ends.values()))
+                curves[name] = [
+                    [(start, gaps[seed]) for start, gaps in ends.items()] for seed in range(seeds)
+                ]
+        if not curves:
+            return
         figure.write(path, title, curves, x, y)
 
     def report(self, unit: str, nats: str, *, name: str = "start", highest: float = np.inf) -> None:

@@ -19,7 +19,7 @@ from marks import quick
 
 TARGETS = list(aims.targets(Workshop(Path())))
 PAGE = "the whole page: report"  # a second for each of its cases, and reports have tests of their own
-SHARE = 4  # the suite tries a fourth of the cases that give a target its share of a campaign
+SHARE = 8  # the suite tries an eighth of the cases that give a target its share of a campaign
 JSON = [name for name in TARGETS if name.partition(":")[0].endswith(".json")]
 
 values = st.recursive(
@@ -53,7 +53,7 @@ def test_any_value_anywhere_is_refused_or_taken(name: str, made: dict[str, Any])
     target = made[name]()
 
     @settings(
-        max_examples=max(5, target.cases // 25), derandomize=True, database=None, deadline=None,
+        max_examples=max(5, target.cases // 50), derandomize=True, database=None, deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(st.data())

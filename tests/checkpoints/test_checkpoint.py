@@ -63,7 +63,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(header=st.dictionaries(st.text(max_size=4), entries | json_values, max_size=3) | json_values)
 def test_any_json_as_a_header(header, tmp_path_factory):
     text = json.dumps(header).encode()
