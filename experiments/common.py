@@ -15,12 +15,16 @@ from typing import Any
 Result = dict[str, Any]
 _TRAIN = (
     "import json, sys; from upcycle.training.loop import train; from upcycle.training.run import Run; "
-    "train(Run.of(json.load(sys.stdin)), resume=True)"
+    "result = train(Run.of(json.load(sys.stdin)), resume=True); "
+    "sys.exit(not result.finished)"
 )
 
 
 def train(table: dict[str, Any], threads: int) -> None:
-    """Train a run, or resume it, in a process of its own."""
+    """Train a run, or resume it, in a process of its own.
+
+    Raises `CalledProcessError` if it was stopped before its end, so that no part of a run becomes a result.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(
         [sys.executable, "-c", _TRAIN], input=json.dumps(table), text=True, check=True, env=environment

@@ -47,7 +47,8 @@ def go(counts: str, seed: int, options: argparse.Namespace) -> common.Result:
     from upcycle.training.loop import train
 
     run = table(counts, seed, options)
-    train(run, resume=True)
+    if not train(run, resume=True).finished:
+        sys.exit(f"{run['out']} was stopped; start the script again, and it goes on")
     lines = common.lines_of(run["out"])
     busiest = [layer["busiest"] * len(layer["load"]) for line in lines[-LAST:] for layer in line["layers"]]
     return {

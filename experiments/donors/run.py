@@ -126,7 +126,8 @@ def trained(run: dict[str, Any], out: Path) -> Path:
     import upcycle
 
     if not out.exists():
-        upcycle.train(run, resume=True)
+        if not upcycle.train(run, resume=True).finished:
+            sys.exit(f"{run['out']} was stopped; start the script again, and it goes on")
         upcycle.export(run["out"], out)
     return out
 
