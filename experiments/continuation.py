@@ -29,6 +29,14 @@ Key = tuple[int, str]  # a start and a variant
 CARRIED: Changes = {"optimizer": {"carry_state": True}}  # the start is exported with its moments
 
 
+def expert_choice(factor: float, layers: str, experts: int = 8) -> Changes:
+    """Return the changes for Expert Choice with the capacity factor C in some of the layers."""
+    return {
+        "moe": {"num_experts": experts, "layers": layers, "target": "upcycled"},
+        "router": {"name": "expert_choice", "capacity_factor": factor},
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """A dense model, trained at a constant rate; its checkpoints are where variants start."""

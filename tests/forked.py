@@ -110,7 +110,6 @@ def shared() -> Server:
     return Server()
 
 
-@cache
 def warm() -> None:
     """Import what a fork should find imported, and build what transformers builds once a process."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -132,9 +131,9 @@ def warm() -> None:
 
 
 def serve() -> None:
+    warm()
     ended: dict[int, int] = {}
     for line in sys.stdin:
-        warm()
         question = json.loads(line)
         if "start" in question:
             answer: int | None = os.fork()

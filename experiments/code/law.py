@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import figures  # noqa: E402
-from run import CODE  # noqa: E402
+from run import EXPERIMENT  # noqa: E402
 
 import dense  # noqa: E402
 
@@ -55,7 +55,7 @@ def points(runs: Sequence[dict[str, Any]]) -> np.ndarray:
     found = []
     for each in runs:
         last = each["curve"][-1][0]
-        before = last - CODE.falling(each["variant"]) * last
+        before = last - EXPERIMENT.falling(each["variant"]) * last
         d1 = dense.STARTS[each["start"]] * dense.BATCH
         found += [(d1, p[TOKENS], p[LOSS]) for p in each["curve"][1:] if p[0] <= before]
     return np.array(found, np.float64)

@@ -18,7 +18,7 @@ import table  # noqa: E402
 import dense  # noqa: E402
 from continuation import Continuation  # noqa: E402
 
-CODE = Continuation(
+EXPERIMENT = Continuation(
     start=dense.START,
     variants=table.VARIANTS,
     core=[*table.CORE],
@@ -26,8 +26,7 @@ CODE = Continuation(
     default=320,
     shorter=table.SHORTER,
 )
-run_file = CODE.run_file
 
 
 if __name__ == "__main__":
-    CODE.main(__doc__)
+    EXPERIMENT.main(__doc__)

@@ -6,41 +6,36 @@ dense, but for the recipe of Sparse Upcycling (`paper`). The optimizer is fresh,
 
 from __future__ import annotations
 
-from continuation import Changes
+from continuation import Changes, expert_choice
 
 DENSE_DECODER: Changes = {"decoder": {"moe": {"layers": []}}}
 
-
-def expert_choice(factor: float, experts: int = 8) -> Changes:
-    """Return the changes for Expert Choice with the capacity factor C in the encoder."""
-    return {
-        "moe": {"num_experts": experts, "layers": "every_other", "target": "upcycled"},
-        "router": {"name": "expert_choice", "capacity_factor": factor},
-    }
-
+LAYERS = "every_other"
 
 # Dense continuation, and Expert Choice at its FLOPs per row (C = 1) and above (C = 2).
 CORE: dict[str, Changes] = {
     "dense": {},
-    "expert_choice_1": expert_choice(1.0) | DENSE_DECODER,
-    "expert_choice_2": expert_choice(2.0) | DENSE_DECODER,
+    "expert_choice_1": expert_choice(1.0, LAYERS) | DENSE_DECODER,
+    "expert_choice_2": expert_choice(2.0, LAYERS) | DENSE_DECODER,
 }
 
 # Each changes one factor of the core. `virtual_group` is the best of the experiments on code.
 FACTORS: dict[str, Changes] = {
     "virtual_group": {
         "moe": {
-            "num_experts": 16, "top_k": 2, "granularity": 2, "layers": "every_other", "target": "upcycled",
+            "num_experts": 16, "top_k": 2, "granularity": 2, "layers": LAYERS, "target": "upcycled",
         },
         "init": {"name": "virtual_group"}, "router": {"init": "grouped"}, **DENSE_DECODER,
     },
     "paper": {
-        "moe": {"num_experts": 8, "top_k": 2, "layers": "every_other", "target": "upcycled"},
+        "moe": {"num_experts": 8, "top_k": 2, "layers": LAYERS, "target": "upcycled"},
         "router": {"name": "expert_choice", "capacity_factor": 2.0, "normalize": False, "rescale": False},
         "decoder": {"router": {"name": "top_k", "capacity_factor": 2.0, "rounding": "flaxformer"}},
     },
-    "expert_choice_1_32_experts": expert_choice(1.0, experts=32) | DENSE_DECODER,
-    "scratch": expert_choice(2.0) | DENSE_DECODER | {"from_scratch": True, "schedule": {"warmup": 200}},
+    "expert_choice_1_32_experts": expert_choice(1.0, LAYERS, experts=32) | DENSE_DECODER,
+    "scratch": {
+        **expert_choice(2.0, LAYERS), **DENSE_DECODER, "from_scratch": True, "schedule": {"warmup": 200},
+    },
 }  # fmt: skip
 
 VARIANTS = CORE | FACTORS

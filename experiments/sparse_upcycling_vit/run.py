@@ -20,13 +20,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import common  # noqa: E402
+from continuation import CARRIED, expert_choice  # noqa: E402
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-MOE = {
-    "moe": {"num_experts": 8, "layers": "last_half", "target": "upcycled"},
-    "router": {"name": "expert_choice", "capacity_factor": 2.0},
-}
-CARRIED = {"optimizer": {"carry_state": True}}
+MOE = expert_choice(2.0, "last_half")
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": CARRIED,
     "expert_choice_carried": {**MOE, **CARRIED},

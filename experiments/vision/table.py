@@ -6,22 +6,15 @@ and the moments of the optimizer are carried. A group of tokens is an image: 16 
 
 from __future__ import annotations
 
-from continuation import CARRIED, Changes
+from continuation import CARRIED, Changes, expert_choice
 
-
-def expert_choice(factor: float, experts: int = 8, layers: str = "last_half") -> Changes:
-    """Return the changes for Expert Choice with the capacity factor C."""
-    return {
-        "moe": {"num_experts": experts, "layers": layers, "target": "upcycled"},
-        "router": {"name": "expert_choice", "capacity_factor": factor},
-    }
-
+LAYERS = "last_half"
 
 # Dense continuation, and Expert Choice at its FLOPs per image (C = 1) and above (C = 2).
 CORE: dict[str, Changes] = {
     "dense": CARRIED,
-    "expert_choice_1": expert_choice(1.0) | CARRIED,
-    "expert_choice_2": expert_choice(2.0) | CARRIED,
+    "expert_choice_1": expert_choice(1.0, LAYERS) | CARRIED,
+    "expert_choice_2": expert_choice(2.0, LAYERS) | CARRIED,
 }
 
 # Each changes one factor of the core. `virtual_group` is the best of the experiments on code. Its optimizer
@@ -29,14 +22,14 @@ CORE: dict[str, Changes] = {
 FACTORS: dict[str, Changes] = {
     "virtual_group": {
         "moe": {
-            "num_experts": 16, "top_k": 2, "granularity": 2, "layers": "last_half", "target": "upcycled",
+            "num_experts": 16, "top_k": 2, "granularity": 2, "layers": LAYERS, "target": "upcycled",
         },
         "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
     },
-    "expert_choice_1_all": expert_choice(1.0, layers="all") | CARRIED,
-    "expert_choice_2_fresh": expert_choice(2.0),
-    "expert_choice_1_16_experts": expert_choice(1.0, experts=16) | CARRIED,
-    "scratch": expert_choice(2.0) | {"from_scratch": True, "schedule": {"warmup": 200}},
+    "expert_choice_1_all": expert_choice(1.0, "all") | CARRIED,
+    "expert_choice_2_fresh": expert_choice(2.0, LAYERS),
+    "expert_choice_1_16_experts": expert_choice(1.0, LAYERS, experts=16) | CARRIED,
+    "scratch": expert_choice(2.0, LAYERS) | {"from_scratch": True, "schedule": {"warmup": 200}},
 }  # fmt: skip
 
 VARIANTS = CORE | FACTORS

@@ -33,9 +33,9 @@ def test_the_table_is_what_was_recorded():
         for measured in own_runs.MEASURED:
             key = (int(measured.trained), measured.variant)
             assert len(runs[key]) == 3
-            gap, error = figures.gap(runs, *key)
+            gap, error = runs.gap(*key)
             assert (round(gap, 4), round(error, 4)) == (measured.less_dense, measured.error)
-            ahead = figures.crossing(runs, *key)
+            ahead = runs.crossing(*key)
             assert (None if ahead is None else round(ahead, 2)) == measured.ahead
     recorded = {run["start"] for run in json.loads((CODE / "results.json").read_text())["runs"]}
     assert {measured.trained for measured in own_runs.MEASURED} <= recorded

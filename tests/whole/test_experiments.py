@@ -63,7 +63,7 @@ def of_balance(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
 
 def of_code(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
     script.dense.corpus.write = lambda _: {"held_out": 0.1}
-    return {n: script.run_file(folder, 10, n, 0, 8) for n in script.table.VARIANTS}
+    return {n: script.EXPERIMENT.run_file(folder, 10, n, 0, 8) for n in script.table.VARIANTS}
 
 
 def of_vision(script: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
