@@ -117,24 +117,25 @@ class Outcome:
         `unit` is that of the lengths of starts, and `nats` that of the loss. For `highest` see `draw`.
         """
         here = self.experiment.results.parent
-        print(*self.head(), sep="\n")
+        print(*self.table(), sep="\n")
         for start in self.starts:
             y = f"held-out loss ({nats})"
             self.draw(here / f"{name}-{start}.png", start, f"From {start} {unit}", y, highest)
-            for variant in self.experiment.variants:
-                if (start, variant) in self:
-                    print(self.row(start, variant))
         title, x = "The longer the dense model was trained", f"{unit} of the start"
         gaps = here / ("gaps.png" if name == "start" else f"{name}-gaps.png")
         self.draw_gaps(gaps, title, x, "nats against dense, continued")
 
-    def head(self) -> list[str]:
-        """Return the head of the table in Markdown."""
+    def table(self) -> list[str]:
+        """Return the lines of the table in Markdown."""
+        shown = [key for s in self.starts for v in self.experiment.variants if (key := (s, v)) in self]
+        return [*self._head(), *(self._row(*key) for key in shown)]
+
+    def _head(self) -> list[str]:
         columns = ["start", "variant", "seeds", "loss at the start", "at the end", "less dense", "crosses at"]
         columns += [each for score in self.experiment.scores[1:] for each in (score, "less dense")]
         return [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
 
-    def row(self, start: int, name: str) -> str:
+    def _row(self, start: int, name: str) -> str:
         """Return the row of a variant: first and final loss, gap, crossing, and the other final scores."""
         each, dense = self[start, name], name == "dense"
         begins = common.mean_and_error([r["curve"][0][LOSS] for r in each])[0]

@@ -80,11 +80,20 @@ def off(law: Law, given: np.ndarray) -> float:
     return float(np.sqrt(np.mean((law(given[:, 0], given[:, 1]) - given[:, 2]) ** 2)))
 
 
-def main() -> None:
-    """Fit each variant of the core, and print constants, errors and an extrapolation."""
+def table() -> list[str]:
+    """Fit each variant of the core, and return a table of constants, errors and an extrapolation."""
     runs = figures.read()
-    print("| variant | ln A | a1 | a2 | a3 | E | rms error | rms error at the longest start, left out |")
-    print(f"{'|---' * 8}|")
+    columns = [
+        "variant",
+        "ln A",
+        "a1",
+        "a2",
+        "a3",
+        "E",
+        "rms error",
+        "rms error at the longest start, left out",
+    ]
+    lines = [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
     for variant in ("dense", "copy", "virtual_group", "drop_0.5"):
         starts = [start for start in runs.starts if (start, variant) in runs]
         own = [run for start in starts for run in runs[start, variant]]
@@ -98,8 +107,9 @@ def main() -> None:
         near = [run for run in own if run["start"] != starts[-1]]
         far = points([run for run in own if run["start"] == starts[-1]])
         beyond = f"{off(fit(points(near)), far):.3f}" if len(starts) > 2 else ""
-        print(f"| {variant} | {shown} | {off(law, points(own)):.4f} | {beyond} |")
+        lines.append(f"| {variant} | {shown} | {off(law, points(own)):.4f} | {beyond} |")
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    print(*table(), sep="\n")

@@ -5,6 +5,7 @@ The models are tiny, and nothing is trained.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from argparse import Namespace
@@ -180,6 +181,19 @@ def test_committed_results_are_of_the_variants_in_the_table(script):
     for name, study in script.studies.STUDIES.items():
         runs = json.loads((ROOT / name / "results.json").read_text())["runs"]
         assert {run["variant"]: run["changes"] for run in runs} == study.variants
+
+
+@pytest.mark.parametrize("script", ["code", "encoder", "vision", "vision/jetpack"], indirect=True)
+def test_the_page_of_an_experiment_has_its_table(script):
+    """Rows are those of the committed runs; an experiment that has none says so."""
+    outcome = importlib.import_module("outcome").Outcome.of(script.EXPERIMENT)
+    page = (script.HERE / "README.md").read_text().splitlines()
+    assert {*outcome.table()} <= {*page} if outcome.runs else "**Not run yet.**" in "\n".join(page)
+
+
+@pytest.mark.parametrize("script", ["code/law"], indirect=True)
+def test_the_page_has_the_fitted_law(script):
+    assert {*script.table()} <= {*(script.HERE / "README.md").read_text().splitlines()}
 
 
 @pytest.mark.parametrize("script", ["encoder"], indirect=True)
