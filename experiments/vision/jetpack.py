@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,12 @@ def prepare(folder: Path, start: int) -> None:
         )  # fmt: skip
 
 
+BOTH = {
+    epochs: steps for epochs, steps in dense.STARTS["small"].steps.items() if epochs in dense.EPOCHS["large"]
+}
+
 EXPERIMENT = Recycling(
-    start=dense.STARTS["small"],
+    start=replace(dense.STARTS["small"], steps=BOTH),
     variants=CORE | FACTORS,
     core=[*CORE],
     results=HERE / "jetpack.json",

@@ -1,56 +1,46 @@
 """`upcycle train --dry-run`: the layout of a run in a world of any size, built on one process without a GPU.
 
-torch's fake process group answers every collective at once and moves nothing, and its fake tensors have
-shapes and no data. So this process can be any rank of any world at any size. Nothing is written, and of the
-source only headers are read.
+This process is one rank after another (`fake_rank.py`). Nothing is written, and of the source only headers
+are read.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
-    unset_fake_temporarily,
 )
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from upcycle.checkpoints.dtypes import FLOATS
-from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, cut
-from upcycle.hf import building, meshes, packing
+from upcycle.hf import building, packing
 from upcycle.hf.even_dispatch import EvenDispatch
-from upcycle.loading import attention_heads
 from upcycle.nn import kernels
 from upcycle.tasks import Task
-from upcycle.tensors.entries import Entry
-from upcycle.tensors.lazy import Index, Lazy
 from upcycle.training import (
     beginning,
     effort,
     enter,
+    fake_rank,
     fit,
     gradients,
     kept_logits,
     micro_batch,
-    parallel,
     start,
     step,
     teacher,
 )
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course, Leg
+from upcycle.training.fake_rank import Asked
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -122,7 +112,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     precision = fit.precision(run)
     held = []
     for rank in sorted({place * (world - 1) // (_MOST - 1) for place in range(_MOST)}):
-        with _as_rank(run, begun, rank, world, precision) as here:
+        with fake_rank.as_rank(run, begun, rank, world, precision) as here:
             if rank == 0:
                 fit.refuse_uneven_rows(run, layout.dp)
                 fit.refuse_broken_groups(run, begun.built, lengths, layout.dp)
@@ -148,64 +138,17 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     )
 
 
-@contextmanager
-def _as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> Iterator[Ranks]:
-    """Be one rank of a world that is not there."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    names = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    given = {name: str(value) for name, value in names.items()}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    before = {name: os.environ.get(name) for name in given}
-    experts = begun.built.expert_counts if begun.built else set()
-    os.environ.update(given)
-    try:
-        if world > 1:
-            dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-        with parallel.ranks(
-            run.parallel,
-            mixed=precision == "mixed",
-            experts=experts,
-            heads=attention_heads(begun.config),
-        ) as here:
-            if begun.teacher is not None and world > 1:  # it has no experts, and meshes of its own
-                meshes.meshes(replace(here.layout, ep=1))
-            yield here
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextmanager
-def _without_data() -> Iterator[None]:
-    """Let tensors have no data, except in device meshes: torch looks for its own rank in them."""
-    real = DeviceMesh.__init__
-
-    def init(self: DeviceMesh, *args: Any, **options: Any) -> None:
-        with unset_fake_temporarily():
-            real(self, *args, **options)
-
-    try:
-        DeviceMesh.__init__ = init  # type: ignore[method-assign]
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        DeviceMesh.__init__ = real  # type: ignore[method-assign]
-
-
-def _without_values(begun: Start, asked: _Asked) -> Start:
-    """Return a start whose tensors are zeros, and which notes how many bytes are asked of them."""
-    blank = {name: Entry(_Blank(e.lazy, asked), "F64") for name, e in begun.entries.items()}
-    return replace(begun, entries=blank)
+def _blank(begun: Start, asked: Asked) -> Start:
+    """Return a start whose tensors are zeros; the bytes that are asked of them are noted."""
+    tensors = {name: entry.lazy for name, entry in begun.entries.items()}
+    return replace(begun, entries=fake_rank.blank(tensors, asked))
 
 
 def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
     """Build a rank's part of the model, and return what it holds in the stage that needs the most."""
-    asked = _Asked()
-    with _without_data():
-        model = start.model_of(_without_values(begun, asked), run, here, precision)
+    asked = Asked()
+    with fake_rank.without_data():
+        model = start.model_of(_blank(begun, asked), run, here, precision)
         routers, course = Routers.of(model), Course(run)
         anatomy = enter.anatomy_of(course, begun, model, routers)
         beside = 0
@@ -222,8 +165,8 @@ def trained(run: Run, lengths: Mapping[str, int]) -> tuple[frozenset[str], float
     Parameters go by the names of their tensors (`Target.in_memory`).
     """
     run, begun = replace(run, parallel=Parallel()), start.start_of(run)
-    with _as_rank(run, begun, 0, 1, "float32") as here, _without_data():
-        model = start.model_of(_without_values(begun, _Asked()), run, here, "float32")
+    with fake_rank.as_rank(run, begun, 0, 1, "float32") as here, fake_rank.without_data():
+        model = start.model_of(_blank(begun, Asked()), run, here, "float32")
         anatomy = enter.anatomy_of(Course(run), begun, model, Routers.of(model))
         assert anatomy is not None
         chosen = anatomy.chosen(run.train.only, run.train.freeze)
@@ -240,7 +183,7 @@ def _held_in(
     routers: Routers | None,
     anatomy: Anatomy | None,
     here: Ranks,
-    asked: _Asked,
+    asked: Asked,
 ) -> Held:
     """Return what a rank holds in one stage, without a teacher."""
     _, updater = enter.prepared(leg.run, model, begun, routers, anatomy)
@@ -263,10 +206,9 @@ def _held_in(
     )
 
 
-def _teacher(dense: Dense, here: Ranks, precision: str, asked: _Asked) -> PreTrainedModel:
+def _teacher(dense: Dense, here: Ranks, precision: str, asked: Asked) -> PreTrainedModel:
     """Build a rank's part of the teacher; the bytes that it reads are noted."""
-    blank = {name: Entry(_Blank(tensor, asked), "F64") for name, tensor in dense.tensors.items()}
-    return teacher.model_of(dense, here, precision, blank)
+    return teacher.model_of(dense, here, precision, fake_rank.blank(dense.tensors, asked))
 
 
 def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
@@ -286,8 +228,8 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
     run = replace(run, train=train)
     size = (run.train.rows // here.dp_size, run.train.sequence_length + 1)
     try:
-        with _without_data():
-            model = start.model_of(_without_values(begun, _Asked()), run, here, "bfloat16")
+        with fake_rank.without_data():
+            model = start.model_of(_blank(begun, Asked()), run, here, "bfloat16")
             routers, course = Routers.of(model), Course(run)
             anatomy = enter.anatomy_of(course, begun, model, routers)
             trainee = enter.first(
@@ -304,7 +246,7 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
             batch = {"rows": rows, **({"positions": rows} if course.legs[0].run.data.isolate else {})}
             if begun.teacher is not None and run.teacher is not None:
                 if (count := run.teacher.top_logits) is None:
-                    model = _teacher(begun.teacher, here, "bfloat16", _Asked())
+                    model = _teacher(begun.teacher, here, "bfloat16", Asked())
                     trainee = replace(trainee, teacher=teacher.Beside(model=model))
                 else:
                     shape = (size[0], size[1] - 1, count)
@@ -322,35 +264,3 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
     except RuntimeError as error:
         return cut(str(error).splitlines()[0], 200)
     return None
-
-
-@dataclass
-class _Asked:
-    nbytes: int = field(default=0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Blank(Lazy):
-    """Zeros in the shape of another tensor, which note how much is asked of it."""
-
-    like: Lazy
-    asked: _Asked
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.like.shape
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.like.dtype
-
-    def read(self, index: Index, dtype: str) -> np.ndarray:
-        out = np.zeros(tuple(b - a for a, b in index), FLOATS[dtype])
-        self.asked.nbytes += out.size * FLOATS[self.dtype].itemsize
-        return out
-
-    def describe(self) -> Any:
-        return ["blank", self.like.describe()]
-
-    def sources(self) -> Iterator[TensorInfo]:
-        return self.like.sources()
