@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import importlib
 
 import pytest
 
@@ -14,7 +13,6 @@ from upcycle.advice.gather import advise
 from upcycle.advice.situation import Budget
 from upcycle.recipe import Recipe
 
-CODE = Path(__file__).parents[2] / "experiments" / "code"
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 4,
     "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1024,
@@ -28,17 +26,17 @@ HALVES = {
 
 
 def test_the_table_is_what_was_recorded():
-    with scripts.loaded("code/figures") as figures:
-        runs = figures.read()
-        for measured in own_runs.MEASURED:
-            key = (int(measured.trained), measured.variant)
-            assert len(runs[key]) == 3
-            gap, error = runs.gap(*key)
-            assert (round(gap, 4), round(error, 4)) == (measured.less_dense, measured.error)
-            ahead = runs.crossing(*key)
-            assert (None if ahead is None else round(ahead, 2)) == measured.ahead
-    recorded = {run["start"] for run in json.loads((CODE / "results.json").read_text())["runs"]}
-    assert {measured.trained for measured in own_runs.MEASURED} <= recorded
+    for experiment in {measured.of.name: measured.of for measured in own_runs.MEASURED}.values():
+        with scripts.loaded(experiment.name) as script:
+            outcome = importlib.import_module("outcome").Outcome.of(script.EXPERIMENT)
+            assert script.EXPERIMENT.extra == own_runs.EXTRA
+            for measured in (each for each in own_runs.MEASURED if each.of == experiment):
+                key = (int(measured.start), measured.variant)
+                assert len(outcome[key]) == 3
+                gap, error = outcome.gap(*key)
+                assert (round(gap, 4), round(error, 4)) == (measured.less_dense, measured.error)
+                ahead = outcome.crossing(*key)
+                assert (None if ahead is None else round(ahead, 2)) == measured.ahead
 
 
 def test_they_speak_of_models_like_theirs_alone(tmp_path):
@@ -50,7 +48,7 @@ def test_they_speak_of_models_like_theirs_alone(tmp_path):
         asked = Budget(tokens=round(extra * seen * size), dense_tokens=round(seen * size))
         found = advise(source, recipe, asked)
         own = {s.said.partition(" tokens per")[0].rpartition(" ")[2]: s for s in found.statements
-               if s.source == own_runs.SOURCE}  # fmt: skip
+               if s.source == own_runs.CODE.source}  # fmt: skip
         return found.verdict, own
 
     verdict, own = said(80, 0.25)
@@ -58,7 +56,7 @@ def test_they_speak_of_models_like_theirs_alone(tmp_path):
     assert not own["10"].inside
     assert "80 tokens per parameter seen before, found at 10" in own["10"].why
     assert verdict.choice == "upcycling"
-    assert own_runs.SOURCE in verdict.sentence
+    assert own_runs.CODE.source in verdict.sentence
     verdict, own = said(10, 0.25)
     assert own["10"].inside
     assert verdict.choice == "dense continuation"
@@ -70,7 +68,7 @@ def test_a_real_model_is_out_of_their_range(tmp_path):
     larger = LLAMA | {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
     source = tiny.make_headers(tmp_path / "llama", larger)
     asked = Budget(tokens=10**9, dense_tokens=4 * 10**9)
-    own = [s for s in advise(source, Recipe.of(HALVES), asked).statements if s.source == own_runs.SOURCE]
+    own = [s for s in advise(source, Recipe.of(HALVES), asked).statements if s.source == own_runs.CODE.source]
     assert own
     assert not any(s.inside for s in own)
 

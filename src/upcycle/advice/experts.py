@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from upcycle.advice.situation import Situation
 
@@ -14,14 +13,14 @@ class Experts:
     """The settings of the experts in a published result.
 
     A field that is None was free or is not known. If it is not known, `complete` is False. `routers` has one
-    name for each stack. `top_k` is that of token choice. For expert choice it is the capacity factor, the
-    number of experts of a token on average.
+    name for each stack. `layers` is the share of all layers that have experts. `top_k` is that of token
+    choice. For expert choice it is the capacity factor, the number of experts of a token on average.
     """
 
     count: int | None = None
     top_k: int | None = None
     granularity: int | None = None
-    layers: Literal["all", "half"] | None = None
+    layers: float | None = None
     routers: tuple[str, ...] | None = None
     complete: bool = True
 
@@ -43,8 +42,8 @@ class Experts:
         if any(site.universal_experts for site in built.sites) or built.shared_width:
             found.append("found without shared or universal experts")
         share = situation.plan.num_moe_layers / situation.plan.num_layers
-        if self.layers is not None and abs(share - (1 if self.layers == "all" else 0.5)) > 0.05:
-            found.append(f"found with experts in {self.layers} of the layers, not in {share:.0%}")
+        if self.layers is not None and abs(share - self.layers) > 0.05:
+            found.append(f"found with experts in {self.layers:.0%} of the layers, not in {share:.0%}")
         routers = tuple(built.recipe.at(stack.name).router.name for stack in built.dense.stacks)
         if self.routers is not None and routers != self.routers:
             named = (" and ".join(dict.fromkeys(names)) for names in (self.routers, routers))

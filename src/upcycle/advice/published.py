@@ -16,9 +16,9 @@ from upcycle.advice.situation import Kind, Situation
 from upcycle.advice.statements import Statement, share
 from upcycle.system.wording import rounded
 
-MIXTRAL = Experts(count=8, top_k=2, granularity=1, layers="all", routers=("top_k",))
-SPARSE_T5 = Experts(count=32, top_k=2, granularity=1, layers="half", routers=("expert_choice", "top_k"))
-SPARSE_VIT = Experts(count=32, top_k=2, granularity=1, layers="half", routers=("expert_choice",))
+MIXTRAL = Experts(count=8, top_k=2, granularity=1, layers=1, routers=("top_k",))
+SPARSE_T5 = Experts(count=32, top_k=2, granularity=1, layers=0.5, routers=("expert_choice", "top_k"))
+SPARSE_VIT = Experts(count=32, top_k=2, granularity=1, layers=0.5, routers=("expert_choice",))
 
 
 @dataclass(frozen=True, kw_only=True)
