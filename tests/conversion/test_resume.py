@@ -16,7 +16,7 @@ from files import digests
 from upcycle import Recipe, convert
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion import write
-from upcycle.conversion.journal import JOURNAL, Journal
+from upcycle.conversion.journal import JOURNAL, Journal, _check, _written
 from upcycle.errors import UpcycleError
 from upcycle.system import open_files
 
@@ -27,6 +27,25 @@ RECIPE = Recipe.of(init={"name": "drop"})
 def source(dense, tmp_path):
     """A copy of a tiny dense checkpoint that a test may change."""
     return Path(shutil.copytree(dense("llama"), tmp_path / "source"))
+
+
+@pytest.fixture
+def hashed_first(monkeypatch):
+    """The hash of the source is in the journal before anything is written."""
+    hashed = threading.Event()
+    real, real_write = write.SourceHashes.take, write.ShardFiles.write
+
+    def take(self):
+        known = real(self)
+        hashed.set()
+        return known
+
+    def waits(self, *args):
+        hashed.wait(30)
+        real_write(self, *args)
+
+    monkeypatch.setattr(write.SourceHashes, "take", take)
+    monkeypatch.setattr(write.ShardFiles, "write", waits)
 
 
 def broken(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 400_000) -> Path:
@@ -164,30 +183,57 @@ def test_a_source_that_changed_before_the_run_goes_on(source, tmp_path, monkeypa
         Checkpoint.open(partial)
 
 
-def test_a_source_that_was_copied_before_the_run_goes_on(source, tmp_path, monkeypatch):
+def test_a_source_that_was_copied_before_the_run_goes_on(source, hashed_first, tmp_path, monkeypatch):
     """The same bytes in another place are the same source, once their hash is known."""
-    hashed = threading.Event()
-    real, real_write = write.SourceHashes.take, write.ShardFiles.write
-
-    def take(self):
-        known = real(self)
-        hashed.set()
-        return known
-
-    def waits(self, *args):
-        hashed.wait(30)
-        real_write(self, *args)
-
-    monkeypatch.setattr(write.SourceHashes, "take", take)
-    monkeypatch.setattr(write.ShardFiles, "write", waits)
     broken(source, tmp_path / "out", monkeypatch)
-    monkeypatch.undo()
     shutil.copytree(source, tmp_path / "copy")
     shutil.rmtree(source)
     (tmp_path / "copy").rename(source)
     convert(source, tmp_path / "out", RECIPE, shard_size=120_000, resume=True)
     convert(source, tmp_path / "whole", RECIPE, shard_size=120_000)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_source_that_was_touched_before_the_run_goes_on(source, hashed_first, tmp_path, monkeypatch):
+    """A new time of the same bytes is the same source, also in a journal that has the old time."""
+    partial = broken(source, tmp_path / "out", monkeypatch)
+    lines = (partial / JOURNAL).read_bytes().splitlines()
+    begun, *others = [{k: v for k, v in json.loads(line).items() if k != "check"} for line in lines]
+    file = source / "model.safetensors"
+    former = begun | {"source": {k: [size, 5] for k, size in begun["source"].items()}}
+    shutil.copytree(partial, tmp_path / "old.partial")
+    written = [_written(former, "")]
+    for line in others:
+        written.append(_written(line, _check(written[-1])))
+    (tmp_path / "old.partial" / JOURNAL).write_bytes(b"".join(written))
+    os.utime(file, ns=(1, 1))
+    convert(source, tmp_path / "whole", RECIPE, shard_size=120_000)
+    for name in ("out", "old"):
+        done = Journal(tmp_path / f"{name}.partial" / JOURNAL, begun)
+        assert done.done
+        done._file.close()
+        convert(source, tmp_path / name, RECIPE, shard_size=120_000, resume=True)
+        assert digests(tmp_path / name) == digests(tmp_path / "whole")
+
+
+def test_other_bytes_of_a_new_time_are_another_source(source, hashed_first, tmp_path, monkeypatch):
+    """Of one size with those that the run began with, so that the hash alone tells."""
+    broken(source, tmp_path / "out", monkeypatch)
+    change(source)
+    os.utime(source / "model.safetensors")
+    with pytest.raises(UpcycleError, match=r"has changed since .* put back what it was"):
+        convert(source, tmp_path / "out", RECIPE, shard_size=120_000, resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_was_touched_before_it_was_hashed(source, tmp_path, monkeypatch):
+    """Nobody can say whether its bytes are the same, and the refusal says so."""
+    with monkeypatch.context() as patch:
+        patch.setattr(write.SourceHashes, "take", lambda self: {})
+        broken(source, tmp_path / "out", monkeypatch)
+    os.utime(source / "model.safetensors")
+    with pytest.raises(UpcycleError, match="or was only touched: it had not been hashed by then"):
+        convert(source, tmp_path / "out", RECIPE, shard_size=120_000, resume=True)
 
 
 def test_the_source_is_hashed_once(source, tmp_path, monkeypatch):

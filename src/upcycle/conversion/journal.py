@@ -56,8 +56,9 @@ class Journal:
                 f"{self._path} is damaged, or of another version of upcycle; delete {self.folder} and "
                 f"convert again"
             )
-        if lines[0] != begun:
-            different = ", ".join(k for k in begun if lines[0].get(k) != begun[k]) or "version of upcycle"
+        first = _without_times(lines[0])
+        if first != begun:
+            different = ", ".join(k for k in begun if first.get(k) != begun[k]) or "version of upcycle"
             raise UpcycleError(
                 f"{self.folder} was begun with another {different}; resume with what it was begun with, or "
                 f"delete it"
@@ -86,6 +87,18 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _without_times(begun: dict[str, Any]) -> dict[str, Any]:
+    """Return the first line of a journal as this version writes it.
+
+    Older versions wrote the size of a source file with the time of its last change.
+    """
+    files = begun.get("source")
+    if not isinstance(files, dict):
+        return begun
+    sizes = {key: each[0] if isinstance(each, list) and each else each for key, each in files.items()}
+    return begun | {"source": sizes}
 
 
 def _written(line: dict[str, Any], before: str) -> bytes:

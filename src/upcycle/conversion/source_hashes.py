@@ -32,7 +32,12 @@ class SourceHashes:
         before = journal.notes.get("stamps", stamps)
         for key in [key for key in stamps if stamps[key] != before.get(key)]:
             checkpoint, file = self._sources[key]
-            if checkpoint.hash_read(file, stop) != self._known.get(key):
+            if key not in self._known:
+                raise UpcycleError(
+                    f"{file} has changed since {journal.folder} was begun, or was only touched: it had not "
+                    f"been hashed by then, so nobody can say which; delete that folder and convert again"
+                )
+            if checkpoint.hash_read(file, stop) != self._known[key]:
                 raise UpcycleError(
                     f"{file} has changed since {journal.folder} was begun; put back what it was, or delete "
                     f"that folder and convert again"

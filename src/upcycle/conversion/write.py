@@ -172,8 +172,11 @@ def _check_space(partial: Path, shards: Shards) -> None:
 
 
 def _begun(built: Blueprint, shards: Shards) -> dict[str, Any]:
-    """Return what a run must have in common with the run that it resumes."""
-    files = {key: [c.stamps[f][2], c.stamps[f][3]] for key, (c, f) in sources(built).items()}
+    """Return what a run must have in common with the run that it resumes.
+
+    Of the source files these are the sizes. `SourceHashes` compares the content of those that were touched.
+    """
+    files = {key: c.stamps[f][2] for key, (c, f) in sources(built).items()}
     return {"recipe": built.hash, "shard size": list(shards.sizes), "source": files}
 
 
@@ -262,7 +265,7 @@ def _finish(
     if shards.index is not None:
         whole_file.write_json(partial / INDEX, shards.index)
     selection.write(built, partial)
-    whole_file.write_text(partial / "README.md", card.render(built))
+    whole_file.write_text(partial / "README.md", card.render(built, out))
     whole_file.write_json(partial / UNNAMED_CONFIG, built.stored_config())
     weights = {JOURNAL, Provenance.FILE, *shards.names}
     files = {
