@@ -10,10 +10,16 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import upcycle as library
 from marks import quick
+from upcycle import Recipe
+from upcycle.checkpoints import hub as hub_ids
+from upcycle.checkpoints.header import read_header
+from upcycle.dense.admission import admit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-llama"
@@ -186,3 +192,82 @@ def test_an_adapter_from_the_hub(upcycle, hub, dense, tmp_path):
     assert set(hub.sent) == {"adapter_config.json", "adapter_model.safetensors"}
     record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
     assert record["source"]["donors"]["adapter 1"]["name"] == REPO
+
+
+# --- headers of a hub id, in this process
+
+
+@pytest.fixture
+def on_the_hub(monkeypatch):
+    """A function that puts folders on the hub by name; it returns the names that are downloaded whole."""
+    import huggingface_hub
+
+    folders: dict[str, Path] = {}
+    downloaded: list[str] = []
+
+    def headers(self, repo: str, *, revision: str | None = None) -> SimpleNamespace:
+        weights = "model.safetensors"
+        tensors = {
+            name: SimpleNamespace(dtype=t.dtype, shape=t.shape, data_offsets=(t.offset, t.offset + t.nbytes))
+            for name, t in read_header(folders[repo] / weights).items()
+        }
+        return SimpleNamespace(files_metadata={weights: SimpleNamespace(tensors=tensors)})
+
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, file, *, revision=None: str(folders[repo] / file)
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", headers)
+    monkeypatch.setattr(hub_ids, "_download", lambda name: downloaded.append(name) or folders[name])
+
+    def put(**named: Path) -> list[str]:
+        folders.update({f"someone/{name}": folder for name, folder in named.items()})
+        return downloaded
+
+    return put
+
+
+def test_no_weights_of_donors_are_fetched_before_they_are_needed(on_the_hub, dense):
+    """A plan and advice read the headers of donors, and find the model that is then converted."""
+    source, donors = dense("llama"), {"one": dense("llama", seed=1), "two": dense("llama", seed=2)}
+    downloaded = on_the_hub(**donors)
+
+    def recipe(*sources: object) -> dict:
+        init = {"name": "branch_train_mix", "sources": [*map(str, sources)]}
+        return {"moe": {"num_experts": 3}, "init": init}
+
+    there = recipe("someone/one", "someone/two")
+    found = library.plan(source, there)
+    library.advise(source, there, tokens="1B")
+    library.foretell(source, there, world=4)
+    assert downloaded == []
+    assert found.blueprint_hash == library.plan(source, recipe(*donors.values())).blueprint_hash
+    said = "only headers were read, so `upcycle convert` will compare the tokens of someone/one and"
+    assert any(warning.startswith(said) for warning in found.warnings)
+    built = library.blueprint(source, there)
+    assert downloaded == ["someone/one", "someone/two"]
+    assert built.hash == found.blueprint_hash
+
+
+def test_no_weights_of_the_rest_are_fetched_before_they_are_needed(on_the_hub, dense):
+    rest = dense("llama", hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)
+    downloaded = on_the_hub(rest=rest)
+    recipe = Recipe.of(
+        moe={"num_experts": 2, "target": "upcycled", "expert_width": 24},
+        init={"name": "uniform"},
+        successor={"hidden_size": 16, "rest": "someone/rest"},
+    )
+    found = library.plan(dense("llama"), recipe)
+    assert downloaded == []
+    assert library.blueprint(dense("llama"), recipe).hash == found.blueprint_hash
+    assert downloaded == ["someone/rest"]
+
+
+def test_a_file_of_the_current_folder_is_not_one_of_the_hub(on_the_hub, dense, monkeypatch):
+    """Though it has the name of one: a fingerprint of headers has nothing of the weights."""
+    on_the_hub(model=dense("llama"))
+    monkeypatch.chdir(dense("qwen2"))
+    peeked = hub_ids.peek("someone/model")
+    assert peeked.headers_only
+    assert not peeked.stamps
+    whole = admit(hub_ids.open_checkpoint(dense("llama"))).fingerprint
+    assert admit(peeked).fingerprint == {key: whole[key] for key in ("config", "tensors")}

@@ -57,12 +57,11 @@ def advise(source: str | Path | Checkpoint, recipe: Recipe, asked: Budget) -> Ad
 
     Only headers are read. Raises `UpcycleError` if source, recipe and question do not fit.
     """
-    opened = source if isinstance(source, Checkpoint) else peek(source)
-    situation = Situation(asked=asked, built=blueprint(opened, recipe))
+    situation = Situation(asked=asked, built=blueprint(source, recipe, opener=peek))
     return Advice(
         asked=asked,
         plan=situation.plan,
         statements=tuple(one for speaker in SPEAKERS for one in speaker.statements(situation)),
         verdict=verdict(situation),
-        recommended=recommended(situation, opened),
+        recommended=recommended(situation, situation.built.source),
     )

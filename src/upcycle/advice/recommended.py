@@ -17,6 +17,7 @@ from upcycle.advice.situation import Kind, Situation
 from upcycle.advice.verdict import Verdict, verdict
 from upcycle.blueprints.blueprint import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.hub import peek
 from upcycle.errors import UpcycleError
 from upcycle.init import Init
 from upcycle.init.drop import Drop
@@ -143,7 +144,7 @@ def _equal_flops(situation: Situation, source: Checkpoint) -> dict[str, Any]:
         "router.init": "grouped",
     }
     try:
-        blueprint(source, Recipe.of(_put(recipe, narrow)))
+        blueprint(source, Recipe.of(_put(recipe, narrow)), opener=peek)
     except UpcycleError:
         return {}
     return narrow
@@ -161,7 +162,7 @@ def _put(recipe: Recipe, keys: Mapping[str, Any]) -> dict[str, Any]:
 def _with(situation: Situation, recipe: Recipe, source: Checkpoint) -> Situation | None:
     """Return the same question about another recipe; None if the source cannot have it."""
     try:
-        return Situation(asked=situation.asked, built=blueprint(source, recipe))
+        return Situation(asked=situation.asked, built=blueprint(source, recipe, opener=peek))
     except UpcycleError:
         return None
 

@@ -13,7 +13,7 @@ from upcycle.errors import UpcycleError
 from upcycle.forecast import outlook
 from upcycle.forecast.outlook import Outlook
 from upcycle.forecast.setting import Precision, Recompute, Setting
-from upcycle.recipe import Recipe, RecipeLike
+from upcycle.recipe import RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
 from upcycle.training.course import Course, Leg
@@ -46,7 +46,7 @@ def foretell(
     for name, value in (("world", world), ("rows", rows), ("context", context)):
         if value is not None and (type(value) is not int or value < 1):
             raise UpcycleError(f"{name} = {value}; it must be a whole number of 1 or more")
-    built = blueprint(peek(source), Recipe.of(recipe))
+    built = blueprint(source, recipe, opener=peek)
     fsdp = world // max(1, replicate * tp)
     layout = Layout(replicate=replicate, fsdp=fsdp, tp=tp, ep=ep)
     _refuse(layout, built, world)
@@ -66,7 +66,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     """
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
-    built = blueprint(peek(run.source), run.recipe)
+    built = blueprint(run.source, run.recipe, opener=peek)
     train = run.train
     layout = run.parallel.layout(world)
     _refuse(layout, built, world)

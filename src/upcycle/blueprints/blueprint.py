@@ -20,7 +20,7 @@ from upcycle import targets
 from upcycle.blueprints import further, heads, spared
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, FLOATS, TORCH_NAMES, holds
-from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.checkpoints.hub import Opener, open_checkpoint
 from upcycle.dense import mixtures, successors
 from upcycle.dense.admission import admit
 from upcycle.dense.donors import admit_donors
@@ -256,25 +256,31 @@ class Blueprint:
 
 
 def blueprint(
-    source: str | Path | Checkpoint, recipe: RecipeLike = None, *, allow_nonfinite: bool = False
+    source: str | Path | Checkpoint,
+    recipe: RecipeLike = None,
+    *,
+    allow_nonfinite: bool = False,
+    opener: Opener = open_checkpoint,
 ) -> Blueprint:
     """Return the blueprint of the MoE that `recipe` makes of the checkpoint `source`.
 
     That is dense, or a Mixture of Experts if the recipe has a section [grow]. `source` is a folder or a hub
-    id; `recipe` is a `Recipe`, its table, or its file. Only headers are read. Raises `UpcycleError` if source
-    and recipe do not fit.
+    id; `recipe` is a `Recipe`, its table, or its file. Only headers are read. `opener` opens the source and
+    every other checkpoint that the recipe names: `open_checkpoint` downloads that of a hub id, and `peek`
+    fetches its headers alone, which is enough unless weights are read. Raises `UpcycleError` if source and
+    recipe do not fit.
     """
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):
-        source = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
+        source = opener(source, allow_nonfinite=allow_nonfinite)
     if recipe.moe.part != TEXT:
         _refuse_for_towers(recipe)
     if recipe.moe.part == TEXT:
-        return _of_part(source, recipe, allow_nonfinite=allow_nonfinite)
-    tower = _of_part(source, recipe.of_part(VISION), allow_nonfinite=allow_nonfinite)
+        return _of_part(source, recipe, opener, allow_nonfinite=allow_nonfinite)
+    tower = _of_part(source, recipe.of_part(VISION), opener, allow_nonfinite=allow_nonfinite)
     if recipe.moe.part == VISION:
         return replace(tower, recipe=recipe)
-    text = _of_part(source, recipe.of_part(TEXT), allow_nonfinite=allow_nonfinite)
+    text = _of_part(source, recipe.of_part(TEXT), opener, allow_nonfinite=allow_nonfinite)
     return _together(text, tower, recipe)
 
 
@@ -313,7 +319,7 @@ def _together(text: Blueprint, tower: Blueprint, recipe: Recipe) -> Blueprint:
     )
 
 
-def _of_part(source: Checkpoint, recipe: Recipe, *, allow_nonfinite: bool) -> Blueprint:
+def _of_part(source: Checkpoint, recipe: Recipe, opener: Opener, *, allow_nonfinite: bool) -> Blueprint:
     """Return the blueprint for a model that is all of its checkpoint, or one part of it."""
     if recipe.grow is None:
         alone = recipe.moe.part_only == TEXT
@@ -326,9 +332,9 @@ def _of_part(source: Checkpoint, recipe: Recipe, *, allow_nonfinite: bool) -> Bl
     for router in [recipe.router, *(part.router for part in recipe.parts.values())]:
         router.start.admit(dense)
     if recipe.successor is not None:
-        dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite)
+        dense = successors.narrowed(dense, recipe, allow_nonfinite=allow_nonfinite, opener=opener)
     target = targets.of(dense, recipe)
-    donors = admit_donors(dense, recipe, allow_nonfinite=allow_nonfinite)
+    donors = admit_donors(dense, recipe, allow_nonfinite=allow_nonfinite, opener=opener)
     sites = target.sites(dense, recipe)
     config = target.config(dense, recipe, sites)
     config, lazies = heads.untied(

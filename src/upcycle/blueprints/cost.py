@@ -97,8 +97,7 @@ def plan(
     shard_size: int = DEFAULT_SHARD,
 ) -> Plan:
     """Return the plan of `convert(source, ..., recipe)`, worked out from headers alone."""
-    opened = source if isinstance(source, Checkpoint) else peek(source)
-    return plan_of(blueprint(opened, recipe), jobs=jobs, shard_size=shard_size)
+    return plan_of(blueprint(source, recipe, opener=peek), jobs=jobs, shard_size=shard_size)
 
 
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:

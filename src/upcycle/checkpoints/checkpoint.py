@@ -92,6 +92,11 @@ class Checkpoint:
         tensors = _headers(folder)
         return cls(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, stamps=stamps)
 
+    @property
+    def headers_only(self) -> bool:
+        """True if its files are not on this machine, so that nothing but config and headers is known."""
+        return not any(file in self.stamps for file in self.files)
+
     def pread(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         """Return bytes `start` to `stop` of a tensor as uint8. Raises `UpcycleError` for NaN or inf."""
         out = np.empty(stop - start, np.uint8)

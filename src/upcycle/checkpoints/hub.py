@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from upcycle.checkpoints import carried
 from upcycle.checkpoints.checkpoint import INDEX, Checkpoint
@@ -14,6 +15,15 @@ from upcycle.checkpoints.header import TensorInfo
 from upcycle.errors import UpcycleError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+class Opener(Protocol):
+    """A way to open a checkpoint: whole (`open_checkpoint`), or its config and headers alone (`peek`)."""
+
+    def __call__(
+        self, source: str | Path, *, allow_nonfinite: bool = False, label: str = "source"
+    ) -> Checkpoint:
+        """Return the open checkpoint `source`, a folder or a hub id; `label` is its role in a blueprint."""
 
 
 def open_checkpoint(
@@ -72,10 +82,10 @@ def _download_only(source: str, wanted: tuple[str, ...]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[*wanted]))
 
 
-def peek(source: str | Path) -> Checkpoint:
+def peek(source: str | Path, *, allow_nonfinite: bool = False, label: str = "source") -> Checkpoint:
     """Read config and headers of `source`; from the hub, a few kilobytes are fetched and no weights."""
     if not is_id(source):
-        return Checkpoint.open(source)
+        return Checkpoint.open(source, allow_nonfinite=allow_nonfinite, label=label)
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
 
@@ -86,19 +96,22 @@ def peek(source: str | Path) -> Checkpoint:
             files = HfApi().get_safetensors_metadata(repo, revision=revision).files_metadata
         except NotASafetensorsRepoError:
             raise UpcycleError(f"{source} has no safetensors weights; convert it with transformers") from None
+    folder = Path(source)  # there is no such folder here, so a file in it is never one of this machine
     tensors = {
         name: TensorInfo(
             name=name,
             dtype=info.dtype,
             shape=tuple(info.shape),
-            file=Path(file),
+            file=folder / file,
             offset=info.data_offsets[0],
             nbytes=info.data_offsets[1] - info.data_offsets[0],
         )
         for file, header in files.items()
         for name, info in header.tensors.items()
     }
-    return Checkpoint(Path(source), config, tensors)
+    opened = Checkpoint(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label)
+    opened.name = str(source)
+    return opened
 
 
 @contextmanager

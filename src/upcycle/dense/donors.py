@@ -13,7 +13,7 @@ from pathlib import Path
 
 from upcycle.checkpoints import vocabularies
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.checkpoints.hub import Opener
 from upcycle.dense import places
 from upcycle.dense.adapted import Adapted, adapted
 from upcycle.dense.adapters import Adapter, open_adapter
@@ -49,13 +49,14 @@ class Donors:
     remarks: tuple[str, ...] = ()
 
 
-def admit_donors(source: Dense, recipe: Recipe, *, allow_nonfinite: bool) -> Donors:
+def admit_donors(source: Dense, recipe: Recipe, *, allow_nonfinite: bool, opener: Opener) -> Donors:
     """Return the dense models that the recipe's initialisation names besides `source`.
 
-    Raises `UpcycleError`, with the reason, for a donor that cannot be mixed as the recipe asks.
+    `opener` opens their checkpoints. Raises `UpcycleError`, with the reason, for a donor that cannot be mixed
+    as the recipe asks.
     """
     named = recipe.init.donors
-    opened = _open(named, allow_nonfinite=allow_nonfinite)
+    opened = _open(named, opener, allow_nonfinite=allow_nonfinite)
     remarks = list(_same_files(source.checkpoint, [c for c in opened if c is not None]))
     bare: dict[Checkpoint | None, Dense] = {None: source}
     for checkpoint in opened:
@@ -75,7 +76,7 @@ def admit_donors(source: Dense, recipe: Recipe, *, allow_nonfinite: bool) -> Don
     return Donors(models=tuple(models), remarks=tuple(dict.fromkeys(remarks)))
 
 
-def _open(named: Sequence[Donor], *, allow_nonfinite: bool) -> list[Checkpoint | None]:
+def _open(named: Sequence[Donor], opener: Opener, *, allow_nonfinite: bool) -> list[Checkpoint | None]:
     """Open the checkpoint of each donor; None stands for the source.
 
     Donors that differ in their adapters share a checkpoint. One that is named again is opened again.
@@ -86,7 +87,7 @@ def _open(named: Sequence[Donor], *, allow_nonfinite: bool) -> list[Checkpoint |
         key = donor.source, named[:place].count(donor)
         if donor.source and key not in found:
             label = f"donor {len(found) + 1}"
-            found[key] = open_checkpoint(donor.source, allow_nonfinite=allow_nonfinite, label=label)
+            found[key] = opener(donor.source, allow_nonfinite=allow_nonfinite, label=label)
         out.append(found.get(key))
     return out
 
@@ -118,8 +119,13 @@ def _same_files(source: Checkpoint, donors: Sequence[Checkpoint]) -> Iterator[st
         yield f"the donor {donor.folder} is {what}, and counts once more in an average"
 
 
-def _files(opened: Checkpoint) -> frozenset[tuple[int, ...]]:
-    """Return device and inode of the files of a checkpoint, which are the same by any path."""
+def _files(opened: Checkpoint) -> frozenset[object]:
+    """Return device and inode of the files of a checkpoint, which are the same by any path.
+
+    Files that are not on this machine are told apart by their names.
+    """
+    if opened.headers_only:
+        return frozenset(opened.files)
     return frozenset(mark[:2] for file, mark in opened.stamps.items() if file in set(opened.files))
 
 
@@ -146,6 +152,8 @@ def _compared(source: Dense, donor: Dense, recipe: Recipe) -> Iterator[str]:
     if differing:
         found = [f"{key} ({values})" for key, values in differing.items()]
         yield f"{there} and {here} differ in {listed(found, 6)}; the result has what {here} has"
+    if "vocab_size" in source.config and (source.checkpoint.headers_only or donor.checkpoint.headers_only):
+        yield f"only headers were read, so `upcycle convert` will compare the tokens of {there} and {here}"
     yield from _tokens_that_differ(here, there)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.checkpoints.hub import Opener, open_checkpoint
 from upcycle.dense.admission import admit
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
@@ -115,8 +115,10 @@ class Narrowed(Dense):
         return self.predecessor.feed_forward(layer, stack)
 
 
-def narrowed(predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = False) -> Narrowed:
-    """Return the successor that `recipe` makes of a predecessor.
+def narrowed(
+    predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = False, opener: Opener = open_checkpoint
+) -> Narrowed:
+    """Return the successor that `recipe` makes of a predecessor; `opener` opens `successor.rest`.
 
     Raises `UpcycleError` if widths or checkpoints do not fit.
     """
@@ -134,7 +136,7 @@ def narrowed(predecessor: Dense, recipe: Recipe, *, allow_nonfinite: bool = Fals
     config = family.config({**predecessor.raw, **changed})
     rest = None
     if wanted.rest != "predecessor":
-        rest = admit(open_checkpoint(wanted.rest, allow_nonfinite=allow_nonfinite, label="rest"))
+        rest = admit(opener(wanted.rest, allow_nonfinite=allow_nonfinite, label="rest"))
         shapes = {n: t.shape for n, t in rest.tensors.items()}
         body = {
             n: s for n, s in family.shapes(config).items() if "classifier" not in n and "lm_head" not in n
