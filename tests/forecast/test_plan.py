@@ -77,6 +77,10 @@ def test_the_forecast_is_shown(run, capsys):
         (["--world", "16", "--gpu", "H9"], "unknown GPU 'H9'"),
         (["--world", "0"], "0 process"),
         (["--set", "moe=false"], "has no [moe]"),
+        (["--recipe", "none.toml"], "so --recipe none.toml would not be read"),
+        (["--world", "16", "--tp", "1", "--rows", "4"], "--rows, --tp would not be read; use --set"),
+        (["--world", "16", "--no-recompute"], "--no-recompute would not be read; use --set"),
+        (["--gpu", "B9000"], "without --world N no training is foretold, and --gpu would not be read"),
     ],
 )
 def test_bad_input(run, options, words, capsys):
@@ -84,6 +88,16 @@ def test_bad_input(run, options, words, capsys):
         cli.main(["plan", str(run), *options])
     assert exit_.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--gpu B9000", "--replicate 1", "--ep 4", "--context 16", "--no-recompute"]
+)
+def test_options_of_a_forecast_ask_for_one(option, dense, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["plan", str(dense("llama", head_dim=8)), *option.split()])
+    assert exit_.value.code == 2
+    assert f"{option.split()[0]} would not be read; add it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

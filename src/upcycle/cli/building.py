@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import upcycle
 from upcycle.cli.options import (
-    Count,
     File,
     Flag,
     Jobs,
@@ -38,21 +38,21 @@ class ForecastOptions:
 
     Args:
         world: number of GPUs to train on; RUN.toml has the layout itself
-        gpu: kind of GPU: H100, H200, H800, A100 or A800
-        replicate: copies of the whole model
-        tp: GPUs that split the matrices of a layer
-        ep: GPUs that share out the experts of a layer
-        rows: rows of one forward pass on a GPU
+        gpu: kind of GPU: H100, H200, H800, A100 or A800 (H100, if absent)
+        replicate: copies of the whole model (1, if absent)
+        tp: GPUs that split the matrices of a layer (1, if absent)
+        ep: GPUs that share out the experts of a layer (1, if absent)
+        rows: rows of one forward pass on a GPU (1, if absent)
         context: tokens of a row of text (4096, or as many as the model takes, if absent)
         recompute: keep all activations; without it, blocks are computed again in the backward pass
     """
 
     world: Whole = None
-    gpu: str = "H100"
-    replicate: Count = 1
-    tp: Count = 1
-    ep: Count = 1
-    rows: Count = 1
+    gpu: Text = None
+    replicate: Whole = None
+    tp: Whole = None
+    ep: Whole = None
+    rows: Whole = None
     context: Whole = None
     recompute: Flag = True
 
@@ -60,13 +60,33 @@ class ForecastOptions:
         """Return the outlook of a run file; None if none is asked for."""
         from upcycle.api.forecasting import foretell_run
 
-        return None if self.world is None else foretell_run(run, world=self.world, gpu=self.gpu)
+        given = self._given()
+        if odd := given.keys() - {"world", "gpu"}:
+            raise UpcycleError(
+                f"a run file has its layout, rows and context itself, and {_options(odd)} would not be read; "
+                f"use --set, such as --set parallel.tp=2 or --set train.micro_batch=1"
+            )
+        return foretell_run(run, **given) if given else None
 
     def of_recipe(self, source: str, recipe: Recipe) -> Outlook | None:
         """Return the outlook of what a recipe makes; None if none is asked for."""
-        if self.world is None:
-            return None
-        return upcycle.foretell(source, recipe, **dataclasses.asdict(self))
+        given = self._given()
+        return upcycle.foretell(source, recipe, **given) if given else None
+
+    def _given(self) -> dict[str, Any]:
+        """Return the options that were given. Raises `UpcycleError` for those that need --world."""
+        fields = {each.name: each.default for each in dataclasses.fields(self)}
+        given = {name: value for name in fields if (value := getattr(self, name)) != fields[name]}
+        if given and self.world is None:
+            raise UpcycleError(
+                f"without --world N no training is foretold, and {_options(given)} would not be read; add it"
+            )
+        return given
+
+
+def _options(given: Iterable[str]) -> str:
+    """Return the names of forecast options as they are typed."""
+    return ", ".join("--no-recompute" if name == "recompute" else f"--{name}" for name in sorted(given))
 
 
 @app.command
@@ -91,6 +111,11 @@ def plan(
     if source.endswith(".toml"):
         from upcycle.training.run import Run
 
+        if recipe.recipe is not None:
+            raise UpcycleError(
+                f"{source} is a run file and has its recipe itself, so --recipe {recipe.recipe} would not be "
+                f"read; give one of them, and change single keys with --set"
+            )
         run = Run.load(source, recipe.overrides())
         if run.recipe is None:
             raise UpcycleError(f"{source} has no [moe], so there is nothing to plan; add one")
