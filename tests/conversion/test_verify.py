@@ -9,7 +9,6 @@ import re
 import shutil
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from upcycle import Recipe, cli, convert, plan, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import read_header
 from upcycle.conversion import provenance
+from upcycle.conversion.plain import plain
 from upcycle.errors import UpcycleError
 from upcycle.inspection import inspect
 from upcycle.records.provenance import MadeFrom
@@ -189,8 +189,7 @@ def test_where_a_source_outside_home_was_is_not_published(dense, tmp_path, monke
 )
 def test_the_path_that_is_written(source, out, path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    opened = SimpleNamespace(folder=Path(source))
-    assert provenance._place(opened, Path(out)) == path
+    assert provenance.published(Path(source), Path(out)) == path
     made = MadeFrom(name="llama", path=path, sha256={}, donors={})
     assert made.seen_from(Path(out)) == Path("/made/moe/llama" if path == "llama" else source)
 
@@ -255,6 +254,30 @@ def test_a_source_whose_name_is_no_text(name, dense, tmp_path):
     shutil.copytree(dense("llama"), source)
     convert(source, tmp_path / "moe", Recipe.of())
     assert verify(source, tmp_path / "moe", logits=False).holds
+
+
+@pytest.mark.parametrize("home", [False, True])
+def test_where_donors_and_files_were_is_not_published(home, dense, tmp_path, monkeypatch):
+    """The card says the way to them from the folder or the home; without any, its recipe is as it was."""
+    mine = tmp_path / "somebody"
+    monkeypatch.setenv("HOME", str(mine if home else tmp_path / "other"))
+    source = Path(shutil.copytree(dense("llama"), mine / "base"))
+    donor = Path(shutil.copytree(dense("llama", seed=1), mine / "donor"))
+    config = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps({**config, "bos_token_id": 5}))
+    init = {"name": "experts", "expert": [{}, {"source": str(donor)}]}
+    out = mine / "moe"
+    card = card_of(source, out, Recipe.of(moe={"num_experts": 2}, init=init))
+    way = "~" if home else ".."
+    assert f'"source": "{way}/donor"' in card
+    assert plain(f"{way}/donor and {way}/base differ in bos_token_id") in card
+    assert "somebody" not in card
+    assert "Paths are seen from this folder" in card
+    assert verify(source, out, logits=False).holds
+    recipe = Recipe.of(moe={"num_experts": 2}, router={"std": 0.5})
+    card = card_of(source, mine / "other", recipe)
+    assert json.dumps(recipe.as_table(), indent=2) + "\n```\n\nBlueprint" in card
+    assert "Paths are seen" not in card
 
 
 def test_a_card_names_every_source(dense, tmp_path):

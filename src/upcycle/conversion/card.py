@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import upcycle
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import Plan, flops_per_token, plan_of
 from upcycle.conversion.plain import code, plain
+from upcycle.conversion.provenance import published
 from upcycle.targets import dense_snippet
 
 
@@ -59,11 +63,34 @@ def _counts(built: Blueprint, plan: Plan) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("|  |", "| |")
 
 
-def render(built: Blueprint) -> str:
-    """Return Markdown that says what the folder is, what it was made from, and how to load it."""
-    plan = plan_of(built)
+def _public(value: Any, out: Path) -> Any:
+    """Return a recipe's table with each absolute path in the words that `published` has for it."""
+    if isinstance(value, Mapping):
+        return {key: _public(each, out) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_public(each, out) for each in value)
+    absolute = isinstance(value, str) and Path(value).is_absolute()
+    return published(Path(value), out) if absolute else value
+
+
+def _warnings(built: Blueprint, plan: Plan, out: Path) -> str:
+    """Return the warnings of a plan as a list, without the absolute paths of checkpoints."""
+    folders = {opened.folder for opened in built.checkpoints if opened.folder.is_absolute()}
+    found = "\0".join(plan.warnings)
+    for folder in sorted(folders, key=lambda path: len(str(path)), reverse=True):  # one may begin another
+        found = found.replace(str(folder), published(folder, out))
+    return "".join(f"- {plain(said)}\n" for said in found.split("\0") if said) or "- none\n"
+
+
+def render(built: Blueprint, out: Path) -> str:
+    """Return Markdown that says what the folder `out` is, what it was made from, and how to load it.
+
+    It holds no path of the machine that it was made on, because a card is published.
+    """
+    plan, recipe = plan_of(built), built.recipe.as_table()
     moe = plan.num_moe_layers > 0
-    warnings = "".join(f"- {plain(w)}\n" for w in plan.warnings) or "- none\n"
+    public = _public(recipe, out)
+    seen = "" if public == recipe else "\nPaths are seen from this folder; `~` is a home folder.\n"
     return f"""---
 library_name: transformers
 tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
@@ -84,12 +111,12 @@ It is {plain(plan.made)}.
 {how_to_load(built, built.target.architecture)}
 ## What to know
 
-{warnings}
+{_warnings(built, plan, out)}
 ## Recipe
 
 ```json
-{json.dumps(built.recipe.as_table(), indent=2)}
+{json.dumps(public, indent=2)}
 ```
-
+{seen}
 Blueprint `{plan.blueprint_hash}`; the hashes of the source files are in `upcycle.json`.
 """

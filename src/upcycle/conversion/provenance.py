@@ -85,26 +85,27 @@ def _made_from(
 ) -> MadeFrom:
     return MadeFrom(
         name=source.name,
-        path=_place(source, out),
+        path=published(source.folder, out),
         model_type=model_type,
         sha256=hashes[source.label],
         donors={
-            c.label: DonorRecord(name=c.name, path=_place(c, out), sha256=hashes[c.label]) for c in donors
+            c.label: DonorRecord(name=c.name, path=published(c.folder, out), sha256=hashes[c.label])
+            for c in donors
         },
     )
 
 
-def _place(opened: Checkpoint, out: Path) -> str:
-    """Return where a checkpoint is, in words that may be published with the folder `out`.
+def published(path: Path, out: Path) -> str:
+    """Return where a checkpoint or a file is, in words that may be published with the folder `out`.
 
     That is its path from the home folder, or from `out` if both lie in one folder below the root. Otherwise
     it is the name alone, because a path through the root would tell all of the machine's folders.
     """
-    folder, home, seen_from = opened.folder.resolve(), _home(), out.resolve()
-    if home and folder.is_relative_to(home):
-        return f"~/{folder.relative_to(home)}"
-    shared = Path(os.path.commonpath([folder, seen_from]))
-    return os.path.relpath(folder, seen_from) if shared != shared.parent else folder.name
+    whole, home, seen_from = path.resolve(), _home(), out.resolve()
+    if home and whole.is_relative_to(home):
+        return f"~/{whole.relative_to(home)}"
+    shared = Path(os.path.commonpath([whole, seen_from]))
+    return os.path.relpath(whole, seen_from) if shared != shared.parent else whole.name
 
 
 def _home() -> Path | None:
