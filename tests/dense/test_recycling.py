@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import numpy as np
@@ -14,10 +15,11 @@ import tiny
 import upcycle
 from arrays import made, stored
 from marks import quick
-from upcycle import Recipe, blueprint, convert, plan, verify
+from upcycle import Recipe, blueprint, convert, families, plan, verify
 from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.cli.views.plan import show_plan
 from upcycle.errors import UpcycleError
+from upcycle.families._narrowing import narrowable
 from upcycle.init import Site, _selecting, co_activation
 from upcycle.init._selecting import Choice
 from upcycle.init.importance import Importance
@@ -61,6 +63,23 @@ def narrowed(arrays: dict[str, np.ndarray], channels, heads, neurons) -> dict[st
             x = x[channels]
         out[name] = x
     return out
+
+
+def test_each_decoder_knows_its_axes_or_says_that_it_does_not():
+    """Whatever the names of its tensors are."""
+    known = {}
+    for name in {*tiny.DECODERS, *tiny.OTHERS, *tiny.RECENT}:
+        family = families.find(name)
+        config = family.config(tiny.config_of(name).to_dict())
+        with contextlib.suppress(UpcycleError):
+            known[name] = narrowable(family).axes(config)
+        if name not in known:
+            continue
+        assert {n: len(axes) for n, axes in known[name].items()} == {
+            n: len(shape) for n, shape in family.shapes(config).items()
+        }
+    assert {"llama", "qwen3", "gemma2"} <= known.keys()
+    assert "lfm2" not in known
 
 
 # --- uniform: Weight Selection

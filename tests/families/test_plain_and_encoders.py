@@ -11,8 +11,9 @@ import transformers
 
 import tiny
 import upcycle
+from arrays import stored
 from marks import sampled
-from upcycle import Recipe, convert, families, verify
+from upcycle import Recipe, convert, families, plan, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 
 # The class, and changes of its config.
@@ -165,6 +166,20 @@ def test_a_wav2vec2_as_the_hub_has_it(tmp_path):
     convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
     proof = verify(source, tmp_path / "moe")
     assert proof.holds, proof.checks
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2ForCTC", "BertForTokenClassification", "T5ForTokenClassification"])
+def test_a_deeper_model_keeps_a_head_that_no_family_lists(name, tmp_path):
+    source = tiny.make(tmp_path / "dense", name)
+    recipe = Recipe.of(moe={"target": "depth_tiled"})
+    built = convert(source, tmp_path / "deep", recipe)
+    before, after = stored(source), stored(tmp_path / "deep")
+    heads = [n for n in before if n.startswith(("lm_head.", "classifier."))]
+    assert heads
+    for head in heads:
+        assert (after[head] == before[head]).all()
+        assert built.weights[head].shape == before[head].shape
+    assert plan(source, recipe).total_parameters == sum(t.size for t in after.values())
 
 
 def test_a_mask_of_samples_is_not_one_of_frames(tmp_path):

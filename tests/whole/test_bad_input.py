@@ -656,7 +656,16 @@ def test_two_heads(dense, fails, tmp_path):
     """A tied config with another head on disk: transformers would use that head, so ask which is meant."""
     source = Path(shutil.copytree(dense("llama", tie_word_embeddings=True), tmp_path / "source"))
     edit_tensors(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    assert "differs from the embedding" in fails("convert", source, tmp_path / "out")
+    said = fails("convert", source, tmp_path / "out")
+    assert "differs from the embedding" in said
+    assert "leave it out (--drop lm_head.weight)" in said
+    donor = f'init.sources=["{source}"]'
+    tied = dense("llama", tie_word_embeddings=True)
+    asked = ["--experts", "2", "--init", "branch_train_mix", "--set", donor]
+    said = fails("convert", tied, tmp_path / "out", *asked)
+    assert "take lm_head.weight out of its files" in said
+    cli.main(["convert", str(source), str(tmp_path / "moe"), "--drop", "lm_head.weight"])
+    assert "lm_head.weight" not in load_file(tmp_path / "moe" / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["./nope", "../nope", "a..b/c", "nope"])

@@ -279,18 +279,26 @@ def _spared(family: Family, config: Config, place: Place, name: str, own: str | 
     if own is None:
         return place.set_aside(name) or family.ignored(name)
     if family.tied and own == family.tied[0] and config["tie_word_embeddings"]:
-        return f"tied to {family.tied[1]} by the config"
+        return tied_to(family.tied[1])
     return family.ignored(own)
+
+
+def tied_to(embedding: str) -> str:
+    """Return why a stored head is left out if the config ties it to the embedding."""
+    return f"tied to {embedding} by the config"
 
 
 def refuse_two_heads(dense: Dense) -> None:
     """Refuse a config that ties a head although a head with other values is stored, which is ambiguous.
 
-    transformers 5 keeps the two apart if they differ. This reads both tensors.
+    transformers 5 keeps the two apart if they differ. A head that the recipe drops is not asked about. This
+    reads both tensors.
     """
     opened, names = dense.checkpoint, dense.family.tied
-    tied = None if names is None else tuple(map(dense.place.names.stored, names))
-    if tied is None or tied[0] not in dense.left_out:
+    if names is None:
+        return
+    tied = tuple(map(dense.place.names.stored, names))
+    if dense.left_out.get(tied[0]) != tied_to(names[1]):
         return
     head, embedding = (opened.tensors[name] for name in tied)
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
@@ -301,5 +309,10 @@ def refuse_two_heads(dense: Dense) -> None:
     if not same:
         raise UpcycleError(
             f"{opened.folder} stores an {tied[0]} that differs from the embedding its config ties it "
-            f"to; set tie_word_embeddings to false in config.json, or take {tied[0]} out"
+            f"to; set tie_word_embeddings to false in config.json, or {_without(opened, tied[0])}"
         )
+
+
+def _without(opened: Checkpoint, name: str) -> str:
+    """Say how a tensor is left out. A recipe drops tensors of the source alone."""
+    return f"leave it out (--drop {name})" if opened.label == "source" else f"take {name} out of its files"

@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.admission import dropped, has_experts, refuse_other_shapes, refuse_surplus, refuse_unsound
+from upcycle.dense.admission import (
+    dropped,
+    has_experts,
+    refuse_other_shapes,
+    refuse_surplus,
+    refuse_unsound,
+    tied_to,
+)
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, shown
 from upcycle.families import Config, Stack, Weights
@@ -296,7 +303,7 @@ def admit(checkpoint: Checkpoint, *, drop: tuple[str, ...] = ()) -> Mixture:
         raise UpcycleError(
             f"{where} is a {shown(raw['architectures'][0])}; [grow] takes a {native.architecture} alone"
         )
-    left_out = dropped(checkpoint, drop) | _spared(family, config, checkpoint.tensors)
+    left_out = _spared(family, config, checkpoint.tensors) | dropped(checkpoint, drop)
     found = Mixture(checkpoint=checkpoint, family=family, config=config, left_out=left_out)
     _check_tensors(found)
     return found
@@ -308,7 +315,7 @@ def _spared(family: MixtureFamily, config: Config, stored: Iterable[str]) -> dic
     assert family.tied is not None
     head, table = family.tied
     if config["tie_word_embeddings"] and head in stored:
-        out[head] = f"tied to {table} by the config"
+        out[head] = tied_to(table)
     return out
 
 

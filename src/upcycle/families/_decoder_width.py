@@ -28,7 +28,7 @@ class DecoderWidth(Narrowable):
                 out[name] = _ENDS[name]
                 continue
             number, _, part = name.removeprefix("model.layers.").partition(".")
-            inside = self._inside(config, int(number), shape)
+            inside = self._inside(config, int(number), shape) if number.isdecimal() else {}
             if part not in inside:
                 raise unknown_axes(self)
             out[name] = inside[part]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from upcycle.families import Config, Weights
+from upcycle.families._weights import Weight
 from upcycle.init import Site
 from upcycle.targets import Target, dense_snippet
 from upcycle.tensors.entries import Entry
@@ -30,11 +31,11 @@ class DenseClass(Target):
         return ()
 
     def weights(self, dense: Dense, config: Config, entries: Mapping[str, Entry]) -> Weights:
-        """Return what the family says about a dense model of that config."""
+        """Return what the family says about a dense model of that config, or else the shapes alone."""
         family = dense.family
         whole = family.config(self.own_config(config))
         listed = family.weights(whole) | family.optional(whole)
-        return {name: listed[name] for name in entries}
+        return {name: listed.get(name) or Weight(entry.shape) for name, entry in entries.items()}
 
     def snippet(self) -> str:
         """Return Python code that opens the folder."""
