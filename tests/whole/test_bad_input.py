@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from upcycle import cli, families
+from upcycle import cli, families, verify
 from upcycle.blueprints import cost
 from upcycle.conversion import write
 
@@ -666,6 +666,8 @@ def test_two_heads(dense, fails, tmp_path):
     assert "take lm_head.weight out of its files" in said
     cli.main(["convert", str(source), str(tmp_path / "moe"), "--drop", "lm_head.weight"])
     assert "lm_head.weight" not in load_file(tmp_path / "moe" / "model.safetensors")
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
 
 
 @pytest.mark.parametrize("name", ["./nope", "../nope", "a..b/c", "nope"])

@@ -24,6 +24,7 @@ from upcycle.families._names import Names, spelled
 from upcycle.families._wrappers import TEXT, VISION, WRAPPERS, Wrapper
 from upcycle.targets import natives
 
+_DROPPED = "the recipe drops "  # the beginning of a reason; the pattern of the recipe follows
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
@@ -215,7 +216,7 @@ def dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
     found = {pattern: fnmatch.filter(checkpoint.tensors, pattern) for pattern in drop}
     if idle := [pattern for pattern, names in found.items() if not names]:
         raise UpcycleError(f"drop: {checkpoint.folder} holds no tensor called {shown(idle[0])}")
-    return {name: f"the recipe drops {pattern}" for pattern, names in found.items() for name in names}
+    return {name: _DROPPED + pattern for pattern, names in found.items() for name in names}
 
 
 def _check_tensors(
@@ -279,13 +280,16 @@ def _spared(family: Family, config: Config, place: Place, name: str, own: str | 
     if own is None:
         return place.set_aside(name) or family.ignored(name)
     if family.tied and own == family.tied[0] and config["tie_word_embeddings"]:
-        return tied_to(family.tied[1])
+        return f"tied to {family.tied[1]} by the config"
     return family.ignored(own)
 
 
-def tied_to(embedding: str) -> str:
-    """Return why a stored head is left out if the config ties it to the embedding."""
-    return f"tied to {embedding} by the config"
+def drops_head(dense: Dense) -> bool:
+    """Return whether the recipe drops a stored head, so that the embedding takes its place."""
+    names = dense.family.tied
+    return names is not None and dense.left_out.get(dense.place.names.stored(names[0]), "").startswith(
+        _DROPPED
+    )
 
 
 def refuse_two_heads(dense: Dense) -> None:
@@ -295,10 +299,8 @@ def refuse_two_heads(dense: Dense) -> None:
     reads both tensors.
     """
     opened, names = dense.checkpoint, dense.family.tied
-    if names is None:
-        return
-    tied = tuple(map(dense.place.names.stored, names))
-    if dense.left_out.get(tied[0]) != tied_to(names[1]):
+    tied = None if names is None else tuple(map(dense.place.names.stored, names))
+    if tied is None or tied[0] not in dense.left_out or drops_head(dense):
         return
     head, embedding = (opened.tensors[name] for name in tied)
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(

@@ -13,14 +13,7 @@ from typing import Any, ClassVar
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.admission import (
-    dropped,
-    has_experts,
-    refuse_other_shapes,
-    refuse_surplus,
-    refuse_unsound,
-    tied_to,
-)
+from upcycle.dense.admission import dropped, has_experts, refuse_other_shapes, refuse_surplus, refuse_unsound
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, shown
 from upcycle.families import Config, Stack, Weights
@@ -315,7 +308,7 @@ def _spared(family: MixtureFamily, config: Config, stored: Iterable[str]) -> dic
     assert family.tied is not None
     head, table = family.tied
     if config["tie_word_embeddings"] and head in stored:
-        out[head] = tied_to(table)
+        out[head] = f"tied to {table} by the config"
     return out
 
 

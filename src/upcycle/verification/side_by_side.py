@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.dense.admission import drops_head
 from upcycle.errors import UpcycleError
 from upcycle.system import memory
 from upcycle.system.wording import size
@@ -145,6 +146,8 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
             f"{by.__name__} opens the {side.role} as {found}, and not as the {side.architecture} that was "
             f"converted"
         )
+    if not side.one_by_one and drops_head(built.dense) and (head := model.get_output_embeddings()) is not None:
+        head.weight = model.get_input_embeddings().weight  # in place of what transformers has read
     return model.float().eval(), found
 
 
