@@ -146,9 +146,15 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
             f"{by.__name__} opens the {side.role} as {found}, and not as the {side.architecture} that was "
             f"converted"
         )
-    if not side.one_by_one and drops_head(built.dense) and (head := model.get_output_embeddings()) is not None:
-        head.weight = model.get_input_embeddings().weight  # in place of what transformers has read
+    if not side.one_by_one and drops_head(built.dense):
+        _without_head(model)
     return model.float().eval(), found
+
+
+def _without_head(model: PreTrainedModel) -> None:
+    """Put the embedding in the place of the stored head, which transformers has read."""
+    if (head := model.get_output_embeddings()) is not None:
+        head.weight = model.get_input_embeddings().weight
 
 
 def _check_memory(built: Blueprint) -> None:
