@@ -47,10 +47,10 @@ class ResultsFile:
         parallel: int,
         about: Mapping[str, Any],
     ) -> None:
-        """Call `go` for the jobs that the file does not have, so many at once; each adds its result.
+        """Call `go` for the jobs that the file does not have, `parallel` at once, and add each result.
 
-        If a job fails, jobs that run already come to their end and add their results, and no others begin.
-        Then the error of the job is raised.
+        A result is added when its job ends. If a job fails, its error is raised when those before it have
+        ended; those that run by then end too and add their results, and no others begin.
         """
 
         def run(job: Key) -> None:
