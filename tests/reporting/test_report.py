@@ -276,6 +276,24 @@ def test_labels_say_what_tells_alike_runs_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("task", "given", "drawn"),
+    [("sft", {}, True), ("sft", {"test": "a.jsonl"}, False), ("causal_lm", {}, False)],
+)
+def test_runs_that_are_compared_hold_out_the_same_examples(tmp_path, task, given, drawn):
+    """Examples are drawn by `data.split_seed`, and in earlier versions by the seed of the run."""
+    first = write_run(tmp_path / "first", lambda t: 2.0, task=task)
+    second = write_run(tmp_path / "second", lambda t: 2.1, task=task, seed=1, data={"split_seed": 0})
+    earlier = write_run(tmp_path / "earlier", lambda t: 2.2, task=task, seed=1, moe={})
+    for run in (first, second, earlier):
+        about = json.loads((run / "run.json").read_text())
+        about["run"]["task"] = given
+        (run / "run.json").write_text(json.dumps(about))
+    found = compared(first, second, earlier)
+    assert [run.name for run, _ in found.foreign] == ["earlier"] * drawn
+    assert [run.seed for run in found.groups[0].runs] == [0, 1]
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"data": {"held_out": 0.2}}, r"other held-out data: 0\.2, .* have 0\.1"),

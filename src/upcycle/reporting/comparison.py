@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from upcycle import tasks
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.crossing import Crossing, Standing, bounds, crossing, standing
@@ -174,11 +175,18 @@ def _held_out_data(run: RunHistory) -> dict[str, Any]:
             "sources": data.get("sources"),
             "share": data.get("held_out", 0.0),
             "isolate": data.get("isolate", False),
+            **({"split": data.get("split_seed", run.seed)} if _draws(run) else {}),
         }
         for data in tables
     ]
     apart = [data for data, _ in groupby(found)]
     return apart[0] if len(apart) == 1 else {**apart[0], "then": apart[1:]}
+
+
+def _draws(run: RunHistory) -> bool:
+    """Return whether the held-out rows of a run were drawn from its data."""
+    name, task = run.about.task, run.table.get("task") or {}
+    return name in tasks.names() and tasks.find(name).splits and not task.get("test")
 
 
 def _tokenizer(folder: str) -> str:

@@ -29,6 +29,7 @@ class ImageClassification(Task):
     """
 
     by_example = True
+    splits = True
     unit = "image"
     reads = "images"
     cache_name = "images"

@@ -35,6 +35,7 @@ class SFT(Task):
     summary = "what the assistant says in a chat"
     heads = ("ForCausalLM",)
     reads = "chats"
+    splits = True
     counting = {"logits_to_keep": 1}
     by_token = True
     isolates = True

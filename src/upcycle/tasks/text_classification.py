@@ -26,6 +26,7 @@ class TextClassification(Task):
     """
 
     by_example = True
+    splits = True
     unit = "text"
     summary = "the class of a text or a pair of texts"
     heads = ("ForSequenceClassification",)
