@@ -22,14 +22,15 @@ class SourceHashes:
 
     They are computed while tensors are written, kept in the journal, and compared at the end. A file that has
     not been touched since its header was read still has the content that was read, and is not read again. One
-    that was touched is hashed once more, at the end or when a run is resumed.
+    that was touched is hashed once more, at the end or when a run is resumed. It is refused if the run had no
+    hash of it yet.
     """
 
     def __init__(self, built: Blueprint, journal: Journal, stop: threading.Event) -> None:
         self._sources, self._journal, self._stop = sources(built), journal, stop
         self._known: dict[str, str] = journal.notes.get("sha256", {})
         stamps = {key: list(c.stamps[file]) for key, (c, file) in self._sources.items()}
-        before = journal.notes.get("stamps", stamps)
+        before = journal.notes.get("stamps", {} if journal.done else stamps)
         for key in [key for key in stamps if stamps[key] != before.get(key)]:
             checkpoint, file = self._sources[key]
             if key not in self._known:
