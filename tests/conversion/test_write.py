@@ -230,7 +230,7 @@ def test_resume_notices_another_source(dense, killed, tmp_path):
     source = Path(shutil.copytree(dense("llama"), tmp_path / "source"))
     killed(source, tmp_path / "out", 150, "copy")
     shutil.copyfile(dense("llama", seed=1) / "model.safetensors", source / "model.safetensors")
-    with pytest.raises(UpcycleError, match="begun with another source"):
+    with pytest.raises(UpcycleError, match="has changed since"):
         convert(source, tmp_path / "out", Recipe.of(), resume=True, shard_size=120_000)
 
 
