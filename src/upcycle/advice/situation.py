@@ -10,6 +10,7 @@ from typing import Literal
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import Plan, flops_per_row, plan_of
 from upcycle.errors import UpcycleError
+from upcycle.families._wrappers import TEXT
 from upcycle.init.drop import Drop
 from upcycle.init.noise import NoisyCopy
 from upcycle.system import gpus
@@ -84,6 +85,11 @@ class Situation:
                 f"moe.target = {self.built.recipe.moe.target} makes a dense model; advise is about a Mixture "
                 f"of Experts, so choose another target"
             )
+        if (part := self.built.recipe.moe.part) != TEXT:
+            raise UpcycleError(
+                f"moe.part = {part}: advise is about training on texts, which never reach a vision tower; set "
+                f"moe.part = text"
+            )
         context, most = self.asked.context, self._positions
         if context is not None and self.of_images:
             raise UpcycleError(f"--context is for text; an image is {self.row} tokens here, leave it out")
@@ -144,7 +150,7 @@ class Situation:
         if self.of_images:
             return self.built.dense.family.lengths(self.built.dense.config)
         length = self.asked.context or min(CONTEXT, self._positions)
-        return {stack.name: length for stack in self.built.dense.stacks}
+        return self.built.dense.family.row(self.built.dense.config, length)
 
     @property
     def row(self) -> int:
