@@ -1,4 +1,4 @@
-"""The groups of parameters that the forecast counts with: those that torch makes, also around a text model."""
+"""The groups of parameters that the forecast counts: those that torch makes, also around a text model."""
 
 from __future__ import annotations
 
@@ -144,6 +144,16 @@ def test_groups_of_a_head_that_the_recipe_unties(layout, tmp_path):
     names = frozenset(name for group in setting.groups for name in group.names)
     assert not head.of(replace(setting, trained=names - {"lm_head.weight"})).trained
     assert head.of(replace(setting, trained=names - {"model.embed_tokens.weight"})).trained
+
+
+@pytest.mark.parametrize("layout", [Layout(fsdp=2), Layout(fsdp=2, ep=2)], ids=str)
+def test_groups_of_stages(layout, tmp_path):
+    """Each block of each stage of a ConvNeXt is gathered by itself, and its experts are shared out."""
+    source = tiny.make(tmp_path / "convnext", "ConvNextForImageClassification", depths=[1, 1, 2, 1])
+    built = blueprint(source, Recipe.of(moe={"num_experts": 4, "target": "upcycled"}))
+    found = groups.of(built, layout)
+    assert {frozenset(group.names): group.kept for group in found} == of_torch(built, layout)
+    assert len(found) == 1 + 5 * layout.ep
 
 
 @pytest.mark.parametrize("target", ["native", "upcycled"])

@@ -65,14 +65,6 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """The numbers of parameters of one block of the MoE."""
-
-    own: int
-    experts: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Situation:
     """The question and the blueprint, from which every statement is made."""
 
@@ -87,8 +79,8 @@ class Situation:
             )
         if (part := self.built.recipe.moe.part) != TEXT:
             raise UpcycleError(
-                f"moe.part = {part}: advise is about training on texts, which never reach a vision tower; set "
-                f"moe.part = text"
+                f"moe.part = {part}: advise is about training on texts, which never reach a vision tower; "
+                f"set moe.part = text"
             )
         context, most = self.asked.context, self._positions
         if context is not None and self.of_images:
@@ -110,18 +102,6 @@ class Situation:
     def plan(self) -> Plan:
         """The plan: what the MoE costs."""
         return plan_of(self.built)
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The parameters of every block of the MoE."""
-        sizes: dict[tuple[str, str], list[int]] = {}
-        starts = {stack.path.partition("{i}")[0]: stack.name for stack in self.built.dense.stacks}
-        for name, entry in self.built.entries.items():
-            for start, stack in starts.items():
-                if name.startswith(start):
-                    block = sizes.setdefault((stack, name.removeprefix(start).partition(".")[0]), [0, 0])
-                    block[".experts." in name or ".universal." in name] += entry.lazy.size
-        return tuple(Block(own=own, experts=experts) for own, experts in sizes.values())
 
     @property
     def gpu(self) -> Gpu:

@@ -4,8 +4,8 @@ They are those of transformers' plan (`base_model_fsdp_plan`, `_fsdp_plan`), whi
 follows: each block is one, and so are the experts of a block if expert parallelism shares them out. A native
 or dense class gathers its embedding apart, and its last norm with its head. Tied parameters, and what no rule
 names, are gathered with the whole model. So is what stands around a text model: its vision tower, and its
-head unless the plan of the class names it. torch gathers the blocks of some towers of sound one by one, so the
-forecast of these is too high.
+head unless the plan of the class names it. torch gathers the blocks of some towers of sound one by one, so
+the forecast of these is too high.
 """
 
 from __future__ import annotations

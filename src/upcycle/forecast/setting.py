@@ -42,8 +42,8 @@ class Setting:
     def __post_init__(self) -> None:
         if (part := self.built.recipe.moe.part) != TEXT:
             raise UpcycleError(
-                f"moe.part = {part}: a step of `upcycle train` reads texts, which never reach a vision tower, so "
-                f"there is no forecast for its experts; set moe.part = text"
+                f"moe.part = {part}: a step of `upcycle train` reads texts, which never reach a vision "
+                f"tower, so there is no forecast for its experts; set moe.part = text"
             )
 
     @cached_property
