@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-Result = dict[str, Any]
+from results_file import Key, Result, ResultsFile
+
 _TRAIN = (
     "import json, sys; from upcycle.training.loop import train; from upcycle.training.run import Run; "
     "result = train(Run.of(json.load(sys.stdin)), resume=True); "
@@ -67,10 +67,14 @@ def curve(out: str | Path, rows: int, flops: int) -> list[dict[str, Any]]:
     ]
 
 
-def known(results: Path) -> dict[tuple[str, int], Result]:
-    """Return the runs in `results` by variant and seed; none if there is no file."""
-    runs = json.loads(results.read_text())["runs"] if results.exists() else []
-    return {(r["variant"], r["seed"]): r for r in runs}
+def results_file(path: Path, order: Sequence[str]) -> ResultsFile:
+    """Return the file of results by variant and seed; `order` is that of the variants."""
+
+    def place(key: Key) -> tuple[int, int]:
+        variant, seed = key
+        return order.index(variant) if variant in order else len(order), seed
+
+    return ResultsFile(path=path, named_by=("variant", "seed"), order=place)
 
 
 def gather(
@@ -82,18 +86,20 @@ def gather(
     about: dict[str, Any],
 ) -> list[Result]:
     """Run the jobs (variant, seed) that `results` does not have yet, and add each result when it ends."""
-    done = known(results)
-    wanted = [job for job in jobs if job not in done]
-    with ThreadPoolExecutor(parallel) as pool:
-        for result in pool.map(lambda job: go(*job), wanted):
-            done[(result["variant"], result["seed"])] = result
-            runs = sorted(done.values(), key=lambda r: (order.index(r["variant"]), r["seed"]))
-            results.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
-    return sorted(done.values(), key=lambda r: (order.index(r["variant"]), r["seed"]))
+    file = results_file(results, order)
+    file.gather([*jobs], go, parallel, about)
+    return [*file.known().values()]
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the standard error."""
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and the standard error, which is None for one value."""
     mean = sum(values) / len(values)
-    spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+    if len(values) == 1:
+        return mean, None
+    spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
     return mean, math.sqrt(spread / len(values))
+
+
+def error_text(error: float | None, form: str = " ± {:.4f}") -> str:
+    """Return an error as `form` shows it, or an empty text if it is unknown."""
+    return "" if error is None else form.format(error)

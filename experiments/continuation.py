@@ -1,6 +1,6 @@
 """The machinery of experiments that continue from a dense model which has been trained for long.
 
-A `Start` trains the dense model once, at a constant rate, with checkpoints on the way. A `Continuation` is a
+A `Start` trains the dense model once, at a constant rate, and exports it on the way. A `Continuation` is a
 table of variants, each as changes to the run file of the dense continuation. A variant continues from a start
 for a share of that start's own training FLOPs. Its learning rate is that of the start, and falls to zero at
 the end.
@@ -12,14 +12,16 @@ import argparse
 import json
 import math
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
+from results_file import ResultsFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +41,7 @@ def expert_choice(factor: float, layers: str, experts: int = 8) -> Changes:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A dense model, trained at a constant rate; its checkpoints are where variants start."""
+    """A dense model, trained at a constant rate from one start of the variants to the next."""
 
     table: Callable[[Path], dict[str, Any]]  # the run file, for the folder that has data, runs and models
     model: Callable[[], PreTrainedModel]  # the model with weights that are not used
@@ -52,20 +54,35 @@ class Start:
         return folder / f"{self.name}-{start}"
 
     def train(self, folder: Path, until: int) -> None:
-        """Train the model until `until`, or resume its training, and export every start on the way."""
+        """Train the model until `until`, or resume its training, and export each start when it is reached.
+
+        A start that is exported is not trained again. Exits with a message if the run has passed a start and
+        has no checkpoint of it.
+        """
         run = self.table(folder)
         if not Path(run["source"]).exists():
             self.model().save_pretrained(run["source"])
-        common.train(run | {"train": run["train"] | {"steps": self.steps[until]}}, threads=1)
-        self.export(folder)
-
-    def export(self, folder: Path) -> None:
-        """Export every start that the run has reached."""
-        checkpoints = Path(self.table(folder)["out"]) / "checkpoints"
-        for start, step in self.steps.items():
+        for start in sorted(start for start in self.steps if start <= until):
             out = self.at(folder, start)
-            if not out.exists() and (checkpoints / f"step-{step}").exists():
+            if not out.exists():
+                self._reach(run, start, out)
                 self.write(folder, start, out, *self.exported)
+
+    def _reach(self, run: dict[str, Any], start: int, out: Path) -> None:
+        """Train until the checkpoint of a start is there, which is to be exported to `out`.
+
+        The rate is constant, so a longer training begins with the steps of a shorter one.
+        """
+        from upcycle.training import saving
+
+        step, there = self.steps[start], dict(saving.checkpoints(Path(run["out"])))
+        if max(there, default=0) < step:
+            common.train(run | {"train": run["train"] | {"steps": step}}, threads=1)
+        elif step not in there:
+            sys.exit(
+                f"{out} is not there, and {run['out']} is past step {step} and has no checkpoint of it; "
+                f"put {out} back, or move {run['out']} away to train it again"
+            )
 
     def write(self, folder: Path, start: int, out: Path, *options: str) -> None:
         """Export a start to `out`."""
@@ -176,21 +193,18 @@ class Continuation:
                 points.append([step, step * rows * row, flops, round(seconds, 1), *scores])
         return points
 
-    def known(self) -> dict[tuple[int, str, int], common.Result]:
-        """Return the recorded runs by start, variant and seed."""
-        runs = json.loads(self.results.read_text())["runs"] if self.results.exists() else []
-        return {(r["start"], r["variant"], r["seed"]): r for r in runs}
+    @property
+    def _file(self) -> ResultsFile:
+        return ResultsFile(path=self.results, named_by=("start", "variant", "seed"), order=lambda key: key)
+
+    def known(self) -> Mapping[tuple[int, str, int], common.Result]:
+        """Return the recorded runs by start, variant and seed, in this order."""
+        return self._file.known()
 
     def gather(self, folder: Path, jobs: Sequence[tuple[int, str, int]], parallel: int) -> None:
         """Run the missing jobs, one thread each, and add every result when it ends."""
-        done = self.known()
-        with ThreadPoolExecutor(parallel) as pool:
-            wanted = [job for job in jobs if job not in done]
-            for result in pool.map(lambda job: self.go(folder, *job), wanted):
-                done[result["start"], result["variant"], result["seed"]] = result
-                runs = [done[key] for key in sorted(done)]
-                self.results.write_text(json.dumps({**about(), "runs": runs}, indent=1) + "\n")
-        for (start, variant, seed), result in sorted(done.items()):
+        self._file.gather(jobs, partial(self.go, folder), parallel, about())
+        for (start, variant, seed), result in self.known().items():
             begins, ends = result["curve"][0], result["curve"][-1]
             shown = "  ".join(f"{a:.4f} -> {b:.4f}" for a, b in zip(begins[4:], ends[4:], strict=True))
             print(f"{start:4} {variant:28} {seed}  {shown}")

@@ -1,4 +1,7 @@
-"""The figure of an experiment as PNG: mean curves with bands of one standard error."""
+"""The figure of an experiment as PNG: mean curves with bands of one standard error.
+
+A curve of one seed has no band, because its error is unknown.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def write(path: Path, title: str, curves: Curves, x: str, y: str, *, counted: st
     for place, (label, seeds) in enumerate(curves.items()):
         points = np.array(seeds, np.float64)  # [seeds, n, 2]
         values = points[..., 1]
-        error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1])
+        error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
         mean = values.mean(0)
         lines.append(
             Line(
@@ -29,8 +32,8 @@ def write(path: Path, title: str, curves: Curves, x: str, y: str, *, counted: st
                 place=place,
                 x=points[0, :, 0],
                 y=mean,
-                low=mean - error,
-                high=mean + error,
+                low=None if error is None else mean - error,
+                high=None if error is None else mean + error,
             )
         )
     draw = partial(

@@ -128,7 +128,7 @@ def flops_per_step(changes: Mapping[str, Any], given: argparse.Namespace) -> int
     return common.flops_per_row(run) * 16
 
 
-def losses(runs: Sequence[Mapping[str, Any]], variant: str, point: int = -1) -> tuple[float, float]:
+def losses(runs: Sequence[Mapping[str, Any]], variant: str, point: int = -1) -> tuple[float, float | None]:
     """Return the mean and standard error of the held-out loss at a point of a variant's curves."""
     return common.mean_and_error([r["curve"][point][2] for r in runs if r["variant"] == variant])
 
@@ -167,7 +167,8 @@ def rows(study: studies.Study, runs: Sequence[Mapping[str, Any]], budget: float)
         own = [run for run in runs if run["variant"] == variant]
         for point, (step, flops, _) in enumerate(own[0]["curve"]):
             loss, error = losses(runs, variant, point)
-            line = f"{variant:28} {step:6} {flops / budget:13.1%} {loss:8.4f} {error:8.4f}"
+            line = f"{variant:28} {step:6} {flops / budget:13.1%} {loss:8.4f} "
+            line += f"{common.error_text(error, '{:.4f}'):>8}"
             if rivals and variant != study.rival:
                 found = [reaches(curve, loss) for curve in rivals]
                 told = ["never" if flops is None else f"{flops / budget:.0%}" for flops in found]
@@ -215,7 +216,7 @@ def main() -> None:
     given = options()
     study = studies.STUDIES[given.study]
     jobs = [(name, seed) for seed in range(given.seeds) for name in study.variants]
-    done = common.known(given.results)
+    done = common.results_file(given.results, list(study.variants)).known()
     if missing := [job for job in jobs if job not in done]:
         if given.checkpoint is None or given.texts is None:
             sys.exit(f"{len(missing)} runs are missing: give --checkpoint and --texts to train them")

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,14 @@ FLOPS, SECONDS, LOSS = 2, 3, 4  # columns of a curve; after the loss come furthe
 
 @dataclass(frozen=True)
 class Outcome:
-    """The recorded runs of an experiment by start and variant: one per seed."""
+    """The recorded runs of an experiment by start and variant: one per seed.
+
+    Everything is compared with dense continuation. So a start without a dense run is left out, and so is a
+    variant that has no seed in common with the dense runs of its start.
+    """
 
     experiment: Continuation
-    runs: Mapping[Key, Sequence[common.Result]]
+    recorded: Mapping[Key, Sequence[common.Result]]
 
     @staticmethod
     def of(experiment: Continuation) -> Outcome:
@@ -31,6 +36,26 @@ class Outcome:
         for (start, variant, _), result in experiment.known().items():
             runs[start, variant].append(result)
         return Outcome(experiment, dict(runs))
+
+    @cached_property
+    def runs(self) -> Mapping[Key, Sequence[common.Result]]:
+        """The recorded runs that can be compared with dense continuation."""
+        return {key: runs for key, runs in self.recorded.items() if self._seeds(key) & self._dense_seeds(key)}
+
+    def _seeds(self, key: Key) -> set[int]:
+        return {run["seed"] for run in self.recorded.get(key, ())}
+
+    def _dense_seeds(self, key: Key) -> set[int]:
+        start, _ = key
+        return self._seeds((start, "dense"))
+
+    def left_out(self) -> list[str]:
+        """Return a sentence for each variant of each start that is left out."""
+        sentences = []
+        for key in sorted({*self.recorded} - {*self.runs}):
+            why = "none of its seeds has a dense run" if self._dense_seeds(key) else "there is no dense run"
+            sentences.append(f"From start {key[0]}, {key[1]} is left out: {why}.")
+        return sentences
 
     def __getitem__(self, key: Key) -> Sequence[common.Result]:
         return self.runs.get(key, ())
@@ -64,8 +89,8 @@ class Outcome:
             if each["seed"] in ends
         ]
 
-    def gap(self, start: int, variant: str, score: int = LOSS) -> tuple[float, float]:
-        """Return mean and standard error of `gaps`."""
+    def gap(self, start: int, variant: str, score: int = LOSS) -> tuple[float, float | None]:
+        """Return mean and standard error of `gaps`; the error is None for one seed."""
         return common.mean_and_error(self.gaps(start, variant, score))
 
     def crossing(self, start: int, variant: str) -> float | None:
@@ -83,16 +108,20 @@ class Outcome:
         return float(ours[above[-1] + 1 if len(above) else 0, 0])
 
     def draw(self, path: Path, start: int, title: str, y: str, highest: float = np.inf) -> None:
-        """Draw the held-out loss of the core from one start; a first point above `highest` is left out."""
+        """Draw the held-out loss of the core from one start.
+
+        A variant's first point is left out if the mean of its seeds is not below `highest`.
+        """
         shown = [name for name in self.experiment.core if (start, name) in self]
-        curves = {
-            name: [
-                [(100 * x, y) for x, y in curve if x >= 0.01 or (x == 0 and y < highest)]
-                for curve in self.share(start, name)
-            ]
-            for name in shown
-        }
+        curves = {name: self._drawn(start, name, highest) for name in shown}
         figure.write(path, title, curves, "extra training FLOPs (% of the dense model's)", y)
+
+    def _drawn(self, start: int, variant: str, highest: float) -> list[list[tuple[float, float]]]:
+        """Return the points of `draw` for each seed: (extra FLOPs in percent, held-out loss)."""
+        curves = np.stack(self.share(start, variant))  # [seeds, points, 2]
+        x, mean = curves[0, :, 0], curves[:, :, 1].mean(0)
+        kept = (x >= 0.01) | ((x == 0) & (mean < highest))
+        return [[(100 * x, y) for x, y in curve] for curve in curves[:, kept]]
 
     def draw_gaps(self, path: Path, title: str, x: str, y: str) -> None:
         """Draw the final gap to dense continuation against the length of the start's training.
@@ -117,7 +146,7 @@ class Outcome:
         `unit` is that of the lengths of starts, and `nats` that of the loss. For `highest` see `draw`.
         """
         here = self.experiment.results.parent
-        print(*self.table(), sep="\n")
+        print(*self.table(), *self.left_out(), sep="\n")
         for start in self.starts:
             y = f"held-out loss ({nats})"
             self.draw(here / f"{name}-{start}.png", start, f"From {start} {unit}", y, highest)
@@ -148,14 +177,11 @@ class Outcome:
 
     def _end(self, start: int, name: str, score: int) -> str:
         mean, error = common.mean_and_error([r["curve"][-1][score] for r in self[start, name]])
-        return f"{mean:.4f}" + self._around(start, name, error)
+        return f"{mean:.4f}" + common.error_text(error)
 
     def _gap(self, start: int, name: str, score: int) -> str:
         mean, error = self.gap(start, name, score)
-        return f"{mean:+.4f}" + self._around(start, name, error)
-
-    def _around(self, start: int, name: str, error: float) -> str:
-        return f" ± {error:.4f}" if len(self[start, name]) > 1 else ""  # unknown for one seed
+        return f"{mean:+.4f}" + common.error_text(error)
 
 
 def draw_start(recorded: Path, unit: str, steps: float) -> None:

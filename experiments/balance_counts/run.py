@@ -116,14 +116,16 @@ def main() -> None:
         load, of_load = common.mean_and_error([each["busiest_over_mean"] for each in runs])
         seconds = about["processor_seconds_of_a_step"][counts]
         print(
-            f"{counts:8} held-out {loss:.4f} +- {error:.4f}, busiest expert {load:.3f} +- {of_load:.3f} "
-            f"even shares, {seconds} s of processor time a step"
+            f"{counts:8} held-out {loss:.4f}{common.error_text(error, ' +- {:.4f}')}, "
+            f"busiest expert {load:.3f}{common.error_text(of_load, ' +- {:.3f}')} even shares, "
+            f"{seconds} s of processor time a step"
         )
     apart = [
         b["held_out"][-1][1] - a["held_out"][-1][1]
         for a, b in zip(*([r for r in found if r["variant"] == c] for c in VARIANTS), strict=True)
     ]
-    print("buffered - exact: {:+.4f} +- {:.4f}".format(*common.mean_and_error(apart)))
+    mean, error = common.mean_and_error(apart)
+    print(f"buffered - exact: {mean:+.4f}{common.error_text(error, ' +- {:.4f}')}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ stories, scores of the last. The script writes `results.json`, and adds what is 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,10 @@ from typing import Any
 import upcycle
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from results_file import ResultsFile  # noqa: E402
+
 SEEDS = (0, 1, 2)
 LENGTH = 256
 CALIBRATED, SCORED = 200_000, 60_000  # characters, from the beginning and from the end
@@ -67,8 +71,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     given = parser.parse_args()
-    results = HERE / "results.json"
-    done = json.loads(results.read_text())["runs"] if results.exists() else []
+    results = ResultsFile(
+        path=HERE / "results.json", named_by=("variant", "active", "seed"), order=lambda _: 0
+    )
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         text = given.text.read_text()
@@ -79,7 +84,7 @@ def main() -> None:
             given.checkpoint, statistics, text=scratch / "first.txt", length=LENGTH, limit=0, device="cpu",
             collect=("l2", "co_activation", "co_marker"), positions=("neurons", "channels"),
         )  # fmt: skip
-        known = {(run["variant"], run["active"], run["seed"]) for run in done}
+        known = results.known()
         ordered = sorted(jobs(statistics), key=lambda job: job[2].get("seed", 0))
         wanted = [("dense", 172, None), *ordered]
         for variant, active, recipe in wanted:
@@ -91,9 +96,8 @@ def main() -> None:
                 checkpoint = scratch / f"{variant} {active} {seed}"
                 upcycle.convert(given.checkpoint, checkpoint, recipe)
             loss = score(checkpoint, scratch / "last.txt")
-            done.append({"variant": variant, "active": active, "seed": seed, "loss": round(loss, 5)})
+            results.add({}, {"variant": variant, "active": active, "seed": seed, "loss": round(loss, 5)})
             print(variant, active, seed, round(loss, 4), flush=True)
-            results.write_text(json.dumps({"runs": done}, indent=1) + "\n")
 
 
 def score(checkpoint: Path, text: Path) -> float:

@@ -26,6 +26,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import figures  # noqa: E402
 from run import EXPERIMENT  # noqa: E402
 
+import common  # noqa: E402
 import dense  # noqa: E402
 
 TOKENS, LOSS = 1, 4  # columns of a curve
@@ -80,8 +81,19 @@ def off(law: Law, given: np.ndarray) -> float:
     return float(np.sqrt(np.mean((law(given[:, 0], given[:, 1]) - given[:, 2]) ** 2)))
 
 
+def jackknife(runs: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[float]:
+    """Return the errors of the constants and of E, by leaving out one of the seeds."""
+    left = [fit(points([run for run in runs if run["seed"] != seed])) for seed in seeds]
+    each = np.array([[*other.constants, other.floor] for other in left])
+    errors = np.sqrt((len(seeds) - 1) / len(seeds) * ((each - each.mean(0)) ** 2).sum(0))
+    return [float(error) for error in errors]
+
+
 def table() -> list[str]:
-    """Fit each variant of the core, and return a table of constants, errors and an extrapolation."""
+    """Fit each variant of the core, and return a table of constants, errors and an extrapolation.
+
+    A variant that has run from fewer than two starts is left out, and one seed has no errors.
+    """
     runs = figures.read()
     columns = [
         "variant",
@@ -96,14 +108,16 @@ def table() -> list[str]:
     lines = [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
     for variant in ("dense", "copy", "virtual_group", "drop_0.5"):
         starts = [start for start in runs.starts if (start, variant) in runs]
+        if len(starts) < 2:
+            continue
         own = [run for start in starts for run in runs[start, variant]]
         seeds = sorted({run["seed"] for run in own})
         law = fit(points(own))
         values = [*law.constants, law.floor]
-        left = [fit(points([run for run in own if run["seed"] != seed])) for seed in seeds]
-        each = np.array([[*other.constants, other.floor] for other in left])
-        errors = np.sqrt((len(seeds) - 1) / len(seeds) * ((each - each.mean(0)) ** 2).sum(0))
-        shown = " | ".join(f"{v:.3g} ± {e:.2g}" for v, e in zip(values, errors, strict=True))
+        errors = jackknife(own, seeds) if len(seeds) > 1 else [None] * len(values)
+        shown = " | ".join(
+            f"{v:.3g}" + common.error_text(e, " ± {:.2g}") for v, e in zip(values, errors, strict=True)
+        )
         near = [run for run in own if run["start"] != starts[-1]]
         far = points([run for run in own if run["start"] == starts[-1]])
         beyond = f"{off(fit(points(near)), far):.3f}" if len(starts) > 2 else ""

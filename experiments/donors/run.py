@@ -279,9 +279,9 @@ def show(
         if not found:
             continue
         values = [*([s.loss[domain] for s in found] for domain in DOMAINS), [s.mean for s in found]]
-        cells = " | ".join("{:.3f} ± {:.3f}".format(*common.mean_and_error(x)) for x in values)
-        picks, error = common.mean_and_error([100 * s.right for s in found])
-        print(f"| {variant}, {when} ({len(found)}) | {cells} | {picks:.1f} ± {error:.1f} |")
+        cells = " | ".join(mean_text(x, 3) for x in values)
+        picks = mean_text([100 * s.right for s in found], 1)
+        print(f"| {variant}, {when} ({len(found)}) | {cells} | {picks} |")
         router, backbone = VARIANTS[variant]
         if backbone == "base":
             curves[f"{router}, {when}"] = [
@@ -289,6 +289,12 @@ def show(
             ]
     title = "The first choice is the donor of the text"
     figure.write(HERE / "figure.png", title, curves, "layer", "share of tokens")
+
+
+def mean_text(values: list[float], digits: int) -> str:
+    """Return the mean with its standard error, if that is known, with so many digits."""
+    mean, error = common.mean_and_error(values)
+    return f"{mean:.{digits}f}" + common.error_text(error, f" ± {{:.{digits}f}}")
 
 
 def main() -> None:
@@ -315,7 +321,7 @@ def main() -> None:
     )
     for variant in VARIANTS:
         top_1[variant] = top_1.get(variant) or with_one_expert(variant, given)
-    results.write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
+    common.results_file(results, list(VARIANTS)).add(about)
     show(dense, top_1, runs)
 
 

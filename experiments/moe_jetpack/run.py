@@ -156,7 +156,8 @@ def show(runs: list[dict[str, Any]]) -> None:
             cost = mine[0]["training_flops_per_image"] / 1e6
             print(
                 f"{variant:20} {mine[0]['parameters']:10,} {cost:7.1f} "
-                f"{at[0][0]:7.4f} {at[1][0]:7.4f} {at[2][0]:7.4f} {at[2][1]:7.4f}"
+                f"{at[0][0]:7.4f} {at[1][0]:7.4f} {at[2][0]:7.4f} "
+                f"{common.error_text(at[2][1], '{:7.4f}')}"
             )
 
 

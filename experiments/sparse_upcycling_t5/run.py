@@ -148,7 +148,8 @@ def main() -> None:
         start, _ = common.mean_and_error([c[0]["accuracy"] for c in mine])
         end, error = common.mean_and_error([c[-1]["accuracy"] for c in mine])
         loss, loss_error = common.mean_and_error([c[-1]["loss"] for c in mine])
-        print(f"{variant:16} {start:8.4f} {end:9.4f} {error:7.4f} {loss:8.4f} {loss_error:7.4f}")
+        errors = [f"{common.error_text(e, '{:.4f}'):>7}" for e in (error, loss_error)]
+        print(f"{variant:16} {start:8.4f} {end:9.4f} {errors[0]} {loss:8.4f} {errors[1]}")
 
 
 if __name__ == "__main__":

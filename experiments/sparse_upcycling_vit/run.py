@@ -152,7 +152,8 @@ def main() -> None:
         mine = [r for r in runs if r["variant"] == variant]
         end, error = common.mean_and_error([r["curve"][-1]["accuracy"] for r in mine])
         shot, shot_error = common.mean_and_error([r["few_shot"]["accuracy"] for r in mine])
-        print(f"{variant:24} {end:9.4f} {error:7.4f} {shot:8.4f} {shot_error:7.4f}")
+        errors = [f"{common.error_text(e, '{:.4f}'):>7}" for e in (error, shot_error)]
+        print(f"{variant:24} {end:9.4f} {errors[0]} {shot:8.4f} {errors[1]}")
 
 
 if __name__ == "__main__":

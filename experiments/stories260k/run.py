@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,30 +100,25 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    results = HERE / "results.json"
-    known = json.loads(results.read_text())["runs"] if results.exists() else []
-    done = {(r["variant"], r["seed"]): r for r in known}
     flops = {"dense": 2047488, "moe": 3053568}  # training FLOPs per token, checked against the runs below
     longer = round(options.steps * flops["moe"] / flops["dense"])
-    wanted = [
-        (variant, seed, longer if variant == "dense_equal_flops" else options.steps)
-        for seed in range(options.seeds)
-        for variant in VARIANTS
-        if (variant, seed) not in done
-    ]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for result in pool.map(lambda job: go(job[0], job[1], job[2], options), wanted):
-            done[(result["variant"], result["seed"])] = result
-            order = sorted(done.values(), key=lambda r: (list(VARIANTS).index(r["variant"]), r["seed"]))
-            results.write_text(json.dumps({"runs": order}, indent=1) + "\n")
-    for r in done.values():
+    steps = {variant: longer if variant == "dense_equal_flops" else options.steps for variant in VARIANTS}
+    done = common.gather(
+        HERE / "results.json",
+        [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS],
+        lambda variant, seed: go(variant, seed, steps[variant], options),
+        list(VARIANTS),
+        options.jobs,
+        {},
+    )
+    for r in done:
         assert r["training_flops_per_token"] == flops["moe" if "moe" in r["run"] else "dense"]
     print(f"{'variant':28} {'start':>8} {'end':>8} {'error':>8}")
     for variant in VARIANTS:
-        mine = [r for r in done.values() if r["variant"] == variant]
+        mine = [r for r in done if r["variant"] == variant]
         end, error = common.mean_and_error([r["curve"][-1][2] for r in mine])
         start, _ = common.mean_and_error([r["curve"][0][2] for r in mine])
-        print(f"{variant:28} {start:8.4f} {end:8.4f} {error:8.4f}")
+        print(f"{variant:28} {start:8.4f} {end:8.4f} {common.error_text(error, '{:8.4f}')}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from upcycle.data import corpus, documents
 from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
+from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.system.progress import reporting_to
 
@@ -216,6 +217,21 @@ def test_text_without_blanks_is_cut_all_the_same(
 
 
 @settings(max_examples=50, deadline=None)
+@given(st.text(st.sampled_from("ab \n|"), min_size=1, max_size=80))
+def test_a_document_loses_the_line_breaks_around_it_alone(tmp_path_factory: Any, text: str) -> None:
+    """Whether it comes in one piece or in several."""
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text(text)
+    for size in (1000, 5):
+        found: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(documents, "_PIECE", size)
+            for piece, begins in documents.documents(Source(path=str(path), separator="|")):
+                found = [*found, piece] if begins else [*found[:-1], found[-1] + piece]
+        assert found == [each.strip("\n") for each in text.split("|")]
+
+
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.text(st.sampled_from("ab \nß"), min_size=1, max_size=80), min_size=1, max_size=4), st.data()
 )
@@ -405,6 +421,23 @@ def test_a_tokenizer_of_another_model(tmp_path: Path, tokenised: Any, bytes_fold
     assert "the tokenizer has 258 tokens and the embedding 200 rows" in _error(
         tokenised, path, vocab_size=200
     )
+
+
+def test_labelled_lines_end_at_line_feeds_alone(tmp_path: Path, bytes_folder: Path) -> None:
+    """JSON may hold other line separators of Unicode as they are; files may be compressed."""
+    from transformers import AutoTokenizer
+
+    text = "a\u2028b\u2029c\x85d"
+    rows = [json.dumps({"text": text, "label": n}, ensure_ascii=False) for n in range(2)]
+    tokenizer = AutoTokenizer.from_pretrained(bytes_folder)
+    tokenizer.pad_token_id = EOS
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_text("\n".join(rows))
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    for path in (plain, packed):
+        found = TextSet.open(path, tokenizer, length=32, fields=("text",), label_field="label")
+        assert len(found) == 2
+        assert tokenizer.decode(found.ids[0], skip_special_tokens=True) == text
 
 
 def test_an_id_beyond_the_embedding(tmp_path: Path, tokenised: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,21 @@ def test_every_key_that_must_be_there_is_named_if_it_is_not(name, kind, table):
         ("run/run.json", {"versions": {"torch": None}}, "versions.torch is None, not a text"),
         ("run/run.json", {"tokens_per_row": 0}, "tokens_per_row is 0, not 1 or more"),
         ("run/run.json", {"run": {"train": {}}}, "run.data is missing in it"),
+        (
+            "run/run.json",
+            {"stage_costs": [{"first": 2, "training_flops_per_row": 1}]},
+            "stage_costs.0.first is 2, and the steps before the first stage are 0",
+        ),
+        (
+            "run/run.json",
+            {"stage_costs": [{"first": first, "training_flops_per_row": 1} for first in (0, 5, 5)]},
+            "stage_costs.2.first is 5, not after 5",
+        ),
+        (
+            "run/run.json",
+            {"stage_costs": [{"first": 0, "training_flops_per_row": 0}]},
+            "stage_costs.0.training_flops_per_row is 0, not 1 or more",
+        ),
         ("run/metrics.jsonl", {"loss": True}, "loss is True, not a number"),
         ("run/metrics.jsonl", {"layers": [{"layer": "1"}]}, "layers.0.layer is '1', not a whole number"),
         ("run/state.json", {"step": -1}, "step is -1, not 0 or more"),

@@ -168,6 +168,80 @@ def test_runs_of_one_thing_are_averaged_over_seeds(tmp_path):
     assert one.loss.error is None
 
 
+REPEATS = {
+    "a copied folder": {},
+    "other ranks": {"parallel": {"tp": 2}},
+    "other micro batches, compiled": {"train": {"micro_batch": 2, "compile": True}},
+    "the same seed under its other key": {"seed": 7, "train": {"seed": 0}},
+}
+
+
+@pytest.mark.parametrize("case", REPEATS)
+def test_a_seed_counts_once_however_often_it_is_trained(case, tmp_path):
+    """Two runs of one seed end alike, so their standard error would be almost zero."""
+    dense, moe = pair_of_runs(tmp_path)
+    again = {"steps": 60, **REPEATS[case]}
+    copy = write_run(tmp_path / "dense-again", lambda t: 2.0, **again)
+    twin = write_run(tmp_path / "moe-again", lambda t: 2.1 - 1e-4 * t + 1e-6, moe={}, **REPEATS[case])
+    found = study([copy, dense, twin, moe], DenseCost())
+    assert [[run.name for run in g.runs] for g in found.groups] == [["dense"], ["moe"]]
+    (pair,) = found.comparison.pairs
+    assert (pair.paid, pair.error) == ("one seed", None)
+    assert found.troubles() == [
+        "dense-again is not compared: it repeats dense with the same seed, 0, and a seed counts once",
+        "moe-again is not compared: it repeats moe with the same seed, 0, and a seed counts once",
+    ]
+    made = sections.document(found, "R")
+    assert sentences(made)[0].startswith("One seed cannot tell. ")
+    assert {row[:2] for row in tables(made)["Runs"].rows} >= {("moe-again", "not compared")}
+
+
+def test_of_the_runs_of_a_seed_the_longest_counts_then_the_first_by_name(tmp_path):
+    """Here all of them were evaluated at the same steps, and `cut` was killed after the last evaluation."""
+    names = {"cut": (0, 19), "b": (0, 20), "c": (0, 20), "other": (1, 20)}
+    curves = [
+        write_run(tmp_path / name, lambda t, s=seed: 2.0 + s, seed=seed, done=done, steps=25, every=15)
+        for name, (seed, done) in reversed(names.items())
+    ]
+    (only,) = compared(*curves).groups
+    assert [run.name for run in only.runs] == ["other", "b"]
+    assert [run.name for run in only.repeats] == ["c", "cut"]
+    assert only.loss.error == pytest.approx(np.full(2, 0.5))
+
+
+def test_train_seed_goes_over_seed(tmp_path):
+    """It draws what differs between two trainings: the order of the data, jitter, dropout."""
+    runs = [
+        write_run(tmp_path / f"{i}", lambda t, i=i: 2.0 + i, train={"seed": seed}, seed=5)
+        for i, seed in enumerate((1, 2))
+    ]
+    (only,) = compared(*runs).groups
+    assert [run.seed for run in only.runs] == [1, 2]
+    assert only.loss.error == pytest.approx(np.full(5, 0.5))
+    about = json.loads((runs[0] / "run.json").read_text())
+    about["run"]["seed"] = [5]
+    del about["run"]["train"]["seed"]
+    (runs[0] / "run.json").write_text(json.dumps(about))
+    ((name, why),) = study(runs, DenseCost()).refused
+    assert (name, why) == ("0", "its run.json is damaged: run.seed is [5], not a whole number")
+
+
+def test_exports_of_one_seed_are_no_seeds(tmp_path, monkeypatch):
+    """A second export of the same step, as of a mean of checkpoints, has a column of its own."""
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    runs = [write_run(tmp_path / f"moe{i}", lambda t: 2.0, moe={}, seed=i // 2) for i in range(3)]
+    ends = [
+        write_checkpoint(
+            tmp_path / f"end{i}-{run.name}", run, eval=left_behind.scores(piqa=(0.5 + i / 10, 0.01))
+        )
+        for i, run in enumerate((runs[0], runs[0], runs[1], runs[2]))
+    ]
+    table = tables(document(*runs, *ends))["Scores on tasks"]
+    (row,) = table.rows
+    assert table.head[3:] == ("end1-moe0", "end2-moe1")
+    assert row[2:] == ("0.6500 ± 0.1500", "0.6000 ± 0.0100", "0.7000 ± 0.0100 *")
+
+
 def test_an_unfinished_seed_is_a_curve_of_its_own(tmp_path):
     whole = write_run(tmp_path / "a", lambda t: 2.0, moe={}, seed=0)
     cut = write_run(tmp_path / "b", lambda t: 3.0, moe={}, seed=1, done=25)
@@ -199,6 +273,24 @@ def test_labels_say_what_tells_alike_runs_apart(tmp_path):
     assert [g.label for g in compared(*runs).groups] == [
         "dense, continued, peak 0.001", "dense, continued, peak 0.0001",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "drawn"),
+    [("sft", {}, True), ("sft", {"test": "a.jsonl"}, False), ("causal_lm", {}, False)],
+)
+def test_runs_that_are_compared_hold_out_the_same_examples(tmp_path, task, given, drawn):
+    """Examples are drawn by `data.split_seed`, and in earlier versions by the seed of the run."""
+    first = write_run(tmp_path / "first", lambda t: 2.0, task=task)
+    second = write_run(tmp_path / "second", lambda t: 2.1, task=task, seed=1, data={"split_seed": 0})
+    earlier = write_run(tmp_path / "earlier", lambda t: 2.2, task=task, seed=1, moe={})
+    for run in (first, second, earlier):
+        about = json.loads((run / "run.json").read_text())
+        about["run"]["task"] = given
+        (run / "run.json").write_text(json.dumps(about))
+    found = compared(first, second, earlier)
+    assert [run.name for run, _ in found.foreign] == ["earlier"] * drawn
+    assert [run.seed for run in found.groups[0].runs] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +329,54 @@ def test_a_tokenizer_is_known_by_its_bytes(tmp_path):
     assert [run.name for run, _ in compared(*folders).foreign] == ["run-c"]
 
 
+# --- stages of unequal cost ---
+
+
+def with_stages(run: Path, *costs: tuple[int, int]) -> Path:
+    """Record for each stage the steps before it and the FLOPs of a token; the mean is that of 40 steps."""
+    about = json.loads((run / "run.json").read_text())
+    firsts = [first for first, _ in costs]
+    steps = np.diff([*firsts, 40])
+    mean = int(sum(n * flops for n, (_, flops) in zip(steps, costs, strict=True)) / 40)
+    about |= {"training_flops_per_row": mean * LENGTH, "training_flops_per_token": mean}
+    about["stage_costs"] = [{"first": f, "training_flops_per_row": flops * LENGTH} for f, flops in costs]
+    (run / "run.json").write_text(json.dumps(about))
+    return run
+
+
+def test_flops_are_added_up_stage_by_stage(tmp_path):
+    """10 steps of a router alone, then 30 of everything: each step counts what it cost."""
+    costs = [100] * 10 + [900] * 30
+    spent = BATCH * np.array([0, *np.cumsum(costs)])
+    made = with_stages(write_run(tmp_path / "moe", lambda t: 2.0, moe={}), (0, 100), (10, 900))
+    run = read_run(made, "moe")
+    assert run.flops(np.arange(41.0) * BATCH).tolist() == spent.tolist()
+    assert run.flops(np.array(5.5 * BATCH)) == 5.5 * BATCH * 100
+    assert run.flops(np.array([])).tolist() == []
+    assert run.flops(np.array(50.0 * BATCH)) == spent[40] + 10 * BATCH * 900  # of a longer last stage
+    only = group(compared(made), "upcycled")
+    assert only.flops.tolist() == spent[[0, 10, 20, 30, 40]].tolist()
+    about = json.loads((made / "run.json").read_text())
+    del about["stage_costs"]  # as older versions wrote it: the mean alone
+    (made / "run.json").write_text(json.dumps(about))
+    assert read_run(made, "moe").flops(np.array([10.0, 40.0]) * BATCH).tolist() == [
+        10 * BATCH * 700, spent[40],
+    ]  # fmt: skip
+
+
+def test_the_crossing_and_the_end_of_a_run_of_stages(tmp_path):
+    """The MoE falls below 2 nats at step 20, and an unfinished run has spent what its steps cost."""
+    dense = write_run(tmp_path / "dense", lambda t: 2.0, steps=60)
+    curve = {"curve": lambda t: 2.1 - 0.1 * t / (20 * BATCH), "moe": {}}
+    moe = with_stages(write_run(tmp_path / "moe", **curve), (0, 100), (10, 900))
+    (pair,) = compared(dense, moe).pairs
+    assert pair.tokens.x == pytest.approx(20 * BATCH)
+    assert pair.flops.x == pytest.approx(10 * BATCH * 100 + 10 * BATCH * 900)
+    cut = with_stages(write_run(tmp_path / "cut", **curve, done=12, every=5), (0, 100), (10, 900))
+    (row,) = tables(document(cut))["Runs"].rows
+    assert row[-1] == "1.79e05"  # 64 tokens x (10 x 100 + 2 x 900)
+
+
 # --- the cost of the start ---
 
 
@@ -250,6 +390,21 @@ def test_provenance_tells_the_cost_of_a_start_back_to_random_weights(tmp_path):
     assert cost.tokens == 70 * BATCH
     assert cost.flops == 70 * BATCH * DENSE
     assert "dense was trained from random weights" in cost.why
+
+
+def test_the_cost_of_a_start_is_that_of_its_own_steps(tmp_path):
+    """An export says what its steps cost; the mean of its run, which older ones have, is of all stages."""
+    first = with_stages(write_run(tmp_path / "r0", lambda t: 3.0, from_scratch=True), (0, 100), (10, 900))
+    dense = write_checkpoint(tmp_path / "dense", first, step=10)
+    last = read_run(write_run(tmp_path / "r1", lambda t: 2.0, source=str(dense), moe={}), "r1")
+    assert start_cost(last, DenseCost()).flops == 10 * BATCH * 700
+    made = json.loads((dense / "upcycle.json").read_text())
+    made["training"][0]["training_flops"] = 10.0 * BATCH * 100
+    (dense / "upcycle.json").write_text(json.dumps(made))
+    assert start_cost(last, DenseCost()).flops == 10 * BATCH * 100
+    made["training"][0]["training_flops"] = math.inf
+    (dense / "upcycle.json").write_text(json.dumps(made))
+    assert start_cost(last, DenseCost()).why == "the provenance of dense is damaged"
 
 
 def test_a_start_of_unknown_cost_says_so_and_takes_what_is_given(tmp_path):

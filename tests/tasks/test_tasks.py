@@ -336,6 +336,17 @@ def test_mistakes(kind, changes, message, data, tmp_path):
         train(Run.of(table(kind, data, tmp_path / "run", **changes)))
 
 
+def test_an_id_beyond_the_embedding_of_a_classifier(data, tmp_path):
+    """A tokenizer that got a token, and a model that was not resized."""
+    source = shutil.copytree(data / "classifier", tmp_path / "classifier")
+    model = BertForSequenceClassification.from_pretrained(source)
+    model.resize_token_embeddings(6)
+    model.save_pretrained(source)
+    run = table("classifier", data, tmp_path / "run") | {"source": str(source)}
+    with pytest.raises(UpcycleError, match=r"gives id \d+ in .*labelled.jsonl and the embedding has 6 rows"):
+        train(Run.of(run))
+
+
 ON = {"train": {"steps": 2, "eval_every": 1}}
 
 

@@ -73,6 +73,21 @@ def test_a_step_is_that_of_documents_alone(model, changes, chunks, tmp_path, mon
     assert abs(joined[0] - wanted[0]) > 1e-3
 
 
+def test_rows_without_targets(tmp_path):
+    """A step on them has a loss of zero, and the balance of the routers; a score of them is refused."""
+    source = tiny.make_dense(tmp_path / "dense", "llama")
+    ids = torch.randint(3, 96, (4, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"ids": ids, "labels": torch.full_like(ids, IGNORED), "mask": torch.ones_like(ids)}
+    run = ranks.run_of(str(source), {}, {"task": {"name": "sft"}})
+    with world(run.parallel) as here:
+        trainee = ranks.trainee_of(run, here)
+    found = step.train_step(trainee, batch, 0, 1e-2)
+    assert found.loss == 0.0
+    assert found.grad_norm == pytest.approx(found.grad_norm)  # a number, and not NaN
+    with pytest.raises(UpcycleError, match="none of the 4 held-out rows has anything to predict"):
+        held_out.score(trainee, batch)
+
+
 @pytest.mark.parametrize("model", ["llama", "qwen3_5_text"])
 def test_a_step_with_flash_attention_is_that_with_masks(model, tmp_path):
     """Recomputed blocks know the borders as well; layers with a state do not see them."""

@@ -583,7 +583,16 @@ def test_a_run_goes_on_whose_keys_were_fewer(table: Table) -> None:
     """A key that an older version did not know has its default there."""
     newest = saving.latest(begun(table, **MOE))
     assert newest is not None
-    forget(newest, "moe.part", "moe.mtp", "moe.granularity", "router.rounding", "init.name", "data.isolate")
+    forget(
+        newest,
+        "moe.part",
+        "moe.mtp",
+        "moe.granularity",
+        "router.rounding",
+        "init.name",
+        "data.isolate",
+        "data.split_seed",
+    )
     with pytest.raises(UpcycleError, match=r"differs in data\.isolate \(False there, True here\)"):
         train(Run.of(table(**MOE, train={"steps": 3}, data={"isolate": True})), resume=True)
     assert train(Run.of(table(**MOE, train={"steps": 3})), resume=True).steps == 3
@@ -609,7 +618,28 @@ def test_counts_of_stages(then: Any, wanted: tuple[str, str], table: Table) -> N
     assert (run.router.balance_counts, run.stage[0].router.balance_counts) == wanted
     assert run.stage[1].router is None
     said = Run.of(table(**MOE, router={"balance_counts": "exact"}))
-    assert run_folder._settled_as(said, then) == said
+    assert run_folder._settled_as(said, then).router == said.router
+
+
+@pytest.mark.parametrize(
+    ("then", "wanted"),
+    [
+        (None, (0, 0)),
+        ({"data": {"split_seed": 4}, "stage": [{"data": {"split_seed": 4}}]}, (4, 4)),
+        ({"data": {}, "stage": [{"data": {}}]}, (3, 3)),  # of an earlier version
+        ({"data": {}, "stage": [{}]}, (3, 0)),
+        ({"data": {"split_seed": "x"}}, (0, 0)),
+    ],
+)
+def test_a_run_keeps_the_examples_that_it_held_out(then: Any, wanted: tuple[int, int], table: Table) -> None:
+    """Earlier versions chose them by the seed of the run."""
+    stages = [{"train": {"steps": 1}, "data": {"held_out": 0.1}}, {"train": {"steps": 1}}]
+    run = run_folder._settled_as(Run.of(table(**MOE, seed=3, stage=stages)), then)
+    assert run.stage[0].data is not None
+    assert (run.data.split_seed, run.stage[0].data.split_seed) == wanted
+    assert run.stage[1].data is None
+    said = Run.of(table(**MOE, data={"split_seed": 5}))
+    assert run_folder._settled_as(said, then).data == said.data
 
 
 # --- a batch that does not fit

@@ -23,6 +23,7 @@ from simulated import Traffic
 from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.families._training import trained
+from upcycle.records.provenance import Provenance
 from upcycle.training import enter, fit, run_folder, start, step
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
@@ -261,6 +262,23 @@ def test_records_say_which_stage_a_step_is_in(staged):
     record = json.loads((Path(staged["out"]) / "run.json").read_text())
     assert record["run"]["train"]["steps"] == 4
     assert Run.of(record["run"]) == Run.of(staged)
+
+
+def test_a_step_costs_what_its_stage_costs(staged, tmp_path):
+    """Steps of the router alone cost less: records and exports say so, as metrics.jsonl does."""
+    out = Path(staged["out"])
+    record, lines = run_folder.read_record(out), read(out)
+    rows = Run.of(staged).train.rows
+    counted = [line.active_flops_per_s * line.seconds / rows for line in lines]
+    assert [cost.first for cost in record.stage_costs] == [0, 2]
+    alone, rest = (cost.training_flops_per_row for cost in record.stage_costs)
+    assert counted == pytest.approx([alone, alone, rest, rest], rel=1e-3)
+    assert alone < 0.8 * rest
+    assert record.training_flops_per_row == (2 * alone + 2 * rest) // 4
+    for done, spent in ((2, 2 * rows * alone), (4, 2 * rows * (alone + rest))):
+        export(out, tmp_path / str(done), step=done)
+        (told,) = Provenance.read(tmp_path / str(done)).training
+        assert told.training_flops == told.spent == spent
 
 
 def test_a_run_resumed_in_any_stage_is_the_run(staged, tmp_path):

@@ -196,6 +196,21 @@ def test_the_page_has_the_fitted_law(script):
     assert {*script.table()} <= {*(script.HERE / "README.md").read_text().splitlines()}
 
 
+@pytest.mark.parametrize("script", ["code/law"], indirect=True)
+def test_the_law_of_one_seed_has_no_errors_and_of_one_start_there_is_none(script, monkeypatch):
+    whole = script.figures.read()
+
+    def rows(kept: Callable[[dict[str, Any]], bool]) -> list[str]:
+        runs = {key: [run for run in each if kept(run)] for key, each in whole.recorded.items()}
+        monkeypatch.setattr(script.figures, "read", lambda: type(whole)(whole.experiment, runs))
+        return script.table()[2:]
+
+    one_seed = rows(lambda run: run["seed"] == 0)
+    assert len(one_seed) > 1
+    assert not any("±" in row for row in one_seed)
+    assert rows(lambda run: run["start"] == 80) == []
+
+
 @pytest.mark.parametrize("script", ["encoder"], indirect=True)
 def test_a_curve_counts_the_rows_that_the_encoder_reads(script, tmp_path):
     """A row of T5 has the tokens of the decoder too, which `train.batch_tokens` does not count."""

@@ -38,7 +38,12 @@ class Data(Settings):
     section: ClassVar[str] = "data"
 
     sources: tuple[Source, ...]
-    held_out: Annotated[float, Within("[0, 1)")] = 0.0  # share of each source held out, from its end
+    # share of each source held out: tokens from its end, or labelled examples (sft and classification) drawn
+    # from all of it
+    held_out: Annotated[float, Within("[0, 1)")] = 0.0
+    # which labelled examples are held out: runs that are compared, or go on from one another, need the same;
+    # None: 0, or what the run has had if it goes on
+    split_seed: int | None = None
     tokenizer: str | None = None  # None: the tokenizer of the run's source
     # whether the documents of a packed row do not see each other: positions and attention start anew at each
     # (causal_lm, sft)

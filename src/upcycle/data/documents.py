@@ -99,13 +99,16 @@ def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
             if source.separator:
                 *whole, rest = rest.split(source.separator)
                 for document in whole:
-                    yield document.strip("\n"), begins
+                    yield document.strip("\n") if begins else document.rstrip("\n"), begins
                     begins = True
+                rest = rest.lstrip("\n") if begins else rest
             if not more:
-                yield (rest.strip("\n") if source.separator else rest), begins
+                yield rest.rstrip("\n") if source.separator else rest, begins
                 return
             # Cut at a line break or at whitespace, so that no word is split.
             cut = max(rest.rfind("\n", 0, -1), rest.rfind(" ", 0, -1) if "\n" not in rest else -1)
+            if source.separator and cut > 0:  # line breaks that may be the last of a document stay
+                cut = len(rest[:cut].rstrip("\n"))
             keep = len(source.separator or "")
             if len(rest) > _PIECE and 0 < cut < len(rest) - keep:
                 yield rest[:cut], begins

@@ -1,4 +1,4 @@
-"""Labelled examples in an order that depends only on the seed: it resumes exactly, on any number of ranks.
+"""Labelled examples in an order that depends on seeds alone: it resumes exactly, on any number of ranks.
 
 An epoch is a permutation of the training examples, keyed by (seed, epoch).
 """
@@ -55,12 +55,19 @@ class Examples:
     """The examples of a set, with a position that can be saved.
 
     If `held_out` is None, the share `held_out_share` of the examples is held out: the last ones of a
-    permutation, so that their classes are mixed. With a `held_out` set, the share is ignored. Raises
-    `UpcycleError` if either side would be empty, or if the sets do not fit each other.
+    permutation, so that their classes are mixed. The permutation depends on `split_seed` alone, so that runs
+    of several seeds hold out the same. With a `held_out` set, the share is ignored. Raises `UpcycleError` if
+    either side would be empty, or if the sets do not fit each other.
     """
 
     def __init__(
-        self, train: Labelled, held_out: Labelled | None, *, held_out_share: float, seed: int
+        self,
+        train: Labelled,
+        held_out: Labelled | None,
+        *,
+        held_out_share: float,
+        seed: int,
+        split_seed: int = 0,
     ) -> None:
         self._train, self._seed, self._consumed = train, seed, 0
         self._digest = hashlib.sha256(train.labels.astype("<i8").tobytes()).hexdigest()[:16]
@@ -71,7 +78,7 @@ class Examples:
                 f"{train.name} has {len(train)} {train.kind}, of which data.held_out = {share} leaves none "
                 f"{'held out' if kept else 'to train on'}; change it, or give more {train.kind}"
             )
-        order = rng.permutation(rng.key(seed, "held-out examples"), len(train))
+        order = rng.permutation(rng.key(split_seed, "held-out examples"), len(train))
         self._trained = np.sort(order[:kept]) if share else np.arange(len(train))
         self._kept_set = train if held_out is None else held_out
         self._kept = np.sort(order[kept:]) if held_out is None else np.arange(len(held_out))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from upcycle.data.documents import json_row, not_utf8, parquet_rows
+from upcycle.data.documents import json_lines, parquet_rows
 from upcycle.data.examples import refuse_other_classes
 from upcycle.errors import UpcycleError, listed, shown
 
@@ -100,17 +100,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".parquet":
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path)))
         return
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UpcycleError(not_utf8(path, error)) from None
-    except OSError as error:
-        raise UpcycleError(f"{path} cannot be read as text: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        yield where, json_row(line, where)
+    yield from json_lines(path)
 
 
 def _numbered(labels: list[Any], path: str) -> tuple[np.ndarray, tuple[str, ...]]:

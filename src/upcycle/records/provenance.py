@@ -53,7 +53,8 @@ class Training(Record):
     versions: Mapping[str, str] | None = sometimes()
     precision: str | None = sometimes()
     task: str | None = sometimes()
-    training_flops_per_token: float | None = sometimes()
+    training_flops_per_token: float | None = sometimes()  # the mean over all steps of the run
+    training_flops: float | None = sometimes()  # of the run up to this step
     from_scratch: bool | None = sometimes()
     run: Table | None = sometimes()  # the run file
     source_hashed: str | None = sometimes()  # the moment at which the source was hashed
@@ -71,6 +72,16 @@ class Training(Record):
     def __post_init__(self) -> None:
         if not math.isfinite(self.tokens):
             raise WrongError(f"is {self.tokens}, not a number of tokens", "tokens")
+
+    @property
+    def spent(self) -> float:
+        """The training FLOPs up to this step; NaN if nothing tells them.
+
+        Older versions recorded the mean of the run alone. It is exact unless stages of unequal cost are left.
+        """
+        if self.training_flops is not None:
+            return self.training_flops
+        return float(self.tokens) * (self.training_flops_per_token or math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from upcycle.records.reader import Document, Record, Table, WrongError, sometimes
@@ -22,6 +24,18 @@ class StartedFrom(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageCost(Record):
+    """The cost of a step in one stage of a run."""
+
+    first: int  # steps of the run before the stage
+    training_flops_per_row: int
+
+    def __post_init__(self) -> None:
+        if self.training_flops_per_row < 1:
+            raise WrongError(f"is {self.training_flops_per_row}, not 1 or more", "training_flops_per_row")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord(Document):
     """A run: its run file, and the size and cost of its model."""
 
@@ -33,8 +47,9 @@ class RunRecord(Document):
     precision: str
     task: str
     tokens_per_row: int
-    training_flops_per_row: int
-    training_flops_per_token: int
+    training_flops_per_row: int  # the mean over all steps
+    training_flops_per_token: int  # likewise
+    stage_costs: tuple[StageCost, ...] = sometimes(())  # in order; none: all steps cost the mean
     source: StartedFrom
     blueprint_hash: str | None
     architecture: str
@@ -49,7 +64,34 @@ class RunRecord(Document):
         for name in ("tokens_per_row", "training_flops_per_row", "parameters", "active_parameters"):
             if getattr(self, name) < 1:
                 raise WrongError(f"is {getattr(self, name)}, not 1 or more", name)
+        _refuse_other_order([cost.first for cost in self.stage_costs])
         refuse_other_sections(self.run)
+
+    def training_flops(self, rows: float, batch: int) -> float:
+        """Return the FLOPs of training on the first `rows` rows of the run, with `batch` rows a step.
+
+        They are added up stage by stage. Records of older versions have the mean alone, which is exact at the
+        end of the run. The last stage goes on for as long as there are rows.
+        """
+        if not self.stage_costs:
+            return rows * self.training_flops_per_row
+        starts = [cost.first * batch for cost in self.stage_costs]
+        ends = [*starts[1:], math.inf]
+        return sum(
+            max(0, min(rows, end) - start) * cost.training_flops_per_row
+            for cost, start, end in zip(self.stage_costs, starts, ends, strict=True)
+        )
+
+
+def _refuse_other_order(firsts: Sequence[int]) -> None:
+    """Raise an error unless the first stage begins the run and each other one comes after the one before."""
+    if firsts and firsts[0] != 0:
+        raise WrongError(
+            f"is {firsts[0]}, and the steps before the first stage are 0", "stage_costs", "0", "first"
+        )
+    for place, (before, first) in enumerate(pairwise(firsts), start=1):
+        if first <= before:
+            raise WrongError(f"is {first}, not after {before}", "stage_costs", str(place), "first")
 
 
 def refuse_other_sections(run: Table) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from upcycle import tasks
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.crossing import Crossing, Standing, bounds, crossing, standing
@@ -46,11 +47,16 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that differ only in their seed and were evaluated at the same points."""
+    """Runs that differ only in their seed and were evaluated at the same points.
+
+    `runs` has one run of each seed. `repeats` are the others, which are in no mean: a seed that is trained
+    twice ends twice at the same loss, and would make a standard error smaller than it is.
+    """
 
     label: str
     kind: Kind
     runs: tuple[RunHistory, ...]
+    repeats: tuple[RunHistory, ...]
     tokens: np.ndarray  # [n], of the held-out evaluations
     flops: np.ndarray  # [n], training FLOPs
     loss: Mean
@@ -109,12 +115,21 @@ class Comparison:
     pairs: tuple[Pair, ...]
     foreign: tuple[tuple[RunHistory, str], ...]  # each with the reason
 
+    @property
+    def repeats(self) -> tuple[tuple[RunHistory, str], ...]:
+        """The runs whose seed is in the comparison already, each with the reason why it is left out."""
+        return tuple(
+            (run, _repeated(run, {other.seed: other for other in group.runs}[run.seed]))
+            for group in self.groups
+            for run in group.repeats
+        )
+
     def owner(self, checkpoint: CheckpointRecord) -> tuple[Group, RunHistory] | None:
         """Return the group and the run that a checkpoint was exported from, if the run was given."""
         training = checkpoint.training
         if training is None:
             return None
-        found = [(g, r) for g in self.groups for r in g.runs if r.table == training.run]
+        found = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats) if r.table == training.run]
         return found[0] if found else None
 
 
@@ -160,11 +175,18 @@ def _held_out_data(run: RunHistory) -> dict[str, Any]:
             "sources": data.get("sources"),
             "share": data.get("held_out", 0.0),
             "isolate": data.get("isolate", False),
+            **({"split": data.get("split_seed", run.seed)} if _draws(run) else {}),
         }
         for data in tables
     ]
     apart = [data for data, _ in groupby(found)]
     return apart[0] if len(apart) == 1 else {**apart[0], "then": apart[1:]}
+
+
+def _draws(run: RunHistory) -> bool:
+    """Return whether the held-out rows of a run were drawn from its data."""
+    name, task = run.about.task, run.table.get("task") or {}
+    return name in tasks.names() and tasks.find(name).splits and not task.get("test")
 
 
 def _tokenizer(folder: str) -> str:
@@ -182,24 +204,45 @@ def _reason(name: str, own: Mapping[str, Any], reference: Mapping[str, Any]) -> 
     return f"other {name}: {found}, where the runs compared have {wanted} ({key})"
 
 
+def _repeated(run: RunHistory, other: RunHistory) -> str:
+    return f"it repeats {other.name} with the same seed, {run.seed}, and a seed counts once"
+
+
 def _groups(runs: Sequence[RunHistory], given: DenseCost) -> tuple[Group, ...]:
     together: dict[str, list[RunHistory]] = {}
     for run in runs:
         key = json.dumps([settings(run), run.held_out.tokens.tolist()], sort_keys=True, default=str)
         together.setdefault(key, []).append(run)
-    found = sorted(together.values(), key=lambda runs: ORDER.index(kind_of(runs[0])))
-    labels = labels_of([runs[0] for runs in found])
-    return tuple(_group(label, members, given) for label, members in zip(labels, found, strict=True))
+    found = [
+        _one_of_each_seed(alike)
+        for alike in sorted(together.values(), key=lambda alike: ORDER.index(kind_of(alike[0])))
+    ]
+    labels = labels_of([runs[0] for runs, _ in found])
+    return tuple(
+        _group(label, runs, repeats, given) for label, (runs, repeats) in zip(labels, found, strict=True)
+    )
 
 
-def _group(label: str, runs: list[RunHistory], given: DenseCost) -> Group:
+def _one_of_each_seed(alike: Sequence[RunHistory]) -> tuple[list[RunHistory], list[RunHistory]]:
+    """Return one run of each seed, and the others: the longest one counts, then the first by name."""
+    best: dict[int, RunHistory] = {}
+    for run in sorted(alike, key=lambda run: (-run.done, run.name)):
+        best.setdefault(run.seed, run)
+    chosen = {id(run) for run in best.values()}
+    return [run for run in alike if id(run) in chosen], [run for run in alike if id(run) not in chosen]
+
+
+def _group(label: str, runs: Sequence[RunHistory], repeats: Sequence[RunHistory], given: DenseCost) -> Group:
     tokens = runs[0].held_out.tokens
+    # Records of older versions do not have the cost of each stage.
+    costed = next((run for run in runs if run.about.stage_costs), runs[0])
     return Group(
         label=label,
         kind=kind_of(runs[0]),
         runs=tuple(runs),
+        repeats=tuple(repeats),
         tokens=tokens,
-        flops=runs[0].flops(tokens),
+        flops=costed.flops(tokens),
         loss=Mean.of([r.held_out.loss for r in runs]),
         accuracy=Mean.of([r.held_out.accuracy for r in runs]),
         start=start_cost(runs[0], given),

@@ -15,7 +15,10 @@ ORDER: tuple[Kind, ...] = (
 )  # fmt: skip
 # The keys of a run file in which runs of one group may differ: the seed, and keys that do not affect numbers.
 _FREE = ("seed", "out", "log", "checkpoint", "parallel", "eval")
-_FREE_BELOW = {"train": ("seed", "micro_batch", "compile", "activation_checkpointing"), "data": ("cache",)}
+_FREE_BELOW = {
+    "train": ("seed", "micro_batch", "compile", "activation_checkpointing"),
+    "data": ("cache", "split_seed"),
+}
 
 
 def settings(run: RunHistory) -> dict[str, Any]:

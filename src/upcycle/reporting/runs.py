@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.records.metrics import StepMetrics
 from upcycle.records.reader import DamagedError, Table, load
 from upcycle.records.run import RunRecord
 from upcycle.reporting.document import clean
 from upcycle.system import wording
-from upcycle.training.run import train_of
+from upcycle.training.run import Train, train_of
 
 DEPTH = 64  # the deepest nesting of a JSON file
 TAIL = 50  # the load is averaged over this many last steps
@@ -56,6 +56,7 @@ class RunHistory:
     name: str
     folder: Path
     about: RunRecord
+    seed: int  # of everything that differs between two trainings: the order of the data, jitter, dropout
     total_steps: int
     rows: int  # rows of the global batch
     steps: np.ndarray  # [n], numbers of the recorded steps
@@ -87,7 +88,9 @@ class RunHistory:
 
     def flops(self, tokens: np.ndarray) -> np.ndarray:
         """Return the training FLOPs [n] of the run itself after `tokens` [n] tokens (active weights only)."""
-        return tokens / self.about.tokens_per_row * self.about.training_flops_per_row
+        spent = np.vectorize(self.about.training_flops, otypes=[np.float64], excluded={1})
+        found: np.ndarray = spent(tokens / self.about.tokens_per_row, self.rows)
+        return found
 
 
 def is_run(folder: Path) -> bool:
@@ -115,6 +118,7 @@ def read_run(folder: Path, name: str) -> RunHistory:
         name=name,
         folder=folder,
         about=about,
+        seed=_seed(about, wanted),
         total_steps=wanted.total_steps,
         rows=wanted.rows,
         steps=np.array([s.step for s in steps], np.int64),
@@ -130,6 +134,14 @@ def _about(folder: Path) -> RunRecord:
     """Read run.json, with texts made safe to show."""
     file = RunRecord.FILE
     return RunRecord.of(fit(load(folder / file, f"it has no {file}", f"its {file}"), file), f"its {file}")
+
+
+def _seed(about: RunRecord, train: Train) -> int:
+    """Return the seed of the training, as `Run.train_seed` does."""
+    seed = about.run.get("seed", 0) if train.seed is None else train.seed
+    if type(seed) is not int:
+        raise DamagedError(f"its {RunRecord.FILE}", f"run.seed is {shown(seed)}, not a whole number")
+    return seed
 
 
 def fit(value: Table, name: str) -> Table:

@@ -65,7 +65,7 @@ def _of_folder(folder: Path, given: DenseCost, seen: tuple[Path, ...]) -> StartC
         return _told(given, f"the provenance of {folder.name} is damaged")
     trainings = made.training or ()
     tokens = sum(float(t.tokens) for t in trainings)
-    flops = sum(float(t.tokens) * (t.training_flops_per_token or math.nan) for t in trainings)
+    flops = sum(t.spent for t in trainings)
     if not math.isfinite(flops + tokens):
         return _told(given, f"the provenance of {folder.name} is damaged")
     source = made.source.seen_from(folder)

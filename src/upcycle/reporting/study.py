@@ -19,6 +19,9 @@ from upcycle.reporting.starts import DenseCost
 class Column:
     """Checkpoints shown in one column: exports of a group of runs at the same step, or a single one.
 
+    There is one of each seed. A second export of a seed at that step, such as a mean of checkpoints, has a
+    column of its own, because the scores of a column give a standard error over seeds.
+
     `place` is its number among the series of the report.
     """
 
@@ -43,25 +46,29 @@ class Study:
 
     def columns(self) -> tuple[Column, ...]:
         """The checkpoints in the order of the groups; those of one group and step share a column."""
-        together: dict[tuple[int, str], list[CheckpointRecord]] = {}
+        together: dict[tuple[int, str], dict[int, CheckpointRecord]] = {}
         for number, checkpoint in enumerate(self.checkpoints):
+            alone = len(self.groups) + number, checkpoint.name
             owner = self.comparison.owner(checkpoint)
             if owner is None:
-                together[len(self.groups) + number, checkpoint.name] = [checkpoint]
+                together[alone] = {0: checkpoint}
                 continue
             group, run = owner
             step = checkpoint.training.step if checkpoint.training else None
             label = group.label if step == run.done else f"{group.label}, step {step}"
-            together.setdefault((self.groups.index(group), label), []).append(checkpoint)
+            by_seed = together.setdefault((self.groups.index(group), label), {})
+            if by_seed.setdefault(run.seed, checkpoint) is not checkpoint:
+                together[alone] = {run.seed: checkpoint}
         return tuple(
-            Column(label=label, place=place, checkpoints=tuple(members))
+            Column(label=label, place=place, checkpoints=tuple(members.values()))
             for (place, label), members in sorted(together.items(), key=lambda item: item[0])
         )
 
     def troubles(self) -> list[str]:
         """The problems with the given folders: one sentence each, with what was done about it."""
         said = [f"{name} is left out: {why}" for name, why in self.refused]
-        said += [f"{run.name} is not compared: {why}" for run, why in self.comparison.foreign]
+        apart = (*self.comparison.foreign, *self.comparison.repeats)
+        said += [f"{run.name} is not compared: {why}" for run, why in apart]
         said += [
             f"{run.name} is unfinished: {run.done:,} of {run.total_steps:,} steps; shown as far as it goes"
             for run in self.runs

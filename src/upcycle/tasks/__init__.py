@@ -64,6 +64,7 @@ class Task(Named, abc.ABC):
     cache_name: ClassVar[str] = "tokens"  # name of the folder of prepared files in a run's folder
     unit: ClassVar[str] = "token"  # the unit that a loss is averaged over
     by_example: ClassVar[bool] = False  # whether rows are examples, not pieces of a text
+    splits: ClassVar[bool] = False  # whether held-out rows are drawn (data.split_seed) if there is no `test`
     counting: ClassVar[Mapping[str, Any]] = {}  # model arguments that save work if only routers are watched
 
     isolates: ClassVar[bool] = False  # whether documents in a row can be kept apart (data.isolate)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from upcycle.data.feeding import Feeding
+from upcycle.data.examples import Examples, Labelled
+from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError, listed
 from upcycle.tasks import Task
 
@@ -27,6 +28,23 @@ def only_source(feeding: Feeding, task: Task) -> str:
         what = task.name.replace("_", " ")
         raise UpcycleError(f"{what} takes one [[data.sources]]; there are {len(sources)}")
     return sources[0].path
+
+
+def split(train: Labelled, test: Labelled | None, feeding: Feeding) -> Feed:
+    """Return the examples to train on and those to score on: the set `test`, or a share of `train`."""
+    data = feeding.data
+    return Examples(
+        train, test, held_out_share=data.held_out, seed=feeding.seed, split_seed=data.split_seed or 0
+    )
+
+
+def refuse_unknown_ids(ids: np.ndarray, path: str, subject: Subject) -> None:
+    """Raise `UpcycleError` if the embedding has no row for some of the ids."""
+    if (largest := int(ids.max())) >= subject.vocab_size:
+        raise UpcycleError(
+            f"the tokenizer gives id {largest} in {path} and the embedding has {subject.vocab_size} "
+            f"rows; set data.tokenizer to that of the model"
+        )
 
 
 def as_the_head(found: Set, subject: Subject) -> Set:

@@ -14,7 +14,7 @@ from upcycle.errors import listed
 from upcycle.families._encoder import pair
 from upcycle.system import progress
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._labelled import as_the_head, only_source
+from upcycle.tasks._labelled import as_the_head, only_source, split
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
@@ -29,6 +29,7 @@ class ImageClassification(Task):
     """
 
     by_example = True
+    splits = True
     unit = "image"
     reads = "images"
     cache_name = "images"
@@ -52,7 +53,7 @@ class ImageClassification(Task):
         source = only_source(feeding, self)
         train = self.images(source, subject, feeding.cache)
         test = None if self.test is None else self.images(self.test, subject, feeding.cache)
-        return Examples(train, test, held_out_share=feeding.data.held_out, seed=feeding.seed)
+        return split(train, test, feeding)
 
     def shown(self, feeding: Feeding, subject: Subject, *, labels: bool) -> Feed:
         images = self.images(only_source(feeding, self), subject, feeding.cache, any_classes=not labels)

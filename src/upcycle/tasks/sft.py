@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Literal
 from upcycle.data import chats
 from upcycle.data.chat_rows import ChatRows
 from upcycle.data.corruption import IGNORED
-from upcycle.data.examples import Examples
 from upcycle.data.feeding import Feed, Feeding
-from upcycle.errors import UpcycleError
 from upcycle.system import progress
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
 from upcycle.tasks._chat_tokens import read_template, tokens_of, with_template
-from upcycle.tasks._labelled import only_source
+from upcycle.tasks._labelled import only_source, refuse_unknown_ids, split
 from upcycle.tasks._tokens import beyond_positions, tokenizer_of
 
 if TYPE_CHECKING:
@@ -37,6 +35,7 @@ class SFT(Task):
     summary = "what the assistant says in a chat"
     heads = ("ForCausalLM",)
     reads = "chats"
+    splits = True
     counting = {"logits_to_keep": 1}
     by_token = True
     isolates = True
@@ -51,12 +50,12 @@ class SFT(Task):
         source = only_source(feeding, self)
         train = self._rows(source, feeding, subject, feeding.data.sources[0].split)
         test = None if self.test is None else self._rows(self.test, feeding, subject)
-        return Examples(train, test, held_out_share=feeding.data.held_out, seed=feeding.seed)
+        return split(train, test, feeding)
 
-    def _rows(self, path: str, feeding: Feeding, subject: Subject, split: str = "train") -> ChatRows:
+    def _rows(self, path: str, feeding: Feeding, subject: Subject, part: str = "train") -> ChatRows:
         tokenizer = with_template(tokenizer_of(feeding, subject), self.chat_template)
         found = ChatRows.of(
-            tokens_of(chats.read(path, split), tokenizer),
+            tokens_of(chats.read(path, part), tokenizer),
             name=path,
             length=feeding.length,
             cut=self.too_long == "cut",
@@ -64,11 +63,7 @@ class SFT(Task):
             isolate=feeding.data.isolate,
             padding=tokenizer.pad_token_id or 0,
         )
-        if (largest := int(found.ids.max())) >= subject.vocab_size:
-            raise UpcycleError(
-                f"the tokenizer gives id {largest} in {path} and the embedding has {subject.vocab_size} "
-                f"rows; set data.tokenizer to that of the model"
-            )
+        refuse_unknown_ids(found.ids, path, subject)
         for note in found.notes():
             progress.say(note)
         return found

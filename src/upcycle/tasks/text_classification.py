@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle.data.examples import Examples
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._labelled import as_the_head, only_source
+from upcycle.tasks._labelled import as_the_head, only_source, refuse_unknown_ids, split
 from upcycle.tasks._tokens import refuse_beyond_positions, tokenizer_of
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ class TextClassification(Task):
     """
 
     by_example = True
+    splits = True
     unit = "text"
     summary = "the class of a text or a pair of texts"
     heads = ("ForSequenceClassification",)
@@ -44,7 +44,7 @@ class TextClassification(Task):
         source = only_source(feeding, self)
         train = self._texts(source, feeding, subject)
         test = None if self.test is None else self._texts(self.test, feeding, subject)
-        return Examples(train, test, held_out_share=feeding.data.held_out, seed=feeding.seed)
+        return split(train, test, feeding)
 
     def _texts(self, path: str, feeding: Feeding, subject: Subject) -> TextSet:
         refuse_beyond_positions(feeding.length, subject)
@@ -58,6 +58,7 @@ class TextClassification(Task):
             fields=self.fields,
             label_field=self.label_field,
         )
+        refuse_unknown_ids(found.ids, path, subject)
         return as_the_head(found, subject)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:

@@ -7,11 +7,12 @@ first is for what is trained, and the second for everything after the first bloc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from upcycle.blueprints import cost
+from upcycle.records.run import StageCost
 from upcycle.training.anatomy import Anatomy, Members
 from upcycle.training.course import Course, Leg
 from upcycle.training.start import Start
@@ -28,11 +29,19 @@ def flops_per_row(start: Start, anatomy: Anatomy | None, leg: Leg, lengths: Mapp
     return start.training_flops_per_row(lengths, passes(anatomy, chosen, lengths, start))
 
 
-def mean_flops_per_row(
+def stage_costs(
     start: Start, anatomy: Anatomy | None, course: Course, lengths: Mapping[str, int]
-) -> int:
-    """Return the mean of all steps of a run, which is that of any step if there are no stages."""
-    total = sum(leg.steps * flops_per_row(start, anatomy, leg, lengths) for leg in course.legs)
+) -> tuple[StageCost, ...]:
+    """Return the FLOPs of training on a row in each stage of a run; a run without stages has a single one."""
+    return tuple(
+        StageCost(first=leg.first, training_flops_per_row=flops_per_row(start, anatomy, leg, lengths))
+        for leg in course.legs
+    )
+
+
+def mean(costs: Sequence[StageCost], course: Course) -> int:
+    """Return the mean of the FLOPs per row over all steps of a run."""
+    total = sum(leg.steps * each.training_flops_per_row for leg, each in zip(course.legs, costs, strict=True))
     return total // sum(leg.steps for leg in course.legs)
 
 

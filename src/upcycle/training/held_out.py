@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch
 from upcycle.training import fit
 from upcycle.training.trainee import Trainee
@@ -39,6 +40,11 @@ def score(trainee: Trainee, batch: Batch) -> Score:
             sums[2] += task.targets({name: t[:count] for name, t in micro.items()})
     model.train()
     loss, correct, targets = ranks.sum(sums).tolist()
+    if not targets:
+        raise UpcycleError(
+            f"none of the {rows} held-out rows has anything to predict; hold out more (data.held_out, "
+            f"train.eval_tokens or train.eval_examples), or longer documents"
+        )
     return Score(loss=loss / targets, accuracy=correct / targets)
 
 

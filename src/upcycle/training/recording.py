@@ -33,7 +33,8 @@ def _record(ready: Ready) -> RunRecord:
     trainee, run, state = ready.trainee, ready.course.run, ready.state
     begun, task = trainee.start, trainee.task
     lengths = trainee.lengths
-    flops = effort.mean_flops_per_row(begun, ready.anatomy, ready.course, lengths)
+    costs = effort.stage_costs(begun, ready.anatomy, ready.course, lengths)
+    flops = effort.mean(costs, ready.course)
     source = begun.dense.checkpoint
     return RunRecord(
         format=RunRecord.FORMAT,
@@ -48,6 +49,7 @@ def _record(ready: Ready) -> RunRecord:
         tokens_per_row=sum(lengths.values()),
         training_flops_per_row=flops,
         training_flops_per_token=flops // sum(lengths.values()),
+        stage_costs=costs if run.stage else (),
         source=StartedFrom(
             name=source.name, path=str(source.folder.resolve()), model_type=begun.dense.family.model_type
         ),

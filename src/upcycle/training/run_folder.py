@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from upcycle.data.corpus import Data
 from upcycle.errors import UpcycleError, listed
 from upcycle.nn.balance import BUFFERED, EXACT, Balance
 from upcycle.records.reader import load
@@ -144,12 +145,29 @@ def _settled_as(run: Run, theirs: Any) -> Run:
     stages = itertools.zip_longest(run.stage, (there if isinstance(there, list) else [])[: len(run.stage)])
     return replace(
         run,
+        data=_with_split(run.data, theirs, run.train_seed),
         router=_with_counts(run.router, theirs),
         stage=tuple(
-            stage if stage.router is None else replace(stage, router=_with_counts(stage.router, then))
+            replace(
+                stage,
+                data=stage.data and _with_split(stage.data, then, run.train_seed),
+                router=stage.router and _with_counts(stage.router, then),
+            )
             for stage, then in stages
         ),
     )
+
+
+def _with_split(data: Data, then: Any, seed: int) -> Data:
+    """Return [data] with its `split_seed`, which the table `then` may have recorded.
+
+    Records of earlier versions have none: the seed of a run chose its held-out examples.
+    """
+    if data.split_seed is not None:
+        return data
+    recorded = then.get("data") if isinstance(then, dict) else None
+    split = recorded.get("split_seed", seed) if isinstance(recorded, dict) else 0
+    return replace(data, split_seed=split if type(split) is int else 0)
 
 
 def _with_counts(router: Balance, then: Any) -> Balance:

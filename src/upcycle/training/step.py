@@ -139,10 +139,13 @@ def _update(trainee: Trainee, queued: Queued, skipped: Tensor, lr: float, tallie
 
 
 def _all_targets(trainee: Trainee, batch: Batch) -> Tensor | int:
-    """Return the number of predictions in the global batch; a tensor if only the labels tell it."""
+    """Return the number of predictions in the global batch; a tensor if only the labels tell it.
+
+    It is 1 for a batch without any, whose losses are sums of nothing.
+    """
     mine = trainee.task.targets(batch)
     ranks = trainee.ranks
-    return ranks.sum(mine) if isinstance(mine, Tensor) else mine * ranks.dp_size
+    return ranks.sum(mine).clamp(min=1) if isinstance(mine, Tensor) else mine * ranks.dp_size
 
 
 def _split(batch: Batch, size: int | None) -> list[Batch]:

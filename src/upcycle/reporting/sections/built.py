@@ -47,7 +47,7 @@ def _models(study: Study) -> Table:
         rows=tuple(rows),
         left=3,
         note="FLOPs are three forward passes' worth: matrix products of the weights that a token meets, and "
-        "attention scores.",
+        "attention scores. A step that trains a part costs less; of stages, this is the mean over all steps.",
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def _runs(study: Study) -> Table:
             run.name,
             group_of.get(id(run), "not compared"),
             (run.about.blueprint_hash or formats.MISSING)[:12],
-            str(run.table.get("train", {}).get("seed", run.table.get("seed", 0))),
+            str(run.seed),
             f"{run.done:,} of {run.total_steps:,}",
             formats.count(run.done * run.tokens_per_step),
             formats.flops(float(run.flops(run.done * run.tokens_per_step))),  # type: ignore[arg-type]

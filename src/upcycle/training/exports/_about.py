@@ -23,7 +23,7 @@ def provenance_of(trained: Trained, folder: Path, carried: list[str], left: list
 
 def training_of(trained: Trained) -> Training:
     """Return the run's entry in upcycle.json, up to the exported state."""
-    record, state = trained.record, trained.state
+    record, state, batch = trained.record, trained.state, trained.run.train.rows
     measured = not trained.averaged  # the losses are those of a checkpoint, and nobody measured the mean
     known = state.source_sha256 or record.source_sha256
     return Training(
@@ -32,6 +32,7 @@ def training_of(trained: Trained) -> Training:
         precision=record.precision,
         task=record.task,
         training_flops_per_token=record.training_flops_per_token,
+        training_flops=float(record.training_flops(state.step * batch, batch)),  # JSON's integers end at 2^63
         from_scratch=record.from_scratch,
         run=record.run,
         source_hashed="at the export" if known is None else "at the start",
@@ -42,7 +43,7 @@ def training_of(trained: Trained) -> Training:
         held_out_start=state.held_out_start,
         held_out_loss=state.held_out_loss if measured else None,
         held_out_accuracy=state.held_out_accuracy if measured else None,
-        tokens=state.step * trained.run.train.rows * record.tokens_per_row,
+        tokens=state.step * batch * record.tokens_per_row,
     )
 
 

@@ -1,0 +1,349 @@
+"""The machinery of experiments: what is recorded, what is exported, and what is shown of partial results.
+
+Nothing is trained; runs are made up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import scripts
+from upcycle.records.state import RunState
+
+SOON = 20.0  # seconds after which a test that waits has failed
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[SimpleNamespace]:
+    """The modules that experiments share."""
+    with scripts.loaded("language") as language, scripts.loaded("code/figures"):
+        names = ("common", "continuation", "figure", "outcome", "results_file")
+        yield SimpleNamespace(language=language, **{name: sys.modules[name] for name in names})
+
+
+@pytest.fixture
+def results(modules, tmp_path):
+    return modules.results_file.ResultsFile(
+        path=tmp_path / "results.json", named_by=("variant", "seed"), order=lambda key: key
+    )
+
+
+def variants_in(path: Path) -> list[str]:
+    return [run["variant"] for run in json.loads(path.read_text())["runs"]] if path.exists() else []
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    until = time.monotonic() + SOON
+    while not reached():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def in_threads(*calls: Callable[[], object]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+
+
+def result(variant: str, seed: int = 0) -> dict[str, Any]:
+    return {"variant": variant, "seed": seed}
+
+
+def test_two_gatherings_of_one_experiment_keep_the_results_of_both(modules, tmp_path):
+    """Both read the file before either one writes."""
+    both = threading.Barrier(2)
+
+    class Experiment(modules.continuation.Continuation):
+        def go(self, folder: Path, start: int, variant: str, seed: int) -> dict[str, Any]:
+            both.wait(SOON)
+            return {"start": start, "variant": variant, "seed": seed, "curve": [[0, 0, 0, 0, 1.0]] * 2}
+
+    path = tmp_path / "results.json"
+    experiment = Experiment(start=None, variants={}, core=[], results=path, default=1)
+    in_threads(*(lambda v=v: experiment.gather(tmp_path, [(1, v, 0)], 1) for v in "ba"))
+    assert variants_in(path) == ["a", "b"]
+    assert json.loads(path.read_text())["versions"].keys() == {"torch", "transformers", "upcycle"}
+
+
+def test_results_by_variant_and_seed_are_kept_as_well(modules, tmp_path):
+    both, path = threading.Barrier(2), tmp_path / "results.json"
+
+    def go(variant: str, seed: int) -> dict[str, Any]:
+        both.wait(SOON)
+        return result(variant, seed)
+
+    def gather(variant: str) -> None:
+        modules.common.gather(path, [(variant, 0)], go, ["b", "a"], 1, {"steps": 8})
+
+    in_threads(lambda: gather("a"), lambda: gather("b"))
+    assert variants_in(path) == ["b", "a"]  # in the order of the variants
+    assert json.loads(path.read_text())["steps"] == 8
+
+
+def test_a_result_waits_while_another_process_writes(results):
+    with results.path.with_name(".results.json.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=results.add, args=({}, result("ours")))
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+        results.path.write_text(json.dumps({"runs": [result("theirs")]}))
+    thread.join(SOON)
+    assert variants_in(results.path) == ["ours", "theirs"]
+
+
+def test_a_result_is_recorded_when_it_ends_even_if_an_earlier_job_fails_later(results):
+    def go(variant: str, seed: int) -> dict[str, Any]:
+        if variant == "good":
+            return result(variant, seed)
+        wait_until(lambda: variants_in(results.path) == ["good"])  # while this job still runs
+        raise ValueError("failed")
+
+    with pytest.raises(ValueError, match="failed"):
+        results.gather([("bad", 0), ("good", 0)], go, 2, {})
+    assert variants_in(results.path) == ["good"]
+
+
+def test_a_recorded_job_is_not_repeated(results):
+    results.add({}, result("a"))
+    results.gather([("a", 0), ("b", 0)], lambda variant, seed: {"a": None, "b": result("b")}[variant], 1, {})
+    assert variants_in(results.path) == ["a", "b"]
+
+
+def test_the_file_of_results_is_replaced_and_never_half_written(results):
+    results.add({}, result("a"))
+    before = results.path.read_text()
+    with results.path.open() as opened:
+        results.add({}, result("b"))
+        assert opened.read() == before  # writing in place would have changed it
+    with pytest.raises(TypeError):
+        results.add({}, result("c") | {"loss": object()})
+    assert variants_in(results.path) == ["a", "b"]
+
+
+KEEP = 4
+
+
+class Dense:
+    """A dense model that takes no time to train: it leaves checkpoints each 10 steps, and keeps the last."""
+
+    def __init__(self, modules: SimpleNamespace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "shape").mkdir()
+        self.out, self.stop = folder / "run", 0  # the step at which it is stopped
+        self.trained: list[int] = []
+        table = {"source": str(folder / "shape"), "out": str(self.out), "train": {"steps": 40}}
+        self.start = modules.continuation.Start(
+            table=lambda _: table, model=lambda: None, steps={1: 10, 2: 20, 4: 40}
+        )
+        monkeypatch.setattr(modules.common, "train", self.train)
+        monkeypatch.setattr(modules.common, "upcycle", self.export)
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(int(each.name[5:]) for each in (self.out / "checkpoints").glob("step-*"))
+
+    def train(self, table: dict[str, Any], threads: int) -> None:
+        last, begun = table["train"]["steps"], max(self.steps, default=0)
+        self.trained.append(last)
+        assert last >= begun, "a run is not resumed to fewer steps than it has taken"
+        for step in range(begun + 1, last + 1):
+            stopped = step == self.stop
+            if step % 10 == 0 or step == last or stopped:
+                self.save(step)
+            if stopped:
+                self.stop = 0
+                raise InterruptedError
+
+    def save(self, step: int) -> None:
+        (self.out / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (self.out / "checkpoints" / f"step-{step}" / RunState.FILE).write_text("{}")
+        for old in self.steps[:-KEEP]:
+            self.remove(old)
+
+    def remove(self, step: int) -> None:
+        (self.out / "checkpoints" / f"step-{step}" / RunState.FILE).unlink()
+        (self.out / "checkpoints" / f"step-{step}").rmdir()
+
+    def export(self, name: str, run: str, out: str, *options: str) -> None:
+        assert (name, run, options[0]) == ("export", str(self.out), "--step")
+        assert int(options[1]) in self.steps
+        Path(out).mkdir()
+
+
+@pytest.fixture
+def dense(modules, tmp_path, monkeypatch):
+    return Dense(modules, tmp_path, monkeypatch)
+
+
+def exported(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.glob("dense-*"))
+
+
+def test_a_start_is_exported_when_it_is_reached(dense, tmp_path):
+    """The training is stopped after the first start, and goes on."""
+    dense.stop = 17
+    with pytest.raises(InterruptedError):
+        dense.start.train(tmp_path, 4)
+    assert exported(tmp_path) == ["dense-1"]
+    dense.start.train(tmp_path, 4)
+    assert exported(tmp_path) == ["dense-1", "dense-2", "dense-4"]
+    assert dense.trained == [10, 20, 20, 40]
+
+
+def test_a_stop_costs_no_start_its_checkpoint(dense, tmp_path):
+    """With the checkpoint of a stop there is one more than are kept, and the first start's is removed."""
+    dense.stop = 33
+    with pytest.raises(InterruptedError):
+        dense.start.train(tmp_path, 4)
+    dense.start.train(tmp_path, 4)
+    assert 10 not in dense.steps
+    assert exported(tmp_path) == ["dense-1", "dense-2", "dense-4"]
+
+
+def test_a_training_goes_on_to_a_later_start(dense, tmp_path):
+    dense.start.train(tmp_path, 2)
+    assert (exported(tmp_path), dense.steps) == (["dense-1", "dense-2"], [10, 20])
+    dense.start.train(tmp_path, 2)  # there is nothing left to do
+    dense.start.train(tmp_path, 4)
+    assert dense.trained == [10, 20, 40]
+
+
+def test_starts_of_a_longer_run_are_exported_without_training(dense, tmp_path):
+    for step in (10, 20, 30):
+        dense.save(step)
+    dense.start.train(tmp_path, 2)
+    assert (exported(tmp_path), dense.trained) == (["dense-1", "dense-2"], [])
+
+
+def test_a_start_that_was_passed_without_a_checkpoint_is_a_failure(dense, tmp_path):
+    for step in (20, 30):
+        dense.save(step)
+    with pytest.raises(SystemExit, match=r"dense-1 is not there, and .*run is past step 10 and has no check"):
+        dense.start.train(tmp_path, 4)
+    (tmp_path / "dense-1").mkdir()  # the start was exported, and its checkpoint is not needed
+    dense.start.train(tmp_path, 4)
+    assert exported(tmp_path) == ["dense-1", "dense-2", "dense-4"]
+
+
+def curve(seed: int, first: float, last: float) -> dict[str, Any]:
+    return {"seed": seed, "curve": [[0, 0, 0, 0.0, first], [5, 9, 50, 1.0, 3.0], [10, 9, 100, 2.0, last]]}
+
+
+@pytest.fixture
+def outcome(modules, tmp_path) -> Callable[..., Any]:
+    """An outcome of runs from the starts 8 and 9, which took 100 steps each."""
+    experiment = modules.continuation.Continuation(
+        start=SimpleNamespace(steps={8: 100, 9: 100}),
+        variants={"dense": {}, "copy": {}, "drop": {}},
+        core=["dense", "copy", "drop"],
+        results=tmp_path / "results.json",
+        default=8,
+    )
+    return lambda **runs: modules.outcome.Outcome(
+        experiment, {(int(key[-1]), key[:-2]): each for key, each in runs.items()}
+    )
+
+
+@pytest.fixture
+def drawn(modules, monkeypatch) -> dict[str, Any]:
+    """The curves of each figure, by the name of its file; nothing is drawn."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(
+        modules.figure, "write", lambda path, title, curves, x, y: found.update({path.name: curves})
+    )
+    return found
+
+
+DENSE = [curve(0, 2.5, 2.4), curve(1, 2.5, 2.3)]
+
+
+def test_runs_without_a_dense_run_are_left_out_and_named(outcome, drawn, capsys):
+    found = outcome(
+        dense_8=DENSE, copy_8=[curve(1, 2.6, 2.2)], drop_8=[curve(2, 2.6, 2.2)], copy_9=[curve(0, 2.6, 2.2)]
+    )
+    assert (found.starts, len(found.table())) == ([8], 4)
+    found.report("units", "nats")
+    said = capsys.readouterr().out.splitlines()
+    assert said[:4] == found.table()
+    assert said[4:] == [
+        "From start 8, drop is left out: none of its seeds has a dense run.",
+        "From start 9, copy is left out: there is no dense run.",
+    ]
+    assert {name: [*curves] for name, curves in drawn.items()} == {"start-8.png": ["dense", "copy"]}
+
+
+def test_nothing_is_said_if_every_run_is_compared(outcome, drawn, capsys):
+    found = outcome(dense_8=DENSE, copy_8=[curve(1, 2.6, 2.2)])
+    found.report("units", "nats")
+    assert capsys.readouterr().out.splitlines() == found.table()
+
+
+def test_no_results_at_all_are_an_empty_table(outcome, drawn):
+    outcome().report("units", "nats")
+    assert drawn == {}
+
+
+@pytest.mark.parametrize(("highest", "points"), [(2.6, 3), (2.5, 2)])
+def test_a_first_point_is_left_out_by_the_mean_of_the_seeds(outcome, drawn, tmp_path, highest, points):
+    """Of the seeds, 2.4 lies below both limits and 2.7 above; their mean is 2.55."""
+    found = outcome(dense_8=DENSE, copy_8=[curve(0, 2.4, 2.2), curve(1, 2.7, 2.2)])
+    found.draw(tmp_path / "figure.png", 8, "title", "loss", highest)
+    copy = drawn["figure.png"]["copy"]
+    assert [len(seed) for seed in copy] == [points, points]
+    assert copy[0][-1] == (10.0, 2.2)  # 10 of the 100 steps of the start, in percent
+    assert [len(seed) for seed in drawn["figure.png"]["dense"]] == [
+        len(DENSE[0]["curve"]) - (highest == 2.5)
+    ] * 2
+
+
+def test_the_error_of_one_seed_is_unknown(modules, outcome):
+    assert modules.common.mean_and_error([2.0]) == (2.0, None)
+    assert modules.common.mean_and_error([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5 / 3**0.5))
+    found = outcome(dense_8=DENSE, copy_8=[curve(1, 2.6, 2.2)], drop_8=[curve(1, 2.6, 2.2), curve(2, 2, 2.4)])
+    *_, dense, copy, drop = found.table()
+    assert dense == "| 8 | dense | 2 | 2.500 | 2.3500 ± 0.0500 |  |  |"
+    assert copy == "| 8 | copy | 1 | 2.600 | 2.2000 | -0.1000 | 10% |"
+    assert drop.startswith("| 8 | drop | 2 | 2.300 | 2.3000 ± 0.1000 | -0.1000 |")  # one seed in common
+
+
+def test_a_study_shows_no_error_of_one_seed(modules):
+    points = [[0, 0, 3.0], [8, 10, 2.0]]
+    study = SimpleNamespace(variants={"one": {}, "two": {}}, rival=None)
+    runs = [
+        {"variant": variant, "seed": seed, "curve": points, "left_behind": []}
+        for variant, seed in (("one", 0), ("two", 0), ("two", 1))
+    ]
+    _, *lines = modules.language.rows(study, runs, 10)
+    assert [line.split()[3:] for line in lines] == [
+        ["3.0000"],
+        ["2.0000"],
+        ["3.0000", "0.0000"],
+        ["2.0000", "0.0000"],
+    ]
+
+
+def test_a_curve_of_one_seed_has_no_band(modules, monkeypatch, tmp_path):
+    lines = {}
+
+    def png(picture: Any) -> bytes:
+        lines.update({line.label: line for line in picture.draw.keywords["lines"]})
+        return b""
+
+    monkeypatch.setattr(modules.figure.drawing, "png", png)
+    curves = {"one": [[(0, 3.0), (1, 2.0)]], "two": [[(0, 3.0), (1, 2.0)], [(0, 5.0), (1, 2.0)]]}
+    modules.figure.write(tmp_path / "figure.png", "title", curves, "x", "y")
+    assert (lines["one"].low, lines["one"].high) == (None, None)
+    assert [*lines["two"].low] == [3.0, 2.0]
+    assert [*lines["two"].high] == [5.0, 2.0]
