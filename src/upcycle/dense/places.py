@@ -27,9 +27,7 @@ _CALLED = {TEXT: "text model", VISION: "vision tower"}
 class Place:
     """A model that is all of its checkpoint. `names` says how it is spelled there."""
 
-    speaks: ClassVar[bool] = (
-        True  # whether a head over a vocabulary reads it, if the checkpoint's class has one
-    )
+    speaks: ClassVar[bool] = True  # whether the head of the checkpoint's class, if it has one, reads it
     names: Names = field(default_factory=Names)
 
     def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
