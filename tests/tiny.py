@@ -210,9 +210,14 @@ def make_dense(
 
 def make_headers(folder: Path, config: dict[str, Any], dtype: str = "BF16") -> Path:
     """A checkpoint of any size: its config and its headers, and no data."""
-    family, item = families.find(config["model_type"]), {"BF16": 2, "F32": 4}[dtype]
-    table, place = {}, 0
-    for name, shape in family.shapes(family.config(config)).items():
+    family = families.find(config["model_type"])
+    return write_headers(folder, config, family.shapes(family.config(config)), dtype)
+
+
+def write_headers(folder: Path, config: dict[str, Any], shapes: families.Shapes, dtype: str = "BF16") -> Path:
+    """The same of tensors of these names and shapes."""
+    item, table, place = {"BF16": 2, "F32": 4}[dtype], {}, 0
+    for name, shape in shapes.items():
         end = place + item * math.prod(shape)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
         place = end

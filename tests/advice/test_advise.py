@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     ConvNextConfig,
     ConvNextModel,
     ConvNextV2Config,
@@ -528,22 +528,6 @@ def bytes_saved(model, inputs, **options):
     return total
 
 
-def test_blocks_are_the_model(large, dense):
-    """All blocks and the rest are all parameters; a block of Llama 3 8B by hand."""
-    here = situation(large["8B"], tokens=1)
-    h, i = 4096, 14336
-    (block,) = set(here.blocks)
-    assert block.experts == 8 * 3 * h * i
-    assert block.own == 2 * h * h + 2 * h * 1024 + 8 * h + 2 * h
-    assert (
-        32 * (block.own + block.experts) + 2 * 128256 * h + h
-        == plan(large["8B"], Recipe.of()).total_parameters
-    )
-    t5 = situation(large["t5"], {"moe": {**SPARSE, "layers": "every_other"}}, tokens=1)
-    assert len(t5.blocks) == 24
-    assert sum(b.experts > 0 for b in t5.blocks) == 12
-
-
 def test_a_large_model_needs_many_gpus(large):
     """47.5 B parameters: 12 bytes of weights and moments each are 570 GB, which eight H200 hold with
     gradients and eight H100 do not."""
@@ -689,11 +673,20 @@ def test_how_many_tokens_a_row_counts_as(large, model, recipe, asked, words):
 # --- inference
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "mistral", "qwen3_5_text", "phi3"])
+GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {"head_dim": 8}), ("qwen3", {}), ("gemma2", {}), ("mistral", {}), ("qwen3_5_text", {}),
+        ("phi3", {}), ("gemma4_text", {}), ("youtu", {}), ("falcon", {}), ("falcon", GROUPED),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("length", [5, 20])
-def test_keys_and_values_are_what_transformers_keeps(dense, model_type, length):
+def test_keys_and_values_are_what_transformers_keeps(dense, model_type, options, length):
     """Layers with a window keep one token less than it there, as the newest is not needed any more."""
-    source = dense(model_type, head_dim=8) if model_type == "llama" else dense(model_type)
+    source = dense(model_type, **options)
     model = AutoModelForCausalLM.from_pretrained(source)
     with torch.inference_mode():
         cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
@@ -704,17 +697,38 @@ def test_keys_and_values_are_what_transformers_keeps(dense, model_type, length):
                 kept += tensor.nbytes
                 sliding += tensor.nbytes // tensor.shape[-2] if tensor.shape[-2] < length else 0
     opened = admit(Checkpoint.open(source))
-    assert inference.cache_bytes(opened, length, 4) == kept + sliding
+    assert inference.cache_bytes(opened, opened.family.row(opened.config, length), 4) == kept + sliding
 
 
-def test_the_cache_of_an_encoder_decoder(tmp_path):
-    folder = tiny.make(tmp_path / "t5", "T5ForConditionalGeneration")
-    model, ids = AutoModelForSeq2SeqLM.from_pretrained(folder), torch.ones(1, 7, dtype=torch.long)
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("T5ForConditionalGeneration", {}),
+        ("BartForConditionalGeneration", {"decoder_layers": 1}),
+        ("WhisperForConditionalGeneration", {"decoder_layers": 1}),
+    ],
+)
+def test_the_cache_of_an_encoder_decoder(tmp_path, architecture, options):
+    """The sound that Whisper reads has 20 tokens here, whatever the length of the text."""
+    folder = tiny.make(tmp_path / "model", architecture, **options)
+    opened = admit(Checkpoint.open(folder))
+    model, ids = getattr(transformers, architecture).from_pretrained(folder), torch.ones(1, 7).long()
+    read = {"input_features": torch.zeros(1, 8, 40)} if "Whisper" in architecture else {"input_ids": ids}
     with torch.inference_mode():
-        cache = model(input_ids=ids, decoder_input_ids=ids, use_cache=True).past_key_values
+        cache = model(**read, decoder_input_ids=ids, use_cache=True).past_key_values
     layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    assert inference.cache_bytes(admit(Checkpoint.open(folder)), 7, 4) == kept
+    assert inference.cache_bytes(opened, opened.family.row(opened.config, 7), 4) == kept
+    found = said(folder, {"moe": UPCYCLED}, tokens=10**9, context=7).statements
+    (stated,) = (one for one in found if one.unit == "bytes a token")
+    assert stated.value == kept / 7
+
+
+def test_a_model_that_generates_nothing_keeps_nothing(tmp_path):
+    """The texts of CLIP are causal, and its class has no cache."""
+    opened = admit(Checkpoint.open(tiny.make(tmp_path / "clip", "CLIPModel")))
+    assert any(stack.causal for stack in opened.stacks)
+    assert inference.cache_bytes(opened, opened.lengths, 4) == 0
 
 
 def test_parameters_are_those_of_the_plan(large):

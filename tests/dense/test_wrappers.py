@@ -523,7 +523,7 @@ def test_the_table_is_what_transformers_does():
     import re
 
     from upcycle import families
-    from upcycle.families._wrappers import WRAPPERS
+    from upcycle.families._wrappers import HEAD_APART, WRAPPERS
 
     for model_type, wrapper in WRAPPERS.items():
         cls = transformers.CONFIG_MAPPING[model_type]
@@ -532,6 +532,9 @@ def test_the_table_is_what_transformers_does():
         tied = getattr(default, "tie_word_embeddings", None)
         assert wrapper.tied == (True if tied is None else tied), model_type
         assert hasattr(transformers, wrapper.architecture), model_type
+        for architecture in (wrapper.architecture, *(name for _, name in wrapper.twins.values())):
+            plan = getattr(transformers, architecture)._fsdp_plan or {}
+            assert ("lm_head" in plan) == (architecture in HEAD_APART), architecture
         mixtral = {"model_type": "mixtral", **tiny_wrappers.TEXT}
         held = type(cls(text_config=mixtral).text_config).__name__
         assert wrapper.free == (held == "MixtralConfig"), model_type

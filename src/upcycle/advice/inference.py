@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Statement
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
@@ -13,22 +15,22 @@ SLOWDOWN = 0.4
 SLOWDOWN_SOURCE = "Doubov et al. (arXiv 2411.08968)"
 
 
-def cache_bytes(dense: Dense, length: int, itemsize: int) -> int:
-    """Return the bytes of keys and values that a decoder keeps for one sequence of `length` tokens.
+def cache_bytes(dense: Dense, lengths: Mapping[str, int], itemsize: int) -> int:
+    """Return the bytes of keys and values that a decoder keeps for one row.
 
-    `itemsize` is the number of bytes of an element. Layers with a sliding window keep the tokens of the
-    window, and linear attention keeps none. T5's decoder also keeps keys and values of `length` tokens of the
-    encoder. Upcycling changes none of this. Raises `UpcycleError` if config.json has a wrong window or wrong
-    layer types.
+    `lengths` has the number of tokens of the row in each stack. `itemsize` is the number of bytes of an
+    element. Layers with a sliding window keep the tokens of the window, and linear attention keeps none. A
+    decoder that attends to an encoder keeps keys and values of the encoder's tokens too. Upcycling changes
+    none of this. Raises `UpcycleError` if config.json has a wrong window or wrong layer types.
     """
-    config = dense.config
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    token = 2 * heads * config["head_dim"] * itemsize
-    names = [stack.name for stack in dense.stacks if stack.causal]
-    if names == ["decoder"]:
-        return 2 * token * length * int(config["num_decoder_layers"])
-    if not names:
+    config, family = dense.config, dense.family
+    decoder = next((stack for stack in dense.stacks if stack.causal), None)
+    if decoder is None:
         return 0
+    length = lengths[decoder.name]
+    if decoder.across:
+        tokens = length + lengths[decoder.across]
+        return itemsize * tokens * sum(family.cached(config, layer) for layer in range(decoder.count))
     window, given = config.get("sliding_window"), config.get("layer_types")
     if window is not None and (type(window) is not int or window < 1):
         raise UpcycleError(f"config.json: sliding_window = {window!r}; it must be a whole number, or null")
@@ -38,7 +40,7 @@ def cache_bytes(dense: Dense, length: int, itemsize: int) -> int:
         "sliding_attention" if window else "full_attention"
     ] * int(config["num_hidden_layers"])  # fmt: skip
     kept = {"full_attention": length, "sliding_attention": min(length, window or length)}
-    return token * sum(kept.get(kind, 0) for kind in kinds)
+    return itemsize * sum(kept.get(kind, 0) * family.cached(config, i) for i, kind in enumerate(kinds))
 
 
 def statements(situation: Situation) -> list[Statement]:
@@ -56,8 +58,8 @@ def statements(situation: Situation) -> list[Statement]:
             value=active / dense, unit="times the dense model", source=counted, inside=True, why=exact,
         )
     ]  # fmt: skip
-    length = max(situation.lengths.values())
-    if cache := cache_bytes(built.dense, length, itemsize):
+    length = situation.lengths[built.dense.stacks[-1].name]
+    if cache := cache_bytes(built.dense, situation.lengths, itemsize):
         out.append(
             Statement(
                 topic="inference",

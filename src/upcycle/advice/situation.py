@@ -10,6 +10,7 @@ from typing import Literal
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import Plan, flops_per_row, plan_of
 from upcycle.errors import UpcycleError
+from upcycle.families._wrappers import TEXT
 from upcycle.init.drop import Drop
 from upcycle.init.noise import NoisyCopy
 from upcycle.system import gpus
@@ -64,14 +65,6 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """The numbers of parameters of one block of the MoE."""
-
-    own: int
-    experts: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Situation:
     """The question and the blueprint, from which every statement is made."""
 
@@ -83,6 +76,11 @@ class Situation:
             raise UpcycleError(
                 f"moe.target = {self.built.recipe.moe.target} makes a dense model; advise is about a Mixture "
                 f"of Experts, so choose another target"
+            )
+        if (part := self.built.recipe.moe.part) != TEXT:
+            raise UpcycleError(
+                f"moe.part = {part}: advise is about training on texts, which never reach a vision tower; "
+                f"set moe.part = text"
             )
         context, most = self.asked.context, self._positions
         if context is not None and self.of_images:
@@ -104,18 +102,6 @@ class Situation:
     def plan(self) -> Plan:
         """The plan: what the MoE costs."""
         return plan_of(self.built)
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The parameters of every block of the MoE."""
-        sizes: dict[tuple[str, str], list[int]] = {}
-        starts = {stack.path.partition("{i}")[0]: stack.name for stack in self.built.dense.stacks}
-        for name, entry in self.built.entries.items():
-            for start, stack in starts.items():
-                if name.startswith(start):
-                    block = sizes.setdefault((stack, name.removeprefix(start).partition(".")[0]), [0, 0])
-                    block[".experts." in name or ".universal." in name] += entry.lazy.size
-        return tuple(Block(own=own, experts=experts) for own, experts in sizes.values())
 
     @property
     def gpu(self) -> Gpu:
@@ -144,7 +130,7 @@ class Situation:
         if self.of_images:
             return self.built.dense.family.lengths(self.built.dense.config)
         length = self.asked.context or min(CONTEXT, self._positions)
-        return {stack.name: length for stack in self.built.dense.stacks}
+        return self.built.dense.family.row(self.built.dense.config, length)
 
     @property
     def row(self) -> int:

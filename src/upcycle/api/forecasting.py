@@ -121,4 +121,4 @@ def _lengths(built: Blueprint, context: int | None) -> dict[str, int]:
     if "image_size" in dense.config:
         return dict(dense.family.lengths(dense.config))
     length = context or min(CONTEXT, dense.family.length(dense.config))
-    return {stack.name: length for stack in dense.stacks}
+    return dense.family.row(dense.config, length)

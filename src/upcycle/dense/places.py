@@ -27,6 +27,7 @@ _CALLED = {TEXT: "text model", VISION: "vision tower"}
 class Place:
     """A model that is all of its checkpoint. `names` says how it is spelled there."""
 
+    speaks: ClassVar[bool] = True  # whether the head of the checkpoint's class, if it has one, reads it
     names: Names = field(default_factory=Names)
 
     def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -99,6 +100,7 @@ class Tower(Part):
     """A vision tower within a multimodal model."""
 
     called: ClassVar[str] = _CALLED[VISION]
+    speaks: ClassVar[bool] = False
 
     def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         return {key: value for key, value in own_config(raw, VISION).items() if key != "architectures"}

@@ -103,7 +103,7 @@ class Dense:
     @property
     def has_language_head(self) -> bool:
         """True if it predicts tokens of a vocabulary."""
-        return self.architecture.endswith(
+        return self.place.speaks and self.architecture.endswith(
             ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
         )
 

@@ -134,6 +134,18 @@ class Family(abc.ABC):
         """Return the number of tokens of a row in each stack, for when one has to be assumed."""
         return {stack.name: self.length(config) for stack in self.stacks(config)}
 
+    def row(self, config: Config, length: int) -> dict[str, int]:
+        """Return the number of tokens in each stack of a row whose text has `length` tokens."""
+        return {stack.name: length for stack in self.stacks(config)}
+
+    def cached(self, config: Config, layer: int) -> int:
+        """Return how many numbers a causal block keeps of a token for the tokens after it: keys and values.
+
+        They are those of transformers' cache. Blocks whose kind (`layer_types`) keeps none are not asked.
+        """
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        return int(2 * heads * config["head_dim"])
+
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
         """Return the image patches that are the positions of a stack, row by row, after the class tokens.
 

@@ -65,6 +65,9 @@ class DualEncoder(Trained):
             "text_model.embeddings.token_embedding.weight": Table((text["vocab_size"], text["hidden_size"])),
         }
 
+    def cached(self, config: Config, layer: int) -> int:
+        return 0  # it generates nothing
+
     def lengths(self, config: Config) -> dict[str, int]:
         grid = self.grid(config, "vision")
         assert grid is not None

@@ -33,6 +33,9 @@ def _twin(native: str, model_type: str, architecture: str) -> Mapping[str, tuple
 TEXT: Final = "text"  # the parts of a wrapper that can have experts
 VISION: Final = "vision"
 
+# The classes whose plan for FSDP names the head. All others gather it with the whole model.
+HEAD_APART = frozenset({"Qwen3_5MoeForConditionalGeneration"})
+
 
 def config_key(part: str) -> str:
     """Return the key of config.json that holds the config of a part."""

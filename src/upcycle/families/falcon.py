@@ -54,6 +54,11 @@ class Falcon(PlainDecoder):
             return "its biases (alibi) are rounded by the place in the row"
         return super().tells_apart(config, length)
 
+    def cached(self, config: Config, layer: int) -> int:
+        # Its class copies grouped keys to all heads before it keeps them.
+        one = config["multi_query"] and not config["new_decoder_architecture"]
+        return int(2 * (1 if one else config["num_attention_heads"]) * config["head_dim"])
+
     def outside(self, config: Config) -> Weights:
         table: Weights = {"word_embeddings.weight": Table((config["vocab_size"], config["hidden_size"]))}
         return table | norm("ln_f", config["hidden_size"])

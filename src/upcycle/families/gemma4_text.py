@@ -141,6 +141,10 @@ class Gemma4(FourNorms):
         other = config.get("num_global_key_value_heads") if config["attention_k_eq_v"] else None
         return config.get("global_head_dim") or 512, other or keys
 
+    def cached(self, config: Config, layer: int) -> int:
+        head, keys = self.heads(config, layer)
+        return 2 * keys * head if layer < self.first_shared(config) else 0
+
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         """Return one stack, or two if the layers that share keys and values have wider networks."""
         (stack,) = super().stacks(config)

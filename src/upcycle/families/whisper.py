@@ -51,6 +51,10 @@ class Whisper(Seq2Seq):
             zip(STACKS, (config["max_source_positions"], config["max_target_positions"]), strict=True)
         )
 
+    def row(self, config: Config, length: int) -> dict[str, int]:
+        # Sound is filled up to thirty seconds.
+        return super().row(config, length) | {"encoder": config["max_source_positions"]}
+
     def inputs(self, config: Config, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         sound = (1, config["num_mel_bins"], 2 * config["max_source_positions"])
         words = ("tokens", (1, min(tokens // 4, self.length(config))))

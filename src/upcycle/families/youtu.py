@@ -72,6 +72,9 @@ class Youtu(Decoder):
         parts.insert(place > 0, Fill((1, hidden), table.dtype, 0.0))
         return {**tensors, name: Concat(tuple(parts), 0)}
 
+    def cached(self, config: Config, layer: int) -> int:
+        return int(config["kv_lora_rank"] + config["qk_rope_head_dim"])  # from which it computes all heads
+
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         attention = config["num_attention_heads"] * config["v_head_dim"]
         return tuple(replace(stack, attention=attention) for stack in super().stacks(config))

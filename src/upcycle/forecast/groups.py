@@ -3,20 +3,23 @@
 They are those of transformers' plan (`base_model_fsdp_plan`, `_fsdp_plan`), which `hf/distributing.py`
 follows: each block is one, and so are the experts of a block if expert parallelism shares them out. A native
 or dense class gathers its embedding apart, and its last norm with its head. Tied parameters, and what no rule
-names, are gathered with the whole model.
+names, are gathered with the whole model. So is what stands around a text model: its vision tower, and its
+head unless the plan of the class names it. torch gathers the blocks of some towers of sound one by one, so
+the forecast of these is too high.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.families import Stack, _stacks
 from upcycle.sharding.layout import Layout
 from upcycle.sharding.placement import Sharded, Split, elements, part, planned
+from upcycle.targets import Target
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # tensor parallelism cuts their outputs
 _ROWS = ("o_proj", "down_proj")  # and the inputs of these
@@ -66,22 +69,23 @@ class Group:
 
 def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
     """Return the groups of a blueprint's model, in the order in which the forward pass gathers them."""
-    stacks = built.dense.stacks
+    stacks, target = built.dense.stacks, built.target
     starts = {stack.path.partition("{i}")[0]: stack.blocks for stack in stacks}
-    tied = bool(built.dense.tied_head)
+    tied = bool(built.tied_head)
     keys: dict[str, tuple[int, str]] = {}
     cuts: dict[str, Sharded] = {}
-    for name, entry in built.target.in_memory(built.entries).items():
-        start = next((start for start in starts if name.startswith(start)), None)
+    for name, entry in target.in_memory(built.entries).items():
+        own = target.own(name) or ""  # no rule names what is around the model
+        start = next((start for start in starts if own.startswith(start)), None)
         if start is None:
-            keys[name] = _end(name, apart=built.target.gathers_ends, tied=tied)
+            keys[name] = _end(own, target, tied=tied)
         else:
-            path = start + name.removeprefix(start).partition(".")[0]
-            inside = _EXPERTS.search(name) if layout.ep > 1 else None
+            path = start + own.removeprefix(start).partition(".")[0]
+            inside = _EXPERTS.search(own) if layout.ep > 1 else None
             keys[name] = _BLOCK, f"{path}.{inside[1]}" if inside else path
         expert = keys[name][1].endswith(_OF_EXPERTS)
         shape = tuple(entry.shape)
-        split = None if expert or layout.tp == 1 else _cut(name, shape)
+        split = None if expert or layout.tp == 1 else _cut(own, shape)
         cuts[name] = Sharded(shape=shape, expert=expert, tp=split)
     found: dict[tuple[int, str], dict[str, Sharded]] = {}
     for name, each in planned(cuts, layout).items():
@@ -97,6 +101,7 @@ def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
         )
         for (place, name), members in found.items()
     ]
+    _check({group.block for group in made}, stacks)
     order = {key: number for number, key in enumerate(found)}
     places = {name: (place, order[place, name]) for place, name in found}
     return tuple(sorted(made, key=lambda group: _place(group.name, places)))
@@ -107,11 +112,13 @@ _OF_EXPERTS = (".experts", ".universal")
 _EXPERTS = re.compile(r"\.(experts|universal)\.")
 
 
-def _end(name: str, *, apart: bool, tied: bool) -> tuple[int, str]:
-    """Return the group of a parameter outside the blocks."""
-    if apart and not tied and name.startswith("model.embed_tokens."):
+def _end(name: str, target: Target, *, tied: bool) -> tuple[int, str]:
+    """Return the group of a parameter outside the blocks, by its name in the model that has experts."""
+    if target.gathers_ends and not tied and name.startswith("model.embed_tokens."):
         return _EMBEDDING, "embedding"
-    if (not tied and name.startswith("lm_head.")) or (apart and name.startswith("model.norm.")):
+    if target.gathers_head and not tied and name.startswith("lm_head."):
+        return _HEAD, "head"
+    if target.gathers_ends and name.startswith("model.norm."):
         return _HEAD, "head"
     return _ROOT, "the rest"
 
@@ -123,6 +130,13 @@ def _block(name: str, starts: Mapping[str, str], stacks: Sequence[Stack]) -> tup
             number = int(name.removeprefix(start).partition(".")[0])
             return _stacks.at(stacks, blocks, number).name, number
     return None
+
+
+def _check(found: Collection[tuple[str, int] | None], stacks: Sequence[Stack]) -> None:
+    """Raise `AssertionError` if a block has no group, because its tensors were counted with the rest."""
+    wanted = [(stack.name, i) for stack in stacks for i in stack.numbers]
+    if missing := [block for block in wanted if block not in found]:
+        raise AssertionError(f"the forecast has no parameters of the blocks {missing}")
 
 
 def _place(name: str, places: dict[str, tuple[int, int]]) -> tuple[int, int, bool]:

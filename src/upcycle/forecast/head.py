@@ -56,7 +56,8 @@ def of(setting: Setting) -> Logits | None:
 
 def _is_trained(setting: Setting) -> bool:
     """Return whether the head's matrix, which may be the embedding, is trained."""
-    ends = setting.built.dense.family.tied
+    built = setting.built
+    ends = built.dense.family.tied
     if setting.trained is None or ends is None:
         return True
-    return ends[1 if setting.built.dense.tied_head else 0] in setting.trained
+    return ends[1 if built.tied_head else 0] in {built.target.own(name) for name in setting.trained}

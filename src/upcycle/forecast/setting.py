@@ -9,6 +9,8 @@ from typing import Literal
 
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.dense.source import Dense
+from upcycle.errors import UpcycleError
+from upcycle.families._wrappers import TEXT
 from upcycle.forecast import groups
 from upcycle.forecast.groups import Group
 from upcycle.sharding.layout import Layout
@@ -19,7 +21,10 @@ Recompute = bool | Literal["selective"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One step of `upcycle train`. Every rank sees the most loaded rank's sizes, and routing is even."""
+    """One step of `upcycle train`. Every rank sees the most loaded rank's sizes, and routing is even.
+
+    Raises `UpcycleError` for experts in a vision tower, which such a step does not reach.
+    """
 
     built: Blueprint
     layout: Layout
@@ -33,6 +38,13 @@ class Setting:
     effort: float = 3  # forward passes that a step is worth, in arithmetic, without a teacher
     teacher: Dense | None = None  # a model that runs beside the steps, without gradients
     masked: bool = False  # whether documents are kept apart by masks
+
+    def __post_init__(self) -> None:
+        if (part := self.built.recipe.moe.part) != TEXT:
+            raise UpcycleError(
+                f"moe.part = {part}: a step of `upcycle train` reads texts, which never reach a vision "
+                f"tower, so there is no forecast for its experts; set moe.part = text"
+            )
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

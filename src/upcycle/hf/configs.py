@@ -7,6 +7,7 @@ upcycle` and reading a config stay fast.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ class UpcycledConfig:
             up = "gate_up_proj" if shape.gated else "up_proj"
             names = [up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if shape.bias else [])]
             for kind in ("experts", *(["universal"] if shape.universal_experts else [])):
-                experts = f"{shape.module.replace('{i}', '*')}.{kind}"
+                experts = f"{_any_number(shape.module.format(i=0))}.{kind}"
                 plan[experts] = "ep_dispatch_experts"
                 plan |= {f"{experts}.{name}": "grouped_gemm" for name in names}
         return plan
@@ -58,7 +59,12 @@ class UpcycledConfig:
         family = families.find(self.model_type.removeprefix(PREFIX))
         known = [name for name in raw["architectures"] if name in family.architectures]  # for any head
         stacks = family.stacks(family.config({**raw, "architectures": known or None}))
-        return {f"{stack.blocks}.*": "free_full_weight" for stack in stacks}
+        return {f"{_any_number(stack.blocks)}.*": "free_full_weight" for stack in stacks}
+
+
+def _any_number(path: str) -> str:
+    """Return the path of a module as transformers' plans have it, with a star for each number of a block."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 @functools.cache

@@ -67,6 +67,8 @@ class Target(abc.ABC):
     has_experts: ClassVar[bool]
     # whether FSDP gathers the embedding apart from the rest, and the last norm with the head
     gathers_ends: ClassVar[bool] = True
+    # whether it gathers a head that is not tied apart from the whole model
+    gathers_head: ClassVar[bool] = True
     is_around: ClassVar[bool] = False  # whether it is a multimodal model around another target
     parts: tuple[str, ...] = (TEXT,)  # of a multimodal model, those with experts
     root = "model."  # what the names of the base model's tensors begin with, in a model with a head
@@ -158,9 +160,13 @@ class Target(abc.ABC):
         """Return the recipe that makes the result's optimizer moments out of the dense model's."""
         return type(recipe).of(recipe.as_table() | {"init": {"name": "copy"}, "dtype": "source"})
 
+    def own(self, name: str) -> str | None:
+        """Return the model's own name of the tensor of that name on disk; None if it is of another part."""
+        return name
+
     def owns(self, name: str) -> bool:
         """Return whether the tensor of that name on disk belongs to the model itself."""
-        return True
+        return self.own(name) is not None
 
     def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the tensors under the names and in the shapes in which the class holds them in memory."""

@@ -19,7 +19,7 @@ from upcycle.families import Config, Family, Weights
 from upcycle.families._names import Names
 from upcycle.families._training import Trained
 from upcycle.families._weights import Initial, Weight
-from upcycle.families._wrappers import TEXT, VISION, Wrapper, config_key
+from upcycle.families._wrappers import HEAD_APART, TEXT, VISION, Wrapper, config_key
 from upcycle.init import Site
 from upcycle.nn.upcycled_config import PREFIX
 from upcycle.targets import Block, Target, _moe_layer
@@ -54,6 +54,10 @@ class Renamed(Target):
     @property
     def has_experts(self) -> bool:  # type: ignore[override]
         return self.inner.has_experts
+
+    @property
+    def gathers_ends(self) -> bool:  # type: ignore[override]
+        return self.inner.gathers_ends
 
     @classmethod
     def listed(cls) -> list[dict[str, str]]:
@@ -112,9 +116,9 @@ class Renamed(Target):
         """Ask the target inside."""
         self.inner.refuse_layout(self.own_config(config), tp_size=tp_size, ep_size=ep_size)
 
-    def owns(self, name: str) -> bool:
-        """Return whether the tensor belongs to the model inside, and not to what is around it."""
-        return self.names.own(name) is not None
+    def own(self, name: str) -> str | None:
+        """Return the name in the model inside, or None for what is around it."""
+        return self.names.own(name)
 
     def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the tensors in the shapes in which the class holds them, by names that its loader knows."""
@@ -195,6 +199,10 @@ class Around(Renamed):
 
     part: ClassVar[str]
     is_around: ClassVar[bool] = True
+
+    @property
+    def gathers_head(self) -> bool:  # type: ignore[override]
+        return self.architecture in HEAD_APART
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
