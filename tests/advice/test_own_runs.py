@@ -64,6 +64,35 @@ def test_they_speak_of_models_like_theirs_alone(tmp_path):
     assert not own["80"].inside
 
 
+def test_level_results_decide_nothing():
+    better = {(m.of.name, m.start, m.variant): m.better for m in own_runs.MEASURED}
+    assert better["code", 40, "drop_0.5"] is better["encoder", 160, "expert_choice_1"] is None
+    assert better["code", 40, "copy"] == "upcycling"
+    assert better["encoder", 160, "expert_choice_2"] == "dense continuation"
+
+
+@pytest.mark.parametrize(("factor", "choice"), [(1, None), (2, "dense continuation")])
+def test_a_t5_like_ours(tmp_path, factor, choice):
+    config = {
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 1056,
+        "d_model": 48, "d_ff": 128, "d_kv": 16, "num_heads": 3, "num_layers": 4, "num_decoder_layers": 2,
+        "feed_forward_proj": "gated-gelu",
+    }  # fmt: skip
+    source = tiny.make_headers(tmp_path / "t5", config)
+    recipe = Recipe.of(
+        {
+            "moe": {"num_experts": 8, "layers": "every_other", "target": "upcycled"},
+            "router": {"name": "expert_choice", "capacity_factor": float(factor)},
+            "decoder": {"moe": {"layers": []}},
+        }
+    )
+    seen = round(160 * 157 / 128 * 236e3)
+    found = advise(source, recipe, Budget(tokens=round(0.2 * seen), dense_tokens=seen))
+    (own,) = [s for s in found.statements if s.source == own_runs.ENCODER.source and s.inside]
+    assert f"C = {factor}" in own.said
+    assert found.verdict.choice == choice
+
+
 def test_a_real_model_is_out_of_their_range(tmp_path):
     larger = LLAMA | {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 2048}
     source = tiny.make_headers(tmp_path / "llama", larger)

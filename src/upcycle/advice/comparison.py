@@ -19,14 +19,15 @@ UNREAD = "how many experts of a token and which layers it was found with is not 
 class Comparison:
     """Upcycling and dense continuation on one budget, in `tokens` or as a `share` of the dense cost.
 
-    `trained` is what the dense models had seen, in tokens per parameter, fewest and most; None: not asked.
+    `better` is None if they are level. `trained` is what the dense models had seen, in tokens per parameter,
+    fewest and most; None: not asked.
     """
 
     paper: str
     kind: Kind
     inits: tuple[str, ...]
     sizes: tuple[float, float]
-    better: Literal["upcycling", "dense continuation"]
+    better: Literal["upcycling", "dense continuation"] | None
     found: str
     experts: Experts
     tokens: float | None = None

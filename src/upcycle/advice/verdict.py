@@ -60,6 +60,7 @@ def _by_results(situation: Situation) -> Verdict:
         comparison
         for comparison in published.EVERY_COMPARISON
         if comparison.kind == situation.kind and compared.inside(situation, comparison)[0]
+        if comparison.better is not None
     ]
     if scratch == "above":
         return Verdict(
