@@ -141,6 +141,7 @@ MEASURED = (
     Measured(of=CODE, start=80, variant="virtual_group", less_dense=-0.0466, error=0.0031, ahead=0.13),
     Measured(of=CODE, start=80, variant="copy", less_dense=-0.0330, error=0.0039, ahead=0.13),
     Measured(of=CODE, start=80, variant="drop_0.5", less_dense=-0.0280, error=0.0012, ahead=0.20),
+    Measured(of=CODE, start=160, variant="virtual_group", less_dense=-0.0689, error=0.0048, ahead=0.11),
     Measured(of=VISION, start=70, variant="expert_choice_1", less_dense=+0.0072, error=0.0026, ahead=None),
     Measured(of=VISION, start=70, variant="expert_choice_2", less_dense=+0.0028, error=0.0026, ahead=None),
     Measured(of=ENCODER, start=160, variant="expert_choice_1", less_dense=-0.0005, error=0.0008, ahead=0.21),
