@@ -95,17 +95,10 @@ def table() -> list[str]:
     A variant that has run from fewer than two starts is left out, and one seed has no errors.
     """
     runs = figures.read()
-    columns = [
-        "variant",
-        "ln A",
-        "a1",
-        "a2",
-        "a3",
-        "E",
-        "rms error",
-        "rms error at the longest start, left out",
+    lines = [
+        "| variant | ln A | a1 | a2 | a3 | E | rms error | rms error at the longest start, left out |",
+        f"{'|---' * 8}|",
     ]
-    lines = [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
     for variant in ("dense", "copy", "virtual_group", "drop_0.5"):
         starts = [start for start in runs.starts if (start, variant) in runs]
         if len(starts) < 2:

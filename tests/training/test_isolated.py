@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -83,7 +84,7 @@ def test_rows_without_targets(tmp_path):
         trainee = ranks.trainee_of(run, here)
     found = step.train_step(trainee, batch, 0, 1e-2)
     assert found.loss == 0.0
-    assert found.grad_norm == pytest.approx(found.grad_norm)  # a number, and not NaN
+    assert math.isfinite(found.grad_norm)
     with pytest.raises(UpcycleError, match="none of the 4 held-out rows has anything to predict"):
         held_out.score(trainee, batch)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def blank(tensors: Mapping[str, Lazy], asked: Asked) -> dict[str, Entry]:
 class Asked:
     """How many bytes have been asked of blank tensors."""
 
-    nbytes: int = field(default=0)
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
