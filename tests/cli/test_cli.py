@@ -82,6 +82,23 @@ def test_help_names_every_key_of_a_recipe_option():
     assert "SOURCE OUT" in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["keys", "--markdown", "--json"], "--markdown and --json are both given"),
+        (["list", "--markdown", "--json"], "--markdown and --json are both given"),
+        (["verify", "a", "b", "--no-logits", "--text", "t.txt"], "--text is what logits are compared on"),
+        (["verify", "a", "b", "--no-logits", "--images", "i"], "--images is what logits are compared on"),
+        (["train", "run.toml", "--dry-run", "--resume"], "a dry run begins at the first step"),
+    ],
+)
+def test_options_of_which_one_would_not_be_read(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_plan_json(dense, capsys):
     cli.main(["plan", str(dense("llama", head_dim=8)), "--json"])
     out, err = capsys.readouterr()

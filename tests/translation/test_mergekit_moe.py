@@ -200,6 +200,9 @@ def test_the_command(named, tmp_path, capsys, monkeypatch):
     assert len(tomllib.loads(Path("recipe_prompts.toml").read_text())["domain"]) == 3
     cli.main(["recipe", "config.yml", "--json"])
     assert json.loads(capsys.readouterr().out)["source"] == named["base"]
+    cli.main(["recipe", "config.yml", "--json", "--out", "both.toml"])
+    assert json.loads(capsys.readouterr().out)["source"] == named["base"]
+    assert Path("both.toml").exists()
     with pytest.raises(SystemExit) as end:
         cli.main(["recipe", "config.yml", "--out", "recipe.toml"])
     assert end.value.code == 2

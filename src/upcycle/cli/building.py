@@ -22,6 +22,7 @@ from upcycle.cli.options import (
     Text,
     Whole,
     app,
+    refuse_both,
 )
 from upcycle.cli.screen import show_json
 from upcycle.errors import UpcycleError
@@ -222,6 +223,11 @@ def verify(
     """
     from upcycle.cli.views.proof import show_proof
 
+    data = "--text" if text is not None else "--images"
+    refuse_both(
+        "--no-logits", data, no_logits and (text is not None or images is not None),
+        f"{data} is what logits are compared on",
+    )  # fmt: skip
     result = upcycle.verify(source, out, text=text, images=images, logits=not no_logits)
     show_json(result.as_dict()) if json else show_proof(result)
     sys.exit(0 if result.holds else 1)
@@ -238,10 +244,11 @@ def recipe(
         out: the recipe to write; prompts are written beside it (the recipe is printed if absent)
         json: print JSON
     """
-    from upcycle.cli.views.translation import show_translated
+    from upcycle.cli.views.translation import show_translated, write_translated
 
     made = upcycle.translate(config)
-    show_json(made.as_dict()) if json else show_translated(made, out)
+    written = [] if out is None else write_translated(made, out)
+    show_json(made.as_dict()) if json else show_translated(made, out, written)
 
 
 @app.command
@@ -255,6 +262,7 @@ def keys(*, markdown: Flag = False, json: Flag = False) -> None:
     from upcycle.cli import keys as known
     from upcycle.cli.views.catalogue import show_keys
 
+    refuse_both("--markdown", "--json", markdown and json, "one page is printed")
     if markdown:
         sys.stdout.write(known.markdown())
         return
@@ -269,6 +277,7 @@ def list_(*, markdown: Flag = False, json: Flag = False) -> None:
         markdown: print the page docs/models.md, which says what each model becomes
         json: print JSON
     """
+    refuse_both("--markdown", "--json", markdown and json, "one page is printed")
     if markdown:
         from upcycle.cli import models
 

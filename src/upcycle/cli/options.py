@@ -131,3 +131,9 @@ def domains(
             raise UpcycleError(f"two sets are called {name}; give them names of their own: NAME=PATH")
         out[name] = Path(path)
     return out
+
+
+def refuse_both(first: str, second: str, given: bool, why: str) -> None:
+    """Raise `UpcycleError` if two options that exclude each other are both `given`; `why` says it."""
+    if given:
+        raise UpcycleError(f"{first} and {second} are both given, and {why}; give one of them")

@@ -23,6 +23,7 @@ from upcycle.cli.options import (
     app,
     domains,
     names,
+    refuse_both,
 )
 from upcycle.cli.screen import out as screen
 from upcycle.cli.screen import show_json
@@ -133,6 +134,7 @@ def train(
     from upcycle.cli.views.run import show_trained
     from upcycle.training.run import Run
 
+    refuse_both("--dry-run", "--resume", dry_run and resume, "a dry run begins at the first step")
     if dry_run:
         from upcycle.api.training import rehearse
         from upcycle.cli.views.rehearsal import show_rehearsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,9 @@ if TYPE_CHECKING:
     from upcycle.translation.mergekit_moe import Translation
 
 
-def show_translated(made: Translation, recipe: Path | None) -> None:
-    """Write the recipe to a file, and the prompts beside it, or show the recipe; remarks go to stderr."""
-    for remark in made.remarks:
-        err.print(f"! {remark}", soft_wrap=True, markup=False, highlight=False)
-    if recipe is None:
-        for line in made.recipe_text("RECIPE.toml").removesuffix("\n").split("\n"):
-            out.print(line, soft_wrap=True, markup=False, highlight=False)
-        if made.prompts:
-            err.print("! --out FILE.toml writes the prompts as well, beside the recipe", soft_wrap=True)
-        return
-    prompts = recipe.with_name(f"{recipe.stem}_prompts.toml")
+def write_translated(made: Translation, recipe: Path) -> list[Path]:
+    """Write the recipe to a file, and the prompts beside it, and return the files. None is replaced."""
+    prompts = _prompts(recipe)
     files = {recipe: made.recipe_text(str(recipe), str(prompts))}
     if made.prompts:
         files[prompts] = made.prompts_text
@@ -31,9 +24,26 @@ def show_translated(made: Translation, recipe: Path | None) -> None:
             raise UpcycleError(f"{file} exists; give another name, or move it away")
     for file, text in files.items():
         _write(file, text)
-        out.print(str(file), soft_wrap=True, markup=False, highlight=False)
-    for line in made.commands(str(recipe), str(prompts)):
+    return [*files]
+
+
+def show_translated(made: Translation, recipe: Path | None, written: Sequence[Path]) -> None:
+    """Show the files that were written and what to do with them, or the recipe; remarks go to stderr."""
+    for remark in made.remarks:
+        err.print(f"! {remark}", soft_wrap=True, markup=False, highlight=False)
+    if recipe is None:
+        for line in made.recipe_text("RECIPE.toml").removesuffix("\n").split("\n"):
+            out.print(line, soft_wrap=True, markup=False, highlight=False)
+        if made.prompts:
+            err.print("! --out FILE.toml writes the prompts as well, beside the recipe", soft_wrap=True)
+        return
+    for line in [*map(str, written), *made.commands(str(recipe), str(_prompts(recipe)))]:
         out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _prompts(recipe: Path) -> Path:
+    """Return the file of the prompts beside a recipe."""
+    return recipe.with_name(f"{recipe.stem}_prompts.toml")
 
 
 def _write(file: Path, text: str) -> None:
