@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import simulated  # type: ignore[import-not-found]
 import tiny  # type: ignore[import-not-found]
-from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.forecast import memory, traffic
 from upcycle.forecast.setting import Recompute, Setting
 from upcycle.recipe import Recipe

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from upcycle.api.reporting import report
     from upcycle.api.training import train
     from upcycle.api.translating import translate
-    from upcycle.blueprints.blueprint import blueprint
     from upcycle.blueprints.cost import plan
+    from upcycle.blueprints.making import blueprint
     from upcycle.conversion.gguf import gguf
     from upcycle.conversion.write import convert
     from upcycle.errors import UpcycleError
@@ -38,7 +38,7 @@ _HOMES = {
     "Recipe": "recipe",
     "UpcycleError": "errors",
     "advise": "api.advice",
-    "blueprint": "blueprints.blueprint",
+    "blueprint": "blueprints.making",
     "calibrate": "api.calibration",
     "convert": "conversion.write",
     "evaluate": "api.evaluation",

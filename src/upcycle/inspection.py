@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from upcycle import targets
-from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from upcycle import targets
-from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import FLOATS, TORCH_NAMES
 from upcycle.dense.admission import refuse_two_heads

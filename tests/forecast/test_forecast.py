@@ -12,8 +12,8 @@ import simulated
 import tiny
 from marks import sampled
 from upcycle.api.forecasting import foretell_run
-from upcycle.blueprints.blueprint import blueprint
 from upcycle.blueprints.cost import flops_per_row
+from upcycle.blueprints.making import blueprint
 from upcycle.forecast import head, memory, time, traffic
 from upcycle.forecast.setting import Setting
 from upcycle.recipe import Recipe

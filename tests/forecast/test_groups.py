@@ -16,7 +16,7 @@ import tiny
 import tiny_wrappers
 import upcycle
 from upcycle import Recipe, cli, families
-from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.forecast import groups, head
 from upcycle.forecast.setting import Setting
 from upcycle.hf import building, distributing, meshes, models

@@ -11,8 +11,8 @@ from upcycle.advice.recommended import Recommendation, recommended
 from upcycle.advice.situation import Budget, Situation
 from upcycle.advice.statements import Statement
 from upcycle.advice.verdict import Verdict, verdict
-from upcycle.blueprints.blueprint import blueprint
 from upcycle.blueprints.cost import Plan
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import peek
 from upcycle.recipe import Recipe

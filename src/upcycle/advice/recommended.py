@@ -15,7 +15,7 @@ from upcycle import settings
 from upcycle.advice import drop_ratio, recipe_file
 from upcycle.advice.situation import Kind, Situation
 from upcycle.advice.verdict import Verdict, verdict
-from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import peek
 from upcycle.errors import UpcycleError

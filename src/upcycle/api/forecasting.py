@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle.blueprints.blueprint import Blueprint, blueprint
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.hub import peek
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError

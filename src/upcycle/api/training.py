@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.api._missing import refuse_missing
-from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints import hub
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.blueprints import caveats
-from upcycle.blueprints.blueprint import Blueprint, blueprint
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.blueprints.shards import DEFAULT_SHARD, lay_out
 from upcycle.checkpoints.carried import has_tokenizer
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from upcycle.blueprints.blueprint import Entry
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.checkpoint import WEIGHTS
 from upcycle.errors import UpcycleError
 from upcycle.system.wording import number_in
+from upcycle.tensors.entries import Entry
 
 DEFAULT_SHARD = 5_000_000_000  # bytes, as on the hub
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.blueprints.blueprint import Blueprint, Entry, blueprint
+from upcycle.blueprints.blueprint import Blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.blueprints.shards import DEFAULT_SHARD, Extent, Shards, lay_out
 from upcycle.checkpoints.carried import carried
 from upcycle.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, file_hash
@@ -36,6 +37,7 @@ from upcycle.recipe import RecipeLike
 from upcycle.records.provenance import Provenance
 from upcycle.system import claim, lock, whole_file, wording
 from upcycle.system.progress import Progress, reporting_to, work
+from upcycle.tensors.entries import Entry
 
 UNNAMED_CONFIG = "config.json.partial"
 SYNC_EVERY = 1 << 28  # bytes written between two points from which a run can be resumed

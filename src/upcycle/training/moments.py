@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upcycle import targets
-from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError, listed

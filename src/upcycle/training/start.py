@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from upcycle import loading
-from upcycle.blueprints.blueprint import Blueprint, blueprint
+from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import flops_per_row, plan_of
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.admission import admit, refuse_two_heads

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from upcycle.blueprints.blueprint import blueprint
+from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint, TwoSetsError
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense.admission import refuse_two_heads
