@@ -114,6 +114,8 @@ class Continuation:
     decay: float = 0.25  # the share of these at the end with a falling rate
     points: int = 16  # evaluations per run
     scores: tuple[str, ...] = ("loss",)  # on held-out rows
+    # The variants of further questions, which have figures of their own, by the name of the question.
+    questions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     # What a variant's FLOPs are divided by, so that it takes the seconds of another run and not its FLOPs.
     shorter: Mapping[str, float] = field(default_factory=dict)
 

@@ -107,12 +107,14 @@ class Outcome:
         above = np.flatnonzero(~below)
         return float(ours[above[-1] + 1 if len(above) else 0, 0])
 
-    def draw(self, path: Path, start: int, title: str, y: str, highest: float = np.inf) -> None:
-        """Draw the held-out loss of the core from one start.
+    def draw(
+        self, path: Path, start: int, variants: Sequence[str], title: str, y: str, highest: float = np.inf
+    ) -> None:
+        """Draw the held-out loss of those of the variants that have run from one start.
 
         A variant's first point is left out if the mean of its seeds is not below `highest`.
         """
-        shown = [name for name in self.experiment.core if (start, name) in self]
+        shown = [name for name in variants if (start, name) in self]
         curves = {name: self._drawn(start, name, highest) for name in shown}
         figure.write(path, title, curves, "extra training FLOPs (% of the dense model's)", y)
 
@@ -145,11 +147,16 @@ class Outcome:
 
         `unit` is that of the lengths of starts, and `nats` that of the loss. For `highest` see `draw`.
         """
-        here = self.experiment.results.parent
+        here, of = self.experiment.results.parent, self.experiment
         print(*self.table(), *self.left_out(), sep="\n")
+        y = f"held-out loss ({nats})"
         for start in self.starts:
-            y = f"held-out loss ({nats})"
-            self.draw(here / f"{name}-{start}.png", start, f"From {start} {unit}", y, highest)
+            title = f"From {start} {unit}"
+            self.draw(here / f"{name}-{start}.png", start, of.core, title, y, highest)
+            for question, variants in of.questions.items():
+                if any((start, each) in self for each in {*variants} - {*of.core}):
+                    path = here / f"{question.replace(' ', '-')}-{start}.png"
+                    self.draw(path, start, variants, f"{title}: {question}", y, highest)
         title, x = "The longer the dense model was trained", f"{unit} of the start"
         gaps = here / ("gaps.png" if name == "start" else f"{name}-gaps.png")
         self.draw_gaps(gaps, title, x, "nats against dense, continued")

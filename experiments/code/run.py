@@ -22,6 +22,7 @@ EXPERIMENT = Continuation(
     start=dense.START,
     variants=table.VARIANTS,
     core=[*table.CORE],
+    questions=table.QUESTIONS,
     results=HERE / "results.json",
     default=320,
     shorter=table.SHORTER,

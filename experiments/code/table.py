@@ -65,5 +65,13 @@ FACTORS: dict[str, Changes] = {
 
 VARIANTS = CORE | FACTORS
 
+# Each has a figure of its own, from every start that a factor of it has run from.
+QUESTIONS = {
+    "dip": ["dense", "virtual_group", "virtual_group_small_router", "virtual_group_warm"],
+    "number of experts": ["dense", "copy", "copy_4_experts", "copy_16_experts"],
+    "share redrawn": ["dense", "copy", "drop_0.1", "drop_0.25", "drop_0.5"],
+    "moments": ["dense", "copy", "dense_moments", "copy_moments"],
+}
+
 # A step of these experts takes 1.25 times the seconds of the dense step (benchmarks/equal_flops.py).
 SHORTER = {"virtual_group_equal_seconds": 1.25}

@@ -17,9 +17,12 @@ import pytest
 import upcycle as library
 from marks import quick
 from upcycle import Recipe
+from upcycle.api.forecasting import foretell_run
+from upcycle.api.training import rehearse
 from upcycle.checkpoints import hub as hub_ids
 from upcycle.checkpoints.header import read_header
 from upcycle.dense.admission import admit
+from upcycle.training.run import Run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-llama"
@@ -218,6 +221,7 @@ def on_the_hub(monkeypatch):
     )
     monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", headers)
     monkeypatch.setattr(hub_ids, "_download", lambda name: downloaded.append(name) or folders[name])
+    monkeypatch.setattr(hub_ids, "_download_only", lambda name, wanted: folders[name])
 
     def put(**named: Path) -> list[str]:
         folders.update({f"someone/{name}": folder for name, folder in named.items()})
@@ -260,6 +264,27 @@ def test_no_weights_of_the_rest_are_fetched_before_they_are_needed(on_the_hub, d
     assert downloaded == []
     assert library.blueprint(dense("llama"), recipe).hash == found.blueprint_hash
     assert downloaded == ["someone/rest"]
+
+
+def test_a_dry_run_fetches_no_weights(on_the_hub, dense, tmp_path):
+    """Nor does the forecast of a run that trains a part; both say what they say of the folder."""
+    downloaded = on_the_hub(model=dense("llama"), teacher=dense("llama", seed=1))
+    (text := tmp_path / "text.txt").write_text("a")
+    found = {}
+    for source, teacher in (("someone/model", "someone/teacher"), (dense("llama"), dense("llama", seed=1))):
+        run = {
+            "source": str(source), "out": str(tmp_path / "run"), "moe": {"num_experts": 4},
+            "data": {"sources": [{"path": str(text)}]}, "teacher": {"source": str(teacher)},
+            "schedule": {"name": "constant", "peak": 1e-3},
+            "train": {
+                "steps": 2, "batch_tokens": 32, "sequence_length": 8, "precision": "float32",
+                "only": ["router"],
+            },
+        }  # fmt: skip
+        found[source] = rehearse(run, world=2).as_dict(), foretell_run(Run.of(run), world=2).as_dict()
+    assert downloaded == []
+    here, there = found.values()
+    assert here == there
 
 
 def test_a_file_of_the_current_folder_is_not_one_of_the_hub(on_the_hub, dense, monkeypatch):

@@ -246,8 +246,9 @@ def outcome(modules, tmp_path) -> Callable[..., Any]:
     """An outcome of runs from the starts 8 and 9, which took 100 steps each."""
     experiment = modules.continuation.Continuation(
         start=SimpleNamespace(steps={8: 100, 9: 100}),
-        variants={"dense": {}, "copy": {}, "drop": {}},
+        variants={"dense": {}, "copy": {}, "drop": {}, "wide": {}, "flat": {}},
         core=["dense", "copy", "drop"],
+        questions={"the width": ["dense", "wide"], "the depth": ["copy", "flat"]},
         results=tmp_path / "results.json",
         default=8,
     )
@@ -284,6 +285,15 @@ def test_runs_without_a_dense_run_are_left_out_and_named(outcome, drawn, capsys)
     assert {name: [*curves] for name, curves in drawn.items()} == {"start-8.png": ["dense", "copy"]}
 
 
+def test_a_question_has_a_figure_from_the_starts_of_its_own_variants(outcome, drawn):
+    """`flat` has not run, and `wide` from one start alone."""
+    found = outcome(dense_8=DENSE, copy_8=[curve(1, 2.6, 2.2)], wide_8=[curve(1, 2.6, 2.3)], dense_9=DENSE)
+    found.report("units", "nats")
+    assert {name: [*curves] for name, curves in drawn.items()} == {
+        "start-8.png": ["dense", "copy"], "the-width-8.png": ["dense", "wide"], "start-9.png": ["dense"],
+    }  # fmt: skip
+
+
 def test_nothing_is_said_if_every_run_is_compared(outcome, drawn, capsys):
     found = outcome(dense_8=DENSE, copy_8=[curve(1, 2.6, 2.2)])
     found.report("units", "nats")
@@ -299,7 +309,7 @@ def test_no_results_at_all_are_an_empty_table(outcome, drawn):
 def test_a_first_point_is_left_out_by_the_mean_of_the_seeds(outcome, drawn, tmp_path, highest, points):
     """Of the seeds, 2.4 lies below both limits and 2.7 above; their mean is 2.55."""
     found = outcome(dense_8=DENSE, copy_8=[curve(0, 2.4, 2.2), curve(1, 2.7, 2.2)])
-    found.draw(tmp_path / "figure.png", 8, "title", "loss", highest)
+    found.draw(tmp_path / "figure.png", 8, ["dense", "copy"], "title", "loss", highest)
     copy = drawn["figure.png"]["copy"]
     assert [len(seed) for seed in copy] == [points, points]
     assert copy[0][-1] == (10.0, 2.2)  # 10 of the 100 steps of the start, in percent

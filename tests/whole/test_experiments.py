@@ -191,6 +191,13 @@ def test_the_page_of_an_experiment_has_its_table(script):
     assert {*outcome.table()} <= {*page} if outcome.runs else "**Not run yet.**" in "\n".join(page)
 
 
+@pytest.mark.parametrize("script", ["code", "encoder", "vision", "vision/jetpack"], indirect=True)
+def test_questions_are_about_variants(script):
+    asked = {name for names in script.EXPERIMENT.questions.values() for name in names}
+    assert asked <= {*script.EXPERIMENT.variants}
+    assert {*script.EXPERIMENT.core} <= {*script.EXPERIMENT.variants}
+
+
 @pytest.mark.parametrize("script", ["code/law"], indirect=True)
 def test_the_page_has_the_fitted_law(script):
     assert {*script.table()} <= {*(script.HERE / "README.md").read_text().splitlines()}

@@ -18,7 +18,8 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 class Opener(Protocol):
-    """A way to open a checkpoint: whole (`open_checkpoint`), or its config and headers alone (`peek`)."""
+    """A way to open a checkpoint: whole (`open_checkpoint`), its config and headers alone (`peek`), or these
+    with the files beside the weights (`outline`)."""
 
     def __call__(
         self, source: str | Path, *, allow_nonfinite: bool = False, label: str = "source"
@@ -111,6 +112,14 @@ def peek(source: str | Path, *, allow_nonfinite: bool = False, label: str = "sou
     }
     opened = Checkpoint(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label)
     opened.name = str(source)
+    return opened
+
+
+def outline(source: str | Path, *, allow_nonfinite: bool = False, label: str = "source") -> Checkpoint:
+    """Read what `peek` reads of `source`; from the hub, the tokenizer and its like are fetched as well."""
+    opened = peek(source, allow_nonfinite=allow_nonfinite, label=label)
+    if is_id(source):
+        opened.folder = _download_only(str(source), ("config.json", *carried.CARRIED))
     return opened
 
 

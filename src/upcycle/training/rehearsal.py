@@ -1,7 +1,7 @@
 """`upcycle train --dry-run`: the layout of a run in a world of any size, built on one process without a GPU.
 
-This process is one rank after another (`fake_rank.py`). Nothing is written, and of the source only headers
-are read.
+This process is one rank after another (`fake_rank.py`). Nothing is written. Of the source, and of a teacher,
+only headers are read; of one on the hub, its tokenizer is fetched as well.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import PreTrainedModel
 
+from upcycle.checkpoints.hub import outline
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, cut
 from upcycle.hf import building, packing
@@ -103,7 +104,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError(f"world = {world}; it must be 1 or more")
     if dist.is_initialized() or "RANK" in os.environ:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
-    begun = start.start_of(run)
+    begun = start.start_of(run, outline)
     task = beginning.admitted(run, begun)
     if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
         raise UpcycleError(long)
@@ -164,7 +165,7 @@ def trained(run: Run, lengths: Mapping[str, int]) -> tuple[frozenset[str], float
 
     Parameters go by the names of their tensors (`Target.in_memory`).
     """
-    run, begun = replace(run, parallel=Parallel()), start.start_of(run)
+    run, begun = replace(run, parallel=Parallel()), start.start_of(run, outline)
     with fake_rank.as_rank(run, begun, 0, 1, "float32") as here, fake_rank.without_data():
         model = start.model_of(_blank(begun, Asked()), run, here, "float32")
         anatomy = enter.anatomy_of(Course(run), begun, model, Routers.of(model))

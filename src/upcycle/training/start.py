@@ -21,7 +21,7 @@ from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import flops_per_row, plan_of
 from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.checkpoints.hub import Opener, open_checkpoint
 from upcycle.dense.admission import admit, refuse_two_heads
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
@@ -94,8 +94,11 @@ class Start:
         return self.training_flops_per_row(dict.fromkeys(self.dense.lengths, length)) // length
 
 
-def start_of(run: Run) -> Start:
-    """Return the start of a run, read from headers alone."""
+def start_of(run: Run, opener: Opener = open_checkpoint) -> Start:
+    """Return the start of a run, read from headers alone.
+
+    `opener` opens its checkpoints; `outline` is enough unless weights are read.
+    """
     if run.recipe and run.recipe.moe.part != TEXT:
         raise UpcycleError(
             f"moe.part = {run.recipe.moe.part}: `upcycle train` reads texts, which never reach a vision "
@@ -108,8 +111,8 @@ def start_of(run: Run) -> Start:
             f"so `upcycle train` would not train them, and they would not fit the model; set it to drop"
         )
     source = weightless.opened(run.source) if run.from_scratch else None
-    built = blueprint(source or run.source, run.recipe) if run.recipe else None
-    dense = built.dense if built else admit(source or open_checkpoint(run.source))
+    built = blueprint(source or run.source, run.recipe, opener=opener) if run.recipe else None
+    dense = built.dense if built else admit(source or opener(run.source))
     refuse_two_heads(dense)
     if built:
         architecture, config, entries = built.target.architecture, built.config, built.entries
@@ -128,7 +131,7 @@ def start_of(run: Run) -> Start:
         config=dict(config),
         entries=entries,
         from_scratch=run.from_scratch,
-        teacher=teacher.admitted(run),
+        teacher=teacher.admitted(run, opener),
     )
 
 

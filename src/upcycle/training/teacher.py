@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from upcycle import loading
 from upcycle.checkpoints import vocabularies
-from upcycle.checkpoints.hub import open_checkpoint
+from upcycle.checkpoints.hub import Opener
 from upcycle.data.feeding import Feed
 from upcycle.dense.admission import admit
 from upcycle.dense.source import Dense
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 LABEL = "teacher"  # of its checkpoint, in errors and in the hashes of a run
 
 
-def admitted(run: Run) -> Dense | None:
+def admitted(run: Run, opener: Opener) -> Dense | None:
     """Return the teacher of a run, read from headers alone; None if it has none."""
-    return None if run.teacher is None else admit(open_checkpoint(run.teacher.source, label=LABEL))
+    return None if run.teacher is None else admit(opener(run.teacher.source, label=LABEL))
 
 
 def refuse_other(run: Run, task: Task, taught: Subject, teacher: Dense | None) -> None:
