@@ -58,6 +58,10 @@ FACTORS: dict[str, Changes] = {
         "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
         "schedule": {"warmup": 200},
     },
+    "virtual_group_slow_router": {
+        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
+        "optimizer": {"router_rate": 0.1},
+    },
     # Moments are carried to copies alone, and dense continuation shows what they are worth without experts.
     "dense_moments": CARRIED,
     "copy_moments": {"moe": _TOP_2} | CARRIED,
@@ -67,7 +71,13 @@ VARIANTS = CORE | FACTORS
 
 # Each has a figure of its own, from every start that a factor of it has run from.
 QUESTIONS = {
-    "dip": ["dense", "virtual_group", "virtual_group_small_router", "virtual_group_warm"],
+    "dip": [
+        "dense",
+        "virtual_group",
+        "virtual_group_small_router",
+        "virtual_group_warm",
+        "virtual_group_slow_router",
+    ],
     "number of experts": ["dense", "copy", "copy_4_experts", "copy_16_experts"],
     "share redrawn": ["dense", "copy", "drop_0.1", "drop_0.25", "drop_0.5"],
     "moments": ["dense", "copy", "dense_moments", "copy_moments"],
