@@ -142,12 +142,17 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
-def make(folder: Path, kind: str, seed: int = 0) -> Path:
-    """A wrapper with weights large enough that a missing one shows."""
+def built(kind: str, seed: int = 0, **text: Any) -> Any:
+    """A wrapper with weights large enough that a missing one shows; `text` has more of its text_config."""
     found = KINDS[kind]
-    config = transformers.CONFIG_MAPPING[found.model_type](**found.config)
-    model = transformers.AutoModelForImageTextToText.from_config(config).float()
-    tiny.shake(model, seed).save_pretrained(folder)
+    changed = {**found.config, "text_config": {**found.config["text_config"], **text}}
+    config = transformers.CONFIG_MAPPING[found.model_type](**changed)
+    return tiny.shake(transformers.AutoModelForImageTextToText.from_config(config).float(), seed)
+
+
+def make(folder: Path, kind: str, seed: int = 0) -> Path:
+    """Save such a wrapper."""
+    built(kind, seed).save_pretrained(folder)
     return folder
 
 
