@@ -36,6 +36,7 @@ class EncoderDecoder(Encoder):
         "initializer_factor": 1.0,
         "feed_forward_proj": "relu",
         "pad_token_id": 0,
+        "eos_token_id": 1,
     }
 
     def finish(self, config: Config) -> Config:

@@ -25,6 +25,8 @@ class Bart(Seq2Seq):
         "dropout": 0.1,
         "init_std": 0.02,
         "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
         "tie_word_embeddings": True,
     }
 
