@@ -13,6 +13,7 @@ import transformers
 
 import tiny
 from upcycle import UpcycleError
+from upcycle.training import start
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.run import Run
@@ -26,6 +27,11 @@ SILENT = {
     "ModernBert": {},
     "Bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
+
+CLASSIFIERS = [  # whose families describe no head but the layer over classes
+    "T5", "MT5", "Bart", "DistilBert", "ModernBert", "Electra", "DebertaV2", "Roberta", "XLMRoberta",
+    "Camembert", "MPNet", "NomicBert",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def classifier(folder: Path, name: str, *, ends: bool = True) -> Path:
     """A tiny classifier with a tokenizer; with `ends`, it ends every text with an end token."""
     size = len(SPECIAL) + len(WORDS) + 1
     special = {"vocab_size": size, "pad_token_id": PAD, "eos_token_id": END}
-    made = tiny.make(folder, f"{name}ForSequenceClassification", **special, **SILENT[name])
+    made = tiny.make(folder, f"{name}ForSequenceClassification", **special, **SILENT.get(name, {}))
     make_tokenizer(made, ends=ends)
     return made
 
@@ -77,6 +83,27 @@ def test_the_first_loss_is_that_of_the_dense_class(name, texts, tmp_path):
     for layer in line.layers:  # padding is routed nowhere; a decoder reads a start token besides
         taken = np.array(layer.load) * 2 * (real + 16 * (layer.stack == "decoder"))
         assert taken == pytest.approx(taken.round(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Bert", *CLASSIFIERS])
+def test_a_new_head_has_the_classes_that_are_asked_for(name, texts, tmp_path):
+    """All else is the checkpoint's, and the new layer starts as transformers starts one."""
+    source = classifier(tmp_path / "dense", name)
+    task = {"name": "text_classification", "classes": 64}
+    begun = start.start_of(Run.of(table(source, texts, tmp_path / "run", task=task)))
+    made = start.plain_model(begun).state_dict()
+    dense = getattr(transformers, f"{name}ForSequenceClassification")
+    stored = dense.from_pretrained(source).state_dict()
+    config = transformers.AutoConfig.from_pretrained(source, num_labels=64)
+    fresh = dense(config).state_dict()
+    new = [key for key, tensor in fresh.items() if tensor.shape != stored[key].shape]
+    assert len(new) == 2
+    for key in new:
+        assert made[key].shape == fresh[key].shape
+        assert float(made[key].std()) == pytest.approx(float(fresh[key].std()), rel=0.15)
+    kept = made.keys() & stored.keys() - {*new}
+    assert len(kept) > len(stored) / 2
+    assert all(torch.equal(made[key], stored[key]) for key in kept)
 
 
 @pytest.mark.parametrize(
