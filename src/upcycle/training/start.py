@@ -31,6 +31,7 @@ from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
 from upcycle.families._wrappers import TEXT
 from upcycle.hf import carriers, packing
+from upcycle.hf.body import Body
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
@@ -192,7 +193,7 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     _refuse_wide(model, ranks, precision)
     if Course(run).isolates:
         _refuse_joined(model, start.dense.family)
-        carriers.install(model, start.dense.family.carrying(start.dense.config))
+        carriers.install(model, carriers.layers_of(model, start.dense.family, start.dense.config))
     if model.device != ranks.device:
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
@@ -254,8 +255,8 @@ def _set_expert_dropout(model: PreTrainedModel, train: Train) -> None:
 
 def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
     """Return the blocks of all stacks."""
-    lists = _stacks.lists_of(start.dense.stacks)
-    return [block for path in lists for block in model.base_model.get_submodule(path).children()]
+    body = Body.of(model)
+    return [block for path in _stacks.lists_of(start.dense.stacks) for block in body.blocks(path)]
 
 
 def _compile(blocks: Iterable[nn.Module]) -> None:

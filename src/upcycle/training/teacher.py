@@ -96,7 +96,7 @@ def model_of(
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    carriers.install(model, dense.family.carrying(dense.config))
+    carriers.install(model, carriers.layers_of(model, dense.family, dense.config))
     return model.requires_grad_(False).eval()
 
 
