@@ -49,6 +49,16 @@ class Dense:
         found = ((name, info) for name, info in self._kept() if self.place.own(name) is None)
         return {name: Stored(self.checkpoint, info) for name, info in found}
 
+    @cached_property
+    def stored(self) -> dict[str, Lazy]:
+        """All tensors of its class, by their names on disk: the model's own, and those around it."""
+        return {self.place.stored(name): tensor for name, tensor in self.tensors.items()} | self.around
+
+    @property
+    def outer(self) -> Mapping[str, Any]:
+        """config.json of a checkpoint that holds `stored`."""
+        return self.place.outer(self.family, self.checkpoint.config)
+
     def _kept(self) -> Iterator[tuple[str, TensorInfo]]:
         stored = self.checkpoint.tensors.items()
         return ((name, info) for name, info in stored if name not in self.left_out)

@@ -120,7 +120,7 @@ def start_of(run: Run, opener: Opener = open_checkpoint) -> Start:
     else:
         config = dict(dense.checkpoint.config)
         architecture = dense.architecture
-        entries = {n: Entry(t, t.dtype) for n, t in dense.tensors.items()}
+        entries = {n: Entry(t, t.dtype) for n, t in dense.stored.items()}
     if run.from_scratch:
         entries = _from_scratch(dense, built, entries, run.seed)
     if run.task is not None and run.task.classes:
@@ -144,15 +144,15 @@ def _from_scratch(
     Raises `UpcycleError` for a tensor whose initial value neither the family nor the target defines.
     """
     family = trained(dense.family, "from_scratch = true")
-    weights = built.weights if built else dense.weights
+    own = {dense.place.stored(name): name for name in dense.tensors}
     identity = built.target.norm_identity(family) if built else family.norm_identity
     out = {}
     for name, entry in entries.items():
-        begins = (
-            built.target.begins(family, dense, name, weights[name], entry)
-            if built
-            else family.initial(dense.config, name, weights[name])
-        )
+        begins: Initial | None = None
+        if built:
+            begins = built.target.begins(family, dense, name, built.weights[name], entry)
+        elif name in own:
+            begins = family.initial(dense.config, own[name], dense.weights[own[name]])
         if begins is None:
             raise UpcycleError(
                 f"from_scratch = true: nothing says what {name} of a {family.model_type} starts as; take "
