@@ -1,4 +1,4 @@
-"""The module that a family's paths in memory begin at: the base model, or the text model of a multimodal one."""
+"""The part of a model that has its blocks: the base model, or the text model of a multimodal one."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Carriers:
 def layers_of(model: PreTrainedModel, family: Family, config: Config) -> list[nn.Module]:
     """Return the layers that carry something along a row, in a model made from a dense one of this config.
 
-    Raises `UpcycleError` if there are fewer than the config says, because documents would then mix in silence.
+    Raises `UpcycleError` if there are fewer than the config says: documents would mix in silence.
     """
     body, names = Body.of(model), {*family.carriers.values()}
     lists = _stacks.lists_of(family.stacks(config)) if names else []
