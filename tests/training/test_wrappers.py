@@ -74,8 +74,8 @@ def test_a_dense_run_is_that_of_the_text_model(trainable, around, tmp_path):
     assert (found.loss, found.held_out_loss) == (wanted.loss, wanted.held_out_loss)
     shutil.rmtree(dict(saving.checkpoints(tmp_path / "run"))[2])
     assert train(whole, resume=True).loss == wanted.loss
-    told = export(tmp_path / "run", tmp_path / "out")
-    export(tmp_path / "alone", tmp_path / "text")
+    told = export(tmp_path / "run", tmp_path / "out", with_optimizer=True)
+    export(tmp_path / "alone", tmp_path / "text", with_optimizer=True)
     made, before, trained = files(tmp_path / "out"), files(around), files(tmp_path / "text")
     assert made.keys() == before.keys()
     assert told.parameters == sum(tensor.numel() for tensor in made.values())
@@ -85,6 +85,10 @@ def test_a_dense_run_is_that_of_the_text_model(trainable, around, tmp_path):
     transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     rehearsed = rehearse(Run.of(whole))
     assert (rehearsed.parameters, rehearsed.stepped) == (told.parameters, 2)
+    # A later run with experts goes on with the optimizer's moments.
+    carried = {"moe": {"num_experts": 2}, "optimizer": {"carry_state": True}}
+    losses = [train(table(tmp_path / n, text, tmp_path / f"{n} up", **carried)).loss for n in ("out", "text")]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("only", ["", "text"])

@@ -14,6 +14,7 @@ from upcycle.dense import fingerprint, places
 from upcycle.dense.places import Place
 from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._weights import Weight
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
 
@@ -53,6 +54,11 @@ class Dense:
     def stored(self) -> dict[str, Lazy]:
         """All tensors of its class, by their names on disk: the model's own, and those around it."""
         return {self.place.stored(name): tensor for name, tensor in self.tensors.items()} | self.around
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The same tensors, in the types in which they are stored."""
+        return {name: Entry(tensor, tensor.dtype) for name, tensor in self.stored.items()}
 
     @property
     def outer(self) -> Mapping[str, Any]:

@@ -120,7 +120,7 @@ def start_of(run: Run, opener: Opener = open_checkpoint) -> Start:
     else:
         config = dict(dense.checkpoint.config)
         architecture = dense.architecture
-        entries = {n: Entry(t, t.dtype) for n, t in dense.stored.items()}
+        entries = dense.entries
     if run.from_scratch:
         entries = _from_scratch(dense, built, entries, run.seed)
     if run.task is not None and run.task.classes:

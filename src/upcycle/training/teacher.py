@@ -88,7 +88,7 @@ def model_of(
     model = loading.build(
         dense.architecture,
         dict(dense.checkpoint.config),
-        entries or {name: Entry(tensor, tensor.dtype) for name, tensor in dense.stored.items()},
+        entries or dense.entries,
         distributed_config=None if ranks.config is None else replace(ranks.config, ep_size=1),
         dtype=torch.float32 if precision == "float32" else torch.bfloat16,
     )
