@@ -209,7 +209,7 @@ def _held_in(
 
 def _teacher(dense: Dense, here: Ranks, precision: str, asked: Asked) -> PreTrainedModel:
     """Build a rank's part of the teacher; the bytes that it reads are noted."""
-    return teacher.model_of(dense, here, precision, fake_rank.blank(dense.tensors, asked))
+    return teacher.model_of(dense, here, precision, fake_rank.blank(dense.stored, asked))
 
 
 def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
