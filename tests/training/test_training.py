@@ -283,6 +283,14 @@ def test_a_run_resumed_is_the_run(table, tmp_path):
     assert len(losses(tmp_path / "again")) == 6
 
 
+def test_a_score_has_no_jitter(table, tmp_path):
+    """At a rate of 0 the weights stay, and so does the held-out loss after steps with noise."""
+    still = {"train": {"steps": 1, "eval_every": 1}, "schedule": {"peak": 0.0, "warmup": 0}}
+    train(Run.of(table(**MOE, **still, router={"jitter": 0.5})))
+    (record,) = read(tmp_path / "run")
+    assert record.held_out_loss == record.held_out_start
+
+
 @pytest.mark.slow
 def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     """SIGKILL at three random moments, saving after every step, then SIGTERM: the losses are those of a run

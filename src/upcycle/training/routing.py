@@ -152,7 +152,8 @@ class Routers:
         """Record the routers' outputs inside the block.
 
         `jitter` multiplies the routers' input by U(1 - jitter, 1 + jitter), with the seed that `seeds` has
-        for the layer (Switch Transformers, section 2.2).
+        for the layer (Switch Transformers, section 2.2). It lasts beyond the block, because a layer may be
+        recomputed in the backward pass, and acts on a router in training mode alone.
         """
         self.outputs = []
         self._on, self._jitters = True, bool(jitter)
@@ -179,8 +180,8 @@ class Routers:
             )
             return hidden * noise.to(hidden.dtype)
 
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            return (noisy(args[0]), *args[1:]) if self._jitters else None
+        def hook(router: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            return (noisy(args[0]), *args[1:]) if self._jitters and router.training else None
 
         return hook
 
