@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import upcycle.hf.opening  # noqa: F401 - names our own implementation of experts
 from upcycle import UpcycleError
 from upcycle.nn import MoE, routers
+from upcycle.nn.balance import Balance
 from upcycle.nn.experts import Experts
 from upcycle.nn.moe import RouterLayer
 from upcycle.nn.routing import Tokens
@@ -427,6 +428,16 @@ def test_importance_and_load_losses(padding):
 def variation(values: list[float]) -> float:
     mean = sum(values) / len(values)
     return sum((v - mean) ** 2 for v in values) / len(values) / mean**2
+
+
+@pytest.mark.parametrize(
+    "router", [*({"name": name} for name in routers.names()), {"noise_std": 1.0}], ids=str
+)
+def test_a_router_says_which_losses_of_a_run_it_computes(router):
+    """Those that a training run has keys for: it refuses a weight on one that is not there."""
+    moe = layer(router).train()
+    found = moe.router(tokens(2, 5), None).losses
+    assert {*moe.router.settings.losses_of_run()} == {*Balance().coefficients} & {*found}
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])

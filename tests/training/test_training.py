@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -30,7 +31,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import prepare
 from upcycle.system import memory
-from upcycle.training import moments, router_losses, routing, saving, start
+from upcycle.training import fit, moments, router_losses, routing, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -420,6 +421,42 @@ def test_the_bias_of_a_router_that_has_one(dense, table, source, tmp_path):
     assert 0 < largest <= 0.02 + 1e-6
     with pytest.raises(UpcycleError, match="the routers of this architecture have no correction bias"):
         train(Run.of(table(**MOE, router={"bias_update_rate": 0.01}, out=str(tmp_path / "mixtral"))))
+
+
+UPCYCLED = {**MOE, "moe": {**MOE["moe"], "target": "upcycled"}}
+
+
+@pytest.mark.parametrize(
+    ("moe", "router", "refused"),
+    [
+        (MOE, {"importance_loss_coef": 1.0}, r"importance_loss_coef = 1\.0 .* those of mixtral"),
+        (UPCYCLED, {"name": "sigmoid", "importance_loss_coef": 1.0}, r"computes \(sigmoid\)"),
+        (UPCYCLED, {"load_loss_coef": 1.0}, r"load_loss_coef = 1\.0 .* with router\.noise_std above 0"),
+        (UPCYCLED, {"importance_loss_coef": 1.0}, None),
+        (UPCYCLED, {"noise_std": 1.0, "importance_loss_coef": 1.0, "load_loss_coef": 1.0}, None),
+    ],
+)
+def test_a_weight_on_a_loss_that_no_router_computes(moe, router, refused, table):
+    run = Run.of(table(**moe, router=router))
+    found = fit.without_loss(run, start.start_of(run).built)
+    assert found is None if refused is None else re.search(refused, found)
+
+
+@pytest.mark.usefixtures("on_screen")
+def test_a_run_with_such_a_weight_may_only_go_on(table, tmp_path, monkeypatch, capsys):
+    """Also if a stage alone has it. Earlier versions began such runs."""
+    stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "router": {"load_loss_coef": 1.0}}]
+    made = table(**MOE, stage=stages, schedule={"warmup": 0})
+    del made["train"]["steps"]
+    with pytest.raises(UpcycleError, match="that no router of this run computes"):
+        train(Run.of(made))
+    assert not (tmp_path / "run" / "run.json").exists()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(fit, "without_loss", lambda run, built: None)
+        train(Run.of(made))
+    capsys.readouterr()
+    assert train(Run.of(made), resume=True).finished
+    assert "that no router of this run computes" in capsys.readouterr().err
 
 
 # --- from scratch ---

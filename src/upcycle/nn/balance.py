@@ -36,8 +36,10 @@ class Balance(Settings):
     bias_update_steps: Annotated[int, AtLeast(1)] | None = None
     # in training, tokens are multiplied by 1 +- this before the router
     jitter: Annotated[float, Within("[0, 1)")] = 0.0
-    importance_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of V-MoE's loss on the experts' weights
-    load_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of V-MoE's loss on the experts' load
+    # weight of V-MoE's loss on the experts' weights, which router.name = top_k of moe.target = upcycled has
+    importance_loss_coef: Annotated[float, AtLeast(0)] = 0.0
+    # weight of V-MoE's loss on the experts' load, which it has if router.noise_std is above 0
+    load_loss_coef: Annotated[float, AtLeast(0)] = 0.0
     layers: Literal["mean", "sum"] = "mean"  # how the losses of the layers are combined
 
     def __post_init__(self) -> None:

@@ -94,6 +94,9 @@ class TopK(Router):
         chosen = 1 if self.rounding == "flaxformer" else top_k
         return chosen * self.capacity_factor / num_experts
 
+    def losses_of_run(self) -> tuple[str, ...]:
+        return ("importance", "load") if self.noise_std else ("importance",)
+
     def route(self, tokens: Tokens) -> Routing:
         import torch
 
