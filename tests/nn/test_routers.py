@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from upcycle.nn.moe import RouterLayer
 from upcycle.nn.routing import Tokens
 from upcycle.nn.shape import Shape
 from upcycle.training.router_losses import load_balancing_loss
+from upcycle.training.routing import _output
 
 E, H = 4, 6  # experts and hidden units, where nothing else is said
 
@@ -423,6 +425,25 @@ def test_importance_and_load_losses(padding):
     assert routing.losses["importance"].item() == pytest.approx(importance, rel=1e-9)
     assert routing.losses["load"].item() == pytest.approx(load, rel=1e-9)
     assert routing.groups == 3
+
+
+def test_losses_of_a_group_of_padding_alone():
+    """It adds nothing to the sum nor to the groups that a mean is taken over, and every gradient is finite."""
+    moe, hidden = layer({"name": "top_k", "noise_std": 1.0}).train(), tokens(3, 8)
+    empty = torch.zeros(3, 8, dtype=torch.bool)
+    empty[1] = True
+    torch.manual_seed(3)
+    some = moe.router(hidden, empty)
+    gradient = torch.autograd.grad(sum(some.losses.values()), moe.router.weight)[0]
+    noise = torch.randn(3, 8, E, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[[0, 2]]
+    with mock.patch.object(torch, "randn_like", lambda _: noise):
+        others = moe.router(hidden[[0, 2]], None)
+    wanted = torch.autograd.grad(sum(others.losses.values()), moe.router.weight)[0]
+    assert torch.allclose(gradient, wanted, rtol=1e-12, atol=0)
+    for name in ("importance", "load"):
+        assert some.losses[name].item() == pytest.approx(others.losses[name].item(), rel=1e-12)
+    counted = [_output(moe.router, routing).tallies()[-1].item() for routing in (some, others)]
+    assert counted == [2, 2]
 
 
 def variation(values: list[float]) -> float:

@@ -60,10 +60,16 @@ class RouterOutput:
         return rows if self.real is None else rows[self.real]
 
     def tallies(self) -> Tensor:
-        """Return what is summed over the global batch, [E + 3]: counts, tokens, left behind, groups."""
+        """Return what is summed over the global batch, [E + 3]: counts, tokens, left behind, groups.
+
+        A group of padding alone does not count.
+        """
         counts = self.counts
-        tokens = counts.new_full((), len(self.logits)) if self.real is None else self.real.sum()
-        rest = [tokens, self.left_behind, counts.new_full((), self.groups)]
+        if self.real is None:
+            tokens, groups = counts.new_full((), len(self.logits)), counts.new_full((), self.groups)
+        else:
+            tokens, groups = self.real.sum(), self.real.view(self.groups, -1).any(1).sum()
+        rest = [tokens, self.left_behind, groups]
         return torch.cat([counts, torch.stack([one.to(counts.dtype) for one in rest])])
 
 
