@@ -31,7 +31,6 @@ from upcycle import Recipe, UpcycleError, cli, convert, load, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import prepare
-from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.system import memory
 from upcycle.training import fit, moments, router_losses, routing, saving, start
 from upcycle.training.export import export
@@ -425,18 +424,31 @@ def test_the_bias_of_a_router_that_has_one(dense, table, source, tmp_path):
         train(Run.of(table(**MOE, router={"bias_update_rate": 0.01}, out=str(tmp_path / "mixtral"))))
 
 
-def test_a_bias_takes_its_steps_in_bfloat16_too(table, tmp_path):
+@pytest.mark.parametrize(
+    ("moe", "router", "source", "bias"),
+    [
+        ({"target": "upcycled"}, {"name": "sigmoid"}, "llama", "mlp.router.e_score_correction_bias"),
+        ({"target": "lfm2_moe"}, {}, "lfm2", "feed_forward.expert_bias"),  # in the block, not in its router
+    ],
+    ids=["sigmoid", "lfm2"],
+)
+def test_a_bias_takes_its_steps_in_bfloat16_too(moe, router, source, bias, dense, table, tmp_path):
     """It stays in float32 in training, in an export, and in a model that is opened from one."""
-    router = {"name": "sigmoid", "bias_update_rate": 1e-4}
-    made = table(**UPCYCLED, router=router, train={"steps": 1, "eval_every": 0, "precision": "bfloat16"})
+    made = table(moe=MOE["moe"] | moe, router=router | {"bias_update_rate": 1e-4})
+    made["train"] |= {"steps": 1, "eval_every": 0, "precision": "bfloat16"}
+    if source != "llama":
+        made["data"] |= {"tokenizer": made["source"]}
+        made["source"] = str(dense(source, vocab_size=512))
     train(Run.of(made))
+    (line,) = read(tmp_path / "run")
     out = export(tmp_path / "run", tmp_path / "out", dtype="bfloat16").out
     for tensors in (load_file(out / "model.safetensors"), upcycle.open(out).state_dict()):
-        kinds = {name.rpartition("router.")[2]: t.dtype for name, t in tensors.items() if "router." in name}
-        assert kinds == {"weight": torch.bfloat16, BIAS: torch.float32}
-        found = torch.stack([t for name, t in tensors.items() if name.endswith(BIAS)])
-        assert {*found.flatten().tolist()} <= {float(torch.tensor(s * 1e-4)) for s in (-1, 0, 1)}
-        assert found.any()
+        assert {t.dtype for name, t in tensors.items() if not name.endswith(bias)} == {torch.bfloat16}
+        for layer in line.layers:
+            (found,) = [t for name, t in tensors.items() if name.endswith(f".{layer.layer}.{bias}")]
+            load = torch.tensor(layer.load)
+            assert torch.equal(found, 1e-4 * torch.sign(1 / len(load) - load))
+            assert found.any()
 
 
 UPCYCLED = {**MOE, "moe": {**MOE["moe"], "target": "upcycled"}}

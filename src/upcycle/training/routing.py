@@ -20,7 +20,6 @@ from upcycle.errors import UpcycleError
 from upcycle.hf import recorded
 from upcycle.nn.counts import counted
 from upcycle.nn.moe import RouterLayer
-from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Routing
 from upcycle.records.metrics import LayerMetrics
 from upcycle.training.seeds import Seeds
@@ -130,6 +129,7 @@ class Routers:
     layers: list[int]
     stacks: list[str]
     modules: list[nn.Module]
+    blocks: list[nn.Module]  # the modules that the routers are in
     names: list[str]
     outputs: list[RouterOutput] = field(default_factory=list)
     _on: bool = False
@@ -146,6 +146,7 @@ class Routers:
             layers=[_block(name, module) for name, module in there],
             stacks=[m.shape.stack if isinstance(m, RouterLayer) else "layers" for _, m in there],
             modules=[module for _, module in there],
+            blocks=[model.get_submodule(name.rpartition(".")[0]) for name, _ in there],
             names=[name for name, _ in there],
         )
         for place, module in enumerate(routers.modules):
@@ -213,14 +214,11 @@ class Routers:
         They change which experts are chosen, but not the experts' weights. A router that is not trained
         counts as one without. Raises `UpcycleError` if no router has one.
         """
-        found = [
-            next((p.detach() for name, p in _tensors(module) if name.endswith(BIAS)), None)
-            for module in self.modules
-        ]
+        found = [recorded.bias_of(*pair) for pair in zip(self.modules, self.blocks, strict=True)]
         if all(bias is None for bias in found):
             raise UpcycleError(
                 "router.bias_update_rate is set, and the routers of this architecture have no correction "
-                "bias; set it to 0, or take what has one (ernie4_5_moe, router.name = sigmoid)"
+                "bias; set it to 0, or take what has one (ernie4_5_moe, lfm2_moe, router.name = sigmoid)"
             )
         trained = [any(p.requires_grad for p in module.parameters()) for module in self.modules]
         return [bias if moves else None for bias, moves in zip(found, trained, strict=True)]
@@ -248,10 +246,6 @@ def _output(module: nn.Module, output: Any) -> RouterOutput:
     return RouterOutput(
         logits=logits, counts=counts, left_behind=counts.new_zeros(()), top_k=indices.shape[-1]
     )
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
 
 
 @torch.no_grad()
