@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ranks
 import tiny
+import upcycle
 from files import toml
 from marks import quick
-import upcycle
 from upcycle import Recipe, UpcycleError, cli, convert, load, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches

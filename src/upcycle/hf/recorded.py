@@ -23,7 +23,7 @@ def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_bias(name: str) -> bool:
-    """Return whether a tensor of that name is a correction bias, which changes the choice of experts alone."""
+    """Return whether a tensor of that name is a correction bias, which changes the choice of experts only."""
     return name.rpartition(".")[2] in _BIASES
 
 

@@ -21,8 +21,8 @@ from upcycle.nn.shape import Shape
 class RouterLayer(nn.Module):
     """The tensors of a router and its decision about hidden states, computed in float32.
 
-    Tensors that are not trained have float32 or wider in every model, because the small steps of a correction
-    bias would be rounded away in 16 bits. `from_pretrained` leaves a parameter in the type that it is made in.
+    Tensors that are not trained have float32 or wider in every model, because 16 bits would round the small
+    steps of a correction bias away. `from_pretrained` leaves a parameter in the type that it is made in.
     """
 
     def __init__(self, settings: routers.Router, shape: Shape) -> None:
