@@ -526,6 +526,70 @@ def test_losing_and_nothing_shown_are_called_that(tmp_path):
     assert "No run that continues the dense model" in sentences(document(moe))[0]
 
 
+def hashed(folder: Path, sha256: str | None) -> Path:
+    """A run that recorded this hash of its source, or none as older versions did."""
+    about = json.loads((folder / "run.json").read_text())
+    if sha256 is not None:
+        about["source_sha256"] = {"source": {"model.safetensors": sha256}, "donor 1": {"x": folder.name}}
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dense_at", "moe_at", "same"),
+    [
+        (("/a/dense", "1"), ("/b/copy", "1"), True),
+        (("/a/dense", "1"), ("/a/dense", "2"), False),  # it was written anew in between
+        (("/a/dense", None), ("/a/dense", "1"), True),
+        (("/a/dense", None), ("/b/dense", "1"), False),
+    ],
+)
+def test_only_the_same_source_trained_on_answers_whether_it_paid(tmp_path, dense_at, moe_at, same):
+    """A better start is no merit of the experts."""
+
+    def runs(name: str, shift: float, source: tuple[str, str | None], moe=None) -> list[Path]:
+        return [
+            hashed(
+                write_run(tmp_path / f"{name}{i}", lambda t, i=i: shift + i / 100, moe=moe, seed=i,
+                          source=source[0], data={"tokenizer": "one"}),
+                source[1],
+            )
+            for i in (0, 1)
+        ]  # fmt: skip
+
+    dense, moe = runs("dense", 2.5, dense_at), runs("moe", 2.0, moe_at, {})
+    made = document(*dense, *moe)
+    against = tables(made)["Where the Mixture of Experts comes below, to stay"].rows[0][1]
+    if same:
+        assert sentences(made)[0].startswith("Yes. ")
+        assert against == "dense, continued"
+        return
+    assert sentences(made)[0].startswith("No run continues a dense model that a Mixture of Experts here was")
+    assert "Held-out loss at equal training FLOPs" not in tables(made)
+    assert against == "dense, continued (of another source)"
+    # Beside a pair of one source it is named, and the answer is that of the pair.
+    made = document(*dense, *moe, *runs("other", 2.6, dense_at, {"num_experts": 8}))
+    assert sentences(made)[0].startswith("No. At equal training FLOPs the Mixture of Experts (8 experts")
+    assert sentences(made)[1].startswith("4 experts, top-2, copy is in no row: no run here continues")
+    assert len(tables(made)["Held-out loss at equal training FLOPs"].rows) == 1
+
+
+def test_the_answer_is_that_against_the_best_dense_model(tmp_path):
+    """Here one was trained at two rates, and once for so short a time that nobody could have gained."""
+    dense = {(1e-3, 60): 2.5, (1e-5, 60): 2.9, (1e-3, 5): 1.0}
+    runs = [
+        write_run(tmp_path / f"d{peak}{steps}", lambda t, end=end: end, steps=steps, schedule={"peak": peak})
+        for (peak, steps), end in dense.items()
+    ]
+    runs.append(write_run(tmp_path / "moe", lambda t: 2.7, moe={}))
+    made = document(*runs)
+    assert len(tables(made)["Held-out loss at equal training FLOPs"].rows) == 3
+    assert (
+        "the Mixture of Experts (4 experts, top-2, copy) is 0.2000 nats per token behind the best of the "
+        "dense models that were trained on, dense, continued, "
+    ) in sentences(made)[0]
+
+
 def test_what_was_measured_tells_the_same_however_often(tmp_path):
     """Curves that fall: with fewer evaluations the answer is the same one, or that it cannot be told."""
 

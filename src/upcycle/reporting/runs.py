@@ -86,6 +86,16 @@ class RunHistory:
         """The number of tokens of a global batch."""
         return self.rows * self.about.tokens_per_row
 
+    def shares_source(self, other: RunHistory) -> bool:
+        """Return whether both runs started from one checkpoint.
+
+        Its files decide if both runs recorded their hashes; otherwise the path decides.
+        """
+        mine, theirs = ((run.about.source_sha256 or {}).get("source") for run in (self, other))
+        if mine is None or theirs is None:
+            return self.about.source.path == other.about.source.path
+        return sorted(mine.values()) == sorted(theirs.values())
+
     def flops(self, tokens: np.ndarray) -> np.ndarray:
         """Return the training FLOPs [n] of the run itself after `tokens` [n] tokens (active weights only)."""
         spent = np.vectorize(self.about.training_flops, otypes=[np.float64], excluded={1})
