@@ -226,8 +226,17 @@ def test_train_seed_goes_over_seed(tmp_path):
     assert (name, why) == ("0", "its run.json is damaged: run.seed is [5], not a whole number")
 
 
+def averaged(checkpoint: Path, steps: list[int] | None, **more) -> Path:
+    """The checkpoint, which says that it is the mean of those after `steps`."""
+    made = json.loads((checkpoint / "upcycle.json").read_text())
+    made["training"][0] |= {"averaged_steps": steps} if steps else {}
+    made["training"][0] |= more
+    (checkpoint / "upcycle.json").write_text(json.dumps(made))
+    return checkpoint
+
+
 def test_exports_of_one_seed_are_no_seeds(tmp_path, monkeypatch):
-    """A second export of the same step, as of a mean of checkpoints, has a column of its own."""
+    """A second export of the same step has a column of its own."""
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     runs = [write_run(tmp_path / f"moe{i}", lambda t: 2.0, moe={}, seed=i // 2) for i in range(3)]
     ends = [
@@ -240,6 +249,38 @@ def test_exports_of_one_seed_are_no_seeds(tmp_path, monkeypatch):
     (row,) = table.rows
     assert table.head[3:] == ("end1-moe0", "end2-moe1")
     assert row[2:] == ("0.6500 ± 0.1500", "0.6000 ± 0.0100", "0.7000 ± 0.0100 *")
+
+
+def test_a_mean_of_checkpoints_is_called_one(tmp_path, monkeypatch):
+    """It shares a column with means of the same steps alone, and so does one expert of a model."""
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    runs = [write_run(tmp_path / f"moe{i}", lambda t: 2.0, moe={}, seed=i) for i in (0, 1)]
+    kinds = {
+        "end": (None, {}),
+        "mean": ([20, 30, 40], {}),
+        "other": ([10, 30, 40], {}),
+        "ema": ([20, 40], {"average_decay": 0.5}),
+        "expert": ([20, 40], {"expert": 2}),
+    }
+    ends = [
+        averaged(write_checkpoint(tmp_path / f"{kind}{i}", run, eval=left_behind.scores(piqa=(0.5, 0.1))),
+                 steps, **more)
+        for i, run in enumerate(runs) for kind, (steps, more) in kinds.items()
+    ]  # fmt: skip
+    found = study([*runs, *ends], DenseCost())
+    label = "4 experts, top-2, copy"
+    assert [(c.label, [one.name for one in c.checkpoints]) for c in found.columns()] == [
+        (label, ["end0", "end1"]),
+        (f"{label}, expert 2, mean of 2", ["expert0", "expert1"]),
+        (f"{label}, mean of 3", ["other0", "other1"]),
+        (f"{label}, mean of 3", ["mean0", "mean1"]),
+        (f"{label}, moving average of 2", ["ema0", "ema1"]),
+    ]
+    rows = {row[0]: row for row in tables(sections.document(found, "R"))["Checkpoints"].rows}
+    assert rows["end0"][5] == "40"
+    assert rows["mean0"][5] == "40 (mean of 20, 30, 40)"
+    assert rows["ema1"][5] == "40 (moving average with decay 0.5 of 20, 40)"
+    assert rows["expert0"][3] == "expert 2 of each layer"
 
 
 def test_an_unfinished_seed_is_a_curve_of_its_own(tmp_path):
@@ -667,6 +708,13 @@ def test_one_seed_tells_neither_yes_nor_no(tmp_path, monkeypatch):
         f"On the same 4 documents of held.txt it is ahead, by −0.2000 ± {error:.4f} loss (after 3.84e06 "
         f"FLOPs, the dense model after 3.84e06)"
     ) in said
+    # A mean is compared with a mean alone.
+    averaged(ends[0], [20, 40])
+    assert "On the same" not in sentences(document(dense, moe, *ends))[0]
+    averaged(ends[1], [30, 60])
+    said = sentences(document(dense, moe, *ends))[0]
+    assert "(mean of 2 of both, after 3.84e06 FLOPs" in said
+    ends[0] = scored("moe-end-again", moe, ours)
     for name, more in {
         "other-units": {"units": "b"},
         "other-data": {"data": {"sha256": "y"}},

@@ -63,6 +63,7 @@ class Training(Record):
         sometimes()
     )  # of the checkpoints that the weights are the mean of
     average_decay: float | None = sometimes()  # of their exponential moving average; None: a plain mean
+    expert: int | None = sometimes()  # the expert that is the network of each layer; None: the whole model
     loss: float | None = sometimes()
     held_out_start: float | None = sometimes()
     held_out_loss: float | None = sometimes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from upcycle.errors import listed
+from upcycle.records.provenance import Training
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.document import Block, Section, Table
@@ -107,10 +108,21 @@ def _origin(checkpoint: CheckpointRecord) -> tuple[str, ...]:
         experts, top_k, init = (known.get(k, "?") for k in ("moe.num_experts", "moe.top_k", "init.name"))
         how = f"{experts} experts, top-{top_k}, init {init}"
     training = checkpoint.training
+    if training is not None and training.expert is not None:
+        how = f"expert {training.expert} of each layer"
     return (
         made.source.name,
         how,
         (made.blueprint_hash or formats.MISSING)[:12],
-        str(training.step if training else 0),
+        _step(training) if training else "0",
         formats.count(training.tokens) if training else "0",
     )
+
+
+def _step(training: Training) -> str:
+    """Return the last step that the weights are of, with the others if they are a mean."""
+    if not training.averaged_steps:
+        return str(training.step)
+    decay = training.average_decay
+    kind = "mean of" if decay is None else f"moving average with decay {decay:g} of"
+    return f"{training.step} ({kind} {listed([*map(str, training.averaged_steps)], 8)})"

@@ -115,6 +115,8 @@ def _on_documents(study: Study, pair: Pair) -> str:
     """Return a sentence on the scores of both exports on the same documents; empty if there are none."""
     ours, theirs = (_exports(study, group) for group in (pair.group, pair.against))
     for (spent, mine), (theirs_spent, other) in product(ours, theirs):
+        if mine.variant != other.variant:  # a mean of checkpoints is another model than the last of them
+            continue
         matching = {score.question: score for score in other.scores if score.sums is not None}
         for score in mine.scores:
             match = matching.get(score.question)
@@ -126,10 +128,11 @@ def _on_documents(study: Study, pair: Pair) -> str:
             better = (found.value > 0) == score.higher_is_better
             shown = abs(found.value) > 2 * found.standard_error
             where = ("ahead" if better else "behind") if shown else "not to be told apart"
+            variant = f"{mine.variant} of both, " if mine.variant else ""
             return (
                 f"On the same {found.count:,} {found.units} of {score.name} it is {where}, by "
                 f"{formats.signed(found.value, found.standard_error)} {score.metric.replace('_', ' ')} "
-                f"(after {formats.flops(spent)} FLOPs, the dense model after {formats.flops(theirs_spent)}); "
+                f"({variant}after {formats.flops(spent)} FLOPs, the dense model after {formats.flops(theirs_spent)}); "
                 f"other seeds may differ."
             )
     return ""
