@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -314,6 +315,35 @@ def test_labels_say_what_tells_alike_runs_apart(tmp_path):
     assert [g.label for g in compared(*runs).groups] == [
         "dense, continued, peak 0.001", "dense, continued, peak 0.0001",
     ]  # fmt: skip
+
+
+def test_labels_name_stages_and_leave_out_what_is_not_set(tmp_path):
+    def stages(steps: int, *, then: str = "all") -> list[dict[str, Any]]:
+        return [
+            {"name": "warm", "train": {"steps": steps, "only": ["router"]}},
+            {"name": then, "train": {"steps": 40 - steps}},
+        ]
+
+    def labels(**changes: dict[str, Any]) -> list[str]:
+        runs = [
+            write_run(tmp_path / f"{'-'.join(changes)}-{name}", lambda t: 2.0, moe={}, **change)
+            for name, change in changes.items()
+        ]
+        return [g.label.removeprefix("4 experts, top-2, copy") for g in compared(*runs).groups]
+
+    assert labels(one={"stage": stages(10)}, none={}) == [", stages warm, all", ", no stages"]
+    assert labels(a={"stage": stages(10)}, b={"stage": stages(10, then="rest")}, c={}) == [
+        ", stages warm, all", ", stages warm, rest", ", no stages",
+    ]  # fmt: skip
+    assert labels(early={"stage": stages(10)}, late={"stage": stages(20)}) == [
+        ", all: steps 30", ", all: steps 20",
+    ]  # fmt: skip
+    assert labels(plain={}, muon={"optimizer": {"name": "muon"}}) == ["", ", optimizer muon"]
+    assert labels(untaught={}, taught={"teacher": {"source": "/nowhere/big", "weight": 0.5}}) == [
+        "", ", teacher big",
+    ]  # fmt: skip
+    frozen = labels(most={"train": {"only": ["router", "norms"]}}, few={"train": {"only": ["router"]}})
+    assert frozen == [", only norms", ""]
 
 
 @pytest.mark.parametrize(
@@ -900,6 +930,17 @@ def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, mo
             render_markdown(made, "r")[0].encode()
         path.write_text(text)
     assert len(study(folders, DenseCost()).runs) == 6
+
+
+@pytest.mark.parametrize("stages", [5, None, {"a": 1}, [1], [{"train": {"steps": 1}, "data": 3}]])
+def test_stages_that_are_no_tables_are_damage(tmp_path, stages):
+    run, other = write_run(tmp_path / "damaged", lambda t: 2.0), write_run(tmp_path / "whole", lambda t: 2.0)
+    about = json.loads((run / "run.json").read_text())
+    about["run"]["stage"] = stages
+    (run / "run.json").write_text(json.dumps(about))
+    ((name, why),) = study([run, other], DenseCost()).refused
+    assert name == "damaged"
+    assert why.startswith("its run.json is damaged: run.stage")
 
 
 def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path, monkeypatch):
