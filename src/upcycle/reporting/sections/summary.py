@@ -129,10 +129,11 @@ def _on_documents(study: Study, pair: Pair) -> str:
             shown = abs(found.value) > 2 * found.standard_error
             where = ("ahead" if better else "behind") if shown else "not to be told apart"
             variant = f"{mine.variant} of both, " if mine.variant else ""
+            others = formats.flops(theirs_spent)
             return (
                 f"On the same {found.count:,} {found.units} of {score.name} it is {where}, by "
                 f"{formats.signed(found.value, found.standard_error)} {score.metric.replace('_', ' ')} "
-                f"({variant}after {formats.flops(spent)} FLOPs, the dense model after {formats.flops(theirs_spent)}); "
+                f"({variant}after {formats.flops(spent)} FLOPs, the dense model after {others}); "
                 f"other seeds may differ."
             )
     return ""
