@@ -143,7 +143,7 @@ KINDS: dict[str, Kind] = {
 
 
 def make(folder: Path, kind: str, seed: int = 0, **text: Any) -> Path:
-    """A wrapper with weights large enough that a missing one shows; `text` changes its text model's config."""
+    """A wrapper with weights large enough that a missing one shows; `text` changes its text model."""
     found = KINDS[kind]
     changed = {"text_config": {**found.config["text_config"], **text}} if text else {}
     config = transformers.CONFIG_MAPPING[found.model_type](**{**found.config, **changed})
