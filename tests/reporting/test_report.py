@@ -284,6 +284,23 @@ def test_a_mean_of_checkpoints_is_called_one(tmp_path, monkeypatch):
     assert rows["expert0"][3] == "expert 2 of each layer"
 
 
+def test_a_recipe_is_told_by_its_router(tmp_path, monkeypatch):
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    run = write_run(tmp_path / "run", lambda t: 2.0, moe={})
+    recipes = {
+        "routed": ({"router": {"name": "top_k"}}, "4 experts, top-2, init drop"),
+        "chosen": ({"router": {"name": "expert_choice"}}, "4 experts, expert choice, init drop"),
+        "deeper": ({"moe": {"target": "depth_tiled", "depth": 3}}, "every block 3 times"),
+    }
+    for name, (changes, _) in recipes.items():
+        file = write_checkpoint(tmp_path / name, run) / "upcycle.json"
+        made = json.loads(file.read_text()) | {"blueprint_hash": "0"}
+        made["recipe"] = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "drop"}, **changes}
+        file.write_text(json.dumps(made))
+    found = tables(document(*(tmp_path / name for name in recipes)))["Checkpoints"].rows
+    assert [row[3] for row in found] == [said for _, said in recipes.values()]
+
+
 def test_an_unfinished_seed_is_a_curve_of_its_own(tmp_path):
     whole = write_run(tmp_path / "a", lambda t: 2.0, moe={}, seed=0)
     cut = write_run(tmp_path / "b", lambda t: 3.0, moe={}, seed=1, done=25)
@@ -339,6 +356,10 @@ def test_labels_name_stages_and_leave_out_what_is_not_set(tmp_path):
         ", all: steps 30", ", all: steps 20",
     ]  # fmt: skip
     assert labels(plain={}, muon={"optimizer": {"name": "muon"}}) == ["", ", optimizer muon"]
+    moe = {"num_experts": 4, "top_k": 2}
+    assert labels(even={"decoder": {"moe": moe}}, odd={"decoder": {"moe": {**moe, "num_experts": 8}}}) == [
+        "", ", decoder: num_experts 8",
+    ]  # fmt: skip
     assert labels(untaught={}, taught={"teacher": {"source": "/nowhere/big", "weight": 0.5}}) == [
         "", ", teacher big",
     ]  # fmt: skip

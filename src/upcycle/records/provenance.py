@@ -121,6 +121,8 @@ class Provenance(Document):
         moe, init = self.recipe.get("moe"), self.recipe.get("init")
         if not isinstance(moe, Mapping):
             raise WrongError("is missing in it, or is not a table", "recipe", "moe")
+        if not isinstance(self.recipe.get("router", {}), Mapping):
+            raise WrongError("is not a table", "recipe", "router")
         if not isinstance(init, Mapping) or not isinstance(init.get("name"), str):
             raise WrongError("is missing in it, or is not a text", "recipe", "init", "name")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upcycle import targets
+from upcycle.recipe import STACKS
 from upcycle.reporting.runs import RunHistory
 
 Kind = Literal["dense, continued", "dense, from scratch", "dense, rebuilt", "upcycled", "MoE, from scratch"]
@@ -60,13 +61,18 @@ def labels_of(runs: Sequence[RunHistory]) -> list[str]:
 
 
 def _leaves(run: RunHistory) -> dict[str, Any]:
-    """Return every setting by its dotted key; those of a stage after the name of the stage."""
+    """Return every setting by its dotted key; those of a stage or of a stack after its name.
+
+    Settings that a stack shares with the model are left out.
+    """
     table = settings(run)
     stages = {str(stage.get("name", number)): stage for number, stage in enumerate(table.pop("stage", ()), 1)}
+    stacks = {name: table.pop(name) for name in STACKS if isinstance(table.get(name), Mapping)}
     out = dict(flat(table))
     for name, stage in stages.items():
-        inner = {key: value for key, value in stage.items() if key != "name"}
-        out |= {f"{name}: {key}": value for key, value in flat(inner)}
+        out |= {f"{name}: {key}": value for key, value in flat(stage) if key != "name"}
+    for name, stack in stacks.items():
+        out |= {f"{name}: {key}": value for key, value in flat(stack) if value != out.get(key)}
     return {_STAGES: ", ".join(stages) or None, **out}
 
 
