@@ -721,6 +721,22 @@ def test_what_was_measured_tells_the_same_however_often(tmp_path):
     assert row[2] == "cannot be told"
 
 
+def test_a_run_whose_loss_is_no_number_any_more_is_not_the_best(tmp_path):
+    """Its curve ends before, at a loss that nobody can have; and what was skipped is said."""
+    dense, moe = pair_of_runs(tmp_path)
+    lost = write_run(tmp_path / "lost", lambda t: 1.0 if t < 30 * BATCH else math.nan, moe={"top_k": 1})
+    lines = [json.loads(line) for line in (moe / "metrics.jsonl").read_text().splitlines()]
+    lines[5]["skipped"] = lines[6]["skipped"] = "stands out"
+    (moe / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = sentences(document(dense, moe, lost))
+    assert "Mixtures of Experts (4 experts, top-1, copy)" not in said[0]
+    assert "lost: its held-out loss is not finite at step 30, 40; curves leave that out" in said
+    assert (
+        "moe did not update its weights in 2 of 40 steps, which stood out or were not finite; their tokens "
+        "and FLOPs count"
+    ) in said
+
+
 def test_points_that_differ_by_rounding_are_one():
     x = np.array([0.0, 0.1 + 0.2, 1.0])
     found = standing(x, np.array([3.0, 2.0, 1.0]), np.array([0.0, 0.3]), np.array([4.0, 2.5]))

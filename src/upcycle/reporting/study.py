@@ -78,6 +78,12 @@ class Study:
             for run in self.runs
             if run.unfinished
         ]
+        said += [
+            f"{run.name} did not update its weights in {run.skipped:,} of {run.done:,} steps, which stood "
+            f"out or were not finite; their tokens and FLOPs count"
+            for run in self.runs
+            if run.skipped
+        ]
         said += [f"{run.name}: {damage}" for run in self.runs for damage in run.damage]
         said += [f"{found.name}: {damage}" for found in self.checkpoints for damage in found.damage]
         said += [

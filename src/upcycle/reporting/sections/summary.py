@@ -43,7 +43,7 @@ _STARTS = {
 
 def _answer(study: Study, pairs: Sequence[Pair]) -> str:
     """Return the best result in one or two sentences; a clear yes or no needs several seeds."""
-    whole = [pair for pair in pairs if not any(run.unfinished for run in pair.group.runs)]
+    whole = [pair for pair in pairs if not any(run.unfinished or run.diverged for run in pair.group.runs)]
     hardest = [max(of_one, key=_hardness) for of_one in _by_group(whole or pairs)]
     best = min(hardest, key=_gap)
     unit = formats.unit(best.group.runs[0].about.task)
