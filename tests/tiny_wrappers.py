@@ -143,16 +143,16 @@ KINDS: dict[str, Kind] = {
 
 
 def built(kind: str, seed: int = 0, **text: Any) -> Any:
-    """A wrapper with weights large enough that a missing one shows; `text` has more of its text_config."""
+    """A wrapper with weights large enough that a missing one shows; `text` changes its text model."""
     found = KINDS[kind]
-    changed = {**found.config, "text_config": {**found.config["text_config"], **text}}
-    config = transformers.CONFIG_MAPPING[found.model_type](**changed)
+    changed = {"text_config": {**found.config["text_config"], **text}} if text else {}
+    config = transformers.CONFIG_MAPPING[found.model_type](**{**found.config, **changed})
     return tiny.shake(transformers.AutoModelForImageTextToText.from_config(config).float(), seed)
 
 
-def make(folder: Path, kind: str, seed: int = 0) -> Path:
+def make(folder: Path, kind: str, seed: int = 0, **text: Any) -> Path:
     """Save such a wrapper."""
-    built(kind, seed).save_pretrained(folder)
+    built(kind, seed, **text).save_pretrained(folder)
     return folder
 
 
