@@ -106,8 +106,8 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     begun = start.start_of(run, outline)
     task = beginning.admitted(run, begun)
-    if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
-        raise UpcycleError(long)
+    if wrong := beginning.first_refusals(run, begun, task):
+        raise UpcycleError(wrong[0])
     layout = run.parallel.layout(world)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     precision = fit.precision(run)
