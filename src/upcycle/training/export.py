@@ -15,6 +15,7 @@ from upcycle.blueprints import stored_types
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf import recorded
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock
 from upcycle.training import averaging, enter, exports, saving
@@ -91,7 +92,7 @@ def export(
             claim.finish(partial, out)
     finally:
         begun.dense.checkpoint.close()
-    parameters = begun.parameters if expert is None else sum(t.size for t in begun.dense.tensors.values())
+    parameters = begun.parameters if expert is None else sum(t.size for t in begun.dense.stored.values())
     return Exported(out=out, step=trained.state.step, parameters=parameters, dtype=wanted)
 
 
@@ -177,10 +178,14 @@ def _trained(
 
 
 def _types(begun: Start, dtype: str) -> dict[str, str]:
-    """Return the type of each tensor on disk, which is the one that `upcycle convert` would give it."""
-    if dtype == "source":
-        return {name: entry.dtype for name, entry in begun.planned.items()}
-    return stored_types.of({name: entry.lazy for name, entry in begun.planned.items()}, dtype)
+    """Return the type of each tensor on disk, which is the one that `upcycle convert` would give it.
+
+    Every correction bias keeps its own: training moved it in tiny steps.
+    """
+    lazies = {name: entry.lazy for name, entry in begun.planned.items()}
+    planned = {name: entry.dtype for name, entry in begun.planned.items()}
+    types = planned if dtype == "source" else stored_types.of(lazies, dtype)
+    return types | {name: lazy.dtype for name, lazy in lazies.items() if recorded.is_bias(name)}
 
 
 def _refuse_average(average: int | None, decay: float | None, with_optimizer: bool) -> None:

@@ -30,12 +30,13 @@ def on_disk(model: PreTrainedModel, begun: Start, types: Mapping[str, str]) -> d
     wanted = {name: replace(entry, dtype=types[name]) for name, entry in begun.entries.items()}
     whole = begun.in_memory(wanted)
     parts = building.split(model, whole)
-    state = model.state_dict(keep_vars=True)
+    names = building.renamed(model, parts)
     held = {}
-    for own, name in building.renamed(model, parts).items():
-        dtype = parts[name].dtype
-        state[own].data = _narrowed(state[own].data, dtype, name)
-        held[name] = Entry(_Held(as_array(state[own]), dtype, name), dtype)
+    for own, tensor in model.state_dict(keep_vars=True).items():
+        if (name := names.get(own)) is not None:  # else it is tied to one that has a name
+            dtype = parts[name].dtype
+            tensor.data = _narrowed(tensor.data, dtype, name)
+            held[name] = Entry(_Held(as_array(tensor), dtype, name), dtype)
     made = begun.on_disk(building.joined(model, held, whole))
     shapes = {name: entry.shape for name, entry in made.items()}
     if shapes != {name: entry.shape for name, entry in wanted.items()}:
