@@ -227,12 +227,17 @@ def reference(run: Run, source: Path, folder: Path) -> list[float]:
     return out
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "gpt2"])
 def test_a_run_is_what_transformers_and_torch_compute(kind, table, source, tmp_path):
-    """With the pooled loss, which transformers has as well."""
-    changes = (
-        {**MOE, "router": {"balance_loss": "pooled", "balance_loss_coef": 0.05}} if kind == "moe" else {}
-    )
+    """With the pooled loss, which transformers has as well. GPT-2's class is no ForCausalLM."""
+    changes: dict = {}
+    if kind == "moe":
+        changes = {**MOE, "router": {"balance_loss": "pooled", "balance_loss_coef": 0.05}}
+    if kind == "gpt2":
+        still = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        source = tiny.make(tmp_path / "gpt2", "GPT2LMHeadModel", vocab_size=512, n_positions=64, **still)
+        tiny.make_bytes_tokenizer(source)
+        changes = {"source": str(source)}
     run = Run.of(table(**changes))
     train(run)
     wanted = reference(run, source, tmp_path)
