@@ -13,7 +13,6 @@ from torch import Tensor
 from upcycle.blueprints.blueprint import with_cache
 from upcycle.conversion import provenance
 from upcycle.conversion.write import carry
-from upcycle.dense.places import Alone
 from upcycle.errors import UpcycleError
 from upcycle.system import scratch, whole_file
 from upcycle.training.exports import Format, Trained
@@ -51,16 +50,14 @@ class Expert(Format):
             carried=carried,
             left_behind=left,
             training=(training_of(trained),),
+            target=str(config["model_type"]),
         )
         whole_file.write_json(folder / told.FILE, told.as_table())
 
 
 def _config(begun: Start) -> dict[str, Any]:
-    """Return config.json of the dense model: that of the source, or of the text model taken out of it."""
-    dense = begun.dense
-    config = dict(dense.checkpoint.config)
-    if isinstance(dense.place, Alone):
-        config = {**dense.raw, "architectures": [dense.own_class]}
+    """Return config.json of the dense model."""
+    config = dict(begun.dense.outer)
     return config if _untied(begun) is None else config | {"tie_word_embeddings": False}
 
 
@@ -85,7 +82,7 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
     count = min(site.num_experts for site in built.sites)
     if number >= count:
         raise UpcycleError(f"--expert {number}, and the experts of a layer have the numbers 0 to {count - 1}")
-    dense = {id(lazy): name for name, lazy in begun.dense.tensors.items()}
+    dense = {id(lazy): name for name, lazy in begun.dense.stored.items()}
     head = _untied(begun)
     places: dict[str, list[str]] = {}
     for name, entry in begun.entries.items():
@@ -99,7 +96,7 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
                 f"with init.name = copy and a target without shared experts"
             )
     experts = _experts(begun)
-    lost = [own for own in begun.dense.tensors if len(places.get(own, ())) not in (1, experts.get(own, 1))]
+    lost = [name for name in begun.dense.stored if len(places.get(name, ())) not in (1, experts.get(name, 1))]
     if lost:
         raise UpcycleError(
             f"--expert: {lost[0]} has no place of its own in this model; start the run with init.name = copy "
@@ -113,7 +110,7 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
 def _experts(begun: Start) -> Mapping[str, int]:
     """Return the tensors of the networks that became experts, with the number of experts of their layer."""
     dense = begun.dense
-    named = {id(lazy): name for name, lazy in dense.tensors.items()}
+    named = {id(lazy): name for name, lazy in dense.stored.items()}
     out = {}
     for site in begun.built.sites if begun.built else ():
         network = dense.origin(site.layer, site.stack)
