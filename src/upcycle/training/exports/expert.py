@@ -56,7 +56,7 @@ class Expert(Format):
 
 
 def _config(begun: Start) -> dict[str, Any]:
-    """Return config.json of the dense model."""
+    """Return config.json of the dense model: with a head of its own, if the run has untied it."""
     config = dict(begun.dense.outer)
     return config if _untied(begun) is None else config | {"tie_word_embeddings": False}
 
@@ -96,7 +96,7 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
                 f"with init.name = copy and a target without shared experts"
             )
     experts = _experts(begun)
-    lost = [name for name in begun.dense.stored if len(places.get(name, ())) not in (1, experts.get(name, 1))]
+    lost = [own for own in begun.dense.stored if len(places.get(own, ())) not in (1, experts.get(own, 1))]
     if lost:
         raise UpcycleError(
             f"--expert: {lost[0]} has no place of its own in this model; start the run with init.name = copy "
