@@ -46,6 +46,7 @@ class Expert(Format):
             carried=carried,
             left_behind=left,
             training=(training_of(trained),),
+            target=str(config["model_type"]),
         )
         whole_file.write_json(folder / told.FILE, told.as_table())
 
