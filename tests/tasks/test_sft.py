@@ -27,6 +27,7 @@ from upcycle.training import saving
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
+from upcycle.training.run import Run
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 CHATS: list[dict[str, Any]] = [
@@ -199,11 +200,11 @@ def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
 
 def test_chats_kept_apart_in_a_row_are_those_in_rows_of_their_own(dense, tmp_path):
     """The first score of two runs; with `data.isolate` a chat does not see those before it."""
-    found = []
+    found, test = [], shutil.copy(dense / "chats.jsonl", tmp_path)
     for pack, isolate in ((True, True), (False, False), (True, False)):
         out = tmp_path / f"{pack}{isolate}"
         changes: dict[str, Any] = {
-            "task": {"pack": pack, "test": str(dense / "chats.jsonl")},
+            "task": {"pack": pack, "test": str(test)},
             "data": {"isolate": isolate, "held_out": 0.0},
             "train": {"steps": 1, "eval_every": 1},
         }
@@ -211,6 +212,86 @@ def test_chats_kept_apart_in_a_row_are_those_in_rows_of_their_own(dense, tmp_pat
         found.append(read(out)[0].held_out_start)
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[2] != pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.fixture(scope="session")
+def splits(dense, tmp_path_factory) -> Path:
+    """A data set with two splits, whose chats in `test` have longer answers."""
+    datasets = pytest.importorskip("datasets")
+    said = {"train": "yes, yes", "test": "yes, yes, yes"}
+    made = {
+        name: datasets.Dataset.from_list([{"messages": turns(each, answer)} for each in "abcdefgh"])
+        for name, answer in said.items()
+    }
+    folder = tmp_path_factory.mktemp("splits") / "set"
+    datasets.DatasetDict(made).save_to_disk(folder)
+    return folder
+
+
+def sft_on(splits: Path, dense: Path, out: Path, **task: Any) -> dict[str, Any]:
+    data = {"sources": [{"path": str(splits)}], "held_out": 0.0}
+    short = {"steps": 1, "eval_every": 1}
+    return table(dense, out, data=data, task={"test": str(splits), **task}, train=short)
+
+
+def held_out_targets(run: dict[str, Any]) -> int:
+    made = Run.of(run)
+    rows = made.task.feed(made.feeding(made.task), Subject.of(Path(made.source))).held_out()
+    return int((rows["labels"] != IGNORED).sum())
+
+
+def test_a_data_set_with_splits_is_scored_on_its_test_split(splits, dense, tmp_path):
+    longer = len("yes, yes, yes") + 1
+    assert held_out_targets(sft_on(splits, dense, tmp_path / "run")) == 8 * longer
+    assert held_out_targets(sft_on(splits, dense, tmp_path / "run", test_split="train")) == 8 * (longer - 5)
+    found = evaluate(dense, ToScore(chats=splits, length=99))
+    assert found["chats"]["targets"] == 8 * longer
+    assert found["results"][0]["name"] == "set"
+    with pytest.raises(UpcycleError, match=r"no split 'validation'; it has test, train: name one"):
+        train(sft_on(splits, dense, tmp_path / "run", test_split="validation"))
+    with pytest.raises(UpcycleError, match=r"test_split = test is a split of task.test, which is not set"):
+        train(table(dense, tmp_path / "run", task={"test_split": "test"}))
+    with pytest.raises(UpcycleError, match=r"chats.jsonl has no splits to choose test from"):
+        train(table(dense, tmp_path / "run", task={"test": str(dense / "chats.jsonl"), "test_split": "test"}))
+
+
+@pytest.mark.parametrize(
+    ("source", "task"),
+    [
+        ("{splits}", {"test": "{splits}", "test_split": "train"}),
+        ("{splits}", {"test": "{splits}/train"}),
+        ("{dense}/chats.jsonl", {"test": "{dense}/../{dense.name}/chats.jsonl"}),
+        ("{dense}", {"test": "{dense}/chats.jsonl"}),
+    ],
+)
+def test_a_set_to_score_on_is_not_trained_on(source, task, splits, dense, tmp_path):
+    task = {key: value.format(splits=splits, dense=dense) for key, value in task.items()}
+    data = {"sources": [{"path": source.format(splits=splits, dense=dense)}], "held_out": 0.0}
+    with pytest.raises(
+        UpcycleError, match=r"is trained on, too, because data.sources names it; give another"
+    ):
+        train(table(dense, tmp_path / "run", task=task, data=data))
+
+
+def test_an_earlier_run_goes_on_being_scored_on_what_it_was(splits, dense, tmp_path, caplog):
+    """Versions without `test_split` scored on the split train."""
+    out = tmp_path / "run"
+    run = sft_on(splits, dense, out, test_split="train")
+    run["train"] |= {"steps": 2, "eval_every": 2}
+    run["checkpoint"] = {"every": 1, "keep": 2}
+    sft = tasks.find("sft")
+    recorded = sft.as_table
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(sft, "objection", lambda *_: None)
+        earlier.setattr(
+            sft, "as_table", lambda task: {k: v for k, v in recorded(task).items() if k != "test_split"}
+        )
+        whole = train(run)
+    assert "test_split" not in json.loads((out / "run.json").read_text())["run"]["task"]
+    shutil.rmtree(dict(saving.checkpoints(out))[2])
+    del run["task"]["test_split"]
+    assert train(run, resume=True).held_out_loss == whole.held_out_loss
+    assert "set/train is trained on, too" in caplog.text
 
 
 def test_nobody_but_the_assistant_has_a_gradient(dense):

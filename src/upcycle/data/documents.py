@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -29,7 +29,7 @@ class Source(Settings):
     field: str = "text"  # the text field of JSON lines, parquet and datasets
     # separates the documents of a text file; None: a file is one document
     separator: Annotated[str | None, Verbatim()] = None
-    split: str = "train"  # split of a Hugging Face dataset
+    split: str = "train"  # split of a Hugging Face dataset that has splits
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +68,57 @@ def documents(source: Source) -> Iterator[tuple[str, bool]]:
         return
     for path in files(source):
         yield from _READERS[str(_kind(path))](path, source)
+
+
+def to_score(path: str | Path, split: str | None = None) -> Source:
+    """Return the source of a set to score on: all of it, or one split if it is a data set that has splits.
+
+    That is `split`, or else `test`, or else the only one. Raises `UpcycleError` if it is not there.
+    """
+    source, there = Source(path=str(path)), saved_splits(Path(path))
+    if _hub_name(source) is not None:
+        return replace(source, split=split or "test")
+    if there is None:
+        if split is not None:
+            raise UpcycleError(f"{path} has no splits to choose {split} from; give one that has, or no split")
+        return source
+    chosen = split or ("test" if len(there) != 1 else there[0])
+    _refuse_other_split(str(path), chosen, there)
+    return replace(source, path=str(Path(path) / chosen), split=chosen)
+
+
+def saved_splits(path: Path) -> list[str] | None:
+    """Return the splits of a data set that is saved in a folder; None if that has no splits."""
+    about = path / "dataset_dict.json"
+    if not about.is_file():
+        return None
+    try:
+        return [str(name) for name in json.loads(about.read_text(encoding="utf-8"))["splits"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UpcycleError(f"{about} is damaged; save the data set anew") from None
+
+
+def _refuse_other_split(path: str, split: str, there: Collection[str]) -> None:
+    if split not in there:
+        raise UpcycleError(
+            f"{path} has no split {split!r}; it has {listed(sorted(there))}: name one of them, or give its "
+            f"folder below {path}"
+        )
+
+
+def overlap(one: Source, other: Source) -> bool:
+    """Return whether two sources have data in common: the same file, folder or split, or one in the other."""
+    names = [each.path for each in (one, other) if _hub_name(each) is not None]
+    if names:
+        return one.path == other.path and one.split == other.split
+    here, there = _place(one), _place(other)
+    return here == there or here in there.parents or there in here.parents
+
+
+def _place(source: Source) -> Path:
+    """Return the file or the folder that is read."""
+    path = Path(source.path)
+    return (path / source.split if saved_splits(path) else path).resolve()
 
 
 def is_dataset(source: Source) -> bool:
@@ -211,7 +262,10 @@ def dataset_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             rows = datasets.load_from_disk(source.path)
             if isinstance(rows, datasets.DatasetDict):
+                _refuse_other_split(source.path, source.split, rows)
                 rows = rows[source.split]
+    except UpcycleError:
+        raise
     except Exception as error:  # the hub or the folder can raise anything; its message is passed on
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UpcycleError(f"{source.path} cannot be opened: {reason}") from None

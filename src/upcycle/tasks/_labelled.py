@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from upcycle.data.corpus import Data
+from upcycle.data.documents import Source, overlap
 from upcycle.data.examples import Examples, Labelled
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError, listed
@@ -21,13 +23,13 @@ if TYPE_CHECKING:
 Set = TypeVar("Set", "ImageSet", "TextSet")
 
 
-def only_source(feeding: Feeding, task: Task) -> str:
-    """Return the path of the only data source. Raises `UpcycleError` if there are several."""
+def only_source(feeding: Feeding, task: Task) -> Source:
+    """Return the only data source. Raises `UpcycleError` if there are several."""
     sources = feeding.data.sources
     if len(sources) != 1:
         what = task.name.replace("_", " ")
         raise UpcycleError(f"{what} takes one [[data.sources]]; there are {len(sources)}")
-    return sources[0].path
+    return sources[0]
 
 
 def split(train: Labelled, test: Labelled | None, feeding: Feeding) -> Feed:
@@ -36,6 +38,19 @@ def split(train: Labelled, test: Labelled | None, feeding: Feeding) -> Feed:
     return Examples(
         train, test, held_out_share=data.held_out, seed=feeding.seed, split_seed=data.split_seed or 0
     )
+
+
+def objection_to_test(test: Source | None, data: Data) -> str | None:
+    """Return a sentence about a set to score on (`task.test`) that [data] trains on; None if it does not."""
+    if test is None:
+        return None
+    if any(overlap(test, source) for source in data.sources):
+        part = f", split {test.split}" if test.path.startswith("hf:") else ""
+        return (
+            f"task.test = {test.path}{part} is trained on, too, because data.sources names it; give another "
+            f"set, or take task.test out and set data.held_out"
+        )
+    return None
 
 
 def refuse_unknown_ids(ids: np.ndarray, path: str, subject: Subject) -> None:

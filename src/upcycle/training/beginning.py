@@ -63,12 +63,13 @@ def ready(
 ) -> Ready:
     """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
     before = None if checkpoint is None else saving.read_state(checkpoint)
+    run = run_folder.settled(run, checkpoint)
+    task = run.task or task
     _warn(run, begun, task, here, begins=checkpoint is None)
     if here.first and before is not None:
         _say_changed_layout(before, here)
     _refuse_other_teacher(before, begun, here)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
-    run = run_folder.settled(run, checkpoint)
     run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
     course = Course(run)
     feeds = _feeds(course, task, begun, here)
@@ -122,16 +123,18 @@ def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
-    """Warn the user before a run costs time, and refuse rows that are too long for the model.
+    """Warn the user before a run costs time; refuse rows that are too long for the model, and unused data.
 
     A run that has already trained on such rows only gets a warning.
     """
     long = task.beyond_positions(run.train.sequence_length, begun.subject)
-    if long is not None and begins:
-        raise UpcycleError(long)
+    data = dict.fromkeys(leg.run.data for leg in Course(run).legs)
+    wrong = list(filter(None, [long, *map(task.objection, data)]))
+    if wrong and begins:
+        raise UpcycleError(wrong[0])
     if here.first:
         found = fit.warnings(run, begun.built) if begins else []
-        for sentence in [*found, *filter(None, [long])]:
+        for sentence in [*found, *wrong]:
             progress.warn(sentence)
 
 
