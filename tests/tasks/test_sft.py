@@ -327,16 +327,51 @@ def test_a_template_of_its_own_goes_with_the_model(dense, tmp_path):
     (tmp_path / "own.jinja").write_text(CHATML)
     own = {"chat_template": str(tmp_path / "own.jinja")}
     train(table(source, tmp_path / "run", task=own, train={"steps": 1}))
+    (tmp_path / "own.jinja").write_text(MARKED)  # changed since the run began
     out = export(tmp_path / "run", tmp_path / "out").out
     assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
-    carried = json.loads((out / "upcycle.json").read_text())["carried_files"]
-    assert "chat_template.jinja" not in carried
+    told = json.loads((out / "upcycle.json").read_text())
+    assert "chat_template.jinja" not in told["carried_files"]
+    assert told["made_anew_files"]["chat_template.jinja"] == "the run was trained with it (task.name = sft)"
+    shutil.rmtree(tmp_path / "run" / "beside")  # as a run of an earlier version
+    out = export(tmp_path / "run", tmp_path / "earlier").out
+    assert AutoTokenizer.from_pretrained(out).chat_template == MARKED
     for content, message in ((None, "cannot be read"), ("\n", "is empty")):
         (tmp_path / "own.jinja").unlink(missing_ok=True)
         if content is not None:
             (tmp_path / "own.jinja").write_text(content)
         with pytest.raises(UpcycleError, match=message):
             train(table(source, tmp_path / "other", task=own))
+
+
+@pytest.mark.parametrize(
+    ("named", "target", "expert"),
+    [("folder", "upcycled", None), ("folder", "mixtral", 1), ("owner/name", "mixtral", None)],
+)
+def test_the_tokenizer_of_the_data_goes_with_the_model(named, target, expert, dense, tmp_path, monkeypatch):
+    """It has other ids than the source's, and is gone when the model is exported."""
+    other, read_from = tmp_path / "folder", AutoTokenizer.from_pretrained
+    named = str(other) if named == "folder" else named
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained",
+        lambda where, **keys: read_from(other if str(where) == "owner/name" else where, **keys),
+    )  # fmt: skip
+    words = byte_tokenizer(other, CHATML, alphabet=[*ALPHABET[:3], *reversed(ALPHABET[3:])])
+    wanted = words.apply_chat_template(turns("Hi?", "Yes."), return_dict=False)
+    assert wanted != AutoTokenizer.from_pretrained(dense).apply_chat_template(
+        turns("Hi?", "Yes."), return_dict=False
+    )
+    data = {"tokenizer": named}
+    run = table(dense, tmp_path / "run", data=data, train={"steps": 1}, moe={"target": target})
+    train(run)
+    shutil.rmtree(other)
+    out = export(tmp_path / "run", tmp_path / "out", expert=expert).out
+    found = AutoTokenizer.from_pretrained(out)
+    assert found.chat_template == CHATML
+    assert found.apply_chat_template(turns("Hi?", "Yes."), return_dict=False) == wanted
+    told = json.loads((out / "upcycle.json").read_text())
+    assert told["made_anew_files"]["tokenizer.json"] == f"the run was trained with data.tokenizer = {named}"
+    assert "tokenizer.json" not in told["carried_files"]
 
 
 def test_other_mistakes(dense, tmp_path):

@@ -61,6 +61,7 @@ def of_dense(
     *,
     carried: list[str],
     left_behind: list[str],
+    made_anew: Mapping[str, str] | None = None,
     training: tuple[Training, ...],
 ) -> Provenance:
     """Return the provenance of the folder `out`, a dense model that was trained further and not built."""
@@ -75,6 +76,7 @@ def of_dense(
         recipe=None,
         blueprint_hash=None,
         carried_files=tuple(carried),
+        made_anew_files=dict(made_anew) if made_anew else None,
         left_behind_files=tuple(left_behind),
         training=training,
     )

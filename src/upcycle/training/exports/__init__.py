@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from upcycle.conversion.provenance import Hashes
     from upcycle.records.run import RunRecord
     from upcycle.records.state import RunState
+    from upcycle.training.beside import Beside
     from upcycle.training.run import Run
     from upcycle.training.start import Start
 
@@ -39,6 +40,7 @@ class Trained:
     run: Run
     record: RunRecord
     state: RunState
+    beside: Beside  # the tokenizer of its data and the files of its task
     hashes: Hashes  # hashes of the files that the run started from
     expert: int | None = None  # the expert that is asked for
     averaged: tuple[int, ...] = ()  # steps of the checkpoints that the weights are the mean of, if of several

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from upcycle.blueprints.blueprint import with_cache
 from upcycle.conversion import provenance
-from upcycle.conversion.write import carry
 from upcycle.errors import UpcycleError
 from upcycle.system import scratch, whole_file
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import training_of
+from upcycle.training.exports._beside import lay
 from upcycle.training.exports.huggingface import open_to_others, write_model
 from upcycle.training.start import Start
 
@@ -38,16 +38,17 @@ class Expert(Format):
             made = {dense: stored[name].clone() for dense, name in names.items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
         source = begun.dense.checkpoint
-        carried, left = carry(source.folder, folder)
         config = with_cache({**source.config, "dtype": dtype, "torch_dtype": dtype})
         whole_file.write_json(folder / "config.json", config)
         open_to_others(folder)
+        laid = lay(trained, folder, config)
         told = provenance.of_dense(
             source,
             trained.hashes,
             folder,
-            carried=carried,
-            left_behind=left,
+            carried=laid.carried,
+            left_behind=laid.left,
+            made_anew=laid.made_anew,
             training=(training_of(trained),),
         )
         whole_file.write_json(folder / told.FILE, told.as_table())
