@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError, listed, shown
 from upcycle.settings import Above, Settings, Verbatim
 
 _PIECE = 1 << 20  # characters to read from a text file at once
 _LINE = 1 << 28  # maximum length of a line of JSON, in characters
+_PLAIN = {".txt", ".text"}  # files of text without rows
+_SPLITS = {"train", "test", "val", "valid", "validation"}
+_SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}(-[0-9a-f]+)?(\.\w+)+")  # a file of a split in parts
 _ROWS = 256  # rows of a parquet file in memory at a time; rows may be of any length
 
 
@@ -104,6 +108,57 @@ def _refuse_other_split(path: str, split: str, there: Collection[str]) -> None:
             f"{path} has no split {split!r}; it has {listed(sorted(there))}: name one of them, or give its "
             f"folder below {path}"
         )
+
+
+def unread(source: Source) -> str | None:
+    """Return a sentence about a key of a source that is set and does nothing there; None if all are read."""
+    path = source.path
+    kinds = set() if is_dataset(source) else {_kind(each) for each in files(source)}
+    if (why := mixed(source)) is not None:
+        return why
+    if source.split != Source.split and not (_hub_name(source) or saved_splits(Path(path))):
+        return f"data.sources split = {source.split}, and {path} is no dataset with splits; take split out"
+    if source.separator is not None and kinds.isdisjoint(_PLAIN):
+        return (
+            f"data.sources separator = {shown(source.separator)} is for text files, and {path} has none, so "
+            f"each row is a document; take separator out"
+        )
+    if source.field != Source.field and kinds and kinds <= _PLAIN:
+        return (
+            f"data.sources field = {source.field} is for JSON lines, parquet and datasets, and {path} is "
+            f"text alone; take field out"
+        )
+    return None
+
+
+def mixed(source: Source) -> str | None:
+    """Return a sentence about a folder with files of training and of other splits; None if it is none."""
+    folder = Path(source.path)
+    if is_dataset(source) or not folder.is_dir():
+        return None
+    splits = {name for each in files(source) if (name := _split_of(each.relative_to(folder)))}
+    if len(splits) < 2 or not any("train" in _words(name) for name in splits):
+        return None
+    return (
+        f"{folder} has files of the splits {listed(sorted(splits))}, and a folder is read whole, whatever "
+        f"split says; give a file of one of them, or a folder that holds only that"
+    )
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split that a file is of, if its name or that of a folder says so.
+
+    Hugging Face datasets are cloned as `train.jsonl`, `train-00000-of-00001.parquet` or `train/ANY.parquet`.
+    """
+    shard = _SHARD.fullmatch(path.name)
+    name = shard["split"] if shard else path.name.removesuffix(str(_kind(path)))
+    if name.lower() in _SPLITS or (shard and _words(name) & _SPLITS):
+        return name
+    return next((folder for folder in reversed(path.parts[:-1]) if folder.lower() in _SPLITS), None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def overlap(one: Source, other: Source) -> bool:

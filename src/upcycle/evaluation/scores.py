@@ -147,6 +147,8 @@ def _refuse_missing(asked: ToScore) -> None:
     """Raise an error if a split, files of a task or lm-evaluation-harness are missing, before scoring."""
     for path in filter(None, (*asked.texts, asked.chats)):
         documents.to_score(path)
+    if asked.chats and (why := documents.mixed(documents.to_score(asked.chats))) is not None:
+        raise UpcycleError(why)
     if asked.by_harness:
         harness()
     if asked.task_files:

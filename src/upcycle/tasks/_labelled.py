@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -40,10 +41,32 @@ def split(train: Labelled, test: Labelled | None, feeding: Feeding) -> Feed:
     )
 
 
-def objection_to_test(test: Source | None, data: Data) -> str | None:
-    """Return a sentence about a set to score on (`task.test`) that [data] trains on; None if it does not."""
-    if test is None:
-        return None
+def objection_to(data: Data, task: Task, test: Source | None, unread: Sequence[str]) -> str | None:
+    """Return a sentence about [data] that `task` would not use as it says; None if it would.
+
+    `test` is the set to score on, if there is one, and `unread` has the keys that the task does not read.
+    """
+    return _set_in_vain(data, task, unread) or (None if test is None else _objection_to_test(test, data))
+
+
+def _set_in_vain(data: Data, task: Task, unread: Sequence[str]) -> str | None:
+    for where, table in (("data.", data), *(("data.sources ", source) for source in data.sources)):
+        for key in fields(table):
+            value = getattr(table, key.name)
+            if key.name in unread and value != key.default:
+                return (
+                    f"{where}{key.name} = {json.dumps(value)} does nothing, because the task "
+                    f"{task.name} does not read it; take it out"
+                )
+    return None
+
+
+def _objection_to_test(test: Source, data: Data) -> str | None:
+    if data.held_out:
+        return (
+            f"data.held_out = {data.held_out:g} holds nothing out, because the model is scored on task.test; "
+            f"take one of them out"
+        )
     if any(overlap(test, source) for source in data.sources):
         part = f", split {test.split}" if test.path.startswith("hf:") else ""
         return (

@@ -16,7 +16,7 @@ from upcycle.errors import listed
 from upcycle.families._encoder import pair
 from upcycle.system import progress
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._labelled import as_the_head, objection_to_test, only_source, split
+from upcycle.tasks._labelled import as_the_head, objection_to, only_source, split
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
@@ -58,7 +58,8 @@ class ImageClassification(Task):
         return split(train, test, feeding)
 
     def objection(self, data: Data) -> str | None:
-        return objection_to_test(None if self.test is None else Source(path=self.test), data)
+        test = None if self.test is None else Source(path=self.test)
+        return objection_to(data, self, test, ("field", "separator", "split", "append_eos", "tokenizer"))
 
     def shown(self, feeding: Feeding, subject: Subject, *, labels: bool) -> Feed:
         images = self.images(only_source(feeding, self).path, subject, feeding.cache, any_classes=not labels)

@@ -11,14 +11,14 @@ from upcycle.data import chats
 from upcycle.data.chat_rows import ChatRows
 from upcycle.data.corpus import Data
 from upcycle.data.corruption import IGNORED
-from upcycle.data.documents import Source, saved_splits, to_score
+from upcycle.data.documents import Source, mixed, saved_splits, to_score
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.system import progress
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
 from upcycle.tasks._chat_tokens import read_template, tokens_of, with_template
-from upcycle.tasks._labelled import objection_to_test, only_source, refuse_unknown_ids, split
-from upcycle.tasks._tokens import beyond_positions, tokenizer_of
+from upcycle.tasks._labelled import objection_to, only_source, refuse_unknown_ids, split
+from upcycle.tasks._tokens import beyond_positions, objection_to_sources, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,12 @@ class SFT(Task):
         return None if self.test is None else to_score(self.test, self.test_split)
 
     def objection(self, data: Data) -> str | None:
-        return objection_to_test(self._scored, data)
+        test = self._scored
+        return (
+            objection_to(data, self, test, ("field", "separator", "append_eos"))
+            or objection_to_sources(data)
+            or (None if test is None else mixed(test))
+        )
 
     def continued(self, recorded: Mapping[str, Any]) -> SFT:
         """Go on with the split that versions without `test_split` scored on, which was train."""

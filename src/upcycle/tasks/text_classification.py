@@ -12,7 +12,7 @@ from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._labelled import as_the_head, objection_to_test, only_source, refuse_unknown_ids, split
+from upcycle.tasks._labelled import as_the_head, objection_to, only_source, refuse_unknown_ids, split
 from upcycle.tasks._tokens import refuse_beyond_positions, tokenizer_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class TextClassification(Task):
         return split(train, test, feeding)
 
     def objection(self, data: Data) -> str | None:
-        return objection_to_test(None if self.test is None else Source(path=self.test), data)
+        test = None if self.test is None else Source(path=self.test)
+        return objection_to(data, self, test, ("field", "separator", "split", "append_eos"))
 
     def _texts(self, path: str, feeding: Feeding, subject: Subject) -> TextSet:
         refuse_beyond_positions(feeding.length, subject)
