@@ -115,7 +115,9 @@ def test_blanks_at_the_end_of_a_mark_are_not_the_rest_of_the_chat(tmp_path):
         ("{{ 1 + }}", turns("a", "b"), "the chat template refuses the chat: "),
         ("{{ messages[0].content }}", turns("a", "b"), "shows nothing of the assistant's messages"),
         ("{% generation %}{% endgeneration %}a", turns("a", "b"), "shows nothing of the assistant's"),
-        ("{{ messages[0]['role'] }}: {{ messages[-1].content }}", turns("a", "b")[1:], "its first 0 mess"),
+        ("{{ messages[0]['role'] }}: {{ messages[-1].content }}", turns("a", "b")[1:], "row 0 begins with"),
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), turns("a", "b"), "one, which ends in .*k>"),
+        (CHATML.replace("\n{{", ": {{"), turns("a", "b")[1:], "begins this answer otherwise than its"),
         ({"a": CHATML, "b": CHATML}, turns("a", "b"), "no chat template for these chats"),
     ],
 )  # fmt: skip
@@ -124,6 +126,37 @@ def test_templates_that_do_not_do(template, messages, message, tmp_path):
     tokenizer.chat_template = template
     with pytest.raises(UpcycleError, match=message):
         tokens_of(told([{"messages": messages}]), tokenizer)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}])
+@pytest.mark.parametrize("template", [MARKED, CHATML])
+def test_an_answer_that_is_marked_is_not_learnt(mark, template, tmp_path):
+    """The text stays as it is, and the marks do not reach the template."""
+    tokenizer = byte_tokenizer(tmp_path, template)
+    plain = turns("a", "one", "b", "two", "c", "three")
+    marked = [
+        {**message, **({1: mark, 3: {"weight": 1}, 2: {"train": False}}.get(place, {}))}
+        for place, message in enumerate(plain)
+    ]
+    whole, found = tokens_of(told([{"messages": plain}, {"messages": marked}]), tokenizer)
+    assert found.ids.tolist() == whole.ids.tolist()
+    assert tokenizer.decode(whole.ids[whole.answers]).split("<|im_end|>")[0] == "one"
+    lost = tokenizer.decode(whole.ids[whole.answers & ~found.answers])
+    assert lost.strip() == "one<|im_end|>"
+    assert not (found.answers & ~whole.answers).any()
+
+
+def test_marks_that_a_template_moves_are_not_guessed(tmp_path):
+    """This template marks two parts of the last answer and one of those before it."""
+    moving = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if loop.last %}{% generation %}<think>"
+        "{% endgeneration %}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+        "{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = turns("a", "one", "b", "two")
+    messages[1]["weight"] = 0
+    with pytest.raises(UpcycleError, match="nobody knows which text has weight = 0 or train = false"):
+        tokens_of(told([{"messages": messages}]), byte_tokenizer(tmp_path, moving))
 
 
 def test_a_template_that_forgets_does_for_one_answer(tmp_path):

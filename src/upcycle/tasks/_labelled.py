@@ -26,11 +26,15 @@ Set = TypeVar("Set", "ImageSet", "TextSet")
 
 def only_source(feeding: Feeding, task: Task) -> Source:
     """Return the only data source. Raises `UpcycleError` if there are several."""
-    sources = feeding.data.sources
-    if len(sources) != 1:
-        what = task.name.replace("_", " ")
-        raise UpcycleError(f"{what} takes one [[data.sources]]; there are {len(sources)}")
-    return sources[0]
+    if (said := _several(feeding.data, task)) is not None:
+        raise UpcycleError(said)
+    return feeding.data.sources[0]
+
+
+def _several(data: Data, task: Task) -> str | None:
+    if len(data.sources) == 1:
+        return None
+    return f"{task.name.replace('_', ' ')} takes one [[data.sources]]; there are {len(data.sources)}"
 
 
 def split(train: Labelled, test: Labelled | None, feeding: Feeding) -> Feed:
@@ -46,7 +50,8 @@ def objection_to(data: Data, task: Task, test: Source | None, unread: Sequence[s
 
     `test` is the set to score on, if there is one, and `unread` has the keys that the task does not read.
     """
-    return _set_in_vain(data, task, unread) or (None if test is None else _objection_to_test(test, data))
+    of_test = None if test is None else _objection_to_test(test, data)
+    return _several(data, task) or _set_in_vain(data, task, unread) or of_test
 
 
 def _set_in_vain(data: Data, task: Task, unread: Sequence[str]) -> str | None:
