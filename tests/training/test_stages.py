@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import gloo
 import ranks
 import tiny
+import tiny_wrappers
 from marks import quick, sampled
 from simulated import Traffic
 from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.admission import admit
 from upcycle.families._training import trained
 from upcycle.records.provenance import Provenance
 from upcycle.training import enter, fit, run_folder, start, step
@@ -567,6 +569,51 @@ def test_an_expert_is_taken_out(trainable, tmp_path):
         export(tmp_path / "run", tmp_path / "2", expert=2)
     with pytest.raises(UpcycleError, match=r"format = gguf|an expert is a number from 0"):
         export(tmp_path / "run", tmp_path / "2", format="expert")
+
+
+@pytest.fixture
+def tied(tmp_path) -> Path:
+    made = tiny.make_dense(tmp_path / "tied", "llama", vocab_size=264, tie_word_embeddings=True)
+    tiny.make_bytes_tokenizer(made)
+    return made
+
+
+@pytest.fixture
+def llava(tmp_path) -> Path:
+    made = tiny_wrappers.make(tmp_path / "llava", "llava", vocab_size=264)
+    tiny.make_bytes_tokenizer(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("source", "moe"),
+    [("tied", {}), ("tied", {"untie": True}), ("llava", {"part_only": "text"})],
+    ids=["tied", "untied", "text model alone"],
+)
+def test_an_expert_of_every_source_is_a_dense_model_of_its_class(source, moe, trainable, tmp_path, request):
+    """A head of its own is taken along, and never for an expert; a text model is no wrapper."""
+    given = (request.getfixturevalue(source), trainable[1])
+    run = table(
+        given, tmp_path / "run", moe={"num_experts": 3, **moe}, train={"steps": 2}, checkpoint={"every": 0}
+    )
+    train(Run.of(run))
+    export(tmp_path / "run", tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    for number in range(3):
+        export(tmp_path / "run", tmp_path / str(number), expert=number)
+        made, found = AutoModelForCausalLM.from_pretrained(tmp_path / str(number), output_loading_info=True)
+        assert type(made) is LlamaForCausalLM
+        assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        own = made.state_dict()
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+            assert torch.equal(own[name], whole[name]), name
+        up = own["model.layers.1.mlp.up_proj.weight"]
+        assert torch.equal(up, whole["model.layers.1.mlp.experts.gate_up_proj"][number, len(up) :])
+        same = torch.equal(own["model.embed_tokens.weight"], own["lm_head.weight"])
+        assert same == (source == "tied" and not moe)
+        assert Provenance.read(tmp_path / str(number)).training[-1].expert == number
+    with Checkpoint.open(tmp_path / "2") as last:
+        assert admit(last).own_class == "LlamaForCausalLM"
 
 
 @pytest.mark.slow

@@ -32,6 +32,9 @@ SILENT = frozenset(
     "chunk_size_feed_forward _attn_implementation_autoset unsloth_version unsloth_fixed".split()
 )
 
+# Ends of the names of classes that predict the next token; other classes called LMHeadModel read both ways.
+CAUSAL_HEADS = ("ForCausalLM", "GPT2LMHeadModel")
+
 # Dense model types without a file here, and why (each was run, or its block compared).
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",
@@ -173,18 +176,6 @@ class Family(abc.ABC):
         """Return why the documents in a row of `length` tokens cannot be kept apart; None if they can."""
         others = {*(config.get("layer_types") or ())} - _MASKED - {*self.carriers}
         return f"its layers of {listed(sorted(others))} read the whole row" if others else None
-
-    def carrying(self, config: Config) -> list[str]:
-        """Return the modules in memory, below the base model, that carry something along the row.
-
-        Blocks of another kind have no such module.
-        """
-        return [
-            f"{stack.blocks}.{i}.{name}"
-            for stack in self.stacks(config)
-            for i in range(stack.count)
-            for name in dict.fromkeys(self.carriers.values())
-        ]
 
     def parts_ways(self, config: Config, native: str) -> str | None:
         """Return why `native` generates other texts past a switch, or None if it does not.

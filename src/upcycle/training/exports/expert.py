@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,7 +39,7 @@ class Expert(Format):
             made = {dense: stored[name].clone() for dense, name in names.items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
         source = begun.dense.checkpoint
-        config = with_cache({**source.config, "dtype": dtype, "torch_dtype": dtype})
+        config = with_cache(_config(begun) | {"dtype": dtype, "torch_dtype": dtype})
         whole_file.write_json(folder / "config.json", config)
         open_to_others(folder)
         laid = lay(trained, folder, config)
@@ -54,6 +55,20 @@ class Expert(Format):
         whole_file.write_json(folder / told.FILE, told.as_table())
 
 
+def _config(begun: Start) -> dict[str, Any]:
+    """Return config.json of the dense model: with a head of its own, if the run has untied it."""
+    config = dict(begun.dense.outer)
+    return config if _untied(begun) is None else config | {"tie_word_embeddings": False}
+
+
+def _untied(begun: Start) -> str | None:
+    """Return the name of a head that the source has tied and this run trains on its own (moe.untie)."""
+    built, tied = begun.built, begun.dense.family.tied
+    if built is None or not built.recipe.moe.untie or tied is None or tied[0] in begun.dense.tensors:
+        return None
+    return tied[0]
+
+
 def _names(begun: Start, number: int) -> Mapping[str, str]:
     """Return where each tensor of the dense model is in the trained one, by its name on disk there.
 
@@ -67,17 +82,21 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
     count = min(site.num_experts for site in built.sites)
     if number >= count:
         raise UpcycleError(f"--expert {number}, and the experts of a layer have the numbers 0 to {count - 1}")
-    dense = {id(lazy): name for name, lazy in begun.dense.tensors.items()}
+    dense = {id(lazy): name for name, lazy in begun.dense.stored.items()}
+    head = _untied(begun)
     places: dict[str, list[str]] = {}
     for name, entry in begun.entries.items():
-        if (own := dense.get(id(entry.lazy))) is not None:
+        if name == head:
+            places[name] = [name]
+        elif (own := dense.get(id(entry.lazy))) is not None:
             places.setdefault(own, []).append(name)
         elif entry.shape[0] not in built.expert_counts:  # those of routers count experts
             raise UpcycleError(
                 f"--expert: {name} of this model is no tensor of the dense one and would be lost; begin "
                 f"with init.name = copy and a target without shared experts"
             )
-    lost = [name for name in begun.dense.tensors if name not in places]
+    experts = _experts(begun)
+    lost = [own for own in begun.dense.stored if len(places.get(own, ())) not in (1, experts.get(own, 1))]
     if lost:
         raise UpcycleError(
             f"--expert: {lost[0]} has no place of its own in this model; start the run with init.name = copy "
@@ -86,6 +105,19 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
     return {
         own: sorted(found, key=_naturally)[number if len(found) > 1 else 0] for own, found in places.items()
     }
+
+
+def _experts(begun: Start) -> Mapping[str, int]:
+    """Return the tensors of the networks that became experts, with the number of experts of their layer."""
+    dense = begun.dense
+    named = {id(lazy): name for name, lazy in dense.stored.items()}
+    out = {}
+    for site in begun.built.sites if begun.built else ():
+        network = dense.origin(site.layer, site.stack)
+        for lazy in (*network.matrices().values(), *network.biases().values(), *network.response().values()):
+            if (name := named.get(id(lazy))) is not None:
+                out[name] = site.num_experts
+    return out
 
 
 def _naturally(name: str) -> list[str | int]:
