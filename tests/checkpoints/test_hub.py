@@ -22,6 +22,7 @@ from upcycle.api.training import rehearse
 from upcycle.checkpoints import hub as hub_ids
 from upcycle.checkpoints.header import read_header
 from upcycle.dense.admission import admit
+from upcycle.errors import UpcycleError
 from upcycle.training.run import Run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -201,7 +202,7 @@ def test_an_adapter_from_the_hub(upcycle, hub, dense, tmp_path):
 
 
 @pytest.fixture
-def on_the_hub(monkeypatch):
+def on_the_hub(monkeypatch, tmp_path):
     """A function that puts folders on the hub by name; it returns the names that are downloaded whole."""
     import huggingface_hub
 
@@ -216,9 +217,13 @@ def on_the_hub(monkeypatch):
         }
         return SimpleNamespace(files_metadata={weights: SimpleNamespace(tensors=tensors)})
 
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo, file, *, revision=None: str(folders[repo] / file)
-    )
+    def config(repo: str, file: str, *, revision: str | None = None) -> str:
+        """Return the file in a snapshot of its own, as the hub's cache has it before weights are fetched."""
+        snapshot = tmp_path / "snapshots" / repo
+        snapshot.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(folders[repo] / file, snapshot))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", config)
     monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", headers)
     monkeypatch.setattr(hub_ids, "_download", lambda name: downloaded.append(name) or folders[name])
     monkeypatch.setattr(hub_ids, "_download_only", lambda name, wanted: folders[name])
@@ -296,3 +301,47 @@ def test_a_file_of_the_current_folder_is_not_one_of_the_hub(on_the_hub, dense, m
     assert not peeked.stamps
     whole = admit(hub_ids.open_checkpoint(dense("llama"))).fingerprint
     assert admit(peeked).fingerprint == {key: whole[key] for key in ("config", "tensors")}
+
+
+# --- a hub id whose files are in the cache, with no hub
+
+
+@pytest.fixture
+def in_the_cache(monkeypatch, tmp_path, dense) -> Path:
+    """A snapshot of REPO with two files of weights in the hub's cache, on a machine without a network."""
+    from huggingface_hub import constants
+    from safetensors.numpy import load_file, save_file
+
+    cached = tmp_path / "hub" / f"models--{REPO.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    folder = Path(shutil.copytree(dense("llama"), cached / "snapshots" / COMMIT))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in (0, 1):
+        part = {name: tensors[name] for name in sorted(tensors)[i::2]}
+        save_file(part, folder / f"model-0000{i + 1}-of-00002.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(part, f"model-0000{i + 1}-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+@pytest.mark.parametrize("revision", quick(["", "@main", f"@{COMMIT}"], ""))
+def test_what_is_in_the_cache_needs_no_hub(revision, in_the_cache):
+    """A plan, advice and a dry run read the headers there, and find what a conversion finds."""
+    recipe = {"moe": {"num_experts": 4}}
+    found = library.plan(REPO + revision, recipe)
+    assert found.source == REPO + revision
+    assert found.blueprint_hash == library.plan(in_the_cache, recipe).blueprint_hash
+    assert library.blueprint(REPO + revision, recipe).hash == found.blueprint_hash
+    library.advise(REPO + revision, recipe, tokens="1B")
+    assert hub_ids.outline(REPO + revision).folder == in_the_cache
+
+
+def test_what_is_in_part_in_the_cache(in_the_cache):
+    (in_the_cache / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UpcycleError, match="the hub cannot be reached"):
+        library.plan(REPO)

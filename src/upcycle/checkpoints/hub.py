@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from upcycle.checkpoints import carried
-from upcycle.checkpoints.checkpoint import INDEX, Checkpoint
+from upcycle.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, read_json
 from upcycle.checkpoints.header import TensorInfo
 from upcycle.errors import UpcycleError
 
@@ -84,7 +84,10 @@ def _download_only(source: str, wanted: tuple[str, ...]) -> Path:
 
 
 def peek(source: str | Path, *, allow_nonfinite: bool = False, label: str = "source") -> Checkpoint:
-    """Read config and headers of `source`; from the hub, a few kilobytes are fetched and no weights."""
+    """Read config and headers of `source`; from the hub, a few kilobytes are fetched and no weights.
+
+    If all weights of the revision are in the hub's cache, it opens that folder, so it needs no hub.
+    """
     if not is_id(source):
         return Checkpoint.open(source, allow_nonfinite=allow_nonfinite, label=label)
     from huggingface_hub import HfApi, hf_hub_download
@@ -92,7 +95,12 @@ def peek(source: str | Path, *, allow_nonfinite: bool = False, label: str = "sou
 
     repo, revision = _parts(str(source))
     with _hub_errors(source):
-        config = json.loads(Path(hf_hub_download(repo, "config.json", revision=revision)).read_text())
+        file = Path(hf_hub_download(repo, "config.json", revision=revision))
+        if _holds_weights(file.parent):
+            opened = Checkpoint.open(file.parent, allow_nonfinite=allow_nonfinite, label=label)
+            opened.name = str(source)
+            return opened
+        config = json.loads(file.read_text())
         try:
             files = HfApi().get_safetensors_metadata(repo, revision=revision).files_metadata
         except NotASafetensorsRepoError:
@@ -113,6 +121,14 @@ def peek(source: str | Path, *, allow_nonfinite: bool = False, label: str = "sou
     opened = Checkpoint(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label)
     opened.name = str(source)
     return opened
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Return whether a snapshot in the hub's cache has all files of weights; it may have some."""
+    if not (folder / INDEX).is_file():
+        return (folder / WEIGHTS).is_file()
+    files = read_json(folder / INDEX, f"{folder / INDEX} is gone").get("weight_map")
+    return isinstance(files, dict) and all((folder / str(name)).is_file() for name in files.values())
 
 
 def outline(source: str | Path, *, allow_nonfinite: bool = False, label: str = "source") -> Checkpoint:
