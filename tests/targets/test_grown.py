@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
@@ -269,6 +270,10 @@ def test_a_source_that_is_not_whole_is_refused(mixture, tmp_path):
     assert "list of numbers of layers" in fails(mlp_only_layers="all")
     assert "takes a Qwen3MoeForCausalLM alone" in fails(architectures=["Qwen3MoeForTokenClassification"])
     assert "does not know" in fails(model_type="olmoe", num_experts=4)
+    stored = load_file(source / "model.safetensors") | {"d2t": torch.zeros(5, dtype=torch.int64)}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    assert "holds d2t as I64" in fails()
+    upcycle.plan(source, {"grow": {}, "drop": ["d2t"]})
 
 
 def test_a_recorded_recipe_makes_the_same_and_inspect_shows_copies(mixture, tmp_path):

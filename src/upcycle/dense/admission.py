@@ -47,19 +47,21 @@ def admit(
     family = _family(checkpoint, own, within=within)
     if alone and family.alone:
         family = families.find(family.alone)
-    refuse_unsound(checkpoint, family, own)
+    without = dropped(checkpoint, drop)
+    stored = kept(checkpoint, without)
+    refuse_unsound(checkpoint, stored, family, own)
     place: Place
     if within:
-        place = _within(checkpoint, family, own, alone=alone)
+        place = _within(checkpoint, stored, family, own, alone=alone)
     elif alone:
         raise UpcycleError(
             f"moe.part_only takes a text model out of a multimodal one, and {where} ({own['model_type']}) "
             f"has nothing around it; take it out of the recipe"
         )
     else:
-        place = _at_top(checkpoint, family, own)
+        place = _at_top(checkpoint, stored, family, own)
     config = family.config(place.config(raw))
-    left_out = _check_tensors(checkpoint, family, config, place, dropped(checkpoint, drop))
+    left_out = without | _check_tensors(where, stored, family, config, place)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
@@ -84,13 +86,15 @@ def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...])
         )
     _refuse_moe(where, own)
     family = families.find(str(named))
-    refuse_unsound(checkpoint, family, own)
+    without = dropped(checkpoint, drop)
+    stored = kept(checkpoint, without)
+    refuse_unsound(checkpoint, stored, family, own)
     place = places.Tower(model_type=outer, wrapper=wrapper)
     config = family.config(place.config(raw))
-    found = spelled(family, family.shapes(config), checkpoint.tensors)
+    found = spelled(family, family.shapes(config), stored)
     places.refuse_two(where, found, VISION)
     place = replace(place, names=found[0] if found else Names())
-    left_out = _check_tensors(checkpoint, family, config, place, dropped(checkpoint, drop))
+    left_out = without | _check_tensors(where, stored, family, config, place)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
@@ -101,21 +105,24 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
         raise UpcycleError(f"{checkpoint.folder} is quantised ({name}); give the checkpoint it was made from")
 
 
-def refuse_unsound(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> None:
+def refuse_unsound(
+    checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], family: Family, own: Mapping[str, Any]
+) -> None:
     """Refuse a checkpoint that is quantised or packed, has too few tensors, or has names of a wrapper.
 
-    `own` is the config of the model in it, which is of the family `family`.
+    `stored` are its tensors without those that are dropped. `own` is the config of the model in it, which is
+    of the family `family`.
     """
     _refuse_quantised(checkpoint)
-    where, stored = checkpoint.folder, checkpoint.tensors.values()
-    if odd := sorted(t.name for t in stored if _is_odd(t) and family.ignored(t.name) is None):
-        dtype = checkpoint.tensors[odd[0]].dtype
+    where = checkpoint.folder
+    if odd := sorted(n for n, t in stored.items() if _is_odd(t) and family.ignored(n) is None):
+        dtype = stored[odd[0]].dtype
         raise UpcycleError(
             f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
             f"{', '.join(FLOATS)}"
         )
-    _refuse_more_blocks_than_tensors(checkpoint, family, own)
-    if wrapped := mistaken.names(checkpoint.tensors):
+    _refuse_more_blocks_than_tensors(where, len(stored), family, own)
+    if wrapped := mistaken.names(stored):
         raise UpcycleError(f"{where}: {wrapped}")
 
 
@@ -161,9 +168,11 @@ def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> 
     return families.find(families.find(known).meant(own))
 
 
-def _within(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any], *, alone: bool) -> places.Within:
+def _within(
+    checkpoint: Checkpoint, stored: Collection[str], family: Family, own: Mapping[str, Any], *, alone: bool
+) -> places.Within:
     """Return where the text model stands in a multimodal one."""
-    raw, stored = checkpoint.config, checkpoint.tensors
+    raw = checkpoint.config
     outer = str(raw.get("model_type"))
     wrapper = WRAPPERS.get(outer)
     if wrapper is None and not alone:
@@ -184,9 +193,9 @@ def _head_is_stored(family: Family, names: Names, stored: Collection[str]) -> bo
     return family.tied is not None and names.stored(family.tied[0]) in stored
 
 
-def _at_top(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> Place:
+def _at_top(checkpoint: Checkpoint, stored: Collection[str], family: Family, own: Mapping[str, Any]) -> Place:
     """Return where a model stands that is all of its checkpoint: its names, and whether it has a head."""
-    config, stored = family.config(own), checkpoint.tensors
+    config = family.config(own)
     found = spelled(family, family.shapes(config), stored)
     places.refuse_two(checkpoint.folder, found)
     names = found[0] if found else Names(former=family.former)
@@ -197,17 +206,19 @@ def _at_top(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> P
     return Place(names=names)
 
 
-def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> None:
+def _refuse_more_blocks_than_tensors(
+    where: Path, tensors: int, family: Family, own: Mapping[str, Any]
+) -> None:
     """Refuse a config with more blocks than there are tensors, before the blocks are enumerated.
 
     Every block has tensors of its own.
     """
     for key in family.counts:
         count = own.get(key)
-        if isinstance(count, int) and count > len(checkpoint.tensors):
+        if isinstance(count, int) and count > tensors:
             raise UpcycleError(
-                f"{checkpoint.folder}/config.json: {key} = {shown(count)}, and its files hold only "
-                f"{len(checkpoint.tensors)} tensors; give the config that belongs to these weights"
+                f"{where}/config.json: {key} = {shown(count)}, and its files hold only {tensors} "
+                f"tensors; give the config that belongs to these weights"
             )
 
 
@@ -219,21 +230,24 @@ def dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
     return {name: _DROPPED + pattern for pattern, names in found.items() for name in names}
 
 
+def kept(checkpoint: Checkpoint, without: Collection[str]) -> dict[str, TensorInfo]:
+    """Return the stored tensors except those of the names in `without`."""
+    return {name: info for name, info in checkpoint.tensors.items() if name not in without}
+
+
 def _check_tensors(
-    checkpoint: Checkpoint, family: Family, config: Config, place: Place, dropped: Mapping[str, str]
+    where: Path, stored: Mapping[str, TensorInfo], family: Family, config: Config, place: Place
 ) -> dict[str, str]:
     """Compare the headers with what the config promises; return the tensors that may be left out, and why."""
-    stored = [name for name in checkpoint.tensors if name not in dropped]
     mine = {name: own for name in stored if (own := place.own(name)) is not None}
-    found = {own: checkpoint.tensors[name] for name, own in mine.items()}
+    found = {own: stored[name] for name, own in mine.items()}
     expected = place.shapes(family, config)
-    where = checkpoint.folder
     expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
     expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
     for name in family.may_lack(config) - found.keys():
         del expected[name]
     refuse_other_shapes(where, expected, {name: (info.name, info.shape) for name, info in found.items()})
-    left_out = dict(dropped)
+    left_out = {}
     surplus = []
     for name in stored:
         own = mine.get(name)

@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.admission import dropped, has_experts, refuse_other_shapes, refuse_surplus, refuse_unsound
+from upcycle.dense.admission import (
+    dropped,
+    has_experts,
+    kept,
+    refuse_other_shapes,
+    refuse_surplus,
+    refuse_unsound,
+)
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, shown
 from upcycle.families import Config, Stack, Weights
@@ -290,13 +297,14 @@ def admit(checkpoint: Checkpoint, *, drop: tuple[str, ...] = ()) -> Mixture:
             f"{where} is a {shown(raw.get('model_type'))}, which [grow] does not know; it knows {known}"
         )
     family = family_of(native.model_type)
-    refuse_unsound(checkpoint, family, raw)
+    without = dropped(checkpoint, drop)
+    refuse_unsound(checkpoint, kept(checkpoint, without), family, raw)
     config = family.config(raw)
     if (raw.get("architectures") or [native.architecture])[0] != native.architecture:
         raise UpcycleError(
             f"{where} is a {shown(raw['architectures'][0])}; [grow] takes a {native.architecture} alone"
         )
-    left_out = _spared(family, config, checkpoint.tensors) | dropped(checkpoint, drop)
+    left_out = _spared(family, config, checkpoint.tensors) | without
     found = Mixture(checkpoint=checkpoint, family=family, config=config, left_out=left_out)
     _check_tensors(found)
     return found
