@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def admit(
     else:
         place = _at_top(checkpoint, stored, family, own)
     config = family.config(place.config(raw))
-    left_out = without | _check_tensors(where, stored, family, config, place)
+    left_out = without | _check_tensors(checkpoint, stored, family, config, place)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
@@ -94,7 +94,7 @@ def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...])
     found = spelled(family, family.shapes(config), stored)
     places.refuse_two(where, found, VISION)
     place = replace(place, names=found[0] if found else Names())
-    left_out = without | _check_tensors(where, stored, family, config, place)
+    left_out = without | _check_tensors(checkpoint, stored, family, config, place)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
@@ -222,6 +222,11 @@ def _refuse_more_blocks_than_tensors(
             )
 
 
+def that_find(checkpoint: Checkpoint, drop: Iterable[str]) -> tuple[str, ...]:
+    """Return the names and patterns of `drop` that some stored tensor has."""
+    return tuple(pattern for pattern in drop if fnmatch.filter(checkpoint.tensors, pattern))
+
+
 def dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
     """Return the stored tensors that a recipe leaves out. Raises `UpcycleError` if a pattern finds none."""
     found = {pattern: fnmatch.filter(checkpoint.tensors, pattern) for pattern in drop}
@@ -236,12 +241,12 @@ def kept(checkpoint: Checkpoint, without: Collection[str]) -> dict[str, TensorIn
 
 
 def _check_tensors(
-    where: Path, stored: Mapping[str, TensorInfo], family: Family, config: Config, place: Place
+    checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], family: Family, config: Config, place: Place
 ) -> dict[str, str]:
     """Compare the headers with what the config promises; return the tensors that may be left out, and why."""
     mine = {name: own for name in stored if (own := place.own(name)) is not None}
     found = {own: stored[name] for name, own in mine.items()}
-    expected = place.shapes(family, config)
+    where, expected = checkpoint.folder, place.shapes(family, config)
     expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
     expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
     for name in family.may_lack(config) - found.keys():
@@ -258,8 +263,8 @@ def _check_tensors(
         elif own is not None:
             surplus.append(name)
     if surplus and (said := mistaken.heads(surplus)):
-        raise UpcycleError(f"{where}: {said}")
-    refuse_surplus(where, surplus, family.model_type)
+        raise UpcycleError(f"{where}: {said}, or {_without(checkpoint, 'these tensors')}")
+    refuse_surplus(checkpoint, surplus, family.model_type)
     return left_out
 
 
@@ -280,12 +285,12 @@ def refuse_other_shapes(
             raise UpcycleError(f"{where}: {stored} has shape {list(own)} and config.json says {list(shape)}")
 
 
-def refuse_surplus(where: Path, surplus: list[str], model_type: str) -> None:
+def refuse_surplus(checkpoint: Checkpoint, surplus: list[str], model_type: str) -> None:
     """Refuse tensors that a model of this config does not have."""
     if surplus:
         raise UpcycleError(
-            f"{where} holds {listed(surplus)}, which a {model_type} of this config does not have; nothing is "
-            f"dropped in silence (--drop NAME leaves a tensor out)"
+            f"{checkpoint.folder} holds {listed(surplus)}, which a {model_type} of this config does not "
+            f"have; nothing is dropped in silence, so {_without(checkpoint, 'them')}"
         )
 
 
@@ -325,10 +330,15 @@ def refuse_two_heads(dense: Dense) -> None:
     if not same:
         raise UpcycleError(
             f"{opened.folder} stores an {tied[0]} that differs from the embedding its config ties it "
-            f"to; set tie_word_embeddings to false in config.json, or {_without(opened, tied[0])}"
+            f"to; set tie_word_embeddings to false in config.json, or {_without(opened, tied[0], tied[0])}"
         )
 
 
-def _without(opened: Checkpoint, name: str) -> str:
-    """Say how a tensor is left out. A recipe drops tensors of the source alone."""
-    return f"leave it out (--drop {name})" if opened.label == "source" else f"take {name} out of its files"
+_DROPPING = {"source": "drop, or --drop {}", "teacher": "teacher.drop"}  # by the role of a checkpoint
+
+
+def _without(opened: Checkpoint, what: str, name: str = "NAME") -> str:
+    """Say how tensors of a checkpoint are left out, which are called `what` in the sentence."""
+    if opened.label in _DROPPING:
+        return f"leave {what} out ({_DROPPING[opened.label].format(name)})"
+    return f"take {what} out of its files"

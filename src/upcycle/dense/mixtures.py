@@ -325,4 +325,4 @@ def _check_tensors(found: Mixture) -> None:
     where, expected = found.checkpoint.folder, found.family.shapes(found.config)
     refuse_other_shapes(where, expected, {name: (name, t.shape) for name, t in found.tensors.items()})
     surplus = [name for name in found.tensors if name not in expected]
-    refuse_surplus(where, surplus, found.family.model_type)
+    refuse_surplus(found.checkpoint, surplus, found.family.model_type)
