@@ -491,7 +491,10 @@ def test_a_missing_head_is_still_missed(dense, tmp_path):
         ({"text_config": None}, r"text_config = None; it must be the config of a text model"),
         ({"model_type": "strange"}, r"strange around a llama, and upcycle does not know .*--part-only text"),
         ({"tie_word_embeddings": True}, r"and a head is stored; set both to the same"),
-        ({"text_config": {"model_type": "mixtral"}}, r"is already a Mixture of Experts \(mixtral\)"),
+        (
+            {"text_config": {"model_type": "mixtral"}},
+            r"is already a Mixture of Experts \(mixtral\); give a dense checkpoint$",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_said_of_a_wrapper_that_does_not_fit(change, said, made, tmp_path):

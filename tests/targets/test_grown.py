@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,19 @@ def test_a_shared_expert_grows_without_output(mixture, tmp_path):
 def test_what_does_not_fit_is_refused(recipe, said, mixture):
     with pytest.raises(UpcycleError, match=said):
         upcycle.plan(mixture("mixtral"), recipe)
+
+
+def test_growth_is_offered_to_what_can_grow(mixture, tmp_path):
+    with pytest.raises(UpcycleError, match=r"give a dense checkpoint, or add a section \[grow\] to a recipe"):
+        upcycle.plan(mixture("qwen3_moe"))
+    source = Path(shutil.copytree(mixture("qwen3_moe"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    for model_type in ("qwen3_5_moe", "qwen3_5_moe_text", "olmoe"):
+        (source / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        with pytest.raises(
+            UpcycleError, match=r"is already a Mixture of Experts .*; give a dense checkpoint$"
+        ):
+            upcycle.plan(source)
 
 
 def test_a_dense_source_does_not_grow(dense):

@@ -42,7 +42,7 @@ def admit(
     if part == VISION:
         return _admit_tower(checkpoint, within=within, drop=drop)
     own = places.own_config(raw) if within else raw
-    _refuse_moe(where, own)
+    _refuse_moe(checkpoint, own)
     _refuse_quantised(checkpoint)
     family = _family(checkpoint, own, within=within)
     if alone and family.alone:
@@ -84,7 +84,7 @@ def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...])
             f"{where} is a {outer} around a vision tower ({shown(named)}) that cannot have experts: {why}; "
             f"moe.part = text gives them to the text model"
         )
-    _refuse_moe(where, own)
+    _refuse_moe(checkpoint, own)
     family = families.find(str(named))
     without = dropped(checkpoint, drop)
     stored = kept(checkpoint, without)
@@ -131,13 +131,15 @@ def _is_odd(tensor: TensorInfo) -> bool:
     return tensor.dtype not in FLOATS and (tensor.dtype not in COUNTERS or tensor.shape != ())
 
 
-def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:
-    """Refuse the config of a model that has experts."""
-    if has_experts(own):
-        raise UpcycleError(
-            f"{where} is already a Mixture of Experts ({own.get('model_type')}); give a dense checkpoint, or "
-            f"add a section [grow], which makes more experts of those that are there"
-        )
+def _refuse_moe(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
+    """Refuse a model that has experts; `own` is its config, within that of the checkpoint or all of it."""
+    if not has_experts(own):
+        return
+    grow = ", or add a section [grow] to a recipe, which makes more experts of those that are there"
+    raise UpcycleError(
+        f"{checkpoint.folder} is already a Mixture of Experts ({own.get('model_type')}); give a dense "
+        f"checkpoint{grow if checkpoint.config.get('model_type') in natives.growing() else ''}"
+    )
 
 
 def has_experts(own: Mapping[str, Any]) -> bool:

@@ -165,11 +165,6 @@ def _growing(native: Native) -> Growing:
     return native.growing
 
 
-def names() -> list[str]:
-    """Return the architectures that can be a source that grows."""
-    return [name for name in natives.names() if natives.find(name).growing is not None]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Mixture(Dense):
     """A Mixture of Experts of a native architecture. Its tensors have the names that `convert` writes."""
@@ -285,7 +280,7 @@ def admit(checkpoint: Checkpoint, *, drop: tuple[str, ...] = ()) -> Mixture:
     anything that is not exactly such a model.
     """
     raw, where = checkpoint.config, checkpoint.folder
-    known = ", ".join(names())
+    known = ", ".join(natives.growing())
     if not has_experts(raw):
         raise UpcycleError(
             f"[grow] makes more experts of those that a source has ({known}), and {where} is "
