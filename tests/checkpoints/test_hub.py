@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import upcycle as library
 from marks import quick
@@ -24,6 +25,7 @@ from upcycle.checkpoints.header import read_header
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
 from upcycle.training.run import Run
+from upcycle.training.start import start_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-llama"
@@ -292,6 +294,24 @@ def test_a_dry_run_fetches_no_weights(on_the_hub, dense, tmp_path):
     assert here == there
 
 
+def test_a_head_on_the_hub_is_not_read(on_the_hub, dense, tmp_path):
+    """Whether it is the embedding is asked when the weights are there."""
+    folder = Path(shutil.copytree(dense("llama", tie_word_embeddings=True), tmp_path / "model"))
+    stored = load_file(folder / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 1
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    downloaded = on_the_hub(model=folder)
+    run = {
+        "source": "someone/model", "out": str(tmp_path / "run"), "data": {"sources": [{"path": "a"}]},
+        "schedule": {"name": "constant", "peak": 1e-3},
+        "train": {"steps": 1, "batch_tokens": 8, "sequence_length": 8},
+    }  # fmt: skip
+    assert "lm_head.weight" in start_of(Run.of(run), hub_ids.outline).dense.left_out
+    assert downloaded == []
+    with pytest.raises(UpcycleError, match=r"stores an lm_head\.weight that differs"):
+        start_of(Run.of(run))
+
+
 def test_a_file_of_the_current_folder_is_not_one_of_the_hub(on_the_hub, dense, monkeypatch):
     """Though it has the name of one: a fingerprint of headers has nothing of the weights."""
     on_the_hub(model=dense("llama"))
@@ -310,7 +330,6 @@ def test_a_file_of_the_current_folder_is_not_one_of_the_hub(on_the_hub, dense, m
 def in_the_cache(monkeypatch, tmp_path, dense) -> Path:
     """A snapshot of REPO with two files of weights in the hub's cache, on a machine without a network."""
     from huggingface_hub import constants
-    from safetensors.numpy import load_file, save_file
 
     cached = tmp_path / "hub" / f"models--{REPO.replace('/', '--')}"
     (cached / "refs").mkdir(parents=True)

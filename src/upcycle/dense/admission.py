@@ -317,11 +317,11 @@ def refuse_two_heads(dense: Dense) -> None:
     """Refuse a config that ties a head although a head with other values is stored, which is ambiguous.
 
     transformers 5 keeps the two apart if they differ. A head that the recipe drops is not asked about. This
-    reads both tensors.
+    reads both tensors, and asks nothing about a checkpoint of headers alone.
     """
     opened, names = dense.checkpoint, dense.family.tied
     tied = None if names is None else tuple(map(dense.place.names.stored, names))
-    if tied is None or tied[0] not in dense.left_out or drops_head(dense):
+    if tied is None or tied[0] not in dense.left_out or drops_head(dense) or opened.headers_only:
         return
     head, embedding = (opened.tensors[name] for name in tied)
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
