@@ -119,7 +119,7 @@ def trainee_of(run: Run, here: Any, precision: str = "float32") -> Trainee:
     routers = Routers.of(model)
     return Trainee(
         model=model,
-        task=run.task or tasks.of(begun.dense.architecture),
+        task=run.task or tasks.of(begun.subject.architecture),
         start=begun,
         optimizer=optimizer.make(model, run.optimizer, start.scales(begun, run, model, routers)),
         routers=routers,

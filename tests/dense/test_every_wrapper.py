@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 
 import every_wrapper
 import tiny_wrappers
+from tiny_wrappers import TEXT
 from upcycle import Recipe, UpcycleError, blueprint, convert, families
 from upcycle.families._wrappers import WRAPPERS
+from upcycle.hf.body import Body
 
 # One with each tower that can have experts, one with a class of its own, one with two towers, one that keeps
 # counters, one of sound; tests/dense/test_wrappers.py has seven more.
@@ -45,6 +47,8 @@ def test_images_sound_and_text_get_the_same_answers(model_type, tmp_path):
     names = {type(module).__name__ for module in opened.modules()}
     assert any("Moe" in name or "Mixtral" in name or name == "UpcycledExaone4Model" for name in names)
     assert sees == ("MoE" in names and native)
+    assert all(len(Body.of(model).blocks("layers")) == TEXT["num_hidden_layers"] for model in (dense, opened))
+    assert Body.of(opened).prefix in {"model.language_model.", "model.text_model."}
     wanted, found = (every_wrapper.logits(model.eval(), model_type) for model in (dense, opened))
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
     assert float((every_wrapper.logits(opened, model_type, -1) - wanted).abs().max()) > 1e-3

@@ -67,7 +67,7 @@ class Model(nn.Module):
 def test_a_layer_reads_documents_only_while_it_is_told_to():
     """Whole rows before and after, and a block that is recomputed reads what it read."""
     model, hidden = Model(), torch.ones(2, 6, 1)
-    carriers.install(model, ["layer", "of another kind"])
+    carriers.install(model, [model.layer])
     positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]])
     layers = carriers.of(model)
     assert layers is not None

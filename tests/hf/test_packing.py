@@ -11,7 +11,8 @@ from torch import Tensor
 
 import naive_flash
 import tiny
-from upcycle import families
+import tiny_wrappers
+from upcycle import UpcycleError, families
 from upcycle.hf import carriers, packing
 
 ROWS = [[13, 1, 10], [4, 20]]  # lengths of the documents of each row; a sliding window has 8 tokens
@@ -80,7 +81,7 @@ def test_documents_in_a_row_are_those_alone(name):
     model = model_of(name)
     family = families.find(model.config.model_type)
     ids, positions = rows_of(model)
-    carriers.install(model, family.carrying(family.config(model.config.to_dict())))
+    carriers.install(model, carriers.layers_of(model, family, family.config(model.config.to_dict())))
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     with torch.no_grad(), packing.told(model, inputs) as given:
         packed = model(**given).logits
@@ -94,6 +95,35 @@ def test_documents_in_a_row_are_those_alone(name):
         assert (float((logits - packed).abs().max() / packed.abs().max()) < 1e-5) == family.borders
     plain = model(input_ids=ids, use_cache=False).logits
     assert float((plain - packed).detach().abs().max()) > (0 if name == "falcon-alibi" else 1e-2)
+
+
+@pytest.mark.parametrize("kind", tiny_wrappers.KINDS)
+def test_documents_within_a_multimodal_model_are_those_alone(kind):
+    """Its masks are made, and its layers with a state run, in the text model within it."""
+    found = tiny_wrappers.KINDS[kind]
+    config = transformers.CONFIG_MAPPING[found.model_type](**found.config)
+    model = tiny.shake(transformers.AutoModelForImageTextToText.from_config(config).float()).eval()
+    text = model.config.text_config
+    family = families.find(text.model_type)
+    carriers.install(model, carriers.layers_of(model, family, family.config(text.to_dict())))
+    ids, positions = rows_of(model.model.get_decoder())
+    inputs = {"input_ids": ids.clamp(max=tiny_wrappers.IMAGE - 1), "position_ids": positions}
+    with torch.no_grad(), packing.told(model, inputs | {"use_cache": False}) as given:
+        packed = model(**given).logits
+    assert distance(model, inputs["input_ids"], packed) < 1e-5
+    plain = model(input_ids=inputs["input_ids"], use_cache=False).logits
+    assert float((plain - packed).detach().abs().max()) > 1e-2
+
+
+def test_layers_with_a_state_that_are_not_found_are_an_error():
+    """They would mix documents in silence."""
+    model = model_of("lfm2")
+    family = families.find("lfm2")
+    config = family.config(model.config.to_dict())
+    assert len(carriers.layers_of(model, family, config)) == 2
+    del model.model.layers[2].conv
+    with pytest.raises(UpcycleError, match=r"has 2 layers that carry a state .* finds 1 of them"):
+        carriers.layers_of(model, family, config)
 
 
 def test_biases_of_falcon_are_rounded_by_the_place_in_the_row():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import upcycle.hf.opening  # noqa: F401 - names our own implementation of experts
 from upcycle import UpcycleError
 from upcycle.nn import MoE, routers
+from upcycle.nn.balance import Balance
 from upcycle.nn.experts import Experts
 from upcycle.nn.moe import RouterLayer
+from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Tokens
 from upcycle.nn.shape import Shape
 from upcycle.training.router_losses import load_balancing_loss
+from upcycle.training.routing import _output
 
 E, H = 4, 6  # experts and hidden units, where nothing else is said
 
@@ -349,6 +353,26 @@ def test_padding_changes_nothing_for_tokens(name):
         assert torch.allclose(found, wanted, rtol=0, atol=1e-12), length
 
 
+@pytest.mark.parametrize("logit", [-50.0, -90.0, -100.0, -150.0])
+def test_a_sigmoid_of_very_small_scores(logit):
+    """It is 0 from about -89 on. Weights are shares or zero, and gradients are finite."""
+    hidden = torch.ones(1, 1, H)
+    weight = torch.full((E, H), logit / H, requires_grad=True)
+    given = {"weight": weight, BIAS: torch.zeros(E)}
+    routing = routers.read({"name": "sigmoid"}).route(
+        Tokens(hidden=hidden, tensors=given, num_experts=E, top_k=2)
+    )
+    weights, chances = routing.dispatch.weights, routing.probabilities
+    if logit == -50.0:
+        assert torch.allclose(weights, torch.tensor(0.5))
+        assert torch.allclose(chances, torch.tensor(1 / E))
+    else:
+        assert weights.abs().max() < 1e-37
+        assert chances.abs().max() < 1e-37
+    (weights * torch.tensor([1.0, 9.0]) + chances.max()).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", routers.names())
 def test_rows_without_any_token(name):
     """A row that is all padding makes nothing infinite, neither outputs nor gradients."""
@@ -424,9 +448,38 @@ def test_importance_and_load_losses(padding):
     assert routing.groups == 3
 
 
+def test_losses_of_a_group_of_padding_alone():
+    """It adds nothing to the sum, to the gradient and to the number of groups of which a mean is taken."""
+    moe, hidden = layer({"name": "top_k", "noise_std": 1.0}).train(), tokens(3, 8)
+    empty = torch.zeros(3, 8, dtype=torch.bool)
+    empty[1] = True
+    torch.manual_seed(3)
+    some = moe.router(hidden, empty)
+    gradient = torch.autograd.grad(sum(some.losses.values()), moe.router.weight)[0]
+    noise = torch.randn(3, 8, E, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[[0, 2]]
+    with mock.patch.object(torch, "randn_like", return_value=noise):
+        others = moe.router(hidden[[0, 2]], None)
+    wanted = torch.autograd.grad(sum(others.losses.values()), moe.router.weight)[0]
+    assert torch.allclose(gradient, wanted, rtol=1e-12, atol=0)
+    for name in ("importance", "load"):
+        assert some.losses[name].item() == pytest.approx(others.losses[name].item(), rel=1e-12)
+    counted = [_output(moe.router, routing).tallies()[-1].item() for routing in (some, others)]
+    assert counted == [2, 2]
+
+
 def variation(values: list[float]) -> float:
     mean = sum(values) / len(values)
     return sum((v - mean) ** 2 for v in values) / len(values) / mean**2
+
+
+@pytest.mark.parametrize(
+    "router", [*({"name": name} for name in routers.names()), {"noise_std": 1.0}], ids=str
+)
+def test_a_router_says_which_losses_of_a_run_it_computes(router):
+    """Those that a training run has keys for: it refuses a weight on one that is not there."""
+    moe = layer(router).train()
+    found = moe.router(tokens(2, 5), None).losses
+    assert {*moe.router.settings.losses_of_run()} == {*Balance().coefficients} & {*found}
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])

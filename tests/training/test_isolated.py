@@ -17,10 +17,12 @@ import torch
 import naive_flash
 import ranks
 import tiny
+import tiny_wrappers
 from marks import sampled
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
+from upcycle.hf import packing
 from upcycle.training import chunked_entropy, held_out, micro_batch, saving, start, step
 from upcycle.training.examining import Examiner
 from upcycle.training.loop import train
@@ -72,6 +74,32 @@ def test_a_step_is_that_of_documents_alone(model, changes, chunks, tmp_path, mon
     assert outcome(source, {**changes, "data": {"isolate": True}}, packed) == pytest.approx(wanted, rel=1e-5)
     joined = outcome(source, changes, {"rows": rows})
     assert abs(joined[0] - wanted[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "moe"),
+    [
+        (lambda path: tiny_wrappers.make(path, "qwen3_5"), {"num_experts": 2}),
+        (lambda path: tiny.make_dense(path, "lfm2"), {"target": "depth_tiled"}),
+    ],
+    ids=["within a multimodal model", "in repeated blocks"],
+)
+def test_layers_with_a_state_are_found(make, moe, tmp_path):
+    """Another first document changes no bit of the second; joined, it does."""
+    table = table_of(
+        make(tmp_path / "dense"), tmp_path / "unused", tmp_path / "unused", data={"isolate": True}
+    )
+    run = Run.of({**table, "moe": moe})
+    begun = start.start_of(run)
+    with world(run.parallel) as here:
+        model = start.model_of(begun, run, here, "float32").eval()
+    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids[1, 8:] = ids[0, 8:]
+    place = (torch.arange(16) % 8).expand(2, 16)
+    for inputs, same in (({"position_ids": place}, True), ({}, False)):
+        with torch.no_grad(), packing.told(model, {"input_ids": ids, **inputs}) as given:
+            first, second = model(**given).logits[:, 8:]
+        assert torch.equal(first, second) == same
 
 
 def test_rows_without_targets(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ranks
 import tiny
+import upcycle
 from files import toml
 from marks import quick
 from upcycle import Recipe, UpcycleError, cli, convert, load, verify
@@ -30,7 +32,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import prepare
 from upcycle.system import memory
-from upcycle.training import moments, router_losses, routing, saving, start
+from upcycle.training import fit, moments, router_losses, routing, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -283,6 +285,14 @@ def test_a_run_resumed_is_the_run(table, tmp_path):
     assert len(losses(tmp_path / "again")) == 6
 
 
+def test_a_score_has_no_jitter(table, tmp_path):
+    """At a rate of 0 the weights stay, and so does the held-out loss after steps with noise."""
+    still = {"train": {"steps": 1, "eval_every": 1}, "schedule": {"peak": 0.0, "warmup": 0}}
+    train(Run.of(table(**MOE, **still, router={"jitter": 0.5})))
+    (record,) = read(tmp_path / "run")
+    assert record.held_out_loss == record.held_out_start
+
+
 @pytest.mark.slow
 def test_killed_three_times_and_terminated_once(table, server, tmp_path):
     """SIGKILL at three random moments, saving after every step, then SIGTERM: the losses are those of a run
@@ -412,6 +422,69 @@ def test_the_bias_of_a_router_that_has_one(dense, table, source, tmp_path):
     assert 0 < largest <= 0.02 + 1e-6
     with pytest.raises(UpcycleError, match="the routers of this architecture have no correction bias"):
         train(Run.of(table(**MOE, router={"bias_update_rate": 0.01}, out=str(tmp_path / "mixtral"))))
+
+
+@pytest.mark.parametrize(
+    ("moe", "router", "source", "bias"),
+    [
+        ({"target": "upcycled"}, {"name": "sigmoid"}, "llama", "mlp.router.e_score_correction_bias"),
+        ({"target": "lfm2_moe"}, {}, "lfm2", "feed_forward.expert_bias"),  # in the block, not in its router
+    ],
+    ids=["sigmoid", "lfm2"],
+)
+def test_a_bias_takes_its_steps_in_bfloat16_too(moe, router, source, bias, dense, table, tmp_path):
+    """It stays in float32 in training, in an export, and in a model that is opened from one."""
+    made = table(moe=MOE["moe"] | moe, router=router | {"bias_update_rate": 1e-4})
+    made["train"] |= {"steps": 1, "eval_every": 0, "precision": "bfloat16"}
+    if source != "llama":
+        made["data"] |= {"tokenizer": made["source"]}
+        made["source"] = str(dense(source, vocab_size=512))
+    train(Run.of(made))
+    (line,) = read(tmp_path / "run")
+    out = export(tmp_path / "run", tmp_path / "out", dtype="bfloat16").out
+    for tensors in (load_file(out / "model.safetensors"), upcycle.open(out).state_dict()):
+        assert {t.dtype for name, t in tensors.items() if not name.endswith(bias)} == {torch.bfloat16}
+        for layer in line.layers:
+            (found,) = [t for name, t in tensors.items() if name.endswith(f".{layer.layer}.{bias}")]
+            load = torch.tensor(layer.load)
+            assert torch.equal(found, 1e-4 * torch.sign(1 / len(load) - load))
+            assert found.any()
+
+
+UPCYCLED = {**MOE, "moe": {**MOE["moe"], "target": "upcycled"}}
+
+
+@pytest.mark.parametrize(
+    ("moe", "router", "refused"),
+    [
+        (MOE, {"importance_loss_coef": 1.0}, r"importance_loss_coef = 1\.0 .* those of mixtral"),
+        (UPCYCLED, {"name": "sigmoid", "importance_loss_coef": 1.0}, r"computes \(sigmoid\)"),
+        (UPCYCLED, {"load_loss_coef": 1.0}, r"load_loss_coef = 1\.0 .* with router\.noise_std above 0"),
+        (UPCYCLED, {"importance_loss_coef": 1.0}, None),
+        (UPCYCLED, {"noise_std": 1.0, "importance_loss_coef": 1.0, "load_loss_coef": 1.0}, None),
+    ],
+)
+def test_a_weight_on_a_loss_that_no_router_computes(moe, router, refused, table):
+    run = Run.of(table(**moe, router=router))
+    found = fit.without_loss(run, start.start_of(run).built)
+    assert found is None if refused is None else re.search(refused, found)
+
+
+@pytest.mark.usefixtures("on_screen")
+def test_a_run_with_such_a_weight_may_only_go_on(table, tmp_path, monkeypatch, capsys):
+    """Also if a stage alone has it. Earlier versions began such runs."""
+    stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "router": {"load_loss_coef": 1.0}}]
+    made = table(**MOE, stage=stages, schedule={"warmup": 0})
+    del made["train"]["steps"]
+    with pytest.raises(UpcycleError, match="that no router of this run computes"):
+        train(Run.of(made))
+    assert not (tmp_path / "run" / "run.json").exists()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(fit, "without_loss", lambda run, built: None)
+        train(Run.of(made))
+    capsys.readouterr()
+    assert train(Run.of(made), resume=True).finished
+    assert "that no router of this run computes" in capsys.readouterr().err
 
 
 # --- from scratch ---

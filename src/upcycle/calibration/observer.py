@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from upcycle.calibration.markers import Markers
 from upcycle.families import Stack
+from upcycle.hf.body import Body
 from upcycle.records.statistics import NEGATIVE, ONLY_AT, WIDE
 from upcycle.tensors import rng
 
@@ -49,7 +50,7 @@ class Observer:
         seed: int = 0,
         markers: Mapping[tuple[str, int], Markers] | None = None,
     ) -> None:
-        self._base, self._threshold, self._seed = model.base_model, threshold, seed
+        self._base, self._threshold, self._seed = Body.of(model).module, threshold, seed
         sizes = {"mean": domains, NEGATIVE: domains, "sample": sample}
         device = torch.device("cpu") if model.device.type == "mps" else model.device  # mps has no float64
         self.sums: dict[str, Tensor] = {}

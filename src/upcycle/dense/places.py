@@ -46,6 +46,17 @@ class Place:
         """Return the model's own name of a stored tensor; None if it belongs to another part."""
         return self.names.own(stored) or stored
 
+    def stored(self, own: str) -> str:
+        """Return the name on disk of a tensor in a checkpoint that is written anew.
+
+        It is that of the family, but for a part of another model, which keeps its place there.
+        """
+        return own
+
+    def outer(self, family: Family, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return config.json of a checkpoint with the model and what stays around it."""
+        return raw
+
     def shapes(self, family: Family, config: Config) -> Shapes:
         """Return the shapes of the model's tensors by the names of its family."""
         return family.shapes(config)
@@ -94,6 +105,9 @@ class Part(Place):
     def own(self, stored: str) -> str | None:
         return self.names.own(stored)
 
+    def stored(self, own: str) -> str:
+        return self.names.stored(own)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tower(Part):
@@ -140,6 +154,12 @@ class Alone(Within):
 
     def own_class(self, family: Family, named: str) -> str:
         return family.architectures[0]
+
+    def stored(self, own: str) -> str:
+        return own
+
+    def outer(self, family: Family, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**family.tidied(self.config(raw)), "architectures": [family.architectures[0]]}
 
     def around(self, target: Target) -> Target:
         return target

@@ -14,6 +14,7 @@ from upcycle.dense import fingerprint, places
 from upcycle.dense.places import Place
 from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._weights import Weight
+from upcycle.tensors.entries import Entry
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored
 
@@ -48,6 +49,21 @@ class Dense:
         """The tensors of the model around it, by their names on disk; empty if it stands alone."""
         found = ((name, info) for name, info in self._kept() if self.place.own(name) is None)
         return {name: Stored(self.checkpoint, info) for name, info in found}
+
+    @cached_property
+    def stored(self) -> dict[str, Lazy]:
+        """All tensors of its class, by their names on disk: the model's own, and those around it."""
+        return {self.place.stored(name): tensor for name, tensor in self.tensors.items()} | self.around
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The same tensors, in the types in which they are stored."""
+        return {name: Entry(tensor, tensor.dtype) for name, tensor in self.stored.items()}
+
+    @property
+    def outer(self) -> Mapping[str, Any]:
+        """config.json of a checkpoint that holds `stored`."""
+        return self.place.outer(self.family, self.checkpoint.config)
 
     def _kept(self) -> Iterator[tuple[str, TensorInfo]]:
         stored = self.checkpoint.tensors.items()

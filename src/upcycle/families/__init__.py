@@ -174,18 +174,6 @@ class Family(abc.ABC):
         others = {*(config.get("layer_types") or ())} - _MASKED - {*self.carriers}
         return f"its layers of {listed(sorted(others))} read the whole row" if others else None
 
-    def carrying(self, config: Config) -> list[str]:
-        """Return the modules in memory, below the base model, that carry something along the row.
-
-        Blocks of another kind have no such module.
-        """
-        return [
-            f"{stack.blocks}.{i}.{name}"
-            for stack in self.stacks(config)
-            for i in range(stack.count)
-            for name in dict.fromkeys(self.carriers.values())
-        ]
-
     def parts_ways(self, config: Config, native: str) -> str | None:
         """Return why `native` generates other texts past a switch, or None if it does not.
 

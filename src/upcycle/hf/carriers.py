@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upcycle.errors import UpcycleError
+from upcycle.families import Config, Family, _stacks
+from upcycle.hf.body import Body
 from upcycle.hf.documents import Documents
 
 _NAME = "_upcycle_carriers"  # the attribute of a model that has its `Carriers`
@@ -58,15 +61,31 @@ class Carriers:
         return back.view(*hidden_states.shape[:2], -1)
 
 
-def install(model: PreTrainedModel, paths: Sequence[str]) -> None:
-    """Let the layers at `paths`, below the base model, run document by document if they are told to."""
-    base: nn.Module = model.base_model
-    present = dict(base.named_modules())
-    layers = [present[path] for path in paths if path in present]
+def layers_of(model: PreTrainedModel, family: Family, config: Config) -> list[nn.Module]:
+    """Return the layers that carry something along a row, in a model made from a dense one of this config.
+
+    Raises `UpcycleError` if there are fewer than the config says: documents would mix in silence.
+    """
+    body, names = Body.of(model), {*family.carriers.values()}
+    lists = _stacks.lists_of(family.stacks(config)) if names else []
+    blocks = [block for path in lists for block in body.blocks(path)]
+    found = [layer for block in blocks for name, layer in block.named_children() if name in names]
+    wanted = sum(kind in family.carriers for kind in config.get("layer_types") or ())
+    if len(found) < wanted:
+        raise UpcycleError(
+            f"{type(model).__name__} has {wanted} layers that carry a state along the row, and upcycle finds "
+            f"{len(found)} of them, so the documents in a row would mix; install a version of transformers "
+            f"that upcycle was tested with"
+        )
+    return found
+
+
+def install(model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
+    """Let these layers of the model run document by document if they are told to."""
     if not layers:
         return
     carriers = Carriers()
-    base.register_forward_pre_hook(carriers._begin)
+    model.base_model.register_forward_pre_hook(carriers._begin)
     for layer in layers:
         layer.forward = partial(carriers._run, layer.forward)
     setattr(model, _NAME, carriers)

@@ -1,8 +1,15 @@
-"""Finds the routers of a transformers model: the modules whose `router_logits` transformers records."""
+"""Finds the routers of a transformers model, and what corrects their choice of experts.
+
+The routers are the modules whose `router_logits` transformers records.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from upcycle.nn.routers.sigmoid import BIAS
+
+_BIASES = (BIAS, "expert_bias")  # names of a correction bias; the second is that of LFM2
 
 
 def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -13,3 +20,15 @@ def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             kind = recorders["router_logits"].target_class
             return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
     return []
+
+
+def is_bias(name: str) -> bool:
+    """Return whether a tensor of that name is a correction bias, which changes the choice of experts only."""
+    return name.rpartition(".")[2] in _BIASES
+
+
+def bias_of(router: nn.Module, block: nn.Module) -> Tensor | None:
+    """Return the correction bias of a router, or None; the `block` that the router is in may hold it."""
+    own = [*router.named_parameters(), *router.named_buffers()]
+    beside = [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
+    return next((tensor.detach() for name, tensor in [*own, *beside] if is_bias(name)), None)

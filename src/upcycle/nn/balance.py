@@ -29,15 +29,18 @@ class Balance(Settings):
     # which costs one more forward pass; None: buffered, or what the run has had if it goes on
     balance_counts: Literal["exact", "buffered"] | None = None
     z_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of the loss on the size of the logits
-    # step size of the bias on the choice of experts, which replaces the balance loss; 0: no bias
+    # step size of the bias on the choice of experts; 0: no bias. It acts beside the balance loss: to balance
+    # by the bias alone, set balance_loss_coef = 0
     bias_update_rate: Annotated[float, AtLeast(0)] = 0.0
     # number of steps in which that bias moves, and after which it stays as it is (DeepSeek-V3, section 4.2),
     # counted from the first step of the run, also in a [[stage]]; None: all
     bias_update_steps: Annotated[int, AtLeast(1)] | None = None
     # in training, tokens are multiplied by 1 +- this before the router
     jitter: Annotated[float, Within("[0, 1)")] = 0.0
-    importance_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of V-MoE's loss on the experts' weights
-    load_loss_coef: Annotated[float, AtLeast(0)] = 0.0  # weight of V-MoE's loss on the experts' load
+    # weight of V-MoE's loss on the experts' weights, which router.name = top_k of moe.target = upcycled has
+    importance_loss_coef: Annotated[float, AtLeast(0)] = 0.0
+    # weight of V-MoE's loss on the experts' load, which it has if router.noise_std is above 0
+    load_loss_coef: Annotated[float, AtLeast(0)] = 0.0
     layers: Literal["mean", "sum"] = "mean"  # how the losses of the layers are combined
 
     def __post_init__(self) -> None:

@@ -19,15 +19,20 @@ from upcycle.nn.shape import Shape
 
 
 class RouterLayer(nn.Module):
-    """The tensors of a router and its decision about hidden states, computed in float32."""
+    """The tensors of a router and its decision about hidden states, computed in float32.
+
+    Tensors that are not trained have float32 or wider in every model, because 16 bits would round the small
+    steps of a correction bias away. `from_pretrained` leaves a parameter in the type that it is made in.
+    """
 
     def __init__(self, settings: routers.Router, shape: Shape) -> None:
         super().__init__()
         self.settings, self.shape = settings, shape
         self.weight = nn.Parameter(torch.empty(settings.rows(shape.all_experts), shape.hidden_size))
         for name, extra in settings.extra(shape.all_experts, shape.hidden_size).items():
-            trained = name not in settings.untrained
-            made = torch.full(extra.shape, extra.value)
+            trained, usual = name not in settings.untrained, torch.get_default_dtype()
+            dtype = usual if trained else torch.promote_types(usual, torch.float32)
+            made = torch.full(extra.shape, extra.value, dtype=dtype)
             self.register_parameter(name, nn.Parameter(made, requires_grad=trained))
 
     def forward(self, hidden: Tensor, padding: Tensor | None) -> Routing:

@@ -72,7 +72,8 @@ class Routing:
     taken out, because how many there are is known only after the device has computed it.
 
     `balanced` says that every expert gets its share by construction, so that no balance loss applies.
-    `losses` are sums over the router's groups, [] each; `groups` is the number of groups.
+    `losses` are sums over the router's groups, [] each; `groups` is the number of groups. A run takes the
+    mean over the groups that have a token, so that one of padding alone must add 0.
     """
 
     dispatch: Dispatch

@@ -69,6 +69,8 @@ class Target(abc.ABC):
     gathers_ends: ClassVar[bool] = True
     # whether it gathers a head that is not tied apart from the whole model
     gathers_head: ClassVar[bool] = True
+    # whether its routers are those of `nn/routers`; else those of a class of transformers
+    has_own_routers: ClassVar[bool] = False
     is_around: ClassVar[bool] = False  # whether it is a multimodal model around another target
     parts: tuple[str, ...] = (TEXT,)  # of a multimodal model, those with experts
     root = "model."  # what the names of the base model's tensors begin with, in a model with a head

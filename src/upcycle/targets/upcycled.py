@@ -40,6 +40,7 @@ class Upcycled(WithExperts):
     summary: str = "the dense class itself with MoE layers in it; any family, any router"
     needs: ClassVar[str] = "import upcycle, to open it"
     gathers_ends: ClassVar[bool] = False
+    has_own_routers: ClassVar[bool] = True
     layout: ClassVar[Stacked] = Stacked()
     router: ClassVar[str] = "router.weight"
     shared: ClassVar[Shared] = SharedExpert(path="shared", combine="sum", config=lambda width, count: {})

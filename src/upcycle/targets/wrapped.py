@@ -59,6 +59,10 @@ class Renamed(Target):
     def gathers_ends(self) -> bool:  # type: ignore[override]
         return self.inner.gathers_ends
 
+    @property
+    def has_own_routers(self) -> bool:  # type: ignore[override]
+        return self.inner.has_own_routers
+
     @classmethod
     def listed(cls) -> list[dict[str, str]]:
         """Return no rows, because the source decides on it."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from upcycle.errors import UpcycleError, listed, nearest
 from upcycle.families import Stack, _stacks
 from upcycle.families._training import Trained
+from upcycle.hf.body import Body
 from upcycle.training import moe_layers
 from upcycle.training.moe_layers import ExpertStack
 from upcycle.training.routing import Routers
@@ -39,13 +40,17 @@ class Anatomy:
     routers: Routers | None
 
     def chosen(self, only: tuple[str, ...] | None, freeze: tuple[str, ...] | None) -> Members:
-        """Return what is trained: `only` (None: everything), less `freeze`.
+        """Return what is trained: `only` (None: everything), less `freeze`, and what no text reaches.
 
         Raises `UpcycleError` for a name that the model has no part for, and if nothing is left to train.
         """
         kept = dict(self.everything) if only is None else self._all_of("train.only", only)
         frozen = self._all_of("train.freeze", freeze or ())
-        left = {name: numbers - frozen.get(name, frozenset()) for name, numbers in kept.items()}
+        left = {
+            name: numbers - frozen.get(name, frozenset())
+            for name, numbers in kept.items()
+            if not self.body.is_around(name)
+        }
         if not any(left.values()):
             said = " and ".join(
                 f"train.{key}" for key, v in (("only", only), ("freeze", freeze)) if v is not None
@@ -67,6 +72,11 @@ class Anatomy:
             for name, p in self.model.named_parameters()
             if p.requires_grad
         }
+
+    def read(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters, without those of a multimodal model around the body, which read no text."""
+        every = self.model.named_parameters()
+        return ((name, p) for name, p in every if not self.body.is_around(name))
 
     def size(self, chosen: Members) -> int:
         """Return how many numbers are trained, on all ranks together."""
@@ -140,9 +150,14 @@ class Anatomy:
     # --- where the parts are ---
 
     @cached_property
+    def body(self) -> Body:
+        """The part of the model that has the blocks."""
+        return Body.of(self.model)
+
+    @property
     def base(self) -> str:
-        """The prefix of the base model's parameters."""
-        return moe_layers.base_of(self.model)
+        """The prefix of the body's parameters."""
+        return self.body.prefix
 
     @property
     def _routers(self) -> list[str]:
@@ -163,7 +178,7 @@ class Anatomy:
         """Every block: its stack, its number, and the prefix of its parameters."""
         out = []
         for path in _stacks.lists_of(self.stacks):
-            count = len(list(self.model.base_model.get_submodule(path).children()))
+            count = len(self.body.blocks(path))
             out += [(_stacks.at(self.stacks, path, i), i, f"{self.base}{path}.{i}.") for i in range(count)]
         return out
 
@@ -236,7 +251,7 @@ def _head(anatomy: Anatomy) -> Iterator[str]:
     head = anatomy.model.get_output_embeddings()
     own: set[int] = set() if head is None else {id(p) for p in head.parameters()}
     for name, parameter in anatomy.model.named_parameters():
-        if id(parameter) in own or (anatomy.base and not name.startswith(anatomy.base)):
+        if id(parameter) in own or anatomy.body.follows(name):
             yield name
 
 
@@ -254,7 +269,7 @@ _PARTS: Mapping[str, Callable[[Anatomy], Iterator[str]]] = {
 
 def _below(anatomy: Anatomy, *roots: str) -> Iterator[str]:
     """Yield the parameters whose names begin with one of `roots`."""
-    return (name for name, _ in anatomy.model.named_parameters() if name.startswith(roots or ("\0",)))
+    return (name for name, _ in anatomy.read() if name.startswith(roots or ("\0",)))
 
 
 def _has(model: nn.Module, path: str) -> bool:

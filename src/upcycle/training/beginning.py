@@ -58,6 +58,16 @@ def admitted(run: Run, begun: Start) -> Task:
     return task
 
 
+def first_refusals(run: Run, begun: Start, task: Task) -> list[str]:
+    """Return the reasons to refuse a run that begins; one that goes on may have them.
+
+    They are rows that are too long for the model, and router losses that no router computes.
+    """
+    long = task.beyond_positions(run.train.sequence_length, begun.subject)
+    lacking = (fit.without_loss(leg.run, begun.built) for leg in Course(run).legs)
+    return [*dict.fromkeys(filter(None, [long, *lacking]))]
+
+
 def ready(
     run: Run, begun: Start, task: Task, here: Ranks, *, precision: str, checkpoint: Path | None
 ) -> Ready:
@@ -122,16 +132,16 @@ def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
-    """Warn the user before a run costs time, and refuse rows that are too long for the model.
+    """Warn the user before a run costs time, and refuse it if it could not have begun (`first_refusals`).
 
-    A run that has already trained on such rows only gets a warning.
+    A run that has already trained so only gets a warning.
     """
-    long = task.beyond_positions(run.train.sequence_length, begun.subject)
-    if long is not None and begins:
-        raise UpcycleError(long)
+    wrong = first_refusals(run, begun, task)
+    if wrong and begins:
+        raise UpcycleError(wrong[0])
     if here.first:
         found = fit.warnings(run, begun.built) if begins else []
-        for sentence in [*found, *filter(None, [long])]:
+        for sentence in [*found, *wrong]:
             progress.warn(sentence)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Family, _stacks
 from upcycle.families._training import trained
+from upcycle.hf.body import Body
 
 
 def install(model: PreTrainedModel, family: Family, config: Config, rate: float) -> None:
@@ -26,22 +27,22 @@ def install(model: PreTrainedModel, family: Family, config: Config, rate: float)
 
     Raises `UpcycleError` if the blocks have no place for it.
     """
-    base: nn.Module = model.base_model
+    body = Body.of(model)
     known = trained(family, f"train.drop_path = {rate}")
     stacks = known.stacks(config)
     blocks = [
         [path.format(i=i) for path in known.branches(config, _stacks.at(stacks, blocks, i))]
         for blocks in _stacks.lists_of(stacks)
-        for i in range(len(list(base.get_submodule(blocks).children())))
+        for i in range(len(body.blocks(blocks)))
     ]
-    present = {name for name, _ in base.named_modules()}
+    present = {name for name, _ in body.module.named_modules()}
     if rate and not all(block and present.issuperset(block) for block in blocks):
         raise UpcycleError(
             f"train.drop_path = {rate}: the blocks of {type(model).__name__} have no place where a branch "
             f"can be left out; take it out, or set it to 0"
         )
     for block, own in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
-        for module in (base.get_submodule(path) for path in block if path in present):
+        for module in (body.module.get_submodule(path) for path in block if path in present):
             if hasattr(module, "drop_prob"):
                 setattr(module, "drop_prob", 0.0)  # noqa: B010
             if own:

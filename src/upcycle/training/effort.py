@@ -58,7 +58,7 @@ def passes(anatomy: Anatomy, chosen: Members, lengths: Mapping[str, int], start:
     matrices = min(1.0, 2 * whole / forward)  # the rest is attention scores
     first = min(depths[name] for name in chosen)
     first += sum(depths[name] == first for name in chosen) == 1 and first > 0
-    ends = {name for name, p in anatomy.model.named_parameters() if id(p) in _head(anatomy)}
+    ends = {name for name, p in anatomy.read() if id(p) in _head(anatomy)}
     used = {name: max(depths.values()) if name in ends else depth for name, depth in depths.items()}
     behind = sum(size for name, size in met.items() if used[name] >= first) / whole
     weights = sum(size for name, size in met.items() if name in chosen) / whole
@@ -71,10 +71,10 @@ def _depths(anatomy: Anatomy) -> dict[str, int]:
     counts: dict[str, int] = {}
     for stack, _, _ in anatomy.blocks:
         counts[stack.blocks] = counts.get(stack.blocks, 0) + 1
-    last, base = sum(counts.values()) + 1, anatomy.base
+    last, body = sum(counts.values()) + 1, anatomy.body
     return {
-        name: anatomy.family.depth(name.removeprefix(base), counts) if name.startswith(base) else last
-        for name, _ in anatomy.model.named_parameters()
+        name: last if body.follows(name) else anatomy.family.depth(name.removeprefix(body.prefix), counts)
+        for name, _ in anatomy.read()
     }
 
 
@@ -90,7 +90,7 @@ def _met(anatomy: Anatomy, lengths: Mapping[str, int], start: Start) -> dict[str
     modules = anatomy.model.modules()
     tables = {id(p) for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()} - _head(anatomy)
     out: dict[str, float] = {}
-    for name, parameter in anatomy.model.named_parameters():
+    for name, parameter in anatomy.read():
         if parameter.ndim < 2:
             continue
         stack = next((own for prefix, own in blocks if name.startswith(prefix)), start.dense.stacks[-1].name)

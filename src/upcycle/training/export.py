@@ -89,7 +89,7 @@ def export(
             claim.finish(partial, out)
     finally:
         begun.dense.checkpoint.close()
-    parameters = begun.parameters if expert is None else sum(t.size for t in begun.dense.tensors.values())
+    parameters = begun.parameters if expert is None else sum(t.size for t in begun.dense.stored.values())
     return Exported(out=out, step=trained.state.step, parameters=parameters, dtype=wanted)
 
 

@@ -58,6 +58,25 @@ def refuse_pooling(run: Run, built: Blueprint | None) -> None:
         raise UpcycleError(f"{why} {unlike}; use per_layer, or the same in both")
 
 
+def without_loss(run: Run, built: Blueprint | None) -> str | None:
+    """Return a sentence about a router loss with a weight that no router computes; None if all are there."""
+    if built is None or not built.sites:
+        return None
+    ours = built.target.has_own_routers
+    found = {name for part in built.parts.values() for name in part.router.losses_of_run() if ours}
+    lacking = [(name, coef) for name, coef in run.router.coefficients.items() if coef and name not in found]
+    if not lacking:
+        return None
+    name, coef = lacking[0]
+    routers = ", ".join(dict.fromkeys(part.router.name for part in built.parts.values()))
+    whose = routers if ours else f"they are those of {built.target.model_type}"
+    needs = "moe.target = upcycled and router.name = top_k"
+    return (
+        f"router.{name}_loss_coef = {coef} weighs a loss that no router of this run computes ({whose}); set "
+        f"it to 0, or take {needs}{', with router.noise_std above 0' if name == 'load' else ''}"
+    )
+
+
 def refuse_isolation(run: Run, task: Task, subject: Subject) -> None:
     """Refuse `data.isolate` for a task or a model that cannot keep the documents of a row apart."""
     if not run.data.isolate:

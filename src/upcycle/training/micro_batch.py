@@ -81,7 +81,7 @@ def _rows_that_fit(
     free -= int(_WIDTH * numbers) // here.layout.replica
     if begun.teacher is not None and run.teacher is not None and run.teacher.top_logits is None:
         width = 4 if precision == "float32" else 2
-        free -= width * sum(tensor.size for tensor in begun.teacher.tensors.values()) // here.layout.replica
+        free -= width * sum(tensor.size for tensor in begun.teacher.stored.values()) // here.layout.replica
     return max(1, int(_SHARE * free) // bytes_of_row(run, begun, lengths, precision))
 
 
@@ -108,12 +108,13 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
             _numbers(name, entry.shape, begun)
             for name, entry in begun.entries.items()
             if len(entry.shape) > 1 and family.stack_of(name) == stack.name and "embed" not in name
+            if name not in begun.dense.around
         )
         if recomputed and stack.count:
             others = inner // 2 if recomputed == "selective" else 0
             inner = inner // stack.count + stack.hidden * stack.count + others
         total += _KEPT[precision] * inner * lengths[stack.name]
-    outputs = int(begun.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
+    outputs = int(begun.dense.config.get("vocab_size") or 0) if begun.dense.has_language_head else 0
     if Course(run).isolates and not (run.train.attn_implementation or "").startswith("flash"):
         width = 4 if precision == "float32" else 2
         for stack in begun.dense.stacks:
@@ -125,7 +126,7 @@ def bytes_of_row(run: Run, begun: Start, lengths: Mapping[str, int], precision: 
 
 def _numbers(name: str, shape: tuple[int, ...], begun: Start) -> int:
     """Count a token's numbers at the input and output of a matrix; for experts, times the experts used."""
-    if begun.config.get("vocab_size") in shape:
+    if begun.dense.config.get("vocab_size") in shape:
         return 0
     ends = shape[-1] + shape[-2] if len(shape) < 4 else shape[0] + math.prod(shape[1:])
     if ".experts." not in name or begun.built is None or not begun.built.sites:

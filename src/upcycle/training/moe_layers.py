@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from upcycle.nn.moe import MoE
 
@@ -40,9 +39,3 @@ def stacks(model: nn.Module, routers: Iterable[str]) -> list[ExpertStack]:
                 out.append(ExpertStack(prefix=f"{layer}{own}.", count=count, first=first))
                 first += count
     return out
-
-
-def base_of(model: PreTrainedModel) -> str:
-    """Return the prefix of the base model's parameter names."""
-    path = next(name for name, module in model.named_modules() if module is model.base_model)
-    return f"{path}." if path else ""

@@ -89,7 +89,7 @@ def _stored_moments(folder: Path, run: Run) -> tuple[str, ...]:
 def moments_of(stored: Checkpoint, run: Run) -> Mapping[str, Entry]:
     """Return the moments of every tensor of the model, made from those of the dense model."""
     if run.recipe is None:
-        return {n: Entry(t, t.dtype) for n, t in admit(stored).tensors.items()}
+        return admit(stored).entries
     kind = targets.recorded({"target": run.recipe.moe.target})
     copied = blueprint(stored, kind.moments(run.recipe))
     # Tensors that come from no source tensor (constants, gates of shared experts) have no moments yet. The

@@ -106,8 +106,8 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
         raise UpcycleError("a dry run is one process; start it without torchrun and give --world")
     begun = start.start_of(run, outline)
     task = beginning.admitted(run, begun)
-    if (long := task.beyond_positions(run.train.sequence_length, begun.subject)) is not None:
-        raise UpcycleError(long)
+    if wrong := beginning.first_refusals(run, begun, task):
+        raise UpcycleError(wrong[0])
     layout = run.parallel.layout(world)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     precision = fit.precision(run)
@@ -209,7 +209,7 @@ def _held_in(
 
 def _teacher(dense: Dense, here: Ranks, precision: str, asked: Asked) -> PreTrainedModel:
     """Build a rank's part of the teacher; the bytes that it reads are noted."""
-    return teacher.model_of(dense, here, precision, fake_rank.blank(dense.tensors, asked))
+    return teacher.model_of(dense, here, precision, fake_rank.blank(dense.stored, asked))
 
 
 def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from upcycle.hf.body import Body
 from upcycle.hf.parts import Conv1D
 from upcycle.training import moe_layers, routing
 
@@ -34,7 +35,7 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
     names = [name for name, _ in routing.routers_of(model)]
     routers = tuple(f"{name}." for name in names)
     experts = tuple(stack.prefix for stack in moe_layers.stacks(model, names))
-    base = moe_layers.base_of(model)
+    body = Body.of(model)
     out = {}
     for name, parameter in model.named_parameters():
         if name.startswith(routers):
@@ -42,7 +43,7 @@ def roles(model: PreTrainedModel) -> dict[str, Role]:
             continue
         kind: Kind = "experts" if name.startswith(experts) else "rest"
         owner = model.get_submodule(name.rpartition(".")[0])
-        out[name] = _role(kind, name, parameter, owner, inside=name.startswith(base))
+        out[name] = _role(kind, name, parameter, owner, inside=not body.follows(name))
     return out
 
 

@@ -20,7 +20,6 @@ from upcycle.errors import UpcycleError
 from upcycle.hf import recorded
 from upcycle.nn.counts import counted
 from upcycle.nn.moe import RouterLayer
-from upcycle.nn.routers.sigmoid import BIAS
 from upcycle.nn.routing import Routing
 from upcycle.records.metrics import LayerMetrics
 from upcycle.training.seeds import Seeds
@@ -60,10 +59,16 @@ class RouterOutput:
         return rows if self.real is None else rows[self.real]
 
     def tallies(self) -> Tensor:
-        """Return what is summed over the global batch, [E + 3]: counts, tokens, left behind, groups."""
+        """Return what is summed over the global batch, [E + 3]: counts, tokens, left behind, groups.
+
+        A group of padding alone does not count.
+        """
         counts = self.counts
-        tokens = counts.new_full((), len(self.logits)) if self.real is None else self.real.sum()
-        rest = [tokens, self.left_behind, counts.new_full((), self.groups)]
+        if self.real is None:
+            tokens, groups = counts.new_full((), len(self.logits)), counts.new_full((), self.groups)
+        else:
+            tokens, groups = self.real.sum(), self.real.view(self.groups, -1).any(1).sum()
+        rest = [tokens, self.left_behind, groups]
         return torch.cat([counts, torch.stack([one.to(counts.dtype) for one in rest])])
 
 
@@ -124,6 +129,7 @@ class Routers:
     layers: list[int]
     stacks: list[str]
     modules: list[nn.Module]
+    blocks: list[nn.Module]  # the modules that the routers are in
     names: list[str]
     outputs: list[RouterOutput] = field(default_factory=list)
     _on: bool = False
@@ -140,6 +146,7 @@ class Routers:
             layers=[_block(name, module) for name, module in there],
             stacks=[m.shape.stack if isinstance(m, RouterLayer) else "layers" for _, m in there],
             modules=[module for _, module in there],
+            blocks=[model.get_submodule(name.rpartition(".")[0]) for name, _ in there],
             names=[name for name, _ in there],
         )
         for place, module in enumerate(routers.modules):
@@ -152,7 +159,8 @@ class Routers:
         """Record the routers' outputs inside the block.
 
         `jitter` multiplies the routers' input by U(1 - jitter, 1 + jitter), with the seed that `seeds` has
-        for the layer (Switch Transformers, section 2.2).
+        for the layer (Switch Transformers, section 2.2). It lasts beyond the block, because a layer may be
+        recomputed in the backward pass, and acts on a router in training mode alone.
         """
         self.outputs = []
         self._on, self._jitters = True, bool(jitter)
@@ -179,8 +187,8 @@ class Routers:
             )
             return hidden * noise.to(hidden.dtype)
 
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            return (noisy(args[0]), *args[1:]) if self._jitters else None
+        def hook(router: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            return (noisy(args[0]), *args[1:]) if self._jitters and router.training else None
 
         return hook
 
@@ -206,14 +214,11 @@ class Routers:
         They change which experts are chosen, but not the experts' weights. A router that is not trained
         counts as one without. Raises `UpcycleError` if no router has one.
         """
-        found = [
-            next((p.detach() for name, p in _tensors(module) if name.endswith(BIAS)), None)
-            for module in self.modules
-        ]
+        found = [recorded.bias_of(*pair) for pair in zip(self.modules, self.blocks, strict=True)]
         if all(bias is None for bias in found):
             raise UpcycleError(
                 "router.bias_update_rate is set, and the routers of this architecture have no correction "
-                "bias; set it to 0, or take what has one (ernie4_5_moe, router.name = sigmoid)"
+                "bias; set it to 0, or take what has one (ernie4_5_moe, lfm2_moe, router.name = sigmoid)"
             )
         trained = [any(p.requires_grad for p in module.parameters()) for module in self.modules]
         return [bias if moves else None for bias, moves in zip(found, trained, strict=True)]
@@ -241,10 +246,6 @@ def _output(module: nn.Module, output: Any) -> RouterOutput:
     return RouterOutput(
         logits=logits, counts=counts, left_behind=counts.new_zeros(()), top_k=indices.shape[-1]
     )
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
 
 
 @torch.no_grad()

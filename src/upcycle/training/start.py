@@ -31,6 +31,7 @@ from upcycle.families._training import trained
 from upcycle.families._weights import Constant, Identity, Initial, Normal
 from upcycle.families._wrappers import TEXT
 from upcycle.hf import carriers, packing
+from upcycle.hf.body import Body
 from upcycle.nn import kernels
 from upcycle.nn.experts import Experts
 from upcycle.tensors import rng
@@ -119,7 +120,7 @@ def start_of(run: Run, opener: Opener = open_checkpoint) -> Start:
     else:
         config = dict(dense.checkpoint.config)
         architecture = dense.architecture
-        entries = {n: Entry(t, t.dtype) for n, t in dense.tensors.items()}
+        entries = dense.entries
     if run.from_scratch:
         entries = _from_scratch(dense, built, entries, run.seed)
     if run.task is not None and run.task.classes:
@@ -143,15 +144,15 @@ def _from_scratch(
     Raises `UpcycleError` for a tensor whose initial value neither the family nor the target defines.
     """
     family = trained(dense.family, "from_scratch = true")
-    weights = built.weights if built else dense.weights
+    own = {dense.place.stored(name): name for name in dense.tensors}
     identity = built.target.norm_identity(family) if built else family.norm_identity
     out = {}
     for name, entry in entries.items():
-        begins = (
-            built.target.begins(family, dense, name, weights[name], entry)
-            if built
-            else family.initial(dense.config, name, weights[name])
-        )
+        begins: Initial | None = None
+        if built:
+            begins = built.target.begins(family, dense, name, built.weights[name], entry)
+        elif name in own:
+            begins = family.initial(dense.config, own[name], dense.weights[own[name]])
         if begins is None:
             raise UpcycleError(
                 f"from_scratch = true: nothing says what {name} of a {family.model_type} starts as; take "
@@ -192,7 +193,7 @@ def model_of(start: Start, run: Run, ranks: Ranks, precision: str) -> PreTrained
     _refuse_wide(model, ranks, precision)
     if Course(run).isolates:
         _refuse_joined(model, start.dense.family)
-        carriers.install(model, start.dense.family.carrying(start.dense.config))
+        carriers.install(model, carriers.layers_of(model, start.dense.family, start.dense.config))
     if model.device != ranks.device:
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
@@ -254,8 +255,8 @@ def _set_expert_dropout(model: PreTrainedModel, train: Train) -> None:
 
 def _blocks(model: PreTrainedModel, start: Start) -> list[nn.Module]:
     """Return the blocks of all stacks."""
-    lists = _stacks.lists_of(start.dense.stacks)
-    return [block for path in lists for block in model.base_model.get_submodule(path).children()]
+    body = Body.of(model)
+    return [block for path in _stacks.lists_of(start.dense.stacks) for block in body.blocks(path)]
 
 
 def _compile(blocks: Iterable[nn.Module]) -> None:

@@ -90,7 +90,7 @@ def model_of(
     model = loading.build(
         dense.architecture,
         dict(dense.checkpoint.config),
-        entries or {name: Entry(tensor, tensor.dtype) for name, tensor in dense.tensors.items()},
+        entries or dense.entries,
         distributed_config=None if ranks.config is None else replace(ranks.config, ep_size=1),
         dtype=torch.float32 if precision == "float32" else torch.bfloat16,
     )
@@ -98,7 +98,7 @@ def model_of(
         model = model.to(ranks.device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    carriers.install(model, dense.family.carrying(dense.config))
+    carriers.install(model, carriers.layers_of(model, dense.family, dense.config))
     return model.requires_grad_(False).eval()
 
 

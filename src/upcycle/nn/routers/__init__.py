@@ -157,9 +157,13 @@ class Router(Named, abc.ABC):
     def loss_coefs(self) -> dict[str, float]:
         """Return the factors for this router's own losses, by their names in `Routing.losses`.
 
-        A training run weights `importance` and `load` itself, with its own keys.
+        A training run weights `importance` and `load` itself, with its own keys (`losses_of_run`).
         """
         return {}
+
+    def losses_of_run(self) -> tuple[str, ...]:
+        """Return which of the losses that a run weights (`Balance.coefficients`) it returns in training."""
+        return ()
 
     def beyond_native(self) -> list[str]:
         """Return the keys set here that no MoE class of transformers supports, or another router's name."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from upcycle.nn.routers import Extra, Router
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from upcycle.nn.routing import Routing, Tokens
 
 BIAS = "e_score_correction_bias"
@@ -20,7 +22,10 @@ class Sigmoid(Router):
     A token takes the K experts with the largest score + bias and weights them by their scores, which
     `normalize` makes sum to one.
 
-    The bias gets no gradient; a training run moves it with `router.bias_update_rate`.
+    The bias gets no gradient; a training run moves it with `router.bias_update_rate`, beside the balance loss
+    unless `router.balance_loss_coef` is 0.
+
+    A sum of scores that is too small to divide by is left out: such scores are zero, as in transformers.
     """
 
     untrained = (BIAS,)
@@ -49,17 +54,28 @@ class Sigmoid(Router):
         index = (scores.detach() + tokens.tensors[BIAS].detach()).topk(tokens.top_k, dim=-1).indices
         weights = scores.gather(-1, index)
         if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = _shares(weights)
         counts = tokens.counts_of(index)
         return Routing(
             dispatch=Choices(index=index.flatten(0, 1), weights=weights.flatten(0, 1), length=tokens.length),
             logits=logits.flatten(0, 1),
-            probabilities=(scores / scores.sum(-1, keepdim=True)).flatten(0, 1),
+            probabilities=_shares(scores).flatten(0, 1),
             real=tokens.real_rows,
             counts=counts,
             left_behind=counts.new_zeros(()),
             groups=tokens.groups,
         )
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Return scores [..., K] divided by their sum, or as they are if it is below the smallest normal number.
+
+    That is so if all logits are below about -87. Then the quotient or its gradient would be NaN.
+    """
+    import torch
+
+    sums = scores.sum(-1, keepdim=True)
+    return scores / sums.masked_fill(sums < torch.finfo(sums.dtype).tiny, 1.0)
 
 
 router = Sigmoid

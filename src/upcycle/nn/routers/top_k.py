@@ -94,6 +94,9 @@ class TopK(Router):
         chosen = 1 if self.rounding == "flaxformer" else top_k
         return chosen * self.capacity_factor / num_experts
 
+    def losses_of_run(self) -> tuple[str, ...]:
+        return ("importance", "load") if self.noise_std else ("importance",)
+
     def route(self, tokens: Tokens) -> Routing:
         import torch
 
@@ -215,6 +218,8 @@ def _load(clean: Tensor, noisy: Tensor, top_k: int, noise: float, real: Tensor |
 
 
 def _variation(shares: Tensor) -> Tensor:
+    """Return the squared coefficient of variation of shares [G, E], [G]; 0 for a group of padding alone."""
+    shares = shares.masked_fill((shares == 0).all(-1, keepdim=True), 1.0)  # else 0 / 0, also in the gradient
     return (shares.std(-1, unbiased=False) / shares.mean(-1)).square()
 
 

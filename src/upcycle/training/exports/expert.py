@@ -39,7 +39,7 @@ class Expert(Format):
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
         source = begun.dense.checkpoint
         carried, left = carry(source.folder, folder)
-        config = with_cache({**source.config, "dtype": dtype, "torch_dtype": dtype})
+        config = with_cache({**begun.dense.outer, "dtype": dtype, "torch_dtype": dtype})
         whole_file.write_json(folder / "config.json", config)
         open_to_others(folder)
         told = provenance.of_dense(
@@ -66,7 +66,7 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
     count = min(site.num_experts for site in built.sites)
     if number >= count:
         raise UpcycleError(f"--expert {number}, and the experts of a layer have the numbers 0 to {count - 1}")
-    dense = {id(lazy): name for name, lazy in begun.dense.tensors.items()}
+    dense = {id(lazy): name for name, lazy in begun.dense.stored.items()}
     places: dict[str, list[str]] = {}
     for name, entry in begun.entries.items():
         if (own := dense.get(id(entry.lazy))) is not None:
@@ -76,7 +76,7 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
                 f"--expert: {name} of this model is no tensor of the dense one and would be lost; begin "
                 f"with init.name = copy and a target without shared experts"
             )
-    lost = [name for name in begun.dense.tensors if name not in places]
+    lost = [name for name in begun.dense.stored if name not in places]
     if lost:
         raise UpcycleError(
             f"--expert: {lost[0]} has no place of its own in this model; start the run with init.name = copy "

@@ -12,6 +12,7 @@ from upcycle.blueprints.blueprint import with_cache
 from upcycle.conversion import generation_settings, selection
 from upcycle.conversion.write import carry, fit_tokenizer
 from upcycle.errors import UpcycleError
+from upcycle.hf import recorded
 from upcycle.hf.quiet import quiet
 from upcycle.nn import kernels
 from upcycle.system import whole_file
@@ -52,7 +53,8 @@ def write_model(model: PreTrainedModel, trained: Trained, folder: Path, dtype: s
     begun = trained.start
     with torch.no_grad(), quiet():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_floating_point() and not name.endswith(("e_score_correction_bias", "inv_freq")):
+            kept = recorded.is_bias(name) or name.endswith("inv_freq")
+            if tensor.is_floating_point() and not kept:
                 tensor.data = tensor.data.to(getattr(torch, dtype))
         try:
             model.save_pretrained(folder)
