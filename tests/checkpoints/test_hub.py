@@ -17,10 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 import upcycle as library
 from marks import quick
+from tiny import make_adapter
 from upcycle import Recipe
 from upcycle.api.forecasting import foretell_run
 from upcycle.api.training import rehearse
 from upcycle.checkpoints import hub as hub_ids
+from upcycle.checkpoints.checkpoint import WEIGHTS
 from upcycle.checkpoints.header import read_header
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
@@ -186,8 +188,6 @@ def test_a_model_without_safetensors(upcycle, hub, tmp_path):
 
 def test_an_adapter_from_the_hub(upcycle, hub, dense, tmp_path):
     """Its two files are fetched, and nothing of what lies beside them."""
-    from tiny import make_adapter
-
     source = dense("llama", intermediate_size=480)
     for file in make_adapter(tmp_path / "adapter", source).iterdir():
         file.rename(hub.folder / file.name)
@@ -211,13 +211,20 @@ def on_the_hub(monkeypatch, tmp_path):
     folders: dict[str, Path] = {}
     downloaded: list[str] = []
 
-    def headers(self, repo: str, *, revision: str | None = None) -> SimpleNamespace:
-        weights = "model.safetensors"
+    def header(self, repo: str, weights: str, *, revision: str | None = None) -> SimpleNamespace:
         tensors = {
             name: SimpleNamespace(dtype=t.dtype, shape=t.shape, data_offsets=(t.offset, t.offset + t.nbytes))
             for name, t in read_header(folders[repo] / weights).items()
         }
-        return SimpleNamespace(files_metadata={weights: SimpleNamespace(tensors=tensors)})
+        return SimpleNamespace(tensors=tensors)
+
+    def headers(self, repo: str, *, revision: str | None = None) -> SimpleNamespace:
+        return SimpleNamespace(files_metadata={WEIGHTS: header(self, repo, WEIGHTS)})
+
+    def only(name: str, wanted: tuple[str, ...]) -> Path:
+        if any(file.endswith(".safetensors") for file in wanted):
+            downloaded.append(name)
+        return folders[name]
 
     def config(repo: str, file: str, *, revision: str | None = None) -> str:
         """Return the file in a snapshot of its own, as the hub's cache has it before weights are fetched."""
@@ -227,8 +234,9 @@ def on_the_hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", config)
     monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", headers)
+    monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", header)
     monkeypatch.setattr(hub_ids, "_download", lambda name: downloaded.append(name) or folders[name])
-    monkeypatch.setattr(hub_ids, "_download_only", lambda name, wanted: folders[name])
+    monkeypatch.setattr(hub_ids, "_download_only", only)
 
     def put(**named: Path) -> list[str]:
         folders.update({f"someone/{name}": folder for name, folder in named.items()})
@@ -257,6 +265,22 @@ def test_no_weights_of_donors_are_fetched_before_they_are_needed(on_the_hub, den
     built = library.blueprint(source, there)
     assert downloaded == ["someone/one", "someone/two"]
     assert built.hash == found.blueprint_hash
+
+
+def test_no_weights_of_an_adapter_are_fetched_before_they_are_needed(on_the_hub, dense, tmp_path):
+    source = dense("llama")
+    downloaded = on_the_hub(adapter=make_adapter(tmp_path / "adapter", source))
+
+    def recipe(adapter: object) -> dict:
+        experts = {"name": "experts", "expert": [{}, {"adapter": str(adapter)}]}
+        return {"moe": {"num_experts": 2}, "init": experts}
+
+    found = library.plan(source, recipe("someone/adapter"))
+    library.foretell(source, recipe("someone/adapter"), world=2)
+    assert downloaded == []
+    assert found.blueprint_hash == library.plan(source, recipe(tmp_path / "adapter")).blueprint_hash
+    assert library.blueprint(source, recipe("someone/adapter")).hash == found.blueprint_hash
+    assert downloaded == ["someone/adapter"]
 
 
 def test_no_weights_of_the_rest_are_fetched_before_they_are_needed(on_the_hub, dense):

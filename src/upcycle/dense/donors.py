@@ -66,7 +66,7 @@ def admit_donors(source: Dense, recipe: Recipe, *, allow_nonfinite: bool, opener
             alone = recipe.moe.part_only == "text" and places.is_wrapper(checkpoint.config)
             bare[checkpoint] = admit(checkpoint, alone=alone, part=recipe.moe.part)
             remarks += _compared(source, bare[checkpoint], recipe)
-    adapters = _open_adapters(named, allow_nonfinite=allow_nonfinite)
+    adapters = _open_adapters(named, opener, allow_nonfinite=allow_nonfinite)
     models = []
     for donor, checkpoint in zip(named, opened, strict=True):
         dense = bare[checkpoint]
@@ -93,11 +93,11 @@ def _open(named: Sequence[Donor], opener: Opener, *, allow_nonfinite: bool) -> l
     return out
 
 
-def _open_adapters(named: Sequence[Donor], *, allow_nonfinite: bool) -> dict[str, Adapter]:
+def _open_adapters(named: Sequence[Donor], opener: Opener, *, allow_nonfinite: bool) -> dict[str, Adapter]:
     """Open each adapter once, by its name in the recipe."""
     names = dict.fromkeys(donor.adapter for donor in named if donor.adapter)
     return {
-        name: open_adapter(name, label=f"adapter {number}", allow_nonfinite=allow_nonfinite)
+        name: open_adapter(name, opener, label=f"adapter {number}", allow_nonfinite=allow_nonfinite)
         for number, name in enumerate(names, start=1)
     }
 
