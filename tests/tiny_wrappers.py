@@ -142,10 +142,11 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
-def make(folder: Path, kind: str, seed: int = 0) -> Path:
-    """A wrapper with weights large enough that a missing one shows."""
+def make(folder: Path, kind: str, seed: int = 0, **text: Any) -> Path:
+    """A wrapper with weights large enough that a missing one shows; `text` changes its text model."""
     found = KINDS[kind]
-    config = transformers.CONFIG_MAPPING[found.model_type](**found.config)
+    changed = {"text_config": {**found.config["text_config"], **text}} if text else {}
+    config = transformers.CONFIG_MAPPING[found.model_type](**{**found.config, **changed})
     model = transformers.AutoModelForImageTextToText.from_config(config).float()
     tiny.shake(model, seed).save_pretrained(folder)
     return folder

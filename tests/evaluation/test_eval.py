@@ -41,6 +41,16 @@ def byte_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    """A random GPT-2 of bytes, whose class is no ForCausalLM."""
+    folder = make(
+        tmp_path_factory.mktemp("gpt2") / "dense", "GPT2LMHeadModel", vocab_size=300, n_positions=48
+    )
+    make_bytes_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("story") / "story.txt"
     path.write_text("<|>".join(STORY))
@@ -108,10 +118,14 @@ def naive(folder: Path, documents: list[str], length: int, stride: int) -> dict[
     }
 
 
-@pytest.mark.parametrize(("length", "stride"), [(48, None), (16, 5), (7, 7)])
-def test_a_text_is_scored_as_a_naive_loop_scores_it(byte_model, story, length, stride):
-    found = evaluate(byte_model, ToScore(text=story, length=length, stride=stride, separator="<|>"))
-    wanted = naive(byte_model, [s for s in STORY if s], length, stride or length)
+@pytest.mark.parametrize(
+    ("model", "length", "stride"),
+    [("byte_model", 48, None), ("byte_model", 16, 5), ("byte_model", 7, 7), ("gpt2", 48, None)],
+)
+def test_a_text_is_scored_as_a_naive_loop_scores_it(model, story, length, stride, request):
+    folder = request.getfixturevalue(model)
+    found = evaluate(folder, ToScore(text=story, length=length, stride=stride, separator="<|>"))
+    wanted = naive(folder, [s for s in STORY if s], length, stride or length)
     assert {k: found[k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
     assert found["documents"] == 3  # the empty one has no token
     assert found["bytes"] == found["targets"]  # of this tokenizer

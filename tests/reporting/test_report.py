@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -226,8 +227,17 @@ def test_train_seed_goes_over_seed(tmp_path):
     assert (name, why) == ("0", "its run.json is damaged: run.seed is [5], not a whole number")
 
 
+def averaged(checkpoint: Path, steps: list[int] | None, **more) -> Path:
+    """The checkpoint, which says that it is the mean of those after `steps`."""
+    made = json.loads((checkpoint / "upcycle.json").read_text())
+    made["training"][0] |= {"averaged_steps": steps} if steps else {}
+    made["training"][0] |= more
+    (checkpoint / "upcycle.json").write_text(json.dumps(made))
+    return checkpoint
+
+
 def test_exports_of_one_seed_are_no_seeds(tmp_path, monkeypatch):
-    """A second export of the same step, as of a mean of checkpoints, has a column of its own."""
+    """A second export of the same step has a column of its own."""
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     runs = [write_run(tmp_path / f"moe{i}", lambda t: 2.0, moe={}, seed=i // 2) for i in range(3)]
     ends = [
@@ -240,6 +250,55 @@ def test_exports_of_one_seed_are_no_seeds(tmp_path, monkeypatch):
     (row,) = table.rows
     assert table.head[3:] == ("end1-moe0", "end2-moe1")
     assert row[2:] == ("0.6500 ± 0.1500", "0.6000 ± 0.0100", "0.7000 ± 0.0100 *")
+
+
+def test_a_mean_of_checkpoints_is_called_one(tmp_path, monkeypatch):
+    """It shares a column with means of the same steps alone, and so does one expert of a model."""
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    runs = [write_run(tmp_path / f"moe{i}", lambda t: 2.0, moe={}, seed=i) for i in (0, 1)]
+    kinds = {
+        "end": (None, {}),
+        "mean": ([20, 30, 40], {}),
+        "other": ([10, 30, 40], {}),
+        "ema": ([20, 40], {"average_decay": 0.5}),
+        "expert": ([20, 40], {"expert": 2}),
+    }
+    ends = [
+        averaged(write_checkpoint(tmp_path / f"{kind}{i}", run, eval=left_behind.scores(piqa=(0.5, 0.1))),
+                 steps, **more)
+        for i, run in enumerate(runs) for kind, (steps, more) in kinds.items()
+    ]  # fmt: skip
+    found = study([*runs, *ends], DenseCost())
+    label = "4 experts, top-2, copy"
+    assert [(c.label, [one.name for one in c.checkpoints]) for c in found.columns()] == [
+        (label, ["end0", "end1"]),
+        (f"{label}, expert 2, mean of 2", ["expert0", "expert1"]),
+        (f"{label}, mean of 3", ["other0", "other1"]),
+        (f"{label}, mean of 3", ["mean0", "mean1"]),
+        (f"{label}, moving average of 2", ["ema0", "ema1"]),
+    ]
+    rows = {row[0]: row for row in tables(sections.document(found, "R"))["Checkpoints"].rows}
+    assert rows["end0"][5] == "40"
+    assert rows["mean0"][5] == "40 (mean of 20, 30, 40)"
+    assert rows["ema1"][5] == "40 (moving average with decay 0.5 of 20, 40)"
+    assert rows["expert0"][3] == "expert 2 of each layer"
+
+
+def test_a_recipe_is_told_by_its_router(tmp_path, monkeypatch):
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    run = write_run(tmp_path / "run", lambda t: 2.0, moe={})
+    recipes = {
+        "routed": ({"router": {"name": "top_k"}}, "4 experts, top-2, init drop"),
+        "chosen": ({"router": {"name": "expert_choice"}}, "4 experts, expert choice, init drop"),
+        "deeper": ({"moe": {"target": "depth_tiled", "depth": 3}}, "every block 3 times"),
+    }
+    for name, (changes, _) in recipes.items():
+        file = write_checkpoint(tmp_path / name, run) / "upcycle.json"
+        made = json.loads(file.read_text()) | {"blueprint_hash": "0"}
+        made["recipe"] = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "drop"}, **changes}
+        file.write_text(json.dumps(made))
+    found = tables(document(*(tmp_path / name for name in recipes)))["Checkpoints"].rows
+    assert [row[3] for row in found] == [said for _, said in recipes.values()]
 
 
 def test_an_unfinished_seed_is_a_curve_of_its_own(tmp_path):
@@ -273,6 +332,39 @@ def test_labels_say_what_tells_alike_runs_apart(tmp_path):
     assert [g.label for g in compared(*runs).groups] == [
         "dense, continued, peak 0.001", "dense, continued, peak 0.0001",
     ]  # fmt: skip
+
+
+def test_labels_name_stages_and_leave_out_what_is_not_set(tmp_path):
+    def stages(steps: int, *, then: str = "all") -> list[dict[str, Any]]:
+        return [
+            {"name": "warm", "train": {"steps": steps, "only": ["router"]}},
+            {"name": then, "train": {"steps": 40 - steps}},
+        ]
+
+    def labels(**changes: dict[str, Any]) -> list[str]:
+        runs = [
+            write_run(tmp_path / f"{'-'.join(changes)}-{name}", lambda t: 2.0, moe={}, **change)
+            for name, change in changes.items()
+        ]
+        return [g.label.removeprefix("4 experts, top-2, copy") for g in compared(*runs).groups]
+
+    assert labels(one={"stage": stages(10)}, none={}) == [", stages warm, all", ", no stages"]
+    assert labels(a={"stage": stages(10)}, b={"stage": stages(10, then="rest")}, c={}) == [
+        ", stages warm, all", ", stages warm, rest", ", no stages",
+    ]  # fmt: skip
+    assert labels(early={"stage": stages(10)}, late={"stage": stages(20)}) == [
+        ", all: steps 30", ", all: steps 20",
+    ]  # fmt: skip
+    assert labels(plain={}, muon={"optimizer": {"name": "muon"}}) == ["", ", optimizer muon"]
+    moe = {"num_experts": 4, "top_k": 2}
+    assert labels(even={"decoder": {"moe": moe}}, odd={"decoder": {"moe": {**moe, "num_experts": 8}}}) == [
+        "", ", decoder: num_experts 8",
+    ]  # fmt: skip
+    assert labels(untaught={}, taught={"teacher": {"source": "/nowhere/big", "weight": 0.5}}) == [
+        "", ", teacher big",
+    ]  # fmt: skip
+    frozen = labels(most={"train": {"only": ["router", "norms"]}}, few={"train": {"only": ["router"]}})
+    assert frozen == [", only norms", ""]
 
 
 @pytest.mark.parametrize(
@@ -526,6 +618,70 @@ def test_losing_and_nothing_shown_are_called_that(tmp_path):
     assert "No run that continues the dense model" in sentences(document(moe))[0]
 
 
+def hashed(folder: Path, sha256: str | None) -> Path:
+    """A run that recorded this hash of its source, or none as older versions did."""
+    about = json.loads((folder / "run.json").read_text())
+    if sha256 is not None:
+        about["source_sha256"] = {"source": {"model.safetensors": sha256}, "donor 1": {"x": folder.name}}
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dense_at", "moe_at", "same"),
+    [
+        (("/a/dense", "1"), ("/b/copy", "1"), True),
+        (("/a/dense", "1"), ("/a/dense", "2"), False),  # it was written anew in between
+        (("/a/dense", None), ("/a/dense", "1"), True),
+        (("/a/dense", None), ("/b/dense", "1"), False),
+    ],
+)
+def test_only_the_same_source_trained_on_answers_whether_it_paid(tmp_path, dense_at, moe_at, same):
+    """A better start is no merit of the experts."""
+
+    def runs(name: str, shift: float, source: tuple[str, str | None], moe=None) -> list[Path]:
+        return [
+            hashed(
+                write_run(tmp_path / f"{name}{i}", lambda t, i=i: shift + i / 100, moe=moe, seed=i,
+                          source=source[0], data={"tokenizer": "one"}),
+                source[1],
+            )
+            for i in (0, 1)
+        ]  # fmt: skip
+
+    dense, moe = runs("dense", 2.5, dense_at), runs("moe", 2.0, moe_at, {})
+    made = document(*dense, *moe)
+    against = tables(made)["Where the Mixture of Experts comes below, to stay"].rows[0][1]
+    if same:
+        assert sentences(made)[0].startswith("Yes. ")
+        assert against == "dense, continued"
+        return
+    assert sentences(made)[0].startswith("No run continues a dense model that a Mixture of Experts here was")
+    assert "Held-out loss at equal training FLOPs" not in tables(made)
+    assert against == "dense, continued (of another source)"
+    # Beside a pair of one source it is named, and the answer is that of the pair.
+    made = document(*dense, *moe, *runs("other", 2.6, dense_at, {"num_experts": 8}))
+    assert sentences(made)[0].startswith("No. At equal training FLOPs the Mixture of Experts (8 experts")
+    assert sentences(made)[1].startswith("4 experts, top-2, copy is in no row: no run here continues")
+    assert len(tables(made)["Held-out loss at equal training FLOPs"].rows) == 1
+
+
+def test_the_answer_is_that_against_the_best_dense_model(tmp_path):
+    """Here one was trained at two rates, and once for so short a time that nobody could have gained."""
+    dense = {(1e-3, 60): 2.5, (1e-5, 60): 2.9, (1e-3, 5): 1.0}
+    runs = [
+        write_run(tmp_path / f"d{peak}{steps}", lambda t, end=end: end, steps=steps, schedule={"peak": peak})
+        for (peak, steps), end in dense.items()
+    ]
+    runs.append(write_run(tmp_path / "moe", lambda t: 2.7, moe={}))
+    made = document(*runs)
+    assert len(tables(made)["Held-out loss at equal training FLOPs"].rows) == 3
+    assert (
+        "the Mixture of Experts (4 experts, top-2, copy) is 0.2000 nats per token behind the best of the "
+        "dense models that were trained on, dense, continued, "
+    ) in sentences(made)[0]
+
+
 def test_what_was_measured_tells_the_same_however_often(tmp_path):
     """Curves that fall: with fewer evaluations the answer is the same one, or that it cannot be told."""
 
@@ -563,6 +719,24 @@ def test_what_was_measured_tells_the_same_however_often(tmp_path):
     assert "ahead of and" in sentences(document(*folders))[0]
     (row,) = tables(document(*folders))["Held-out loss at equal training FLOPs"].rows
     assert row[2] == "cannot be told"
+
+
+def test_a_run_whose_loss_is_no_number_any_more_is_not_the_best(tmp_path):
+    """Its curve ends before, at a loss that nobody can have; and what was skipped is said."""
+    dense, moe = pair_of_runs(tmp_path)
+    lost = write_run(tmp_path / "lost", lambda t: 1.0 if t < 30 * BATCH else math.nan, moe={"top_k": 1})
+    lines = [json.loads(line) for line in (moe / "metrics.jsonl").read_text().splitlines()]
+    lines[5]["skipped"] = lines[6]["skipped"] = "stands out"
+    (moe / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = document(dense, moe, lost)
+    said = sentences(made)
+    assert "the best of the Mixtures of Experts (4 experts, top-2, copy) is" in said[0]
+    assert tables(made)["Runs"].rows[2][:2] == ("lost", "4 experts, top-1, copy (diverged)")
+    assert "lost: its held-out loss is not finite at step 30, 40; curves leave that out" in said
+    assert (
+        "moe did not update its weights in 2 of 40 steps, which stood out or were not finite; their tokens "
+        "and FLOPs count"
+    ) in said
 
 
 def test_points_that_differ_by_rounding_are_one():
@@ -603,6 +777,13 @@ def test_one_seed_tells_neither_yes_nor_no(tmp_path, monkeypatch):
         f"On the same 4 documents of held.txt it is ahead, by −0.2000 ± {error:.4f} loss (after 3.84e06 "
         f"FLOPs, the dense model after 3.84e06)"
     ) in said
+    # A mean is compared with a mean alone.
+    averaged(ends[0], [20, 40])
+    assert "On the same" not in sentences(document(dense, moe, *ends))[0]
+    averaged(ends[1], [30, 60])
+    said = sentences(document(dense, moe, *ends))[0]
+    assert "(mean of 2 of both, after 3.84e06 FLOPs" in said
+    ends[0] = scored("moe-end-again", moe, ours)
     for name, more in {
         "other-units": {"units": "b"},
         "other-data": {"data": {"sha256": "y"}},
@@ -788,6 +969,17 @@ def test_files_with_anything_in_them_never_end_in_a_traceback(tmp_path, seed, mo
             render_markdown(made, "r")[0].encode()
         path.write_text(text)
     assert len(study(folders, DenseCost()).runs) == 6
+
+
+@pytest.mark.parametrize("stages", [5, None, {"a": 1}, [1], [{"train": {"steps": 1}, "data": 3}]])
+def test_stages_that_are_no_tables_are_damage(tmp_path, stages):
+    run, other = write_run(tmp_path / "damaged", lambda t: 2.0), write_run(tmp_path / "whole", lambda t: 2.0)
+    about = json.loads((run / "run.json").read_text())
+    about["run"]["stage"] = stages
+    (run / "run.json").write_text(json.dumps(about))
+    ((name, why),) = study([run, other], DenseCost()).refused
+    assert name == "damaged"
+    assert why.startswith("its run.json is damaged: run.stage")
 
 
 def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path, monkeypatch):

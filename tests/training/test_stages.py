@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import gloo
 import ranks
@@ -22,6 +22,7 @@ from marks import quick, sampled
 from simulated import Traffic
 from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.admission import admit
 from upcycle.families._training import trained
 from upcycle.records.provenance import Provenance
 from upcycle.training import enter, fit, run_folder, start, step
@@ -567,6 +568,36 @@ def test_an_expert_is_taken_out(trainable, tmp_path):
         export(tmp_path / "run", tmp_path / "2", expert=2)
     with pytest.raises(UpcycleError, match=r"format = gguf|an expert is a number from 0"):
         export(tmp_path / "run", tmp_path / "2", format="expert")
+
+
+@pytest.mark.parametrize("moe", [{}, {"untie": True}], ids=["tied", "untied"])
+def test_a_head_is_taken_along_and_never_for_an_expert(moe, trainable, tmp_path):
+    source = tiny.make_dense(tmp_path / "dense", "llama", vocab_size=264, tie_word_embeddings=True)
+    tiny.make_bytes_tokenizer(source)
+    run = table(
+        (source, trainable[1]),
+        tmp_path / "run",
+        moe={"num_experts": 3, **moe},
+        train={"steps": 2},
+        checkpoint={"every": 0},
+    )
+    train(Run.of(run))
+    export(tmp_path / "run", tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    for number in range(3):
+        export(tmp_path / "run", tmp_path / str(number), expert=number)
+        made, found = AutoModelForCausalLM.from_pretrained(tmp_path / str(number), output_loading_info=True)
+        assert type(made) is LlamaForCausalLM
+        assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        own = made.state_dict()
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+            assert torch.equal(own[name], whole[name]), name
+        up = own["model.layers.1.mlp.up_proj.weight"]
+        assert torch.equal(up, whole["model.layers.1.mlp.experts.gate_up_proj"][number, len(up) :])
+        assert torch.equal(own["model.embed_tokens.weight"], own["lm_head.weight"]) == (not moe)
+        assert Provenance.read(tmp_path / str(number)).training[-1].expert == number
+    with Checkpoint.open(tmp_path / "2") as last:
+        assert admit(last).own_class == "LlamaForCausalLM"
 
 
 @pytest.mark.slow

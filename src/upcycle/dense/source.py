@@ -12,7 +12,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import TensorInfo
 from upcycle.dense import fingerprint, places
 from upcycle.dense.places import Place
-from upcycle.families import Config, Family, Stack, Weights
+from upcycle.families import CAUSAL_HEADS, Config, Family, Stack, Weights
 from upcycle.families._weights import Weight
 from upcycle.tensors.entries import Entry
 from upcycle.tensors.feed_forward import FeedForward
@@ -120,7 +120,7 @@ class Dense:
     def has_language_head(self) -> bool:
         """True if it predicts tokens of a vocabulary."""
         return self.place.speaks and self.architecture.endswith(
-            ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+            (*CAUSAL_HEADS, "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
         )
 
     @property

@@ -13,7 +13,7 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import task_files
 from upcycle.evaluation.batch_size import BatchSize
-from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER, LanguageModel
+from upcycle.evaluation.language_model import SPEAKING, LanguageModel
 from upcycle.evaluation.scores import harness
 from upcycle.hf import distributing
 from upcycle.training.examining import Examiner
@@ -29,7 +29,7 @@ class HarnessExaminer(Examiner):
     """
 
     def refuse(self, run: Run, subject: Subject) -> None:
-        if not subject.architecture.endswith((DECODER, ENCODER_DECODER)):
+        if not subject.architecture.endswith(SPEAKING):
             raise UpcycleError(
                 f"eval.tasks: {subject.architecture} gives no text a likelihood, and tasks ask for one; "
                 f"leave them out"

@@ -19,10 +19,13 @@ from transformers import PreTrainedModel, StoppingCriteria
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
+from upcycle.families import CAUSAL_HEADS
 
 Advance = Callable[[int], None]
 
-DECODER, ENCODER_DECODER = "ForCausalLM", "ForConditionalGeneration"
+# Ends of the names of classes that give a text a likelihood.
+ENCODER_DECODER = "ForConditionalGeneration"
+SPEAKING = (*CAUSAL_HEADS, ENCODER_DECODER)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +64,10 @@ class LanguageModel:
         cls, model: PreTrainedModel, tokenizer: Any, subject: Subject, *, batch_size: int = 0
     ) -> LanguageModel:
         """Make a language model; `batch_size` is the number of rows of a forward pass (0: automatic)."""
-        if not subject.architecture.endswith((DECODER, ENCODER_DECODER)):
+        if not subject.architecture.endswith(SPEAKING):
             raise UpcycleError(
                 f"{subject.architecture} gives no text a likelihood; take a checkpoint of a class that "
-                f"ends in {DECODER} or {ENCODER_DECODER}"
+                f"ends in {' or '.join(SPEAKING)}"
             )
         return cls(
             model=model.eval(),

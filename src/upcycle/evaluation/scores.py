@@ -27,9 +27,10 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import few_shot, task_files, text_to_text
 from upcycle.evaluation.judge import Judge
-from upcycle.evaluation.language_model import DECODER, ENCODER_DECODER
+from upcycle.evaluation.language_model import ENCODER_DECODER, SPEAKING
 from upcycle.evaluation.results import Result
 from upcycle.evaluation.to_score import ToScore
+from upcycle.families import CAUSAL_HEADS
 from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.records.run import RunRecord
@@ -143,12 +144,13 @@ def _refuse_unfit(subject: Subject, asked: ToScore) -> None:
         _refuse_other_data(tasks.of(architecture), architecture, asked)
     elif "image_size" not in subject.settings:
         raise UpcycleError(f"{architecture} reads no images; --few-shot is for models that do")
-    if asked.chats and not architecture.endswith(DECODER):
-        raise UpcycleError(f"{architecture} cannot chat; --chats is for classes that end in {DECODER}")
-    if (asked.by_harness or asked.superglue) and not architecture.endswith((DECODER, ENCODER_DECODER)):
+    if asked.chats and not architecture.endswith(CAUSAL_HEADS):
+        heads = " or ".join(CAUSAL_HEADS)
+        raise UpcycleError(f"{architecture} cannot chat; --chats is for classes that end in {heads}")
+    if (asked.by_harness or asked.superglue) and not architecture.endswith(SPEAKING):
         raise UpcycleError(
             f"{architecture} gives no text a likelihood, and tasks ask for one; give --text, or a "
-            f"checkpoint of a class that ends in {DECODER} or {ENCODER_DECODER}"
+            f"checkpoint of a class that ends in {' or '.join(SPEAKING)}"
         )
     if asked.superglue and not architecture.endswith(ENCODER_DECODER):
         raise UpcycleError(

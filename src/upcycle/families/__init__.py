@@ -32,6 +32,9 @@ SILENT = frozenset(
     "chunk_size_feed_forward _attn_implementation_autoset unsloth_version unsloth_fixed".split()
 )
 
+# Ends of the names of classes that predict the next token; other classes called LMHeadModel read both ways.
+CAUSAL_HEADS = ("ForCausalLM", "GPT2LMHeadModel")
+
 # Dense model types without a file here, and why (each was run, or its block compared).
 REFUSED = {
     "m2m_100": "nllb_moe calls only its first two experts in transformers 5.23",

@@ -63,6 +63,7 @@ class Training(Record):
         sometimes()
     )  # of the checkpoints that the weights are the mean of
     average_decay: float | None = sometimes()  # of their exponential moving average; None: a plain mean
+    expert: int | None = sometimes()  # the expert that is the network of each layer; None: the whole model
     loss: float | None = sometimes()
     held_out_start: float | None = sometimes()
     held_out_loss: float | None = sometimes()
@@ -120,6 +121,8 @@ class Provenance(Document):
         moe, init = self.recipe.get("moe"), self.recipe.get("init")
         if not isinstance(moe, Mapping):
             raise WrongError("is missing in it, or is not a table", "recipe", "moe")
+        if not isinstance(self.recipe.get("router", {}), Mapping):
+            raise WrongError("is not a table", "recipe", "router")
         if not isinstance(init, Mapping) or not isinstance(init.get("name"), str):
             raise WrongError("is missing in it, or is not a text", "recipe", "init", "name")
 

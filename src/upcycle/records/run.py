@@ -99,3 +99,10 @@ def refuse_other_sections(run: Table) -> None:
     for name in (*_SECTIONS, *(name for name in _OPTIONAL_SECTIONS if name in run)):
         if not isinstance(run.get(name), Mapping):
             raise WrongError("is missing in it, or is not a table", "run", name)
+    stages = run.get("stage", ())
+    if not isinstance(stages, (list, tuple)) or not all(isinstance(stage, Mapping) for stage in stages):
+        raise WrongError("is not a list of tables", "run", "stage")
+    for number, stage in enumerate(stages):
+        for name, value in stage.items():
+            if name != "name" and not isinstance(value, Mapping):
+                raise WrongError("is not a table", "run", "stage", str(number), name)

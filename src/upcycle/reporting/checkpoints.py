@@ -61,6 +61,18 @@ class CheckpointRecord:
         last = self.made.training[-1] if self.made and self.made.training else None
         return last if last and last.run is not None else None
 
+    @property
+    def variant(self) -> str:
+        """What was made of the run's weights, such as `mean of 3`; empty if they are those after its step."""
+        training = self.training
+        if training is None:
+            return ""
+        said = [] if training.expert is None else [f"expert {training.expert}"]
+        if steps := training.averaged_steps:
+            kind = "mean" if training.average_decay is None else "moving average"
+            said.append(f"{kind} of {len(steps)}")
+        return ", ".join(said)
+
 
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder holds a model."""

@@ -88,6 +88,14 @@ class Pair:
     error: float | None  # standard error over seeds of the gap at the end of the common FLOPs
 
     @property
+    def other_source(self) -> bool:
+        """Return whether the two continue different checkpoints; random weights are none."""
+        mine, theirs = self.group.runs, self.against.runs
+        if mine[0].about.from_scratch or theirs[0].about.from_scratch:
+            return False
+        return not all(one.shares_source(other) for one in mine for other in theirs)
+
+    @property
     def paid(self) -> Paid:
         """The answer whether the Mixture of Experts is better at the end.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upcycle import targets
+from upcycle.recipe import STACKS
 from upcycle.reporting.runs import RunHistory
 
 Kind = Literal["dense, continued", "dense, from scratch", "dense, rebuilt", "upcycled", "MoE, from scratch"]
@@ -19,6 +20,7 @@ _FREE_BELOW = {
     "train": ("seed", "micro_batch", "compile", "activation_checkpointing"),
     "data": ("cache", "split_seed"),
 }
+_STAGES = "stages"  # not a key of a run file: the names of its stages
 
 
 def settings(run: RunHistory) -> dict[str, Any]:
@@ -46,22 +48,38 @@ def _is_dense(moe: Mapping[str, Any]) -> bool:
 def labels_of(runs: Sequence[RunHistory]) -> list[str]:
     """Return a label for each run; equal labels are extended by the settings in which the runs differ."""
     plain = [_label(run) for run in runs]
-    leaves = [dict(flat(settings(run))) for run in runs]
+    leaves = [_leaves(run) for run in runs]
     out = []
     for label, own in zip(plain, leaves, strict=True):
         alike = [other for other, same in zip(leaves, plain, strict=True) if same == label]
-        out.append(short(", ".join([label, *(_said(key, own.get(key)) for key in _telling(alike))]), 70))
+        said = [_said(key, own.get(key)) for key in _telling(alike)]
+        out.append(short(", ".join([label, *filter(None, said)]), 70))
     return [
         label if out.count(label) == 1 else f"{label} ({short(run.name, 30)})"
         for label, run in zip(out, runs, strict=True)
     ]
 
 
+def _leaves(run: RunHistory) -> dict[str, Any]:
+    """Return every setting by its dotted key; those of a stage or of a stack after its name.
+
+    Settings that a stack shares with the model are left out.
+    """
+    table = settings(run)
+    stages = {str(stage.get("name", number)): stage for number, stage in enumerate(table.pop("stage", ()), 1)}
+    stacks = {name: table.pop(name) for name in STACKS if isinstance(table.get(name), Mapping)}
+    out = dict(flat(table))
+    for name, stage in stages.items():
+        out |= {f"{name}: {key}": value for key, value in flat(stage) if key != "name"}
+    for name, stack in stacks.items():
+        out |= {f"{name}: {key}": value for key, value in flat(stack) if value != out.get(key)}
+    return {_STAGES: ", ".join(stages) or None, **out}
+
+
 def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
-    """Return the settings that best distinguish the runs in `alike`, with the source before others."""
-    keys = sorted(
-        {key for leaves in alike for key in leaves}, key=lambda key: (key != "source", len(key), key)
-    )
+    """Return the settings that best distinguish the runs in `alike`: the source first, then the stages."""
+    found = {key for leaves in alike for key in leaves}
+    keys = sorted(found, key=lambda key: (key != "source", key != _STAGES, len(key), key))
     chosen: list[str] = []
 
     def kinds(more: str | None) -> int:
@@ -76,16 +94,26 @@ def _telling(alike: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
 
 
 def _said(key: str, value: Any) -> str:
-    """Format a setting for a label: `peak 0.001`, `schedule cosine`, `source small`."""
-    if key == "source":
-        return f"source {short(Path(str(value)).name, 24)}"
-    parts = [part for part in key.split(".") if part != "name"]
-    return f"{parts[-1]} {short(str(value), 24)}"
+    """Format a setting for a label: `peak 0.001`, `source small`, `stages warm, all`, `warm: steps 20`.
+
+    A setting without a value is left out, which gives an empty text.
+    """
+    if key == _STAGES:
+        return f"stages {short(value, 24)}" if value else "no stages"
+    if value is None:
+        return ""
+    stage, colon, path = key.rpartition(": ")
+    *before, last = [part for part in path.split(".") if part != "name" and not part.isdigit()] or [path]
+    if last == "source":
+        return f"{before[-1] if before else last} {short(Path(str(value)).name, 24)}"
+    return f"{short(stage, 24)}{colon}{last} {short(str(value), 24)}"
 
 
 def _label(run: RunHistory) -> str:
     kind = kind_of(run)
-    short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
+    short = " (diverged)" if run.diverged else ""
+    if run.unfinished:
+        short = f" ({run.done} of {run.total_steps} steps)"
     init = (run.table.get("init") or {}).get("name", "copy")
     if kind == "dense, rebuilt":
         return targets.recorded(run.table["moe"]).label(run.table) + short

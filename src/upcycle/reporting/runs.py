@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.errors import UpcycleError, shown
+from upcycle.errors import UpcycleError, listed, shown
 from upcycle.records.metrics import StepMetrics
 from upcycle.records.reader import DamagedError, Table, load
 from upcycle.records.run import RunRecord
@@ -64,6 +64,8 @@ class RunHistory:
     held_out: Curve
     speeds: Mapping[str, np.ndarray]  # by name, [n], NaN where it was not recorded
     health: Health | None
+    skipped: int  # the number of recorded steps that did not update the weights
+    diverged: bool  # whether the last held-out loss is not finite; curves have none of these
     damage: tuple[str, ...]  # a sentence for each thing that could not be read
 
     @property
@@ -85,6 +87,16 @@ class RunHistory:
     def tokens_per_step(self) -> int:
         """The number of tokens of a global batch."""
         return self.rows * self.about.tokens_per_row
+
+    def shares_source(self, other: RunHistory) -> bool:
+        """Return whether both runs started from one checkpoint.
+
+        Its files decide if both runs recorded their hashes; otherwise the path decides.
+        """
+        mine, theirs = ((run.about.source_sha256 or {}).get("source") for run in (self, other))
+        if mine is None or theirs is None:
+            return self.about.source.path == other.about.source.path
+        return sorted(mine.values()) == sorted(theirs.values())
 
     def flops(self, tokens: np.ndarray) -> np.ndarray:
         """Return the training FLOPs [n] of the run itself after `tokens` [n] tokens (active weights only)."""
@@ -114,6 +126,11 @@ def read_run(folder: Path, name: str) -> RunHistory:
             )
         routed.add(step)
         steps.append(replace(step, layers=()))
+    scored = [step for step in steps if step.held_out_loss is not None]
+    infinite = [step.step for step in scored if not is_number(step.held_out_loss)]
+    if infinite:
+        at = listed([*map(str, infinite)])
+        damage.append(f"its held-out loss is not finite at step {at}; curves leave that out")
     return RunHistory(
         name=name,
         folder=folder,
@@ -126,6 +143,8 @@ def read_run(folder: Path, name: str) -> RunHistory:
         held_out=_held_out(steps),
         speeds={key: _column(steps, key) for key in _SPEEDS},
         health=routed.health(),
+        skipped=sum(step.skipped is not None for step in steps),
+        diverged=bool(infinite) and scored[-1].step == infinite[-1],
         damage=tuple(dict.fromkeys(damage)),
     )
 

@@ -19,8 +19,9 @@ from upcycle.reporting.starts import DenseCost
 class Column:
     """Checkpoints shown in one column: exports of a group of runs at the same step, or a single one.
 
-    There is one of each seed. A second export of a seed at that step, such as a mean of checkpoints, has a
-    column of its own, because the scores of a column give a standard error over seeds.
+    There is one of each seed. Means of checkpoints are in a column with other means of the same steps. A
+    second export of a seed has a column of its own, because the scores of a column give a standard error over
+    seeds.
 
     `place` is its number among the series of the report.
     """
@@ -46,22 +47,25 @@ class Study:
 
     def columns(self) -> tuple[Column, ...]:
         """The checkpoints in the order of the groups; those of one group and step share a column."""
-        together: dict[tuple[int, str], dict[int, CheckpointRecord]] = {}
+        together: dict[tuple[int, str, tuple[int, ...]], dict[int, CheckpointRecord]] = {}
         for number, checkpoint in enumerate(self.checkpoints):
-            alone = len(self.groups) + number, checkpoint.name
+            alone = len(self.groups) + number, checkpoint.name, ()
             owner = self.comparison.owner(checkpoint)
             if owner is None:
                 together[alone] = {0: checkpoint}
                 continue
             group, run = owner
-            step = checkpoint.training.step if checkpoint.training else None
-            label = group.label if step == run.done else f"{group.label}, step {step}"
-            by_seed = together.setdefault((self.groups.index(group), label), {})
+            training = checkpoint.training
+            assert training is not None
+            step = "" if training.step == run.done else f"step {training.step}"
+            label = ", ".join(filter(None, [group.label, step, checkpoint.variant]))
+            steps = training.averaged_steps or ()
+            by_seed = together.setdefault((self.groups.index(group), label, steps), {})
             if by_seed.setdefault(run.seed, checkpoint) is not checkpoint:
                 together[alone] = {run.seed: checkpoint}
         return tuple(
             Column(label=label, place=place, checkpoints=tuple(members.values()))
-            for (place, label), members in sorted(together.items(), key=lambda item: item[0])
+            for (place, label, _), members in sorted(together.items(), key=lambda item: item[0])
         )
 
     def troubles(self) -> list[str]:
@@ -73,6 +77,12 @@ class Study:
             f"{run.name} is unfinished: {run.done:,} of {run.total_steps:,} steps; shown as far as it goes"
             for run in self.runs
             if run.unfinished
+        ]
+        said += [
+            f"{run.name} did not update its weights in {run.skipped:,} of {run.done:,} steps, which stood "
+            f"out or were not finite; their tokens and FLOPs count"
+            for run in self.runs
+            if run.skipped
         ]
         said += [f"{run.name}: {damage}" for run in self.runs for damage in run.damage]
         said += [f"{found.name}: {damage}" for found in self.checkpoints for damage in found.damage]

@@ -155,9 +155,9 @@ def of(architecture: str) -> Task:
     """Return the task that a transformers class is made for. Raises `UpcycleError` if there is none."""
     if (found := known(architecture)) is not None:
         return found
+    heads = dict.fromkeys(head for name in names() for head in find(name).heads)
     raise UpcycleError(
-        f"{architecture} has no head to train; take a checkpoint of one of: "
-        f"{', '.join(head for name in names() for head in find(name).heads)}"
+        f"{architecture} has no head to train; take a checkpoint of one of: {', '.join(heads)}"
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
+from upcycle.families import CAUSAL_HEADS
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
 from upcycle.tasks._tokens import TokenFeed, beyond_positions
 from upcycle.tensors import rng
@@ -29,7 +30,7 @@ class CausalLM(Task):
     """
 
     summary = "the next token of a text"
-    heads = ("ForCausalLM",)
+    heads = CAUSAL_HEADS
     counting = {"logits_to_keep": 1}
     by_token = True
     isolates = True

@@ -11,6 +11,7 @@ from upcycle.data import chats
 from upcycle.data.chat_rows import ChatRows
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
+from upcycle.families import CAUSAL_HEADS
 from upcycle.system import progress
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
 from upcycle.tasks._chat_tokens import read_template, tokens_of, with_template
@@ -33,7 +34,7 @@ class SFT(Task):
     """
 
     summary = "what the assistant says in a chat"
-    heads = ("ForCausalLM",)
+    heads = CAUSAL_HEADS
     reads = "chats"
     splits = True
     counting = {"logits_to_keep": 1}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.families import CAUSAL_HEADS
 from upcycle.verification.outputs import TOLERANCE, random
 from upcycle.verification.proof import Check, relative_to
 
@@ -95,7 +96,7 @@ def generation(built: Blueprint) -> list[Generation]:
     if not causal or not {"input_ids", "decoder_input_ids"} & {*kinds}:
         return []
     heard = {} if "input_ids" in kinds else {n: k for n, k in kinds.items() if n != "decoder_input_ids"}
-    if not dense.architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
+    if not dense.architecture.endswith((*CAUSAL_HEADS, "ForConditionalGeneration")):
         return []
     switches = dense.family.switches(dense.config)
     length = dense.family.length(dense.config)

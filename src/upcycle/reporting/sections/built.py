@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from upcycle import targets
 from upcycle.errors import listed
+from upcycle.records.provenance import Training
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.document import Block, Section, Table
-from upcycle.reporting.labels import flat
 from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.study import Study
 
@@ -103,14 +104,26 @@ def _origin(checkpoint: CheckpointRecord) -> tuple[str, ...]:
         return ("not known: no upcycle.json", *[formats.MISSING] * 4)
     how = formats.MISSING
     if made.recipe is not None:
-        known = dict(flat(made.recipe))
-        experts, top_k, init = (known.get(k, "?") for k in ("moe.num_experts", "moe.top_k", "init.name"))
-        how = f"{experts} experts, top-{top_k}, init {init}"
+        target = targets.recorded(made.recipe["moe"])
+        how = target.label(made.recipe)
+        if target.has_experts:
+            how = f"{how}, init {made.recipe['init']['name']}"
     training = checkpoint.training
+    if training is not None and training.expert is not None:
+        how = f"expert {training.expert} of each layer"
     return (
         made.source.name,
         how,
         (made.blueprint_hash or formats.MISSING)[:12],
-        str(training.step if training else 0),
+        _step(training) if training else "0",
         formats.count(training.tokens) if training else "0",
     )
+
+
+def _step(training: Training) -> str:
+    """Return the last step that the weights are of, with the others if they are a mean."""
+    if not training.averaged_steps:
+        return str(training.step)
+    decay = training.average_decay
+    kind = "mean of" if decay is None else f"moving average with decay {decay:g} of"
+    return f"{training.step} ({kind} {listed([*map(str, training.averaged_steps)], 8)})"

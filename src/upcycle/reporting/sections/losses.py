@@ -113,7 +113,8 @@ def _picture(view: _View, places: dict[str, int], what: str, unit: str) -> Pictu
     lines = [_line(group, x, places[group.label], getattr(group, what)) for group, x in view.x]
     marks = []
     for pair, found in view.crossings:
-        if what == "loss" and found.verdict == "crosses" and pair.against.kind == "dense, continued":
+        continued = pair.against.kind == "dense, continued" and not pair.other_source
+        if what == "loss" and found.verdict == "crosses" and continued:
             x = next((x for g, x in view.x if g is pair.group), None)
             if x is None:
                 continue
@@ -179,7 +180,7 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
     rows = [
         (
             pair.group.label,
-            pair.against.label,
+            pair.against.label + (" (of another source)" if pair.other_source else ""),
             _where(pair.standing_by_tokens, formats.count),
             _where(pair.standing, formats.flops),
             "not known"

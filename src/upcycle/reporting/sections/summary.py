@@ -17,17 +17,17 @@ from upcycle.reporting.study import Study
 
 def section(study: Study) -> Section:
     """Return the first section of the report."""
-    # The main question is dense continuation; the other pairs are in the table of crossings.
-    pairs = [
+    # The main question is the continuation of the same dense model; the table of crossings has all pairs.
+    asked = [
         pair
         for pair in study.comparison.pairs
-        if pair.group.kind == "upcycled"
-        and pair.against.kind == "dense, continued"
-        and pair.standing.end is not None
+        if pair.group.kind == "upcycled" and pair.against.kind == "dense, continued"
     ]
-    blocks: list[Block] = [Sentence(text=_answer(study, pairs) if pairs else _nothing(study))]
+    pairs = [pair for pair in asked if pair.standing.end is not None and not pair.other_source]
+    blocks: list[Block] = [Sentence(text=_answer(study, pairs) if pairs else _nothing(study, asked))]
     if pairs:
         blocks.append(_table(pairs))
+        blocks += [Sentence(text=text, tone="small") for text in _unanswered(asked)]
     blocks += [Sentence(text=trouble, tone="warning") for trouble in study.troubles()]
     return Section(name="summary", title="Did it pay?", blocks=tuple(blocks))
 
@@ -43,20 +43,45 @@ _STARTS = {
 
 def _answer(study: Study, pairs: Sequence[Pair]) -> str:
     """Return the best result in one or two sentences; a clear yes or no needs several seeds."""
-    whole = [pair for pair in pairs if not any(run.unfinished for run in pair.group.runs)]
-    best = min(whole or pairs, key=lambda pair: (pair.standing.high or 0.0) + (pair.standing.low or 0.0))
+    whole = [pair for pair in pairs if not any(run.unfinished or run.diverged for run in pair.group.runs)]
+    hardest = [max(of_one, key=_hardness) for of_one in _by_group(whole or pairs)]
+    best = min(hardest, key=_gap)
     unit = formats.unit(best.group.runs[0].about.task)
     seeds = min(len(best.group.runs), len(best.against.runs))
     counted = "one seed" if seeds == 1 else f"{seeds} seeds"
-    which = "the Mixture of Experts" if len(pairs) == 1 else "the best of the Mixtures of Experts"
+    which = "the Mixture of Experts" if len(_by_group(pairs)) == 1 else "the best of the Mixtures of Experts"
+    others = sum(pair.group is best.group for pair in pairs) - 1
+    dense = "the dense model that was trained on"
+    dense = f"the best of the dense models that were trained on, {best.against.label}" if others else dense
     said = (
         f"{_STARTS[best.paid]} At equal training FLOPs {which} ({best.group.label}) is "
-        f"{_how_far(best, unit)} the dense model that was trained on ({counted}{_between(best)})."
+        f"{_how_far(best, unit)} {dense} ({counted}{_between(best)})."
     )
     if best.paid != "one seed":
         return said
     paired = _on_documents(study, best)
     return f"{said} {paired}" if paired else f"{said} {_HINT}"
+
+
+def _by_group(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Return the pairs of each Mixture of Experts."""
+    together: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        together.setdefault(id(pair.group), []).append(pair)
+    return [*together.values()]
+
+
+def _gap(pair: Pair) -> float:
+    """Return twice the middle of the difference at the end; the lower, the better the Mixture of Experts."""
+    return (pair.standing.high or 0.0) + (pair.standing.low or 0.0)
+
+
+def _hardness(pair: Pair) -> tuple[float, float]:
+    """Return what orders dense models by how much they ask of one Mixture of Experts.
+
+    The comparison after the most FLOPs counts, and of those the one with the best dense model.
+    """
+    return pair.standing.end or 0.0, _gap(pair)
 
 
 _HINT = (
@@ -90,6 +115,8 @@ def _on_documents(study: Study, pair: Pair) -> str:
     """Return a sentence on the scores of both exports on the same documents; empty if there are none."""
     ours, theirs = (_exports(study, group) for group in (pair.group, pair.against))
     for (spent, mine), (theirs_spent, other) in product(ours, theirs):
+        if mine.variant != other.variant:  # a mean of checkpoints is another model than the last of them
+            continue
         matching = {score.question: score for score in other.scores if score.sums is not None}
         for score in mine.scores:
             match = matching.get(score.question)
@@ -101,10 +128,12 @@ def _on_documents(study: Study, pair: Pair) -> str:
             better = (found.value > 0) == score.higher_is_better
             shown = abs(found.value) > 2 * found.standard_error
             where = ("ahead" if better else "behind") if shown else "not to be told apart"
+            variant = f"{mine.variant} of both, " if mine.variant else ""
+            others = formats.flops(theirs_spent)
             return (
                 f"On the same {found.count:,} {found.units} of {score.name} it is {where}, by "
                 f"{formats.signed(found.value, found.standard_error)} {score.metric.replace('_', ' ')} "
-                f"(after {formats.flops(spent)} FLOPs, the dense model after {formats.flops(theirs_spent)}); "
+                f"({variant}after {formats.flops(spent)} FLOPs, the dense model after {others}); "
                 f"other seeds may differ."
             )
     return ""
@@ -151,7 +180,8 @@ def _range(low: float, high: float) -> str:
     return one if one == two else f"{one} to {two}"
 
 
-def _nothing(study: Study) -> str:
+def _nothing(study: Study, asked: Sequence[Pair]) -> str:
+    """Say why there is no answer; `asked` are the pairs with a dense model that was trained on."""
     if not any(group.kind == "upcycled" and group.tokens.size for group in study.groups):
         return "No run of an upcycled model with a held-out loss was given, so there is nothing to answer."
     if not any(group.kind == "dense, continued" and group.tokens.size for group in study.groups):
@@ -159,4 +189,18 @@ def _nothing(study: Study) -> str:
             "No run that continues the dense model was given: train one without [moe] from the same source "
             "to see whether upcycling paid."
         )
+    if all(pair.other_source for pair in asked):
+        return (
+            "No run continues a dense model that a Mixture of Experts here was made from, so there is "
+            "nothing to compare: train one without [moe] from the same source to see whether upcycling paid."
+        )
     return "The runs have no training FLOPs in common at which they could be compared."
+
+
+def _unanswered(asked: Sequence[Pair]) -> list[str]:
+    """Name each Mixture of Experts whose own source no run continues."""
+    return [
+        f"{of_one[0].group.label} is in no row: no run here continues the dense model that it was made from."
+        for of_one in _by_group(asked)
+        if all(pair.other_source for pair in of_one)
+    ]

@@ -39,6 +39,7 @@ def training_of(trained: Trained) -> Training:
         step=state.step,
         averaged_steps=trained.averaged or None,
         average_decay=trained.decay,
+        expert=trained.expert,
         loss=state.loss if measured else None,
         held_out_start=state.held_out_start,
         held_out_loss=state.held_out_loss if measured else None,

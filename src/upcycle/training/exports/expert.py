@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from upcycle.blueprints.blueprint import with_cache
 from upcycle.conversion import provenance
 from upcycle.conversion.write import carry
 from upcycle.errors import UpcycleError
-from upcycle.system import scratch, whole_file
+from upcycle.system import whole_file
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import training_of
-from upcycle.training.exports.huggingface import open_to_others, write_model
+from upcycle.training.exports._on_disk import on_disk
+from upcycle.training.exports.huggingface import open_to_others
 from upcycle.training.start import Start
 
 
@@ -30,16 +31,12 @@ class Expert(Format):
         begun, number = trained.start, trained.expert
         assert number is not None
         names = _names(begun, number)
-        with scratch.folder() as whole:
-            write_model(trained.model, trained, whole, dtype)
-            stored: dict[str, Tensor] = {}
-            for path in sorted(whole.glob("*.safetensors")):
-                stored |= load_file(path)
-            made = {dense: stored[name].clone() for dense, name in names.items()}
+        stored = on_disk(trained.model, begun, trained.types)
+        made = {dense: stored[name] for dense, name in names.items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
         source = begun.dense.checkpoint
         carried, left = carry(source.folder, folder)
-        config = with_cache({**begun.dense.outer, "dtype": dtype, "torch_dtype": dtype})
+        config = with_cache(_config(begun) | {"dtype": dtype, "torch_dtype": dtype})
         whole_file.write_json(folder / "config.json", config)
         open_to_others(folder)
         told = provenance.of_dense(
@@ -49,8 +46,23 @@ class Expert(Format):
             carried=carried,
             left_behind=left,
             training=(training_of(trained),),
+            target=str(config["model_type"]),
         )
         whole_file.write_json(folder / told.FILE, told.as_table())
+
+
+def _config(begun: Start) -> dict[str, Any]:
+    """Return config.json of the dense model: with a head of its own, if the run has untied it."""
+    config = dict(begun.dense.outer)
+    return config if _untied(begun) is None else config | {"tie_word_embeddings": False}
+
+
+def _untied(begun: Start) -> str | None:
+    """Return the name of a head that the source has tied and this run trains on its own (moe.untie)."""
+    built, tied = begun.built, begun.dense.family.tied
+    if built is None or not built.recipe.moe.untie or tied is None or tied[0] in begun.dense.tensors:
+        return None
+    return tied[0]
 
 
 def _names(begun: Start, number: int) -> Mapping[str, str]:
@@ -67,16 +79,20 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
     if number >= count:
         raise UpcycleError(f"--expert {number}, and the experts of a layer have the numbers 0 to {count - 1}")
     dense = {id(lazy): name for name, lazy in begun.dense.stored.items()}
+    head = _untied(begun)
     places: dict[str, list[str]] = {}
     for name, entry in begun.entries.items():
-        if (own := dense.get(id(entry.lazy))) is not None:
+        if name == head:
+            places[name] = [name]
+        elif (own := dense.get(id(entry.lazy))) is not None:
             places.setdefault(own, []).append(name)
         elif entry.shape[0] not in built.expert_counts:  # those of routers count experts
             raise UpcycleError(
                 f"--expert: {name} of this model is no tensor of the dense one and would be lost; begin "
                 f"with init.name = copy and a target without shared experts"
             )
-    lost = [name for name in begun.dense.stored if name not in places]
+    experts = _experts(begun)
+    lost = [own for own in begun.dense.stored if len(places.get(own, ())) not in (1, experts.get(own, 1))]
     if lost:
         raise UpcycleError(
             f"--expert: {lost[0]} has no place of its own in this model; start the run with init.name = copy "
@@ -85,6 +101,19 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
     return {
         own: sorted(found, key=_naturally)[number if len(found) > 1 else 0] for own, found in places.items()
     }
+
+
+def _experts(begun: Start) -> Mapping[str, int]:
+    """Return the tensors of the networks that became experts, with the number of experts of their layer."""
+    dense = begun.dense
+    named = {id(lazy): name for name, lazy in dense.stored.items()}
+    out = {}
+    for site in begun.built.sites if begun.built else ():
+        network = dense.origin(site.layer, site.stack)
+        for lazy in (*network.matrices().values(), *network.biases().values(), *network.response().values()):
+            if (name := named.get(id(lazy))) is not None:
+                out[name] = site.num_experts
+    return out
 
 
 def _naturally(name: str) -> list[str | int]:
