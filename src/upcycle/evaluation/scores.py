@@ -16,11 +16,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from upcycle import tasks
 from upcycle.checkpoints import hub
-from upcycle.checkpoints.checkpoint import read_json
+from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.data import corpus, documents
+from upcycle.dense.admission import admit, drops_head, that_find
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import few_shot, task_files, text_to_text
@@ -29,7 +31,7 @@ from upcycle.evaluation.language_model import ENCODER_DECODER, SPEAKING
 from upcycle.evaluation.results import Result
 from upcycle.evaluation.to_score import ToScore
 from upcycle.families import CAUSAL_HEADS
-from upcycle.hf import models
+from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.records.run import RunRecord
 from upcycle.system import scratch
@@ -78,7 +80,7 @@ def score(source: str | Path, asked: ToScore) -> Scored:
     """Score the checkpoint `source`, a folder or a hub id."""
     folder, subject = _admit(source, asked)
     with quiet():
-        model = models.open(folder)
+        model = _model(folder, asked.drop)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     with scratch.folder() as made_here:
@@ -95,8 +97,30 @@ def score(source: str | Path, asked: ToScore) -> Scored:
 
 def refuse(sources: Sequence[str | Path], asked: ToScore) -> None:
     """Raise an error for settings that one of several checkpoints cannot meet, before any is scored."""
-    for source in sources:
-        _admit(source, asked)
+    folders = [_admit(source, asked)[0] for source in sources]
+    there = {pattern for folder in folders for pattern in _of(folder, asked.drop)}
+    if idle := [pattern for pattern in asked.drop if pattern not in there]:
+        raise UpcycleError(f"--drop {idle[0]}: no checkpoint holds a tensor of that name")
+
+
+def _of(folder: Path, drop: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names and patterns of `drop` that a tensor of a folder has."""
+    if not drop:
+        return ()
+    with Checkpoint.open(folder, allow_nonfinite=True) as opened:
+        return that_find(opened, drop)
+
+
+def _model(folder: Path, drop: tuple[str, ...]) -> PreTrainedModel:
+    """Open a model without the tensors of `drop`, which only a dense one can lack."""
+    if not (mine := _of(folder, drop)):
+        return models.open(folder)
+    with Checkpoint.open(folder, allow_nonfinite=True) as opened:
+        dense = admit(opened, drop=mine)
+    model = models.open(folder, left_out=dense.left_out)
+    if drops_head(dense):
+        opening.tie_head(model)
+    return model
 
 
 def _admit(source: str | Path, asked: ToScore) -> tuple[Path, Subject]:
