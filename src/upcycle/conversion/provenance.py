@@ -61,6 +61,7 @@ def of_dense(
     *,
     carried: list[str],
     left_behind: list[str],
+    made_anew: Mapping[str, str] | None = None,
     training: tuple[Training, ...],
     target: str | None = None,
 ) -> Provenance:
@@ -79,6 +80,7 @@ def of_dense(
         recipe=None,
         blueprint_hash=None,
         carried_files=tuple(carried),
+        made_anew_files=dict(made_anew) if made_anew else None,
         left_behind_files=tuple(left_behind),
         training=training,
     )

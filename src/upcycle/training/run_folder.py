@@ -144,8 +144,12 @@ def _settled_as(run: Run, theirs: Any) -> Run:
     there = theirs.get("stage") if isinstance(theirs, dict) else None
     own_data = any(stage.data is not None for stage in run.stage)
     stages = itertools.zip_longest(run.stage, (there if isinstance(there, list) else [])[: len(run.stage)])
+    task = run.task
+    if task is not None and isinstance(theirs, dict) and isinstance(recorded := theirs.get("task"), dict):
+        task = task.continued(recorded)
     return replace(
         run,
+        task=task,
         data=_with_split(run.data, theirs, run.train_seed),
         router=_with_counts(run.router, theirs),
         stage=tuple(
