@@ -58,14 +58,19 @@ def _mel(frames: int, mask: str = "", kind: torch.dtype = torch.long) -> Callabl
     return lambda: {"input_features": _draw(2, 8, frames), **masked}
 
 
-def make(folder: Path, model_type: str) -> Any:
-    """Save a wrapper with weights large enough that a missing one shows; return the model."""
+def built(model_type: str, /, **text: Any) -> Any:
+    """A wrapper with weights large enough that a missing one shows; `text` has more of its text_config."""
     case, known = CASES[model_type], WRAPPERS[model_type]
-    text = {"model_type": known.text, **TEXT, **case.text}
+    text = {"model_type": known.text, **TEXT, **case.text, **text}
     config = transformers.CONFIG_MAPPING[model_type](**case.config, text_config=text)
-    model = tiny.shake(getattr(transformers, known.architecture)(config).float(), 0)
+    return tiny.shake(getattr(transformers, known.architecture)(config).float(), 0).eval()
+
+
+def make(folder: Path, model_type: str) -> Any:
+    """Save such a wrapper; return the model."""
+    model = built(model_type)
     model.save_pretrained(folder)
-    return model.eval()
+    return model
 
 
 def logits(model: Any, model_type: str, sign: int = 1) -> torch.Tensor:

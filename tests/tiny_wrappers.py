@@ -142,13 +142,17 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
-def make(folder: Path, kind: str, seed: int = 0, **text: Any) -> Path:
+def built(kind: str, seed: int = 0, **text: Any) -> Any:
     """A wrapper with weights large enough that a missing one shows; `text` changes its text model."""
     found = KINDS[kind]
     changed = {"text_config": {**found.config["text_config"], **text}} if text else {}
     config = transformers.CONFIG_MAPPING[found.model_type](**{**found.config, **changed})
-    model = transformers.AutoModelForImageTextToText.from_config(config).float()
-    tiny.shake(model, seed).save_pretrained(folder)
+    return tiny.shake(transformers.AutoModelForImageTextToText.from_config(config).float(), seed)
+
+
+def make(folder: Path, kind: str, seed: int = 0, **text: Any) -> Path:
+    """Save such a wrapper."""
+    built(kind, seed, **text).save_pretrained(folder)
     return folder
 
 

@@ -11,14 +11,16 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *[f"<extra_id_{
 WORDS = "the a cat dog bird sees likes fears red blue old new and".split()
 
 
-def make_tokenizer(folder: Path) -> int:
+def make_tokenizer(folder: Path, *, ends: bool = False) -> int:
+    """Save the tokenizer; with `ends`, it ends every text with </s>, as T5's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, "."])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    single, pair = ("$A </s>", "$A </s> $B </s>") if ends else ("$A", "$A [SEP]:0 $B:1")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A", pair="$A [SEP]:0 $B:1", special_tokens=[("[SEP]", 3)]
+        single=single, pair=pair, special_tokens=[("[SEP]", 3), ("</s>", 5)]
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",

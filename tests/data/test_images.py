@@ -26,6 +26,7 @@ from upcycle.data import augmentation, images
 from upcycle.data.augment import Augment
 from upcycle.data.examples import Examples
 from upcycle.data.images import ImageSet
+from upcycle.data.readings import Reading
 from upcycle.errors import UpcycleError
 
 Open = Callable[..., ImageSet]
@@ -459,6 +460,17 @@ def test_every_image_once_an_epoch_in_another_order() -> None:
     assert made.epochs == [3.0]
     assert made.trainable == [300]
     assert numbers(batches(300, seed=1).next(300)) != epochs[0]
+
+
+def test_two_feeds_of_a_set_go_on_from_each_other() -> None:
+    reading = Reading()
+    first, second = (
+        Examples(numbered(20), None, held_out_share=0.2, seed=0, reading=reading) for _ in range(2)
+    )
+    alone = batches(20, 0.2)
+    found = numbers(first.next(5)) + numbers(second.next(8)) + numbers(first.next(5))
+    assert found == numbers(alone.next(18))
+    assert first.state() == second.state() == alone.state()
 
 
 def test_the_order_is_pinned() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
+import every_wrapper
 import ranks
 import tiny
-from upcycle import families
+import tiny_wrappers
+from upcycle import UpcycleError, families
 from upcycle.data.corruption import IGNORED
+from upcycle.hf import heads
 from upcycle.hf.heads import Head
 from upcycle.training import chunked_entropy, held_out, step
 from upcycle.training.parallel import ranks as world
@@ -53,6 +57,53 @@ def test_chunks_give_the_loss_and_gradients_of_every_family(name):
             assert ours is None
         else:
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()) + 1e-9)
+
+
+FINISHING = {"logit_scale": 0.25, "logits_scaling": 4.0, "final_logit_softcapping": 2.0}
+"""What the heads of some text models do; a wrapper around one has a head of its own."""
+WRAPPED = {name: partial(every_wrapper.built, name) for name in every_wrapper.CASES}
+WRAPPED |= {name: partial(tiny_wrappers.built, name) for name in tiny_wrappers.KINDS}
+WRAPPED |= {
+    f"llava_next-{text}": partial(every_wrapper.built, "llava_next", model_type=text)
+    for text in ("granite", "gemma2", "cohere2")
+}
+
+
+def plain_and_in_chunks(model: Any) -> list[float]:
+    """The summed loss of all logits, and the one that is computed inside the class's own forward pass."""
+    ids, labels = random_ids(2, 12)
+    inputs = {"input_ids": ids, "use_cache": False}
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits.flatten(0, 1)
+        plain = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORED)
+        chunked = heads.without_logits(
+            model, inputs, lambda hidden, head: chunked_entropy.cross_entropy(hidden, labels, head)
+        )
+    return [plain.item(), chunked.item()]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_chunks_do_to_logits_what_a_wrapper_does(name):
+    plain, chunked = plain_and_in_chunks(WRAPPED[name](**FINISHING))
+    assert chunked == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changed", [lambda x: x * 0.5, lambda x: x + 1.0, lambda x: torch.tanh(x / 50.0) * 50.0]
+)
+def test_a_class_that_does_something_else_to_its_logits_is_refused(changed):
+    """As a wrapper of a later version may."""
+    model = tiny.shake(AutoModelForCausalLM.from_config(tiny.config_of("llama")))
+    original = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        out = original(**inputs)
+        out.logits = changed(out.logits)
+        return out
+
+    model.forward = forward
+    with pytest.raises(UpcycleError, match=r"LlamaForCausalLM does something to its logits .*micro_batch"):
+        plain_and_in_chunks(model)
 
 
 def test_scores_are_those_of_all_logits():

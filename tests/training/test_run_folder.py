@@ -624,6 +624,25 @@ def test_counts_of_stages(then: Any, wanted: tuple[str, str], table: Table) -> N
 @pytest.mark.parametrize(
     ("then", "wanted"),
     [
+        (None, (False, False)),
+        ({"stage": [{}, {"data": {}}]}, (True, True)),  # of an earlier version
+        ({"stage": [{"anew": False}, {"anew": True}]}, (False, True)),
+        ({"stage": 5}, (False, False)),
+        ([], (False, False)),
+    ],
+)
+def test_stages_read_their_data_as_they_began(then: Any, wanted: tuple[bool, bool], table: Table) -> None:
+    """In earlier versions each table of data was read from its first rows."""
+    first = {"train": {"steps": 1}}
+    run = Run.of(table(**MOE, stage=[first, {**first, "data": {"held_out": 0.2}}]))
+    assert tuple(stage.anew for stage in run_folder._settled_as(run, then).stage) == wanted
+    alone = Run.of(table(**MOE, stage=[first, first]))
+    assert [stage.anew for stage in run_folder._settled_as(alone, then).stage] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("then", "wanted"),
+    [
         (None, (0, 0)),
         ({"data": {"split_seed": 4}, "stage": [{"data": {"split_seed": 4}}]}, (4, 4)),
         ({"data": {}, "stage": [{"data": {}}]}, (3, 3)),  # of an earlier version

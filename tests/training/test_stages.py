@@ -29,6 +29,7 @@ from upcycle.training import enter, fit, run_folder, start, step
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.export import export
+from upcycle.training.feeds import Feeds
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
@@ -216,10 +217,11 @@ def test_a_stage_that_trains_nothing_is_refused_before_the_first_step(trainable,
 
 @pytest.fixture(scope="module")
 def staged(trainable, tmp_path_factory):
-    """A run of two stages: the router alone, then all but it and two experts, on other data."""
+    """A run of two stages: the router alone, then all but it and two experts, on more data."""
     folder = tmp_path_factory.mktemp("staged")
     (folder / "other.txt").write_text(trainable[1].read_text()[-40_000:])
-    other = {"sources": [{"path": str(folder / "other.txt"), "separator": "<|endoftext|>"}]}
+    paths = (folder / "other.txt", trainable[1])
+    other = {"sources": [{"path": str(path), "separator": "<|endoftext|>"} for path in paths]}
     rest = {"steps": 2, "freeze": ["router", "experts[0,2]"]}
     run = table(
         trainable,
@@ -293,6 +295,95 @@ def test_a_run_resumed_in_any_stage_is_the_run(staged, tmp_path):
         assert train(Run.of(again), resume=True).finished
         assert [r.loss for r in read(Path(again["out"]))] == [r.loss for r in read(whole)][done:]
         assert digests(again, 4) == digests(staged, 4)
+
+
+WEIGHTS = ((1.0, 1.0), (3.0, 1.0), (1.0, 5.0))
+
+
+def rows_of(run: Run, counts: tuple[int, ...]) -> list[list[bytes]]:
+    """The ids of so many rows of each stage, in the order in which the run reads them."""
+    begun, course = start.start_of(run), Course(run)
+    task = tasks.of(begun.dense.architecture)
+    feeds = Feeds(course, lambda leg, readings: task.feed(leg.feeding(task, readings), begun.subject))
+    return [
+        [row.tobytes() for row in feeds.of(leg).next(count)["rows"]]
+        for leg, count in zip(course.legs, counts, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_sources(trainable, tmp_path_factory) -> list[dict]:
+    """Two sources of 41 and 61 rows or so, of different texts."""
+    folder, text = tmp_path_factory.mktemp("two"), trainable[1].read_text()
+    parts = {"a.txt": text[:8_000], "b.txt": text[-12_000:]}
+    for name, part in parts.items():
+        (folder / name).write_text(part)
+    return [{"path": str(folder / name)} for name in parts]
+
+
+def mixed(trainable, two_sources: list[dict], out: Path, *stages: dict) -> dict:
+    return table(trainable, out, data={"sources": two_sources}, stage=list(stages))
+
+
+def weighted(two_sources: list[dict], *weights: float) -> dict:
+    return {"sources": [{**s, "weight": w} for s, w in zip(two_sources, weights, strict=True)]}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_stage_of_other_weights_reads_what_is_left(order, trainable, two_sources, tmp_path):
+    """Whatever the order of its sources; a stage in which documents are apart does so too."""
+    stages = [{"train": {"steps": 1}, "data": weighted(two_sources, *each)} for each in WEIGHTS]
+    stages[1]["data"]["sources"] = stages[1]["data"]["sources"][::order]
+    stages.append({"train": {"steps": 1}, "data": {"isolate": True}})
+    run = mixed(trainable, two_sources, tmp_path, *stages)
+    rows = [row for stage in rows_of(Run.of(run), (12, 12, 12, 6)) for row in stage]
+    assert len({*rows}) == 42
+    # The rows of the first stage are those of a run without stages, as they have always been.
+    alone = {key: value for key, value in run.items() if key != "stage"}
+    alone["train"] = {**alone["train"], "steps": 1}
+    assert rows_of(Run.of(alone), (12,))[0] == rows[:12]
+
+
+def test_a_stage_goes_on_to_the_next_epoch(trainable, two_sources, tmp_path):
+    """A source is read to its end before it begins anew, in another order."""
+    (first, _), length = two_sources, 20
+    only = {"sources": [{**first, "weight": 2.0}]}
+    run = mixed(trainable, [first], tmp_path, {"train": {"steps": 1}}, {"train": {"steps": 1}, "data": only})
+    rows = [row for stage in rows_of(Run.of(run), (length, 200)) for row in stage]
+    whole = len({*rows})
+    epochs = [rows[i : i + whole] for i in range(0, len(rows) - whole, whole)]
+    assert len(epochs) > 1
+    assert all(sorted(epoch) == sorted({*rows}) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_stage_can_read_its_data_anew(trainable, two_sources, tmp_path):
+    """As stages of earlier versions did, in the order of a run of that data alone."""
+    last = {"train": {"steps": 1}, "data": weighted(two_sources, 3.0, 1.0)}
+    run = mixed(trainable, two_sources, tmp_path, {"train": {"steps": 1}}, {**last, "anew": True})
+    alone = mixed(trainable, two_sources, tmp_path, last)
+    assert rows_of(Run.of(run), (12, 12))[1] == rows_of(Run.of(alone), (12,))[0]
+
+
+def test_a_run_of_an_earlier_version_reads_its_data_as_it_began(trainable, two_sources, tmp_path):
+    last = {"train": {"steps": 2}, "data": weighted(two_sources, 3.0, 1.0)}
+    run = mixed(trainable, two_sources, tmp_path / "run", {"train": {"steps": 1}}, {**last, "anew": True})
+    train(Run.of(run))
+    wanted = [line.loss for line in read(tmp_path / "run")]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-3")
+    file = tmp_path / "run" / "checkpoints" / "step-2" / "state.json"
+    state = json.loads(file.read_text())
+    assert [stage.pop("anew") for stage in state["identity"]["stage"]] == [False, True]
+    del state["state_sha256"]
+    file.write_text(json.dumps(state))
+    run["stage"] = [run["stage"][0], last]
+    train(Run.of(run), resume=True)
+    assert [line.loss for line in read(tmp_path / "run")] == wanted
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-3" / "state.json").read_text())
+    assert [stage["anew"] for stage in state["identity"]["stage"]] == [True, True]
+    other = {**run, "stage": [run["stage"][0], {**last, "anew": False}]}
+    with pytest.raises(UpcycleError, match=r"stage\[1\]\.anew \(True there, False here\)"):
+        train(Run.of(other), resume=True)
 
 
 def test_a_run_of_other_stages_is_not_gone_on_with(staged):

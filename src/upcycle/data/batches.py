@@ -2,7 +2,7 @@
 
 A row is L + 1 consecutive ids of a source and makes L predictions, which no other row makes. The last rows of
 each source are held out. An epoch of a source is a permutation keyed by (seed, source, epoch). The source of
-row number n of the run is drawn by weight, keyed by (seed, n).
+row number n is drawn by weight, keyed by (seed, n).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from upcycle.data.corpus import Tokens
+from upcycle.data.readings import Reading, fresh
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
 
@@ -23,11 +24,19 @@ Places = list[tuple[int, int]]  # a source and the number of a row of it, for ea
 class Batches:
     """Rows from several token files, with a position that can be saved.
 
+    The sources are read on from `readings`, which other batches may share; by default, from their first rows.
     Raises `UpcycleError` for a source that is too short for one training row, or for a held-out one if asked.
     """
 
     def __init__(
-        self, tokens: Sequence[Tokens], weights: Sequence[float], *, length: int, held_out: float, seed: int
+        self,
+        tokens: Sequence[Tokens],
+        weights: Sequence[float],
+        *,
+        length: int,
+        held_out: float,
+        seed: int,
+        readings: Sequence[Reading] = (),
     ) -> None:
         self._tokens, self._ids = tokens, [t.ids() for t in tokens]
         self._length, self._seed = length, seed
@@ -47,7 +56,7 @@ class Batches:
                     f"leaves none {'held out' if trained else 'to train on'}; change it, shorten the rows, "
                     f"or give more text"
                 )
-        self._sample, self._consumed = 0, [0] * len(tokens)
+        self._sample, self._readings = 0, readings or fresh(len(tokens))
 
     @property
     def position(self) -> int:
@@ -57,11 +66,13 @@ class Batches:
     @property
     def epochs(self) -> list[float]:
         """The number of passes over each source."""
-        return [used / rows for used, rows in zip(self._consumed, self.trainable, strict=True)]
+        pairs = zip(self._readings, self.trainable, strict=True)
+        return [reading.consumed / rows for reading, rows in pairs]
 
     def state(self) -> dict[str, Any]:
         """Return the position as JSON."""
-        state = {"sample": self._sample, "consumed": list(self._consumed)}
+        state: dict[str, Any] = {"sample": self._sample}
+        state["consumed"] = [reading.consumed for reading in self._readings]
         state["tokens"] = [t.count for t in self._tokens]
         hashes = [t.sha256 for t in self._tokens]
         return state if None in hashes else {**state, "sha256": hashes}
@@ -88,7 +99,9 @@ class Batches:
                     f"{name} has other tokens than it had when the checkpoint was saved, though as many; put "
                     f"the data back as it was, or start a new run"
                 )
-        self._sample, self._consumed = state["sample"], list(state["consumed"])
+        self._sample = state["sample"]
+        for reading, consumed in zip(self._readings, state["consumed"], strict=True):
+            reading.consumed = consumed
 
     def next(self, rows: int, part: slice = slice(None)) -> np.ndarray:
         """Advance by `rows` rows and return those in `part`: int64 [N, L + 1]."""
@@ -98,10 +111,12 @@ class Batches:
         """Advance by `rows` rows and return the places of those in `part`."""
         chosen: Places = []
         for source in self._sources(rows):
-            epoch, place = divmod(self._consumed[source], self.trainable[source])
-            order = rng.permutation(rng.key(self._seed, "rows", source, epoch), self.trainable[source])
+            reading = self._readings[source]
+            epoch, place = divmod(reading.consumed, self.trainable[source])
+            key = rng.key(self._seed, "rows", reading.number, epoch)
+            order = rng.permutation(key, self.trainable[source])
             chosen.append((source, int(order[place])))
-            self._consumed[source] += 1
+            reading.consumed += 1
         self._sample += rows
         return chosen[part]
 

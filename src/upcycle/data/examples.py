@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upcycle.data.readings import Reading
 from upcycle.errors import UpcycleError, listed
 from upcycle.tensors import rng
 
@@ -56,7 +57,8 @@ class Examples:
 
     If `held_out` is None, the share `held_out_share` of the examples is held out: the last ones of a
     permutation, so that their classes are mixed. The permutation depends on `split_seed` alone, so that runs
-    of several seeds hold out the same. With a `held_out` set, the share is ignored. Raises `UpcycleError` if
+    of several seeds hold out the same. With a `held_out` set, the share is ignored. The set is read on from
+    `reading`, which other feeds may share; by default, from its first examples. Raises `UpcycleError` if
     either side would be empty, or if the sets do not fit each other.
     """
 
@@ -68,8 +70,9 @@ class Examples:
         held_out_share: float,
         seed: int,
         split_seed: int = 0,
+        reading: Reading | None = None,
     ) -> None:
-        self._train, self._seed, self._consumed = train, seed, 0
+        self._train, self._seed, self._reading = train, seed, reading or Reading()
         self._digest = hashlib.sha256(train.labels.astype("<i8").tobytes()).hexdigest()[:16]
         share = held_out_share if held_out is None else 0.0
         kept = len(train) - round(len(train) * share)
@@ -93,12 +96,17 @@ class Examples:
     @property
     def epochs(self) -> list[float]:
         """The number of passes over the examples, in a list of one."""
-        return [self._consumed / len(self._trained)]
+        return [self._reading.consumed / len(self._trained)]
 
     def state(self) -> dict[str, Any]:
         """Return the position as JSON."""
         known = {} if self._train.digest is None else {"sha256": self._train.digest}
-        return {"consumed": self._consumed, "examples": len(self._train), "labels": self._digest, **known}
+        return {
+            "consumed": self._reading.consumed,
+            "examples": len(self._train),
+            "labels": self._digest,
+            **known,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises `UpcycleError` if the examples have changed since."""
@@ -119,16 +127,16 @@ class Examples:
                 f"{self._train.name} has other {self._train.kind} than it had when the checkpoint was saved; "
                 f"put the data back as it was, or start a new run"
             )
-        self._consumed = int(state["consumed"])
+        self._reading.consumed = int(state["consumed"])
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
         """Advance by `rows` examples and return those in `part`."""
         chosen, wanted = [], rows
         while wanted:
-            epoch, place = divmod(self._consumed, len(self._trained))
+            epoch, place = divmod(self._reading.consumed, len(self._trained))
             order = rng.permutation(rng.key(self._seed, "examples", epoch), len(self._trained))
             chosen.append(order[place : place + wanted])
-            self._consumed += len(chosen[-1])
+            self._reading.consumed += len(chosen[-1])
             wanted -= len(chosen[-1])
         places = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
         return self._train.rows(self._trained[places[part]])

@@ -10,6 +10,7 @@ import numpy as np
 
 from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
+from upcycle.data.readings import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Feeding:
     length: int  # tokens per row of text
     seed: int  # seed of the order of the rows and of the draws for each row
     cache: Path  # folder of prepared files: tokens, decoded images
+    readings: tuple[Reading, ...] = ()  # where the sources are read on; empty: from their first rows
 
     @classmethod
     def of_file(

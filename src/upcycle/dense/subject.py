@@ -101,7 +101,7 @@ class Subject:
         return family.lengths(dict(self.settings))
 
     def all_of(self, length: int) -> dict[str, int]:
-        """Return `length` as the number of tokens of a row in each stack of a decoder's blocks."""
+        """Return `length` as the number of tokens of a row in each stack of blocks."""
         stacks = () if self._family is None else self._family.stacks(dict(self.settings))
         return dict.fromkeys([stack.name for stack in stacks] or ["layers"], length)
 

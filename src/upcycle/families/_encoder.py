@@ -11,7 +11,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
 from upcycle.families._checked import check
 from upcycle.families._training import Trained
-from upcycle.families._weights import below
+from upcycle.families._weights import below, row_linear
 
 
 class Encoder(Trained):
@@ -26,6 +26,8 @@ class Encoder(Trained):
     renamed: ClassVar[Mapping[str, str]] = {}  # classes that are called otherwise today
     # what the names of tensors begin with that some class has and another leaves out, below the class
     heads: ClassVar[tuple[str, ...]] = ("pooler.", "classifier.", "qa_outputs.")
+    # the last layer of the head of its class ForSequenceClassification, if `head` does not list it
+    over_classes: ClassVar[str] = ""
     pooler = ""  # the name of the pooler's matrix in the base model, if it may be missing
 
     prefix: ClassVar[str]
@@ -92,6 +94,13 @@ class Encoder(Trained):
 
     def class_options(self, config: Config, stored: Collection[str]) -> Mapping[str, Any]:
         return {"add_pooling_layer": False} if self.may_lack(config) - set(stored) else {}
+
+    def class_head(self, config: Config) -> Weights:
+        name = config["architectures"][0]
+        if name in self.architectures or not name.endswith("ForSequenceClassification"):
+            return {}
+        size = (num_labels(config), config["hidden_size"])
+        return row_linear(self.over_classes, *size) if self.over_classes else {}
 
     def ignored(self, name: str) -> str | None:
         if name.removeprefix(f"{self.prefix}.").startswith(self.heads):

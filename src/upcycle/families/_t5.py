@@ -20,6 +20,7 @@ class EncoderDecoder(Encoder):
     sizes = ("d_model", "d_ff", "d_kv", "num_layers", "num_heads", "vocab_size")
     prefix = "transformer"
     counts = ("num_layers", "num_decoder_layers")
+    over_classes = "classification_head.out_proj"
     tied = ("lm_head.weight", "shared.weight")
     before: tuple[str, ...] = ("shared.", "encoder.embed_tokens.", "decoder.embed_tokens.")
     after = ("decoder.final_layer_norm.",)
@@ -36,6 +37,7 @@ class EncoderDecoder(Encoder):
         "initializer_factor": 1.0,
         "feed_forward_proj": "relu",
         "pad_token_id": 0,
+        "eos_token_id": 1,
     }
 
     def finish(self, config: Config) -> Config:

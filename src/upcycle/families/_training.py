@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Family, Stack
+from upcycle.families import Config, Family, Stack, Weights
 from upcycle.families._weights import Initial, Weight
 
 
@@ -43,6 +43,10 @@ class Trained(Family):
             f"train.layer_decay: the family {self.model_type} does not say how deep {name} lies; name it in "
             f"`before` or `after` of its file, or take train.layer_decay out"
         )
+
+    def class_head(self, config: Config) -> Weights:
+        """Return the tensors of the head that have a row for each class and that `weights` does not list."""
+        return {}
 
     def branches(self, config: Config, stack: Stack) -> tuple[str, ...]:
         """Return the modules in memory, below the base model, whose output joins the residual stream."""

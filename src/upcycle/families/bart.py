@@ -8,6 +8,7 @@ from upcycle.families._weights import Bias, Matrix, Table, norm
 class Bart(Seq2Seq):
     model_type = "bart"
     architectures = ("BartModel", "BartForConditionalGeneration")
+    over_classes = "classification_head.out_proj"
     summary = "BART, DistilBART"
     tied = ("lm_head.weight", "model.shared.weight")
     heads = ("classification_head.", "qa_outputs.", "lm_head.", "final_logits_bias")
@@ -25,6 +26,8 @@ class Bart(Seq2Seq):
         "dropout": 0.1,
         "init_std": 0.02,
         "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
         "tie_word_embeddings": True,
     }
 

@@ -12,6 +12,7 @@ class DebertaV2(Bert):
     model_type = "deberta-v2"
     architectures = ("DebertaV2Model",)
     prefix = "deberta"
+    over_classes = "classifier"
     summary = "DeBERTa v2 and v3, mDeBERTa"
     pooler = ""
     heads = (*Bert.heads, "lm_predictions.", "mask_predictions.")

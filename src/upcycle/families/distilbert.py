@@ -14,6 +14,7 @@ class DistilBert(Encoder):
     model_type = "distilbert"
     architectures = ("DistilBertModel",)
     prefix = "distilbert"
+    over_classes = "classifier"
     summary = "DistilBERT"
     counts = ("n_layers",)
     sizes = ("dim", "hidden_dim", "n_layers", "n_heads", "vocab_size", "max_position_embeddings")

@@ -10,6 +10,7 @@ class Electra(Bert):
     architectures = ("ElectraModel",)
     prefix = "electra"
     pooler = ""
+    over_classes = "classifier.out_proj"
     summary = "ELECTRA"
     heads = (*Bert.heads, "discriminator_predictions.", "generator_predictions.", "generator_lm_head.")
     defaults = {

@@ -1,11 +1,12 @@
 """ModernBERT: rotary positions, windows, gated networks whose two first matrices are one."""
 
+import math
 from collections.abc import Mapping
 
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._encoder import Encoder
 from upcycle.families._stacks import only_stack
-from upcycle.families._weights import Norm, Table, Weight, below, linear
+from upcycle.families._weights import Initial, Norm, Normal, Table, Weight, below, linear
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 from upcycle.tensors.moved import Slice
@@ -15,6 +16,7 @@ class ModernBert(Encoder):
     model_type = "modernbert"
     architectures = ("ModernBertModel",)
     prefix = "model"
+    over_classes = "classifier"
     summary = "ModernBERT and embedding models made of it"
     after = ("final_norm.",)
     sizes = (*Encoder.sizes, "intermediate_size", "vocab_size")
@@ -56,6 +58,15 @@ class ModernBert(Encoder):
             block |= linear("mlp.Wo", hidden, width, bias=config["mlp_bias"])
             out |= below(f"layers.{i}.", block)
         return out | self._norm(config, "final_norm")
+
+    def initial(self, config: Config, name: str, weight: Weight) -> Initial | None:
+        """Return a normal of the deviation that is left after transformers cuts off the tails."""
+        if name == "classifier.weight":
+            cut = config.get("initializer_cutoff_factor", 2.0) or 3.0
+            density = math.sqrt(2 / math.pi) * math.exp(-(cut**2) / 2)
+            left = 1 - cut * density / math.erf(cut / math.sqrt(2))
+            return Normal(math.sqrt(left / config["hidden_size"]))
+        return super().initial(config, name, weight)
 
     def head(self, config: Config) -> Weights:
         return {}

@@ -9,6 +9,7 @@ class MPNet(Bert):
     model_type = "mpnet"
     architectures = ("MPNetModel",)
     prefix = "mpnet"
+    over_classes = "classifier.out_proj"
     summary = "MPNet, all-mpnet-base-v2"
     heads = (*Bert.heads, "lm_head.")
     norm_before = "attention.LayerNorm"

@@ -15,6 +15,7 @@ class NomicBert(Encoder):
     model_type = "nomic_bert"
     architectures = ("NomicBertModel",)
     prefix = "nomic_bert"
+    over_classes = "classifier"
     summary = "nomic-embed-text v1 and v1.5"
     before = ("embeddings.",)
     after = ("pooler.",)
@@ -70,6 +71,11 @@ class NomicBert(Encoder):
 
     def head(self, config: Config) -> Weights:
         return {}
+
+    def unlisted(self, config: Config, name: str) -> bool:
+        """Return whether a stored tensor is of an unlisted head; the one over classes has a pooler."""
+        pools = config["architectures"][0].endswith("ForSequenceClassification")
+        return super().unlisted(config, name) or (pools and name.startswith(f"{self.prefix}.pooler."))
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:
         return only_stack(

@@ -9,6 +9,7 @@ class Roberta(Bert):
     model_type = "roberta"
     architectures: tuple[str, ...] = ("RobertaModel", "RobertaForMaskedLM")
     prefix = "roberta"
+    over_classes = "classifier.out_proj"
     summary = "RoBERTa, CodeBERT, sentence embeddings"
     heads = (*Bert.heads, "lm_head.")
     defaults = {**Bert.defaults, "vocab_size": 50265, "pad_token_id": 1}

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
+
+from upcycle.errors import UpcycleError
+
+_PROBES = (-3.0, 0.5, 40.0)  # products that tell a factor, a divisor and a bound from each other
+_KNOWN: WeakSet[PreTrainedModel] = WeakSet()  # models whose class does what `Head.finished` does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,9 @@ class Head:
             first = weight.device_mesh.get_local_rank() * -(-len(weight) // weight.device_mesh.size())
             weight = weight.to_local()
             bias = bias.to_local() if isinstance(bias, DTensor) else bias
-        config: Any = model.config.get_text_config()
+        config: Any = (
+            model.config
+        )  # not the text model's: a wrapper has a head of its own, a linear map alone
         return cls(
             weight=weight,
             bias=bias,
@@ -79,31 +88,55 @@ def without_logits(
     """Run `model` and return what `compute` makes, [], of the head's hidden states [..., H], and of the head.
 
     It runs in place of the head's own module, where FSDP has gathered the weight, and what it returns goes
-    through the hooks by which FSDP learns of the backward pass.
+    through the hooks by which FSDP learns of the backward pass. Raises `UpcycleError` if the class does more
+    to its logits than `Head.finished` does; the first call with a model compares the two.
     """
     linear, made = _linear(model), []
+    heads: list[Head] = []
+    probes: list[Tensor] = []
     assert linear is not None
 
     def instead(hidden: Tensor) -> Tensor:
         head = Head.of(model)
         assert head is not None
+        heads.append(head)
         # As logits are, for what the class does with them; FSDP warns of views.
         return compute(hidden, head).view(1, 1, 1).clone()
 
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        made.append(output)
+        if model in _KNOWN or isinstance(output, FakeTensor):  # the second has no numbers to compare
+            return None
+        probes.append(torch.tensor(_PROBES, device=output.device).view(1, -1, 1))
+        return probes[0]
+
     before = linear.__dict__.get("forward")  # tensor parallelism has put one there
     linear.forward = instead  # type: ignore[method-assign, assignment]
-    hook = linear.register_forward_hook(lambda module, args, output: made.append(output))
+    hook = linear.register_forward_hook(keep)
     try:
-        model(**inputs)
+        logits = model(**inputs).logits
     finally:
         hook.remove()
         if before is None:
             del linear.forward
         else:
             linear.forward = before  # type: ignore[method-assign]
+    if probes:
+        _refuse_other(model, logits, heads[0].finished(probes[0]))
+        _KNOWN.add(model)
     (only,) = made
     found: Tensor = only.view(())
     return found
+
+
+def _refuse_other(model: PreTrainedModel, logits: Tensor, wanted: Tensor) -> None:
+    """Raise `UpcycleError` if the class made other `logits` of some products than are wanted."""
+    if logits.shape != wanted.shape or not torch.allclose(logits.to(wanted), wanted, rtol=1e-2):
+        raise UpcycleError(
+            f"{type(model).__name__} does something to its logits that upcycle does not know, so they cannot "
+            f"be computed in chunks; set a smaller train.micro_batch, with which they are few enough to be "
+            f"computed at once"
+        )
 
 
 def _linear(model: PreTrainedModel) -> nn.Linear | None:

@@ -12,6 +12,7 @@ from upcycle.records.reader import Document, Record, Table, WrongError, sometime
 
 _SECTIONS = ("train", "data")
 _OPTIONAL_SECTIONS = ("moe", "init", "router", "task", "successor", "teacher")
+_STAGE_SECTIONS = ("train", "data", "schedule", "router")  # of a [[stage]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,6 @@ def refuse_other_sections(run: Table) -> None:
     if not isinstance(stages, (list, tuple)) or not all(isinstance(stage, Mapping) for stage in stages):
         raise WrongError("is not a list of tables", "run", "stage")
     for number, stage in enumerate(stages):
-        for name, value in stage.items():
-            if name != "name" and not isinstance(value, Mapping):
+        for name in _STAGE_SECTIONS:
+            if name in stage and not isinstance(stage[name], Mapping):
                 raise WrongError("is not a table", "run", "stage", str(number), name)

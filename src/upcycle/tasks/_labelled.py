@@ -41,7 +41,12 @@ def split(train: Labelled, test: Labelled | None, feeding: Feeding) -> Feed:
     """Return the examples to train on and those to score on: the set `test`, or a share of `train`."""
     data = feeding.data
     return Examples(
-        train, test, held_out_share=data.held_out, seed=feeding.seed, split_seed=data.split_seed or 0
+        train,
+        test,
+        held_out_share=data.held_out,
+        seed=feeding.seed,
+        split_seed=data.split_seed or 0,
+        reading=next(iter(feeding.readings), None),
     )
 
 

@@ -58,7 +58,14 @@ class TokenFeed:
         data, seed = feeding.data, feeding.seed
         tokens = corpus.prepare(data, subject.folder, feeding.cache, vocab_size=subject.vocab_size)
         weights = [source.weight for source in data.sources]
-        self._batches = Batches(tokens, weights, length=feeding.length, held_out=data.held_out, seed=seed)
+        self._batches = Batches(
+            tokens,
+            weights,
+            length=feeding.length,
+            held_out=data.held_out,
+            seed=seed,
+            readings=feeding.readings,
+        )
         self._make, self._seed, self._isolate = make, seed, data.isolate
 
     @property

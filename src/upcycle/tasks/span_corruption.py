@@ -14,6 +14,7 @@ from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Within
 from upcycle.tasks import Batch, Question, Task
+from upcycle.tasks._decoder_inputs import behind_start
 from upcycle.tasks._tokens import TokenFeed, objection_to_sources, tokenizer_of
 from upcycle.tensors import rng
 
@@ -61,13 +62,7 @@ class SpanCorruption(Task):
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         targets = batch["targets"]
-        config = subject.config
-        first = config.get("decoder_start_token_id")
-        first = config.get("pad_token_id", 0) if first is None else first
-        import torch
-
-        begun = torch.full_like(targets[:, :1], first)
-        shifted = torch.cat([begun, targets[:, :-1]], dim=1)
+        shifted = behind_start(targets, subject)
         given = {"input_ids": batch["inputs"], "decoder_input_ids": shifted, "use_cache": False}
         return Question(given, targets)
 

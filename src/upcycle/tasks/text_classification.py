@@ -12,6 +12,7 @@ from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
+from upcycle.tasks._decoder_inputs import behind_start, mask_behind_start
 from upcycle.tasks._labelled import as_the_head, objection_to, only_source, refuse_unknown_ids, split
 from upcycle.tasks._tokens import refuse_beyond_positions, tokenizer_of
 
@@ -65,23 +66,48 @@ class TextClassification(Task):
             label_field=self.label_field,
         )
         refuse_unknown_ids(found.ids, path, subject)
+        _refuse_uneven_ends(found, subject)
         return as_the_head(found, subject)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
-        names = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types"}
-        return Question({name: batch[part] for name, part in names.items()}, batch["labels"])
+        inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
+        if subject.settings.get("type_vocab_size"):
+            inputs["token_type_ids"] = batch["types"]
+        if _has_decoder(subject):
+            inputs["decoder_input_ids"] = behind_start(batch["ids"], subject)
+            inputs["decoder_attention_mask"] = mask_behind_start(batch["mask"])
+        return Question(inputs, batch["labels"])
 
     def targets(self, batch: Batch) -> int:
         return len(batch["labels"])
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
-        return {"layers": length}
+        return subject.all_of(length)
 
     def can_read(self, path: Path) -> bool:
         return path.suffix not in (".txt", ".text")  # these have no labels
 
     def unscored(self, architecture: str) -> str | None:
         return f"{architecture} classifies texts; score it in a run, with task.test"
+
+
+def _has_decoder(subject: Subject) -> bool:
+    return "decoder" in subject.all_of(1)
+
+
+def _refuse_uneven_ends(found: TextSet, subject: Subject) -> None:
+    """Refuse texts without the end token that T5 and BART read the class at; they want equally many."""
+    if not _has_decoder(subject):
+        return
+    end = subject.settings.get("eos_token_id")
+    counts = (found.ids == end).sum(1)
+    least, most = int(counts.min()), int(counts.max())
+    if least < 1 or least != most:
+        raise UpcycleError(
+            f"{subject.architecture} reads the class at the last end token (id {end}), of which every text "
+            f"must have equally many and at least one; those of {found.name} have {least} to {most}. Set "
+            f"data.tokenizer to one that ends every text with it, or take it out of the texts"
+        )
 
 
 task = TextClassification

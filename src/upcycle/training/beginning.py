@@ -114,7 +114,7 @@ def _feeds(course: Course, task: Task, begun: Start, here: Ranks) -> Feeds:
     """Open the data of all stages. The first rank prepares the files; the others wait and then find them."""
 
     def opened() -> Feeds:
-        return Feeds(course, lambda run: task.feed(run.feeding(task), begun.subject))
+        return Feeds(course, lambda run, readings: task.feed(run.feeding(task, readings), begun.subject))
 
     if here.first:
         feeds = opened()

@@ -16,6 +16,7 @@ class Leg:
     run: Run  # with the length, the data, the schedule and what is trained of this stage
     first: int  # steps before it
     name: str | None = None
+    anew: bool = False  # as `Stage.anew`
 
     @property
     def steps(self) -> int:
@@ -76,5 +77,5 @@ class Course:
                 schedule=stage.schedule or self.run.schedule,
                 router=stage.router or self.run.router,
             )
-            yield Leg(run=run, first=first, name=stage.name)
+            yield Leg(run=run, first=first, name=stage.name, anew=bool(stage.anew))
             first += train.total_steps

@@ -1,11 +1,16 @@
-"""The data of all stages of a run: one feed for each data table, which goes on where it was left."""
+"""The data of all stages of a run: one feed for each data table, which goes on where it was left.
+
+A source that several tables have goes on as well, so that no row comes twice before all have come once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from upcycle.data.corpus import Data
 from upcycle.data.feeding import Feed
+from upcycle.data.readings import Reading, Readings, fresh
 from upcycle.errors import UpcycleError
 from upcycle.training.course import Course, Leg
 from upcycle.training.run import Run
@@ -14,10 +19,14 @@ from upcycle.training.run import Run
 class Feeds:
     """The feeds of a course, with a position that can be saved."""
 
-    def __init__(self, course: Course, make: Callable[[Run], Feed]) -> None:
-        self._kinds = list(dict.fromkeys(leg.run.data for leg in course.legs))
+    def __init__(self, course: Course, make: Callable[[Run, tuple[Reading, ...]], Feed]) -> None:
+        first: dict[Data, Leg] = {}
+        for leg in course.legs:
+            first.setdefault(leg.run.data, leg)
+        self._kinds, read = list(first), Readings()
         self._feeds = [
-            make(next(leg.run for leg in course.legs if leg.run.data == kind)) for kind in self._kinds
+            make(leg.run, fresh(len(data.sources)) if leg.anew else read.of(data))
+            for data, leg in first.items()
         ]
 
     def of(self, leg: Leg) -> Feed:

@@ -7,7 +7,8 @@ from typing import Any
 
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
-from upcycle.families._training import trained
+from upcycle.families import Config, Weights
+from upcycle.families._training import Trained, trained
 from upcycle.families._weights import Constant, Normal
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
@@ -23,16 +24,21 @@ def renewed(
     """Return config.json and tensors with a new head for `classes` (names, or a number).
 
     As in transformers, matrices start as N(0, deviation^2) and biases as 0. Raises `UpcycleError` if the
-    model has no classification head.
+    model has no classification head, or one that its family does not describe.
     """
     names = classes if isinstance(classes, tuple) else tuple(f"LABEL_{i}" for i in range(classes))
     labels = {str(i): name for i, name in enumerate(names)}
     family = trained(dense.family, "task.classes")
     weights, more = (
-        family.weights(family.config({**dense.raw, "id2label": given}))
+        _listed(family, family.config({**dense.raw, "id2label": given}))
         for given in (labels, {**labels, str(len(labels)): "one more"})
     )
     head = [name for name, weight in weights.items() if more[name] != weight]
+    if not head and dense.architecture.endswith("Classification"):
+        raise UpcycleError(
+            f"task.classes: the family {family.model_type} does not say which tensors of a "
+            f"{dense.architecture} are of its classes; take it out, and give data of the classes that it has"
+        )
     if not head:
         raise UpcycleError(f"task.classes is for a head of classes; a {dense.architecture} has none")
     out = dict(entries)
@@ -52,3 +58,7 @@ def renewed(
         out[name] = Entry(made, entries[name].dtype)
     kept = {k: v for k, v in config.items() if k != "num_labels"}
     return {**kept, "id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}, out
+
+
+def _listed(family: Trained, config: Config) -> Weights:
+    return family.weights(config) | family.class_head(config)

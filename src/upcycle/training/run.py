@@ -16,6 +16,7 @@ from upcycle import recipe as recipes
 from upcycle import settings
 from upcycle.data.corpus import Data
 from upcycle.data.feeding import Feeding
+from upcycle.data.readings import Reading
 from upcycle.errors import UpcycleError, shown
 from upcycle.nn.balance import Balance
 from upcycle.recipe import Recipe
@@ -214,10 +215,16 @@ class Run(Settings):
         """The seed of data order, jitter and dropout."""
         return self.seed if self.train.seed is None else self.train.seed
 
-    def feeding(self, task: Task) -> Feeding:
-        """Return the data settings for a task."""
+    def feeding(self, task: Task, readings: tuple[Reading, ...] = ()) -> Feeding:
+        """Return the data settings for a task, whose sources are read on from `readings`."""
         cache = Path(self.data.cache) if self.data.cache else Path(self.out) / task.cache_name
-        return Feeding(data=self.data, length=self.train.sequence_length, seed=self.train_seed, cache=cache)
+        return Feeding(
+            data=self.data,
+            length=self.train.sequence_length,
+            seed=self.train_seed,
+            cache=cache,
+            readings=readings,
+        )
 
     def as_table(self) -> dict[str, Any]:
         """Return the run as a nested table that `Run.of` accepts."""

@@ -20,7 +20,7 @@ from upcycle.training import agreement, saving
 from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
-from upcycle.training.stages import LENGTH
+from upcycle.training.stages import LENGTH, Stage
 
 LOCK = ".upcycle-lock"
 
@@ -142,6 +142,7 @@ def settled(run: Run, checkpoint: Path | None) -> Run:
 def _settled_as(run: Run, theirs: Any) -> Run:
     """Return `run` with what it leaves open as in the identity `theirs`; None: as a new run."""
     there = theirs.get("stage") if isinstance(theirs, dict) else None
+    own_data = any(stage.data is not None for stage in run.stage)
     stages = itertools.zip_longest(run.stage, (there if isinstance(there, list) else [])[: len(run.stage)])
     task = run.task
     if task is not None and isinstance(theirs, dict) and isinstance(recorded := theirs.get("task"), dict):
@@ -156,6 +157,7 @@ def _settled_as(run: Run, theirs: Any) -> Run:
                 stage,
                 data=stage.data and _with_split(stage.data, then, run.train_seed),
                 router=stage.router and _with_counts(stage.router, then),
+                anew=_anew(stage, theirs, then) if own_data else stage.anew,
             )
             for stage, then in stages
         ),
@@ -181,6 +183,17 @@ def _with_counts(router: Balance, then: Any) -> Balance:
     recorded = then.get("router") if isinstance(then, dict) else None
     counts = recorded.get("balance_counts", EXACT) if isinstance(recorded, dict) else BUFFERED
     return replace(router, balance_counts=EXACT if counts == EXACT else BUFFERED)
+
+
+def _anew(stage: Stage, theirs: Any, then: Any) -> bool:
+    """Return whether a stage reads its data anew, which its table `then` in a record may say.
+
+    In earlier versions every table of data was read from its first rows.
+    """
+    if stage.anew is not None:
+        return stage.anew
+    recorded = isinstance(theirs, dict) and isinstance(then, dict)
+    return recorded and then.get("anew", True) is True
 
 
 def _as_read_today(theirs: Any) -> Any:

@@ -48,6 +48,9 @@ class Stage(Settings):
     name: str = ""  # its name in metrics.jsonl; none: its number, from 1
     train: StageTrain  # its length, and what is trained in it
     data: Data | None = None  # as [data]; a list of sources takes the place of the run's
+    # whether sources that earlier stages have read under another [data] are read from their first rows again;
+    # None: no, each goes on where it was left, or what the run has had if it goes on
+    anew: bool | None = None
     schedule: Schedule | None = None  # as [schedule]; it begins anew with the stage
     router: Balance | None = None  # as the keys of [router] that only a run reads
 

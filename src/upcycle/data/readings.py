@@ -1,0 +1,44 @@
+"""How far a run has read each source: feeds that share a source share this, and go on from each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+from upcycle.data.corpus import Data
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """The place in a source."""
+
+    number: int = 0  # of the source in the run, for the key of the order of its rows
+    consumed: int = 0  # rows read so far, in all epochs
+
+
+class Readings:
+    """The readings of a run. Tables of data with the same source have one of it together."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Reading] = {}
+
+    def of(self, data: Data) -> tuple[Reading, ...]:
+        """Return the readings of the sources of a table, in order.
+
+        A source is the same if its rows and the held-out ones among them are, whatever its weight. One that
+        stands in a table twice has two readings there.
+        """
+        times: Counter[Hashable] = Counter()
+        out = []
+        for source in data.sources:
+            rows = replace(data, sources=(replace(source, weight=1.0),), isolate=False, cache=None)
+            times[rows] += 1
+            new = Reading(number=len(self._found))
+            out.append(self._found.setdefault((rows, times[rows]), new))
+        return tuple(out)
+
+
+def fresh(count: int) -> tuple[Reading, ...]:
+    """Return readings of so many sources of which nothing is read yet."""
+    return tuple(Reading(number=number) for number in range(count))

@@ -1,0 +1,117 @@
+"""Classifiers of texts of every family: a run's first loss against transformers' own, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import tiny
+from upcycle import UpcycleError
+from upcycle.training import start
+from upcycle.training.loop import train
+from upcycle.training.metrics import read
+from upcycle.training.run import Run
+from words import SPECIAL, WORDS, make_tokenizer, sentence
+
+PAD, END = (SPECIAL.index(token) for token in ("[PAD]", "</s>"))
+SILENT = {
+    "T5": {"dropout_rate": 0.0, "classifier_dropout": 0.0},
+    "Bart": {"dropout": 0.0, "activation_dropout": 0.0, "decoder_start_token_id": END},
+    "DistilBert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+    "ModernBert": {},
+    "Bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+
+CLASSIFIERS = [  # whose families describe no head but the layer over classes
+    "T5", "MT5", "Bart", "DistilBert", "ModernBert", "Electra", "DebertaV2", "Roberta", "XLMRoberta",
+    "Camembert", "MPNet", "NomicBert",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of 3 to 11 words with one of two classes."""
+    file, rng = tmp_path_factory.mktemp("texts") / "texts.jsonl", np.random.default_rng(0)
+    with file.open("w") as out:
+        for _ in range(16):
+            words = sentence(rng).split()[: int(rng.integers(3, 12))]
+            label = "dog" if "dog" in words else "none"
+            out.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    return file
+
+
+def classifier(folder: Path, name: str, *, ends: bool = True) -> Path:
+    """A tiny classifier with a tokenizer; with `ends`, it ends every text with an end token."""
+    size = len(SPECIAL) + len(WORDS) + 1
+    special = {"vocab_size": size, "pad_token_id": PAD, "eos_token_id": END}
+    made = tiny.make(folder, f"{name}ForSequenceClassification", **special, **SILENT.get(name, {}))
+    make_tokenizer(made, ends=ends)
+    return made
+
+
+def table(source: Path, texts: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "source": str(source), "out": str(out), "moe": {"num_experts": 4, "top_k": 2, "target": "upcycled"},
+        "data": {"sources": [{"path": str(texts)}], "held_out": 0.0},
+        "train": {"steps": 1, "batch_size": 16, "sequence_length": 16},
+        "schedule": {"peak": 1e-3}, "checkpoint": {"every": 0}, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_the_first_loss_is_that_of_the_dense_class(name, texts, tmp_path):
+    """All experts are copies, so that the model computes what the dense class does with ids and a mask."""
+    source = classifier(tmp_path / "dense", name)
+    train(Run.of(table(source, texts, tmp_path / "run")))
+    (line,) = read(tmp_path / "run")
+    rows = [json.loads(row) for row in texts.read_text().splitlines()]
+    given = transformers.AutoTokenizer.from_pretrained(source)(
+        [row["text"] for row in rows], padding="max_length", max_length=16, return_tensors="pt"
+    )
+    model = getattr(transformers, f"{name}ForSequenceClassification").from_pretrained(source).eval()
+    labels = torch.tensor([["dog", "none"].index(row["label"]) for row in rows])
+    with torch.no_grad():
+        wanted = model(input_ids=given.input_ids, attention_mask=given.attention_mask, labels=labels).loss
+    assert line.loss == pytest.approx(float(wanted), rel=1e-5)
+    real = int(given.attention_mask.sum())
+    for layer in line.layers:  # padding is routed nowhere; a decoder reads a start token besides
+        taken = np.array(layer.load) * 2 * (real + 16 * (layer.stack == "decoder"))
+        assert taken == pytest.approx(taken.round(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Bert", *CLASSIFIERS])
+def test_a_new_head_has_the_classes_that_are_asked_for(name, texts, tmp_path):
+    """All else is the checkpoint's, and the new layer starts as transformers starts one."""
+    source = classifier(tmp_path / "dense", name)
+    task = {"name": "text_classification", "classes": 64}
+    begun = start.start_of(Run.of(table(source, texts, tmp_path / "run", task=task)))
+    made = start.plain_model(begun).state_dict()
+    dense = getattr(transformers, f"{name}ForSequenceClassification")
+    stored = dense.from_pretrained(source).state_dict()
+    config = transformers.AutoConfig.from_pretrained(source, num_labels=64)
+    fresh = dense(config).state_dict()
+    new = [key for key, tensor in fresh.items() if tensor.shape != stored[key].shape]
+    assert len(new) == 2
+    for key in new:
+        assert made[key].shape == fresh[key].shape
+        assert float(made[key].std()) == pytest.approx(float(fresh[key].std()), rel=0.15)
+    kept = made.keys() & stored.keys() - {*new}
+    assert len(kept) > len(stored) / 2
+    assert all(torch.equal(made[key], stored[key]) for key in kept)
+
+
+@pytest.mark.parametrize(
+    ("ends", "text", "counts"), [(False, "the cat", "0 to 0"), (True, "the </s> cat", "1 to 2")]
+)
+def test_a_class_that_is_read_at_the_end_token_wants_one_in_every_text(ends, text, counts, texts, tmp_path):
+    source, file = classifier(tmp_path / "dense", "T5", ends=ends), tmp_path / "texts.jsonl"
+    file.write_text(texts.read_text() + json.dumps({"text": text, "label": "none"}) + "\n")
+    message = rf"T5ForSequenceClassification reads the class at the last end token \(id {END}\), .* {counts}"
+    with pytest.raises(UpcycleError, match=message):
+        train(Run.of(table(source, file, tmp_path / "run")))
