@@ -20,7 +20,7 @@ import torch
 from upcycle import tasks
 from upcycle.checkpoints import hub
 from upcycle.checkpoints.checkpoint import read_json
-from upcycle.data import corpus
+from upcycle.data import corpus, documents
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import few_shot, task_files, text_to_text
@@ -146,7 +146,11 @@ def _refuse_other_data(task: Task, architecture: str, asked: ToScore) -> None:
 
 
 def _refuse_missing(asked: ToScore) -> None:
-    """Raise an error if files of a task or lm-evaluation-harness are missing, before scoring."""
+    """Raise an error if a split, files of a task or lm-evaluation-harness are missing, before scoring."""
+    for path in filter(None, (*asked.texts, asked.chats)):
+        documents.to_score(path)
+    if asked.chats and (why := documents.mixed(documents.to_score(asked.chats))) is not None:
+        raise UpcycleError(why)
     if asked.by_harness:
         harness()
     if asked.task_files:
@@ -163,9 +167,12 @@ def _on_images(judge: Judge, images: Path) -> Result:
 
 def _on_texts(judge: Judge) -> list[Result]:
     asked, task = judge.asked, tasks.of(judge.subject.architecture)
-    results = [dataclasses.replace(task.score(judge, path), name=name) for name, path in asked.named.items()]
+    results = [
+        dataclasses.replace(task.score(judge, _part(path)), name=name) for name, path in asked.named.items()
+    ]
     if asked.chats:
-        results.append(tasks.find("sft")().score(judge, asked.chats))
+        scored = tasks.find("sft")().score(judge, _part(asked.chats))
+        results.append(dataclasses.replace(scored, name=asked.chats.name))
     if asked.by_harness:
         results += harness().score(
             judge.language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
@@ -173,6 +180,11 @@ def _on_texts(judge: Judge) -> list[Result]:
     if asked.superglue:
         results += text_to_text.score(judge.language, asked.superglue, limit=asked.limit)
     return results
+
+
+def _part(path: Path) -> Path:
+    """Return the folder of the split to score on if `path` is a data set that has splits, or `path`."""
+    return Path(documents.to_score(path).path)
 
 
 def harness() -> ModuleType:
