@@ -19,21 +19,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ranks
 import tiny
+import tiny_wrappers
 import upcycle
 from files import toml
 from marks import quick
-from upcycle import Recipe, UpcycleError, cli, convert, load, verify
+from upcycle import Recipe, UpcycleError, cli, convert, inspect, load, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import prepare
 from upcycle.system import memory
 from upcycle.training import fit, moments, router_losses, routing, saving, start
 from upcycle.training.export import export
+from upcycle.training.exports._on_disk import on_disk
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
@@ -556,6 +558,107 @@ def test_export_is_what_convert_writes_and_every_client_opens(table, source, tmp
     earlier = export(tmp_path / "run", tmp_path / "earlier", step=2, dtype="bfloat16")
     assert earlier.step == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "earlier").dtype == torch.bfloat16
+
+
+WRAPPERS = [kind for kind in tiny_wrappers.KINDS if kind != "gemma3"]  # it has no native
+
+
+@pytest.mark.parametrize(
+    "kind",
+    quick([*tiny.DECODERS, *WRAPPERS], "qwen3_vl", "qwen3_5", "qwen3_5_text", "nemotron_h", "llama"),
+)
+def test_an_export_before_the_first_step_has_the_tensors_of_the_conversion(kind, dense, tmp_path):
+    """The same names, shapes, types and bits, although the class holds experts in another form."""
+    wrapped = kind in tiny_wrappers.KINDS
+    source = tiny_wrappers.make(tmp_path / "source", kind) if wrapped else dense(kind, dtype="bfloat16")
+    same_as_the_conversion(source, tmp_path)
+
+
+def test_experts_of_several_types_keep_them_in_an_export(dense, tmp_path):
+    """The matrices of an expert are one tensor in memory, and several on disk."""
+    source = Path(shutil.copytree(dense("llama", dtype="bfloat16"), tmp_path / "source"))
+    torch.manual_seed(0)
+    changed(source, "up_proj", lambda tensor: torch.randn(tensor.shape))
+    found = same_as_the_conversion(source, tmp_path)
+    prefix = "model.layers.0.block_sparse_moe.experts.1"
+    assert [found[f"{prefix}.{w}.weight"].dtype for w in ("w1", "w3")] == [torch.bfloat16, torch.float32]
+
+
+def same_as_the_conversion(source: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """What an export of a run that has taken no step writes, compared with the conversion."""
+    run = ranks.run_of(str(source), {}, {})
+    begun = start.start_of(run)
+    types = {name: entry.dtype for name, entry in begun.planned.items()}
+    found = on_disk(start.plain_model(begun), begun, types)
+    convert(source, tmp_path / "converted", run.recipe)
+    wanted = load_file(tmp_path / "converted" / "model.safetensors")
+    assert kinds(found) == kinds(wanted)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    return found
+
+
+def kinds(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def changed(folder: Path, part: str, change: Any) -> None:
+    """Change the tensors of a checkpoint whose names contain `part`."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if part in name]:
+        tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_export_has_the_types_and_the_limits_of_a_conversion(dense, table, trainable, tmp_path):
+    """Tensors that the source keeps wide stay wide, and nothing becomes infinite, on trained weights too."""
+    source = tmp_path / "source"
+    shutil.copytree(dense("qwen3_5_text", vocab_size=520, dtype="bfloat16"), source)
+    changed(source, "A_log", lambda tensor: tensor.float() + 1e-3)
+    data = {"tokenizer": str(trainable[0])}
+    made = table(moe=MOE["moe"], source=str(source), data=data, train={"steps": 2})
+    run = Run.of(made)
+    train(run)
+    for dtype in ("source", "float16", "float32"):
+        export(run.out, tmp_path / f"out {dtype}", dtype=dtype)
+        told = {} if dtype == "source" else {"dtype": dtype}
+        convert(source, tmp_path / f"converted {dtype}", {"moe": MOE["moe"], **told})
+        a, b = (
+            load_file(tmp_path / f"{what} {dtype}" / "model.safetensors") for what in ("out", "converted")
+        )
+        assert kinds(a) == kinds(b)
+    config = json.loads((tmp_path / "out source" / "config.json").read_text())
+    assert (config["dtype"], a["model.layers.0.linear_attn.A_log"].dtype) == ("bfloat16", torch.float32)
+    assert {layer["num_experts"] for layer in inspect(tmp_path / "out source").table["layers"]} == {4}
+
+
+def test_an_export_of_values_beyond_a_dtype(dense, table, trainable, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(dense("llama", vocab_size=520), source)
+    unused = torch.zeros(520, 1)
+    unused[-1] = 1e5  # the row of a token that no text has
+    changed(source, "embed_tokens", lambda tensor: tensor + unused)
+    train(Run.of(table(source=str(source), data={"tokenizer": str(trainable[0])}, train={"steps": 2})))
+    limit = "holds values beyond float16's 65504; use dtype bfloat16 or float32$"
+    with pytest.raises(UpcycleError, match=rf"^model\.embed_tokens\.weight {limit}"):
+        export(tmp_path / "run", tmp_path / "out", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
+    with pytest.raises(UpcycleError, match=limit):
+        convert(source, tmp_path / "converted", {"moe": MOE["moe"], "dtype": "float16"})
+
+
+def test_a_dense_export_has_the_types_of_its_source(dense, table, trainable, tmp_path):
+    """Also if config.json names no dtype."""
+    source = tmp_path / "source"
+    shutil.copytree(dense("llama", vocab_size=512, dtype="bfloat16"), source)
+    changed(source, "norm", torch.Tensor.float)
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    train(Run.of(table(source=str(source), data={"tokenizer": str(trainable[0])}, train={"steps": 2})))
+    made = export(tmp_path / "run", tmp_path / "out")
+    assert kinds(load_file(made.out / "model.safetensors")) == kinds(load_file(source / "model.safetensors"))
+    written = json.loads((made.out / "config.json").read_text())
+    assert (made.dtype, written["dtype"], written["torch_dtype"]) == ("bfloat16",) * 3
 
 
 @pytest.mark.usefixtures("on_screen")

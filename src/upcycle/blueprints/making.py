@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from upcycle import targets
-from upcycle.blueprints import further, heads, spared
+from upcycle.blueprints import further, heads, spared, stored_types
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, TORCH_NAMES
 from upcycle.checkpoints.hub import Opener, open_checkpoint
 from upcycle.dense import mixtures, successors
 from upcycle.dense.admission import admit
@@ -22,7 +20,6 @@ from upcycle.families._wrappers import TEXT, VISION, config_key
 from upcycle.recipe import Moe, Recipe, RecipeLike
 from upcycle.targets import _growing
 from upcycle.tensors.entries import Entry
-from upcycle.tensors.lazy import Lazy
 
 T = TypeVar("T")
 
@@ -113,12 +110,9 @@ def _of_part(source: Checkpoint, recipe: Recipe, opener: Opener, *, allow_nonfin
         dense, recipe, config, target.tensors([dense, *donors.models], recipe, sites)
     )
     config, lazies = further.added(dense, recipe, target, sites, config, lazies)
-    dtype = None if recipe.dtype == "source" else BY_TORCH_NAME[recipe.dtype]
-    entries = {
-        name: Entry(lazy, lazy.dtype if dtype is None or _keeps_dtype(name, lazy) else dtype)
-        for name, lazy in _in_order(lazies).items()
-    }
-    stored = TORCH_NAMES[Counter(e.dtype for e in entries.values()).most_common(1)[0][0]]
+    types = stored_types.of(lazies, recipe.dtype)
+    entries = {name: Entry(lazy, types[name]) for name, lazy in _in_order(lazies).items()}
+    stored = stored_types.usual(entry.dtype for entry in entries.values())
     built = Blueprint(
         dense=dense,
         donors=donors.models,
@@ -132,14 +126,6 @@ def _of_part(source: Checkpoint, recipe: Recipe, opener: Opener, *, allow_nonfin
     for place in range(1, len(built.donors) + 1):
         spared.lost_changes(built, place)  # refuses an adapter of which nothing is left
     return built
-
-
-def _keeps_dtype(name: str, lazy: Lazy) -> bool:
-    """Return whether no recipe may narrow this tensor: a counter, or a correction bias.
-
-    A correction bias accumulates tiny steps.
-    """
-    return lazy.dtype in COUNTERS or name.endswith("e_score_correction_bias")
 
 
 def _in_order(tensors: Mapping[str, T]) -> dict[str, T]:

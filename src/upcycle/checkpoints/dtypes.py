@@ -1,6 +1,6 @@
 """The floating-point types of a checkpoint, by their safetensors names."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import ml_dtypes
@@ -61,6 +61,11 @@ def _overflow(name: str, dtype: str) -> TooLargeError:
 def holds(wide: str, narrow: str) -> bool:
     """Return whether dtype `wide` can represent every value of dtype `narrow`."""
     return wide == narrow or (_LARGEST[wide] >= _LARGEST[narrow] and _MANTISSA[wide] >= _MANTISSA[narrow])
+
+
+def common(types: Collection[str]) -> str:
+    """Return the narrowest floating-point type that holds all values of these `types`."""
+    return next(wide for wide in reversed(FLOATS) if all(holds(wide, each) for each in types))
 
 
 def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:

@@ -25,7 +25,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from upcycle.errors import UpcycleError, cut
 from upcycle.hf.quiet import quiet
 from upcycle.tensors.entries import Entry
-from upcycle.tensors.moved import Slice
+from upcycle.tensors.moved import Concat, Slice
 
 
 def on_meta(
@@ -150,19 +150,36 @@ def split(model: PreTrainedModel, tensors: Mapping[str, Entry]) -> dict[str, Ent
 
     The rules are transformers' own.
     """
-    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     out = dict(tensors)
-    for rule in rules:
+    for name, parts, dim in _parted(model, tensors):
+        entry = out.pop(name)
+        size = entry.shape[dim] // len(parts)
+        for i, part in enumerate(parts):
+            out[part] = Entry(Slice(entry.lazy, dim, i * size, (i + 1) * size), entry.dtype)
+    return out
+
+
+def joined(model: PreTrainedModel, tensors: Mapping[str, Entry], names: Collection[str]) -> dict[str, Entry]:
+    """Return `tensors` with their parts joined to those that have these `names`; the inverse of `split`."""
+    out = dict(tensors)
+    for name, parts, dim in _parted(model, names):
+        entries = [out.pop(part) for part in parts]
+        out[name] = Entry(Concat(tuple(entry.lazy for entry in entries), dim), entries[0].dtype)
+    return out
+
+
+def _parted(model: PreTrainedModel, names: Collection[str]) -> Iterator[tuple[str, list[str], int]]:
+    """Yield each name of a tensor that the class splits, with the names of the parts and their axis."""
+    for rule in get_model_conversion_mapping(model):
+        if not isinstance(rule, WeightConverter):
+            continue
         if len(rule.source_patterns) != 1 or [type(done) for done in rule.operations] != [Chunk]:
             continue  # what a target writes in memory's form is not affected by the others
-        whole, parts, dim = rule.source_patterns[0], rule.target_patterns, rule.operations[0].dim
-        for name in [name for name in out if re.search(whole, name)]:
-            entry = out.pop(name)
-            size = entry.shape[dim] // len(parts)
-            for i, part in enumerate(parts):
-                lazy = Slice(entry.lazy, dim, i * size, (i + 1) * size)
-                out[re.sub(whole, part, name)] = Entry(lazy, entry.dtype)
-    return out
+        whole = rule.source_patterns[0]
+        for name in names:
+            if re.search(whole, name):
+                parts = [re.sub(whole, part, name) for part in rule.target_patterns]
+                yield name, parts, rule.operations[0].dim
 
 
 def untie(model: PreTrainedModel, found: Collection[str]) -> None:

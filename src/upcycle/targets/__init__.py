@@ -174,6 +174,10 @@ class Target(abc.ABC):
         """Return the tensors under the names and in the shapes in which the class holds them in memory."""
         return dict(entries)
 
+    def on_disk(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Return the tensors under their names and in their shapes on disk; the inverse of `in_memory`."""
+        return dict(entries)
+
     def keeps_narrow_bits(self, family: Family) -> bool:
         """Return whether the tensors outside the experts keep their bits in bfloat16 and float16."""
         return True

@@ -32,6 +32,9 @@ class Layout(Protocol):
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         """Return the tensors of a layer with its experts in the form that transformers holds in memory."""
 
+    def unfuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return the tensors of a layer by their names on disk, given as `fuse` returns them."""
+
 
 class MoeNames(Protocol):
     """The names of the tensors of one MoE layer, which a target with experts provides."""
@@ -101,8 +104,17 @@ class PerExpert:
             return dict(tensors)
         head = self.path.partition("{e}")[0]
         rest = {name: t for name, t in tensors.items() if not name.startswith(head)}
-        fused = Fused(gate_up=f"{self.in_memory}.gate_up_proj", down=f"{self.in_memory}.down_proj")
-        return rest | fused.write(experts)
+        return rest | self._held.write(experts)
+
+    def unfuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return a layer's tensors with one for each matrix and expert, given as `fuse` returns them."""
+        held = {self._held.gate_up, self._held.down}
+        rest = {name: t for name, t in tensors.items() if name not in held}
+        return rest | self.write(self._held.read(tensors))
+
+    @property
+    def _held(self) -> Fused:
+        return Fused(gate_up=f"{self.in_memory}.gate_up_proj", down=f"{self.in_memory}.down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +149,14 @@ class PlainPerExpert:
             f"{self.path}.up_proj": Stack(tuple(x.up for x in experts)),
             f"{self.path}.down_proj": Stack(tuple(x.down for x in experts)),
         }
+
+    def unfuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return a layer's tensors with one for each matrix and expert, given as `fuse` returns them."""
+        rest = dict(tensors)
+        up, down = (rest.pop(f"{self.path}.{name}_proj", None) for name in ("up", "down"))
+        if up is None or down is None:
+            return rest
+        return rest | self.write(_plain_experts(up, down))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +193,10 @@ class Fused:
         """Return the tensors of a layer unchanged, because they are stored as transformers holds them."""
         return dict(tensors)
 
+    def unfuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return the tensors of a layer unchanged."""
+        return dict(tensors)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FusedOrEach(Fused):
@@ -205,6 +229,11 @@ class FusedAcross(Fused):
         """Return a layer's tensors with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
         experts = self.read(tensors)
         return dict(tensors) | (super().write(experts) if experts else {})
+
+    def unfuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return a layer's tensors with transposed matrices of experts, given as `fuse` returns them."""
+        experts = super().read(tensors)
+        return dict(tensors) | (self.write(experts) if experts else {})
 
 
 def _gated(network: FeedForward) -> tuple[Lazy, Lazy]:
@@ -265,12 +294,20 @@ class Stacked:
         """Return the experts among the tensors of a layer, given by names below it; biases are ignored."""
         if (up := tensors.get("experts.up_proj")) is None:
             return _GATED.read(tensors)
-        down = tensors["experts.down_proj"]
-        return [FeedForward(up=Pick(up, e), down=Pick(down, e)) for e in range(down.shape[0])]
+        return _plain_experts(up, tensors["experts.down_proj"])
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         """Return the tensors of a layer unchanged, because they are stored as they are held in memory."""
         return dict(tensors)
+
+    def unfuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        """Return the tensors of a layer unchanged."""
+        return dict(tensors)
+
+
+def _plain_experts(up: Lazy, down: Lazy) -> list[FeedForward]:
+    """Return the experts of the stacks up [E, I, H] and down [E, H, I], of networks without a gate."""
+    return [FeedForward(up=Pick(up, e), down=Pick(down, e)) for e in range(down.shape[0])]
 
 
 def _over(gate: Lazy | None, up: Lazy) -> Lazy:

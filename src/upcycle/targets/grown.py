@@ -118,6 +118,10 @@ class Grown(WithExperts):
         """Ask the architecture."""
         return self.native.in_memory(entries)
 
+    def on_disk(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Ask the architecture."""
+        return self.native.on_disk(entries)
+
     def tokenizer(self, family: Family) -> str:
         """Return the rule of the architecture."""
         return self.native.reader

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from upcycle.checkpoints import dtypes
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
 from upcycle.families._training import Trained
@@ -256,6 +257,19 @@ class Native(WithExperts):
 
         With the names on disk, the loader would read every expert on every rank and stack them afterwards.
         """
+        return self._by_layer(entries, self.layout.fuse)
+
+    def on_disk(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Return `entries` with each layer's experts as they are on disk; the inverse of `in_memory`."""
+        return self._by_layer(entries, self.layout.unfuse)
+
+    def _by_layer(
+        self, entries: Mapping[str, Entry], moved: Callable[[Mapping[str, Lazy]], dict[str, Lazy]]
+    ) -> dict[str, Entry]:
+        """Return `entries` with those of each layer `moved`.
+
+        A tensor that is made of tensors of several types has the narrowest type that holds all their values.
+        """
         layers: dict[str, dict[str, Entry]] = {}
         out: dict[str, Entry] = {}
         for name, entry in entries.items():
@@ -265,10 +279,10 @@ class Native(WithExperts):
             else:
                 out[name] = entry
         for prefix, layer in layers.items():
-            lazies = self.layout.fuse({name: entry.lazy for name, entry in layer.items()})
-            dtypes = {entry.dtype for name, entry in layer.items() if name not in lazies}
+            lazies = moved({name: entry.lazy for name, entry in layer.items()})
+            common = dtypes.common({entry.dtype for name, entry in layer.items() if name not in lazies})
             for name, lazy in lazies.items():
-                dtype = layer[name].dtype if name in layer else next(iter(dtypes))
+                dtype = layer[name].dtype if name in layer else common
                 out[f"{prefix}.{name}"] = Entry(lazy, dtype)
         return out
 

@@ -129,6 +129,11 @@ class Renamed(Target):
         inside, rest = self._parts(entries)
         return {self.names.stored(n): entry for n, entry in self.inner.in_memory(inside).items()} | rest
 
+    def on_disk(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Return the tensors by their names on disk, given as `in_memory` returns them."""
+        inside, rest = self._parts(entries)
+        return {self.names.stored(n): entry for n, entry in self.inner.on_disk(inside).items()} | rest
+
     def _parts(self, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the tensors of the model inside by their own names, and the others."""
         inside, rest = {}, {}

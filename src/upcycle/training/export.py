@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from upcycle.blueprints import stored_types
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
+from upcycle.hf import recorded
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock
 from upcycle.training import averaging, beside, enter, exports, saving
@@ -57,10 +59,11 @@ def export(
 
     `format` is a name of `exports/`. In `huggingface`, names, config and tokenizer are those of `upcycle
     convert`, and `upcycle.json` also describes the training. `dtype` is a torch name, or `source` for the
-    dtype of the start. `with_optimizer` adds the optimizer's moments under the same names, for
-    `optimizer.carry_state` of a later run. `expert` writes the dense model that has this expert (0, 1, ...)
-    of each layer as its network. `average` takes the mean of so many checkpoints, the newest up to `step`, or
-    with `decay` their exponential moving average. The whole model is held in memory, and twice for a mean.
+    dtype that each tensor has at the start. `with_optimizer` adds the optimizer's moments under the same
+    names, for `optimizer.carry_state` of a later run. `expert` writes the dense model that has this expert
+    (0, 1, ...) of each layer as its network. `average` takes the mean of so many checkpoints, the newest up
+    to `step`, or with `decay` their exponential moving average. The whole model is held in memory, and twice
+    for a mean.
     Raises `UpcycleError` for a mistake of the user, and then leaves nothing of `out`.
     """
     way = _way(format, expert, with_optimizer)
@@ -76,9 +79,9 @@ def export(
         saving.refuse_changed(each, Ranks(device=torch.device("cpu")))
     origin = _origin(record, run_folder, [out, partial], with_optimizer=with_optimizer)
     begun = origin.start
-    stored = begun.config.get("dtype") or begun.config.get("torch_dtype") or "float32"
-    wanted = stored if dtype == "source" else dtype
-    trained = _trained(origin, checkpoint, averaged, decay, with_optimizer=with_optimizer)
+    types = _types(begun, dtype)
+    wanted = stored_types.usual(types.values()) if dtype == "source" else dtype
+    trained = _trained(origin, checkpoint, types, averaged, decay, with_optimizer=with_optimizer)
     trained = replace(trained, expert=expert)
     busy = f"another export writes {out}; wait for its end, or choose another name"
     try:
@@ -143,6 +146,7 @@ def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, wit
 def _trained(
     origin: _Origin,
     checkpoint: Path,
+    types: Mapping[str, str],
     averaged: Sequence[Path] | None,
     decay: float | None,
     *,
@@ -168,9 +172,21 @@ def _trained(
         state=state,
         beside=beside.of(run, origin.folder, state.step),
         hashes=hashes,
+        types=types,
         averaged=tuple(saving.read_state(each).step for each in averaged or ()),
         decay=decay,
     )
+
+
+def _types(begun: Start, dtype: str) -> dict[str, str]:
+    """Return the type of each tensor on disk, which is the one that `upcycle convert` would give it.
+
+    Every correction bias keeps its own: training moved it in tiny steps.
+    """
+    lazies = {name: entry.lazy for name, entry in begun.planned.items()}
+    planned = {name: entry.dtype for name, entry in begun.planned.items()}
+    types = planned if dtype == "source" else stored_types.of(lazies, dtype)
+    return types | {name: lazy.dtype for name, lazy in lazies.items() if recorded.is_bias(name)}
 
 
 def _refuse_average(average: int | None, decay: float | None, with_optimizer: bool) -> None:

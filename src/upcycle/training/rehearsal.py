@@ -171,8 +171,7 @@ def trained(run: Run, lengths: Mapping[str, int]) -> tuple[frozenset[str], float
         anatomy = enter.anatomy_of(Course(run), begun, model, Routers.of(model))
         assert anatomy is not None
         chosen = anatomy.chosen(run.train.only, run.train.freeze)
-        tensors = begun.built.target.in_memory(begun.entries) if begun.built else begun.entries
-        names = building.renamed(model, tensors)
+        names = building.renamed(model, begun.in_memory(begun.entries))
         told = frozenset(names[name] for name in chosen if name in names)
         return told, effort.passes(anatomy, chosen, lengths, begun)
 

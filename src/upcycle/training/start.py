@@ -71,6 +71,22 @@ class Start:
         """The number of parameters that a token uses."""
         return plan_of(self.built).active_parameters if self.built else self.parameters
 
+    @property
+    def planned(self) -> Mapping[str, Entry]:
+        """The tensors as the source and the recipe give them, by the names on disk.
+
+        Those of `entries` differ if they are drawn anew.
+        """
+        return self.built.entries if self.built else self.dense.entries
+
+    def in_memory(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+        """Return tensors, given by their names on disk, as the class holds them in memory."""
+        return self.built.target.in_memory(entries) if self.built else entries
+
+    def on_disk(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+        """Return tensors by their names on disk, given as `in_memory` returns them."""
+        return self.built.target.on_disk(entries) if self.built else entries
+
     @cached_property
     def subject(self) -> Subject:
         """The model as its task sees it."""
@@ -275,11 +291,10 @@ def build(
     start: Start, entries: Mapping[str, Entry], run: Run, ranks: Ranks, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Build a model of the run's class from `entries`, by their names on disk; each rank has its own part."""
-    tensors = start.built.target.in_memory(entries) if start.built else entries
     return loading.build(
         start.architecture,
         start.config,
-        tensors,
+        start.in_memory(entries),
         distributed_config=ranks.config,
         dtype=dtype,
         attn_implementation=run.train.attn_implementation,
@@ -301,13 +316,12 @@ def experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:
     """Return the run's setting, or grouped products if rows are multiples of the 16 bytes they need."""
     if run.train.experts_implementation is not None:
         return run.train.experts_implementation
-    assert start.built is not None
-    widths = [e.shape[-1] for e in start.built.target.in_memory(start.entries).values() if len(e.shape) == 3]
+    widths = [e.shape[-1] for e in start.in_memory(start.entries).values() if len(e.shape) == 3]
     itemsize = 2 if run.train.precision != "float32" else dtype.itemsize
     return kernels.implementation(widths, itemsize)
 
 
 def plain_model(start: Start) -> PreTrainedModel:
     """Build the model on one process with its starting weights, for an export to fill."""
-    tensors = start.built.target.in_memory(start.entries) if start.built else start.entries
+    tensors = start.in_memory(start.entries)
     return loading.build(start.architecture, start.config, tensors, dtype=torch.float32)

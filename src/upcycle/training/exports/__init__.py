@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -42,6 +43,7 @@ class Trained:
     state: RunState
     beside: Beside  # the tokenizer of its data and the files of its task
     hashes: Hashes  # hashes of the files that the run started from
+    types: Mapping[str, str]  # the safetensors type of each tensor on disk, by its name there
     expert: int | None = None  # the expert that is asked for
     averaged: tuple[int, ...] = ()  # steps of the checkpoints that the weights are the mean of, if of several
     decay: float | None = None  # of their exponential moving average
@@ -61,8 +63,9 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def write(self, trained: Trained, folder: Path, dtype: str) -> None:
-        """Write everything to the existing `folder`; `dtype` is the torch name of the weights' dtype.
+        """Write everything to the existing `folder`.
 
+        `dtype` is the torch name of the dtype in config.json, and `trained.types` has that of each tensor.
         It may change the model's tensors. If it raises, the caller removes the folder.
         """
 

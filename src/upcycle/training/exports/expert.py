@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from upcycle.blueprints.blueprint import with_cache
 from upcycle.conversion import provenance
 from upcycle.errors import UpcycleError
-from upcycle.system import scratch, whole_file
+from upcycle.system import whole_file
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import training_of
 from upcycle.training.exports._beside import lay
-from upcycle.training.exports.huggingface import open_to_others, write_model
+from upcycle.training.exports._on_disk import on_disk
+from upcycle.training.exports.huggingface import open_to_others
 from upcycle.training.start import Start
 
 
@@ -31,12 +31,8 @@ class Expert(Format):
         begun, number = trained.start, trained.expert
         assert number is not None
         names = _names(begun, number)
-        with scratch.folder() as whole:
-            write_model(trained.model, trained, whole, dtype)
-            stored: dict[str, Tensor] = {}
-            for path in sorted(whole.glob("*.safetensors")):
-                stored |= load_file(path)
-            made = {dense: stored[name].clone() for dense, name in names.items()}
+        stored = on_disk(trained.model, begun, trained.types)
+        made = {dense: stored[name] for dense, name in names.items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
         source = begun.dense.checkpoint
         config = with_cache(_config(begun) | {"dtype": dtype, "torch_dtype": dtype})
@@ -51,6 +47,7 @@ class Expert(Format):
             left_behind=laid.left,
             made_anew=laid.made_anew,
             training=(training_of(trained),),
+            target=str(config["model_type"]),
         )
         whole_file.write_json(folder / told.FILE, told.as_table())
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from upcycle.blueprints.blueprint import with_cache
+from upcycle.checkpoints.dtypes import COUNTERS
 from upcycle.conversion import selection
 from upcycle.errors import UpcycleError
-from upcycle.hf import recorded
 from upcycle.hf.quiet import quiet
 from upcycle.nn import kernels
 from upcycle.system import whole_file
@@ -19,6 +19,7 @@ from upcycle.training.course import Course
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import card_of, provenance_of
 from upcycle.training.exports._beside import lay
+from upcycle.training.exports._on_disk import on_disk
 from upcycle.training.moments import OPTIMIZER
 
 
@@ -32,7 +33,7 @@ class HuggingFace(Format):
         begun = trained.start
         if trained.optimizer is not None:
             _write_moments(trained, trained.optimizer, folder / OPTIMIZER)
-        write_model(trained.model, trained, folder, dtype)
+        write_model(trained, folder, dtype)
         config = begun.built.stored_config() if begun.built else begun.config
         laid = lay(trained, folder, config, begun.built)
         told = provenance_of(trained, folder, laid)
@@ -42,16 +43,13 @@ class HuggingFace(Format):
         whole_file.write_text(folder / "README.md", card_of(trained))
 
 
-def write_model(model: PreTrainedModel, trained: Trained, folder: Path, dtype: str) -> None:
+def write_model(trained: Trained, folder: Path, dtype: str) -> None:
     """Write the weights in the hub's layout, with a config that says what they were trained with."""
-    begun = trained.start
-    with torch.no_grad(), quiet():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            kept = recorded.is_bias(name) or name.endswith("inv_freq")
-            if tensor.is_floating_point() and not kept:
-                tensor.data = tensor.data.to(getattr(torch, dtype))
+    begun, model = trained.start, trained.model
+    tensors = on_disk(model, begun, trained.types)
+    with quiet():
         try:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=tensors, save_original_format=False)
         except SafetensorError as error:
             raise UpcycleError(
                 f"the weights could not be written to {folder}: {error}; make room, or choose another folder"
@@ -93,12 +91,13 @@ def _of_training(trained: Trained) -> dict[str, float]:
 def _write_moments(trained: Trained, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Write each moment as a checkpoint under the model's own names, in place of the weights."""
     model = trained.model
+    wide = replace(trained, types={n: t if t in COUNTERS else "F32" for n, t in trained.types.items()})
     weights = {name: p.data for name, p in model.named_parameters()}
     for moment in trained.run.optimizer.moments:
         for name, parameter in model.named_parameters():
             own = optimizer.state.get(parameter, {}).get(moment)
             parameter.data = torch.zeros_like(weights[name]) if own is None else own
-        write_model(model, trained, folder / moment, "float32")
+        write_model(wide, folder / moment, "float32")
     for name, parameter in model.named_parameters():
         parameter.data = weights[name]
     whole_file.write_json(folder / "state.json", {"step": trained.step})
