@@ -33,9 +33,11 @@ FORGETFUL = (
 """A template that writes the last answer in another way than earlier ones, as some that think do."""
 
 
-def byte_tokenizer(folder: Path, template: str | None) -> PreTrainedTokenizerFast:
-    """Write a tokenizer of bytes with a chat template into a folder."""
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(ALPHABET)}, []))
+def byte_tokenizer(
+    folder: Path, template: str | None, alphabet: Sequence[str] = ALPHABET
+) -> PreTrainedTokenizerFast:
+    """Write a tokenizer of bytes with a chat template into a folder; ids are places in `alphabet`."""
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -267,13 +267,17 @@ def test_the_experts_of_a_base_can_be_taken_away(tmp_path):
     (tmp_path / "base.toml").write_text(
         'source = "a"\nout = "b"\ndtype = "bfloat16"\ntrain.steps = 1\ndata.sources = [{path = "t.txt"}]\n'
         'schedule = {name = "constant", peak = 1e-3}\nmoe.num_experts = 4\ninit.name = "drop"\n'
-        "router = {std = 0.1, z_loss_coef = 0.5}\n"
+        "router = {std = 0.1, z_loss_coef = 0.5}\ndrop = ['v_head.*']\n"
     )
     (tmp_path / "dense.toml").write_text('base = "base.toml"\nmoe = false\n')
     dense = Run.load(tmp_path / "dense.toml")
     assert dense.recipe is None
     assert dense.router.z_loss_coef == 0.5
-    assert Run.load(tmp_path / "base.toml").recipe is not None
+    whole = Run.load(tmp_path / "base.toml")
+    assert whole.recipe is not None
+    assert dense.drop == whole.drop == whole.recipe.drop == ("v_head.*",)
+    assert Run.of(whole.as_table()) == whole
+    assert Run.of(dense.as_table()) == dense
     assert Run.load(tmp_path / "base.toml", ["moe=false"]) == dense
     assert Run.load(tmp_path / "base.toml", ["train.steps=1", "moe=false"]) == dense
     (tmp_path / "dense.toml").write_text('base = "base.toml"\nmoe = false\ninit.name = "copy"\n')

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from upcycle.dense import mixtures
+from upcycle.targets import natives
 
-NAMES = mixtures.names()
+NAMES = natives.growing()
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

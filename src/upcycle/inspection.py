@@ -15,7 +15,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures
-from upcycle.dense.admission import admit, has_experts
+from upcycle.dense.admission import admit, has_experts, that_find
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
 from upcycle.families._wrappers import TEXT
@@ -29,20 +29,26 @@ from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored, blocks
 
 
-def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[str, Any]:
+def inspect(
+    checkpoint: str | Path, source: str | Path | None = None, drop: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Return width, dtype, similarity and router norms of every layer as a table that JSON can hold.
 
     `source` is the dense checkpoint to compare the experts with. By default it is the one named in the
-    provenance, if it still exists. Cosine similarities are taken over all matrices together.
+    provenance, if it still exists. `drop` has names and patterns of tensors of the dense checkpoint to leave
+    out, besides those that the provenance names. Cosine similarities are taken over all matrices together.
     """
     with open_checkpoint(checkpoint, allow_nonfinite=True) as opened:
         made = Provenance.read(opened.folder) if (opened.folder / Provenance.FILE).exists() else None
         notes: list[str] = []
         target = targets.opened(opened.config)
         if target is None:
-            layers = _dense_layers(admit(opened))
+            layers = _dense_layers(admit(opened, drop=drop))
         else:
-            layers = _layers_with_experts(opened, target, made, source, notes)
+            dense = _dense_source(source, made, opened.folder, target.parts, drop, notes)
+            if drop and not dense:
+                raise UpcycleError(f"--drop is for the dense model to compare with, and {notes[-1]}")
+            layers = _layers_with_experts(opened, target, made, dense, notes)
         return {
             "checkpoint": str(opened.folder),
             "model_type": opened.config.get("model_type"),
@@ -55,10 +61,13 @@ def inspect(checkpoint: str | Path, source: str | Path | None = None) -> dict[st
 
 
 def _layers_with_experts(
-    opened: Checkpoint, target: Target, made: Provenance | None, source: str | Path | None, notes: list[str]
+    opened: Checkpoint,
+    target: Target,
+    made: Provenance | None,
+    dense: Mapping[str, Dense],
+    notes: list[str],
 ) -> list[dict[str, Any]]:
     """Return the layers of a model with experts, compared with those of the dense model if it is there."""
-    dense = _dense_source(source, made, opened.folder, target.parts, notes)
     try:
         tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
         _refuse_empty(opened)
@@ -146,11 +155,12 @@ def _dense_source(
     made: Provenance | None,
     folder: Path,
     parts: Sequence[str],
+    drop: tuple[str, ...],
     notes: list[str],
 ) -> dict[str, Dense]:
     """Return the dense model that the experts of each part in `folder` are compared with, if it is found."""
     if source is not None:
-        return _admitted(str(source), parts, notes)
+        return _admitted(str(source), parts, drop, made, notes)
     if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
         return {}
@@ -162,19 +172,27 @@ def _dense_source(
         notes.append(f"{lost}; name it with --source to compare experts with it")
         return {}
     try:
-        return _admitted(str(recorded), parts, notes)
+        return _admitted(str(recorded), parts, drop, made, notes)
     except UpcycleError as error:
         notes.append(f"its source cannot be compared with: {error}")
         return {}
 
 
-def _admitted(source: str, parts: Sequence[str], notes: list[str]) -> dict[str, Dense]:
-    """Return the model in `source`, which may be a Mixture of Experts that has grown, for each part."""
+def _admitted(
+    source: str, parts: Sequence[str], drop: tuple[str, ...], made: Provenance | None, notes: list[str]
+) -> dict[str, Dense]:
+    """Return the model in `source`, which may be a Mixture of Experts that has grown, for each part.
+
+    Tensors that its recipe dropped are left out as well. Another copy of the source need not have them.
+    """
     opened = open_checkpoint(source, allow_nonfinite=True)
+    recorded = None if made is None or made.recipe is None else made.recipe.get("drop")
+    if isinstance(recorded, (list, tuple)):
+        drop = (*drop, *that_find(opened, map(str, recorded)))
     if not has_experts(opened.config):
-        return {part: admit(opened, part=part) for part in parts}
+        return {part: admit(opened, part=part, drop=drop) for part in parts}
     notes.append("its experts were copied from experts, so there is no dense network to compare with")
-    return {TEXT: mixtures.admit(opened)}
+    return {TEXT: mixtures.admit(opened, drop=drop)}
 
 
 def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:

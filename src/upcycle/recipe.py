@@ -229,8 +229,10 @@ class Recipe(Settings):
 # what functions accept as a recipe; see `Recipe.of`
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
 
+# The keys of a run file that mean the same whether a recipe reads them or not.
+OF_ANY_RUN = ("seed", "drop")
 # The sections and keys of a run file that only a recipe reads, apart from keys of [router].
-OF_EXPERTS = (*(key for key in keys(Recipe) if key not in ("seed", "router", "parts")), *STACKS)
+OF_EXPERTS = (*(key for key in keys(Recipe) if key not in (*OF_ANY_RUN, "router", "parts")), *STACKS)
 
 
 def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:

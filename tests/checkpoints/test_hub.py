@@ -13,16 +13,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import upcycle as library
 from marks import quick
+from tiny import make_adapter
 from upcycle import Recipe
 from upcycle.api.forecasting import foretell_run
 from upcycle.api.training import rehearse
 from upcycle.checkpoints import hub as hub_ids
+from upcycle.checkpoints.checkpoint import WEIGHTS
 from upcycle.checkpoints.header import read_header
 from upcycle.dense.admission import admit
+from upcycle.errors import UpcycleError
 from upcycle.training.run import Run
+from upcycle.training.start import start_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-llama"
@@ -183,8 +188,6 @@ def test_a_model_without_safetensors(upcycle, hub, tmp_path):
 
 def test_an_adapter_from_the_hub(upcycle, hub, dense, tmp_path):
     """Its two files are fetched, and nothing of what lies beside them."""
-    from tiny import make_adapter
-
     source = dense("llama", intermediate_size=480)
     for file in make_adapter(tmp_path / "adapter", source).iterdir():
         file.rename(hub.folder / file.name)
@@ -201,27 +204,39 @@ def test_an_adapter_from_the_hub(upcycle, hub, dense, tmp_path):
 
 
 @pytest.fixture
-def on_the_hub(monkeypatch):
+def on_the_hub(monkeypatch, tmp_path):
     """A function that puts folders on the hub by name; it returns the names that are downloaded whole."""
     import huggingface_hub
 
     folders: dict[str, Path] = {}
     downloaded: list[str] = []
 
-    def headers(self, repo: str, *, revision: str | None = None) -> SimpleNamespace:
-        weights = "model.safetensors"
+    def header(self, repo: str, weights: str, *, revision: str | None = None) -> SimpleNamespace:
         tensors = {
             name: SimpleNamespace(dtype=t.dtype, shape=t.shape, data_offsets=(t.offset, t.offset + t.nbytes))
             for name, t in read_header(folders[repo] / weights).items()
         }
-        return SimpleNamespace(files_metadata={weights: SimpleNamespace(tensors=tensors)})
+        return SimpleNamespace(tensors=tensors)
 
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo, file, *, revision=None: str(folders[repo] / file)
-    )
+    def headers(self, repo: str, *, revision: str | None = None) -> SimpleNamespace:
+        return SimpleNamespace(files_metadata={WEIGHTS: header(self, repo, WEIGHTS)})
+
+    def only(name: str, wanted: tuple[str, ...]) -> Path:
+        if any(file.endswith(".safetensors") for file in wanted):
+            downloaded.append(name)
+        return folders[name]
+
+    def config(repo: str, file: str, *, revision: str | None = None) -> str:
+        """Return the file in a snapshot of its own, as the hub's cache has it before weights are fetched."""
+        snapshot = tmp_path / "snapshots" / repo
+        snapshot.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(folders[repo] / file, snapshot))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", config)
     monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", headers)
+    monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", header)
     monkeypatch.setattr(hub_ids, "_download", lambda name: downloaded.append(name) or folders[name])
-    monkeypatch.setattr(hub_ids, "_download_only", lambda name, wanted: folders[name])
+    monkeypatch.setattr(hub_ids, "_download_only", only)
 
     def put(**named: Path) -> list[str]:
         folders.update({f"someone/{name}": folder for name, folder in named.items()})
@@ -250,6 +265,22 @@ def test_no_weights_of_donors_are_fetched_before_they_are_needed(on_the_hub, den
     built = library.blueprint(source, there)
     assert downloaded == ["someone/one", "someone/two"]
     assert built.hash == found.blueprint_hash
+
+
+def test_no_weights_of_an_adapter_are_fetched_before_they_are_needed(on_the_hub, dense, tmp_path):
+    source = dense("llama")
+    downloaded = on_the_hub(adapter=make_adapter(tmp_path / "adapter", source))
+
+    def recipe(adapter: object) -> dict:
+        experts = {"name": "experts", "expert": [{}, {"adapter": str(adapter)}]}
+        return {"moe": {"num_experts": 2}, "init": experts}
+
+    found = library.plan(source, recipe("someone/adapter"))
+    library.foretell(source, recipe("someone/adapter"), world=2)
+    assert downloaded == []
+    assert found.blueprint_hash == library.plan(source, recipe(tmp_path / "adapter")).blueprint_hash
+    assert library.blueprint(source, recipe("someone/adapter")).hash == found.blueprint_hash
+    assert downloaded == ["someone/adapter"]
 
 
 def test_no_weights_of_the_rest_are_fetched_before_they_are_needed(on_the_hub, dense):
@@ -287,6 +318,24 @@ def test_a_dry_run_fetches_no_weights(on_the_hub, dense, tmp_path):
     assert here == there
 
 
+def test_a_head_on_the_hub_is_not_read(on_the_hub, dense, tmp_path):
+    """Whether it is the embedding is asked when the weights are there."""
+    folder = Path(shutil.copytree(dense("llama", tie_word_embeddings=True), tmp_path / "model"))
+    stored = load_file(folder / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 1
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    downloaded = on_the_hub(model=folder)
+    run = {
+        "source": "someone/model", "out": str(tmp_path / "run"), "data": {"sources": [{"path": "a"}]},
+        "schedule": {"name": "constant", "peak": 1e-3},
+        "train": {"steps": 1, "batch_tokens": 8, "sequence_length": 8},
+    }  # fmt: skip
+    assert "lm_head.weight" in start_of(Run.of(run), hub_ids.outline).dense.left_out
+    assert downloaded == []
+    with pytest.raises(UpcycleError, match=r"stores an lm_head\.weight that differs"):
+        start_of(Run.of(run))
+
+
 def test_a_file_of_the_current_folder_is_not_one_of_the_hub(on_the_hub, dense, monkeypatch):
     """Though it has the name of one: a fingerprint of headers has nothing of the weights."""
     on_the_hub(model=dense("llama"))
@@ -296,3 +345,46 @@ def test_a_file_of_the_current_folder_is_not_one_of_the_hub(on_the_hub, dense, m
     assert not peeked.stamps
     whole = admit(hub_ids.open_checkpoint(dense("llama"))).fingerprint
     assert admit(peeked).fingerprint == {key: whole[key] for key in ("config", "tensors")}
+
+
+# --- a hub id whose files are in the cache, with no hub
+
+
+@pytest.fixture
+def in_the_cache(monkeypatch, tmp_path, dense) -> Path:
+    """A snapshot of REPO with two files of weights in the hub's cache, on a machine without a network."""
+    from huggingface_hub import constants
+
+    cached = tmp_path / "hub" / f"models--{REPO.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    folder = Path(shutil.copytree(dense("llama"), cached / "snapshots" / COMMIT))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in (0, 1):
+        part = {name: tensors[name] for name in sorted(tensors)[i::2]}
+        save_file(part, folder / f"model-0000{i + 1}-of-00002.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(part, f"model-0000{i + 1}-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+@pytest.mark.parametrize("revision", quick(["", "@main", f"@{COMMIT}"], ""))
+def test_what_is_in_the_cache_needs_no_hub(revision, in_the_cache):
+    """A plan, advice and a dry run read the headers there, and find what a conversion finds."""
+    recipe = {"moe": {"num_experts": 4}}
+    found = library.plan(REPO + revision, recipe)
+    assert found.source == REPO + revision
+    assert found.blueprint_hash == library.plan(in_the_cache, recipe).blueprint_hash
+    assert library.blueprint(REPO + revision, recipe).hash == found.blueprint_hash
+    library.advise(REPO + revision, recipe, tokens="1B")
+    assert hub_ids.outline(REPO + revision).folder == in_the_cache
+
+
+def test_what_is_in_part_in_the_cache(in_the_cache):
+    (in_the_cache / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UpcycleError, match="the hub cannot be reached"):
+        library.plan(REPO)

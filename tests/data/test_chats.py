@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -18,6 +19,14 @@ from upcycle.data.corruption import IGNORED
 
 ASKED = [{"role": "system", "content": "Be brief."}, *turns("Hi?", "Yes.")]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def marked(**marks: Any) -> list[dict[str, Any]]:
+    """A question, and an answer with marks."""
+    asked, answer = turns("Hi?", "Yes.")
+    return [asked, {**answer, **marks}]
+
+
 FORMS = {
     "messages": {"messages": ASKED},
     "null fields": {"messages": [{**m, "tool_calls": None} for m in ASKED], "prompt": None},
@@ -92,6 +101,14 @@ def test_a_saved_dataset(tmp_path):
         ({"messages": [{"content": "Hi"}]}, "the role None; allowed"),
         ({"conversations": [{"from": "alien", "value": "Hi"}]}, "the role 'alien'; allowed"),
         ({"messages": turns("Hi?")}, "has no message of the assistant"),
+        ({"messages": marked(weight=0)}, "no message of the assistant without weight = 0 or train = false"),
+        ({"messages": marked(train=False)}, "no message of the assistant without weight = 0 or train"),
+        ({"messages": marked(weight=0.5)}, "weight = 0.5 on a message; allowed: 1, and 0 for one that"),
+        ({"messages": marked(train="no")}, "train = 'no' on a message; allowed: 1, and 0"),
+        (
+            {"messages": [{"role": "user", "content": "Hi?", "train": True}, ASKED[2]]},
+            "train = True on a message of the role 'user', and only what the assistant says",
+        ),
         ({"messages": turns("Hi?", " \n")}, "a message of the role 'assistant' without content"),
         ({"messages": turns("", "Yes")}, "a message of the role 'user' without content"),
         ({"messages": turns("Hi?", "Yes"), "images": ["a.png"]}, "has 'images'; chats are text alone"),

@@ -6,10 +6,12 @@ import builtins
 import gzip
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,44 @@ def test_documents_of_every_kind(
     assert tokens.documents == len(TEXTS)
     assert tokens.bytes == sum(len(t.encode()) for t in wanted)
     assert tokens.count == tokens.bytes + 2 * len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        ("a.jsonl", {"separator": "###"}, "separator = '###' is for text files, and "),
+        ("a.txt", {"field": "body"}, "field = body is for JSON lines, parquet and datasets, and "),
+        ("a.txt", {"split": "test"}, "split = test, and .* is no dataset with splits"),
+        (". a.jsonl", {"split": "test"}, "split = test, and .* is no dataset with splits"),
+        (". train-00000-of-00001.parquet test-00000-of-00001.parquet", {}, "of the splits test, train, and"),
+        (". train_sft-00000-of-00001-0f.parquet test_sft-00000-of-00001.parquet", {}, "test_sft, train_s"),
+        (". train.jsonl validation.jsonl", {"split": "train"}, "of the splits train, validation, and a"),
+        (". train/a.txt test/a.txt", {}, "of the splits test, train, and a folder is read whole"),
+        (". train-00000-of-00002.parquet train-00001-of-00002.parquet", {}, None),
+        (". wiki-00000-of-00001.parquet test-00000-of-00001.parquet a.txt", {"separator": "#"}, None),
+        (". training.txt how_to_test.txt", {"separator": "#"}, None),
+        (". a.txt b.jsonl", {"separator": "###", "field": "body"}, None),
+        ("a.jsonl", {"field": "body", "weight": 2.0}, None),
+    ],
+)  # fmt: skip
+def test_keys_of_a_source_that_do_nothing(
+    files: str, options: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    """`files` has the path of the source, and those of files in it."""
+    for name in files.split():
+        if name != ".":
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+    said = documents.unread(Source(path=str(tmp_path / files.split()[0]), **options))
+    assert (said is None) if message is None else re.search(message, str(said)), said
+
+
+def test_splits_of_a_saved_data_set_are_known(tmp_path: Path) -> None:
+    source = Source(path=str(_saved(tmp_path)["path"]), split="mine")
+    assert documents.unread(source) is None
+    assert "separator = '#' is for text files" in str(documents.unread(replace(source, separator="#")))
+    with pytest.raises(UpcycleError, match=r"has no split 'other'; it has mine, train: name one of them"):
+        next(documents.documents(replace(source, split="other")))
 
 
 def test_a_text_file_without_separator_is_a_document(

@@ -161,7 +161,11 @@ def test_a_donor_by_two_paths(base, donor, tmp_path):
     shutil.copytree(donor, other, copy_function=os.link)
     said = refused(base, {"source": str(donor)}, {"source": str(other)})
     assert "are one checkpoint, by two paths" in said
-    assert "is the source itself" in warnings(base, {"source": str(base)}, backbone="average")
+    mixed = warnings(base, {"source": str(base)}, backbone="average")
+    assert "is the source itself, and counts once more in an average" in mixed
+    alone = warnings(base, {"source": str(base)})
+    assert "is the source itself" in alone
+    assert "counts once more" not in alone
 
 
 def test_a_folder_that_is_not_what_it_is_named_as(base, donor, adapter):

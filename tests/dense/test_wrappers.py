@@ -317,6 +317,7 @@ def test_what_is_said_of_vision_where_there_is_none(made, dense, tmp_path):
     source = edit(made("llava"), tmp_path / "two", stored | again)
     with pytest.raises(UpcycleError, match=r"a vision tower more than once, below other_tower\., vision_tow"):
         blueprint(source, Recipe.of(moe={"part": "vision"}))
+    blueprint(source, Recipe.of(moe={"part": "vision"}, drop=["other_tower.*"]))
 
 
 def with_further_blocks(folder, out):
@@ -490,7 +491,10 @@ def test_a_missing_head_is_still_missed(dense, tmp_path):
         ({"text_config": None}, r"text_config = None; it must be the config of a text model"),
         ({"model_type": "strange"}, r"strange around a llama, and upcycle does not know .*--part-only text"),
         ({"tie_word_embeddings": True}, r"and a head is stored; set both to the same"),
-        ({"text_config": {"model_type": "mixtral"}}, r"is already a Mixture of Experts \(mixtral\)"),
+        (
+            {"text_config": {"model_type": "mixtral"}},
+            r"is already a Mixture of Experts \(mixtral\); give a dense checkpoint$",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_said_of_a_wrapper_that_does_not_fit(change, said, made, tmp_path):
@@ -507,6 +511,16 @@ def test_two_text_models_are_refused(made, tmp_path):
     source = edit(made("llava"), tmp_path / "dense", stored | again)
     with pytest.raises(UpcycleError, match=r"more than once, below language_model\.model\., other_model"):
         blueprint(source, Recipe.of())
+    blueprint(source, Recipe.of(drop=["other_model.*"]))
+
+
+def test_a_head_that_is_dropped_settles_nothing(made, tmp_path):
+    source = edit(made("llava"), tmp_path / "dense", tie_word_embeddings=True)
+    with pytest.raises(UpcycleError, match="and a head is stored; set both to the same"):
+        blueprint(source, Recipe.of())
+    built = blueprint(source, Recipe.of(drop=["*lm_head.weight"]))
+    assert built.config["tie_word_embeddings"] is True
+    assert not any("lm_head" in name for name in built.entries)
 
 
 def test_a_plain_model_has_nothing_around_it(dense):

@@ -133,3 +133,33 @@ def test_a_tensor_that_nobody_knows_is_refused_or_dropped_by_name(dense, tmp_pat
         blueprint(source, Recipe.of(drop=["x_head.*"]))
     with pytest.raises(UpcycleError, match=r"lacks lm_head\.weight"):
         blueprint(source, Recipe.of(drop=["v_head.*", "lm_head.weight"]))
+
+
+# Tensors that a check of the whole checkpoint refuses, how it says so, and what the recipe drops.
+BESIDE = {
+    "buffers of a draft head": (
+        lambda t: {**t, "d2t": torch.zeros(5, dtype=torch.int64), "t2d": torch.ones(5, dtype=torch.bool)},
+        "holds d2t, t2d as I64",
+        ["d2t", "t2d"],
+    ),
+    "a mean of the weights": (
+        lambda t: {**t, **{f"ema.{name}": tensor + 1 for name, tensor in t.items()}},
+        "a text model more than once",
+        ["ema.*"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_is_dropped_is_not_looked_at(case, dense, tmp_path):
+    """The result has the bytes of that of a source without these tensors."""
+    change, said, drop = BESIDE[case]
+    source = edited(dense("llama"), tmp_path / "dense", change)
+    with pytest.raises(UpcycleError, match=said):
+        blueprint(source, MOE)
+    without = Recipe.of(MOE.as_table() | {"drop": drop})
+    convert(source, tmp_path / "moe", without)
+    convert(dense("llama"), tmp_path / "plain", MOE)
+    assert verify(source, tmp_path / "moe", logits=False).holds
+    found, due = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("moe", "plain"))
+    assert found == due

@@ -728,8 +728,10 @@ def test_a_run_whose_loss_is_no_number_any_more_is_not_the_best(tmp_path):
     lines = [json.loads(line) for line in (moe / "metrics.jsonl").read_text().splitlines()]
     lines[5]["skipped"] = lines[6]["skipped"] = "stands out"
     (moe / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = sentences(document(dense, moe, lost))
-    assert "Mixtures of Experts (4 experts, top-1, copy)" not in said[0]
+    made = document(dense, moe, lost)
+    said = sentences(made)
+    assert "the best of the Mixtures of Experts (4 experts, top-2, copy) is" in said[0]
+    assert tables(made)["Runs"].rows[2][:2] == ("lost", "4 experts, top-1, copy (diverged)")
     assert "lost: its held-out loss is not finite at step 30, 40; curves leave that out" in said
     assert (
         "moe did not update its weights in 2 of 40 steps, which stood out or were not finite; their tokens "

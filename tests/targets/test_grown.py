@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
@@ -237,6 +239,19 @@ def test_what_does_not_fit_is_refused(recipe, said, mixture):
         upcycle.plan(mixture("mixtral"), recipe)
 
 
+def test_growth_is_offered_to_what_can_grow(mixture, tmp_path):
+    with pytest.raises(UpcycleError, match=r"give a dense checkpoint, or add a section \[grow\] to a recipe"):
+        upcycle.plan(mixture("qwen3_moe"))
+    source = Path(shutil.copytree(mixture("qwen3_moe"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    for model_type in ("qwen3_5_moe", "qwen3_5_moe_text", "olmoe"):
+        (source / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        with pytest.raises(
+            UpcycleError, match=r"is already a Mixture of Experts .*; give a dense checkpoint$"
+        ):
+            upcycle.plan(source)
+
+
 def test_a_dense_source_does_not_grow(dense):
     with pytest.raises(UpcycleError, match=r"\[grow\] makes more experts .* without experts"):
         upcycle.plan(dense("llama"), {"grow": {}})
@@ -269,6 +284,10 @@ def test_a_source_that_is_not_whole_is_refused(mixture, tmp_path):
     assert "list of numbers of layers" in fails(mlp_only_layers="all")
     assert "takes a Qwen3MoeForCausalLM alone" in fails(architectures=["Qwen3MoeForTokenClassification"])
     assert "does not know" in fails(model_type="olmoe", num_experts=4)
+    stored = load_file(source / "model.safetensors") | {"d2t": torch.zeros(5, dtype=torch.int64)}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    assert "holds d2t as I64" in fails()
+    upcycle.plan(source, {"grow": {}, "drop": ["d2t"]})
 
 
 def test_a_recorded_recipe_makes_the_same_and_inspect_shows_copies(mixture, tmp_path):

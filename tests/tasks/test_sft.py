@@ -27,6 +27,7 @@ from upcycle.training import saving
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
+from upcycle.training.run import Run
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 CHATS: list[dict[str, Any]] = [
@@ -114,7 +115,9 @@ def test_blanks_at_the_end_of_a_mark_are_not_the_rest_of_the_chat(tmp_path):
         ("{{ 1 + }}", turns("a", "b"), "the chat template refuses the chat: "),
         ("{{ messages[0].content }}", turns("a", "b"), "shows nothing of the assistant's messages"),
         ("{% generation %}{% endgeneration %}a", turns("a", "b"), "shows nothing of the assistant's"),
-        ("{{ messages[0]['role'] }}: {{ messages[-1].content }}", turns("a", "b")[1:], "its first 0 mess"),
+        ("{{ messages[0]['role'] }}: {{ messages[-1].content }}", turns("a", "b")[1:], "row 0 begins with"),
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), turns("a", "b"), "one, which ends in .*k>"),
+        (CHATML.replace("\n{{", ": {{"), turns("a", "b")[1:], "begins this answer otherwise than its"),
         ({"a": CHATML, "b": CHATML}, turns("a", "b"), "no chat template for these chats"),
     ],
 )  # fmt: skip
@@ -123,6 +126,37 @@ def test_templates_that_do_not_do(template, messages, message, tmp_path):
     tokenizer.chat_template = template
     with pytest.raises(UpcycleError, match=message):
         tokens_of(told([{"messages": messages}]), tokenizer)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}])
+@pytest.mark.parametrize("template", [MARKED, CHATML])
+def test_an_answer_that_is_marked_is_not_learnt(mark, template, tmp_path):
+    """The text stays as it is, and the marks do not reach the template."""
+    tokenizer = byte_tokenizer(tmp_path, template)
+    plain = turns("a", "one", "b", "two", "c", "three")
+    marked = [
+        {**message, **({1: mark, 3: {"weight": 1}, 2: {"train": False}}.get(place, {}))}
+        for place, message in enumerate(plain)
+    ]
+    whole, found = tokens_of(told([{"messages": plain}, {"messages": marked}]), tokenizer)
+    assert found.ids.tolist() == whole.ids.tolist()
+    assert tokenizer.decode(whole.ids[whole.answers]).split("<|im_end|>")[0] == "one"
+    lost = tokenizer.decode(whole.ids[whole.answers & ~found.answers])
+    assert lost.strip() == "one<|im_end|>"
+    assert not (found.answers & ~whole.answers).any()
+
+
+def test_marks_that_a_template_moves_are_not_guessed(tmp_path):
+    """This template marks two parts of the last answer and one of those before it."""
+    moving = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if loop.last %}{% generation %}<think>"
+        "{% endgeneration %}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+        "{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = turns("a", "one", "b", "two")
+    messages[1]["weight"] = 0
+    with pytest.raises(UpcycleError, match="nobody knows which text has weight = 0 or train = false"):
+        tokens_of(told([{"messages": messages}]), byte_tokenizer(tmp_path, moving))
 
 
 def test_a_template_that_forgets_does_for_one_answer(tmp_path):
@@ -199,11 +233,11 @@ def test_a_run_learns_what_the_assistant_says(dense, tmp_path):
 
 def test_chats_kept_apart_in_a_row_are_those_in_rows_of_their_own(dense, tmp_path):
     """The first score of two runs; with `data.isolate` a chat does not see those before it."""
-    found = []
+    found, test = [], shutil.copy(dense / "chats.jsonl", tmp_path)
     for pack, isolate in ((True, True), (False, False), (True, False)):
         out = tmp_path / f"{pack}{isolate}"
         changes: dict[str, Any] = {
-            "task": {"pack": pack, "test": str(dense / "chats.jsonl")},
+            "task": {"pack": pack, "test": str(test)},
             "data": {"isolate": isolate, "held_out": 0.0},
             "train": {"steps": 1, "eval_every": 1},
         }
@@ -211,6 +245,86 @@ def test_chats_kept_apart_in_a_row_are_those_in_rows_of_their_own(dense, tmp_pat
         found.append(read(out)[0].held_out_start)
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[2] != pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.fixture(scope="session")
+def splits(dense, tmp_path_factory) -> Path:
+    """A data set with two splits, whose chats in `test` have longer answers."""
+    datasets = pytest.importorskip("datasets")
+    said = {"train": "yes, yes", "test": "yes, yes, yes"}
+    made = {
+        name: datasets.Dataset.from_list([{"messages": turns(each, answer)} for each in "abcdefgh"])
+        for name, answer in said.items()
+    }
+    folder = tmp_path_factory.mktemp("splits") / "set"
+    datasets.DatasetDict(made).save_to_disk(folder)
+    return folder
+
+
+def sft_on(splits: Path, dense: Path, out: Path, **task: Any) -> dict[str, Any]:
+    data = {"sources": [{"path": str(splits)}], "held_out": 0.0}
+    short = {"steps": 1, "eval_every": 1}
+    return table(dense, out, data=data, task={"test": str(splits), **task}, train=short)
+
+
+def held_out_targets(run: dict[str, Any]) -> int:
+    made = Run.of(run)
+    rows = made.task.feed(made.feeding(made.task), Subject.of(Path(made.source))).held_out()
+    return int((rows["labels"] != IGNORED).sum())
+
+
+def test_a_data_set_with_splits_is_scored_on_its_test_split(splits, dense, tmp_path):
+    longer = len("yes, yes, yes") + 1
+    assert held_out_targets(sft_on(splits, dense, tmp_path / "run")) == 8 * longer
+    assert held_out_targets(sft_on(splits, dense, tmp_path / "run", test_split="train")) == 8 * (longer - 5)
+    found = evaluate(dense, ToScore(chats=splits, length=99))
+    assert found["chats"]["targets"] == 8 * longer
+    assert found["results"][0]["name"] == "set"
+    with pytest.raises(UpcycleError, match=r"no split 'validation'; it has test, train: name one"):
+        train(sft_on(splits, dense, tmp_path / "run", test_split="validation"))
+    with pytest.raises(UpcycleError, match=r"test_split = test is a split of task.test, which is not set"):
+        train(table(dense, tmp_path / "run", task={"test_split": "test"}))
+    with pytest.raises(UpcycleError, match=r"chats.jsonl has no splits to choose test from"):
+        train(table(dense, tmp_path / "run", task={"test": str(dense / "chats.jsonl"), "test_split": "test"}))
+
+
+@pytest.mark.parametrize(
+    ("source", "task"),
+    [
+        ("{splits}", {"test": "{splits}", "test_split": "train"}),
+        ("{splits}", {"test": "{splits}/train"}),
+        ("{dense}/chats.jsonl", {"test": "{dense}/../{dense.name}/chats.jsonl"}),
+        ("{dense}", {"test": "{dense}/chats.jsonl"}),
+    ],
+)
+def test_a_set_to_score_on_is_not_trained_on(source, task, splits, dense, tmp_path):
+    task = {key: value.format(splits=splits, dense=dense) for key, value in task.items()}
+    data = {"sources": [{"path": source.format(splits=splits, dense=dense)}], "held_out": 0.0}
+    with pytest.raises(
+        UpcycleError, match=r"is trained on, too, because data.sources names it; give another"
+    ):
+        train(table(dense, tmp_path / "run", task=task, data=data))
+
+
+def test_an_earlier_run_goes_on_being_scored_on_what_it_was(splits, dense, tmp_path, caplog):
+    """Versions without `test_split` scored on the split train."""
+    out = tmp_path / "run"
+    run = sft_on(splits, dense, out, test_split="train")
+    run["train"] |= {"steps": 2, "eval_every": 2}
+    run["checkpoint"] = {"every": 1, "keep": 2}
+    sft = tasks.find("sft")
+    recorded = sft.as_table
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(sft, "objection", lambda *_: None)
+        earlier.setattr(
+            sft, "as_table", lambda task: {k: v for k, v in recorded(task).items() if k != "test_split"}
+        )
+        whole = train(run)
+    assert "test_split" not in json.loads((out / "run.json").read_text())["run"]["task"]
+    shutil.rmtree(dict(saving.checkpoints(out))[2])
+    del run["task"]["test_split"]
+    assert train(run, resume=True).held_out_loss == whole.held_out_loss
+    assert "set/train is trained on, too" in caplog.text
 
 
 def test_nobody_but_the_assistant_has_a_gradient(dense):
@@ -246,16 +360,51 @@ def test_a_template_of_its_own_goes_with_the_model(dense, tmp_path):
     (tmp_path / "own.jinja").write_text(CHATML)
     own = {"chat_template": str(tmp_path / "own.jinja")}
     train(table(source, tmp_path / "run", task=own, train={"steps": 1}))
+    (tmp_path / "own.jinja").write_text(MARKED)  # changed since the run began
     out = export(tmp_path / "run", tmp_path / "out").out
     assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
-    carried = json.loads((out / "upcycle.json").read_text())["carried_files"]
-    assert "chat_template.jinja" not in carried
+    told = json.loads((out / "upcycle.json").read_text())
+    assert "chat_template.jinja" not in told["carried_files"]
+    assert told["made_anew_files"]["chat_template.jinja"] == "the run was trained with it (task.name = sft)"
+    shutil.rmtree(tmp_path / "run" / "beside")  # as a run of an earlier version
+    out = export(tmp_path / "run", tmp_path / "earlier").out
+    assert AutoTokenizer.from_pretrained(out).chat_template == MARKED
     for content, message in ((None, "cannot be read"), ("\n", "is empty")):
         (tmp_path / "own.jinja").unlink(missing_ok=True)
         if content is not None:
             (tmp_path / "own.jinja").write_text(content)
         with pytest.raises(UpcycleError, match=message):
             train(table(source, tmp_path / "other", task=own))
+
+
+@pytest.mark.parametrize(
+    ("named", "target", "expert"),
+    [("folder", "upcycled", None), ("folder", "mixtral", 1), ("owner/name", "mixtral", None)],
+)
+def test_the_tokenizer_of_the_data_goes_with_the_model(named, target, expert, dense, tmp_path, monkeypatch):
+    """It has other ids than the source's, and is gone when the model is exported."""
+    other, read_from = tmp_path / "folder", AutoTokenizer.from_pretrained
+    named = str(other) if named == "folder" else named
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained",
+        lambda where, **keys: read_from(other if str(where) == "owner/name" else where, **keys),
+    )  # fmt: skip
+    words = byte_tokenizer(other, CHATML, alphabet=[*ALPHABET[:3], *reversed(ALPHABET[3:])])
+    wanted = words.apply_chat_template(turns("Hi?", "Yes."), return_dict=False)
+    assert wanted != AutoTokenizer.from_pretrained(dense).apply_chat_template(
+        turns("Hi?", "Yes."), return_dict=False
+    )
+    data = {"tokenizer": named}
+    run = table(dense, tmp_path / "run", data=data, train={"steps": 1}, moe={"target": target})
+    train(run)
+    shutil.rmtree(other)
+    out = export(tmp_path / "run", tmp_path / "out", expert=expert).out
+    found = AutoTokenizer.from_pretrained(out)
+    assert found.chat_template == CHATML
+    assert found.apply_chat_template(turns("Hi?", "Yes."), return_dict=False) == wanted
+    told = json.loads((out / "upcycle.json").read_text())
+    assert told["made_anew_files"]["tokenizer.json"] == f"the run was trained with data.tokenizer = {named}"
+    assert "tokenizer.json" not in told["carried_files"]
 
 
 def test_other_mistakes(dense, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -566,6 +568,34 @@ def test_tensor_parallelism_is_for_natives(data, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UpcycleError, match="shared out by fsdp_size and ep_size"):
         upcycle.load(data / "vit", Recipe.of(UPCYCLED), distributed_config={"tp_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "keys", "said"),
+    [
+        ("vit", "image_classification", {"tokenizer": "a"}, r'data.tokenizer = "a" does nothing, because'),
+        ("vit", "image_classification", {"append_eos": False}, "data.append_eos = false does nothing"),
+        ("classifier", "text_classification", {"field": "body"}, 'data.sources field = "body" does nothing'),
+        ("classifier", "text_classification", {"split": "test"}, 'data.sources split = "test" does nothing'),
+        ("bert", "sft", {"separator": "#"}, r'data.sources separator = "#" does nothing'),
+        ("bert", "sft", {"append_eos": False}, "data.append_eos = false does nothing, because the task sft"),
+        ("bert", "sft", {"split": "test"}, "split = test, and .* is no dataset with splits"),
+        ("bert", "sft", {"test": "a.jsonl"}, r"data.held_out = 0.25 holds nothing out, because the model is"),
+        ("vit", "image_classification", {"test": "a.parquet"}, "data.held_out = 0.25 holds nothing out"),
+        ("bert", "masked_lm", {"field": "body"}, "field = body is for JSON lines, parquet and datasets"),
+        ("bert", "masked_lm", {"separator": "#", "append_eos": False}, None),
+        ("classifier", "text_classification", {"tokenizer": "a"}, None),
+        ("t5", "span_corruption", {"split": "test"}, "split = test, and .* is no dataset with splits"),
+    ],
+)  # fmt: skip
+def test_keys_of_the_data_that_a_task_does_not_read(kind, task, keys, said, data, tmp_path):
+    keys = dict(keys)
+    of_source = {key: keys.pop(key) for key in ("field", "separator", "split") if key in keys}
+    of_task = {"name": task, **{key: keys.pop(key) for key in ("test",) if key in keys}}
+    run = Run.of(table(kind, data, tmp_path, data=keys, task=of_task))
+    (source,) = run.data.sources
+    found = run.task.objection(replace(run.data, sources=(replace(source, **of_source),)))
+    assert (found is None) if said is None else re.search(said, found), found
 
 
 def test_every_head_has_one_task():

@@ -19,6 +19,7 @@ from upcycle import UpcycleError, families
 from upcycle.nn.experts import Experts
 from upcycle.training import drop_path, step
 from upcycle.training.parallel import Ranks
+from upcycle.training.rehearsal import rehearse
 from upcycle.training.run import Run
 from upcycle.training.trainee import Trainee
 
@@ -141,6 +142,13 @@ def test_the_branches_of_native_targets(model_type: str, dense: Any, monkeypatch
             trainee(dense(model_type), {"drop_path": 0.0}, **options)
         else:
             passes_by(trainee(dense(model_type), {"drop_path": 0.1}, **options), monkeypatch)
+
+
+def test_a_dry_run_steps_with_it(dense: Any) -> None:
+    table = {"source": str(dense("llama")), "out": "unused", "data": {"sources": [{"path": "unused"}]}}
+    train = {"steps": 1, "batch_tokens": 64, "sequence_length": 16, "drop_path": 0.1}
+    run = Run.of({**table, "train": train, "schedule": {"name": "constant", "peak": 1e-3}})
+    assert rehearse(run).stepped == 2
 
 
 def test_the_rate_of_config_json_gives_way(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_export_on_a_full_disk(table: Table, tmp_path: Path, monkeypatch: pytest
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("upcycle.training.exports.huggingface.carry", full)
+    monkeypatch.setattr("upcycle.training.exports._beside.carry", full)
     with pytest.raises(UpcycleError, match=r"out\.partial could not be written: No space left on device"):
         export(out, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

@@ -19,6 +19,7 @@ import tiny_wrappers
 from upcycle import UpcycleError, export
 from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.families._training import trained
+from upcycle.records.provenance import Provenance
 from upcycle.training import drop_path, effort, micro_batch, saving, start, step
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.loop import train
@@ -111,6 +112,7 @@ def test_an_expert_is_taken_out_with_what_is_around_it(only, trainable, around, 
     auto = transformers.AutoModelForCausalLM if only else transformers.AutoModelForImageTextToText
     opened = auto.from_pretrained(tmp_path / "1")
     assert type(opened).__name__ == ("LlamaForCausalLM" if only else "LlavaForConditionalGeneration")
+    assert Provenance.read(tmp_path / "1").target == ("llama" if only else "llava")
 
 
 def test_statistics_are_those_of_the_text_model(trainable, around, tmp_path):

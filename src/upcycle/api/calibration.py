@@ -33,6 +33,7 @@ def calibrate(
     device: str | None = None,
     cache: str | Path | None = None,
     allow_nonfinite: bool = False,
+    drop: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Statistics:
     """Collect statistics of the activations of a dense checkpoint.
@@ -44,8 +45,9 @@ def calibrate(
     and `positions` the activations they are taken of (neurons, channels, heads). At most `limit` images or
     rows (of each domain) are read (None: 30,000 images or 2,048 rows; 0: all). `length` is the number of
     tokens of a row, and `sample` that of a sample. `marked` is the number of neurons of a token that
-    co_marker counts as active. A call that was stopped resumes if it is repeated with the same arguments.
-    Raises `UpcycleError` for input that cannot be used.
+    co_marker counts as active. `drop` has names and patterns of tensors of the source to leave out, those
+    of the recipe that the statistics are for. A call that was stopped resumes if it is repeated with the same
+    arguments. Raises `UpcycleError` for input that cannot be used.
     """
     from upcycle.calibration import calibration
     from upcycle.calibration import domains as of_experts
@@ -56,6 +58,6 @@ def calibrate(
         images=images, text=text, domains=experts, collect=usual if collect is None else tuple(collect),  # type: ignore[arg-type]
         positions=tuple(positions), limit=limit, length=length, batch_size=batch_size, threshold=threshold,
         sample=sample, marked=marked, seed=seed, in_order=in_order, device=device, cache=cache,  # type: ignore[arg-type]
-        allow_nonfinite=allow_nonfinite,
+        allow_nonfinite=allow_nonfinite, drop=tuple(drop),
     )  # fmt: skip
     return calibration.calibrate(source, out, asked, progress=progress)

@@ -88,6 +88,7 @@ def evaluate(
     batch_size: int = 0,
     limit: int = 0,
     cache: str | Path | None = None,
+    drop: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score checkpoints on data they were not trained on, and compare them with the first one.
@@ -98,13 +99,14 @@ def evaluate(
     `per_class` images of each class. `tasks` are tasks of
     lm-evaluation-harness, with `num_fewshot` examples before each question and data from `task_files`;
     `superglue` is a folder of that benchmark. `length` and `stride` of a window are in tokens. `limit` is the
-    largest number of rows (0: all), and `batch_size` 0 chooses one automatically. Nothing is written; see
+    largest number of rows (0: all), and `batch_size` 0 chooses one automatically. `drop` has names and
+    patterns of tensors to leave out of the dense checkpoints that have them. Nothing is written; see
     `Evaluation.record`. Raises `UpcycleError`, before the first model is loaded, for what cannot be scored.
     """
     asked = ToScore(
         text=text, images=images, chats=chats, shots=few_shot, tasks=tuple(tasks), task_files=task_files,  # type: ignore[arg-type]
         num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,  # type: ignore[arg-type]
-        separator=separator, batch_size=batch_size, limit=limit, cache=cache,  # type: ignore[arg-type]
+        separator=separator, batch_size=batch_size, limit=limit, cache=cache, drop=tuple(drop),  # type: ignore[arg-type]
     )  # fmt: skip
     several = [checkpoints] if isinstance(checkpoints, (str, Path)) else [*checkpoints]
     if not several:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +138,7 @@ def inspect(
     batch_size: int = 16,
     seed: int = 0,
     cache: str | Path | None = None,
+    drop: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Inspection:
     """Inspect the experts and routers of a checkpoint: widths, norms and similarities.
@@ -145,9 +146,10 @@ def inspect(
     Experts are compared with each other and with the dense network. `source` is the dense checkpoint they
     were made from (None: the one in the provenance). `text` and `images` give one set of rows per domain, by
     name. The model is then run on at most `limit` rows of each (0: all) of `length` tokens, and its routing
-    is recorded. Raises `UpcycleError` for a file that it cannot read.
+    is recorded. `drop` has names and patterns of tensors of the dense checkpoint to leave out, besides those
+    in the provenance. Raises `UpcycleError` for a file that it cannot read.
     """
-    table, seen = inspection.inspect(checkpoint, source), None
+    table, seen = inspection.inspect(checkpoint, source, tuple(drop)), None
     if text or images:
         from upcycle.evaluation.specialisation import ToWatch, specialisation
 

@@ -56,7 +56,7 @@ def refuse_what_cannot_begin(run: Run) -> None:
     if not run.from_scratch and not hub.is_id(run.source):
         with hub.open_checkpoint(run.source) as opened:
             if run.recipe is None:
-                admit(opened)
+                admit(opened, drop=run.drop)
             else:
                 blueprint(opened, run.recipe)
     for source in (each for leg in Course(run).legs for each in leg.run.data.sources):

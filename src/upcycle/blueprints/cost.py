@@ -108,7 +108,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     total = sum(e.lazy.size for e in built.entries.values())
     met = _per_token(built.dense, built.weights) + built.tied_head - idle.in_products
     return Plan(
-        source=str(built.source.folder),
+        source=built.source.given,
         family=built.dense.family.model_type,
         target=built.target.model_type,
         kind=built.target.kind,

@@ -86,7 +86,7 @@ def _predictor(dense: Dense, recipe: Recipe) -> Predictor:
         {name: weight.shape for name, weight in expected.items()},
         {name: (info.name, info.shape) for name, info in stored.items()},
     )
-    refuse_surplus(opened.folder, sorted(stored.keys() - expected.keys()), dense.family.model_type)
+    refuse_surplus(opened, sorted(stored.keys() - expected.keys()), dense.family.model_type)
     return Predictor(
         checkpoint=opened,
         family=dense.family,

@@ -36,8 +36,8 @@ def blueprint(
     That is dense, or a Mixture of Experts if the recipe has a section [grow]. `source` is a folder or a hub
     id; `recipe` is a `Recipe`, its table, or its file. Only headers are read. `opener` opens the source and
     every other checkpoint that the recipe names: `open_checkpoint` downloads that of a hub id, and `peek`
-    fetches its headers alone, which is enough unless weights are read. Adapters are fetched whole. Raises
-    `UpcycleError` if source and recipe do not fit.
+    fetches its headers alone, which is enough unless weights are read. Raises `UpcycleError` if source
+    and recipe do not fit.
     """
     recipe = Recipe.of(recipe)
     if not isinstance(source, Checkpoint):

@@ -26,7 +26,7 @@ from upcycle.calibration.stopped import begun, restore
 from upcycle.calibration.sweep import Sweep
 from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.admission import admit
+from upcycle.dense.admission import admit, drops_head
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
@@ -71,7 +71,7 @@ def calibrate(
         open_checkpoint(source, allow_nonfinite=asked.allow_nonfinite) as opened,
         scratch.folder() as made_here,
     ):
-        sweep, done = _begun(admit(opened), asked, out, asked.cache or made_here)
+        sweep, done = _begun(admit(opened, drop=asked.drop), asked, out, asked.cache or made_here)
         out.parent.mkdir(parents=True, exist_ok=True)
         with _alone(out), work("calibrating", "examples", total=sweep.examples, done=done) as calibrating:
             sweep.run(done, save_every, calibrating)
@@ -240,6 +240,8 @@ def _provenance(
 def _model(dense: Dense, device: torch.device) -> PreTrainedModel:
     with quiet():
         cls = models.architecture(dense.architecture)
-        model = opening.fill(cls, dense.checkpoint.folder, dtype=torch.float32)
+        model = opening.fill(cls, dense.checkpoint.folder, left_out=dense.left_out, dtype=torch.float32)
+    if drops_head(dense):
+        opening.tie_head(model)
     model.requires_grad_(False)
     return model.to(device).eval()

@@ -46,6 +46,7 @@ class ToCalibrate:
     device: str | None = None  # None: an accelerator if there is one
     cache: Path | None = None  # folder for decoded images and token files
     allow_nonfinite: bool = False
+    drop: tuple[str, ...] = ()  # tensors of the source to leave out, as names or patterns
 
     def __post_init__(self) -> None:
         as_paths(self, "text", "images", "cache")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
@@ -19,6 +21,9 @@ CARRIED = (
     "config_sentence_transformers.json", "sentence_*_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+_OF_TOKENIZER = (
+    *TOKENIZER, "special_tokens_map.json", "added_tokens.json", "tokenization_*.py", "chat_template*",
+)  # fmt: skip
 MODULES = "modules.json"  # of sentence-transformers: the modules behind the model, and their folders
 TEMPLATES = "additional_chat_templates"
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*")  # a folder directly below the model's, and nothing else
@@ -42,6 +47,15 @@ def folders(folder: Path) -> list[str]:
         if isinstance(path, str) and _PLAIN.fullmatch(path):
             named.append(path)
     return sorted(set(named))
+
+
+def of_tokenizer(names: Iterable[str]) -> list[str]:
+    """Return those of the files, named as `carriable` does, that are of a tokenizer and its templates."""
+    return [
+        name
+        for name in names
+        if name.startswith(f"{TEMPLATES}/") or any(fnmatchcase(name, pattern) for pattern in _OF_TOKENIZER)
+    ]
 
 
 def carriable(folder: Path) -> list[str]:

@@ -93,6 +93,11 @@ class Checkpoint:
         return cls(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, stamps=stamps)
 
     @property
+    def given(self) -> str:
+        """Its hub id, or its folder if it did not come from the hub."""
+        return self.name if "/" in self.name else str(self.folder)  # no name of a folder has a slash
+
+    @property
     def headers_only(self) -> bool:
         """True if its files are not on this machine, so that nothing but config and headers is known."""
         return not any(file in self.stamps for file in self.files)

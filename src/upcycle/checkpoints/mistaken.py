@@ -74,5 +74,5 @@ def heads(surplus: Iterable[str]) -> str | None:
     names_ = sorted(surplus)
     for part, said in _HEADS.items():
         if found := [name for name in names_ if name.startswith(part) or f".{part}" in name]:
-            return f"{listed(found)} belong to {said}, or leave these tensors out (--drop NAME)"
+            return f"{listed(found)} belong to {said}"
     return None

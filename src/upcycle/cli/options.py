@@ -43,6 +43,10 @@ RunOrSource = Annotated[
         help="dense checkpoint: a folder, or a hub id; or RUN.toml, a run file, which has it",
     ),
 ]
+Drop = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(metavar="NAME", help="a tensor of the source to leave out, or a pattern such as v_head.*"),
+]
 Out = Annotated[Positional[Path], arg(metavar="OUT")]
 Jobs = Annotated[int, arg(metavar="N", help="threads that read, compute and write")]
 
@@ -72,10 +76,7 @@ class RecipeOptions:
     part_only: Annotated[
         str | None, _plain("PART", "text takes the text model out of a multimodal one (moe.part_only)")
     ] = None
-    drop: Annotated[
-        UseAppendAction[tuple[str, ...]],
-        arg(metavar="NAME", help="a tensor of the source to leave out, or a pattern such as v_head.*"),
-    ] = ()
+    drop: Drop = ()
     dtype: Annotated[str | None, _plain("D", "source, float32, bfloat16 or float16 (source)")] = None
     seed: Annotated[int | None, _plain("N", "seed of every random number (0)")] = None
 

@@ -12,6 +12,7 @@ import upcycle
 from upcycle.cli.options import (
     Count,
     Domains,
+    Drop,
     File,
     Flag,
     Names,
@@ -78,6 +79,7 @@ class CalibrationOptions:
     device: Text = None
     cache: File = None
     allow_nonfinite: Flag = False
+    drop: Drop = ()
 
     def calibrate(self, source: str, out: Path) -> Statistics:
         """Collect these statistics of a model, and write them to `out`."""

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import upcycle
-from upcycle.cli.options import Count, Domains, File, Flag, Names, Number, Text, Whole, app, domains, names
+from upcycle.cli.options import (
+    Count,
+    Domains,
+    Drop,
+    File,
+    Flag,
+    Names,
+    Number,
+    Text,
+    Whole,
+    app,
+    domains,
+    names,
+)
 from upcycle.cli.screen import show_json
 from upcycle.errors import printable
 
@@ -61,6 +74,7 @@ class ScoreOptions:
     batch_size: Count = 0
     limit: Count = 0
     cache: File = None
+    drop: Drop = ()
 
     def evaluate(self, checkpoints: tuple[str, ...]) -> Evaluation:
         """Score the checkpoints on this data."""
@@ -120,6 +134,7 @@ def inspect(
     seed: Count = 0,
     cache: File = None,
     plot: File = None,
+    drop: Drop = (),
     json: Flag = False,
 ) -> None:
     """Show the experts of a checkpoint: width, similarity to each other and to the dense network, routers.
@@ -150,7 +165,7 @@ def inspect(
         plots.refuse(plot)
     found = upcycle.inspect(
         checkpoint, source, text=domains(text), images=domains(images), limit=limit, length=length,
-        batch_size=batch_size, seed=seed, cache=cache,
+        batch_size=batch_size, seed=seed, cache=cache, drop=drop,
     )  # fmt: skip
     show_json(found.as_dict()) if json else show_anatomy(found.as_dict())
     if plot is not None:

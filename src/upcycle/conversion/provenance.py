@@ -61,9 +61,14 @@ def of_dense(
     *,
     carried: list[str],
     left_behind: list[str],
+    made_anew: Mapping[str, str] | None = None,
     training: tuple[Training, ...],
+    target: str | None = None,
 ) -> Provenance:
-    """Return the provenance of the folder `out`, a dense model that was trained further and not built."""
+    """Return the provenance of the folder `out`, a dense model that was trained further and not built.
+
+    `target` is its type; None: that of the source.
+    """
     model_type = source.config["model_type"]
     return Provenance(
         format=Provenance.FORMAT,
@@ -71,10 +76,11 @@ def of_dense(
         numpy_version=np.__version__,
         python_version=platform.python_version(),
         source=_made_from(source, model_type, hashes, (), out),
-        target=model_type,
+        target=target or model_type,
         recipe=None,
         blueprint_hash=None,
         carried_files=tuple(carried),
+        made_anew_files=dict(made_anew) if made_anew else None,
         left_behind_files=tuple(left_behind),
         training=training,
     )

@@ -25,6 +25,7 @@ _SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
+_MARKS = ("weight", "train")  # on a message: 0 or false if it is not to be learnt
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -35,6 +36,7 @@ class Chat:
     where: str  # file and line, for messages
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    unlearnt: frozenset[int] = frozenset()  # places of answers that are marked as not to be learnt
 
     @property
     def answers(self) -> list[int]:
@@ -67,10 +69,19 @@ def chat_of(row: Mapping[str, Any], where: str) -> Chat:
     """Return the chat in a row of data. Raises `UpcycleError` if there is none that can be used."""
     if media := [name for name in _MEDIA if row.get(name)]:
         raise UpcycleError(f"{where} has {media[0]!r}; chats are text alone, so leave this chat out")
-    messages = tuple(_message(each, where) for each in _messages(row, where))
-    chat = Chat(where=where, messages=messages, tools=_tools(row.get("tools"), where))
-    if not chat.answers:
-        raise UpcycleError(f"{where} has no message of the assistant, so nothing to learn; take it out")
+    marked = [_message(each, where) for each in _messages(row, where)]
+    messages = tuple(message for message, _ in marked)
+    chat = Chat(
+        where=where,
+        messages=messages,
+        tools=_tools(row.get("tools"), where),
+        unlearnt=frozenset(place for place, (_, learnt) in enumerate(marked) if not learnt),
+    )
+    if chat.unlearnt.issuperset(chat.answers):
+        which = " without weight = 0 or train = false" if chat.answers else ""
+        raise UpcycleError(
+            f"{where} has no message of the assistant{which}, so nothing to learn; take it out"
+        )
     try:
         json.dumps([messages, chat.tools], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
@@ -105,8 +116,8 @@ def _turns(row: Mapping[str, Any], name: str, role: str, where: str) -> list[Any
     return [{"role": role, "content": given}] if isinstance(given, str) else _list(given, name, where)
 
 
-def _message(given: Any, where: str) -> Message:
-    """Return a message with `role`, and with `content` as text."""
+def _message(given: Any, where: str) -> tuple[Message, bool]:
+    """Return a message with `role` and with `content` as text, and whether an answer is to be learnt."""
     if not isinstance(given, Mapping):
         raise UpcycleError(f"{where}: {shown(given)} is no message; give an object with role and content")
     message = {name: value for name, value in given.items() if value is not None}
@@ -116,10 +127,31 @@ def _message(given: Any, where: str) -> Message:
     role = message.get("role")
     if role not in ROLES:
         raise UpcycleError(f"{where} has the role {shown(role)}; allowed: {', '.join(ROLES)}")
+    learnt = _is_learnt(message, where)
     content = _text(message.get("content"), where)
     if not content.strip() and not (role == ASSISTANT and message.get("tool_calls")):
         raise UpcycleError(f"{where} has a message of the role {role!r} without content; take the chat out")
-    return {**message, "content": content}
+    return {name: value for name, value in message.items() if name not in _MARKS} | {
+        "content": content
+    }, learnt
+
+
+def _is_learnt(message: Message, where: str) -> bool:
+    """Return whether the marks of a message leave it to be learnt: OpenAI's `weight`, and `train`."""
+    if message["role"] != ASSISTANT:
+        if message.get("train"):
+            raise UpcycleError(
+                f"{where} has train = {shown(message['train'])} on a message of the role "
+                f"{message['role']!r}, and only what the assistant says is learnt; take the mark out"
+            )
+        return True
+    for name in _MARKS:
+        if (value := message.get(name, 1)) not in (0, 1):
+            raise UpcycleError(
+                f"{where} has {name} = {shown(value)} on a message; allowed: 1, and 0 for one that is "
+                f"not learnt"
+            )
+    return all(message.get(name, 1) for name in _MARKS)
 
 
 def _text(content: Any, where: str) -> str:

@@ -14,16 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from upcycle.checkpoints import hub
-from upcycle.checkpoints.checkpoint import Checkpoint, read_json, stamp
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import FLOATS
-from upcycle.checkpoints.header import TensorInfo, read_header
+from upcycle.checkpoints.header import TensorInfo
+from upcycle.checkpoints.hub import Files, Opener, is_id
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.tensors.lazy import Lazy, Stored
 from upcycle.tensors.moved import Transposed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+FILES = Files(config=CONFIG, weights=WEIGHTS)
 _BEFORE = "base_model.model."  # what peft puts before the names of a model's modules
 _PAIRS = {  # the ends of the names of a pair: what stands on the left of the product, and on the right
     ".lora_B.weight": ".lora_A.weight",
@@ -152,28 +153,21 @@ class Adapter:
         return float(next(fits, config[key]))
 
 
-def open_adapter(source: str, *, label: str, allow_nonfinite: bool = False) -> Adapter:
+def open_adapter(source: str, opener: Opener, *, label: str, allow_nonfinite: bool = False) -> Adapter:
     """Open the LoRA adapter in a folder or of a hub id. Only headers are read.
 
     Raises `UpcycleError` for anything that cannot be merged exactly.
     """
-    folder = hub.local(source, wanted=(CONFIG, WEIGHTS))
-    if not folder.is_dir():
+    folder = Path(source)
+    if not folder.is_dir() and not is_id(source):
         raise UpcycleError(
             f"{folder} does not exist; give the folder of an adapter, or a hub id (owner/name)"
         )
     if not (folder / CONFIG).exists() and (folder / "config.json").exists():
         raise UpcycleError(f"{folder} is a whole model and no adapter; name it as `source`, not as `adapter`")
-    config = read_json(folder / CONFIG, f"{folder} has no {CONFIG}; it is not an adapter")
-    if not (folder / WEIGHTS).is_file():
-        raise UpcycleError(f"{folder} has no {WEIGHTS}; save the adapter with peft as safetensors")
-    _refuse_others(folder, config)
-    stamps = {folder / WEIGHTS: stamp(folder / WEIGHTS)}
-    tensors = read_header(folder / WEIGHTS)
-    _refuse_tensors(folder, tensors)
-    opened = Checkpoint(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, stamps=stamps)
-    if hub.is_id(source):
-        opened.name = source
+    opened = opener(source, allow_nonfinite=allow_nonfinite, label=label, files=FILES)
+    _refuse_others(opened.folder, opened.config)
+    _refuse_tensors(opened.folder, opened.tensors)
     return Adapter(checkpoint=opened)
 
 

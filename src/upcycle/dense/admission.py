@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,24 +42,26 @@ def admit(
     if part == VISION:
         return _admit_tower(checkpoint, within=within, drop=drop)
     own = places.own_config(raw) if within else raw
-    _refuse_moe(where, own)
+    _refuse_moe(checkpoint, own)
     _refuse_quantised(checkpoint)
     family = _family(checkpoint, own, within=within)
     if alone and family.alone:
         family = families.find(family.alone)
-    refuse_unsound(checkpoint, family, own)
+    without = dropped(checkpoint, drop)
+    stored = kept(checkpoint, without)
+    refuse_unsound(checkpoint, stored, family, own)
     place: Place
     if within:
-        place = _within(checkpoint, family, own, alone=alone)
+        place = _within(checkpoint, stored, family, own, alone=alone)
     elif alone:
         raise UpcycleError(
             f"moe.part_only takes a text model out of a multimodal one, and {where} ({own['model_type']}) "
             f"has nothing around it; take it out of the recipe"
         )
     else:
-        place = _at_top(checkpoint, family, own)
+        place = _at_top(checkpoint, stored, family, own)
     config = family.config(place.config(raw))
-    left_out = _check_tensors(checkpoint, family, config, place, dropped(checkpoint, drop))
+    left_out = without | _check_tensors(checkpoint, stored, family, config, place)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
@@ -82,15 +84,17 @@ def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...])
             f"{where} is a {outer} around a vision tower ({shown(named)}) that cannot have experts: {why}; "
             f"moe.part = text gives them to the text model"
         )
-    _refuse_moe(where, own)
+    _refuse_moe(checkpoint, own)
     family = families.find(str(named))
-    refuse_unsound(checkpoint, family, own)
+    without = dropped(checkpoint, drop)
+    stored = kept(checkpoint, without)
+    refuse_unsound(checkpoint, stored, family, own)
     place = places.Tower(model_type=outer, wrapper=wrapper)
     config = family.config(place.config(raw))
-    found = spelled(family, family.shapes(config), checkpoint.tensors)
+    found = spelled(family, family.shapes(config), stored)
     places.refuse_two(where, found, VISION)
     place = replace(place, names=found[0] if found else Names())
-    left_out = _check_tensors(checkpoint, family, config, place, dropped(checkpoint, drop))
+    left_out = without | _check_tensors(checkpoint, stored, family, config, place)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
@@ -101,21 +105,24 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
         raise UpcycleError(f"{checkpoint.folder} is quantised ({name}); give the checkpoint it was made from")
 
 
-def refuse_unsound(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> None:
+def refuse_unsound(
+    checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], family: Family, own: Mapping[str, Any]
+) -> None:
     """Refuse a checkpoint that is quantised or packed, has too few tensors, or has names of a wrapper.
 
-    `own` is the config of the model in it, which is of the family `family`.
+    `stored` are its tensors without those that are dropped. `own` is the config of the model in it, which is
+    of the family `family`.
     """
     _refuse_quantised(checkpoint)
-    where, stored = checkpoint.folder, checkpoint.tensors.values()
-    if odd := sorted(t.name for t in stored if _is_odd(t) and family.ignored(t.name) is None):
-        dtype = checkpoint.tensors[odd[0]].dtype
+    where = checkpoint.folder
+    if odd := sorted(n for n, t in stored.items() if _is_odd(t) and family.ignored(n) is None):
+        dtype = stored[odd[0]].dtype
         raise UpcycleError(
             f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
             f"{', '.join(FLOATS)}"
         )
-    _refuse_more_blocks_than_tensors(checkpoint, family, own)
-    if wrapped := mistaken.names(checkpoint.tensors):
+    _refuse_more_blocks_than_tensors(where, len(stored), family, own)
+    if wrapped := mistaken.names(stored):
         raise UpcycleError(f"{where}: {wrapped}")
 
 
@@ -124,13 +131,15 @@ def _is_odd(tensor: TensorInfo) -> bool:
     return tensor.dtype not in FLOATS and (tensor.dtype not in COUNTERS or tensor.shape != ())
 
 
-def _refuse_moe(where: object, own: Mapping[str, Any]) -> None:
-    """Refuse the config of a model that has experts."""
-    if has_experts(own):
-        raise UpcycleError(
-            f"{where} is already a Mixture of Experts ({own.get('model_type')}); give a dense checkpoint, or "
-            f"add a section [grow], which makes more experts of those that are there"
-        )
+def _refuse_moe(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
+    """Refuse a model that has experts; `own` is its config, within that of the checkpoint or all of it."""
+    if not has_experts(own):
+        return
+    grow = ", or add a section [grow] to a recipe, which makes more experts of those that are there"
+    raise UpcycleError(
+        f"{checkpoint.folder} is already a Mixture of Experts ({own.get('model_type')}); give a dense "
+        f"checkpoint{grow if checkpoint.config.get('model_type') in natives.growing() else ''}"
+    )
 
 
 def has_experts(own: Mapping[str, Any]) -> bool:
@@ -161,9 +170,11 @@ def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> 
     return families.find(families.find(known).meant(own))
 
 
-def _within(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any], *, alone: bool) -> places.Within:
+def _within(
+    checkpoint: Checkpoint, stored: Collection[str], family: Family, own: Mapping[str, Any], *, alone: bool
+) -> places.Within:
     """Return where the text model stands in a multimodal one."""
-    raw, stored = checkpoint.config, checkpoint.tensors
+    raw = checkpoint.config
     outer = str(raw.get("model_type"))
     wrapper = WRAPPERS.get(outer)
     if wrapper is None and not alone:
@@ -184,9 +195,9 @@ def _head_is_stored(family: Family, names: Names, stored: Collection[str]) -> bo
     return family.tied is not None and names.stored(family.tied[0]) in stored
 
 
-def _at_top(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> Place:
+def _at_top(checkpoint: Checkpoint, stored: Collection[str], family: Family, own: Mapping[str, Any]) -> Place:
     """Return where a model stands that is all of its checkpoint: its names, and whether it has a head."""
-    config, stored = family.config(own), checkpoint.tensors
+    config = family.config(own)
     found = spelled(family, family.shapes(config), stored)
     places.refuse_two(checkpoint.folder, found)
     names = found[0] if found else Names(former=family.former)
@@ -197,18 +208,25 @@ def _at_top(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> P
     return Place(names=names)
 
 
-def _refuse_more_blocks_than_tensors(checkpoint: Checkpoint, family: Family, own: Mapping[str, Any]) -> None:
+def _refuse_more_blocks_than_tensors(
+    where: Path, tensors: int, family: Family, own: Mapping[str, Any]
+) -> None:
     """Refuse a config with more blocks than there are tensors, before the blocks are enumerated.
 
     Every block has tensors of its own.
     """
     for key in family.counts:
         count = own.get(key)
-        if isinstance(count, int) and count > len(checkpoint.tensors):
+        if isinstance(count, int) and count > tensors:
             raise UpcycleError(
-                f"{checkpoint.folder}/config.json: {key} = {shown(count)}, and its files hold only "
-                f"{len(checkpoint.tensors)} tensors; give the config that belongs to these weights"
+                f"{where}/config.json: {key} = {shown(count)}, and its files hold only {tensors} "
+                f"tensors; give the config that belongs to these weights"
             )
+
+
+def that_find(checkpoint: Checkpoint, drop: Iterable[str]) -> tuple[str, ...]:
+    """Return the names and patterns of `drop` that some stored tensor has."""
+    return tuple(pattern for pattern in drop if fnmatch.filter(checkpoint.tensors, pattern))
 
 
 def dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
@@ -219,21 +237,24 @@ def dropped(checkpoint: Checkpoint, drop: tuple[str, ...]) -> dict[str, str]:
     return {name: _DROPPED + pattern for pattern, names in found.items() for name in names}
 
 
+def kept(checkpoint: Checkpoint, without: Collection[str]) -> dict[str, TensorInfo]:
+    """Return the stored tensors except those of the names in `without`."""
+    return {name: info for name, info in checkpoint.tensors.items() if name not in without}
+
+
 def _check_tensors(
-    checkpoint: Checkpoint, family: Family, config: Config, place: Place, dropped: Mapping[str, str]
+    checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], family: Family, config: Config, place: Place
 ) -> dict[str, str]:
     """Compare the headers with what the config promises; return the tensors that may be left out, and why."""
-    stored = [name for name in checkpoint.tensors if name not in dropped]
     mine = {name: own for name in stored if (own := place.own(name)) is not None}
-    found = {own: checkpoint.tensors[name] for name, own in mine.items()}
-    expected = place.shapes(family, config)
-    where = checkpoint.folder
+    found = {own: stored[name] for name, own in mine.items()}
+    where, expected = checkpoint.folder, place.shapes(family, config)
     expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
     expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
     for name in family.may_lack(config) - found.keys():
         del expected[name]
     refuse_other_shapes(where, expected, {name: (info.name, info.shape) for name, info in found.items()})
-    left_out = dict(dropped)
+    left_out = {}
     surplus = []
     for name in stored:
         own = mine.get(name)
@@ -244,8 +265,8 @@ def _check_tensors(
         elif own is not None:
             surplus.append(name)
     if surplus and (said := mistaken.heads(surplus)):
-        raise UpcycleError(f"{where}: {said}")
-    refuse_surplus(where, surplus, family.model_type)
+        raise UpcycleError(f"{where}: {said}, or {_without(checkpoint, 'these tensors')}")
+    refuse_surplus(checkpoint, surplus, family.model_type)
     return left_out
 
 
@@ -266,12 +287,12 @@ def refuse_other_shapes(
             raise UpcycleError(f"{where}: {stored} has shape {list(own)} and config.json says {list(shape)}")
 
 
-def refuse_surplus(where: Path, surplus: list[str], model_type: str) -> None:
+def refuse_surplus(checkpoint: Checkpoint, surplus: list[str], model_type: str) -> None:
     """Refuse tensors that a model of this config does not have."""
     if surplus:
         raise UpcycleError(
-            f"{where} holds {listed(surplus)}, which a {model_type} of this config does not have; nothing is "
-            f"dropped in silence (--drop NAME leaves a tensor out)"
+            f"{checkpoint.folder} holds {listed(surplus)}, which a {model_type} of this config does not "
+            f"have; nothing is dropped in silence, so {_without(checkpoint, 'them')}"
         )
 
 
@@ -296,11 +317,11 @@ def refuse_two_heads(dense: Dense) -> None:
     """Refuse a config that ties a head although a head with other values is stored, which is ambiguous.
 
     transformers 5 keeps the two apart if they differ. A head that the recipe drops is not asked about. This
-    reads both tensors.
+    reads both tensors, and asks nothing about a checkpoint of headers alone.
     """
     opened, names = dense.checkpoint, dense.family.tied
     tied = None if names is None else tuple(map(dense.place.names.stored, names))
-    if tied is None or tied[0] not in dense.left_out or drops_head(dense):
+    if tied is None or tied[0] not in dense.left_out or drops_head(dense) or opened.headers_only:
         return
     head, embedding = (opened.tensors[name] for name in tied)
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
@@ -311,10 +332,15 @@ def refuse_two_heads(dense: Dense) -> None:
     if not same:
         raise UpcycleError(
             f"{opened.folder} stores an {tied[0]} that differs from the embedding its config ties it "
-            f"to; set tie_word_embeddings to false in config.json, or {_without(opened, tied[0])}"
+            f"to; set tie_word_embeddings to false in config.json, or {_without(opened, tied[0], tied[0])}"
         )
 
 
-def _without(opened: Checkpoint, name: str) -> str:
-    """Say how a tensor is left out. A recipe drops tensors of the source alone."""
-    return f"leave it out (--drop {name})" if opened.label == "source" else f"take {name} out of its files"
+_DROPPING = {"source": "drop, or --drop {}", "teacher": "teacher.drop"}  # by the role of a checkpoint
+
+
+def _without(opened: Checkpoint, what: str, name: str = "NAME") -> str:
+    """Say how tensors of a checkpoint are left out, which are called `what` in the sentence."""
+    if opened.label in _DROPPING:
+        return f"leave {what} out ({_DROPPING[opened.label].format(name)})"
+    return f"take {what} out of its files"

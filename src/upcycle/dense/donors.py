@@ -57,7 +57,8 @@ def admit_donors(source: Dense, recipe: Recipe, *, allow_nonfinite: bool, opener
     """
     named = recipe.init.donors
     opened = _open(named, opener, allow_nonfinite=allow_nonfinite)
-    remarks = list(_same_files(source.checkpoint, [c for c in opened if c is not None]))
+    donors = [checkpoint for checkpoint in opened if checkpoint is not None]
+    remarks = list(_same_files(source.checkpoint, donors, recipe.init.in_backbone))
     bare: dict[Checkpoint | None, Dense] = {None: source}
     for checkpoint in opened:
         if checkpoint not in bare:
@@ -65,7 +66,7 @@ def admit_donors(source: Dense, recipe: Recipe, *, allow_nonfinite: bool, opener
             alone = recipe.moe.part_only == "text" and places.is_wrapper(checkpoint.config)
             bare[checkpoint] = admit(checkpoint, alone=alone, part=recipe.moe.part)
             remarks += _compared(source, bare[checkpoint], recipe)
-    adapters = _open_adapters(named, allow_nonfinite=allow_nonfinite)
+    adapters = _open_adapters(named, opener, allow_nonfinite=allow_nonfinite)
     models = []
     for donor, checkpoint in zip(named, opened, strict=True):
         dense = bare[checkpoint]
@@ -92,18 +93,21 @@ def _open(named: Sequence[Donor], opener: Opener, *, allow_nonfinite: bool) -> l
     return out
 
 
-def _open_adapters(named: Sequence[Donor], *, allow_nonfinite: bool) -> dict[str, Adapter]:
+def _open_adapters(named: Sequence[Donor], opener: Opener, *, allow_nonfinite: bool) -> dict[str, Adapter]:
     """Open each adapter once, by its name in the recipe."""
     names = dict.fromkeys(donor.adapter for donor in named if donor.adapter)
     return {
-        name: open_adapter(name, label=f"adapter {number}", allow_nonfinite=allow_nonfinite)
+        name: open_adapter(name, opener, label=f"adapter {number}", allow_nonfinite=allow_nonfinite)
         for number, name in enumerate(names, start=1)
     }
 
 
-def _same_files(source: Checkpoint, donors: Sequence[Checkpoint]) -> Iterator[str]:
+def _same_files(
+    source: Checkpoint, donors: Sequence[Checkpoint], in_backbone: tuple[int, ...]
+) -> Iterator[str]:
     """Yield a remark on each donor that is the source or an earlier one, by the files on disk.
 
+    `in_backbone` are the numbers of the models that the backbone is mixed of; the source is 0.
     Raises `UpcycleError` if two paths lead to the same donor.
     """
     seen = {_files(source): source}
@@ -116,7 +120,9 @@ def _same_files(source: Checkpoint, donors: Sequence[Checkpoint]) -> Iterator[st
                 f"{first.folder} and {donor.folder} are one checkpoint, by two paths; name it by one of them"
             )
         what = "the source itself" if first is source else "named more than once"
-        yield f"the donor {donor.folder} is {what}, and counts once more in an average"
+        twice = len(in_backbone) > 1 and (first is not source or 0 in in_backbone)
+        counts = ", and counts once more in an average" if twice else ""
+        yield f"the donor {donor.folder} is {what}{counts}"
 
 
 def _files(opened: Checkpoint) -> frozenset[object]:

@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.admission import dropped, has_experts, refuse_other_shapes, refuse_surplus, refuse_unsound
+from upcycle.dense.admission import (
+    dropped,
+    has_experts,
+    kept,
+    refuse_other_shapes,
+    refuse_surplus,
+    refuse_unsound,
+)
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, shown
 from upcycle.families import Config, Stack, Weights
@@ -158,11 +165,6 @@ def _growing(native: Native) -> Growing:
     return native.growing
 
 
-def names() -> list[str]:
-    """Return the architectures that can be a source that grows."""
-    return [name for name in natives.names() if natives.find(name).growing is not None]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Mixture(Dense):
     """A Mixture of Experts of a native architecture. Its tensors have the names that `convert` writes."""
@@ -278,7 +280,7 @@ def admit(checkpoint: Checkpoint, *, drop: tuple[str, ...] = ()) -> Mixture:
     anything that is not exactly such a model.
     """
     raw, where = checkpoint.config, checkpoint.folder
-    known = ", ".join(names())
+    known = ", ".join(natives.growing())
     if not has_experts(raw):
         raise UpcycleError(
             f"[grow] makes more experts of those that a source has ({known}), and {where} is "
@@ -290,13 +292,14 @@ def admit(checkpoint: Checkpoint, *, drop: tuple[str, ...] = ()) -> Mixture:
             f"{where} is a {shown(raw.get('model_type'))}, which [grow] does not know; it knows {known}"
         )
     family = family_of(native.model_type)
-    refuse_unsound(checkpoint, family, raw)
+    without = dropped(checkpoint, drop)
+    refuse_unsound(checkpoint, kept(checkpoint, without), family, raw)
     config = family.config(raw)
     if (raw.get("architectures") or [native.architecture])[0] != native.architecture:
         raise UpcycleError(
             f"{where} is a {shown(raw['architectures'][0])}; [grow] takes a {native.architecture} alone"
         )
-    left_out = _spared(family, config, checkpoint.tensors) | dropped(checkpoint, drop)
+    left_out = _spared(family, config, checkpoint.tensors) | without
     found = Mixture(checkpoint=checkpoint, family=family, config=config, left_out=left_out)
     _check_tensors(found)
     return found
@@ -317,4 +320,4 @@ def _check_tensors(found: Mixture) -> None:
     where, expected = found.checkpoint.folder, found.family.shapes(found.config)
     refuse_other_shapes(where, expected, {name: (name, t.shape) for name, t in found.tensors.items()})
     surplus = [name for name in found.tensors if name not in expected]
-    refuse_surplus(where, surplus, found.family.model_type)
+    refuse_surplus(found.checkpoint, surplus, found.family.model_type)

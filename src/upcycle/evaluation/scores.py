@@ -16,11 +16,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from upcycle import tasks
 from upcycle.checkpoints import hub
-from upcycle.checkpoints.checkpoint import read_json
-from upcycle.data import corpus
+from upcycle.checkpoints.checkpoint import Checkpoint, read_json
+from upcycle.data import corpus, documents
+from upcycle.dense.admission import admit, drops_head, that_find
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import few_shot, task_files, text_to_text
@@ -29,7 +31,7 @@ from upcycle.evaluation.language_model import ENCODER_DECODER, SPEAKING
 from upcycle.evaluation.results import Result
 from upcycle.evaluation.to_score import ToScore
 from upcycle.families import CAUSAL_HEADS
-from upcycle.hf import models
+from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.records.run import RunRecord
 from upcycle.system import scratch
@@ -78,7 +80,7 @@ def score(source: str | Path, asked: ToScore) -> Scored:
     """Score the checkpoint `source`, a folder or a hub id."""
     folder, subject = _admit(source, asked)
     with quiet():
-        model = models.open(folder)
+        model = _model(folder, asked.drop)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     with scratch.folder() as made_here:
@@ -95,8 +97,30 @@ def score(source: str | Path, asked: ToScore) -> Scored:
 
 def refuse(sources: Sequence[str | Path], asked: ToScore) -> None:
     """Raise an error for settings that one of several checkpoints cannot meet, before any is scored."""
-    for source in sources:
-        _admit(source, asked)
+    folders = [_admit(source, asked)[0] for source in sources]
+    there = {pattern for folder in folders for pattern in _of(folder, asked.drop)}
+    if idle := [pattern for pattern in asked.drop if pattern not in there]:
+        raise UpcycleError(f"--drop {idle[0]}: no checkpoint holds a tensor of that name")
+
+
+def _of(folder: Path, drop: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names and patterns of `drop` that a tensor of a folder has."""
+    if not drop:
+        return ()
+    with Checkpoint.open(folder, allow_nonfinite=True) as opened:
+        return that_find(opened, drop)
+
+
+def _model(folder: Path, drop: tuple[str, ...]) -> PreTrainedModel:
+    """Open a model without the tensors of `drop`, which only a dense one can lack."""
+    if not (mine := _of(folder, drop)):
+        return models.open(folder)
+    with Checkpoint.open(folder, allow_nonfinite=True) as opened:
+        dense = admit(opened, drop=mine)
+    model = models.open(folder, left_out=dense.left_out)
+    if drops_head(dense):
+        opening.tie_head(model)
+    return model
 
 
 def _admit(source: str | Path, asked: ToScore) -> tuple[Path, Subject]:
@@ -146,7 +170,11 @@ def _refuse_other_data(task: Task, architecture: str, asked: ToScore) -> None:
 
 
 def _refuse_missing(asked: ToScore) -> None:
-    """Raise an error if files of a task or lm-evaluation-harness are missing, before scoring."""
+    """Raise an error if a split, files of a task or lm-evaluation-harness are missing, before scoring."""
+    for path in filter(None, (*asked.texts, asked.chats)):
+        documents.to_score(path)
+    if asked.chats and (why := documents.mixed(documents.to_score(asked.chats))) is not None:
+        raise UpcycleError(why)
     if asked.by_harness:
         harness()
     if asked.task_files:
@@ -163,9 +191,12 @@ def _on_images(judge: Judge, images: Path) -> Result:
 
 def _on_texts(judge: Judge) -> list[Result]:
     asked, task = judge.asked, tasks.of(judge.subject.architecture)
-    results = [dataclasses.replace(task.score(judge, path), name=name) for name, path in asked.named.items()]
+    results = [
+        dataclasses.replace(task.score(judge, _part(path)), name=name) for name, path in asked.named.items()
+    ]
     if asked.chats:
-        results.append(tasks.find("sft")().score(judge, asked.chats))
+        scored = tasks.find("sft")().score(judge, _part(asked.chats))
+        results.append(dataclasses.replace(scored, name=asked.chats.name))
     if asked.by_harness:
         results += harness().score(
             judge.language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
@@ -173,6 +204,11 @@ def _on_texts(judge: Judge) -> list[Result]:
     if asked.superglue:
         results += text_to_text.score(judge.language, asked.superglue, limit=asked.limit)
     return results
+
+
+def _part(path: Path) -> Path:
+    """Return the folder of the split to score on if `path` is a data set that has splits, or `path`."""
+    return Path(documents.to_score(path).path)
 
 
 def harness() -> ModuleType:

@@ -33,6 +33,7 @@ class ToScore:
     batch_size: int = 0  # 0: chosen automatically
     limit: int = 0
     cache: Path | None = None
+    drop: tuple[str, ...] = ()  # tensors of dense checkpoints to leave out, as names or patterns
 
     def __post_init__(self) -> None:
         as_paths(self, "text", "images", "chats", "shots", "task_files", "superglue", "cache")

@@ -81,6 +81,12 @@ def fill(
     return opened
 
 
+def tie_head(model: PreTrainedModel) -> None:
+    """Put the embedding in the place of a stored head that is left out, which transformers has read."""
+    if (head := model.get_output_embeddings()) is not None:
+        head.weight = model.get_input_embeddings().weight
+
+
 def refuse_unknown(implementation: str | None) -> None:
     """Raise `UpcycleError` for an experts implementation that transformers does not have."""
     known = [kernels.ONE_BY_ONE, *sorted(ALL_EXPERTS_FUNCTIONS.keys())]

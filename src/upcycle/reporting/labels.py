@@ -111,7 +111,9 @@ def _said(key: str, value: Any) -> str:
 
 def _label(run: RunHistory) -> str:
     kind = kind_of(run)
-    short = f" ({run.done} of {run.total_steps} steps)" if run.unfinished else ""
+    short = " (diverged)" if run.diverged else ""
+    if run.unfinished:
+        short = f" ({run.done} of {run.total_steps} steps)"
     init = (run.table.get("init") or {}).get("name", "copy")
     if kind == "dense, rebuilt":
         return targets.recorded(run.table["moe"]).label(run.table) + short

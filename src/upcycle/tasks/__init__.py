@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from upcycle import settings
+from upcycle.data.corpus import Data
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
@@ -90,6 +91,20 @@ class Task(Named, abc.ABC):
     def shown(self, feeding: Feeding, subject: Subject, *, labels: bool) -> Feed:
         """Prepare rows for a model that is only watched. Labels must fit its head only if `labels` is set."""
         return self.feed(feeding, subject)
+
+    def objection(self, data: Data) -> str | None:
+        """Return a sentence about [data] that would not be used as it says; None if all of it would.
+
+        A run that begins is refused, and one that goes on is warned.
+        """
+        return None
+
+    def continued(self, recorded: Mapping[str, Any]) -> Task:
+        """Return the task of a run that goes on, with what an earlier version had instead of today's default.
+
+        `recorded` is its table as the run has recorded it, which lacks keys that came later.
+        """
+        return self
 
     def can_read(self, path: Path) -> bool:
         """Return whether a file may hold data for this task, judging by its name."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from upcycle.data.chat_rows import ChatTokens
 from upcycle.data.chats import Chat
-from upcycle.errors import UpcycleError, cut
+from upcycle.errors import UpcycleError, cut, shown
 
 if TYPE_CHECKING:
     from upcycle.hf.chat_templates import Span, Template
@@ -103,9 +103,33 @@ def _covered(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
 
 
 def _rendered(chat: Chat, template: Template) -> tuple[str, list[Span]]:
-    """Return the text of a chat, and the spans of the assistant's answers."""
+    """Return the text of a chat, and the spans of the assistant's answers that are to be learnt."""
     text, spans = _render(chat, template, len(chat.messages))
-    return text, spans if template.marks else _by_prefix(chat, template, text)
+    if not template.marks:
+        return text, _by_prefix(chat, template, text)
+    return text, _learnt(chat, template, text, spans) if chat.unlearnt else spans
+
+
+def _learnt(chat: Chat, template: Template, text: str, spans: list[Span]) -> list[Span]:
+    """Return the marked spans of the answers that are to be learnt.
+
+    The spans of an answer are those that the chat has more with it than before it.
+    """
+    whole, kept, first = _parts(text, spans), [], 0
+    for place in chat.answers:
+        told = _parts(*_render(chat, template, place + 1))
+        if told != whole[: len(told)] or len(told) < first:
+            raise UpcycleError(
+                f"{chat.where}: the chat template marks earlier messages in another way once later ones "
+                f"follow, so that nobody knows which text has weight = 0 or train = false; take the chat out"
+            )
+        kept += [] if place in chat.unlearnt else spans[first : len(told)]
+        first = len(told)
+    return kept
+
+
+def _parts(text: str, spans: Sequence[Span]) -> list[str]:
+    return [text[first:stop] for first, stop in spans]
 
 
 def _by_prefix(chat: Chat, template: Template, text: str) -> list[Span]:
@@ -115,16 +139,40 @@ def _by_prefix(chat: Chat, template: Template, text: str) -> list[Span]:
     """
     spans = []
     for place in chat.answers:
-        before, _ = _render(chat, template, place, prompt=True)
-        after, _ = _render(chat, template, place + 1)
+        if place in chat.unlearnt:
+            continue
+        before, after = _prompt(chat, template, place), _render(chat, template, place + 1)[0]
         if not text.startswith(after) or not after.startswith(before):
             raise UpcycleError(
-                f"{chat.where}: the chat template does not mark the assistant's messages, and writes earlier "
-                f"messages in another way once later ones follow; set task.chat_template to one that marks "
-                f"them ({{% generation %}} ... {{% endgeneration %}})"
+                f"{chat.where}: the chat template does not mark the assistant's messages, and "
+                f"{_why_not(chat, template, place, text)}; set task.chat_template to one that marks them "
+                f"({{% generation %}} ... {{% endgeneration %}})"
             )
         spans.append((len(before), len(after)))
     return spans
+
+
+def _prompt(chat: Chat, template: Template, place: int) -> str:
+    """Return the text before the answer at `place`, with what the template writes as its prompt."""
+    try:
+        return _render(chat, template, place, prompt=True)[0]
+    except UpcycleError:
+        if place:
+            raise
+        raise UpcycleError(
+            f"{chat.where} begins with the assistant, and the chat template neither marks the assistant's "
+            f"messages nor writes the prompt of a first one; begin the chat with another message, or set "
+            f"task.chat_template to one that marks them ({{% generation %}} ... {{% endgeneration %}})"
+        ) from None
+
+
+def _why_not(chat: Chat, template: Template, place: int, text: str) -> str:
+    """Return the reason why an answer is not what follows its prompt in the text of the chat."""
+    before = _render(chat, template, place)[0] if place else ""
+    after, prompted = _render(chat, template, place + 1)[0], _prompt(chat, template, place)
+    if text.startswith(after) and after.startswith(before) and prompted.startswith(before):
+        return f"begins this answer otherwise than its prompt for one, which ends in {shown(prompted[-20:])}"
+    return "writes earlier messages in another way once later ones follow"
 
 
 def _render(chat: Chat, template: Template, messages: int, *, prompt: bool = False) -> tuple[str, list[Span]]:

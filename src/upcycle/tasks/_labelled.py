@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from upcycle.data.corpus import Data
+from upcycle.data.documents import Source, overlap
 from upcycle.data.examples import Examples, Labelled
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError, listed
@@ -21,13 +24,17 @@ if TYPE_CHECKING:
 Set = TypeVar("Set", "ImageSet", "TextSet")
 
 
-def only_source(feeding: Feeding, task: Task) -> str:
-    """Return the path of the only data source. Raises `UpcycleError` if there are several."""
-    sources = feeding.data.sources
-    if len(sources) != 1:
-        what = task.name.replace("_", " ")
-        raise UpcycleError(f"{what} takes one [[data.sources]]; there are {len(sources)}")
-    return sources[0].path
+def only_source(feeding: Feeding, task: Task) -> Source:
+    """Return the only data source. Raises `UpcycleError` if there are several."""
+    if (said := _several(feeding.data, task)) is not None:
+        raise UpcycleError(said)
+    return feeding.data.sources[0]
+
+
+def _several(data: Data, task: Task) -> str | None:
+    if len(data.sources) == 1:
+        return None
+    return f"{task.name.replace('_', ' ')} takes one [[data.sources]]; there are {len(data.sources)}"
 
 
 def split(train: Labelled, test: Labelled | None, feeding: Feeding) -> Feed:
@@ -36,6 +43,42 @@ def split(train: Labelled, test: Labelled | None, feeding: Feeding) -> Feed:
     return Examples(
         train, test, held_out_share=data.held_out, seed=feeding.seed, split_seed=data.split_seed or 0
     )
+
+
+def objection_to(data: Data, task: Task, test: Source | None, unread: Sequence[str]) -> str | None:
+    """Return a sentence about [data] that `task` would not use as it says; None if it would.
+
+    `test` is the set to score on, if there is one, and `unread` has the keys that the task does not read.
+    """
+    of_test = None if test is None else _objection_to_test(test, data)
+    return _several(data, task) or _set_in_vain(data, task, unread) or of_test
+
+
+def _set_in_vain(data: Data, task: Task, unread: Sequence[str]) -> str | None:
+    for where, table in (("data.", data), *(("data.sources ", source) for source in data.sources)):
+        for key in fields(table):
+            value = getattr(table, key.name)
+            if key.name in unread and value != key.default:
+                return (
+                    f"{where}{key.name} = {json.dumps(value)} does nothing, because the task "
+                    f"{task.name} does not read it; take it out"
+                )
+    return None
+
+
+def _objection_to_test(test: Source, data: Data) -> str | None:
+    if data.held_out:
+        return (
+            f"data.held_out = {data.held_out:g} holds nothing out, because the model is scored on task.test; "
+            f"take one of them out"
+        )
+    if any(overlap(test, source) for source in data.sources):
+        part = f", split {test.split}" if test.path.startswith("hf:") else ""
+        return (
+            f"task.test = {test.path}{part} is trained on, too, because data.sources names it; give another "
+            f"set, or take task.test out and set data.held_out"
+        )
+    return None
 
 
 def refuse_unknown_ids(ids: np.ndarray, path: str, subject: Subject) -> None:

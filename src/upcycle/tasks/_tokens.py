@@ -9,6 +9,8 @@ import numpy as np
 
 from upcycle.data import corpus
 from upcycle.data.batches import Batches, Places
+from upcycle.data.corpus import Data
+from upcycle.data.documents import unread
 from upcycle.data.feeding import Feeding
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
@@ -22,6 +24,11 @@ Make = Callable[[np.ndarray, Sequence[rng.Key]], dict[str, np.ndarray]]
 def tokenizer_of(feeding: Feeding, subject: Subject) -> Any:
     """Return the tokenizer that the data names, or the model's own."""
     return corpus.tokenizer(feeding.data, subject.folder)
+
+
+def objection_to_sources(data: Data) -> str | None:
+    """Return a sentence about a source of text that would not be read as it says; None if all would."""
+    return next(filter(None, map(unread, data.sources)), None)
 
 
 def beyond_positions(length: int, subject: Subject) -> str | None:

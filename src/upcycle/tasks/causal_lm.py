@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from upcycle.data.corpus import Data
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.families import CAUSAL_HEADS
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
-from upcycle.tasks._tokens import TokenFeed, beyond_positions
+from upcycle.tasks._tokens import TokenFeed, beyond_positions, objection_to_sources
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class CausalLM(Task):
     counting = {"logits_to_keep": 1}
     by_token = True
     isolates = True
+
+    def objection(self, data: Data) -> str | None:
+        return objection_to_sources(data)
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         return TokenFeed(feeding, subject, rows_alone)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.data.augment import Augment
+from upcycle.data.corpus import Data
+from upcycle.data.documents import Source
 from upcycle.data.examples import Examples
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.images import ImageSet
@@ -14,7 +16,7 @@ from upcycle.errors import listed
 from upcycle.families._encoder import pair
 from upcycle.system import progress
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._labelled import as_the_head, only_source, split
+from upcycle.tasks._labelled import as_the_head, objection_to, only_source, split
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
@@ -50,13 +52,17 @@ class ImageClassification(Task):
         ]
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
-        source = only_source(feeding, self)
+        source = only_source(feeding, self).path
         train = self.images(source, subject, feeding.cache)
         test = None if self.test is None else self.images(self.test, subject, feeding.cache)
         return split(train, test, feeding)
 
+    def objection(self, data: Data) -> str | None:
+        test = None if self.test is None else Source(path=self.test)
+        return objection_to(data, self, test, ("field", "separator", "split", "append_eos", "tokenizer"))
+
     def shown(self, feeding: Feeding, subject: Subject, *, labels: bool) -> Feed:
-        images = self.images(only_source(feeding, self), subject, feeding.cache, any_classes=not labels)
+        images = self.images(only_source(feeding, self).path, subject, feeding.cache, any_classes=not labels)
         return Examples(images, None, held_out_share=0.0, seed=feeding.seed)
 
     def images(self, path: str, subject: Subject, cache: Path, *, any_classes: bool = False) -> ImageSet:

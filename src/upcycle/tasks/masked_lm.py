@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
+from upcycle.data.corpus import Data
 from upcycle.data.corruption import IGNORED, mask_tokens
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.settings import Within
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._tokens import TokenFeed, refuse_beyond_positions, tokenizer_of
+from upcycle.tasks._tokens import TokenFeed, objection_to_sources, refuse_beyond_positions, tokenizer_of
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class MaskedLM(Task):
     heads = ("ForMaskedLM",)
 
     probability: Annotated[float, Within("(0, 1)")] = 0.15  # share of the tokens that the model predicts
+
+    def objection(self, data: Data) -> str | None:
+        return objection_to_sources(data)
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         refuse_beyond_positions(feeding.length, subject)

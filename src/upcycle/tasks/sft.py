@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle.data import chats
 from upcycle.data.chat_rows import ChatRows
+from upcycle.data.corpus import Data
 from upcycle.data.corruption import IGNORED
+from upcycle.data.documents import Source, mixed, saved_splits, to_score
 from upcycle.data.feeding import Feed, Feeding
+from upcycle.errors import UpcycleError
 from upcycle.families import CAUSAL_HEADS
 from upcycle.system import progress
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
 from upcycle.tasks._chat_tokens import read_template, tokens_of, with_template
-from upcycle.tasks._labelled import only_source, refuse_unknown_ids, split
-from upcycle.tasks._tokens import beyond_positions, tokenizer_of
+from upcycle.tasks._labelled import objection_to, only_source, refuse_unknown_ids, split
+from upcycle.tasks._tokens import beyond_positions, objection_to_sources, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +33,7 @@ class SFT(Task):
 
     Only the assistant's tokens have a loss. Whole chats are packed into rows of `train.sequence_length`
     tokens and padded. The model is scored on the set `test`; without it, on the share `data.held_out` of the
-    rows.
+    rows. Of a Hugging Face dataset with splits, `test_split` is read.
     """
 
     summary = "what the assistant says in a chat"
@@ -42,29 +45,57 @@ class SFT(Task):
     isolates = True
 
     test: str | None = None  # the set to score on; none: data.held_out of the rows
+    # split of `test` if that is a Hugging Face dataset with splits; none: test, or the only one
+    test_split: str | None = None
     chat_template: str | None = None  # a file with a chat template (Jinja); none: that of the tokenizer
     # what becomes of a chat that is longer than a row: left out, or cut at its end
     too_long: Literal["leave_out", "cut"] = "leave_out"
     pack: bool = True  # whether several chats share a row; each sees those before it, but for data.isolate
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.test_split is not None and self.test is None:
+            raise UpcycleError(
+                f"task.test_split = {self.test_split} is a split of task.test, which is not set; set it, too"
+            )
+
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
-        source = only_source(feeding, self)
-        train = self._rows(source, feeding, subject, feeding.data.sources[0].split)
-        test = None if self.test is None else self._rows(self.test, feeding, subject)
+        train = self._rows(only_source(feeding, self), feeding, subject)
+        test = None if self._scored is None else self._rows(self._scored, feeding, subject)
         return split(train, test, feeding)
 
-    def _rows(self, path: str, feeding: Feeding, subject: Subject, part: str = "train") -> ChatRows:
+    @property
+    def _scored(self) -> Source | None:
+        """The set to score on, if it is one of its own."""
+        return None if self.test is None else to_score(self.test, self.test_split)
+
+    def objection(self, data: Data) -> str | None:
+        test = self._scored
+        return (
+            objection_to(data, self, test, ("field", "separator", "append_eos"))
+            or objection_to_sources(data)
+            or (None if test is None else mixed(test))
+        )
+
+    def continued(self, recorded: Mapping[str, Any]) -> SFT:
+        """Go on with the split that versions without `test_split` scored on, which was train."""
+        if self.test is None or "test_split" in recorded or self.test_split is not None:
+            return self
+        has_splits = self.test.startswith("hf:") or saved_splits(Path(self.test)) is not None
+        return replace(self, test_split="train") if has_splits else self
+
+    def _rows(self, source: Source, feeding: Feeding, subject: Subject) -> ChatRows:
         tokenizer = with_template(tokenizer_of(feeding, subject), self.chat_template)
         found = ChatRows.of(
-            tokens_of(chats.read(path, part), tokenizer),
-            name=path,
+            tokens_of(chats.read(source.path, source.split), tokenizer),
+            name=source.path,
             length=feeding.length,
             cut=self.too_long == "cut",
             pack=self.pack,
             isolate=feeding.data.isolate,
             padding=tokenizer.pad_token_id or 0,
         )
-        refuse_unknown_ids(found.ids, path, subject)
+        refuse_unknown_ids(found.ids, source.path, subject)
         for note in found.notes():
             progress.say(note)
         return found

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
+from upcycle.data.corpus import Data
 from upcycle.data.corruption import SpanLengths, corrupt_spans, span_lengths
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Within
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._tokens import TokenFeed, tokenizer_of
+from upcycle.tasks._tokens import TokenFeed, objection_to_sources, tokenizer_of
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class SpanCorruption(Task):
     def spans(self, length: int) -> SpanLengths:
         """Return the lengths of texts, inputs and targets if the encoder reads `length` tokens."""
         return span_lengths(length, noise_density=self.noise_density, mean_span=self.mean_span)
+
+    def objection(self, data: Data) -> str | None:
+        return objection_to_sources(data)
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         lengths = self.spans(feeding.length)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upcycle.data.corpus import Data
+from upcycle.data.documents import Source
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._labelled import as_the_head, only_source, refuse_unknown_ids, split
+from upcycle.tasks._labelled import as_the_head, objection_to, only_source, refuse_unknown_ids, split
 from upcycle.tasks._tokens import refuse_beyond_positions, tokenizer_of
 
 if TYPE_CHECKING:
@@ -41,10 +43,14 @@ class TextClassification(Task):
             raise UpcycleError(f"task.fields names {len(self.fields)} texts; give one, or two of a pair")
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
-        source = only_source(feeding, self)
+        source = only_source(feeding, self).path
         train = self._texts(source, feeding, subject)
         test = None if self.test is None else self._texts(self.test, feeding, subject)
         return split(train, test, feeding)
+
+    def objection(self, data: Data) -> str | None:
+        test = None if self.test is None else Source(path=self.test)
+        return objection_to(data, self, test, ("field", "separator", "split", "append_eos"))
 
     def _texts(self, path: str, feeding: Feeding, subject: Subject) -> TextSet:
         refuse_beyond_positions(feeding.length, subject)

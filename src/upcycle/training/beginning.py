@@ -73,12 +73,13 @@ def ready(
 ) -> Ready:
     """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
     before = None if checkpoint is None else saving.read_state(checkpoint)
+    run = run_folder.settled(run, checkpoint)
+    task = run.task or task
     _warn(run, begun, task, here, begins=checkpoint is None)
     if here.first and before is not None:
         _say_changed_layout(before, here)
     _refuse_other_teacher(before, begun, here)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
-    run = run_folder.settled(run, checkpoint)
     run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
     course = Course(run)
     feeds = _feeds(course, task, begun, here)
@@ -132,11 +133,12 @@ def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
 
 
 def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
-    """Warn the user before a run costs time, and refuse it if it could not have begun (`first_refusals`).
+    """Warn the user before a run costs time, and refuse it if it could not have begun.
 
-    A run that has already trained so only gets a warning.
+    A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`).
     """
-    wrong = first_refusals(run, begun, task)
+    data = dict.fromkeys(leg.run.data for leg in Course(run).legs)
+    wrong = [*first_refusals(run, begun, task), *filter(None, map(task.objection, data))]
     if wrong and begins:
         raise UpcycleError(wrong[0])
     if here.first:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
@@ -41,7 +42,9 @@ def install(model: PreTrainedModel, family: Family, config: Config, rate: float)
             f"train.drop_path = {rate}: the blocks of {type(model).__name__} have no place where a branch "
             f"can be left out; take it out, or set it to 0"
         )
-    for block, own in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+    with unset_fake_temporarily():  # in a dry run, too, the rates are numbers
+        rates = torch.linspace(0, rate, len(blocks)).tolist()
+    for block, own in zip(blocks, rates, strict=True):
         for module in (body.module.get_submodule(path) for path in block if path in present):
             if hasattr(module, "drop_prob"):
                 setattr(module, "drop_prob", 0.0)  # noqa: B010

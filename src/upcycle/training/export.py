@@ -18,7 +18,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.hf import recorded
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock
-from upcycle.training import averaging, enter, exports, saving
+from upcycle.training import averaging, beside, enter, exports, saving
 from upcycle.training.course import Course
 from upcycle.training.exports import Trained
 from upcycle.training.parallel import Ranks
@@ -170,6 +170,7 @@ def _trained(
         run=run,
         record=record,
         state=state,
+        beside=beside.of(run, origin.folder, state.step),
         hashes=hashes,
         types=types,
         averaged=tuple(saving.read_state(each).step for each in averaged or ()),

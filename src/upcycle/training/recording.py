@@ -12,13 +12,15 @@ import torch
 import upcycle
 from upcycle.errors import UpcycleError
 from upcycle.records.run import RunRecord, StartedFrom
-from upcycle.training import effort, run_folder
+from upcycle.training import beside, effort, run_folder
 from upcycle.training.beginning import Ready
 
 
 def write(ready: Ready, out: Path) -> None:
-    """Write run.json, unless this run's is already there."""
+    """Write run.json, unless this run's is already there. A new run keeps what goes with its model."""
     run, state = ready.course.run, ready.state
+    if not state.step:
+        beside.keep(run, ready.trainee.task, out)
     identity = json.loads(json.dumps(run.identity()))
     try:
         same = run_folder.read_record(out).identity == identity

@@ -127,6 +127,7 @@ class Run(Settings):
     out: str  # folder of the run: run.json, metrics.jsonl, checkpoints; it must hold no run yet
     from_scratch: bool = False  # whether to use only the source's shape, with random weights
     seed: int = 0  # seed of all random numbers
+    drop: tuple[str, ...] = ()  # tensors of the source to leave out, as names or patterns such as v_head.*
     recipe: Recipe | None = None
     task: Task | None = None  # None: the one that the source's class is made for
     teacher: Teacher | None = None
@@ -144,6 +145,8 @@ class Run(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.recipe is not None:
+            object.__setattr__(self, "drop", self.recipe.drop)
         if "roll_back" in (self.spikes.act, self.spikes.nonfinite) and not self.checkpoint.every:
             raise UpcycleError(
                 "spikes: roll_back goes back to the newest checkpoint, and checkpoint.every = 0 writes none; "
@@ -190,8 +193,8 @@ class Run(Settings):
         table["router"], router = parted(table_at(table.get("router", {}), "router"), Balance)
         recipe = None
         if "moe" in of_experts or ("grow" in of_experts and not itself):
-            seed = {"seed": table["seed"]} if "seed" in table else {}
-            recipe = Recipe.of({**of_experts, **seed}, router=router)
+            shared = {key: table[key] for key in recipes.OF_ANY_RUN if key in table}
+            recipe = Recipe.of({**of_experts, **shared}, router=router)
         elif stray := [*of_experts, *(f"router.{key}" for key in router)]:
             raise UpcycleError(f"{stray[0]} is for a Mixture of Experts; add a [moe] section, or take it out")
         table = stages.laid_over(table)
@@ -220,8 +223,9 @@ class Run(Settings):
         """Return the run as a nested table that `Run.of` accepts."""
         table = super().as_table() | {"schedule": schedules.as_recorded(self.schedule)}
         table = optimizers.as_recorded(table, self.optimizer)
-        if not self.stage:
-            del table["stage"]
+        for later in ("stage", "drop"):  # keys that older records do not have
+            if not table[later]:
+                del table[later]
         for later in ("spikes", "eval"):  # sections that older records do not have
             if getattr(self, later) == type(getattr(self, later))():
                 del table[later]

@@ -143,8 +143,12 @@ def _settled_as(run: Run, theirs: Any) -> Run:
     """Return `run` with what it leaves open as in the identity `theirs`; None: as a new run."""
     there = theirs.get("stage") if isinstance(theirs, dict) else None
     stages = itertools.zip_longest(run.stage, (there if isinstance(there, list) else [])[: len(run.stage)])
+    task = run.task
+    if task is not None and isinstance(theirs, dict) and isinstance(recorded := theirs.get("task"), dict):
+        task = task.continued(recorded)
     return replace(
         run,
+        task=task,
         data=_with_split(run.data, theirs, run.train_seed),
         router=_with_counts(run.router, theirs),
         stage=tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from upcycle.errors import UpcycleError
 from upcycle.settings import Above, AtLeast, Settings, Within
@@ -27,6 +27,7 @@ class Teacher(Settings):
     # is not in memory beside the model; all other words are one; None: it runs beside each step
     top_logits: Annotated[int, AtLeast(1)] | None = None
     cache: str | None = None  # folder of kept logits, which several runs can share; None: RUN/teacher
+    drop: tuple[str, ...] = ()  # tensors of the teacher to leave out, as names or patterns such as v_head.*
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,6 +35,13 @@ class Teacher(Settings):
             raise UpcycleError(
                 "teacher.cache is a folder of kept logits; set teacher.top_logits, or take it out"
             )
+
+    def as_table(self) -> dict[str, Any]:
+        """Return the settings as a nested table; older records have no `drop`."""
+        table = super().as_table()
+        if not self.drop:
+            del table["drop"]
+        return table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ def start_of(run: Run, opener: Opener = open_checkpoint) -> Start:
         )
     source = weightless.opened(run.source) if run.from_scratch else None
     built = blueprint(source or run.source, run.recipe, opener=opener) if run.recipe else None
-    dense = built.dense if built else admit(source or opener(run.source))
+    dense = built.dense if built else admit(source or opener(run.source), drop=run.drop)
     refuse_two_heads(dense)
     if built:
         architecture, config, entries = built.target.architecture, built.config, built.entries

@@ -38,7 +38,9 @@ LABEL = "teacher"  # of its checkpoint, in errors and in the hashes of a run
 
 def admitted(run: Run, opener: Opener) -> Dense | None:
     """Return the teacher of a run, read from headers alone; None if it has none."""
-    return None if run.teacher is None else admit(opener(run.teacher.source, label=LABEL))
+    if run.teacher is None:
+        return None
+    return admit(opener(run.teacher.source, label=LABEL), drop=run.teacher.drop)
 
 
 def refuse_other(run: Run, task: Task, taught: Subject, teacher: Dense | None) -> None:

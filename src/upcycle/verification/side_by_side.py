@@ -147,14 +147,8 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
             f"converted"
         )
     if not side.one_by_one and drops_head(built.dense):
-        _without_head(model)
+        opening.tie_head(model)
     return model.float().eval(), found
-
-
-def _without_head(model: PreTrainedModel) -> None:
-    """Put the embedding in the place of the stored head, which transformers has read."""
-    if (head := model.get_output_embeddings()) is not None:
-        head.weight = model.get_input_embeddings().weight
 
 
 def _check_memory(built: Blueprint) -> None:

@@ -49,7 +49,7 @@ def _answer(study: Study, pairs: Sequence[Pair]) -> str:
     unit = formats.unit(best.group.runs[0].about.task)
     seeds = min(len(best.group.runs), len(best.against.runs))
     counted = "one seed" if seeds == 1 else f"{seeds} seeds"
-    which = "the Mixture of Experts" if len(hardest) == 1 else "the best of the Mixtures of Experts"
+    which = "the Mixture of Experts" if len(_by_group(pairs)) == 1 else "the best of the Mixtures of Experts"
     others = sum(pair.group is best.group for pair in pairs) - 1
     dense = "the dense model that was trained on"
     dense = f"the best of the dense models that were trained on, {best.against.label}" if others else dense

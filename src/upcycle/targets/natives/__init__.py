@@ -23,3 +23,8 @@ def find(model_type: str) -> Native:
 def names() -> list[str]:
     """Return the native architectures that have a file here."""
     return registry.names(sys.modules[__name__])
+
+
+def growing() -> list[str]:
+    """Return the architectures that can be a source that grows."""
+    return [name for name in names() if find(name).growing is not None]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from upcycle.conversion.provenance import Hashes
     from upcycle.records.run import RunRecord
     from upcycle.records.state import RunState
+    from upcycle.training.beside import Beside
     from upcycle.training.run import Run
     from upcycle.training.start import Start
 
@@ -40,6 +41,7 @@ class Trained:
     run: Run
     record: RunRecord
     state: RunState
+    beside: Beside  # the tokenizer of its data and the files of its task
     hashes: Hashes  # hashes of the files that the run started from
     types: Mapping[str, str]  # the safetensors type of each tensor on disk, by its name there
     expert: int | None = None  # the expert that is asked for

@@ -8,17 +8,31 @@ from upcycle import tasks
 from upcycle.conversion import card, provenance
 from upcycle.records.provenance import Provenance, Training
 from upcycle.training.exports import Trained
+from upcycle.training.exports._beside import Laid
 
 
-def provenance_of(trained: Trained, folder: Path, carried: list[str], left: list[str]) -> Provenance:
+def provenance_of(trained: Trained, folder: Path, laid: Laid) -> Provenance:
     """Return the provenance for upcycle.json in `folder`: that of the conversion, plus the training."""
     begun, hashes, training = trained.start, trained.hashes, (training_of(trained),)
     if begun.built:
         return provenance.of_blueprint(
-            begun.built, hashes, folder, carried=carried, left_behind=left, training=training
+            begun.built,
+            hashes,
+            folder,
+            carried=laid.carried,
+            left_behind=laid.left,
+            made_anew=laid.made_anew,
+            training=training,
         )
-    source = begun.dense.checkpoint
-    return provenance.of_dense(source, hashes, folder, carried=carried, left_behind=left, training=training)
+    return provenance.of_dense(
+        begun.dense.checkpoint,
+        hashes,
+        folder,
+        carried=laid.carried,
+        left_behind=laid.left,
+        made_anew=laid.made_anew,
+        training=training,
+    )
 
 
 def training_of(trained: Trained) -> Training:

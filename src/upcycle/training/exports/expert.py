@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from upcycle.blueprints.blueprint import with_cache
 from upcycle.conversion import provenance
-from upcycle.conversion.write import carry
 from upcycle.errors import UpcycleError
 from upcycle.system import whole_file
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import training_of
+from upcycle.training.exports._beside import lay
 from upcycle.training.exports._on_disk import on_disk
 from upcycle.training.exports.huggingface import open_to_others
 from upcycle.training.start import Start
@@ -35,17 +35,19 @@ class Expert(Format):
         made = {dense: stored[name] for dense, name in names.items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
         source = begun.dense.checkpoint
-        carried, left = carry(source.folder, folder)
         config = with_cache(_config(begun) | {"dtype": dtype, "torch_dtype": dtype})
         whole_file.write_json(folder / "config.json", config)
         open_to_others(folder)
+        laid = lay(trained, folder, config)
         told = provenance.of_dense(
             source,
             trained.hashes,
             folder,
-            carried=carried,
-            left_behind=left,
+            carried=laid.carried,
+            left_behind=laid.left,
+            made_anew=laid.made_anew,
             training=(training_of(trained),),
+            target=str(config["model_type"]),
         )
         whole_file.write_json(folder / told.FILE, told.as_table())
 

@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 
 from upcycle.blueprints.blueprint import with_cache
 from upcycle.checkpoints.dtypes import COUNTERS
-from upcycle.conversion import generation_settings, selection
-from upcycle.conversion.write import carry, fit_tokenizer
+from upcycle.conversion import selection
 from upcycle.errors import UpcycleError
 from upcycle.hf.quiet import quiet
 from upcycle.nn import kernels
@@ -19,6 +18,7 @@ from upcycle.system import whole_file
 from upcycle.training.course import Course
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import card_of, provenance_of
+from upcycle.training.exports._beside import lay
 from upcycle.training.exports._on_disk import on_disk
 from upcycle.training.moments import OPTIMIZER
 
@@ -34,15 +34,9 @@ class HuggingFace(Format):
         if trained.optimizer is not None:
             _write_moments(trained, trained.optimizer, folder / OPTIMIZER)
         write_model(trained, folder, dtype)
-        carried, left = carry(begun.dense.checkpoint.folder, folder)
-        if begun.built:
-            made_anew = fit_tokenizer(begun.built, folder) | generation_settings.write(begun.built, folder)
-            carried = [name for name in carried if name not in made_anew]
-        of_task = {} if trained.run.task is None else trained.run.task.files()
-        for name, text in of_task.items():
-            whole_file.write_text(folder / name, text)
-        carried = [name for name in carried if name not in of_task]
-        told = provenance_of(trained, folder, carried, left)
+        config = begun.built.stored_config() if begun.built else begun.config
+        laid = lay(trained, folder, config, begun.built)
+        told = provenance_of(trained, folder, laid)
         whole_file.write_json(folder / told.FILE, told.as_table())
         if begun.built:
             selection.write(begun.built, folder)
