@@ -403,7 +403,7 @@ def test_the_tokenizer_of_the_data_goes_with_the_model(named, target, expert, de
     assert found.chat_template == CHATML
     assert found.apply_chat_template(turns("Hi?", "Yes."), return_dict=False) == wanted
     told = json.loads((out / "upcycle.json").read_text())
-    assert told["made_anew_files"]["tokenizer.json"] == f"the run was trained with data.tokenizer = {named}"
+    assert "data.tokenizer" in told["made_anew_files"]["tokenizer.json"]
     assert "tokenizer.json" not in told["carried_files"]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import ranks
 import tiny
@@ -572,6 +572,15 @@ def test_an_export_before_the_first_step_has_the_tensors_of_the_conversion(kind,
     wrapped = kind in tiny_wrappers.KINDS
     source = tiny_wrappers.make(tmp_path / "source", kind) if wrapped else dense(kind, dtype="bfloat16")
     same_as_the_conversion(source, tmp_path)
+
+
+def test_an_export_spells_names_as_the_source_does(tmp_path):
+    """A llava with the names of today's class; transformers would write those of older versions."""
+    made = tiny_wrappers.make(tmp_path / "made", "llava")
+    model = AutoModelForImageTextToText.from_pretrained(made)
+    model.save_pretrained(tmp_path / "source", save_original_format=False)
+    found = same_as_the_conversion(tmp_path / "source", tmp_path)
+    assert "model.language_model.norm.weight" in found
 
 
 def test_experts_of_several_types_keep_them_in_an_export(dense, tmp_path):

@@ -38,7 +38,7 @@ def lay(trained: Trained, folder: Path, config: Mapping[str, Any], built: Bluepr
         replaced = of_tokenizer(carried)
         _remove(folder, replaced)
         names = beside.copy_tokenizer(folder)
-        made = dict.fromkeys(names, f"the run was trained with data.tokenizer = {beside.named}")
+        made = dict.fromkeys(names, "the run was trained with the tokenizer that data.tokenizer names")
         left = sorted({*left, *(name for name in replaced if name not in names)})
         if beside.tokenizer is not None:
             made = tokenizer.fit(beside.tokenizer, folder, config) | made
