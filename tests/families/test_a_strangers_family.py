@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from upcycle import UpcycleError
 from upcycle.families import Family
@@ -89,20 +90,9 @@ def test_a_family_that_only_converts_is_told_apart():
     with pytest.raises(UpcycleError, match="from_scratch = true: the family short only converts"):
         trained(Short(), "from_scratch = true")
     with pytest.raises(UpcycleError, match=r"take train\.drop_path out"):
-        drop_path.install(_Model(), Short(), {}, 0.1)
+        drop_path.install(torch.nn.Module(), Short(), {}, 0.1)
     with pytest.raises(UpcycleError, match=r"take train\.layer_decay out"):
-        layer_decay.scales(_Model(), Short(), {}, 0.5)
-
-
-class _Model:
-    """As much of a model as is looked at before the family is asked."""
-
-    @property
-    def base_model(self):
-        return self
-
-    def named_modules(self):
-        return [("", self)]
+        layer_decay.scales(torch.nn.Module(), Short(), {}, 0.5)
 
 
 def test_a_depth_that_nobody_says_is_an_error():

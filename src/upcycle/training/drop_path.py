@@ -28,8 +28,8 @@ def install(model: PreTrainedModel, family: Family, config: Config, rate: float)
 
     Raises `UpcycleError` if the blocks have no place for it.
     """
-    body = Body.of(model)
     known = trained(family, f"train.drop_path = {rate}")
+    body = Body.of(model)
     stacks = known.stacks(config)
     blocks = [
         [path.format(i=i) for path in known.branches(config, _stacks.at(stacks, blocks, i))]

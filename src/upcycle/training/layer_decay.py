@@ -26,9 +26,9 @@ def scales(
 
     `routers` are the names of the model's routers.
     """
+    known = trained(family, f"train.layer_decay = {decay}")
     body = Body.of(model)
     base = body.prefix
-    known = trained(family, f"train.layer_decay = {decay}")
     stacks = known.stacks(config)
     counts = {s.blocks: len(body.blocks(s.blocks)) for s in stacks}
     last = sum(counts.values()) + 1
