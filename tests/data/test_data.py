@@ -22,7 +22,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from heard import Counted
-from upcycle.data import corpus, documents
+from upcycle.data import corpus, documents, splits
 from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
@@ -170,14 +170,14 @@ def test_keys_of_a_source_that_do_nothing(
         if name != ".":
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-    said = documents.unread(Source(path=str(tmp_path / files.split()[0]), **options))
+    said = splits.unread(Source(path=str(tmp_path / files.split()[0]), **options))
     assert (said is None) if message is None else re.search(message, str(said)), said
 
 
 def test_splits_of_a_saved_data_set_are_known(tmp_path: Path) -> None:
     source = Source(path=str(_saved(tmp_path)["path"]), split="mine")
-    assert documents.unread(source) is None
-    assert "separator = '#' is for text files" in str(documents.unread(replace(source, separator="#")))
+    assert splits.unread(source) is None
+    assert "separator = '#' is for text files" in str(splits.unread(replace(source, separator="#")))
     with pytest.raises(UpcycleError, match=r"has no split 'other'; it has mine, train: name one of them"):
         next(documents.documents(replace(source, split="other")))
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from upcycle.errors import UpcycleError, listed, shown
+from upcycle.errors import UpcycleError, listed
 from upcycle.settings import Above, Settings, Verbatim
 
 _PIECE = 1 << 20  # characters to read from a text file at once
 _LINE = 1 << 28  # maximum length of a line of JSON, in characters
-_PLAIN = {".txt", ".text"}  # files of text without rows
-_SPLITS = {"train", "test", "val", "valid", "validation"}
-_SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}(-[0-9a-f]+)?(\.\w+)+")  # a file of a split in parts
+PLAIN = {".txt", ".text"}  # files of text without rows
 _ROWS = 256  # rows of a parquet file in memory at a time; rows may be of any length
 
 
@@ -45,19 +42,19 @@ class Source(Settings):
 
 def files(source: Source) -> list[Path]:
     """Return the files of a source in order; empty for a dataset that has no local files."""
-    if _hub_name(source) is not None:
+    if hub_name(source) is not None:
         return []
     path = Path(source.path)
     if path.is_dir():
         if _saved_dataset(path):
             return sorted(p for p in path.rglob("*") if p.is_file())
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) is not None)
+        found = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) is not None)
         if not found:
             raise UpcycleError(f"{path} holds no {', '.join(_READERS)} files")
         return found
     if not path.is_file():
         raise UpcycleError(f"no data at {path}")
-    if _kind(path) is None:
+    if kind(path) is None:
         raise UpcycleError(
             f"{path} is of no known kind; allowed: {', '.join(_READERS)}, a folder, hf:owner/name"
         )
@@ -71,24 +68,7 @@ def documents(source: Source) -> Iterator[tuple[str, bool]]:
             yield _field(row, source, where), True
         return
     for path in files(source):
-        yield from _READERS[str(_kind(path))](path, source)
-
-
-def to_score(path: str | Path, split: str | None = None) -> Source:
-    """Return the source of a set to score on: all of it, or one split if it is a data set that has splits.
-
-    That is `split`, or else `test`, or else the only one. Raises `UpcycleError` if it is not there.
-    """
-    source, there = Source(path=str(path)), saved_splits(Path(path))
-    if _hub_name(source) is not None:
-        return replace(source, split=split or "test")
-    if there is None:
-        if split is not None:
-            raise UpcycleError(f"{path} has no splits to choose {split} from; give one that has, or no split")
-        return source
-    chosen = split or ("test" if len(there) != 1 else there[0])
-    _refuse_other_split(str(path), chosen, there)
-    return replace(source, path=str(Path(path) / chosen), split=chosen)
+        yield from _READERS[str(kind(path))](path, source)
 
 
 def saved_splits(path: Path) -> list[str] | None:
@@ -102,7 +82,8 @@ def saved_splits(path: Path) -> list[str] | None:
         raise UpcycleError(f"{about} is damaged; save the data set anew") from None
 
 
-def _refuse_other_split(path: str, split: str, there: Collection[str]) -> None:
+def refuse_other_split(path: str, split: str, there: Collection[str]) -> None:
+    """Raise `UpcycleError` if a data set has no such split."""
     if split not in there:
         raise UpcycleError(
             f"{path} has no split {split!r}; it has {listed(sorted(there))}: name one of them, or give its "
@@ -110,78 +91,13 @@ def _refuse_other_split(path: str, split: str, there: Collection[str]) -> None:
         )
 
 
-def unread(source: Source) -> str | None:
-    """Return a sentence about a key of a source that is set and does nothing there; None if all are read."""
-    path = source.path
-    kinds = set() if is_dataset(source) else {_kind(each) for each in files(source)}
-    if (why := mixed(source)) is not None:
-        return why
-    if source.split != Source.split and not (_hub_name(source) or saved_splits(Path(path))):
-        return f"data.sources split = {source.split}, and {path} is no dataset with splits; take split out"
-    if source.separator is not None and kinds.isdisjoint(_PLAIN):
-        return (
-            f"data.sources separator = {shown(source.separator)} is for text files, and {path} has none, so "
-            f"each row is a document; take separator out"
-        )
-    if source.field != Source.field and kinds and kinds <= _PLAIN:
-        return (
-            f"data.sources field = {source.field} is for JSON lines, parquet and datasets, and {path} is "
-            f"text alone; take field out"
-        )
-    return None
-
-
-def mixed(source: Source) -> str | None:
-    """Return a sentence about a folder with files of training and of other splits; None if it is none."""
-    folder = Path(source.path)
-    if is_dataset(source) or not folder.is_dir():
-        return None
-    splits = {name for each in files(source) if (name := _split_of(each.relative_to(folder)))}
-    if len(splits) < 2 or not any("train" in _words(name) for name in splits):
-        return None
-    return (
-        f"{folder} has files of the splits {listed(sorted(splits))}, and a folder is read whole, whatever "
-        f"split says; give a file of one of them, or a folder that holds only that"
-    )
-
-
-def _split_of(path: Path) -> str | None:
-    """Return the split that a file is of, if its name or that of a folder says so.
-
-    Hugging Face datasets are cloned as `train.jsonl`, `train-00000-of-00001.parquet` or `train/ANY.parquet`.
-    """
-    shard = _SHARD.fullmatch(path.name)
-    name = shard["split"] if shard else path.name.removesuffix(str(_kind(path)))
-    if name.lower() in _SPLITS or (shard and _words(name) & _SPLITS):
-        return name
-    return next((folder for folder in reversed(path.parts[:-1]) if folder.lower() in _SPLITS), None)
-
-
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z]+", name.lower()))
-
-
-def overlap(one: Source, other: Source) -> bool:
-    """Return whether two sources have data in common: the same file, folder or split, or one in the other."""
-    names = [each.path for each in (one, other) if _hub_name(each) is not None]
-    if names:
-        return one.path == other.path and one.split == other.split
-    here, there = _place(one), _place(other)
-    return here == there or here in there.parents or there in here.parents
-
-
-def _place(source: Source) -> Path:
-    """Return the file or the folder that is read."""
-    path = Path(source.path)
-    return (path / source.split if saved_splits(path) else path).resolve()
-
-
 def is_dataset(source: Source) -> bool:
     """Return whether a source is a Hugging Face dataset, on the hub or saved in a folder."""
-    return _hub_name(source) is not None or _saved_dataset(Path(source.path))
+    return hub_name(source) is not None or _saved_dataset(Path(source.path))
 
 
-def _hub_name(source: Source) -> str | None:
+def hub_name(source: Source) -> str | None:
+    """Return the name of a data set on the hub; None for a source on this machine."""
     return source.path.removeprefix("hf:") if source.path.startswith("hf:") else None
 
 
@@ -189,7 +105,8 @@ def _saved_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _kind(path: Path) -> str | None:
+def kind(path: Path) -> str | None:
+    """Return the ending that says how a file is read; None for a file of no known kind."""
     return next((ending for ending in _READERS if path.name.endswith(ending)), None)
 
 
@@ -306,7 +223,7 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, An
 
 def dataset_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place of each row of a Hugging Face dataset, for messages, and the row."""
-    name = _hub_name(source)
+    name = hub_name(source)
     try:
         import datasets
     except ModuleNotFoundError:
@@ -317,7 +234,7 @@ def dataset_rows(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             rows = datasets.load_from_disk(source.path)
             if isinstance(rows, datasets.DatasetDict):
-                _refuse_other_split(source.path, source.split, rows)
+                refuse_other_split(source.path, source.split, rows)
                 rows = rows[source.split]
     except UpcycleError:
         raise

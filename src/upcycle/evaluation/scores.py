@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from upcycle import tasks
 from upcycle.checkpoints import hub
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
-from upcycle.data import corpus, documents
+from upcycle.data import corpus, splits
 from upcycle.dense.admission import admit, drops_head, that_find
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
@@ -172,8 +172,8 @@ def _refuse_other_data(task: Task, architecture: str, asked: ToScore) -> None:
 def _refuse_missing(asked: ToScore) -> None:
     """Raise an error if a split, files of a task or lm-evaluation-harness are missing, before scoring."""
     for path in filter(None, (*asked.texts, asked.chats)):
-        documents.to_score(path)
-    if asked.chats and (why := documents.mixed(documents.to_score(asked.chats))) is not None:
+        splits.to_score(path)
+    if asked.chats and (why := splits.mixed(splits.to_score(asked.chats))) is not None:
         raise UpcycleError(why)
     if asked.by_harness:
         harness()
@@ -208,7 +208,7 @@ def _on_texts(judge: Judge) -> list[Result]:
 
 def _part(path: Path) -> Path:
     """Return the folder of the split to score on if `path` is a data set that has splits, or `path`."""
-    return Path(documents.to_score(path).path)
+    return Path(splits.to_score(path).path)
 
 
 def harness() -> ModuleType:

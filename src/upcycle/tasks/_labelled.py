@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from upcycle.data.corpus import Data
-from upcycle.data.documents import Source, overlap
+from upcycle.data.documents import Source
 from upcycle.data.examples import Examples, Labelled
 from upcycle.data.feeding import Feed, Feeding
+from upcycle.data.splits import overlap
 from upcycle.errors import UpcycleError, listed
 from upcycle.tasks import Task
 

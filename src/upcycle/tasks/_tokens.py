@@ -10,8 +10,8 @@ import numpy as np
 from upcycle.data import corpus
 from upcycle.data.batches import Batches, Places
 from upcycle.data.corpus import Data
-from upcycle.data.documents import unread
 from upcycle.data.feeding import Feeding
+from upcycle.data.splits import unread
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
 

@@ -11,8 +11,9 @@ from upcycle.data import chats
 from upcycle.data.chat_rows import ChatRows
 from upcycle.data.corpus import Data
 from upcycle.data.corruption import IGNORED
-from upcycle.data.documents import Source, mixed, saved_splits, to_score
+from upcycle.data.documents import Source, saved_splits
 from upcycle.data.feeding import Feed, Feeding
+from upcycle.data.splits import mixed, to_score
 from upcycle.errors import UpcycleError
 from upcycle.families import CAUSAL_HEADS
 from upcycle.system import progress
