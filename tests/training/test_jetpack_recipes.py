@@ -69,9 +69,9 @@ def test_a_dry_run(name, made, tmp_path):
     table = settings(made, name)
     classes = table["task"]["classes"]
     table["task"]["classes"] = min(classes, 12)
-    folder = images(tmp_path / "images", min(classes, 12))
+    folder, test = (images(tmp_path / name, min(classes, 12)) for name in ("images", "test"))
     table |= {"out": str(tmp_path / "run"), "data": {"sources": [{"path": str(folder)}]}}
-    table["task"]["test"] = str(folder)
+    table["task"]["test"] = str(test)
     del table["train"]["examples"]
     table["train"] |= {"steps": 2, "batch_size": 3, "eval_examples": 2, "precision": "float32"}
     table["schedule"]["warmup"] = 1
