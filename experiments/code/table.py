@@ -71,7 +71,7 @@ VARIANTS = CORE | FACTORS
 
 # Each has a figure of its own, from every start that a factor of it has run from.
 QUESTIONS = {
-    "dip": [
+    "dip at the start": [
         "dense",
         "virtual_group",
         "virtual_group_small_router",
