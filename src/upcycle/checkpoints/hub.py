@@ -99,7 +99,7 @@ def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, revision = _parts(source)
-    wanted = ["config.json", "*.safetensors", INDEX, *carried.CARRIED]
+    wanted = [CONFIG, "*.safetensors", INDEX, *carried.CARRIED]
     with _hub_errors(source):
         folder = snapshot_download(
             repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]
@@ -178,8 +178,8 @@ def _holds_weights(folder: Path, files: Files | None) -> bool:
         return (folder / files.weights).is_file()
     if not (folder / INDEX).is_file():
         return (folder / WEIGHTS).is_file()
-    files = read_json(folder / INDEX, f"{folder / INDEX} is gone").get("weight_map")
-    return isinstance(files, dict) and all((folder / str(name)).is_file() for name in files.values())
+    shards = read_json(folder / INDEX, f"{folder / INDEX} is gone").get("weight_map")
+    return isinstance(shards, dict) and all((folder / str(name)).is_file() for name in shards.values())
 
 
 def outline(
@@ -188,7 +188,7 @@ def outline(
     """Read what `peek` reads of `source`; from the hub, the tokenizer and its like are fetched as well."""
     opened = peek(source, allow_nonfinite=allow_nonfinite, label=label, files=files)
     if is_id(source) and files is None:
-        opened.folder = _download_only(str(source), ("config.json", *carried.CARRIED))
+        opened.folder = _download_only(str(source), (CONFIG, *carried.CARRIED))
     return opened
 
 

@@ -131,9 +131,8 @@ def _message(given: Any, where: str) -> tuple[Message, bool]:
     content = _text(message.get("content"), where)
     if not content.strip() and not (role == ASSISTANT and message.get("tool_calls")):
         raise UpcycleError(f"{where} has a message of the role {role!r} without content; take the chat out")
-    return {name: value for name, value in message.items() if name not in _MARKS} | {
-        "content": content
-    }, learnt
+    unmarked = {name: value for name, value in message.items() if name not in _MARKS}
+    return unmarked | {"content": content}, learnt
 
 
 def _is_learnt(message: Message, where: str) -> bool:

@@ -113,9 +113,11 @@ def _of(folder: Path, drop: tuple[str, ...]) -> tuple[str, ...]:
 
 def _model(folder: Path, drop: tuple[str, ...]) -> PreTrainedModel:
     """Open a model without the tensors of `drop`, which only a dense one can lack."""
-    if not (mine := _of(folder, drop)):
+    if not drop:
         return models.open(folder)
     with Checkpoint.open(folder, allow_nonfinite=True) as opened:
+        if not (mine := that_find(opened, drop)):
+            return models.open(folder)
         dense = admit(opened, drop=mine)
     model = models.open(folder, left_out=dense.left_out)
     if drops_head(dense):

@@ -52,9 +52,8 @@ class Head:
             first = weight.device_mesh.get_local_rank() * -(-len(weight) // weight.device_mesh.size())
             weight = weight.to_local()
             bias = bias.to_local() if isinstance(bias, DTensor) else bias
-        config: Any = (
-            model.config
-        )  # not the text model's: a wrapper has a head of its own, a linear map alone
+        # Not the text model's config: the head of a wrapper is its own, and a linear map alone.
+        config: Any = model.config
         return cls(
             weight=weight,
             bias=bias,

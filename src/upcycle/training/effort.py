@@ -58,7 +58,8 @@ def passes(anatomy: Anatomy, chosen: Members, lengths: Mapping[str, int], start:
     matrices = min(1.0, 2 * whole / forward)  # the rest is attention scores
     first = min(depths[name] for name in chosen)
     first += sum(depths[name] == first for name in chosen) == 1 and first > 0
-    ends = {name for name, p in anatomy.read() if id(p) in _head(anatomy)}
+    head = _head(anatomy)
+    ends = {name for name, p in anatomy.read() if id(p) in head}
     used = {name: max(depths.values()) if name in ends else depth for name, depth in depths.items()}
     behind = sum(size for name, size in met.items() if used[name] >= first) / whole
     weights = sum(size for name, size in met.items() if name in chosen) / whole

@@ -13,25 +13,32 @@ from upcycle.training.exports._beside import Laid
 
 def provenance_of(trained: Trained, folder: Path, laid: Laid) -> Provenance:
     """Return the provenance for upcycle.json in `folder`: that of the conversion, plus the training."""
-    begun, hashes, training = trained.start, trained.hashes, (training_of(trained),)
-    if begun.built:
-        return provenance.of_blueprint(
-            begun.built,
-            hashes,
-            folder,
-            carried=laid.carried,
-            left_behind=laid.left,
-            made_anew=laid.made_anew,
-            training=training,
-        )
-    return provenance.of_dense(
-        begun.dense.checkpoint,
-        hashes,
+    if trained.start.built is None:
+        return dense_provenance_of(trained, folder, laid)
+    return provenance.of_blueprint(
+        trained.start.built,
+        trained.hashes,
         folder,
         carried=laid.carried,
         left_behind=laid.left,
         made_anew=laid.made_anew,
-        training=training,
+        training=(training_of(trained),),
+    )
+
+
+def dense_provenance_of(
+    trained: Trained, folder: Path, laid: Laid, *, target: str | None = None
+) -> Provenance:
+    """Return the provenance of a dense model in `folder`; `target` is its type, None: that of the source."""
+    return provenance.of_dense(
+        trained.start.dense.checkpoint,
+        trained.hashes,
+        folder,
+        carried=laid.carried,
+        left_behind=laid.left,
+        made_anew=laid.made_anew,
+        training=(training_of(trained),),
+        target=target,
     )
 
 

@@ -10,11 +10,10 @@ from typing import Any
 from safetensors.torch import save_file
 
 from upcycle.blueprints.blueprint import with_cache
-from upcycle.conversion import provenance
 from upcycle.errors import UpcycleError
 from upcycle.system import whole_file
 from upcycle.training.exports import Format, Trained
-from upcycle.training.exports._about import training_of
+from upcycle.training.exports._about import dense_provenance_of
 from upcycle.training.exports._beside import lay
 from upcycle.training.exports._on_disk import on_disk
 from upcycle.training.exports.huggingface import open_to_others
@@ -34,21 +33,11 @@ class Expert(Format):
         stored = on_disk(trained.model, begun, trained.types)
         made = {dense: stored[name] for dense, name in names.items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
-        source = begun.dense.checkpoint
         config = with_cache(_config(begun) | {"dtype": dtype, "torch_dtype": dtype})
         whole_file.write_json(folder / "config.json", config)
         open_to_others(folder)
         laid = lay(trained, folder, config)
-        told = provenance.of_dense(
-            source,
-            trained.hashes,
-            folder,
-            carried=laid.carried,
-            left_behind=laid.left,
-            made_anew=laid.made_anew,
-            training=(training_of(trained),),
-            target=str(config["model_type"]),
-        )
+        told = dense_provenance_of(trained, folder, laid, target=str(config["model_type"]))
         whole_file.write_json(folder / told.FILE, told.as_table())
 
 
