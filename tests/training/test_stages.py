@@ -313,7 +313,7 @@ def rows_of(run: Run, counts: tuple[int, ...]) -> list[list[bytes]]:
 
 @pytest.fixture(scope="module")
 def two_sources(trainable, tmp_path_factory) -> list[dict]:
-    """Two sources of 41 and 61 rows or so, of different texts."""
+    """Two sources of 41 and 61 rows or so, of different texts; with a tokenizer of bytes, of more."""
     folder, text = tmp_path_factory.mktemp("two"), trainable[1].read_text()
     parts = {"a.txt": text[:8_000], "b.txt": text[-12_000:]}
     for name, part in parts.items():
@@ -349,7 +349,7 @@ def test_a_stage_goes_on_to_the_next_epoch(trainable, two_sources, tmp_path):
     (first, _), length = two_sources, 20
     only = {"sources": [{**first, "weight": 2.0}]}
     run = mixed(trainable, [first], tmp_path, {"train": {"steps": 1}}, {"train": {"steps": 1}, "data": only})
-    rows = [row for stage in rows_of(Run.of(run), (length, 200)) for row in stage]
+    rows = [row for stage in rows_of(Run.of(run), (length, 1_000)) for row in stage]
     whole = len({*rows})
     epochs = [rows[i : i + whole] for i in range(0, len(rows) - whole, whole)]
     assert len(epochs) > 1

@@ -116,13 +116,18 @@ def test_evaluation(trainable, beside, tmp_path):
 
 def test_the_head_that_is_dropped_is_not_scored(trainable, tmp_path):
     """transformers reads a stored head although the config ties it; the embedding takes its place."""
-    folder = Path(shutil.copytree(trainable[0], tmp_path / "two"))
+    tied = Path(shutil.copytree(trainable[0], tmp_path / "tied"))
+    config = json.loads((tied / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tied / "config.json").write_text(json.dumps(config))
+    stored = load_file(tied / "model.safetensors")
+    stored.pop("lm_head.weight", None)
+    save_file(stored, tied / "model.safetensors", {"format": "pt"})
+    folder = Path(shutil.copytree(tied, tmp_path / "two"))
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
-    stored = load_file(folder / "model.safetensors")
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 1
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     asked = {"text": trainable[1], "limit": 2, "length": 64}
-    due, read = upcycle.evaluate([trainable[0], folder], **asked).scored
+    due, read = upcycle.evaluate([tied, folder], **asked).scored
     (found,) = upcycle.evaluate(folder, drop=["lm_head.weight"], **asked).scored
     assert read.as_json()["loss"] != due.as_json()["loss"]
     assert found.as_json()["loss"] == due.as_json()["loss"]
