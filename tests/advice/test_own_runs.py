@@ -26,10 +26,11 @@ HALVES = {
 
 
 def test_the_table_is_what_was_recorded():
-    for experiment in {measured.of.name: measured.of for measured in own_runs.MEASURED}.values():
-        with scripts.loaded(experiment.name) as script:
-            outcome = importlib.import_module("outcome").Outcome.of(script.EXPERIMENT)
-            assert script.EXPERIMENT.extra == own_runs.EXTRA
+    experiments = {(measured.of.name, measured.of.script): measured.of for measured in own_runs.MEASURED}
+    for (folder, script), experiment in experiments.items():
+        with scripts.loaded(f"{folder}/{script}") as loaded:
+            outcome = importlib.import_module("outcome").Outcome.of(loaded.EXPERIMENT)
+            assert loaded.EXPERIMENT.extra == experiment.extra
             for measured in (each for each in own_runs.MEASURED if each.of == experiment):
                 key = (int(measured.start), measured.variant)
                 assert len(outcome[key]) == 3
@@ -37,6 +38,15 @@ def test_the_table_is_what_was_recorded():
                 assert (round(gap, 4), round(error, 4)) == (measured.less_dense, measured.error)
                 ahead = outcome.crossing(*key)
                 assert (None if ahead is None else round(ahead, 2)) == measured.ahead
+
+
+def test_what_is_said_of_the_larger_vit_is_what_was_recorded():
+    (measured,) = (each for each in own_runs.MEASURED if each.of == own_runs.JETPACK)
+    with scripts.loaded("vision/jetpack") as loaded:
+        outcome = importlib.import_module("outcome").Outcome.of(loaded.EXPERIMENT)
+        gap, _ = outcome.gap(42, "large")
+        assert f"another {measured.less_dense - gap:.3f} nats ahead" in measured.besides
+        assert {1: "(one seed)", 2: "(two seeds)"}[len(outcome[42, "large"])] in measured.besides
 
 
 def test_they_speak_of_models_like_theirs_alone(tmp_path):
@@ -91,6 +101,38 @@ def test_a_t5_like_ours(tmp_path, factor, choice):
     (own,) = [s for s in found.statements if s.source == own_runs.ENCODER.source and s.inside]
     assert f"C = {factor}" in own.said
     assert found.verdict.choice == choice
+
+
+def test_recycling_like_ours_is_compared_with_the_smaller_model(tmp_path):
+    config = {
+        "model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 96,
+        "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 384, "image_size": 32,
+        "patch_size": 8, "num_channels": 3, "hidden_act": "gelu",
+    }  # fmt: skip
+    source = tiny.make_headers(tmp_path / "vit", config)
+    statistics = tiny.make_statistics(tmp_path / "of-the-larger-one.safetensors", source)
+    table = {
+        "successor": {"hidden_size": 48},
+        "moe": {"target": "upcycled", "layers": "last_half", "num_experts": 8, "universal_experts": 16},
+        "init": {"name": "importance", "statistics": str(statistics)},
+        "router": {"name": "spherical"},
+    }
+    seen = 42 * 50_000 * 17
+    asked = Budget(tokens=round(0.35 * seen), dense_tokens=seen)
+
+    def own(table):
+        found = advise(source, Recipe.of(table), asked)
+        return found, [
+            s for s in found.statements if s.source == own_runs.JETPACK.source and "469 k" in s.said
+        ]
+
+    found, (said,) = own(table)
+    assert said.inside
+    assert found.verdict.choice == "upcycling"
+    assert f"at equal cost against {own_runs.JETPACK.against}" in found.verdict.sentence
+    _, (said,) = own(table | {"moe": table["moe"] | {"universal_experts": 8}})
+    assert not said.inside
+    assert "with 16 universal experts" in said.why
 
 
 def test_a_real_model_is_out_of_their_range(tmp_path):

@@ -20,7 +20,8 @@ class Comparison:
     """Upcycling and dense continuation on one budget, in `tokens` or as a `share` of the dense cost.
 
     `better` is None if they are level. `trained` is what the dense models had seen, in tokens per parameter,
-    fewest and most; None: not asked.
+    fewest and most; None: not asked. `against` is the dense model that was trained on, if it was not the
+    source.
     """
 
     paper: str
@@ -33,6 +34,7 @@ class Comparison:
     tokens: float | None = None
     share: tuple[float, float] | None = None
     trained: tuple[float, float] | None = None
+    against: str | None = None
 
 
 def inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, str]:

@@ -14,7 +14,8 @@ class Experts:
 
     A field that is None was free or is not known. If it is not known, `complete` is False. `routers` has one
     name for each stack. `layers` is the share of all layers that have experts. `top_k` is that of token
-    choice. For expert choice it is the capacity factor, the number of experts of a token on average.
+    choice. For expert choice it is the capacity factor, the number of experts of a token on average. No
+    result has shared experts.
     """
 
     count: int | None = None
@@ -22,6 +23,7 @@ class Experts:
     granularity: int | None = None
     layers: float | None = None
     routers: tuple[str, ...] | None = None
+    universal: int = 0  # universal experts of MoE Jetpack
     complete: bool = True
 
     def unlike(self, situation: Situation) -> list[str]:
@@ -39,8 +41,9 @@ class Experts:
         if self.granularity is not None and cut != {self.granularity}:
             what = "whole experts" if self.granularity == 1 else f"granularity {self.granularity}"
             found.append(f"found with {what}, not with 1/{_listed(cut)} of the dense width")
-        if any(site.universal_experts for site in built.sites) or built.shared_width:
-            found.append("found without shared or universal experts")
+        if {site.universal_experts for site in built.sites} != {self.universal} or built.shared_width:
+            universal = f"with {self.universal}" if self.universal else "without"
+            found.append(f"found {universal} universal experts, and without shared ones")
         share = situation.plan.num_moe_layers / situation.plan.num_layers
         if self.layers is not None and abs(share - self.layers) > 0.05:
             found.append(f"found with experts in {self.layers:.0%} of the layers, not in {share:.0%}")

@@ -71,6 +71,7 @@ def _by_results(situation: Situation) -> Verdict:
     if runs and scratch != "disagree":
         first, better = runs[0], runs[0].better
         same = "at equal tokens, not equal FLOPs" if first.tokens else "at equal cost"
+        same += f" against {first.against}" if first.against else ""
         rest = f"not from scratch, as {why}" if scratch == "below" else f"against from scratch, {why}"
         said = f"upcycling, {initialisation(situation)}," if better == "upcycling" else better
         return Verdict(
