@@ -197,7 +197,7 @@ def _comparison(measured: Measured) -> Comparison:
         better=measured.better,
         against=of.against,
         found=f"{of.model} after {measured.start:g} {of.unit}, {variant.said}: "
-        f"{measured.less_dense:+.3f} ± {measured.error:.3f} nats against {against} "
+        f"{measured.less_dense:+.4f} ± {measured.error:.4f} nats against {against} "
         f"after {of.extra:.0%} more FLOPs, {measured.said}{measured.besides}",
     )
 
