@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import upcycle
 from chats import ALPHABET, CHATML, FORGETFUL, MARKED, byte_tokenizer, turns, write
@@ -405,6 +405,49 @@ def test_the_tokenizer_of_the_data_goes_with_the_model(named, target, expert, de
     told = json.loads((out / "upcycle.json").read_text())
     assert "data.tokenizer" in told["made_anew_files"]["tokenizer.json"]
     assert "tokenizer.json" not in told["carried_files"]
+    stops = GenerationConfig.from_pretrained(out)
+    assert (stops.eos_token_id, stops.pad_token_id) == (found.eos_token_id, found.pad_token_id)
+
+
+def held(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "generation_config.json").read_text())
+
+
+def test_the_model_stops_where_its_answers_end(dense, tmp_path):
+    """The source's end is that of a document, which no answer has."""
+    source, own = tmp_path / "source", {"eos_token_id": 0, "do_sample": True, "temperature": 0.6}
+    shutil.copytree(dense, source)
+    (source / "generation_config.json").write_text(json.dumps(own))
+    train(table(source, tmp_path / "run", train={"steps": 30}))
+    out = export(tmp_path / "run", tmp_path / "out").out
+    assert held(out) == own | {"eos_token_id": [2, 0]}
+    assert "generation_config.json" in json.loads((out / "upcycle.json").read_text())["made_anew_files"]
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    asked = tokenizer.apply_chat_template(turns("abcdef"), add_generation_prompt=True, return_tensors="pt")
+    said = model.generate(**asked, max_new_tokens=40, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(said) == "yes, yes<|im_end|>"
+    (source / "generation_config.json").write_text("{damaged")
+    assert (
+        export(tmp_path / "run", tmp_path / "as it was").out / "generation_config.json"
+    ).read_text() == "{damaged"
+    (source / "generation_config.json").write_text(json.dumps(own))
+    (source / "text.txt").write_text("yes, yes " * 200)
+    texts = {"sources": [{"path": str(source / "text.txt")}]}
+    train(table(source, tmp_path / "texts", data=texts, train={"steps": 1}) | {"task": {"name": "causal_lm"}})
+    assert held(export(tmp_path / "texts", tmp_path / "plain").out) == own
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (CHATML.replace("<|im_end|>", "<|end|>"), "<|end|>"),
+        (CHATML.replace("<|im_end|>", ""), None), ("{{ raise_exception('no') }}", None),
+        ("{% for m in messages %}{{ m.content }}{{ '' if loop.last else eos_token }}{% endfor %}", None),
+    ],
+)  # fmt: skip
+def test_the_end_of_an_answer_is_the_special_token_after_it(template, end, tmp_path):
+    tokenizer = byte_tokenizer(tmp_path, template)
+    assert tasks.find("sft")().end(tokenizer) == (None if end is None else ALPHABET.index(end))
 
 
 def test_other_mistakes(dense, tmp_path):

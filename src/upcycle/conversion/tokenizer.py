@@ -57,7 +57,7 @@ def _import(source: Path) -> None:
     with suppress(Exception):  # `fit` imports again, and says what is wrong
         from transformers import AutoTokenizer
 
-        _opened(AutoTokenizer, source)  # which imports as much again
+        opened(AutoTokenizer, source)  # which imports as much again
 
 
 def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -77,7 +77,7 @@ def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]
             f"tokenizer as the source does; upcycle verify says it"
         )
         return {}
-    theirs = _opened(AutoTokenizer, source)
+    theirs = opened(AutoTokenizer, source)
     if theirs is None:
         return {}
     with scratch.folder() as trial:
@@ -91,7 +91,7 @@ def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]
                     change(theirs, trial)
             except Exception:  # a damaged file of settings, or a tokenizer that cannot be saved
                 continue
-            if _agree(theirs, _opened(AutoTokenizer, trial)):
+            if _agree(theirs, opened(AutoTokenizer, trial)):
                 return _taken_over(trial, folder, type(theirs).__name__, str(config["model_type"]))
     progress.warn(
         f"{config['model_type']} opens the tokenizer of {source} as another one, and no file that was tried "
@@ -132,7 +132,7 @@ def _save_whole(theirs: Any, trial: Path) -> None:
     _settings(trial, {"tokenizer_class": _PLAIN_CLASS, "padding_side": theirs.padding_side})
 
 
-def _opened(auto: Any, folder: Path) -> Any:
+def opened(auto: Any, folder: Path) -> Any:
     """Return the tokenizer of a folder, or None if it cannot be opened."""
     import logging
 

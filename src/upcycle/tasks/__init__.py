@@ -114,6 +114,10 @@ class Task(Named, abc.ABC):
         """Return the texts of files beside an exported model that are this task's, by their names."""
         return {}
 
+    def end(self, tokenizer: Any) -> int | None:
+        """Return the token that ends what the model learns to write; None: the tokenizer's end of a text."""
+        return None
+
     @abc.abstractmethod
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         """Return the model's inputs and labels for a batch."""

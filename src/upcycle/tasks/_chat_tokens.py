@@ -77,6 +77,26 @@ def tokens_of(chats: Iterator[Chat], tokenizer: Any) -> list[ChatTokens]:
     return found
 
 
+def end_of_answer(tokenizer: Any) -> int | None:
+    """Return the special token that the chat template writes after an answer; None if there is none."""
+    asked, answer = ({"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."})
+    try:
+        text, _ = _template(tokenizer, tools=False).render([asked, answer], ())
+    except Exception:  # a template can refuse these two messages for any reason
+        return None
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    answered = text.rfind(answer["content"]) + len(answer["content"])
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next(
+        (
+            id
+            for id, (first, _) in zip(made["input_ids"], made["offset_mapping"], strict=True)
+            if first >= answered and id in special
+        ),
+        None,
+    )
+
+
 def _template(tokenizer: Any, *, tools: bool) -> Template:
     from upcycle.hf.chat_templates import Template
 

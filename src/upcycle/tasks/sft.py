@@ -18,7 +18,7 @@ from upcycle.errors import UpcycleError
 from upcycle.families import CAUSAL_HEADS
 from upcycle.system import progress
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
-from upcycle.tasks._chat_tokens import read_template, tokens_of, with_template
+from upcycle.tasks._chat_tokens import end_of_answer, read_template, tokens_of, with_template
 from upcycle.tasks._labelled import objection_to, only_source, refuse_unknown_ids, split
 from upcycle.tasks._tokens import beyond_positions, objection_to_sources, tokenizer_of
 
@@ -104,6 +104,9 @@ class SFT(Task):
     def files(self) -> Mapping[str, str]:
         path = self.chat_template
         return {} if path is None else {"chat_template.jinja": read_template(path)}
+
+    def end(self, tokenizer: Any) -> int | None:
+        return end_of_answer(tokenizer)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"], "use_cache": False}

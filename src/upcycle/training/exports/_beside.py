@@ -13,7 +13,7 @@ from upcycle.checkpoints.carried import TEMPLATES, of_tokenizer
 from upcycle.conversion import generation_settings, tokenizer
 from upcycle.conversion.write import carry, fit_tokenizer
 from upcycle.system import whole_file
-from upcycle.training.exports import Trained
+from upcycle.training.exports import Trained, _endings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ def lay(trained: Trained, folder: Path, config: Mapping[str, Any], built: Bluepr
     for name, text in beside.texts.items():
         whole_file.write_text(folder / name, text)
         made[name] = f"the run was trained with it (task.name = {trained.record.task})"
+    made |= _endings.write(trained, folder)
     return Laid(carried=[name for name in carried if name not in made], left=left, made_anew=made)
 
 
