@@ -277,6 +277,27 @@ def test_decoders_are_narrowed_with_whole_groups_of_heads(name, tmp_path):
     np.testing.assert_array_equal(q, whole[rows][:, ::2])
 
 
+@pytest.mark.parametrize(
+    ("name", "moe"),
+    [("qwen2", {}), ("llama", {"target": "upcycled", "shared_experts": 1}), ("ernie4_5", {"shared_experts": 1})],
+)
+def test_a_shared_expert_has_the_channels_of_the_successor(name, moe, dense, tmp_path):
+    """It is the narrowed network itself, which the same successor without experts has."""
+    source = dense(name)
+    table = {"init": {"name": "uniform"}, "successor": {"hidden_size": 16}}
+    recipe = Recipe.of(table, moe={"num_experts": 4, **moe})
+    convert(source, tmp_path / "moe", recipe)
+    assert verify(source, tmp_path / "moe").holds
+    assert upcycle.open(tmp_path / "moe")(torch.arange(12)[None]).logits.isfinite().all()
+    found = made(blueprint(source, recipe))
+    shared = next(n for n in found if "shared" in n and "up_proj" in n)
+    network = made(blueprint(source, Recipe.of(table, moe={"target": "dense"})))
+    up = network["model.layers.0.mlp.up_proj.weight"]
+    rows = np.squeeze(found[shared])
+    both = np.concatenate([network["model.layers.0.mlp.gate_proj.weight"], up])
+    np.testing.assert_array_equal(rows, both if "gate_up" in shared else up[: len(rows)])
+
+
 # --- drawing
 
 

@@ -191,7 +191,9 @@ def tensors(
         beside = names.router.removesuffix("weight")
         out |= {f"{beside}{name}": tensor for name, tensor in started.items()}
     if shared and site.shared_width:
-        network = part or combined(networks, recipe).neurons(0, site.shared_width)
+        # A successor's experts are made from the predecessor; its shared expert is its own, narrower network.
+        whole = [model.feed_forward(site.layer, site.stack) for model in models]
+        network = part or combined(whole, recipe).neurons(0, site.shared_width)
         if not asked:
             idle = Fill((hidden, site.shared_width), dtype, 0.0)
             network = replace(network, down=idle)
