@@ -298,6 +298,40 @@ def test_a_shared_expert_has_the_channels_of_the_successor(name, moe, dense, tmp
     np.testing.assert_array_equal(rows, both if "gate_up" in shared else up[: len(rows)])
 
 
+@pytest.mark.parametrize(
+    ("moe", "successor"),
+    [
+        ({}, {"rest": "other"}),  # what is no expert is another model's
+        ({"layers": "every_other"}, {"intermediate_size": 24}),  # networks that stay dense are narrower
+    ],
+)
+def test_a_successor_does_not_keep_the_function(moe, successor, dense, tmp_path):
+    """Also where every expert is the source's whole network."""
+    source, other = dense("llama"), tiny.make_dense(tmp_path / "other", "llama", seed=1)
+    successor = {key: str(other) if key == "rest" else value for key, value in successor.items()}
+    recipe = Recipe.of(
+        moe={"num_experts": 4, "target": "upcycled", "expert_width": 48, **moe},
+        init={"name": "random"}, successor=successor,
+    )  # fmt: skip
+    built = convert(source, tmp_path / "moe", recipe)
+    models = [upcycle.open(folder).eval() for folder in (source, tmp_path / "moe")]
+    a, b = (model(torch.arange(12)[None]).logits for model in models)
+    assert (a - b).abs().max() > 0.1 * a.abs().max()
+    assert not built.preserves_function
+
+
+def test_a_shared_expert_of_the_rest_is_not_left_out(dense, tmp_path):
+    source, other = dense("llama"), tiny.make_dense(tmp_path / "other", "llama", seed=1)
+    moe = {"num_experts": 4, "target": "upcycled", "shared_experts": 1}
+    recipe = Recipe.of(moe=moe, init={"name": "random"}, successor={"rest": str(other)})
+    built = blueprint(source, recipe)
+    up = stored(other)["model.layers.0.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(made(built)["model.layers.0.mlp.shared.one.gate_up_proj"][0, 48:], up)
+    assert not built.left_out.keys() & {f"rest: model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "up")}
+    alone = Recipe.of({**recipe.as_table(), "moe": {**moe, "shared_experts": 0}})
+    assert "rest: model.layers.0.mlp.up_proj.weight" in blueprint(source, alone).left_out
+
+
 # --- drawing
 
 

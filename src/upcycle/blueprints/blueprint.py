@@ -108,11 +108,20 @@ class Blueprint:
             unused = [name for name in self.source.tensors if not self.predicts_further(name)]
             none = dict.fromkeys(unused, "the recipe takes no weights of the source")
             return none | {name: why for name, why in self._spared.items() if name not in none}
-        aside = self.dense.left_aside({(site.stack, site.layer) for site in self.sites})
         tower = self.tower.dense if self.tower else None
         theirs = {n: why for n, why in tower.left_out.items() if tower.place.own(n)} if tower else {}
         own = {n: why for n, why in self.dense.left_out.items() if not self.predicts_further(n)}
-        return own | aside | self._spared | theirs
+        return own | self._left_aside | self._spared | theirs
+
+    @property
+    def _left_aside(self) -> dict[str, str]:
+        """The stored tensors that another checkpoint has too, unless something is made of them."""
+        listed = self.dense.left_aside({(site.stack, site.layer) for site in self.sites})
+        if not listed:
+            return listed
+        used = {info for entry in self.entries.values() for info in entry.lazy.sources()}
+        others = {f"{c.label}: {t.name}" for c in self.dense.others for t in c.tensors.values() if t in used}
+        return {name: why for name, why in listed.items() if name not in others}
 
     def predicts_further(self, name: str) -> bool:
         """Return whether a tensor is of a block that predicts further tokens and is in the result."""
@@ -168,6 +177,7 @@ class Blueprint:
         """True if the MoE computes what the dense model computes, up to rounding."""
         return (
             bool(self.sites)
+            and self.dense.whole is self.dense  # a successor is another model outside its experts
             and self.recipe.moe.pooling == "class_token"
             and all(self._preserves(site) for site in self.sites)
             and (self._wide or self.target.keeps_narrow_bits(self.dense.family))
