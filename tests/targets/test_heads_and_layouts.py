@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from upcycle import Recipe, UpcycleError, convert, plan, verify
 from upcycle.inspection import inspect
@@ -110,3 +111,22 @@ def test_special_tokens_stay_what_they_are(dense, tmp_path):
         assert {key: made[key] for key in config} == config
         assert made["sep_token_id"] == whole.get("sep_token_id")
         assert verify(source, tmp_path / f"{name}-moe").holds
+
+
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_dense", "glm", "youtu"])
+def test_a_shared_network_is_as_wide_as_the_experts(model_type, dense, tmp_path):
+    """These classes read one width for both, so an idle shared network has that of the experts."""
+    recipe = Recipe.of(moe={"num_experts": 4, "expert_width": 24}, init={"name": "random"})
+    convert(dense(model_type), tmp_path / "moe", recipe)
+    assert verify(dense(model_type), tmp_path / "moe").holds
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert model(torch.arange(12)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_dense", "glm", "ernie4_5", "cohere2"])
+def test_a_shared_expert_that_the_class_would_build_narrower_is_refused(model_type, dense):
+    moe = {"num_experts": 4, "expert_width": 24, "shared_experts": 1}
+    with pytest.raises(UpcycleError, match="of 24 neurons, because its experts have 24, and this recipe .* 48"):
+        plan(dense(model_type), Recipe.of(moe=moe, init={"name": "random"}))
+    whole = plan(dense(model_type), Recipe.of(moe={**moe, "expert_width": 48}, init={"name": "random"}))
+    assert whole.shared_width == 48

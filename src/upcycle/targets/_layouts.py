@@ -250,8 +250,10 @@ class Shared:
     combine: Literal["gated", "sum", "average"]  # how its output is combined with the routed output
     config: Callable[[int, int], Config]  # (width, number of shared experts) -> its config fields
     gate: str | None = None  # the sigmoid gate [1, H], for `gated`
-    # its size if it is built even when the recipe asks for none
+    # its size if it is built even when the recipe asks for none; full: as wide as the experts
     mandatory: Literal["narrow", "full"] | None = None
+    # how many experts it is as wide as, given moe.shared_experts; None: config.json says its width
+    experts_wide: Callable[[int], int] | None = None
 
     def write(self, network: FeedForward) -> dict[str, Lazy]:
         """Return the shared expert by its names on disk."""

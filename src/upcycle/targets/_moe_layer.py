@@ -40,8 +40,8 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
         part = parts[stack.name]
         moe, router = part.moe, part.router
         router.start.check(moe.num_experts, moe.granularity)
-        shared = _shared_width(part, names, stack.width) if chosen[stack.name] else 0
         width = moe.expert_width or stack.width // moe.granularity
+        shared = _shared_width(part, names, stack.width, width) if chosen[stack.name] else 0
         for layer in chosen[stack.name]:
             origin = dense.origin(layer, stack.name)
             site = Site(
@@ -112,35 +112,35 @@ def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
     return [number for place, number in places.items() if place in layers]
 
 
-def _shared_width(recipe: Recipe, names: MoeNames, full: int) -> int:
-    """Return the neurons of the shared expert, or 0 if there is none; the dense network has `full`."""
+def _shared_width(recipe: Recipe, names: MoeNames, full: int, width: int) -> int:
+    """Return the neurons of the shared expert, or 0 if there is none.
+
+    The dense network has `full` neurons, and an expert has `width`.
+    """
     asked, shared, granularity = recipe.moe.shared_experts, names.shared, recipe.moe.granularity
     if shared is None:
         if asked:
             raise UpcycleError(f"{names.model_type} has no shared expert; set moe.shared_experts = 0")
         return 0
     if not asked:
-        if shared.mandatory == "narrow":
-            return min(NARROW, full)
-        return full // granularity if shared.mandatory == "full" else 0
-    if recipe.init.chooses_shared:
-        if shared.combine != "sum":
-            raise UpcycleError(
-                f"init {recipe.init.name} adds the shared expert as it is, and {names.model_type} weighs it; "
-                f"set moe.target = upcycled"
-            )
-        return asked * full // granularity
-    if asked != granularity:
+        return {"narrow": min(NARROW, full), "full": width, None: 0}[shared.mandatory]
+    if recipe.init.chooses_shared and shared.combine != "sum":
+        raise UpcycleError(
+            f"init {recipe.init.name} adds the shared expert as it is, and {names.model_type} weighs it; "
+            f"set moe.target = upcycled"
+        )
+    if not recipe.init.chooses_shared and asked != granularity:
         raise UpcycleError(
             f"moe.shared_experts = {asked} of 1/{granularity} of the dense width; the shared expert is the "
             f"dense network itself, so it must be 0 or moe.granularity ({granularity})"
         )
-    if shared.mandatory == "full" and granularity > 1:
+    wanted = asked * full // granularity
+    if shared.experts_wide is not None and (built := shared.experts_wide(asked) * width) != wanted:
         raise UpcycleError(
-            f"the shared network of {names.model_type} is as wide as one expert, 1/{granularity} of the "
-            f"dense network; set moe.shared_experts = 0"
+            f"{names.model_type} builds a shared expert of {built} neurons, because its experts have {width}, "
+            f"and this recipe makes one of {wanted}; set moe.shared_experts = 0"
         )
-    return full
+    return wanted
 
 
 def averaged(models: list[Dense], recipe: Recipe) -> dict[str, Lazy]:

@@ -10,6 +10,7 @@ SHARED = Shared(
     combine="sum",
     config=lambda *_: {"n_shared_experts": 1},
     mandatory="full",
+    experts_wide=lambda _: 1,
 )
 
 CONSTANTS = {

@@ -31,6 +31,7 @@ native = Native(
             "num_shared_experts": count,
             "shared_expert_combination_strategy": "average",
         },
+        experts_wide=lambda count: count,
     ),
     dense_layers=_dense_layers,
     constants={"expert_selection_fn": "softmax", "norm_topk_prob": True},

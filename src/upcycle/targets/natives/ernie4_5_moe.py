@@ -48,6 +48,7 @@ native = Native(
         path="mlp.shared_experts",
         combine="sum",
         config=lambda _, count: {"moe_num_shared_experts": count},
+        experts_wide=lambda count: count,
     ),
     dense_layers=_dense_layers,
     constants={"moe_norm_min": 1e-12},

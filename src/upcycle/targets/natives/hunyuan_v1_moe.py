@@ -32,7 +32,13 @@ native = Native(
     fields=("rms_norm_eps", "head_dim", "attention_bias", "eod_token_id", "sep_token_id"),
     top_k_field="moe_topk",
     renormalizes="always",
-    shared=Shared(path="mlp.shared_mlp", combine="sum", config=lambda *_: {}, mandatory="full"),
+    shared=Shared(
+        path="mlp.shared_mlp",
+        combine="sum",
+        config=lambda *_: {},
+        mandatory="full",
+        experts_wide=lambda _: 1,
+    ),
     constants={"use_qk_norm": True, "use_mixed_mlp_moe": True},
     finish=_per_layer,
     clients={
