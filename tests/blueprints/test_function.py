@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from marks import quick, sampled
-from upcycle import Recipe, UpcycleError, blueprint, cli, convert, init, plan
+from upcycle import Recipe, UpcycleError, blueprint, cli, convert, families, init, plan
+from upcycle.targets import natives
 from upcycle.verification import verify
 
 
@@ -89,6 +90,33 @@ def test_every_claim_of_every_initialisation(model_type, dense, batch, tmp_path)
         assert difference(expected, found, mask) < 1e-5, (name, recipe)
         tried.add(name)
     assert {"copy", "drop", "noise", "shuffle_slice", "virtual_group", "split"} <= tried
+
+
+# The natives that can leave the weights of a token's experts as they are, each with a family that becomes it.
+OPTIONAL = {
+    name: next(family for family in tiny.DECODERS if name in families.find(family).natives)
+    for name in natives.names()
+    if natives.find(name).renormalizes == "optional"
+}
+
+
+@pytest.mark.parametrize("target", quick(OPTIONAL, "nemotron_h"))
+@pytest.mark.parametrize(("top_k", "router"), [(2, {"init": "zeros"}), (4, {"std": 0.5})])
+def test_weights_that_are_not_renormalised(target, top_k, router, dense, batch, tmp_path):
+    """Experts are scaled by what the scores of the class sum to: K / E for a softmax, K / 2 for sigmoids.
+
+    Where they vary from token to token, nothing is promised: with all experts, the weights of a softmax alone
+    sum to one.
+    """
+    source = dense(OPTIONAL[target])
+    ids, mask = batch
+    moe = {"num_experts": 4, "top_k": top_k, "target": target}
+    built = convert(source, tmp_path / "moe", Recipe.of(moe=moe, router={"normalize": False, **router}))
+    assert built.preserves_function == (top_k == 2 or natives.find(target).scores == "top_k")
+    found = difference(logits(source, ids, mask), logits(tmp_path / "moe", ids, mask), mask)
+    assert found < 1e-5 if built.preserves_function else found > 0.01
+    said = [w for w in plan(source, built.recipe).warnings if "not renormalised" in w]
+    assert len(said) == (top_k == 2 or not built.preserves_function)
 
 
 @pytest.mark.parametrize("model_type", sampled([*tiny.DECODERS, *tiny.OTHERS], 4))

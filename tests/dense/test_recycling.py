@@ -279,7 +279,11 @@ def test_decoders_are_narrowed_with_whole_groups_of_heads(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "moe"),
-    [("qwen2", {}), ("llama", {"target": "upcycled", "shared_experts": 1}), ("ernie4_5", {"shared_experts": 1})],
+    [
+        ("qwen2", {}),
+        ("llama", {"target": "upcycled", "shared_experts": 1}),
+        ("ernie4_5", {"shared_experts": 1}),
+    ],
 )
 def test_a_shared_expert_has_the_channels_of_the_successor(name, moe, dense, tmp_path):
     """It is the narrowed network itself, which the same successor without experts has."""

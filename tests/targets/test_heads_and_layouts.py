@@ -126,7 +126,7 @@ def test_a_shared_network_is_as_wide_as_the_experts(model_type, dense, tmp_path)
 @pytest.mark.parametrize("model_type", ["hunyuan_v1_dense", "glm", "ernie4_5", "cohere2"])
 def test_a_shared_expert_that_the_class_would_build_narrower_is_refused(model_type, dense):
     moe = {"num_experts": 4, "expert_width": 24, "shared_experts": 1}
-    with pytest.raises(UpcycleError, match="of 24 neurons, because its experts have 24, and this recipe .* 48"):
+    with pytest.raises(UpcycleError, match=r"of 24 neurons, as its experts have 24, and this recipe .* 48"):
         plan(dense(model_type), Recipe.of(moe=moe, init={"name": "random"}))
     whole = plan(dense(model_type), Recipe.of(moe={**moe, "expert_width": 48}, init={"name": "random"}))
     assert whole.shared_width == 48

@@ -187,7 +187,7 @@ class Blueprint:
     def _preserves(self, site: Site) -> bool:
         if site.growth is not None:
             return site.growth.exact and (self._wide or not site.growth.cancels)
-        router = self.parts[site.stack].router
+        router = self.target.routing(self.parts[site.stack].router)
         count, top_k = site.num_experts, site.top_k
         gate, up, _ = _moe_layer.factors(self.recipe, site)
         network = self.dense.feed_forward(site.layer, site.stack)

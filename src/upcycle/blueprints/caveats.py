@@ -10,7 +10,8 @@ from upcycle.dense.places import Alone, Part
 from upcycle.errors import listed
 from upcycle.init import Site
 from upcycle.nn import kernels, router_rows
-from upcycle.recipe import Recipe
+from upcycle.nn.routers import Router
+from upcycle.recipe import Moe, Recipe
 from upcycle.system.wording import place_of
 
 
@@ -102,7 +103,8 @@ def _of_new_layers(built: Blueprint, site: Site) -> list[str]:
             "an all-zero router gives every expert the same score, and ties send every token to the same "
             "experts; use another router.init, or a small router.std"
         )
-    out += [note for part in built.parts.values() if (note := _not_renormalised(part)) is not None]
+    routed = [(part.moe, built.target.routing(part.router)) for part in built.parts.values()]
+    out += [note for moe, router in routed if (note := _not_renormalised(moe, router)) is not None]
     if any(getattr(part.router, "capacity_factor", None) for part in _causal(built)):
         out.append(
             "capacity in a causal stack: places are counted over the tokens at hand, so that generation with "
@@ -132,13 +134,13 @@ def _causal(built: Blueprint) -> list[Recipe]:
     return [part for name, part in built.parts.items() if name in causal]
 
 
-def _not_renormalised(part: Recipe) -> str | None:
+def _not_renormalised(moe: Moe, router: Router) -> str | None:
     """Return a warning if the weights of a token's experts do not sum to one."""
-    count, top_k = part.moe.num_experts, part.moe.top_k
-    if part.router.sums_to_one(count, top_k) or (part.router.even and part.router.rescale):
+    count, top_k = moe.num_experts, moe.top_k
+    if router.sums_to_one(count, top_k) or (router.even and router.rescale):
         return None
-    factor = 1 / part.router.gate_sum(count, top_k)
-    if not part.router.rescale:
+    factor = 1 / router.gate_sum(count, top_k)
+    if not router.rescale:
         return (
             f"the router's weights are not renormalised and experts are not rescaled: a layer starts "
             f"with a fraction of the dense network's output, 1 / {factor:g} or somewhat more"
@@ -146,7 +148,7 @@ def _not_renormalised(part: Recipe) -> str | None:
     return (
         f"the router's weights are not renormalised: experts are scaled by {factor:g} and the "
         f"function is kept only as far as the router scores all experts alike (router.std = "
-        f"{part.router.std:g}; router.init = zeros does)"
+        f"{router.std:g}; router.init = zeros does)"
     )
 
 

@@ -22,6 +22,7 @@ from upcycle.families import Config, Family, Weights
 from upcycle.families._weights import Initial, Weight
 from upcycle.families._wrappers import TEXT, VISION, Wrapper
 from upcycle.init import Site
+from upcycle.nn.routers import Router
 from upcycle.tensors.entries import Entry
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
@@ -189,6 +190,10 @@ class Target(abc.ABC):
     def norm_identity(self, family: Family) -> float:
         """Return the weight of a norm that only normalises."""
         return family.norm_identity
+
+    def routing(self, router: Router) -> Router:
+        """Return the router that the result computes, for the one in the recipe."""
+        return router
 
     def draws(self, name: str) -> bool:
         """Return whether the recipe, not the dense class, gives the tensor `name` its initial values."""

@@ -13,6 +13,7 @@ from upcycle.tensors.moved import Concat, Pick, Slice, Stack, Transposed
 
 if TYPE_CHECKING:
     from upcycle.init import Site
+    from upcycle.nn.routers import Router
     from upcycle.recipe import Recipe
 
 
@@ -54,6 +55,9 @@ class MoeNames(Protocol):
     @property
     def shared(self) -> Shared | None:
         """The shared expert, if the architecture has one."""
+
+    def routing(self, router: Router) -> Router:
+        """Return the router that the result computes, for the one in the recipe."""
 
     def beside_router(
         self, recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype: str

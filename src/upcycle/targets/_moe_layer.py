@@ -38,7 +38,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
     out = []
     for stack in dense.stacks:
         part = parts[stack.name]
-        moe, router = part.moe, part.router
+        moe, router = part.moe, names.routing(part.router)
         router.start.check(moe.num_experts, moe.granularity)
         width = moe.expert_width or stack.width // moe.granularity
         shared = _shared_width(part, names, stack.width, width) if chosen[stack.name] else 0
@@ -137,7 +137,7 @@ def _shared_width(recipe: Recipe, names: MoeNames, full: int, width: int) -> int
     wanted = asked * full // granularity
     if shared.experts_wide is not None and (built := shared.experts_wide(asked) * width) != wanted:
         raise UpcycleError(
-            f"{names.model_type} builds a shared expert of {built} neurons, because its experts have {width}, "
+            f"{names.model_type} builds a shared expert of {built} neurons, as its experts have {width}, "
             f"and this recipe makes one of {wanted}; set moe.shared_experts = 0"
         )
     return wanted

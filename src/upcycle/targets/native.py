@@ -14,7 +14,8 @@ from upcycle.families._training import Trained
 from upcycle.families._weights import AsMade, Initial, Matrix, Weight
 from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
-from upcycle.nn import kernels
+from upcycle.nn import kernels, routers
+from upcycle.nn.routers import Router
 from upcycle.targets import Block, _moe_layer, natives
 from upcycle.targets._clients import Clients, reasons
 from upcycle.targets._layouts import Fused, Layout, Shared
@@ -67,6 +68,7 @@ class Native(WithExperts):
     num_experts_field: str = "num_experts"
     top_k_field: str = "num_experts_per_tok"
     width_field: str = "intermediate_size"
+    scores: str = "top_k"  # our router whose weights are those of the class
     renormalizes: Literal["always", "optional"]  # optional: set by `norm_topk_prob`
     shared: Shared | None = None
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
@@ -108,6 +110,12 @@ class Native(WithExperts):
             )
         if self.renormalizes == "always" and not recipe.router.normalize:
             raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")
+
+    def routing(self, router: Router) -> Router:
+        """Return our router whose weights are those of the class, with the keys that all routers have."""
+        if router.name == self.scores:
+            return router
+        return routers.find(self.scores)(**{key: getattr(router, key) for key in Router.common})
 
     def layer_names(self) -> Native:
         """Return itself."""

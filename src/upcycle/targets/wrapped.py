@@ -21,6 +21,7 @@ from upcycle.families._training import Trained
 from upcycle.families._weights import Initial, Weight
 from upcycle.families._wrappers import HEAD_APART, TEXT, VISION, Wrapper, config_key
 from upcycle.init import Site
+from upcycle.nn.routers import Router
 from upcycle.nn.upcycled_config import PREFIX
 from upcycle.targets import Block, Target, _moe_layer
 from upcycle.tensors.entries import Entry
@@ -152,6 +153,10 @@ class Renamed(Target):
     def norm_identity(self, family: Family) -> float:
         """Ask the target inside."""
         return self.inner.norm_identity(family)
+
+    def routing(self, router: Router) -> Router:
+        """Return the router of the target inside."""
+        return self.inner.routing(router)
 
     def draws(self, name: str) -> bool:
         """Ask the target inside."""

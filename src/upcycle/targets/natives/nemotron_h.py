@@ -59,6 +59,7 @@ native = _NemotronH(
     ),
     num_experts_field="n_routed_experts",
     width_field="moe_intermediate_size",
+    scores="sigmoid",
     renormalizes="optional",
     shared=Shared(
         path="mixer.shared_experts",
