@@ -721,6 +721,27 @@ def test_padding_reaches_the_layers_however_the_model_is_called(made):
         assert torch.equal(model.cls(model.bert(ids).last_hidden_state), bare)
 
 
+def test_rows_of_a_class_that_joins_them(dense):
+    """OPT's layers join the rows of a batch before the network; a text comes out as it does alone."""
+    router = {"std": 0.5, "capacity_factor": 0.6}
+    recipe = Recipe.of(moe={**MOE, "target": "upcycled"}, init={"name": "noise", "sigma": 1.0}, router=router)
+    model = upcycle.load(dense("opt"), recipe).eval()
+    ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(16) < torch.tensor([[16], [10]])).long()
+    with torch.inference_mode():
+        first, second = model(ids[:1]).logits, model(ids[1:, :10]).logits
+        assert difference([model(ids).logits[:1]], [first]) < 1e-5
+        embeds = model.get_input_embeddings()(ids)
+        head = model.lm_head
+        for logits in (
+            model(ids, attention_mask=mask).logits,
+            model(inputs_embeds=embeds, attention_mask=mask).logits,
+            head(model.model(ids, mask).last_hidden_state),
+            head(model.model.decoder(ids, mask).last_hidden_state),
+        ):
+            assert difference([logits[:1], logits[1:, :10]], [first, second]) < 1e-5
+
+
 def test_padding_of_an_encoder_in_generation(made):
     """`generate` calls the encoder itself; texts in a batch come out as they do alone."""
     table = {"moe": MOE, "router": {"name": "expert_choice", "capacity_factor": 1.0, "std": 0.5}}

@@ -70,20 +70,22 @@ class UpcycledModel:
             # Register the hook on the stack, not on the whole model: generation runs an encoder alone, and
             # an image has no mask. A partial, not a closure: a copy of the model calls its own layers.
             owner = base.get_submodule(shape.module.partition(".")[0])
-            alone = shape.stack == "layers" or isinstance(owner, nn.ModuleList)
-            stack = base if alone else owner
+            alone = shape.stack == "layers" and "input_ids" not in inspect.signature(owner.forward).parameters
+            stack = base if alone or isinstance(owner, nn.ModuleList) else owner
             stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
         if after := getattr(config, "mean_pooling_after", 0):
             base.register_forward_hook(functools.partial(_pool, after))
 
 
 def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Give the attention mask to the MoE layers of a stack before its forward pass."""
+    """Give the attention mask and the rows of tokens to the MoE layers of a stack before its forward pass."""
     given = dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | kwargs
     mask = given.get("attention_mask", given.get("pixel_attention_mask"))
     padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
+    tokens = next((x for x in map(given.get, ("input_ids", "inputs_embeds")) if torch.is_tensor(x)), None)
     for layer in layers:
         layer.padding = padding
+        layer.batch = tokens.shape[:2] if tokens is not None and tokens.ndim > 1 else None
 
 
 def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

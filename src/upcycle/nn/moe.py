@@ -88,9 +88,9 @@ class MoE(nn.Module):
 
     `shape` describes it; `config` is the config of the whole model.
 
-    `padding` [B, L] is True at positions without a token. The code that calls the model sets it (see
-    `hf/models.py`). It stays until the next forward pass, because a recomputed layer must route as it did
-    before.
+    `padding` [B, L] is True at positions without a token, and `batch` is the shape (B, L) of the tokens that
+    the stack was given. The code that calls the model sets them (see `hf/models.py`). They stay until the
+    next forward pass, because a recomputed layer must route as it did before.
     """
 
     def __init__(self, config: PreTrainedConfig, shape: Shape) -> None:
@@ -111,6 +111,7 @@ class MoE(nn.Module):
         )
         self.shared = SharedExpert(config, shape, act_fn) if shape.shared_size else None
         self.padding: Tensor | None = None
+        self.batch: torch.Size | None = None
 
     def reset_parameters(self, std: float) -> None:
         """Initialise matrices as transformers does, and the router as its settings say."""
@@ -128,11 +129,18 @@ class MoE(nn.Module):
             self.shared.one.reset_parameters(std)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        rows = hidden.flatten(1, -2) if hidden.ndim > 2 else hidden[None]
+        rows = self._rows(hidden)
         routing = self.router(*self._groups(rows))
         run = self._run_some if routing.dispatch.some_left else self._run
         out: Tensor = routing.dispatch.run(rows.flatten(0, 1), run).view(hidden.shape)
         return out if self.shared is None else out + self.shared(rows).view(hidden.shape)
+
+    def _rows(self, hidden: Tensor) -> Tensor:
+        """Reshape hidden states to rows [B, L, H]; some classes join the rows of a batch before a layer."""
+        if hidden.ndim > 2:
+            return hidden.flatten(1, -2)
+        joined = self.batch is not None and self.batch.numel() == len(hidden)
+        return hidden.unflatten(0, self.batch) if joined else hidden[None]
 
     def _run(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Groups) -> Tensor:
         """Run rows [M, H] through their experts, as `Experts.forward` does.
