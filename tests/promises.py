@@ -37,6 +37,7 @@ WAYS = [
     {"name": "expert_choice", "capacity_factor": 1.0, **RAW},
     {"name": "soft"},
 ]
+OF_EACH = [{}, RAW, {"name": "analytic"}]  # those that are tried with every initialisation
 
 
 def claims() -> list[dict]:
@@ -45,7 +46,7 @@ def claims() -> list[dict]:
     for name in init.names():
         for moe, start in SHAPES:
             for option in OPTIONS:
-                for way in WAYS if name == "copy" else [{}, RAW]:
+                for way in WAYS if name == "copy" else OF_EACH:
                     router = {"std": 0.5, **start, **way}
                     table = {"moe": MOE | moe, "init": {"name": name, **option}, "router": router}
                     try:

@@ -51,7 +51,10 @@ class VirtualGroup(Init):
     def warnings(self, site: Site) -> list[str]:
         if site.granularity == 1 or site.grouped_router:
             return []
-        return ['a token\'s experts need not hold every shard: virtual_group wants router.init = "grouped"']
+        return [
+            "a token's experts need not hold every shard: virtual_group wants "
+            'router.init = "grouped", and a router such as top_k, which scores by its weight alone'
+        ]
 
     def preserves(self, site: Site) -> bool:
         return site.granularity == 1 or (site.grouped_router and self.scale_mode != "cube_root")

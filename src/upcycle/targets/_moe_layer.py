@@ -59,7 +59,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
                 universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,
                 shared_width=shared,
                 seed=recipe.seed,
-                grouped_router=router.start.groups,
+                grouped_router=router.start.groups and router.linear,
                 uniform_router=router.start.uniform(router.std),
                 gate_sum=router.gate_sum(moe.num_experts, moe.top_k) if router.rescale else 1.0,
                 even_weights=router.even and router.rescale,
