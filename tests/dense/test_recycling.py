@@ -336,6 +336,23 @@ def test_a_shared_expert_of_the_rest_is_not_left_out(dense, tmp_path):
     assert "rest: model.layers.0.mlp.up_proj.weight" in blueprint(source, alone).left_out
 
 
+@pytest.mark.parametrize("granularity", [1, 2, 4])
+def test_granularity_divides_the_width_of_the_successor(granularity, big):
+    moe = {**MOE, "num_experts": 4, "granularity": granularity, "universal_experts": 1}
+    recipe = Recipe.of(
+        moe=moe, init={"name": "random"}, successor={"hidden_size": 16}, router={"name": "soft"}
+    )
+    site = blueprint(big, recipe).sites[0]
+    assert site.width == 48 // granularity
+    assert site.universal_width == 48 // granularity // 4
+
+
+def test_a_granularity_that_does_not_divide_the_successor_is_refused(dense):
+    recipe = Recipe.of(moe={"granularity": 16}, init={"name": "random"}, successor={"hidden_size": 16})
+    with pytest.raises(UpcycleError, match="does not divide the successor's width 24"):
+        blueprint(dense("llama"), recipe)
+
+
 # --- drawing
 
 

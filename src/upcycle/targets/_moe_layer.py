@@ -54,7 +54,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
                 dense_width=origin.width,
                 hidden=stack.hidden,
                 dense_hidden=origin.hidden,
-                expert_width=0 if moe.granularity > 1 else width,
+                expert_width=width,
                 universal_experts=moe.universal_experts,
                 universal_width=(moe.universal_width or width // 4) if moe.universal_experts else 0,
                 shared_width=shared,
@@ -65,6 +65,10 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
                 even_weights=router.even and router.rescale,
             )
             recipe.init.check(site)
+            if stack.width % moe.granularity:
+                raise UpcycleError(
+                    f"moe.granularity = {moe.granularity} does not divide the successor's width {stack.width}"
+                )
             out.append(site)
     if not out:
         raise UpcycleError("moe.layers chooses no layer; the result would be the dense model")
