@@ -353,6 +353,22 @@ def test_a_granularity_that_does_not_divide_the_successor_is_refused(dense):
         blueprint(dense("llama"), recipe)
 
 
+@pytest.mark.parametrize(("name", "changes"), [("olmo2", {}), ("cohere", {"use_qk_norm": True})])
+def test_norms_of_heads_are_cut_with_the_heads(name, changes, dense, tmp_path):
+    """Also where one key head is left, as long as a norm that all heads would share."""
+    source = dense(name, num_attention_heads=4, num_key_value_heads=2, **changes)
+    recipe = Recipe.of(moe={"target": "dense"}, init={"name": "uniform"}, successor={"hidden_size": 16})
+    convert(source, tmp_path / "narrow", recipe)
+    model = upcycle.open(tmp_path / "narrow")
+    assert model.config.num_key_value_heads == 1
+    assert model(torch.arange(12)[None]).logits.isfinite().all()
+    whole, found = stored(source), stored(tmp_path / "narrow")
+    for part, heads in (("q", 2), ("k", 1)):
+        norm = f"model.layers.0.self_attn.{part}_norm.weight"
+        wanted = whole[norm].reshape(-1, 8)[:heads]
+        np.testing.assert_array_equal(found[norm].reshape(-1, 8), wanted)
+
+
 # --- drawing
 
 

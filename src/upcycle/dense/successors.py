@@ -45,6 +45,8 @@ class Narrowed(Dense):
     def _part(self, name: str, tensor: Lazy) -> Lazy:
         for place, axis, chosen in self._cuts(name):
             tensor = Take(tensor, place, chosen if axis.unit == 1 else Units(chosen, axis.unit))
+        if tensor.shape != (wanted := self._axes[2][name]):
+            raise AssertionError(f"{name} is {tensor.shape} and should be {wanted}")
         return tensor
 
     @property

@@ -23,22 +23,19 @@ class DecoderWidth(Narrowable):
     def axes(self, config: Config) -> Axes:
         """Return channels, neurons, and groups of query heads with their key head; for Llama's names only."""
         out: Axes = {}
-        for name, shape in self.shapes(config).items():
+        for name in self.shapes(config):
             if name in _ENDS:
                 out[name] = _ENDS[name]
                 continue
             number, _, part = name.removeprefix("model.layers.").partition(".")
-            inside = self._inside(config, int(number), shape) if number.isdecimal() else {}
+            inside = self._inside(config, int(number)) if number.isdecimal() else {}
             if part not in inside:
                 raise unknown_axes(self)
             out[name] = inside[part]
         return out
 
-    def _inside(self, config: Config, layer: int, shape: tuple[int, ...]) -> Axes:
-        """Return the axes of the tensors of a block, by their names in it.
-
-        `shape` is that of the tensor asked for.
-        """
+    def _inside(self, config: Config, layer: int) -> Axes:
+        """Return the axes of the tensors of a block, by their names in it."""
         channels, head = Axis("channels"), config["head_dim"]
         group = config["num_attention_heads"] // config["num_key_value_heads"] * head
         queries, keys = (Axis("heads", layer=layer, unit=unit) for unit in (group, head))
@@ -58,11 +55,17 @@ class DecoderWidth(Narrowable):
             "mlp.gate_proj.bias": (neurons,),
             "mlp.up_proj.bias": (neurons,),
             "mlp.down_proj.bias": (channels,),
-            # The norm is over each head, or over all of them together.
-            "self_attn.q_norm.weight": (None if shape == (head,) else queries,),
-            "self_attn.k_norm.weight": (None if shape == (head,) else keys,),
+            "self_attn.q_norm.weight": self.head_norm(queries, head),
+            "self_attn.k_norm.weight": self.head_norm(keys, head),
             **{f"{norm}.weight": (channels,) for norm in self.norms},
         }
+
+    def head_norm(self, heads: Axis, head: int) -> tuple[Axis | None, ...]:
+        """Return the axes of a norm of queries or keys, which all heads of `head` elements share.
+
+        `heads` is the axis of the queries or keys themselves.
+        """
+        return (None,)
 
     def narrowed(self, config: Config, hidden: Mapping[str, int], width: Mapping[str, int]) -> Config:
         """Keep whole groups of query heads with their key head."""

@@ -1,7 +1,10 @@
 """Cohere Command R: attention and network in parallel under one LayerNorm, scaled logits."""
 
+from dataclasses import replace
+
 from upcycle.families import Config, Weights
 from upcycle.families._decoder import Decoder
+from upcycle.families._narrowing import Axis
 from upcycle.families._weights import Norm
 
 
@@ -37,6 +40,10 @@ class Cohere(Decoder):
             out["self_attn.q_norm.weight"] = Norm((heads[0], head))
             out["self_attn.k_norm.weight"] = Norm((heads[1], head))
         return out
+
+    def head_norm(self, heads: Axis, head: int) -> tuple[Axis | None, ...]:
+        """Each head has a row of its own."""
+        return replace(heads, unit=heads.unit // head), None
 
 
 family = Cohere()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from upcycle.families import Config, Weights
 from upcycle.families._decoder import Decoder
+from upcycle.families._narrowing import Axis
 from upcycle.families._weights import Norm
 
 
@@ -38,6 +39,10 @@ class Olmo2(Decoder):
             "self_attn.q_norm.weight": Norm(out["self_attn.q_proj.weight"].shape[:1]),
             "self_attn.k_norm.weight": Norm(out["self_attn.k_proj.weight"].shape[:1]),
         }
+
+    def head_norm(self, heads: Axis, head: int) -> tuple[Axis | None, ...]:
+        """The norm is over all heads together."""
+        return (heads,)
 
 
 family = Olmo2()
