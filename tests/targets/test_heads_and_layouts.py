@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from upcycle import Recipe, UpcycleError, convert, plan, verify
+from marks import sampled
+from upcycle import Recipe, UpcycleError, convert, families, plan, verify
 from upcycle.inspection import inspect
+from upcycle.targets import natives
 from upcycle.targets.natives import qwen3_5_moe_text
 
 MOE = {"num_experts": 2, "top_k": 1}
@@ -130,3 +132,19 @@ def test_a_shared_expert_that_the_class_would_build_narrower_is_refused(model_ty
         plan(dense(model_type), Recipe.of(moe=moe, init={"name": "random"}))
     whole = plan(dense(model_type), Recipe.of(moe={**moe, "expert_width": 48}, init={"name": "random"}))
     assert whole.shared_width == 48
+
+
+@pytest.mark.parametrize(
+    "model_type", sampled(["glm", "youtu", "nemotron_h", "qwen3", "hunyuan_v1_dense", "lfm2"], 3)
+)
+def test_one_expert_runs_or_is_refused(model_type, dense, tmp_path):
+    """Those that score groups of experts by the best two need two."""
+    source, recipe = dense(model_type), Recipe.of(moe={"num_experts": 1, "top_k": 1})
+    name = families.find(model_type).natives[0]
+    if natives.find(name).least_experts > 1:
+        with pytest.raises(UpcycleError, match=rf"{name} .* takes 2 experts or more; moe\.num_experts is 1"):
+            plan(source, recipe)
+        recipe = Recipe.of(moe={"num_experts": 2, "top_k": 1})
+    convert(source, tmp_path / "moe", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert model(torch.arange(12)[None]).logits.isfinite().all()

@@ -69,6 +69,7 @@ class Native(WithExperts):
     top_k_field: str = "num_experts_per_tok"
     width_field: str = "intermediate_size"
     scores: str = "top_k"  # our router whose weights are those of the class
+    least_experts: int = 1  # with fewer in a layer, the class cannot be run
     renormalizes: Literal["always", "optional"]  # optional: set by `norm_topk_prob`
     shared: Shared | None = None
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
@@ -107,6 +108,11 @@ class Native(WithExperts):
             raise UpcycleError(
                 f"{name} routes as transformers does and cannot keep {', '.join(own)}; use moe.target = "
                 f"upcycled"
+            )
+        if recipe.moe.num_experts < self.least_experts:
+            raise UpcycleError(
+                f"{name} adds up the {self.least_experts} best scores of a group of experts, so it takes "
+                f"{self.least_experts} experts or more; moe.num_experts is {recipe.moe.num_experts}"
             )
         if self.renormalizes == "always" and not recipe.router.normalize:
             raise UpcycleError(f"{name} always renormalises; router.normalize = false cannot be kept")

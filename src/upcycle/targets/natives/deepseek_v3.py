@@ -28,6 +28,7 @@ native = Native(
     ),
     num_experts_field="n_routed_experts",
     width_field="moe_intermediate_size",
+    least_experts=2,
     renormalizes="always",
     shared=SHARED,
     dense_layers=dense_layers,

@@ -18,6 +18,7 @@ native = Native(
     fields=("rms_norm_eps", "head_dim", "attention_bias", "original_max_position_embeddings"),
     num_experts_field="n_routed_experts",
     width_field="moe_intermediate_size",
+    least_experts=2,
     renormalizes="always",
     shared=SHARED,
     dense_layers=dense_layers,

@@ -60,6 +60,7 @@ native = _NemotronH(
     num_experts_field="n_routed_experts",
     width_field="moe_intermediate_size",
     scores="sigmoid",
+    least_experts=2,
     renormalizes="optional",
     shared=Shared(
         path="mixer.shared_experts",
