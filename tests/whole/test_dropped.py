@@ -86,6 +86,18 @@ def test_calibration(trainable, beside, tmp_path):
     upcycle.plan(beside, Recipe.of(moe=moe, init=importance, drop=DROP))
 
 
+def test_rows_of_mergekit(trainable, beside, tmp_path):
+    """They are read from a copy in bfloat16, which is opened without what is dropped too."""
+    prompts = tmp_path / "prompts.toml"
+    prompts.write_text("".join(f'[[domain]]\nname = "{n}"\npositive_prompts = ["{n}"]\n' for n in ("a", "b")))
+    asked = {"prompts": prompts, "length": 16, "device": "cpu", "collect": ["mergekit_hidden"]}
+    upcycle.calibrate(beside, tmp_path / "found.safetensors", drop=DROP, **asked)
+    upcycle.calibrate(trainable[0], tmp_path / "due.safetensors", **asked)
+    there, here = (load_file(tmp_path / f"{name}.safetensors") for name in ("found", "due"))
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in here)
+
+
 def test_inspection(trainable, beside, tmp_path):
     """What the recipe dropped is left out of its source, and `drop` is for what no record says."""
     with pytest.raises(UpcycleError, match="--drop NAME"):

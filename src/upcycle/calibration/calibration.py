@@ -16,22 +16,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 import upcycle
-from upcycle.calibration import markers
+from upcycle.calibration import markers, model
 from upcycle.calibration.observer import Observer
 from upcycle.calibration.parts import Part, about, parts
 from upcycle.calibration.stopped import begun, restore
 from upcycle.calibration.sweep import Sweep
 from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.admission import admit, drops_head
+from upcycle.dense.admission import admit
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Stack
-from upcycle.hf import models, opening
-from upcycle.hf.quiet import quiet
 from upcycle.records.statistics import (
     FORMAT,
     NEGATIVE,
@@ -90,9 +87,9 @@ def _begun(dense: Dense, asked: ToCalibrate, out: Path, cache: Path) -> tuple[Sw
     provenance = _provenance(dense, asked, data, device)
     partial_file = out.with_name(out.name + PARTIAL)
     done = begun(partial_file, provenance)
-    model = _model(dense, device)
+    opened = model.opened(dense, device, torch.float32)
     observer = Observer(
-        model,
+        opened,
         dense.stacks,
         positions=asked.positions,
         names=_summed(asked),
@@ -108,7 +105,7 @@ def _begun(dense: Dense, asked: ToCalibrate, out: Path, cache: Path) -> tuple[Sw
         dense=dense,
         asked=asked,
         data=data,
-        model=model,
+        model=opened,
         observer=observer,
         provenance=provenance,
         partial_file=partial_file,
@@ -235,13 +232,3 @@ def _provenance(
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
-
-
-def _model(dense: Dense, device: torch.device) -> PreTrainedModel:
-    with quiet():
-        cls = models.architecture(dense.architecture)
-        model = opening.fill(cls, dense.checkpoint.folder, left_out=dense.left_out, dtype=torch.float32)
-    if drops_head(dense):
-        opening.tie_head(model)
-    model.requires_grad_(False)
-    return model.to(device).eval()

@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from upcycle.calibration import model
 from upcycle.calibration.domains import Domain
 from upcycle.data import corpus
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
-from upcycle.hf import models, opening
-from upcycle.hf.quiet import quiet
 
 _SMALLEST = 1e-8  # the least length that a row is divided by
 
@@ -40,26 +38,19 @@ def rows(
         for domain in domains
     ]
     (stack,) = dense.stacks
-    model = _model(dense, embedding.device) if {*names} - {"cheap_embed"} else None
+    needed = {*names} != {"cheap_embed"}
+    read = model.opened(dense, embedding.device, torch.bfloat16) if needed else None
     found: dict[str, Tensor] = {}
     for name in names:
         if name == "cheap_embed":
             mean, position = partial(_embedded, embedding), "embedding"
         else:
-            mean, position = partial(_hidden, model, average=name == "mergekit_hidden_avg"), "residual"
+            mean, position = partial(_hidden, read, average=name == "mergekit_hidden_avg"), "residual"
         with torch.no_grad():
             made = torch.stack([_row(mean, *pair) for pair in batches], dim=1)  # [L or 1, D, H]
         for i, layer in enumerate(made):
             found[f"{position}.{stack.name}.{i}.{name}"] = layer.float().cpu()
     return found
-
-
-def _model(dense: Dense, device: torch.device) -> PreTrainedModel:
-    with quiet():
-        cls = models.architecture(dense.architecture)
-        model: Any = opening.fill(cls, dense.checkpoint.folder, dtype=torch.bfloat16)
-    opened: PreTrainedModel = model.to(device).eval()
-    return opened
 
 
 def _tokenizer(dense: Dense) -> Any:

@@ -1,0 +1,20 @@
+"""The dense model that is calibrated, in memory."""
+
+import torch
+from transformers import PreTrainedModel
+
+from upcycle.dense.admission import drops_head
+from upcycle.dense.source import Dense
+from upcycle.hf import models, opening
+from upcycle.hf.quiet import quiet
+
+
+def opened(dense: Dense, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a dense checkpoint, without the tensors that are dropped, ready to be run."""
+    with quiet():
+        cls = models.architecture(dense.architecture)
+        model = opening.fill(cls, dense.checkpoint.folder, left_out=dense.left_out, dtype=dtype)
+    if drops_head(dense):
+        opening.tie_head(model)
+    model.requires_grad_(False)
+    return model.to(device).eval()
