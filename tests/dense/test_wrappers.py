@@ -288,6 +288,8 @@ def test_other_vision_towers(vision, tmp_path):
         ("llava", {"moe": {"target": "dense"}}, r"moe\.target = dense is about a text model, and a vision"),
         ("llava", {"moe": {"target": "mixtral"}}, r"moe\.target = mixtral is about a text model"),
         ("llava", {"grow": {}}, r"\[grow\] is about a text model, and moe.part = vision"),
+        ("llava", {"init": {"name": "importance", "statistics": "x"}}, "init importance .* no vision tower"),
+        ("llava", {"router": {"init": {"name": "ridge", "statistics": "x"}}}, "init = ridge .* no vision"),
         ("llava", {"init": {"name": "branch_train_mix", "sources": ["x"]}}, None),
         ("mistral3", {"router": {"name": "expert_choice"}}, r"a row of pixtral has all images of a batch"),
     ],

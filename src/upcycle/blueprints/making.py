@@ -17,6 +17,7 @@ from upcycle.dense.admission import admit
 from upcycle.dense.donors import admit_donors
 from upcycle.errors import UpcycleError
 from upcycle.families._wrappers import TEXT, VISION, config_key
+from upcycle.init._from_statistics import FromStatistics
 from upcycle.recipe import Moe, Recipe, RecipeLike
 from upcycle.targets import _growing
 from upcycle.tensors.entries import Entry
@@ -67,6 +68,14 @@ def _refuse_for_towers(recipe: Recipe) -> None:
         raise UpcycleError(
             f"moe.target = {target} is about a text model, and a vision tower becomes an upcycled one; set "
             f"moe.part = text, or leave moe.target out"
+        )
+    start = recipe.at(VISION).router.start
+    measured = isinstance(recipe.init, FromStatistics)
+    if measured or start.from_data:
+        what = f"init {recipe.init.name}" if measured else f"router.init = {start.name}"
+        raise UpcycleError(
+            f"{what} is made of what `upcycle calibrate` measures, and it measures no vision tower; "
+            f"take another one for moe.part = {recipe.moe.part}, or set moe.part = text"
         )
     if recipe.moe.part != VISION and recipe.init.donors:
         raise UpcycleError(
