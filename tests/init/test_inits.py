@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 import tiny
 from upcycle import Recipe, blueprint, convert, init
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.admission import admit
+from upcycle.errors import UpcycleError
 from upcycle.init.split import balanced_kmeans
 from upcycle.tensors.lazy import Lazy
 
@@ -292,6 +295,51 @@ def test_split_deals_every_neuron_once(by, output_scale, factor, dense, tmp_path
             assert (expert["up"] == original["up"][chosen]).all()
         if by == "file":
             assert places == [np.flatnonzero(labels[layer] == e).tolist() for e in range(4)]
+
+
+def test_labels_of_each_stack_of_blocks(tmp_path):
+    """Blocks of several stacks have the same numbers, so a file says which stack its lists are of."""
+    source = tiny.make(tmp_path / "t5", "T5ForConditionalGeneration")
+    built = blueprint(source, Recipe.of(moe={"target": "upcycled", "num_experts": 2}))
+    width, random = built.sites[0].dense_width, np.random.default_rng(0)
+    dealt = {
+        stack: [random.permutation(np.arange(width) % 2).tolist() for _ in range(count)]
+        for stack, count in {site.stack: site.blocks for site in built.sites}.items()
+    }
+    file = tmp_path / "labels.json"
+    recipe = Recipe.of(
+        moe={"target": "upcycled", "num_experts": 2, "granularity": 2},
+        init={"name": "split", "by": "file", "labels": str(file)},
+    )
+
+    def write(content: object) -> None:
+        file.write_text(json.dumps(content))
+        os.utime(file, ns=(0, next(times)))
+
+    times = itertools.count(1)
+    write(dealt)
+    up = {}
+    for site in blueprint(source, recipe).sites:
+        network = admit(Checkpoint.open(source)).feed_forward(site.layer, site.stack)
+        labels = np.array(dealt[site.stack][site.layer])
+        for e in range(2):
+            found = recipe.init.make([network], e, site).up.all("F32")
+            np.testing.assert_array_equal(found, network.up.all("F32")[labels == e])
+        up[site.stack, site.layer] = found
+    assert {stack for stack, _ in up} == {"encoder", "decoder"}
+    write(dealt["encoder"])
+    with pytest.raises(UpcycleError, match=r"layer 0 is one of encoder and one of decoder; give .* a table"):
+        blueprint(source, recipe)
+    one = Recipe.of(
+        recipe.as_table()
+        | {"decoder": {"moe": {"layers": [1]}}, "moe": {**recipe.as_table()["moe"], "layers": [0]}}
+    )
+    blueprint(source, one)
+    write({**dealt, "decoder": [labels[1:] for labels in dealt["decoder"]]})
+    with pytest.raises(
+        UpcycleError, match=rf"layer 0 of decoder of .* of {width} neurons .* list of {width - 1}"
+    ):
+        [e.lazy.all("F32") for e in blueprint(source, recipe).entries.values()]
 
 
 def test_kmeans_finds_planted_clusters():

@@ -137,8 +137,11 @@ def added(
             model.stacks[0].owns(_ROOT + name.removeprefix(prefix), i) for i in range(model.stacks[0].count)
         )
     }
-    for layer in range(model.config["num_hidden_layers"]):
-        site = replace(sites[-1], stack=STACK, layer=layer, blocks=model.config["num_hidden_layers"])
+    count = model.config["num_hidden_layers"]
+    own = [replace(sites[-1], stack=STACK, layer=layer, blocks=count) for layer in range(count)]
+    others = [replace(sites[-1], layer=layer) for layer in dense.stacks[0].numbers]
+    recipe.init.check_together([*others, *own])
+    for layer, site in enumerate(own):
         made = _moe_layer.tensors([model], site, recipe, names, model.tensors)
         _moe_layer.add(out, f"{prefix}layers.{layer}", made)
     raw = dense.place.config(dense.checkpoint.config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -171,6 +172,9 @@ class Init(Named, abc.ABC):
             raise UpcycleError(
                 f"moe.granularity = {site.granularity} does not divide the dense width {site.dense_width}"
             )
+
+    def check_together(self, sites: Sequence[Site]) -> None:
+        """Raise `UpcycleError` if the experts of these places cannot all be made by the same settings."""
 
     def scale(self, site: Site) -> float:
         """Return the factor for the output of an expert, for gates that sum to one."""

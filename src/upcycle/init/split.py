@@ -7,6 +7,7 @@ given in a file.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ class Split(Init):
 
     `by`: `random`, `kmeans` (cosine, on the rows of the gate matrix, or of up if there is no gate; Zhang et
     al., arXiv 2110.01786), or `file` (`labels` names a JSON file with a list per layer number that gives the
-    expert of each neuron).
+    expert of each neuron; a model of several stacks of blocks needs a table with such lists for each stack).
 
     `output`: `selected` multiplies by K, so that the chosen parts are summed as in MoEfication; `expected` by
     N, so that the mean over experts is the dense output; `llama_moe` by N / K (score_scale_factor of arXiv
@@ -41,7 +42,9 @@ class Split(Init):
 
     # how neurons are dealt out: at random, by balanced k-means on the gate, or by the file in labels
     by: Literal["random", "kmeans", "file"] = "random"
-    labels: str = ""  # a JSON file with the expert of each neuron for each layer number
+    # a JSON file with the expert of each neuron for each layer number, or for each name of a stack of blocks
+    # (encoder, decoder, stage_1, mtp, ...) such lists
+    labels: str = ""
     # factor for the outputs: K (selected), N (expected), N / K (llama_moe)
     output: Literal["selected", "expected", "llama_moe"] = "selected"
 
@@ -58,6 +61,18 @@ class Split(Init):
                 f"split deals every neuron out once: moe.granularity must equal moe.num_experts, and "
                 f"they are {site.granularity} and {site.num_experts}"
             )
+
+    def check_together(self, sites: Sequence[Site]) -> None:
+        if self.by != "file" or _is_by_stack(_read(Path(self.labels))):
+            return
+        stack_of: dict[int, str] = {}
+        for site in sites:
+            other = stack_of.setdefault(site.layer, site.stack)
+            if other != site.stack:
+                raise UpcycleError(
+                    f"init.labels: layer {site.layer} is one of {other} and one of {site.stack}; give "
+                    f"{self.labels} a table with the lists of each, by the names {other} and {site.stack}"
+                )
 
     def expert(self, dense: list[FeedForward], e: int, site: Site) -> FeedForward:
         n, width = site.dense_width, site.width
@@ -105,22 +120,43 @@ def _labels(path: Path) -> Any:
     return _parsed(path, path.stat().st_mtime_ns)
 
 
-def _from_file(path: Path, site: Site) -> np.ndarray:
+def _read(path: Path) -> Any:
+    """Return the content of the file. Raises `UpcycleError` if it cannot be read or is no JSON."""
     try:
-        layers = _labels(path)
-        labels = np.array(layers[str(site.layer)] if isinstance(layers, dict) else layers[site.layer])
+        return _labels(path)
     except OSError as error:
         raise UpcycleError(f"init.labels: cannot read {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
+        raise UpcycleError(f"init.labels: {path} must be JSON, with a list for each layer") from None
+
+
+def _is_by_stack(found: Any) -> bool:
+    """Return whether the content of a file is a table with what is known of each stack of blocks."""
+    return isinstance(found, dict) and not all(key.isdecimal() for key in found)
+
+
+def _from_file(path: Path, site: Site) -> np.ndarray:
+    """Return the expert of each neuron of a layer, [I]."""
+    found = _read(path)
+    where = f"layer {site.layer}" + (f" of {site.stack}" if _is_by_stack(found) else "")
+    try:
+        layers = found[site.stack] if _is_by_stack(found) else found
+        labels = np.array(layers[str(site.layer)] if isinstance(layers, dict) else layers[site.layer])
+    except (ValueError, LookupError, TypeError):
         raise UpcycleError(
             f"init.labels: {path} must be JSON with a list of {site.dense_width} expert numbers for "
-            f"each layer; layer {site.layer} has none"
+            f"each layer; {where} has none"
         ) from None
-    right = labels.shape == (site.dense_width,) and labels.dtype.kind == "i" and labels.min() >= 0
+    if labels.shape != (site.dense_width,):
+        raise UpcycleError(
+            f"init.labels: {where} of {path} must give each of {site.dense_width} neurons an expert; it has "
+            f"a list of {labels.size}"
+        )
+    right = labels.dtype.kind == "i" and labels.min() >= 0
     counts = np.bincount(labels, minlength=site.num_experts) if right else np.zeros(0, np.int64)
     if counts.shape != (site.num_experts,) or (counts != site.width).any():
         raise UpcycleError(
-            f"init.labels: layer {site.layer} of {path} must give each of {site.dense_width} neurons an "
+            f"init.labels: {where} of {path} must give each of {site.dense_width} neurons an "
             f"expert, {site.width} to each of {site.num_experts}; it gives {counts.tolist()}"
         )
     return labels

@@ -72,6 +72,7 @@ def sites(recipe: Recipe, dense: Dense, names: MoeNames) -> tuple[Site, ...]:
             out.append(site)
     if not out:
         raise UpcycleError("moe.layers chooses no layer; the result would be the dense model")
+    recipe.init.check_together(out)
     return tuple(out)
 
 
