@@ -342,6 +342,17 @@ def test_labels_of_each_stack_of_blocks(tmp_path):
         [e.lazy.all("F32") for e in blueprint(source, recipe).entries.values()]
 
 
+def test_rows_in_groups_come_out_even(tmp_path):
+    """A universal expert is no shard of the dense network, and its row would be missing."""
+    source = tiny.make(tmp_path / "vit", "ViTModel")
+    moe = {"target": "upcycled", "num_experts": 4, "granularity": 2, "universal_experts": 1}
+    recipe = Recipe.of(moe=moe, init={"name": "random"}, router={"name": "soft", "init": "grouped"})
+    with pytest.raises(
+        UpcycleError, match=r"2 rows alike in turn .* this router has 5; take out moe\.universal"
+    ):
+        blueprint(source, recipe)
+
+
 def test_kmeans_finds_planted_clusters():
     """Equal clusters that are there are found, whatever their order."""
     rng = np.random.default_rng(0)

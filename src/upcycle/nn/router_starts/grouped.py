@@ -27,7 +27,12 @@ class Grouped(RouterStart):
     groups = True
 
     def weight(self, site: Site, rows: int, dtype: str, std: float) -> Lazy:
-        groups = rows // site.granularity
+        groups, rest = divmod(rows, site.granularity)
+        if rest:
+            raise UpcycleError(
+                f"router.init = grouped makes {site.granularity} rows alike in turn (moe.granularity), and "
+                f"this router has {rows}; take out moe.universal_experts, or use normal"
+            )
         each = Given(tuple(np.repeat(np.arange(groups), site.granularity).tolist()))
         return Take(Drawn((groups, site.hidden), dtype, "normal", std, site.key("router")), 0, each)
 
