@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import tiny
 import upcycle
@@ -17,6 +18,7 @@ from arrays import made, stored
 from marks import quick
 from upcycle import Recipe, blueprint, convert, families, plan, verify
 from upcycle.calibration.calibration import ToCalibrate, calibrate
+from upcycle.checkpoints.header import read_metadata
 from upcycle.cli.views.plan import show_plan
 from upcycle.errors import UpcycleError
 from upcycle.families._narrowing import narrowable
@@ -411,6 +413,8 @@ class Given:
     def of(self, position, stack, layer, name):
         return np.asarray(self.found[f"{position}_{name}"][layer], np.float32)
 
+    info = of
+
 
 def measured(cls, given, monkeypatch, **keys):
     monkeypatch.setattr(cls, "measured", property(lambda self: given))
@@ -560,6 +564,24 @@ def test_a_rest_of_another_size_is_refused(big):
             big,
             Recipe.of(moe=MOE, init={"name": "uniform"}, successor={"hidden_size": 16, "rest": str(big)}),
         )
+
+
+@pytest.mark.parametrize(
+    ("init", "successor", "said"),
+    [
+        ({"name": "importance", "statistic": "gradient"}, {}, "no gradient of neurons"),
+        ({"name": "co_activation"}, {}, "no co_activation of neurons"),
+        ({"name": "importance"}, {"successor": {"hidden_size": 16}}, "nothing of channels"),
+    ],
+)
+def test_a_plan_knows_that_a_statistic_is_missing(init, successor, said, big, tmp_path):
+    """The header of the file says so, before anything is written."""
+    file = tiny.make_statistics(tmp_path / "found.safetensors", big)
+    about, whole = read_metadata(file), load_file(file)
+    save_file({n: x for n, x in whole.items() if n.startswith("neurons.") and n.endswith(".l2")}, file, about)
+    recipe = Recipe.of(moe={**MOE, "expert_width": 24}, init={**init, "statistics": str(file)}, **successor)
+    with pytest.raises(UpcycleError, match=said):
+        blueprint(big, recipe)
 
 
 def test_statistics_of_another_checkpoint_are_refused(big, small, tmp_path):

@@ -59,6 +59,7 @@ class CMoE(FromStatistics):
 
     def _positions(self, site, who, count, part) -> Computed:  # type: ignore[no-untyped-def]
         measured, shape = self.measured, (site.num_experts, site.shared_width)
+        measured.info("neurons", site.stack, site.layer, "co_marker")
         about = [self.name, measured.digest, site.stack, site.layer, *shape, who]
         return Computed(lambda: part(_groups(measured, site.stack, site.layer, *shape)), count, about)
 

@@ -60,6 +60,10 @@ class CoActivation(Measured):
     def settings(self) -> list[object]:
         return [self.parts, self.partition, self.weighted]
 
+    def _read(self, choice: Choice) -> str:
+        parted = choice.kind == "neurons" and choice.layer is not None
+        return "co_activation" if parted else super()._read(choice)
+
     def sampled(self, choice: Choice) -> np.ndarray:
         if choice.kind != "neurons" or choice.layer is None:
             return super().sampled(choice)

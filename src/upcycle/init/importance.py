@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -29,6 +29,8 @@ class Measured(FromStatistics, Selecting):
 
     def choose(self, choice: Choice) -> Positions:
         kind, stack, layer = choice.kind, choice.stack, choice.layer
+        for i in self._layers(choice):
+            self.measured.info(kind, stack, i, self._read(choice))
         if layer is None:
             return self._computed(choice, self._top, [kind, stack])
         if kind == "heads":
@@ -44,13 +46,20 @@ class Measured(FromStatistics, Selecting):
         """The values, besides the choice and its place, that decide the outcome, for the blueprint's hash."""
         return []
 
+    def _read(self, choice: Choice) -> str:
+        """Return the name of the statistic that a choice is made by."""
+        return self.statistic
+
+    def _layers(self, choice: Choice) -> Sequence[int]:
+        """Return the blocks that a choice looks at."""
+        return range(choice.blocks) if choice.layer is None else (choice.layer,)
+
     def _scores(self, choice: Choice) -> np.ndarray:
         """Return how important each channel, head or neuron is, float64 [total].
 
         The values are those of a block, or the sum over its blocks for a stack.
         """
-        layers = range(choice.blocks) if choice.layer is None else (choice.layer,)
-        found = [self.measured.of(choice.kind, choice.stack, i, self.statistic) for i in layers]
+        found = [self.measured.of(choice.kind, choice.stack, i, self.statistic) for i in self._layers(choice)]
         return np.sum(found, 0, dtype=np.float64).reshape(choice.total, -1).sum(1)
 
     def _top(self, choice: Choice) -> np.ndarray:

@@ -117,9 +117,17 @@ class Statistics:
 
         Raises `UpcycleError` if it was not collected.
         """
+        info = self.info(position, stack, layer, name)
+        return tensor_file.read(self.path, info.dtype, info.shape, info.offset)
+
+    def info(self, position: str, stack: str, layer: int, name: str) -> TensorInfo:
+        """Return where a statistic of a layer is in the file, by its header alone.
+
+        Raises `UpcycleError` if it was not collected.
+        """
         info = self.tensors.get(f"{position}.{stack}.{layer}.{name}")
         if info is not None:
-            return tensor_file.read(self.path, info.dtype, info.shape, info.offset)
+            return info
         if (position not in POSITIONS and position != ONLY_AT.get(name)) or name not in NAMES:
             raise UpcycleError(
                 f"there are no statistics {name} of {position}; positions: {', '.join(POSITIONS)}, "
