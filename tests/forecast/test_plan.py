@@ -6,11 +6,15 @@ import json
 
 import pytest
 
+import tiny
 import upcycle
 from upcycle import Recipe, UpcycleError, cli
+from upcycle.api.forecasting import foretell_run
+from upcycle.data.corruption import span_lengths
 from upcycle.forecast import outlook, time
 from upcycle.forecast.traffic import Collective
 from upcycle.system import gpus
+from upcycle.training.rehearsal import rehearse
 from upcycle.training.run import Run
 
 MOE = {"moe": {"num_experts": 8}}
@@ -55,6 +59,23 @@ def test_a_run_file_foretells_what_its_options_do(run, capsys):
     python = upcycle.foretell(source, MOE, world=16, ep=4, rows=2, context=16)
     assert json.loads(json.dumps(python.as_dict())) == once
     assert "forecast" not in planned(capsys, run)
+
+
+def test_rows_of_two_stacks_are_those_of_the_dry_run(tmp_path):
+    """The spans that are cut out make a decoder's row much shorter than the encoder's."""
+    run = Run.of(
+        {
+            "source": str(tiny.make(tmp_path / "t5", "T5ForConditionalGeneration")),
+            "out": "runs/t5",
+            "data": {"sources": [{"path": "none.txt"}]},
+            "moe": {"num_experts": 4, "target": "upcycled", "layers": "every_other"},
+            "train": {"steps": 1, "batch_tokens": 1024, "sequence_length": 64, "micro_batch": 2},
+            "schedule": {"peak": 1e-3},
+        }
+    )
+    found, rehearsed = foretell_run(run, world=2), rehearse(run, world=2)
+    spans = span_lengths(64, noise_density=0.15, mean_span=3)
+    assert found.tokens == rehearsed.tokens_per_step == 16 * (64 + spans.targets)
 
 
 def test_the_forecast_is_shown(run, capsys):
@@ -134,8 +155,6 @@ def test_seconds_of_a_ring_by_hand():
 
 def test_published_utilisations_lie_between_the_bounds(tmp_path):
     """FSDP with expert parallelism reached 23.4 % and 19.6 % (MoE Parallel Folding, Table 1)."""
-    import tiny
-
     base = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 8,
         "max_position_embeddings": 4096,

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upcycle import tasks
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.hub import peek
 from upcycle.dense.admission import admit
+from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.forecast import outlook
 from upcycle.forecast.outlook import Outlook
@@ -83,7 +85,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     setting = Setting(
         built=built,
         layout=layout,
-        lengths=_lengths(built, train.sequence_length),
+        lengths=_lengths_of(run, built),
         rows=rows,
         passes=-(-share // rows),
         precision=precision,
@@ -114,6 +116,12 @@ def _refuse(layout: Layout, built: Blueprint, world: int) -> None:
     config = built.dense.config
     heads = [config[n] for n in ("num_attention_heads", "num_key_value_heads") if config.get(n)]
     layout.refuse(world, experts=built.expert_counts, heads=heads, prefix="parallel.")
+
+
+def _lengths_of(run: Run, built: Blueprint) -> dict[str, int]:
+    """Return the tokens of a row in each stack of blocks, as the run's task cuts them."""
+    subject = Subject.of_dense(built.dense)
+    return tasks.fitting(run.task, subject.architecture).lengths(run.train.sequence_length, subject)
 
 
 def _lengths(built: Blueprint, context: int | None) -> dict[str, int]:

@@ -39,10 +39,12 @@ class Train(Settings):
     section: ClassVar[str] = "train"
 
     steps: Annotated[int, AtLeast(1)] | None = None  # number of updates of the weights
-    tokens: Annotated[int, AtLeast(1)] | None = None  # instead of steps: as many whole steps as cover them
+    # instead of steps: as many whole steps as cover them; a row counts as sequence_length tokens, which are
+    # those of the encoder if there are an encoder and a decoder
+    tokens: Annotated[int, AtLeast(1)] | None = None
     # instead of steps, if rows are not tokens: images, pairs of texts
     examples: Annotated[int, AtLeast(1)] | None = None
-    # tokens of the global batch: all ranks, all accumulation steps
+    # tokens of the global batch: all ranks, all accumulation steps; counted as `tokens`
     batch_tokens: Annotated[int, AtLeast(1)] = 65_536
     batch_size: Annotated[int, AtLeast(1)] | None = None  # rows of the global batch, instead of batch_tokens
     # rows of one forward pass on one rank; None: as many as fit
