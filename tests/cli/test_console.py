@@ -22,6 +22,7 @@ from marks import quick
 from upcycle import cli
 from upcycle.cli import bars, screen
 from upcycle.errors import UpcycleError, printable
+from upcycle.system.wording import quoted
 
 EVIL = "a\n\x1b[31mb\x1b]0;title\x07 :bug: [red]c[/red] ‮\u200bé"
 
@@ -86,7 +87,7 @@ def test_errors_are_printable(monkeypatch, capsys):
     "word", ["plain/path", "a b", ":bug:", "-dash", "it's", "$(x)", "a\nb", "a\\'\tb", "é\x1b"]
 )
 def test_commands_for_copying_are_quoted(word):
-    line = f"printf %s {screen.quoted(word)}"
+    line = f"printf %s {quoted(word)}"
     assert line.isprintable()
     got = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
     assert got == (f"./{word}" if word.startswith("-") else word)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from typing import Any
 
@@ -30,18 +29,6 @@ _SEEN = sys.stdout is not None and sys.stdout.isatty()
 # The terminal wraps sentences; in a file they stay whole.
 out = Screen(highlight=False, markup=False, emoji=False, soft_wrap=True, width=None if _SEEN else 120)
 err = Screen(stderr=True, highlight=False, markup=False, emoji=False)
-
-
-def quoted(*words: object) -> str:
-    """Quote the words of a command for the shell."""
-    return " ".join(map(_quoted, map(str, words)))
-
-
-def _quoted(word: str) -> str:
-    if not word.isprintable():
-        text = word.replace("\\", "\\\\").replace("'", "\\'")
-        return f"$'{printable(text)}'"
-    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 def show_json(value: object) -> None:

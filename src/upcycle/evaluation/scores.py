@@ -35,6 +35,7 @@ from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.records.run import RunRecord
 from upcycle.system import scratch
+from upcycle.system.wording import quoted
 from upcycle.tasks import Task
 
 __all__ = ["Scored", "ToScore", "evaluate", "refuse", "score"]
@@ -130,7 +131,7 @@ def _admit(source: str | Path, asked: ToScore) -> tuple[Path, Subject]:
     if not (folder / "config.json").exists() and (folder / RunRecord.FILE).exists():
         raise UpcycleError(
             f"{folder} is the folder of a training run and no model; write its checkpoint as one first: "
-            f"upcycle export {folder} OUT"
+            f"upcycle export {quoted(folder)} OUT"
         )
     config = read_json(folder / "config.json", f"{folder} has no config.json; give a folder of a model")
     subject = Subject(folder=folder, config=config)
