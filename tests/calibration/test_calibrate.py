@@ -571,7 +571,8 @@ def _last(found: Statistics) -> tuple[str, str, int, str]:
         ("vit", {"images": None, "text": Path("text.txt")}, "reads images and no text"),
         ("llama", {"images": Path("images"), "text": None, "length": None}, "reads text and no images"),
         ("headless", {"collect": ("gradient",)}, "BertModel has no head for one"),
-        ("llama", {"length": 10_000}, "fewer than a row"),
+        ("llama", {"length": 10_000}, "^length = 10000 and the model has 64 positions"),
+        ("bert", {"length": 10_000}, "^length = 10000 and the model has 40 positions"),
         ("llama", {"text": Path("nowhere.txt")}, "no data at nowhere.txt"),
         ("vit", {"images": Path("nowhere")}, "nowhere is not there"),
     ],
@@ -580,6 +581,12 @@ def test_mistakes_are_named(kind, options, said, collect, tmp_path):
     with pytest.raises(UpcycleError, match=said):
         collect(kind, **options)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_text_that_fills_no_row_is_refused(collect, tmp_path):
+    (tmp_path / "short.txt").write_text(WORDS[0])
+    with pytest.raises(UpcycleError, match="fewer than a row"):
+        collect("llama", text=tmp_path / "short.txt")
 
 
 def test_a_file_that_is_there_stays(collect, data, tmp_path):

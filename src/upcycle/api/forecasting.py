@@ -19,6 +19,7 @@ from upcycle.forecast.setting import Precision, Recompute, Setting
 from upcycle.recipe import RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
+from upcycle.tasks._tokens import refuse_beyond_positions
 from upcycle.training.course import Course, Leg
 
 if TYPE_CHECKING:
@@ -119,15 +120,25 @@ def _refuse(layout: Layout, built: Blueprint, world: int) -> None:
 
 
 def _lengths_of(run: Run, built: Blueprint) -> dict[str, int]:
-    """Return the tokens of a row in each stack of blocks, as the run's task cuts them."""
-    subject = Subject.of_dense(built.dense)
-    return tasks.fitting(run.task, subject.architecture).lengths(run.train.sequence_length, subject)
+    """Return the tokens of a row in each stack of blocks, as the run's task cuts them.
+
+    Raises `UpcycleError` if they are more than the model has positions.
+    """
+    length, subject = run.train.sequence_length, Subject.of_dense(built.dense)
+    task = tasks.fitting(run.task, subject.architecture)
+    if (long := task.beyond_positions(length, subject)) is not None:
+        raise UpcycleError(long)
+    return task.lengths(length, subject)
 
 
 def _lengths(built: Blueprint, context: int | None) -> dict[str, int]:
-    """Return the tokens of a row in each stack of blocks."""
+    """Return the tokens of a row in each stack of blocks.
+
+    Raises `UpcycleError` if they are more than the model has positions.
+    """
     dense = built.dense
     if "image_size" in dense.config:
         return dict(dense.family.lengths(dense.config))
     length = context or min(CONTEXT, dense.family.length(dense.config))
+    refuse_beyond_positions(length, Subject.of_dense(dense), setting="context")
     return dense.family.row(dense.config, length)

@@ -21,6 +21,7 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, shown
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._plain import Plain
+from upcycle.tasks._tokens import refuse_beyond_positions
 from upcycle.tasks.image_classification import ImageClassification
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ def of_text(
     """Return the text at `path` in rows of `length` tokens.
 
     A `length` of None means the model's maximum, up to `LENGTH`. Raises `UpcycleError` for a model that reads
-    images, and for `gradient` without a head or labels.
+    images, for rows longer than its positions, and for `gradient` without a head or labels.
     """
     if "image_size" in subject.settings:
         raise UpcycleError(f"{subject.architecture} reads images and no text; give --images PATH")
     length = length or min(LENGTH, subject.length)
+    refuse_beyond_positions(length, subject, setting="length")
     feeding = Feeding.of_file(path, length=length, cache=cache, seed=seed)
     return _rows(feeding, "text", path, subject, gradient=gradient)
 

@@ -14,7 +14,13 @@ from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.settings import Within
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._tokens import TokenFeed, objection_to_sources, refuse_beyond_positions, tokenizer_of
+from upcycle.tasks._tokens import (
+    TokenFeed,
+    beyond_positions,
+    objection_to_sources,
+    refuse_beyond_positions,
+    tokenizer_of,
+)
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
@@ -63,6 +69,9 @@ class MaskedLM(Task):
 
     def targets(self, batch: Batch) -> Tensor:
         return (batch["labels"] != IGNORED).sum()
+
+    def beyond_positions(self, length: int, subject: Subject) -> str | None:
+        return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return {"layers": length}
