@@ -79,7 +79,7 @@ def of_rows(length: int, source: Path) -> Run:
 def test_rows_beyond_the_positions_of_an_encoder_are_refused(tmp_path):
     source = tiny.make(tmp_path / "bert", "BertForMaskedLM")
     for foreseen in (foretell_run, rehearse):
-        with pytest.raises(UpcycleError, match="train.sequence_length = 64 and the model has 40 positions"):
+        with pytest.raises(UpcycleError, match=r"train\.sequence_length = 64 and the model has 40 positions"):
             foreseen(of_rows(64, source), world=2)
 
 
