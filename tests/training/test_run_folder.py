@@ -21,6 +21,7 @@ import torch
 
 import forked
 import tiny
+import upcycle
 from files import toml
 from marks import quick
 from upcycle import Recipe, UpcycleError, cli, plan
@@ -305,6 +306,39 @@ def test_export_tells_of_the_source_that_was_trained(table: Table, source: Path,
     told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
     assert told["source"]["sha256"] == json.loads((out / "run.json").read_text())["source_sha256"]["source"]
     assert told["training"][0]["source_hashed"] == "at the start"
+
+
+def test_a_run_of_relative_paths_is_exported_from_anywhere(
+    table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its source and its donors are found from where it was begun; it goes on from there alone."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    (home / "text.txt").write_text(WORDS * 40)
+    for name in ("dense", "donor"):
+        shutil.copytree(source, home / "models" / name)
+    experts = {"name": "experts", "expert": [{}, {"source": "models/donor"}]}
+    settings = table(
+        source="models/dense", out="run", moe={"num_experts": 2, "top_k": 2}, init=experts,
+        data={"sources": [{"path": "text.txt"}]},
+    )  # fmt: skip
+    monkeypatch.chdir(home)
+    train(settings)
+    export("run", "here")
+    monkeypatch.chdir(away)
+    export(home / "run", "there")
+    wanted, got = content(home / "here"), content(away / "there")
+    assert got.keys() == wanted.keys()
+    assert got["model.safetensors"] == wanted["model.safetensors"]
+    told = json.loads(got["upcycle.json"])["source"]
+    assert told["name"] == "dense"
+    assert (away / "there" / told["path"]).resolve() == home / "models" / "dense"
+    for change in ({}, {"source": str(home / "models" / "dense")}):
+        moved = {**settings, "out": str(home / "run"), **change}
+        lost = "models/dense" if not change else r"text\.txt"
+        with pytest.raises(UpcycleError, match=f"^{lost} is not here; .* was begun in {home}, from where"):
+            upcycle.train(moved, resume=True)
 
 
 # --- export
