@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upcycle.api._names import names, refuse_unnamed
 from upcycle.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ def calibrate(
     from upcycle.calibration import calibration
     from upcycle.calibration import domains as of_experts
 
+    refuse_unnamed(domains, "domains")
     experts = of_experts.given(prompts, domains or {})
     usual = ("l1", "l2", "count", "mean") if experts else ("l1", "l2", "count")
+    chosen = usual if collect is None else names(collect, "collect")
     asked = calibration.ToCalibrate(
-        images=images, text=text, domains=experts, collect=usual if collect is None else tuple(collect),  # type: ignore[arg-type]
-        positions=tuple(positions), limit=limit, length=length, batch_size=batch_size, threshold=threshold,
-        sample=sample, marked=marked, seed=seed, in_order=in_order, device=device, cache=cache,  # type: ignore[arg-type]
-        allow_nonfinite=allow_nonfinite, drop=tuple(drop),
+        images=images, text=text, domains=experts, collect=chosen,  # type: ignore[arg-type]
+        positions=names(positions, "positions"), limit=limit, length=length, batch_size=batch_size,
+        threshold=threshold, sample=sample, marked=marked, seed=seed, in_order=in_order, device=device,
+        cache=cache, allow_nonfinite=allow_nonfinite, drop=names(drop, "drop"),  # type: ignore[arg-type]
     )  # fmt: skip
     return calibration.calibrate(source, out, asked, progress=progress)

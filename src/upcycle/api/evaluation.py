@@ -9,6 +9,7 @@ from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from upcycle.api._missing import refuse_missing
+from upcycle.api._names import names
 from upcycle.checkpoints import hub
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import results
@@ -104,9 +105,10 @@ def evaluate(
     `Evaluation.record`. Raises `UpcycleError`, before the first model is loaded, for what cannot be scored.
     """
     asked = ToScore(
-        text=text, images=images, chats=chats, shots=few_shot, tasks=tuple(tasks), task_files=task_files,  # type: ignore[arg-type]
+        text=text, images=images, chats=chats, shots=few_shot,  # type: ignore[arg-type]
+        tasks=names(tasks, "tasks"), task_files=task_files,  # type: ignore[arg-type]
         num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,  # type: ignore[arg-type]
-        separator=separator, batch_size=batch_size, limit=limit, cache=cache, drop=tuple(drop),  # type: ignore[arg-type]
+        separator=separator, batch_size=batch_size, limit=limit, cache=cache, drop=names(drop, "drop"),  # type: ignore[arg-type]
     )  # fmt: skip
     several = [checkpoints] if isinstance(checkpoints, (str, Path)) else [*checkpoints]
     if not several:

@@ -12,7 +12,7 @@ from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.hub import peek
 from upcycle.dense.admission import admit
 from upcycle.dense.subject import Subject
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.forecast import outlook
 from upcycle.forecast.outlook import Outlook
 from upcycle.forecast.setting import Precision, Recompute, Setting
@@ -50,6 +50,8 @@ def foretell(
     for name, value in (("world", world), ("rows", rows), ("context", context)):
         if value is not None and (type(value) is not int or value < 1):
             raise UpcycleError(f"{name} = {value}; it must be a whole number of 1 or more")
+    if recompute not in (allowed := (True, False, "selective")):
+        raise UpcycleError(f"recompute = {shown(recompute)}; allowed: {', '.join(map(str, allowed))}")
     built = blueprint(source, recipe, opener=peek)
     fsdp = world // max(1, replicate * tp)
     layout = Layout(replicate=replicate, fsdp=fsdp, tp=tp, ep=ep)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle import inspection
+from upcycle.api._names import names, refuse_unnamed
 from upcycle.system.progress import Progress, reporting_to
 
 if TYPE_CHECKING:
@@ -149,7 +150,9 @@ def inspect(
     is recorded. `drop` has names and patterns of tensors of the dense checkpoint to leave out, besides those
     in the provenance. Raises `UpcycleError` for a file that it cannot read.
     """
-    table, seen = inspection.inspect(checkpoint, source, tuple(drop)), None
+    refuse_unnamed(text, "text")
+    refuse_unnamed(images, "images")
+    table, seen = inspection.inspect(checkpoint, source, names(drop, "drop")), None
     if text or images:
         from upcycle.evaluation.specialisation import ToWatch, specialisation
 
