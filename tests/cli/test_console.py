@@ -83,6 +83,15 @@ def test_errors_are_printable(monkeypatch, capsys):
     assert said.count("\n") == 1
 
 
+def test_a_narrow_terminal_cuts_no_number():
+    shown = io.StringIO()
+    table = screen.grid("", "layer", "cosine between")
+    table.add_row("0", "0.9987 (0.9876..0.9999)")
+    screen.Screen(file=shown, width=16).print(table)
+    last_words = [line.split()[-1] for line in shown.getvalue().splitlines() if line.strip()]
+    assert "".join(last_words).endswith("0.9987(0.9876..0.9999)")
+
+
 @pytest.mark.parametrize(
     "word", ["plain/path", "a b", ":bug:", "-dash", "it's", "$(x)", "a\nb", "a\\'\tb", "é\x1b"]
 )

@@ -37,10 +37,13 @@ def show_json(value: object) -> None:
 
 
 def grid(title: str, *columns: str) -> Table:
-    """Make a table with a title; every column but the first is right-aligned."""
+    """Make a table with a title; every column but the first is right-aligned.
+
+    A narrow terminal breaks a long word into lines, so that no number is cut.
+    """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right")
+        table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
     return table
 
 
