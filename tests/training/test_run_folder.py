@@ -28,7 +28,7 @@ from upcycle import Recipe, UpcycleError, cli, plan
 from upcycle.records.state import RunState
 from upcycle.system import lock, whole_file
 from upcycle.system.signals import held
-from upcycle.training import metrics, micro_batch, run_folder, saving, start
+from upcycle.training import fit, metrics, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -757,6 +757,21 @@ def test_from_scratch_needs_no_weights(moe: bool, table: Table, source: Path, tm
     export(made, tmp_path / "out")
     told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
     assert [*told["source"]["sha256"]] == ["config.json"]
+
+
+def test_from_scratch_warns_of_no_weights(table: Table) -> None:
+    """Experts that are made of the dense network are drawn anew, and so is their router."""
+
+    def said(**changes: Any) -> list[str]:
+        router = {"init": "zeros"}
+        init = {"name": "drop", "ratio": 0.5}
+        run = Run.of(table(**{**MOE, "init": init, "router": router}, **changes))
+        return fit.warnings(run, start.start_of(run).built)
+
+    usual, from_scratch = said(), said(from_scratch=True)
+    for of_weights in ("damages the model it starts from", "an all-zero router gives every expert the same"):
+        assert any(of_weights in each for each in usual)
+        assert not any(of_weights in each for each in from_scratch)
 
 
 # --- a full disk

@@ -21,6 +21,9 @@ from upcycle.training.run import Run
 def warnings(run: Run, built: Blueprint | None) -> list[str]:
     """Return warnings for the user before a run costs time: those of `plan` and those of the run itself."""
     out = [] if built is None else caveats.warnings(built)
+    if built is not None and run.from_scratch:
+        unread = caveats.of_weights(built)
+        out = [each for each in out if each not in unread]
     legs = Course(run).legs
     for leg in legs:
         found = leg.run.schedule.warnings(leg.steps)
