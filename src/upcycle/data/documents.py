@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -198,6 +199,17 @@ def _parquet(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of a parquet file, of one column or of all, with few rows in memory at a time."""
+    with opened_parquet(path) as file:
+        if column is not None and column not in file.schema_arrow.names:
+            names = listed(file.schema_arrow.names)
+            raise UpcycleError(f"{path} has no column {column!r}; it has {names}: set `field`")
+        for batch in file.iter_batches(_ROWS, columns=None if column is None else [column]):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[Any]:
+    """Open a parquet file with pyarrow. Raises `UpcycleError` for what goes wrong while it is open."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -205,11 +217,7 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, An
         raise UpcycleError(f"{path}: parquet needs pyarrow: pip install 'upcycle[data]'") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if column is not None and column not in file.schema_arrow.names:
-                names = listed(file.schema_arrow.names)
-                raise UpcycleError(f"{path} has no column {column!r}; it has {names}: set `field`")
-            for batch in file.iter_batches(_ROWS, columns=None if column is None else [column]):
-                yield from batch.to_pylist()
+            yield file
     except (MemoryError, pyarrow.ArrowMemoryError):
         raise UpcycleError(
             f"{path} has rows that do not fit into memory, {_ROWS} at a time; cut its texts into shorter ones"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from upcycle.data.class_labels import names_in
 from upcycle.errors import UpcycleError, listed
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -79,7 +79,7 @@ class ImageParquet:
         for path in self.files:
             with _rows(path) as file:
                 self._check(path, file.schema_arrow)
-                if names := _class_names(file.schema_arrow.metadata or {}, self.label):
+                if names := names_in(file.schema_arrow, self.label):
                     found[names] = path
         if len(found) > 1:
             first, second = list(found.values())[:2]
@@ -203,15 +203,6 @@ def _rows(path: Path) -> Iterator[Any]:
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
-    """Return the names that `datasets` stores in a schema for a ClassLabel; empty if there are none."""
-    try:
-        feature = json.loads(metadata[b"huggingface"])["info"]["features"][label]
-        return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
-    except (KeyError, TypeError, ValueError):
-        return ()
 
 
 def read_bytes(path: Path) -> bytes:
