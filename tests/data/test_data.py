@@ -22,7 +22,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from heard import Counted
-from upcycle.data import corpus, documents, splits
+from upcycle.data import corpus, documents, leaks, splits
 from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
@@ -172,6 +172,77 @@ def test_keys_of_a_source_that_do_nothing(
             (tmp_path / name).touch()
     said = splits.unread(Source(path=str(tmp_path / files.split()[0]), **options))
     assert (said is None) if message is None else re.search(message, str(said)), said
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A folder of two texts and a table, with ways to the same files besides."""
+    (tmp_path / "mix").mkdir()
+    for name in ("a.txt", "b.txt", "rows.jsonl", "notes.md"):
+        (tmp_path / "mix" / name).touch()
+    (tmp_path / "c.txt").touch()
+    (tmp_path / "same").symlink_to("mix")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "z.txt").symlink_to("../mix/b.txt")
+    (tmp_path / "other" / "notes.md").symlink_to("../mix/notes.md")
+    (tmp_path / "around").mkdir()
+    (tmp_path / "around" / "inside").symlink_to("../mix")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "file"),
+    [
+        ({"path": "mix"}, {"path": "mix/a.txt"}, "a.txt"),
+        ({"path": "other"}, {"path": "mix"}, "b.txt"),
+        ({"path": "around"}, {"path": "mix/b.txt"}, "b.txt"),
+        ({"path": "mix"}, {"path": "mix", "separator": "#"}, "a.txt"),
+        ({"path": "mix"}, {"path": "mix/a.txt", "field": "body"}, "a.txt"),
+        # The same rows in the same order: these hold out the same.
+        ({"path": "mix"}, {"path": "mix", "weight": 2.0}, None),
+        ({"path": "mix"}, {"path": "same"}, None),
+        ({"path": "mix/b.txt"}, {"path": "other"}, None),
+        # No rows in common.
+        ({"path": "mix"}, {"path": "c.txt"}, None),
+        ({"path": "mix/rows.jsonl"}, {"path": "mix/rows.jsonl", "field": "body"}, None),
+        ({"path": "hf:a/b"}, {"path": "hf:a/b", "split": "test"}, None),
+    ],
+)
+def test_what_a_source_holds_out_no_other_trains_on(
+    one: dict[str, Any], other: dict[str, Any], file: str | None, mixture: Path
+) -> None:
+    here = [given | {"path": given["path"] if ":" in given["path"] else str(mixture / given["path"])}
+            for given in (one, other)]  # fmt: skip
+    data = Data(sources=tuple(Source(**given) for given in here), held_out=0.1)
+    for each in (data, replace(data, sources=data.sources[::-1])):
+        said = leaks.within(each)
+        assert (said is None) if file is None else f"both read {file}, and each holds out other" in str(said)
+    assert leaks.within(replace(data, held_out=0.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"held_out": 0.05}, {"held_out": 0.3}, True),
+        ({}, {"held_out": 0.3}, True),
+        ({"held_out": 0.3, "split_seed": 1}, {"held_out": 0.3}, True),
+        ({"held_out": 0.3}, {"held_out": 0.3, "path": "mix/a.txt"}, True),
+        # What the later stage holds out, the earlier one holds out as well.
+        ({"held_out": 0.3}, {"held_out": 0.3, "path": "same"}, False),
+        ({"held_out": 0.3}, {"held_out": 0.05}, False),
+        ({"held_out": 0.3}, {}, False),
+        ({"held_out": 0.05}, {"held_out": 0.3, "path": "c.txt"}, False),
+    ],
+)
+def test_what_a_stage_is_scored_on_no_earlier_one_trains_on(
+    before: dict[str, Any], after: dict[str, Any], said: bool, mixture: Path
+) -> None:
+    tables = []
+    for table in (before, after):
+        options = {"path": "mix"} | table
+        tables.append(Data(sources=(Source(path=str(mixture / options.pop("path"))),), **options))
+    assert ("which it holds out, and an earlier stage trains on" in str(leaks.later(tables))) == said
+    assert leaks.later([tables[0]] * 2) is None
 
 
 def test_splits_of_a_saved_data_set_are_known(tmp_path: Path) -> None:

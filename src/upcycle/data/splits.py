@@ -1,4 +1,4 @@
-"""The splits of a set: which one is scored, which are read together, and what two sources share."""
+"""The splits of a set: which one is scored, and which are read together."""
 
 from __future__ import annotations
 
@@ -88,18 +88,3 @@ def _split_of(path: Path) -> str | None:
 
 def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
-
-
-def overlap(one: Source, other: Source) -> bool:
-    """Return whether two sources have data in common: the same file, folder or split, or one in the other."""
-    names = [each.path for each in (one, other) if hub_name(each) is not None]
-    if names:
-        return one.path == other.path and one.split == other.split
-    here, there = _place(one), _place(other)
-    return here == there or here in there.parents or there in here.parents
-
-
-def _place(source: Source) -> Path:
-    """Return the file or the folder that is read."""
-    path = Path(source.path)
-    return (path / source.split if saved_splits(path) else path).resolve()

@@ -13,7 +13,7 @@ from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
 from upcycle.data.examples import Examples, Labelled
 from upcycle.data.feeding import Feed, Feeding
-from upcycle.data.splits import overlap
+from upcycle.data.leaks import shared
 from upcycle.errors import UpcycleError, listed
 from upcycle.tasks import Task
 
@@ -78,7 +78,7 @@ def _objection_to_test(test: Source, data: Data) -> str | None:
             f"data.held_out = {data.held_out:g} holds nothing out, because the model is scored on task.test; "
             f"take one of them out"
         )
-    if any(overlap(test, source) for source in data.sources):
+    if any(shared(test, source) is not None for source in data.sources):
         part = f", split {test.split}" if test.path.startswith("hf:") else ""
         return (
             f"task.test = {test.path}{part} is trained on, too, because data.sources names it; give another "

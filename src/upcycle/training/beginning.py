@@ -9,7 +9,7 @@ from pathlib import Path
 
 from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
-from upcycle.data import stamps
+from upcycle.data import leaks, stamps
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.state import RunState
@@ -61,11 +61,14 @@ def admitted(run: Run, begun: Start) -> Task:
 def first_refusals(run: Run, begun: Start, task: Task) -> list[str]:
     """Return the reasons to refuse a run that begins; one that goes on may have them.
 
-    They are rows that are too long for the model, and router losses that no router computes.
+    They are rows that are too long for the model, router losses that no router computes, and rows that a
+    stage is scored on though an earlier one trains on them.
     """
+    legs = Course(run).legs
     long = task.beyond_positions(run.train.sequence_length, begun.subject)
-    lacking = (fit.without_loss(leg.run, begun.built) for leg in Course(run).legs)
-    return [*dict.fromkeys(filter(None, [long, *lacking]))]
+    lacking = (fit.without_loss(leg.run, begun.built) for leg in legs)
+    leak = leaks.later([leg.run.data for leg in legs])
+    return [*dict.fromkeys(filter(None, [long, *lacking, leak]))]
 
 
 def ready(
