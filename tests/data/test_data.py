@@ -568,16 +568,21 @@ def test_an_id_beyond_the_embedding(tmp_path: Path, tokenised: Any, monkeypatch:
     )  # found in the cache, refused all the same
 
 
-@pytest.mark.parametrize("content", [None, "{broken", '{"model": 1}'])
-def test_a_folder_without_tokenizer(content: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "content"),
+    [
+        ("qwen2", None), ("qwen2", "{broken"), ("qwen2", '{"model": 1}'), ("t5", None), ("mt5", None),
+    ],
+)  # fmt: skip
+def test_a_folder_without_tokenizer(model_type: str, content: str | None, tmp_path: Path) -> None:
+    """transformers makes a Qwen2 tokenizer of one token, and T5's of 103 special ones and a blank."""
     (tmp_path / "a.txt").write_text("abc")
-    # transformers makes a Qwen2 tokenizer with one token of this
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     data = Data(sources=(Source(path=str(tmp_path / "a.txt")),))
     with pytest.raises(UpcycleError, match=r"has no tokenizer that can be read .*set data\.tokenizer"):
-        prepare(data, tmp_path, tmp_path, vocab_size=100)
+        prepare(data, tmp_path, tmp_path, vocab_size=200)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])

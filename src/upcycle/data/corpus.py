@@ -28,6 +28,7 @@ from upcycle.system.progress import Work
 
 FORMAT = 2
 _STARTS = np.dtype("<i8")
+_BLANK = "▁"  # as SentencePiece writes it
 _MOST_IDS = 1 << 24  # upper limit for a tokenizer's ids; no vocabulary comes near it
 
 
@@ -118,8 +119,9 @@ def read_tokenizer(where: str | Path) -> Any:
         with panics.caught():
             found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
             found("a")  # some damaged files only fail when they are first used
-        # Without files, some classes make a tokenizer of special tokens alone.
-        if found.get_vocab().keys() <= {*found.get_added_vocab(), *found.all_special_tokens}:
+        # Without files, some classes make a tokenizer of special tokens alone, or of these and a blank.
+        words = found.get_vocab().keys() - {*found.get_added_vocab(), *found.all_special_tokens}
+        if words <= {_BLANK}:
             raise ValueError("its vocabulary is empty")
         word, largest = max(found.get_vocab().items(), key=lambda item: item[1])
         if largest >= _MOST_IDS:  # the tokenizers library allocates a list of that length
