@@ -261,6 +261,33 @@ def test_a_text_file_without_separator_is_a_document(
     assert documents_of(tokenised(tmp_path / "a.txt"), bytes_folder) == [text]
 
 
+@pytest.mark.parametrize(
+    ("text", "separator", "said"),
+    [
+        (
+            "one\r\n\r\ntwo",
+            "\n\n",
+            r"separator '\n\n' in it, so each text file is one document; "
+            r"line ends in it may be \r\n and not \n",
+        ),
+        ("one two", "@@@", "separator '@@@' in it, so each text file is one document"),
+        ("one@@@", "@@@", None),
+        ("one two", None, None),
+    ],
+)
+def test_a_separator_that_is_not_there_is_said(
+    text: str, separator: str | None, said: str | None, tmp_path: Path, tokenised: Any, caplog: Any
+) -> None:
+    """Once for all files of a source; one file may well have no separator."""
+    (tmp_path / "mix").mkdir()
+    for name, content in {"a.txt": text, "b.txt": "alone", "c.jsonl": '{"text": "x"}\n{"text": "y"}'}.items():
+        (tmp_path / "mix" / name).write_bytes(content.encode())
+    tokenised(tmp_path / "mix", separator=separator)
+    assert [record.message for record in caplog.records if "separator" in record.message] == (
+        [] if said is None else [f"{tmp_path / 'mix'} has no {said}"]
+    )
+
+
 def test_empty_documents_are_left_out(tmp_path: Path, tokenised: Any, bytes_folder: Path) -> None:
     (tmp_path / "a.txt").write_text("|one|||two|")
     tokens = tokenised(tmp_path / "a.txt", separator="|")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle import inspection
+from upcycle.errors import UpcycleError
 from upcycle.system.progress import Progress, reporting_to
 
 if TYPE_CHECKING:
@@ -149,6 +151,8 @@ def inspect(
     is recorded. `drop` has names and patterns of tensors of the dense checkpoint to leave out, besides those
     in the provenance. Raises `UpcycleError` for a file that it cannot read.
     """
+    if not (text or images):
+        _refuse_idle(limit=limit, length=length, batch_size=batch_size, seed=seed, cache=cache)
     table, seen = inspection.inspect(checkpoint, source, tuple(drop)), None
     if text or images:
         from upcycle.evaluation.specialisation import ToWatch, specialisation
@@ -160,3 +164,14 @@ def inspect(
         with reporting_to(progress):
             seen = specialisation(table["checkpoint"], asked)
     return Inspection(name=str(checkpoint), table=table, routing=seen)
+
+
+def _refuse_idle(**given: object) -> None:
+    """Refuse settings of the routing if no rows are given to watch the routers on."""
+    usual = signature(inspect).parameters
+    for name, value in given.items():
+        if value != usual[name].default:
+            raise UpcycleError(
+                f"--{name.replace('_', '-')} {value} is for rows to watch the routers on, and there are "
+                f"none; give --text [NAME=]PATH or --images [NAME=]PATH, or leave it out"
+            )

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError, listed, shown
 from upcycle.settings import Above, Settings, Verbatim
+from upcycle.system import progress
 
 _PIECE = 1 << 20  # characters to read from a text file at once
 _LINE = 1 << 28  # maximum length of a line of JSON, in characters
@@ -63,13 +64,30 @@ def files(source: Source) -> list[Path]:
 
 
 def documents(source: Source) -> Iterator[tuple[str, bool]]:
-    """Yield pieces of text, and whether each begins a document. Long documents come in several pieces."""
+    """Yield pieces of text, and whether each begins a document. Long documents come in several pieces.
+
+    Warns at the end if the separator of the source is in none of its text files.
+    """
     if is_dataset(source):
         for where, row in dataset_rows(source):
             yield _field(row, source, where), True
         return
+    most = 0  # documents of a text file
     for path in files(source):
-        yield from _READERS[str(kind(path))](path, source)
+        count = 0
+        for text, begins in _READERS[str(kind(path))](path, source):
+            yield text, begins
+            count += begins
+        most = max(most, count if kind(path) in PLAIN else 0)
+    if source.separator is not None and most == 1:
+        progress.warn(_without_separator(source.path, source.separator))
+
+
+def _without_separator(path: str, separator: str) -> str:
+    ends = (
+        "; line ends in it may be \\r\\n and not \\n" if "\n" in separator and "\r" not in separator else ""
+    )
+    return f"{path} has no separator {shown(separator)} in it, so each text file is one document{ends}"
 
 
 def saved_splits(path: Path) -> list[str] | None:

@@ -39,22 +39,25 @@ def to_score(path: str | Path, split: str | None = None) -> Source:
     return replace(source, path=str(Path(path) / chosen), split=chosen)
 
 
-def unread(source: Source) -> str | None:
-    """Return a sentence about a key of a source that is set and does nothing there; None if all are read."""
+def unread(source: Source, key: str = "data.sources {}") -> str | None:
+    """Return a sentence about a key of a source that is set and does nothing there; None if all are read.
+
+    `key` is how the user writes a key, with `{}` for its name.
+    """
     path = source.path
     kinds = set() if is_dataset(source) else {kind(each) for each in files(source)}
     if (why := mixed(source)) is not None:
         return why
     if source.split != Source.split and not (hub_name(source) or saved_splits(Path(path))):
-        return f"data.sources split = {source.split}, and {path} is no dataset with splits; take split out"
+        return f"{key.format('split')} = {source.split}, and {path} is no dataset with splits; take split out"
     if source.separator is not None and kinds.isdisjoint(PLAIN):
         return (
-            f"data.sources separator = {shown(source.separator)} is for text files, and {path} has none, so "
-            f"each row is a document; take separator out"
+            f"{key.format('separator')} = {shown(source.separator)} is for text files, and {path} has none, "
+            f"so each row is a document; take separator out"
         )
     if source.field != Source.field and kinds and kinds <= PLAIN:
         return (
-            f"data.sources field = {source.field} is for JSON lines, parquet and datasets, and {path} is "
+            f"{key.format('field')} = {source.field} is for JSON lines, parquet and datasets, and {path} is "
             f"text alone; take field out"
         )
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
@@ -54,10 +54,29 @@ class ToScore:
                 raise UpcycleError(f"--{name.replace('_', '-')} {given}; it must be {least} or more")
         if self.separator == "":
             raise UpcycleError('--separator ""; leave it out if a file is one document')
+        self._refuse_idle()
         if len(self.named) < len(self.texts):
             raise UpcycleError(
                 "two texts have one file name, and results are called by it; give them names: NAME=PATH"
             )
+
+    def _refuse_idle(self) -> None:
+        """Refuse a setting of something that is not scored."""
+        of_text, of_rows = (bool(self.texts), "--text"), (bool(self.texts or self.chats), "--text or --chats")
+        read_by = {
+            "length": of_rows,
+            "stride": of_text,
+            "separator": of_text,
+            "num_fewshot": (self.by_harness, "--tasks or --task-files"),
+            "per_class": (self.shots is not None, "--few-shot"),
+        }
+        for key in fields(self):
+            used, owner = read_by.get(key.name, (True, ""))
+            if not used and (given := getattr(self, key.name)) != key.default:
+                raise UpcycleError(
+                    f"--{key.name.replace('_', '-')} {given} is for {owner}, and nothing of that is scored; "
+                    f"leave it out"
+                )
 
     @property
     def texts(self) -> tuple[Path, ...]:

@@ -69,6 +69,7 @@ class Task(Named, abc.ABC):
     counting: ClassVar[Mapping[str, Any]] = {}  # model arguments that save work if only routers are watched
 
     isolates: ClassVar[bool] = False  # whether documents in a row can be kept apart (data.isolate)
+    in_windows: ClassVar[bool] = False  # whether `eval` scores a text in windows, and not row by row
     by_token: ClassVar[bool] = False  # whether the head predicts a word at every position of the last stack
 
     def __post_init__(self) -> None:
@@ -142,8 +143,8 @@ class Task(Named, abc.ABC):
         return None
 
     def score(self, judge: Judge[Found], path: Path) -> Found:
-        """Score a checkpoint on the data at `path`; row by row, unless a task overrides this."""
-        return judge.rows(self, path)
+        """Score a checkpoint on the data at `path`, in windows or row by row."""
+        return judge.windows(path) if self.in_windows else judge.rows(self, path)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy in nats, summed over targets, []. It is computed in float32 or wider."""
