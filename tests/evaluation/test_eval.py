@@ -592,6 +592,17 @@ def test_a_separator_is_for_the_texts_that_can_have_one(byte_model, story, tmp_p
     assert both["lines.jsonl"]["metrics"] == alone["metrics"]
 
 
+def test_a_field_is_named(byte_model, tmp_path):
+    lines = {"text": STORY[0], "body": STORY[1]}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(lines))
+    (tmp_path / "body.jsonl").write_text(json.dumps({"text": STORY[1]}))
+    found = evaluate(byte_model, ToScore(text=tmp_path / "lines.jsonl", field="body"))["results"][0]
+    wanted = evaluate(byte_model, ToScore(text=tmp_path / "body.jsonl"))["results"][0]
+    assert found["metrics"] == wanted["metrics"]
+    assert found["data"]["field"] == "body"
+    assert "field" not in wanted["data"]
+
+
 def test_rows_that_do_not_overlap_have_no_stride(tmp_path):
     model = make(tmp_path, "BertForMaskedLM")
     (tmp_path / "a.txt").write_text("abc")

@@ -459,3 +459,7 @@ def test_other_mistakes(dense, tmp_path):
         train(table(dense, tmp_path / "run", data={"sources": [{"path": "a"}, {"path": "b"}]}))
     with pytest.raises(UpcycleError, match=r"give either --text FILE or .*--chats FILE"):
         ToScore(chats=dense / "chats.jsonl", images=dense)
+    with pytest.raises(
+        UpcycleError, match=r"fits into length = 20 tokens .*lengthen the rows, or in a run, set"
+    ):
+        evaluate(dense, ToScore(chats=dense / "chats.jsonl", length=20))

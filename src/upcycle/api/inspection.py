@@ -137,6 +137,7 @@ def inspect(
     images: Mapping[str, str | Path] | None = None,
     limit: int = 256,
     length: int | None = None,
+    field: str = "text",
     batch_size: int = 16,
     seed: int = 0,
     cache: str | Path | None = None,
@@ -148,18 +149,19 @@ def inspect(
     Experts are compared with each other and with the dense network. `source` is the dense checkpoint they
     were made from (None: the one in the provenance). `text` and `images` give one set of rows per domain, by
     name. The model is then run on at most `limit` rows of each (0: all) of `length` tokens, and its routing
-    is recorded. `drop` has names and patterns of tensors of the dense checkpoint to leave out, besides those
-    in the provenance. Raises `UpcycleError` for a file that it cannot read.
+    is recorded. `field` is that of the text in JSON lines and parquet. `drop` has names and patterns of
+    tensors of the dense checkpoint to leave out, besides those in the provenance. Raises `UpcycleError` for a
+    file that it cannot read.
     """
     if not (text or images):
-        _refuse_idle(limit=limit, length=length, batch_size=batch_size, seed=seed, cache=cache)
+        _refuse_idle(limit=limit, length=length, field=field, batch_size=batch_size, seed=seed, cache=cache)
     table, seen = inspection.inspect(checkpoint, source, tuple(drop)), None
     if text or images:
         from upcycle.evaluation.specialisation import ToWatch, specialisation
 
         asked = ToWatch(
-            text=text, images=images, limit=limit, length=length, batch_size=batch_size, seed=seed,  # type: ignore[arg-type]
-            cache=cache,  # type: ignore[arg-type]
+            text=text, images=images, limit=limit, length=length, field=field,  # type: ignore[arg-type]
+            batch_size=batch_size, seed=seed, cache=cache,  # type: ignore[arg-type]
         )  # fmt: skip
         with reporting_to(progress):
             seen = specialisation(table["checkpoint"], asked)

@@ -91,7 +91,7 @@ def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) ->
     if len(words) > vocab_size:
         raise UpcycleError(
             f"the tokenizer has {len(words)} tokens and the embedding {vocab_size} rows, which do not "
-            f"belong together; set data.tokenizer to that of the model"
+            f"belong together; put that of the model into its folder, or in a run, set data.tokenizer to it"
         )
     made = []
     for source in data.sources:
@@ -129,7 +129,8 @@ def read_tokenizer(where: str | Path) -> Any:
     except Exception as error:  # tokenizers raises plain Exception for an unreadable file
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
         raise UpcycleError(
-            f"{where} has no tokenizer that can be read ({reason}); put its files there or set data.tokenizer"
+            f"{where} has no tokenizer that can be read ({reason}); put its files there, or in a "
+            f"run, set data.tokenizer"
         ) from None
     found.model_max_length = 1 << 60  # rows are packed, so that no document is too long
     return found
@@ -230,9 +231,7 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
         with _tokenising(source) as work:
             written = _write(source, data, tokenizer, file, vocab_size, work)
         if not written.count:
-            raise UpcycleError(
-                f"{source.path} holds no text; give one that does, or take it out of data.sources"
-            )
+            raise UpcycleError(f"{source.path} holds no text; give one that does, or leave it out")
         text = {str(p): [before[str(p)], file_hash(p)] for p in read}
         if stamps(read) != before:
             raise UpcycleError(f"{source.path} changed while it was read; begin again")
@@ -281,7 +280,7 @@ def _refuse(largest: int, vocab_size: int, source: Source) -> None:
     if largest >= vocab_size:
         raise UpcycleError(
             f"the tokenizer gives id {largest} in {source.path} and the embedding has {vocab_size} rows; "
-            f"set data.tokenizer to that of the model"
+            f"put the tokenizer of the model into its folder, or in a run, set data.tokenizer to it"
         )
 
 

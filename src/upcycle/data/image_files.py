@@ -114,7 +114,8 @@ class ImageParquet:
             most = f" less than {allowed}, the number of its class names" if self.class_names else ""
             raise UpcycleError(
                 f"{path}, row {wrong[0]} has the label {column[int(wrong[0])].as_py()!r} in {self.label!r}; "
-                f"a label is a whole number of 0 or more{most}: take the row out, or set label_field"
+                f"a label is a whole number of 0 or more{most}: take the row out, or in a "
+                f"run, set label_field"
             )
         return values
 
@@ -123,7 +124,8 @@ class ImageParquet:
         for key, name in (("image_field", self.image), ("label_field", self.label)):
             if name not in schema.names:
                 raise UpcycleError(
-                    f"{path} has no column {name!r}; it has {listed(schema.names, 8)}: set {key}"
+                    f"{path} has no column {name!r}; it has {listed(schema.names, 8)}: give one the "
+                    f"name, or in a run, set {key}"
                 )
         kind = schema.field(self.image).type
         if types.is_struct(kind) and "bytes" in {kind.field(i).name for i in range(kind.num_fields)}:
@@ -131,7 +133,7 @@ class ImageParquet:
         if not (types.is_binary(kind) or types.is_large_binary(kind)):
             raise UpcycleError(
                 f"{path}: column {self.image!r} is of type {kind}; images are encoded files, as binary or "
-                f"struct<bytes, path>: set image_field"
+                f"struct<bytes, path>; in a run, set image_field"
             )
 
     def where(self, number: int) -> str:

@@ -15,7 +15,7 @@ from upcycle.dense.subject import Subject
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.results import Metric, Result, data_of
-from upcycle.evaluation.text import LENGTH
+from upcycle.evaluation.text import LENGTH, field_of
 from upcycle.evaluation.to_score import ToScore
 from upcycle.system import progress
 from upcycle.tasks import Task
@@ -31,11 +31,12 @@ def score(
     The rows are in a random order of seed 0. Raises `UpcycleError` for data that the task cannot read.
     """
     length = asked.length or min(LENGTH, subject.settings.get("max_position_embeddings") or LENGTH)
-    feeding = Feeding.of_file(path, length=length, cache=cache, separator=asked.separator)
+    feeding = Feeding.of_file(path, length=length, cache=cache, separator=asked.separator, field=asked.field)
     scored = _score(
         model, subject, task, task.feed(feeding, subject), asked, f"{_units(task)} of {path.name}"
     )
     settings: dict[str, Any] = {"length": length, "limit": asked.limit, "separator": asked.separator}
+    settings |= field_of(asked.field)
     if task.reads == "images":
         settings = {"limit": asked.limit}
     return _result(path, task, scored, settings)

@@ -179,15 +179,16 @@ def _refuse_other_data(task: Task, architecture: str, asked: ToScore) -> None:
 def _refuse_missing(asked: ToScore) -> None:
     """Raise an error if a split, files of a task or lm-evaluation-harness are missing, before scoring.
 
-    Likewise for a separator that none of the texts could have.
+    Likewise for a separator or a field that none of the texts could have.
     """
     for path in filter(None, (*asked.texts, asked.chats)):
         if (why := splits.mixed(splits.to_score(path))) is not None:
             raise UpcycleError(why)
-    sources = [replace(splits.to_score(path), separator=asked.separator) for path in asked.texts]
-    idle = [splits.unread(replace(source, split=Source.split), "--{}") for source in sources]
-    if sources and None not in idle:
-        raise UpcycleError(str(idle[0]))
+    for given in ({"separator": asked.separator}, {"field": asked.field}):
+        sources = [Source(path=splits.to_score(path).path, **given) for path in asked.texts]
+        idle = [splits.unread(source, "--{}") for source in sources]
+        if idle and None not in idle:
+            raise UpcycleError(str(idle[0]))
     if asked.by_harness:
         harness()
     if asked.task_files:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from upcycle.data.documents import Source
 from upcycle.errors import UpcycleError
 from upcycle.system.paths import as_paths
 
@@ -30,6 +31,7 @@ class ToScore:
     length: int | None = None  # tokens of a window; None: 512, or fewer if the model takes fewer
     stride: int | None = None  # tokens; None: the same as `length`
     separator: str | None = None
+    field: str = Source.field  # the text field of JSON lines, parquet and datasets
     batch_size: int = 0  # 0: chosen automatically
     limit: int = 0
     cache: Path | None = None
@@ -67,6 +69,7 @@ class ToScore:
             "length": of_rows,
             "stride": of_text,
             "separator": of_text,
+            "field": of_text,
             "num_fewshot": (self.by_harness, "--tasks or --task-files"),
             "per_class": (self.shots is not None, "--few-shot"),
         }
