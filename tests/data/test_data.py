@@ -245,6 +245,34 @@ def test_what_a_stage_is_scored_on_no_earlier_one_trains_on(
     assert leaks.later([tables[0]] * 2) is None
 
 
+def test_a_folder_loses_no_file_without_a_word(
+    tmp_path: Path, tokenised: Any, bytes_folder: Path, caplog: Any
+) -> None:
+    """Links are followed, also one that leads around, and an ending may have capital letters."""
+    mix, away = tmp_path / "mix", tmp_path / "away"
+    for folder in (mix / "b", away / "deep"):
+        folder.mkdir(parents=True)
+    (mix / "b" / "1.txt").write_text("one")
+    (mix / "a").symlink_to(mix / "b")  # the way without links is taken
+    (mix / "c").symlink_to(away)
+    (away / "deep" / "2.TXT").write_text("two")
+    (away / "deep" / "around").symlink_to(mix)
+    (mix / "d.JSONL").write_text('{"text": "three"}')
+    (mix / "e.txt").symlink_to(tmp_path / "nowhere")
+    for name in ("README.md", "f.csv", "g.csv", "h.jsonl.zst", "LICENSE", ".hidden", ".git/config.md"):
+        (mix / name).parent.mkdir(exist_ok=True)
+        (mix / name).touch()
+    read = [str(path.relative_to(mix)) for path in documents.files(Source(path=str(mix)))]
+    assert read == ["b/1.txt", "c/deep/2.TXT", "d.JSONL"]
+    with caplog.at_level("INFO"):
+        found = tokenised(mix)
+    assert documents_of(found, bytes_folder) == ["one", "two", "three"]
+    said = (
+        f"{mix}: 5 files are not read, because of their endings (.csv, .md, .zst and 1 more); those with .txt"
+    )
+    assert sum(record.message.startswith(said) for record in caplog.records) == 1
+
+
 def test_splits_of_a_saved_data_set_are_known(tmp_path: Path) -> None:
     source = Source(path=str(_saved(tmp_path)["path"]), split="mine")
     assert splits.unread(source) is None

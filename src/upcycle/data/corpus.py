@@ -18,7 +18,7 @@ from typing import IO, Annotated, Any, ClassVar
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import file_hash
-from upcycle.data.documents import Source, documents, files
+from upcycle.data.documents import PLAIN, Source, documents, files, kind
 from upcycle.data.pieces import Piece, batches, encode, pieces
 from upcycle.data.stamps import is_as_it_was, stamps
 from upcycle.errors import UpcycleError
@@ -287,6 +287,6 @@ def _refuse(largest: int, vocab_size: int, source: Source) -> None:
 def _tokenising(source: Source) -> AbstractContextManager[Work]:
     found = files(source)
     # Other files are compressed, so their size is not that of their text.
-    plain = bool(found) and all(p.suffix in (".txt", ".text", ".jsonl") for p in found)
+    plain = bool(found) and all(kind(p) in (*PLAIN, ".jsonl") for p in found)
     total = sum(p.stat().st_size for p in found) if plain else None
     return progress.work(f"tokenising {Path(source.path).name}", "bytes", total=total)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from upcycle.data.folders import files_below
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.settings import Above, Settings, Verbatim
 from upcycle.system import progress
@@ -43,14 +44,17 @@ class Source(Settings):
 
 
 def files(source: Source) -> list[Path]:
-    """Return the files of a source in order; empty for a dataset that has no local files."""
+    """Return the files of a source in order; empty for a dataset that has no local files.
+
+    Of a folder, these are the files of a known ending in it and below it, hidden ones among them.
+    """
     if hub_name(source) is not None:
         return []
     path = Path(source.path)
     if path.is_dir():
         if _saved_dataset(path):
-            return sorted(p for p in path.rglob("*") if p.is_file())
-        found = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) is not None)
+            return files_below(path)
+        found = [p for p in files_below(path) if kind(p) is not None]
         if not found:
             raise UpcycleError(f"{path} holds no {', '.join(_READERS)} files")
         return found
@@ -72,6 +76,7 @@ def documents(source: Source) -> Iterator[tuple[str, bool]]:
         for where, row in dataset_rows(source):
             yield _field(row, source, where), True
         return
+    say_left_out(source)
     most = 0  # documents of a text file
     for path in files(source):
         count = 0
@@ -81,6 +86,21 @@ def documents(source: Source) -> Iterator[tuple[str, bool]]:
         most = max(most, count if kind(path) in PLAIN else 0)
     if source.separator is not None and most == 1:
         progress.warn(_without_separator(source.path, source.separator))
+
+
+def say_left_out(source: Source) -> None:
+    """Say how many files of a folder are not read, because of their endings; hidden ones do not count."""
+    path = Path(source.path)
+    if not path.is_dir() or is_dataset(source):
+        return
+    below = [each.relative_to(path) for each in files_below(path)]
+    left = [each for each in below if kind(each) is None and not any(p[0] == "." for p in each.parts)]
+    if left:
+        endings = sorted({each.suffix or "none" for each in left})
+        progress.say(
+            f"{path}: {len(left)} files are not read, because of their endings ({listed(endings)}); those "
+            f"with {', '.join(_READERS)} are"
+        )
 
 
 def _without_separator(path: str, separator: str) -> str:
@@ -125,8 +145,8 @@ def _saved_dataset(path: Path) -> bool:
 
 
 def kind(path: Path) -> str | None:
-    """Return the ending that says how a file is read; None for a file of no known kind."""
-    return next((ending for ending in _READERS if path.name.endswith(ending)), None)
+    """Return the ending that says how a file is read, in small letters; None for a file of no known kind."""
+    return next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
 
 
 def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
@@ -164,7 +184,7 @@ def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place of each object in a file of JSON lines, for messages, and the object."""
-    opened = gzip.open if path.name.endswith(".gz") else open
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(iter(lambda: file.readline(_LINE), ""), start=1):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from upcycle.data.class_labels import names_in
+from upcycle.data.folders import files_below
 from upcycle.errors import UpcycleError, listed
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -38,8 +39,8 @@ class ImageFolder:
         return [
             (path, label)
             for label, name in enumerate(self.class_names)
-            for path in sorted((self.root / name).rglob("*"))
-            if path.suffix.lower() in ENDINGS and path.is_file()
+            for path in files_below(self.root / name)
+            if path.suffix.lower() in ENDINGS
         ]
 
     @property
@@ -157,10 +158,10 @@ ImageFiles = ImageFolder | ImageParquet
 
 def images_at(path: Path, image_field: str, label_field: str) -> ImageFiles:
     """Return the images at `path`. Raises `UpcycleError` if there are none."""
-    if path.is_file() and path.suffix == ".parquet":
+    if path.is_file() and path.suffix.lower() == ".parquet":
         source: ImageFiles = ImageParquet([path], image_field, label_field)
     elif path.is_dir():
-        rows = sorted(p for p in path.rglob("*.parquet") if p.is_file())
+        rows = [p for p in files_below(path) if p.suffix.lower() == ".parquet"]
         source = ImageParquet(rows, image_field, label_field) if rows else ImageFolder(path)
         _one_split(path, rows or [path / name for name in source.class_names])
     else:

@@ -83,7 +83,7 @@ def _split_of(path: Path) -> str | None:
     Hugging Face datasets are cloned as `train.jsonl`, `train-00000-of-00001.parquet` or `train/ANY.parquet`.
     """
     shard = _SHARD.fullmatch(path.name)
-    name = shard["split"] if shard else path.name.removesuffix(str(kind(path)))
+    name = shard["split"] if shard else path.name[: -len(str(kind(path)))]
     if name.lower() in _SPLITS or (shard and _words(name) & _SPLITS):
         return name
     return next((folder for folder in reversed(path.parts[:-1]) if folder.lower() in _SPLITS), None)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from upcycle.data.class_labels import names_in
-from upcycle.data.documents import json_lines, opened_parquet, parquet_rows
+from upcycle.data.documents import json_lines, kind, opened_parquet, parquet_rows
 from upcycle.data.examples import refuse_other_classes
 from upcycle.errors import UpcycleError, listed, shown
 
@@ -99,7 +99,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each example and its location, for messages."""
     if not path.is_file():
         raise UpcycleError(f"no data at {path}; give a JSON lines or parquet file")
-    if path.suffix == ".parquet":
+    if kind(path) == ".parquet":
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path)))
         return
     yield from json_lines(path)
@@ -107,7 +107,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _names(path: Path, label_field: str) -> tuple[str, ...]:
     """Return the names that a parquet file stores for the numbers of its classes; empty if there are none."""
-    if path.suffix != ".parquet":
+    if kind(path) != ".parquet":
         return ()
     with opened_parquet(path) as file:
         return names_in(file.schema_arrow, label_field)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.data.documents import Source, documents
+from upcycle.data.documents import PLAIN, Source, documents, kind
 from upcycle.data.pieces import Piece, pieces
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
@@ -141,7 +141,7 @@ def _checked(language: LanguageModel, length: int | None, stride: int | None) ->
 
 def _scoring(path: Path, limit: int) -> AbstractContextManager[Work]:
     # The size of a file is that of its text only if it is plain text.
-    plain = path.suffix in (".txt", ".text") and path.is_file() and not limit
+    plain = kind(path) in PLAIN and path.is_file() and not limit
     return progress.work(f"scoring {path.name}", "bytes", total=path.stat().st_size if plain else None)
 
 

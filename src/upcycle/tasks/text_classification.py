@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.data.corpus import Data
-from upcycle.data.documents import Source
+from upcycle.data.documents import PLAIN, Source, kind
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
@@ -87,7 +87,7 @@ class TextClassification(Task):
         return subject.all_of(length)
 
     def can_read(self, path: Path) -> bool:
-        return path.suffix not in (".txt", ".text")  # these have no labels
+        return kind(path) not in PLAIN  # these have no labels
 
     def unscored(self, architecture: str) -> str | None:
         return f"{architecture} classifies texts; score it in a run, with task.test"
