@@ -159,6 +159,21 @@ def test_named_classes_of_parquet_are_those_of_the_head(tmp_path):
     assert labels_of(numbers, source) == labels_of(tmp_path / "names.jsonl", source)
 
 
+def test_a_test_set_may_lack_a_class_that_is_named(texts, tmp_path):
+    source = classifier(tmp_path / "dense", "Bert")
+    lines = texts.read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(line for line in lines if "none" in line))
+    task = {"name": "text_classification", "classes": 2, "test": str(tmp_path / "test.jsonl")}
+    made = table(source, texts, tmp_path / "run", task=task)
+    with pytest.raises(
+        UpcycleError, match=r"only one of them has dog; .* set task\.classes to the names of all"
+    ):
+        train(Run.of(made))
+    made |= {"task": task | {"classes": ["none", "dog"]}, "out": str(tmp_path / "named")}
+    train(Run.of(made))
+    assert read(tmp_path / "named")[-1].held_out_accuracy is not None
+
+
 def test_a_number_without_a_name_is_no_class(tmp_path):
     import pyarrow.parquet
 

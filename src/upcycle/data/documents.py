@@ -37,6 +37,10 @@ class Source(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.path:
+            raise UpcycleError(
+                'data.sources path = "" names no data; give a file, a folder, or hf:owner/name'
+            )
         if self.separator == "":
             raise UpcycleError(
                 f'data.sources separator = "" of {self.path}; leave it out for one document a file'
