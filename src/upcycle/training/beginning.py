@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
-from upcycle.data import stamps
+from upcycle.data import leaks, stamps
+from upcycle.data.corpus import Data
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.state import RunState
@@ -61,11 +62,14 @@ def admitted(run: Run, begun: Start) -> Task:
 def first_refusals(run: Run, begun: Start, task: Task) -> list[str]:
     """Return the reasons to refuse a run that begins; one that goes on may have them.
 
-    They are rows that are too long for the model, and router losses that no router computes.
+    They are rows that are too long for the model, router losses that no router computes, and rows that a
+    stage is scored on though an earlier one trains on them.
     """
+    legs = Course(run).legs
     long = task.beyond_positions(run.train.sequence_length, begun.subject)
-    lacking = (fit.without_loss(leg.run, begun.built) for leg in Course(run).legs)
-    return [*dict.fromkeys(filter(None, [long, *lacking]))]
+    lacking = (fit.without_loss(leg.run, begun.built) for leg in legs)
+    leak = leaks.later([leg.run.data for leg in legs])
+    return [*dict.fromkeys(filter(None, [long, *lacking, leak]))]
 
 
 def ready(
@@ -73,9 +77,10 @@ def ready(
 ) -> Ready:
     """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
     before = None if checkpoint is None else saving.read_state(checkpoint)
+    given = [leg.run.data for leg in Course(run).legs]
     run = run_folder.settled(run, checkpoint)
     task = run.task or task
-    _warn(run, begun, task, here, begins=checkpoint is None)
+    _warn(run, begun, task, here, given, begins=checkpoint is None)
     if here.first and before is not None:
         _say_changed_layout(before, here)
     _refuse_other_teacher(before, begun, here)
@@ -132,13 +137,15 @@ def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
     return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
 
 
-def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
+def _warn(run: Run, begun: Start, task: Task, here: Ranks, given: Sequence[Data], *, begins: bool) -> None:
     """Warn the user before a run costs time, and refuse it if it could not have begun.
 
-    A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`).
+    A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`). `given` has
+    the data of its stages as the user wrote them.
     """
     data = dict.fromkeys(leg.run.data for leg in Course(run).legs)
-    wrong = [*first_refusals(run, begun, task), *filter(None, map(task.objection, data))]
+    idle = dict.fromkeys(map(task.idle_split, given))
+    wrong = [*first_refusals(run, begun, task), *filter(None, [*map(task.objection, data), *idle])]
     if wrong and begins:
         raise UpcycleError(wrong[0])
     if here.first:
