@@ -11,7 +11,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from files import toml
 from marks import quick
 from upcycle import Recipe, UpcycleError, cli, plan
 from upcycle.records.state import RunState
+from upcycle.sharding.layout import Layout
 from upcycle.system import lock, whole_file
 from upcycle.system.signals import held
 from upcycle.training import metrics, micro_batch, run_folder, saving, start
@@ -708,6 +709,39 @@ def test_the_parts_are_equal(
     assert micro_batch.chosen(pooled, start_, {"layers": 16}, here, None).train.micro_batch is None
     before = RunState(step=3, batches={}, identity={})
     assert micro_batch.chosen(run, start_, {"layers": 16}, here, before).train.micro_batch is None
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "most", "wanted"),
+    [
+        (8, 8, 8, None),
+        (8, 16, 8, None),
+        (8, 1, 100, 8),  # as many as before, though more would fit today
+        (8, 1, 3, 2),  # of sharded weights a rank has more than before
+        (8, 1, None, 8),
+        (2, 4, 1, None),
+    ],
+)
+def test_fewer_ranks_take_no_more_rows_at_once(
+    then: int,
+    now: int,
+    most: int | None,
+    wanted: int | None,
+    table: Table,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run whose ranks had all their rows of a step in one pass goes on with other ranks."""
+    monkeypatch.setattr(micro_batch, "_rows_that_fit", lambda *_: most)
+    monkeypatch.setattr(Ranks, "share", lambda self, value: value)
+    here = Ranks(device=torch.device("cpu"), dp_size=now, layout=Layout(fsdp=now))
+    before = RunState(step=3, batches={}, identity={}, layout=asdict(Layout(fsdp=then)))
+    for loss in ("per_layer", "pooled"):
+        run = Run.of(table(train={"batch_tokens": 16 * 64}, **MOE, router={"balance_loss": loss}))
+        found = micro_batch.chosen(run, start.start_of(run), {"layers": 16}, here, before)
+        assert found.train.micro_batch == (wanted if loss == "per_layer" else None)
+    said = f"has {64 // now} rows in one pass instead of {64 // then}"
+    assert [said in record.message for record in caplog.records] == [True] * (wanted is not None)
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
