@@ -24,6 +24,7 @@ import tiny
 from files import toml
 from marks import quick
 from upcycle import Recipe, UpcycleError, cli, plan
+from upcycle.records.metrics import StepMetrics
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
 from upcycle.system import lock, whole_file
@@ -786,6 +787,35 @@ def test_a_full_disk_names_the_file(
     assert "No space left on device" in said
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert train(Run.of(table()), resume=True).finished
+
+
+def on_a_full_disk(path: Path, data: bytes, write: Any = whole_file.write) -> None:
+    """Write a file, but begin metrics.jsonl where nothing can be added to it."""
+    write(path, data) if path.name != StepMetrics.FILE else path.symlink_to("/dev/full")
+
+
+def test_a_full_disk_does_not_hide_what_to_do(
+    table: Table, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics.whole_file, "write", on_a_full_disk)
+    monkeypatch.setattr(saving, "write", lambda *_: "No space left on device")
+    with pytest.raises(UpcycleError, match=r"step 1 could not be saved .* go on with --resume"):
+        train(Run.of(table(train={"steps": 1})))
+    said = [record.message for record in caplog.records]
+    assert "metrics of step 1 are lost: No space left on device" in said
+    assert "metrics.jsonl lacks the last steps: No space left on device" in said
+
+
+def test_a_run_goes_back_when_the_disk_was_full(table: Table, tmp_path: Path) -> None:
+    run = Run.of(table())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics.whole_file, "write", on_a_full_disk)
+        log = metrics.Metrics(tmp_path, run.log, 2, 0, {})
+    log.step(StepMetrics(step=1, tokens=64, loss=1.0))
+    log.go_back(0)
+    log.step(StepMetrics(step=1, tokens=64, loss=2.0))
+    log.close()
+    assert losses(tmp_path) == [2.0]
 
 
 @pytest.mark.parametrize("damaged", ["{}", "[]", '{"step": "x"}', "5"])
