@@ -29,7 +29,7 @@ from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
 from upcycle.system import lock, whole_file
 from upcycle.system.signals import held
-from upcycle.training import metrics, micro_batch, run_folder, saving, start
+from upcycle.training import fit, metrics, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -661,6 +661,42 @@ def test_a_run_keeps_the_examples_that_it_held_out(then: Any, wanted: tuple[int,
     assert run.stage[1].data is None
     said = Run.of(table(**MOE, data={"split_seed": 5}))
     assert run_folder._settled_as(said, then).data == said.data
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["by the checkpoint", "by run.json"])
+def test_a_run_keeps_its_precision(
+    told: bool,
+    table: Table,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With `auto`, a machine with an accelerator would take another one than a CPU."""
+    whole = begun(table, out=str(tmp_path / "whole"), train={"steps": 4}, **MOE)
+    out = begun(table, **MOE)
+    if not told:  # as in checkpoints of earlier versions
+        saved = out / "checkpoints" / "step-2" / "state.json"
+        state = json.loads(saved.read_text())
+        del state["precision"], state["state_sha256"]
+        saved.write_text(json.dumps(state))
+    monkeypatch.setattr(fit, "precision", lambda run: "mixed")
+    with caplog.at_level("INFO"):
+        train(Run.of(table(train={"steps": 4}, **MOE)), resume=True)
+    assert losses(out) == losses(whole)
+    assert saving.read_state(out / "checkpoints" / "step-4").precision == "float32"
+    assert run_folder.read_record(out).precision == "float32"
+    assert "goes on in float32, in which it began; train.precision = auto would be mixed here" in caplog.text
+
+
+def test_a_run_without_a_record_of_its_precision_takes_that_of_today(table: Table, tmp_path: Path) -> None:
+    run = Run.of(table(out=str(tmp_path)))
+    before = RunState(step=3, batches={}, identity={})
+    assert run_folder.precision(run, before) == fit.precision(run)
+    assert run_folder.precision(run, replace(before, precision="bfloat16")) == "bfloat16"
+    (tmp_path / "run.json").write_text("{}")
+    assert run_folder.precision(run, before) == fit.precision(run)
+    said = replace(run, train=replace(run.train, precision="mixed"))
+    assert run_folder.precision(said, replace(before, precision="bfloat16")) == "mixed"
 
 
 # --- a batch that does not fit

@@ -68,16 +68,17 @@ def first_refusals(run: Run, begun: Start, task: Task) -> list[str]:
     return [*dict.fromkeys(filter(None, [long, *lacking]))]
 
 
-def ready(
-    run: Run, begun: Start, task: Task, here: Ranks, *, precision: str, checkpoint: Path | None
-) -> Ready:
+def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | None) -> Ready:
     """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
     before = None if checkpoint is None else saving.read_state(checkpoint)
     run = run_folder.settled(run, checkpoint)
     task = run.task or task
     _warn(run, begun, task, here, begins=checkpoint is None)
+    precision = here.share(run_folder.precision(run, before))
+    here = here.computing_in(precision)
     if here.first and before is not None:
         _say_changed_layout(before, here)
+        _say_kept_precision(run, precision)
     _refuse_other_teacher(before, begun, here)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
@@ -156,6 +157,14 @@ def _say_changed_layout(before: RunState, here: Ranks) -> None:
         f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
         f"({here.layout})"
     )
+
+
+def _say_kept_precision(run: Run, precision: str) -> None:
+    """Say that a run keeps its precision on a machine that would give a new run another one."""
+    if (today := fit.precision(run)) != precision:
+        progress.say(
+            f"the run goes on in {precision}, in which it began; train.precision = auto would be {today} here"
+        )
 
 
 def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) -> None:

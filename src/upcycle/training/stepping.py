@@ -216,6 +216,7 @@ class Stepping:
             recent=recent,
             identity=self._run.identity(),
             micro_batch=self.trainee.run.train.micro_batch,
+            precision=self.trainee.precision,
             layout=asdict(self.trainee.ranks.layout),
         )
         with held():
