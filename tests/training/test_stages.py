@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import tempfile
 import tomllib
@@ -363,6 +364,33 @@ def test_a_stage_can_read_its_data_anew(trainable, two_sources, tmp_path):
     run = mixed(trainable, two_sources, tmp_path, {"train": {"steps": 1}}, {**last, "anew": True})
     alone = mixed(trainable, two_sources, tmp_path, last)
     assert rows_of(Run.of(run), (12, 12))[1] == rows_of(Run.of(alone), (12,))[0]
+
+
+def test_a_stage_cannot_read_anew_what_an_earlier_one_has(
+    trainable, two_sources, tmp_path, monkeypatch, caplog
+):
+    """Both have one feed. A run that has trained so goes on with a warning."""
+    first = {"train": {"steps": 1}}
+    own = {**first, "data": weighted(two_sources, 3.0, 1.0)}
+    said = "anew = true is for .* and stage 1 has the same"
+
+    def run(*stages: dict) -> Run:
+        made = mixed(trainable, two_sources, tmp_path / "run", *stages)
+        made["train"] = {"sequence_length": 16, "batch_tokens": 64, "eval_every": 0}
+        return Run.of(made)
+
+    assert fit.not_anew(run({**own, "anew": True}, first)) is None
+    assert fit.not_anew(run(first, {**own, "anew": True})) is None
+    with pytest.raises(UpcycleError, match=f"stage 3: {said}"):
+        train(run(first, own, {**first, "anew": True}))
+    again = run(own, {**own, "anew": True})
+    with pytest.raises(UpcycleError, match=f"stage 2: {said}"):
+        rehearse(again)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "not_anew", lambda run: None)
+        train(again)
+    train(again, resume=True)
+    assert re.search(f"stage 2: {said}", caplog.text)
 
 
 def test_a_run_of_an_earlier_version_reads_its_data_as_it_began(trainable, two_sources, tmp_path):

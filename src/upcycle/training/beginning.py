@@ -61,19 +61,20 @@ def admitted(run: Run, begun: Start) -> Task:
 def first_refusals(run: Run, begun: Start, task: Task) -> list[str]:
     """Return the reasons to refuse a run that begins; one that goes on may have them.
 
-    They are rows that are too long for the model, and router losses that no router computes.
+    They are rows that are too long for the model, router losses that no router computes, and a stage that
+    would not read its data anew as it says.
     """
     long = task.beyond_positions(run.train.sequence_length, begun.subject)
     lacking = (fit.without_loss(leg.run, begun.built) for leg in Course(run).legs)
-    return [*dict.fromkeys(filter(None, [long, *lacking]))]
+    return [*dict.fromkeys(filter(None, [long, *lacking, fit.not_anew(run)]))]
 
 
 def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | None) -> Ready:
     """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
     before = None if checkpoint is None else saving.read_state(checkpoint)
-    run = run_folder.settled(run, checkpoint)
+    asked, run = run, run_folder.settled(run, checkpoint)
     task = run.task or task
-    _warn(run, begun, task, here, begins=checkpoint is None)
+    _warn(asked, begun, task, here, begins=checkpoint is None)
     precision = here.share(run_folder.precision(run, before))
     here = here.computing_in(precision)
     if here.first and before is not None:
