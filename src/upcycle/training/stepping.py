@@ -28,7 +28,7 @@ from upcycle.training.writers import Writer
 def take(ready: Ready, examiner: Examiner | None, out: Path, stop: Sequence[int]) -> RunState:
     """Take the steps of a run that are left; return its state at the end, or after a signal in `stop`."""
     run, here, state = ready.course.run, ready.trainee.ranks, ready.state
-    rows = Rows(run, ready.trainee.task, ready.feeds, here, ready.course.after(state.step))
+    rows = Rows(ready.trainee, ready.feeds, ready.course.after(state.step))
     log = Metrics(out, run.log, run.train.total_steps, state.step, run.as_table()) if here.first else None
     with ExitStack() as stack:
         if log is not None:
