@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import tomllib
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -495,6 +496,23 @@ def test_a_stage_is_judged_by_its_own_steps(case, trainable, tmp_path):
     )  # fmt: skip
     assert enter.next_stage(begun, legs[1], None).run == legs[1].run
     assert recent.known() == (((1.0, 2.0),) if goes_on else ())
+
+
+def test_what_is_no_longer_trained_leaves_the_memory(trainable, tmp_path, monkeypatch):
+    """The moments of the first stage's experts are gone when the second one begins, which trains routers."""
+    left, real = [], enter.next_stage
+
+    def watched(trainee: Trainee, *rest: object) -> Trainee:
+        moments = [weakref.ref(t) for state in trainee.optimizer.state.values() for t in state.values()]
+        assert moments
+        made = real(trainee, *rest)
+        left.append(sum(moment() is not None for moment in moments))
+        return made
+
+    monkeypatch.setattr(enter, "next_stage", watched)
+    stages = [{"train": {"steps": 1, "only": [part]}} for part in ("experts", "router")]
+    train(Run.of(table(trainable, tmp_path, stage=stages)))
+    assert left == [0]
 
 
 def test_documents_apart_in_one_stage(trainable, tmp_path, monkeypatch):
