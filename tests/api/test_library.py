@@ -131,6 +131,15 @@ def test_inspect(trainable, moe, capsys):
     assert dense.save() is None
 
 
+@pytest.mark.parametrize("given", [{"limit": 3}, {"seed": 1}, {"length": 8}, {"batch_size": 2}])
+def test_what_is_for_rows_is_refused_without_rows(moe, given):
+    ((name, value),) = given.items()
+    with pytest.raises(
+        upcycle.UpcycleError, match=rf"--{name.replace('_', '-')} {value} is for rows to watch .* none"
+    ):
+        upcycle.inspect(moe, **given)
+
+
 def test_train_export_and_report(trainable, tmp_path, capsys):
     heard = Listener()
     run = {

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import stat
@@ -23,7 +24,8 @@ import forked
 import tiny
 from files import toml
 from marks import quick
-from upcycle import Recipe, UpcycleError, cli, plan
+from upcycle import Recipe, UpcycleError, cli, plan, tasks
+from upcycle.data.corpus import Data, Source
 from upcycle.records.metrics import StepMetrics
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
@@ -697,6 +699,46 @@ def test_a_run_without_a_record_of_its_precision_takes_that_of_today(table: Tabl
     assert run_folder.precision(run, before) == fit.precision(run)
     said = replace(run, train=replace(run.train, precision="mixed"))
     assert run_folder.precision(said, replace(before, precision="bfloat16")) == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "why"),
+    [
+        ("causal_lm", {"split_seed": 0}, "causal_lm holds out the end of each source"),
+        ("span_corruption", {"split_seed": 3}, "span_corruption holds out the end of each source"),
+        ("sft", {"split_seed": 3}, None),
+        ("causal_lm", {}, None),
+        ({"name": "sft", "test": "x.jsonl"}, {"split_seed": 3}, "task.test is scored on"),
+    ],
+)
+def test_a_seed_of_a_split_that_draws_nothing(task: Any, data: dict[str, Any], why: str | None) -> None:
+    read = tasks.read({"name": task} if isinstance(task, str) else task)
+    said = read.idle_split(Data(sources=(Source(path="x"),), **data))
+    seed = data.get("split_seed")
+    wanted = f"data.split_seed = {seed} draws no held-out examples, because {why}; take it out"
+    assert said == (None if why is None else wanted)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_run_that_began_with_such_a_seed_goes_on(seed: int | None, table: Table, caplog: Any) -> None:
+    """With a warning, which a run without one does not get: each records a seed."""
+    given = table(data={} if seed is None else {"split_seed": seed})
+    said = r"data\.split_seed = 0 draws no held-out examples"
+    out = begun(table)
+    shutil.rmtree(out / "checkpoints" / "step-2")
+    train(Run.of(given), resume=True)
+    assert bool(re.search(said, caplog.text)) == (seed is not None)
+    if seed is not None:
+        with pytest.raises(UpcycleError, match=said):
+            train(Run.of({**given, "out": f"{out}-new"}))
+
+
+@pytest.mark.parametrize("name", ["sft", "text_classification", "image_classification"])
+def test_a_set_without_a_name_is_not_this_folder(name: str) -> None:
+    with pytest.raises(UpcycleError, match=r'task\.test = "" names no set'):
+        tasks.read({"name": name, "test": ""})
+    with pytest.raises(UpcycleError, match=r'data\.sources path = "" names no data'):
+        Source(path="")
 
 
 # --- a batch that does not fit

@@ -24,6 +24,7 @@ from marks import quick, sampled
 from simulated import Traffic
 from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.data import leaks
 from upcycle.dense.admission import admit
 from upcycle.families._training import trained
 from upcycle.records.provenance import Provenance
@@ -538,6 +539,22 @@ def test_what_a_later_stage_cannot_have_is_said(trainable, tmp_path):
     later = {**bias, "bias_update_steps": 3}
     assert not fit.warnings(Run.of({**run, "stage": [stages[0], {**stages[1], "router": later}],
                                     "optimizer": {}}), None)  # fmt: skip
+
+
+def test_a_stage_is_not_scored_on_what_an_earlier_one_trained_on(trainable, tmp_path, caplog):
+    """A run that has begun so goes on, with a warning."""
+    stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "data": {"held_out": 0.3}}]
+    run = table(trainable, tmp_path / "run", stage=stages)
+    said = "is scored on 0.3 of .*, because it holds out 0.1 of"
+    with pytest.raises(UpcycleError, match=said):
+        train(Run.of(run))
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(leaks, "later", lambda *_: None)
+        train(Run.of(run))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
+    train(Run.of(run), resume=True)
+    assert [line.step for line in read(tmp_path / "run")] == [1, 2]
+    assert re.search(said, caplog.text)
 
 
 def saved_moments(run: dict, step: int) -> set[str]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from upcycle import tasks
-from upcycle.data import corpus
+from upcycle.data import corpus, splits
+from upcycle.data.documents import Source
 from upcycle.data.feeding import Feeding
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, shown
@@ -65,7 +66,14 @@ def of_images(path: Path, subject: Subject, cache: Path, *, gradient: bool, seed
 
 
 def of_text(
-    path: Path, subject: Subject, cache: Path, *, gradient: bool, seed: int, length: int | None
+    path: Path,
+    subject: Subject,
+    cache: Path,
+    *,
+    gradient: bool,
+    seed: int,
+    length: int | None,
+    field: str = Source.field,
 ) -> Rows:
     """Return the text at `path` in rows of `length` tokens.
 
@@ -75,7 +83,9 @@ def of_text(
     if "image_size" in subject.settings:
         raise UpcycleError(f"{subject.architecture} reads images and no text; give --images PATH")
     length = length or min(LENGTH, subject.length)
-    feeding = Feeding.of_file(path, length=length, cache=cache, seed=seed)
+    feeding = Feeding.of_file(path, length=length, cache=cache, seed=seed, field=field)
+    if field != Source.field and (why := splits.unread(feeding.data.sources[0], "--{}")) is not None:
+        raise UpcycleError(why)
     return _rows(feeding, "text", path, subject, gradient=gradient)
 
 

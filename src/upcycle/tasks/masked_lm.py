@@ -39,10 +39,12 @@ class MaskedLM(Task):
         return objection_to_sources(data)
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
-        refuse_beyond_positions(feeding.length, subject)
+        refuse_beyond_positions(feeding.length, subject, setting=feeding.setting)
         tokenizer = tokenizer_of(feeding, subject)
         if tokenizer.mask_token_id is None:
-            raise UpcycleError("masked language modelling wants a tokenizer with a mask; set data.tokenizer")
+            raise UpcycleError(
+                "masked language modelling wants a tokenizer with a mask; in a run, set data.tokenizer"
+            )
         special = frozenset(tokenizer.all_special_ids)
 
         def make(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
