@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from upcycle.data.corpus import Data, Source, Tokens, prepare
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.system.progress import reporting_to
+from upcycle.tensors import rng
 
 BOS, EOS = 256, 257
 
@@ -681,8 +683,6 @@ def batches(tmp_path: Path) -> Callable[..., Batches]:
 
 def test_rows_are_those_of_a_plain_count(batches: Any) -> None:
     """Without the class: places from sorting raw draws, sources from the stream of uniforms."""
-    from upcycle.tensors import rng
-
     made = batches(8 * 20 + 3, 8 * 7 + 1, weights=[3.0, 1.0], held_out=0.2)
     assert made.trainable == [16, 6]
     assert made.next(0).shape == (0, 9)
@@ -715,6 +715,19 @@ def test_every_row_once_an_epoch_in_another_order(batches: Any) -> None:
     assert len({tuple(e) for e in epochs}) == 3
     assert made.epochs == [3.0]
     assert not np.array_equal(batches(401, seed=4).next(50)[:, 0], epochs[0])
+
+
+def test_many_sources_are_sorted_once_an_epoch(batches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, rows = 80, 5
+    made = batches(*[8 * rows + 1] * sources)
+    asked: list[Any] = []
+    real = rng.permutation
+    monkeypatch.setattr(rng, "permutation", lambda key, n: asked.append(key) or real(key, n))
+    for _ in range(8):
+        made.next(100)
+    begun = sum(math.ceil(epochs) for epochs in made.epochs)
+    assert begun > sources
+    assert len(asked) == len(set(asked)) == begun
 
 
 def test_resumed_at_every_position(batches: Any) -> None:

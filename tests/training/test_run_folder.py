@@ -12,7 +12,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,9 @@ from files import toml
 from marks import quick
 from upcycle import Recipe, UpcycleError, cli, plan, tasks
 from upcycle.data.corpus import Data, Source
+from upcycle.records.metrics import StepMetrics
 from upcycle.records.state import RunState
+from upcycle.sharding.layout import Layout
 from upcycle.system import lock, whole_file
 from upcycle.system.signals import held
 from upcycle.training import fit, metrics, micro_batch, run_folder, saving, start
@@ -697,6 +699,42 @@ def test_a_run_keeps_the_examples_that_it_held_out(then: Any, wanted: tuple[int,
     assert run_folder._settled_as(said, then).data == said.data
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["by the checkpoint", "by run.json"])
+def test_a_run_keeps_its_precision(
+    told: bool,
+    table: Table,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With `auto`, a machine with an accelerator would take another one than a CPU."""
+    whole = begun(table, out=str(tmp_path / "whole"), train={"steps": 4}, **MOE)
+    out = begun(table, **MOE)
+    if not told:  # as in checkpoints of earlier versions
+        saved = out / "checkpoints" / "step-2" / "state.json"
+        state = json.loads(saved.read_text())
+        del state["precision"], state["state_sha256"]
+        saved.write_text(json.dumps(state))
+    monkeypatch.setattr(fit, "precision", lambda run: "mixed")
+    with caplog.at_level("INFO"):
+        train(Run.of(table(train={"steps": 4}, **MOE)), resume=True)
+    assert losses(out) == losses(whole)
+    assert saving.read_state(out / "checkpoints" / "step-4").precision == "float32"
+    assert run_folder.read_record(out).precision == "float32"
+    assert "goes on in float32, in which it began; train.precision = auto would be mixed here" in caplog.text
+
+
+def test_a_run_without_a_record_of_its_precision_takes_that_of_today(table: Table, tmp_path: Path) -> None:
+    run = Run.of(table(out=str(tmp_path)))
+    before = RunState(step=3, batches={}, identity={})
+    assert run_folder.precision(run, before) == fit.precision(run)
+    assert run_folder.precision(run, replace(before, precision="bfloat16")) == "bfloat16"
+    (tmp_path / "run.json").write_text("{}")
+    assert run_folder.precision(run, before) == fit.precision(run)
+    said = replace(run, train=replace(run.train, precision="mixed"))
+    assert run_folder.precision(said, replace(before, precision="bfloat16")) == "mixed"
+
+
 @pytest.mark.parametrize(
     ("task", "data", "why"),
     [
@@ -786,6 +824,39 @@ def test_the_parts_are_equal(
     assert micro_batch.chosen(run, start_, {"layers": 16}, here, before).train.micro_batch is None
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "most", "wanted"),
+    [
+        (8, 8, 8, None),
+        (8, 16, 8, None),
+        (8, 1, 100, 8),  # as many as before, though more would fit today
+        (8, 1, 3, 2),  # of sharded weights a rank has more than before
+        (8, 1, None, 8),
+        (2, 4, 1, None),
+    ],
+)
+def test_fewer_ranks_take_no_more_rows_at_once(
+    then: int,
+    now: int,
+    most: int | None,
+    wanted: int | None,
+    table: Table,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run whose ranks had all their rows of a step in one pass goes on with other ranks."""
+    monkeypatch.setattr(micro_batch, "_rows_that_fit", lambda *_: most)
+    monkeypatch.setattr(Ranks, "share", lambda self, value: value)
+    here = Ranks(device=torch.device("cpu"), dp_size=now, layout=Layout(fsdp=now))
+    before = RunState(step=3, batches={}, identity={}, layout=asdict(Layout(fsdp=then)))
+    for loss in ("per_layer", "pooled"):
+        run = Run.of(table(train={"batch_tokens": 16 * 64}, **MOE, router={"balance_loss": loss}))
+        found = micro_batch.chosen(run, start.start_of(run), {"layers": 16}, here, before)
+        assert found.train.micro_batch == (wanted if loss == "per_layer" else None)
+    said = f"has {64 // now} rows in one pass instead of {64 // then}"
+    assert [said in record.message for record in caplog.records] == [True] * (wanted is not None)
+
+
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 def test_from_scratch_needs_no_weights(moe: bool, table: Table, source: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
@@ -843,6 +914,35 @@ def test_a_full_disk_names_the_file(
     assert "No space left on device" in said
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert train(Run.of(table()), resume=True).finished
+
+
+def on_a_full_disk(path: Path, data: bytes, write: Any = whole_file.write) -> None:
+    """Write a file, but begin metrics.jsonl where nothing can be added to it."""
+    write(path, data) if path.name != StepMetrics.FILE else path.symlink_to("/dev/full")
+
+
+def test_a_full_disk_does_not_hide_what_to_do(
+    table: Table, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics.whole_file, "write", on_a_full_disk)
+    monkeypatch.setattr(saving, "write", lambda *_: "No space left on device")
+    with pytest.raises(UpcycleError, match=r"step 1 could not be saved .* go on with --resume"):
+        train(Run.of(table(train={"steps": 1})))
+    said = [record.message for record in caplog.records]
+    assert "metrics of step 1 are lost: No space left on device" in said
+    assert "metrics.jsonl lacks the last steps: No space left on device" in said
+
+
+def test_a_run_goes_back_when_the_disk_was_full(table: Table, tmp_path: Path) -> None:
+    run = Run.of(table())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics.whole_file, "write", on_a_full_disk)
+        log = metrics.Metrics(tmp_path, run.log, 2, 0, {})
+    log.step(StepMetrics(step=1, tokens=64, loss=1.0))
+    log.go_back(0)
+    log.step(StepMetrics(step=1, tokens=64, loss=2.0))
+    log.close()
+    assert losses(tmp_path) == [2.0]
 
 
 @pytest.mark.parametrize("damaged", ["{}", "[]", '{"step": "x"}', "5"])

@@ -111,14 +111,10 @@ class Batches:
 
     def draw(self, rows: int, part: slice = slice(None)) -> Places:
         """Advance by `rows` rows and return the places of those in `part`."""
-        chosen: Places = []
-        for source in self._sources(rows):
-            reading = self._readings[source]
-            epoch, place = divmod(reading.consumed, self.trainable[source])
-            key = rng.key(self._seed, "rows", reading.number, epoch)
-            order = rng.permutation(key, self.trainable[source])
-            chosen.append((source, int(order[place])))
-            reading.consumed += 1
+        chosen: Places = [
+            (source, self._readings[source].next(self._seed, self.trainable[source]))
+            for source in self._sources(rows)
+        ]
         self._sample += rows
         return chosen[part]
 

@@ -96,6 +96,22 @@ def refuse_isolation(run: Run, task: Task, subject: Subject) -> None:
         )
 
 
+def not_anew(run: Run) -> str | None:
+    """Return a sentence about a stage that is to read its data anew and does not; None if there is none.
+
+    Stages of the same [data] have one feed together, which goes on from stage to stage.
+    """
+    legs = Course(run).legs
+    for number, leg in enumerate(legs):
+        before = next((each for each in legs[:number] if each.run.data == leg.run.data), None)
+        if leg.anew and before is not None:
+            return (
+                f"stage {leg.name}: anew = true is for a [data] that no earlier stage has, and stage "
+                f"{before.name} has the same; take it out, or give the stage other sources or weights"
+            )
+    return None
+
+
 def precision(run: Run) -> str:
     """Return the precision of a run; `auto` is mixed on an accelerator and float32 on a CPU."""
     if run.train.precision != "auto":

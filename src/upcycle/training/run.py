@@ -62,7 +62,8 @@ class Train(Settings):
     only: tuple[str, ...] | None = None
     freeze: tuple[str, ...] | None = None  # what is not trained, in the same words; it goes over `only`
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # largest norm of the gradient; 0: no clipping
-    # precision of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
+    # precision of the arithmetic; auto: mixed on an accelerator and float32 on a CPU, or what the run has had
+    # if it goes on
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     # whether to recompute blocks in the backward pass, to save memory; selective: all of a block but its
     # matrix products and attention
