@@ -81,7 +81,7 @@ def test_calibration(trainable, beside, tmp_path):
     assert found.tensors.keys() == due.tensors.keys()
     there, here = (load_file(tmp_path / f"{name}.safetensors") for name in ("found", "due"))
     assert all(torch.equal(there[name], here[name]) for name in here)
-    importance = {"name": "importance", "statistics": str(tmp_path / "found.safetensors")}
+    importance = {"name": "importance", "statistic": "l1", "statistics": str(tmp_path / "found.safetensors")}
     moe = {"num_experts": 2, "target": "upcycled", "expert_width": 64}
     upcycle.plan(beside, Recipe.of(moe=moe, init=importance, drop=DROP))
 
