@@ -34,6 +34,20 @@ def warnings(source: Path, *tables, **more) -> str:
     return "\n".join(plan(source, asked(*tables, **more)).warnings)
 
 
+def test_an_activation_that_was_learned_is_the_backbones(dense):
+    """The experts of an Apertus share the numbers of their activation (xIELU)."""
+    source, other = dense("apertus"), dense("apertus", seed=1)
+    init = {"name": "experts", "expert": [{}, {"source": str(other)}]}
+    for backbone, whose in (
+        ("base", f"activation, that of {source}"),
+        ("average", "which is mixed like all"),
+    ):
+        recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"}, init={**init, "backbone": backbone})
+        said = "\n".join(plan(source, recipe).warnings)
+        assert whose in said
+        assert "its own model.layers.0.mlp.act_fn" in said
+
+
 @pytest.fixture
 def base(dense, tmp_path) -> Path:
     return Path(shutil.copytree(dense("llama"), tmp_path / "base"))

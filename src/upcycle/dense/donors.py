@@ -161,6 +161,21 @@ def _compared(source: Dense, donor: Dense, recipe: Recipe) -> Iterator[str]:
     if "vocab_size" in source.config and (source.checkpoint.headers_only or donor.checkpoint.headers_only):
         yield f"only headers were read, so `upcycle convert` will compare the tokens of {there} and {here}"
     yield from _tokens_that_differ(here, there)
+    yield from _activations_that_differ(source, donor, mixed=mixed)
+
+
+def _activations_that_differ(source: Dense, donor: Dense, *, mixed: bool) -> Iterator[str]:
+    """Yield that experts do not have the numbers that their model learned for its activation."""
+    part = source.family.of_all_experts
+    if learned := [name for name in source.tensors if part and part in name]:
+        there = donor.checkpoint.folder
+        whose = (
+            "which is mixed like all that is no expert" if mixed else f"that of {source.checkpoint.folder}"
+        )
+        yield (
+            f"{there} was trained with its own {listed(learned, 1)}; all experts of a layer share one "
+            f"activation, {whose}"
+        )
 
 
 def _differing(source: Dense, donor: Dense) -> dict[str, str]:

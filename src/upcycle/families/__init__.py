@@ -67,6 +67,7 @@ class Family(abc.ABC):
     counts: tuple[str, ...] = ("num_hidden_layers",)  # keys of config.json that are numbers of blocks
     numbers: tuple[str, ...] = ()  # keys of config.json that are the number of a block
     per_block: tuple[str, ...] = ()  # keys of config.json that are lists with one entry per block
+    of_all_experts = ""  # a part of the network, by its name in tensors, that is no part of an expert
     tied: tuple[str, str] | None = None  # a head that config.json may tie, and the table it is tied to
     # The class by which transformers opens the tokenizer of this type, whatever tokenizer_config.json names;
     # empty if that file decides. `always` follows if the class goes before the one that the file names.

@@ -26,6 +26,7 @@ class Apertus(Decoder):
     network = {"up": "up_proj", "down": "down_proj"}
     norms = ("attention_layernorm", "feedforward_layernorm")
     network_norm = "feedforward_layernorm"
+    of_all_experts = ".mlp.act_fn."
     theta = 12_000_000.0
     defaults = {
         "hidden_act": "xielu",
