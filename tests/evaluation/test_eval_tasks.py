@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from conftest import SHARED
@@ -21,6 +23,7 @@ from upcycle.dense.subject import Subject
 from upcycle.evaluation import task_files
 from upcycle.evaluation.comparison import compare
 from upcycle.evaluation.language_model import LanguageModel, Pair
+from upcycle.evaluation.no_numbers import NoNumbersError
 from upcycle.evaluation.scores import ToScore, evaluate, score
 from upcycle.hf import models
 
@@ -325,6 +328,19 @@ def test_an_encoder_decoder_is_scored_as_the_harness_own_model_scores_it(tmp_pat
         ours.loglikelihood(pairs), other.loglikelihood(pairs, disable_tqdm=True), strict=True
     ):
         assert (mine, greedy) == (pytest.approx(wanted, rel=1e-5), same)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_a_model_that_gives_nan_has_no_likelihood_and_no_text(architecture, tmp_path):
+    folder = make(tmp_path / "model", architecture, vocab_size=300)
+    make_bytes_tokenizer(folder)
+    broken = language(folder)
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight[7, 0] = math.nan
+    with pytest.raises(NoNumbersError, match="model gives NaN where a score needs numbers"):
+        broken.likelihoods([Pair([3, 4], [5])])
+    with pytest.raises(NoNumbersError, match="model gives NaN where a score needs numbers"):
+        broken.generate([[3, 4]], most=2)
 
 
 # Dense and Mixture of Experts
