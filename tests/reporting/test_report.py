@@ -19,7 +19,7 @@ import pytest
 import left_behind
 from damage import spoil
 from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
-from upcycle import UpcycleError, cli
+from upcycle import Recipe, UpcycleError, cli, convert
 from upcycle.reporting import drawing, figures, report, sections
 from upcycle.reporting.comparison import Comparison, Group, compare
 from upcycle.reporting.crossing import crossing, standing
@@ -30,6 +30,9 @@ from upcycle.reporting.page import render
 from upcycle.reporting.runs import read_run
 from upcycle.reporting.starts import DenseCost, start_cost
 from upcycle.reporting.study import study
+from upcycle.training import loop, metrics
+from upcycle.training.export import export
+from upcycle.training.run import Run
 
 BATCH = ROWS * LENGTH
 
@@ -288,8 +291,8 @@ def test_a_recipe_is_told_by_its_router(tmp_path, monkeypatch):
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     run = write_run(tmp_path / "run", lambda t: 2.0, moe={})
     recipes = {
-        "routed": ({"router": {"name": "top_k"}}, "4 experts, top-2, init drop"),
-        "chosen": ({"router": {"name": "expert_choice"}}, "4 experts, expert choice, init drop"),
+        "routed": ({"router": {"name": "top_k"}}, "4 experts, top-2, drop"),
+        "chosen": ({"router": {"name": "expert_choice"}}, "4 experts, expert choice, drop"),
         "deeper": ({"moe": {"target": "depth_tiled", "depth": 3}}, "every block 3 times"),
     }
     for name, (changes, _) in recipes.items():
@@ -1228,9 +1231,6 @@ def test_both_papers_have_the_same_names():
 @pytest.mark.slow
 def test_a_report_on_real_runs(trainable, tmp_path):
     """A dense model and a Mixture of Experts made of it, trained by `upcycle train`, exported, and shown."""
-    from upcycle.training import loop, metrics
-    from upcycle.training.export import export
-    from upcycle.training.run import Run
 
     def run(name: str, **changes) -> Path:
         table = {
@@ -1275,6 +1275,30 @@ def test_a_report_on_real_runs(trainable, tmp_path):
         assert 0.2 < float(row[4]) < 0.9  # half of the neurons of each were drawn anew
     assert "not recorded" not in {row[7] for row in made["Speed of training"].rows}
     assert len(list((tmp_path / "figures").glob("r-*.png"))) == len(pictures(sections.document(found, "R")))
+
+
+def test_a_grown_run_is_labelled_by_the_experts_that_it_has(trainable, tmp_path):
+    """Its run file says how many are added, and the source how many there are."""
+    convert(trainable[0], tmp_path / "moe", Recipe.of(moe={"num_experts": 4, "top_k": 2}))
+    table = {
+        "source": str(tmp_path / "moe"),
+        "out": str(tmp_path / "run"),
+        "grow": {"experts": 12},
+        "schedule": {"peak": 1e-3},
+        "data": {"sources": [{"path": str(trainable[1]), "separator": "<|endoftext|>"}], "held_out": 0.1},
+        "train": {
+            "steps": 1, "batch_tokens": 64, "sequence_length": 64, "eval_every": 1, "eval_tokens": 64,
+        },
+    }  # fmt: skip
+    loop.train(Run.of(table))
+    export(tmp_path / "run", tmp_path / "out")
+    found = study([tmp_path / "run", tmp_path / "out"], DenseCost())
+    (column,) = found.columns()
+    assert [each.label for each in (*found.groups, column)] == ["12 experts, top-6, grown"] * 2
+    ((_, _, _, recipe, *_),) = tables(sections.document(found, "R"))["Checkpoints"].rows
+    assert recipe == "12 experts, top-6, grown"
+    again = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert again["run"]["moe"]["num_experts"] == 8  # as the run file has it, which is what a resume compares
 
 
 def test_reading_needs_no_torch(tmp_path):

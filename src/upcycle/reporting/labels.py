@@ -114,13 +114,14 @@ def _label(run: RunHistory) -> str:
     short = " (diverged)" if run.diverged else ""
     if run.unfinished:
         short = f" ({run.done} of {run.total_steps} steps)"
-    init = (run.table.get("init") or {}).get("name", "copy")
-    if kind == "dense, rebuilt":
-        return targets.recorded(run.table["moe"]).label(run.table) + short
-    if kind.startswith("dense"):
+    recipe = run.table if run.about.recipe is None else run.about.recipe
+    if "moe" not in recipe:
         return kind + short
-    how = init if kind == "upcycled" else "from scratch"
-    return f"{targets.recorded(run.table['moe']).label(run.table)}, {how}{short}"
+    target = targets.recorded(recipe["moe"])
+    label = target.label(recipe)
+    if kind.startswith("dense"):
+        return (label if kind == "dense, rebuilt" else kind) + short
+    return f"{label}, {target.way(recipe) if kind == 'upcycled' else 'from scratch'}{short}"
 
 
 def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
