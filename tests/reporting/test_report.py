@@ -424,6 +424,46 @@ def test_a_tokenizer_is_known_by_its_bytes(tmp_path):
     assert [run.name for run, _ in compared(*folders).foreign] == ["run-c"]
 
 
+def test_a_tokenizer_outlives_its_folder(tmp_path):
+    """As the copy that a run keeps, or as that of a source with the same weights."""
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    there, gone = (
+        hashed(write_run(tmp_path / f"of-{name}", lambda t: 2.0, source=str(tmp_path / name)), "1")
+        for name in ("dense", "gone")
+    )
+    other = hashed(write_run(tmp_path / "of-other", lambda t: 2.0, source=str(tmp_path / "other")), "2")
+    kept = write_run(tmp_path / "kept", lambda t: 2.0, data={"tokenizer": "gone too"})
+    (kept / "beside" / "tokenizer-0").mkdir(parents=True)
+    (kept / "beside" / "tokenizer-0" / "tokenizer.json").write_text("{}")
+    assert [run.name for run, _ in compared(gone, other, there, kept).foreign] == ["of-other"]
+    assert compared(gone, hashed(there, "1")).foreign == ()
+
+
+def test_seeds_are_those_of_one_checkpoint_however_its_path_is_written(tmp_path):
+    """Another checkpoint at the same path is another model."""
+
+    def runs(role: str, *given: tuple[str, str | None]) -> list[tuple[str, int]]:
+        folder, made = tmp_path / role, []
+        for seed, (path, sha256) in enumerate(given):
+            where = folder / f"{len(list(folder.glob('*')))}"
+            named = {"source": path} if role == "source" else {"teacher": {"source": path}}
+            run = write_run(where, lambda t: 2.0, seed=seed, data={"tokenizer": "one"}, **named)
+            made.append(hashed(run, sha256, role))
+        return [(group.label, len(group.runs)) for group in compared(*made).groups]
+
+    for role in ("source", "teacher"):
+        one = ("dense", "1"), ("./dense", "1"), ("/home/dense", "1")
+        assert runs(role, *one) == [("dense, continued", 3)]
+        assert runs(role, *one[:2], ("small", "2")) == [
+            (f"dense, continued, {role} dense", 2), (f"dense, continued, {role} small", 1)
+        ]  # fmt: skip
+        found = runs(role, *one[:2], ("dense", "2"))
+        assert [count for _, count in found] == [2, 1]
+        assert len({label for label, _ in found}) == 2
+        assert runs(role, ("dense", None), ("dense", "1"), ("/home/dense", "1")) == [("dense, continued", 3)]
+
+
 # --- stages of unequal cost ---
 
 
@@ -621,11 +661,11 @@ def test_losing_and_nothing_shown_are_called_that(tmp_path):
     assert "No run that continues the dense model" in sentences(document(moe))[0]
 
 
-def hashed(folder: Path, sha256: str | None) -> Path:
+def hashed(folder: Path, sha256: str | None, role: str = "source") -> Path:
     """A run that recorded this hash of its source, or none as older versions did."""
     about = json.loads((folder / "run.json").read_text())
     if sha256 is not None:
-        about["source_sha256"] = {"source": {"model.safetensors": sha256}, "donor 1": {"x": folder.name}}
+        about["source_sha256"] = {role: {"model.safetensors": sha256}, "donor 1": {"x": folder.name}}
     (folder / "run.json").write_text(json.dumps(about))
     return folder
 
