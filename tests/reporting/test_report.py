@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,31 @@ def test_exports_of_one_seed_are_no_seeds(tmp_path, monkeypatch):
     (row,) = table.rows
     assert table.head[3:] == ("end1-moe0", "end2-moe1")
     assert row[2:] == ("0.6500 ± 0.1500", "0.6000 ± 0.0100", "0.7000 ± 0.0100 *")
+
+
+def test_an_export_joins_its_run_after_that_was_lengthened(tmp_path, monkeypatch):
+    """Also if it went on with another micro batch. A run in another folder is another run."""
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    run = write_run(tmp_path / "run", lambda t: 2.0, steps=20)
+    early = write_checkpoint(tmp_path / "early", run, step=20)
+    stranger = write_checkpoint(
+        tmp_path / "stranger", write_run(tmp_path / "other", lambda t: 2.0, steps=20), step=20
+    )
+    shutil.rmtree(run)
+    write_run(run, lambda t: 2.0, steps=40, train={"micro_batch": 2}, log={"every": 5})
+    late = write_checkpoint(tmp_path / "late", run, step=40)
+    found = study([run, early, late, stranger], DenseCost()).columns()
+    assert [(c.label, c.checkpoints[0].name) for c in found] == [
+        ("dense, continued", "late"), ("dense, continued, step 20", "early"), ("stranger", "stranger"),
+    ]  # fmt: skip
+    stages = [{"name": "warm", "train": {"steps": 10}}, {"name": "all", "train": {"steps": 10}}]
+    longer = [stages[0], {"name": "all", "train": {"steps": 30}}]
+    run = write_run(tmp_path / "staged", lambda t: 2.0, steps=20, stage=stages)
+    early = write_checkpoint(tmp_path / "first", run, step=20)
+    shutil.rmtree(run)
+    write_run(run, lambda t: 2.0, steps=40, stage=longer)
+    (column,) = study([run, early], DenseCost()).columns()
+    assert column.label == "dense, continued, step 20"
 
 
 def test_a_mean_of_checkpoints_is_called_one(tmp_path, monkeypatch):

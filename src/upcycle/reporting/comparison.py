@@ -25,6 +25,7 @@ from upcycle.reporting.labels import ORDER, Kind, flat, kind_of, labels_of, sett
 from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.starts import DenseCost, StartCost, start_cost
 from upcycle.training.beside import kept_tokenizer
+from upcycle.training.identity import identity_of, of_any_length
 
 Paid = Literal["yes", "no", "within two standard errors", "one seed", "cannot be told"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -134,12 +135,21 @@ class Comparison:
         )
 
     def owner(self, checkpoint: CheckpointRecord) -> tuple[Group, RunHistory] | None:
-        """Return the group and the run that a checkpoint was exported from, if the run was given."""
+        """Return the group and the run that a checkpoint was exported from, if the run was given.
+
+        The run may have been given more steps since then.
+        """
         training = checkpoint.training
-        if training is None:
+        if training is None or training.run is None:
             return None
-        found = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats) if r.table == training.run]
+        given = _lasting(training.run)
+        found = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats) if _lasting(r.table) == given]
         return found[0] if found else None
+
+
+def _lasting(table: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return what a run keeps when it goes on: its folder, and all settings but its length."""
+    return table.get("out"), of_any_length(identity_of(table))
 
 
 def compare(runs: Sequence[RunHistory], given: DenseCost) -> Comparison:
