@@ -28,6 +28,8 @@ from upcycle.targets import Block, Target
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored, blocks
 
+_OTHER_SHAPE = "experts are not of the shape of the dense networks: no similarity to them"
+
 
 def inspect(
     checkpoint: str | Path, source: str | Path | None = None, drop: tuple[str, ...] = ()
@@ -140,7 +142,12 @@ def _add_start(
     except UpcycleError as error:
         notes.append(f"what the experts began as cannot be made again: {error}")
         return
-    if built.hash != made.blueprint_hash or (made.training and made.training[0].from_scratch):
+    known = {"source": made.source.sha256, **{n: d.sha256 for n, d in made.source.donors.items()}}
+    if (
+        built.hash != made.blueprint_hash
+        or (made.training and made.training[0].from_scratch)
+        or any(_differs(each, known.get(each.label, {})) for each in built.checkpoints)
+    ):
         notes.append("what the experts began as cannot be made again: it was from other weights")
         return
     lazies = {name: entry.lazy for name, entry in built.entries.items()}
@@ -148,6 +155,11 @@ def _add_start(
     for row, part in zip(layers, begun, strict=True):
         if part.router is not None:
             row["cosine_between_at_start"] = _between(_cosines(part.experts))
+
+
+def _differs(opened: Checkpoint, recorded: Mapping[str, str]) -> bool:
+    """Return whether files of weights are not those whose hashes were recorded, if any were."""
+    return bool(recorded) and sorted(opened.hashes().values()) != sorted(recorded.values())
 
 
 def _dense_source(
@@ -172,10 +184,13 @@ def _dense_source(
         notes.append(f"{lost}; name it with --source to compare experts with it")
         return {}
     try:
-        return _admitted(str(recorded), parts, drop, made, notes)
+        found = _admitted(str(recorded), parts, drop, made, notes)
     except UpcycleError as error:
         notes.append(f"its source cannot be compared with: {error}")
         return {}
+    if any(_differs(dense.checkpoint, made.source.sha256) for dense in list(found.values())[:1]):
+        notes.append(f"compared with {recorded}, whose weights have changed since it was made from them")
+    return found
 
 
 def _admitted(
@@ -205,8 +220,8 @@ def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
     experts = part.experts
     original = None if dense is None else dense.comparable(part.layer, part.stack)
     comparable = original is not None and original.up.shape == experts[0].up.shape
-    if original is not None and not comparable and not notes:
-        notes.append("experts are not of the shape of the dense networks: no similarity to them")
+    if original is not None and not comparable and _OTHER_SHAPE not in notes:
+        notes.append(_OTHER_SHAPE)
     everyone = [*experts, original] if comparable and original is not None else experts
     cosine = _cosines(everyone)
     count = len(experts)
