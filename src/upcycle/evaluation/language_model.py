@@ -105,8 +105,8 @@ class LanguageModel:
         """Return the likelihood of the continuation of each pair.
 
         A pair that is too long for the model loses its first tokens: those of the context, then those of the
-        continuation. The likelihood is then that of the remaining tokens. Raises `NoNumbersError` if the
-        model gives NaN.
+        continuation. An encoder-decoder reads the two apart, and each loses its own first tokens. The
+        likelihood is then that of the remaining tokens. Raises `NoNumbersError` if the model gives NaN.
         """
         pairs = [self._kept(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -_length(pairs[i]))
@@ -122,7 +122,11 @@ class LanguageModel:
         return self.length is not None and len(pair.continuation) > self.length
 
     def _kept(self, pair: Pair) -> Pair:
-        if self.length is None or not self.too_long(pair):
+        if self.length is None:
+            return pair
+        if self.encoder_decoder:
+            return Pair(pair.context[-self.length :], pair.continuation[-self.length :])
+        if not self.too_long(pair):
             return pair
         kept = len(pair.continuation) - self.length
         return Pair(pair.continuation[kept - 1 : kept], pair.continuation[kept:])
@@ -171,15 +175,11 @@ class LanguageModel:
     ) -> list[str]:
         """Return the greedy continuation of each prompt.
 
-        A continuation has at most `most` tokens and is cut before EOS and before any of the strings `until`.
+        A prompt that is too long for the model loses its first tokens. A continuation has at most `most`
+        tokens and is cut before EOS and before any of the strings `until`.
         Raises `NoNumbersError` if the model gives NaN.
         """
-        room = None if self.length is None or self.encoder_decoder else self.length - most
-        if room is not None and room < 1:
-            raise UpcycleError(
-                f"{most} tokens are to be generated and the model has {self.length} positions; lower the "
-                "number"
-            )
+        room = self._room(most)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
         def work(rows: Sequence[Sequence[int]]) -> list[str]:
@@ -193,6 +193,18 @@ class LanguageModel:
         for place, text in zip(order, made, strict=True):
             out[place] = text
         return out
+
+    def _room(self, most: int) -> int | None:
+        """Return how many tokens a prompt may have if `most` are generated; None: any number."""
+        if self.length is None:
+            return None
+        room = self.length if self.encoder_decoder else self.length - most
+        if room < 1 or most > self.length:
+            raise UpcycleError(
+                f"{most} tokens are to be generated and the model has {self.length} positions; lower the "
+                "number"
+            )
+        return room
 
     def _generate(self, rows: list[list[int]], most: int, until: Sequence[str]) -> list[str]:
         # A decoder continues at the right, so that its padding must be at the left.
