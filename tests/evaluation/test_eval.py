@@ -549,7 +549,7 @@ def test_out_replaces_nothing_but_results(byte_model, story, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main([*command, str(folder / name)])
         assert stopped.value.code == 2
-        assert "exists already and is not what `upcycle eval` writes" in capsys.readouterr().err
+        assert "exists already and is not what `upcycle eval --out` writes" in capsys.readouterr().err
         assert (folder / name).read_bytes() == before
     for other in (deep, tmp_path):
         with pytest.raises(SystemExit):
@@ -560,7 +560,23 @@ def test_out_replaces_nothing_but_results(byte_model, story, tmp_path, capsys):
     first = out.read_bytes()
     main([*command, str(out)])
     assert out.read_bytes() == first
-    assert not (folder / "eval.json").exists()
+    # Nor the scores that lie beside a checkpoint, wherever they are now, nor a comparison in their place.
+    main(command[:-1])
+    recorded, moved = folder / "eval.json", tmp_path / "moved.json"
+    before = recorded.read_bytes()
+    moved.write_bytes(before)
+    for scores, message in (
+        (recorded, "is for the scores of that checkpoint alone"),
+        (moved, "exists already and is not what `upcycle eval --out` writes"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, str(scores)])
+        assert message in capsys.readouterr().err
+        assert scores.read_bytes() == before
+    recorded.unlink()
+    with pytest.raises(SystemExit):
+        main([*command, str(recorded)])
+    assert not recorded.exists()
 
 
 @pytest.mark.parametrize(
