@@ -735,6 +735,23 @@ def test_only_the_same_source_trained_on_answers_whether_it_paid(tmp_path, dense
     assert len(tables(made)["Held-out loss at equal training FLOPs"].rows) == 1
 
 
+def test_a_grown_model_has_no_dense_baseline(tmp_path):
+    """To train its source without experts is what upcycle refuses, so no report advises it."""
+    grown = write_run(tmp_path / "grown", lambda t: 2.0, source="/nowhere/moe", moe={"target": "grown"},
+                      grow={"factor": 2}, data={"tokenizer": "one"})  # fmt: skip
+    (said,) = [b.text for b in document(grown).sections[0].blocks]
+    assert said.startswith("The runs are of models that grew out of a Mixture of Experts")
+    dense, moe = pair_of_runs(tmp_path, data={"tokenizer": "one"})
+    said = sentences(document(grown, dense, moe))
+    assert said[0].startswith("One seed cannot tell.")
+    assert said[1] == (
+        "4 experts, top-2, grown is in no row: it grew out of a Mixture of Experts, and no dense model is "
+        "its baseline."
+    )
+    others = [block for s in document(grown, dense).sections for block in s.blocks if hasattr(block, "text")]
+    assert "[moe]" not in " ".join(block.text for block in others)
+
+
 def test_the_answer_is_that_against_the_best_dense_model(tmp_path):
     """Here one was trained at two rates, and once for so short a time that nobody could have gained."""
     dense = {(1e-3, 60): 2.5, (1e-5, 60): 2.9, (1e-3, 5): 1.0}

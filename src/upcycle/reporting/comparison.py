@@ -70,6 +70,11 @@ class Group:
         """Return whether the model is a Mixture of Experts."""
         return self.kind in ("upcycled", "MoE, from scratch")
 
+    @property
+    def grown(self) -> bool:
+        """Return whether its source had experts already, so that no dense model can be its baseline."""
+        return self.kind == "upcycled" and self.runs[0].table.get("grow") is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
