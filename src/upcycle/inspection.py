@@ -18,7 +18,7 @@ from upcycle.dense import mixtures
 from upcycle.dense.admission import admit, has_experts, that_find
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
-from upcycle.families._wrappers import TEXT
+from upcycle.families._wrappers import TEXT, config_key
 from upcycle.nn import router_rows, routers
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe
@@ -252,15 +252,21 @@ def _of_routers(
     parts: Sequence[Block], layers: Sequence[dict[str, Any]], config: Mapping[str, Any]
 ) -> list[str]:
     """Return a note for experts that can never win, in routers whose scores are products with their rows."""
-    moe = config.get("moe")
-    table = moe if isinstance(moe, list) else []
-    names = {entry["stack"]: entry.get("router", {}).get("name", "top_k") for entry in table}
     found = {
         place_of(part.place, part.layer): RouterRows.of(row["router"])
         for part, row in zip(parts, layers, strict=True)
-        if part.router is not None and routers.find(names.get(part.stack, "top_k")).linear
+        if part.router is not None and routers.find(_router_of(part, config)).linear
     }
     return router_rows.warnings(found)
+
+
+def _router_of(block: Block, config: Mapping[str, Any]) -> str:
+    """Return the name of the router of a block. A multimodal model says it in the config of the part."""
+    own = config.get(config_key(block.part))
+    moe = (own if isinstance(own, Mapping) and "moe" in own else config).get("moe")
+    table = moe if isinstance(moe, list) else []
+    names = {entry["stack"]: entry.get("router", {}).get("name", "top_k") for entry in table}
+    return str(names.get(block.stack, "top_k"))
 
 
 def _between(cosine: np.ndarray) -> dict[str, float] | None:
