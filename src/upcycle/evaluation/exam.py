@@ -52,7 +52,8 @@ class HarnessExaminer(Examiner):
                 language, run.eval.tasks, folder, shots=run.eval.num_fewshot, limit=run.eval.limit
             )
         except NoNumbersError:  # a run that diverges goes on, and its held-out loss says so
-            progress.warn("the model gives NaN, so its tasks have no scores")
+            if here.first:
+                progress.warn("the model gives NaN, so its tasks have no scores")
             return {}
         finally:
             distributing.put_shards_back(model)  # there is no backward pass that would
