@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import CONFIG, file_hash
+from upcycle.data.folders import files_below
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
 from upcycle.records.evaluation import EvaluationEntry, EvaluationRecord, MetricRecord, PairedSums
@@ -116,7 +117,7 @@ def data_of(path: Path) -> dict[str, Any]:
     """Describe the data that were scored: the file, or the files of a folder with name and size."""
     if path.is_file():
         return {"file": path.name, "sha256": file_hash(path)}
-    files = sorted(p for p in path.rglob("*") if p.is_file())
+    files = files_below(path)
     listed = "\n".join(f"{p.relative_to(path)} {p.stat().st_size}" for p in files)
     return {
         "folder": path.resolve().name,
@@ -146,7 +147,7 @@ def refuse_target(path: Path) -> None:
     if path.name == EvaluationRecord.FILE and (path.parent / CONFIG).is_file():
         raise UpcycleError(
             f"{path} is for the scores of that checkpoint alone, and a comparison would replace them; leave "
-            f"--out away to add to them, or choose another name"
+            f"--out out to add to them, or choose another name"
         )
     claim.may_replace(path, _is_comparison, "what `upcycle eval --out` writes")
 

@@ -60,6 +60,7 @@ class RunRecord(Document):
     from_scratch: bool
     run: Table  # the run file
     recipe: Table | None = sometimes()  # with the numbers that the source adds; None: the run file has all
+    begun_in: str | None = sometimes()  # the folder from which its relative paths count
     identity: Table  # settings that a resumed run must share with this one
     source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and file
 

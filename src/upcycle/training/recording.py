@@ -14,7 +14,7 @@ from upcycle.blueprints.blueprint import Blueprint
 from upcycle.errors import UpcycleError
 from upcycle.records.reader import Table
 from upcycle.records.run import RunRecord, StartedFrom
-from upcycle.training import beside, effort, run_folder
+from upcycle.training import begun_in, beside, effort, run_folder
 from upcycle.training.beginning import Ready
 from upcycle.training.run import Run
 
@@ -65,6 +65,7 @@ def _record(ready: Ready) -> RunRecord:
         from_scratch=begun.from_scratch,
         run=run.as_table(),
         recipe=_settled(run, begun.built),
+        begun_in=begun_in.working_folder(),
         identity=run.identity(),
         source_sha256=state.source_sha256,
     )
