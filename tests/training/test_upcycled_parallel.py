@@ -247,7 +247,10 @@ def test_mixed_precision_leaves_routers_in_float32(number, two, sources):
     (alone,) = ranks.routed(sources[case], [({}, changes)])
     for result in two:
         for found in result[number - len(IN_FLOAT32)]:
-            assert {name.rpartition(".")[2] for name in found["read"]} == {"weight", "e_score_correction_bias"}
+            assert {name.rpartition(".")[2] for name in found["read"]} == {
+                "weight",
+                "e_score_correction_bias",
+            }
             for name, wanted in alone["read"].items():
                 assert not torch.equal(wanted, wanted.bfloat16().float()), name
                 assert found["read"][name].dtype == torch.float32, name

@@ -8,6 +8,7 @@ number.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,8 @@ def _fully_shard(
     apart = _apart(model, config)
     for router in apart.values():
         shard(router, meshes.parameters, keep=True, as_stored=True)
+        # torch warns of outputs that are views: changed in place, they lose a hook, which is not needed here.
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(router).__name__}\)")
     fsdp_plan = {name: style for name, style in fsdp_plan.items() if not _is_in(name, apart)}
     if layout.ep > 1:
         for name, module in model.named_modules():
@@ -161,14 +164,16 @@ def _apart(model: PreTrainedModel, config: DistributedConfig) -> dict[str, nn.Mo
     FSDP gathers a group in one type, and its gradients must have one. Under mixed precision it would round
     the weights of a router, and the small steps of its correction bias, which one process reads in float32:
     ours always, and one of transformers if its class keeps it in float32. Without mixed precision, what
-    counts is the type that a trained parameter has.
+    counts is whether a trained parameter has another type than the model.
     """
     kept = building.kept_wide(model, torch.bfloat16)
 
     def is_wide(name: str, router: nn.Module) -> bool:
-        if config.fsdp_mixed_precision:
-            return isinstance(router, RouterLayer) or any(_is_in(each, [name]) for each in kept)
-        return any(p.requires_grad and p.dtype != model.dtype for p in router.parameters())
+        names = (f"{name}.{own}" for own, _ in router.named_parameters())
+        if any(p.requires_grad and p.dtype != model.dtype for p in router.parameters()):
+            return True
+        of_class = isinstance(router, RouterLayer) or any(each in kept for each in names)
+        return config.fsdp_mixed_precision and of_class
 
     return {name: router for name, router in recorded.routers(model) if is_wide(name, router)}
 

@@ -15,7 +15,8 @@ _BIASES = (BIAS, "expert_bias")  # names of a correction bias; the second is tha
 
 def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the routers of `model` with their names, in module order; empty for a dense model."""
-    if own := [(name, m) for name, m in model.named_modules() if isinstance(m, RouterLayer)]:
+    own: list[tuple[str, nn.Module]] = [p for p in model.named_modules() if isinstance(p[1], RouterLayer)]
+    if own:
         return own
     for module in model.modules():
         recorders = getattr(module, "_can_record_outputs", None) or {}

@@ -35,6 +35,7 @@ native = Native(
     shared=Shared(path="mlp.shared_mlp", combine="sum", config=lambda *_: {}, mandatory="full"),
     constants={"use_qk_norm": True, "use_mixed_mlp_moe": True},
     finish=_per_layer,
+    wide_router={"bfloat16": (".mlp.gate.",)},  # with autocast, its product is one of bfloat16
     clients={
         "llama.cpp": (BIASES, ACTIVATION),
         "mlx-lm": (_TYPE,),
